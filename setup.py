@@ -1,0 +1,55 @@
+"""Packaging of ``precond``: one distribution, three import packages. Tool settings live in ``pyproject.toml``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+PACKAGES = ("precond", "curvature", "solvers")
+
+PLOT = ["matplotlib>=3.8"]
+DEMO = [*PLOT, "scikit-learn>=1.4"]
+LAPLACE = ["laplace-torch>=0.3"]
+DEV = [
+    *DEMO,
+    "hypothesis>=6.100",
+    "mypy>=1.11",
+    "pre-commit>=3.7",
+    "pytest>=8.2",
+    "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
+    "ruff>=0.6",
+    "transformers>=4.44",
+]
+
+setup(
+    name="precond",
+    version="0.1.0.dev0",
+    description="Second-order optimisation for PyTorch: curvature estimators, solvers, and torch.optim optimizers",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author="the precond authors",
+    license="MIT",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    # A single root makes an editable install one path entry, so new modules are seen without reinstalling.
+    package_dir={"": "."},
+    packages=find_packages(include=[pattern for name in PACKAGES for pattern in (name, f"{name}.*")]),
+    package_data={name: ["py.typed"] for name in PACKAGES},
+    zip_safe=False,
+    install_requires=["torch>=2.9", "numpy>=1.26", "scipy>=1.12", "tqdm>=4.66"],
+    extras_require={"plot": PLOT, "laplace": LAPLACE, "demo": DEMO, "dev": DEV},
+    keywords=["pytorch", "optimization", "second-order", "curvature", "k-fac", "shampoo", "laplace approximation"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Mathematics",
+        "Typing :: Typed",
+    ],
+)
