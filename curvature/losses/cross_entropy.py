@@ -1,0 +1,174 @@
+"""Softmax cross-entropy on logits, with every option of ``nn.CrossEntropyLoss``."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from curvature.losses.classes import class_layout, class_weights, read_labels
+from curvature.losses.loss import Loss, register_loss
+from curvature.losses.terms import Layout, Terms, noise, widen
+
+
+class CrossEntropyTerms(Terms):
+    r"""Terms :math:`l_t = -\sum_c q_{tc} \log p_{tc}` with :math:`p_t = \operatorname{softmax}(z_t)`.
+
+    With the mass :math:`m_t = \sum_c q_{tc}`, which weights and smoothing move away from one:
+
+    .. math::
+        \nabla l_t = m_t p_t - q_t, \qquad H_t = m_t (\operatorname{diag} p_t - p_t p_t^\top) = S_t S_t^\top, \qquad
+        S_t e_c = \sqrt{m_t p_{tc}}\, (e_c - p_t).
+
+    A sample is :math:`\sqrt{m_t}\, (p_t - e_{\hat y})` with :math:`\hat y \sim p_t`. Costs one softmax of the output,
+    kept for all calls; no matrix per term.
+
+    Args:
+        output: Logits.
+        layout: Place of the class axis.
+        mask: ``(N, R)``.
+        total: Divisor of the mean loss.
+        reduction: Of the user's loss.
+        spread: Part of ``q`` that has no single class, broadcastable to ``(N, R, C)``, or None.
+        index: ``(N, R)`` the class that carries ``peak``, or None.
+        peak: ``(N, R)`` weight of that class in ``q``, or None.
+
+    References:
+        Botev, Ritter and Barber (2017), https://arxiv.org/abs/1706.03662; Dangel, Kunstner and Hennig (2020), appendix
+        A, https://arxiv.org/abs/1912.10985
+    """
+
+    hessian_is_fisher = True
+
+    def __init__(
+        self,
+        output: Tensor,
+        layout: Layout,
+        mask: Tensor,
+        total: Tensor,
+        reduction: str,
+        *,
+        spread: Tensor | None,
+        index: Tensor | None = None,
+        peak: Tensor | None = None,
+    ) -> None:
+        super().__init__(output, layout, mask, total, reduction)
+        self._spread = spread
+        self._index = index
+        self._peak = peak
+
+    def values(self) -> Tensor:
+        """``l_t (N, R)``."""
+        log_p = self.rows(widen(self.output)).log_softmax(-1)
+        values = torch.zeros_like(log_p[..., 0])
+        # Without smoothing only the target's entry is read, so that logits of -inf elsewhere are harmless.
+        if self._index is not None and self._peak is not None:
+            values = values - self._peak * log_p.gather(-1, self._index.unsqueeze(-1)).squeeze(-1)
+        if self._spread is not None:
+            values = values - (self._spread * log_p).sum(-1)
+        return values
+
+    @torch.no_grad()
+    def gradient(self) -> Tensor:
+        """``m p - q``."""
+        gradient = self._mass.unsqueeze(-1) * self._p
+        if self._spread is not None:
+            gradient = gradient - self._spread * self.mask.unsqueeze(-1)
+        if self._index is not None and self._peak is not None:
+            gradient = gradient.scatter_add(-1, self._index.unsqueeze(-1), -self._peak.unsqueeze(-1))
+        return self._out(gradient)
+
+    @torch.no_grad()
+    def hessian_product(self, v: Tensor) -> Tensor:
+        """``m (p * v - p <p, v>)``."""
+        weighted = self._p * self.rows(v)
+        product = self._mass.unsqueeze(-1) * (weighted - self._p * weighted.sum(-1, keepdim=True))
+        return self.unrows(product).to(v.dtype)
+
+    @torch.no_grad()
+    def sqrt_column(self, c: int) -> Tensor:
+        """``sqrt(m p_c) (e_c - p)``."""
+        column = -self._p
+        column[..., c] += 1
+        return self._out((self._mass * self._p[..., c]).sqrt().unsqueeze(-1) * column)
+
+    @torch.no_grad()
+    def sample(self, generator: torch.Generator) -> Tensor:
+        """``sqrt(m) (p - e_y)`` with labels ``y`` drawn from the model."""
+        # An exponential race: argmax_c p_c / E_c has distribution p. Unlike torch.multinomial it does not wait for
+        # the device, and rows outside the mask (p = 0) are no error.
+        race = noise(self._p.shape, self._p, generator).exponential_(generator=generator).to(self._p.device)
+        drawn = torch.argmax(self._p / race, -1, keepdim=True)
+        error = self._p.scatter_add(-1, drawn, torch.full_like(drawn, -1, dtype=self._p.dtype))
+        return self._out(self._mass.sqrt().unsqueeze(-1) * error)
+
+    @cached_property
+    def _p(self) -> Tensor:
+        """Probabilities ``(N, R, C)``, zero outside the mask: whatever the model outputs on padding is dropped here."""
+        with torch.no_grad():
+            p = self.rows(widen(self.output.detach())).softmax(-1)
+            return p.masked_fill(~self.mask.unsqueeze(-1), 0)
+
+    @cached_property
+    def _mass(self) -> Tensor:
+        """``m (N, R)``, zero outside the mask."""
+        mass = torch.zeros(self.mask.shape, dtype=self.total.dtype, device=self.total.device)
+        if self._peak is not None:
+            mass = mass + self._peak
+        if self._spread is not None:
+            mass = mass + self._spread.sum(-1)
+        return torch.where(self.mask, mass, 0.0)
+
+
+@register_loss(nn.CrossEntropyLoss)
+class CrossEntropy(Loss):
+    r"""``nn.CrossEntropyLoss``: class weights, label smoothing, ``ignore_index``, indices or probabilities as targets.
+
+    With class weights ``w`` and label smoothing :math:`\epsilon`, a class index :math:`y` means
+    :math:`q_c = (1 - \epsilon) w_y [c = y] + \epsilon w_c / C` and class probabilities :math:`y_c` mean
+    :math:`q_c = w_c ((1 - \epsilon) y_c + \epsilon / C)`. A mean loss divides by :math:`\sum_t w_{y_t}` for indices
+    and by the number of terms for probabilities, as PyTorch does.
+
+    Outputs are ``(C,)``, ``(N, C)``, ``(N, C, d1, ...)`` as in PyTorch, or ``(N, d1, ..., C)`` with targets
+    ``(N, d1, ...)``.
+    """
+
+    def terms(
+        self,
+        output: Tensor,
+        target: Tensor,
+        *extra: Tensor,
+        class_dim: int | None = None,
+        mask: Tensor | None = None,
+        as_called: bool = False,
+        check: bool = False,
+    ) -> CrossEntropyTerms:
+        """See :meth:`Loss.terms`."""
+        self._no_extra(extra)
+        options: nn.CrossEntropyLoss = self.loss_fn
+        layout = class_layout(output, target, class_dim, as_called)
+        classes, valid = layout.shape[2], layout.valid(mask, output.device)
+        logits = widen(output.new_empty(0))  # dtype and device of the arithmetic
+        weight, smoothing = class_weights(options.weight, classes, logits, check), options.label_smoothing
+        if target.is_floating_point():
+            q = weight * ((1 - smoothing) * layout.rows(target.detach()).to(logits) + smoothing / classes)
+            if check and not (target >= 0).all():
+                raise ValueError(f"Class probabilities must not be negative, got {target.min().item()}.")
+            total = valid.sum().to(logits)
+            terms = CrossEntropyTerms(output, layout, valid, total, self.reduction, spread=q)
+        else:
+            labels = read_labels(target, layout, valid, weight, options.ignore_index, check)
+            terms = CrossEntropyTerms(
+                output,
+                layout,
+                labels.mask,
+                labels.weight.sum(),
+                self.reduction,
+                spread=weight * (smoothing / classes) if smoothing > 0 else None,
+                index=labels.index,
+                peak=(1 - smoothing) * labels.weight,
+            )
+        if check:
+            terms.check()
+        return terms

@@ -1,0 +1,169 @@
+"""Losses that treat every entry of the output alone: their Hessian is diagonal."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from curvature.losses.errors import NoCurvatureError
+from curvature.losses.loss import Loss
+from curvature.losses.terms import Layout, Terms, noise, widen
+
+
+class ElementwiseLoss(Loss):
+    r"""A loss :math:`l_t = \sum_c \ell(z_{tc}; y_{tc})`, given by three functions of one entry.
+
+    Subclasses write :meth:`value`, :meth:`slope` and :meth:`curvature` on tensors of the output's shape, in float32 at
+    least. Terms lie along the last axis (an output ``(N,)`` has one output per example); a mean loss divides by the
+    number of entries. Targets must have the output's shape: nothing is broadcast.
+    """
+
+    hessian_is_fisher: bool = False
+
+    @abstractmethod
+    def value(self, z: Tensor, y: Tensor, *extra: Tensor) -> Tensor:
+        r""":math:`\ell(z; y)`, differentiable in ``z``."""
+
+    @abstractmethod
+    def slope(self, z: Tensor, y: Tensor, *extra: Tensor) -> Tensor:
+        r""":math:`\partial \ell / \partial z`."""
+
+    @abstractmethod
+    def curvature(self, z: Tensor, y: Tensor, *extra: Tensor) -> Tensor:
+        r""":math:`\partial^2 \ell / \partial z^2`, not negative."""
+
+    def draw(self, z: Tensor, y: Tensor, *extra: Tensor, generator: torch.Generator) -> Tensor:
+        """A draw per entry with mean zero and variance :meth:`curvature`; normal unless the likelihood is another."""
+        normal = noise(z.shape, z, generator).normal_(generator=generator).to(z.device)
+        return self.curvature(z, y, *extra).sqrt() * normal
+
+    def prepare(self, output: Tensor, *extra: Tensor) -> tuple[Tensor, ...]:
+        """Further arguments of the loss, checked and in the output's shape."""
+        self._no_extra(extra)
+        return ()
+
+    def check_target(self, target: Tensor) -> None:
+        """Refuse target values that the loss is not made for. May wait for the device."""
+
+    def terms(
+        self,
+        output: Tensor,
+        target: Tensor,
+        *extra: Tensor,
+        class_dim: int | None = None,
+        mask: Tensor | None = None,
+        as_called: bool = False,
+        check: bool = False,
+    ) -> ElementwiseTerms:
+        """See :meth:`Loss.terms`."""
+        if output.numel() == 0:
+            raise ValueError(
+                f"The output has shape {tuple(output.shape)}: there is no example in it. Skip empty batches."
+            )
+        if target.shape != output.shape:
+            raise ValueError(
+                f"{type(self.loss_fn).__name__} compares entry by entry: the target must have the output's shape "
+                f"{tuple(output.shape)}, got {tuple(target.shape)}. Reshape one of them (PyTorch would broadcast, "
+                "which compares every output with every target)."
+            )
+        layout = _layout(output, class_dim)
+        valid = layout.valid(mask, output.device)
+        if check:
+            self.check_target(target)
+        y = widen(target.detach()).to(widen(output.new_empty(0)))
+        terms = ElementwiseTerms(self, output, y, self.prepare(output, *extra), layout, valid)
+        if check:
+            terms.check()
+        return terms
+
+
+class ElementwiseTerms(Terms):
+    """Terms of an :class:`ElementwiseLoss`: ``H_t`` and ``S_t`` are diagonal.
+
+    Args:
+        loss: Value and derivatives of one entry.
+        output: The model's output.
+        target: Of the output's shape.
+        extra: Further arguments of the loss, of the output's shape.
+        layout: Axes of one term.
+        mask: ``(N, R)``.
+    """
+
+    def __init__(
+        self,
+        loss: ElementwiseLoss,
+        output: Tensor,
+        target: Tensor,
+        extra: tuple[Tensor, ...],
+        layout: Layout,
+        mask: Tensor,
+    ) -> None:
+        total = (mask.sum() * layout.shape[2]).to(target.dtype)
+        super().__init__(output, layout, mask, total, loss.reduction)
+        self.hessian_is_fisher = loss.hessian_is_fisher
+        self._loss = loss
+        self._given = (target, *extra)
+
+    def check(self) -> None:
+        """Refuse batches without a term that counts, and Hessians that are not positive semi-definite."""
+        super().check()
+        if not (self._curvature >= 0).all():
+            raise NoCurvatureError(
+                f"{self._loss!r} has a negative or undefined second derivative ({self._curvature.min().item()}) at "
+                "this output: the Gauss-Newton matrix is not positive semi-definite. Check targets and weights."
+            )
+
+    def values(self) -> Tensor:
+        """``l_t (N, R)``."""
+        return self.rows(self._loss.value(widen(self.output), *self._given)).sum(-1)
+
+    @torch.no_grad()
+    def gradient(self) -> Tensor:
+        """Slope of every entry."""
+        return self._masked(self._loss.slope(self._z, *self._given)).to(self.output.dtype)
+
+    @torch.no_grad()
+    def hessian_product(self, v: Tensor) -> Tensor:
+        """Curvature of every entry times ``v``."""
+        self.rows(v)  # refuses another shape, which would be broadcast
+        return (self._curvature * v).to(v.dtype)
+
+    @torch.no_grad()
+    def sqrt_column(self, c: int) -> Tensor:
+        """The root of the curvature of output ``c``, zero for the others."""
+        column = torch.zeros(self.shape, dtype=self._curvature.dtype, device=self._curvature.device)
+        column[..., c] = self.rows(self._curvature)[..., c].sqrt()
+        return self._out(column)
+
+    @torch.no_grad()
+    def sample(self, generator: torch.Generator) -> Tensor:
+        """A draw per entry."""
+        return self._masked(self._loss.draw(self._z, *self._given, generator=generator)).to(self.output.dtype)
+
+    @property
+    def _z(self) -> Tensor:
+        return widen(self.output.detach())
+
+    @cached_property
+    def _curvature(self) -> Tensor:
+        with torch.no_grad():
+            return self._masked(self._loss.curvature(self._z, *self._given))
+
+    def _masked(self, x: Tensor) -> Tensor:
+        entries = self.unrows(self.mask.unsqueeze(-1).expand(self.shape))
+        return torch.where(entries, x, 0.0)
+
+
+def _layout(output: Tensor, class_dim: int | None) -> Layout:
+    rank = output.ndim
+    if class_dim is None:
+        return Layout(output.shape, (rank - 1,) if rank > 1 else ())
+    if rank < 2 or not -rank <= class_dim < rank or class_dim % rank == 0:
+        raise ValueError(
+            f"class_dim={class_dim} is no axis of outputs of an output of shape {tuple(output.shape)}: expected an "
+            f"axis from 1 to {max(1, rank - 1)} (the first axis counts examples)."
+        )
+    return Layout(output.shape, (class_dim % rank,))

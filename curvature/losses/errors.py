@@ -1,0 +1,19 @@
+"""What can be wrong with a loss, its outputs or its targets."""
+
+from __future__ import annotations
+
+
+class UnknownLossError(TypeError):
+    """The loss function is of no registered type."""
+
+
+class AmbiguousClassAxisError(ValueError):
+    """The shapes of output and target allow more than one class axis."""
+
+
+class NoCurvatureError(ValueError):
+    """The loss has no positive semi-definite Hessian with respect to the model's output."""
+
+
+class NonFiniteLossError(ArithmeticError):
+    """The value of the loss is infinite or not a number."""

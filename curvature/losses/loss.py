@@ -1,0 +1,169 @@
+"""What a loss must tell about itself, and the registry that finds it for the user's loss function."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from curvature.losses.errors import UnknownLossError
+from curvature.losses.terms import Terms
+
+
+class Loss(ABC):
+    """A loss function together with its derivatives with respect to the model's output.
+
+    Wraps the user's own object and reads its options whenever :meth:`terms` is called, so that later changes of, say,
+    ``label_smoothing`` are honoured.
+
+    Args:
+        loss_fn: The user's loss module.
+    """
+
+    def __init__(self, loss_fn: Any) -> None:
+        self.loss_fn = loss_fn
+
+    @property
+    def reduction(self) -> str:
+        """``"mean"``, ``"sum"`` or ``"none"``."""
+        reduction: str = self.loss_fn.reduction
+        if reduction not in ("mean", "sum", "none"):
+            raise ValueError(f"{self!r}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}.")
+        return reduction
+
+    @abstractmethod
+    def terms(
+        self,
+        output: Tensor,
+        target: Tensor,
+        *extra: Tensor,
+        class_dim: int | None = None,
+        mask: Tensor | None = None,
+        as_called: bool = False,
+        check: bool = False,
+    ) -> Terms:
+        """The loss of one batch as a sum of terms.
+
+        Args:
+            output: The model's output.
+            target: What it is compared with.
+            extra: Further arguments of the loss (the variance of ``nn.GaussianNLLLoss``).
+            class_dim: Axis of the output that holds the outputs of one term. None: found from the shapes.
+            mask: Which terms count; boolean, of the output's shape without its class axis.
+            as_called: The arguments are exactly those the loss module was called with, so the class axis is the one
+                PyTorch takes and none is searched for.
+            check: Also look at the values (targets out of range, no term that counts). Waits for the device.
+
+        Raises:
+            AmbiguousClassAxisError: If the shapes allow more than one class axis; pass ``class_dim``.
+            ValueError: If shapes, or with ``check`` values, do not fit the loss.
+        """
+
+    def _no_extra(self, extra: tuple[Tensor, ...]) -> None:
+        if extra:
+            raise TypeError(f"{self!r} takes an output and a target, got {len(extra)} further argument(s).")
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.loss_fn!r})"
+
+
+_REGISTRY: dict[type[nn.Module], type[Loss]] = {}
+
+# The functional forms stand for the module with the same keyword options.
+_FUNCTIONAL: dict[Any, type[nn.Module]] = {
+    functional.cross_entropy: nn.CrossEntropyLoss,
+    functional.nll_loss: nn.NLLLoss,
+    functional.binary_cross_entropy: nn.BCELoss,
+    functional.binary_cross_entropy_with_logits: nn.BCEWithLogitsLoss,
+    functional.mse_loss: nn.MSELoss,
+    functional.l1_loss: nn.L1Loss,
+    functional.smooth_l1_loss: nn.SmoothL1Loss,
+    functional.huber_loss: nn.HuberLoss,
+    functional.poisson_nll_loss: nn.PoissonNLLLoss,
+    functional.gaussian_nll_loss: nn.GaussianNLLLoss,
+    functional.kl_div: nn.KLDivLoss,
+}
+
+L = TypeVar("L", bound=type[Loss])
+
+
+def register_loss(*module_types: type[nn.Module]) -> Callable[[L], L]:
+    """Class decorator: the decorated :class:`Loss` serves loss modules of these types.
+
+    A subclass of a registered module is served as well unless it overrides ``forward``.
+
+    Example:
+        A loss that treats every entry alike needs its value and two derivatives:
+
+        >>> import torch
+        >>> from curvature.losses import ElementwiseLoss, loss_for, register_loss
+        >>> class LogCoshLoss(torch.nn.Module):
+        ...     reduction = "mean"
+        ...     def forward(self, output, target):
+        ...         return (output - target).cosh().log().mean()
+        >>> @register_loss(LogCoshLoss)
+        ... class LogCosh(ElementwiseLoss):
+        ...     def value(self, z, y):
+        ...         return (z - y).cosh().log()
+        ...     def slope(self, z, y):
+        ...         return (z - y).tanh()
+        ...     def curvature(self, z, y):
+        ...         return 1 - (z - y).tanh() ** 2
+        >>> terms = loss_for(LogCoshLoss()).terms(torch.zeros(2, 3), torch.zeros(2, 3))
+        >>> terms.hessian_product(torch.ones(2, 3))
+        tensor([[1., 1., 1.],
+                [1., 1., 1.]])
+    """
+
+    def register(loss: L) -> L:
+        for module_type in module_types:
+            _REGISTRY[module_type] = loss
+        return loss
+
+    return register
+
+
+def loss_for(loss_fn: nn.Module | Loss | Callable[..., Tensor]) -> Loss:
+    """The :class:`Loss` for the user's loss function.
+
+    Args:
+        loss_fn: A loss module, a :class:`Loss` (returned as is), or one of PyTorch's functional losses, alone or in a
+            ``functools.partial`` with keyword options.
+
+    Raises:
+        UnknownLossError: If no :class:`Loss` is registered for its type.
+    """
+    if isinstance(loss_fn, Loss):
+        return loss_fn
+    module = loss_fn if isinstance(loss_fn, nn.Module) else _module_of(loss_fn)
+    kind: Any = type(module)
+    for base in kind.__mro__:
+        if base in _REGISTRY and kind.forward is base.forward:
+            return _REGISTRY[base](module)
+    name = type(loss_fn).__name__ if isinstance(loss_fn, nn.Module) else repr(loss_fn)
+    raise UnknownLossError(
+        f"No derivatives are known for the loss {name}. (a) With fisher='empirical' none are needed. (b) Any "
+        "twice-differentiable loss per example works as curvature.losses.AutogradLoss(loss_fn, reduction='mean'). "
+        "(c) Register it with one small class:\n"
+        f"    @curvature.losses.register_loss({name if isinstance(loss_fn, nn.Module) else 'MyLossModule'})\n"
+        "    class MyLoss(curvature.losses.ElementwiseLoss):\n"
+        "        def value(self, z, y): ...      # l(z; y), entry by entry\n"
+        "        def slope(self, z, y): ...      # dl/dz\n"
+        "        def curvature(self, z, y): ...  # d2l/dz2\n"
+        "A subclass of a known loss that overrides forward counts as unknown, since its terms may differ."
+    )
+
+
+def _module_of(function: Any) -> nn.Module | None:
+    """The loss module that a functional loss stands for, or None."""
+    options = {}
+    if isinstance(function, partial) and not function.args:
+        function, options = function.func, function.keywords
+    try:
+        return _FUNCTIONAL[function](**options)
+    except (KeyError, TypeError):  # not a functional loss, not hashable, or an option the module does not have
+        return None

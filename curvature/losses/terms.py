@@ -1,0 +1,201 @@
+"""The loss of one batch as a sum of terms, and the arithmetic on the outputs of each term.
+
+Axis letters: ``N`` examples, ``R`` positions of an example, ``C`` outputs of one term, ``...`` free leading axes.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from curvature.losses.errors import NonFiniteLossError
+
+
+def widen(x: Tensor) -> Tensor:
+    """``x`` in float32 at least: losses are never accumulated in half precision."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which axes of an output belong to one term of the loss.
+
+    Args:
+        output_shape: Shape of the model's output.
+        class_axes: Axes that one term spans, ascending; the first of the remaining axes counts examples, the others
+            count positions. Empty if every entry of a vector of outputs is an example with one output.
+    """
+
+    output_shape: torch.Size
+    class_axes: tuple[int, ...]
+
+    @property
+    def term_shape(self) -> tuple[int, ...]:
+        """Shape of one number per term, in the order of the output's axes."""
+        return tuple(size for axis, size in enumerate(self.output_shape) if axis not in self.class_axes)
+
+    @property
+    def class_shape(self) -> tuple[int, ...]:
+        """Sizes of the class axes."""
+        return tuple(self.output_shape[axis] for axis in self.class_axes)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(N, R, C)``."""
+        return (math.prod(self.term_shape[:1]), math.prod(self.term_shape[1:]), math.prod(self.class_shape))
+
+    def rows(self, x: Tensor) -> Tensor:
+        """``(..., *output_shape)`` to ``(..., N, R, C)``."""
+        rank = len(self.output_shape)
+        lead = x.shape[: x.ndim - rank]
+        if x.shape[len(lead) :] != self.output_shape:
+            raise ValueError(
+                f"Expected a tensor of the output's shape {tuple(self.output_shape)}, with any leading axes, "
+                f"got {tuple(x.shape)}."
+            )
+        return x.movedim(self._axes_from_end, self._last).reshape((*lead, *self.shape))
+
+    def unrows(self, rows: Tensor) -> Tensor:
+        """``(..., N, R, C)`` to ``(..., *output_shape)``; inverse of :meth:`rows`."""
+        lead = rows.shape[:-3]
+        if rows.shape[-3:] != self.shape:
+            raise ValueError(f"Expected rows of shape (..., N, R, C) = (..., {self.shape}), got {tuple(rows.shape)}.")
+        return rows.reshape((*lead, *self.term_shape, *self.class_shape)).movedim(self._last, self._axes_from_end)
+
+    def valid(self, mask: Tensor | None, device: torch.device) -> Tensor:
+        """The mask ``(N, R)`` of the terms that count, from one of shape ``term_shape`` (None: all count)."""
+        if mask is None:
+            return torch.ones(self.shape[:2], dtype=torch.bool, device=device)
+        if mask.dtype != torch.bool:
+            raise TypeError(f"mask must be boolean (True: the term counts), got {mask.dtype}. Pass mask.bool().")
+        if mask.shape != self.term_shape:
+            raise ValueError(
+                f"mask must hold one entry per term, shape {self.term_shape} (the output {tuple(self.output_shape)} "
+                f"without its class axis), got {tuple(mask.shape)}."
+            )
+        return mask.to(device).reshape(self.shape[:2])
+
+    # Negative axes leave room for leading batch axes.
+    @property
+    def _axes_from_end(self) -> tuple[int, ...]:
+        return tuple(axis - len(self.output_shape) for axis in self.class_axes)
+
+    @property
+    def _last(self) -> tuple[int, ...]:
+        return tuple(range(-len(self.class_axes), 0))
+
+
+class Terms(ABC):
+    r"""The loss of one batch, written as a sum over terms.
+
+    A term :math:`l_t` belongs to one example and one position and depends on the ``C`` outputs :math:`z_t` there:
+
+    .. math:: L_\text{sum} = \sum_t l_t(z_t), \qquad L_\text{mean} = L_\text{sum} / \text{total}.
+
+    Everything below is in the scale of :math:`L_\text{sum}`; divide by ``total`` for the mean loss. Terms outside the
+    mask contribute zero everywhere. Nothing here forms a matrix per term unless the class says so, and nothing but
+    :meth:`value` and :meth:`check` waits for the device.
+
+    Attributes:
+        output: The model's output as given (not detached), of any shape.
+        layout: Which axes of the output belong to one term.
+        mask: ``(N, R)`` bool, the terms that count.
+        total: 0-d, divisor of a mean loss: the number of valid terms or entries, or the sum of their class weights.
+        reduction: What the user's loss does with its terms: ``"mean"``, ``"sum"`` or ``"none"``.
+        hessian_is_fisher: Whether ``H_t`` is the Fisher information of the outputs under the loss's likelihood
+            (weights count as multiplicities of a term). False for losses that are no negative log-likelihood in a
+            natural parameter: their ``H_t`` depends on the target.
+    """
+
+    hessian_is_fisher: bool = False
+
+    def __init__(self, output: Tensor, layout: Layout, mask: Tensor, total: Tensor, reduction: str) -> None:
+        self.output = output
+        self.layout = layout
+        self.mask = mask
+        self.total = total
+        self.reduction = reduction
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(N, R, C)``: examples, positions, outputs of one term."""
+        return self.layout.shape
+
+    @property
+    def columns(self) -> int:
+        """Number of columns of the square root ``S_t``."""
+        return self.shape[2]
+
+    def rows(self, x: Tensor) -> Tensor:
+        """Output-shaped ``(..., *output.shape)`` to ``(..., N, R, C)``."""
+        return self.layout.rows(x)
+
+    def unrows(self, rows: Tensor) -> Tensor:
+        """``(..., N, R, C)`` to output-shaped ``(..., *output.shape)``."""
+        return self.layout.unrows(rows)
+
+    def value(self) -> Tensor:
+        """The sum of all valid terms, 0-d, in float32 at least, differentiable in the output.
+
+        Raises:
+            NonFiniteLossError: If the sum is infinite or not a number.
+        """
+        terms = torch.where(self.mask, self.values(), 0.0)
+        total = terms.sum()
+        if not torch.isfinite(total):
+            where = torch.nonzero(~torch.isfinite(terms))
+            n, r = where[0].tolist() if len(where) else (None, None)
+            raise NonFiniteLossError(
+                f"The loss is {total.item()} for an output of shape {tuple(self.output.shape)}: {len(where)} of "
+                f"{terms.numel()} terms are not finite, first at example {n}, position {r}; the output holds "
+                f"{int(torch.isnan(self.output).sum())} NaN and {int(torch.isinf(self.output).sum())} infinite "
+                "entries. Lower the learning rate or exclude these terms with mask=."
+            )
+        return total
+
+    def check(self) -> None:
+        """Refuse batches whose mean loss would be 0/0. Waits for the device.
+
+        Raises:
+            ValueError: If no term counts.
+        """
+        if not self.total > 0:
+            raise ValueError(
+                f"No term of the loss counts: {int(self.mask.sum())} of {self.mask.numel()} terms are valid and their "
+                f"total weight is {self.total.item()}, so the mean loss is not defined. Skip this batch, or check "
+                "mask=, ignore_index and the class weights."
+            )
+
+    @abstractmethod
+    def values(self) -> Tensor:
+        """``l_t`` of shape ``(N, R)``; entries outside the mask are arbitrary."""
+
+    @abstractmethod
+    def gradient(self) -> Tensor:
+        """Derivative of the sum of all terms with respect to the output; output-shaped, detached."""
+
+    @abstractmethod
+    def hessian_product(self, v: Tensor) -> Tensor:
+        """``H_t v_t`` term by term, for ``v (..., *output.shape)``; same shape and dtype as ``v``."""
+
+    @abstractmethod
+    def sqrt_column(self, c: int) -> Tensor:
+        """Column ``c`` of the square root of every term, ``H_t = S_t S_t^T``; output-shaped."""
+
+    @abstractmethod
+    def sample(self, generator: torch.Generator) -> Tensor:
+        """Output-shaped draw ``v``, independent between terms, with mean zero and ``E[v_t v_t^T] = H_t``."""
+
+    def _out(self, rows: Tensor) -> Tensor:
+        """Rows of a result, output-shaped and in the output's dtype."""
+        return self.unrows(rows).to(self.output.dtype)
+
+
+def noise(shape: Sequence[int], like: Tensor, generator: torch.Generator) -> Tensor:
+    """Uninitialised tensor to be filled from ``generator``, on the generator's device and in the dtype of ``like``."""
+    return torch.empty(shape, dtype=like.dtype, device=generator.device)

@@ -1,0 +1,230 @@
+"""Do value, gradient, Hessian product, Hessian root and samples agree with PyTorch's own loss modules?
+
+The reference is the module itself with ``reduction="sum"``, differentiated by ``torch.func`` in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from curvature.losses import loss_for
+
+F64 = torch.float64
+RTOL, ATOL = 1e-12, 1e-12
+
+
+@dataclass(frozen=True)
+class Case:
+    """A loss module (by reduction), a batch for it, and where the outputs of one term lie."""
+
+    name: str
+    make: Callable[..., nn.Module]
+    batch: Callable[[torch.Generator], tuple[Tensor, ...]]
+    class_axes: tuple[int, ...]
+    class_dim: int | None = None
+    as_called: bool = False
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape: int, generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=F64)
+
+
+def indices(*shape: int, classes: int, ignored: int | None = None, generator: torch.Generator) -> Tensor:
+    index = torch.randint(classes, shape, generator=generator)
+    if ignored is not None:
+        index.view(-1)[::3] = ignored
+    return index
+
+
+def labelled(output: tuple[int, ...], target: tuple[int, ...], classes: int, ignored: int | None = None):
+    return lambda g: (randn(*output, generator=g), indices(*target, classes=classes, ignored=ignored, generator=g))
+
+
+def soft(*shape: int, axis: int):
+    return lambda g: (randn(*shape, generator=g), randn(*shape, generator=g).softmax(axis))
+
+
+def pair(*shape: int):
+    return lambda g: (randn(*shape, generator=g), randn(*shape, generator=g))
+
+
+W3 = torch.tensor([0.3, 2.0, 1.1], dtype=F64)
+W5 = torch.tensor([0.3, 2.0, 1.1, 0.0, 0.7], dtype=F64)
+CE = nn.CrossEntropyLoss
+
+CASES = [
+    Case("ce", CE, labelled((4, 5), (4,), 5), (1,)),
+    Case("ce single", CE, labelled((5,), (), 5), (0,)),
+    Case("ce class first", CE, labelled((4, 5, 3), (4, 3), 5), (1,)),
+    Case("ce class last", CE, labelled((4, 3, 5), (4, 3), 5), (2,)),
+    Case("ce image", CE, labelled((2, 3, 4, 2), (2, 4, 2), 3), (1,)),
+    Case("ce image class last", CE, labelled((2, 4, 2, 3), (2, 4, 2), 3), (3,)),
+    Case("ce square as called", CE, labelled((2, 3, 3), (2, 3), 3), (1,), as_called=True),
+    Case("ce square class_dim", CE, labelled((2, 3, 3), (2, 3), 3), (2,), class_dim=-1),
+    Case("ce middle class_dim", CE, labelled((2, 4, 3, 2), (2, 4, 2), 3), (2,), class_dim=2),
+    Case("ce weight", partial(CE, weight=W5), labelled((4, 5), (4,), 5), (1,)),
+    Case("ce weight tokens", partial(CE, weight=W5), labelled((4, 3, 5), (4, 3), 5), (2,)),
+    Case("ce ignore default", CE, labelled((4, 3, 5), (4, 3), 5, -100), (2,)),
+    Case("ce ignore class", partial(CE, ignore_index=1), labelled((6, 3), (6,), 3), (1,)),
+    Case("ce smoothing", partial(CE, label_smoothing=0.2), labelled((4, 5), (4,), 5), (1,)),
+    Case(
+        "ce everything",
+        partial(CE, weight=W3, label_smoothing=0.3, ignore_index=2),
+        labelled((4, 3, 5), (4, 5), 3, 2),
+        (1,),
+    ),
+    Case("ce probabilities", CE, soft(4, 5, axis=1), (1,)),
+    Case("ce probabilities single", CE, soft(5, axis=0), (0,)),
+    Case(
+        "ce probabilities image",
+        partial(CE, weight=W3, label_smoothing=0.1),
+        soft(2, 3, 2, 2, axis=1),
+        (1,),
+        as_called=True,
+    ),
+    Case("ce probabilities tokens", partial(CE, weight=W5), soft(2, 3, 5, axis=2), (2,), class_dim=2),
+    Case("mse", nn.MSELoss, pair(4, 3), (1,)),
+    Case("mse scalar outputs", nn.MSELoss, pair(4), ()),
+    Case("mse no axis", nn.MSELoss, pair(), ()),
+    Case("mse tokens", nn.MSELoss, pair(2, 3, 4), (2,)),
+    Case("mse image", nn.MSELoss, pair(2, 3, 2, 2), (3,)),
+    Case("mse image class_dim", nn.MSELoss, pair(2, 3, 2, 2), (1,), class_dim=1),
+]
+
+cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+def build(case: Case, reduction: str = "sum", copies: int = 1):
+    """Output, terms, and PyTorch's loss as a function of the output alone; the batch repeated ``copies`` times."""
+    output, target, *extra = (x.repeat(copies, *[1] * (x.ndim - 1)) if copies > 1 else x for x in case.batch(seeded(0)))
+    module = case.make(reduction=reduction)
+    terms = loss_for(module).terms(
+        output, target, *extra, class_dim=case.class_dim, as_called=case.as_called, check=True
+    )
+    if isinstance(module, CE) and output.ndim > 1:  # show the module the axis order it wants
+        target = target.movedim(case.class_axes, (1,)) if target.is_floating_point() else target
+
+        def reference(z: Tensor) -> Tensor:
+            return module(z.movedim(case.class_axes, (1,)), target, *extra)
+    else:
+
+        def reference(z: Tensor) -> Tensor:
+            return module(z, target, *extra)
+
+    return output, terms, reference
+
+
+def dense(matrix_like: Callable[[Tensor], Tensor], output: Tensor) -> Tensor:
+    """The matrix of a linear map on outputs, column by column."""
+    basis = torch.eye(output.numel(), dtype=output.dtype).reshape(-1, *output.shape)
+    return torch.stack([matrix_like(e).flatten() for e in basis], 1)
+
+
+def hessian(reference: Callable[[Tensor], Tensor], output: Tensor) -> Tensor:
+    # reverse over reverse: torch.func.hessian's forward mode cannot take mse_loss
+    return torch.func.jacrev(torch.func.grad(reference))(output).reshape(output.numel(), output.numel())
+
+
+def block_diagonal(case: Case, shape: torch.Size) -> Tensor:
+    """Which entries of the output's Hessian lie within one term."""
+    others = [axis for axis in range(len(shape)) if axis not in case.class_axes]
+    term = torch.arange(math.prod(shape[axis] for axis in others))
+    term = term.reshape([shape[axis] if axis in others else 1 for axis in range(len(shape))]).expand(shape).flatten()
+    return term[:, None] == term[None, :]
+
+
+@cases
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_value_is_that_of_the_module(case: Case, reduction: str) -> None:
+    output, terms, reference = build(case, reduction)
+    ours = terms.value() / terms.total if reduction == "mean" else terms.value()
+    torch.testing.assert_close(ours, reference(output).sum(), rtol=RTOL, atol=ATOL)
+    assert terms.reduction == reduction
+    assert terms.total.shape == ()
+
+
+@cases
+def test_value_is_differentiable(case: Case) -> None:
+    output, terms, reference = build(case)
+    leaf = output.clone().requires_grad_()
+    terms.output = leaf
+    (ours,) = torch.autograd.grad(terms.value(), leaf)
+    torch.testing.assert_close(ours, torch.func.grad(reference)(output), rtol=RTOL, atol=ATOL)
+
+
+@cases
+def test_gradient(case: Case) -> None:
+    output, terms, reference = build(case)
+    torch.testing.assert_close(terms.gradient(), torch.func.grad(reference)(output), rtol=RTOL, atol=ATOL)
+
+
+@cases
+def test_hessian_product(case: Case) -> None:
+    output, terms, reference = build(case)
+    H = hessian(reference, output)
+    torch.testing.assert_close(dense(terms.hessian_product, output), H, rtol=RTOL, atol=ATOL)
+    assert not (H != 0)[~block_diagonal(case, output.shape)].any()  # the terms are what the case says they are
+
+
+@cases
+def test_hessian_product_takes_leading_axes(case: Case) -> None:
+    output, terms, _ = build(case)
+    v = torch.randn(2, 3, *output.shape, dtype=F64, generator=seeded(1))
+    one_by_one = torch.stack([torch.stack([terms.hessian_product(b) for b in a]) for a in v])
+    torch.testing.assert_close(terms.hessian_product(v), one_by_one, rtol=RTOL, atol=ATOL)
+
+
+@cases
+def test_square_root(case: Case) -> None:
+    output, terms, reference = build(case)
+    columns = torch.stack([terms.sqrt_column(c).flatten() for c in range(terms.columns)], 1)
+    H = (columns @ columns.T) * block_diagonal(case, output.shape)
+    torch.testing.assert_close(H, hessian(reference, output), rtol=RTOL, atol=ATOL)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [case for case in CASES if 0 not in case.class_axes and case.name != "mse no axis"],
+    ids=lambda case: case.name,
+)
+def test_samples_have_the_hessian_as_covariance(case: Case) -> None:
+    output, _, reference = build(case)
+    H, draws = hessian(reference, output), 20_000
+    many = build(case, copies=draws)[1]  # the batch repeated: one call draws for all copies
+    v = many.sample(seeded(3)).reshape(draws, -1)
+    # Along random directions, which fix all of H, zeros between terms included; entries of their own are too
+    # heavy-tailed for a bound in standard errors.
+    directions = torch.randn(output.numel(), 40, dtype=F64, generator=seeded(4))
+    seen = v @ directions
+    expected = torch.einsum("id,ij,jd->d", directions, H, directions)
+    assert ((seen**2).mean(0) - expected).abs().le(5 * (seen**2).std(0) / draws**0.5).all()
+    assert seen.mean(0).abs().le(5 * seen.std(0) / draws**0.5).all()
+    assert (seen.std(0) > 0).all()
+
+
+@cases
+def test_rows_put_the_outputs_of_a_term_last(case: Case) -> None:
+    output, terms, _ = build(case)
+    examples = output.shape[0] if 0 not in case.class_axes and output.ndim else 1
+    classes = math.prod(output.shape[axis] for axis in case.class_axes)
+    rows = terms.rows(output)
+    assert terms.shape == rows.shape == (examples, output.numel() // (examples * classes), classes)
+    assert terms.columns == classes
+    assert terms.mask.shape == terms.shape[:2]
+    if case.class_axes and output.ndim > 1:
+        assert torch.equal(rows[-1].flatten(), output[-1].movedim(case.class_axes[0] - 1, -1).flatten())
+    assert torch.equal(terms.unrows(rows), output)
+    batch = torch.randn(2, 3, *output.shape, dtype=F64)
+    assert torch.equal(terms.rows(batch)[1, 2], terms.rows(batch[1, 2]))
+    assert torch.equal(terms.unrows(terms.rows(batch)), batch)
