@@ -1,0 +1,81 @@
+"""Structured linear operators and interchangeable solvers for them.
+
+Knows nothing of neural networks: curvature estimates come as operators, optimisers and posteriors ask for their powers.
+"""
+
+from solvers.auto import Auto
+from solvers.blocks import BlockDiagonal, Place, Segment
+from solvers.cholesky import Cholesky, CholeskyInverse
+from solvers.damping import Damping, FactoredTikhonov, Tikhonov
+from solvers.dense import Dense
+from solvers.diagonal import Diagonal, identity
+from solvers.eigen import Eigen
+from solvers.eigh import Eigh
+from solvers.errors import (
+    NonFiniteError,
+    NotConvergedError,
+    NotConvergedWarning,
+    NotPositiveDefiniteError,
+    NotSymmetricError,
+    SingularMatrixError,
+    SolverError,
+    StructureError,
+)
+from solvers.function import Function, from_scipy
+from solvers.kronecker import Kronecker
+from solvers.linear_operator import LinearOperator, Product, Scaled, Sum
+from solvers.power import diagonalize, power, solve
+from solvers.reshape import Reshape
+from solvers.shifted import Shifted
+from solvers.solver import BasisSolver, Solver
+from solvers.state import from_state, state, storable
+from solvers.submatrix import Submatrix
+
+__all__ = [
+    # Operators
+    "BlockDiagonal",
+    "CholeskyInverse",
+    "Dense",
+    "Diagonal",
+    "Eigen",
+    "Function",
+    "Kronecker",
+    "LinearOperator",
+    "Place",
+    "Product",
+    "Reshape",
+    "Scaled",
+    "Segment",
+    "Shifted",
+    "Submatrix",
+    "Sum",
+    "from_scipy",
+    "identity",
+    # Damping
+    "Damping",
+    "FactoredTikhonov",
+    "Tikhonov",
+    # Solvers
+    "Auto",
+    "BasisSolver",
+    "Cholesky",
+    "Eigh",
+    "Solver",
+    # Rules
+    "diagonalize",
+    "power",
+    "solve",
+    # State
+    "from_state",
+    "state",
+    "storable",
+    # Errors
+    "NonFiniteError",
+    "NotConvergedError",
+    "NotConvergedWarning",
+    "NotPositiveDefiniteError",
+    "NotSymmetricError",
+    "SingularMatrixError",
+    "SolverError",
+    "StructureError",
+]

@@ -1,0 +1,49 @@
+"""Checks whose verdict is read once: a hundred blocks cost one host synchronisation, and none slips through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+_Check = tuple[Tensor, Callable[[], Exception]]
+_pending: ContextVar[list[_Check] | None] = ContextVar("pending checks", default=None)
+
+
+def require(ok: Tensor, error: Callable[[], Exception]) -> None:
+    """Raise ``error()`` unless the 0-d boolean ``ok`` holds: at once, or at the end of :func:`checked`.
+
+    Args:
+        ok: 0-d boolean tensor on any device.
+        error: Builds the exception; called only on failure, so it may read values back from the device.
+    """
+    pending = _pending.get()
+    if pending is None:
+        if not bool(ok):
+            raise error()
+    else:
+        pending.append((ok, error))
+
+
+@contextmanager
+def checked() -> Iterator[None]:
+    """Gather every :func:`require` inside the block and look at all of them once, when the block ends.
+
+    Raises:
+        Exception: The error of the first check that fails.
+    """
+    checks: list[_Check] = []
+    token = _pending.set(checks)
+    try:
+        yield
+    finally:
+        _pending.reset(token)
+    if not checks:
+        return
+    device = checks[0][0].device
+    verdicts = torch.stack([ok.to(device) for ok, _ in checks])
+    if not bool(verdicts.all()):
+        raise checks[int(verdicts.logical_not().nonzero()[0])][1]()

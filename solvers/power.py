@@ -1,0 +1,187 @@
+"""Powers, eigenbases and solves by structure: only a leaf reaches the solver.
+
+Block-diagonal goes by block, Kronecker by factor, diagonal by entry, a known eigenbasis by its spectrum, a product by
+its inverses in reverse. A shift is absorbed where a structure can (``Dense + lam I`` is Dense), or goes through the
+eigenbases (Kronecker). What is left goes to the solver, which serves it or refuses; nothing becomes dense unasked.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from solvers.blocks import BlockDiagonal
+from solvers.checks import checked
+from solvers.dense import Dense
+from solvers.diagonal import Diagonal, identity
+from solvers.eigen import Eigen
+from solvers.eigh import Eigh
+from solvers.errors import StructureError
+from solvers.kronecker import Kronecker, outer
+from solvers.linear_operator import LinearOperator, Product, Scaled
+from solvers.reshape import Reshape
+from solvers.shifted import Shifted
+from solvers.solver import BasisSolver, Solver
+
+
+def power(
+    op: LinearOperator,
+    exponent: float,
+    solver: Solver | None = None,
+    previous: LinearOperator | None = None,
+    *,
+    dense: bool = False,
+) -> LinearOperator:
+    """``op ** exponent``, keeping the structure of ``op``.
+
+    Args:
+        op: Square operator; symmetric unless the exponent is -1 and the solver takes others.
+        exponent: Any real number that the solver serves.
+        solver: What to do with the leaves; by default :class:`~solvers.Auto`, the exact solver that fits each.
+        previous: An earlier result for a nearby operator of the same structure, for warm starts.
+        dense: True to form the dense matrix of a leaf that the solver does not serve, instead of refusing.
+
+    Returns:
+        Operator of the same shapes. Half precision is answered in float32.
+
+    Raises:
+        StructureError: If there is no rule for the structure.
+        SolverError: If the numbers do not allow a right answer; each subclass says why.
+    """
+    if op.in_shape != op.out_shape:
+        raise StructureError(f"{op!r} is not square: it has no powers. LSMR() solves least squares with rectangles.")
+    if solver is None:
+        from solvers.auto import Auto
+
+        solver = Auto()
+    with checked():
+        return _power(op, exponent, solver, previous, dense)
+
+
+def _power(
+    op: LinearOperator, exponent: float, solver: Solver, previous: LinearOperator | None, dense: bool
+) -> LinearOperator:
+    def part(op: LinearOperator, previous: LinearOperator | None = None) -> LinearOperator:
+        return _power(op, exponent, solver, previous, dense)
+
+    match op:
+        case BlockDiagonal():
+            parts = _parts(previous, BlockDiagonal, "blocks", len(op.blocks))
+            return BlockDiagonal(tuple(map(part, op.blocks, parts)), op.places, op.size)
+        case Kronecker():
+            return Kronecker(*map(part, op.factors, _parts(previous, Kronecker, "factors", len(op.factors))))
+        case Diagonal():
+            return Diagonal(solver.spectral_power(op.values, exponent, op))
+        case Eigen():
+            return Eigen(op.basis, solver.spectral_power(op.values, exponent, op))
+        case Scaled():
+            scalar = torch.as_tensor(op.scalar, dtype=op.dtype, device=op.device)
+            return part(op.op, previous).scale(solver.spectral_power(scalar, exponent, op))
+        case Product() if exponent == -1 and all(factor.in_shape == factor.out_shape for factor in op.factors):
+            return Product(tuple(part(factor) for factor in reversed(op.factors)))
+        case Shifted(op=Kronecker() as product) if isinstance(solver, BasisSolver):
+            basis, products = _basis(product, solver, previous.basis if isinstance(previous, Eigen) else None)
+            values = (products + op.lam).flatten(len(product.stack))
+            return Eigen(basis, solver.computed_power(values, exponent, op).reshape(products.shape))
+        case Shifted():
+            absorbed = _absorb(op)
+            if not isinstance(absorbed, Shifted):
+                return part(absorbed, previous)
+    if dense and not isinstance(op, (*solver.needs, Dense)):
+        flat = Reshape(op.in_shape, (op.shape[0],), op.dtype, op.device)
+        return flat.adjoint() @ part(Dense(op.to_dense())) @ flat
+    if isinstance(op, Shifted) and isinstance(op.op, Kronecker) and not isinstance(op, solver.needs):
+        lam = f"{float(op.lam):g}"
+        raise StructureError(
+            f"{type(solver).__name__} cannot invert {op.op!r} + {lam} I: the sum has no Kronecker inverse. "
+            f"Use Eigh() for the exact inverse or FactoredTikhonov({lam})."
+        )
+    return solver.power(op, exponent, previous)
+
+
+def diagonalize(
+    op: LinearOperator, solver: BasisSolver | None = None, previous: LinearOperator | None = None
+) -> LinearOperator:
+    """The operator by its eigenvalues and eigenvectors.
+
+    Args:
+        op: Symmetric operator made of Dense, Diagonal, Kronecker, Eigen, multiples, shifts and blocks of these.
+        solver: Finds the bases of the matrices; by default :class:`~solvers.Eigh`.
+        previous: An earlier result for a nearby operator; :class:`~solvers.Subspace` starts from its basis.
+
+    Returns:
+        An :class:`~solvers.Eigen` (for block-diagonal operators: a BlockDiagonal of them). Factors of a Kronecker
+        product keep their own basis, in the order of the factors; eigenvalues ascend within a matrix.
+
+    Raises:
+        StructureError: If there is no rule for the structure.
+        NotSymmetricError, NonFiniteError: If the numbers do not allow it.
+    """
+    with checked():
+        return _diagonalize(op, Eigh() if solver is None else solver, previous)
+
+
+def _diagonalize(op: LinearOperator, solver: BasisSolver, previous: LinearOperator | None) -> LinearOperator:
+    match op:
+        case Eigen():
+            return op
+        case BlockDiagonal():
+            parts = _parts(previous, BlockDiagonal, "blocks", len(op.blocks))
+            blocks = (_diagonalize(block, solver, part) for block, part in zip(op.blocks, parts, strict=True))
+            return BlockDiagonal(tuple(blocks), op.places, op.size)
+        case Scaled():
+            return _diagonalize(op.op, solver, previous).scale(op.scalar)
+        case Shifted():
+            return _diagonalize(op.op, solver, previous).shift(op.lam)
+    return Eigen(*_basis(op, solver, previous.basis if isinstance(previous, Eigen) else None))
+
+
+def _basis(op: LinearOperator, solver: BasisSolver, previous: LinearOperator | None) -> tuple[LinearOperator, Tensor]:
+    """Basis and eigenvalues of a matrix, a diagonal, or a Kronecker product of what has a basis."""
+    match op:
+        case Eigen():
+            return op.basis, op.values
+        case Diagonal():
+            return identity(op.in_shape, op.dtype, op.device), op.values
+        case Kronecker():
+            parts = _parts(previous, Kronecker, "factors", len(op.factors))
+            pairs = [_basis(factor, solver, part) for factor, part in zip(op.factors, parts, strict=True)]
+            return Kronecker(*(basis for basis, _ in pairs)), outer(values for _, values in pairs)
+        case Shifted() if not isinstance(absorbed := _absorb(op), Shifted):
+            return _basis(absorbed, solver, previous)
+        case Dense():
+            spectrum, vectors = solver.basis(op, previous.matrix if isinstance(previous, Dense) else None)
+            return Dense(vectors), spectrum
+    raise StructureError(
+        f"{op!r} has no eigenbasis by structure. Use solvers.eigsh(op) for some eigenpairs, or Dense(op.to_dense()) if "
+        "the matrix is small."
+    )
+
+
+def solve(op: LinearOperator, b: Tensor, solver: Solver | None = None) -> Tensor:
+    """``op ** -1 @ b`` for right-hand sides ``b (*batch, *out_shape)``.
+
+    Factorises once per call; keep ``op.inverse(solver=...)`` to solve again with the same operator.
+
+    Raises:
+        SolverError: As :func:`power`.
+    """
+    return power(op, -1, solver) @ b
+
+
+def _absorb(op: Shifted) -> LinearOperator:
+    """``A + lam I`` in the structure of A where there is one, else as it is."""
+    if isinstance(op.op, Dense):
+        return op.op.add_diagonal(op.lam)
+    return op.op.shift(op.lam)
+
+
+def absorb_shift(op: Shifted) -> LinearOperator:
+    """``A + lam I`` with an exact structure: as A has it, or through the eigenbases of a Kronecker product."""
+    return diagonalize(op) if isinstance(op.op, Kronecker) else _absorb(op)
+
+
+def _parts(previous: LinearOperator | None, kind: type, field: str, count: int) -> tuple[LinearOperator | None, ...]:
+    """The parts of an earlier result, or as many None if it has another structure."""
+    parts = getattr(previous, field) if isinstance(previous, kind) else ()
+    return parts if len(parts) == count else (None,) * count
