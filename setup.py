@@ -13,8 +13,10 @@ DEMO = [*PLOT, "scikit-learn>=1.4"]
 LAPLACE = ["laplace-torch>=0.3"]
 DEV = [
     *DEMO,
+    *LAPLACE,
     "hypothesis>=6.100",
     "mypy>=1.11",
+    "peft>=0.12",
     "pre-commit>=3.7",
     "pytest>=8.2",
     "pytest-timeout>=2.3",

@@ -1,0 +1,60 @@
+# Every target starts from a machine that has only Python >= 3.11 and make.
+# PYTHON=... chooses the interpreter, MARK="not slow" some of the tests, ARGS=... anything else for pytest.
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PACKAGES := precond curvature solvers
+JOBS ?= 2
+
+.PHONY: help install demo test lint types format
+
+help:
+	@echo "make install   create $(VENV) and install precond with pinned versions"
+	@echo "make demo      train the demo models and print what came out"
+	@echo "make test      run the tests (MARK='not slow' for some of them)"
+	@echo "make lint      check style and format"
+	@echo "make types     check types"
+	@echo "make format    mend style and format"
+
+install: $(STAMP)
+
+demo: install
+	$(BIN)/python -m precond demo
+
+# One thread for each of the processes: more of them would only wait for each other.
+test: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(if $(MARK),-m "$(MARK)") $(ARGS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/mypy $(PACKAGES)
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Torch goes first and with what it needs, so that the index decides which build (CPU, CUDA) this exact version means.
+# The rest is listed in full, so nothing is left to resolve.
+$(STAMP): setup.py constraints.txt | $(BIN)/python
+	$(PIP) -c constraints.txt "$$(grep '^torch==' constraints.txt)"
+	$(PIP) --no-deps -r constraints.txt
+	$(PIP) --no-deps -e .
+	@touch $@
+
+# Candidates are run, not just looked up: a version manager's shim may exist for a Python that does not.
+CANDIDATES := $(or $(PYTHON),python3.11 python3.12 python3.13 python3)
+$(BIN)/python:
+	@for python in $(CANDIDATES); do \
+	  if $$python -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	    echo "Creating $(VENV) with $$($$python --version)"; \
+	    exec $$python -m venv $(VENV); \
+	  fi; \
+	done; \
+	echo "error: precond needs Python >= 3.11 with the venv module; tried: $(CANDIDATES)." \
+	  "Install one (Debian: python3 and python3-venv) or name it: make PYTHON=/path/to/python3.11" >&2; \
+	exit 1
