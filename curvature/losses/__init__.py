@@ -1,9 +1,14 @@
 """Losses as objects: value, gradient, Hessian product, Hessian root and samples with respect to the model's output."""
 
+from curvature.losses.binary import BinaryCrossEntropy, BinaryCrossEntropyOnProbabilities
 from curvature.losses.cross_entropy import CrossEntropy
 from curvature.losses.elementwise import ElementwiseLoss
 from curvature.losses.errors import AmbiguousClassAxisError, NoCurvatureError, NonFiniteLossError, UnknownLossError
+from curvature.losses.gaussian import GaussianNLL
+from curvature.losses.linear import L1, NLL, KLDivergence
 from curvature.losses.loss import Loss, loss_for, register_loss
+from curvature.losses.poisson import PoissonNLL
+from curvature.losses.robust import Huber, SmoothL1
 from curvature.losses.squared_error import SquaredError
 from curvature.losses.terms import Layout, Terms
 
@@ -14,10 +19,22 @@ __all__ = [
     "Layout",
     "loss_for",
     "register_loss",
-    # the losses
+    # classes
     "CrossEntropy",
-    "ElementwiseLoss",
+    "BinaryCrossEntropy",
+    "BinaryCrossEntropyOnProbabilities",
+    # numbers
     "SquaredError",
+    "GaussianNLL",
+    "PoissonNLL",
+    "Huber",
+    "SmoothL1",
+    # linear in the output: gradients only
+    "NLL",
+    "L1",
+    "KLDivergence",
+    # write your own
+    "ElementwiseLoss",
     # what can be wrong
     "AmbiguousClassAxisError",
     "NoCurvatureError",

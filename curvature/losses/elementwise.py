@@ -19,9 +19,18 @@ class ElementwiseLoss(Loss):
     Subclasses write :meth:`value`, :meth:`slope` and :meth:`curvature` on tensors of the output's shape, in float32 at
     least. Terms lie along the last axis (an output ``(N,)`` has one output per example); a mean loss divides by the
     number of entries. Targets must have the output's shape: nothing is broadcast.
+
+    Attributes:
+        convex: Whether the curvature is never negative for the targets that :meth:`check_values` lets pass. If not
+            known, it is looked at before a root is taken, which waits for the device.
     """
 
-    hessian_is_fisher: bool = False
+    convex: bool = False
+
+    @property
+    def hessian_is_fisher(self) -> bool:
+        """See :class:`Terms`."""
+        return False
 
     @abstractmethod
     def value(self, z: Tensor, y: Tensor, *extra: Tensor) -> Tensor:
@@ -33,20 +42,24 @@ class ElementwiseLoss(Loss):
 
     @abstractmethod
     def curvature(self, z: Tensor, y: Tensor, *extra: Tensor) -> Tensor:
-        r""":math:`\partial^2 \ell / \partial z^2`, not negative."""
+        r""":math:`\partial^2 \ell / \partial z^2`; raises NoCurvatureError for losses that have none."""
 
     def draw(self, z: Tensor, y: Tensor, *extra: Tensor, generator: torch.Generator) -> Tensor:
         """A draw per entry with mean zero and variance :meth:`curvature`; normal unless the likelihood is another."""
         normal = noise(z.shape, z, generator).normal_(generator=generator).to(z.device)
         return self.curvature(z, y, *extra).sqrt() * normal
 
+    def total(self, mask: Tensor, outputs: int) -> Tensor:
+        """Divisor of a mean loss, for a mask ``(N, R)`` of terms with ``outputs`` outputs each."""
+        return mask.sum() * outputs
+
     def prepare(self, output: Tensor, *extra: Tensor) -> tuple[Tensor, ...]:
-        """Further arguments of the loss, checked and in the output's shape."""
+        """Further arguments of the loss, checked and in the output's shape and dtype (float32 at least)."""
         self._no_extra(extra)
         return ()
 
-    def check_target(self, target: Tensor) -> None:
-        """Refuse target values that the loss is not made for. May wait for the device."""
+    def check_values(self, output: Tensor, target: Tensor, *extra: Tensor) -> None:
+        """Refuse values that the loss is not made for. May wait for the device."""
 
     def terms(
         self,
@@ -72,7 +85,7 @@ class ElementwiseLoss(Loss):
         layout = _layout(output, class_dim)
         valid = layout.valid(mask, output.device)
         if check:
-            self.check_target(target)
+            self.check_values(output.detach(), target, *extra)
         y = widen(target.detach()).to(widen(output.new_empty(0)))
         terms = ElementwiseTerms(self, output, y, self.prepare(output, *extra), layout, valid)
         if check:
@@ -101,20 +114,11 @@ class ElementwiseTerms(Terms):
         layout: Layout,
         mask: Tensor,
     ) -> None:
-        total = (mask.sum() * layout.shape[2]).to(target.dtype)
+        total = loss.total(mask, layout.shape[2]).to(target.dtype)
         super().__init__(output, layout, mask, total, loss.reduction)
         self.hessian_is_fisher = loss.hessian_is_fisher
         self._loss = loss
         self._given = (target, *extra)
-
-    def check(self) -> None:
-        """Refuse batches without a term that counts, and Hessians that are not positive semi-definite."""
-        super().check()
-        if not (self._curvature >= 0).all():
-            raise NoCurvatureError(
-                f"{self._loss!r} has a negative or undefined second derivative ({self._curvature.min().item()}) at "
-                "this output: the Gauss-Newton matrix is not positive semi-definite. Check targets and weights."
-            )
 
     def values(self) -> Tensor:
         """``l_t (N, R)``."""
@@ -134,6 +138,7 @@ class ElementwiseTerms(Terms):
     @torch.no_grad()
     def sqrt_column(self, c: int) -> Tensor:
         """The root of the curvature of output ``c``, zero for the others."""
+        self._refuse_indefinite()
         column = torch.zeros(self.shape, dtype=self._curvature.dtype, device=self._curvature.device)
         column[..., c] = self.rows(self._curvature)[..., c].sqrt()
         return self._out(column)
@@ -141,6 +146,7 @@ class ElementwiseTerms(Terms):
     @torch.no_grad()
     def sample(self, generator: torch.Generator) -> Tensor:
         """A draw per entry."""
+        self._refuse_indefinite()
         return self._masked(self._loss.draw(self._z, *self._given, generator=generator)).to(self.output.dtype)
 
     @property
@@ -151,6 +157,15 @@ class ElementwiseTerms(Terms):
     def _curvature(self) -> Tensor:
         with torch.no_grad():
             return self._masked(self._loss.curvature(self._z, *self._given))
+
+    def _refuse_indefinite(self) -> None:
+        if not self._loss.convex and not (self._curvature >= 0).all():
+            raise NoCurvatureError(
+                f"{self._loss!r} has a negative or undefined second derivative (smallest: "
+                f"{self._curvature.min().item():.3g}) at this output, so its Gauss-Newton matrix is not positive "
+                "semi-definite and has no root and no samples. Its products (hessian_product) are exact; "
+                "fisher='empirical' works."
+            )
 
     def _masked(self, x: Tensor) -> Tensor:
         entries = self.unrows(self.mask.unsqueeze(-1).expand(self.shape))

@@ -17,6 +17,7 @@ class SquaredError(ElementwiseLoss):
     :math:`2 I / (N C)`. Up to the factor 2 this is the Fisher information of a normal likelihood of unit variance.
     """
 
+    convex = True
     hessian_is_fisher = True
 
     def value(self, z: Tensor, y: Tensor, *extra: Tensor) -> Tensor:

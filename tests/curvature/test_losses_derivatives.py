@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from curvature.losses import loss_for
+from curvature.losses import NoCurvatureError, loss_for
 
 F64 = torch.float64
 RTOL, ATOL = 1e-12, 1e-12
@@ -30,6 +30,7 @@ class Case:
     class_axes: tuple[int, ...]
     class_dim: int | None = None
     as_called: bool = False
+    hessian_rtol: float = RTOL
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -59,9 +60,32 @@ def pair(*shape: int):
     return lambda g: (randn(*shape, generator=g), randn(*shape, generator=g))
 
 
+def unit(*shape: int, outputs: bool = False):
+    """Targets, and outputs where they are probabilities, in (0, 1); a few targets at its ends."""
+
+    def batch(g: torch.Generator) -> tuple[Tensor, Tensor]:
+        output, target = randn(*shape, generator=g), randn(*shape, generator=g).sigmoid()
+        target.view(-1)[:2] = torch.tensor([0.0, 1.0])
+        return output.sigmoid() if outputs else output, target
+
+    return batch
+
+
+def positive(*shape: int, outputs: bool = False):
+    def batch(g: torch.Generator) -> tuple[Tensor, Tensor]:
+        output, target = randn(*shape, generator=g), 3 * randn(*shape, generator=g).abs()
+        return output.abs() + 0.1 if outputs else output, target
+
+    return batch
+
+
+def with_variance(*shape: int, variance: tuple[int, ...]):
+    return lambda g: (randn(*shape, generator=g), randn(*shape, generator=g), randn(*variance, generator=g) ** 2)
+
+
 W3 = torch.tensor([0.3, 2.0, 1.1], dtype=F64)
 W5 = torch.tensor([0.3, 2.0, 1.1, 0.0, 0.7], dtype=F64)
-CE = nn.CrossEntropyLoss
+CE, BCE = nn.CrossEntropyLoss, nn.BCEWithLogitsLoss
 
 CASES = [
     Case("ce", CE, labelled((4, 5), (4,), 5), (1,)),
@@ -100,8 +124,36 @@ CASES = [
     Case("mse tokens", nn.MSELoss, pair(2, 3, 4), (2,)),
     Case("mse image", nn.MSELoss, pair(2, 3, 2, 2), (3,)),
     Case("mse image class_dim", nn.MSELoss, pair(2, 3, 2, 2), (1,), class_dim=1),
+    Case("bce", BCE, unit(4, 3), (1,)),
+    Case("bce scalar outputs", BCE, unit(4), ()),
+    Case("bce weight", partial(BCE, weight=W3), unit(4, 3), (1,)),
+    Case("bce pos_weight", partial(BCE, pos_weight=W3), unit(2, 4, 3), (2,)),
+    Case("bce image", partial(BCE, pos_weight=W3[:, None, None], weight=W3[:2]), unit(2, 3, 2, 2), (1,), class_dim=1),
+    # PyTorch's second derivative of BCELoss adds 1e-12 to its denominators p (1 - p)
+    Case("bce probabilities", partial(nn.BCELoss, weight=W3), unit(4, 3, outputs=True), (1,), hessian_rtol=1e-10),
+    Case("poisson", nn.PoissonNLLLoss, positive(4, 3), (1,)),
+    Case("poisson full", partial(nn.PoissonNLLLoss, full=True), positive(4, 3), (1,)),
+    Case("poisson rate", partial(nn.PoissonNLLLoss, log_input=False, eps=0.1), positive(4, 3, outputs=True), (1,)),
+    Case("gaussian", nn.GaussianNLLLoss, with_variance(4, 3, variance=(4, 3)), (1,)),
+    Case("gaussian scalar outputs", nn.GaussianNLLLoss, with_variance(4, variance=(4,)), ()),
+    Case("gaussian full", partial(nn.GaussianNLLLoss, full=True), with_variance(2, 4, 3, variance=(2, 4)), (2,)),
+    Case("gaussian eps", partial(nn.GaussianNLLLoss, eps=0.5), with_variance(4, 3, variance=(4, 1)), (1,)),
+    Case("huber", partial(nn.HuberLoss, delta=0.7), pair(4, 3), (1,)),
+    Case("smooth l1", partial(nn.SmoothL1Loss, beta=0.7), pair(2, 4, 3), (2,)),
 ]
 
+LINEAR = [
+    Case("nll", nn.NLLLoss, labelled((4, 5), (4,), 5), (1,)),
+    Case("nll single", nn.NLLLoss, labelled((5,), (), 5), (0,)),
+    Case("nll everything", partial(nn.NLLLoss, weight=W3, ignore_index=1), labelled((4, 3, 5), (4, 5), 3, 1), (1,)),
+    Case("nll class last", partial(nn.NLLLoss, weight=W5), labelled((4, 3, 5), (4, 3), 5, -100), (2,)),
+    Case("l1", nn.L1Loss, pair(4, 3), (1,)),
+    Case("smooth l1 without beta", partial(nn.SmoothL1Loss, beta=0.0), pair(4, 3), (1,)),
+    Case("kl", nn.KLDivLoss, positive(4, 3), (1,)),
+    Case("kl log target", partial(nn.KLDivLoss, log_target=True), pair(4, 3), (1,)),
+]
+
+derivable = pytest.mark.parametrize("case", CASES + LINEAR, ids=lambda case: case.name)
 cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
@@ -112,7 +164,7 @@ def build(case: Case, reduction: str = "sum", copies: int = 1):
     terms = loss_for(module).terms(
         output, target, *extra, class_dim=case.class_dim, as_called=case.as_called, check=True
     )
-    if isinstance(module, CE) and output.ndim > 1:  # show the module the axis order it wants
+    if isinstance(module, (CE, nn.NLLLoss)) and output.ndim > 1:  # show the module the axis order it wants
         target = target.movedim(case.class_axes, (1,)) if target.is_floating_point() else target
 
         def reference(z: Tensor) -> Tensor:
@@ -144,7 +196,8 @@ def block_diagonal(case: Case, shape: torch.Size) -> Tensor:
     return term[:, None] == term[None, :]
 
 
-@cases
+@pytest.mark.filterwarnings("ignore:reduction. 'mean' divides")  # KLDivLoss advises batchmean
+@derivable
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_value_is_that_of_the_module(case: Case, reduction: str) -> None:
     output, terms, reference = build(case, reduction)
@@ -154,7 +207,7 @@ def test_value_is_that_of_the_module(case: Case, reduction: str) -> None:
     assert terms.total.shape == ()
 
 
-@cases
+@derivable
 def test_value_is_differentiable(case: Case) -> None:
     output, terms, reference = build(case)
     leaf = output.clone().requires_grad_()
@@ -163,7 +216,7 @@ def test_value_is_differentiable(case: Case) -> None:
     torch.testing.assert_close(ours, torch.func.grad(reference)(output), rtol=RTOL, atol=ATOL)
 
 
-@cases
+@derivable
 def test_gradient(case: Case) -> None:
     output, terms, reference = build(case)
     torch.testing.assert_close(terms.gradient(), torch.func.grad(reference)(output), rtol=RTOL, atol=ATOL)
@@ -173,7 +226,7 @@ def test_gradient(case: Case) -> None:
 def test_hessian_product(case: Case) -> None:
     output, terms, reference = build(case)
     H = hessian(reference, output)
-    torch.testing.assert_close(dense(terms.hessian_product, output), H, rtol=RTOL, atol=ATOL)
+    torch.testing.assert_close(dense(terms.hessian_product, output), H, rtol=case.hessian_rtol, atol=ATOL)
     assert not (H != 0)[~block_diagonal(case, output.shape)].any()  # the terms are what the case says they are
 
 
@@ -190,7 +243,7 @@ def test_square_root(case: Case) -> None:
     output, terms, reference = build(case)
     columns = torch.stack([terms.sqrt_column(c).flatten() for c in range(terms.columns)], 1)
     H = (columns @ columns.T) * block_diagonal(case, output.shape)
-    torch.testing.assert_close(H, hessian(reference, output), rtol=RTOL, atol=ATOL)
+    torch.testing.assert_close(H, hessian(reference, output), rtol=case.hessian_rtol, atol=ATOL)
 
 
 @pytest.mark.parametrize(
@@ -213,7 +266,7 @@ def test_samples_have_the_hessian_as_covariance(case: Case) -> None:
     assert (seen.std(0) > 0).all()
 
 
-@cases
+@derivable
 def test_rows_put_the_outputs_of_a_term_last(case: Case) -> None:
     output, terms, _ = build(case)
     examples = output.shape[0] if 0 not in case.class_axes and output.ndim else 1
@@ -228,3 +281,23 @@ def test_rows_put_the_outputs_of_a_term_last(case: Case) -> None:
     batch = torch.randn(2, 3, *output.shape, dtype=F64)
     assert torch.equal(terms.rows(batch)[1, 2], terms.rows(batch[1, 2]))
     assert torch.equal(terms.unrows(terms.rows(batch)), batch)
+
+
+@pytest.mark.parametrize("case", LINEAR, ids=lambda case: case.name)
+def test_losses_linear_in_the_output_refuse_curvature(case: Case) -> None:
+    output, terms, _ = build(case)
+    for question in (
+        lambda: terms.hessian_product(output),
+        lambda: terms.sqrt_column(0),
+        lambda: terms.sample(seeded(0)),
+    ):
+        with pytest.raises(NoCurvatureError, match=r"linear in the .*output.*Use .*fisher='empirical'"):
+            question()
+
+
+def test_kl_batchmean_divides_by_the_number_of_examples() -> None:
+    output, target = positive(4, 2, 3)(seeded(0))
+    module = nn.KLDivLoss(reduction="batchmean")
+    terms = loss_for(module).terms(output, target, check=True)
+    assert terms.reduction == "mean"
+    torch.testing.assert_close(terms.value() / terms.total, module(output, target), rtol=RTOL, atol=ATOL)

@@ -1,0 +1,141 @@
+"""Losses that are linear in the model's output: value and gradient, but no curvature to take a Gauss-Newton step with.
+
+Their Hessian with respect to the output is zero, so the Gauss-Newton matrix would be zero whatever the model does. That
+is never what a user wants; every question about it is refused with the way out. The empirical Fisher needs gradients
+only and works.
+"""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from curvature.losses.classes import Labels, class_layout, class_weights, read_labels
+from curvature.losses.elementwise import ElementwiseLoss
+from curvature.losses.errors import NoCurvatureError
+from curvature.losses.loss import Loss, register_loss
+from curvature.losses.terms import Layout, Terms, widen
+
+
+def _refuse(name: str, remedy: str) -> NoReturn:
+    raise NoCurvatureError(
+        f"{name} is linear in the model's output, so its Hessian and Gauss-Newton matrix there are zero. {remedy}, or "
+        "use fisher='empirical', which needs gradients only."
+    )
+
+
+@register_loss(nn.L1Loss)
+class L1(ElementwiseLoss):
+    r"""``nn.L1Loss``: :math:`\ell = |z - y|`; no curvature."""
+
+    def value(self, z: Tensor, y: Tensor, *extra: Tensor) -> Tensor:
+        """``|z - y|``."""
+        return (z - y).abs()
+
+    def slope(self, z: Tensor, y: Tensor, *extra: Tensor) -> Tensor:
+        """``sign(z - y)``."""
+        return (z - y).sign()
+
+    def curvature(self, z: Tensor, y: Tensor, *extra: Tensor) -> Tensor:
+        """Refused."""
+        _refuse("nn.L1Loss", "Use nn.HuberLoss or nn.SmoothL1Loss with a small threshold")
+
+
+@register_loss(nn.KLDivLoss)
+class KLDivergence(ElementwiseLoss):
+    r"""``nn.KLDivLoss`` on log-probabilities ``z``: :math:`\ell = y (\log y - z)`; no curvature.
+
+    ``reduction="batchmean"`` divides by the number of examples.
+    """
+
+    @property
+    def reduction(self) -> str:
+        """``"batchmean"`` is a mean with another divisor."""
+        return "mean" if self.loss_fn.reduction == "batchmean" else super().reduction
+
+    def total(self, mask: Tensor, outputs: int) -> Tensor:
+        """The number of entries, or of examples with a term that counts."""
+        return mask.any(1).sum() if self.loss_fn.reduction == "batchmean" else super().total(mask, outputs)
+
+    def value(self, z: Tensor, y: Tensor, *extra: Tensor) -> Tensor:
+        """``y (log y - z)``."""
+        return y.exp() * (y - z) if self.loss_fn.log_target else torch.xlogy(y, y) - y * z
+
+    def slope(self, z: Tensor, y: Tensor, *extra: Tensor) -> Tensor:
+        """``-y``."""
+        return -y.exp() if self.loss_fn.log_target else -y
+
+    def curvature(self, z: Tensor, y: Tensor, *extra: Tensor) -> Tensor:
+        """Refused."""
+        _refuse("nn.KLDivLoss", "Use nn.CrossEntropyLoss on logits with class probabilities as targets")
+
+
+class NLLTerms(Terms):
+    r"""Terms :math:`l_t = -w_{y_t} z_{t y_t}`: linear in the log-probabilities ``z``.
+
+    Args:
+        output: Log-probabilities.
+        layout: Place of the class axis.
+        labels: Class of each term, its weight, and which terms count.
+        reduction: Of the user's loss.
+    """
+
+    def __init__(self, output: Tensor, layout: Layout, labels: Labels, reduction: str) -> None:
+        super().__init__(output, layout, labels.mask, labels.weight.sum(), reduction)
+        self._labels = labels
+
+    def values(self) -> Tensor:
+        """``l_t (N, R)``."""
+        log_p = self.rows(widen(self.output)).gather(-1, self._labels.index.unsqueeze(-1)).squeeze(-1)
+        return -self._labels.weight * log_p
+
+    @torch.no_grad()
+    def gradient(self) -> Tensor:
+        """``-w_y e_y``."""
+        rows = torch.zeros(self.shape, dtype=self.total.dtype, device=self.total.device)
+        return self._out(rows.scatter(-1, self._labels.index.unsqueeze(-1), -self._labels.weight.unsqueeze(-1)))
+
+    def hessian_product(self, v: Tensor) -> Tensor:
+        """Refused."""
+        self._refuse()
+
+    def sqrt_column(self, c: int) -> Tensor:
+        """Refused."""
+        self._refuse()
+
+    def sample(self, generator: torch.Generator) -> Tensor:
+        """Refused."""
+        self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        _refuse("nn.NLLLoss", "Use nn.CrossEntropyLoss on logits, which is the same loss with the log-softmax inside")
+
+
+@register_loss(nn.NLLLoss)
+class NLL(Loss):
+    """``nn.NLLLoss`` on log-probabilities, with class weights and ``ignore_index``; no curvature."""
+
+    def terms(
+        self,
+        output: Tensor,
+        target: Tensor,
+        *extra: Tensor,
+        class_dim: int | None = None,
+        mask: Tensor | None = None,
+        as_called: bool = False,
+        check: bool = False,
+    ) -> NLLTerms:
+        """See :meth:`Loss.terms`."""
+        self._no_extra(extra)
+        if target.is_floating_point():
+            raise ValueError(f"nn.NLLLoss takes class indices, got a target of dtype {target.dtype}.")
+        layout = class_layout(output, target, class_dim, as_called)
+        valid = layout.valid(mask, output.device)
+        weight = class_weights(self.loss_fn.weight, layout.shape[2], widen(output.new_empty(0)), check)
+        labels = read_labels(target, layout, valid, weight, self.loss_fn.ignore_index, check)
+        terms = NLLTerms(output, layout, labels, self.reduction)
+        if check:
+            terms.check()
+        return terms
