@@ -39,8 +39,16 @@ def checked() -> Iterator[None]:
     token = _pending.set(checks)
     try:
         yield
+    except RuntimeError:
+        # Torch may stumble over what a check has already found; the check explains it better.
+        _raise_first_failure(checks)
+        raise
     finally:
         _pending.reset(token)
+    _raise_first_failure(checks)
+
+
+def _raise_first_failure(checks: list[_Check]) -> None:
     if not checks:
         return
     device = checks[0][0].device

@@ -14,6 +14,7 @@ from solvers.linear_operator import LinearOperator
 Mode = Literal["plain", "absolute", "clamped"]
 MODES: tuple[str, ...] = get_args(Mode)
 
+_SOURCE = "Leave the batch that caused it out of the statistics."
 _MENDS = "Use more damping, Eigh('clamped') or float64."
 
 
@@ -46,9 +47,12 @@ def computed_power(values: Tensor, exponent: float, op: LinearOperator, mode: Mo
 
 
 def _checked_power(values: Tensor, exponent: float, op: LinearOperator, noise: Tensor) -> Tensor:
+    require(
+        torch.isfinite(values).all(), lambda: NonFiniteError(f"{op!r} has NaN or infinity in its spectrum. {_SOURCE}")
+    )
     if exponent < 0:
         require(
-            torch.isnan(values).any() | (values.abs() > noise).all(),
+            (values.abs() > noise).all(),
             lambda: SingularMatrixError(
                 f"{op!r} is singular: its smallest eigenvalue in magnitude, {float(values.abs().min()):.3g}, cannot be "
                 f"told from zero beside {float(values.abs().max()):.3g} in {values.dtype}. {_MENDS}"
@@ -64,10 +68,6 @@ def _checked_power(values: Tensor, exponent: float, op: LinearOperator, noise: T
     result = values**exponent
     require(
         torch.isfinite(result).all(),
-        lambda: NonFiniteError(
-            f"{op!r} has NaN or infinity in its spectrum."
-            if not torch.isfinite(values).all()
-            else f"{op!r} ** {exponent:g} overflows {values.dtype}. Use float64 or more damping."
-        ),
+        lambda: NonFiniteError(f"{op!r} ** {exponent:g} overflows {values.dtype}. Use float64 or more damping."),
     )
     return result
