@@ -1,5 +1,6 @@
 """Losses as objects: value, gradient, Hessian product, Hessian root and samples with respect to the model's output."""
 
+from curvature.losses.autograd import AutogradLoss
 from curvature.losses.binary import BinaryCrossEntropy, BinaryCrossEntropyOnProbabilities
 from curvature.losses.cross_entropy import CrossEntropy
 from curvature.losses.elementwise import ElementwiseLoss
@@ -35,6 +36,7 @@ __all__ = [
     "KLDivergence",
     # write your own
     "ElementwiseLoss",
+    "AutogradLoss",
     # what can be wrong
     "AmbiguousClassAxisError",
     "NoCurvatureError",

@@ -26,12 +26,7 @@ def class_layout(output: Tensor, target: Tensor, class_dim: int | None, as_calle
     if output.numel() == 0 or rank == 0:
         raise ValueError(f"The output has shape {tuple(shape)}: there is no example in it. Skip empty batches.")
     if class_dim is not None:
-        if not -rank <= class_dim < rank or (rank > 1 and class_dim % rank == 0):
-            raise ValueError(
-                f"class_dim={class_dim} is no class axis of an output of shape {tuple(shape)}: expected an axis from "
-                f"1 to {rank - 1} (the first axis counts examples)."
-            )
-        axes = [class_dim % rank]
+        axes = list(Layout.along(shape, class_dim).class_axes)
     else:
         torch_axis = min(1, rank - 1)
         axes = [torch_axis] if as_called else sorted({torch_axis, rank - 1})

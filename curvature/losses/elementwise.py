@@ -176,9 +176,4 @@ def _layout(output: Tensor, class_dim: int | None) -> Layout:
     rank = output.ndim
     if class_dim is None:
         return Layout(output.shape, (rank - 1,) if rank > 1 else ())
-    if rank < 2 or not -rank <= class_dim < rank or class_dim % rank == 0:
-        raise ValueError(
-            f"class_dim={class_dim} is no axis of outputs of an output of shape {tuple(output.shape)}: expected an "
-            f"axis from 1 to {max(1, rank - 1)} (the first axis counts examples)."
-        )
-    return Layout(output.shape, (class_dim % rank,))
+    return Layout.along(output.shape, class_dim)

@@ -30,7 +30,9 @@ class Loss(ABC):
     @property
     def reduction(self) -> str:
         """``"mean"``, ``"sum"`` or ``"none"``."""
-        reduction: str = self.loss_fn.reduction
+        return self._known(self.loss_fn.reduction)
+
+    def _known(self, reduction: str) -> str:
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"{self!r}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}.")
         return reduction

@@ -34,6 +34,21 @@ class Layout:
     output_shape: torch.Size
     class_axes: tuple[int, ...]
 
+    @classmethod
+    def along(cls, output_shape: torch.Size, class_dim: int) -> Layout:
+        """Terms along one axis.
+
+        Raises:
+            ValueError: If the output has no such axis, or it is the first of several, which counts examples.
+        """
+        rank = len(output_shape)
+        if not -rank <= class_dim < rank or (rank > 1 and class_dim % rank == 0):
+            raise ValueError(
+                f"class_dim={class_dim} is no axis of the outputs of one term for an output of shape "
+                f"{tuple(output_shape)}: expected an axis from 1 to {rank - 1} (the first axis counts examples)."
+            )
+        return cls(output_shape, (class_dim % rank,))
+
     @property
     def term_shape(self) -> tuple[int, ...]:
         """Shape of one number per term, in the order of the output's axes."""

@@ -1,0 +1,235 @@
+"""Any twice-differentiable loss, by automatic differentiation with respect to the output.
+
+Axis letters: ``T = N R`` terms, ``C`` outputs of one term.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import grad, jacrev, vmap
+
+from curvature.losses.errors import NoCurvatureError
+from curvature.losses.loss import Loss
+from curvature.losses.terms import Layout, Terms, noise, widen
+
+
+class AutogradLoss(Loss):
+    r"""A loss written by the user, as a sum or mean of per-example losses.
+
+    The loss of one term is what ``loss_fn`` says about a batch that holds this term alone. Terms are the examples;
+    with ``class_dim`` they are the positions, and ``loss_fn`` is called on outputs ``(1, C)``.
+
+    Prefer a registered loss where there is one: values, gradients and Hessian products cost about two and four calls of
+    ``loss_fn``, but roots and samples take the eigenvalues of a ``C x C`` matrix per term, ``O(T C^3)`` time and
+    ``O(T C^2)`` memory, in float64, and wait for the device.
+
+    Args:
+        loss_fn: ``loss_fn(output, target, *extra)``, a scalar or one number per example (or more), without randomness.
+        reduction: How ``loss_fn`` joins examples: ``"mean"``, ``"sum"``, or ``"none"`` if it returns them separately.
+            None: read from ``loss_fn.reduction``.
+        max_entries: Largest ``T C^2`` for which roots are formed.
+
+    Raises:
+        ValueError: If the reduction is neither given nor found.
+
+    Example:
+        >>> import torch
+        >>> from curvature.losses import AutogradLoss
+        >>> def focal(output, target):  # (1 - p_y)^2 times the cross-entropy
+        ...     log_p = output.log_softmax(-1).gather(-1, target[:, None]).squeeze(-1)
+        ...     return (-((1 - log_p.exp()) ** 2) * log_p).mean()
+        >>> terms = AutogradLoss(focal, reduction="mean").terms(torch.zeros(4, 3), torch.tensor([0, 1, 2, 0]))
+        >>> terms.hessian_product(torch.ones(4, 3)).abs().max() < 1e-6  # the softmax ignores a common shift
+        tensor(True)
+    """
+
+    def __init__(
+        self, loss_fn: Callable[..., Tensor], *, reduction: str | None = None, max_entries: int = 2**27
+    ) -> None:
+        super().__init__(loss_fn)
+        self._reduction = reduction
+        self._max_entries = max_entries
+        if reduction is None and not isinstance(getattr(loss_fn, "reduction", None), str):
+            raise ValueError(
+                f"How does {loss_fn!r} join the examples of a batch? It has no attribute 'reduction': pass "
+                "reduction='mean', 'sum' or 'none' (it returns one number per example)."
+            )
+
+    @property
+    def reduction(self) -> str:
+        """As given, else as ``loss_fn`` says."""
+        return self._known(self.loss_fn.reduction if self._reduction is None else self._reduction)
+
+    def terms(
+        self,
+        output: Tensor,
+        target: Tensor,
+        *extra: Tensor,
+        class_dim: int | None = None,
+        mask: Tensor | None = None,
+        as_called: bool = False,
+        check: bool = False,
+    ) -> AutogradTerms:
+        """See :meth:`Loss.terms`; targets and further arguments have one entry per term along their first axes.
+
+        With ``check``, a batch without mask must give what its terms give one by one.
+        """
+        if output.numel() == 0 or output.ndim == 0:
+            raise ValueError(f"The output has shape {tuple(output.shape)}: there is no example. Skip empty batches.")
+        if class_dim is None:
+            layout = Layout(output.shape, tuple(range(1, output.ndim)))
+        else:
+            layout = Layout.along(output.shape, class_dim)
+        per_term = len(layout.term_shape)
+        for x in (target, *extra):
+            if x.shape[:per_term] != layout.term_shape:
+                raise ValueError(
+                    f"{self!r} is evaluated term by term: target and further arguments must have the shape "
+                    f"{layout.term_shape} of the terms along their first axes, got {tuple(x.shape)}."
+                )
+        given = tuple(x.detach().flatten(0, per_term - 1) for x in (target, *extra))
+        terms = AutogradTerms(
+            self.loss_fn, output, given, layout, layout.valid(mask, output.device), self.reduction, self._max_entries
+        )
+        if check:
+            terms.check()
+            if mask is None:
+                self._check_sum(terms, given)
+        return terms
+
+    def _check_sum(self, terms: AutogradTerms, given: tuple[Tensor, ...]) -> None:
+        with torch.no_grad():
+            together = self.loss_fn(terms.batch(terms.output), *given)
+            one_by_one = terms.value() / (terms.total if self.reduction == "mean" else 1)
+        if self.reduction != "none" and together.ndim > 0:
+            raise ValueError(
+                f"{self!r} returned a tensor of shape {tuple(together.shape)}: with reduction={self.reduction!r} it "
+                "must return a scalar. Pass reduction='none'."
+            )
+        tolerance = 1e3 * torch.finfo(terms.output.dtype).eps
+        if not torch.allclose(together.sum().to(one_by_one), one_by_one, rtol=tolerance, atol=tolerance):
+            raise ValueError(
+                f"{self!r} is not the {self.reduction!r} of its terms: the whole batch gives {together.sum().item()}, "
+                f"its {terms.mask.numel()} terms one by one {one_by_one.item()}. (a) The reduction may be another one "
+                "than was said. (b) Examples may interact (contrastive losses) or be weighted by the batch (masks, "
+                "class weights): such a loss has no terms."
+            )
+
+
+class AutogradTerms(Terms):
+    """Terms of an :class:`AutogradLoss`.
+
+    Args:
+        loss_fn: The user's loss.
+        output: The model's output.
+        given: Target and further arguments of the loss, terms along the first axis ``(T, ...)``.
+        layout: Axes of one term.
+        mask: ``(N, R)``.
+        reduction: Of the user's loss.
+        max_entries: Largest size of a root.
+    """
+
+    def __init__(
+        self,
+        loss_fn: Callable[..., Tensor],
+        output: Tensor,
+        given: tuple[Tensor, ...],
+        layout: Layout,
+        mask: Tensor,
+        reduction: str,
+        max_entries: int,
+    ) -> None:
+        super().__init__(output, layout, mask, mask.sum().to(widen(output.new_empty(0))), reduction)
+        self._loss_fn = loss_fn
+        self._given = given
+        self._max_entries = max_entries
+
+    def batch(self, x: Tensor) -> Tensor:
+        """Output-shaped to ``(T, *class_shape)``, as the loss takes it, in float32 at least."""
+        return widen(self.rows(x).reshape((-1, *self.layout.class_shape)))
+
+    def values(self) -> Tensor:
+        """``l_t (N, R)``."""
+        return _each(self._one, self.batch(self.output), *self._given).reshape(self.mask.shape)
+
+    def gradient(self) -> Tensor:
+        """By one reverse pass through the loss."""
+        return self._masked_out(_each(grad(self._one), self._z, *self._given)).to(self.output.dtype)
+
+    def hessian_product(self, v: Tensor) -> Tensor:
+        """By reverse over reverse; one pass per leading entry of ``v``."""
+
+        def product(z: Tensor, direction: Tensor, *given: Tensor) -> Tensor:
+            return grad(lambda z: (grad(self._one)(z, *given) * direction).sum())(z)
+
+        lead = self.rows(v).shape[:-3]
+        products = [
+            self._masked_out(_each(product, self._z, self.batch(direction), *self._given))
+            for direction in v.detach().reshape((-1, *self.output.shape))
+        ]
+        return torch.stack(products).reshape((*lead, *self.output.shape)).to(v.dtype)
+
+    def sqrt_column(self, c: int) -> Tensor:
+        """Eigenvector ``c`` of every Hessian, times the root of its eigenvalue."""
+        return self._out(self._root[..., c])
+
+    def sample(self, generator: torch.Generator) -> Tensor:
+        """Normal with covariance ``H_t``."""
+        normal = noise(self.shape, self._root, generator).normal_(generator=generator).to(self._root.device)
+        return self._out(torch.einsum("nrij,nrj->nri", self._root, normal))
+
+    @cached_property
+    def _root(self) -> Tensor:
+        """``S (N, R, C, C)`` in float64, zero outside the mask."""
+        N, R, C = self.shape
+        if N * R * C**2 > self._max_entries:
+            raise NoCurvatureError(
+                f"A root of the Hessian of {self._loss_fn!r} takes a {C} x {C} matrix for each of {N * R} terms, "
+                f"{N * R * C**2:.2g} numbers; the limit is {self._max_entries:.2g}. Use hessian_product, "
+                "fisher='empirical', smaller batches, class_dim= if positions are independent terms, or raise "
+                "max_entries."
+            )
+        H = _each(jacrev(grad(self._one)), self._z, *self._given).reshape(N, R, C, C)
+        H = torch.where(self.mask[..., None, None], H, 0.0)
+        values, vectors = torch.linalg.eigh(0.5 * (H + H.mT).double())
+        largest, smallest = values.abs().max(), values.min()
+        if largest == 0:
+            raise NoCurvatureError(
+                f"The Hessian of {self._loss_fn!r} is zero for every term: the loss is linear in the output here, and "
+                "a Gauss-Newton matrix would be zero too. Use fisher='empirical', which needs gradients only."
+            )
+        # Rounding leaves eigenvalues of this size where there should be zeros; "not >=" also catches NaN.
+        if not smallest >= -10 * C * torch.finfo(H.dtype).eps * largest:
+            raise NoCurvatureError(
+                f"The Hessian of {self._loss_fn!r} with respect to the output is indefinite (eigenvalues from "
+                f"{smallest.item():.3g} to {largest.item():.3g}), so its Gauss-Newton matrix is not positive "
+                "semi-definite and has no root and no samples. Its products (hessian_product) are exact; "
+                "fisher='empirical' works."
+            )
+        return vectors * values.clamp(min=0).sqrt().unsqueeze(-2)
+
+    @property
+    def _z(self) -> Tensor:
+        return self.batch(self.output.detach())
+
+    def _one(self, z: Tensor, *given: Tensor) -> Tensor:
+        """The loss of one term: of a batch that holds it alone."""
+        return self._loss_fn(z.unsqueeze(0), *(x.unsqueeze(0) for x in given)).sum()
+
+    def _masked_out(self, x: Tensor) -> Tensor:
+        """``(T, *class_shape)`` to output-shaped, zero outside the mask."""
+        return self.unrows(torch.where(self.mask.unsqueeze(-1), x.detach().reshape(self.shape), 0.0))
+
+
+def _each(function: Callable[..., Any], *batches: Tensor) -> Tensor:
+    """``function`` of every entry along the first axes, by ``vmap`` or, where that cannot trace it, one by one."""
+    try:
+        result: Tensor = vmap(function)(*batches)
+    except RuntimeError:  # data-dependent control flow, .item(), an operation without batching rule
+        result = torch.stack([function(*entries) for entries in zip(*batches, strict=True)])
+    return result
