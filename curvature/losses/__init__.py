@@ -11,7 +11,7 @@ from curvature.losses.loss import Loss, loss_for, register_loss
 from curvature.losses.poisson import PoissonNLL
 from curvature.losses.robust import Huber, SmoothL1
 from curvature.losses.squared_error import SquaredError
-from curvature.losses.terms import Layout, Terms
+from curvature.losses.terms import Layout, Terms, widen
 
 __all__ = [
     # what a loss is, and how one is found
@@ -19,6 +19,7 @@ __all__ = [
     "Terms",
     "Layout",
     "loss_for",
+    "widen",
     "register_loss",
     # classes
     "CrossEntropy",

@@ -1,0 +1,73 @@
+"""Averages that carry their weight."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class WeightedMean:
+    r"""Mean of batches within a step, and exponential mean over steps, both with their exact weight.
+
+    Within a step, ``add(total, weight)`` sums statistics and their weights, so that 1 x 32 and 4 x 8 examples give the
+    same mean. ``commit(ema)`` folds the step in:
+
+    .. math:: w' = \beta w + 1, \qquad m' = (\beta w m + \bar m_{step}) / w'
+
+    With this weight the mean is unbiased from the first step on and has no memory of an initial value.
+    """
+
+    def __init__(self) -> None:
+        self.value: Tensor | None = None
+        self.weight = 0.0
+        self._total: Tensor | None = None
+        self._count: Tensor | float = 0.0
+
+    def add(self, total: Tensor | None, weight: Tensor | float) -> None:
+        """Add a sum over some of the step's samples (``None``: only the weight) and the weight of those samples."""
+        if total is not None:
+            # A fresh buffer is owned by this mean, so later additions may be made in place.
+            self._total = total if self._total is None else self._total.add_(total)
+        self._count = self._count + weight
+
+    @property
+    def pending(self) -> bool:
+        """Whether statistics wait to be committed."""
+        return self._total is not None
+
+    def step_mean(self) -> Tensor:
+        """Mean of what was added since the last commit."""
+        if self._total is None:
+            raise RuntimeError("nothing was added since the last commit.")
+        return self._total / self._count
+
+    def finite(self) -> Tensor:
+        """0-d bool tensor: what waits to be committed has neither NaN nor inf (no host sync)."""
+        if self._total is None:
+            return torch.tensor(True)
+        return torch.isfinite(self.step_mean()).all()
+
+    def commit(self, ema: float) -> None:
+        """Fold the step's mean into the running mean; a step without data leaves it as it is."""
+        if self._total is None:
+            return
+        mean = self.step_mean()
+        old = ema * self.weight
+        self.weight = old + 1.0
+        self.value = mean if self.value is None else self.value.lerp(mean, 1.0 / self.weight)
+        self.discard()
+
+    def discard(self) -> None:
+        """Forget what waits to be committed."""
+        self._total, self._count = None, 0.0
+
+    def state_dict(self) -> dict[str, Tensor | float]:
+        """Tensors and numbers; what waits to be committed is not part of the state."""
+        return {"weight": self.weight} if self.value is None else {"weight": self.weight, "value": self.value}
+
+    def load_state_dict(self, state: dict[str, Tensor | float]) -> None:
+        """Restore :meth:`state_dict`."""
+        self.discard()
+        self.weight = float(state["weight"])
+        value = state.get("value")
+        self.value = value if isinstance(value, Tensor) else None

@@ -1,0 +1,130 @@
+"""A block: parameters that share one piece of curvature, seen as one tensor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Part:
+    """A contiguous segment of one parameter and its place among a block's columns.
+
+    The segment ``flat(parameter)[start : start + prod(split)]`` is reshaped to ``split``, permuted by ``permutation``
+    and reshaped to ``shape``, whose last dimension is the one along which the parts of a block are joined.
+    """
+
+    name: str
+    start: int
+    split: tuple[int, ...]
+    permutation: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of parameters in the segment."""
+        return math.prod(self.split)
+
+    def read(self, parameter: Tensor) -> Tensor:
+        """The segment in block form; ``parameter`` is ``(*batch, *parameter_shape)`` flattened to ``(*batch, n)``."""
+        batch = parameter.shape[:-1]
+        segment = parameter[..., self.start : self.start + self.numel].reshape(*batch, *self.split)
+        order = (*range(len(batch)), *(len(batch) + p for p in self.permutation))
+        return segment.permute(order).reshape(*batch, *self.shape)
+
+    def write(self, value: Tensor, parameter: Tensor) -> None:
+        """Write ``value (*batch, *shape)`` back into the flat ``parameter (*batch, n)``, in place."""
+        batch = parameter.shape[:-1]
+        permuted = value.reshape(*batch, *(self.split[p] for p in self.permutation))
+        inverse = sorted(range(len(self.permutation)), key=self.permutation.__getitem__)
+        order = (*range(len(batch)), *(len(batch) + p for p in inverse))
+        segment = permuted.permute(order).reshape(*batch, self.numel)
+        parameter[..., self.start : self.start + self.numel].copy_(segment)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Parameters preconditioned together, as one tensor of shape :attr:`shape`.
+
+    For a layer ``y = W a + b`` the tensor is ``[W, b]``, of shape ``(d_out, d_in + 1)``; grouped layers carry a leading
+    axis of groups. For scale and shift it is ``(d, 2)``. A bare parameter keeps its own shape.
+
+    Attributes:
+        name: Unique and stable: the names of the parameters, with the segment where it is not all of them.
+        parts: Where each column comes from.
+    """
+
+    name: str
+    parts: tuple[Part, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the block tensor."""
+        first = self.parts[0].shape
+        if len(self.parts) == 1:
+            return first
+        return (*first[:-1], sum(part.shape[-1] for part in self.parts))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the parameters the block touches."""
+        return tuple(dict.fromkeys(part.name for part in self.parts))
+
+    @property
+    def numel(self) -> int:
+        """Number of parameters in the block."""
+        return math.prod(self.shape)
+
+    def read(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Gather ``{name: parameter-shaped tensor}`` into the block tensor."""
+        pieces = [part.read(tensors[part.name].reshape(-1)) for part in self.parts]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
+
+    def write(self, value: Tensor, tensors: Mapping[str, Tensor]) -> None:
+        """Scatter the block tensor into contiguous parameter-shaped tensors, in place."""
+        for part, piece in zip(self.parts, self.split(value), strict=True):
+            target = tensors[part.name]
+            part.write(piece.to(target.dtype), target.view(-1))
+
+    def split(self, value: Tensor) -> list[Tensor]:
+        """Cut ``(*batch, *shape)`` into the parts' pieces."""
+        if len(self.parts) == 1:
+            return [value]
+        return list(value.split([part.shape[-1] for part in self.parts], dim=-1))
+
+
+@dataclass(frozen=True)
+class Place:
+    """A block's place in the flat parameter vector (the ``places`` of :class:`solvers.BlockDiagonal`)."""
+
+    block: Block
+    starts: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, block: Block, starts: Mapping[str, int], sizes: Mapping[str, int]) -> Place:
+        """Place of ``block`` where parameter ``name`` starts at ``starts[name]``."""
+        return cls(block, tuple(starts[p.name] for p in block.parts), tuple(sizes[p.name] for p in block.parts))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the gathered tensor."""
+        return self.block.shape
+
+    def gather(self, vector: Tensor) -> Tensor:
+        """``(*batch, size)`` to ``(*batch, *block.shape)``."""
+        pieces = [
+            part.read(vector[..., start : start + size])
+            for part, start, size in zip(self.block.parts, self.starts, self.sizes, strict=True)
+        ]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
+
+    def scatter(self, value: Tensor, out: Tensor) -> None:
+        """Write ``(*batch, *block.shape)`` into ``out (*batch, size)``, in place."""
+        pieces = self.block.split(value)
+        for part, piece, start, size in zip(self.block.parts, pieces, self.starts, self.sizes, strict=True):
+            part.write(piece, out[..., start : start + size])

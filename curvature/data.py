@@ -1,0 +1,145 @@
+"""Data as users have it: one batch or many, tensors, tuples or mappings."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Batch = tuple[Any, Any]
+Data = Batch | Mapping[str, Any] | Iterable[Any]
+Output = Callable[[Any], Any]
+
+
+def is_one_batch(data: Any) -> bool:
+    """Whether ``data`` is one batch: a pair ``(x, y)``, a mapping with ``labels``, or a list of two tensors."""
+    if isinstance(data, Mapping):
+        return True
+    if isinstance(data, tuple):
+        return len(data) == 2
+    return isinstance(data, list) and len(data) == 2 and all(isinstance(part, Tensor) for part in data)
+
+
+def batches(data: Data, passes: int = 1) -> Callable[[], Iterator[Batch]]:
+    """A function that starts a pass over the data.
+
+    Args:
+        data: One batch ``(x, y)``, or an iterable of batches (a list, a ``DataLoader``).
+        passes: How often it will be called; a one-shot iterator serves one pass only.
+
+    Raises:
+        TypeError: If ``data`` is not iterable, or a one-shot iterator where several passes are needed.
+    """
+    if is_one_batch(data):
+        return lambda: iter([split_batch(data)])
+    if not isinstance(data, Iterable):
+        raise TypeError(
+            f"data must be one batch (x, y) or an iterable of batches such as a list or a DataLoader, got "
+            f"{type(data).__name__}."
+        )
+    if passes > 1 and iter(data) is data:
+        raise TypeError(
+            f"data is a one-shot iterator ({type(data).__name__}), but {passes} passes over it are needed: after the "
+            "first it would be empty. Pass a list of batches or a DataLoader."
+        )
+
+    def start() -> Iterator[Batch]:
+        empty = True
+        for batch in data:
+            empty = False
+            yield split_batch(batch)
+        if empty:
+            raise ValueError("data has no batches: is it an iterator that was consumed before, or an empty loader?")
+
+    return start
+
+
+def split_batch(batch: Any) -> Batch:
+    """A batch as ``(x, y)``; a mapping gives up its ``labels``."""
+    if isinstance(batch, Mapping):
+        if "labels" not in batch:
+            raise TypeError(
+                f"a batch that is a mapping needs the key 'labels' for the targets, got {sorted(batch)}. Otherwise "
+                "pass pairs (x, y), where x may be a mapping."
+            )
+        return {key: value for key, value in batch.items() if key != "labels"}, batch["labels"]
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        return batch[0], batch[1]
+    what = (
+        f"{type(batch).__name__} of length {len(batch)}" if isinstance(batch, (tuple, list)) else type(batch).__name__
+    )
+    raise TypeError(f"a batch must be a pair (x, y), got a {what}. For several inputs make x a tuple or a mapping.")
+
+
+def to_device(tree: Any, device: torch.device) -> Any:
+    """Move every tensor of nested tuples, lists and mappings."""
+    if isinstance(tree, Tensor):
+        return tree.to(device)
+    if isinstance(tree, Mapping):
+        return {key: to_device(value, device) for key, value in tree.items()}
+    if isinstance(tree, (tuple, list)):
+        return type(tree)(to_device(value, device) for value in tree)
+    return tree
+
+
+def call(model: nn.Module, x: Any) -> Any:
+    """Run the model: a tuple as positional inputs, a mapping as keywords where ``forward`` takes those names."""
+    if isinstance(x, tuple):
+        return model(*x)
+    if isinstance(x, Mapping) and _takes(model, x):
+        return model(**x)
+    return model(x)
+
+
+def _takes(model: nn.Module, x: Mapping[str, Any]) -> bool:
+    parameters = inspect.signature(model.forward).parameters
+    named = {p.name for p in parameters.values() if p.kind is not inspect.Parameter.VAR_POSITIONAL}
+    any_name = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    known = [key for key in x if key in named]
+    return len(known) == len(x) or (any_name and bool(known))
+
+
+def resolve_output(result: Any, output: Output | None = None) -> Tensor:
+    """The tensor the loss sees, from what the model returned.
+
+    Args:
+        result: Result of the model.
+        output: Picks the tensor; by default a tensor itself, or its attribute or key ``logits``.
+
+    Raises:
+        TypeError: If no tensor is found.
+    """
+    if output is not None:
+        result = output(result)
+        if not isinstance(result, Tensor):
+            raise TypeError(f"output= must return a tensor, got {type(result).__name__}.")
+        return result
+    if isinstance(result, Tensor):
+        return result
+    if isinstance(getattr(result, "logits", None), Tensor):
+        return result.logits
+    if isinstance(result, Mapping) and isinstance(result.get("logits"), Tensor):
+        return result["logits"]
+    raise TypeError(
+        f"the model returned a {type(result).__name__}; say which tensor the loss sees with output=, for instance "
+        "output=lambda result: result[0]."
+    )
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Whatever happens inside, buffers and random states are afterwards what they were before."""
+    buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, b in model.named_buffers():
+                    if name in buffers and not torch.equal(b, buffers[name]):
+                        b.copy_(buffers[name])

@@ -1,0 +1,105 @@
+"""The contracts of curvature: what to estimate, and the estimate of one block."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from curvature.block import Block
+from curvature.samples import Samples
+from curvature.signals import FisherKind, check_kind
+from solvers import LinearOperator
+
+Form = Literal["outer", "per_sample"]
+
+
+class CurvatureEstimator(ABC):
+    """The estimate of one block of C.
+
+    A step calls :meth:`update` once per backward pass of each batch, then :meth:`commit` (or :meth:`discard`, if the
+    step is skipped). :meth:`operator` is the current estimate.
+    """
+
+    #: Name of the structure in tables: what :meth:`operator` returns.
+    structure: ClassVar[str]
+
+    def __init__(self, block: Block) -> None:
+        self.block = block
+
+    @abstractmethod
+    def update(self, samples: Samples) -> None:
+        """Add the samples of one backward pass to the current step."""
+
+    @abstractmethod
+    def commit(self, ema: float) -> None:
+        r"""Fold the step into the running average, in which old values keep the weight ``ema`` (:math:`\beta`)."""
+
+    @abstractmethod
+    def discard(self) -> None:
+        """Forget the current step."""
+
+    @abstractmethod
+    def finite(self) -> Tensor:
+        """0-d bool tensor: the current step has neither NaN nor inf."""
+
+    @property
+    @abstractmethod
+    def ready(self) -> bool:
+        """Whether anything was ever committed."""
+
+    @abstractmethod
+    def operator(self) -> LinearOperator:
+        """The current C, acting on tensors of the block's shape, in float32 or wider."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and numbers."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`."""
+
+    def begin_passes(self) -> None:  # noqa: B027  (most estimates need a single pass and nothing to prepare)
+        """Announce that a data set follows which can be seen again; training steps cannot."""
+
+    def next_pass(self) -> bool:
+        """After a pass over a data set: prepare another one over the same data; False when one was enough."""
+        return False
+
+
+@dataclass(frozen=True)
+class Curvature(ABC):
+    """What is to be estimated: the matrix and its structure. One object serves all blocks.
+
+    Attributes:
+        kind: ``"exact"``, ``"mc"`` (sampled from the model) or ``"empirical"`` (from the targets).
+        samples: Draws per batch for ``"mc"``.
+    """
+
+    kind: FisherKind = "mc"
+    samples: int = 1
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        check_kind(self.kind)
+        if self.samples < 1:
+            raise ValueError(f"samples must be at least 1, got {self.samples}.")
+
+    #: What a training step must provide: ``"grad"``, ``"layers"`` or ``"closure"``.
+    needs: ClassVar[str] = "layers"
+    #: Whether weight and bias of a layer form one block.
+    joint: ClassVar[bool] = True
+    #: Passes over a data set.
+    passes: ClassVar[int] = 1
+
+    @abstractmethod
+    def estimator(self, block: Block, form: Form) -> CurvatureEstimator:
+        """A fresh estimate for one block.
+
+        Args:
+            block: The block.
+            form: ``"outer"`` for layers ``y = W a``; ``"per_sample"`` for all others.
+        """

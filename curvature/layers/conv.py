@@ -1,0 +1,128 @@
+"""Convolutions, as dense layers on patches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from curvature.block import Part
+from curvature.layers.site import Layout, OuterSite, Ref, bind, rule_for
+
+if TYPE_CHECKING:
+    from curvature.recorder import Recorder
+
+
+def _tuple(value: int | tuple[int, ...], dims: int) -> tuple[int, ...]:
+    if isinstance(value, int):
+        return (value,) * dims
+    return tuple(value) if len(value) == dims else tuple(value) * dims
+
+
+def patches(
+    x: Tensor,
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...] | str,
+    dilation: tuple[int, ...],
+) -> Tensor:
+    """Patches ``(n, *out, c, *kernel)`` a convolution sees in ``x (n, c, *space)``; a strided view where possible."""
+    if padding == "same":
+        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        pads = [(t // 2, t - t // 2) for t in total]
+    elif padding == "valid":
+        pads = [(0, 0)] * len(kernel)
+    else:
+        pads = [(int(p), int(p)) for p in padding]
+    if any(left or right for left, right in pads):
+        x = F.pad(x, [side for pair in reversed(pads) for side in pair])
+    dims = len(kernel)
+    for axis, (k, step, d) in enumerate(zip(kernel, stride, dilation, strict=True)):
+        x = x.unfold(2 + axis, d * (k - 1) + 1, step)[..., ::d]
+    return x.movedim(1, 1 + dims)
+
+
+class ConvSite(OuterSite):
+    """One use of a convolution: every output position is a dense layer on its patch, one per group."""
+
+    def __init__(
+        self,
+        input: Tensor,
+        weight_shape: tuple[int, ...],
+        weight: Ref | None,
+        bias: Ref | None,
+        layout: Layout,
+        stride: tuple[int, ...],
+        padding: tuple[int, ...] | str,
+        dilation: tuple[int, ...],
+        groups: int,
+    ) -> None:
+        super().__init__(weight, bias, layout, "convolution")
+        self.weight_shape, self.groups = weight_shape, groups
+        self.stride, self.padding, self.dilation = stride, padding, dilation
+        self.input = self.save(input) if weight is not None else None
+
+    def inputs(self) -> Tensor:
+        assert self.input is not None
+        dims = len(self.weight_shape) - 2
+        x = self.input if self.input.dim() == dims + 2 else self.input.unsqueeze(0)
+        p = patches(x, self.weight_shape[2:], self.stride, self.padding, self.dilation)
+        n, out = p.shape[0], p.shape[1 : 1 + dims]
+        if self.groups == 1:
+            return self.layout.rows(p.reshape(n, *out, -1), 1 + dims)
+        p = p.reshape(n, *out, self.groups, -1).movedim(-2, 0)
+        return self.layout.rows(p, 1 + dims)
+
+    def gradients(self, gradient: Tensor) -> Tensor:
+        dims = len(self.weight_shape) - 2
+        g = gradient if gradient.dim() == dims + 3 else gradient.unsqueeze(1)
+        g = g.movedim(2, -1)  # (k, n, *out, c)
+        if self.groups > 1:
+            g = g.unflatten(-1, (self.groups, -1)).movedim(-2, 0)
+        return self.layout.rows(g, 1 + dims)
+
+    def weight_part(self) -> Part:
+        assert self.weight is not None
+        d_out = self.weight_shape[0]
+        d_in = self.weight.numel // d_out
+        shape = (d_out, d_in) if self.groups == 1 else (self.groups, d_out // self.groups, d_in)
+        return self.weight.part(shape)
+
+
+_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+
+
+@rule_for(
+    torch.conv1d,
+    torch.conv2d,
+    torch.conv3d,
+    F.conv1d,
+    F.conv2d,
+    F.conv3d,
+    modules={nn.Conv1d: "kronecker", nn.Conv2d: "kronecker", nn.Conv3d: "kronecker"},
+)
+def convolution(
+    recorder: Recorder, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> ConvSite | None:
+    """``F.conv1d``, ``conv2d``, ``conv3d`` with any stride, padding, dilation and groups."""
+    call = bind(_ARGUMENTS, args, kwargs)
+    weight, bias = recorder.resolve(call["weight"]), recorder.resolve(call.get("bias"))
+    if (weight is None and bias is None) or (weight is not None and weight.transposed):
+        return None
+    shape = tuple(call["weight"].shape)
+    dims = len(shape) - 2
+    padding = call.get("padding", 0)
+    return ConvSite(
+        call["input"],
+        shape,
+        weight,
+        bias,
+        recorder.layout(call["input"]),
+        _tuple(call.get("stride", 1), dims),
+        padding if isinstance(padding, str) else _tuple(padding, dims),
+        _tuple(call.get("dilation", 1), dims),
+        int(call.get("groups", 1)),
+    )

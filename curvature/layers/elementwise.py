@@ -1,0 +1,106 @@
+"""Bare parameters: broadcast sums, products and expansions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from curvature.block import Block
+from curvature.layers.site import ElementwiseSite, Layout, Ref, rule_for
+
+if TYPE_CHECKING:
+    from curvature.recorder import Recorder
+
+
+class BroadcastSite(ElementwiseSite):
+    r"""One use of a parameter in :math:`y = c \odot p + \dots`, with ``p`` broadcast against the rest.
+
+    Args:
+        weight: The parameter.
+        shape: Shape in which the operation saw it.
+        factor: What multiplies it: another tensor, or a number.
+    """
+
+    def __init__(self, weight: Ref, shape: torch.Size, factor: Tensor | float, layout: Layout, operation: str) -> None:
+        super().__init__(weight, None, layout, operation)
+        self.shape = shape
+        self.factor = self.save(factor) if isinstance(factor, Tensor) else factor
+
+    def blocks(self, joint: bool) -> list[tuple[str, Block]]:
+        assert self.weight is not None
+        if self.weight.transposed:
+            part = self.weight.part(tuple(reversed(self.weight.shape)), permutation=(1, 0))
+        else:
+            # Views of one parameter in several shapes share one block.
+            part = self.weight.part((self.weight.numel,), split=(self.weight.numel,))
+        return [("weight", Block(self.weight.label, (part,)))]
+
+    def per_sample(self, piece: str, gradient: Tensor) -> Tensor:
+        factor = self.factor.to(gradient.dtype) if isinstance(self.factor, Tensor) else self.factor
+        g = gradient * factor  # (k, *output)
+        shape = (1,) * (g.dim() - 1 - len(self.shape)) + tuple(self.shape)
+        batch = self.layout.batch
+        batched = self.layout.batched and batch is not None and g.dim() > 1 and g.shape[1] == batch
+        batched = batched and (shape[0] == 1 or len(shape) == 0)
+        free = [axis + 1 for axis, size in enumerate(shape) if size == 1 and not (batched and axis == 0)]
+        g = g.sum(free, keepdim=True) if free else g
+        n = g.shape[1] if batched else 1
+        assert self.weight is not None
+        out = g.reshape(g.shape[0], n, *self.shape)
+        return out if self.weight.transposed else out.flatten(2)
+
+
+def _broadcast(
+    recorder: Recorder, output: Tensor, args: tuple[Any, ...], operation: str, product: bool, signs: tuple[float, float]
+) -> BroadcastSite | None:
+    if len(args) < 2:
+        return None
+    refs = [recorder.resolve(arg) if isinstance(arg, Tensor) else None for arg in args[:2]]
+    if (refs[0] is None) == (refs[1] is None):
+        return None  # no parameter, or two: the product of two parameters is not linear in either
+    which = 0 if refs[0] is not None else 1
+    ref, other = refs[which], args[1 - which]
+    assert ref is not None
+    factor: Tensor | float = other if product else signs[which]
+    return BroadcastSite(ref, args[which].shape, factor, recorder.layout(output), operation)
+
+
+@rule_for(torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__)
+def add(recorder: Recorder, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> BroadcastSite | None:
+    """``x + p``."""
+    if kwargs.get("alpha", 1) != 1:
+        return None
+    return _broadcast(recorder, output, args, "add", False, (1.0, 1.0))
+
+
+@rule_for(torch.sub, Tensor.sub, Tensor.sub_, Tensor.__sub__, Tensor.__isub__)
+def sub(recorder: Recorder, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> BroadcastSite | None:
+    """``x - p``."""
+    if kwargs.get("alpha", 1) != 1:
+        return None
+    return _broadcast(recorder, output, args, "sub", False, (1.0, -1.0))
+
+
+@rule_for(torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
+def mul(recorder: Recorder, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> BroadcastSite | None:
+    """``x * p``."""
+    return _broadcast(recorder, output, args, "mul", True, (1.0, 1.0))
+
+
+@rule_for(Tensor.expand, Tensor.expand_as, Tensor.repeat)
+def expand(
+    recorder: Recorder, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> BroadcastSite | None:
+    """``p.expand(n, ...)``, as class tokens are prepared."""
+    ref = recorder.resolve(args[0])
+    if ref is None:
+        return None
+    seen = args[0].shape
+    padded = (1,) * (output.dim() - len(seen)) + tuple(seen)
+    if any(have not in (1, want) for have, want in zip(padded, output.shape, strict=True)):
+        return None  # repeat() of an axis longer than one
+    batched = output.dim() > 0 and output.shape[0] == recorder.batch
+    return BroadcastSite(ref, seen, 1.0, Layout(recorder.batch, batched), "expand")

@@ -1,0 +1,58 @@
+"""Embeddings, as dense layers on one-hot inputs that are never formed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from curvature.block import Part
+from curvature.layers.site import Layout, OuterSite, Ref, bind, rule_for
+from curvature.samples import OneHot
+
+if TYPE_CHECKING:
+    from curvature.recorder import Recorder
+
+
+class EmbeddingSite(OuterSite):
+    r"""One look-up :math:`y_{ns} = E^\top e_{id(n, s)}` in a table ``E (V, d)``; the block tensor is ``E^T (d, V)``."""
+
+    def __init__(self, index: Tensor, table: tuple[int, int], weight: Ref, padding_idx: int | None, layout: Layout):
+        super().__init__(weight, None, layout, "embedding")
+        self.index = self.save(index)
+        self.size, self.d_out = table
+        self.padding_idx = padding_idx
+
+    def inputs(self) -> OneHot:
+        index = self.layout.rows(self.index.unsqueeze(-1), self.index.dim()).squeeze(-1)
+        # The gradient of the padding row is cut by embedding itself: it takes no part in the curvature.
+        keep = None if self.padding_idx is None else index != self.padding_idx
+        return OneHot(index, self.size, keep)
+
+    def gradients(self, gradient: Tensor) -> Tensor:
+        return self.layout.rows(gradient, self.index.dim())
+
+    def weight_part(self) -> Part:
+        assert self.weight is not None
+        if self.weight.transposed:
+            return self.weight.part((self.d_out, self.size), (self.d_out, self.size))
+        return self.weight.part((self.d_out, self.size), (self.size, self.d_out), (1, 0))
+
+
+@rule_for(F.embedding, modules={nn.Embedding: "kronecker"})
+def embedding(
+    recorder: Recorder, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> EmbeddingSite | None:
+    """``F.embedding``; the scaled-by-frequency gradient is no gradient of a loss and is left to the fallback."""
+    call = bind(
+        ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"), args, kwargs
+    )
+    weight = recorder.resolve(call["weight"])
+    if weight is None or call.get("scale_grad_by_freq"):
+        return None
+    padding = call.get("padding_idx")
+    if padding is not None and padding < 0:
+        padding += call["weight"].shape[0]
+    return EmbeddingSite(call["input"], tuple(call["weight"].shape), weight, padding, recorder.layout(call["input"]))

@@ -1,0 +1,185 @@
+"""Normalisation layers: a scale and a shift of a normalised input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from curvature.block import Block
+from curvature.layers.site import ElementwiseSite, Layout, Ref, bind, rule_for
+
+if TYPE_CHECKING:
+    from curvature.recorder import Recorder
+
+
+class ScaleShiftSite(ElementwiseSite):
+    r"""One use of :math:`y_{ns} = \gamma \odot \hat x_{ns} + \beta`.
+
+    Args:
+        input: What the normalisation saw.
+        normalise: Recomputes :math:`\hat x` from it, without scale and shift.
+        channel: Axis of the scaled channels (1 for batch norms), or ``None`` where the last ``features`` axes are
+            scaled (layer norms).
+        features: Number of trailing scaled axes.
+    """
+
+    def __init__(
+        self,
+        input: Tensor,
+        normalise: Callable[[Tensor], Tensor],
+        weight: Ref | None,
+        bias: Ref | None,
+        layout: Layout,
+        operation: str,
+        channel: int | None = None,
+        features: int = 1,
+    ) -> None:
+        super().__init__(weight, bias, layout, operation)
+        self.normalise, self.channel, self.features = normalise, channel, features
+        self.input = self.save(input)
+
+    def blocks(self, joint: bool) -> list[tuple[str, Block]]:
+        refs = [("weight", self.weight), ("bias", self.bias)]
+        present = [(piece, ref) for piece, ref in refs if ref is not None]
+        parts = {piece: ref.part((ref.numel, 1), split=(ref.numel,)) for piece, ref in present}
+        if joint and len(present) == 2:
+            name = "+".join(ref.label for _, ref in present)
+            return [("joint", Block(name, (parts["weight"], parts["bias"])))]
+        return [(piece, Block(ref.label, (parts[piece],))) for piece, ref in present]
+
+    def _rows(self, x: Tensor, batch: int) -> Tensor:
+        """``(*batch, *shape)`` to ``(*batch, n, s, d)``."""
+        if self.channel is not None:
+            x = x.movedim(batch + self.channel, -1)
+        else:
+            x = x.flatten(-self.features)
+        return self.layout.rows(x, x.dim() - 1 - batch)
+
+    def per_sample(self, piece: str, gradient: Tensor) -> Tensor:
+        g = self._rows(gradient, 1)  # (k, n, s, d)
+        columns = []
+        if piece in ("joint", "weight"):
+            columns.append((g * self._rows(self.normalise(self.input).to(g.dtype), 0)).sum(-2))
+        if piece in ("joint", "bias"):
+            columns.append(g.sum(-2))
+        return torch.stack(columns, dim=-1)
+
+
+def _refs(recorder: Recorder, call: Mapping[str, Any]) -> tuple[Ref | None, Ref | None] | None:
+    weight, bias = recorder.resolve(call.get("weight")), recorder.resolve(call.get("bias"))
+    return None if weight is None and bias is None else (weight, bias)
+
+
+@rule_for(F.layer_norm, torch.layer_norm, modules={nn.LayerNorm: "unit"})
+def layer_norm(
+    recorder: Recorder, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> ScaleShiftSite | None:
+    """``F.layer_norm`` over any number of trailing axes."""
+    call = bind(("input", "normalized_shape", "weight", "bias", "eps"), args, kwargs)
+    refs = _refs(recorder, call)
+    if refs is None:
+        return None
+    shape, eps = list(call["normalized_shape"]), call.get("eps", 1e-5)
+    return ScaleShiftSite(
+        call["input"],
+        lambda x: F.layer_norm(x, shape, eps=eps),
+        *refs,
+        recorder.layout(call["input"]),
+        "layer_norm",
+        features=len(shape),
+    )
+
+
+@rule_for(F.rms_norm, torch.rms_norm, modules={nn.RMSNorm: "diagonal"})
+def rms_norm(
+    recorder: Recorder, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> ScaleShiftSite | None:
+    """``F.rms_norm``: a scale, no shift."""
+    call = bind(("input", "normalized_shape", "weight", "eps"), args, kwargs)
+    refs = _refs(recorder, call)
+    if refs is None:
+        return None
+    shape, eps = list(call["normalized_shape"]), call.get("eps")
+    return ScaleShiftSite(
+        call["input"],
+        lambda x: F.rms_norm(x, shape, eps=eps),
+        *refs,
+        recorder.layout(call["input"]),
+        "rms_norm",
+        features=len(shape),
+    )
+
+
+@rule_for(
+    F.batch_norm,
+    torch.batch_norm,
+    modules={nn.BatchNorm1d: "unit", nn.BatchNorm2d: "unit", nn.BatchNorm3d: "unit", nn.SyncBatchNorm: "unit"},
+)
+def batch_norm(
+    recorder: Recorder, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> ScaleShiftSite | None:
+    """``F.batch_norm``; in train mode examples interact through the batch statistics, as in the model itself."""
+    call = bind(("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"), args, kwargs)
+    refs = _refs(recorder, call)
+    if refs is None:
+        return None
+    eps = call.get("eps", 1e-5)
+    if call.get("training", False):
+        mean = var = None
+    else:
+        mean, var = call["running_mean"].detach().clone(), call["running_var"].detach().clone()
+
+    def normalise(x: Tensor) -> Tensor:
+        return F.batch_norm(x, mean, var, training=mean is None, momentum=0.0, eps=eps)
+
+    return ScaleShiftSite(call["input"], normalise, *refs, recorder.layout(call["input"]), "batch_norm", channel=1)
+
+
+@rule_for(F.group_norm, torch.group_norm, modules={nn.GroupNorm: "unit"})
+def group_norm(
+    recorder: Recorder, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> ScaleShiftSite | None:
+    """``F.group_norm``."""
+    call = bind(("input", "num_groups", "weight", "bias", "eps"), args, kwargs)
+    refs = _refs(recorder, call)
+    if refs is None:
+        return None
+    groups, eps = call["num_groups"], call.get("eps", 1e-5)
+    return ScaleShiftSite(
+        call["input"],
+        lambda x: F.group_norm(x, groups, eps=eps),
+        *refs,
+        recorder.layout(call["input"]),
+        "group_norm",
+        channel=1,
+    )
+
+
+@rule_for(
+    F.instance_norm,
+    modules={nn.InstanceNorm1d: "unit", nn.InstanceNorm2d: "unit", nn.InstanceNorm3d: "unit"},
+)
+def instance_norm(
+    recorder: Recorder, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> ScaleShiftSite | None:
+    """``F.instance_norm``, with the statistics of the input or running ones."""
+    call = bind(
+        ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps"), args, kwargs
+    )
+    refs = _refs(recorder, call)
+    if refs is None:
+        return None
+    eps = call.get("eps", 1e-5)
+    if call.get("use_input_stats", True):
+        mean = var = None
+    else:
+        mean, var = call["running_mean"].detach().clone(), call["running_var"].detach().clone()
+
+    def normalise(x: Tensor) -> Tensor:
+        return F.instance_norm(x, mean, var, use_input_stats=mean is None, momentum=0.0, eps=eps)
+
+    return ScaleShiftSite(call["input"], normalise, *refs, recorder.layout(call["input"]), "instance_norm", channel=1)

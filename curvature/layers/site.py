@@ -1,0 +1,275 @@
+"""A site: one use of parameters in a forward pass, and the rules that recognise it."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from curvature.block import Block, Part
+from curvature.samples import OneHot, Outer, PerSample
+
+if TYPE_CHECKING:
+    from curvature.recorder import Recorder
+
+
+@dataclass(frozen=True)
+class Ref:
+    """A parameter as an operation received it: all of it, or a contiguous segment, possibly transposed.
+
+    Attributes:
+        name: Name of the parameter.
+        start: First element of the segment in the flattened parameter.
+        shape: Shape of the segment before transposition.
+        transposed: The operation saw the (2-D) transpose.
+        whole: The segment is the whole parameter.
+    """
+
+    name: str
+    start: int
+    shape: tuple[int, ...]
+    transposed: bool = False
+    whole: bool = True
+
+    @property
+    def numel(self) -> int:
+        """Elements in the segment."""
+        return math.prod(self.shape)
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        """Identity of the segment, whatever its orientation."""
+        return (self.name, self.start, self.numel)
+
+    @property
+    def label(self) -> str:
+        """Name for block names and messages."""
+        return self.name if self.whole else f"{self.name}[{self.start}:{self.start + self.numel}]"
+
+    def part(self, shape: tuple[int, ...], split: tuple[int, ...] = (), permutation: tuple[int, ...] = ()) -> Part:
+        """The segment as a :class:`Part` of block shape ``shape``."""
+        split = split or self.shape
+        return Part(self.name, self.start, split, permutation or tuple(range(len(split))), shape)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the leading dimensions of an activation hold examples.
+
+    Attributes:
+        batch: Number of examples of the pass, or ``None`` where unknown.
+        batched: Whether the activation depends on the example at all (a table of positions does not).
+        time_major: Positions come before examples, as inside ``nn.MultiheadAttention``.
+    """
+
+    batch: int | None
+    batched: bool = True
+    time_major: bool = False
+
+    def rows(self, x: Tensor, lead: int) -> Tensor:
+        """``(*free, *leading dimensions, d)`` to ``(*free, n, s, d)``; ``lead`` counts the leading dimensions."""
+        extra = x.dim() - lead - 1
+        free, shape, d = x.shape[:extra], x.shape[extra:-1], x.shape[-1]
+        total = math.prod(shape)
+        batch = shape[0] if self.batch is None and shape else self.batch
+        if not self.batched or not batch or total % batch:
+            return x.reshape(*free, 1, total, d)
+        if self.time_major:
+            return x.reshape(*free, total // batch, batch, d).transpose(-3, -2)
+        if shape[0] % batch:
+            return x.reshape(*free, 1, total, d)
+        return x.reshape(*free, batch, total // batch, d)
+
+
+@dataclass
+class Site(ABC):
+    """One use of parameters: where they were used, on what, and where the gradient of the result is found."""
+
+    weight: Ref | None
+    bias: Ref | None
+    layout: Layout
+    operation: str
+    edge: GradientEdge = field(init=False)
+    edge_shape: torch.Size = field(init=False)
+    output_shape: torch.Size = field(init=False)
+    _saved: list[tuple[Tensor, int]] = field(default_factory=list, init=False)
+
+    @property
+    def refs(self) -> tuple[Ref, ...]:
+        """The tracked parameters of this use."""
+        return tuple(ref for ref in (self.weight, self.bias) if ref is not None)
+
+    def watch(self, output: Tensor) -> None:
+        """Remember where the gradient of ``output`` will be found.
+
+        A Linear with bias on a 3-D input returns a view; after an in-place activation only the edge of its base is
+        still in the graph.
+        """
+        base = output._base
+        if base is not None and base.requires_grad and base.numel() == output.numel() and base.is_contiguous():
+            tensor = base
+        else:
+            tensor = output
+        self.edge = get_gradient_edge(tensor)
+        self.edge_shape = tensor.shape
+        self.output_shape = output.shape
+
+    def save(self, tensor: Tensor) -> Tensor:
+        """Keep a tensor for later, and notice if it is modified in place in between."""
+        kept = tensor.detach()
+        self._saved.append((kept, kept._version))
+        return kept
+
+    def check_saved(self) -> None:
+        """Raise if a saved tensor was modified in place after its use."""
+        for tensor, version in self._saved:
+            if tensor._version != version:
+                raise RuntimeError(
+                    f"the input of {self.operation} ({', '.join(r.label for r in self.refs)}) was modified in place "
+                    "after its use, so its statistics would be wrong. Use an out-of-place operation there."
+                )
+
+    @abstractmethod
+    def blocks(self, joint: bool) -> list[tuple[str, Block]]:
+        """The blocks this use contributes to, as ``(piece, block)``; ``joint`` keeps weight and bias together."""
+
+    @abstractmethod
+    def use(
+        self, piece: str, gradient: Tensor, valid: Tensor | None, cache: dict[tuple[int, str], Tensor | OneHot]
+    ) -> Outer | PerSample:
+        """Samples of one piece from output gradients ``(k, *output_shape)``.
+
+        Args:
+            piece: As given by :meth:`blocks`.
+            gradient: Gradients with respect to the output.
+            valid: ``(n, s)`` positions that count, ``None`` for all.
+            cache: Inputs already prepared in this pass, by site and piece.
+        """
+
+    @abstractmethod
+    def keeps_examples(self, examples: int) -> bool:
+        """Whether the output has a row (or several) for each of the examples."""
+
+    def row_gradients(self, gradient: Tensor) -> Tensor | None:
+        """Output gradients as ``(k, n, s, o)``, where positions have a meaning; ``None`` elsewhere."""
+        return None
+
+
+class OuterSite(Site):
+    r"""A use of the form :math:`y_{ns} = W a_{ns} + b`."""
+
+    groups: int = 1
+
+    @abstractmethod
+    def inputs(self) -> Tensor | OneHot:
+        """Inputs ``(*, n, s, i)`` without the bias column."""
+
+    @abstractmethod
+    def gradients(self, gradient: Tensor) -> Tensor:
+        """Output gradients ``(k, *output_shape)`` as ``(*, k, n, s, o)``."""
+
+    @abstractmethod
+    def weight_part(self) -> Part:
+        """The weight (segment) as block columns ``(*, o, i)``."""
+
+    def bias_part(self) -> Part:
+        """The bias as a block column ``(*, o, 1)``."""
+        assert self.bias is not None
+        d = self.bias.numel
+        shape = (d, 1) if self.groups == 1 else (self.groups, d // self.groups, 1)
+        return self.bias.part(shape, split=(d,))
+
+    def blocks(self, joint: bool) -> list[tuple[str, Block]]:
+        if joint and self.weight is not None and self.bias is not None:
+            name = f"{self.weight.label}+{self.bias.label}"
+            return [("joint", Block(name, (self.weight_part(), self.bias_part())))]
+        out = []
+        if self.weight is not None:
+            out.append(("weight", Block(self.weight.label, (self.weight_part(),))))
+        if self.bias is not None:
+            out.append(("bias", Block(self.bias.label, (self.bias_part(),))))
+        return out
+
+    def use(
+        self, piece: str, gradient: Tensor, valid: Tensor | None, cache: dict[tuple[int, str], Tensor | OneHot]
+    ) -> Outer:
+        g = self.gradients(gradient)
+        key = (id(self), piece)
+        if key not in cache:
+            cache[key] = self._prepared(piece, g)
+        return Outer(cache[key], g, valid)
+
+    def _prepared(self, piece: str, g: Tensor) -> Tensor | OneHot:
+        if piece == "bias":
+            return g.new_ones(*g.shape[:-4], *g.shape[-3:-1], 1)
+        self.check_saved()
+        a = self.inputs()
+        if isinstance(a, Tensor):
+            a = a.to(g.dtype)
+            if piece == "joint":
+                a = torch.cat([a, a.new_ones(*a.shape[:-1], 1)], dim=-1)
+        return a
+
+    def keeps_examples(self, examples: int) -> bool:
+        shape = torch.empty(self.output_shape, device="meta").unsqueeze(0)
+        return self.gradients(shape).shape[-3] == examples
+
+    def row_gradients(self, gradient: Tensor) -> Tensor | None:
+        g = self.gradients(gradient)
+        return g if self.groups == 1 else g.movedim(0, -2).flatten(-2)
+
+
+class ElementwiseSite(Site):
+    """A use that hands over per-sample gradients: scale and shift, broadcast parameters."""
+
+    @abstractmethod
+    def per_sample(self, piece: str, gradient: Tensor) -> Tensor:
+        """Per-sample gradients ``(k, n, *block.shape)`` from output gradients ``(k, *output_shape)``."""
+
+    def use(
+        self, piece: str, gradient: Tensor, valid: Tensor | None, cache: dict[tuple[int, str], Tensor | OneHot]
+    ) -> PerSample:
+        self.check_saved()
+        return PerSample(self.per_sample(piece, gradient))
+
+    def keeps_examples(self, examples: int) -> bool:
+        return self.layout.batched and self.layout.batch == examples
+
+
+Rule = Callable[["Recorder", Tensor, tuple[Any, ...], Mapping[str, Any]], Site | None]
+
+#: Function -> rule that recognises a use in a call of it.
+RULES: dict[Any, Rule] = {}
+#: Module type -> what a rule makes of it (for the table of :func:`curvature.coverage` before any forward pass).
+MODULES: dict[type[nn.Module], str] = {}
+
+
+def rule_for(*functions: Any, modules: Mapping[type[nn.Module], str] | None = None) -> Callable[[Rule], Rule]:
+    """Register a rule for the torch functions it recognises.
+
+    A rule is called as ``rule(recorder, output, args, kwargs)`` after the function ran, and returns a :class:`Site` if
+    a tracked parameter was used in a way it covers, else ``None``.
+
+    Args:
+        functions: Functions as ``__torch_function__`` reports them, such as ``torch.nn.functional.linear``.
+        modules: Module types whose parameters the rule covers, with the structure they get.
+    """
+
+    def register(rule: Rule) -> Rule:
+        for function in functions:
+            RULES[function] = rule
+        MODULES.update(modules or {})
+        return rule
+
+    return register
+
+
+def bind(names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a call by name; absent ones are missing from the result."""
+    return {**dict(zip(names, args, strict=False)), **kwargs}

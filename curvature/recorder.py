@@ -1,0 +1,194 @@
+"""Watching one forward pass: which parameters were used, by which operation, on which activations."""
+
+from __future__ import annotations
+
+import types
+import weakref
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from curvature.layers import RULES, Layout, Ref, Site
+
+
+def _attention_without_dispatch() -> Any:
+    """``F.multi_head_attention_forward`` with its own look for function modes switched off.
+
+    The original hands itself to the active mode before it runs, and a mode is off while it handles a call, so the
+    projections inside would never be seen. The copy shares the code object: values are bit-identical.
+    """
+    original = F.multi_head_attention_forward
+    scope = {**vars(F), "has_torch_function": lambda _: False}
+    copy = types.FunctionType(original.__code__, scope, original.__name__, original.__defaults__, original.__closure__)
+    copy.__kwdefaults__ = original.__kwdefaults__
+    return copy
+
+
+_ATTENTION = _attention_without_dispatch()
+
+
+class Recorder(TorchFunctionMode):
+    """Records the uses of parameters while it is active.
+
+    Values, random numbers and autograd graphs of the recorded code are what they would be without it: every function
+    runs unchanged, with the recorder looking at its arguments and its result.
+
+    Args:
+        parameters: Tracked parameters by name.
+        constants: Further tensors that do not depend on the example (buffers, frozen parameters).
+        batch: Number of examples, the leading dimension of the model's inputs; ``None`` where unknown.
+
+    Attributes:
+        sites: Recognised uses, in order of execution.
+        unknown: For parameters used in a way no rule covers, the operations that did.
+        examples_interact: A batch norm in train mode was seen: every output depends on every example.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, Tensor], constants: Iterable[Tensor] = (), batch: int | None = None
+    ) -> None:
+        super().__init__()
+        self.batch = batch
+        self.sites: list[Site] = []
+        self.unknown: dict[str, set[str]] = {}
+        self.examples_interact = False
+        self._names = {id(p): name for name, p in parameters.items()}
+        self._parameters = parameters
+        self._time_major: int | None = None
+        # Results of recorded uses that are still views of a parameter (``expand``): already accounted for.
+        self._done: dict[int, weakref.ref[Tensor]] = {}
+        # Which tensors depend on the example, by identity. A tensor no recorded function made is not in here.
+        self._depends: dict[int, tuple[weakref.ref[Tensor], bool]] = {}
+        for tensor in constants:
+            self._mark(tensor, False)
+        for p in parameters.values():
+            self._mark(p, False)
+
+    def mark_inputs(self, inputs: Any) -> None:
+        """Declare the model's inputs: tensors whose leading dimension is the batch depend on the example."""
+        for tensor in tensors_in(inputs):
+            self._mark(tensor, self.batch is None or (tensor.dim() > 0 and tensor.shape[0] == self.batch))
+
+    def resolve(self, tensor: Any) -> Ref | None:
+        """The tracked parameter that ``tensor`` is, or is a contiguous segment or the transpose of."""
+        if not isinstance(tensor, Tensor):
+            return None
+        name = self._names.get(id(tensor))
+        if name is not None:
+            return Ref(name, 0, tuple(tensor.shape))
+        base = tensor._base
+        if base is None or (name := self._names.get(id(base))) is None or not base.is_contiguous():
+            return None
+        start, whole = int(tensor.storage_offset() - base.storage_offset()), tensor.numel() == base.numel()
+        if tensor.is_contiguous():
+            return Ref(name, start, tuple(tensor.shape), whole=whole)
+        if tensor.dim() == 2 and tensor.mT.is_contiguous():
+            return Ref(name, start, tuple(tensor.mT.shape), transposed=True, whole=whole)
+        return None
+
+    def layout(self, tensor: Tensor) -> Layout:
+        """How the leading dimensions of ``tensor`` hold examples."""
+        if self._time_major is not None:
+            return Layout(self._time_major, self._depends_on_example(tensor), time_major=True)
+        return Layout(self.batch, self._depends_on_example(tensor))
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.multi_head_attention_forward:
+            return self._attention(args, kwargs)
+        if func is F.batch_norm and (kwargs.get("training") or (len(args) > 5 and args[5])):
+            self.examples_interact = True
+        tensors = list(tensors_in((args, kwargs)))
+        output = func(*args, **kwargs)
+        if isinstance(output, (Tensor, tuple, list)):
+            depends = any(self._depends_on_example(t) for t in tensors)
+            for result in tensors_in(output):
+                self._mark(result, depends)
+            if torch.is_grad_enabled():
+                self._record(func, output, tensors, args, kwargs)
+        return output
+
+    def _record(self, func: Any, output: Any, tensors: list[Tensor], args: Any, kwargs: Any) -> None:
+        tracked = [t for t in tensors if self._is_tracked(t)]
+        if not tracked:
+            self._inherit(tensors, output)
+            return
+        names = {self._name(t) for t in tracked}
+        rule = RULES.get(func)
+        if rule is not None and isinstance(output, Tensor) and output.requires_grad:
+            site = rule(self, output, args, kwargs)
+            if site is not None:
+                site.watch(output)
+                self.sites.append(site)
+                names -= {ref.name for ref in site.refs}
+                self._done[id(output)] = weakref.ref(output)
+        if not names:
+            return
+        results = [t for t in tensors_in(output) if t.requires_grad and t.is_floating_point()]
+        if all(self.resolve(t) is not None for t in results):
+            return  # only looked at, or cut into views that are followed further
+        for name in names:
+            self.unknown.setdefault(name, set()).add(getattr(func, "__name__", str(func)))
+
+    def _attention(self, args: Any, kwargs: Any) -> Any:
+        """``nn.MultiheadAttention``: its projections are plain linears on (length, batch, d) activations."""
+        query = args[0] if args else kwargs["query"]
+        before, self._time_major = self._time_major, query.shape[1] if query.dim() == 3 else None
+        try:
+            with self:
+                return _ATTENTION(*args, **kwargs)
+        finally:
+            self._time_major = before
+
+    def _inherit(self, tensors: list[Tensor], output: Any) -> None:
+        """Views of accounted results are accounted for."""
+        if any(self._is_done(t) for t in tensors):
+            for result in tensors_in(output):
+                if result._base is not None and id(result._base) in self._names:
+                    self._done[id(result)] = weakref.ref(result)
+
+    def _is_done(self, tensor: Tensor) -> bool:
+        entry = self._done.get(id(tensor))
+        return entry is not None and entry() is tensor
+
+    def _is_tracked(self, tensor: Tensor) -> bool:
+        if id(tensor) in self._names:
+            return True
+        return tensor._base is not None and id(tensor._base) in self._names and not self._is_done(tensor)
+
+    def _name(self, tensor: Tensor) -> str:
+        return self._names[id(tensor)] if id(tensor) in self._names else self._names[id(tensor._base)]
+
+    def _mark(self, tensor: Tensor, depends: bool) -> None:
+        self._depends[id(tensor)] = (weakref.ref(tensor), depends)
+
+    def _depends_on_example(self, tensor: Tensor) -> bool:
+        entry = self._depends.get(id(tensor))
+        if entry is not None and entry[0]() is tensor:
+            return entry[1]
+        # Made by something that functions modes do not see (a custom autograd.Function): the shape must tell.
+        return self.batch is None or (tensor.dim() > 0 and tensor.shape[0] % self.batch == 0)
+
+
+def tensors_in(tree: Any) -> Iterable[Tensor]:
+    """All tensors in nested tuples, lists, mappings and dataclass-like outputs."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, (tuple, list)):
+        for item in tree:
+            yield from tensors_in(item)
+    elif isinstance(tree, Mapping):
+        for item in tree.values():
+            yield from tensors_in(item)
+
+
+def batch_size(inputs: Any) -> int | None:
+    """Leading dimension of the first tensor among the inputs that has one."""
+    for tensor in tensors_in(inputs):
+        if tensor.dim() > 0:
+            return int(tensor.shape[0])
+    return None

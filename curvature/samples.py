@@ -1,0 +1,216 @@
+"""The canonical samples of a block: what a structure is estimated from.
+
+Axes: ``*`` stack (groups of a grouped layer), ``k`` backward signals, ``n`` examples, ``s`` positions within an
+example (sequence, space, several calls), ``o`` output, ``i`` input.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Elements of a per-sample gradient formed at once (16 Mi elements: 64 MiB in float32).
+CHUNK_ELEMENTS = 1 << 24
+
+
+@dataclass(frozen=True)
+class OneHot:
+    """Rows that are unit vectors, by index: the input of an embedding, never formed.
+
+    Attributes:
+        index: ``(n, s)`` positions of the ones.
+        size: Length of the vectors.
+        keep: ``(n, s)`` 0/1 weights of the rows (0 for ``padding_idx``), or ``None``.
+    """
+
+    index: Tensor
+    size: int
+    keep: Tensor | None = None
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The rows themselves, ``(n, s, size)``."""
+        rows = torch.zeros(*self.index.shape, self.size, dtype=dtype, device=self.index.device)
+        one = torch.ones_like(self.index, dtype=dtype) if self.keep is None else self.keep.to(dtype)
+        return rows.scatter_(-1, self.index.unsqueeze(-1), one.unsqueeze(-1))
+
+
+@dataclass(frozen=True)
+class Outer:
+    r"""One use of a layer :math:`y_{ns} = W a_{ns}`; its gradient is :math:`\sum_s g_{ns} a_{ns}^\top`.
+
+    Attributes:
+        a: Inputs ``(*, n, s, i)``, a one appended where the block holds a bias.
+        g: Output gradients ``(*, k, n, s, o)``.
+        valid: ``(n, s)`` 0/1 weights of the positions, or ``None`` where all count.
+        flipped: The block tensor is the transpose ``a g^T``, as for an embedding that shares its matrix with a head.
+    """
+
+    a: Tensor | OneHot
+    g: Tensor
+    valid: Tensor | None = None
+    flipped: bool = False
+
+    @property
+    def examples(self) -> int:
+        """Number of examples n (1 where the use has no batch axis)."""
+        return self.g.shape[-3]
+
+    @property
+    def positions(self) -> int:
+        """Number of positions s."""
+        return self.g.shape[-2]
+
+    @property
+    def block_shape(self) -> tuple[int, ...]:
+        """Shape of the block tensor."""
+        d_in = self.a.size if isinstance(self.a, OneHot) else self.a.shape[-1]
+        d_out = self.g.shape[-1]
+        return (*self.g.shape[:-4], *((d_in, d_out) if self.flipped else (d_out, d_in)))
+
+    def gradient(self, start: int, stop: int) -> Tensor:
+        """Per-sample gradients of examples ``start:stop``, ``(k, n, *block_shape)``."""
+        g = self.g[..., start:stop, :, :]
+        if isinstance(self.a, OneHot):
+            index = self.a.index[start:stop].expand(g.shape[:-1])
+            if self.a.keep is not None:
+                g = g * self.a.keep[start:stop].unsqueeze(-1)
+            out = g.new_zeros(*g.shape[:-2], self.a.size, g.shape[-1])
+            out.scatter_add_(-2, index.unsqueeze(-1).expand_as(g), g)
+            return out if self.flipped else out.mT
+        a = self.a[..., start:stop, :, :].unsqueeze(-4)
+        grad = a.mT @ g if self.flipped else g.mT @ a
+        return grad.movedim((-4, -3), (0, 1))
+
+
+@dataclass(frozen=True)
+class PerSample:
+    """Gradients of layers of another shape (scale and shift, bare parameters).
+
+    Attributes:
+        gradients: ``(k, n, *block_shape)``.
+    """
+
+    gradients: Tensor
+
+    @property
+    def examples(self) -> int:
+        """Number of examples n (1 where the use has no batch axis)."""
+        return self.gradients.shape[1]
+
+    @property
+    def block_shape(self) -> tuple[int, ...]:
+        """Shape of the block tensor."""
+        return tuple(self.gradients.shape[2:])
+
+    def gradient(self, start: int, stop: int) -> Tensor:
+        """Per-sample gradients of examples ``start:stop``, ``(k, n, *block_shape)``."""
+        return self.gradients[:, start:stop]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """All uses of one block in one pass over a batch.
+
+    Attributes:
+        uses: One entry per use; their per-sample gradients add up.
+        weight: Divisor that these samples bring to a mean loss (0-d); the estimators divide by its sum.
+        first: Whether this is the first backward pass of its batch; inputs and weights count once per batch.
+    """
+
+    uses: tuple[Outer | PerSample, ...]
+    weight: Tensor | float
+    first: bool = True
+
+    @property
+    def block_shape(self) -> tuple[int, ...]:
+        """Shape of the block tensor."""
+        return self.uses[0].block_shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the gradients."""
+        use = self.uses[0]
+        return use.g.dtype if isinstance(use, Outer) else use.gradients.dtype
+
+    def gradients(self) -> Iterator[Tensor]:
+        """Per-sample gradients, a chunk ``(k * n, *block_shape)`` at a time.
+
+        Raises:
+            ValueError: If the uses disagree about the batch axis.
+        """
+        examples = {use.examples for use in self.uses}
+        if len(examples) > 1:
+            raise ValueError(
+                f"the uses of a shared parameter see {sorted(examples)} examples, so its per-sample gradients are not "
+                "defined. Give every use the batch as its leading dimension, or use a Kronecker structure."
+            )
+        n = examples.pop()
+        signals = self.uses[0].g.shape[-4] if isinstance(self.uses[0], Outer) else self.uses[0].gradients.shape[0]
+        step = max(1, CHUNK_ELEMENTS // max(1, signals * math.prod(self.block_shape)))
+        for start in range(0, n, step):
+            stop = min(n, start + step)
+            total = self.uses[0].gradient(start, stop)
+            for use in self.uses[1:]:
+                total = total + use.gradient(start, stop)
+            yield total.flatten(0, 1)
+
+    def square_sum(self) -> Tensor:
+        """Sum over signals and examples of the squared per-sample gradients, in block shape."""
+        if len(self.uses) == 1:
+            use = self.uses[0]
+            # One position: (g a^T)^2 = g^2 (a^2)^T, and no per-sample gradient is formed.
+            if isinstance(use, Outer) and isinstance(use.a, Tensor) and use.positions == 1:
+                left = use.g.squeeze(-2).square().sum(-3)
+                right = use.a.squeeze(-2).square()
+                return right.mT @ left if use.flipped else left.mT @ right
+            if isinstance(use, Outer) and isinstance(use.a, OneHot):
+                return _one_hot_square_sum(use.a, use.g, use.flipped)
+        total: Tensor | None = None
+        for chunk in self.gradients():
+            square = chunk.square_().sum(0) if chunk._base is None else chunk.square().sum(0)
+            total = square if total is None else total.add_(square)
+        assert total is not None
+        return total
+
+
+def _one_hot_square_sum(a: OneHot, g: Tensor, flipped: bool) -> Tensor:
+    """Squares of an embedding's per-sample gradients: rows with the same id within an example add up first."""
+    k, n, s, d = g.shape
+    rows = (g if a.keep is None else g * a.keep.unsqueeze(-1)).reshape(k * n * s, d)
+    example = torch.arange(k * n, device=g.device).repeat_interleave(s)
+    key = example * a.size + a.index.expand(k, n, s).reshape(-1)
+    unique, inverse = torch.unique(key, return_inverse=True)
+    merged = g.new_zeros(len(unique), d).index_add_(0, inverse, rows)
+    total = g.new_zeros(a.size, d).index_add_(0, unique % a.size, merged.square_())
+    return total if flipped else total.mT.contiguous()
+
+
+def gram(rows: Tensor) -> Tensor:
+    r"""Symmetric product :math:`R^\top R` of ``rows (*, m, d)``, computing little more than one triangle.
+
+    The product is split in halves: two diagonal blocks (recursively) and one off-diagonal block, which is copied to
+    its mirror image. Two levels cost 5/8 of the full product.
+    """
+    d = rows.shape[-1]
+    if d < 512 or rows.dim() > 2:
+        return rows.mT @ rows
+    out = rows.new_empty(d, d)
+    _gram_into(rows, out)
+    return out
+
+
+def _gram_into(rows: Tensor, out: Tensor) -> None:
+    d = rows.shape[-1]
+    if d < 512:
+        torch.mm(rows.mT, rows, out=out) if out.is_contiguous() else out.copy_(rows.mT @ rows)
+        return
+    h = d // 2
+    _gram_into(rows[:, :h], out[:h, :h])
+    _gram_into(rows[:, h:], out[h:, h:])
+    corner = rows[:, :h].mT @ rows[:, h:]
+    out[:h, h:] = corner
+    out[h:, :h] = corner.mT

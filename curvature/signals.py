@@ -1,0 +1,112 @@
+"""Backward signals: what is sent back from the outputs so that outer products of gradients sum to a curvature."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from curvature.losses import Terms
+
+FisherKind = Literal["exact", "mc", "empirical"]
+KINDS: tuple[FisherKind, ...] = ("exact", "mc", "empirical")
+
+
+def check_kind(kind: str) -> FisherKind:
+    """The kind itself if it is one of ``"exact"``, ``"mc"``, ``"empirical"``; a ValueError otherwise."""
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {KINDS}, got {kind!r}.")
+    return kind
+
+
+@dataclass(frozen=True)
+class Signals:
+    r"""The signals ``v_k`` of one batch, output-shaped, with :math:`C = \frac{1}{total} \sum_k J^\top v_k v_k^\top J`.
+
+    ``exact`` sends one column of a square root of the loss's Hessian per pass, and the positions of an example one by
+    one where an example has several: their gradients must not be added before they are squared. ``mc`` draws all
+    terms at once, since independent draws with mean zero have no cross terms in expectation. ``empirical`` sends the
+    gradients of the terms, one position at a time, or ``together``.
+
+    Args:
+        terms: The loss of the batch.
+        kind: ``"exact"``, ``"mc"`` or ``"empirical"``.
+        samples: Number of draws for ``mc``.
+        generator: Source of the draws.
+        batch: Number of examples of the model, where the loss was called on flattened examples and positions.
+        together: For ``empirical``: add up the terms of an example, as one backward pass of the loss does.
+    """
+
+    terms: Terms
+    kind: FisherKind
+    samples: int = 1
+    generator: torch.Generator | None = None
+    batch: int | None = None
+    together: bool = False
+
+    @property
+    def examples(self) -> int:
+        """Number of examples."""
+        n, r, _ = self.terms.shape
+        return self.batch if self.batch and (n * r) % self.batch == 0 and n % self.batch == 0 else n
+
+    @property
+    def positions(self) -> int:
+        """Terms per example."""
+        n, r, _ = self.terms.shape
+        return n * r // max(1, self.examples)
+
+    @property
+    def mask(self) -> Tensor:
+        """Valid terms, ``(examples, positions)``."""
+        return self.terms.mask.reshape(self.examples, self.positions)
+
+    def __len__(self) -> int:
+        """Number of backward passes."""
+        if self.kind == "mc":
+            return self.samples
+        if self.kind == "empirical":
+            return 1 if self.together else self.positions
+        return self.positions * self.terms.columns
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """All signals, examples together."""
+        if self.kind == "mc":
+            if self.generator is None:
+                raise ValueError("sampling needs a generator=torch.Generator(); the global random state is never used.")
+            for _ in range(self.samples):
+                yield self.terms.sample(self.generator) / self.samples**0.5
+        elif self.kind == "empirical":
+            gradient = self.terms.gradient()
+            if self.together or self.positions == 1:
+                yield gradient
+            else:
+                for position in range(self.positions):
+                    yield self._only(gradient, position)
+        else:
+            for c in range(self.terms.columns):
+                column = self.terms.sqrt_column(c)
+                if self.positions == 1:
+                    yield column
+                else:
+                    for position in range(self.positions):
+                        yield self._only(column, position)
+
+    def one_by_one(self) -> Iterator[Tensor]:
+        """All signals, for one example at a time: for uses of parameters that do not keep examples apart."""
+        for signal in self:
+            rows = self.terms.rows(signal).reshape(self.examples, self.positions, -1)
+            for n in range(self.examples):
+                only = torch.zeros_like(rows)
+                only[n] = rows[n]
+                yield self.terms.unrows(only.reshape(self.terms.shape))
+
+    def _only(self, signal: Tensor, position: int) -> Tensor:
+        """The part of a signal that starts at one position of every example."""
+        rows = self.terms.rows(signal).reshape(self.examples, self.positions, -1)
+        only = torch.zeros_like(rows)
+        only[:, position] = rows[:, position]
+        return self.terms.unrows(only.reshape(self.terms.shape))

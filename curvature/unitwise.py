@@ -1,0 +1,59 @@
+"""Unit-wise curvature: a small dense matrix for each output unit."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from curvature.average import WeightedMean
+from curvature.block import Block
+from curvature.estimator import CurvatureEstimator
+from curvature.losses import widen
+from curvature.samples import Samples
+from solvers import Dense, LinearOperator
+
+
+class UnitEstimator(CurvatureEstimator):
+    r"""Exact blocks of the rows of the block tensor ``(*, o, i)``, as a stack ``(*, o, i, i)``.
+
+    For scale and shift these are the 2 x 2 matrices of :math:`(\gamma_j, \beta_j)`.
+    """
+
+    structure: ClassVar[str] = "unit"
+
+    def __init__(self, block: Block) -> None:
+        super().__init__(block)
+        self.mean = WeightedMean()
+
+    def update(self, samples: Samples) -> None:
+        total: Tensor | None = None
+        for chunk in samples.gradients():
+            rows = widen(chunk).movedim(0, -2)  # (*, o, kn, i)
+            product = rows.mT @ rows
+            total = product if total is None else total.add_(product)
+        self.mean.add(total, samples.weight if samples.first else 0.0)
+
+    def commit(self, ema: float) -> None:
+        self.mean.commit(ema)
+
+    def discard(self) -> None:
+        self.mean.discard()
+
+    def finite(self) -> Tensor:
+        return self.mean.finite()
+
+    @property
+    def ready(self) -> bool:
+        return self.mean.value is not None
+
+    def operator(self) -> LinearOperator:
+        if self.mean.value is None:
+            raise RuntimeError(f"block {self.block.name}: no statistics yet; run a forward and backward pass first.")
+        return Dense(self.mean.value)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"mean": self.mean.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.mean.load_state_dict(state["mean"])
