@@ -25,11 +25,12 @@ def class_layout(output: Tensor, target: Tensor, class_dim: int | None, as_calle
     shape, rank = output.shape, output.ndim
     if output.numel() == 0 or rank == 0:
         raise ValueError(f"The output has shape {tuple(shape)}: there is no example in it. Skip empty batches.")
-    if class_dim is not None:
+    if rank == 1 and class_dim in (None, 0, -1):
+        axes = [0]  # a single example
+    elif class_dim is not None:
         axes = list(Layout.along(shape, class_dim).class_axes)
     else:
-        torch_axis = min(1, rank - 1)
-        axes = [torch_axis] if as_called else sorted({torch_axis, rank - 1})
+        axes = [1] if as_called else sorted({1, rank - 1})
     if target.is_floating_point():
         fits = axes if target.shape == shape else []
     else:

@@ -44,7 +44,8 @@ class GaussianNLL(ElementwiseLoss):
                 f"nn.GaussianNLLLoss takes output, target and variance, got {2 + len(extra)} arguments. Pass the "
                 "variance as the third."
             )
-        var = torch.as_tensor(extra[0])
+        dtype = torch.promote_types(output.dtype, torch.float32)
+        var = torch.as_tensor(extra[0], dtype=dtype, device=output.device)  # PyTorch takes a float as well
         if var.requires_grad:
             raise ValueError(
                 "The variance given to nn.GaussianNLLLoss depends on parameters, but its curvature is known for the "
@@ -58,8 +59,7 @@ class GaussianNLL(ElementwiseLoss):
                 f"The variance must have the output's shape {tuple(output.shape)}, a last axis of size one, or no last "
                 f"axis, got {tuple(var.shape)}."
             )
-        dtype = torch.promote_types(output.dtype, torch.float32)
-        return (var.to(output.device, dtype).clamp(min=self.loss_fn.eps).expand(output.shape),)
+        return (var.clamp(min=self.loss_fn.eps).expand(output.shape),)
 
     def check_values(self, output: Tensor, target: Tensor, *extra: Tensor) -> None:
         """Variances not negative."""

@@ -39,13 +39,14 @@ class Layout:
         """Terms along one axis.
 
         Raises:
-            ValueError: If the output has no such axis, or it is the first of several, which counts examples.
+            ValueError: If the output has no such axis, or it is the first, which counts examples.
         """
         rank = len(output_shape)
-        if not -rank <= class_dim < rank or (rank > 1 and class_dim % rank == 0):
+        if not -rank <= class_dim < rank or class_dim % rank == 0:
+            axes = f"expected an axis from 1 to {rank - 1}" if rank > 1 else "it has no other; leave class_dim out"
             raise ValueError(
                 f"class_dim={class_dim} is no axis of the outputs of one term for an output of shape "
-                f"{tuple(output_shape)}: expected an axis from 1 to {rank - 1} (the first axis counts examples)."
+                f"{tuple(output_shape)}, whose first axis counts examples: {axes}."
             )
         return cls(output_shape, (class_dim % rank,))
 

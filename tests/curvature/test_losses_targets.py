@@ -135,6 +135,14 @@ def test_impossible_class_axes_are_refused(class_dim: int) -> None:
         mse.terms(zeros(2, 3, 4), zeros(2, 3, 4), class_dim=class_dim)
 
 
+def test_a_vector_is_one_example_of_classes_but_many_of_numbers() -> None:
+    for class_dim in (None, 0, -1):
+        assert ce.terms(zeros(5), labels(), class_dim=class_dim).shape == (1, 1, 5)
+    assert mse.terms(zeros(5), zeros(5)).shape == (5, 1, 1)
+    with pytest.raises(ValueError, match=r"class_dim=-1 .* \(5,\), whose first axis counts examples: it has no other"):
+        mse.terms(zeros(5), zeros(5), class_dim=-1)
+
+
 # Shapes and values -------------------------------------------------------------------------------------------------
 
 
@@ -200,6 +208,9 @@ def test_the_variance_of_a_normal_likelihood() -> None:
         loss.terms(zeros(4, 3), zeros(4, 3))
     with pytest.raises(ValueError, match=r"output's shape \(4, 3\).*got \(3,\)"):
         loss.terms(zeros(4, 3), zeros(4, 3), zeros(3))
+    by_number = loss.terms(zeros(4, 3), zeros(4, 3) + 1, 0.1)  # type: ignore[arg-type]
+    by_tensor = loss.terms(zeros(4, 3), zeros(4, 3) + 1, zeros(4, 3) + 0.1)
+    assert torch.equal(by_number.gradient(), by_tensor.gradient())
     with pytest.raises(ValueError, match="Variances must not be negative"):
         loss.terms(zeros(4, 3), zeros(4, 3), zeros(4, 3) - 1, check=True)
 
@@ -334,6 +345,26 @@ def test_vectors_of_another_shape_are_refused(loss: Loss, target: Tensor) -> Non
         terms.hessian_product(zeros(3))
     with pytest.raises(ValueError, match=r"\(4, 1, 3\)\), got \(4, 3, 1\)"):
         terms.unrows(zeros(4, 3, 1))
+
+
+@pytest.mark.parametrize(
+    ("module", "target"),
+    [case for case in EVERY if not isinstance(case[0], nn.PoissonNLLLoss)],
+    ids=lambda x: type(x).__name__,
+)
+def test_only_value_and_check_wait_for_the_device(module: nn.Module, target: Tensor) -> None:
+    # Tensors on "meta" have no values: whatever would read one raises.
+    terms = loss_for(module).terms(zeros(4, 3).to("meta"), target.to("meta"), mask=torch.ones(4).bool())
+    results = (
+        terms.gradient(),
+        terms.hessian_product(zeros(2, 4, 3).to("meta")),
+        terms.sqrt_column(1),
+        terms.sample(torch.Generator()),
+    )
+    assert all(x.is_meta for x in (*results, terms.total))
+    for question in (terms.value, terms.check):
+        with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
+            question()
 
 
 @pytest.mark.gpu
