@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+IS_SUPPORTED := import sys; sys.exit(sys.version_info < (3, 11))
 PACKAGES := precond curvature solvers
 JOBS ?= 2
 
@@ -41,6 +42,11 @@ format: install
 # Torch goes first and with what it needs, so that the index decides which build (CPU, CUDA) this exact version means.
 # The rest is listed in full, so nothing is left to resolve.
 $(STAMP): setup.py constraints.txt | $(BIN)/python
+	@$(BIN)/python -c '$(IS_SUPPORTED)' || { \
+	  echo "error: $(VENV) holds $$($(BIN)/python --version) and precond needs Python >= 3.11." \
+	    "Remove $(VENV) and run make again" >&2; \
+	  exit 1; \
+	}
 	$(PIP) -c constraints.txt "$$(grep '^torch==' constraints.txt)"
 	$(PIP) --no-deps -r constraints.txt
 	$(PIP) --no-deps -e .
@@ -50,7 +56,7 @@ $(STAMP): setup.py constraints.txt | $(BIN)/python
 CANDIDATES := $(or $(PYTHON),python3.11 python3.12 python3.13 python3)
 $(BIN)/python:
 	@for python in $(CANDIDATES); do \
-	  if $$python -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	  if $$python -c 'import ensurepip; $(IS_SUPPORTED)' 2>/dev/null; then \
 	    echo "Creating $(VENV) with $$($$python --version)"; \
 	    exec $$python -m venv $(VENV); \
 	  fi; \
