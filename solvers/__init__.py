@@ -5,6 +5,7 @@ Knows nothing of neural networks: curvature estimates come as operators, optimis
 
 from solvers.auto import Auto
 from solvers.blocks import BlockDiagonal, Place, Segment
+from solvers.cg import CG
 from solvers.cholesky import Cholesky, CholeskyInverse
 from solvers.damping import Damping, FactoredTikhonov, Tikhonov
 from solvers.dense import Dense
@@ -22,14 +23,18 @@ from solvers.errors import (
     StructureError,
 )
 from solvers.function import Function, from_scipy
+from solvers.info import Solution, SolveInfo
+from solvers.iterative import IterativeInverse, IterativeSolver
 from solvers.kronecker import Kronecker
 from solvers.linear_operator import LinearOperator, Product, Scaled, Sum
+from solvers.lowrank import LowRank, Rows
 from solvers.power import diagonalize, power, solve
 from solvers.reshape import Reshape
 from solvers.shifted import Shifted
 from solvers.solver import BasisSolver, Solver
 from solvers.state import from_state, state, storable
 from solvers.submatrix import Submatrix
+from solvers.woodbury import Woodbury
 
 __all__ = [
     # Operators
@@ -39,11 +44,14 @@ __all__ = [
     "Diagonal",
     "Eigen",
     "Function",
+    "IterativeInverse",
     "Kronecker",
     "LinearOperator",
+    "LowRank",
     "Place",
     "Product",
     "Reshape",
+    "Rows",
     "Scaled",
     "Segment",
     "Shifted",
@@ -58,9 +66,14 @@ __all__ = [
     # Solvers
     "Auto",
     "BasisSolver",
+    "CG",
     "Cholesky",
     "Eigh",
+    "IterativeSolver",
+    "Solution",
+    "SolveInfo",
     "Solver",
+    "Woodbury",
     # Rules
     "diagonalize",
     "power",

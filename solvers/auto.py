@@ -9,21 +9,31 @@ from torch import Tensor
 
 from solvers.cholesky import Cholesky
 from solvers.dense import Dense
+from solvers.diagonal import Diagonal
 from solvers.eigh import Eigh
-from solvers.linear_operator import LinearOperator
+from solvers.linear_operator import LinearOperator, Sum
+from solvers.lowrank import LowRank
+from solvers.shifted import Shifted
 from solvers.solver import BasisSolver
+from solvers.woodbury import Woodbury
 
 
 @dataclass(frozen=True)
 class Auto(BasisSolver):
-    """Cholesky for the inverse of a matrix, Eigh for other powers and for ``B (x) A + lam I``."""
+    """Cholesky for the inverse of a matrix, Woodbury for low rank plus shift, Eigh for the rest.
+
+    Serves no operator that is known by its products alone: an iteration has tolerances that only the user can choose.
+    """
 
     exponents: ClassVar[tuple[float, ...] | None] = None
-    needs: ClassVar[tuple[type[LinearOperator], ...]] = (Dense,)
+    needs: ClassVar[tuple[type[LinearOperator], ...]] = (Dense, Shifted, Sum)
 
     def power(self, op: LinearOperator, exponent: float, previous: LinearOperator | None = None) -> LinearOperator:
         """``op ** exponent`` by the solver that fits; see there for what it raises."""
         self.check_serves(op, exponent)
+        match op:
+            case Shifted(op=LowRank()) | Sum(terms=(LowRank(), Diagonal()) | (Diagonal(), LowRank())):
+                return Woodbury().power(op, exponent, previous)
         return (Cholesky() if exponent == -1 else Eigh()).power(op, exponent, previous)
 
     def basis(self, matrix: Tensor | Dense, previous: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -116,10 +116,10 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def require_symmetric(op: Dense) -> None:
-    """Refuse a matrix that is not finite, not square or not symmetric up to rounding."""
+    """Refuse a matrix that is not square or not symmetric up to rounding."""
     if op.matrix.shape[-1] != op.matrix.shape[-2]:
         raise NotSymmetricError(f"{op!r} is not square; a least-squares solver such as LSMR() takes rectangles.")
-    require(op.is_symmetric() | ~torch.isfinite(op.matrix).all(), lambda: _asymmetry(op))
+    require(op.is_symmetric(), lambda: _asymmetry(op))
 
 
 def non_finite(op: LinearOperator) -> NonFiniteError:

@@ -66,11 +66,14 @@ class Dense(LinearOperator):
         return self.matrix.shape[-1] == self.matrix.shape[-2] and bool(self.is_symmetric())
 
     def is_symmetric(self) -> Tensor:
-        """0-d boolean: ``max |A - A^T| <= sqrt(eps) max |A|``, without a host synchronisation."""
+        """0-d boolean: ``max |A - A^T| <= sqrt(eps) max |A|``, without a host synchronisation.
+
+        NaN and infinity pass: they are no asymmetry, and have their own error.
+        """
         if self.matrix.numel() == 0:
             return torch.ones((), dtype=torch.bool, device=self.device)
         skew = (self.matrix - self.matrix.mT).abs().amax()
-        return skew <= torch.finfo(self.dtype).eps ** 0.5 * self.matrix.abs().amax()
+        return (skew <= torch.finfo(self.dtype).eps ** 0.5 * self.matrix.abs().amax()) | ~torch.isfinite(skew)
 
     def apply(self, x: Tensor) -> Tensor:
         if not self.stack:

@@ -159,13 +159,17 @@ def _basis(op: LinearOperator, solver: BasisSolver, previous: LinearOperator | N
 
 
 def solve(op: LinearOperator, b: Tensor, solver: Solver | None = None) -> Tensor:
-    """``op ** -1 @ b`` for right-hand sides ``b (*batch, *out_shape)``.
+    """``op ** -1 @ b`` for right-hand sides ``b (*batch, *out_shape)``; least squares for a rectangle and LSMR.
 
     Factorises once per call; keep ``op.inverse(solver=...)`` to solve again with the same operator.
 
     Raises:
         SolverError: As :func:`power`.
     """
+    from solvers.iterative import IterativeSolver
+
+    if isinstance(solver, IterativeSolver) and op.in_shape != op.out_shape:
+        return solver.solve(op, b)
     return power(op, -1, solver) @ b
 
 

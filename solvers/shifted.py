@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from solvers.dense import Dense
 from solvers.linear_operator import LinearOperator, Scalar, Shape
+from solvers.lowrank import LowRank
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -78,6 +80,11 @@ class Shifted(LinearOperator):
     def logdet(self) -> Tensor:
         from solvers.power import absorb_shift
 
+        if isinstance(self.op, LowRank):
+            # det(lam I_n + U^T U) = lam^(n - k) det(lam I_k + U U^T)
+            lam = torch.as_tensor(self.lam, dtype=self.dtype, device=self.device)
+            gram = Dense(self.op.gram_matrix()).add_diagonal(lam)
+            return (self.shape[0] - self.op.rank) * lam.log() + gram.logdet()
         absorbed = absorb_shift(self)
         return super().logdet() if isinstance(absorbed, Shifted) else absorbed.logdet()
 

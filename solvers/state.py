@@ -15,6 +15,7 @@ from solvers.eigen import Eigen
 from solvers.errors import StructureError
 from solvers.kronecker import Kronecker
 from solvers.linear_operator import LinearOperator, Product, Scaled, Sum
+from solvers.lowrank import LowRank, Rows
 from solvers.shifted import Shifted
 
 T = TypeVar("T")
@@ -28,7 +29,9 @@ _KINDS: dict[str, type] = {
         Diagonal,
         Eigen,
         Kronecker,
+        LowRank,
         Product,
+        Rows,
         Scaled,
         Segment,
         Shifted,
