@@ -90,6 +90,15 @@ class Block:
             target = tensors[part.name]
             part.write(piece.to(target.dtype), target.view(-1))
 
+    def state(self) -> dict[str, list[list[int]]]:
+        """The block as names and numbers, for checkpoints: ``{parameter name: [[start], split, permutation, shape]}``."""
+        return {p.name: [[p.start], list(p.split), list(p.permutation), list(p.shape)] for p in self.parts}
+
+    @classmethod
+    def from_state(cls, name: str, saved: Mapping[str, list[list[int]]]) -> Block:
+        """Restore :meth:`state`."""
+        return cls(name, tuple(Part(n, s[0], tuple(a), tuple(b), tuple(c)) for n, (s, a, b, c) in saved.items()))
+
     def split(self, value: Tensor) -> list[Tensor]:
         """Cut ``(*batch, *shape)`` into the parts' pieces."""
         if len(self.parts) == 1:

@@ -48,25 +48,39 @@ class Collector:
         self.estimators: dict[str, CurvatureEstimator] = {}
         self.operations: dict[str, tuple[str, ...]] = {}  # what each block was used by
 
-    def collect(self, recorder: Recorder, output: Tensor, signals: Signals, count: bool = True) -> None:
+    def collect(
+        self,
+        recorder: Recorder,
+        output: Tensor,
+        signals: Signals,
+        counted: set[Any] | None = None,
+        scale: Tensor | None = None,
+    ) -> set[str]:
         """Send the signals of one batch back and update the estimates of the blocks they reach.
 
         Args:
             recorder: Uses in the forward pass that led to ``output``.
             output: What the loss saw, attached to its graph.
             signals: What is sent back.
-            count: Whether the batch's inputs and weights count (False for a second loss on the same pass).
+            counted: Uses whose inputs and weight counted before, because another loss saw the same pass; extended.
+            scale: Factor for all signals (the divisors of several losses differ).
+
+        Returns:
+            Names of the blocks that were reached.
         """
+        counted = set() if counted is None else counted
         groups = self.plan.assign(recorder.sites, recorder.unknown)
         mixed = signals.kind != "mc" and (signals.examples > 1)
         interact = recorder.examples_interact and self.apart == "one by one"
         together = [g for g in groups if not (mixed and (interact or self._mixes(g, signals.examples)))]
         apart = [g for g in groups if g not in together]
+        reached: set[str] = set()
         if together:
-            self._send(together, output, signals, iter(signals), count, merge=False)
+            reached |= self._send(together, output, signals, iter(signals), counted, scale, merge=False)
         if apart:
             sent = signals.one_by_one() if self.apart == "one by one" else self._signed(signals)
-            self._send(apart, output, signals, sent, count, merge=True)
+            reached |= self._send(apart, output, signals, sent, counted, scale, merge=True)
+        return reached
 
     def commit(self, ema: float) -> None:
         """Fold the current step into all estimates."""
@@ -109,14 +123,24 @@ class Collector:
         return gaps
 
     def _send(
-        self, groups: list[Group], output: Tensor, signals: Signals, sent: Iterator[Tensor], count: bool, merge: bool
-    ) -> None:
+        self,
+        groups: list[Group],
+        output: Tensor,
+        signals: Signals,
+        sent: Iterator[Tensor],
+        counted: set[Any],
+        scale: Tensor | None,
+        merge: bool,
+    ) -> set[str]:
         sites = list({id(use.site): use.site for group in groups for use in group.uses}.values())
         generic = [self.parameters[g.block.name] for g in groups if not g.uses]
         targets: list[Any] = [*(site.edge for site in sites), *generic]
         valid = self._valid(sites, output, signals)
         cache: dict[tuple[int, str], Tensor | OneHot] = {}
+        reached: set[str] = set()
+        new = {group.block.name for group in groups if not _keys(group) <= counted}
         for index, signal in enumerate(sent):
+            signal = signal if scale is None else signal * scale.to(signal.dtype)
             gradients = torch.autograd.grad(output, targets, signal, retain_graph=True, allow_unused=True)
             by_site = {id(site): g for site, g in zip(sites, gradients, strict=False)}
             by_name = dict(zip([g.block.name for g in groups if not g.uses], gradients[len(sites) :], strict=True))
@@ -127,7 +151,12 @@ class Collector:
                 if merge or len({use.examples for use in uses}) > 1:
                     uses = [_merged(use) for use in uses]
                 estimator = self._estimator(group)
-                estimator.update(Samples(tuple(uses), signals.terms.total, first=count and index == 0))
+                first = index == 0 and group.block.name in new
+                estimator.update(Samples(tuple(uses), signals.terms.total, first))
+                if index == 0:
+                    reached.add(group.block.name)
+                    counted |= _keys(group)
+        return reached
 
     def _uses(
         self,
@@ -199,6 +228,11 @@ class Collector:
             self.estimators[name] = self.make(group.block, group.form)
             self.operations[name] = group.operations
         return self.estimators[name]
+
+
+def _keys(group: Group) -> set[Any]:
+    """What tells whether the uses of a group were counted before."""
+    return {id(use.site) for use in group.uses} or {group.block.name}
 
 
 def _merged(use: Outer | PerSample) -> Outer | PerSample:

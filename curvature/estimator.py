@@ -62,6 +62,9 @@ class CurvatureEstimator(ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`."""
 
+    def refresh_basis(self) -> None:  # noqa: B027  (most estimates have no basis)
+        """Redo costly decompositions inside the estimate."""
+
     def begin_passes(self) -> None:  # noqa: B027  (most estimates need a single pass and nothing to prepare)
         """Announce that a data set follows which can be seen again; training steps cannot."""
 

@@ -1,0 +1,26 @@
+"""Second-order optimizers with the interface of ``torch.optim``."""
+
+from curvature import DiagonalFisher, EigenbasisFisher, KroneckerFisher
+from precond.base import SecondOrderOptimizer
+from precond.ekfac import EKFAC
+from precond.kfac import KFAC
+from precond.layerwise import PreconditionedOptimizer
+from precond.preconditioner import Preconditioner
+from solvers import Cholesky, Eigh, FactoredTikhonov, Tikhonov
+
+__all__ = [
+    # optimizers
+    "EKFAC",
+    "KFAC",
+    "PreconditionedOptimizer",
+    "SecondOrderOptimizer",
+    # parts to choose from
+    "Cholesky",
+    "DiagonalFisher",
+    "EigenbasisFisher",
+    "Eigh",
+    "FactoredTikhonov",
+    "KroneckerFisher",
+    "Preconditioner",
+    "Tikhonov",
+]

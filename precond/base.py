@@ -1,0 +1,248 @@
+"""The step of every optimizer here: precondition, bound, momentum, decay, move."""
+
+from __future__ import annotations
+
+import warnings
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from precond.update import apply_update, kl_scale
+
+NonFinite = Literal["skip", "raise"]
+
+
+class SecondOrderOptimizer(torch.optim.Optimizer):
+    """A ``torch.optim.Optimizer`` that owns the order of a step and nothing of the mathematics of C.
+
+    A step is: evaluate the closure if there is one; skip (or raise) if a gradient is not finite; precondition; bound
+    the step; momentum; decoupled weight decay; move. :meth:`precondition` is the first half alone: it rewrites
+    ``p.grad`` and moves nothing, so that any ``torch.optim`` optimizer can do the second half.
+
+    Args:
+        params: Parameters, groups, or named parameters.
+        lr: Learning rate, non-negative.
+        momentum: Momentum on the preconditioned gradient.
+        nesterov: Look ahead along the momentum.
+        weight_decay: Decoupled weight decay: a step multiplies parameters by ``1 - lr * weight_decay``.
+        kl_clip: Bound c on ``sum lr^2 <d, g>``, the (doubled) predicted KL divergence of a step; ``None`` for none.
+        maximize: Ascend.
+        nonfinite: What to do if a gradient holds NaN or inf: ``"skip"`` the step with a warning and leave all
+            statistics as they were, or ``"raise"``.
+        defaults: Further options of the parameter groups.
+    """
+
+    #: What a training step must provide: ``"grad"``, ``"layers"`` or ``"closure"``.
+    needs: ClassVar[str] = "grad"
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: Any,
+        *,
+        lr: float | Tensor,
+        momentum: float = 0.0,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+        kl_clip: float | None = None,
+        maximize: bool = False,
+        nonfinite: NonFinite = "skip",
+        **defaults: Any,
+    ) -> None:
+        if nonfinite not in ("skip", "raise"):
+            raise ValueError(f"nonfinite must be 'skip' or 'raise', got {nonfinite!r}.")
+        check_options(
+            {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay, "kl_clip": kl_clip}
+        )
+        self.nonfinite = nonfinite
+        self.skipped = 0  # steps skipped because a gradient was not finite
+        options = dict(
+            lr=lr,
+            momentum=momentum,
+            nesterov=nesterov,
+            weight_decay=weight_decay,
+            kl_clip=kl_clip,
+            maximize=maximize,
+            **defaults,
+        )
+        self._prepared: dict[int, tuple[Tensor, int]] = {}  # gradients that precondition() wrote
+        super().__init__(params, options)
+
+    @abstractmethod
+    def directions(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        """Update curvature and return ``P g`` for every parameter that has a gradient; must not alter the inputs.
+
+        Args:
+            gradients: Parameter -> gradient, true in scale.
+        """
+
+    def on_skip(self) -> None:
+        """A step is skipped: forget whatever was collected for it."""
+
+    def after_step(self) -> None:
+        """A step was taken: prepare the next one."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        check_options({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+
+    @torch.no_grad()
+    def precondition(self, closure: Callable[[], Any] | None = None) -> Any:
+        """First half of :meth:`step`: replace every ``p.grad`` by ``P g``; no parameter moves.
+
+        Returns:
+            Whatever the closure returned.
+        """
+        loss = self._evaluate(closure)
+        gradients = self._gradients()
+        if gradients is None:
+            return loss
+        for p, d in self.directions(gradients).items():
+            if p.grad is not None and d is not p.grad:
+                p.grad.copy_(d)
+        self._prepared = {id(p): (p.grad, p.grad._version) for p in gradients if p.grad is not None}
+        self.after_step()
+        return loss
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step; see the class for its order.
+
+        Args:
+            closure: Re-evaluates the model, calls ``backward()`` and returns the loss.
+
+        Returns:
+            Whatever the closure returned, or ``None``.
+        """
+        loss = self._evaluate(closure)
+        gradients = self._gradients()
+        if gradients is None:
+            return loss
+        prepared = self._is_prepared(gradients)
+        directions = dict(gradients) if prepared else self.directions(gradients)
+        self._prepared = {}
+        self._bound(directions, gradients, prepared)
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p in directions]
+            if params:
+                apply_update(params, [directions[p] for p in params], [self.state[p] for p in params], group)
+        if not prepared:
+            self.after_step()
+        return loss
+
+    def _evaluate(self, closure: Callable[[], Any] | None) -> Any:
+        if closure is None:
+            return None
+        with torch.enable_grad():
+            return closure()
+
+    def _gradients(self) -> dict[Tensor, Tensor] | None:
+        """Gradients in their true scale, or ``None`` if the step is to be skipped."""
+        found_inf = getattr(self, "found_inf", None)
+        scale = getattr(self, "grad_scale", None)
+        if found_inf is not None and bool(found_inf):
+            self.on_skip()
+            return None
+        gradients = {p: p.grad for group in self.param_groups for p in group["params"] if p.grad is not None}
+        for p, g in gradients.items():
+            if g.is_sparse:
+                raise TypeError(
+                    f"a parameter of shape {tuple(p.shape)} has a sparse gradient, which {type(self).__name__} does "
+                    "not take. Use sparse=False in the embedding."
+                )
+        if gradients and not self._finite(list(gradients.values())):
+            if self.nonfinite == "raise":
+                self.on_skip()
+                raise FloatingPointError(
+                    f"a gradient holds NaN or inf{self._culprits(gradients)}. Nothing was changed. Lower the learning "
+                    "rate, raise the damping, or look at the batch; nonfinite='skip' goes on without it."
+                )
+            self.skipped += 1
+            warnings.warn(
+                f"{type(self).__name__} skips a step ({self.skipped} so far): a gradient holds NaN or inf"
+                f"{self._culprits(gradients)}. Parameters and statistics stay as they are.",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+            self.on_skip()
+            return None
+        if scale is not None:
+            gradients = {p: g / scale for p, g in gradients.items()}
+        return gradients
+
+    def _culprits(self, gradients: dict[Tensor, Tensor]) -> str:
+        bad = [tuple(p.shape) for p, g in gradients.items() if not torch.isfinite(g).all()]
+        return f" ({len(bad)} of {len(gradients)} parameters, the first of shape {bad[0]})" if bad else ""
+
+    @staticmethod
+    def _finite(gradients: list[Tensor]) -> bool:
+        """Whether all are finite, with one wait for the device."""
+        # A sum of squares overflows where a maximum does not.
+        norms = torch._foreach_norm(gradients, float("inf"))
+        return bool(torch.isfinite(torch.stack([n.to(norms[0].device, torch.float32) for n in norms])).all())
+
+    def _is_prepared(self, gradients: dict[Tensor, Tensor]) -> bool:
+        """Whether :meth:`precondition` wrote these very gradients."""
+        if not self._prepared:
+            return False
+        for p in gradients:
+            grad, version = self._prepared.get(id(p), (None, -1))
+            if grad is not p.grad or grad is None or grad._version != version:
+                return False
+        return True
+
+    def _bound(self, directions: dict[Tensor, Tensor], gradients: dict[Tensor, Tensor], prepared: bool) -> None:
+        bounds = {group["kl_clip"] for group in self.param_groups} - {None}
+        if not bounds or prepared or not directions:
+            return
+        pairs = [
+            (directions[p], gradients[p], float(group["lr"]))
+            for group in self.param_groups
+            for p in group["params"]
+            if p in directions
+        ]
+        scale = kl_scale(pairs, min(bounds))
+        for p, d in directions.items():
+            directions[p] = d * scale.to(d.dtype)
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Refuse options outside their range.
+
+    Raises:
+        ValueError: Naming the option, its value and the range.
+    """
+    for name in ("lr", "momentum", "weight_decay", "damping"):
+        value = options.get(name)
+        if isinstance(value, Tensor):
+            value = value.item() if value.device.type == "cpu" else 0.0
+        if isinstance(value, (int, float)) and not (0 <= value < float("inf")):
+            raise ValueError(f"{name} must be a non-negative finite number, got {value}.")
+    if options.get("nesterov") and not options.get("momentum"):
+        raise ValueError("nesterov=True needs a momentum above zero.")
+    clip = options.get("kl_clip")
+    if clip is not None and not clip > 0:
+        raise ValueError(f"kl_clip must be positive, or None for no bound; got {clip}.")
+
+
+def period(name: str, value: int) -> int:
+    """A period in steps, checked."""
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a whole number of steps, at least 1, got {value!r}.")
+    return value
+
+
+def as_groups(params: Any) -> list[Tensor]:
+    """All tensors in parameters, groups or named parameters."""
+    out: list[Tensor] = []
+    for entry in params if isinstance(params, Iterable) and not isinstance(params, Tensor) else [params]:
+        if isinstance(entry, dict):
+            out += as_groups(entry["params"])
+        elif isinstance(entry, tuple):
+            out.append(entry[1])
+        else:
+            out.append(entry)
+    return out

@@ -1,0 +1,77 @@
+"""EKFAC."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from curvature import EigenbasisFisher
+from curvature.kronecker import Sharing
+from curvature.signals import FisherKind
+from precond.layerwise import PreconditionedOptimizer
+from solvers import Damping, Eigh, Tikhonov
+
+
+class EKFAC(PreconditionedOptimizer):
+    r"""EKFAC: K-FAC's eigenbasis, with the exact second moment of the gradient in that basis.
+
+    .. math:: d = Q_B \frac{Q_B^\top\, \nabla_W L\, Q_A}{s + \lambda} Q_A^\top
+
+    The spectrum s is renewed on every curvature update, the basis every ``inverse_update_period`` steps, so it serves
+    long periods better than K-FAC; damping is exact. An eigendecomposition costs about ten times an inverse.
+
+    Args:
+        model: The model that is trained.
+        loss_fn: The loss module the loop calls.
+        lr: Learning rate.
+        damping: Shift in units of the curvature, or a :class:`~solvers.Damping`.
+        fisher: ``"mc"``, ``"exact"`` or ``"empirical"``.
+        samples: Draws per batch for ``"mc"``.
+        sharing: ``"expand"`` or ``"reduce"``: of the factors whose eigenbasis is taken.
+        bias: ``"joint"`` or ``"separate"``.
+        max_factor: Factors larger than this are kept as diagonals.
+        curvature_ema: Weight of old statistics.
+        momentum: Momentum.
+        weight_decay: Decoupled weight decay.
+        curvature_update_period: Steps between updates of the statistics.
+        inverse_update_period: Steps between eigenbases.
+        options: See :class:`PreconditionedOptimizer`.
+
+    References:
+        George et al. (2018), https://arxiv.org/abs/1806.03884
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Any,
+        *,
+        lr: float | Tensor,
+        damping: float | Damping = 1e-3,
+        fisher: FisherKind = "mc",
+        samples: int = 1,
+        sharing: Sharing = "expand",
+        bias: Literal["joint", "separate"] = "joint",
+        max_factor: int = 16384,
+        curvature_ema: float = 0.95,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        curvature_update_period: int = 1,
+        inverse_update_period: int = 10,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            model,
+            loss_fn,
+            curvature=EigenbasisFisher(fisher, samples, sharing, bias, max_factor),
+            damping=damping if isinstance(damping, Damping) else Tikhonov(damping),
+            solver=Eigh(),
+            lr=lr,
+            curvature_ema=curvature_ema,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            curvature_update_period=curvature_update_period,
+            inverse_update_period=inverse_update_period,
+            **options,
+        )

@@ -1,0 +1,334 @@
+"""Optimizers whose curvature comes from a model's layers."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import warnings
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from curvature import Block, Curvature, CurvatureEstimator
+from curvature.capture import Capture, Mode, unwrapped
+from curvature.collector import Collector
+from curvature.data import Output
+from curvature.estimator import Form
+from curvature.parameters import Parameters
+from precond.base import NonFinite, SecondOrderOptimizer, as_groups, period
+from precond.preconditioner import Preconditioner
+from solvers import Damping, Solver
+
+
+class PreconditionedOptimizer(SecondOrderOptimizer):
+    """Any curvature of layers, any damping, any solver, under the plain training loop.
+
+    The loop stays ``optimizer.zero_grad(); loss = loss_fn(model(x), y); loss.backward(); optimizer.step()``. On steps
+    that update the curvature the optimizer watches the forward pass and the loss; activations are released when the
+    step ends. Nothing the loop computes changes: gradients, buffers and the global random stream are bit-identical.
+
+    Args:
+        model: The model that is trained.
+        loss_fn: The loss module the loop calls, or one that describes the loss computed elsewhere.
+        curvature: What to estimate, such as ``KroneckerFisher("mc")``.
+        damping: How to damp; in units of C.
+        solver: How to invert or root.
+        exponent: Power of the damped C; -1 for natural gradients.
+        lr: Learning rate.
+        curvature_ema: Weight of old statistics in the running average, in [0, 1).
+        curvature_update_period: Steps between updates of the statistics.
+        inverse_update_period: Steps between decompositions and inverses.
+        momentum: Momentum on the preconditioned gradient.
+        nesterov: Look ahead along the momentum.
+        weight_decay: Decoupled weight decay.
+        kl_clip: Bound on the predicted change, see :class:`SecondOrderOptimizer`.
+        maximize: Ascend.
+        params: Parameters, names, globs, or parameter groups (dicts with ``params``); all trainable ones by default.
+        output: Picks the output tensor where the model returns something else and the loss is computed inside.
+        class_dim: Class axis of the output, where it cannot be read off.
+        capture: How statistics are obtained: ``"auto"``, ``"loss"``, ``"gradient"`` or ``"shadow"``.
+        eval_mode: Also learn from forward passes in eval mode.
+        nonfinite: ``"skip"`` or ``"raise"``.
+        seed: Seed of the draws for ``"mc"``; the global random state is never used.
+
+    Raises:
+        ValueError: If an option is out of range or there is nothing to train.
+        UnknownLossError: If the loss is of unknown type and the curvature is not empirical.
+    """
+
+    needs: ClassVar[str] = "layers"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Any,
+        *,
+        curvature: Curvature,
+        damping: Damping,
+        solver: Solver,
+        exponent: float = -1.0,
+        lr: float | Tensor,
+        curvature_ema: float = 0.95,
+        curvature_update_period: int = 1,
+        inverse_update_period: int = 1,
+        momentum: float = 0.0,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+        kl_clip: float | None = None,
+        maximize: bool = False,
+        params: Any = None,
+        output: Output | None = None,
+        class_dim: int | None = None,
+        capture: Mode = "auto",
+        eval_mode: bool = False,
+        nonfinite: NonFinite = "skip",
+        seed: int = 0,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"{type(self).__name__} learns from the layers of a model: pass the model itself, not "
+                f"{type(model).__name__} (such as model.parameters())."
+            )
+        if not 0 <= curvature_ema < 1:
+            raise ValueError(f"curvature_ema is the weight of old statistics, in [0, 1); got {curvature_ema}.")
+        self.curvature, self.damping, self.solver, self.exponent = curvature, damping, solver, exponent
+        self.curvature_ema = curvature_ema
+        self.curvature_update_period = period("curvature_update_period", curvature_update_period)
+        self.inverse_update_period = period("inverse_update_period", inverse_update_period)
+        self.seed, self.steps = seed, 0
+        self.model, self.loss_fn = model, loss_fn
+        self._options = {"output": output, "class_dim": class_dim, "mode": capture, "eval_mode": eval_mode}
+        self.preconditioners: dict[str, Preconditioner] = {}
+        self._forms: dict[str, Form] = {}
+        self._capture: Capture | None = None
+        self._reported: set[str] = set()
+        super().__init__(
+            self._groups(model, params),
+            lr=lr,
+            momentum=momentum,
+            nesterov=nesterov,
+            weight_decay=weight_decay,
+            kl_clip=kl_clip,
+            maximize=maximize,
+            nonfinite=nonfinite,
+            damping=float(getattr(damping, "lam", 0.0)),
+        )
+        self._connect()
+
+    def _groups(self, model: nn.Module, params: Any) -> list[dict[str, Any]]:
+        inner = unwrapped(model)
+        if params is None or not _holds_groups(params):
+            return [{"params": list(Parameters(inner, params).values())}]
+        return [dict(group, params=as_groups(group["params"])) for group in params]
+
+    def _connect(self) -> None:
+        """Track the parameters of the groups, and hook the model."""
+        inner = unwrapped(self.model)
+        self.parameters = Parameters(inner, [p for g in self.param_groups for p in g["params"] if p.requires_grad])
+        self._group_of = {id(p): group for group in self.param_groups for p in group["params"]}
+        estimators = self._capture.collector.estimators if self._capture else {}
+        if self._capture is not None:
+            self._capture.close()
+        collector = Collector(self.parameters, self._make, joint=self.curvature.joint, apart="signs")
+        collector.estimators = estimators
+        self._capture = Capture(self.model, self.loss_fn, collector, self.curvature, **self._options)  # type: ignore[arg-type]
+        self._arm()
+
+    @property
+    def capture(self) -> Capture:
+        """The hooks on the model."""
+        assert self._capture is not None
+        return self._capture
+
+    def detach(self) -> None:
+        """Remove every hook from model and loss; the optimizer keeps its last inverses."""
+        self.capture.disarm()
+        self.capture.close()
+
+    def _make(self, block: Block, form: Form) -> CurvatureEstimator:
+        estimator = self.curvature.estimator(block, form)
+        preconditioner = Preconditioner(estimator, self.solver, self.exponent)
+        self.preconditioners[block.name] = preconditioner
+        self._forms[block.name] = form
+        return estimator
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        if self._capture is not None:
+            self._connect()
+
+    # The step
+
+    def _arm(self) -> None:
+        if self.steps % self.curvature_update_period == 0:
+            words = f"{self.seed},{_rank()},{self.steps}"
+            self.capture.arm(int.from_bytes(hashlib.sha256(words.encode()).digest()[:7], "big"))
+        else:
+            self.capture.disarm()
+
+    def on_skip(self) -> None:
+        for preconditioner in self.preconditioners.values():
+            preconditioner.estimator.discard()
+        self._arm()
+
+    def after_step(self) -> None:
+        self.steps += 1
+        self._arm()
+
+    def directions(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        if self.capture.armed:
+            self.capture.finish()
+            self._update_curvature(gradients)
+        out = {p: torch.zeros_like(g, memory_format=torch.contiguous_format) for p, g in gradients.items()}
+        by_name = {name: gradients[p] for name, p in self.parameters.items() if p in gradients}
+        results = {name: out[p] for name, p in self.parameters.items() if p in gradients}
+        covered: dict[str, int] = dict.fromkeys(by_name, 0)
+        for preconditioner in self.preconditioners.values():
+            block = preconditioner.estimator.block
+            if preconditioner.inverse is None or not all(name in by_name for name in block.names):
+                continue
+            block.write(preconditioner @ block.read(by_name), results)
+            for part in block.parts:
+                covered[part.name] += part.numel
+        for name, count in covered.items():
+            if count < by_name[name].numel():
+                self._plain(name, by_name[name], results[name], partly=count > 0)
+        return out
+
+    def _plain(self, name: str, gradient: Tensor, result: Tensor, partly: bool) -> None:
+        """A gradient without curvature goes through as it is, and is reported once."""
+        if not partly:
+            result.copy_(gradient)
+        if name not in self._reported and bool(gradient.any()):
+            self._reported.add(name)
+            warnings.warn(
+                f"{type(self).__name__}: {name} has a gradient but no curvature yet, because no recorded forward pass "
+                "used it. It is trained with its plain gradient until one does.",
+                UserWarning,
+                stacklevel=5,
+            )
+
+    def _update_curvature(self, gradients: dict[Tensor, Tensor]) -> None:
+        if self.capture.batches == 0:
+            self._explain_missing(gradients)
+            return
+        estimators = [p.estimator for p in self.preconditioners.values()]
+        finite = torch.stack([e.finite().to(self.parameters.device) for e in estimators])
+        if not bool(finite.all()):
+            bad = [e.block.name for e, ok in zip(estimators, finite.tolist(), strict=True) if not ok]
+            for estimator in estimators:
+                estimator.discard()
+            warnings.warn(
+                f"{type(self).__name__}: the statistics of {', '.join(bad[:3])} hold NaN or inf although the gradients "
+                "do not; this step leaves the curvature as it is.",
+                RuntimeWarning,
+                stacklevel=5,
+            )
+            return
+        redo = self.steps % self.inverse_update_period == 0
+        for preconditioner in self.preconditioners.values():
+            preconditioner.estimator.commit(self.curvature_ema)
+            fresh = redo or preconditioner.inverse is None
+            preconditioner.refresh(self._damping(preconditioner.estimator.block), basis=fresh)
+
+    def _damping(self, block: Block) -> Damping:
+        values = {self._group_of[id(self.parameters[name])]["damping"] for name in block.names}
+        if len(values) > 1:
+            raise ValueError(
+                f"the parameters of block {block.name} are in groups with different damping {sorted(values)}, but are "
+                "inverted together. Use one damping for them, or bias='separate'."
+            )
+        value = values.pop()
+        return self.damping if value == getattr(self.damping, "lam", None) else replace(self.damping, lam=value)  # type: ignore[type-var]
+
+    def _explain_missing(self, gradients: dict[Tensor, Tensor]) -> None:
+        """A refresh without statistics: harmless if nothing can move, else an error that says why."""
+        idle = all(float(group["lr"]) == 0 for group in self.param_groups) or not gradients
+        if idle:
+            return
+        training = unwrapped(self.model).training
+        raise RuntimeError(
+            f"{type(self).__name__}.step(): no forward pass was captured since the last step, so the curvature cannot "
+            "be updated. Check that (a) the loop calls the model given to the optimizer, "
+            + (
+                ""
+                if training
+                else "in train mode (it is in eval mode now: call model.train(), or pass eval_mode=True), "
+            )
+            + "with gradients enabled; (b) it calls the loss module given to the optimizer, or backward() reaches the "
+            "model's output; (c) step() is called once per backward(). capture='shadow' repeats the forward pass "
+            "instead of watching it."
+        )
+
+    # State
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and numbers only: torch's layout, with the blocks' states under their first parameter."""
+        out = super().state_dict()
+        index = {id(p): i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
+        for name, preconditioner in self.preconditioners.items():
+            block = preconditioner.estimator.block
+            key = index[id(self.parameters[block.names[0]])]
+            out["state"].setdefault(key, {}).setdefault("blocks", {})[name] = {
+                "parts": block.state(),
+                "outer": self._forms[name] == "outer",
+                **preconditioner.state_dict(),
+            }
+        for group in out["param_groups"]:
+            group["steps"] = self.steps
+        return out
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`; factors keep their dtype whatever the parameters' is."""
+        blocks: dict[str, Any] = {}
+        plain = {**state_dict, "state": {}}
+        for key, saved in state_dict["state"].items():
+            # torch would cast what is nested here to the dtype of the parameter.
+            blocks.update(saved.get("blocks", {}))
+            rest = {name: value for name, value in saved.items() if name != "blocks"}
+            if rest:
+                plain["state"][key] = rest
+        super().load_state_dict(plain)
+        self.steps = int(self.param_groups[0].pop("steps", 0))
+        for group in self.param_groups:
+            group.pop("steps", None)
+        estimators = self.capture.collector.estimators
+        estimators.clear()
+        self.preconditioners.clear()
+        for name, saved in _to(copy.deepcopy(blocks), self.parameters.device).items():
+            block = Block.from_state(name, saved["parts"])
+            estimators[name] = self._make(block, "outer" if saved["outer"] else "per_sample")
+            self.preconditioners[name].load_state_dict(saved)
+        self._group_of = {id(p): group for group in self.param_groups for p in group["params"]}
+        self._arm()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_capture": None, "_prepared": {}}
+
+    def __setstate__(self, saved: dict[str, Any]) -> None:
+        if "model" not in saved:  # the base class restores groups and state in this way
+            super().__setstate__(saved)
+            return
+        self.__dict__.update(saved)
+        estimators = {name: p.estimator for name, p in self.preconditioners.items()}
+        self._connect()
+        self.capture.collector.estimators = estimators
+
+
+def _holds_groups(params: Any) -> bool:
+    return not isinstance(params, (str, Tensor)) and any(isinstance(entry, dict) for entry in params)
+
+
+def _rank() -> int:
+    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_rank() if ready else 0
+
+
+def _to(tree: Any, device: torch.device) -> Any:
+    if isinstance(tree, Tensor):
+        return tree.to(device)
+    if isinstance(tree, dict):
+        return {key: _to(value, device) for key, value in tree.items()}
+    return [_to(value, device) for value in tree] if isinstance(tree, list) else tree

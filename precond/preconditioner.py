@@ -1,0 +1,82 @@
+"""The chain of one block: estimate, damp, invert, apply."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from torch import Tensor
+
+from curvature import CurvatureEstimator
+from solvers import Damping, Diagonal, Eigen, LinearOperator, Solver, SolverError, from_state, power, state
+
+log = logging.getLogger(__name__)
+
+#: Refreshes of one block that may fail in a row before an error is raised.
+TOLERATED_FAILURES = 3
+
+
+class Preconditioner:
+    """``P = (damped C)^exponent`` of one block, refreshed now and then.
+
+    If a refresh fails (a factor that is not positive definite, say) the last good inverse stays, the failure is
+    counted, and after three in a row an error names the block.
+
+    Args:
+        estimator: Estimate of C.
+        solver: Inverts or roots.
+        exponent: -1 for the inverse.
+    """
+
+    def __init__(self, estimator: CurvatureEstimator, solver: Solver, exponent: float = -1.0) -> None:
+        self.estimator, self.solver, self.exponent = estimator, solver, exponent
+        self.inverse: LinearOperator | None = None
+        self.failures = 0
+
+    def refresh(self, damping: Damping, *, basis: bool = True) -> None:
+        """Recompute P from the current estimate.
+
+        Args:
+            damping: How to damp.
+            basis: Whether costly decompositions may be redone; without, only estimates that are already diagonal in a
+                known basis are inverted again, entry by entry.
+
+        Raises:
+            SolverError: If there is no inverse, and there was none before or too many refreshes failed.
+        """
+        if not self.estimator.ready:
+            return
+        try:
+            if basis and self.inverse is not None:
+                self.estimator.refresh_basis()
+            operator = self.estimator.operator()
+            if not basis and self.inverse is not None and not isinstance(operator, (Eigen, Diagonal)):
+                return
+            self.inverse = power(damping(operator), self.exponent, self.solver, previous=self.inverse)
+            self.failures = 0
+        except SolverError as error:
+            self.failures += 1
+            if self.inverse is None or self.failures > TOLERATED_FAILURES:
+                raise type(error)(
+                    f"block {self.estimator.block.name}: no inverse ({self.failures} failures in a row). {error}"
+                ) from error
+            log.warning("block %s keeps its last inverse: %s", self.estimator.block.name, error)
+
+    def __matmul__(self, gradient: Tensor) -> Tensor:
+        """``P g`` for a gradient in block form, computed in the precision of P."""
+        if self.inverse is None:
+            return gradient
+        return (self.inverse @ gradient.to(self.inverse.dtype)).to(gradient.dtype)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and numbers: the estimate and the inverse, which a refresh at load time could not reproduce."""
+        out: dict[str, Any] = {"estimate": self.estimator.state_dict(), "failures": self.failures}
+        if self.inverse is not None:
+            out["inverse"] = state(self.inverse)
+        return out
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`."""
+        self.estimator.load_state_dict(saved["estimate"])
+        self.failures = int(saved["failures"])
+        self.inverse = from_state(saved["inverse"]) if "inverse" in saved else None
