@@ -14,7 +14,8 @@ class SquaredError(ElementwiseLoss):
     r"""``nn.MSELoss``: :math:`\ell = (z - y)^2`, :math:`H_t = 2 I`.
 
     PyTorch averages over entries, so the mean loss over ``N`` examples with ``C`` outputs has the Hessian
-    :math:`2 I / (N C)`. Up to the factor 2 this is the Fisher information of a normal likelihood of unit variance.
+    :math:`2 I / (N C)`. ``H_t`` is the Fisher information of the normal likelihood :math:`\propto e^{-\ell}`, whose
+    variance is 1/2; for unit variance it would be ``I``.
     """
 
     convex = True

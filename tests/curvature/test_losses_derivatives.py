@@ -301,3 +301,54 @@ def test_kl_batchmean_divides_by_the_number_of_examples() -> None:
     terms = loss_for(module).terms(output, target, check=True)
     assert terms.reduction == "mean"
     torch.testing.assert_close(terms.value() / terms.total, module(output, target), rtol=RTOL, atol=ATOL)
+
+
+Z = torch.tensor([0.3, -1.0, 0.8], dtype=F64)
+COUNTS = torch.arange(60, dtype=F64)
+
+# A loss, outputs of one entry each, and for every entry some targets with their probabilities under the likelihood
+# exp(-loss). Two points at one standard deviation stand for a normal distribution: they have its variance.
+LIKELIHOODS = {
+    "squared error": (nn.MSELoss(), Z, (Z - 0.5**0.5, Z + 0.5**0.5), (0.5, 0.5)),
+    "normal": (nn.GaussianNLLLoss(), Z, (Z - 2**0.5, Z + 2**0.5), (0.5, 0.5)),
+    "logits": (nn.BCEWithLogitsLoss(), Z, (0 * Z, 0 * Z + 1), ((-Z).sigmoid(), Z.sigmoid())),
+    "log-rate": (
+        nn.PoissonNLLLoss(),
+        Z,
+        tuple(k.expand(3) for k in COUNTS),
+        tuple((k * Z - Z.exp() - torch.lgamma(k + 1)).exp() for k in COUNTS),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_the_hessian_is_the_fisher_information_where_the_loss_says_so(name: str) -> None:
+    module, output, targets, probabilities = LIKELIHOODS[name]
+    extra = (0 * output + 2,) if isinstance(module, nn.GaussianNLLLoss) else ()
+    fisher = torch.zeros_like(output)
+    for target, probability in zip(targets, probabilities, strict=True):
+        terms = loss_for(module).terms(output, target, *extra)
+        fisher += probability * terms.gradient() ** 2
+    assert terms.hessian_is_fisher
+    torch.testing.assert_close(terms.hessian_product(torch.ones_like(output)), fisher, rtol=RTOL, atol=ATOL)
+
+
+def test_the_hessian_is_the_fisher_information_for_classes() -> None:
+    p, fisher = Z.softmax(0), torch.zeros(3, 3, dtype=F64)
+    for c in range(3):
+        terms = loss_for(CE()).terms(Z, torch.tensor(c))
+        fisher += p[c] * torch.outer(terms.gradient(), terms.gradient())
+    assert terms.hessian_is_fisher
+    torch.testing.assert_close(dense(terms.hessian_product, Z), fisher, rtol=RTOL, atol=ATOL)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [nn.BCELoss(), nn.PoissonNLLLoss(log_input=False), nn.HuberLoss(delta=0.5), nn.SmoothL1Loss(beta=0.5)],
+    ids=repr,
+)
+def test_losses_whose_hessian_depends_on_the_target_do_not_say_so(module: nn.Module) -> None:
+    output = torch.tensor([0.3, 0.2, 0.8], dtype=F64)
+    one, other = (loss_for(module).terms(output, torch.full_like(output, y)) for y in (0.0, 1.0))
+    assert not one.hessian_is_fisher
+    assert not torch.equal(one.hessian_product(output), other.hessian_product(output))
