@@ -28,6 +28,10 @@ from solvers.iterative import IterativeInverse, IterativeSolver
 from solvers.kronecker import Kronecker
 from solvers.linear_operator import LinearOperator, Product, Scaled, Sum
 from solvers.lowrank import LowRank, Rows
+from solvers.lsmr import LSMR
+from solvers.minres import MINRES
+from solvers.neumann import Neumann
+from solvers.nystrom import Nystrom
 from solvers.power import diagonalize, power, solve
 from solvers.reshape import Reshape
 from solvers.shifted import Shifted
@@ -70,6 +74,10 @@ __all__ = [
     "Cholesky",
     "Eigh",
     "IterativeSolver",
+    "LSMR",
+    "MINRES",
+    "Neumann",
+    "Nystrom",
     "Solution",
     "SolveInfo",
     "Solver",

@@ -164,7 +164,8 @@ class IterativeSolver(Solver):
             if _batch_shape(x0, op.in_shape, "x0", op) != batch:
                 raise ValueError(f"x0 {tuple(x0.shape)} and b {tuple(b.shape)} need the same batch.")
             x = x0.reshape(m, n)
-        size = torch.linalg.vector_norm(flat_b, dim=-1)
+        rproduct = _flat_product(op if self.needs_symmetric else op.adjoint())
+        size = self.size(flat_b, rproduct)
         x = torch.where(size.unsqueeze(-1) == 0, 0, x)  # A x = 0 is solved at once, whatever the guess
         tolerance = (self.rtol * size).clamp(min=self.atol)
         max_steps = 10 * n if self.max_steps is None else self.max_steps
@@ -172,7 +173,7 @@ class IterativeSolver(Solver):
             problem = Problem(
                 op=op,
                 product=_flat_product(op),
-                rproduct=_flat_product(op if self.needs_symmetric else op.adjoint()),
+                rproduct=rproduct,
                 precondition=_identity if self.preconditioner is None else _flat_product(self.preconditioner),
                 b=flat_b,
                 x=x,
@@ -187,13 +188,13 @@ class IterativeSolver(Solver):
                 f"{type(self).__name__} on {op!r} met NaN or infinity: in the operator, in b, or by overflow. Check "
                 "them, or use float64."
             )
-        converged = residual <= self.final_tolerance(problem, result.x)
+        converged = residual <= tolerance
         if result.stopped is not None:
             converged = converged | result.stopped
         info = SolveInfo(
             iterations=result.steps,
             residual=residual.reshape(batch),
-            tolerance=self.final_tolerance(problem, result.x).reshape(batch),
+            tolerance=tolerance.reshape(batch),
             converged=converged.reshape(batch),
             negative_curvature=None if result.negative is None else result.negative.reshape(batch),
             direction=None if result.direction is None else result.direction.reshape(*batch, *op.in_shape),
@@ -204,9 +205,9 @@ class IterativeSolver(Solver):
         """``|b - A x|``, computed anew, ``(m,)``."""
         return torch.linalg.vector_norm(problem.b - problem.product(x), dim=-1)
 
-    def final_tolerance(self, problem: Problem, x: Tensor) -> Tensor:
-        """What the residual is held against at the end, ``(m,)``."""
-        return problem.tolerance
+    def size(self, b: Tensor, rproduct: Callable[[Tensor], Tensor]) -> Tensor:
+        """What ``rtol`` is relative to, ``(m,)``: ``|b|``."""
+        return torch.linalg.vector_norm(b, dim=-1)
 
     def _check(self, op: LinearOperator) -> None:
         name = type(self).__name__

@@ -17,6 +17,7 @@ from solvers.diagonal import Diagonal, identity
 from solvers.eigen import Eigen
 from solvers.eigh import Eigh
 from solvers.errors import StructureError
+from solvers.iterative import IterativeSolver
 from solvers.kronecker import Kronecker, outer
 from solvers.linear_operator import LinearOperator, Product, Scaled
 from solvers.reshape import Reshape
@@ -83,6 +84,8 @@ def _power(
             basis, products = _basis(product, solver, previous.basis if isinstance(previous, Eigen) else None)
             values = (products + op.lam).flatten(len(product.stack))
             return Eigen(basis, solver.computed_power(values, exponent, op).reshape(products.shape))
+        case Shifted(op=Dense()) if isinstance(solver, IterativeSolver):
+            pass  # products need no sum
         case Shifted():
             absorbed = _absorb(op)
             if not isinstance(absorbed, Shifted):
@@ -161,14 +164,13 @@ def _basis(op: LinearOperator, solver: BasisSolver, previous: LinearOperator | N
 def solve(op: LinearOperator, b: Tensor, solver: Solver | None = None) -> Tensor:
     """``op ** -1 @ b`` for right-hand sides ``b (*batch, *out_shape)``; least squares for a rectangle and LSMR.
 
-    Factorises once per call; keep ``op.inverse(solver=...)`` to solve again with the same operator.
+    Factorises once per call; keep ``op.inverse(solver=...)`` to solve again with the same operator. An iterative solver
+    runs on the operator as a whole.
 
     Raises:
         SolverError: As :func:`power`.
     """
-    from solvers.iterative import IterativeSolver
-
-    if isinstance(solver, IterativeSolver) and op.in_shape != op.out_shape:
+    if isinstance(solver, IterativeSolver):
         return solver.solve(op, b)
     return power(op, -1, solver) @ b
 
