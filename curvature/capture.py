@@ -95,9 +95,13 @@ class Capture:
         """Register the hooks (done at construction)."""
         self.close()
         target = self.called if is_compiled(self.called) else self.model
+        before, after = _Hook(self, "_before_forward"), _Hook(self, "_after_forward")
+        if getattr(target, "_compiled_call_impl", None) is not None:
+            # module.compile() compiles the hooks as well: a graph break keeps them.
+            before, after = torch.compiler.disable(before), torch.compiler.disable(after)
         self._handles = [
-            target.register_forward_pre_hook(_Hook(self, "_before_forward"), with_kwargs=True),
-            target.register_forward_hook(_Hook(self, "_after_forward"), with_kwargs=True, always_call=True),
+            target.register_forward_pre_hook(before, with_kwargs=True),
+            target.register_forward_hook(after, with_kwargs=True, always_call=True),
         ]
         if self.loss_module is not None:
             self._handles.append(self.loss_module.register_forward_hook(_Hook(self, "_after_loss"), with_kwargs=True))
@@ -157,7 +161,7 @@ class Capture:
             z.register_hook(_OutputHook(self, recording))
 
     def _after_loss(self, module: nn.Module, args: Any, kwargs: Any, loss: Any) -> None:
-        if not self._recordings or self._busy or not self.armed or self.mode == "gradient" or _compiling():
+        if not self._recordings or self._busy or not self.armed or self.mode == "gradient":
             return
         if not torch.is_grad_enabled():
             return
@@ -262,7 +266,7 @@ class Capture:
             self._collect([Recording(recorder, recording.inputs, z)], z, terms)
 
     def _wants(self, module: nn.Module) -> bool:
-        if not self.armed or self._busy or _compiling() or not torch.is_grad_enabled():
+        if not self.armed or self._busy or not torch.is_grad_enabled():
             return False
         return module.training or self.eval_mode
 
@@ -284,6 +288,8 @@ class _Hook:
         self._method = method
 
     def __call__(self, *args: Any) -> None:
+        if torch.compiler.is_compiling():
+            return  # traced away: a compiled graph cannot be watched from inside
         owner = self._owner()
         if owner is not None:
             getattr(owner, self._method)(*args)
@@ -330,10 +336,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def is_compiled(model: nn.Module) -> bool:
     """Whether calls of the model run compiled code."""
     return hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
-
-
-def _compiling() -> bool:
-    return torch.compiler.is_compiling()
 
 
 def _interpreted(loss_fn: Any, curvature: Curvature) -> Loss | None:
