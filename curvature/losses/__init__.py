@@ -18,8 +18,8 @@ __all__ = [
     "Loss",
     "Terms",
     "Layout",
-    "loss_for",
     "widen",
+    "loss_for",
     "register_loss",
     # classes
     "CrossEntropy",

@@ -96,10 +96,12 @@ class CrossEntropyTerms(Terms):
     @torch.no_grad()
     def sample(self, generator: torch.Generator) -> Tensor:
         """``sqrt(m) (p - e_y)`` with labels ``y`` drawn from the model."""
-        # An exponential race: argmax_c p_c / E_c has distribution p. Unlike torch.multinomial it does not wait for
-        # the device, and rows outside the mask (p = 0) are no error.
-        race = noise(self._p.shape, self._p, generator).exponential_(generator=generator).to(self._p.device)
-        drawn = torch.argmax(self._p / race, -1, keepdim=True)
+        # Inverse distribution function: one random number per term, and unlike torch.multinomial it neither waits for
+        # the device nor stumbles over rows outside the mask (p = 0). In float64, since a sum close to one would leave
+        # float32 no digits for the many rare classes of a vocabulary.
+        cdf = self._p.cumsum(-1, dtype=torch.float64)
+        uniform = noise((*self.mask.shape, 1), cdf, generator).uniform_(generator=generator).to(cdf.device)
+        drawn = torch.searchsorted(cdf, uniform * cdf[..., -1:], right=True).clamp(max=self.columns - 1)
         error = self._p.scatter_add(-1, drawn, torch.full_like(drawn, -1, dtype=self._p.dtype))
         return self._out(self._mass.sqrt().unsqueeze(-1) * error)
 
