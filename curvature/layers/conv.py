@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
     from curvature.recorder import Recorder
 
 
-def _tuple(value: int | tuple[int, ...], dims: int) -> tuple[int, ...]:
+def per_axis(value: int | tuple[int, ...], dims: int) -> tuple[int, ...]:
+    """An option for each spatial dimension."""
     if isinstance(value, int):
         return (value,) * dims
     return tuple(value) if len(value) == dims else tuple(value) * dims
@@ -45,8 +47,51 @@ def patches(
     return x.movedim(1, 1 + dims)
 
 
-class ConvSite(OuterSite):
-    """One use of a convolution: every output position is a dense layer on its patch, one per group."""
+class PatchSite(OuterSite):
+    """One use of a convolution: every output position is a dense layer on its patch, one per group.
+
+    Args:
+        input: ``(n, c, *space)``, or ``(c, *space)`` without a batch.
+        dims: Number of spatial dimensions.
+        groups: Number of groups; each is a layer of its own.
+    """
+
+    def __init__(
+        self,
+        input: Tensor,
+        dims: int,
+        weight: Ref | None,
+        bias: Ref | None,
+        layout: Layout,
+        groups: int,
+        operation: str,
+    ) -> None:
+        super().__init__(weight, bias, layout, operation)
+        self.dims, self.groups = dims, groups
+        self.input = self.save(input) if weight is not None else None
+
+    @abstractmethod
+    def patches(self, x: Tensor) -> Tensor:
+        """What each output position sees of ``x (n, c, *space)``: ``(n, *out, c, *kernel)``."""
+
+    def inputs(self) -> Tensor:
+        assert self.input is not None
+        p = self.patches(self.input if self.input.dim() == self.dims + 2 else self.input.unsqueeze(0))
+        p = p.flatten(self.dims + 1)
+        if self.groups > 1:
+            p = p.unflatten(-1, (self.groups, -1)).movedim(-2, 0)
+        return self.layout.rows(p, 1 + self.dims)
+
+    def gradients(self, gradient: Tensor) -> Tensor:
+        g = gradient if gradient.dim() == self.dims + 3 else gradient.unsqueeze(1)
+        g = g.movedim(2, -1)  # (k, n, *out, c)
+        if self.groups > 1:
+            g = g.unflatten(-1, (self.groups, -1)).movedim(-2, 0)
+        return self.layout.rows(g, 1 + self.dims)
+
+
+class ConvSite(PatchSite):
+    """One use of ``conv1d``, ``conv2d`` or ``conv3d``; the weight is ``(c_out, c_in / groups, *kernel)``."""
 
     def __init__(
         self,
@@ -60,29 +105,12 @@ class ConvSite(OuterSite):
         dilation: tuple[int, ...],
         groups: int,
     ) -> None:
-        super().__init__(weight, bias, layout, "convolution")
-        self.weight_shape, self.groups = weight_shape, groups
+        super().__init__(input, len(weight_shape) - 2, weight, bias, layout, groups, "convolution")
+        self.weight_shape = weight_shape
         self.stride, self.padding, self.dilation = stride, padding, dilation
-        self.input = self.save(input) if weight is not None else None
 
-    def inputs(self) -> Tensor:
-        assert self.input is not None
-        dims = len(self.weight_shape) - 2
-        x = self.input if self.input.dim() == dims + 2 else self.input.unsqueeze(0)
-        p = patches(x, self.weight_shape[2:], self.stride, self.padding, self.dilation)
-        n, out = p.shape[0], p.shape[1 : 1 + dims]
-        if self.groups == 1:
-            return self.layout.rows(p.reshape(n, *out, -1), 1 + dims)
-        p = p.reshape(n, *out, self.groups, -1).movedim(-2, 0)
-        return self.layout.rows(p, 1 + dims)
-
-    def gradients(self, gradient: Tensor) -> Tensor:
-        dims = len(self.weight_shape) - 2
-        g = gradient if gradient.dim() == dims + 3 else gradient.unsqueeze(1)
-        g = g.movedim(2, -1)  # (k, n, *out, c)
-        if self.groups > 1:
-            g = g.unflatten(-1, (self.groups, -1)).movedim(-2, 0)
-        return self.layout.rows(g, 1 + dims)
+    def patches(self, x: Tensor) -> Tensor:
+        return patches(x, self.weight_shape[2:], self.stride, self.padding, self.dilation)
 
     def weight_part(self) -> Part:
         assert self.weight is not None
@@ -121,8 +149,8 @@ def convolution(
         weight,
         bias,
         recorder.layout(call["input"]),
-        _tuple(call.get("stride", 1), dims),
-        padding if isinstance(padding, str) else _tuple(padding, dims),
-        _tuple(call.get("dilation", 1), dims),
+        per_axis(call.get("stride", 1), dims),
+        padding if isinstance(padding, str) else per_axis(padding, dims),
+        per_axis(call.get("dilation", 1), dims),
         int(call.get("groups", 1)),
     )
