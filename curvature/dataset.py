@@ -23,7 +23,7 @@ from solvers import BlockDiagonal
 def record(model: nn.Module, parameters: Parameters, x: Any) -> tuple[Any, Recorder]:
     """Run the model on ``x`` and record the uses of its parameters."""
     constants = [b for b in model.buffers()] + [p for p in model.parameters() if not p.requires_grad]
-    recorder = Recorder(parameters, constants, batch_size(x))
+    recorder = Recorder(parameters, constants, batch_size(x), own_pass=True)
     recorder.mark_inputs(x)
     with torch.enable_grad(), recorder:
         result = call(model, x)

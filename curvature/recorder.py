@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from curvature.layers import RULES, Layout, Ref, Site
+from curvature.layers import REPLACEMENTS, RULES, Layout, Ref, Site
 
 
 def _attention_without_dispatch() -> Any:
@@ -41,6 +41,8 @@ class Recorder(TorchFunctionMode):
         parameters: Tracked parameters by name.
         constants: Further tensors that do not depend on the example (buffers, frozen parameters).
         batch: Number of examples, the leading dimension of the model's inputs; ``None`` where unknown.
+        own_pass: The result is used for statistics only, so fused layers may run as an equal computation that shows
+            their inner activations, and may round differently.
 
     Attributes:
         sites: Recognised uses, in order of execution.
@@ -49,10 +51,16 @@ class Recorder(TorchFunctionMode):
     """
 
     def __init__(
-        self, parameters: Mapping[str, Tensor], constants: Iterable[Tensor] = (), batch: int | None = None
+        self,
+        parameters: Mapping[str, Tensor],
+        constants: Iterable[Tensor] = (),
+        batch: int | None = None,
+        *,
+        own_pass: bool = False,
     ) -> None:
         super().__init__()
         self.batch = batch
+        self.own_pass = own_pass
         self.sites: list[Site] = []
         self.unknown: dict[str, set[str]] = {}
         self.examples_interact = False
@@ -103,14 +111,27 @@ class Recorder(TorchFunctionMode):
         if func is F.batch_norm and (kwargs.get("training") or (len(args) > 5 and args[5])):
             self.examples_interact = True
         tensors = list(tensors_in((args, kwargs)))
-        output = func(*args, **kwargs)
+        output, replaced = self._replaced(func, args, kwargs), True
+        if output is None:
+            output, replaced = func(*args, **kwargs), False
         if isinstance(output, (Tensor, tuple, list)):
             depends = any(self._depends_on_example(t) for t in tensors)
             for result in tensors_in(output):
                 self._mark(result, depends)
-            if torch.is_grad_enabled():
+            if torch.is_grad_enabled() and not replaced:
                 self._record(func, output, tensors, args, kwargs)
         return output
+
+    def add(self, site: Site, output: Tensor) -> None:
+        """Record a use whose result is ``output``."""
+        site.watch(output)
+        self.sites.append(site)
+
+    def _replaced(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Result of the replacement of a fused function; ``None`` where it is to run as it is."""
+        if not self.own_pass or func not in REPLACEMENTS or not torch.is_grad_enabled():
+            return None
+        return REPLACEMENTS[func](self, args, kwargs)
 
     def _record(self, func: Any, output: Any, tensors: list[Tensor], args: Any, kwargs: Any) -> None:
         tracked = [t for t in tensors if self._is_tracked(t)]
@@ -122,8 +143,7 @@ class Recorder(TorchFunctionMode):
         if rule is not None and isinstance(output, Tensor) and output.requires_grad:
             site = rule(self, output, args, kwargs)
             if site is not None:
-                site.watch(output)
-                self.sites.append(site)
+                self.add(site, output)
                 names -= {ref.name for ref in site.refs}
                 self._done[id(output)] = weakref.ref(output)
         if not names:

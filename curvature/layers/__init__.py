@@ -3,22 +3,52 @@
 One file per family; importing this package registers them.
 """
 
-from curvature.layers import conv, elementwise, embedding, linear, norm
-from curvature.layers.site import MODULES, RULES, ElementwiseSite, Layout, OuterSite, Ref, Site, bind, rule_for
+from curvature.layers import (
+    bilinear,
+    conv,
+    elementwise,
+    embedding,
+    embedding_bag,
+    linear,
+    norm,
+    prelu,
+    recurrent,
+    transposed,
+)
+from curvature.layers.site import (
+    MODULES,
+    REPLACEMENTS,
+    RULES,
+    ElementwiseSite,
+    Layout,
+    OuterSite,
+    Ref,
+    Site,
+    bind,
+    replacement_for,
+    rule_for,
+)
 
 __all__ = [
     "MODULES",
+    "REPLACEMENTS",
     "RULES",
     "ElementwiseSite",
     "Layout",
     "OuterSite",
     "Ref",
     "Site",
+    "bilinear",
     "bind",
     "conv",
     "elementwise",
     "embedding",
+    "embedding_bag",
     "linear",
     "norm",
+    "prelu",
+    "recurrent",
+    "replacement_for",
     "rule_for",
+    "transposed",
 ]

@@ -36,9 +36,15 @@ class EmbeddingSite(OuterSite):
 
     def weight_part(self) -> Part:
         assert self.weight is not None
-        if self.weight.transposed:
-            return self.weight.part((self.d_out, self.size), (self.d_out, self.size))
-        return self.weight.part((self.d_out, self.size), (self.size, self.d_out), (1, 0))
+        return table_part(self.weight, (self.size, self.d_out))
+
+
+def table_part(weight: Ref, table: tuple[int, int]) -> Part:
+    """A table ``(V, d)``, or its transpose, as block columns ``(d, V)``."""
+    size, d_out = table
+    if weight.transposed:
+        return weight.part((d_out, size), (d_out, size))
+    return weight.part((d_out, size), (size, d_out), (1, 0))
 
 
 @rule_for(F.embedding, modules={nn.Embedding: "kronecker"})

@@ -246,6 +246,10 @@ Rule = Callable[["Recorder", Tensor, tuple[Any, ...], Mapping[str, Any]], Site |
 
 #: Function -> rule that recognises a use in a call of it.
 RULES: dict[Any, Rule] = {}
+Replacement = Callable[["Recorder", tuple[Any, ...], Mapping[str, Any]], Any]
+
+#: Function -> what runs in its place in a pass that is ours alone.
+REPLACEMENTS: dict[Any, Replacement] = {}
 #: Module type -> what a rule makes of it (for the table of :func:`curvature.coverage` before any forward pass).
 MODULES: dict[type[nn.Module], str] = {}
 
@@ -266,6 +270,29 @@ def rule_for(*functions: Any, modules: Mapping[type[nn.Module], str] | None = No
             RULES[function] = rule
         MODULES.update(modules or {})
         return rule
+
+    return register
+
+
+def replacement_for(
+    *functions: Any, modules: Mapping[type[nn.Module], str] | None = None
+) -> Callable[[Replacement], Replacement]:
+    """Register an equal computation for fused functions whose inner activations cannot be seen.
+
+    In a pass whose result nobody but us uses (``Recorder(own_pass=True)``), ``replacement(recorder, args, kwargs)`` is
+    called in place of the function. It adds its uses with :meth:`Recorder.add` and returns what the function would, up
+    to rounding; or ``None`` if it does not cover the call, which then runs as it is.
+
+    Args:
+        functions: Functions as ``__torch_function__`` reports them.
+        modules: Module types whose parameters the replacement covers, with the structure they get.
+    """
+
+    def register(replacement: Replacement) -> Replacement:
+        for function in functions:
+            REPLACEMENTS[function] = replacement
+        MODULES.update(modules or {})
+        return replacement
 
     return register
 

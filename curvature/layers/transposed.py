@@ -1,0 +1,103 @@
+"""Transposed convolutions, as dense layers on patches of the zero-stuffed input."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from curvature.block import Part
+from curvature.layers.conv import PatchSite, patches, per_axis
+from curvature.layers.site import Layout, Ref, bind, rule_for
+
+if TYPE_CHECKING:
+    from curvature.recorder import Recorder
+
+
+class TransposedConvSite(PatchSite):
+    r"""One use of ``conv_transpose1d``, ``2d`` or ``3d``; the weight is ``(c_in, c_out / groups, *kernel)``.
+
+    Output position p receives :math:`y_p = \sum_k W_k^\top x_q` from the input positions q with
+    :math:`q \cdot stride = p + padding - k \cdot dilation`. With ``stride - 1`` zeros between the inputs this is an
+    ordinary convolution with the flipped kernel, and so a dense layer ``(c_out, c_in * kernel)`` on patches.
+
+    References:
+        Dumoulin and Visin (2016), section 4, https://arxiv.org/abs/1603.07285
+    """
+
+    def __init__(
+        self,
+        input: Tensor,
+        weight_shape: tuple[int, ...],
+        weight: Ref | None,
+        bias: Ref | None,
+        layout: Layout,
+        stride: tuple[int, ...],
+        padding: tuple[int, ...],
+        output_padding: tuple[int, ...],
+        dilation: tuple[int, ...],
+        groups: int,
+    ) -> None:
+        super().__init__(input, len(weight_shape) - 2, weight, bias, layout, groups, "transposed convolution")
+        self.weight_shape = weight_shape
+        self.stride, self.padding, self.output_padding, self.dilation = stride, padding, output_padding, dilation
+
+    def patches(self, x: Tensor) -> Tensor:
+        kernel = self.weight_shape[2:]
+        space = [(size - 1) * step + 1 for size, step in zip(x.shape[2:], self.stride, strict=True)]
+        stuffed = x.new_zeros(*x.shape[:2], *space)
+        every = stuffed
+        for axis, step in enumerate(self.stride):
+            every = every.unfold(2 + axis, 1, step).squeeze(-1)
+        every.copy_(x)
+        reach = [d * (k - 1) for d, k in zip(self.dilation, kernel, strict=True)]
+        sides = [(r - p, r - p + o) for r, p, o in zip(reach, self.padding, self.output_padding, strict=True)]
+        stuffed = F.pad(stuffed, [side for pair in reversed(sides) for side in pair])
+        ones, zeros = (1,) * self.dims, (0,) * self.dims
+        return patches(stuffed, kernel, ones, zeros, self.dilation).flip(list(range(-self.dims, 0)))
+
+    def weight_part(self) -> Part:
+        assert self.weight is not None
+        c_in, c_out, *kernel = self.weight_shape
+        size = torch.Size(kernel).numel()
+        d_in = c_in // self.groups * size
+        if self.groups == 1:
+            return self.weight.part((c_out, d_in), (c_in, c_out, size), (1, 0, 2))
+        split = (self.groups, c_in // self.groups, c_out, size)
+        return self.weight.part((self.groups, c_out, d_in), split, (0, 2, 1, 3))
+
+
+_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+
+
+@rule_for(
+    torch.conv_transpose1d,
+    torch.conv_transpose2d,
+    torch.conv_transpose3d,
+    modules={nn.ConvTranspose1d: "kronecker", nn.ConvTranspose2d: "kronecker", nn.ConvTranspose3d: "kronecker"},
+)
+def transposed_convolution(
+    recorder: Recorder, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> TransposedConvSite | None:
+    """``F.conv_transpose1d``, ``2d``, ``3d`` with any stride, padding, output padding, dilation and groups."""
+    call = bind(_ARGUMENTS, args, kwargs)
+    weight, bias = recorder.resolve(call["weight"]), recorder.resolve(call.get("bias"))
+    if (weight is None and bias is None) or (weight is not None and weight.transposed):
+        return None
+    shape = tuple(call["weight"].shape)
+    dims = len(shape) - 2
+    return TransposedConvSite(
+        call["input"],
+        shape,
+        weight,
+        bias,
+        recorder.layout(call["input"]),
+        per_axis(call.get("stride", 1), dims),
+        per_axis(call.get("padding", 0), dims),
+        per_axis(call.get("output_padding", 0), dims),
+        per_axis(call.get("dilation", 1), dims),
+        int(call.get("groups", 1)),
+    )
