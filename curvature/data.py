@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 Batch = tuple[Any, Any]
 Data = Batch | Mapping[str, Any] | Iterable[Any]
@@ -56,6 +57,13 @@ def batches(data: Data, passes: int = 1) -> Callable[[], Iterator[Batch]]:
             raise ValueError("data has no batches: is it an iterator that was consumed before, or an empty loader?")
 
     return start
+
+
+def shown(stream: Iterator[Batch], title: str, progress: bool | None) -> Iterator[Batch]:
+    """The stream behind a progress bar; without a wish (``None``) the bar waits, so that short passes print nothing."""
+    if progress is False:
+        return stream
+    return iter(tqdm(stream, desc=title, delay=0 if progress else 5, leave=False))
 
 
 def split_batch(batch: Any) -> Batch:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from curvature.block import Block
 from curvature.collector import Collector
-from curvature.data import Data, Output, batches, call, resolve_output, to_device, untouched
+from curvature.data import Data, Output, batches, call, resolve_output, shown, to_device, untouched
 from curvature.estimator import Curvature, CurvatureEstimator, Form
 from curvature.losses import loss_for
 from curvature.parameters import Parameters
@@ -73,7 +71,7 @@ def estimate(
     reduction = "mean"
     with untouched(model):
         for number in range(curvature.passes):
-            for x, y in _shown(start(), number, progress):
+            for x, y in shown(start(), f"curvature, pass {number + 1}", progress):
                 x, y = to_device(x, parameters.device), to_device(y, parameters.device)
                 result, recorder = record(model, parameters, x)
                 z = resolve_output(result, output)
@@ -88,10 +86,3 @@ def estimate(
     if reduction == "none":
         raise ValueError("the loss has reduction='none', so it is no scalar. Use 'mean' or 'sum'.")
     return collector.operator(scale=1.0 if reduction == "mean" else total)
-
-
-def _shown(stream: Iterator[Any], number: int, progress: bool | None) -> Iterator[Any]:
-    if progress is False:
-        return stream
-    # Without a wish the bar waits: short passes print nothing.
-    return iter(tqdm(stream, desc=f"curvature, pass {number + 1}", delay=0 if progress else 5, leave=False))
