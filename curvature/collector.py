@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from functools import reduce
 from typing import Any, Literal
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from curvature.block import Block, Part, Place
 from curvature.estimator import CurvatureEstimator, Form
+from curvature.layers import Site
 from curvature.parameters import Parameters
 from curvature.plan import Group, Plan
 from curvature.recorder import Recorder
@@ -19,6 +20,8 @@ from curvature.signals import Signals
 from solvers import BlockDiagonal, Diagonal, LinearOperator
 
 Apart = Literal["one by one", "signs"]
+#: Inputs of the uses in one pass, prepared once for all signals: by site and piece.
+Cache = dict[tuple[int, str], Tensor | OneHot]
 
 
 class Collector:
@@ -43,7 +46,8 @@ class Collector:
     ) -> None:
         self.parameters = parameters
         self.make = make
-        self.apart = apart
+        self.exact = apart == "one by one"
+        self._verified = False
         self.plan = Plan(parameters, joint)
         self.estimators: dict[str, CurvatureEstimator] = {}
         self.operations: dict[str, tuple[str, ...]] = {}  # what each block was used by
@@ -69,18 +73,20 @@ class Collector:
             Names of the blocks that were reached.
         """
         counted = set() if counted is None else counted
+        cache: Cache = {}
         groups = self.plan.assign(recorder.sites, recorder.unknown)
-        mixed = signals.kind != "mc" and (signals.examples > 1)
-        interact = recorder.examples_interact and self.apart == "one by one"
-        together = [g for g in groups if not (mixed and (interact or self._mixes(g, signals.examples)))]
-        apart = [g for g in groups if g not in together]
-        reached: set[str] = set()
-        if together:
-            reached |= self._send(together, output, signals, iter(signals), counted, scale, merge=False)
-        if apart:
-            sent = signals.one_by_one() if self.apart == "one by one" else self._signed(signals)
-            reached |= self._send(apart, output, signals, sent, counted, scale, merge=True)
-        return reached
+        if self.exact and not self._verified:
+            self._verified = True
+            if self.plan.distrust(self._unexplained(groups, output, signals, cache)):
+                groups = self.plan.assign(recorder.sites, recorder.unknown)
+        mixing = self._mixing(groups, output, signals, cache)
+        if signals.kind == "mc" or not mixing:
+            return self._send(groups, output, signals, iter(signals), counted, scale, cache, mixing)
+        together = [g for g in groups if g.block.name not in mixing]
+        apart = [g for g in groups if g.block.name in mixing]
+        sent = signals.one_by_one() if self.exact else self._signed(signals)
+        reached = self._send(together, output, signals, iter(signals), counted, scale, cache, set())
+        return reached | self._send(apart, output, signals, sent, counted, scale, cache, mixing)
 
     def commit(self, ema: float) -> None:
         """Fold the current step into all estimates."""
@@ -130,58 +136,49 @@ class Collector:
         sent: Iterator[Tensor],
         counted: set[Any],
         scale: Tensor | None,
-        merge: bool,
+        cache: Cache,
+        merged: set[str],
     ) -> set[str]:
-        sites = list({id(use.site): use.site for group in groups for use in group.uses}.values())
-        generic = [self.parameters[g.block.name] for g in groups if not g.uses]
-        targets: list[Any] = [*(site.edge for site in sites), *generic]
-        valid = self._valid(sites, output, signals)
-        cache: dict[tuple[int, str], Tensor | OneHot] = {}
+        if not groups:
+            return set()
+        valid = self._valid(_sites(groups), output, signals)
         reached: set[str] = set()
         new = {group.block.name for group in groups if not _keys(group) <= counted}
         for index, signal in enumerate(sent):
             signal = signal if scale is None else signal * scale.to(signal.dtype)
-            gradients = torch.autograd.grad(output, targets, signal, retain_graph=True, allow_unused=True)
-            by_site = {id(site): g for site, g in zip(sites, gradients, strict=False)}
-            by_name = dict(zip([g.block.name for g in groups if not g.uses], gradients[len(sites) :], strict=True))
-            for group in groups:
-                uses = self._uses(group, by_site, by_name, valid, cache)
+            for group, uses in self._back(groups, output, signal, cache, valid):
                 if not uses:
                     continue
-                if merge or len({use.examples for use in uses}) > 1:
-                    uses = [_merged(use) for use in uses]
-                estimator = self._estimator(group)
-                first = index == 0 and group.block.name in new
-                estimator.update(Samples(tuple(uses), signals.terms.total, first))
+                name = group.block.name
+                first = index == 0 and name in new
+                self._estimator(group).update(Samples(tuple(uses), signals.terms.total, first, name in merged))
                 if index == 0:
-                    reached.add(group.block.name)
+                    reached.add(name)
                     counted |= _keys(group)
         return reached
 
-    def _uses(
-        self,
-        group: Group,
-        by_site: Mapping[int, Tensor | None],
-        by_name: Mapping[str, Tensor | None],
-        valid: dict[int, Tensor | None],
-        cache: dict[tuple[int, str], Tensor | OneHot],
-    ) -> list[Outer | PerSample]:
-        if not group.uses:
-            gradient = by_name[group.block.name]
-            return [] if gradient is None else [PerSample(gradient.reshape(1, 1, -1))]
-        uses: list[Outer | PerSample] = []
-        for entry in group.uses:
-            site, gradient = entry.site, by_site[id(entry.site)]
-            if gradient is None:
-                continue
-            sample = site.use(entry.piece, gradient.reshape(1, *site.output_shape), valid.get(id(site)), cache)
-            if entry.flipped:
-                outer = isinstance(sample, Outer)
-                sample = replace(sample, flipped=True) if outer else PerSample(sample.gradients.mT)
-            uses.append(sample)
-        return uses
+    def _back(
+        self, groups: list[Group], output: Tensor, signal: Tensor, cache: Cache, valid: Mapping[int, Tensor]
+    ) -> Iterator[tuple[Group, list[Outer | PerSample]]]:
+        """Send one signal back; every group with the samples of those of its uses that it reached."""
+        sites = _sites(groups)
+        generic = [g.block.name for g in groups if not g.uses]
+        targets: list[Any] = [*(site.edge for site in sites), *(self.parameters[name] for name in generic)]
+        if not targets:
+            return
+        gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
+            output, targets, signal, retain_graph=True, allow_unused=True
+        )
+        by_site = {id(site): g for site, g in zip(sites, gradients, strict=False)}
+        by_name = dict(zip(generic, gradients[len(sites) :], strict=True))
+        for group in groups:
+            if group.uses:
+                yield group, _samples(group, by_site, valid, cache)
+            else:
+                gradient = by_name[group.block.name]
+                yield group, [] if gradient is None else [PerSample(gradient.reshape(1, 1, -1))]
 
-    def _valid(self, sites: list[Any], output: Tensor, signals: Signals) -> dict[int, Tensor | None]:
+    def _valid(self, sites: list[Site], output: Tensor, signals: Signals) -> dict[int, Tensor]:
         """Which positions of each site count.
 
         A position whose loss term is masked out counts in no factor if nothing depends on it either: if a signal on
@@ -190,12 +187,11 @@ class Collector:
         mask = signals.mask
         if bool(mask.all()) or not sites:
             return {}
-        rows = signals.terms.rows(torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output))
-        probe = signals.terms.unrows(rows * signals.terms.mask.unsqueeze(-1))
+        probe = signals.probe()
         gradients = torch.autograd.grad(
             output, [site.edge for site in sites], probe, retain_graph=True, allow_unused=True
         )
-        out: dict[int, Tensor | None] = {}
+        out: dict[int, Tensor] = {}
         for site, gradient in zip(sites, gradients, strict=True):
             if gradient is None:
                 continue
@@ -210,9 +206,46 @@ class Collector:
             out[id(site)] = reached
         return out
 
-    def _mixes(self, group: Group, examples: int) -> bool:
-        """Whether some use of the block does not keep the examples apart."""
-        return not group.uses or any(not use.site.keeps_examples(examples) for use in group.uses)
+    def _mixing(self, groups: list[Group], output: Tensor, signals: Signals, cache: Cache) -> set[str]:
+        """Blocks with a use that does not keep the examples apart.
+
+        Shapes tell where a use has no row, or several, for an example. Where the numbers must be exact, a signal on
+        every other example tells the rest (statistics over the batch, attention along the axis that was taken for the
+        examples): it must leave exact zeros at all others. Where the rows of the output were taken for examples and
+        positions by their number alone, they may be shifted in one direction only, so both halves are sent.
+        """
+        if signals.examples <= 1:
+            return set()
+        mixing = {group.block.name for group in groups if _mixes(group, signals.examples)}
+        for half in range(2 if signals.regrouped else 1) if self.exact else ():
+            rest = [group for group in groups if group.block.name not in mixing]
+            for group, uses in self._back(rest, output, signals.probe(half), cache, {}):
+                if any(bool(use.reached[1 - half :: 2].any()) for use in uses):
+                    mixing.add(group.block.name)
+        return mixing
+
+    def _unexplained(self, groups: list[Group], output: Tensor, signals: Signals, cache: Cache) -> set[str]:
+        """Parameters whose gradient is not what their recorded uses add up to.
+
+        A kernel written as a ``torch.autograd.Function`` is not seen by function modes; its parameters must be found
+        by what autograd knows.
+        """
+        probe = signals.probe()
+        items = self.parameters.items()
+        found = torch.autograd.grad(output, [p for _, p in items], probe, retain_graph=True, allow_unused=True)
+        true = {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(items, found, strict=True)}
+        known = {name: torch.zeros_like(p, memory_format=torch.contiguous_format) for name, p in items}
+        size = {name: torch.zeros_like(value) for name, value in known.items()}
+        for group, uses in self._back([g for g in groups if g.uses], output, probe, cache, {}):
+            if uses:
+                group.block.write(_sum(use.total() for use in uses), known)
+                group.block.write(_sum(use.abs().total() for use in uses), size)
+        for group in groups:
+            if not group.uses:
+                known[group.block.name] = true[group.block.name]
+        # Rounding is relative to the sizes of the terms, which may cancel.
+        tolerance = torch.finfo(self.parameters.dtype).eps ** 0.5
+        return {n for n in true if bool((true[n] - known[n]).abs().max() > tolerance * size[n].max())}
 
     def _signed(self, signals: Signals) -> Iterator[Tensor]:
         """Signals with a random sign per example: squares of their sums have no cross terms in expectation."""
@@ -235,15 +268,29 @@ def _keys(group: Group) -> set[Any]:
     return {id(use.site) for use in group.uses} or {group.block.name}
 
 
-def _merged(use: Outer | PerSample) -> Outer | PerSample:
-    """A use whose examples count as one: what each signal reached belongs to a single example, or is unbiased."""
-    if isinstance(use, PerSample):
-        return PerSample(use.gradients.sum(1, keepdim=True))
-    a = use.a
-    if isinstance(a, OneHot):
-        keep = None if a.keep is None else a.keep.reshape(1, -1)
-        a = OneHot(a.index.reshape(1, -1), a.size, keep)
-    else:
-        a = a.flatten(-3, -2).unsqueeze(-3)
-    valid = None if use.valid is None else use.valid.reshape(1, -1)
-    return replace(use, a=a, g=use.g.flatten(-3, -2).unsqueeze(-3), valid=valid)
+def _sites(groups: list[Group]) -> list[Site]:
+    """All sites of the groups, once each."""
+    return list({id(use.site): use.site for group in groups for use in group.uses}.values())
+
+
+def _mixes(group: Group, examples: int) -> bool:
+    return not group.uses or any(not use.site.keeps_examples(examples) for use in group.uses)
+
+
+def _samples(
+    group: Group, gradients: Mapping[int, Tensor | None], valid: Mapping[int, Tensor], cache: Cache
+) -> list[Outer | PerSample]:
+    """Samples of the group's uses, from the gradients of their outputs."""
+    samples: list[Outer | PerSample] = []
+    for use in group.uses:
+        gradient = gradients[id(use.site)]
+        if gradient is None:
+            continue
+        one = gradient.reshape(1, *use.site.output_shape)
+        sample = use.site.use(use.piece, one, valid.get(id(use.site)), cache)
+        samples.append(sample.transposed() if use.flipped else sample)
+    return samples
+
+
+def _sum(tensors: Iterator[Tensor]) -> Tensor:
+    return reduce(torch.add, tensors)

@@ -60,12 +60,13 @@ class Plan:
         """
         sites = list(sites)
         self._mark_generic(sites, unknown)
-        sites = [site for site in sites if not any(ref.name in self._generic for ref in site.refs)]
         joint = {id(site): self._is_joint(site, sites) for site in sites}
         groups: dict[str, Group] = {}
         # A layer fixes the orientation of a matrix before an embedding does.
         for site in sorted(sites, key=lambda s: s.operation == "embedding"):
             for piece, block in site.blocks(joint[id(site)]):
+                if not self._generic.isdisjoint(block.names):
+                    continue
                 known = self._register(block)
                 flipped = known.parts[0] != block.parts[0]
                 form: Form = "outer" if isinstance(site, OuterSite) else "per_sample"
@@ -76,6 +77,17 @@ class Plan:
             block = Block(name, (Part(name, 0, (p.numel(),), (0,), (p.numel(),)),))
             groups[name] = Group(block, "per_sample")
         return list(groups.values())
+
+    def distrust(self, names: Iterable[str]) -> bool:
+        """From now on take the gradients of these parameters by autograd; whether that is news.
+
+        Only before anything was estimated: all blocks are assigned anew.
+        """
+        new = set(names) - self._generic
+        self._generic |= new
+        if new:
+            self._blocks.clear()
+        return bool(new)
 
     def _register(self, block: Block) -> Block:
         """The block known for these segments, which must be the same one, possibly transposed."""
@@ -121,6 +133,8 @@ class Plan:
 
     def _is_joint(self, site: Site, sites: list[Site]) -> bool:
         if not self.joint or site.weight is None or site.bias is None:
+            return False
+        if site.weight.name in self._generic or site.bias.name in self._generic:
             return False
         known = self._blocks.get(site.weight.key)
         if known is not None:

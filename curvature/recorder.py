@@ -83,8 +83,8 @@ class Recorder(TorchFunctionMode):
 
     def resolve(self, tensor: Any) -> Ref | None:
         """The tracked parameter that ``tensor`` is, or is a contiguous segment or the transpose of."""
-        if not isinstance(tensor, Tensor):
-            return None
+        if not isinstance(tensor, Tensor) or not tensor.requires_grad:
+            return None  # a detached parameter is a constant
         name = self._names.get(id(tensor))
         if name is not None:
             return Ref(name, 0, tuple(tensor.shape))
@@ -176,6 +176,8 @@ class Recorder(TorchFunctionMode):
         return entry is not None and entry() is tensor
 
     def _is_tracked(self, tensor: Tensor) -> bool:
+        if not tensor.requires_grad:
+            return False
         if id(tensor) in self._names:
             return True
         return tensor._base is not None and id(tensor._base) in self._names and not self._is_done(tensor)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -36,6 +36,10 @@ class OneHot:
         rows = torch.zeros(*self.index.shape, self.size, dtype=dtype, device=self.index.device)
         one = torch.ones_like(self.index, dtype=dtype) if self.keep is None else self.keep.to(dtype)
         return rows.scatter_(-1, self.index.unsqueeze(-1), one.unsqueeze(-1))
+
+    def merged(self) -> OneHot:
+        """All examples as positions of one."""
+        return OneHot(self.index.reshape(1, -1), self.size, None if self.keep is None else self.keep.reshape(1, -1))
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,29 @@ class Outer:
         d_in = self.a.size if isinstance(self.a, OneHot) else self.a.shape[-1]
         d_out = self.g.shape[-1]
         return (*self.g.shape[:-4], *((d_in, d_out) if self.flipped else (d_out, d_in)))
+
+    @property
+    def reached(self) -> Tensor:
+        """Which examples any signal reached, ``(n,)``."""
+        return (self.g != 0).any(-1).any(-1).flatten(0, -2).any(0)
+
+    def transposed(self) -> Outer:
+        """The same use for a block that is the transpose of the layer's matrix."""
+        return replace(self, flipped=not self.flipped)
+
+    def merged(self) -> Outer:
+        """All examples as positions of one."""
+        a = self.a.merged() if isinstance(self.a, OneHot) else self.a.flatten(-3, -2).unsqueeze(-3)
+        valid = None if self.valid is None else self.valid.reshape(1, -1)
+        return replace(self, a=a, g=self.g.flatten(-3, -2).unsqueeze(-3), valid=valid)
+
+    def abs(self) -> Outer:
+        """The sizes of all terms."""
+        return replace(self, a=self.a if isinstance(self.a, OneHot) else self.a.abs(), g=self.g.abs())
+
+    def total(self) -> Tensor:
+        """The gradient of one signal, all examples together, in block shape."""
+        return self.merged().gradient(0, 1)[0, 0]
 
     def gradient(self, start: int, stop: int) -> Tensor:
         """Per-sample gradients of examples ``start:stop``, ``(k, n, *block_shape)``."""
@@ -106,6 +133,27 @@ class PerSample:
         """Shape of the block tensor."""
         return tuple(self.gradients.shape[2:])
 
+    @property
+    def reached(self) -> Tensor:
+        """Which examples any signal reached, ``(n,)``."""
+        return (self.gradients != 0).flatten(2).any(-1).any(0)
+
+    def transposed(self) -> PerSample:
+        """The same gradients for a block that is the transpose."""
+        return PerSample(self.gradients.mT)
+
+    def merged(self) -> PerSample:
+        """All examples as one."""
+        return PerSample(self.gradients.sum(1, keepdim=True))
+
+    def abs(self) -> PerSample:
+        """The sizes of all terms."""
+        return PerSample(self.gradients.abs())
+
+    def total(self) -> Tensor:
+        """The gradient of one signal, all examples together, in block shape."""
+        return self.merged().gradient(0, 1)[0, 0]
+
     def gradient(self, start: int, stop: int) -> Tensor:
         """Per-sample gradients of examples ``start:stop``, ``(k, n, *block_shape)``."""
         return self.gradients[:, start:stop]
@@ -119,11 +167,14 @@ class Samples:
         uses: One entry per use; their per-sample gradients add up.
         weight: Divisor that these samples bring to a mean loss (0-d); the estimators divide by its sum.
         first: Whether this is the first backward pass of its batch; inputs and weights count once per batch.
+        merge: The examples count as one in per-sample gradients: what each signal reached belongs to a single example,
+            wherever it was found, or has no cross terms in expectation.
     """
 
     uses: tuple[Outer | PerSample, ...]
     weight: Tensor | float
     first: bool = True
+    merge: bool = False
 
     @property
     def block_shape(self) -> tuple[int, ...]:
@@ -137,44 +188,41 @@ class Samples:
         return use.g.dtype if isinstance(use, Outer) else use.gradients.dtype
 
     def gradients(self) -> Iterator[Tensor]:
-        """Per-sample gradients, a chunk ``(k * n, *block_shape)`` at a time.
-
-        Raises:
-            ValueError: If the uses disagree about the batch axis.
-        """
-        examples = {use.examples for use in self.uses}
-        if len(examples) > 1:
-            raise ValueError(
-                f"the uses of a shared parameter see {sorted(examples)} examples, so its per-sample gradients are not "
-                "defined. Give every use the batch as its leading dimension, or use a Kronecker structure."
-            )
-        n = examples.pop()
-        signals = self.uses[0].g.shape[-4] if isinstance(self.uses[0], Outer) else self.uses[0].gradients.shape[0]
+        """Per-sample gradients, a chunk ``(k * n, *block_shape)`` at a time."""
+        uses = self._aligned()
+        n = uses[0].examples
+        signals = uses[0].g.shape[-4] if isinstance(uses[0], Outer) else uses[0].gradients.shape[0]
         step = max(1, CHUNK_ELEMENTS // max(1, signals * math.prod(self.block_shape)))
         for start in range(0, n, step):
             stop = min(n, start + step)
-            total = self.uses[0].gradient(start, stop)
-            for use in self.uses[1:]:
+            total = uses[0].gradient(start, stop)
+            for use in uses[1:]:
                 total = total + use.gradient(start, stop)
             yield total.flatten(0, 1)
 
     def square_sum(self) -> Tensor:
         """Sum over signals and examples of the squared per-sample gradients, in block shape."""
-        if len(self.uses) == 1:
-            use = self.uses[0]
+        uses = self._aligned()
+        if len(uses) == 1 and isinstance(use := uses[0], Outer):
             # One position: (g a^T)^2 = g^2 (a^2)^T, and no per-sample gradient is formed.
-            if isinstance(use, Outer) and isinstance(use.a, Tensor) and use.positions == 1:
+            if isinstance(use.a, Tensor) and use.positions == 1:
                 left = use.g.squeeze(-2).square().sum(-3)
                 right = use.a.squeeze(-2).square()
                 return right.mT @ left if use.flipped else left.mT @ right
-            if isinstance(use, Outer) and isinstance(use.a, OneHot):
+            if isinstance(use.a, OneHot):
                 return _one_hot_square_sum(use.a, use.g, use.flipped)
         total: Tensor | None = None
         for chunk in self.gradients():
-            square = chunk.square_().sum(0) if chunk._base is None else chunk.square().sum(0)
+            square = chunk.square().sum(0)
             total = square if total is None else total.add_(square)
         assert total is not None
         return total
+
+    def _aligned(self) -> tuple[Outer | PerSample, ...]:
+        """The uses with a common axis of examples, along which their gradients add up."""
+        if self.merge or len({use.examples for use in self.uses}) > 1:
+            return tuple(use.merged() for use in self.uses)
+        return self.uses
 
 
 def _one_hot_square_sum(a: OneHot, g: Tensor, flipped: bool) -> Tensor:

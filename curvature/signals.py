@@ -54,6 +54,11 @@ class Signals:
         return self.batch if self.batch and (n * r) % self.batch == 0 and n % self.batch == 0 else n
 
     @property
+    def regrouped(self) -> bool:
+        """Whether the rows of the output were taken for examples and positions because their number is a multiple."""
+        return self.examples != self.terms.shape[0]
+
+    @property
     def positions(self) -> int:
         """Terms per example."""
         n, r, _ = self.terms.shape
@@ -103,6 +108,15 @@ class Signals:
                 only = torch.zeros_like(rows)
                 only[n] = rows[n]
                 yield self.terms.unrows(only.reshape(self.terms.shape))
+
+    def probe(self, half: int | None = None) -> Tensor:
+        """A signal without symmetries (random, always the same) on all valid terms, or those of every other example."""
+        shape = (self.examples, self.positions, self.terms.columns)
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        rows = noise.to(self.terms.output.detach()) * self.mask.unsqueeze(-1)
+        if half is not None:
+            rows[1 - half :: 2] = 0
+        return self.terms.unrows(rows.reshape(self.terms.shape))
 
     def _only(self, signal: Tensor, position: int) -> Tensor:
         """The part of a signal that starts at one position of every example."""

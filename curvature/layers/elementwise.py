@@ -49,8 +49,8 @@ class BroadcastSite(ElementwiseSite):
         g = g.sum(free, keepdim=True) if free else g
         n = g.shape[1] if batched else 1
         assert self.weight is not None
-        out = g.reshape(g.shape[0], n, *self.shape)
-        return out if self.weight.transposed else out.flatten(2)
+        shape = tuple(self.shape) if self.weight.transposed else (self.weight.numel,)
+        return g.reshape(g.shape[0], n, *shape)
 
 
 def _broadcast(
@@ -58,6 +58,8 @@ def _broadcast(
 ) -> BroadcastSite | None:
     if len(args) < 2:
         return None
+    if output is args[0] and output._base is not None:
+        return None  # in place on a view: what comes after may use its base, where this output is no node of the graph
     refs = [recorder.resolve(arg) if isinstance(arg, Tensor) else None for arg in args[:2]]
     if (refs[0] is None) == (refs[1] is None):
         return None  # no parameter, or two: the product of two parameters is not linear in either

@@ -1,0 +1,22 @@
+"""Is the diagonal that of the matrix, for every model, loss and way to use a parameter?"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from curvature import fisher
+from tests.curvature import dense_reference as dense
+from tests.curvature.problems import PROBLEMS
+
+
+@pytest.mark.parametrize("kind", ["exact", "empirical"])
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_diagonal_is_exact(name: str, kind: str) -> None:
+    problem = PROBLEMS[name]()
+    expected = dense.curvature(problem, kind).diagonal()
+    assert expected.norm() > 1e-6  # the reference itself must not be empty
+    got = fisher(
+        problem.model, problem.loss_fn, problem.data, kind=kind, structure="diagonal", class_dim=problem.class_dim
+    )
+    torch.testing.assert_close(got.diagonal(), expected, rtol=1e-10, atol=1e-12)
