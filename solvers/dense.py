@@ -21,6 +21,8 @@ class Dense(LinearOperator):
 
     Args:
         matrix: ``(*stack, m, n)``, real.
+        is_gram: The caller built the matrix symmetric (a sum of Gram matrices), so that solvers need not look. Ignored
+            where it cannot be.
 
     Raises:
         ValueError: If ``matrix`` has fewer than two dimensions.
@@ -28,6 +30,7 @@ class Dense(LinearOperator):
     """
 
     matrix: Tensor
+    is_gram: bool = False
 
     def __post_init__(self) -> None:
         """Check the border."""
@@ -63,7 +66,7 @@ class Dense(LinearOperator):
     @property
     def symmetric(self) -> bool:
         """Whether the matrix equals its transpose up to rounding (reads the matrix)."""
-        return self.matrix.shape[-1] == self.matrix.shape[-2] and bool(self.is_symmetric())
+        return self.is_gram or (self.matrix.shape[-1] == self.matrix.shape[-2] and bool(self.is_symmetric()))
 
     def is_symmetric(self) -> Tensor:
         """0-d boolean: ``max |A - A^T| <= sqrt(eps) max |A|``, without a host synchronisation.
@@ -84,7 +87,7 @@ class Dense(LinearOperator):
         return (columns @ self.matrix.mT).movedim(-2, 0).reshape(*batch, *self.out_shape)
 
     def adjoint(self) -> Dense:
-        return Dense(self.matrix.mT)
+        return self if self.is_gram else Dense(self.matrix.mT)
 
     def to_dense(self) -> Tensor:
         if not self.stack:
@@ -98,15 +101,15 @@ class Dense(LinearOperator):
         if isinstance(values, Tensor) and 0 < values.ndim == len(self.stack):
             values = values.unsqueeze(-1)
         diagonal += values
-        return Dense(matrix)
+        return Dense(matrix, self.is_gram)
 
     def plus(self, other: LinearOperator) -> LinearOperator:
         if isinstance(other, Dense) and other.dtype == self.dtype:
-            return Dense(self.matrix + other.matrix)
+            return Dense(self.matrix + other.matrix, self.is_gram and other.is_gram)
         return super().plus(other)
 
     def scale(self, scalar: Scalar) -> Dense:
-        return Dense(scalar * self.matrix)
+        return Dense(scalar * self.matrix, self.is_gram)
 
     def compose(self, other: LinearOperator) -> LinearOperator:
         if isinstance(other, Dense) and other.dtype == self.dtype:
