@@ -7,12 +7,14 @@ from solvers.auto import Auto
 from solvers.blocks import BlockDiagonal, Place, Segment
 from solvers.cg import CG
 from solvers.cholesky import Cholesky, CholeskyInverse
+from solvers.coupled_newton import CoupledNewton
 from solvers.damping import Damping, FactoredTikhonov, Tikhonov
 from solvers.dense import Dense
 from solvers.diagonal import Diagonal, identity
 from solvers.eigen import Eigen
 from solvers.eigh import Eigh
 from solvers.errors import (
+    InexactWarning,
     NonFiniteError,
     NotConvergedError,
     NotConvergedWarning,
@@ -22,6 +24,7 @@ from solvers.errors import (
     SolverError,
     StructureError,
 )
+from solvers.fallback import Fallback, InFloat64, Jitter, Previous, ladder
 from solvers.function import Function, from_scipy
 from solvers.info import Solution, SolveInfo
 from solvers.iterative import IterativeInverse, IterativeSolver
@@ -29,8 +32,10 @@ from solvers.kronecker import Kronecker
 from solvers.linear_operator import LinearOperator, Product, Scaled, Sum
 from solvers.lowrank import LowRank, Rows
 from solvers.lsmr import LSMR
+from solvers.matrix_iteration import MatrixIteration
 from solvers.minres import MINRES
 from solvers.neumann import Neumann
+from solvers.newton_schulz import NewtonSchulz, polar
 from solvers.nystrom import Nystrom
 from solvers.power import diagonalize, power, solve
 from solvers.reshape import Reshape
@@ -38,6 +43,7 @@ from solvers.shifted import Shifted
 from solvers.solver import BasisSolver, Solver
 from solvers.state import from_state, state, storable
 from solvers.submatrix import Submatrix
+from solvers.subspace import Subspace
 from solvers.woodbury import Woodbury
 
 __all__ = [
@@ -72,18 +78,28 @@ __all__ = [
     "BasisSolver",
     "CG",
     "Cholesky",
+    "CoupledNewton",
     "Eigh",
+    "Fallback",
+    "InFloat64",
     "IterativeSolver",
+    "Jitter",
     "LSMR",
     "MINRES",
+    "MatrixIteration",
     "Neumann",
+    "NewtonSchulz",
     "Nystrom",
+    "Previous",
     "Solution",
     "SolveInfo",
     "Solver",
+    "Subspace",
     "Woodbury",
+    "ladder",
     # Rules
     "diagonalize",
+    "polar",
     "power",
     "solve",
     # State
@@ -91,6 +107,7 @@ __all__ = [
     "state",
     "storable",
     # Errors
+    "InexactWarning",
     "NonFiniteError",
     "NotConvergedError",
     "NotConvergedWarning",

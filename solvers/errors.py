@@ -33,3 +33,7 @@ class NotConvergedError(SolverError):
 
 class NotConvergedWarning(UserWarning):
     """An iteration stopped before it reached its tolerance, and its result is used nevertheless."""
+
+
+class InexactWarning(UserWarning):
+    """A result stands in for the one that was asked for, because that one could not be computed."""
