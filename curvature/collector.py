@@ -188,7 +188,7 @@ class Collector:
         if bool(mask.all()) or not sites:
             return {}
         probe = signals.probe()
-        gradients = torch.autograd.grad(
+        gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
             output, [site.edge for site in sites], probe, retain_graph=True, allow_unused=True
         )
         out: dict[int, Tensor] = {}

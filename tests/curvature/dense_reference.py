@@ -117,8 +117,8 @@ def signals(problem: Problem, z: Tensor, y: Tensor, kind: str) -> Iterator[Tenso
 class Call:
     """One call of a layer on one example: its output, and the input every output position sees."""
 
-    def __init__(self, module: nn.Module, output: Tensor) -> None:
-        self.module, self.output = module, output
+    def __init__(self, module: nn.Module, input: Tensor, output: Tensor) -> None:
+        self.module, self.input, self.output = module, input.detach(), output
         self.weight: Tensor = module.weight  # type: ignore[assignment]
         self.groups = getattr(module, "groups", 1)
 
@@ -130,7 +130,7 @@ class Call:
 
     def inputs(self) -> Tensor:
         """``a (group, position, d_in)``: by definition the derivative of ``y_c`` in row ``c`` of the weight."""
-        y = self.channels_last(self.output)
+        y = self.channels_last(self.module.forward(self.input))
         per_group = y.shape[-1]
         a = []
         for group in range(self.groups):
@@ -140,8 +140,13 @@ class Call:
         return torch.stack(a).reshape(self.groups, y.shape[1], -1)
 
 
-def kfac(problem: Problem, kind: str, sharing: str = "expand", joint: bool = True) -> dict[str, tuple[Tensor, Tensor]]:
+def kfac(
+    problem: Problem, kind: str, sharing: str = "expand", joint: bool = True, whole: bool = False
+) -> dict[str, tuple[Tensor, Tensor]]:
     """``{layer: (B (group, o, o), A (group, i, i))}`` for every Linear and convolution, example by example.
+
+    With ``whole`` the examples of a batch go through the model together (batch norm in train mode), and their rows are
+    positions of each other.
 
     A position counts if its own loss term does, or if another one that does depends on it. Several calls of a layer
     are further positions under ``expand``; under ``reduce`` each call is reduced by itself.
@@ -155,8 +160,8 @@ def kfac(problem: Problem, kind: str, sharing: str = "expand", joint: bool = Tru
     calls: dict[str, list[Call]] = {}
 
     def watch(name: str, module: nn.Module) -> None:
-        def hook(module: nn.Module, _: Any, output: Tensor) -> Tensor:
-            calls[name].append(Call(module, output))
+        def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+            calls[name].append(Call(module, inputs[0], output))
             return output.clone()  # whatever is done in place afterwards leaves ours alone
 
         module.register_forward_hook(hook)
@@ -164,7 +169,7 @@ def kfac(problem: Problem, kind: str, sharing: str = "expand", joint: bool = Tru
     for name, module in layers.items():
         watch(name, module)
     for x, target in problem.data:
-        for x_n, y_n in examples(x, target):
+        for x_n, y_n in [(x, target)] if whole else examples(x, target):
             calls.clear()
             calls.update({name: [] for name in layers})
             z, y = as_terms(problem, run(model, x_n), y_n)
