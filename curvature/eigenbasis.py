@@ -64,10 +64,10 @@ class EigenbasisEstimator(CurvatureEstimator):
         g = _rotate_rows(use.g, on_g)
         a: Tensor | OneHot = use.a
         if isinstance(a, Tensor):
-            a = _rotate_rows(a.to(g.dtype), on_a)
+            a = _rotate_rows(use.rows.to(g.dtype), on_a)
         elif isinstance(on_a, Dense):
             a = _rotate_rows(a.dense(g.dtype), on_a)
-        return replace(use, a=a, g=g)
+        return replace(use, a=a, g=g, ones=False)
 
     def refresh_basis(self, solver: Eigh | None = None) -> None:
         """Take the eigenbasis of the current factors; the spectrum turns with it."""

@@ -64,14 +64,16 @@ class KroneckerEstimator(CurvatureEstimator):
         if valid is not None:
             valid = valid.to(a.dtype)
             a = a * valid.unsqueeze(-1)
-        if self.sharing == "reduce":
-            if valid is None:
-                return self._moment(a.mean(-2)), float(a.shape[-3])
+        count: Tensor | float
+        if self.sharing == "expand":
+            rows = a.flatten(-3, -2)
+            count = float(rows.shape[-2]) if valid is None else valid.sum()
+        elif valid is None:
+            rows, count = a.mean(-2), float(a.shape[-3])
+        else:
             positions = valid.sum(-1)
-            mean = a.sum(-2) / positions.clamp(min=1).unsqueeze(-1)
-            return self._moment(mean), (positions > 0).sum()
-        count = float(a.shape[-3] * a.shape[-2]) if valid is None else valid.sum()
-        return self._moment(a.flatten(-3, -2)), count
+            rows, count = a.sum(-2) / positions.clamp(min=1).unsqueeze(-1), (positions > 0).sum()
+        return self._moment(rows, count if use.ones else None), count
 
     def _one_hot_moment(self, a: OneHot, valid: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | float]:
         """Frequencies of the ids: the second moment of one-hot rows is diagonal (but not that of their means)."""
@@ -95,9 +97,24 @@ class KroneckerEstimator(CurvatureEstimator):
         g = widen(use.g)
         return self._moment(g.sum(-2).flatten(-3, -2) if self.sharing == "reduce" else g.flatten(-4, -2))
 
-    def _moment(self, rows: Tensor) -> Tensor:
-        """Second moment of ``rows (*, m, d)``; its diagonal only where d exceeds ``max_factor``."""
-        return gram(rows) if rows.shape[-1] <= self.max_factor else rows.square().sum(-2)
+    def _moment(self, rows: Tensor, ones: Tensor | float | None = None) -> Tensor:
+        """Second moment of ``rows (*, m, d)``; its diagonal only where d exceeds ``max_factor``.
+
+        With ``ones``, the number of rows that count, that of the rows with a one appended (which is never formed).
+        """
+        if rows.shape[-1] + (ones is not None) > self.max_factor:
+            diagonal = rows.square().sum(-2)
+            if ones is None:
+                return diagonal
+            return torch.cat([diagonal, torch.as_tensor(ones).to(diagonal).expand(*diagonal.shape[:-1], 1)], dim=-1)
+        if ones is None:
+            return gram(rows)
+        d = rows.shape[-1]
+        out = rows.new_empty(*rows.shape[:-2], d + 1, d + 1)
+        gram(rows, out=out[..., :d, :d])
+        out[..., :d, d] = out[..., d, :d] = rows.sum(-2)
+        out[..., d, d] = ones
+        return out
 
     def commit(self, ema: float) -> None:
         for pair in self.sides.values():
@@ -129,7 +146,7 @@ class KroneckerEstimator(CurvatureEstimator):
         dtype = torch.promote_types(inputs.dtype, gradients.dtype)
         stack = len(self.block.shape) - 2
         A, B = (
-            Dense(value.to(dtype)) if value.dim() == stack + 2 else Diagonal(value.to(dtype))
+            Dense(value.to(dtype), is_gram=True) if value.dim() == stack + 2 else Diagonal(value.to(dtype))
             for value in (inputs, gradients)
         )
         return Kronecker(A, B) if side == "flipped" else Kronecker(B, A)

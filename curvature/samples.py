@@ -47,16 +47,18 @@ class Outer:
     r"""One use of a layer :math:`y_{ns} = W a_{ns}`; its gradient is :math:`\sum_s g_{ns} a_{ns}^\top`.
 
     Attributes:
-        a: Inputs ``(*, n, s, i)``, a one appended where the block holds a bias.
+        a: Inputs ``(*, n, s, i)``.
         g: Output gradients ``(*, k, n, s, o)``.
         valid: ``(n, s)`` 0/1 weights of the positions, or ``None`` where all count.
         flipped: The block tensor is the transpose ``a g^T``, as for an embedding that shares its matrix with a head.
+        ones: The block holds a bias: a one is appended to every input, in mind only until :attr:`rows` is asked for.
     """
 
     a: Tensor | OneHot
     g: Tensor
     valid: Tensor | None = None
     flipped: bool = False
+    ones: bool = False
 
     @property
     def examples(self) -> int:
@@ -71,9 +73,15 @@ class Outer:
     @property
     def block_shape(self) -> tuple[int, ...]:
         """Shape of the block tensor."""
-        d_in = self.a.size if isinstance(self.a, OneHot) else self.a.shape[-1]
+        d_in = self.a.size if isinstance(self.a, OneHot) else self.a.shape[-1] + self.ones
         d_out = self.g.shape[-1]
         return (*self.g.shape[:-4], *((d_in, d_out) if self.flipped else (d_out, d_in)))
+
+    @property
+    def rows(self) -> Tensor:
+        """Inputs ``(*, n, s, i)`` with the appended one."""
+        assert isinstance(self.a, Tensor)
+        return torch.cat([self.a, self.a.new_ones(*self.a.shape[:-1], 1)], dim=-1) if self.ones else self.a
 
     @property
     def reached(self) -> Tensor:
@@ -108,7 +116,7 @@ class Outer:
             out = g.new_zeros(*g.shape[:-2], self.a.size, g.shape[-1])
             out.scatter_add_(-2, index.unsqueeze(-1).expand_as(g), g)
             return out if self.flipped else out.mT
-        a = self.a[..., start:stop, :, :].unsqueeze(-4)
+        a = self.rows[..., start:stop, :, :].unsqueeze(-4)
         grad = a.mT @ g if self.flipped else g.mT @ a
         return grad.movedim((-4, -3), (0, 1))
 
@@ -132,6 +140,12 @@ class PerSample:
     def block_shape(self) -> tuple[int, ...]:
         """Shape of the block tensor."""
         return tuple(self.gradients.shape[2:])
+
+    @property
+    def rows(self) -> Tensor:
+        """Inputs ``(*, n, s, i)`` with the appended one."""
+        assert isinstance(self.a, Tensor)
+        return torch.cat([self.a, self.a.new_ones(*self.a.shape[:-1], 1)], dim=-1) if self.ones else self.a
 
     @property
     def reached(self) -> Tensor:
@@ -207,7 +221,7 @@ class Samples:
             # One position: (g a^T)^2 = g^2 (a^2)^T, and no per-sample gradient is formed.
             if isinstance(use.a, Tensor) and use.positions == 1:
                 left = use.g.squeeze(-2).square().sum(-3)
-                right = use.a.squeeze(-2).square()
+                right = use.rows.squeeze(-2).square()
                 return right.mT @ left if use.flipped else left.mT @ right
             if isinstance(use.a, OneHot):
                 return _one_hot_square_sum(use.a, use.g, use.flipped)
@@ -237,28 +251,32 @@ def _one_hot_square_sum(a: OneHot, g: Tensor, flipped: bool) -> Tensor:
     return total if flipped else total.mT.contiguous()
 
 
-def gram(rows: Tensor) -> Tensor:
+def gram(rows: Tensor, out: Tensor | None = None) -> Tensor:
     r"""Symmetric product :math:`R^\top R` of ``rows (*, m, d)``, computing little more than one triangle.
 
     The product is split in halves: two diagonal blocks (recursively) and one off-diagonal block, which is copied to
     its mirror image. Two levels cost 5/8 of the full product.
     """
-    d = rows.shape[-1]
-    if d < 512 or rows.dim() > 2:
-        return rows.mT @ rows
-    out = rows.new_empty(d, d)
-    _gram_into(rows, out)
+    if out is None:
+        out = rows.new_empty(*rows.shape[:-2], rows.shape[-1], rows.shape[-1])
+    if rows.dim() > 2:
+        out.copy_(rows.mT @ rows)
+    else:
+        _gram_into(rows, out)
     return out
+
+
+# Products up to this size are not split: smaller ones run below the speed of large ones.
+_WHOLE = 256
 
 
 def _gram_into(rows: Tensor, out: Tensor) -> None:
     d = rows.shape[-1]
-    if d < 512:
-        torch.mm(rows.mT, rows, out=out) if out.is_contiguous() else out.copy_(rows.mT @ rows)
+    if d <= _WHOLE:
+        torch.mm(rows.mT, rows, out=out)
         return
-    h = d // 2
+    h = (d // 2 + 15) // 16 * 16  # whole vector registers
     _gram_into(rows[:, :h], out[:h, :h])
     _gram_into(rows[:, h:], out[h:, h:])
-    corner = rows[:, :h].mT @ rows[:, h:]
-    out[:h, h:] = corner
-    out[h:, :h] = corner.mT
+    torch.mm(rows[:, :h].mT, rows[:, h:], out=out[:h, h:])
+    out[h:, :h] = out[:h, h:].mT

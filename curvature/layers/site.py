@@ -200,21 +200,17 @@ class OuterSite(Site):
         self, piece: str, gradient: Tensor, valid: Tensor | None, cache: dict[tuple[int, str], Tensor | OneHot]
     ) -> Outer:
         g = self.gradients(gradient)
-        key = (id(self), piece)
+        key = (id(self), "bias" if piece == "bias" else "weight")
         if key not in cache:
             cache[key] = self._prepared(piece, g)
-        return Outer(cache[key], g, valid)
+        return Outer(cache[key], g, valid, ones=piece == "joint")
 
     def _prepared(self, piece: str, g: Tensor) -> Tensor | OneHot:
         if piece == "bias":
             return g.new_ones(*g.shape[:-4], *g.shape[-3:-1], 1)
         self.check_saved()
         a = self.inputs()
-        if isinstance(a, Tensor):
-            a = a.to(g.dtype)
-            if piece == "joint":
-                a = torch.cat([a, a.new_ones(*a.shape[:-1], 1)], dim=-1)
-        return a
+        return a.to(g.dtype) if isinstance(a, Tensor) else a
 
     def keeps_examples(self, examples: int) -> bool:
         shape = torch.empty(self.output_shape, device="meta").unsqueeze(0)
