@@ -5,6 +5,7 @@ from curvature.diagonal import DiagonalFisher
 from curvature.eigenbasis import EigenbasisFisher
 from curvature.estimator import Curvature, CurvatureEstimator
 from curvature.fisher import fisher
+from curvature.hessian import hessian
 from curvature.kronecker import KroneckerFisher
 
 __all__ = [
@@ -15,4 +16,5 @@ __all__ = [
     "EigenbasisFisher",
     "KroneckerFisher",
     "fisher",
+    "hessian",
 ]
