@@ -105,10 +105,12 @@ def call(model: nn.Module, x: Any) -> Any:
 
 def _takes(model: nn.Module, x: Mapping[str, Any]) -> bool:
     parameters = inspect.signature(model.forward).parameters
-    named = {p.name for p in parameters.values() if p.kind is not inspect.Parameter.VAR_POSITIONAL}
+    catch_all = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    named = {p.name for p in parameters.values() if p.kind not in catch_all}
     any_name = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     known = [key for key in x if key in named]
-    return len(known) == len(x) or (any_name and bool(known))
+    # A wrapper that hands everything on, forward(*args, **kwargs), names nothing itself.
+    return len(known) == len(x) or (any_name and (bool(known) or not named))
 
 
 def resolve_output(result: Any, output: Output | None = None) -> Tensor:
