@@ -7,6 +7,7 @@ from solvers.auto import Auto
 from solvers.blocks import BlockDiagonal, Place, Segment
 from solvers.cg import CG
 from solvers.cholesky import Cholesky, CholeskyInverse
+from solvers.congruence import Congruence
 from solvers.coupled_newton import CoupledNewton
 from solvers.damping import Damping, FactoredTikhonov, Tikhonov
 from solvers.dense import Dense
@@ -50,6 +51,7 @@ __all__ = [
     # Operators
     "BlockDiagonal",
     "CholeskyInverse",
+    "Congruence",
     "Dense",
     "Diagonal",
     "Eigen",

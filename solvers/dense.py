@@ -21,11 +21,10 @@ class Dense(LinearOperator):
 
     Args:
         matrix: ``(*stack, m, n)``, real.
-        is_gram: The caller built the matrix symmetric (a sum of Gram matrices), so that solvers need not look. Ignored
-            where it cannot be.
+        is_gram: The caller vouches that the matrix is symmetric (a sum of Gram matrices); solvers need not look.
 
     Raises:
-        ValueError: If ``matrix`` has fewer than two dimensions.
+        ValueError: If ``matrix`` has fewer than two dimensions, or ``is_gram`` and it is not square.
         TypeError: If it is not real floating point.
     """
 
@@ -39,6 +38,8 @@ class Dense(LinearOperator):
                 f"Dense takes a matrix (*stack, m, n), not shape {tuple(self.matrix.shape)}. "
                 "For a diagonal use Diagonal(values)."
             )
+        if self.is_gram and self.matrix.shape[-1] != self.matrix.shape[-2]:
+            raise ValueError(f"A Gram matrix is square, not {tuple(self.matrix.shape)}.")
         if not self.matrix.is_floating_point():
             raise TypeError(f"Dense takes a real floating-point matrix, not {self.matrix.dtype}.")
 
@@ -93,6 +94,11 @@ class Dense(LinearOperator):
         if not self.stack:
             return self.matrix
         return torch.block_diag(*self.matrix.flatten(0, -3))
+
+    def submatrix(self, rows: Tensor, columns: Tensor | None = None) -> LinearOperator:
+        if self.stack:
+            return super().submatrix(rows, columns)
+        return Dense(self.matrix[rows][:, rows if columns is None else columns])
 
     def add_diagonal(self, values: Scalar) -> Dense:
         """Add numbers to the diagonal: a scalar, one per block ``(*stack,)``, or one per entry ``(*stack, n)``."""

@@ -76,16 +76,7 @@ class Iterate:
 
 
 class IterativeSolver(Solver):
-    """A solver that knows the operator by its products.
-
-    Attributes:
-        rtol: Stop when ``|b - A x| <= max(rtol |b|, atol)``.
-        atol: See ``rtol``; in units of b.
-        max_steps: Steps at most; None means ten times the dimension.
-        preconditioner: Symmetric positive definite operator near ``A^-1``.
-        on_failure: Whether to "warn" or to "raise" if the tolerance is not met; never silent.
-        progress: True shows a progress bar, False never, None after a second.
-    """
+    """A solver that knows the operator by its products."""
 
     exponents: ClassVar[tuple[float, ...] | None] = (-1,)
     needs: ClassVar[tuple[type[LinearOperator], ...]] = (LinearOperator,)
@@ -93,27 +84,33 @@ class IterativeSolver(Solver):
 
     @property
     @abstractmethod
-    def rtol(self) -> float: ...
+    def rtol(self) -> float:
+        """Residual wanted, relative to the right-hand side."""
 
     @property
     @abstractmethod
-    def atol(self) -> float: ...
+    def atol(self) -> float:
+        """Residual wanted at least, absolute."""
 
     @property
     @abstractmethod
-    def max_steps(self) -> int | None: ...
+    def max_steps(self) -> int | None:
+        """Steps at most; None means ten times the dimension."""
 
     @property
     @abstractmethod
-    def preconditioner(self) -> LinearOperator | None: ...
+    def preconditioner(self) -> LinearOperator | None:
+        """Positive definite operator near the inverse, or None."""
 
     @property
     @abstractmethod
-    def on_failure(self) -> OnFailure: ...
+    def on_failure(self) -> OnFailure:
+        """Whether to "warn" or to "raise" if the tolerance is not met."""
 
     @property
     @abstractmethod
-    def progress(self) -> bool | None: ...
+    def progress(self) -> bool | None:
+        """True shows a progress bar, False never, None after a second."""
 
     @abstractmethod
     def iterate(self, problem: Problem) -> Iterate:

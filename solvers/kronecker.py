@@ -23,8 +23,13 @@ from solvers.linear_operator import LinearOperator, Scalar, Shape
 class Kronecker(LinearOperator):
     r"""``F_1 (x) F_2 (x) ... (x) F_k``, acting on tensors ``(*stack, n_1, ..., n_k)``, factor i on dimension i.
 
-    ``Kronecker(B, A) @ G == B @ G @ A.T``. Costs one matrix product per factor,
-    :math:`O(\prod_j n_j \sum_i n_i)`, and memory for the factors only.
+    Costs one matrix product per factor, :math:`O(\prod_j n_j \sum_i n_i)`, and memory for the factors only.
+
+    >>> B, A, G = torch.eye(2), torch.tensor([[2.0, 1.0], [1.0, 3.0]]), torch.ones(2, 2)
+    >>> torch.equal(Kronecker(B, A) @ G, B @ G @ A.T)
+    True
+    >>> Kronecker(B, A).inverse(damping=0.5)
+    Eigen(Kronecker(2x2, 2x2))
 
     Args:
         *factors: Matrices ``(*stack, n_i, n_i)`` or operators on ``(*stack, n_i)``; all with the same leading ``stack``
@@ -95,6 +100,11 @@ class Kronecker(LinearOperator):
 
     def adjoint(self) -> Kronecker:
         return self.map(lambda op: op.adjoint())
+
+    def shift(self, lam: Scalar) -> LinearOperator:
+        if len(self.factors) == 1:
+            return Kronecker(self.factors[0].shift(lam))
+        return super().shift(lam)
 
     def scale(self, scalar: Scalar) -> Kronecker:
         first, *others = self.factors

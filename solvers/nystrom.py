@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from solvers.congruence import Congruence
 from solvers.diagonal import Diagonal
 from solvers.errors import NonFiniteError, NotPositiveDefiniteError, StructureError
 from solvers.info import OnFailure
@@ -137,4 +138,4 @@ def _split(op: LinearOperator) -> tuple[LinearOperator, float | Tensor]:
 def _inverse(basis: Tensor, values: Tensor, lam: float | Tensor, rest: Tensor, op: LinearOperator) -> LinearOperator:
     """``U diag(1 / (s + lam)) U^T + (I - U U^T) / rest``."""
     rows = Rows(basis.reshape(-1, *op.in_shape))
-    return (rows.adjoint() @ Diagonal(1 / (values + lam) - 1 / rest) @ rows).shift(1 / rest)
+    return Congruence(rows, Diagonal(1 / (values + lam) - 1 / rest)).shift(1 / rest)

@@ -35,6 +35,14 @@ def power(
 ) -> LinearOperator:
     """``op ** exponent``, keeping the structure of ``op``.
 
+    >>> from solvers import Kronecker
+    >>> op = Kronecker(4 * torch.eye(2), 9 * torch.eye(3))
+    >>> power(op, -0.5)
+    Kronecker(2x2, 3x3)
+    >>> power(op, -0.5) @ torch.ones(2, 3) * 6
+    tensor([[1., 1., 1.],
+            [1., 1., 1.]])
+
     Args:
         op: Square operator; symmetric unless the exponent is -1 and the solver takes others.
         exponent: Any real number that the solver serves.

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from solvers.blocks import BlockDiagonal, Segment
 from solvers.cholesky import CholeskyInverse
+from solvers.congruence import Congruence
 from solvers.dense import Dense
 from solvers.diagonal import Diagonal
 from solvers.eigen import Eigen
@@ -25,6 +26,7 @@ _KINDS: dict[str, type] = {
     for kind in (
         BlockDiagonal,
         CholeskyInverse,
+        Congruence,
         Dense,
         Diagonal,
         Eigen,

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from solvers.checks import require
 from solvers.cholesky import CholeskyInverse, cholesky_factor
+from solvers.congruence import Congruence
 from solvers.dense import Dense
 from solvers.diagonal import Diagonal
 from solvers.eigen import Eigen
 from solvers.eigh import Eigh
 from solvers.errors import SingularMatrixError, StructureError
 from solvers.linear_operator import LinearOperator, Sum
-from solvers.lowrank import LowRank
+from solvers.lowrank import LowRank, Rows
 from solvers.shifted import Shifted
 from solvers.solver import Solver
 
@@ -67,14 +68,15 @@ class Woodbury(Solver):
         # (D + U^T U)^-1 = D^-1 - V^T (I + V U^T)^-1 V with V = U D^-1
         _require_positive(diagonal.values, op)
         inverse = Diagonal(1 / diagonal.values)
-        core = (low_rank.factor @ inverse @ low_rank.factor.adjoint()).to_dense()
-        scaled = low_rank.factor @ inverse
-        return inverse - scaled.adjoint() @ CholeskyInverse(cholesky_factor(Dense(core).add_diagonal(1.0))) @ scaled
+        root = low_rank.root
+        scaled = Rows(root / diagonal.values) if isinstance(root, Tensor) else root @ inverse
+        core = Dense((scaled @ low_rank.factor.adjoint()).to_dense()).add_diagonal(1.0)
+        return inverse - Congruence(scaled, CholeskyInverse(cholesky_factor(core)))
 
 
 def _inverse(low_rank: LowRank, shift: Tensor) -> LinearOperator:
     gram = CholeskyInverse(cholesky_factor(Dense(low_rank.gram_matrix()).add_diagonal(shift)))
-    return Shifted((low_rank.factor.adjoint() @ gram @ low_rank.factor) * (-1 / shift), 1 / shift)
+    return Shifted(Congruence(low_rank.factor, (-1 / shift) * gram), 1 / shift)
 
 
 def _power(low_rank: LowRank, shift: Tensor, exponent: float) -> LinearOperator:
@@ -85,7 +87,7 @@ def _power(low_rank: LowRank, shift: Tensor, exponent: float) -> LinearOperator:
     ratio = torch.where(tiny, 1, values / shift)
     slope = torch.where(tiny, exponent, torch.expm1(exponent * torch.log1p(ratio)) / ratio)
     middle = Eigen(Dense(basis), slope * shift ** (exponent - 1))
-    return Shifted(low_rank.factor.adjoint() @ middle @ low_rank.factor, shift**exponent)
+    return Shifted(Congruence(low_rank.factor, middle), shift**exponent)
 
 
 def _require_positive(shift: Tensor, op: LinearOperator) -> None:

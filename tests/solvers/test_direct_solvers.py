@@ -187,6 +187,13 @@ def test_a_shift_of_kronecker_has_no_cholesky_inverse() -> None:
     assert isinstance(op.inverse(FactoredTikhonov(0.03), Cholesky()), Kronecker)
 
 
+def test_a_product_of_one_factor_takes_its_shift() -> None:
+    inverse = Kronecker(positive(4)).inverse(0.3, Cholesky())
+    torch.testing.assert_close(
+        inverse.to_dense(), reference.power(positive(4) + 0.3 * torch.eye(4, dtype=torch.float64), -1)
+    )
+
+
 def test_unknown_structure_is_dense_only_on_request() -> None:
     op = Kronecker(positive(2), positive(3)) + Kronecker(positive(2, seed=1), positive(3, seed=2))
     matrix = reference.kron(positive(2), positive(3)) + reference.kron(positive(2, seed=1), positive(3, seed=2))

@@ -7,7 +7,19 @@ import torch
 from torch import Tensor
 
 import solvers
-from solvers import CG, Cholesky, Dense, Diagonal, Eigh, LinearOperator, LowRank, Rows, SingularMatrixError, Woodbury
+from solvers import (
+    CG,
+    Cholesky,
+    Congruence,
+    Dense,
+    Diagonal,
+    Eigh,
+    LinearOperator,
+    LowRank,
+    Rows,
+    SingularMatrixError,
+    Woodbury,
+)
 from solvers.errors import StructureError
 from tests.solvers import dense_reference as reference
 from tests.solvers.contracts import OperatorContract, SolverContract
@@ -62,6 +74,16 @@ class TestShiftedLowRank(OperatorContract):
         return dense() + 0.3 * EYE
 
 
+class TestCongruence(OperatorContract):
+    exact = ("diagonal", "trace")
+
+    def operator(self) -> LinearOperator:
+        return Congruence(Rows(normal(4, 6).reshape(4, 2, 3)), Dense(normal(4, 4, seed=1)))
+
+    def matrix(self) -> Tensor:
+        return normal(4, 6).mT @ normal(4, 4, seed=1) @ normal(4, 6)
+
+
 class TestWoodbury(SolverContract):
     tolerance = 1e-12
 
@@ -95,6 +117,18 @@ def test_low_rank_plus_diagonal() -> None:
             solvers.power(op, 0.5, Woodbury())
 
 
+def test_inverse_is_symmetric_has_a_diagonal_and_can_be_stored() -> None:
+    root = normal(4, 6).reshape(4, 2, 3)
+    for op in (LowRank(root).shift(0.3), LowRank(root) + Diagonal(normal(2, 3).square() + 0.5)):
+        inverse = op.inverse()
+        assert inverse.symmetric
+        expected = reference.power(op.to_dense(), -1)
+        torch.testing.assert_close(inverse.diagonal().flatten(), expected.diagonal())
+        torch.testing.assert_close(inverse.trace(), expected.trace())
+        again = solvers.from_state(solvers.state(inverse))
+        assert torch.equal(again.to_dense(), inverse.to_dense())
+
+
 def test_four_solvers_agree() -> None:
     op = LowRank(normal(4, 6).reshape(4, 2, 3)).shift(0.1)
     b = normal(3, 2, 3)
@@ -119,3 +153,5 @@ def test_shapes_are_checked() -> None:
         LowRank(solvers.Kronecker(normal(2, 3), normal(4, 2)))
     with pytest.raises(ValueError, match="Gram matrix of 4 rows"):
         LowRank(normal(4, 6), gram=normal(6, 6))
+    with pytest.raises(ValueError, match=r"must act on \(4,\)"):
+        Congruence(Rows(normal(4, 6)), Dense(normal(3, 3)))
