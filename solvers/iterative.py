@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import ClassVar
 
@@ -20,6 +20,8 @@ from solvers.info import OnFailure, Solution, SolveInfo, report
 from solvers.linear_operator import LinearOperator, Shape
 from solvers.progress import progress_bar
 from solvers.solver import Solver
+
+_RESTARTS = 3
 
 Callback = Callable[[int, Tensor], None]
 """Called after each step with its number and the iterates ``(*batch, *in_shape)``; must not write to them."""
@@ -73,6 +75,15 @@ class Iterate:
     stopped: Tensor | None = None
     negative: Tensor | None = None
     direction: Tensor | None = None
+
+    def may_restart(self, max_steps: int) -> bool:
+        """Whether steps are left and no row stopped by a rule of its own."""
+        flags = [flag for flag in (self.stopped, self.negative) if flag is not None]
+        return self.steps < max_steps and not any(bool(flag.any()) for flag in flags)
+
+    def after(self, before: Iterate) -> Iterate:
+        """This iterate with the steps of the one it started from."""
+        return replace(self, steps=self.steps + before.steps)
 
 
 class IterativeSolver(Solver):
@@ -179,7 +190,13 @@ class IterativeSolver(Solver):
                 step=_on_step(bar, callback, (*batch, *op.in_shape)),
             )
             result = self.iterate(problem)
-        residual = self.residual(problem, result.x)
+            residual = self.residual(problem, result.x)
+            # The recursions drift from the true residual by rounding; a restart takes them back to it.
+            for _ in range(_RESTARTS):
+                if not result.may_restart(problem.max_steps) or not bool((residual > tolerance).any()):
+                    break
+                result = self.iterate(replace(problem, x=result.x, max_steps=max_steps - result.steps)).after(result)
+                residual = self.residual(problem, result.x)
         if not bool(torch.isfinite(residual).all()):
             raise NonFiniteError(
                 f"{type(self).__name__} on {op!r} met NaN or infinity: in the operator, in b, or by overflow. Check "

@@ -216,12 +216,15 @@ class LinearOperator(ABC):
         """``-1`` times the operator."""
         return self * -1.0
 
-    def inverse(self, damping: float | Damping = 0.0, solver: Solver | None = None) -> LinearOperator:
+    def inverse(
+        self, damping: float | Damping = 0.0, solver: Solver | None = None, *, dense: bool = False
+    ) -> LinearOperator:
         """Inverse of the damped operator.
 
         Args:
             damping: A :class:`~solvers.Damping`; a number ``lam`` means ``Tikhonov(lam)``, that is ``A + lam I``.
             solver: How to invert; by default the exact solver that fits the structure.
+            dense: True to form the dense matrix of a part that has no structural inverse, instead of refusing.
 
         Returns:
             Operator with ``op.inverse(damping) @ (damping(op) @ x) = x``.
@@ -234,7 +237,7 @@ class LinearOperator(ABC):
         from solvers.power import power
 
         damped = (damping if isinstance(damping, Damping) else Tikhonov(damping))(self)
-        return power(damped, -1, solver)
+        return power(damped, -1, solver, dense=dense)
 
     # Exact scalars, where the structure gives them
 

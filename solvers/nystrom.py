@@ -104,15 +104,16 @@ class Nystrom(IterativeSolver):
         """Orthonormal rows ``(l, n)`` and eigenvalues ``(l,)``, descending."""
         n = op.shape[1]
         generator = torch.Generator(op.device).manual_seed(0) if self.generator is None else self.generator
-        gaussian = torch.randn(n, min(self.rank, n), generator=generator, dtype=op.dtype, device=op.device)
+        size = (n, min(self.rank, n))
+        gaussian = torch.randn(size, generator=generator, dtype=op.dtype, device=generator.device).to(op.device)
         omega = torch.linalg.qr(gaussian).Q  # (n, l)
         y = (op @ omega.mT.reshape(-1, *op.in_shape)).reshape(-1, n).mT
-        size = torch.linalg.vector_norm(y)
-        if not bool(torch.isfinite(size)):
+        norm = torch.linalg.vector_norm(y)
+        if not bool(torch.isfinite(norm)):
             raise NonFiniteError(f"Nystrom met NaN or infinity in the products of {op!r}.")
-        if not bool(size > 0):
+        if not bool(norm > 0):
             return omega.mT, torch.zeros_like(omega[0])
-        nu = torch.finfo(op.dtype).eps * size  # a shift that keeps the core positive definite, taken back below
+        nu = torch.finfo(op.dtype).eps * norm  # a shift that keeps the core positive definite, taken back below
         y = y + nu * omega
         core = omega.mT @ y
         factor, info = torch.linalg.cholesky_ex((core + core.mT) / 2)

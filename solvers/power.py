@@ -98,9 +98,16 @@ def _power(
             absorbed = _absorb(op)
             if not isinstance(absorbed, Shifted):
                 return part(absorbed, previous)
-    if dense and not isinstance(op, (*solver.needs, Dense)):
-        flat = Reshape(op.in_shape, (op.shape[0],), op.dtype, op.device)
-        return flat.adjoint() @ part(Dense(op.to_dense())) @ flat
+    try:
+        return _leaf_power(op, exponent, solver, previous)
+    except StructureError:
+        if not dense or isinstance(op, Dense):
+            raise
+    flat = Reshape(op.in_shape, (op.shape[0],), op.dtype, op.device)
+    return flat.adjoint() @ part(Dense(op.to_dense())) @ flat
+
+
+def _leaf_power(op: LinearOperator, exponent: float, solver: Solver, previous: LinearOperator | None) -> LinearOperator:
     if isinstance(op, Shifted) and isinstance(op.op, Kronecker) and not isinstance(op, solver.needs):
         lam = f"{float(op.lam):g}"
         raise StructureError(
@@ -169,18 +176,24 @@ def _basis(op: LinearOperator, solver: BasisSolver, previous: LinearOperator | N
     )
 
 
-def solve(op: LinearOperator, b: Tensor, solver: Solver | None = None) -> Tensor:
+def solve(op: LinearOperator, b: Tensor, solver: Solver | None = None, *, dense: bool = False) -> Tensor:
     """``op ** -1 @ b`` for right-hand sides ``b (*batch, *out_shape)``; least squares for a rectangle and LSMR.
 
     Factorises once per call; keep ``op.inverse(solver=...)`` to solve again with the same operator. An iterative solver
     runs on the operator as a whole.
+
+    Args:
+        op: Square operator, or a rectangle.
+        b: Right-hand sides.
+        solver: As for :func:`power`.
+        dense: As for :func:`power`.
 
     Raises:
         SolverError: As :func:`power`.
     """
     if isinstance(solver, IterativeSolver):
         return solver.solve(op, b)
-    return power(op, -1, solver) @ b
+    return power(op, -1, solver, dense=dense) @ b
 
 
 def _absorb(op: Shifted) -> LinearOperator:

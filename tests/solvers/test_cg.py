@@ -58,6 +58,15 @@ def test_tolerance_is_met_and_not_overdone(rtol: float) -> None:
     assert not bool(CG(rtol=rtol, max_steps=solution.info.iterations - 1).run(Dense(matrix), b).info.converged.all())
 
 
+def test_drift_of_the_recursion_is_mended_by_a_restart(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix, b = hard(1e7, 40), normal(40)
+    solution = CG(rtol=1e-9).run(Dense(matrix), b)
+    assert bool(solution.info.converged)
+    assert float((b - matrix @ solution.x).norm()) <= 1e-9 * float(b.norm())
+    monkeypatch.setattr("solvers.iterative._RESTARTS", 0)
+    assert not bool(CG(rtol=1e-9).run(Dense(matrix), b).info.converged), "the report must hold the true residual"
+
+
 def test_absolute_tolerance() -> None:
     matrix, b = hard(), 1e-3 * normal(60)
     info = CG(rtol=0.0, atol=1e-2).run(Dense(matrix), b).info

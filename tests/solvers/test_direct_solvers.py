@@ -17,6 +17,7 @@ from solvers import (
     Eigen,
     Eigh,
     FactoredTikhonov,
+    Function,
     Kronecker,
     LinearOperator,
     NonFiniteError,
@@ -203,6 +204,12 @@ def test_unknown_structure_is_dense_only_on_request() -> None:
         inverse = solvers.power(op, -1, solver, dense=True)
         assert inverse.in_shape == (2, 3)
         torch.testing.assert_close(inverse.to_dense(), reference.power(matrix, -1))
+    function = Function(lambda x: x @ positive(4), (4,), symmetric=True, dtype=torch.float64)
+    with pytest.raises(StructureError, match="needs Dense"):
+        function.inverse(0.5)
+    expected = reference.power(positive(4) + 0.5 * torch.eye(4, dtype=torch.float64), -1)
+    torch.testing.assert_close(function.inverse(0.5, dense=True).to_dense(), expected)
+    torch.testing.assert_close(solvers.solve(function.shift(0.5), normal(4), dense=True), expected @ normal(4))
 
 
 def test_inverse_of_a_product_is_reversed() -> None:
