@@ -39,11 +39,13 @@ class Part:
     def write(self, value: Tensor, parameter: Tensor) -> None:
         """Write ``value (*batch, *shape)`` back into the flat ``parameter (*batch, n)``, in place."""
         batch = parameter.shape[:-1]
-        permuted = value.reshape(*batch, *(self.split[p] for p in self.permutation))
-        inverse = sorted(range(len(self.permutation)), key=self.permutation.__getitem__)
-        order = (*range(len(batch)), *(len(batch) + p for p in inverse))
-        segment = permuted.permute(order).reshape(*batch, self.numel)
-        parameter[..., self.start : self.start + self.numel].copy_(segment)
+        segment = parameter[..., self.start : self.start + self.numel]
+        if self.permutation == tuple(range(len(self.permutation))):
+            segment.view(*batch, *self.shape).copy_(value)
+            return
+        order = (*range(len(batch)), *(len(batch) + p for p in self.permutation))
+        target = segment.view(*batch, *self.split).permute(order)
+        target.copy_(value.reshape(target.shape))
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,7 @@ class Block:
     def write(self, value: Tensor, tensors: Mapping[str, Tensor]) -> None:
         """Scatter the block tensor into contiguous parameter-shaped tensors, in place."""
         for part, piece in zip(self.parts, self.split(value), strict=True):
-            target = tensors[part.name]
-            part.write(piece.to(target.dtype), target.view(-1))
+            part.write(piece, tensors[part.name].view(-1))
 
     def state(self) -> dict[str, list[list[int]]]:
         """The block as names and numbers, for checkpoints: ``{parameter name: [[start], split, permutation, shape]}``."""

@@ -298,7 +298,7 @@ class _Hook:
         return nothing
 
     def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
-        return _inert, ()
+        return inert, ()
 
 
 class _OutputHook:
@@ -318,7 +318,8 @@ def nothing(*args: Any, **kwargs: Any) -> None:
     """What a copied hook does."""
 
 
-def _inert() -> Callable[..., None]:
+def inert() -> Callable[..., None]:
+    """What a pickled hook is rebuilt as."""
     return nothing
 
 

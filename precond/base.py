@@ -79,6 +79,10 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             gradients: Parameter -> gradient, true in scale.
         """
 
+    def update_options(self, group: dict[str, Any]) -> dict[str, Any]:
+        """Options of a group as the second half of the step shall see them."""
+        return group
+
     def on_skip(self) -> None:
         """A step is skipped: forget whatever was collected for it."""
 
@@ -88,6 +92,13 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        for p in self.param_groups[-1]["params"]:
+            if p.is_complex():
+                self.param_groups.pop()
+                raise TypeError(
+                    f"a parameter of shape {tuple(p.shape)} is complex ({p.dtype}), which {type(self).__name__} does "
+                    "not take. Train torch.view_as_real(p), of which p is a view, in its place."
+                )
 
     @torch.no_grad()
     def precondition(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -128,10 +139,34 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             params = [p for p in group["params"] if p in directions]
             if params:
-                apply_update(params, [directions[p] for p in params], [self.state[p] for p in params], group)
+                options = self.update_options(group)
+                apply_update(params, [directions[p] for p in params], [self.state[p] for p in params], options)
         if not prepared:
             self.after_step()
         return loss
+
+    # State
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`; the state of a half-precision parameter keeps the precision it was saved with."""
+        final: dict[str, Any] = {}
+        hook = self.register_load_state_dict_pre_hook(lambda _, given: final.update(given))  # after the user's hooks
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+        saved_ids = [i for group in final["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for i, p in zip(saved_ids, params, strict=True):
+            for key, value in final["state"].get(i, {}).items():
+                # torch casts floating state to the dtype of the parameter.
+                if isinstance(value, Tensor) and value.is_floating_point() and p.dtype.itemsize < 4:
+                    self.state[p][key] = value.detach().clone().to(p.device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A learning rate scheduler puts a wrapper of `step`, bound to this very object, among the attributes.
+        own = {key: value for key, value in self.__dict__.items() if not key.startswith("_") and key != "step"}
+        return {**own, "_prepared": {}}
 
     def _evaluate(self, closure: Callable[[], Any] | None) -> Any:
         if closure is None:
@@ -180,9 +215,13 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
     @staticmethod
     def _finite(gradients: list[Tensor]) -> bool:
         """Whether all are finite, with one wait for the device."""
-        # A sum of squares overflows where a maximum does not.
-        norms = torch._foreach_norm(gradients, float("inf"))
-        return bool(torch.isfinite(torch.stack([n.to(norms[0].device, torch.float32) for n in norms])).all())
+        norms = torch._foreach_norm([g for g in gradients if g.numel()])
+        if not norms:
+            return True
+        if bool(torch.isfinite(torch.stack([n.to(norms[0].device, torch.float32) for n in norms])).all()):
+            return True
+        # The sum of squares may have overflowed where no entry is infinite.
+        return all(bool(torch.isfinite(g).all()) for g in gradients)
 
     def _is_prepared(self, gradients: dict[Tensor, Tensor]) -> bool:
         """Whether :meth:`precondition` wrote these very gradients."""
@@ -215,12 +254,21 @@ def check_options(options: dict[str, Any]) -> None:
     Raises:
         ValueError: Naming the option, its value and the range.
     """
-    for name in ("lr", "momentum", "weight_decay", "damping"):
+    for name in ("lr", "momentum", "weight_decay", "damping", "eps"):
         value = options.get(name)
         if isinstance(value, Tensor):
             value = value.item() if value.device.type == "cpu" else 0.0
         if isinstance(value, (int, float)) and not (0 <= value < float("inf")):
             raise ValueError(f"{name} must be a non-negative finite number, got {value}.")
+    betas = options.get("betas", ())
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas are weights of old values, each in [0, 1); got {betas}.")
+    ema = options.get("curvature_ema")
+    if ema is not None and not 0 <= ema <= 1:
+        raise ValueError(f"curvature_ema is the weight of old statistics, in [0, 1]; got {ema}.")
+    for name in ("curvature_update_period", "inverse_update_period"):
+        if name in options:
+            period(name, options[name])
     if options.get("nesterov") and not options.get("momentum"):
         raise ValueError("nesterov=True needs a momentum above zero.")
     clip = options.get("kl_clip")

@@ -19,7 +19,8 @@ from curvature.estimator import Form
 from curvature.parameters import Parameters
 from precond.base import NonFinite, SecondOrderOptimizer, as_groups, period
 from precond.preconditioner import Preconditioner
-from solvers import Damping, Solver
+from precond.rows import Rows, RowTap, taps_for
+from solvers import Damping, Kronecker, Solver
 
 
 class PreconditionedOptimizer(SecondOrderOptimizer):
@@ -104,6 +105,8 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         self._forms: dict[str, Form] = {}
         self._capture: Capture | None = None
         self._reported: set[str] = set()
+        self._taps: dict[str, RowTap] = {}
+        self._tapped: set[str] = set()
         super().__init__(
             self._groups(model, params),
             lr=lr,
@@ -125,6 +128,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
 
     def _connect(self) -> None:
         """Track the parameters of the groups, and hook the model."""
+        self._unwatch()
         inner = unwrapped(self.model)
         self.parameters = Parameters(inner, [p for g in self.param_groups for p in g["params"] if p.requires_grad])
         self._group_of = {id(p): group for group in self.param_groups for p in group["params"]}
@@ -146,6 +150,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         """Remove every hook from model and loss; the optimizer keeps its last inverses."""
         self.capture.disarm()
         self.capture.close()
+        self._unwatch()
 
     def _make(self, block: Block, form: Form) -> CurvatureEstimator:
         estimator = self.curvature.estimator(block, form)
@@ -175,21 +180,29 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
 
     def after_step(self) -> None:
         self.steps += 1
+        for tap in self._taps.values():
+            tap.clear()
+        self._watch_rows()
         self._arm()
 
     def directions(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        by_name = {name: gradients[p] for name, p in self.parameters.items() if p in gradients}
+        rows = self._rows(by_name)
         if self.capture.armed:
             self.capture.finish()
             self._update_curvature(gradients)
-        out = {p: torch.zeros_like(g, memory_format=torch.contiguous_format) for p, g in gradients.items()}
-        by_name = {name: gradients[p] for name, p in self.parameters.items() if p in gradients}
+        out = {p: torch.empty_like(g, memory_format=torch.contiguous_format) for p, g in gradients.items()}
         results = {name: out[p] for name, p in self.parameters.items() if p in gradients}
         covered: dict[str, int] = dict.fromkeys(by_name, 0)
-        for preconditioner in self.preconditioners.values():
-            block = preconditioner.estimator.block
-            if preconditioner.inverse is None or not all(name in by_name for name in block.names):
+        for key, preconditioner in self.preconditioners.items():
+            block, inverse = preconditioner.estimator.block, preconditioner.inverse
+            if inverse is None or not all(name in by_name for name in block.names):
                 continue
-            block.write(preconditioner @ block.read(by_name), results)
+            if key in rows and isinstance(inverse, Kronecker):
+                direction = rows[key].apply(inverse)
+            else:
+                direction = preconditioner @ block.read(by_name)
+            block.write(direction, results)
             for part in block.parts:
                 covered[part.name] += part.numel
         for name, count in covered.items():
@@ -197,10 +210,40 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
                 self._plain(name, by_name[name], results[name], partly=count > 0)
         return out
 
+    def _rows(self, gradients: dict[str, Tensor]) -> dict[str, Rows]:
+        """Blocks whose gradient is at hand as a product of few rows, checked against the gradient itself."""
+        if getattr(self, "grad_scale", None) is not None or _world_size() > 1:
+            return {}  # gradients that were scaled or summed over processes after the rows were seen
+        found = {name: rows for name, tap in self._taps.items() if (rows := tap.rows(gradients)) is not None}
+        if not found:
+            return {}
+        blocks = {name: self.preconditioners[name].estimator.block for name in found}
+        same = torch.stack([rows.agree(blocks[name].read(gradients)) for name, rows in found.items()])
+        return {name: rows for (name, rows), ok in zip(found.items(), same.tolist(), strict=True) if ok}
+
+    def _watch_rows(self) -> None:
+        """Watch the layers whose blocks are dense Kronecker products, once these are known."""
+        known = {n: p for n, p in self.preconditioners.items() if p.inverse is not None}
+        if self._tapped == set(known):
+            return
+        self._unwatch()
+        self._tapped = set(known)
+        self._taps = taps_for(unwrapped(self.model), {n: (p.estimator.block, p.inverse) for n, p in known.items()})
+
+    def _unwatch(self) -> None:
+        for tap in self._taps.values():
+            tap.close()
+        self._taps, self._tapped = {}, set()
+
     def _plain(self, name: str, gradient: Tensor, result: Tensor, partly: bool) -> None:
         """A gradient without curvature goes through as it is, and is reported once."""
-        if not partly:
-            result.copy_(gradient)
+        plain = gradient.clone(memory_format=torch.contiguous_format)
+        if partly:
+            for preconditioner in self.preconditioners.values():
+                for part in preconditioner.estimator.block.parts:
+                    if part.name == name and preconditioner.inverse is not None:
+                        part.write(part.read(result.view(-1)), plain.view(-1))
+        result.copy_(plain)
         if name not in self._reported and bool(gradient.any()):
             self._reported.add(name)
             warnings.warn(
@@ -228,10 +271,12 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
             )
             return
         redo = self.steps % self.inverse_update_period == 0
-        for preconditioner in self.preconditioners.values():
+        for name, preconditioner in self.preconditioners.items():
             preconditioner.estimator.commit(self.curvature_ema)
             fresh = redo or preconditioner.inverse is None
-            preconditioner.refresh(self._damping(preconditioner.estimator.block), basis=fresh)
+            tap = self._taps.get(name)
+            uses = tap.count * self.inverse_update_period if tap is not None and tap.count else None
+            preconditioner.refresh(self._damping(preconditioner.estimator.block), basis=fresh, uses=uses)
 
     def _damping(self, block: Block) -> Damping:
         values = {self._group_of[id(self.parameters[name])]["damping"] for name in block.names}
@@ -294,6 +339,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         self.steps = int(self.param_groups[0].pop("steps", 0))
         for group in self.param_groups:
             group.pop("steps", None)
+        self._unwatch()
         estimators = self.capture.collector.estimators
         estimators.clear()
         self.preconditioners.clear()
@@ -302,10 +348,11 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
             estimators[name] = self._make(block, "outer" if saved["outer"] else "per_sample")
             self.preconditioners[name].load_state_dict(saved)
         self._group_of = {id(p): group for group in self.param_groups for p in group["params"]}
+        self._watch_rows()
         self._arm()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_capture": None, "_prepared": {}}
+        return {**self.__dict__, "_capture": None, "_prepared": {}, "_taps": {}, "_tapped": set()}
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
         if "model" not in saved:  # the base class restores groups and state in this way
@@ -315,6 +362,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         estimators = {name: p.estimator for name, p in self.preconditioners.items()}
         self._connect()
         self.capture.collector.estimators = estimators
+        self._watch_rows()
 
 
 def _holds_groups(params: Any) -> bool:
@@ -324,6 +372,11 @@ def _holds_groups(params: Any) -> bool:
 def _rank() -> int:
     ready = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_rank() if ready else 0
+
+
+def _world_size() -> int:
+    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if ready else 1
 
 
 def _to(tree: Any, device: torch.device) -> Any:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from curvature import CurvatureEstimator
-from solvers import Damping, Diagonal, Eigen, LinearOperator, Solver, SolverError, from_state, power, state
+from solvers import Cholesky, Damping, Diagonal, Eigen, LinearOperator, Solver, SolverError, from_state, power, state
 
 log = logging.getLogger(__name__)
 
@@ -33,11 +34,13 @@ class Preconditioner:
         self.inverse: LinearOperator | None = None
         self.failures = 0
 
-    def refresh(self, damping: Damping, *, basis: bool = True) -> None:
+    def refresh(self, damping: Damping, *, basis: bool = True, uses: int | None = None) -> None:
         """Recompute P from the current estimate.
 
         Args:
             damping: How to damp.
+            uses: Vectors that P will be applied to before the next refresh, where few: then triangular solves cost
+                less than an explicit inverse.
             basis: Whether costly decompositions may be redone; without, only estimates that are already diagonal in a
                 known basis are inverted again, entry by entry.
 
@@ -52,7 +55,10 @@ class Preconditioner:
             operator = self.estimator.operator()
             if not basis and self.inverse is not None and not isinstance(operator, (Eigen, Diagonal)):
                 return
-            self.inverse = power(damping(operator), self.exponent, self.solver, previous=self.inverse)
+            solver = self.solver
+            if isinstance(solver, Cholesky) and uses is not None and 2 * uses < max(self.estimator.block.shape):
+                solver = replace(solver, explicit=False)
+            self.inverse = power(damping(operator), self.exponent, solver, previous=self.inverse)
             self.failures = 0
         except SolverError as error:
             self.failures += 1
