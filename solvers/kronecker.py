@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
 from math import prod
 from typing import Any, Self
 
@@ -65,11 +65,11 @@ class Kronecker(LinearOperator):
         """Leading dimensions that all factors share: one Kronecker product each."""
         return self.factors[0].in_shape[:-1]
 
-    @property
+    @cached_property
     def in_shape(self) -> Shape:
         return (*self.stack, *(op.in_shape[-1] for op in self.factors))
 
-    @property
+    @cached_property
     def out_shape(self) -> Shape:
         return (*self.stack, *(op.out_shape[-1] for op in self.factors))
 
@@ -86,6 +86,9 @@ class Kronecker(LinearOperator):
         return all(op.symmetric for op in self.factors)
 
     def apply(self, x: Tensor) -> Tensor:
+        match self.factors:
+            case (Dense(matrix=left), Dense(matrix=right)) if left.ndim == right.ndim == 2:
+                return left @ (x @ right.mT)  # the common case, without bookkeeping
         before: Shape = ()
         after = tuple(op.in_shape[-1] for op in self.factors)
         for factor in self.factors:

@@ -63,6 +63,8 @@ def power(
         from solvers.auto import Auto
 
         solver = Auto()
+    if not isinstance(solver, IterativeSolver):
+        op = _at_least_float32(op)
     with checked():
         return _power(op, exponent, solver, previous, dense)
 
@@ -136,7 +138,7 @@ def diagonalize(
         NotSymmetricError, NonFiniteError: If the numbers do not allow it.
     """
     with checked():
-        return _diagonalize(op, Eigh() if solver is None else solver, previous)
+        return _diagonalize(_at_least_float32(op), Eigh() if solver is None else solver, previous)
 
 
 def _diagonalize(op: LinearOperator, solver: BasisSolver, previous: LinearOperator | None) -> LinearOperator:
@@ -179,6 +181,8 @@ def _basis(op: LinearOperator, solver: BasisSolver, previous: LinearOperator | N
 def solve(op: LinearOperator, b: Tensor, solver: Solver | None = None, *, dense: bool = False) -> Tensor:
     """``op ** -1 @ b`` for right-hand sides ``b (*batch, *out_shape)``; least squares for a rectangle and LSMR.
 
+    The answer has the precision of :func:`power`'s.
+
     Factorises once per call; keep ``op.inverse(solver=...)`` to solve again with the same operator. An iterative solver
     runs on the operator as a whole.
 
@@ -193,7 +197,12 @@ def solve(op: LinearOperator, b: Tensor, solver: Solver | None = None, *, dense:
     """
     if isinstance(solver, IterativeSolver):
         return solver.solve(op, b)
-    return power(op, -1, solver, dense=dense) @ b
+    inverse = power(op, -1, solver, dense=dense)
+    return inverse @ b.to(inverse.dtype)
+
+
+def _at_least_float32(op: LinearOperator) -> LinearOperator:
+    return op.to(torch.float32) if op.dtype in (torch.float16, torch.bfloat16) else op
 
 
 def _absorb(op: Shifted) -> LinearOperator:

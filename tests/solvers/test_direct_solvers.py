@@ -20,6 +20,7 @@ from solvers import (
     Function,
     Kronecker,
     LinearOperator,
+    LowRank,
     NonFiniteError,
     NotPositiveDefiniteError,
     NotSymmetricError,
@@ -166,6 +167,21 @@ def test_half_precision_is_answered_in_float32(solver: solvers.Solver, dtype: to
     assert inverse.dtype == torch.float32
     # The solve is float32 on the rounded matrix, so only float32's error remains: 6e-8 times a condition of 10.
     torch.testing.assert_close(inverse.to_dense().double(), reference.power(matrix, -1), rtol=1e-5, atol=1e-5)
+
+
+def test_half_precision_of_every_structure_is_answered_in_float32() -> None:
+    # An eigenbasis is left out: rounded to bfloat16 it is not orthogonal, and so not what its inverse assumes.
+    operators = [op for op, _ in structures() if not isinstance(op, Eigen)]
+    for op in [*operators, LowRank(normal(2, 4)).shift(0.3)]:
+        half = op.to(torch.bfloat16)
+        expected = reference.power(half.to(torch.float64).to_dense(), -1)
+        result = solvers.power(half, -1)
+        assert result.dtype == torch.float32
+        # float32 roundings (6e-8) times conditions up to 100
+        torch.testing.assert_close(result.to_dense().double(), expected, rtol=1e-4, atol=1e-4)
+        assert solvers.solve(half, normal(*op.in_shape).bfloat16()).dtype == torch.float32
+        if not isinstance(op, solvers.Shifted):
+            assert solvers.diagonalize(half).dtype == torch.float32
 
 
 @pytest.mark.parametrize("solver", [Eigh(), Auto(), None])
