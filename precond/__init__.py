@@ -5,7 +5,9 @@ from precond.base import SecondOrderOptimizer
 from precond.ekfac import EKFAC
 from precond.kfac import KFAC
 from precond.layerwise import PreconditionedOptimizer
+from precond.methods import Method, Taxonomy, methods
 from precond.preconditioner import Preconditioner
+from precond.soap import SOAP
 from solvers import Cholesky, Eigh, FactoredTikhonov, Tikhonov
 
 __all__ = [
@@ -13,7 +15,12 @@ __all__ = [
     "EKFAC",
     "KFAC",
     "PreconditionedOptimizer",
+    "SOAP",
     "SecondOrderOptimizer",
+    # what there is
+    "Method",
+    "Taxonomy",
+    "methods",
     # parts to choose from
     "Cholesky",
     "DiagonalFisher",

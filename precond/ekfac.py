@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -10,6 +10,7 @@ from curvature import EigenbasisFisher
 from curvature.kronecker import Sharing
 from curvature.signals import FisherKind
 from precond.layerwise import PreconditionedOptimizer
+from precond.methods import Taxonomy
 from solvers import Damping, Eigh, Tikhonov
 
 
@@ -41,6 +42,13 @@ class EKFAC(PreconditionedOptimizer):
     References:
         George et al. (2018), https://arxiv.org/abs/1806.03884
     """
+
+    taxonomy: ClassVar = Taxonomy(
+        curvature="Fisher (exact, mc or empirical)",
+        structure="diagonal in a Kronecker eigenbasis, per layer",
+        solver="eigh",
+        paper="https://arxiv.org/abs/1806.03884",
+    )
 
     def __init__(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -10,6 +10,7 @@ from curvature import KroneckerFisher
 from curvature.kronecker import Sharing
 from curvature.signals import FisherKind
 from precond.layerwise import PreconditionedOptimizer
+from precond.methods import Taxonomy
 from solvers import Cholesky, Damping, FactoredTikhonov
 
 
@@ -48,6 +49,13 @@ class KFAC(PreconditionedOptimizer):
         Martens and Grosse (2015), https://arxiv.org/abs/1503.05671; Grosse and Martens (2016),
         https://arxiv.org/abs/1602.01407; Eschenhagen et al. (2023), https://arxiv.org/abs/2311.00636
     """
+
+    taxonomy: ClassVar = Taxonomy(
+        curvature="Fisher (exact, mc or empirical)",
+        structure="Kronecker, per layer",
+        solver="Cholesky",
+        paper="https://arxiv.org/abs/1503.05671",
+    )
 
     def __init__(
         self,

@@ -1,0 +1,140 @@
+"""Optimizers whose curvature comes from gradients alone, parameter by parameter."""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from precond.base import SecondOrderOptimizer
+from precond.preconditioner import TOLERATED_FAILURES
+from solvers import SolverError
+
+log = logging.getLogger(__name__)
+
+State = dict[str, Any]
+Group = dict[str, Any]
+
+
+class GradientOptimizer(SecondOrderOptimizer):
+    """Base of the methods that take parameters and look at nothing but their gradients.
+
+    A method says how the state of one parameter begins and how a gradient becomes a direction. The state holds tensors
+    and numbers only, all floating tensors in float32 at least, under flat names, so that ``torch``'s own checkpoints
+    keep it and a resumed run continues bit for bit.
+
+    A gradient whose squares overflow is treated as one that is not finite, because every method here squares it. A
+    step with zero gradients and zero learning rates, which ``torch.distributed.checkpoint`` takes to create the state,
+    leaves all averages as they begin.
+    """
+
+    needs: ClassVar[str] = "grad"
+
+    @abstractmethod
+    def initial_state(self, p: Tensor, group: Group) -> State:
+        """State of a parameter before its first step, without the count ``step``."""
+
+    @abstractmethod
+    def direction(self, g: Tensor, state: State, group: Group) -> Tensor:
+        """Update the state with a gradient and return the direction, both of the parameter's shape.
+
+        Args:
+            g: Gradient in float32 at least, not empty; not to be altered.
+            state: Its state; ``state["step"]`` is 1 at the first step.
+            group: Options.
+        """
+
+    def directions(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        idle = self._idle(gradients)
+        out = {}
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p not in gradients:
+                    continue
+                g, state = gradients[p], self.state[p]
+                if "step" not in state:
+                    state.update(step=0, **(self.initial_state(p, group) if p.numel() else {}))
+                if idle or not p.numel():
+                    out[p] = torch.zeros_like(g)
+                else:
+                    state["step"] += 1
+                    out[p] = self.direction(g.to(working_dtype(g)), state, group)
+        return out
+
+    def _idle(self, gradients: dict[Tensor, Tensor]) -> bool:
+        if any(float(group["lr"]) != 0 for group in self.param_groups):
+            return False
+        return not any(bool(g.any()) for g in gradients.values())
+
+    @staticmethod
+    def _finite(gradients: list[Tensor]) -> bool:
+        gradients = [g.to(working_dtype(g)) for g in gradients if g.numel()]
+        if not gradients:
+            return True
+        norms = torch.stack([n.to(gradients[0].device, torch.float64) for n in torch._foreach_norm(gradients)])
+        limit = min(torch.finfo(g.dtype).max for g in gradients)
+        return bool((norms.square() < limit).all())
+
+    def refresh(self, state: State, compute: Callable[[], State], prefix: str = "") -> None:
+        """Replace entries of the state by computed ones; after a failure the last good ones stay.
+
+        Args:
+            state: The state of a parameter.
+            compute: Returns the new entries.
+            prefix: Of the names in the state, where the parameter has several blocks.
+
+        Raises:
+            SolverError: At the first refresh, or after more than three failures in a row.
+        """
+        failures = f"{prefix}failures"
+        try:
+            state.update(compute())
+            state[failures] = 0
+        except SolverError as error:
+            where = self._name_of(state) + (f", block {prefix.strip('.')}" if prefix else "")
+            first = failures not in state
+            state[failures] = state.get(failures, 0) + 1
+            if first or state[failures] > TOLERATED_FAILURES:
+                raise type(error)(f"{where}: refresh failed {state[failures]} times in a row. {error}") from error
+            log.warning("%s keeps its last decomposition: %s", where, error)
+
+    def _name_of(self, state: State) -> str:
+        """A name for the parameter that a state belongs to."""
+        for index, group in enumerate(self.param_groups):
+            for i, p in enumerate(group["params"]):
+                if self.state.get(p) is state:
+                    given = group.get("param_names")
+                    return given[i] if given else f"parameter {i} of group {index}, shape {tuple(p.shape)}"
+        return "an unknown parameter"
+
+
+def working_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that statistics of ``x`` are kept in: float32 at least."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def state_zeros(p: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
+    """Zeros for the state of a parameter, contiguous, in its working precision."""
+    return torch.zeros(p.shape if shape is None else shape, dtype=working_dtype(p), device=p.device)
+
+
+def due(step: int, period: int) -> bool:
+    """Whether something of this period happens at a step: at the first one, and then every ``period`` steps."""
+    return step == 1 or step % period == 0
+
+
+def debiased(average: Tensor, beta: float, step: int) -> Tensor:
+    """An exponential average that began at zero, divided by its weight."""
+    return average / (1 - beta**step)
+
+
+def adam(g: Tensor, state: State, betas: tuple[float, float], eps: float) -> Tensor:
+    r"""Adam's direction, :math:`\hat m / (\sqrt{\hat v} + \epsilon)`, for what has no matrix structure."""
+    exp_avg, exp_avg_sq, step = state["exp_avg"], state["exp_avg_sq"], state["step"]
+    exp_avg.lerp_(g, 1 - betas[0])
+    exp_avg_sq.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
+    return debiased(exp_avg, betas[0], step) / (debiased(exp_avg_sq, betas[1], step).sqrt() + eps)

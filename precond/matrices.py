@@ -1,0 +1,84 @@
+"""Gradients as tensors with one matrix per axis: merging, blocking, Gram matrices, bases."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import product
+from math import prod
+
+import torch
+from torch import Tensor
+
+from solvers import Eigh, SolverError
+
+
+def merged_shape(shape: tuple[int, ...], limit: int | None) -> tuple[int, ...]:
+    """Shape after dropping axes of size one and joining neighbours while their product stays within a limit.
+
+    Args:
+        shape: Shape of a parameter.
+        limit: Largest size of a joined axis; ``None`` keeps the shape as it is.
+
+    Returns:
+        At least one axis: ``(1,)`` for one number.
+
+    Example:
+        >>> merged_shape((64, 3, 3, 3), 64), merged_shape((8, 1, 4), 8), merged_shape((), 8)
+        ((64, 27), (8, 4), (1,))
+    """
+    if limit is None:
+        return tuple(shape)
+    merged: list[int] = []
+    for size in shape:
+        if size == 1:
+            continue
+        if merged and merged[-1] * size <= limit:
+            merged[-1] *= size
+        else:
+            merged.append(size)
+    return tuple(merged) or (1,)
+
+
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Rows (first axis) and columns (all others) of a parameter seen as one matrix."""
+    return shape[0], prod(shape[1:])
+
+
+def blocks(shape: tuple[int, ...], size: int) -> Iterator[tuple[slice, ...]]:
+    """Regions of at most ``size`` along each axis that tile a shape, in row-major order."""
+    return product(*(tuple(slice(start, min(start + size, n)) for start in range(0, n, size)) for n in shape))
+
+
+def gram(x: Tensor, axis: int) -> Tensor:
+    r""":math:`X_{(k)} X_{(k)}^\top` of the unfolding along an axis, ``(n_k, n_k)``."""
+    unfolded = x.movedim(axis, 0).reshape(x.shape[axis], -1)
+    return unfolded @ unfolded.mT
+
+
+def multiply(x: Tensor, matrices: Mapping[int, Tensor], *, transpose: bool = False) -> Tensor:
+    """Apply a matrix (or its transpose) along each axis that has one."""
+    for axis, matrix in matrices.items():
+        x = torch.tensordot(x, matrix, dims=([axis], [0 if transpose else 1])).movedim(-1, axis)
+    return x
+
+
+def eigenbasis(matrix: Tensor) -> Tensor:
+    """Orthonormal eigenvectors in columns, eigenvalues descending; in float64 where the matrix's precision fails.
+
+    Raises:
+        SolverError: If both fail.
+    """
+    try:
+        return Eigh().basis(matrix)[1].flip(-1)
+    except SolverError:
+        return Eigh().basis(matrix.double())[1].flip(-1).to(matrix.dtype)
+
+
+def rotated_root(second_moment: Tensor, eps: float) -> Tensor:
+    r""":math:`\sqrt V + \epsilon` for a second moment in a rotated basis, above the rounding errors of the rotation.
+
+    A gradient of low rank has entries of zero in its own basis, which come out as rounding errors; divided by
+    themselves they would be steps in random directions.
+    """
+    root = second_moment.sqrt()
+    return torch.maximum(root, 10 * torch.finfo(root.dtype).eps * root.amax()) + eps

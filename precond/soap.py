@@ -1,0 +1,128 @@
+"""SOAP."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from precond.gradient import GradientOptimizer, Group, State, debiased, due, state_zeros
+from precond.matrices import eigenbasis, gram, merged_shape, multiply, rotated_root
+from precond.methods import Taxonomy
+from solvers import Subspace
+
+
+class SOAP(GradientOptimizer):
+    r"""SOAP: Adam in the eigenbasis of Shampoo's factors.
+
+    .. math::
+        M \leftarrow \beta_1 M + (1 - \beta_1) G, \quad G' = Q_L^\top G\, Q_R, \quad
+        V \leftarrow \beta_2 V + (1 - \beta_2)\, G' \odot G', \quad
+        D = Q_L \frac{Q_L^\top \hat M\, Q_R}{\sqrt{\hat V} + \epsilon}\, Q_R^\top
+
+    then :math:`L \leftarrow \beta L + (1 - \beta) G G^\top` and likewise R; every ``inverse_update_period`` steps,
+    after the move, one step of orthogonal iteration, :math:`Q_L \leftarrow \operatorname{QR}(L Q_L)`, by
+    :class:`solvers.Subspace`, whose columns keep their order, so that V stays valid. The momentum is kept unrotated, so
+    it needs no correction when a basis changes. The bases begin with the eigenvectors of the first gradient's factors,
+    and the first step is taken.
+
+    Prefer it as the replacement for AdamW where matrices are not too large: learning rates carry over. Tensors of any
+    order have one basis per axis; vectors and axes beyond ``max_dim`` are not rotated, which leaves Adam.
+
+    A step costs ``2 (m^2 n + m n^2)`` multiplications for the rotations of the gradient, as much for the momentum and
+    for the way back, and half of it for the factors; a refresh ``O(m^3 + n^3)``. Memory: two moments, two factors, two
+    bases.
+
+    Args:
+        params: Parameters, groups, or named parameters.
+        lr: Learning rate, in Adam's units.
+        betas: Decay of first and second moment.
+        curvature_ema: Decay of the factors; the second of ``betas`` if ``None``.
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled weight decay.
+        inverse_update_period: Steps between refreshes of the bases.
+        max_dim: Axes longer than this are not rotated.
+        merge_dims: Join neighbouring axes up to this size (convolutions); ``None`` keeps them apart.
+        rotate_vectors: Also rotate parameters of one axis.
+        options: See :class:`SecondOrderOptimizer`.
+
+    References:
+        Vyas et al. (2024), algorithm 3, https://arxiv.org/abs/2409.11321
+    """
+
+    taxonomy: ClassVar = Taxonomy(
+        curvature="gradient second moment",
+        structure="diagonal in a Kronecker eigenbasis",
+        solver="eigh, then a QR step per refresh",
+        paper="https://arxiv.org/abs/2409.11321",
+    )
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 3e-3,
+        *,
+        betas: tuple[float, float] = (0.95, 0.95),
+        curvature_ema: float | None = None,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        inverse_update_period: int = 10,
+        max_dim: int = 10000,
+        merge_dims: int | None = None,
+        rotate_vectors: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            params,
+            lr=lr,
+            betas=betas,
+            curvature_ema=curvature_ema,
+            eps=eps,
+            weight_decay=weight_decay,
+            inverse_update_period=inverse_update_period,
+            max_dim=max_dim,
+            merge_dims=merge_dims,
+            rotate_vectors=rotate_vectors,
+            **options,
+        )
+
+    def initial_state(self, p: Tensor, group: Group) -> State:
+        shape = merged_shape(p.shape, group["merge_dims"])
+        state: State = {"exp_avg": state_zeros(p, shape), "exp_avg_sq": state_zeros(p, shape)}
+        if len(shape) > 1 or group["rotate_vectors"]:
+            for axis, size in enumerate(shape):
+                if 1 < size <= group["max_dim"]:
+                    state[f"factor.{axis}"] = state_zeros(p, (size, size))
+                    state[f"basis.{axis}"] = state_zeros(p, (size, size))
+        return state
+
+    def direction(self, g: Tensor, state: State, group: Group) -> Tensor:
+        shape, step = g.shape, state["step"]
+        beta1, beta2 = group["betas"]
+        exp_avg, exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]
+        g = g.reshape(exp_avg.shape)
+        axes = [axis for axis in range(g.ndim) if f"factor.{axis}" in state]
+
+        if step == 1:
+            self._update_factors(g, state, group, axes)
+            self.refresh(state, lambda: {f"basis.{k}": eigenbasis(state[f"factor.{k}"]) for k in axes})
+        bases = {axis: state[f"basis.{axis}"] for axis in axes}
+        rotated = multiply(g, bases, transpose=True)
+        exp_avg.lerp_(g, 1 - beta1)
+        exp_avg_sq.mul_(beta2).addcmul_(rotated, rotated, value=1 - beta2)
+        momentum = multiply(debiased(exp_avg, beta1, step), bases, transpose=True)
+        second = debiased(exp_avg_sq, beta2, step)
+        root = rotated_root(second, group["eps"]) if axes else second.sqrt() + group["eps"]
+        out = multiply(momentum / root, bases)
+
+        if step > 1:
+            self._update_factors(g, state, group, axes)
+            if due(step, group["inverse_update_period"]):
+                for axis in axes:
+                    state[f"basis.{axis}"] = Subspace().basis(state[f"factor.{axis}"], state[f"basis.{axis}"])[1]
+        return out.reshape(shape)
+
+    def _update_factors(self, g: Tensor, state: State, group: Group, axes: list[int]) -> None:
+        ema = group["betas"][1] if group["curvature_ema"] is None else group["curvature_ema"]
+        for axis in axes:
+            state[f"factor.{axis}"].lerp_(gram(g, axis), 1 - ema)
