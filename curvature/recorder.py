@@ -83,13 +83,13 @@ class Recorder(TorchFunctionMode):
 
     def resolve(self, tensor: Any) -> Ref | None:
         """The tracked parameter that ``tensor`` is, or is a contiguous segment or the transpose of."""
-        if not isinstance(tensor, Tensor) or not tensor.requires_grad:
-            return None  # a detached parameter is a constant
-        name = self._names.get(id(tensor))
-        if name is not None:
-            return Ref(name, 0, tuple(tensor.shape))
+        name = self._name(tensor) if isinstance(tensor, Tensor) else None
+        if name is None:
+            return None
         base = tensor._base
-        if base is None or (name := self._names.get(id(base))) is None or not base.is_contiguous():
+        if id(tensor) in self._names or base is None:
+            return Ref(name, 0, tuple(tensor.shape))
+        if not base.is_contiguous():
             return None
         start, whole = int(tensor.storage_offset() - base.storage_offset()), tensor.numel() == base.numel()
         if tensor.is_contiguous():
@@ -138,7 +138,7 @@ class Recorder(TorchFunctionMode):
         if not tracked:
             self._inherit(tensors, output)
             return
-        names = {self._name(t) for t in tracked}
+        names = {name for t in tracked if (name := self._name(t)) is not None}
         rule = RULES.get(func)
         if rule is not None and isinstance(output, Tensor) and output.requires_grad:
             site = rule(self, output, args, kwargs)
@@ -176,14 +176,16 @@ class Recorder(TorchFunctionMode):
         return entry is not None and entry() is tensor
 
     def _is_tracked(self, tensor: Tensor) -> bool:
-        if not tensor.requires_grad:
-            return False
-        if id(tensor) in self._names:
-            return True
-        return tensor._base is not None and id(tensor._base) in self._names and not self._is_done(tensor)
+        return self._name(tensor) is not None and (id(tensor) in self._names or not self._is_done(tensor))
 
-    def _name(self, tensor: Tensor) -> str:
-        return self._names[id(tensor)] if id(tensor) in self._names else self._names[id(tensor._base)]
+    def _name(self, tensor: Tensor) -> str | None:
+        """Name of the tracked parameter that ``tensor`` is, or is a view of; a detached one is a constant."""
+        if not tensor.requires_grad:
+            return None
+        if id(tensor) in self._names:
+            return self._names[id(tensor)]
+        # A view made under no_grad claims to require gradients, but is a leaf of its own.
+        return None if tensor._base is None or tensor.grad_fn is None else self._names.get(id(tensor._base))
 
     def _mark(self, tensor: Tensor, depends: bool) -> None:
         self._depends[id(tensor)] = (weakref.ref(tensor), depends)
