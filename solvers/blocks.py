@@ -15,7 +15,10 @@ from solvers.linear_operator import LinearOperator, Scalar, Shape
 
 
 class Place(Protocol):
-    """Where a block's tensor lies in the flat vector: which entries, in which order; no arithmetic."""
+    """Where a block's tensor lies in the flat vector: which entries, in which order; no arithmetic.
+
+    A place may have a ``name``, which errors about its block then give.
+    """
 
     def gather(self, x: Tensor) -> Tensor:
         """Read ``(*batch, size)`` as ``(*batch, *in_shape)`` of the block."""
@@ -108,6 +111,10 @@ class BlockDiagonal(LinearOperator):
     def map(self, function: Callable[[LinearOperator], LinearOperator]) -> BlockDiagonal:
         """The block-diagonal operator of ``function(block)`` at the same places."""
         return BlockDiagonal(tuple(map(function, self.blocks)), self.places, self.size)
+
+    def block_name(self, index: int) -> str:
+        """What errors call a block: the name of its place if it has one, else its number."""
+        return str(getattr(self.places[index], "name", f"block {index}"))
 
     def adjoint(self) -> BlockDiagonal:
         return self.map(lambda block: block.adjoint())

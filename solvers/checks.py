@@ -9,7 +9,10 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
+from solvers.errors import SolverError
+
 _Check = tuple[Tensor, Callable[[], Exception]]
+_where: ContextVar[str] = ContextVar("part of the operator at work", default="")
 _pending: ContextVar[list[_Check] | None] = ContextVar("pending checks", default=None)
 
 
@@ -20,12 +23,27 @@ def require(ok: Tensor, error: Callable[[], Exception]) -> None:
         ok: 0-d boolean tensor on any device.
         error: Builds the exception; called only on failure, so it may read values back from the device.
     """
-    pending = _pending.get()
+    pending, where = _pending.get(), _where.get()
     if pending is None:
         if not bool(ok):
             raise error()
     else:
-        pending.append((ok, error))
+        pending.append((ok, lambda: _located(error(), where)))
+
+
+@contextmanager
+def working_on(part: str) -> Iterator[None]:
+    """Name the part of an operator that the block of code works on; its errors start with the name."""
+    where = f"{_where.get()}{part}: "
+    token = _where.set(where)
+    try:
+        yield
+    except SolverError as error:
+        if str(error).startswith(where):  # a check inside has named it already
+            raise
+        raise _located(error, f"{part}: ") from error
+    finally:
+        _where.reset(token)
 
 
 @contextmanager
@@ -55,3 +73,7 @@ def _raise_first_failure(checks: list[_Check]) -> None:
     verdicts = torch.stack([ok.to(device) for ok, _ in checks])
     if not bool(verdicts.all()):
         raise checks[int(verdicts.logical_not().nonzero()[0])][1]()
+
+
+def _located(error: Exception, where: str) -> Exception:
+    return type(error)(f"{where}{error}") if where and isinstance(error, SolverError) else error

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from solvers.blocks import BlockDiagonal
-from solvers.checks import checked
+from solvers.checks import checked, working_on
 from solvers.dense import Dense
 from solvers.diagonal import Diagonal, identity
 from solvers.eigen import Eigen
@@ -78,7 +78,11 @@ def _power(
     match op:
         case BlockDiagonal():
             parts = _parts(previous, BlockDiagonal, "blocks", len(op.blocks))
-            return BlockDiagonal(tuple(map(part, op.blocks, parts)), op.places, op.size)
+            blocks = []
+            for index, (block, old) in enumerate(zip(op.blocks, parts, strict=True)):
+                with working_on(op.block_name(index)):
+                    blocks.append(part(block, old))
+            return BlockDiagonal(blocks, op.places, op.size)
         case Kronecker():
             return Kronecker(*map(part, op.factors, _parts(previous, Kronecker, "factors", len(op.factors))))
         case Diagonal():
@@ -147,8 +151,11 @@ def _diagonalize(op: LinearOperator, solver: BasisSolver, previous: LinearOperat
             return op
         case BlockDiagonal():
             parts = _parts(previous, BlockDiagonal, "blocks", len(op.blocks))
-            blocks = (_diagonalize(block, solver, part) for block, part in zip(op.blocks, parts, strict=True))
-            return BlockDiagonal(tuple(blocks), op.places, op.size)
+            blocks = []
+            for index, (block, old) in enumerate(zip(op.blocks, parts, strict=True)):
+                with working_on(op.block_name(index)):
+                    blocks.append(_diagonalize(block, solver, old))
+            return BlockDiagonal(blocks, op.places, op.size)
         case Scaled():
             return _diagonalize(op.op, solver, previous).scale(op.scalar)
         case Shifted():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import solvers
-from solvers import BlockDiagonal, Dense, Diagonal, Kronecker, Segment, StructureError
+from solvers import BlockDiagonal, Dense, Diagonal, Kronecker, Segment, SolverError, StructureError
 from tests.solvers.problems import normal, positive
 
 
@@ -77,6 +77,40 @@ def test_sums_and_products_go_by_block() -> None:
     assert (
         isinstance(op + op, BlockDiagonal) and isinstance(op @ op, BlockDiagonal) and isinstance(2 * op, BlockDiagonal)
     )
+
+
+@dataclass(frozen=True)
+class Named(Segment):
+    name: str = "layer1.weight"
+
+
+def test_errors_name_the_block() -> None:
+    bad = torch.full((2, 2), torch.nan, dtype=torch.float64)
+    for matrix, says in ((bad, "holds NaN"), (-positive(2), "is not positive definite")):
+        blocks = [Dense(positive(3)), Dense(matrix)]
+        op = BlockDiagonal(blocks, [Segment(0, (3,)), Segment(3, (2,))], 5)
+        with pytest.raises(SolverError, match=rf"^block 1: .*Dense\(2x2\).* {says}"):
+            op.inverse(solver=solvers.Cholesky())
+        op = BlockDiagonal(blocks, [Segment(0, (3,)), Named(3, (2,))], 5)
+        with pytest.raises(SolverError, match=rf"^layer1.weight: .*Dense\(2x2\).* {says}"):
+            op.inverse(solver=solvers.Cholesky())
+    with pytest.raises(SolverError, match=r"^layer1.weight: Dense\(2x2\) holds NaN"):
+        solvers.diagonalize(BlockDiagonal([Dense(bad)], [Named(0, (2,))], 2))
+    with pytest.raises(StructureError, match=r"^block 1: Cholesky cannot invert Kronecker"):
+        kron = Kronecker(positive(2), positive(2)).shift(1.0)
+        BlockDiagonal([Dense(positive(3)), kron], [Segment(0, (3,)), Segment(3, (2, 2))], 7).inverse(
+            solver=solvers.Cholesky()
+        )
+
+
+def test_nested_blocks_are_named_once_each() -> None:
+    inner = BlockDiagonal([Dense(-positive(2))], [Segment(0, (2,))], 2)
+    op = BlockDiagonal([inner], [Named(0, (2,))], 2)
+    for solver in (solvers.Cholesky(), solvers.Fallback(solvers.Cholesky())):
+        with pytest.raises(SolverError) as error:
+            op.inverse(solver=solver)
+        assert str(error.value).startswith("layer1.weight: block 0: ")
+        assert not str(error.value).startswith("layer1.weight: block 0: layer1.weight")
 
 
 def test_gaps_are_refused() -> None:
