@@ -172,7 +172,7 @@ def layer(step: Step, recorder: Recorder, args: tuple[Any, ...], kwargs: Mapping
     else:
         _, hx, flat, biases, _, dropout, train, bidirectional, batch_first = args
     state = (hx,) if isinstance(hx, Tensor) else tuple(hx)
-    if not _tracked(recorder, flat) or _tracked(recorder, state):
+    if not _tracked(recorder, flat) or _tracked(recorder, (x, *state)):
         return None
     batched = recorder.layout(x).batched or any(recorder.layout(s).batched for s in state)
     if packed:
@@ -197,7 +197,7 @@ def cell(step: Step, recorder: Recorder, args: tuple[Any, ...], kwargs: Mapping[
     x, hx, *flat = args
     state = (hx,) if isinstance(hx, Tensor) else tuple(hx)
     flat = [w for w in flat if w is not None]
-    if not _tracked(recorder, flat) or _tracked(recorder, state):
+    if not _tracked(recorder, flat) or _tracked(recorder, (x, *state)):
         return None
     layout = Layout(recorder.batch, recorder.layout(x).batched or any(recorder.layout(s).batched for s in state))
     unrolled = Unrolled(recorder, step, None, layout)

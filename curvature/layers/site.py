@@ -82,7 +82,7 @@ class Layout:
             return x.reshape(*free, 1, total, d)
         if self.time_major:
             return x.reshape(*free, total // batch, batch, d).transpose(-3, -2)
-        if shape[0] % batch:
+        if shape and shape[0] % batch:
             return x.reshape(*free, 1, total, d)
         return x.reshape(*free, batch, total // batch, d)
 
