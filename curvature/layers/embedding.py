@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -62,3 +63,22 @@ def embedding(
     if padding is not None and padding < 0:
         padding += call["weight"].shape[0]
     return EmbeddingSite(call["input"], tuple(call["weight"].shape), weight, padding, recorder.layout(call["input"]))
+
+
+@rule_for(Tensor.__getitem__, Tensor.index_select, torch.index_select)
+def rows_of_table(
+    recorder: Recorder, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> EmbeddingSite | None:
+    """``table[index]`` and ``table.index_select(0, index)`` with a tensor of integers, as relative positions use it."""
+    if kwargs or (len(args) == 3 and args[1] != 0):
+        return None
+    table, index = args[0], args[-1]
+    weight = recorder.resolve(table)
+    if weight is None or table.dim() != 2 or not isinstance(index, Tensor) or index.dtype not in _INTEGERS:
+        return None
+    # Negative numbers count from the end.
+    index = index.remainder(table.shape[0])
+    return EmbeddingSite(index, tuple(table.shape), weight, None, recorder.layout(args[-1]))
+
+
+_INTEGERS = (torch.int64, torch.int32)

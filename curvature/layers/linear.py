@@ -23,6 +23,7 @@ class LinearSite(OuterSite):
         input: ``(*lead, d_in)``.
         weight_shape: ``(d_out, d_in)``.
         weight: Tracked weight, stored as ``(d_out, d_in)``, or transposed.
+        columns: The output is ``(*, d_out, s)``: the weight stands on the left.
     """
 
     def __init__(
@@ -33,9 +34,11 @@ class LinearSite(OuterSite):
         bias: Ref | None,
         layout: Layout,
         operation: str = "linear",
+        columns: bool = False,
     ) -> None:
         super().__init__(weight, bias, layout, operation)
         self.d_out, self.d_in = weight_shape
+        self.columns = columns
         self.lead = input.dim() - 1
         self.input = self.save(input) if weight is not None else None
 
@@ -44,7 +47,7 @@ class LinearSite(OuterSite):
         return self.layout.rows(self.input, self.lead)
 
     def gradients(self, gradient: Tensor) -> Tensor:
-        return self.layout.rows(gradient, self.lead)
+        return self.layout.rows(gradient.mT if self.columns else gradient, self.lead)
 
     def weight_part(self) -> Part:
         assert self.weight is not None
@@ -80,16 +83,21 @@ def addmm(recorder: Recorder, output: Tensor, args: tuple[Any, ...], kwargs: Map
 
 @rule_for(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
 def matmul(recorder: Recorder, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> LinearSite | None:
-    """``x @ W`` with a 2-D parameter on the right."""
+    """``x @ W`` with a 2-D parameter on the right, or ``W @ x`` where ``x`` has leading dimensions."""
     call = bind(("input", "other"), args, kwargs)
-    other = call.get("other", call.get("mat2"))
-    if not isinstance(other, Tensor) or other.dim() != 2 or call["input"].dim() < 2:
+    left, right = call["input"], call.get("other", call.get("mat2"))
+    if not isinstance(right, Tensor):
         return None
-    weight = recorder.resolve(other)
-    if weight is None or recorder.resolve(call["input"]) is not None:
+    on_left, on_right = recorder.resolve(left), recorder.resolve(right)
+    if (on_left is None) == (on_right is None):
         return None
-    d_in, d_out = other.shape
-    return LinearSite(call["input"], (d_out, d_in), transpose(weight), None, recorder.layout(call["input"]), "matmul")
+    if on_right is not None and right.dim() == 2 and left.dim() >= 2:
+        d_in, d_out = right.shape
+        return LinearSite(left, (d_out, d_in), transpose(on_right), None, recorder.layout(left), "matmul")
+    if on_left is not None and left.dim() == 2 and right.dim() >= 3:
+        d_out, d_in = left.shape
+        return LinearSite(right.mT, (d_out, d_in), on_left, None, recorder.layout(right), "matmul", columns=True)
+    return None
 
 
 def transpose(ref: Ref | None) -> Ref | None:

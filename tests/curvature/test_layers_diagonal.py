@@ -190,6 +190,62 @@ def layer_scale() -> tuple[nn.Module, Any]:
     return Head(LayerScale(), 8), normal(3, 2, 4)
 
 
+class Bare(nn.Module):
+    """A parameter in a function of it and the input."""
+
+    def __init__(self, shape: tuple[int, ...], function: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.p, self.function = nn.Parameter(torch.zeros(shape)), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.p, x)
+
+
+@case
+def matrix_on_the_left() -> tuple[nn.Module, Any]:
+    return Head(Bare((4, 2), lambda p, x: p @ x), 12), normal(3, 2, 3)
+
+
+@case
+def transposed_matrix_on_the_left() -> tuple[nn.Module, Any]:
+    return Head(Bare((2, 4), lambda p, x: torch.matmul(p.T, x)), 12), normal(3, 2, 3)
+
+
+@case
+def matrix_that_mixes_examples() -> tuple[nn.Module, Any]:
+    return Head(Bare((3, 3), lambda p, x: p @ x), 4), normal(3, 4)
+
+
+@case
+def table_of_relative_positions() -> tuple[nn.Module, Any]:
+    distance = torch.arange(3).unsqueeze(1) - torch.arange(3)  # counts from both ends
+    return Head(Bare((5, 2), lambda p, x: x + p[distance].sum(1)), 6), normal(3, 3, 2)
+
+
+@case
+def table_indexed_by_the_input() -> tuple[nn.Module, Any]:
+    return Head(Bare((5, 2), lambda p, x: p.index_select(0, x[:, 0]) * p[x[:, 1]]), 2), torch.tensor([[0, 4]] * 3)
+
+
+@case
+def linear_on_two_views_of_a_batch() -> tuple[nn.Module, Any]:
+    class Two(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            one, other = super().forward(torch.cat([x, x.square()])).tanh().chunk(2)
+            return one * other
+
+    return Head(Two(3, 4), 4), normal(3, 3)
+
+
+@case
+def linear_on_the_first_of_one_example() -> tuple[nn.Module, Any]:
+    class First(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x[0]).unsqueeze(0)
+
+    return Head(First(3, 4), 4), normal(1, 3)
+
+
 # Recurrent layers ----------------------------------------------------------------------------------------------------
 
 
@@ -334,6 +390,19 @@ def rnn_cell_relu() -> tuple[nn.Module, Any]:
 
 
 @case
+def lstm_on_a_parameter() -> tuple[nn.Module, Any]:
+    class Prompted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm, self.prompt = nn.LSTM(2, 3, batch_first=True), nn.Parameter(torch.zeros(1, 2, 2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.lstm(self.prompt)[0] * x
+
+    return Head(Prompted(), 6), normal(3, 2, 3)
+
+
+@case
 def gru_that_learns_its_first_state() -> tuple[nn.Module, Any]:
     class Learned(nn.Module):
         def __init__(self) -> None:
@@ -366,6 +435,9 @@ def gru_cell_with_weight_norm() -> tuple[nn.Module, Any]:
 
 #: Parameters the rules leave to automatic differentiation; for all other cases there are none.
 UNRULED = {
+    "matrix_that_mixes_examples": {"layer.p"},
+    "lstm_on_a_parameter": {f"layer.lstm.{kind}_{side}_l0" for kind in ("weight", "bias") for side in ("ih", "hh")}
+    | {"layer.prompt"},
     "bag_of_maxima": {"layer.weight"},
     "weight_norm": {f"layer.parametrizations.weight.original{i}" for i in (0, 1)},
     "spectral_norm": {"layer.parametrizations.weight.original"},
@@ -373,10 +445,14 @@ UNRULED = {
 }
 
 
+def targets(x: Any) -> Tensor:
+    return torch.arange(1 if isinstance(x, Tensor) and len(x) == 1 else 3)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_diagonal_is_exact(name: str) -> None:
     model, x = CASES[name]()
-    y = torch.arange(3) % CLASSES
+    y = targets(x)
     for kind in ("exact", "empirical"):
         problem = Problem(model, nn.CrossEntropyLoss(), [(x, y)])
         expected = dense.curvature(problem, kind).diagonal()
@@ -388,7 +464,7 @@ def test_diagonal_is_exact(name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_eigenvalue_corrected_factors_keep_the_trace(name: str) -> None:
     model, x = CASES[name]()
-    y = torch.arange(3) % CLASSES
+    y = targets(x)
     expected = dense.ggn(Problem(model, nn.CrossEntropyLoss(), [(x, y)])).trace()
     got = fisher(model, nn.CrossEntropyLoss(), (x, y), kind="exact", structure="ekfac").diagonal().sum()
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=0)

@@ -19,14 +19,15 @@ from tests.curvature import dense_reference as dense
 from tests.curvature.problems import Problem
 from tests.curvature.test_layers_diagonal import CASES
 
-RECURRENT = [name for name in CASES if "rnn" in name or "lstm" in name or "gru" in name]
+# A layer whose input is itself a parameter runs fused.
+RECURRENT = {name for name in CASES if name.split("_")[0] in ("rnn", "lstm", "gru")} - {"lstm_on_a_parameter"}
 
 
 def run(model: nn.Module, x: Any) -> Any:
     return model(*x) if isinstance(x, tuple) else model(x)
 
 
-@pytest.mark.parametrize("name", RECURRENT)
+@pytest.mark.parametrize("name", sorted(RECURRENT))
 def test_values_agree_with_the_fused_layer(name: str) -> None:
     model, x = CASES[name]()
     expected = run(model, x)
