@@ -140,12 +140,32 @@ def resolve_output(result: Any, output: Output | None = None) -> Tensor:
     )
 
 
+# How deep we are in passes of our own. Not a context variable: autograd runs hooks in threads of the device.
+_depth = 0
+
+
+def inspecting() -> bool:
+    """Whether a forward or backward pass is the library's own, which no optimizer must take for a training step."""
+    return _depth > 0
+
+
+@contextlib.contextmanager
+def inspection() -> Iterator[None]:
+    """Passes inside are the library's own."""
+    global _depth
+    _depth += 1
+    try:
+        yield
+    finally:
+        _depth -= 1
+
+
 @contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """Whatever happens inside, buffers and random states are afterwards what they were before."""
     buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
+    with inspection(), torch.random.fork_rng(devices=devices):
         try:
             yield
         finally:

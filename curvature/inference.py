@@ -41,11 +41,13 @@ def from_output_gradient(
     scale: Tensor | None,
     reduction: str,
     class_dim: int | None,
+    empirical: bool = False,
 ) -> Terms:
     """The terms of a loss from ``dL/dz``.
 
     Rows that are exactly zero are masked. For cross-entropy the class axis is the one along which the gradient sums to
-    zero, and the label is where it is smallest.
+    zero, and the label is where it is smallest. Labels are only relied on where class weights or an empirical Fisher
+    need them, and only if they explain the gradient up to one factor (the scale of the loss, which nobody knows here).
 
     Args:
         loss: Interpretation of the loss, or ``None`` where only its gradient is known.
@@ -54,28 +56,36 @@ def from_output_gradient(
         scale: Derivative of what is differentiated by the loss (GradScaler, accumulation), if known.
         reduction: Of the loss.
         class_dim: Class axis, where the user said.
+        empirical: The gradients of the terms are needed, not only their curvature.
 
     Raises:
-        AmbiguousClassAxisError: If more than one axis of a cross-entropy's gradient sums to zero.
+        AmbiguousClassAxisError: If not exactly one axis of a cross-entropy's gradient sums to zero.
+        TypeError: If the targets are needed but cannot be read off.
     """
-    z = output.detach()
-    if loss is not None and isinstance(loss.loss_fn, nn.CrossEntropyLoss):
-        axis = _class_axis(gradient) if class_dim is None else class_dim % z.dim()
+    if loss is None:
+        return _gradient_terms(output, gradient, scale, reduction)
+    options = loss.loss_fn
+    if isinstance(options, nn.CrossEntropyLoss):
+        axis = _class_axis(gradient, class_dim)
         rows = gradient.movedim(axis, -1)
-        valid = (rows != 0).any(-1)
-        target = rows.argmin(-1)
-        return loss.terms(output, target, class_dim=axis, mask=valid)
-    if loss is not None:
+        terms = loss.terms(output, rows.argmin(-1), class_dim=axis, mask=(rows != 0).any(-1))
+        labelled = empirical or options.weight is not None
+    else:
         # A binary label is one where the loss pulls its logit up; the curvature of the others below ignores targets.
-        target = (gradient < 0).to(z.dtype) if isinstance(loss.loss_fn, nn.BCEWithLogitsLoss) else z
+        binary = isinstance(options, nn.BCEWithLogitsLoss)
+        target = (gradient < 0).to(output.dtype) if binary else output.detach()
         terms = loss.terms(output, target, class_dim=class_dim)
         if not terms.hessian_is_fisher:
-            raise TypeError(
-                f"the curvature of {type(loss.loss_fn).__name__} depends on targets that the model's output gradient "
-                "does not show. Call the loss module itself in the loop, or use fisher='empirical'."
-            )
+            raise _needs_targets(options)
         valid = (terms.rows(gradient) != 0).any(-1)
-        return loss.terms(output, target, class_dim=class_dim, mask=valid.reshape(terms.layout.term_shape))
+        terms = loss.terms(output, target, class_dim=class_dim, mask=valid.reshape(terms.layout.term_shape))
+        labelled = empirical or (binary and options.pos_weight is not None)
+    if labelled and not _proportional(terms.gradient(), gradient):
+        raise _needs_targets(options)
+    return terms
+
+
+def _gradient_terms(output: Tensor, gradient: Tensor, scale: Tensor | None, reduction: str) -> GradientTerms:
     layout = Layout(output.shape, () if output.dim() < 2 else (output.dim() - 1,))
     mask = (layout.rows(gradient) != 0).any(-1)
     total = mask.sum().to(torch.promote_types(gradient.dtype, torch.float32))
@@ -83,20 +93,38 @@ def from_output_gradient(
     return GradientTerms(output, layout, mask, total, unscaled * total if reduction == "mean" else unscaled)
 
 
-def _class_axis(gradient: Tensor) -> int:
+def _needs_targets(loss_fn: nn.Module) -> TypeError:
+    return TypeError(
+        f"what is estimated for {type(loss_fn).__name__} depends on targets (class weights, soft labels, an empirical "
+        "Fisher), which the gradient at the model's output does not show. Call the loss module that was given to the "
+        "optimizer in the loop itself, or estimate an exact or mc Fisher without class weights."
+    )
+
+
+def _proportional(expected: Tensor, gradient: Tensor) -> bool:
+    """Whether two gradients point the same way."""
+    slack = torch.finfo(gradient.dtype).eps ** 0.5
+    expected, gradient = expected.double().flatten(), gradient.double().flatten()
+    return bool(expected @ gradient >= (1 - slack) * expected.norm() * gradient.norm())
+
+
+def _class_axis(gradient: Tensor, class_dim: int | None) -> int:
     """The axis along which a softmax's gradient sums to zero."""
-    if gradient.dim() <= 2:
-        return gradient.dim() - 1
-    size = gradient.abs().float()
+    rank = gradient.dim()
+    candidates = {class_dim % rank} if class_dim is not None else {1, rank - 1} if rank > 1 else {0}
+    values = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
     found = []
-    for axis in (1, gradient.dim() - 1):
+    for axis in sorted(candidates):
         # Rounding: a sum of n numbers of low precision.
-        slack = 16 * torch.finfo(gradient.dtype).eps * size.sum(axis).max()
-        if bool((gradient.float().sum(axis).abs() <= slack).all()):
+        slack = 16 * torch.finfo(gradient.dtype).eps * values.abs().sum(axis).max()
+        if bool((values.sum(axis).abs() <= slack).all()):
             found.append(axis)
     if len(found) != 1:
+        axes = " and ".join(str(axis) for axis in sorted(candidates))
         raise AmbiguousClassAxisError(
             f"the class axis of an output of shape {tuple(gradient.shape)} cannot be read off its gradient: "
-            f"{len(found)} of the axes 1 and {gradient.dim() - 1} sum to zero. Pass class_dim=."
+            f"{len(found)} of the axes {axes} sum to zero, as the gradient of a cross-entropy does along its classes. "
+            "Pass class_dim= if both do. If none does, the loss is more than a cross-entropy of this output: call the "
+            "loss module that was given to the optimizer in the loop itself."
         )
     return found[0]
