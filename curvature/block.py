@@ -81,6 +81,14 @@ class Block:
         """Number of parameters in the block."""
         return math.prod(self.shape)
 
+    def overlaps(self, other: Block) -> bool:
+        """Whether some parameter entry is in both blocks."""
+        return any(
+            p.name == q.name and p.start < q.start + q.numel and q.start < p.start + p.numel
+            for p in self.parts
+            for q in other.parts
+        )
+
     def read(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Gather ``{name: parameter-shaped tensor}`` into the block tensor."""
         pieces = [part.read(tensors[part.name].reshape(-1)) for part in self.parts]

@@ -257,7 +257,7 @@ class Collector:
 
     def _estimator(self, group: Group) -> CurvatureEstimator:
         name = group.block.name
-        if name not in self.estimators:
+        if name not in self.estimators or self.estimators[name].block != group.block:
             self.estimators[name] = self.make(group.block, group.form)
             self.operations[name] = group.operations
         return self.estimators[name]

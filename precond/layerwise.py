@@ -107,6 +107,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         self._reported: set[str] = set()
         self._taps: dict[str, RowTap] = {}
         self._tapped: set[str] = set()
+        self._idle = False  # the step could move nothing and saw nothing, so it does not count
         super().__init__(
             self._groups(model, params),
             lr=lr,
@@ -128,17 +129,33 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
 
     def _connect(self) -> None:
         """Track the parameters of the groups, and hook the model."""
-        self._unwatch()
-        inner = unwrapped(self.model)
-        self.parameters = Parameters(inner, [p for g in self.param_groups for p in g["params"] if p.requires_grad])
-        self._group_of = {id(p): group for group in self.param_groups for p in group["params"]}
-        estimators = self._capture.collector.estimators if self._capture else {}
-        if self._capture is not None:
-            self._capture.close()
-        collector = Collector(self.parameters, self._make, joint=self.curvature.joint, apart="signs")
-        collector.estimators = estimators
-        self._capture = Capture(self.model, self.loss_fn, collector, self.curvature, **self._options)  # type: ignore[arg-type]
+        self.parameters = Parameters(unwrapped(self.model), self._trainable())
+        self._capture = Capture(
+            self.model,
+            self.loss_fn,
+            self._collector(),
+            self.curvature,
+            before_pass=self._follow,
+            **self._options,  # type: ignore[arg-type]
+        )
         self._arm()
+
+    def _trainable(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+
+    def _collector(self) -> Collector:
+        return Collector(self.parameters, self._make, joint=self.curvature.joint, apart="signs")
+
+    def _follow(self) -> None:
+        """Notice parameters that were added, frozen or unfrozen; those that stay keep their statistics."""
+        trainable = self._trainable()
+        if not trainable or {id(p) for p in trainable} == {id(p) for p in self.parameters.values()}:
+            return
+        self._unwatch()
+        self.parameters = Parameters(unwrapped(self.model), trainable)
+        collector = self._collector()
+        collector.estimators = self.capture.collector.estimators
+        self.capture.collector = collector
 
     @property
     def capture(self) -> Capture:
@@ -153,6 +170,11 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         self._unwatch()
 
     def _make(self, block: Block, form: Form) -> CurvatureEstimator:
+        for name, old in list(self.preconditioners.items()):
+            if old.estimator.block.overlaps(block):  # its parameters were in another block before one was (un)frozen
+                self._unwatch()
+                del self.preconditioners[name], self._forms[name]
+                self.capture.collector.estimators.pop(name, None)
         estimator = self.curvature.estimator(block, form)
         preconditioner = Preconditioner(estimator, self.solver, self.exponent)
         self.preconditioners[block.name] = preconditioner
@@ -162,7 +184,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         if self._capture is not None:
-            self._connect()
+            self._follow()
 
     # The step
 
@@ -179,18 +201,21 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         self._arm()
 
     def after_step(self) -> None:
-        self.steps += 1
+        self.steps += not self._idle
         for tap in self._taps.values():
             tap.clear()
         self._watch_rows()
         self._arm()
 
     def directions(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        self._follow()
         by_name = {name: gradients[p] for name, p in self.parameters.items() if p in gradients}
+        gradients = {self.parameters[name]: g for name, g in by_name.items()}  # what is frozen stays where it is
         rows = self._rows(by_name)
         if self.capture.armed:
-            self.capture.finish()
+            self.capture.finish(by_name)
             self._update_curvature(gradients)
+        self._idle = self.capture.batches == 0 and self._still() and not any(bool(g.any()) for g in by_name.values())
         out = {p: torch.empty_like(g, memory_format=torch.contiguous_format) for p, g in gradients.items()}
         results = {name: out[p] for name, p in self.parameters.items() if p in gradients}
         covered: dict[str, int] = dict.fromkeys(by_name, 0)
@@ -279,7 +304,8 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
             preconditioner.refresh(self._damping(preconditioner.estimator.block), basis=fresh, uses=uses)
 
     def _damping(self, block: Block) -> Damping:
-        values = {self._group_of[id(self.parameters[name])]["damping"] for name in block.names}
+        group_of = {p: group for group in self.param_groups for p in group["params"]}
+        values = {group_of[self.parameters[name]]["damping"] for name in block.names}
         if len(values) > 1:
             raise ValueError(
                 f"the parameters of block {block.name} are in groups with different damping {sorted(values)}, but are "
@@ -288,10 +314,13 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         value = values.pop()
         return self.damping if value == getattr(self.damping, "lam", None) else replace(self.damping, lam=value)  # type: ignore[type-var]
 
+    def _still(self) -> bool:
+        """Whether nothing can move; torch.distributed.checkpoint takes such a step to create the state."""
+        return all(float(group["lr"]) == 0 for group in self.param_groups)
+
     def _explain_missing(self, gradients: dict[Tensor, Tensor]) -> None:
         """A refresh without statistics: harmless if nothing can move, else an error that says why."""
-        idle = all(float(group["lr"]) == 0 for group in self.param_groups) or not gradients
-        if idle:
+        if self._still() or not gradients:
             return
         training = unwrapped(self.model).training
         raise RuntimeError(
@@ -347,7 +376,6 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
             block = Block.from_state(name, saved["parts"])
             estimators[name] = self._make(block, "outer" if saved["outer"] else "per_sample")
             self.preconditioners[name].load_state_dict(saved)
-        self._group_of = {id(p): group for group in self.param_groups for p in group["params"]}
         self._watch_rows()
         self._arm()
 
