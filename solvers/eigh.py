@@ -27,7 +27,8 @@ class Eigh(BasisSolver):
     Args:
         mode: What to do with the eigenvalues :math:`s`: "plain" takes :math:`s^p` and refuses those without a power;
             "absolute" takes :math:`|s|^p` (saddle-free Newton); "clamped" takes :math:`\max(s, floor)^p`.
-        floor: For "clamped", in units of the matrix. By default ``n eps max |s|``, the size of the rounding errors.
+        floor: For "clamped", in units of the matrix. By default ``n eps max |s|``, the size of the rounding errors. A
+            Kronecker product without shift is clamped factor by factor.
 
     Raises:
         ValueError: For an unknown mode, or a floor that is not positive or has no use.

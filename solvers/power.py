@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from solvers.blocks import BlockDiagonal
-from solvers.checks import checked, working_on
+from solvers.checks import checked, require, working_on
 from solvers.dense import Dense
 from solvers.diagonal import Diagonal, identity
 from solvers.eigen import Eigen
 from solvers.eigh import Eigh
-from solvers.errors import StructureError
+from solvers.errors import SingularMatrixError, StructureError
 from solvers.iterative import IterativeSolver
 from solvers.kronecker import Kronecker, outer
 from solvers.linear_operator import LinearOperator, Product, Scaled
@@ -89,9 +89,12 @@ def _power(
             return Diagonal(solver.spectral_power(op.values, exponent, op))
         case Eigen():
             return Eigen(op.basis, solver.spectral_power(op.values, exponent, op))
-        case Scaled():
-            scalar = torch.as_tensor(op.scalar, dtype=op.dtype, device=op.device)
-            return part(op.op, previous).scale(solver.spectral_power(scalar, exponent, op))
+        case Scaled() if not isinstance(solver, IterativeSolver):
+            return part(op.op, previous).scale(_positive(op) ** exponent)
+        case Shifted(op=Scaled() as scaled) if not isinstance(solver, IterativeSolver):
+            # c A + lam I = c (A + lam / c I)
+            scalar = _positive(scaled)
+            return part(scaled.op.shift(op.lam / scalar), previous).scale(scalar**exponent)
         case Product() if exponent == -1 and all(factor.in_shape == factor.out_shape for factor in op.factors):
             return Product(tuple(part(factor) for factor in reversed(op.factors)))
         case Shifted(op=Kronecker() as product) if isinstance(solver, BasisSolver):
@@ -111,6 +114,16 @@ def _power(
             raise
     flat = Reshape(op.in_shape, (op.shape[0],), op.dtype, op.device)
     return flat.adjoint() @ part(Dense(op.to_dense())) @ flat
+
+
+def _positive(op: Scaled) -> Tensor:
+    """The scalar of a multiple, which must be positive: only then are the powers and modes of the parts those of it."""
+    scalar = torch.as_tensor(op.scalar, dtype=op.dtype, device=op.device)
+    require(
+        (scalar > 0) & torch.isfinite(scalar),
+        lambda: SingularMatrixError(f"{op!r} is no positive multiple; scale the operator before it is wrapped."),
+    )
+    return scalar
 
 
 def _leaf_power(op: LinearOperator, exponent: float, solver: Solver, previous: LinearOperator | None) -> LinearOperator:

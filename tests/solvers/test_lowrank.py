@@ -129,6 +129,16 @@ def test_inverse_is_symmetric_has_a_diagonal_and_can_be_stored() -> None:
         assert torch.equal(again.to_dense(), inverse.to_dense())
 
 
+def test_multiples_by_tensors_are_solved_too() -> None:
+    scalar = torch.tensor(0.25, dtype=torch.float64)
+    for exponent in (-1, -0.5):
+        for op in (scalar * LowRank(normal(4, 6)), 0.25 * LowRank(normal(4, 6))):
+            result = solvers.power(op.shift(0.3), exponent).to_dense()
+            torch.testing.assert_close(result, reference.power(0.25 * dense() + 0.3 * EYE, exponent))
+    with pytest.raises(SingularMatrixError, match="is no positive multiple"):
+        (-1.0 * LowRank(normal(4, 6))).inverse(0.3)
+
+
 def test_four_solvers_agree() -> None:
     op = LowRank(normal(4, 6).reshape(4, 2, 3)).shift(0.1)
     b = normal(3, 2, 3)
