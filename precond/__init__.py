@@ -7,6 +7,7 @@ from precond.kfac import KFAC
 from precond.layerwise import PreconditionedOptimizer
 from precond.methods import Method, Taxonomy, methods
 from precond.preconditioner import Preconditioner
+from precond.shampoo import Shampoo
 from precond.soap import SOAP
 from solvers import Cholesky, Eigh, FactoredTikhonov, Tikhonov
 
@@ -15,8 +16,9 @@ __all__ = [
     "EKFAC",
     "KFAC",
     "PreconditionedOptimizer",
-    "SOAP",
     "SecondOrderOptimizer",
+    "Shampoo",
+    "SOAP",
     # what there is
     "Method",
     "Taxonomy",

@@ -13,7 +13,9 @@ from solvers import Eigh, SolverError
 
 
 def merged_shape(shape: tuple[int, ...], limit: int | None) -> tuple[int, ...]:
-    """Shape after dropping axes of size one and joining neighbours while their product stays within a limit.
+    """Shape after dropping axes of size one and joining neighbours, from the last, while their product stays small.
+
+    The first axis, which counts outputs, is never joined, so that a matrix stays one.
 
     Args:
         shape: Shape of a parameter.
@@ -23,20 +25,19 @@ def merged_shape(shape: tuple[int, ...], limit: int | None) -> tuple[int, ...]:
         At least one axis: ``(1,)`` for one number.
 
     Example:
-        >>> merged_shape((64, 3, 3, 3), 64), merged_shape((8, 1, 4), 8), merged_shape((), 8)
+        >>> merged_shape((64, 3, 3, 3), 64), merged_shape((8, 1, 4), 32), merged_shape((), 8)
         ((64, 27), (8, 4), (1,))
     """
     if limit is None:
         return tuple(shape)
+    sizes = [size for size in shape if size != 1]
     merged: list[int] = []
-    for size in shape:
-        if size == 1:
-            continue
-        if merged and merged[-1] * size <= limit:
-            merged[-1] *= size
+    for size in reversed(sizes[1:]):
+        if merged and merged[0] * size <= limit:
+            merged[0] *= size
         else:
-            merged.append(size)
-    return tuple(merged) or (1,)
+            merged.insert(0, size)
+    return (*sizes[:1], *merged) or (1,)
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -62,16 +63,23 @@ def multiply(x: Tensor, matrices: Mapping[int, Tensor], *, transpose: bool = Fal
     return x
 
 
-def eigenbasis(matrix: Tensor) -> Tensor:
-    """Orthonormal eigenvectors in columns, eigenvalues descending; in float64 where the matrix's precision fails.
+def spectrum(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, ascending, and orthonormal eigenvectors in columns; in float64 where the own precision fails.
 
     Raises:
         SolverError: If both fail.
     """
     try:
-        return Eigh().basis(matrix)[1].flip(-1)
+        return Eigh().basis(matrix)
     except SolverError:
-        return Eigh().basis(matrix.double())[1].flip(-1).to(matrix.dtype)
+        values, basis = Eigh().basis(matrix.double())
+        return values.to(matrix.dtype), basis.to(matrix.dtype)
+
+
+def symmetric_power(matrix: Tensor, exponent: float, floor: float) -> Tensor:
+    """``Q max(s, floor)^exponent Q^T`` of a positive semi-definite matrix ``Q diag(s) Q^T``."""
+    values, basis = spectrum(matrix)
+    return (basis * values.clamp(min=floor) ** exponent) @ basis.mT
 
 
 def rotated_root(second_moment: Tensor, eps: float) -> Tensor:

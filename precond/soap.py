@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from precond.gradient import GradientOptimizer, Group, State, debiased, due, state_zeros
-from precond.matrices import eigenbasis, gram, merged_shape, multiply, rotated_root
+from precond.matrices import gram, merged_shape, multiply, rotated_root, spectrum
 from precond.methods import Taxonomy
 from solvers import Subspace
 
@@ -105,7 +105,7 @@ class SOAP(GradientOptimizer):
 
         if step == 1:
             self._update_factors(g, state, group, axes)
-            self.refresh(state, lambda: {f"basis.{k}": eigenbasis(state[f"factor.{k}"]) for k in axes})
+            self.refresh(state, lambda: {f"basis.{k}": spectrum(state[f"factor.{k}"])[1] for k in axes})
         bases = {axis: state[f"basis.{axis}"] for axis in axes}
         rotated = multiply(g, bases, transpose=True)
         exp_avg.lerp_(g, 1 - beta1)

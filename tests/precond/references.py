@@ -20,10 +20,10 @@ Trajectory = list[Array]
 class SmallModel(nn.Module):
     """Parameters of every order: a convolution, matrices, vectors, a number."""
 
-    def __init__(self) -> None:
+    def __init__(self, channels: int = 2) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(7)
-        self.conv = nn.Conv2d(2, 3, 2)
+        self.conv = nn.Conv2d(channels, 3, 2)
         self.hidden = nn.Linear(3, 4)
         self.out = nn.Linear(4, 4)
         self.scale = nn.Parameter(torch.tensor(1.0))
@@ -32,7 +32,7 @@ class SmallModel(nn.Module):
             p.data = torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.7 + (p.ndim == 0)
 
     def forward(self, x: Tensor) -> Tensor:
-        features = torch.tanh(self.conv(x)).mean((-2, -1))
+        features = torch.tanh(self.conv(x[:, : self.conv.in_channels])).mean((-2, -1))
         return self.scale * self.out(torch.tanh(self.hidden(features)))
 
 
@@ -48,9 +48,9 @@ def loss_of(model: nn.Module, step: int, dtype: torch.dtype = torch.float64) -> 
     return (model(x.to(dtype)) - y.to(dtype)).square().mean()
 
 
-def run(make: Callable[[nn.Module], torch.optim.Optimizer], steps: int = 20) -> tuple[dict, dict]:
+def run(make: Callable[[nn.Module], torch.optim.Optimizer], steps: int = 20, channels: int = 2) -> tuple[dict, dict]:
     """Train; gives the values of each parameter (before the first step and after each), and its gradients."""
-    model = SmallModel()
+    model = SmallModel(channels)
     optimizer = make(model)
     values = {name: [p.detach().numpy().copy()] for name, p in model.named_parameters()}
     gradients: dict[str, list[Array]] = {name: [] for name in values}
@@ -71,9 +71,12 @@ def assert_equals_reference(
     options: dict[str, Any],
     steps: int = 20,
     tolerance: float = 1e-10,
+    channels: int = 2,
+    only: tuple[str, ...] | None = None,
 ) -> None:
-    values, gradients = run(make, steps)
-    for name, observed in values.items():
+    values, gradients = run(make, steps, channels)
+    for name in only or values:
+        observed = values[name]
         expected = list(reference(observed[0], gradients[name], **options))
         assert len(expected) == steps
         for step, (ours, theirs) in enumerate(zip(observed[1:], expected, strict=True), 1):
@@ -151,3 +154,170 @@ def soap(
                     sorted_basis = bases[k][:, order]
                     bases[k] = np.linalg.qr(factors[k] @ sorted_basis + shift * sorted_basis)[0]
                     v = np.take(v, order, axis=k)
+
+
+def shampoo(
+    theta: Array,
+    gradients: list[Array],
+    lr: float,
+    betas: tuple,
+    ema: float,
+    floor: float,
+    eps: float,
+    grafting: str | None,
+    period: int,
+    block: int,
+    start: int = 1,
+    exponent: float | None = None,
+) -> Iterator:
+    shape = theta.shape or (1,)
+    m, squares = np.zeros(shape), np.zeros(shape)
+    regions = list(tiles(shape, block))
+    factors = {(b, k): 0.0 for b in range(len(regions)) for k in range(len(shape))}
+    roots: dict = {}
+    for t, g in enumerate(gradients, 1):
+        g = g.reshape(shape)
+        m = betas[0] * m + (1 - betas[0]) * g
+        hat = m / (1 - betas[0] ** t)
+        squares = squares + g**2 if grafting == "adagrad" else betas[1] * squares + (1 - betas[1]) * g**2
+        graft = {
+            None: hat,
+            "sgd": hat,
+            "adagrad": hat / (np.sqrt(squares) + eps),
+            "rmsprop": hat / (np.sqrt(squares) + eps),
+            "adam": hat / (np.sqrt(squares / (1 - betas[1] ** t)) + eps),
+        }[grafting]
+        step = np.zeros(shape)
+        for b, region in enumerate(regions):
+            for k in range(len(shape)):
+                outer = unfold(g[region], k) @ unfold(g[region], k).T
+                factors[b, k] = factors[b, k] + outer if ema == 1 else ema * factors[b, k] + (1 - ema) * outer
+                if t in (1, start) or t % period == 0:
+                    weight = 1 if ema == 1 else 1 - ema**t
+                    power = exponent or -1 / (2 * len(shape))
+                    roots[b, k] = symmetric_power(factors[b, k] / weight, power, floor)
+            d = hat[region]
+            for k in range(len(shape)):
+                d = along(d, roots[b, k], k)
+            if grafting:
+                d = d * np.linalg.norm(graft[region]) / np.linalg.norm(d)
+            step[region] = graft[region] if t < start else d
+        theta = theta - lr * step.reshape(theta.shape)
+        yield theta
+
+
+def corrected_shampoo(
+    theta: Array, gradients: list[Array], lr: float, betas: tuple, eps: float, period: int
+) -> Iterator:
+    shape = theta.shape or (1,)
+    axes = range(len(shape))
+    m, v = np.zeros(shape), np.zeros(shape)
+    factors = [np.zeros((n, n)) for n in shape]
+    bases = [np.eye(n) for n in shape]
+    for t, g in enumerate(gradients, 1):
+        g = g.reshape(shape)
+        m = betas[0] * m + (1 - betas[0]) * g
+        factors = [betas[1] * f + (1 - betas[1]) * unfold(g, k) @ unfold(g, k).T for k, f in enumerate(factors)]
+        if t == 1 or t % period == 0:
+            for k in axes:
+                new = np.linalg.eigh(factors[k])[1]
+                v = along(v, (new.T @ bases[k]) ** 2, k)
+                bases[k] = new
+        rotated_g, step = g, m / (1 - betas[0] ** t)
+        for k in axes:
+            rotated_g, step = along(rotated_g, bases[k].T, k), along(step, bases[k].T, k)
+        v = betas[1] * v + (1 - betas[1]) * rotated_g**2
+        step = step / (np.sqrt(v / (1 - betas[1] ** t)) + eps)
+        for k in axes:
+            step = along(step, bases[k], k)
+        theta = theta - lr * step.reshape(theta.shape)
+        yield theta
+
+
+def muon(
+    theta: Array,
+    gradients: list[Array],
+    lr: float,
+    momentum: float,
+    nesterov: bool,
+    scale: Callable[[int, int], float],
+    coefficients: list[tuple],
+    betas: tuple,
+    eps: float,
+    decay: float = 0.0,
+) -> Iterator:
+    if theta.ndim < 2:
+        yield from adam(theta, gradients, lr, betas, eps, decay)
+        return
+    buffer = np.zeros_like(theta)
+    for g in gradients:
+        buffer = momentum * buffer + (1 - momentum) * g
+        x = ((1 - momentum) * g + momentum * buffer if nesterov else buffer).reshape(len(theta), -1)
+        rows, columns = x.shape
+        # A matrix polynomial p(X X^T) X acts on the singular values alone.
+        u, s, vh = np.linalg.svd(x, full_matrices=False)
+        s = s / np.linalg.norm(s)
+        for a, b, c in coefficients:
+            s = a * s + b * s**3 + c * s**5
+        theta = (1 - lr * decay) * theta - lr * scale(rows, columns) * (u @ np.diag(s) @ vh).reshape(theta.shape)
+        yield theta
+
+
+def kl_shampoo(theta: Array, gradients: list[Array], lr: float, betas: tuple, eps: float, period: int) -> Iterator:
+    if theta.ndim < 2:
+        yield from adam(theta, gradients, lr, betas, eps)
+        return
+    axes = range(theta.ndim)
+    m = np.zeros_like(theta)
+    for t, g in enumerate(gradients, 1):
+        m = betas[0] * m + (1 - betas[0]) * g
+        if t == 1:
+            scale = np.mean(g**2) ** (1 / theta.ndim)
+            factors = [scale * np.eye(n) for n in theta.shape]
+            values = [scale * np.ones(n) for n in theta.shape]
+            bases = [np.eye(n) for n in theta.shape]
+        floored = [np.maximum(s, eps * s.mean()) for s in values]
+        new_factors, new_values = [], []
+        for k in axes:
+            whitened = g
+            for j in axes:
+                if j != k:
+                    whitened = along(whitened, bases[j] @ np.diag(floored[j] ** -0.5) @ bases[j].T, j)
+            change = unfold(whitened, k) @ unfold(whitened, k).T * theta.shape[k] / theta.size
+            new_factors.append(betas[1] * factors[k] + (1 - betas[1]) * change)
+            new_values.append(betas[1] * values[k] + (1 - betas[1]) * np.diag(bases[k].T @ change @ bases[k]))
+        factors, values = new_factors, new_values
+        if t == 1 or t % period == 0:
+            for k in axes:
+                order = np.argsort(-np.diag(bases[k].T @ factors[k] @ bases[k]))
+                shift = np.sqrt(np.finfo(float).eps) * np.linalg.norm(factors[k])
+                image = factors[k] @ bases[k] + shift * bases[k]
+                new = np.empty_like(image)
+                new[:, order] = np.linalg.qr(image[:, order])[0]
+                bases[k] = new
+        step = m / (1 - betas[0] ** t)
+        for k in axes:
+            s = np.maximum(values[k], eps * values[k].mean())
+            step = along(step, bases[k] @ np.diag(s**-0.5) @ bases[k].T, k)
+        theta = theta - lr * step
+        yield theta
+
+
+def splus(theta: Array, gradients: list[Array], lr: float, betas: tuple, vector_scale: float, period: int) -> Iterator:
+    m = np.zeros_like(theta)
+    left = right = 0.0
+    for t, g in enumerate(gradients, 1):
+        m = betas[0] * m + (1 - betas[0]) * g
+        if theta.ndim < 2:
+            theta = theta - lr * vector_scale * np.sign(m)
+            yield theta
+            continue
+        matrix = g.reshape(len(theta), -1)
+        left = betas[1] * left + (1 - betas[1]) * matrix @ matrix.T
+        right = betas[1] * right + (1 - betas[1]) * matrix.T @ matrix
+        if t == 1 or t % period == 0:
+            ql, qr = np.linalg.eigh(left)[1], np.linalg.eigh(right)[1]
+        rotated = ql.T @ m.reshape(matrix.shape) @ qr
+        signs = np.where(np.abs(rotated) > 1e-14 * np.abs(rotated).max(), np.sign(rotated), 0)
+        theta = theta - lr * 2 / sum(matrix.shape) * (ql @ signs @ qr.T).reshape(theta.shape)
+        yield theta

