@@ -6,6 +6,7 @@ from precond.ekfac import EKFAC
 from precond.kfac import KFAC
 from precond.layerwise import PreconditionedOptimizer
 from precond.methods import Method, Taxonomy, methods
+from precond.muon import Muon
 from precond.preconditioner import Preconditioner
 from precond.shampoo import Shampoo
 from precond.soap import SOAP
@@ -15,6 +16,7 @@ __all__ = [
     # optimizers
     "EKFAC",
     "KFAC",
+    "Muon",
     "PreconditionedOptimizer",
     "SecondOrderOptimizer",
     "Shampoo",

@@ -1,0 +1,139 @@
+"""Muon."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from precond.gradient import GradientOptimizer, Group, State, adam, state_zeros
+from precond.matrices import matrix_shape
+from precond.methods import Taxonomy
+from solvers.newton_schulz import polar
+
+Scaling = Literal["adam", "spectral", "none"]
+Polynomial = Literal["quintic", "polar_express"]
+
+QUINTIC = ((3.4445, -4.7750, 2.0315),) * 5
+
+
+class Muon(GradientOptimizer):
+    r"""Muon: momentum with its singular values set to one.
+
+    .. math:: M \leftarrow \mu M + (1 - \mu) G, \quad N = (1 - \mu) G + \mu M, \quad
+        D = s\, \operatorname{polar}(N), \quad \operatorname{polar}(U \Sigma V^\top) = U V^\top
+
+    (without Nesterov, N = M). The polar factor comes from a few steps of Newton-Schulz, products only. Tensors with
+    more than two axes are matrices with their first axis as rows (convolutions), or stacks of matrices along all but
+    the last two axes (``stacked=True``, for experts). Vectors, numbers, and groups with ``orthogonalize=False``
+    (embeddings and output layers are best kept so) take AdamW's step with ``betas`` and ``eps``.
+
+    A step costs about ``6 k m^2 n`` multiplications for k iterations, ``m <= n``. Memory: one average.
+
+    Args:
+        params: Parameters, groups, or named parameters.
+        lr: Learning rate; with ``scaling="adam"`` that of AdamW, for all parameters.
+        momentum: :math:`\mu`, before the orthogonalisation.
+        nesterov: Look ahead along the momentum.
+        weight_decay: Decoupled weight decay.
+        scaling: s: ``"adam"`` for ``0.2 sqrt(max(m, n))``, entries as large as AdamW's; ``"spectral"`` for
+            ``sqrt(max(1, m / n))``; ``"none"`` for 1, a learning rate in units of spectral norm per step.
+        polynomial: Five steps of ``"polar_express"`` (singular values end between 0.85 and 1) or of the first paper's
+            ``"quintic"`` (between 0.7 and 1.2).
+        orthogonalize: False for AdamW whatever the shape.
+        stacked: Whether leading axes count matrices.
+        betas: For AdamW.
+        eps: For AdamW.
+        options: See :class:`SecondOrderOptimizer`.
+
+    References:
+        Jordan et al. (2024), https://kellerjordan.github.io/posts/muon/; Liu et al. (2025), the scaling,
+        https://arxiv.org/abs/2502.16982; Amsel et al. (2025), Polar Express, https://arxiv.org/abs/2505.16932
+    """
+
+    taxonomy: ClassVar = Taxonomy(
+        curvature="gradient second moment, of the momentum alone",
+        structure="one-sided matrix",
+        solver="Newton-Schulz",
+        paper="https://kellerjordan.github.io/posts/muon/",
+    )
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        *,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        weight_decay: float = 0.0,
+        scaling: Scaling = "adam",
+        polynomial: Polynomial = "polar_express",
+        orthogonalize: bool = True,
+        stacked: bool = False,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        **options: Any,
+    ) -> None:
+        if scaling not in get_args(Scaling):
+            raise ValueError(f"scaling is one of {', '.join(get_args(Scaling))}, not {scaling!r}.")
+        if polynomial not in get_args(Polynomial):
+            raise ValueError(f"polynomial is one of {', '.join(get_args(Polynomial))}, not {polynomial!r}.")
+        super().__init__(
+            params,
+            lr=lr,
+            momentum=momentum,
+            nesterov=nesterov,
+            weight_decay=weight_decay,
+            scaling=scaling,
+            polynomial=polynomial,
+            orthogonalize=orthogonalize,
+            stacked=stacked,
+            betas=betas,
+            eps=eps,
+            **options,
+        )
+
+    def update_options(self, group: Group) -> Group:
+        return {**group, "momentum": 0.0}  # it is in the direction already
+
+    def initial_state(self, p: Tensor, group: Group) -> State:
+        if _is_matrix(p, group):
+            return {"momentum_buffer": state_zeros(p)}
+        return {"exp_avg": state_zeros(p), "exp_avg_sq": state_zeros(p)}
+
+    def direction(self, g: Tensor, state: State, group: Group) -> Tensor:
+        if "momentum_buffer" not in state:
+            return adam(g, state, group["betas"], group["eps"])
+        momentum = group["momentum"]
+        buffer = state["momentum_buffer"].lerp_(g, 1 - momentum)
+        update = g.lerp(buffer, momentum) if group["nesterov"] else buffer
+        matrix = update if group["stacked"] else update.reshape(matrix_shape(g.shape))
+        rows, columns = matrix.shape[-2:]
+        scale = {
+            "adam": 0.2 * max(rows, columns) ** 0.5,
+            "spectral": max(1, rows / columns) ** 0.5,
+            "none": 1.0,
+        }[group["scaling"]]
+        return scale * orthogonalized(matrix, group["polynomial"]).reshape(g.shape)
+
+
+def _is_matrix(p: Tensor, group: Group) -> bool:
+    return p.ndim >= 2 and group["orthogonalize"]
+
+
+def orthogonalized(matrix: Tensor, polynomial: Polynomial) -> Tensor:
+    """Polar factor up to the polynomial's accuracy, ``(*stack, m, n)``; zero for a zero matrix."""
+    # Squares of very small or very large entries leave the floating range.
+    largest = matrix.abs().amax((-2, -1), keepdim=True)
+    matrix = matrix / torch.where(largest == 0, 1, largest)
+    if polynomial == "polar_express":
+        return polar(matrix, steps=5)
+    if matrix.shape[-2] > matrix.shape[-1]:
+        return orthogonalized(matrix.mT, polynomial).mT
+    size = torch.linalg.matrix_norm(matrix, keepdim=True)
+    x = matrix / torch.where(size == 0, 1, size)
+    for a, b, c in QUINTIC:
+        product = x @ x.mT
+        x = a * x + (b * product + c * product @ product) @ x
+    return x
