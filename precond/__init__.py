@@ -4,6 +4,7 @@ from curvature import DiagonalFisher, EigenbasisFisher, KroneckerFisher
 from precond.base import SecondOrderOptimizer
 from precond.ekfac import EKFAC
 from precond.kfac import KFAC
+from precond.kl_shampoo import KLShampoo
 from precond.layerwise import PreconditionedOptimizer
 from precond.methods import Method, Taxonomy, methods
 from precond.muon import Muon
@@ -16,6 +17,7 @@ __all__ = [
     # optimizers
     "EKFAC",
     "KFAC",
+    "KLShampoo",
     "Muon",
     "PreconditionedOptimizer",
     "SecondOrderOptimizer",

@@ -1,0 +1,143 @@
+"""KL-Shampoo."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from precond.gradient import GradientOptimizer, Group, State, adam, debiased, due, state_zeros
+from precond.matrices import gram, merged_shape, multiply
+from precond.methods import Taxonomy
+from solvers import Subspace
+
+
+class KLShampoo(GradientOptimizer):
+    r"""KL-Shampoo: the Kronecker factors that are nearest to the gradient's covariance in KL divergence.
+
+    For a matrix, the factors are fitted together as those of a matrix normal distribution,
+
+    .. math::
+        S_a \leftarrow \beta_2 S_a + \frac{1 - \beta_2}{n} G S_b^{-1} G^\top, \qquad
+        S_b \leftarrow \beta_2 S_b + \frac{1 - \beta_2}{m} G^\top S_a^{-1} G, \qquad
+        D = S_a^{-1/2} \hat M S_b^{-1/2}
+
+    with :math:`S = Q \operatorname{diag}(\lambda) Q^\top` in these powers: the eigenvalues :math:`\lambda` are averaged
+    at every step from the diagonal of :math:`Q^\top \Delta S\, Q`, the bases Q take one step of orthogonal iteration
+    every ``inverse_update_period`` steps. Tensors of any order have one factor per axis. All factors begin as the
+    multiple of the identity that gives their product the first gradient's mean square. Vectors take Adam's step.
+
+    Against SOAP it keeps no second moment, so it needs less memory, and needs no grafting. Learning rates are Adam's.
+    A step costs as much as SOAP's; memory: one moment, and two matrices per axis.
+
+    Args:
+        params: Parameters, groups, or named parameters.
+        lr: Learning rate, in Adam's units.
+        betas: Decay of the average of gradients, and of the factors.
+        eps: For Adam's step, and the smallest eigenvalue of a factor relative to their mean.
+        weight_decay: Decoupled weight decay.
+        inverse_update_period: Steps between refreshes of the bases.
+        max_dim: Axes longer than this have no factor.
+        merge_dims: Join neighbouring axes up to this size; ``None`` keeps them apart.
+        options: See :class:`SecondOrderOptimizer`.
+
+    References:
+        Lin et al. (2025), https://arxiv.org/abs/2509.03378
+    """
+
+    taxonomy: ClassVar = Taxonomy(
+        curvature="gradient covariance, nearest in KL divergence",
+        structure="Kronecker, one factor per axis",
+        solver="QR step per refresh, inverse root",
+        paper="https://arxiv.org/abs/2509.03378",
+    )
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 3e-3,
+        *,
+        betas: tuple[float, float] = (0.95, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        inverse_update_period: int = 10,
+        max_dim: int = 10000,
+        merge_dims: int | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            params,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            inverse_update_period=inverse_update_period,
+            max_dim=max_dim,
+            merge_dims=merge_dims,
+            **options,
+        )
+
+    def initial_state(self, p: Tensor, group: Group) -> State:
+        shape = merged_shape(p.shape, group["merge_dims"])
+        state: State = {"exp_avg": state_zeros(p, shape)}
+        axes = [k for k, n in enumerate(shape) if 1 < n <= group["max_dim"]] if len(shape) > 1 else []
+        for axis in axes:
+            n = shape[axis]
+            state[f"factor.{axis}"] = state_zeros(p, (n, n))
+            state[f"eigenvalues.{axis}"] = state_zeros(p, (n,))
+            state[f"basis.{axis}"] = torch.eye(n, dtype=state["exp_avg"].dtype, device=p.device)
+        if not axes:
+            state["exp_avg_sq"] = state_zeros(p, shape)
+        return state
+
+    def direction(self, g: Tensor, state: State, group: Group) -> Tensor:
+        shape = g.shape
+        g = g.reshape(state["exp_avg"].shape)
+        axes = [axis for axis in range(g.ndim) if f"factor.{axis}" in state]
+        if not axes:
+            return adam(g, state, group["betas"], group["eps"]).reshape(shape)
+        beta1 = group["betas"][0]
+        state["exp_avg"].lerp_(g, 1 - beta1)
+        self._update_factors(g, state, group, axes)
+        if due(state["step"], group["inverse_update_period"]):
+            for k in axes:
+                state[f"basis.{k}"] = Subspace().basis(state[f"factor.{k}"], state[f"basis.{k}"])[1]
+        bases = {k: state[f"basis.{k}"] for k in axes}
+        rotated = multiply(debiased(state["exp_avg"], beta1, state["step"]), bases, transpose=True)
+        for k in axes:
+            rotated = rotated * _along(_inverse(state, group, k).sqrt(), k, rotated.ndim)
+        return multiply(rotated, bases).reshape(shape)
+
+    def _update_factors(self, g: Tensor, state: State, group: Group, axes: list[int]) -> None:
+        beta2, first = group["betas"][1], g.square().mean() ** (1 / len(axes))
+        for k in axes:
+            # Nothing is known until a gradient is not zero; this is the first one, or the average stays at zero.
+            factor, eigenvalues = state[f"factor.{k}"], state[f"eigenvalues.{k}"]
+            unknown = (eigenvalues.sum() == 0).to(g.dtype) * first
+            eigenvalues.add_(unknown)
+            factor.diagonal().add_(unknown)
+        bases = {k: state[f"basis.{k}"] for k in axes}
+        rotated = multiply(g, bases, transpose=True)
+        inverses = {k: _inverse(state, group, k) for k in axes}
+        for k in axes:
+            whitened = rotated
+            for j in axes:
+                if j != k:
+                    whitened = whitened * _along(inverses[j].sqrt(), j, g.ndim)
+            weight = (1 - beta2) / (prod(g.shape) / g.shape[k])
+            fresh = gram(whitened, k)  # in the basis of axis k
+            state[f"eigenvalues.{k}"].mul_(beta2).add_(fresh.diagonal(), alpha=weight)
+            state[f"factor.{k}"].mul_(beta2).add_(bases[k] @ fresh @ bases[k].mT, alpha=weight)
+
+
+def _inverse(state: State, group: Group, axis: int) -> Tensor:
+    """Inverse eigenvalues of a factor, zero while nothing is known."""
+    eigenvalues = state[f"eigenvalues.{axis}"]
+    floor = group["eps"] * eigenvalues.mean()
+    return torch.where(floor > 0, 1 / torch.maximum(eigenvalues, floor), 0)
+
+
+def _along(values: Tensor, axis: int, ndim: int) -> Tensor:
+    return values.reshape([-1 if k == axis else 1 for k in range(ndim)])
