@@ -1,6 +1,7 @@
 """Second-order optimizers with the interface of ``torch.optim``."""
 
 from curvature import DiagonalFisher, EigenbasisFisher, KroneckerFisher
+from precond.averaging import IterateAverage
 from precond.base import SecondOrderOptimizer
 from precond.ekfac import EKFAC
 from precond.kfac import KFAC
@@ -11,6 +12,7 @@ from precond.muon import Muon
 from precond.preconditioner import Preconditioner
 from precond.shampoo import Shampoo
 from precond.soap import SOAP
+from precond.splus import SPlus
 from solvers import Cholesky, Eigh, FactoredTikhonov, Tikhonov
 
 __all__ = [
@@ -23,10 +25,12 @@ __all__ = [
     "SecondOrderOptimizer",
     "Shampoo",
     "SOAP",
+    "SPlus",
     # what there is
+    "IterateAverage",
     "Method",
-    "Taxonomy",
     "methods",
+    "Taxonomy",
     # parts to choose from
     "Cholesky",
     "DiagonalFisher",

@@ -1,0 +1,123 @@
+"""SPlus."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from precond.averaging import swapped, update_average
+from precond.gradient import GradientOptimizer, Group, State, due, state_zeros, working_dtype
+from precond.matrices import gram, matrix_shape, multiply, spectrum
+from precond.methods import Taxonomy
+
+
+class SPlus(GradientOptimizer):
+    r"""SPlus: the sign of the momentum in Shampoo's eigenbasis, and an average of the iterates.
+
+    .. math:: D = \frac{2}{m + n}\, Q_L \operatorname{sign}(Q_L^\top M Q_R)\, Q_R^\top
+
+    with M the average of gradients, :math:`Q_L` and :math:`Q_R` the eigenvectors of the averages L of
+    :math:`G G^\top` and R of :math:`G^\top G`, computed every ``inverse_update_period`` steps. The sign bounds the step
+    whatever the age of the basis. Tensors are matrices with their first axis as rows; vectors, and matrices with both
+    sides beyond ``max_dim``, move by ``vector_scale * sign(M)``.
+
+    The iterates themselves are noisy: evaluate under :meth:`averaged`.
+
+    A step costs ``3 (m^2 n + m n^2)`` multiplications, a refresh ``9 (m^3 + n^3)``. Memory: one moment, one average of
+    the parameters, two matrices per side.
+
+    Args:
+        params: Parameters, groups, or named parameters.
+        lr: Learning rate, as the first paper's, about 100 times that of AdamW.
+        betas: Decay of the average of gradients, and of the factors.
+        average_decay: Decay of the average of the iterates.
+        vector_scale: Scale of parameters without a basis.
+        weight_decay: Decoupled weight decay, scaled by the same ``lr``.
+        inverse_update_period: Steps between decompositions.
+        max_dim: Sides longer than this are not rotated.
+        options: See :class:`SecondOrderOptimizer`.
+
+    References:
+        Frans, Levine and Abbeel (2025), https://arxiv.org/abs/2506.07254
+    """
+
+    taxonomy: ClassVar = Taxonomy(
+        curvature="gradient second moment",
+        structure="sign in a Kronecker eigenbasis",
+        solver="eigh",
+        paper="https://arxiv.org/abs/2506.07254",
+    )
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 0.1,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        average_decay: float = 0.999,
+        vector_scale: float = 1e-3,
+        weight_decay: float = 0.0,
+        inverse_update_period: int = 100,
+        max_dim: int = 10000,
+        **options: Any,
+    ) -> None:
+        if not 0 <= average_decay < 1:
+            raise ValueError(f"average_decay is the weight of the old average, in [0, 1); got {average_decay}.")
+        super().__init__(
+            params,
+            lr=lr,
+            betas=betas,
+            average_decay=average_decay,
+            vector_scale=vector_scale,
+            weight_decay=weight_decay,
+            inverse_update_period=inverse_update_period,
+            max_dim=max_dim,
+            **options,
+        )
+
+    def initial_state(self, p: Tensor, group: Group) -> State:
+        state: State = {"exp_avg": state_zeros(p), "average": p.detach().to(working_dtype(p), copy=True)}
+        if p.ndim >= 2:
+            for axis, n in enumerate(matrix_shape(p.shape)):
+                if n <= group["max_dim"]:
+                    state[f"factor.{axis}"] = state_zeros(p, (n, n))
+                    state[f"basis.{axis}"] = torch.eye(n, dtype=working_dtype(p), device=p.device)
+        return state
+
+    def direction(self, g: Tensor, state: State, group: Group) -> Tensor:
+        beta1, beta2 = group["betas"]
+        momentum = state["exp_avg"].lerp_(g, 1 - beta1)
+        axes = [axis for axis in range(2) if f"factor.{axis}" in state]
+        if not axes:
+            return group["vector_scale"] * momentum.sign()
+        shape = matrix_shape(g.shape)
+        for axis in axes:
+            state[f"factor.{axis}"].lerp_(gram(g.reshape(shape), axis), 1 - beta2)
+        if due(state["step"], group["inverse_update_period"]):
+            self.refresh(state, lambda: {f"basis.{k}": spectrum(state[f"factor.{k}"])[1] for k in axes})
+        bases = {axis: state[f"basis.{axis}"] for axis in axes}
+        rotated = multiply(momentum.reshape(shape), bases, transpose=True)
+        return multiply(rotated_sign(rotated), bases).reshape(g.shape) * (2 / sum(shape))
+
+    def after_step(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state.get(p, {})
+                if state.get("step", 0) > 0 and p.numel():
+                    update_average(state["average"], p.detach(), group["average_decay"], state["step"])
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within the block the parameters hold the averages of their iterates."""
+        with swapped((p, state["average"]) for p, state in self.state.items() if "average" in state):
+            yield
+
+
+def rotated_sign(x: Tensor) -> Tensor:
+    """Sign of entries in a rotated basis, zero for those that are rounding errors of the rotation."""
+    floor = 10 * torch.finfo(x.dtype).eps * x.abs().amax()
+    return torch.where(x.abs() > floor, x.sign(), 0)
