@@ -26,6 +26,7 @@ from solvers.errors import (
     StructureError,
 )
 from solvers.fallback import Fallback, InFloat64, Jitter, Previous, ladder
+from solvers.flattened import Flattened
 from solvers.function import Function, from_scipy
 from solvers.info import Solution, SolveInfo
 from solvers.iterative import IterativeInverse, IterativeSolver
@@ -55,6 +56,7 @@ __all__ = [
     "Dense",
     "Diagonal",
     "Eigen",
+    "Flattened",
     "Function",
     "IterativeInverse",
     "Kronecker",

@@ -17,6 +17,7 @@ from solvers.diagonal import Diagonal, identity
 from solvers.eigen import Eigen
 from solvers.eigh import Eigh
 from solvers.errors import SingularMatrixError, StructureError
+from solvers.flattened import Flattened
 from solvers.iterative import IterativeSolver
 from solvers.kronecker import Kronecker, outer
 from solvers.linear_operator import LinearOperator, Product, Scaled
@@ -85,6 +86,8 @@ def _power(
             return BlockDiagonal(blocks, op.places, op.size)
         case Kronecker():
             return Kronecker(*map(part, op.factors, _parts(previous, Kronecker, "factors", len(op.factors))))
+        case Flattened():
+            return op.wrap(part(op.op, previous.op if isinstance(previous, Flattened) else None))
         case Diagonal():
             return Diagonal(solver.spectral_power(op.values, exponent, op))
         case Eigen():

@@ -14,6 +14,7 @@ from solvers.dense import Dense
 from solvers.diagonal import Diagonal
 from solvers.eigen import Eigen
 from solvers.errors import StructureError
+from solvers.flattened import Flattened
 from solvers.kronecker import Kronecker
 from solvers.linear_operator import LinearOperator, Product, Scaled, Sum
 from solvers.lowrank import LowRank, Rows
@@ -30,6 +31,7 @@ _KINDS: dict[str, type] = {
         Dense,
         Diagonal,
         Eigen,
+        Flattened,
         Kronecker,
         LowRank,
         Product,
