@@ -84,9 +84,10 @@ def split_batch(batch: Any) -> Batch:
 
 
 def to_device(tree: Any, device: torch.device) -> Any:
-    """Move every tensor of nested tuples, lists and mappings."""
+    """Move every tensor of nested tuples, lists and mappings; autograd can use copies of inference tensors only."""
     if isinstance(tree, Tensor):
-        return tree.to(device)
+        moved = tree.to(device)
+        return moved.clone() if moved.is_inference() else moved
     if isinstance(tree, Mapping):
         return {key: to_device(value, device) for key, value in tree.items()}
     if isinstance(tree, (tuple, list)):

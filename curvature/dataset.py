@@ -58,6 +58,8 @@ def estimate(
     """
     parameters = Parameters(model, params)
     loss = loss_for(loss_fn)
+    if loss.reduction == "none":
+        raise ValueError("the loss has reduction='none', so it is no scalar. Use 'mean' or 'sum'.")
     generator = generator or torch.Generator(device=parameters.device).manual_seed(0)
 
     def make(block: Block, form: Form) -> CurvatureEstimator:
@@ -68,21 +70,24 @@ def estimate(
     collector = Collector(parameters, make, joint=curvature.joint)
     start = batches(data, curvature.passes)
     total: Tensor | float = 0.0
-    reduction = "mean"
-    with untouched(model):
+    with torch.inference_mode(False), untouched(model):
         for number in range(curvature.passes):
             for x, y in shown(start(), f"curvature, pass {number + 1}", progress):
                 x, y = to_device(x, parameters.device), to_device(y, parameters.device)
                 result, recorder = record(model, parameters, x)
                 z = resolve_output(result, output)
+                if not z.requires_grad:
+                    raise ValueError(
+                        f"the output of {type(model).__name__} does not depend on any of the parameters through "
+                        "autograd: it was detached, or made under no_grad. Its curvature would be zero."
+                    )
                 terms = loss.terms(z, y, class_dim=class_dim, check=True)
+                terms.value()  # refuses losses that are not finite
                 signals = Signals(terms, curvature.kind, curvature.samples, generator, recorder.batch)
                 if number == 0:
-                    total, reduction = total + terms.total, terms.reduction
+                    total = total + terms.total
                 collector.collect(recorder, z, signals)
             if not any([estimator.next_pass() for estimator in collector.estimators.values()]):
                 break
     collector.commit(ema=0.0)
-    if reduction == "none":
-        raise ValueError("the loss has reduction='none', so it is no scalar. Use 'mean' or 'sum'.")
-    return collector.operator(scale=1.0 if reduction == "mean" else total)
+    return collector.operator(scale=1.0 if loss.reduction == "mean" else total)

@@ -130,6 +130,14 @@ class Plan:
             first = next(iter(found))
             if any(shape not in (first, first[::-1]) for shape in found):
                 self._generic.add(key[0])
+        for (name, _, _), block in self._blocks.items():
+            if name in self._generic:
+                raise RuntimeError(
+                    f"{name} was part of block {block.name} before, and is now used in a way no layer rule covers "
+                    f"({', '.join(sorted(unknown.get(name, {'another shape'})))}). If that use takes no part in the "
+                    "loss, put it under torch.no_grad() or detach the parameter; otherwise leave this parameter out "
+                    "with params=."
+                )
 
     def _is_joint(self, site: Site, sites: list[Site]) -> bool:
         if not self.joint or site.weight is None or site.bias is None:
