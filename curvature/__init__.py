@@ -1,20 +1,38 @@
 """Curvature of a model's loss: what it is, estimated in the structures that can be inverted."""
 
 from curvature.block import Block
+from curvature.covariance import gradient_covariance
+from curvature.coverage import Coverage, coverage
+from curvature.dense import LayerFisher
 from curvature.diagonal import DiagonalFisher
 from curvature.eigenbasis import EigenbasisFisher
 from curvature.estimator import Curvature, CurvatureEstimator
 from curvature.fisher import fisher
+from curvature.ggn import ggn
 from curvature.hessian import hessian
+from curvature.jacobian import jacobian
 from curvature.kronecker import KroneckerFisher
+from curvature.persample import gradient_second_moment, gradient_variance, per_sample_gradients, per_sample_norms
+from curvature.unitwise import UnitFisher
 
 __all__ = [
     "Block",
+    "Coverage",
     "Curvature",
     "CurvatureEstimator",
     "DiagonalFisher",
     "EigenbasisFisher",
     "KroneckerFisher",
+    "LayerFisher",
+    "UnitFisher",
+    "coverage",
     "fisher",
+    "ggn",
+    "gradient_covariance",
+    "gradient_second_moment",
+    "gradient_variance",
     "hessian",
+    "jacobian",
+    "per_sample_gradients",
+    "per_sample_norms",
 ]

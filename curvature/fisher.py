@@ -2,29 +2,75 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, overload
 
 import torch
 from torch import nn
 
 from curvature.data import Data, Output
 from curvature.dataset import estimate
+from curvature.dense import LayerFisher
 from curvature.diagonal import DiagonalFisher
 from curvature.eigenbasis import EigenbasisFisher
 from curvature.estimator import Curvature
+from curvature.gaussnewton import GaussNewton
 from curvature.kronecker import KroneckerFisher
-from curvature.signals import FisherKind
+from curvature.lowrank import dense, low_rank
+from curvature.products import Problem
+from curvature.signals import FisherKind, check_kind
+from curvature.unitwise import UnitFisher
 from solvers import LinearOperator
 
-Structure = Literal["kfac", "ekfac", "diagonal"]
-#: Structure -> what estimates it. A new structure is one estimator file and one line here.
-STRUCTURES: dict[str, type[Curvature]] = {
+Structure = Literal["full", "dense", "low_rank", "layer", "unit", "diagonal", "kfac", "ekfac"]
+#: Structures of blocks -> what estimates them, as in training. A new one is one estimator file and one line here.
+BLOCKS: dict[str, type[Curvature]] = {
+    "layer": LayerFisher,
+    "unit": UnitFisher,
     "diagonal": DiagonalFisher,
     "kfac": KroneckerFisher,
     "ekfac": EigenbasisFisher,
 }
+#: Structures of the whole matrix -> what makes them, from the problem, the kind, and the structure's options.
+WHOLE: dict[str, Callable[..., LinearOperator]] = {
+    "full": GaussNewton,
+    "dense": dense,
+    "low_rank": low_rank,
+}
 
 
+@overload
+def fisher(
+    model: nn.Module,
+    loss_fn: Any,
+    data: Data,
+    *,
+    structure: Literal["full"],
+    kind: FisherKind = ...,
+    samples: int = ...,
+    generator: torch.Generator | None = ...,
+    params: Any = ...,
+    output: Output | None = ...,
+    class_dim: int | None = ...,
+    progress: bool | None = ...,
+    **options: Any,
+) -> GaussNewton: ...
+@overload
+def fisher(
+    model: nn.Module,
+    loss_fn: Any,
+    data: Data,
+    *,
+    kind: FisherKind = ...,
+    structure: Structure = ...,
+    samples: int = ...,
+    generator: torch.Generator | None = ...,
+    params: Any = ...,
+    output: Output | None = ...,
+    class_dim: int | None = ...,
+    progress: bool | None = ...,
+    **options: Any,
+) -> LinearOperator: ...
 def fisher(
     model: nn.Module,
     loss_fn: Any,
@@ -58,21 +104,40 @@ def fisher(
         loss_fn: The loss module.
         data: One batch ``(x, y)`` or a re-iterable of batches.
         kind: ``"exact"``, ``"mc"`` or ``"empirical"``.
-        structure: ``"kfac"``, ``"ekfac"`` or ``"diagonal"``.
+        structure: See below.
         samples: Draws per batch for ``"mc"``.
         generator: Source of the draws; a fresh one seeded with 0 by default.
         params: Names, globs or tensors that restrict the parameters.
         output: Picks the output tensor where the model does not return a tensor.
         class_dim: Class axis of the output where the shapes leave it open.
         progress: Show a progress bar.
-        options: Further options of the structure (``sharing=``, ``bias=``).
+        options: Further options of the structure, in brackets in this table:
+
+            ==============  =========================================================================================
+            ``"full"``      matrix-free products (``keep_graph``, ``memory``, ``mode``, see :func:`curvature.hessian`
+                            and :func:`curvature.jacobian`)
+            ``"dense"``     the whole matrix, P^2 numbers (``memory``)
+            ``"low_rank"``  its root, one row per example and signal (``memory``)
+            ``"layer"``     a dense matrix per block: weight and bias of a layer (``max_size``)
+            ``"unit"``      a dense matrix per output unit of a layer; 2 x 2 for scale and shift (``max_size``)
+            ``"diagonal"``  exact diagonal
+            ``"kfac"``      Kronecker factors per layer (``sharing``, ``bias``, ``max_factor``)
+            ``"ekfac"``     the same with the exact diagonal in their eigenbasis
+            ==============  =========================================================================================
 
     Returns:
         Operator on the flat parameter vector.
+
+    Raises:
+        ValueError: If the structure or kind is unknown, or the matrix does not fit the memory it may take.
     """
-    if structure not in STRUCTURES:
-        raise ValueError(f"structure must be one of {sorted(STRUCTURES)}, got {structure!r}.")
-    curvature = STRUCTURES[structure](kind, samples, **options)
+    check_kind(kind)
+    if structure in WHOLE:
+        problem = Problem(model, loss_fn, data, params=params, output=output, class_dim=class_dim, progress=progress)
+        return WHOLE[structure](problem, kind, samples=samples, generator=generator, **options)
+    if structure not in BLOCKS:
+        raise ValueError(f"structure must be one of {sorted([*BLOCKS, *WHOLE])}, got {structure!r}.")
+    curvature = BLOCKS[structure](kind, samples, **options)
     return estimate(
         model,
         loss_fn,

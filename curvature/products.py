@@ -17,8 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from curvature.data import Data, Output, batches, call, is_one_batch, resolve_output, shown, to_device
+from curvature.dataset import record
 from curvature.losses import AutogradLoss, Loss, Terms, UnknownLossError, loss_for
 from curvature.parameters import Parameters
+from curvature.recorder import Recorder
 from solvers import LinearOperator, StructureError
 
 #: Memory in bytes that a block of vectors may take at once, beyond the vectors themselves and their products.
@@ -41,14 +43,20 @@ class Evaluation:
         first: Whether this is the first pass, in which what holds for all is checked.
         random: State of torch's random generators before the model ran.
         nbytes: Size of what the pass made, where it was counted.
+        recorder: Uses of the parameters, where they were recorded.
     """
 
-    def __init__(self, problem: Problem, x: Any, y: Any, first: bool, count: bool) -> None:
+    def __init__(self, problem: Problem, x: Any, y: Any, *, first: bool, count: bool, recorded: bool) -> None:
         self.problem, self.x, self.y, self.first = problem, x, y, first
         self.random = random_state(problem.parameters.device)
-        with torch.enable_grad(), (counter := _BytesMade()) if count else contextlib.nullcontext():
-            result = call(problem.model, x)
-        self.nbytes = counter.total if count else 0
+        self.recorder: Recorder | None = None
+        counter = _BytesMade() if count else None
+        with torch.enable_grad(), counter or contextlib.nullcontext():
+            if recorded:
+                result, self.recorder = record(problem.model, problem.parameters, x)
+            else:
+                result = call(problem.model, x)
+        self.nbytes = counter.total if counter else 0
         self.terms: Terms | None = None
         if problem.loss is None:
             self.output = problem.pick(result)
@@ -135,13 +143,16 @@ class Problem:
         """What an opaque loss is called with."""
         return resolve_output(result) if self.output is None else self.output(result)
 
-    def visit(self, use: Callable[[Evaluation], Any], title: str, count: bool = False) -> Tensor | float:
+    def visit(
+        self, use: Callable[[Evaluation], Any], title: str, *, count: bool = False, recorded: bool = False
+    ) -> Tensor | float:
         """Evaluate every batch of one pass and hand it to ``use``.
 
         Args:
             use: Called with each evaluation, inside the pass's settings.
             title: What the progress bar says.
             count: Count the bytes each evaluation makes.
+            recorded: Record the uses of the parameters.
 
         Returns:
             What sums over terms are divided by, 1 for a loss that is a sum.
@@ -157,7 +168,8 @@ class Problem:
         device = self.parameters.device
         with settings(self.model, self.random, device):
             for x, y in shown(self.start(), title, self.progress):
-                evaluation = Evaluation(self, to_device(x, device), to_device(y, device), first=first, count=count)
+                x, y = to_device(x, device), to_device(y, device)
+                evaluation = Evaluation(self, x, y, first=first, count=count, recorded=recorded)
                 total, mean = total + evaluation.total, evaluation.mean
                 if not self.single:
                     seen = seen + _fingerprint(evaluation)

@@ -142,12 +142,6 @@ class PerSample:
         return tuple(self.gradients.shape[2:])
 
     @property
-    def rows(self) -> Tensor:
-        """Inputs ``(*, n, s, i)`` with the appended one."""
-        assert isinstance(self.a, Tensor)
-        return torch.cat([self.a, self.a.new_ones(*self.a.shape[:-1], 1)], dim=-1) if self.ones else self.a
-
-    @property
     def reached(self) -> Tensor:
         """Which examples any signal reached, ``(n,)``."""
         return (self.gradients != 0).flatten(2).any(-1).any(0)
@@ -203,7 +197,7 @@ class Samples:
 
     def gradients(self) -> Iterator[Tensor]:
         """Per-sample gradients, a chunk ``(k * n, *block_shape)`` at a time."""
-        uses = self._aligned()
+        uses = self.aligned()
         n = uses[0].examples
         signals = uses[0].g.shape[-4] if isinstance(uses[0], Outer) else uses[0].gradients.shape[0]
         step = max(1, CHUNK_ELEMENTS // max(1, signals * math.prod(self.block_shape)))
@@ -216,7 +210,7 @@ class Samples:
 
     def square_sum(self) -> Tensor:
         """Sum over signals and examples of the squared per-sample gradients, in block shape."""
-        uses = self._aligned()
+        uses = self.aligned()
         if len(uses) == 1 and isinstance(use := uses[0], Outer):
             # One position: (g a^T)^2 = g^2 (a^2)^T, and no per-sample gradient is formed.
             if isinstance(use.a, Tensor) and use.positions == 1:
@@ -232,7 +226,7 @@ class Samples:
         assert total is not None
         return total
 
-    def _aligned(self) -> tuple[Outer | PerSample, ...]:
+    def aligned(self) -> tuple[Outer | PerSample, ...]:
         """The uses with a common axis of examples, along which their gradients add up."""
         if self.merge or len({use.examples for use in self.uses}) > 1:
             return tuple(use.merged() for use in self.uses)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from curvature.average import WeightedMean
 from curvature.block import Block
-from curvature.estimator import CurvatureEstimator
+from curvature.diagonal import DiagonalEstimator
+from curvature.estimator import Curvature, CurvatureEstimator, Form
 from curvature.losses import widen
 from curvature.samples import Samples
 from solvers import Dense, LinearOperator
@@ -44,6 +46,10 @@ class UnitEstimator(CurvatureEstimator):
         return self.mean.finite()
 
     @property
+    def stored(self) -> int:
+        return self.block.numel * self.block.shape[-1]
+
+    @property
     def ready(self) -> bool:
         return self.mean.value is not None
 
@@ -57,3 +63,30 @@ class UnitEstimator(CurvatureEstimator):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.mean.load_state_dict(state["mean"])
+
+
+@dataclass(frozen=True)
+class UnitFisher(Curvature):
+    """A dense matrix per output unit: its incoming weights and its bias; 2 x 2 for scale and shift.
+
+    Parameters that are no rows of a layer (bare ones, those without a rule) get their diagonal.
+
+    Attributes:
+        kind: ``"exact"``, ``"mc"`` or ``"empirical"``.
+        samples: Draws per batch for ``"mc"``.
+        max_size: Blocks whose matrices have more entries than the square of this are refused.
+    """
+
+    max_size: int = 8192
+
+    def estimator(self, block: Block, form: Form) -> CurvatureEstimator:
+        if len(block.shape) < 2:
+            return DiagonalEstimator(block)
+        entries = block.numel * block.shape[-1]
+        if entries > self.max_size**2:
+            raise ValueError(
+                f"the units of block {block.name}, {block.shape}, have matrices of {entries:.3g} entries; "
+                f"max_size={self.max_size} allows {self.max_size**2:.3g}. Raise max_size, leave the block out with "
+                "params=, or take another structure ('kfac', 'diagonal')."
+            )
+        return UnitEstimator(block)

@@ -1,0 +1,88 @@
+"""A dense matrix per block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from curvature.average import WeightedMean
+from curvature.block import Block
+from curvature.estimator import Curvature, CurvatureEstimator, Form
+from curvature.losses import widen
+from curvature.samples import Samples, gram
+from solvers import Dense, Flattened, LinearOperator
+
+
+class DenseEstimator(CurvatureEstimator):
+    r"""Exact dense matrix of a block, :math:`\frac{1}{total} \sum_{k,n} g_{kn} g_{kn}^\top`, ``(p, p)``.
+
+    Costs ``p^2`` numbers and, for each row, ``p^2`` operations.
+
+    Raises:
+        ValueError: If the block has more than ``max_size`` parameters.
+    """
+
+    structure: ClassVar[str] = "dense"
+
+    def __init__(self, block: Block, max_size: int) -> None:
+        if block.numel > max_size:
+            raise ValueError(
+                f"block {block.name} has {block.numel} parameters, so its dense matrix has {block.numel**2:.3g} "
+                f"entries; max_size={max_size} allows {max_size**2:.3g}. Raise max_size, leave the block out with "
+                "params=, or take another structure ('kfac', 'unit', 'diagonal')."
+            )
+        super().__init__(block)
+        self.mean = WeightedMean()
+
+    def update(self, samples: Samples) -> None:
+        total: Tensor | None = None
+        for chunk in samples.gradients():
+            product = gram(widen(chunk).flatten(1))
+            total = product if total is None else total.add_(product)
+        self.mean.add(total, samples.weight if samples.first else 0.0)
+
+    def commit(self, ema: float) -> None:
+        self.mean.commit(ema)
+
+    def discard(self) -> None:
+        self.mean.discard()
+
+    def finite(self) -> Tensor:
+        return self.mean.finite()
+
+    @property
+    def stored(self) -> int:
+        return self.block.numel**2
+
+    @property
+    def ready(self) -> bool:
+        return self.mean.value is not None
+
+    def operator(self) -> LinearOperator:
+        if self.mean.value is None:
+            raise RuntimeError(f"block {self.block.name}: no statistics yet; run a forward and backward pass first.")
+        return Flattened(Dense(self.mean.value), self.block.shape)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"mean": self.mean.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.mean.load_state_dict(state["mean"])
+
+
+@dataclass(frozen=True)
+class LayerFisher(Curvature):
+    """Block-diagonal Fisher or GGN: a dense matrix for weight and bias of each layer, and for each bare parameter.
+
+    Attributes:
+        kind: ``"exact"``, ``"mc"`` or ``"empirical"``.
+        samples: Draws per batch for ``"mc"``.
+        max_size: Blocks with more parameters are refused.
+    """
+
+    max_size: int = 8192
+
+    def estimator(self, block: Block, form: Form) -> CurvatureEstimator:
+        return DenseEstimator(block, self.max_size)

@@ -1,0 +1,321 @@
+"""Gradients of single examples: themselves, their norms and their moments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from curvature.block import Block, Place
+from curvature.collector import Collector
+from curvature.data import Batch, Data, Output, is_one_batch
+from curvature.losses import Terms, widen
+from curvature.parameters import Parameters
+from curvature.products import Evaluation, Problem
+from curvature.recorder import Recorder
+from curvature.samples import OneHot, Outer, Samples
+from curvature.signals import Signals
+
+
+@dataclass(frozen=True)
+class Given(Signals):
+    """Signals that were made before.
+
+    Args:
+        given: Output-shaped tensors.
+    """
+
+    given: tuple[Tensor, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.given)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.given)
+
+
+class _Kept:
+    """In the place of an estimate: the samples themselves."""
+
+    def __init__(self, block: Block) -> None:
+        self.block = block
+        self.samples: list[Samples] = []
+
+    def update(self, samples: Samples) -> None:
+        self.samples.append(samples)
+
+
+class Examples:
+    r"""A recorded pass in which signals can be followed back to the gradient of each example.
+
+    The gradient of example n under a signal v is :math:`J^\top v` with all entries of v but those of n set to zero,
+    whether or not the examples interact inside the model.
+
+    Args:
+        parameters: The tracked parameters.
+        recorder: Their uses.
+        output: The model's output, with its graph.
+        terms: Which entries of the output belong to which example.
+    """
+
+    def __init__(self, parameters: Parameters, recorder: Recorder, output: Tensor, terms: Terms) -> None:
+        self.parameters, self.recorder, self.output, self.terms = parameters, recorder, output, terms
+        self.signals = Signals(terms, "empirical", batch=recorder.batch, together=True)
+
+    @classmethod
+    def of(cls, evaluation: Evaluation) -> Examples:
+        """The examples of a recorded evaluation."""
+        assert evaluation.recorder is not None and evaluation.terms is not None
+        return cls(evaluation.problem.parameters, evaluation.recorder, evaluation.output, evaluation.terms)
+
+    @property
+    def number(self) -> int:
+        """Number of examples."""
+        return self.signals.examples
+
+    def samples(self, signals: Sequence[Tensor]) -> list[tuple[Block, list[Samples]]]:
+        """What each block's gradients are made of; in each, the rows are signals, and examples within a signal."""
+        kept: list[_Kept] = []
+
+        def make(block: Block, form: Any) -> Any:
+            kept.append(_Kept(block))
+            return kept[-1]
+
+        collector = Collector(self.parameters, cast(Any, make), joint=False)
+        given = Given(self.terms, "empirical", batch=self.recorder.batch, given=tuple(signals))
+        collector.collect(self.recorder, self.output, given)
+        return [(entry.block, entry.samples) for entry in kept]
+
+    def gradients(self, signals: Sequence[Tensor]) -> Tensor:
+        """Per-sample gradients ``(len(signals), n, P)``, in the parameters' dtype."""
+        p = self.parameters
+        out = torch.zeros(len(signals), self.number, p.size, dtype=p.dtype, device=p.device)
+        sizes = {name: p[name].numel() for name in p}
+        for block, samples in self.samples(signals):
+            rows = torch.cat([chunk for entry in samples for chunk in entry.gradients()])
+            Place.of(block, p.starts, sizes).scatter(self._by_signal(rows, len(signals)).to(p.dtype), out)
+        return out
+
+    def norms(self, signals: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Squared norms of the gradients with respect to each parameter, ``{name: (len(signals), n)}``."""
+        out = {
+            name: torch.zeros(len(signals), self.number, dtype=widen(p.new_empty(0)).dtype, device=p.device)
+            for name, p in self.parameters.items()
+        }
+        for block, samples in self.samples(signals):
+            norms = self._by_signal(torch.cat([squared_norms(entry) for entry in samples]), len(signals))
+            out[block.parts[0].name] += norms
+        return out
+
+    def _by_signal(self, rows: Tensor, signals: int) -> Tensor:
+        if len(rows) != signals * self.number:
+            raise RuntimeError(
+                f"{len(rows)} gradients came back for {signals} signals on {self.number} examples: part of the model "
+                "returns no gradient for some signals. Leave its parameters out with params=."
+            )
+        return rows.reshape(signals, self.number, *rows.shape[1:])
+
+
+def squared_norms(samples: Samples) -> Tensor:
+    r"""Squared norms of the per-sample gradients, ``(k * n,)``.
+
+    For one use of a layer with S positions,
+    :math:`\|\sum_s g_s a_s^\top\|^2 = \sum_{s,t} \langle g_s, g_t \rangle \langle a_s, a_t \rangle`, which needs no
+    gradient: ``S^2 (o + i)`` operations and ``S^2`` numbers per example. Where the gradient is smaller, it is formed.
+    """
+    uses = samples.aligned()
+    if len(uses) == 1 and isinstance(use := uses[0], Outer):
+        i, o, S = use.a.size if isinstance(use.a, OneHot) else use.a.shape[-1], use.g.shape[-1], use.positions
+        if S * (i + o) < i * o or isinstance(use.a, OneHot):
+            g = widen(use.g)
+            total = (inner(g, g) * input_products(use).unsqueeze(-4)).sum((-2, -1))  # (*, k, n)
+            return total.reshape(-1, *total.shape[-2:]).sum(0).flatten()
+    return torch.cat([widen(chunk).flatten(1).square().sum(1) for chunk in samples.gradients()])
+
+
+def inner(left: Tensor, right: Tensor) -> Tensor:
+    """Inner products of positions, ``(..., s, d), (..., t, d)`` to ``(..., s, t)``."""
+    return left @ right.mT
+
+
+def input_products(use: Outer) -> Tensor:
+    """Inner products of the inputs at the positions of each example, ``(*, n, s, s)``."""
+    if isinstance(use.a, OneHot):
+        keep = torch.ones_like(use.a.index) if use.a.keep is None else use.a.keep
+        same = use.a.index.unsqueeze(-1) == use.a.index.unsqueeze(-2)
+        return same * (keep.unsqueeze(-1) * keep.unsqueeze(-2)).to(widen(use.g).dtype)
+    a = widen(use.a)
+    return inner(a, a) + float(use.ones)
+
+
+def per_sample_gradients(
+    model: nn.Module,
+    loss_fn: Any,
+    batch: Batch,
+    *,
+    params: Any = None,
+    output: Output | None = None,
+    class_dim: int | None = None,
+) -> dict[str, Tensor]:
+    r"""Gradient of the loss of each example: of the sum of its terms, without the 1/N of a mean loss.
+
+    .. math:: g_n = \nabla_\theta \sum_{t \in n} l_t, \qquad \nabla_\theta L = \frac{1}{\text{total}} \sum_n g_n,
+
+    where the total of a mean loss is the number of its terms (for ``MSELoss`` of its entries, with class weights their
+    sum). Layers that are recognised cost one backward pass through the activations and one product per layer; other
+    uses of parameters one backward pass per example. In train mode a batch norm makes examples interact: then
+    :math:`g_n` is the gradient of the terms of n in the presence of the others.
+
+    Args:
+        model: Any module; evaluated in its current mode.
+        loss_fn: The loss module.
+        batch: One batch ``(x, y)``.
+        params: Names, globs or tensors that restrict the parameters.
+        output: Picks the output tensor where the model does not return a tensor.
+        class_dim: Class axis of the output where the shapes leave it open.
+
+    Returns:
+        ``{name: (N, *shape)}``, N times the memory of a gradient; :func:`per_sample_norms`,
+        :func:`gradient_second_moment` and :func:`gradient_variance` do without.
+
+    Raises:
+        TypeError: If there is more than one batch.
+    """
+    found: list[Tensor] = []
+    problem = _one_batch(model, loss_fn, batch, params=params, output=output, class_dim=class_dim)
+    _visit(problem, lambda examples: found.append(examples.gradients([examples.terms.gradient()])[0]))
+    return problem.parameters.unflatten(found[0])
+
+
+def per_sample_norms(
+    model: nn.Module,
+    loss_fn: Any,
+    batch: Batch,
+    *,
+    params: Any = None,
+    output: Output | None = None,
+    class_dim: int | None = None,
+) -> dict[str, Tensor]:
+    """Squared Euclidean norms of :func:`per_sample_gradients`, without forming the gradients where that is cheaper.
+
+    For a layer that sees each example once, the norm is the product of the norms of its input and of its output's
+    gradient.
+
+    Args:
+        model: Any module; evaluated in its current mode.
+        loss_fn: The loss module.
+        batch: One batch ``(x, y)``.
+        params: Names, globs or tensors that restrict the parameters.
+        output: Picks the output tensor where the model does not return a tensor.
+        class_dim: Class axis of the output where the shapes leave it open.
+
+    Returns:
+        ``{name: (N,)}``; their sum over the names is the squared norm of the whole gradient.
+
+    References:
+        Goodfellow (2015), "Efficient per-example gradient computations", https://arxiv.org/abs/1510.01799
+    """
+    found: list[dict[str, Tensor]] = []
+    problem = _one_batch(model, loss_fn, batch, params=params, output=output, class_dim=class_dim)
+    _visit(problem, lambda examples: found.append(examples.norms([examples.terms.gradient()])))
+    return {name: norms[0] for name, norms in found[0].items()}
+
+
+def gradient_second_moment(
+    model: nn.Module,
+    loss_fn: Any,
+    data: Data,
+    *,
+    params: Any = None,
+    output: Output | None = None,
+    class_dim: int | None = None,
+    progress: bool | None = None,
+) -> dict[str, Tensor]:
+    r"""Mean over all examples of the squares of :func:`per_sample_gradients`, :math:`\frac{1}{N} \sum_n g_n^2`.
+
+    Args:
+        model: Any module; evaluated in its current mode.
+        loss_fn: The loss module.
+        data: One batch ``(x, y)`` or a re-iterable of batches.
+        params: Names, globs or tensors that restrict the parameters.
+        output: Picks the output tensor where the model does not return a tensor.
+        class_dim: Class axis of the output where the shapes leave it open.
+        progress: Show a progress bar.
+
+    Returns:
+        ``{name: shape}``.
+    """
+    problem = Problem(model, loss_fn, data, params=params, output=output, class_dim=class_dim, progress=progress)
+    squares, _ = _moments(problem, mean=False)
+    return problem.parameters.unflatten(squares)
+
+
+def gradient_variance(
+    model: nn.Module,
+    loss_fn: Any,
+    data: Data,
+    *,
+    params: Any = None,
+    output: Output | None = None,
+    class_dim: int | None = None,
+    progress: bool | None = None,
+) -> dict[str, Tensor]:
+    r"""Variance over all examples of :func:`per_sample_gradients`, :math:`\frac{1}{N} \sum_n (g_n - \bar g)^2`.
+
+    Args:
+        model: Any module; evaluated in its current mode.
+        loss_fn: The loss module.
+        data: One batch ``(x, y)`` or a re-iterable of batches.
+        params: Names, globs or tensors that restrict the parameters.
+        output: Picks the output tensor where the model does not return a tensor.
+        class_dim: Class axis of the output where the shapes leave it open.
+        progress: Show a progress bar.
+
+    Returns:
+        ``{name: shape}``. Computed as the second moment minus the square of the mean, so entries far below the squared
+        mean carry its rounding error.
+    """
+    problem = Problem(model, loss_fn, data, params=params, output=output, class_dim=class_dim, progress=progress)
+    squares, mean = _moments(problem, mean=True)
+    return problem.parameters.unflatten((squares - mean.square()).clamp(min=0))
+
+
+def _moments(problem: Problem, mean: bool) -> tuple[Tensor, Tensor]:
+    """Means over the examples of the squared gradients and, if asked for, of the gradients; ``(P,)`` each."""
+    p = problem.parameters
+    sizes = {name: p[name].numel() for name in p}
+    squares = torch.zeros(p.size, dtype=widen(torch.empty(0, dtype=p.dtype)).dtype, device=p.device)
+    total, count = torch.zeros_like(squares), 0
+
+    def add(examples: Examples) -> None:
+        nonlocal count
+        signal = examples.terms.gradient()
+        count += examples.number
+        for block, samples in examples.samples([signal]):
+            place, part = Place.of(block, p.starts, sizes), torch.zeros_like(squares)
+            for entry in samples:
+                place.scatter(widen(entry.square_sum()), part)
+                squares.add_(part)
+        if mean:
+            gradient = torch.autograd.grad(examples.output, list(p.values()), signal, allow_unused=True)
+            pairs = zip(p.items(), gradient, strict=True)
+            total.add_(p.flatten({name: torch.zeros_like(q) if g is None else g for (name, q), g in pairs}))
+
+    _visit(problem, add)
+    return squares / count, total / count
+
+
+def _visit(problem: Problem, use: Callable[[Examples], Any]) -> Tensor | float:
+    return problem.visit(lambda evaluation: use(Examples.of(evaluation)), "per-sample gradients", recorded=True)
+
+
+def _one_batch(model: nn.Module, loss_fn: Any, batch: Batch, **options: Any) -> Problem:
+    if not is_one_batch(batch):
+        raise TypeError(
+            f"expected one batch (x, y), got {type(batch).__name__}: results per example are returned for one batch "
+            "at a time. Loop over the batches."
+        )
+    return Problem(model, loss_fn, batch, **options)
