@@ -599,3 +599,32 @@ def embeddings() -> Problem:
 
     ids = torch.tensor([[1, 1, 4, 0], [3, 3, 3, 2], [0, 4, 0, 4]])
     return Problem(Model(), nn.CrossEntropyLoss(), [(ids, classes(3, of=3)), (ids[:1].clone(), classes(1, of=3))])
+
+
+@problem
+def channels_last() -> Problem:
+    """Weights and activations whose memory is not in the order of their axes."""
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 2), nn.ReLU(True), nn.Conv2d(4, 2, 1, bias=False), nn.Flatten(), nn.Linear(8, 3)
+    )
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    data: list[tuple[Any, Tensor]] = [
+        (normal(n, 2, 3, 3).to(memory_format=torch.channels_last), classes(n, of=3)) for n in (3, 2)
+    ]
+    return Problem(model, nn.CrossEntropyLoss(), data)
+
+
+@problem
+def stored_transposed() -> Problem:
+    """A parameter that is not contiguous, whole and in parts."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.packed = nn.Parameter(torch.randn(4, 5).t()), nn.Parameter(torch.randn(4, 6).t())
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.linear(x, self.weight).tanh()[:, :4]
+            return F.linear(x, self.packed[:3]) + F.linear(x, self.packed[3:]) * 2
+
+    return Problem(Model(), nn.CrossEntropyLoss(), two_batches(4))
