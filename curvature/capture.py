@@ -35,10 +35,11 @@ class Pass:
 
     inputs: Call
     losses: list[Call] = field(default_factory=list)  # calls of the loss on the output itself; None stands for it
+    output: Tensor | None = None  # and the gradient that arrived there
     output_gradient: Tensor | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class Recording:
     """One recorded forward pass of the model."""
 
@@ -49,6 +50,12 @@ class Recording:
     used: bool = False
     total: Tensor | None = None  # divisor of the first loss that saw it
     counted: set[Any] = field(default_factory=set)
+    handles: list[Any] = field(default_factory=list)  # of hooks on tensors, which would keep their graph alive
+
+    def release(self) -> None:
+        """Let go of the graph: cycles through autograd are invisible to Python's garbage collector."""
+        for handle in self.handles:
+            handle.remove()
 
 
 class Capture:
@@ -145,7 +152,8 @@ class Capture:
     def forget(self) -> None:
         """Drop recorded activations and the count of batches."""
         self._stop()
-        self._recordings, self._passes, self.batches, self.reached = [], [], 0, set()
+        self._keep(lambda recording: False)
+        self._passes, self.batches, self.reached = [], 0, set()
 
     @property
     def shadows(self) -> bool:
@@ -162,14 +170,16 @@ class Capture:
         self._stop()
         if self.before_pass is not None:
             self.before_pass()
-        self._recordings = [r for r in self._recordings if not r.used or self.shadows]
+        self._keep(lambda recording: not recording.used or self.shadows)
         if self.shadows:
             return
         self._current = self._recorder((args, kwargs))
-        self._frame = sys._getframe().f_back
+        self._frame = _caller()
         self._current.__enter__()
 
     def _after_forward(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+        if self._is_running() and self._frame is not _caller():
+            return
         recorder = self._current
         self._stop()
         if result is None or not self._wants(module) or (recorder is None and not self.shadows):
@@ -185,7 +195,7 @@ class Capture:
         self._recordings.append(recording)
         self._passes.append(recording.origin)
         if z is not None and z.requires_grad and self.mode != "loss":
-            z.register_hook(_OutputHook(self, recording))
+            recording.handles.append(z.register_hook(_OutputHook(self, recording)))
 
     def _is_running(self) -> bool:
         """Whether the call that is being recorded has not returned: the model calls itself."""
@@ -193,6 +203,13 @@ class Capture:
         while frame is not None and frame is not self._frame:
             frame = frame.f_back
         return self._current is not None and frame is not None
+
+    def _keep(self, wanted: Callable[[Recording], bool]) -> None:
+        kept = [recording for recording in self._recordings if wanted(recording)]
+        for recording in self._recordings:
+            if recording not in kept:
+                recording.release()
+        self._recordings = kept
 
     def _stop(self) -> None:
         """Leave the recorder: the forward pass ended, or (a keyboard interrupt runs no hooks) was given up."""
@@ -252,7 +269,9 @@ class Capture:
             self._collect(recordings, z, terms)
 
         loss.register_hook(lambda gradient: scale.append(gradient.detach()))
-        z.register_hook(on_output)
+        handle = z.register_hook(on_output)
+        for recording in recordings:
+            recording.handles.append(handle)
 
     def _output_gradient(self, recording: Recording, gradient: Tensor) -> None:
         """The gradient tap."""
@@ -260,17 +279,17 @@ class Capture:
             return
         if not bool(torch.isfinite(gradient).all()):
             return  # nothing can be read off it, and the step will be skipped
+        assert recording.output is not None
         if self.shadows or not self._settled:
-            recording.origin.output_gradient = gradient.detach()
+            recording.origin.output, recording.origin.output_gradient = recording.output.detach(), gradient.detach()
         if self.shadows or recording.used:
             return
-        assert recording.output is not None
         terms = self._terms_from_gradient(recording.output, gradient)
         self._collect([recording], recording.output, terms)
 
     # Statistics
 
-    def _terms_from_gradient(self, z: Tensor, gradient: Tensor) -> Terms:
+    def _terms_from_gradient(self, z: Tensor, gradient: Tensor, arrived_at: Tensor | None = None) -> Terms:
         if self.loss is None and self.mode == "auto":
             raise TypeError(
                 "an empirical Fisher from the gradient at the model's output has the scale of whatever backward() is "
@@ -278,7 +297,14 @@ class Capture:
                 "loop calls, or set capture='gradient' for a mean loss that is neither accumulated nor scaled."
             )
         return from_output_gradient(
-            self.loss, z, gradient, None, "mean", self.class_dim, empirical=self.curvature.kind == "empirical"
+            self.loss,
+            z,
+            gradient,
+            None,
+            "mean",
+            self.class_dim,
+            empirical=self.curvature.kind == "empirical",
+            arrived_at=arrived_at,
         )
 
     def _collect(self, recordings: list[Recording], z: Tensor, terms: Terms) -> None:
@@ -309,7 +335,7 @@ class Capture:
             gradients: Gradients of the step by name. If one is nonzero although no recorded pass reached its
                 parameter, the pass hides parts of the model, and is repeated in the open, now and from now on.
         """
-        self._recordings = []
+        self._keep(lambda recording: False)
         missing = set() if self.shadows or self.mode != "auto" else self._missing(gradients or {})
         if missing:
             self._hidden = True
@@ -351,7 +377,8 @@ class Capture:
                     rest = [a for a in (*positional, *named.values()) if a is not None]
                     self._collect([recording], z, self.loss.terms(z, *rest, as_called=True))
             elif origin.output_gradient is not None:
-                self._collect([recording], z, self._terms_from_gradient(z, origin.output_gradient))
+                terms = self._terms_from_gradient(z, origin.output_gradient, origin.output)
+                self._collect([recording], z, terms)
 
     def _wants(self, module: nn.Module) -> bool:
         if not self.armed or inspecting() or not torch.is_grad_enabled():
@@ -399,6 +426,15 @@ class _Hook:
 def _outside_of_the_graph(hook: _Hook, *args: Any) -> None:
     """Run a hook that is being compiled together with its module: a graph break keeps it."""
     hook.run(*args, compiled=True)
+
+
+def _caller() -> FrameType:
+    """The frame of the module call that runs the current hook."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and (frame.f_code.co_filename == __file__ or frame.f_code.co_name == "inner"):
+        frame = frame.f_back
+    assert frame is not None
+    return frame
 
 
 class _OutputHook:

@@ -42,6 +42,7 @@ def from_output_gradient(
     reduction: str,
     class_dim: int | None,
     empirical: bool = False,
+    arrived_at: Tensor | None = None,
 ) -> Terms:
     """The terms of a loss from ``dL/dz``.
 
@@ -57,6 +58,7 @@ def from_output_gradient(
         reduction: Of the loss.
         class_dim: Class axis, where the user said.
         empirical: The gradients of the terms are needed, not only their curvature.
+        arrived_at: The output at which the gradient arrived, if ``output`` is a repetition of it with other dropout.
 
     Raises:
         AmbiguousClassAxisError: If not exactly one axis of a cross-entropy's gradient sums to zero.
@@ -66,9 +68,9 @@ def from_output_gradient(
         return _gradient_terms(output, gradient, scale, reduction)
     options = loss.loss_fn
     if isinstance(options, nn.CrossEntropyLoss):
-        axis = _class_axis(gradient, class_dim)
-        rows = gradient.movedim(axis, -1)
-        terms = loss.terms(output, rows.argmin(-1), class_dim=axis, mask=(rows != 0).any(-1))
+        class_dim = _class_axis(gradient, class_dim)
+        rows = gradient.movedim(class_dim, -1)
+        target, mask = rows.argmin(-1), (rows != 0).any(-1)
         labelled = empirical or options.weight is not None
     else:
         # A binary label is one where the loss pulls its logit up; the curvature of the others below ignores targets.
@@ -77,12 +79,13 @@ def from_output_gradient(
         terms = loss.terms(output, target, class_dim=class_dim)
         if not terms.hessian_is_fisher:
             raise _needs_targets(options)
-        valid = (terms.rows(gradient) != 0).any(-1)
-        terms = loss.terms(output, target, class_dim=class_dim, mask=valid.reshape(terms.layout.term_shape))
+        mask = (terms.rows(gradient) != 0).any(-1).reshape(terms.layout.term_shape)
         labelled = empirical or (binary and options.pos_weight is not None)
-    if labelled and not _proportional(terms.gradient(), gradient):
-        raise _needs_targets(options)
-    return terms
+    if labelled:
+        seen = loss.terms(output if arrived_at is None else arrived_at, target, class_dim=class_dim, mask=mask)
+        if not _proportional(seen.gradient(), gradient):
+            raise _needs_targets(options)
+    return loss.terms(output, target, class_dim=class_dim, mask=mask)
 
 
 def _gradient_terms(output: Tensor, gradient: Tensor, scale: Tensor | None, reduction: str) -> GradientTerms:
