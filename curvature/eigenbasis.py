@@ -114,6 +114,10 @@ class EigenbasisEstimator(CurvatureEstimator):
         return flags & self.spectrum.finite().to(flags.device)
 
     @property
+    def stored(self) -> int:
+        return 2 * self.factors.stored + self.block.numel
+
+    @property
     def ready(self) -> bool:
         return self.basis is not None and self.spectrum.value is not None
 

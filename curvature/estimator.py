@@ -46,6 +46,11 @@ class CurvatureEstimator(ABC):
         """0-d bool tensor: the current step has neither NaN nor inf."""
 
     @property
+    def stored(self) -> int:
+        """Numbers the estimate keeps."""
+        return self.block.numel
+
+    @property
     @abstractmethod
     def ready(self) -> bool:
         """Whether anything was ever committed."""

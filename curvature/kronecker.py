@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -129,6 +130,11 @@ class KroneckerEstimator(CurvatureEstimator):
     def finite(self) -> Tensor:
         flags = [mean.finite() for pair in self.sides.values() for mean in pair]
         return torch.stack([f.to(flags[-1].device) for f in flags]).all() if flags else torch.tensor(True)
+
+    @property
+    def stored(self) -> int:
+        *stack, d_out, d_in = self.block.shape
+        return math.prod(stack) * sum(d * d if d <= self.max_factor else d for d in (d_out, d_in))
 
     @property
     def ready(self) -> bool:

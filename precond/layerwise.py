@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from curvature import Block, Curvature, CurvatureEstimator
 from curvature.capture import Capture, Mode, unwrapped
 from curvature.collector import Collector
+from curvature.coverage import Coverage, describe_loss, table
 from curvature.data import Output
 from curvature.estimator import Form
 from curvature.parameters import Parameters
@@ -162,6 +163,12 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         """The hooks on the model."""
         assert self._capture is not None
         return self._capture
+
+    def coverage(self) -> Coverage:
+        """Which curvature every parameter has, as far as recorded passes used them; see :func:`curvature.coverage`."""
+        collector = self.capture.collector
+        rows = table(self.parameters, collector.estimators, collector.operations)
+        return Coverage(tuple(rows), describe_loss(self.loss_fn), True)
 
     def detach(self) -> None:
         """Remove every hook from model and loss; the optimizer keeps its last inverses."""

@@ -1,0 +1,130 @@
+"""The inverse applied to the rows of a gradient is the inverse applied to the gradient, or is not used at all."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from precond import KFAC
+from solvers import CholeskyInverse
+
+Edit = Callable[[nn.Module], object]
+
+
+def setup(period: int = 1) -> tuple[nn.Module, nn.Module, KFAC]:
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(40, 48), nn.Tanh(), nn.Linear(48, 36, bias=False), nn.Tanh(), nn.Linear(36, 5))
+    model, loss_fn = model.double(), nn.CrossEntropyLoss()
+    options = {"curvature_update_period": period, "inverse_update_period": period}
+    return model, loss_fn, KFAC(model, loss_fn, lr=0.02, damping=1e-2, **options)
+
+
+def data() -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    return torch.randn(6, 40, generator=g, dtype=torch.float64), torch.randint(5, (6,), generator=g)
+
+
+def train(model: nn.Module, loss_fn: nn.Module, optimizer: KFAC, steps: int, edit: Edit | None = None) -> torch.Tensor:
+    x, y = data()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss_fn(model(x), y).backward()
+        if edit is not None:
+            edit(model)
+        optimizer.step()
+    return nn.utils.parameters_to_vector(model.parameters()).detach()
+
+
+def counts(optimizer: KFAC) -> list[int]:
+    return [tap.count for tap in optimizer._taps.values()]
+
+
+def scale(factor: float) -> Edit:
+    return lambda model: [p.grad.mul_(factor) for p in model.parameters()]
+
+
+@pytest.mark.parametrize("period", [1, 4, 30])
+def test_rows_give_what_the_gradient_gives(period: int) -> None:
+    by_rows, by_gradient = setup(period), setup(period)
+    a = train(*by_rows, steps=9)
+    b = train(*by_gradient, steps=9, edit=scale(1.0))  # a new version, so the rows no longer vouch for it
+    assert max(counts(by_rows[2])) == 6 and max(counts(by_gradient[2])) == 0
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_short_periods_keep_the_triangular_factor() -> None:
+    model, loss_fn, optimizer = setup(1)
+    train(model, loss_fn, optimizer, 3)
+    inverse = optimizer.preconditioners["0.weight+0.bias"].inverse
+    assert all(isinstance(factor, CholeskyInverse) for factor in inverse.factors)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda model: nn.utils.clip_grad_norm_(model.parameters(), 0.01),
+        lambda model: [p.grad.data.clamp_(-0.01, 0.01) for p in model.parameters()],  # no new version
+        lambda model: [setattr(p, "grad", p.grad * 0.5) for p in model.parameters()],
+    ],
+    ids=["clip_grad_norm_", "data.clamp_", "replaced"],
+)
+def test_edited_gradients_are_honoured(edit: Edit) -> None:
+    """The same edit on gradients that are known to be edited gives the same run."""
+    plain, marked = setup(), setup()
+
+    def edit_and_mark(model: nn.Module) -> None:
+        edit(model)
+        scale(1.0)(model)
+
+    a, b = train(*plain, steps=6, edit=edit), train(*marked, steps=6, edit=edit_and_mark)
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_accumulated_gradients_are_not_taken_for_rows() -> None:
+    model, loss_fn, optimizer = setup()
+    train(model, loss_fn, optimizer, 2)
+    x, y = data()
+    optimizer.zero_grad()
+    for half in (slice(0, 3), slice(3, 6)):
+        (loss_fn(model(x[half]), y[half]) / 2).backward()
+    optimizer.step()
+    assert counts(optimizer) == [0, 0, 0]
+
+
+def test_two_backward_passes_through_one_graph_are_not_taken_for_rows() -> None:
+    model, loss_fn, optimizer = setup()
+    train(model, loss_fn, optimizer, 2)
+    x, y = data()
+    optimizer.zero_grad()
+    loss = loss_fn(model(x), y)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    optimizer.step()
+    assert counts(optimizer) == [0, 0, 0]
+
+
+@pytest.mark.parametrize("period", [1, 3, 30])
+def test_resume_is_exact(period: int) -> None:
+    model, loss_fn, optimizer = setup(period)
+    train(model, loss_fn, optimizer, 7)
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    again = setup(period)
+    again[0].load_state_dict(saved["model"])
+    again[2].load_state_dict(saved["optimizer"])
+    assert torch.equal(train(model, loss_fn, optimizer, 5), train(*again, steps=5))
+
+
+def test_detach_removes_the_taps() -> None:
+    model, loss_fn, optimizer = setup()
+    train(model, loss_fn, optimizer, 2)
+    assert any(module._forward_hooks for module in model.modules())
+    optimizer.detach()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in [*model.modules(), loss_fn])
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
