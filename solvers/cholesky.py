@@ -106,13 +106,9 @@ def cholesky_factor(op: Dense) -> Tensor:
     require_symmetric(op)
     matrix = at_least_float32(op.matrix)
     factor, info = torch.linalg.cholesky_ex(matrix)
-    # NaN and infinity can pass without a bad pivot. In row i of the triangle they reach the pivot L_ii; above it they
-    # are never read, so a matrix nobody vouches for is looked at as a whole.
+    # NaN and infinity can pass without a bad pivot, but in row i of the triangle they reach the pivot L_ii.
     pivots = factor.diagonal(dim1=-2, dim2=-1)
-    sound = (info == 0).all() & torch.isfinite(pivots).all()
-    if not op.is_gram:
-        sound = sound & torch.isfinite(matrix).all()
-    require(sound, lambda: _failure(op, matrix))
+    require((info == 0).all() & torch.isfinite(pivots).all(), lambda: _failure(op, matrix))
     return factor
 
 
@@ -122,11 +118,15 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def require_symmetric(op: Dense) -> None:
-    """Refuse a matrix that is not square or not symmetric up to rounding."""
+    """Refuse a matrix that is not square, not finite or not symmetric up to rounding.
+
+    Factorisations read one triangle, so a matrix that nobody vouches for is looked at as a whole.
+    """
     if op.matrix.shape[-1] != op.matrix.shape[-2]:
         raise NotSymmetricError(f"{op!r} is not square; a least-squares solver such as LSMR() takes rectangles.")
     if not op.is_gram:
         require(op.is_symmetric(), lambda: _asymmetry(op))
+        require(torch.isfinite(op.matrix).all(), lambda: non_finite(op))
 
 
 def non_finite(op: LinearOperator) -> NonFiniteError:

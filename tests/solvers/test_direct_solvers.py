@@ -27,6 +27,7 @@ from solvers import (
     Segment,
     SingularMatrixError,
     StructureError,
+    Subspace,
 )
 from tests.solvers import dense_reference as reference
 from tests.solvers.contracts import SolverContract
@@ -265,6 +266,16 @@ def test_non_finite_is_refused_everywhere() -> None:
                 continue
             with pytest.raises(NonFiniteError, match=r"(Dense\(3x3\)|Diagonal\(3x3\)) h(olds|as) NaN or infinity"):
                 solvers.power(op, -1, solver)
+
+
+@pytest.mark.parametrize("entry", [(0, 2), (2, 0)])
+@pytest.mark.parametrize("solver", [Cholesky(), Cholesky(explicit=False), Eigh(), Eigh("clamped"), Auto(), Subspace()])
+def test_non_finite_in_one_triangle_is_seen(solver: solvers.Solver, entry: tuple[int, int]) -> None:
+    for bad in (torch.nan, torch.inf):
+        matrix = positive(3)
+        matrix[entry] = bad
+        with pytest.raises(NonFiniteError, match=r"Dense\(3x3\) holds NaN or infinity"):
+            Dense(matrix).inverse(solver=solver)
 
 
 def test_overflowing_inverse_is_refused() -> None:
