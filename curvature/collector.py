@@ -209,19 +209,26 @@ class Collector:
     def _mixing(self, groups: list[Group], output: Tensor, signals: Signals, cache: Cache) -> set[str]:
         """Blocks with a use that does not keep the examples apart.
 
-        Shapes tell where a use has no row, or several, for an example. Where the numbers must be exact, a signal on
-        every other example tells the rest (statistics over the batch, attention along the axis that was taken for the
-        examples): it must leave exact zeros at all others. Where the rows of the output were taken for examples and
-        positions by their number alone, they may be shifted in one direction only, so both halves are sent.
+        Shapes tell where a use has no row, or several, for an example. Where the numbers must be exact, weights on the
+        examples tell the rest (statistics over the batch, attention along the axis that was taken for the examples,
+        tokens sent to experts): what arrives in the rows of an example must grow by the weight of that example.
         """
         if signals.examples <= 1:
             return set()
         mixing = {group.block.name for group in groups if _mixes(group, signals.examples)}
-        for half in range(2 if signals.regrouped else 1) if self.exact else ():
-            rest = [group for group in groups if group.block.name not in mixing]
-            for group, uses in self._back(rest, output, signals.probe(half), cache, {}):
-                if any(bool(use.reached[1 - half :: 2].any()) for use in uses):
-                    mixing.add(group.block.name)
+        rest = [group for group in groups if group.block.name not in mixing]
+        if not self.exact or not rest:
+            return mixing
+        back = self._back(rest, output, signals.probe(), cache, {})
+        plain = {group.block.name: [_by_example(use) for use in uses] for group, uses in back}
+        for weights in signals.tags():
+            for group, uses in self._back(rest, output, signals.probe(weights), cache, {}):
+                for use, rows in zip(uses, plain[group.block.name], strict=True):
+                    expected = rows * weights.to(rows).unsqueeze(1)
+                    off = torch.linalg.vector_norm(_by_example(use) - expected, dim=1)
+                    tolerance = torch.finfo(rows.dtype).eps ** 0.5
+                    if not (off <= tolerance * torch.linalg.vector_norm(expected, dim=1)).all():
+                        mixing.add(group.block.name)
         return mixing
 
     def _unexplained(self, groups: list[Group], output: Tensor, signals: Signals, cache: Cache) -> set[str]:
@@ -275,6 +282,13 @@ def _sites(groups: list[Group]) -> list[Site]:
 
 def _mixes(group: Group, examples: int) -> bool:
     return not group.uses or any(not use.site.keeps_examples(examples) for use in group.uses)
+
+
+def _by_example(use: Outer | PerSample) -> Tensor:
+    """What arrived for each example, ``(n, *)``."""
+    if isinstance(use, Outer):
+        return use.g.movedim(-3, 0).flatten(1)
+    return use.gradients.movedim(1, 0).flatten(1)
 
 
 def _samples(

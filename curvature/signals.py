@@ -54,11 +54,6 @@ class Signals:
         return self.batch if self.batch and (n * r) % self.batch == 0 and n % self.batch == 0 else n
 
     @property
-    def regrouped(self) -> bool:
-        """Whether the rows of the output were taken for examples and positions because their number is a multiple."""
-        return self.examples != self.terms.shape[0]
-
-    @property
     def positions(self) -> int:
         """Terms per example."""
         n, r, _ = self.terms.shape
@@ -109,14 +104,27 @@ class Signals:
                 only[n] = rows[n]
                 yield self.terms.unrows(only.reshape(self.terms.shape))
 
-    def probe(self, half: int | None = None) -> Tensor:
-        """A signal without symmetries (random, always the same) on all valid terms, or those of every other example."""
+    def probe(self, weights: Tensor | None = None) -> Tensor:
+        """A signal without symmetries (random, always the same) on all valid terms, times a weight per example."""
         shape = (self.examples, self.positions, self.terms.columns)
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         rows = noise.to(self.terms.output.detach()) * self.mask.unsqueeze(-1)
-        if half is not None:
-            rows[1 - half :: 2] = 0
+        if weights is not None:
+            rows = rows * weights.to(rows).reshape(-1, 1, 1)
         return self.terms.unrows(rows.reshape(self.terms.shape))
+
+    def tags(self) -> Iterator[Tensor]:
+        """Weights ``(examples,)`` that tell examples apart: no two examples have all of theirs in common.
+
+        Powers of two, so that a backward pass that keeps examples apart scales with them exactly; as many sets of
+        weights as the number of the last example has digits to the base 32.
+        """
+        number = torch.arange(self.examples)
+        while True:
+            yield 2.0 ** (number % 32)
+            number = number // 32
+            if not number.any():
+                return
 
     def _only(self, signal: Tensor, position: int) -> Tensor:
         """The part of a signal that starts at one position of every example."""

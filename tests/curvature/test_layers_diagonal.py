@@ -238,6 +238,26 @@ def linear_on_two_views_of_a_batch() -> tuple[nn.Module, Any]:
 
 
 @case
+def expert_that_sees_as_many_tokens_as_there_are_examples() -> tuple[nn.Module, Any]:
+    class Expert(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            tokens = x.flatten(0, 1)
+            chosen = torch.tensor([4, 2, 5])  # none of the first example, two of the last
+            return x + torch.zeros_like(tokens).index_add(0, chosen, super().forward(tokens[chosen])).view_as(x)
+
+    return Head(Expert(2, 2), 4), normal(3, 2, 2)
+
+
+@case
+def expert_that_sees_the_tokens_of_one_example() -> tuple[nn.Module, Any]:
+    class Expert(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([x[:2], super().forward(x[2]).unsqueeze(0)])
+
+    return Head(Expert(2, 2), 6), normal(3, 3, 2)
+
+
+@case
 def linear_on_the_first_of_one_example() -> tuple[nn.Module, Any]:
     class First(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:

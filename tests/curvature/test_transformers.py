@@ -56,6 +56,22 @@ def llama() -> tuple[nn.Module, dict[str, Tensor]]:
     return transformers.LlamaForCausalLM(config), tokens()
 
 
+def mixtral() -> tuple[nn.Module, dict[str, Tensor]]:
+    config = transformers.MixtralConfig(
+        vocab_size=V,
+        hidden_size=D,
+        intermediate_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=16,
+        num_local_experts=3,
+        num_experts_per_tok=2,
+        experts_implementation="eager",  # the grouped kernel has no float64
+    )
+    return transformers.MixtralForCausalLM(config), tokens()
+
+
 def bert() -> tuple[nn.Module, dict[str, Tensor]]:
     config = transformers.BertConfig(
         vocab_size=V,
@@ -104,6 +120,7 @@ def t5() -> tuple[nn.Module, dict[str, Tensor]]:
 MODELS: dict[str, Callable[[], tuple[nn.Module, dict[str, Tensor]]]] = {
     "gpt2": gpt2,
     "llama": llama,
+    "mixtral": mixtral,
     "bert": bert,
     "vit": vit,
     "t5": t5,
