@@ -1,6 +1,7 @@
 """Second-order optimizers with the interface of ``torch.optim``."""
 
 from curvature import DiagonalFisher, EigenbasisFisher, KroneckerFisher
+from precond.adapt import LevenbergMarquardt
 from precond.averaging import IterateAverage
 from precond.base import SecondOrderOptimizer
 from precond.ekfac import EKFAC
@@ -9,6 +10,7 @@ from precond.kl_shampoo import KLShampoo
 from precond.layerwise import PreconditionedOptimizer
 from precond.methods import Method, Taxonomy, methods
 from precond.muon import Muon
+from precond.newton import Newton
 from precond.preconditioner import Preconditioner
 from precond.shampoo import Shampoo
 from precond.soap import SOAP
@@ -21,6 +23,7 @@ __all__ = [
     "KFAC",
     "KLShampoo",
     "Muon",
+    "Newton",
     "PreconditionedOptimizer",
     "SecondOrderOptimizer",
     "Shampoo",
@@ -28,6 +31,7 @@ __all__ = [
     "SPlus",
     # what there is
     "IterateAverage",
+    "LevenbergMarquardt",
     "Method",
     "methods",
     "Taxonomy",

@@ -39,10 +39,11 @@ class GradientOptimizer(SecondOrderOptimizer):
         """State of a parameter before its first step, without the count ``step``."""
 
     @abstractmethod
-    def direction(self, g: Tensor, state: State, group: Group) -> Tensor:
+    def direction(self, p: Tensor, g: Tensor, state: State, group: Group) -> Tensor:
         """Update the state with a gradient and return the direction, both of the parameter's shape.
 
         Args:
+            p: The parameter.
             g: Gradient in float32 at least, not empty; not to be altered.
             state: Its state; ``state["step"]`` is 1 at the first step.
             group: Options.
@@ -62,7 +63,7 @@ class GradientOptimizer(SecondOrderOptimizer):
                     out[p] = torch.zeros_like(g)
                 else:
                     state["step"] += 1
-                    out[p] = self.direction(g.to(working_dtype(g)), state, group)
+                    out[p] = self.direction(p, g.to(working_dtype(g)), state, group)
         return out
 
     def _idle(self, gradients: dict[Tensor, Tensor]) -> bool:
@@ -79,37 +80,36 @@ class GradientOptimizer(SecondOrderOptimizer):
         limit = min(torch.finfo(g.dtype).max for g in gradients)
         return bool((norms.square() < limit).all())
 
-    def refresh(self, state: State, compute: Callable[[], State], prefix: str = "") -> None:
+    def refresh(self, p: Tensor, compute: Callable[[], State], prefix: str = "") -> None:
         """Replace entries of the state by computed ones; after a failure the last good ones stay.
 
         Args:
-            state: The state of a parameter.
+            p: The parameter.
             compute: Returns the new entries.
             prefix: Of the names in the state, where the parameter has several blocks.
 
         Raises:
             SolverError: At the first refresh, or after more than three failures in a row.
         """
-        failures = f"{prefix}failures"
+        state, failures = self.state[p], f"{prefix}failures"
         try:
             state.update(compute())
             state[failures] = 0
         except SolverError as error:
-            where = self._name_of(state) + (f", block {prefix.strip('.')}" if prefix else "")
+            where = self._name_of(p) + (f", block {prefix.strip('.')}" if prefix else "")
             first = failures not in state
             state[failures] = state.get(failures, 0) + 1
             if first or state[failures] > TOLERATED_FAILURES:
                 raise type(error)(f"{where}: refresh failed {state[failures]} times in a row. {error}") from error
             log.warning("%s keeps its last decomposition: %s", where, error)
 
-    def _name_of(self, state: State) -> str:
-        """A name for the parameter that a state belongs to."""
+    def _name_of(self, parameter: Tensor) -> str:
         for index, group in enumerate(self.param_groups):
             for i, p in enumerate(group["params"]):
-                if self.state.get(p) is state:
+                if p is parameter:
                     given = group.get("param_names")
                     return given[i] if given else f"parameter {i} of group {index}, shape {tuple(p.shape)}"
-        return "an unknown parameter"
+        return f"a parameter of shape {tuple(parameter.shape)}"
 
 
 def working_dtype(x: Tensor) -> torch.dtype:

@@ -92,7 +92,7 @@ class KLShampoo(GradientOptimizer):
             state["exp_avg_sq"] = state_zeros(p, shape)
         return state
 
-    def direction(self, g: Tensor, state: State, group: Group) -> Tensor:
+    def direction(self, p: Tensor, g: Tensor, state: State, group: Group) -> Tensor:
         shape = g.shape
         g = g.reshape(state["exp_avg"].shape)
         axes = [axis for axis in range(g.ndim) if f"factor.{axis}" in state]

@@ -102,7 +102,7 @@ class Muon(GradientOptimizer):
             return {"momentum_buffer": state_zeros(p)}
         return {"exp_avg": state_zeros(p), "exp_avg_sq": state_zeros(p)}
 
-    def direction(self, g: Tensor, state: State, group: Group) -> Tensor:
+    def direction(self, p: Tensor, g: Tensor, state: State, group: Group) -> Tensor:
         if "momentum_buffer" not in state:
             return adam(g, state, group["betas"], group["eps"])
         momentum = group["momentum"]

@@ -125,7 +125,7 @@ class Shampoo(GradientOptimizer):
                 state[f"{b}.root.{axis}"] = torch.eye(n, dtype=state["exp_avg"].dtype, device=p.device)
         return state
 
-    def direction(self, g: Tensor, state: State, group: Group) -> Tensor:
+    def direction(self, p: Tensor, g: Tensor, state: State, group: Group) -> Tensor:
         shape, beta1 = g.shape, group["betas"][0]
         g = g.reshape(state["exp_avg"].shape)
         state["exp_avg"].lerp_(g, 1 - beta1)
@@ -133,7 +133,7 @@ class Shampoo(GradientOptimizer):
         graft = None if group["grafting"] is None else self._graft(g, momentum, state, group)
         out = torch.empty_like(g)
         for b, region in enumerate(blocks(g.shape, group["block_size"])):
-            self._update(g[region], state, group, b, region)
+            self._update(p, g[region], group, b, region)
             if state["step"] < group["start_step"]:
                 assert graft is not None
                 out[region] = graft[region]
@@ -145,8 +145,9 @@ class Shampoo(GradientOptimizer):
             out[region] = d
         return out.reshape(shape)
 
-    def _update(self, g: Tensor, state: State, group: Group, b: int, region: tuple[slice, ...]) -> None:
+    def _update(self, p: Tensor, g: Tensor, group: Group, b: int, region: tuple[slice, ...]) -> None:
         """Fold a gradient into the factors of block b and refresh what is due."""
+        state = self.state[p]
         step, beta2 = state["step"], group["betas"][1]
         ema = beta2 if group["curvature_ema"] is None else group["curvature_ema"]
         for axis in range(g.ndim):
@@ -154,9 +155,9 @@ class Shampoo(GradientOptimizer):
         if due(step, group["inverse_update_period"]) or step == group["start_step"]:
             weight = 1 - ema**step if ema < 1 else 1
             if group["eigenvalue_correction"]:
-                self.refresh(state, lambda: self._new_basis(state, b, region), f"{b}.")
+                self.refresh(p, lambda: self._new_basis(state, b, region), f"{b}.")
             else:
-                self.refresh(state, lambda: self._roots(state, group, b, g.ndim, weight), f"{b}.")
+                self.refresh(p, lambda: self._roots(state, group, b, g.ndim, weight), f"{b}.")
         if group["eigenvalue_correction"]:
             squares = multiply(g, _matrices(state, b, g.ndim), transpose=True).square()
             state["exp_avg_sq"][region].lerp_(squares, 1 - beta2)

@@ -96,7 +96,7 @@ class SOAP(GradientOptimizer):
                     state[f"basis.{axis}"] = state_zeros(p, (size, size))
         return state
 
-    def direction(self, g: Tensor, state: State, group: Group) -> Tensor:
+    def direction(self, p: Tensor, g: Tensor, state: State, group: Group) -> Tensor:
         shape, step = g.shape, state["step"]
         beta1, beta2 = group["betas"]
         exp_avg, exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]
@@ -105,7 +105,7 @@ class SOAP(GradientOptimizer):
 
         if step == 1:
             self._update_factors(g, state, group, axes)
-            self.refresh(state, lambda: {f"basis.{k}": spectrum(state[f"factor.{k}"])[1] for k in axes})
+            self.refresh(p, lambda: {f"basis.{k}": spectrum(state[f"factor.{k}"])[1] for k in axes})
         bases = {axis: state[f"basis.{axis}"] for axis in axes}
         rotated = multiply(g, bases, transpose=True)
         exp_avg.lerp_(g, 1 - beta1)

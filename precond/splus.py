@@ -88,7 +88,7 @@ class SPlus(GradientOptimizer):
                     state[f"basis.{axis}"] = torch.eye(n, dtype=working_dtype(p), device=p.device)
         return state
 
-    def direction(self, g: Tensor, state: State, group: Group) -> Tensor:
+    def direction(self, p: Tensor, g: Tensor, state: State, group: Group) -> Tensor:
         beta1, beta2 = group["betas"]
         momentum = state["exp_avg"].lerp_(g, 1 - beta1)
         axes = [axis for axis in range(2) if f"factor.{axis}" in state]
@@ -98,7 +98,7 @@ class SPlus(GradientOptimizer):
         for axis in axes:
             state[f"factor.{axis}"].lerp_(gram(g.reshape(shape), axis), 1 - beta2)
         if due(state["step"], group["inverse_update_period"]):
-            self.refresh(state, lambda: {f"basis.{k}": spectrum(state[f"factor.{k}"])[1] for k in axes})
+            self.refresh(p, lambda: {f"basis.{k}": spectrum(state[f"factor.{k}"])[1] for k in axes})
         bases = {axis: state[f"basis.{axis}"] for axis in axes}
         rotated = multiply(momentum.reshape(shape), bases, transpose=True)
         return multiply(rotated_sign(rotated), bases).reshape(g.shape) * (2 / sum(shape))

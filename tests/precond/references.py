@@ -321,3 +321,39 @@ def splus(theta: Array, gradients: list[Array], lr: float, betas: tuple, vector_
         signs = np.where(np.abs(rotated) > 1e-14 * np.abs(rotated).max(), np.sign(rotated), 0)
         theta = theta - lr * 2 / sum(matrix.shape) * (ql @ signs @ qr.T).reshape(theta.shape)
         yield theta
+
+
+# Methods with a closure: one step at a time, from dense derivatives
+
+
+def flat_loss(model: nn.Module, step: int) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """The loss as a function of the flat parameter vector, and that vector."""
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    sizes = [shape.numel() for shape in shapes.values()]
+    x, y = batch(step)
+
+    def loss(flat: Tensor) -> Tensor:
+        parts = flat.split(sizes)
+        values = {name: part.reshape(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+        return (torch.func.functional_call(model, values, (x,)) - y).square().mean()
+
+    return loss, torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+
+def assert_steps_equal(
+    make: Callable[[nn.Module], torch.optim.Optimizer],
+    expected: Callable[[int, Tensor, Tensor, Tensor], Tensor],
+    steps: int = 20,
+    tolerance: float = 1e-10,
+) -> None:
+    """Compare each step with ``expected(step, theta, gradient, Hessian)``, the flat parameters after it."""
+    model = SmallModel()
+    optimizer = make(model)
+    for step in range(1, steps + 1):
+        loss, theta = flat_loss(model, step)
+        after = expected(step, theta, torch.func.grad(loss)(theta), torch.func.hessian(loss)(theta))
+        optimizer.step(lambda step=step: loss_of(model, step))
+        ours = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+        error = (ours - after).abs().max().item()
+        assert error <= tolerance, f"{error:.1e} off after step {step}"
+        assert (ours - theta).abs().max() > 1e-6, f"step {step} moved nothing"
