@@ -244,7 +244,8 @@ class Capture:
         edges = [edge for recording in self._recordings for edge in recording.edges]
         if len(self._recordings) == 1 or not edges:
             return list(self._recordings)
-        with inspection():
+        gradients: tuple[Tensor | None, ...] = tuple(torch.empty(0) for _ in edges)
+        with self._own_pass():
             gradients = torch.autograd.grad(z, edges, torch.ones_like(z), retain_graph=True, allow_unused=True)
         reached = {edge for edge, gradient in zip(edges, gradients, strict=True) if gradient is not None}
         return [r for r in self._recordings if not r.edges or not reached.isdisjoint(r.edges)]
@@ -317,7 +318,8 @@ class Capture:
         signals = Signals(
             terms, self.curvature.kind, self.curvature.samples, self.generator, merged.batch, together=True
         )
-        with inspection(), torch.enable_grad():
+        reached: set[str] = set()
+        with self._own_pass():
             reached = self.collector.collect(merged, z, signals, counted=first.counted, scale=scale)
         if not reached:
             return  # a loss of something else
@@ -327,6 +329,18 @@ class Capture:
             recording.total = total if recording.total is None else recording.total
         self.batches += 1
         self.reached |= reached
+
+    @contextlib.contextmanager
+    def _own_pass(self) -> Iterator[None]:
+        """For passes of our own through the user's graph, which a reentrant checkpoint refuses."""
+        try:
+            with inspection(), torch.enable_grad():
+                yield
+        except RuntimeError as error:
+            if self.mode != "auto" or "use_reentrant" not in str(error):
+                raise
+            self._hidden = True
+            self._start_again()
 
     def finish(self, gradients: Mapping[str, Tensor] | None = None) -> None:
         """Run what can only be done after the backward pass: the shadow passes.
