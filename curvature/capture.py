@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils import checkpoint
 
-from curvature.collector import Collector
+from curvature.collector import Backward, Collector
 from curvature.data import Output, inspecting, inspection, resolve_output, untouched
 from curvature.estimator import Curvature
 from curvature.inference import from_output_gradient
@@ -56,6 +56,31 @@ class Recording:
         """Let go of the graph: cycles through autograd are invisible to Python's garbage collector."""
         for handle in self.handles:
             handle.remove()
+
+
+@dataclass
+class Waiting:
+    """Statistics that the user's backward pass will bring."""
+
+    backward: Backward
+    recordings: list[Recording]
+    terms: Terms
+    scale: Tensor | None = None
+
+    def shares(self, recordings: list[Recording]) -> bool:
+        """Whether one of these passes is waited for."""
+        return any(recording in self.recordings for recording in recordings)
+
+    def note_scale(self, gradient: Tensor) -> None:
+        """What the loss was multiplied by (GradScaler, accumulation): the gradient that arrives at it."""
+        if not inspecting():
+            self.scale = gradient.detach()
+
+    @property
+    def factor(self) -> Tensor:
+        """Turns the gradients of the pass into those of the sum of all terms."""
+        assert self.scale is not None
+        return (self.terms.total if self.terms.reduction == "mean" else 1.0) / self.scale
 
 
 class Capture:
@@ -108,6 +133,7 @@ class Capture:
         self.reached: set[str] = set()
         self.generator = torch.Generator(device=collector.parameters.device)
         self._recordings: list[Recording] = []
+        self._waiting: list[Waiting] = []
         self._passes: list[Pass] = []  # since arming, in case they must be repeated
         self._current: Recorder | None = None
         self._frame: FrameType | None = None  # of the call of the model that is being recorded
@@ -153,6 +179,9 @@ class Capture:
         """Drop recorded activations and the count of batches."""
         self._stop()
         self._keep(lambda recording: False)
+        for waiting in self._waiting:
+            waiting.backward.close()
+        self._waiting = []
         self._passes, self.batches, self.reached = [], 0, set()
 
     @property
@@ -237,7 +266,39 @@ class Capture:
             return
         rest = [a for a in arguments if a is not z]
         terms = self.loss.terms(z, *rest, as_called=True)
-        self._collect(self._leading_to(z), z, terms)
+        recordings = self._leading_to(z)
+        if not self._wait_for_gradients(recordings, terms, loss):
+            self._collect(recordings, z, terms)
+
+    def _wait_for_gradients(self, recordings: list[Recording], terms: Terms, loss: Any) -> bool:
+        """Empirical statistics from the user's own backward pass, where a pass of our own would bring nothing new."""
+        if self.curvature.kind != "empirical" or terms.reduction == "none" or not isinstance(loss, Tensor):
+            return False
+        if not recordings or any(recording.total is not None for recording in recordings):
+            self._part(recordings)
+            return False
+        recorder = recordings[0].recorder if len(recordings) == 1 else _merged([r.recorder for r in recordings])
+        signals = Signals(terms, "empirical", batch=recorder.batch, together=True)
+        backward = self.collector.await_backward(recorder, signals)
+        if backward is None:
+            return False
+        for recording in recordings:
+            recording.used, recording.total = True, terms.total
+        waiting = Waiting(backward, recordings, terms)
+        handle = loss.register_hook(waiting.note_scale)
+        for recording in recordings:
+            recording.handles.append(handle)
+        self._waiting.append(waiting)
+        return True
+
+    def _part(self, recordings: list[Recording]) -> None:
+        """A second loss on a pass: the gradients of both would arrive as one, so the first gets a pass of its own."""
+        for waiting in [w for w in self._waiting if w.scale is None and w.shares(recordings)]:
+            self._waiting.remove(waiting)
+            waiting.backward.close()
+            for recording in waiting.recordings:
+                recording.total = None
+            self._collect(waiting.recordings, waiting.terms.output, waiting.terms)
 
     def _leading_to(self, z: Tensor) -> list[Recording]:
         """The recorded passes that ``z`` was computed from."""
@@ -349,6 +410,7 @@ class Capture:
             gradients: Gradients of the step by name. If one is nonzero although no recorded pass reached its
                 parameter, the pass hides parts of the model, and is repeated in the open, now and from now on.
         """
+        self._read_gradients()
         self._keep(lambda recording: False)
         missing = set() if self.shadows or self.mode != "auto" else self._missing(gradients or {})
         if missing:
@@ -362,6 +424,19 @@ class Capture:
             self._hidden = not missing <= self._elsewhere
         self._settled = bool(self.batches)
         self._passes = []
+
+    def _read_gradients(self) -> None:
+        """Statistics from the backward passes that were waited for."""
+        waiting, self._waiting = self._waiting, []
+        for item in waiting:
+            item.backward.close()
+            if item.scale is None:
+                continue  # no backward pass came
+            counted = item.recordings[0].counted
+            reached = self.collector.collect_backward(item.backward, item.factor, counted)
+            if reached:
+                self.batches += 1
+                self.reached |= reached
 
     def _missing(self, gradients: Mapping[str, Tensor]) -> set[str]:
         """Parameters with a gradient that no statistics explain."""

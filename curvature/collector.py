@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import reduce
+from functools import partial, reduce
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from curvature.block import Block, Part, Place
+from curvature.data import inspecting
 from curvature.estimator import CurvatureEstimator, Form
 from curvature.layers import Site
 from curvature.parameters import Parameters
@@ -22,6 +23,28 @@ from solvers import BlockDiagonal, Diagonal, LinearOperator
 Apart = Literal["one by one", "signs"]
 #: Inputs of the uses in one pass, prepared once for all signals: by site and piece.
 Cache = dict[tuple[int, str], Tensor | OneHot]
+
+
+class Backward:
+    """The gradients of all uses in a backward pass that somebody else runs."""
+
+    def __init__(self, groups: list[Group], signals: Signals) -> None:
+        self.groups, self.signals = groups, signals
+        self.gradients: dict[int, Tensor] = {}
+        self._handles = []
+        for site in _sites(groups):
+            hook = partial(self._note, id(site), site.edge.output_nr)
+            self._handles.append(site.edge.node.register_prehook(hook))
+
+    def _note(self, key: int, number: int, gradients: tuple[Tensor | None, ...]) -> None:
+        gradient = gradients[number]
+        if gradient is not None and not inspecting():
+            self.gradients[key] = gradient.detach()
+
+    def close(self) -> None:
+        """Stop listening."""
+        for handle in self._handles:
+            handle.remove()
 
 
 class Collector:
@@ -87,6 +110,41 @@ class Collector:
         sent = signals.one_by_one() if self.exact else self._signed(signals)
         reached = self._send(together, output, signals, iter(signals), counted, scale, cache, set())
         return reached | self._send(apart, output, signals, sent, counted, scale, cache, mixing)
+
+    def await_backward(self, recorder: Recorder, signals: Signals) -> Backward | None:
+        """Wait for the user's own backward pass in place of sending a signal, where that tells as much.
+
+        Returns:
+            What will hold the gradients of all uses, or ``None`` if some block needs signals of its own.
+        """
+        groups = self.plan.assign(recorder.sites, recorder.unknown)
+        if signals.kind != "empirical" or any(_mixes(group, signals.examples) for group in groups):
+            return None
+        return Backward(groups, signals)
+
+    def collect_backward(self, backward: Backward, factor: Tensor | float, counted: set[Any]) -> set[str]:
+        """Update the estimates from the gradients of a backward pass that was waited for.
+
+        Args:
+            backward: What :meth:`await_backward` returned, after the pass.
+            factor: Turns its gradients into those of the sum of all terms.
+            counted: See :meth:`collect`.
+
+        Returns:
+            Names of the blocks that were reached.
+        """
+        gradients = {key: g * factor for key, g in backward.gradients.items()}
+        reached: set[str] = set()
+        cache: Cache = {}
+        valid = _valid(_sites(backward.groups), gradients, backward.signals.mask)
+        for group in backward.groups:
+            uses = _samples(group, gradients, valid, cache)
+            if uses:
+                first = not _keys(group) <= counted
+                self._estimator(group).update(Samples(tuple(uses), backward.signals.terms.total, first))
+                reached.add(group.block.name)
+                counted |= _keys(group)
+        return reached
 
     def commit(self, ema: float) -> None:
         """Fold the current step into all estimates."""
@@ -187,24 +245,10 @@ class Collector:
         mask = signals.mask
         if bool(mask.all()) or not sites:
             return {}
-        probe = signals.probe()
         gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
-            output, [site.edge for site in sites], probe, retain_graph=True, allow_unused=True
+            output, [site.edge for site in sites], signals.probe(), retain_graph=True, allow_unused=True
         )
-        out: dict[int, Tensor] = {}
-        for site, gradient in zip(sites, gradients, strict=True):
-            if gradient is None:
-                continue
-            g = site.row_gradients(gradient.reshape(1, *site.output_shape))
-            if g is None:
-                continue
-            reached = (g != 0).any(-1)[0]  # (n, s)
-            if reached.shape == mask.shape:
-                reached = reached | mask
-            elif reached.shape[0] == mask.shape[0]:
-                reached = reached | mask.any(-1, keepdim=True)
-            out[id(site)] = reached
-        return out
+        return _valid(sites, {id(site): g for site, g in zip(sites, gradients, strict=True) if g is not None}, mask)
 
     def _mixing(self, groups: list[Group], output: Tensor, signals: Signals, cache: Cache) -> set[str]:
         """Blocks with a use that does not keep the examples apart.
@@ -291,13 +335,32 @@ def _by_example(use: Outer | PerSample) -> Tensor:
     return use.gradients.movedim(1, 0).flatten(1)
 
 
+def _valid(sites: list[Site], gradients: Mapping[int, Tensor], mask: Tensor) -> dict[int, Tensor]:
+    """Positions of each site that count: not masked out, or reached by the gradients all the same."""
+    out: dict[int, Tensor] = {}
+    if bool(mask.all()):
+        return out
+    for site in sites:
+        gradient = gradients.get(id(site))
+        g = None if gradient is None else site.row_gradients(gradient.reshape(1, *site.output_shape))
+        if g is None:
+            continue
+        reached = (g != 0).any(-1)[0]  # (n, s)
+        if reached.shape == mask.shape:
+            reached = reached | mask
+        elif reached.shape[0] == mask.shape[0]:
+            reached = reached | mask.any(-1, keepdim=True)
+        out[id(site)] = reached
+    return out
+
+
 def _samples(
     group: Group, gradients: Mapping[int, Tensor | None], valid: Mapping[int, Tensor], cache: Cache
 ) -> list[Outer | PerSample]:
     """Samples of the group's uses, from the gradients of their outputs."""
     samples: list[Outer | PerSample] = []
     for use in group.uses:
-        gradient = gradients[id(use.site)]
+        gradient = gradients.get(id(use.site))
         if gradient is None:
             continue
         one = gradient.reshape(1, *use.site.output_shape)

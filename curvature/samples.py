@@ -83,11 +83,6 @@ class Outer:
         assert isinstance(self.a, Tensor)
         return torch.cat([self.a, self.a.new_ones(*self.a.shape[:-1], 1)], dim=-1) if self.ones else self.a
 
-    @property
-    def reached(self) -> Tensor:
-        """Which examples any signal reached, ``(n,)``."""
-        return (self.g != 0).any(-1).any(-1).flatten(0, -2).any(0)
-
     def transposed(self) -> Outer:
         """The same use for a block that is the transpose of the layer's matrix."""
         return replace(self, flipped=not self.flipped)
@@ -140,11 +135,6 @@ class PerSample:
     def block_shape(self) -> tuple[int, ...]:
         """Shape of the block tensor."""
         return tuple(self.gradients.shape[2:])
-
-    @property
-    def reached(self) -> Tensor:
-        """Which examples any signal reached, ``(n,)``."""
-        return (self.gradients != 0).flatten(2).any(-1).any(0)
 
     def transposed(self) -> PerSample:
         """The same gradients for a block that is the transpose."""
