@@ -73,7 +73,7 @@ class Parameters(Mapping[str, nn.Parameter]):
         parts = []
         for name, p in self._items.items():
             t = tensors[name]
-            parts.append(t.reshape(*t.shape[: t.dim() - p.dim()], p.numel()))
+            parts.append(t.reshape((*t.shape[: t.dim() - p.dim()], p.numel())))
         return torch.cat(parts, dim=-1)
 
     def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
@@ -83,7 +83,7 @@ class Parameters(Mapping[str, nn.Parameter]):
         out = {}
         for name, p in self._items.items():
             piece = vector[..., self.starts[name] : self.starts[name] + p.numel()]
-            out[name] = piece.reshape(*vector.shape[:-1], *p.shape)
+            out[name] = piece.reshape((*vector.shape[:-1], *p.shape))
         return out
 
 
