@@ -12,6 +12,7 @@ from curvature.ggn import ggn
 from curvature.hessian import hessian
 from curvature.jacobian import jacobian
 from curvature.kronecker import KroneckerFisher
+from curvature.ntk import ntk
 from curvature.persample import gradient_second_moment, gradient_variance, per_sample_gradients, per_sample_norms
 from curvature.unitwise import UnitFisher
 
@@ -33,6 +34,7 @@ __all__ = [
     "gradient_variance",
     "hessian",
     "jacobian",
+    "ntk",
     "per_sample_gradients",
     "per_sample_norms",
 ]

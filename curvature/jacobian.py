@@ -12,8 +12,11 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp, vmap
 
 from curvature.data import Output, call, resolve_output, to_device
+from curvature.dataset import record
 from curvature.parameters import Parameters
+from curvature.persample import Examples
 from curvature.products import Pullback, random_state, refuse_differentiated_once, set_random_state, settings
+from curvature.recorder import Recorder
 from solvers import LinearOperator, StructureError
 
 Mode = Literal["auto", "forward", "reverse"]
@@ -166,8 +169,9 @@ class Jacobian(LinearOperator):
         linearization: The recorded pass; its attribute ``mode`` says how products with vectors are taken.
     """
 
-    def __init__(self, linearization: Linearization, adjoint: bool = False) -> None:
+    def __init__(self, linearization: Linearization, recorder: Recorder, adjoint: bool = False) -> None:
         self.linearization = linearization
+        self.recorder = recorder
         self._adjoint = adjoint
         self._versions = [(p._version, p.data_ptr()) for p in linearization.columns.values()]
 
@@ -193,7 +197,7 @@ class Jacobian(LinearOperator):
         return self.linearization.columns.device
 
     def adjoint(self) -> Jacobian:
-        return Jacobian(self.linearization, not self._adjoint)
+        return Jacobian(self.linearization, self.recorder, not self._adjoint)
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Jacobian:
         if dtype in (None, self.dtype) and (device is None or torch.device(device) == self.device):
@@ -202,8 +206,7 @@ class Jacobian(LinearOperator):
 
     def apply(self, x: Tensor) -> Tensor:
         line = self.linearization
-        if [(p._version, p.data_ptr()) for p in line.columns.values()] != self._versions:
-            raise RuntimeError(f"a parameter was changed after {self!r} was made. Make it anew.")
+        self._check_unchanged()
         batch = x.shape[: x.ndim - len(self.in_shape)]
         with settings(line.model, line.random, self.device):
             if self._adjoint:
@@ -213,12 +216,24 @@ class Jacobian(LinearOperator):
         return result.to(self.dtype).reshape(*batch, *self.out_shape)
 
     def to_dense(self) -> Tensor:
-        # One product per output or one per parameter, whichever are fewer.
-        rows, columns = self.shape
-        if rows < columns:
-            identity = torch.eye(rows, dtype=self.dtype, device=self.device)
-            return self.adjoint().apply(identity.reshape(rows, *self.out_shape)).reshape(rows, columns)
-        return super().to_dense()
+        """The matrix, by one backward pass per output of an example; ``(outputs, P)``."""
+        line = self.linearization
+        if line.output.dim() == 0:
+            return super().to_dense()
+        self._check_unchanged()
+        examples = self.examples()
+        with settings(line.model, line.random, self.device):
+            rows = examples.gradients(examples.unit_signals())  # (outputs of an example, n, P)
+        matrix = rows.transpose(0, 1).reshape(line.output.numel(), -1).to(self.dtype)
+        return matrix.mT if self._adjoint else matrix
+
+    def examples(self) -> Examples:
+        """The recorded pass by examples."""
+        return Examples.along(self.linearization.output, self.linearization.columns, self.recorder)
+
+    def _check_unchanged(self) -> None:
+        if [(p._version, p.data_ptr()) for p in self.linearization.columns.values()] != self._versions:
+            raise RuntimeError(f"a parameter was changed after {self!r} was made. Make it anew.")
 
     def __repr__(self) -> str:
         return f"Jacobian({self.shape[0]}x{self.shape[1]})"
@@ -257,9 +272,10 @@ def jacobian(
     def pick(result: Any) -> Tensor:
         return resolve_output(result, output)
 
-    with settings(model, random, device), torch.enable_grad():
-        z = pick(call(model, x))
-    return Jacobian(Linearization(model, x, z, pick, parameters, parameters, mode, random))
+    with settings(model, random, device):
+        result, recorder = record(model, parameters, x)
+        z = pick(result)
+    return Jacobian(Linearization(model, x, z, pick, parameters, parameters, mode, random), recorder)
 
 
 def check_mode(mode: str) -> None:

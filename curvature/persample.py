@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from curvature.block import Block, Place
 from curvature.collector import Collector
 from curvature.data import Batch, Data, Output, is_one_batch
-from curvature.losses import Terms, widen
+from curvature.losses import Terms, loss_for, widen
 from curvature.parameters import Parameters
 from curvature.products import Evaluation, Problem
 from curvature.recorder import Recorder
@@ -59,22 +59,43 @@ class Examples:
         recorder: Their uses.
         output: The model's output, with its graph.
         terms: Which entries of the output belong to which example.
+        batch: Number of examples, where the loss took each of their positions for one.
     """
 
-    def __init__(self, parameters: Parameters, recorder: Recorder, output: Tensor, terms: Terms) -> None:
-        self.parameters, self.recorder, self.output, self.terms = parameters, recorder, output, terms
-        self.signals = Signals(terms, "empirical", batch=recorder.batch, together=True)
+    def __init__(
+        self, parameters: Parameters, recorder: Recorder, output: Tensor, terms: Terms, batch: int | None
+    ) -> None:
+        self.parameters, self.recorder, self.output, self.terms, self.batch = parameters, recorder, output, terms, batch
 
     @classmethod
     def of(cls, evaluation: Evaluation) -> Examples:
         """The examples of a recorded evaluation."""
-        assert evaluation.recorder is not None and evaluation.terms is not None
-        return cls(evaluation.problem.parameters, evaluation.recorder, evaluation.output, evaluation.terms)
+        recorder, terms = evaluation.recorder, evaluation.terms
+        assert recorder is not None and terms is not None
+        return cls(evaluation.problem.parameters, recorder, evaluation.output, terms, recorder.batch)
+
+    @classmethod
+    def along(cls, output: Tensor, parameters: Parameters, recorder: Recorder) -> Examples:
+        """Each entry along the first axis of an output is an example."""
+        if output.dim() == 0:
+            raise ValueError("the output is a single number: it needs a first axis that counts examples.")
+        rows = output.detach()
+        terms = loss_for(nn.MSELoss()).terms(output, rows)  # says which entries belong together, nothing else
+        return cls(parameters, recorder, output, terms, None)
 
     @property
     def number(self) -> int:
         """Number of examples."""
-        return self.signals.examples
+        return Signals(self.terms, "empirical", batch=self.batch).examples
+
+    def unit_signals(self) -> list[Tensor]:
+        """One for each output of an example, in row-major order: one there, zero elsewhere."""
+        signals = []
+        for k in range(self.output[0].numel()):
+            signal = torch.zeros_like(self.output.detach(), memory_format=torch.contiguous_format)
+            signal.reshape(len(signal), -1)[:, k] = 1
+            signals.append(signal)
+        return signals
 
     def samples(self, signals: Sequence[Tensor]) -> list[tuple[Block, list[Samples]]]:
         """What each block's gradients are made of; in each, the rows are signals, and examples within a signal."""
@@ -85,7 +106,7 @@ class Examples:
             return kept[-1]
 
         collector = Collector(self.parameters, cast(Any, make), joint=False)
-        given = Given(self.terms, "empirical", batch=self.recorder.batch, given=tuple(signals))
+        given = Given(self.terms, "empirical", batch=self.batch, given=tuple(signals))
         collector.collect(self.recorder, self.output, given)
         return [(entry.block, entry.samples) for entry in kept]
 
