@@ -76,7 +76,7 @@ def test_a_pass_of_the_user_keeps_its_bits(name: str) -> None:
 
 def test_sampled_statistics_of_a_pass_of_the_user_are_unbiased() -> None:
     model, x = CASES["rnn_tanh"]()
-    parameters, y, draws = Parameters(model), torch.arange(3), 4000
+    parameters, y, draws = Parameters(model), torch.arange(3), 1500
     collector = Collector(parameters, lambda block, form: DiagonalEstimator(block))
     z, recorder = in_training(model, x)
     signals = Signals(loss_for(nn.CrossEntropyLoss()).terms(z, y), "mc", draws, torch.Generator().manual_seed(0), 3)
