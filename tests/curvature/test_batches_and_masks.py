@@ -9,28 +9,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from curvature import fisher
+from solvers import LinearOperator
 from tests.curvature import dense_reference as dense
+from tests.curvature.estimates import estimate
 from tests.curvature.problems import F64, PROBLEMS, LanguageModel, Problem, classes, mlp, normal
-from tests.curvature.test_exact_kfac import check_layers, kfac
+from tests.curvature.test_exact_kfac import check_layers
 
 STRUCTURES = ["kfac", "ekfac", "diagonal"]
 
 
-def estimate(problem: Problem, structure: Any, kind: Any = "exact", **options: Any) -> Tensor:
-    out = fisher(
-        problem.model,
-        problem.loss_fn,
-        problem.data,
-        kind=kind,
-        structure=structure,
-        class_dim=problem.class_dim,
-        **options,
-    )
-    return out.to_dense()
-
-
-def close(a: Tensor, b: Tensor) -> None:
+def close(first: LinearOperator, second: LinearOperator | Tensor) -> None:
+    a, b = (x if isinstance(x, Tensor) else x.to_dense() for x in (first, second))
     assert a.norm() > 0
     torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12 * float(a.abs().max()))
 
@@ -94,7 +83,7 @@ def test_factors_of_a_padded_model_follow_the_definition(sharing: str) -> None:
     problem = PROBLEMS["language_model"]()
     factors = dense.kfac(problem, "exact", sharing)
     del factors["head"]  # tied: see test_exact_kfac
-    check_layers(problem, kfac(problem, "exact", sharing=sharing), factors, joint=True)
+    check_layers(problem, estimate(problem, "kfac", "exact", sharing=sharing), factors, joint=True)
 
 
 def test_a_masked_position_that_others_read_counts() -> None:
@@ -105,7 +94,7 @@ def test_a_masked_position_that_others_read_counts() -> None:
     factors = dense.kfac(problem, "exact")
     assert factors["v"][1].shape == (1, 4, 4) and torch.linalg.matrix_rank(factors["v"][1][0]) == 2
     del factors["head"]
-    check_layers(problem, kfac(problem, "exact"), factors, joint=True)
+    check_layers(problem, estimate(problem, "kfac", "exact"), factors, joint=True)
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
@@ -114,14 +103,15 @@ def test_loss_options_change_the_result(structure: str) -> None:
     torch.manual_seed(0)
     model, data = mlp().double(), [(normal(5, 4), classes(5, of=3))]
     weight = torch.tensor([0.1, 1.0, 5.0], dtype=F64)
-    plain = estimate(Problem(model, nn.CrossEntropyLoss(), data), structure, "empirical")
+    plain = estimate(Problem(model, nn.CrossEntropyLoss(), data), structure, "empirical").to_dense()
     for loss in (
         nn.CrossEntropyLoss(weight=weight),
         nn.CrossEntropyLoss(label_smoothing=0.3),
         nn.CrossEntropyLoss(ignore_index=int(data[0][1][0])),
         nn.CrossEntropyLoss(reduction="sum"),
     ):
-        assert torch.dist(estimate(Problem(model, loss, data), structure, "empirical"), plain) > 0.05 * plain.norm()
+        other = estimate(Problem(model, loss, data), structure, "empirical").to_dense()
+        assert torch.dist(other, plain) > 0.05 * plain.norm()
 
 
 def test_a_loader_and_a_list_of_its_batches_agree() -> None:

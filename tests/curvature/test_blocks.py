@@ -10,31 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from curvature import Block, fisher
+from curvature import Block
 from curvature.block import Part
 from curvature.parameters import Parameters
-from solvers import BlockDiagonal, Dense, Diagonal, Eigen, Kronecker
+from solvers import Dense, Diagonal, Eigen, Kronecker
 from tests.curvature import dense_reference as dense
+from tests.curvature.estimates import estimate
 from tests.curvature.problems import PROBLEMS, Problem
-
-
-def estimate(problem: Problem, structure: Any = "kfac", **options: Any) -> BlockDiagonal:
-    out = fisher(
-        problem.model,
-        problem.loss_fn,
-        problem.data,
-        kind="exact",
-        structure=structure,
-        class_dim=problem.class_dim,
-        **options,
-    )
-    assert isinstance(out, BlockDiagonal)
-    return out
 
 
 def blocks(problem: Problem, **options: Any) -> dict[str, str]:
     """``{block name: type of its operator}``."""
-    operator = estimate(problem, **options)
+    operator = estimate(problem, "kfac", **options)
     pairs = zip(operator.places, operator.blocks, strict=True)
     return {place.block.name: type(op).__name__ for place, op in pairs}  # type: ignore[attr-defined]
 
@@ -42,7 +29,7 @@ def blocks(problem: Problem, **options: Any) -> dict[str, str]:
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_every_entry_lies_in_exactly_one_block(name: str) -> None:
     problem = PROBLEMS[name]()
-    operator = estimate(problem)
+    operator = estimate(problem, "kfac")
     size = sum(p.numel() for p in problem.model.parameters() if p.requires_grad)
     assert operator.in_shape == (size,)
     entries = torch.cat([place.gather(torch.arange(size)).flatten() for place in operator.places])
@@ -121,24 +108,24 @@ def test_frozen_parts_are_no_part_and_unused_ones_are_zero() -> None:
     found = blocks(problem)
     assert {"a.bias", "b.weight", "norm.bias", "c.weight+c.bias"} <= set(found)
     assert not any(name.startswith(("a.weight", "b.bias", "norm.weight")) for name in found)
-    operator, where = estimate(problem), dense.flat_indices(problem.model)
+    operator, where = estimate(problem, "kfac"), dense.flat_indices(problem.model)
     for name in ("unused.weight", "unused.bias"):
         assert (operator.to_dense()[where[name].flatten()] == 0).all()
 
 
 def test_params_restrict_the_operator_to_a_sub_block() -> None:
     problem = PROBLEMS["mlp_ce"]()
-    full, part = estimate(problem), estimate(problem, params=["2.*"])
+    full, part = estimate(problem, "kfac"), estimate(problem, "kfac", params=["2.*"])
     index = torch.cat([dense.flat_indices(problem.model)[name].flatten() for name in ("2.weight", "2.bias")])
     torch.testing.assert_close(part.to_dense(), full.to_dense()[index[:, None], index], rtol=1e-12, atol=0)
-    by_tensor = estimate(problem, params=[problem.model.get_parameter("0.weight")])
+    by_tensor = estimate(problem, "kfac", params=[problem.model.get_parameter("0.weight")])
     assert by_tensor.in_shape == (20,)
 
 
 def test_block_form_is_the_layers_matrix() -> None:
     """``C @ g`` acts on the flat gradient as ``B [dW, db] A`` acts on the matrix."""
     problem = PROBLEMS["mlp_ce"]()
-    operator = estimate(problem)
+    operator = estimate(problem, "kfac")
     g = torch.randn(operator.in_shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     product = Parameters(problem.model).unflatten(operator @ g)
     pieces = Parameters(problem.model).unflatten(g)

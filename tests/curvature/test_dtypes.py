@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from curvature import fisher
 from curvature.samples import gram
-from solvers import BlockDiagonal, Dense, Diagonal, Eigen, Kronecker, LinearOperator
+from solvers import Dense, Diagonal, Eigen, Kronecker, LinearOperator
+from tests.curvature.estimates import estimate
 from tests.curvature.problems import PROBLEMS, Problem
 
 MIXED = ["mlp_ce_all_options", "cnn", "residual_eval", "language_model", "encoder_pre_norm", "bare_parameters"]
@@ -30,14 +31,6 @@ def converted(problem: Problem, dtype: torch.dtype) -> Problem:
     """Model, loss and data rounded to ``dtype``."""
     loss = copy.deepcopy(problem.loss_fn).to(torch.float32 if dtype == torch.bfloat16 else dtype)
     return Problem(copy.deepcopy(problem.model).to(dtype), loss, cast(problem.data, dtype), problem.class_dim)
-
-
-def estimate(problem: Problem, structure: Any, kind: Any) -> BlockDiagonal:
-    out = fisher(
-        problem.model, problem.loss_fn, problem.data, kind=kind, structure=structure, class_dim=problem.class_dim
-    )
-    assert isinstance(out, BlockDiagonal)
-    return out
 
 
 def tensors(operator: LinearOperator) -> Iterator[Tensor]:

@@ -8,25 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from curvature import fisher
 from curvature.block import Place
-from solvers import BlockDiagonal, Eigen, Kronecker
+from solvers import Eigen, Kronecker
 from tests.curvature import dense_reference as dense
+from tests.curvature.estimates import estimate
 from tests.curvature.problems import PROBLEMS, Problem
-
-
-def estimate(problem: Problem, structure: Any, kind: Any, **options: Any) -> BlockDiagonal:
-    out = fisher(
-        problem.model,
-        problem.loss_fn,
-        problem.data,
-        kind=kind,
-        structure=structure,
-        class_dim=problem.class_dim,
-        **options,
-    )
-    assert isinstance(out, BlockDiagonal)
-    return out
 
 
 def sub_block(full: Tensor, place: Any) -> Tensor:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from curvature import fisher
-from solvers import LinearOperator
+from curvature.kronecker import nearest_kronecker
+from solvers import Diagonal, Kronecker, LinearOperator
 from tests.curvature import dense_reference as dense
+from tests.curvature.estimates import estimate
 from tests.curvature.problems import F64, PROBLEMS, Encoder, Fn, LanguageModel, Problem, classes, mlp, normal
 
 # Problems whose Linears and convolutions are modules that are called.
@@ -42,18 +42,6 @@ LAYERED = [
 ]
 
 
-def kfac(problem: Problem, kind: str, **options: Any) -> LinearOperator:
-    return fisher(
-        problem.model,
-        problem.loss_fn,
-        problem.data,
-        kind=kind,  # type: ignore[arg-type]
-        structure="kfac",
-        class_dim=problem.class_dim,
-        **options,
-    )
-
-
 def check_layers(problem: Problem, got: LinearOperator, factors: dict[str, tuple[Tensor, Tensor]], joint: bool) -> None:
     matrix = got.to_dense()
     assert factors
@@ -72,14 +60,17 @@ def check_layers(problem: Problem, got: LinearOperator, factors: dict[str, tuple
 @pytest.mark.parametrize("name", LAYERED)
 def test_factors_follow_the_definition(name: str, kind: str) -> None:
     problem = PROBLEMS[name]()
-    check_layers(problem, kfac(problem, kind), dense.kfac(problem, kind), joint=True)
+    check_layers(problem, estimate(problem, "kfac", kind), dense.kfac(problem, kind), joint=True)
 
 
 @pytest.mark.parametrize("name", ["mlp_ce_all_options", "linear_on_sequences", "cnn", "conv_1d_and_3d"])
 def test_separate_bias_has_a_block_of_its_own(name: str) -> None:
     problem = PROBLEMS[name]()
     check_layers(
-        problem, kfac(problem, "exact", bias="separate"), dense.kfac(problem, "exact", joint=False), joint=False
+        problem,
+        estimate(problem, "kfac", "exact", bias="separate"),
+        dense.kfac(problem, "exact", joint=False),
+        joint=False,
     )
 
 
@@ -89,21 +80,21 @@ def test_separate_bias_has_a_block_of_its_own(name: str) -> None:
 )
 def test_reduced_factors_follow_the_definition(name: str, joint: bool) -> None:
     problem = PROBLEMS[name]()
-    got = kfac(problem, "exact", sharing="reduce", bias="joint" if joint else "separate")
+    got = estimate(problem, "kfac", "exact", sharing="reduce", bias="joint" if joint else "separate")
     check_layers(problem, got, dense.kfac(problem, "exact", "reduce", joint), joint)
 
 
 @pytest.mark.parametrize("kind", ["exact", "empirical"])
 def test_factors_where_batch_norm_mixes_the_examples(kind: str) -> None:
     problem = PROBLEMS["residual_train"]()
-    check_layers(problem, kfac(problem, kind), dense.kfac(problem, kind, whole=True), joint=True)
+    check_layers(problem, estimate(problem, "kfac", kind), dense.kfac(problem, kind, whole=True), joint=True)
 
 
 @pytest.mark.parametrize("name", ["flattened_by_the_model", "positions_picked_by_a_mask", "encoder_time_major"])
 def test_factors_where_the_rows_of_the_output_are_no_examples(name: str) -> None:
     """A factor is a sum over positions, so it does not matter where one example ends."""
     problem = PROBLEMS[name]()
-    check_layers(problem, kfac(problem, "exact"), dense.kfac(problem, "exact", whole=True), joint=True)
+    check_layers(problem, estimate(problem, "kfac", "exact"), dense.kfac(problem, "exact", whole=True), joint=True)
 
 
 class WrittenOut(nn.Module):
@@ -132,7 +123,7 @@ def test_packed_projections_of_attention(sharing: str) -> None:
     for x, _ in problem.data:
         torch.testing.assert_close(written.model(x), problem.model(x), rtol=1e-12, atol=1e-12)
     factors = dense.kfac(written, "exact", sharing)
-    matrix, where = kfac(problem, "exact", sharing=sharing).to_dense(), dense.flat_indices(problem.model)
+    matrix, where = estimate(problem, "kfac", "exact", sharing=sharing).to_dense(), dense.flat_indices(problem.model)
     attention = "encoder.layers.0.self_attn."
     for name, ours in [("packed", ("in_proj_weight", "in_proj_bias")), ("out", ("out_proj.weight", "out_proj.bias"))]:
         index = torch.cat([where[attention + ours[0]], where[attention + ours[1]][:, None]], 1).flatten()
@@ -145,7 +136,7 @@ def test_tied_head_is_the_nearest_product_to_both_of_its_uses(kind: str) -> None
     problem = PROBLEMS["language_model"]()
     factors = dense.kfac(problem, kind)
     (B,), (A,) = factors.pop("head")
-    check_layers(problem, kfac(problem, kind), factors, joint=True)
+    check_layers(problem, estimate(problem, "kfac", kind), factors, joint=True)
     # The look-up, by its definition: one-hot inputs, gradients at its outputs.
     model = problem.model
     assert isinstance(model, LanguageModel)
@@ -170,8 +161,35 @@ def test_tied_head_is_the_nearest_product_to_both_of_its_uses(kind: str) -> None
     handle.remove()
     expected = dense.nearest_kronecker(torch.kron(B, A) + torch.kron((frequencies / rows).diag(), G), 5, 4)
     index = dense.flat_indices(model)["tokens.weight"].flatten()
-    got = kfac(problem, kind).to_dense()[index[:, None], index]
+    got = estimate(problem, "kfac", kind).to_dense()[index[:, None], index]
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_nearest_product_where_two_are_almost_equally_good() -> None:
+    """The two products are orthogonal and all but equally large: half of each would be as far away as neither."""
+    one, other = torch.diag(torch.tensor([1.0, 0], dtype=F64)), torch.diag(torch.tensor([0.0, 1], dtype=F64))
+    got = nearest_kronecker([Kronecker(one, one), Kronecker(other, 1.001 * other)]).to_dense()
+    torch.testing.assert_close(got, torch.kron(other, 1.001 * other), rtol=1e-12, atol=1e-12)
+
+
+def test_nearest_product_of_diagonal_and_dense_factors() -> None:
+    generator = torch.Generator().manual_seed(0)
+    roots = torch.randn(2, 2, 3, 3, dtype=F64, generator=generator)
+    (B1, A1), (B2, A2) = roots @ roots.mT
+    dense_pair = Kronecker(B1, A1)
+    for mixed in (Kronecker(Diagonal(B2.diagonal()), A2), Kronecker(B2, Diagonal(A2.diagonal()))):
+        expected = dense.nearest_kronecker(dense_pair.to_dense() + mixed.to_dense(), 3, 3)
+        torch.testing.assert_close(nearest_kronecker([dense_pair, mixed]).to_dense(), expected, rtol=1e-9, atol=1e-12)
+    diagonals = [Kronecker(Diagonal(B.diagonal()), Diagonal(A.diagonal())) for B, A in ((B1, A1), (B2, A2))]
+    nearest = nearest_kronecker(diagonals)
+    assert all(isinstance(factor, Diagonal) for factor in nearest.factors)
+    expected = dense.nearest_kronecker(diagonals[0].to_dense() + diagonals[1].to_dense(), 3, 3)
+    torch.testing.assert_close(nearest.to_dense(), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_nearest_product_of_nothing_is_nothing() -> None:
+    zero = torch.zeros(2, 2, dtype=F64)
+    assert (nearest_kronecker([Kronecker(zero, zero)] * 2).to_dense() == 0).all()
 
 
 def deep_linear(*between: nn.Module) -> nn.Sequential:
@@ -200,7 +218,7 @@ def exact_cases() -> dict[str, tuple[Problem, str]]:
 @pytest.mark.parametrize("name", exact_cases())
 def test_blocks_are_those_of_the_ggn_where_theory_says_so(name: str) -> None:
     problem, sharing = exact_cases()[name]
-    operator = kfac(problem, "exact", sharing=sharing)
+    operator = estimate(problem, "kfac", "exact", sharing=sharing)
     got, full = operator.to_dense(), dense.ggn(problem)
     blocks = got != 0
     assert blocks.sum() > len(got)
@@ -209,14 +227,15 @@ def test_blocks_are_those_of_the_ggn_where_theory_says_so(name: str) -> None:
 
 def test_expand_and_reduce_agree_without_sharing() -> None:
     problem = PROBLEMS["mlp_ce"]()
-    expand, reduce = (kfac(problem, "exact", sharing=sharing).to_dense() for sharing in ("expand", "reduce"))
-    torch.testing.assert_close(expand, reduce, rtol=1e-12, atol=0)
+    expand, reduce = (estimate(problem, "kfac", sharing=sharing) for sharing in ("expand", "reduce"))
+    torch.testing.assert_close(expand.to_dense(), reduce.to_dense(), rtol=1e-12, atol=0)
 
 
 def test_factors_above_the_limit_keep_their_diagonal() -> None:
     problem = PROBLEMS["mlp_ce"]()
-    full = kfac(problem, "exact")
-    cut = kfac(problem, "exact", max_factor=4)
-    first, second = cut.blocks  # type: ignore[attr-defined]
+    full = estimate(problem, "kfac", "exact")
+    cut = estimate(problem, "kfac", "exact", max_factor=4)
+    first, second = cut.blocks
+    assert isinstance(first, Kronecker) and isinstance(second, Kronecker)
     assert [type(f).__name__ for f in first.factors + second.factors] == ["Diagonal", "Diagonal", "Dense", "Diagonal"]
     torch.testing.assert_close(cut.diagonal(), full.diagonal(), rtol=1e-12, atol=0)
