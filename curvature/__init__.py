@@ -1,9 +1,11 @@
 """Curvature of a model's loss: what it is, estimated in the structures that can be inverted."""
 
+from curvature.activation import activation_hessian
 from curvature.block import Block
 from curvature.covariance import gradient_covariance
 from curvature.coverage import Coverage, coverage
 from curvature.dense import LayerFisher
+from curvature.determinism import NondeterministicError, check_deterministic
 from curvature.diagonal import DiagonalFisher
 from curvature.eigenbasis import EigenbasisFisher
 from curvature.estimator import Curvature, CurvatureEstimator
@@ -25,7 +27,10 @@ __all__ = [
     "EigenbasisFisher",
     "KroneckerFisher",
     "LayerFisher",
+    "NondeterministicError",
     "UnitFisher",
+    "activation_hessian",
+    "check_deterministic",
     "coverage",
     "fisher",
     "ggn",

@@ -206,7 +206,7 @@ def per_sample_gradients(
         TypeError: If there is more than one batch.
     """
     found: list[Tensor] = []
-    problem = _one_batch(model, loss_fn, batch, params=params, output=output, class_dim=class_dim)
+    problem = one_batch(model, loss_fn, batch, params=params, output=output, class_dim=class_dim)
     _visit(problem, lambda examples: found.append(examples.gradients([examples.terms.gradient()])[0]))
     return problem.parameters.unflatten(found[0])
 
@@ -240,7 +240,7 @@ def per_sample_norms(
         Goodfellow (2015), "Efficient per-example gradient computations", https://arxiv.org/abs/1510.01799
     """
     found: list[dict[str, Tensor]] = []
-    problem = _one_batch(model, loss_fn, batch, params=params, output=output, class_dim=class_dim)
+    problem = one_batch(model, loss_fn, batch, params=params, output=output, class_dim=class_dim)
     _visit(problem, lambda examples: found.append(examples.norms([examples.terms.gradient()])))
     return {name: norms[0] for name, norms in found[0].items()}
 
@@ -333,10 +333,15 @@ def _visit(problem: Problem, use: Callable[[Examples], Any]) -> Tensor | float:
     return problem.visit(lambda evaluation: use(Examples.of(evaluation)), "per-sample gradients", recorded=True)
 
 
-def _one_batch(model: nn.Module, loss_fn: Any, batch: Batch, **options: Any) -> Problem:
+def one_batch(model: nn.Module, loss_fn: Any, batch: Batch, **options: Any) -> Problem:
+    """The problem of a single batch.
+
+    Raises:
+        TypeError: If there is more than one.
+    """
     if not is_one_batch(batch):
         raise TypeError(
-            f"expected one batch (x, y), got {type(batch).__name__}: results per example are returned for one batch "
-            "at a time. Loop over the batches."
+            f"expected one batch (x, y), got {type(batch).__name__}: what belongs to single examples is returned for "
+            "one batch at a time. Loop over the batches."
         )
     return Problem(model, loss_fn, batch, **options)

@@ -196,7 +196,7 @@ class Problem:
         if abs(seen - self._seen) > tolerance * max(abs(seen), abs(self._seen)):
             raise RuntimeError(
                 f"this pass over the data gave a loss of {seen:.8g}, the first one {self._seen:.8g}: products with one "
-                "matrix need the same numbers in every pass. curvature.check_deterministic(model, loss_fn, data) says "
+                "matrix need the same numbers in every pass. curvature.check_deterministic(model, data) says "
                 "what differs (augmentation, a random sampler of a subset, a model that draws its own numbers)."
             )
 

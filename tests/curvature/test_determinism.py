@@ -1,0 +1,106 @@
+"""Models and data that are not one loss are named; those that are pass."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import curvature
+from curvature import NondeterministicError, check_deterministic
+from tests.curvature.problems import normal
+
+
+def plain() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+
+
+def data() -> list[Any]:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return [(normal(n, 2), torch.randint(2, (n,))) for n in (3, 2)]
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_fixed_models_and_data_pass(batch_norm: bool) -> None:
+    model = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(2), *plain()).double().eval() if batch_norm else plain()
+    check_deterministic(model, data())
+    check_deterministic(model, data()[0])
+    check_deterministic(model, DataLoader(TensorDataset(normal(6, 2), torch.zeros(6)), batch_size=4))
+
+
+def test_dropout_is_named_and_nothing_else_changes() -> None:
+    model = nn.Sequential(plain(), nn.Dropout(0.0), nn.Sequential(nn.Dropout(0.5)))
+    state, before = torch.get_rng_state(), copy.deepcopy(model.state_dict())
+    with pytest.raises(NondeterministicError, match=r"not one loss: \(a\) dropout is active in 2\.0 \(model\.eval"):
+        check_deterministic(model, data())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    check_deterministic(model.eval(), data())
+
+
+def test_recurrent_and_attention_dropout_is_named() -> None:
+    model = nn.TransformerEncoderLayer(2, 1, 4, dropout=0.3, batch_first=True).double()
+    with pytest.raises(NondeterministicError, match=r"self_attn, dropout, dropout1, dropout2"):
+        check_deterministic(model, (normal(3, 2, 2), torch.zeros(3)))
+
+
+def test_batch_norm_in_train_mode_is_named() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).double()
+    with pytest.raises(NondeterministicError, match="1 normalise by the statistics of the batch"):
+        check_deterministic(model, data())
+    check_deterministic(model.eval(), data())
+
+
+def test_shuffling_loader_is_named() -> None:
+    loader = DataLoader(TensorDataset(normal(16, 2), torch.arange(16)), batch_size=4, shuffle=True)
+    with pytest.raises(NondeterministicError, match="the loader shuffles: its batches hold other examples"):
+        check_deterministic(plain(), loader)
+    one_by_one = DataLoader(TensorDataset(normal(16, 2), torch.arange(16)), batch_size=1, shuffle=True)
+    with pytest.raises(NondeterministicError, match="the batches come in another order"):
+        check_deterministic(plain(), one_by_one)
+
+
+def test_augmentation_is_named() -> None:
+    class Noisy:
+        def __iter__(self) -> Iterator[Any]:
+            for x, y in data():
+                yield x + torch.randn_like(x), y
+
+    with pytest.raises(NondeterministicError, match="the data differ between two passes"):
+        check_deterministic(plain(), Noisy())
+
+
+def test_everything_found_is_listed() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.Dropout(0.5)).double()
+    loader = DataLoader(TensorDataset(normal(16, 2), torch.arange(16)), batch_size=4, shuffle=True)
+    with pytest.raises(NondeterministicError, match=r"\(a\) the loader .*; \(b\) dropout .* 1 .*; \(c\) 0 normalise"):
+        check_deterministic(model, loader)
+
+
+def test_a_model_that_draws_numbers_itself() -> None:
+    class Noise(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = plain()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x + torch.randn_like(x))
+
+    with pytest.raises(NondeterministicError, match="the model draws random numbers itself"):
+        check_deterministic(Noise(), data())
+    # One realisation is one matrix all the same.
+    H = curvature.hessian(Noise(), nn.CrossEntropyLoss(), data())
+    v = normal(H.shape[1])
+    assert torch.equal(H @ v, H @ v)
+
+
+def test_one_shot_iterators_are_refused() -> None:
+    with pytest.raises(TypeError, match="one-shot iterator"):
+        check_deterministic(plain(), iter(data()))
