@@ -31,6 +31,9 @@ def _attention_without_dispatch() -> Any:
 _ATTENTION = _attention_without_dispatch()
 
 
+_REPEATING = {Tensor.expand, Tensor.expand_as, Tensor.repeat, torch.broadcast_to, Tensor.broadcast_to, torch.tile}
+
+
 class Recorder(TorchFunctionMode):
     """Records the uses of parameters while it is active.
 
@@ -115,7 +118,7 @@ class Recorder(TorchFunctionMode):
         if output is None:
             output, replaced = func(*args, **kwargs), False
         if isinstance(output, (Tensor, tuple, list)):
-            depends = any(self._depends_on_example(t) for t in tensors)
+            depends = any(self._depends_on_example(t) for t in tensors) or self._gives_batch(func, args, output)
             for result in tensors_in(output):
                 self._mark(result, depends)
             if torch.is_grad_enabled() and not replaced:
@@ -186,6 +189,13 @@ class Recorder(TorchFunctionMode):
             return self._names[id(tensor)]
         # A view made under no_grad claims to require gradients, but is a leaf of its own.
         return None if tensor._base is None or tensor.grad_fn is None else self._names.get(id(tensor._base))
+
+    def _gives_batch(self, func: Any, args: Any, output: Any) -> bool:
+        """Whether a call repeats something once per example, as ``arange(n).expand(batch, n)`` does."""
+        if func not in _REPEATING or not isinstance(output, Tensor) or output.dim() == 0:
+            return False
+        source = args[0]
+        return output.shape[0] == self.batch and (source.dim() < output.dim() or source.shape[0] == 1)
 
     def _mark(self, tensor: Tensor, depends: bool) -> None:
         self._depends[id(tensor)] = (weakref.ref(tensor), depends)
