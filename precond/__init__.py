@@ -1,6 +1,7 @@
 """Second-order optimizers with the interface of ``torch.optim``."""
 
 from curvature import DiagonalFisher, EigenbasisFisher, KroneckerFisher
+from precond.adahessian import AdaHessian
 from precond.adapt import LevenbergMarquardt
 from precond.averaging import IterateAverage
 from precond.base import SecondOrderOptimizer
@@ -19,6 +20,7 @@ from solvers import Cholesky, Eigh, FactoredTikhonov, Tikhonov
 
 __all__ = [
     # optimizers
+    "AdaHessian",
     "EKFAC",
     "KFAC",
     "KLShampoo",

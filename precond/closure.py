@@ -48,7 +48,7 @@ class ClosureOptimizer(SecondOrderOptimizer):
             self.release()
 
     def _require(self, closure: Closure | None) -> None:
-        if closure is None:
+        if closure is None and self.closure_needed():
             raise TypeError(
                 f"{type(self).__name__} needs second derivatives: call step(closure) with a function that computes the "
                 "loss of one batch and returns it."
@@ -59,6 +59,10 @@ class ClosureOptimizer(SecondOrderOptimizer):
         self._closure = self._value = self._slopes = None
 
     # Evaluation
+
+    def closure_needed(self) -> bool:
+        """Whether the steps cannot do with the gradients that a plain loop leaves."""
+        return True
 
     def second_order(self) -> bool:
         """Whether this step needs second derivatives."""
@@ -90,8 +94,9 @@ class ClosureOptimizer(SecondOrderOptimizer):
         return loss.reshape(())
 
     @torch.enable_grad()
-    def _evaluate(self, closure: Closure | None) -> Tensor:
-        assert closure is not None
+    def _evaluate(self, closure: Closure | None) -> Any:
+        if closure is None:
+            return None
         self._closure, params = closure, self.parameters()
         loss = self.loss(closure)
         twice = self.second_order()
@@ -114,8 +119,10 @@ class ClosureOptimizer(SecondOrderOptimizer):
 
     def _gradients(self) -> Vectors | None:
         gradients = super()._gradients()
+        if gradients is None or self._slopes is None:
+            return gradients
         # Without those that the loss does not reach, whose grad is left from elsewhere.
-        return None if gradients is None else {p: g for p, g in gradients.items() if p in (self._slopes or {})}
+        return {p: g for p, g in gradients.items() if p in self._slopes}
 
     def value_at(self, moves: Mapping[Tensor, Tensor]) -> Tensor:
         """What is minimised, at ``p + move``; the parameters stay as they are, bit for bit."""

@@ -57,14 +57,18 @@ class GradientOptimizer(SecondOrderOptimizer):
                 if p not in gradients:
                     continue
                 g, state = gradients[p], self.state[p]
-                if "step" not in state:
-                    state.update(step=0, **(self.initial_state(p, group) if p.numel() else {}))
+                self.begin(p, group)
                 if idle or not p.numel():
                     out[p] = torch.zeros_like(g)
                 else:
                     state["step"] += 1
                     out[p] = self.direction(p, g.to(working_dtype(g)), state, group)
         return out
+
+    def begin(self, p: Tensor, group: Group) -> None:
+        """Create the state of a parameter, unless it is there."""
+        if "step" not in self.state[p]:
+            self.state[p].update(step=0, **(self.initial_state(p, group) if p.numel() else {}))
 
     def _idle(self, gradients: dict[Tensor, Tensor]) -> bool:
         if any(float(group["lr"]) != 0 for group in self.param_groups):

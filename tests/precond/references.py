@@ -357,3 +357,71 @@ def assert_steps_equal(
         error = (ours - after).abs().max().item()
         assert error <= tolerance, f"{error:.1e} off after step {step}"
         assert (ours - theta).abs().max() > 1e-6, f"step {step} moved nothing"
+
+
+class KroneckerDescent:
+    """PSGD's factors for one parameter: full matrices, or diagonals for vectors; criterion E[h'Ph + v'P^-1 v]."""
+
+    def __init__(self, shape: tuple[int, ...], rate: float, damping: float, eps: float) -> None:
+        self.shape = shape
+        self.rate, self.damping, self.eps = rate, damping, eps
+        self.roots = [np.eye(n) for n in shape]
+        self.bounds = [0.0 for _ in shape]
+        self.updates = 0
+
+    def precondition(self, x: Array) -> Array:
+        for k, q in enumerate(self.roots):
+            x = along(x, q.T @ q, k)
+        return x
+
+    def update(self, h: Array, v: Array | None) -> None:
+        diagonal = len(self.shape) == 1
+        if self.updates == 0:
+            scale = np.mean(h**4) ** (-1 / 8) * (1 if v is None else np.mean(v**4) ** (1 / 8))
+            self.roots = [q * scale ** (1 / len(self.shape)) for q in self.roots]
+        self.updates += 1
+        noise = self.damping + self.eps * np.sqrt(np.mean(h**2))
+        metrics = [q.T @ q for q in self.roots]
+        image = self.precondition(h)
+        for k, q in enumerate(self.roots):
+            others = np.prod([np.sum(m**2) for j, m in enumerate(metrics) if j != k])
+            c = unfold(image, k) @ unfold(image, k).T + noise**2 * others * metrics[k] @ metrics[k]
+            t = h.size / len(q) * np.eye(len(q)) if v is None else unfold(v, k) @ unfold(v, k).T
+            if diagonal:
+                c, t = np.diag(np.diag(c)), np.diag(np.diag(t))
+            size = self.norm(c) + np.max(t) if v is None else self.norm(c + t)
+            self.bounds[k] = max(size, 0.9 * self.bounds[k] + 0.1 * size)
+            q = q - self.rate / self.bounds[k] * (c - t) @ q
+            self.roots[k] = q if diagonal else self.turn(q)
+
+    @staticmethod
+    def norm(matrix: Array) -> float:
+        x = matrix[:, np.argmax(np.diag(matrix))]
+        for _ in range(2):
+            x = matrix @ x / np.linalg.norm(x)
+        return float(np.linalg.norm(x))
+
+    @staticmethod
+    def turn(q: Array) -> Array:
+        r = q.T - q
+        r = r / (np.linalg.norm(r) / np.sqrt(2) or 1.0)
+        slope, bend = np.trace(r @ q), np.trace(r @ r @ q)
+        a = min(-slope / bend, 1 / 8) if bend < 0 else 1 / 8
+        return q + a * r @ q + a**2 / 2 * r @ r @ q
+
+
+def psgd(
+    theta: Array, gradients: list[Array], lr: float, beta: float, rate: float, damping: float, eps: float, bound: float
+) -> Iterator:
+    shape = theta.shape or (1,)
+    factors = KroneckerDescent(shape, rate, damping, eps)
+    m = np.zeros(shape)
+    for t, g in enumerate(gradients, 1):
+        g = g.reshape(shape)
+        m = beta * m + (1 - beta) * g
+        if t == 1 or t % 2 == 0:
+            factors.update(g, None)
+        step = factors.precondition(m / (1 - beta**t))
+        step = step * min(1, bound / np.sqrt(np.mean(step**2)))
+        theta = theta - lr * step.reshape(theta.shape)
+        yield theta
