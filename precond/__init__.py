@@ -15,6 +15,7 @@ from precond.newton import Newton
 from precond.preconditioner import Preconditioner
 from precond.shampoo import Shampoo
 from precond.soap import SOAP
+from precond.sophia import Sophia
 from precond.splus import SPlus
 from solvers import Cholesky, Eigh, FactoredTikhonov, Tikhonov
 
@@ -30,6 +31,7 @@ __all__ = [
     "SecondOrderOptimizer",
     "Shampoo",
     "SOAP",
+    "Sophia",
     "SPlus",
     # what there is
     "IterateAverage",
