@@ -13,6 +13,7 @@ from precond.methods import Method, Taxonomy, methods
 from precond.muon import Muon
 from precond.newton import Newton
 from precond.preconditioner import Preconditioner
+from precond.psgd import PSGD
 from precond.shampoo import Shampoo
 from precond.soap import SOAP
 from precond.sophia import Sophia
@@ -28,6 +29,7 @@ __all__ = [
     "Muon",
     "Newton",
     "PreconditionedOptimizer",
+    "PSGD",
     "SecondOrderOptimizer",
     "Shampoo",
     "SOAP",
