@@ -103,6 +103,8 @@ class Collector:
             if self.plan.distrust(self._unexplained(groups, output, signals, cache)):
                 groups = self.plan.assign(recorder.sites, recorder.unknown)
         mixing = self._mixing(groups, output, signals, cache)
+        if self.exact and not recorder.examples_interact:
+            self._refuse_averages([g for g in groups if g.block.name in mixing], signals.examples)
         if signals.kind == "mc" or not mixing:
             return self._send(groups, output, signals, iter(signals), counted, scale, cache, mixing)
         together = [g for g in groups if g.block.name not in mixing]
@@ -156,7 +158,7 @@ class Collector:
         sizes = {name: p.numel() for name, p in self.parameters.items()}
         blocks: list[LinearOperator] = []
         places: list[Place] = []
-        for estimator in self.estimators.values():
+        for estimator in sorted(self.estimators.values(), key=lambda e: self.parameters.starts[e.block.parts[0].name]):
             operator = estimator.operator()
             blocks.append(operator if isinstance(scale, float) and scale == 1.0 else operator * scale)
             places.append(Place.of(estimator.block, self.parameters.starts, sizes))
@@ -274,6 +276,17 @@ class Collector:
                     if not (off <= tolerance * torch.linalg.vector_norm(expected, dim=1)).all():
                         mixing.add(group.block.name)
         return mixing
+
+    def _refuse_averages(self, mixing: list[Group], examples: int) -> None:
+        """Averages over the positions of an example need to know them; a table that no example has is one itself."""
+        for group in mixing:
+            if any(use.site.layout.batched for use in group.uses) and self._estimator(group).averages_positions:
+                raise ValueError(
+                    f"block {group.block.name}: sharing='reduce' averages over the positions of each example, but the "
+                    f"rows of this layer do not fall into the {examples} examples along the leading axis (a model with "
+                    "time or positions first, or rows picked by a mask). Use sharing='expand', for which it makes no "
+                    "difference, or put the examples first (batch_first=True)."
+                )
 
     def _unexplained(self, groups: list[Group], output: Tensor, signals: Signals, cache: Cache) -> set[str]:
         """Parameters whose gradient is not what their recorded uses add up to.

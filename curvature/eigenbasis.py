@@ -41,6 +41,10 @@ class EigenbasisEstimator(CurvatureEstimator):
         self._waiting: list[Samples] = []  # the first step's samples, until there is a basis to see them in
         self._pass: int | None = None  # of a data set that is seen twice; None in training
 
+    @property
+    def averages_positions(self) -> bool:
+        return self.factors.averages_positions
+
     def update(self, samples: Samples) -> None:
         if self._pass != 2:
             self.factors.update(samples)

@@ -26,6 +26,11 @@ class CurvatureEstimator(ABC):
     #: Name of the structure in tables: what :meth:`operator` returns.
     structure: ClassVar[str]
 
+    @property
+    def averages_positions(self) -> bool:
+        """Whether the positions of an example are averaged, so that it must be known which belong to one example."""
+        return False
+
     def __init__(self, block: Block) -> None:
         self.block = block
 

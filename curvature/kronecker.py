@@ -46,6 +46,10 @@ class KroneckerEstimator(CurvatureEstimator):
         # Straight uses give (A, B); flipped uses, if there are any, a second pair.
         self.sides: dict[str, tuple[WeightedMean, WeightedMean]] = {}
 
+    @property
+    def averages_positions(self) -> bool:
+        return self.sharing == "reduce"
+
     def update(self, samples: Samples) -> None:
         for side in ("straight", "flipped"):
             uses = [use for use in samples.uses if isinstance(use, Outer) and use.flipped == (side == "flipped")]

@@ -14,6 +14,7 @@ from curvature import DiagonalFisher, EigenbasisFisher, KroneckerFisher, fisher
 from curvature.data import call, resolve_output
 from curvature.losses import AmbiguousClassAxisError, NonFiniteLossError, UnknownLossError
 from curvature.signals import Signals
+from tests.curvature.estimates import estimate
 from tests.curvature.problems import PROBLEMS, Fn, classes, normal
 
 PROBLEM = PROBLEMS["mlp_ce"]()
@@ -126,6 +127,15 @@ def test_a_dense_input_factor_of_a_large_embedding() -> None:
         ValueError, match=r"block 0\.weight: sharing='reduce' makes .* dense \(9 x 9\).*sharing='expand'"
     ):
         fisher(model, LOSS, data, sharing="reduce", max_factor=8)
+
+
+@pytest.mark.parametrize("structure", ["kfac", "ekfac"])
+@pytest.mark.parametrize("name", ["encoder_time_major", "encoder_time_major_square", "positions_picked_by_a_mask"])
+def test_averages_over_positions_that_cannot_be_told_apart(name: str, structure: Any) -> None:
+    with pytest.raises(ValueError, match=r"'reduce' averages over the positions of each example.*batch_first=True"):
+        estimate(PROBLEMS[name](), structure, sharing="reduce")
+    for name in ("residual_train", "bare_parameters", "language_model"):  # mixed, but it is clear what belongs together
+        estimate(PROBLEMS[name](), structure, sharing="reduce")
 
 
 def test_a_layer_that_changes_its_use_between_batches() -> None:
