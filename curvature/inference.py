@@ -108,7 +108,9 @@ def _proportional(expected: Tensor, gradient: Tensor) -> bool:
     """Whether two gradients point the same way."""
     slack = torch.finfo(gradient.dtype).eps ** 0.5
     expected, gradient = expected.double().flatten(), gradient.double().flatten()
-    return bool(expected @ gradient >= (1 - slack) * expected.norm() * gradient.norm())
+    if not gradient.any():
+        return True  # everything is masked
+    return bool(expected.any()) and bool(expected @ gradient >= (1 - slack) * expected.norm() * gradient.norm())
 
 
 def _class_axis(gradient: Tensor, class_dim: int | None) -> int:

@@ -148,15 +148,23 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         return Collector(self.parameters, self._make, joint=self.curvature.joint, apart="signs")
 
     def _follow(self) -> None:
-        """Notice parameters that were added, frozen or unfrozen; those that stay keep their statistics."""
+        """Notice parameters that were added, frozen or unfrozen; blocks that stay whole keep their statistics."""
         trainable = self._trainable()
         if not trainable or {id(p) for p in trainable} == {id(p) for p in self.parameters.values()}:
             return
         self._unwatch()
         self.parameters = Parameters(unwrapped(self.model), trainable)
+        for name, preconditioner in list(self.preconditioners.items()):
+            if not all(part in self.parameters for part in preconditioner.estimator.block.names):
+                self._drop(name)
         collector = self._collector()
         collector.estimators = self.capture.collector.estimators
         self.capture.collector = collector
+
+    def _drop(self, name: str) -> None:
+        self._unwatch()
+        del self.preconditioners[name], self._forms[name]
+        self.capture.collector.estimators.pop(name, None)
 
     @property
     def capture(self) -> Capture:
@@ -179,9 +187,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
     def _make(self, block: Block, form: Form) -> CurvatureEstimator:
         for name, old in list(self.preconditioners.items()):
             if old.estimator.block.overlaps(block):  # its parameters were in another block before one was (un)frozen
-                self._unwatch()
-                del self.preconditioners[name], self._forms[name]
-                self.capture.collector.estimators.pop(name, None)
+                self._drop(name)
         estimator = self.curvature.estimator(block, form)
         preconditioner = Preconditioner(estimator, self.solver, self.exponent)
         self.preconditioners[block.name] = preconditioner

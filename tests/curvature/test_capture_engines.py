@@ -81,7 +81,7 @@ def test_compiled_models(how: Callable[..., Any], backend: str, functional: bool
 def test_models_that_ran_compiled_before_the_optimizer_was_made() -> None:
     model, loss_fn, (x, y) = mlp(), nn.CrossEntropyLoss(), batch(6)
     expected = fisher(model, loss_fn, (x, y), kind="exact")
-    compiled = torch.compile(model, backend="eager")
+    compiled: Any = torch.compile(model, backend="eager")
     loss_fn(compiled(x), y).backward()
     optimizer = watching(compiled, loss_fn)
     assert_same(step(optimizer, [lambda: loss_fn(compiled(x), y)]), expected)
@@ -125,10 +125,10 @@ def test_a_loss_on_the_parameters_does_not_send_the_model_to_the_shadow() -> Non
     expected = fisher(model, loss_fn, (x, y), kind="exact", params=["0.*", "2.*"])
     optimizer = watching(model, loss_fn, curvature_ema=0.0)
     with pytest.warns(UserWarning, match="penalty has a gradient but no curvature"):
-        actual = step(optimizer, [lambda: loss_fn(model(x), y) + model.penalty.square().sum()])  # type: ignore[operator]
+        actual = step(optimizer, [lambda: loss_fn(model(x), y) + model.penalty.square().sum()])
     assert_same(actual, expected)
     assert not optimizer.capture.shadows
-    assert_same(step(optimizer, [lambda: loss_fn(model(x), y) + model.penalty.square().sum()]), expected)  # type: ignore[operator]
+    assert_same(step(optimizer, [lambda: loss_fn(model(x), y) + model.penalty.square().sum()]), expected)
 
 
 @pytest.fixture
@@ -181,7 +181,8 @@ def test_half_precision_models_collect_in_float32() -> None:
 @pytest.mark.parametrize("functional", [False, True], ids=["loss module", "functional loss"])
 def test_gradient_scaling_and_its_overflows(functional: bool) -> None:
     torch.manual_seed(0)
-    model, loss_fn = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), nn.CrossEntropyLoss()
+    loss_fn = nn.CrossEntropyLoss()
+    model: Any = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
     x, y = (t.float() if t.is_floating_point() else t for t in batch(32))
     call = F.cross_entropy if functional else loss_fn
     expected = fisher(model, loss_fn, (x, y), kind="exact")
@@ -196,7 +197,7 @@ def test_gradient_scaling_and_its_overflows(functional: bool) -> None:
             loss = call(model(x[rows]), y[rows]) / 4
             scaler.scale(loss).backward()
         if bad:
-            model[0].weight.grad[0, 0] = float("inf")  # type: ignore[index, union-attr]
+            model[0].weight.grad[0, 0] = float("inf")
         silently(lambda: scaler.step(optimizer))
         scaler.update()
 
@@ -224,7 +225,8 @@ def statistics_are_there(optimizer: Any) -> bool:
 def test_a_scaler_that_unscales_first_changes_nothing() -> None:
     """Clipping needs unscale_; the factors do not notice."""
     torch.manual_seed(0)
-    model, loss_fn = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), nn.CrossEntropyLoss()
+    loss_fn = nn.CrossEntropyLoss()
+    model: Any = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
     x, y = (t.float() if t.is_floating_point() else t for t in batch(32))
     optimizer, scaler = watching(model, loss_fn), torch.amp.GradScaler("cpu", init_scale=64.0)
     expected = fisher(model, loss_fn, (x, y), kind="exact")

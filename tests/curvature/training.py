@@ -76,7 +76,7 @@ def fisher(*args: Any, **options: Any) -> dict[str, Tensor]:
     return {place.block.name: block.to_dense() for place, block in zip(operator.places, operator.blocks, strict=True)}
 
 
-def mlp(seed: int = 0) -> nn.Sequential:
+def mlp(seed: int = 0) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
