@@ -295,6 +295,14 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         if self.capture.batches == 0:
             self._explain_missing(gradients)
             return
+        if _world_size() > 1 and "processes" not in self._reported:
+            self._reported.add("processes")
+            warnings.warn(
+                f"{type(self).__name__} runs in {_world_size()} processes, each with the curvature of its own data: unless "
+                "all see the same data, their parameters drift apart. Averaging over processes is not there yet.",
+                UserWarning,
+                stacklevel=5,
+            )
         estimators = [p.estimator for p in self.preconditioners.values()]
         finite = torch.stack([e.finite().to(self.parameters.device) for e in estimators])
         if not bool(finite.all()):
