@@ -6,6 +6,7 @@ from precond.adapt import LevenbergMarquardt
 from precond.averaging import IterateAverage
 from precond.base import SecondOrderOptimizer
 from precond.ekfac import EKFAC
+from precond.gauss_newton import GaussNewton, PointwiseResidual
 from precond.kfac import KFAC
 from precond.kl_shampoo import KLShampoo
 from precond.layerwise import PreconditionedOptimizer
@@ -24,6 +25,7 @@ __all__ = [
     # optimizers
     "AdaHessian",
     "EKFAC",
+    "GaussNewton",
     "KFAC",
     "KLShampoo",
     "Muon",
@@ -40,6 +42,7 @@ __all__ = [
     "LevenbergMarquardt",
     "Method",
     "methods",
+    "PointwiseResidual",
     "Taxonomy",
     # parts to choose from
     "Cholesky",

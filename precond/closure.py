@@ -30,6 +30,7 @@ class ClosureOptimizer(SecondOrderOptimizer):
     needs: ClassVar[str] = "closure"
 
     _closure: Closure | None = None
+    _loss: Tensor | None = None
     _value: Tensor | None = None
     _slopes: Vectors | None = None
 
@@ -56,7 +57,7 @@ class ClosureOptimizer(SecondOrderOptimizer):
 
     def release(self) -> None:
         """Forget the graph of the last evaluation."""
-        self._closure = self._value = self._slopes = None
+        self._closure = self._loss = self._value = self._slopes = None
 
     # Evaluation
 
@@ -67,6 +68,10 @@ class ClosureOptimizer(SecondOrderOptimizer):
     def second_order(self) -> bool:
         """Whether this step needs second derivatives."""
         return True
+
+    def keeps_graph(self) -> bool:
+        """Whether this step goes back through the graph of the loss again, without second derivatives of it."""
+        return False
 
     def parameters(self) -> list[Tensor]:
         """The parameters that are trained, in the order of the groups."""
@@ -100,9 +105,10 @@ class ClosureOptimizer(SecondOrderOptimizer):
         self._closure, params = closure, self.parameters()
         loss = self.loss(closure)
         twice = self.second_order()
+        keep = twice or self.keeps_graph()
         try:
             slopes = torch.autograd.grad(
-                loss, params, create_graph=twice, retain_graph=twice or None, allow_unused=True
+                loss, params, create_graph=twice, retain_graph=keep or None, allow_unused=True
             )
         except RuntimeError as error:
             if "second time" not in str(error):
@@ -111,7 +117,7 @@ class ClosureOptimizer(SecondOrderOptimizer):
                 f"the closure of {type(self).__name__} freed the graph of the loss by torch.autograd.backward or "
                 "torch.autograd.grad. Return the loss without differentiating it, or pass retain_graph=True."
             ) from error
-        self._value = loss.detach()
+        self._loss, self._value = loss if keep else None, loss.detach()
         self._slopes = {p: g for p, g in zip(params, slopes, strict=True) if g is not None}
         for p in params:
             p.grad = self._slopes[p].detach().clone() if p in self._slopes else None
@@ -228,7 +234,7 @@ class ClosureOptimizer(SecondOrderOptimizer):
             try:
                 direction = solve(damping)
             except SolverError:
-                self._set_damping(rule.raised(damping))
+                self.set_damping(rule.raised(damping))
                 continue
             move = -rates * direction
             predicted = -float(gradient @ move + 0.5 * (move @ product(move)))
@@ -236,7 +242,7 @@ class ClosureOptimizer(SecondOrderOptimizer):
             if 0 <= predicted <= 10 * torch.finfo(move.dtype).eps * abs(before) and after < float("inf"):
                 return direction  # too small to be seen in the loss
             ratio = (before - after) / predicted if predicted > 0 else float("nan")
-            self._set_damping(rule.adapted(damping, ratio))
+            self.set_damping(rule.adapted(damping, ratio))
             if after <= before and predicted > 0:
                 return direction
         return torch.zeros_like(gradient)
@@ -244,7 +250,8 @@ class ClosureOptimizer(SecondOrderOptimizer):
     def _group_of(self, parameter: Tensor) -> dict[str, Any]:
         return next(group for group in self.param_groups for p in group["params"] if p is parameter)
 
-    def _set_damping(self, damping: float) -> None:
+    def set_damping(self, damping: float) -> None:
+        """Give all groups the same damping; it is part of the checkpoints."""
         for group in self.param_groups:
             group["damping"] = damping
 

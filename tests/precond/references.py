@@ -425,3 +425,17 @@ def psgd(
         step = step * min(1, bound / np.sqrt(np.mean(step**2)))
         theta = theta - lr * step.reshape(theta.shape)
         yield theta
+
+
+def gauss_newton_matrix(model: nn.Module, step: int) -> Tensor:
+    """``2 / (N C) J^T J`` of the mean square error on the flat parameters."""
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    x, y = batch(step)
+
+    def outputs(flat: Tensor) -> Tensor:
+        parts = flat.split([shape.numel() for shape in shapes.values()])
+        values = {name: part.reshape(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+        return torch.func.functional_call(model, values, (x,)).reshape(-1)
+
+    jacobian = torch.func.jacrev(outputs)(torch.cat([p.detach().reshape(-1) for p in model.parameters()]))
+    return 2 / y.numel() * jacobian.mT @ jacobian

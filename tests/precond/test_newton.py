@@ -15,7 +15,10 @@ from tests.precond import references as ref
 
 def quadratic(generator, size=5):
     root = torch.randn(size, size, generator=generator, dtype=torch.float64)
-    matrix, b = root @ root.mT + torch.eye(size), torch.randn(size, generator=generator, dtype=torch.float64)
+    matrix, b = (
+        root @ root.mT + torch.eye(size, dtype=torch.float64),
+        torch.randn(size, generator=generator, dtype=torch.float64),
+    )
     return matrix, b
 
 
@@ -48,7 +51,7 @@ def test_absolute_equals_dense_algebra():
 
 def test_plain_equals_dense_algebra():
     def expected(step, theta, g, hessian):
-        return theta - torch.linalg.solve(hessian + 3.0 * torch.eye(len(theta)), g)
+        return theta - torch.linalg.solve(hessian + 3.0 * torch.eye(len(theta), dtype=torch.float64), g)
 
     ref.assert_steps_equal(lambda model: Newton(model.parameters(), damping=3.0), expected)
 
