@@ -5,8 +5,10 @@ from precond.adahessian import AdaHessian
 from precond.adapt import LevenbergMarquardt
 from precond.averaging import IterateAverage
 from precond.base import SecondOrderOptimizer
+from precond.curveball import CurveBall
 from precond.ekfac import EKFAC
 from precond.gauss_newton import GaussNewton, PointwiseResidual
+from precond.hessian_free import HessianFree
 from precond.kfac import KFAC
 from precond.kl_shampoo import KLShampoo
 from precond.layerwise import PreconditionedOptimizer
@@ -24,8 +26,10 @@ from solvers import Cholesky, Eigh, FactoredTikhonov, Tikhonov
 __all__ = [
     # optimizers
     "AdaHessian",
+    "CurveBall",
     "EKFAC",
     "GaussNewton",
+    "HessianFree",
     "KFAC",
     "KLShampoo",
     "Muon",

@@ -1,0 +1,79 @@
+"""CurveBall."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from precond.adapt import LevenbergMarquardt
+from precond.closure import flatten, unflatten
+from precond.methods import Taxonomy
+from precond.products import GaussNewtonClosureOptimizer
+
+
+class CurveBall(GaussNewtonClosureOptimizer):
+    r"""CurveBall: one step of momentum on Newton's linear system for each step on the parameters.
+
+    .. math::
+        \Delta = (G + \lambda I) z + g, \qquad z \leftarrow \rho z - \beta \Delta, \qquad \theta \leftarrow \theta + z
+
+    with :math:`\rho, \beta` that minimise the damped model :math:`g^\top z' + \tfrac12 z'^\top (G + \lambda I) z'` of
+    the new z, by the solution of a 2 x 2 system; only the first is there while z is zero. No learning rate is needed.
+    The damping is adapted slowly by the reduction ratio, measured on the same batch.
+
+    A step costs a gradient, two products with G and a further evaluation of the loss. Memory: one vector.
+
+    Args:
+        model: The model, or parameters, groups, or named parameters.
+        loss_fn: The loss module that the closure calls.
+        lr: Multiplies the step; 1 is the method's.
+        damping: :math:`\lambda` at the start, in units of G.
+        rule: How the damping is adapted; ``None`` for the paper's, a factor 0.999 outside ratios from 1/2 to 3/2.
+        weight_decay: Decoupled weight decay.
+        options: See :class:`GaussNewtonClosureOptimizer`.
+
+    References:
+        Henriques et al. (2019), https://arxiv.org/abs/1805.08095
+    """
+
+    taxonomy: ClassVar = Taxonomy(
+        curvature="GGN",
+        structure="matrix-free",
+        solver="one heavy-ball step",
+        paper="https://arxiv.org/abs/1805.08095",
+    )
+
+    def __init__(
+        self,
+        model: Any,
+        loss_fn: Any,
+        lr: float | Tensor = 1.0,
+        *,
+        damping: float = 1.0,
+        rule: LevenbergMarquardt | None = None,
+        weight_decay: float = 0.0,
+        **options: Any,
+    ) -> None:
+        self.rule = rule or LevenbergMarquardt(decrease=0.999, increase=1 / 0.999, lower=0.5, upper=1.5)
+        super().__init__(model, loss_fn, lr=lr, damping=damping, weight_decay=weight_decay, **options)
+
+    def directions(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        params = list(gradients)
+        g = self.sign * flatten(gradients)
+        z = flatten({p: self.state[p].get("velocity", torch.zeros_like(p)) for p in params})
+        matrix, damping = self.matrix(params), float(self.common("damping"))
+        image = matrix.product(z) + damping * z
+        basis = torch.stack([z, -(image + g)], 1)  # (P, 2)
+        images = torch.stack([image, matrix.product(basis[:, 1]) + damping * basis[:, 1]], 1)
+        # By pseudo-inverse, because z is zero at first and may become parallel to the slope.
+        coefficients = -(torch.linalg.pinv(basis.mT @ images, hermitian=True) @ (basis.mT @ g))
+        z = basis @ coefficients
+        predicted = -float(g @ z + 0.5 * coefficients @ (basis.mT @ images) @ coefficients)
+        change = float(self.value) - float(self.value_at(unflatten(z, params)))
+        ratio = change / predicted if predicted > 0 else float("nan")
+        self.set_damping(self.rule.adapted(damping, ratio))
+        for p, velocity in unflatten(z, params).items():
+            self.state[p]["velocity"] = velocity.clone()
+        return unflatten(-self.sign * z, params)
