@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from curvature.block import Block, Place
 from curvature.collector import Collector
 from curvature.data import Batch, Data, Output, is_one_batch
+from curvature.estimator import CurvatureEstimator, Form
 from curvature.losses import Terms, loss_for, widen
 from curvature.parameters import Parameters
 from curvature.products import Evaluation, Problem
 from curvature.recorder import Recorder
 from curvature.samples import OneHot, Outer, Samples
 from curvature.signals import Signals
+from solvers import LinearOperator
 
 
 @dataclass(frozen=True)
@@ -37,15 +39,39 @@ class Given(Signals):
         return iter(self.given)
 
 
-class _Kept:
-    """In the place of an estimate: the samples themselves."""
+class KeptSamples(CurvatureEstimator):
+    """Keeps the samples of a block instead of estimating anything from them."""
+
+    structure = "samples"
 
     def __init__(self, block: Block) -> None:
-        self.block = block
+        super().__init__(block)
         self.samples: list[Samples] = []
 
     def update(self, samples: Samples) -> None:
         self.samples.append(samples)
+
+    def commit(self, ema: float) -> None:
+        """Nothing is averaged."""
+
+    def discard(self) -> None:
+        self.samples = []
+
+    def finite(self) -> Tensor:
+        return torch.tensor(True)
+
+    @property
+    def ready(self) -> bool:
+        return bool(self.samples)
+
+    def operator(self) -> LinearOperator:
+        raise NotImplementedError("samples are no operator.")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """There is no state."""
 
 
 class Examples:
@@ -99,26 +125,37 @@ class Examples:
 
     def samples(self, signals: Sequence[Tensor]) -> list[tuple[Block, list[Samples]]]:
         """What each block's gradients are made of; in each, the rows are signals, and examples within a signal."""
-        kept: list[_Kept] = []
+        kept: list[KeptSamples] = []
 
-        def make(block: Block, form: Any) -> Any:
-            kept.append(_Kept(block))
+        def make(block: Block, form: Form) -> KeptSamples:
+            kept.append(KeptSamples(block))
             return kept[-1]
 
-        collector = Collector(self.parameters, cast(Any, make), joint=False)
+        collector = Collector(self.parameters, make, joint=False)
         given = Given(self.terms, "empirical", batch=self.batch, given=tuple(signals))
         collector.collect(self.recorder, self.output, given)
         return [(entry.block, entry.samples) for entry in kept]
 
     def gradients(self, signals: Sequence[Tensor]) -> Tensor:
         """Per-sample gradients ``(len(signals), n, P)``, in the parameters' dtype."""
-        p = self.parameters
-        out = torch.zeros(len(signals), self.number, p.size, dtype=p.dtype, device=p.device)
-        sizes = {name: p[name].numel() for name in p}
+        return self.parameters.flatten({n: g.to(self.parameters.dtype) for n, g in self.by_parameter(signals).items()})
+
+    def by_parameter(self, signals: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Per-sample gradients ``{name: (len(signals), n, *shape)}``."""
+        lead = (len(signals), self.number)
+        out: dict[str, Tensor] = {}
         for block, samples in self.samples(signals):
-            rows = torch.cat([chunk for entry in samples for chunk in entry.gradients()])
-            Place.of(block, p.starts, sizes).scatter(self._by_signal(rows, len(signals)).to(p.dtype), out)
-        return out
+            (part,) = block.parts
+            p = self.parameters[part.name]
+            formed = [gradients(entry) for entry in samples]
+            rows = self._by_signal(formed[0] if len(formed) == 1 else torch.cat(formed), len(signals))
+            if part.numel == p.numel() and part.permutation == tuple(range(len(part.split))):
+                out[part.name] = rows.reshape(*lead, *p.shape)  # no copy: these are the largest tensors around
+            else:
+                if part.name not in out:
+                    out[part.name] = rows.new_zeros(*lead, *p.shape)
+                part.write(rows, out[part.name].view(*lead, p.numel()))
+        return {n: out[n] if n in out else p.new_zeros(*lead, *p.shape) for n, p in self.parameters.items()}
 
     def norms(self, signals: Sequence[Tensor]) -> dict[str, Tensor]:
         """Squared norms of the gradients with respect to each parameter, ``{name: (len(signals), n)}``."""
@@ -138,6 +175,15 @@ class Examples:
                 "returns no gradient for some signals. Leave its parameters out with params=."
             )
         return rows.reshape(signals, self.number, *rows.shape[1:])
+
+
+def gradients(samples: Samples) -> Tensor:
+    """Per-sample gradients in one piece, ``(k * n, *block shape)``."""
+    uses = samples.aligned()
+    total = uses[0].gradient(0, uses[0].examples)
+    for use in uses[1:]:
+        total = total + use.gradient(0, use.examples)
+    return total.flatten(0, 1)
 
 
 def squared_norms(samples: Samples) -> Tensor:
@@ -205,10 +251,10 @@ def per_sample_gradients(
     Raises:
         TypeError: If there is more than one batch.
     """
-    found: list[Tensor] = []
+    found: list[dict[str, Tensor]] = []
     problem = one_batch(model, loss_fn, batch, params=params, output=output, class_dim=class_dim)
-    _visit(problem, lambda examples: found.append(examples.gradients([examples.terms.gradient()])[0]))
-    return problem.parameters.unflatten(found[0])
+    _visit(problem, lambda examples: found.append(examples.by_parameter([examples.terms.gradient()])))
+    return {name: rows[0] for name, rows in found[0].items()}
 
 
 def per_sample_norms(

@@ -121,9 +121,10 @@ class Problem:
         _refuse_sparse(model)
         self.model, self.loss_fn = model, loss_fn
         self.parameters = Parameters(model, params)
-        self.output, self.class_dim, self.progress = output, class_dim, progress
+        self.output, self.class_dim = output, class_dim
         self.start = batches(data, passes=2)
         self.single = is_one_batch(data)
+        self.progress = False if progress is None and self.single else progress
         self.loss = self._loss(opaque)
         self.random = random_state(self.parameters.device)
         self._versions = {name: (p._version, p.data_ptr()) for name, p in self.parameters.items()}
@@ -163,7 +164,7 @@ class Problem:
         self.check_unchanged()
         first = self._seen is None
         total: Tensor | float = 0.0
-        seen: Tensor | float = 0.0
+        seen: Tensor | None = None
         mean = False
         device = self.parameters.device
         with settings(self.model, self.random, device):
@@ -172,10 +173,10 @@ class Problem:
                 evaluation = Evaluation(self, x, y, first=first, count=count, recorded=recorded)
                 total, mean = total + evaluation.total, evaluation.mean
                 if not self.single:
-                    seen = seen + _fingerprint(evaluation)
+                    seen = _fingerprint(evaluation) if seen is None else seen + _fingerprint(evaluation)
                 use(evaluation)
-        if not self.single:
-            self._compare(float(seen))
+        if seen is not None:
+            self._compare(*seen.tolist())
         return total if mean else 1.0
 
     def check_unchanged(self) -> None:
@@ -187,26 +188,26 @@ class Problem:
                     "after would belong to different matrices. Make the operator anew."
                 )
 
-    def _compare(self, seen: float) -> None:
+    def _compare(self, loss: float, size: float) -> None:
         """Raise if the batches of this pass gave another loss than those of the first."""
         if self._seen is None:
-            self._seen = seen
-        # Batches may come in another order; anything beyond the rounding of the sum is other data.
+            self._seen = loss
+        # Batches may come in another order; anything beyond the rounding of a sum of this size is other data.
         tolerance = torch.finfo(torch.promote_types(self.parameters.dtype, torch.float32)).eps ** 0.5
-        if abs(seen - self._seen) > tolerance * max(abs(seen), abs(self._seen)):
+        if not abs(loss - self._seen) <= tolerance * size:
             raise RuntimeError(
-                f"this pass over the data gave a loss of {seen:.8g}, the first one {self._seen:.8g}: products with one "
-                "matrix need the same numbers in every pass. curvature.check_deterministic(model, data) says "
-                "what differs (augmentation, a random sampler of a subset, a model that draws its own numbers)."
+                f"this pass over the data gave a loss of {loss:.8g}, the first one {self._seen:.8g}: products with one "
+                "matrix need the same numbers in every pass. curvature.check_deterministic(model, data) says what "
+                "differs (augmentation, a random sampler of a subset, a model that draws its own numbers)."
             )
 
 
 def _fingerprint(evaluation: Evaluation) -> Tensor:
+    """Sum of the loss terms of a batch, and of their sizes."""
+    assert evaluation.terms is not None  # only a single batch does without
     with torch.no_grad():
-        terms = evaluation.terms
-        if terms is None:
-            return evaluation.loss().detach().double()
-        return torch.where(terms.mask, terms.values().detach(), 0.0).sum().double()
+        values = torch.where(evaluation.terms.mask, evaluation.terms.values(), 0.0).double()
+        return torch.stack([values.sum(), values.abs().sum()])
 
 
 class DatasetOperator(LinearOperator):
