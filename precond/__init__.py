@@ -7,6 +7,7 @@ from precond.averaging import IterateAverage
 from precond.base import SecondOrderOptimizer
 from precond.curveball import CurveBall
 from precond.ekfac import EKFAC
+from precond.galore import GaLore
 from precond.gauss_newton import GaussNewton, PointwiseResidual
 from precond.hessian_free import HessianFree
 from precond.kfac import KFAC
@@ -28,6 +29,7 @@ __all__ = [
     "AdaHessian",
     "CurveBall",
     "EKFAC",
+    "GaLore",
     "GaussNewton",
     "HessianFree",
     "KFAC",

@@ -1,0 +1,144 @@
+"""GaLore."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from precond.gradient import GradientOptimizer, Group, State, due, state_zeros, working_dtype
+from precond.matrices import matrix_shape
+from precond.methods import Taxonomy
+
+PREFIX = "inner."
+
+
+class GaLore(GradientOptimizer):
+    r"""GaLore: any ``torch.optim`` optimizer in a low-rank projection of the gradient.
+
+    .. math:: R = P^\top G, \qquad D = \alpha\, P\, \operatorname{inner}(R), \qquad G \approx P \Sigma Q^\top
+
+    with P the first ``rank`` left singular vectors of the gradient every ``update_period`` steps (right ones, from the
+    right, where there are more rows than columns). The inner optimizer's state has the size of R. Tensors are matrices
+    with their first axis as rows; vectors, and matrices whose smaller side is at most ``rank``, are not projected, so
+    full rank is the inner optimizer itself.
+
+    The inner optimizer runs with learning rate one; learning rate, weight decay and ``maximize`` are GaLore's own.
+
+    A step costs two products with P and the inner step, a refresh an SVD, ``O(m^2 n)``. Memory: ``r (m + 2 n)`` with
+    Adam inside, instead of ``2 m n``.
+
+    Args:
+        params: Parameters, groups, or named parameters.
+        lr: Learning rate, in the units of the inner optimizer.
+        rank: Rank of the projection.
+        scale: :math:`\alpha`, on projected parameters.
+        update_period: Steps between projections.
+        inner: Makes the inner optimizer: ``inner(list of tensors, lr=1.0, **inner_options)``.
+        inner_options: Its options, without ``lr`` and ``weight_decay``.
+        weight_decay: Decoupled weight decay.
+        options: See :class:`SecondOrderOptimizer`.
+
+    Raises:
+        ValueError: If an option is out of range.
+
+    References:
+        Zhao et al. (2024), algorithms 1 and 2, https://arxiv.org/abs/2403.03507
+    """
+
+    taxonomy: ClassVar = Taxonomy(
+        curvature="that of the inner optimizer",
+        structure="low-rank projection of the gradient",
+        solver="SVD",
+        paper="https://arxiv.org/abs/2403.03507",
+    )
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        *,
+        rank: int = 128,
+        scale: float = 0.25,
+        update_period: int = 200,
+        inner: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
+        inner_options: dict[str, Any] | None = None,
+        weight_decay: float = 0.0,
+        **options: Any,
+    ) -> None:
+        if rank < 1:
+            raise ValueError(f"rank must be at least 1; got {rank}.")
+        self.inner, self.inner_options = inner, dict(inner_options or {})
+        reserved = {"lr", "weight_decay", "maximize"} & set(self.inner_options)
+        if reserved:
+            raise ValueError(f"give {', '.join(sorted(reserved))} to GaLore, not in inner_options.")
+        self._inner: dict[Tensor, tuple[torch.optim.Optimizer, Tensor]] = {}
+        super().__init__(
+            params,
+            lr=lr,
+            rank=rank,
+            scale=scale,
+            inverse_update_period=update_period,
+            weight_decay=weight_decay,
+            **options,
+        )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._inner = {}  # made again from the state, which holds all of theirs
+
+    def initial_state(self, p: Tensor, group: Group) -> State:
+        if not _projected(p, group):
+            return {}
+        side = min(matrix_shape(p.shape))
+        return {"projection": state_zeros(p, (side, group["rank"]))}
+
+    def direction(self, p: Tensor, g: Tensor, state: State, group: Group) -> Tensor:
+        if "projection" not in state:
+            return self._step(p, g, state)
+        rows, columns = matrix_shape(g.shape)
+        matrix = g.reshape(rows, columns)
+        if rows > columns:
+            matrix = matrix.mT  # from now on the first side is the smaller one
+        if due(state["step"], group["inverse_update_period"]):
+            state["projection"] = _leading(matrix, group["rank"])
+        projection = state["projection"]
+        out = group["scale"] * projection @ self._step(p, projection.mT @ matrix, state)
+        return (out.mT if rows > columns else out).reshape(g.shape)
+
+    def _step(self, p: Tensor, g: Tensor, state: State) -> Tensor:
+        """Direction of the inner optimizer, found as its move away from zero."""
+        optimizer, proxy = self._inner_of(p, g, state)
+        with torch.no_grad():
+            proxy.zero_()
+        proxy.grad = g.contiguous()
+        optimizer.step()
+        proxy.grad = None
+        state.update({f"{PREFIX}{key}": value for key, value in optimizer.state[proxy].items() if value is not None})
+        return -proxy.detach()
+
+    def _inner_of(self, p: Tensor, g: Tensor, state: State) -> tuple[torch.optim.Optimizer, Tensor]:
+        if p not in self._inner:
+            proxy = torch.zeros(g.shape, dtype=working_dtype(g), device=g.device, requires_grad=True)
+            optimizer = self.inner([proxy], lr=1.0, **self.inner_options)
+            for group in optimizer.param_groups:
+                if "weight_decay" in group:
+                    group["weight_decay"] = 0.0  # of the proxy it would be none
+            saved = {key.removeprefix(PREFIX): value for key, value in state.items() if key.startswith(PREFIX)}
+            if saved:
+                optimizer.state[proxy].update(saved)
+            self._inner[p] = optimizer, proxy
+        return self._inner[p]
+
+
+def _leading(matrix: Tensor, rank: int) -> Tensor:
+    """Left singular vectors, each with its largest entry positive, so that no sign depends on the routine."""
+    vectors = torch.linalg.svd(matrix, full_matrices=False).U[:, :rank]
+    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+    return (vectors * largest.sign()).contiguous()
+
+
+def _projected(p: Tensor, group: Group) -> bool:
+    return p.ndim >= 2 and min(matrix_shape(p.shape)) > group["rank"]
