@@ -298,8 +298,8 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         if _world_size() > 1 and "processes" not in self._reported:
             self._reported.add("processes")
             warnings.warn(
-                f"{type(self).__name__} runs in {_world_size()} processes, each with the curvature of its own data: unless "
-                "all see the same data, their parameters drift apart. Averaging over processes is not there yet.",
+                f"{type(self).__name__} runs in {_world_size()} processes, each with the curvature of its own data: "
+                "unless all see the same data, their parameters drift apart. Averaging over processes is not there yet.",
                 UserWarning,
                 stacklevel=5,
             )
