@@ -15,7 +15,15 @@ from curvature.data import Output, call, resolve_output, to_device
 from curvature.dataset import record
 from curvature.parameters import Parameters
 from curvature.persample import Examples
-from curvature.products import Pullback, random_state, refuse_differentiated_once, set_random_state, settings
+from curvature.products import (
+    Pullback,
+    random_state,
+    refuse_changes,
+    refuse_differentiated_once,
+    set_random_state,
+    settings,
+    versions,
+)
 from curvature.recorder import Recorder
 from solvers import LinearOperator, StructureError
 
@@ -173,7 +181,7 @@ class Jacobian(LinearOperator):
         self.linearization = linearization
         self.recorder = recorder
         self._adjoint = adjoint
-        self._versions = [(p._version, p.data_ptr()) for p in linearization.columns.values()]
+        self._versions = versions(linearization.model)
 
     @property
     def mode(self) -> Mode:
@@ -206,7 +214,7 @@ class Jacobian(LinearOperator):
 
     def apply(self, x: Tensor) -> Tensor:
         line = self.linearization
-        self._check_unchanged()
+        refuse_changes(line.model, self._versions)
         batch = x.shape[: x.ndim - len(self.in_shape)]
         with settings(line.model, line.random, self.device):
             if self._adjoint:
@@ -220,7 +228,7 @@ class Jacobian(LinearOperator):
         line = self.linearization
         if line.output.dim() == 0:
             return super().to_dense()
-        self._check_unchanged()
+        refuse_changes(line.model, self._versions)
         examples = self.examples()
         with settings(line.model, line.random, self.device):
             rows = examples.gradients(examples.unit_signals())  # (outputs of an example, n, P)
@@ -230,10 +238,6 @@ class Jacobian(LinearOperator):
     def examples(self) -> Examples:
         """The recorded pass by examples."""
         return Examples.along(self.linearization.output, self.linearization.columns, self.recorder)
-
-    def _check_unchanged(self) -> None:
-        if [(p._version, p.data_ptr()) for p in self.linearization.columns.values()] != self._versions:
-            raise RuntimeError(f"a parameter was changed after {self!r} was made. Make it anew.")
 
     def __repr__(self) -> str:
         return f"Jacobian({self.shape[0]}x{self.shape[1]})"

@@ -127,7 +127,7 @@ class Problem:
         self.progress = False if progress is None and self.single else progress
         self.loss = self._loss(opaque)
         self.random = random_state(self.parameters.device)
-        self._versions = {name: (p._version, p.data_ptr()) for name, p in self.parameters.items()}
+        self._versions = versions(model)
         self._seen: float | None = None
 
     def _loss(self, opaque: bool) -> Loss | None:
@@ -181,12 +181,7 @@ class Problem:
 
     def check_unchanged(self) -> None:
         """Raise if a parameter was written since."""
-        for name, p in self.parameters.items():
-            if (p._version, p.data_ptr()) != self._versions[name]:
-                raise RuntimeError(
-                    f"{name} was changed after this operator was made (by an optimizer step?), so products before and "
-                    "after would belong to different matrices. Make the operator anew."
-                )
+        refuse_changes(self.model, self._versions)
 
     def _compare(self, loss: float, size: float) -> None:
         """Raise if the batches of this pass gave another loss than those of the first."""
@@ -463,6 +458,22 @@ def own_buffers(model: nn.Module) -> Iterator[None]:
         for module, buffers in before:
             module._buffers.clear()
             module._buffers.update(buffers)
+
+
+def versions(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """What tells whether a parameter was written since, frozen ones included."""
+    return {name: (p._version, p.data_ptr()) for name, p in model.named_parameters()}
+
+
+def refuse_changes(model: nn.Module, before: dict[str, tuple[int, int]]) -> None:
+    """Raise if a parameter was written since ``before = versions(model)``."""
+    now = versions(model)
+    changed = [name for name in before if now.get(name) != before[name]]
+    if changed:
+        raise RuntimeError(
+            f"{changed[0]} was changed after this operator was made (by an optimizer step?), so products before and "
+            "after would belong to different matrices. Make the operator anew."
+        )
 
 
 def random_state(device: torch.device) -> list[Tensor]:

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import curvature
 from curvature.losses import AutogradLoss, UnknownLossError
+from curvature.products import Pullback
 from tests.curvature import dense_reference as reference
 from tests.curvature.problems import PROBLEMS, Problem, normal
 
@@ -297,6 +298,42 @@ def test_changed_parameters_are_refused(small: Problem) -> None:
             small.model.get_parameter("0.weight").mul_(0.9)
         with pytest.raises(RuntimeError, match=r"0\.weight was changed after this operator was made"):
             H @ v
+
+
+def test_parameters_outside_the_restriction_count_as_changed(small: Problem) -> None:
+    small.model.get_parameter("2.bias").requires_grad_(False)
+    H = curvature.hessian(small.model, small.loss_fn, small.data, params="0.*")
+    with torch.no_grad():
+        small.model.get_parameter("2.bias").add_(1)
+    with pytest.raises(RuntimeError, match=r"2\.bias was changed after this operator was made"):
+        H @ normal(H.shape[1])
+
+
+def test_blocks_of_vectors_stay_within_the_memory(small: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    plain = Pullback.__call__
+
+    def counted(self: Pullback, cotangents: Any) -> Any:
+        sizes.append(len(cotangents[0]))
+        return plain(self, cotangents)
+
+    monkeypatch.setattr(Pullback, "__call__", counted)
+    for memory, most in ((1, 1), (1 << 14, 4), (1 << 30, 40)):
+        sizes.clear()
+        curvature.hessian(small.model, small.loss_fn, small.data[0], memory=memory) @ normal(40, 43)
+        assert sum(sizes) == 40 and max(sizes) <= most
+    large = nn.Sequential(small.model, nn.Linear(3, 200000), nn.Linear(200000, 3)).double()
+    sizes.clear()
+    curvature.hessian(large, small.loss_fn, small.data[0], params="0.0.bias") @ normal(3, 5)
+    assert max(sizes) == 1  # a loop is as fast, and holds one copy of what is in between
+
+
+def test_long_passes_show_progress(small: Problem, capsys: pytest.CaptureFixture[str]) -> None:
+    v = normal(43)
+    curvature.hessian(small.model, small.loss_fn, small.data) @ v
+    assert capsys.readouterr().err == ""
+    curvature.hessian(small.model, small.loss_fn, small.data, progress=True) @ v
+    assert "Hessian" in capsys.readouterr().err
 
 
 def test_data_that_differ_between_passes_are_refused(small: Problem) -> None:

@@ -59,9 +59,9 @@ def test_changed_parameters_and_unknown_modes_are_refused() -> None:
     J = curvature.jacobian(problem.model, x)
     with torch.no_grad():
         problem.model.get_parameter("0.bias").add_(1)
-    with pytest.raises(RuntimeError, match="a parameter was changed"):
+    with pytest.raises(RuntimeError, match=r"0\.bias was changed after this operator was made"):
         J @ normal(J.shape[1])
-    with pytest.raises(RuntimeError, match="a parameter was changed"):
+    with pytest.raises(RuntimeError, match=r"0\.bias was changed after this operator was made"):
         J.to_dense()
     with pytest.raises(ValueError, match="mode must be one of"):
         curvature.jacobian(problem.model, x, mode="backward")  # type: ignore[arg-type]
