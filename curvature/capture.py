@@ -512,7 +512,7 @@ class _Hook:
 
 
 # What torch's own optimizers use: torch.compiler.disable would import the compiler together with this module.
-@torch._disable_dynamo  # type: ignore[attr-defined, untyped-decorator]
+@torch._disable_dynamo  # type: ignore[attr-defined]
 def _outside_of_the_graph(hook: _Hook, *args: Any) -> None:
     """Run a hook that is being compiled together with its module: a graph break keeps it."""
     hook.run(*args, compiled=True)
