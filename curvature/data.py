@@ -97,11 +97,12 @@ def to_device(tree: Any, device: torch.device) -> Any:
 
 def call(model: nn.Module, x: Any) -> Any:
     """Run the model: a tuple as positional inputs, a mapping as keywords where ``forward`` takes those names."""
-    if isinstance(x, tuple):
-        return model(*x)
-    if isinstance(x, Mapping) and _takes(model, x):
-        return model(**x)
-    return model(x)
+    with inspection():
+        if isinstance(x, tuple):
+            return model(*x)
+        if isinstance(x, Mapping) and _takes(model, x):
+            return model(**x)
+        return model(x)
 
 
 def _takes(model: nn.Module, x: Mapping[str, Any]) -> bool:

@@ -299,7 +299,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
             self._reported.add("processes")
             warnings.warn(
                 f"{type(self).__name__} runs in {_world_size()} processes, each with the curvature of its own data: "
-                "unless all see the same data, their parameters drift apart. Averaging over processes is not there yet.",
+                "unless all see the same data, their parameters drift apart. Nothing averages over processes yet.",
                 UserWarning,
                 stacklevel=5,
             )

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import curvature
 from precond import KFAC
 from tests.curvature.problems import PROBLEMS, Problem
 from tests.curvature.training import (
@@ -366,18 +367,35 @@ def test_evaluation_does_not_count() -> None:
     assert_same(step(optimizer, [lambda: loss_fn(model(x), y)]), expected)
 
 
-def test_inspection_in_the_middle_of_a_step_does_not_count() -> None:
+INSPECTIONS: dict[str, Callable[[nn.Module, nn.Module, Any], Any]] = {
+    "hessian": lambda m, f, data: curvature.hessian(m, f, data) @ torch.ones(43).double(),
+    "ggn": lambda m, f, data: curvature.ggn(m, f, data, structure="full") @ torch.ones(43).double(),
+    "empirical": lambda m, f, data: curvature.fisher(m, f, data, kind="empirical", structure="full").to_dense(),
+    "ekfac": lambda m, f, data: curvature.fisher(m, f, data, kind="exact", structure="ekfac"),
+    "mc": lambda m, f, data: curvature.fisher(m, f, data, kind="mc"),
+    "per sample": lambda m, f, data: curvature.per_sample_gradients(m, f, data),
+    "jacobian": lambda m, f, data: curvature.jacobian(m, data[0]).to_dense(),
+}
+
+
+@pytest.mark.parametrize("name", INSPECTIONS)
+def test_inspection_in_the_middle_of_a_step_does_not_count(name: str) -> None:
     x, y = batch(6)
     model, loss_fn = mlp(), nn.CrossEntropyLoss()
     expected = fisher(model, loss_fn, (x, y), kind="exact")
     optimizer = watching(model, loss_fn)
-    fisher(model, loss_fn, batch(9, 3), kind="exact", structure="ekfac")
+
+    def inspect() -> None:
+        INSPECTIONS[name](model, loss_fn, batch(9, 3))
 
     def loss() -> Tensor:
         z = model(x)
-        fisher(model, loss_fn, batch(9, 3), kind="mc")
-        return loss_fn(z, y)
+        inspect()
+        value = loss_fn(z, y)
+        inspect()
+        return value
 
+    inspect()
     assert_same(step(optimizer, [loss]), expected)
 
 
