@@ -10,12 +10,14 @@ from curvature.diagonal import DiagonalFisher
 from curvature.eigenbasis import EigenbasisFisher
 from curvature.estimator import Curvature, CurvatureEstimator
 from curvature.fisher import fisher
+from curvature.foof import InputKronecker
 from curvature.ggn import ggn
 from curvature.hessian import hessian
 from curvature.jacobian import jacobian
 from curvature.kronecker import KroneckerFisher
 from curvature.ntk import ntk
 from curvature.persample import gradient_second_moment, gradient_variance, per_sample_gradients, per_sample_norms
+from curvature.tnt import TensorNormal
 from curvature.unitwise import UnitFisher
 
 __all__ = [
@@ -25,9 +27,11 @@ __all__ = [
     "CurvatureEstimator",
     "DiagonalFisher",
     "EigenbasisFisher",
+    "InputKronecker",
     "KroneckerFisher",
     "LayerFisher",
     "NondeterministicError",
+    "TensorNormal",
     "UnitFisher",
     "activation_hessian",
     "check_deterministic",

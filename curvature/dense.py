@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
-from curvature.average import WeightedMean
 from curvature.block import Block
-from curvature.estimator import Curvature, CurvatureEstimator, Form
+from curvature.estimator import Curvature, CurvatureEstimator, Form, MeanEstimator
 from curvature.losses import widen
 from curvature.samples import Samples, gram
 from solvers import Dense, Flattened, LinearOperator
 
 
-class DenseEstimator(CurvatureEstimator):
+class DenseEstimator(MeanEstimator):
     r"""Exact dense matrix of a block, :math:`\frac{1}{total} \sum_{k,n} g_{kn} g_{kn}^\top`, ``(p, p)``.
 
     Costs ``p^2`` numbers and, for each row, ``p^2`` operations.
@@ -34,42 +33,21 @@ class DenseEstimator(CurvatureEstimator):
                 "params=, or take another structure ('kfac', 'unit', 'diagonal')."
             )
         super().__init__(block)
-        self.mean = WeightedMean()
 
-    def update(self, samples: Samples) -> None:
+    def total(self, samples: Samples) -> Tensor:
         total: Tensor | None = None
         for chunk in samples.gradients():
             product = gram(widen(chunk).flatten(1))
             total = product if total is None else total.add_(product)
-        self.mean.add(total, samples.weight if samples.first else 0.0)
+        assert total is not None
+        return total
 
-    def commit(self, ema: float) -> None:
-        self.mean.commit(ema)
-
-    def discard(self) -> None:
-        self.mean.discard()
-
-    def finite(self) -> Tensor:
-        return self.mean.finite()
+    def of_mean(self, value: Tensor) -> LinearOperator:
+        return Flattened(Dense(value), self.block.shape)
 
     @property
     def stored(self) -> int:
         return self.block.numel**2
-
-    @property
-    def ready(self) -> bool:
-        return self.mean.value is not None
-
-    def operator(self) -> LinearOperator:
-        if self.mean.value is None:
-            raise RuntimeError(f"block {self.block.name}: no statistics yet; run a forward and backward pass first.")
-        return Flattened(Dense(self.mean.value), self.block.shape)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"mean": self.mean.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.mean.load_state_dict(state["mean"])
 
 
 @dataclass(frozen=True)

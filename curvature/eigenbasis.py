@@ -10,12 +10,11 @@ from torch import Tensor
 
 from curvature.average import WeightedMean
 from curvature.block import Block
-from curvature.diagonal import DiagonalEstimator
 from curvature.estimator import CurvatureEstimator, Form
 from curvature.kronecker import KroneckerEstimator, KroneckerFisher, Sharing
 from curvature.losses import widen
 from curvature.samples import OneHot, Outer, Samples
-from curvature.unitwise import UnitEstimator
+from curvature.unitwise import unit_or_diagonal
 from solvers import Dense, Diagonal, Eigen, Eigh, Kronecker, LinearOperator, diagonalize, from_state, state
 
 
@@ -171,4 +170,4 @@ class EigenbasisFisher(KroneckerFisher):
     def estimator(self, block: Block, form: Form) -> CurvatureEstimator:
         if form == "outer":
             return EigenbasisEstimator(block, self.sharing, self.max_factor)
-        return UnitEstimator(block) if len(block.parts) == 2 else DiagonalEstimator(block)
+        return unit_or_diagonal(block)

@@ -8,7 +8,9 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
+from curvature.average import WeightedMean
 from curvature.block import Block
+from curvature.losses import widen
 from curvature.samples import Samples
 from curvature.signals import FisherKind, check_kind
 from solvers import LinearOperator
@@ -81,6 +83,49 @@ class CurvatureEstimator(ABC):
     def next_pass(self) -> bool:
         """After a pass over a data set: prepare another one over the same data; False when one was enough."""
         return False
+
+
+class MeanEstimator(CurvatureEstimator):
+    """An estimate that is a function of one mean over the examples."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__(block)
+        self.mean = WeightedMean()
+
+    @abstractmethod
+    def total(self, samples: Samples) -> Tensor:
+        """What the samples add to the mean's numerator."""
+
+    @abstractmethod
+    def of_mean(self, value: Tensor) -> LinearOperator:
+        """The estimate for a value of the mean."""
+
+    def update(self, samples: Samples) -> None:
+        self.mean.add(widen(self.total(samples)), samples.weight if samples.first else 0.0)
+
+    def commit(self, ema: float) -> None:
+        self.mean.commit(ema)
+
+    def discard(self) -> None:
+        self.mean.discard()
+
+    def finite(self) -> Tensor:
+        return self.mean.finite()
+
+    @property
+    def ready(self) -> bool:
+        return self.mean.value is not None
+
+    def operator(self) -> LinearOperator:
+        if self.mean.value is None:
+            raise RuntimeError(f"block {self.block.name}: no statistics yet; run a forward and backward pass first.")
+        return self.of_mean(self.mean.value)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"mean": self.mean.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.mean.load_state_dict(state["mean"])
 
 
 @dataclass(frozen=True)

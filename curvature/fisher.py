@@ -14,15 +14,17 @@ from curvature.dense import LayerFisher
 from curvature.diagonal import DiagonalFisher
 from curvature.eigenbasis import EigenbasisFisher
 from curvature.estimator import Curvature
+from curvature.foof import InputKronecker
 from curvature.gaussnewton import GaussNewton
 from curvature.kronecker import KroneckerFisher
 from curvature.lowrank import dense, low_rank
 from curvature.products import Problem
 from curvature.signals import FisherKind, check_kind
+from curvature.tnt import TensorNormal
 from curvature.unitwise import UnitFisher
 from solvers import LinearOperator
 
-Structure = Literal["full", "dense", "low_rank", "layer", "unit", "diagonal", "kfac", "ekfac"]
+Structure = Literal["full", "dense", "low_rank", "layer", "unit", "diagonal", "kfac", "ekfac", "tnt", "foof"]
 #: Structures of blocks -> what estimates them, as in training. A new one is one estimator file and one line here.
 BLOCKS: dict[str, type[Curvature]] = {
     "layer": LayerFisher,
@@ -30,6 +32,8 @@ BLOCKS: dict[str, type[Curvature]] = {
     "diagonal": DiagonalFisher,
     "kfac": KroneckerFisher,
     "ekfac": EigenbasisFisher,
+    "tnt": TensorNormal,
+    "foof": InputKronecker,
 }
 #: Structures of the whole matrix -> what makes them, from the problem, the kind, and the structure's options.
 WHOLE: dict[str, Callable[..., LinearOperator]] = {
@@ -123,6 +127,8 @@ def fisher(
             ``"diagonal"``  exact diagonal
             ``"kfac"``      Kronecker factors per layer (``sharing``, ``bias``, ``max_factor``)
             ``"ekfac"``     the same with the exact diagonal in their eigenbasis
+            ``"tnt"``       Kronecker factors of the gradients themselves (``max_factor``)
+            ``"foof"``      Kronecker factors of the inputs alone: no gradients, no scale of the loss
             ==============  =========================================================================================
 
     Returns:

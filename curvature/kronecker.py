@@ -11,14 +11,14 @@ from torch import Tensor
 
 from curvature.average import WeightedMean
 from curvature.block import Block
-from curvature.diagonal import DiagonalEstimator
 from curvature.estimator import Curvature, CurvatureEstimator, Form
 from curvature.losses import widen
 from curvature.samples import OneHot, Outer, Samples, gram
-from curvature.unitwise import UnitEstimator
+from curvature.unitwise import unit_or_diagonal
 from solvers import Dense, Diagonal, Kronecker, LinearOperator
 
 Sharing = Literal["expand", "reduce"]
+GradientFactor = Literal["second moment", "identity"]
 
 
 class KroneckerEstimator(CurvatureEstimator):
@@ -32,6 +32,8 @@ class KroneckerEstimator(CurvatureEstimator):
     All uses of the block count as further positions. Where a matrix is used from both sides (an embedding tied to a
     head), each side has its own Kronecker product and the block is the nearest Kronecker product to their sum.
 
+    With ``gradient_factor="identity"`` B is the identity (see :class:`~curvature.InputKronecker`).
+
     References:
         Martens and Grosse (2015), https://arxiv.org/abs/1503.05671; Eschenhagen et al. (2023), section 3,
         https://arxiv.org/abs/2311.00636
@@ -39,10 +41,17 @@ class KroneckerEstimator(CurvatureEstimator):
 
     structure: ClassVar[str] = "kronecker"
 
-    def __init__(self, block: Block, sharing: Sharing = "expand", max_factor: int = 16384) -> None:
+    def __init__(
+        self,
+        block: Block,
+        sharing: Sharing = "expand",
+        max_factor: int = 16384,
+        gradient_factor: GradientFactor = "second moment",
+    ) -> None:
         super().__init__(block)
         self.sharing = sharing
         self.max_factor = max_factor
+        self.gradient_factor = gradient_factor
         # Straight uses give (A, B); flipped uses, if there are any, a second pair.
         self.sides: dict[str, tuple[WeightedMean, WeightedMean]] = {}
 
@@ -60,7 +69,11 @@ class KroneckerEstimator(CurvatureEstimator):
             for index, use in enumerate(uses):
                 if samples.first:
                     inputs.add(*self._input_moment(use))
-                gradients.add(self._gradient_moment(use), weight if index == 0 else 0.0)
+                if self.gradient_factor == "second moment":
+                    gradients.add(self._gradient_moment(use), weight if index == 0 else 0.0)
+            if self.gradient_factor == "identity" and samples.first:
+                one = widen(uses[0].g.new_ones((*self.block.shape[:-2], uses[0].g.shape[-1])))
+                gradients.add(one * weight, weight)
 
     def _input_moment(self, use: Outer) -> tuple[Tensor, Tensor | float]:
         if isinstance(use.a, OneHot):
@@ -255,4 +268,4 @@ class KroneckerFisher(Curvature):
     def estimator(self, block: Block, form: Form) -> CurvatureEstimator:
         if form == "outer":
             return KroneckerEstimator(block, self.sharing, self.max_factor)
-        return UnitEstimator(block) if len(block.parts) == 2 else DiagonalEstimator(block)
+        return unit_or_diagonal(block)

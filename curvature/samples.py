@@ -182,8 +182,17 @@ class Samples:
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the gradients."""
+        return self._first_gradients.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the gradients."""
+        return self._first_gradients.device
+
+    @property
+    def _first_gradients(self) -> Tensor:
         use = self.uses[0]
-        return use.g.dtype if isinstance(use, Outer) else use.gradients.dtype
+        return use.g if isinstance(use, Outer) else use.gradients
 
     def gradients(self) -> Iterator[Tensor]:
         """Per-sample gradients, a chunk ``(k * n, *block_shape)`` at a time."""

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
-from curvature.average import WeightedMean
 from curvature.block import Block
 from curvature.diagonal import DiagonalEstimator
-from curvature.estimator import Curvature, CurvatureEstimator, Form
+from curvature.estimator import Curvature, CurvatureEstimator, Form, MeanEstimator
 from curvature.losses import widen
 from curvature.samples import Samples
 from solvers import Dense, LinearOperator
 
 
-class UnitEstimator(CurvatureEstimator):
+class UnitEstimator(MeanEstimator):
     r"""Exact blocks of the rows of the block tensor ``(*, o, i)``, as a stack ``(*, o, i, i)``.
 
     For scale and shift these are the 2 x 2 matrices of :math:`(\gamma_j, \beta_j)`.
@@ -24,45 +23,26 @@ class UnitEstimator(CurvatureEstimator):
 
     structure: ClassVar[str] = "unit"
 
-    def __init__(self, block: Block) -> None:
-        super().__init__(block)
-        self.mean = WeightedMean()
-
-    def update(self, samples: Samples) -> None:
+    def total(self, samples: Samples) -> Tensor:
         total: Tensor | None = None
         for chunk in samples.gradients():
             rows = widen(chunk).movedim(0, -2)  # (*, o, kn, i)
             product = rows.mT @ rows
             total = product if total is None else total.add_(product)
-        self.mean.add(total, samples.weight if samples.first else 0.0)
+        assert total is not None
+        return total
 
-    def commit(self, ema: float) -> None:
-        self.mean.commit(ema)
-
-    def discard(self) -> None:
-        self.mean.discard()
-
-    def finite(self) -> Tensor:
-        return self.mean.finite()
+    def of_mean(self, value: Tensor) -> LinearOperator:
+        return Dense(value)
 
     @property
     def stored(self) -> int:
         return self.block.numel * self.block.shape[-1]
 
-    @property
-    def ready(self) -> bool:
-        return self.mean.value is not None
 
-    def operator(self) -> LinearOperator:
-        if self.mean.value is None:
-            raise RuntimeError(f"block {self.block.name}: no statistics yet; run a forward and backward pass first.")
-        return Dense(self.mean.value)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"mean": self.mean.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.mean.load_state_dict(state["mean"])
+def unit_or_diagonal(block: Block) -> CurvatureEstimator:
+    """For blocks that are no layer ``y = W a``: a 2 x 2 matrix per unit for scale and shift, or a diagonal."""
+    return UnitEstimator(block) if len(block.parts) == 2 else DiagonalEstimator(block)
 
 
 @dataclass(frozen=True)
