@@ -12,8 +12,11 @@ from solvers.coupled_newton import CoupledNewton
 from solvers.damping import Damping, FactoredTikhonov, Tikhonov
 from solvers.dense import Dense
 from solvers.diagonal import Diagonal, identity
+from solvers.diagonal_estimate import diagonal
 from solvers.eigen import Eigen
+from solvers.eigenpairs import Eigenpairs
 from solvers.eigh import Eigh
+from solvers.eigsh import eigsh
 from solvers.errors import (
     InexactWarning,
     NonFiniteError,
@@ -25,13 +28,16 @@ from solvers.errors import (
     SolverError,
     StructureError,
 )
+from solvers.estimate import Estimate
 from solvers.fallback import Fallback, InFloat64, Jitter, Previous, ladder
 from solvers.flattened import Flattened
+from solvers.frobenius import frobenius_norm
 from solvers.function import Function, from_scipy
 from solvers.info import Solution, SolveInfo
 from solvers.iterative import IterativeInverse, IterativeSolver
 from solvers.kronecker import Kronecker
 from solvers.linear_operator import LinearOperator, Product, Scaled, Sum
+from solvers.logdet import logdet
 from solvers.lowrank import LowRank, Rows
 from solvers.lsmr import LSMR
 from solvers.matrix_iteration import MatrixIteration
@@ -40,12 +46,16 @@ from solvers.neumann import Neumann
 from solvers.newton_schulz import NewtonSchulz, polar
 from solvers.nystrom import Nystrom
 from solvers.power import diagonalize, power, solve
+from solvers.quadratic_form import quadratic_form
 from solvers.reshape import Reshape
 from solvers.shifted import Shifted
 from solvers.solver import BasisSolver, Solver
+from solvers.spectral_density import Density, spectral_density
 from solvers.state import from_state, state, storable
 from solvers.submatrix import Submatrix
 from solvers.subspace import Subspace
+from solvers.svds import SingularTriplets, svds
+from solvers.trace import trace
 from solvers.woodbury import Woodbury
 
 __all__ = [
@@ -106,6 +116,19 @@ __all__ = [
     "polar",
     "power",
     "solve",
+    # Estimates, with their errors
+    "Density",
+    "Eigenpairs",
+    "Estimate",
+    "SingularTriplets",
+    "diagonal",
+    "eigsh",
+    "frobenius_norm",
+    "logdet",
+    "quadratic_form",
+    "spectral_density",
+    "svds",
+    "trace",
     # State
     "from_state",
     "state",

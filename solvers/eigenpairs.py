@@ -1,0 +1,154 @@
+"""What an eigensolver returns, what it was asked for, and how it judges a pair."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from solvers.errors import NotConvergedError, NotConvergedWarning
+from solvers.info import OnFailure
+from solvers.linear_operator import LinearOperator
+from solvers.probes import FlatProduct, norm
+
+Which = Literal["LA", "SA", "LM", "BE"]
+
+
+@dataclass(frozen=True, eq=False)
+class Eigenpairs:
+    """Some eigenpairs of a symmetric operator.
+
+    Attributes:
+        values: Eigenvalues ``(k,)``, in the order of ``which``: largest first for "LA" and "LM", smallest first for
+            "SA", ascending for "BE".
+        vectors: Orthonormal eigenvectors ``(k, *in_shape)``, so that ``op @ vectors`` multiplies all of them.
+        residuals: ``|A v - lam v|`` of each pair, by a product made for it at the end ``(k,)``. An eigenvalue lies
+            within this distance of ``lam``.
+        converged: Which residuals meet the tolerance, boolean ``(k,)``.
+        products: Products with the operator, counted in vectors.
+        state: Tensors from which ``eigsh(op, state=...)`` goes on as if it had never stopped.
+    """
+
+    values: Tensor
+    vectors: Tensor
+    residuals: Tensor
+    converged: Tensor
+    products: int
+    state: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which eigenvalues are wanted, and how exact.
+
+    Args:
+        k: How many.
+        which: "LA" largest, "SA" smallest, "LM" largest in magnitude, "BE" from both ends (one more from the upper).
+        rtol: Residual wanted, relative to the eigenvalue.
+        atol: Residual wanted at least, absolute.
+        eps: Rounding unit of the products.
+
+    Raises:
+        ValueError: If ``which`` is unknown.
+    """
+
+    k: int
+    which: Which
+    rtol: float
+    atol: float
+    eps: float
+
+    def __post_init__(self) -> None:
+        """Check the border."""
+        if self.which not in get_args(Which):
+            raise ValueError(
+                f"which is one of {', '.join(get_args(Which))}, not {self.which!r}. For eigenvalues near zero take "
+                "the largest ones of op.inverse()."
+            )
+
+    def order(self, values: Tensor) -> Tensor:
+        """Indices of ascending ``values``, the most wanted first."""
+        ascending = torch.arange(len(values), device=values.device)
+        match self.which:
+            case "LA":
+                return ascending.flip(0)
+            case "SA":
+                return ascending
+            case "LM":
+                return values.abs().argsort(descending=True, stable=True)
+        # from the two ends in turn, the upper one first
+        return torch.stack([ascending.flip(0), ascending], 1).flatten()[: len(values)]
+
+    def rivals(self, order: Tensor) -> list[int]:
+        """Indices of the first ones that are left out, one for each end of the spectrum."""
+        ends = 2 if self.which == "BE" and self.k > 1 else 1
+        return order[self.k : self.k + ends].tolist()
+
+    def output(self, values: Tensor) -> Tensor:
+        """Order in which the selected pairs are returned."""
+        match self.which:
+            case "LA":
+                return values.argsort(descending=True)
+            case "LM":
+                return values.abs().argsort(descending=True)
+        return values.argsort()
+
+    def tolerance(self, values: Tensor, size: Tensor | float) -> Tensor:
+        """Residual that each pair has to reach: no less than the rounding errors of an operator of norm ``size``."""
+        return (self.rtol * values.abs()).clamp(min=max(self.atol, 10 * self.eps * float(size)))
+
+
+def finish(
+    op: LinearOperator,
+    product: FlatProduct,
+    basis: Tensor,
+    wanted: Wanted,
+    size: float,
+    products: int,
+    state: dict[str, Tensor],
+    on_failure: OnFailure,
+) -> Eigenpairs:
+    """Pairs in the span of ``basis (k, n)`` with their true residuals; k products.
+
+    Args:
+        op: The operator.
+        product: Products with it.
+        basis: Nearly orthonormal rows.
+        wanted: What was asked for.
+        size: Norm of the operator, for its rounding errors.
+        products: Products spent before.
+        state: How to go on.
+        on_failure: Whether to "warn" or to "raise" if a pair misses its tolerance.
+
+    Raises:
+        NotConvergedError: If one does, and ``on_failure`` is "raise".
+    """
+    basis = torch.linalg.qr(basis.mT).Q.mT
+    images = product(basis)
+    form = basis @ images.mT
+    values, rotation = torch.linalg.eigh((form + form.mT) / 2)
+    chosen = wanted.output(values)
+    values, rotation = values[chosen], rotation[:, chosen]
+    vectors, images = rotation.mT @ basis, rotation.mT @ images
+    residuals = norm(images - values.unsqueeze(1) * vectors)
+    converged = residuals <= wanted.tolerance(values.double(), size)
+    if not bool(converged.all()):
+        message = (
+            f"eigsh of {op!r}: {int((~converged).sum())} of {wanted.k} pairs have not converged in {products} "
+            f"products; the largest residual is {float(residuals.max()):.3g}. Go on with eigsh(op, state=pairs.state), "
+            "or allow more max_products, a larger basis_size or a larger rtol."
+        )
+        if on_failure == "raise":
+            raise NotConvergedError(message)
+        warnings.warn(message, NotConvergedWarning, stacklevel=3)
+    return Eigenpairs(
+        values,
+        vectors.reshape(-1, *op.in_shape),
+        residuals.to(values.dtype),
+        converged,
+        products + wanted.k,
+        state,
+    )

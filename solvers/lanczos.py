@@ -1,0 +1,124 @@
+r"""Lanczos tridiagonalisation and the Gauss quadrature that comes with it: :math:`v^\top f(A) v` by products with A.
+
+From a unit vector v, k steps give a tridiagonal T whose eigenvalues :math:`\theta_j` and squared first components
+:math:`w_j` of the eigenvectors are a quadrature, :math:`v^\top f(A) v \approx \sum_j w_j f(\theta_j)`, exact for
+polynomials of degree ``2 k - 1``. Golub and Meurant (2010), Matrices, Moments and Quadrature, chapters 4 and 6.
+
+Axis letters: m starting vectors, n unknowns, k steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from solvers.errors import NonFiniteError
+from solvers.linear_operator import LinearOperator
+from solvers.probes import FlatProduct, norm
+
+
+@dataclass(frozen=True, eq=False)
+class Quadrature:
+    """Quadratures of m starting vectors, and coarser ones of fewer steps that tell their error.
+
+    Attributes:
+        nodes: Eigenvalues ``(m, k)``, float64.
+        weights: Squared first components ``(m, k)``; each row sums to one.
+        coarse_nodes: Nodes after about three quarters of the steps.
+        coarse_weights: Their weights.
+    """
+
+    nodes: Tensor
+    weights: Tensor
+    coarse_nodes: Tensor
+    coarse_weights: Tensor
+
+    @property
+    def steps(self) -> int:
+        """Number of steps k."""
+        return self.nodes.shape[1]
+
+    def apply(self, function: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """Integral of an entrywise function for each starting vector, and what the last quarter of the steps changed.
+
+        Returns:
+            Two tensors ``(m, *shape)`` where ``function`` maps ``(m, k)`` to ``(m, k, *shape)``.
+        """
+        fine = _weighted(self.weights, function(self.nodes))
+        return fine, fine - _weighted(self.coarse_weights, function(self.coarse_nodes))
+
+
+Enough = Callable[[Quadrature], bool]
+
+
+def quadrature(
+    op: LinearOperator, product: FlatProduct, start: Tensor, steps: int, enough: Enough | None = None
+) -> Quadrature:
+    """Lanczos from each row of ``start``, without reorthogonalisation.
+
+    Rounding brings copies of eigenvalues that have converged; they share the weight of the one they copy, so integrals
+    do not suffer (Greenbaum, 1989), and three vectors are kept in place of k.
+
+    Args:
+        op: The operator, for error messages.
+        product: Products with it.
+        start: Vectors ``(m, n)``; scaled to unit norm here.
+        steps: Steps at most.
+        enough: Whether to stop; asked from step 8 on, each time the number of steps has grown by a quarter.
+
+    Raises:
+        NonFiniteError: If a product holds NaN or infinity.
+    """
+    v = _divide(start, norm(start))
+    before, beta = torch.zeros_like(v), norm(start).new_zeros(v.shape[0])
+    alphas: list[Tensor] = []
+    betas: list[Tensor] = []
+    look = 8
+    for step in range(1, min(steps, v.shape[1]) + 1):
+        w = product(v) - beta.to(v.dtype).unsqueeze(-1) * before
+        alpha = (v * w).sum(-1).double()
+        # A space that is exhausted goes on with zero vectors. They carry no weight; the eigenvalue shown for them is
+        # one of the spectrum's hull, where functions are defined.
+        alphas.append(torch.where(norm(v) > 0, alpha, alphas[0] if alphas else alpha))
+        w = w - alpha.to(v.dtype).unsqueeze(-1) * v
+        beta = norm(w)
+        before, v = v, _divide(w, beta)
+        if enough is not None and look <= step < steps:
+            look = step + step // 4
+            result = _gauss(op, alphas, betas)
+            if enough(result):
+                return result
+        betas.append(beta)
+    return _gauss(op, alphas, betas[:-1])
+
+
+def _gauss(op: LinearOperator, alphas: list[Tensor], betas: list[Tensor]) -> Quadrature:
+    diagonal = torch.stack(alphas, -1)  # (m, k)
+    beside = torch.stack(betas, -1) if betas else diagonal[:, :0]
+    k = diagonal.shape[1]
+    if not bool(torch.isfinite(diagonal).all() & torch.isfinite(beside).all()):
+        raise NonFiniteError(
+            f"Lanczos on {op!r} met NaN or infinity: in the operator, or by overflow of {op.dtype}. Leave the batch "
+            "that caused it out, or use float64."
+        )
+    matrix = diagonal.diag_embed() + beside.diag_embed(1) + beside.diag_embed(-1)
+    coarse = max(1, k - max(1, k // 4))
+    return Quadrature(*_nodes(matrix), *_nodes(matrix[:, :coarse, :coarse]))
+
+
+def _nodes(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    values, vectors = torch.linalg.eigh(matrix)
+    return values, vectors[:, 0].square()
+
+
+def _weighted(weights: Tensor, values: Tensor) -> Tensor:
+    return torch.einsum("mk,mk...->m...", weights, values)
+
+
+def _divide(x: Tensor, size: Tensor) -> Tensor:
+    """Rows over their norms; zero rows stay zero."""
+    size = size.to(x.dtype).unsqueeze(-1)
+    return torch.where(size > 0, x / torch.where(size > 0, size, 1), 0)

@@ -1,0 +1,239 @@
+r"""Thick-restart Lanczos with full reorthogonalisation.
+
+The basis grows by one product per step. When it is full it shrinks to the Ritz vectors nearest to what is wanted, and
+goes on from where it was: as good as a basis that never restarts, nearly. Wu and Simon (2000),
+https://doi.org/10.1137/S0895479898334605.
+
+Lanczos from one vector sees one copy of a repeated eigenvalue; the others come by rounding, late. So once all pairs
+have converged, a random vector orthogonal to them starts again, until a copy that had been missed would have come up:
+it then intrudes among the wanted ones, converges, and the search begins anew.
+
+The basis is ``(rows, n)``; the projected matrix and all decisions on it are float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import acosh
+
+import torch
+from torch import Tensor
+
+from solvers.eigenpairs import Wanted
+from solvers.errors import NonFiniteError
+from solvers.linear_operator import LinearOperator
+from solvers.probes import FlatProduct, norm
+
+_LOOKS = 40  # how often to look at the projected matrix while a basis fills, at most
+_CHUNK = 1 << 20  # columns rotated at a time, so that a restart needs no second basis
+
+
+@dataclass
+class ThickRestart:
+    """State of the iteration; every step leaves it such that it can be stored.
+
+    Attributes:
+        op: The operator, for error messages.
+        product: Products with it.
+        wanted: What is looked for.
+        generator: Where random vectors come from.
+        basis: Orthonormal rows ``(size + 1, n)``, of which the first ``count`` have been multiplied and the next one
+            is about to be.
+        matrix: Projection of the scaled operator ``(size, size)``, symmetric, float64.
+        count: Number of rows multiplied since the restart, and kept by it.
+        beta: Norm of what the last product left outside the basis, scaled.
+        scale: Norm of the first product; the iteration runs on ``A / scale``, free of over- and underflow.
+        products: Products spent.
+        found: Eigenvalues, scaled, that had converged when a search for missed copies began; empty before.
+        searched: Products spent on that search.
+        search: Whether to make it.
+    """
+
+    op: LinearOperator
+    product: FlatProduct
+    wanted: Wanted
+    generator: torch.Generator
+    basis: Tensor
+    matrix: Tensor
+    count: int
+    beta: Tensor
+    scale: Tensor
+    products: int
+    found: Tensor
+    searched: int = 0
+    search: bool = True
+
+    @classmethod
+    def start(
+        cls,
+        op: LinearOperator,
+        product: FlatProduct,
+        wanted: Wanted,
+        generator: torch.Generator,
+        size: int,
+        start: Tensor,
+    ) -> ThickRestart:
+        """Begin from one vector ``(n,)``."""
+        length = norm(start)
+        if not bool(torch.isfinite(length) & (length > 0)):
+            raise ValueError("v0 needs a finite vector that is not zero.")
+        n = start.shape[0]
+        basis = start.new_zeros(size + 1, n)
+        basis[0] = start / length.to(start.dtype)
+        zeros = torch.zeros(size, size, dtype=torch.float64, device=start.device)
+        nothing = zeros[0, :0]
+        return cls(op, product, wanted, generator, basis, zeros, 0, zeros.sum(), zeros.sum(), 0, nothing)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that the next step depends on, as tensors."""
+        return {
+            "basis": self.basis[: self.count + 1].clone(),
+            "matrix": self.matrix.clone(),
+            "beta": self.beta,
+            "scale": self.scale,
+            "products": torch.tensor(self.products),
+            "found": self.found,
+            "searched": torch.tensor(self.searched),
+            "generator": self.generator.get_state(),
+        }
+
+    @classmethod
+    def resume(
+        cls,
+        op: LinearOperator,
+        product: FlatProduct,
+        wanted: Wanted,
+        generator: torch.Generator,
+        state: dict[str, Tensor],
+    ) -> ThickRestart:
+        """Take up what :meth:`state` stored."""
+        rows, matrix = state["basis"].to(op.device), state["matrix"].to(op.device).clone()
+        basis = rows.new_zeros(matrix.shape[0] + 1, rows.shape[1])
+        basis[: len(rows)] = rows
+        generator.set_state(state["generator"].cpu())
+        beta, scale, found = (state[name].to(op.device) for name in ("beta", "scale", "found"))
+        products, searched = int(state["products"]), int(state["searched"])
+        count = len(rows) - 1
+        return cls(op, product, wanted, generator, basis, matrix, count, beta, scale, products, found, searched)
+
+    @property
+    def size(self) -> int:
+        """Rows that the basis may have."""
+        return self.matrix.shape[0]
+
+    def random(self, kept: Tensor) -> Tensor:
+        """A random unit vector ``(n,)`` orthogonal to the rows ``kept``."""
+        n, device = self.basis.shape[1], self.generator.device
+        vector = torch.randn(n, generator=self.generator, dtype=self.basis.dtype, device=device).to(self.basis.device)
+        for _ in range(2):
+            vector = vector - (kept @ vector) @ kept
+            vector = vector / norm(vector).to(vector.dtype)
+        return vector
+
+    def step(self) -> bool:
+        """Multiply once; at times look, and restart. Returns whether everything has converged."""
+        self.expand()
+        full = self.count == self.size
+        due = full or self.count % (1 + self.size // _LOOKS) == 0
+        return due and self.count >= self.wanted.k and self.look(full)
+
+    def expand(self) -> None:
+        """One Lanczos step with full orthogonalisation."""
+        i, basis = self.count, self.basis[: self.count + 1]
+        image = self.product(basis[i:]).squeeze(0)
+        if self.products == 0:
+            length = norm(image)
+            self.scale = torch.where((length > 0) & torch.isfinite(length), length, 1)
+        image = image / self.scale.to(image.dtype)
+        first = basis @ image
+        image = image - first @ basis
+        before = norm(image)
+        second = basis @ image
+        image = image - second @ basis
+        self.beta = norm(image)
+        projected = (first + second).double()
+        self.matrix[i, : i + 1] = projected
+        self.matrix[: i + 1, i] = projected
+        self.count += 1
+        self.products += 1
+        self.searched += 1
+        if self.count == self.basis.shape[1]:
+            return  # the basis is that of the whole space
+        # Where the second pass takes most of what the first one left, that was rounding: the space is exhausted.
+        exhausted = not bool(self.beta > before / 2)
+        self.basis[i + 1] = self.random(basis) if exhausted else image / self.beta.to(image.dtype)
+
+    def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Eigenvalues ascending, vectors in columns and residual estimates of the projected matrix, scaled, on CPU."""
+        matrix, beta = self.matrix[: self.count, : self.count].cpu(), self.beta.cpu()
+        if not bool(torch.isfinite(matrix).all() & torch.isfinite(beta)):
+            raise NonFiniteError(
+                f"eigsh met NaN or infinity in the products of {self.op!r}. Leave the batch that caused it out, or use "
+                "float64."
+            )
+        values, vectors = torch.linalg.eigh(matrix)
+        return values, vectors, beta * vectors[-1].abs()
+
+    def look(self, full: bool) -> bool:
+        """Judge the Ritz pairs, and restart if there is reason to. Returns whether everything has converged."""
+        values, vectors, residuals = self.ritz()
+        order = self.wanted.order(values)
+        chosen, size = order[: self.wanted.k], float(values.abs().max())
+        # Half of the tolerance is left for what later rotations and rounding add.
+        tolerance = self.scaled().tolerance(values, size) / 2
+        if bool((residuals <= tolerance)[chosen].all()):
+            if self.count == self.basis.shape[1] or not self.search:
+                return True
+            settled = len(self.found) > 0 and bool(
+                ((values[chosen].sort().values - self.found.cpu()).abs() <= 4 * tolerance[chosen].max()).all()
+            )
+            if not settled:
+                self.found, self.searched = values[chosen].sort().values.to(self.matrix.device), 0
+                self.restart(values, vectors, chosen, fresh=True)
+                return False
+            if all(self.told_apart(values, residuals, tolerance, chosen, out) for out in self.wanted.rivals(order)):
+                return True
+        if full:
+            # Ritz vectors beside the wanted ones carry what has been learned of the gap.
+            keep = min(self.wanted.k + (self.size - self.wanted.k) // 2, self.size - 1)
+            self.restart(values, vectors, order[:keep])
+        return False
+
+    def told_apart(self, values: Tensor, residuals: Tensor, tolerance: Tensor, chosen: Tensor, out: int) -> bool:
+        r"""Whether the search has gone on long enough to leave out the Ritz value with the index ``out``.
+
+        A copy of a wanted eigenvalue has a share of about :math:`n^{-1/2}` in a random vector. j steps multiply it, in
+        comparison with the rest of the spectrum, by the Chebyshev polynomial :math:`T_j(1 + 2 \gamma)`, where gamma is
+        its distance from the rest over the width of the rest (Saad, 1980).
+        """
+        gaps = (values[chosen] - values[out]).abs()
+        gaps = gaps[gaps > 2 * tolerance[chosen]]  # a copy of what is equal to the rest may as well be left out
+        if len(gaps) == 0:
+            return bool(residuals[out] <= tolerance[out])
+        width = float((values - values[out])[[i for i in range(len(values)) if i not in chosen]].abs().max())
+        gamma = float(gaps.min()) / max(width, float(tolerance[out]))
+        needed = acosh(20 * self.basis.shape[1] ** 0.5) / acosh(1 + 2 * gamma)
+        return self.searched >= needed and bool(residuals[out] <= gaps.min())
+
+    def scaled(self) -> Wanted:
+        """The tolerances for ``A / scale``."""
+        w = self.wanted
+        return Wanted(w.k, w.which, w.rtol, w.atol / float(self.scale), w.eps)
+
+    def restart(self, values: Tensor, vectors: Tensor, keep: Tensor, fresh: bool = False) -> None:
+        """Shrink the basis to Ritz vectors; go on from the next vector, or from a random one if ``fresh``."""
+        rotation = vectors[:, keep].mT.to(self.basis)
+        follower = self.basis[self.count].clone()
+        for columns in self.basis.split(_CHUNK, dim=1):
+            columns[: len(keep)] = rotation @ columns[: self.count]
+        self.basis[len(keep)] = self.random(self.basis[: len(keep)]) if fresh else follower
+        self.matrix.zero_()
+        self.matrix.diagonal()[: len(keep)] = values[keep].to(self.matrix.device)
+        self.count = len(keep)
+
+    def result(self) -> tuple[Tensor, float]:
+        """The wanted Ritz vectors ``(k, n)`` and the norm of the operator."""
+        values, vectors, _ = self.ritz()
+        chosen = self.wanted.order(values)[: self.wanted.k]
+        rotation = vectors[:, chosen].mT.to(self.basis)
+        return rotation @ self.basis[: self.count], float(values.abs().max() * self.scale)
