@@ -159,8 +159,9 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         for i, p in zip(saved_ids, params, strict=True):
             for key, value in final["state"].get(i, {}).items():
-                # torch casts floating state to the dtype of the parameter.
-                if isinstance(value, Tensor) and value.is_floating_point() and p.dtype.itemsize < 4:
+                # torch casts floating state to the dtype of the parameter, counts in tensors included.
+                narrow = p.dtype.itemsize < 4 or (isinstance(value, Tensor) and value.ndim == 0)
+                if isinstance(value, Tensor) and value.is_floating_point() and narrow:
                     self.state[p][key] = value.detach().clone().to(p.device)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from precond.gradient import GradientOptimizer, Group, State, adam, debiased, due, state_zeros
-from precond.matrices import gram, merged_shape, multiply
+from precond.matrices import gram, improved_basis, merged_shape, multiply
 from precond.methods import Taxonomy
-from solvers import Subspace
 
 
 class KLShampoo(GradientOptimizer):
@@ -103,7 +102,7 @@ class KLShampoo(GradientOptimizer):
         self._update_factors(g, state, group, axes)
         if due(state["step"], group["inverse_update_period"]):
             for k in axes:
-                state[f"basis.{k}"] = Subspace().basis(state[f"factor.{k}"], state[f"basis.{k}"])[1]
+                state[f"basis.{k}"] = improved_basis(state[f"factor.{k}"], state[f"basis.{k}"])
         bases = {k: state[f"basis.{k}"] for k in axes}
         rotated = multiply(debiased(state["exp_avg"], beta1, state["step"]), bases, transpose=True)
         for k in axes:

@@ -9,7 +9,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from solvers import Eigh, SolverError
+from solvers import Eigh, SolverError, Subspace
 
 
 def merged_shape(shape: tuple[int, ...], limit: int | None) -> tuple[int, ...]:
@@ -74,6 +74,13 @@ def spectrum(matrix: Tensor) -> tuple[Tensor, Tensor]:
     except SolverError:
         values, basis = Eigh().basis(matrix.double())
         return values.to(matrix.dtype), basis.to(matrix.dtype)
+
+
+def improved_basis(matrix: Tensor, basis: Tensor) -> Tensor:
+    """One step of orthogonal iteration from the basis of a nearby matrix, columns in their old order."""
+    # Gradients of extreme size have factors whose norm leaves the floating range; a basis knows no size.
+    size = matrix.diagonal().mean()
+    return Subspace().basis(matrix / torch.where(size == 0, 1, size), basis)[1]
 
 
 def symmetric_power(matrix: Tensor, exponent: float, floor: float) -> Tensor:

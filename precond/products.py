@@ -119,7 +119,7 @@ class GaussNewtonClosureOptimizer(ClosureOptimizer):
                 f"closure calls, such as nn.MSELoss(), not {type(loss_fn).__name__}."
             )
         self.loss_fn = loss_fn
-        self._loss_rule = loss_for(loss_fn)
+        loss_for(loss_fn)  # refuses unknown losses now rather than in the first step
         super().__init__(model.parameters() if isinstance(model, nn.Module) else model, **options)
 
     def second_order(self) -> bool:
@@ -167,7 +167,7 @@ class GaussNewtonClosureOptimizer(ClosureOptimizer):
             )
         given = list(args)
         given += [kwargs[name] for name in ("input", "target")[len(args) :]]
-        terms = self._loss_rule.terms(*given, as_called=True)
+        terms = loss_for(self.loss_fn).terms(*given, as_called=True)
         scale = self.sign * float(weight) / (float(terms.total) if terms.reduction == "mean" else 1.0)
         if scale < 0:
             raise ValueError(

@@ -149,14 +149,14 @@ class PSGD(ClosureOptimizer, GradientOptimizer):
     def _update(self, state: State, group: Group, h: Tensor, v: Tensor | None) -> None:
         """One descent step on every factor."""
         ndim = h.ndim
+        noise = group["damping"] + group["eps"] * h.square().mean().sqrt()
         if not state["updates"]:
             if not bool(h.any()):
                 return  # nothing is known of its size
-            scale = _size(h) ** -0.5 * (1.0 if v is None else _size(v) ** 0.5)
+            scale = (_size(h) + noise) ** -0.5 * (1.0 if v is None else _size(v) ** 0.5)
             for axis in range(ndim):
                 state[f"root.{axis}"].mul_(scale ** (1 / ndim))
         state["updates"] += 1
-        noise = group["damping"] + group["eps"] * h.square().mean().sqrt()
         metrics = _metrics(state, ndim)
         norms = [metric.square().sum() for metric in metrics.values()]
         image = _apply(h, metrics)

@@ -7,9 +7,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from precond.gradient import GradientOptimizer, Group, State, debiased, due, state_zeros
-from precond.matrices import gram, merged_shape, multiply, rotated_root, spectrum
+from precond.matrices import gram, improved_basis, merged_shape, multiply, rotated_root, spectrum
 from precond.methods import Taxonomy
-from solvers import Subspace
 
 
 class SOAP(GradientOptimizer):
@@ -119,7 +118,7 @@ class SOAP(GradientOptimizer):
             self._update_factors(g, state, group, axes)
             if due(step, group["inverse_update_period"]):
                 for axis in axes:
-                    state[f"basis.{axis}"] = Subspace().basis(state[f"factor.{axis}"], state[f"basis.{axis}"])[1]
+                    state[f"basis.{axis}"] = improved_basis(state[f"factor.{axis}"], state[f"basis.{axis}"])
         return out.reshape(shape)
 
     def _update_factors(self, g: Tensor, state: State, group: Group, axes: list[int]) -> None:

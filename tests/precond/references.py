@@ -376,11 +376,11 @@ class KroneckerDescent:
 
     def update(self, h: Array, v: Array | None) -> None:
         diagonal = len(self.shape) == 1
+        noise = self.damping + self.eps * np.sqrt(np.mean(h**2))
         if self.updates == 0:
-            scale = np.mean(h**4) ** (-1 / 8) * (1 if v is None else np.mean(v**4) ** (1 / 8))
+            scale = (np.mean(h**4) ** (1 / 4) + noise) ** (-1 / 2) * (1 if v is None else np.mean(v**4) ** (1 / 8))
             self.roots = [q * scale ** (1 / len(self.shape)) for q in self.roots]
         self.updates += 1
-        noise = self.damping + self.eps * np.sqrt(np.mean(h**2))
         metrics = [q.T @ q for q in self.roots]
         image = self.precondition(h)
         for k, q in enumerate(self.roots):
