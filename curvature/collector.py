@@ -74,6 +74,7 @@ class Collector:
         self.plan = Plan(parameters, joint)
         self.estimators: dict[str, CurvatureEstimator] = {}
         self.operations: dict[str, tuple[str, ...]] = {}  # what each block was used by
+        self.only: set[str] | None = None  # blocks that still learn, in later passes over a data set
 
     def collect(
         self,
@@ -102,6 +103,8 @@ class Collector:
             self._verified = True
             if self.plan.distrust(self._unexplained(groups, output, signals, cache)):
                 groups = self.plan.assign(recorder.sites, recorder.unknown)
+        if self.only is not None:
+            groups = [group for group in groups if group.block.name in self.only]
         mixing = self._mixing(groups, output, signals, cache)
         if self.exact and not recorder.examples_interact:
             self._refuse_averages([g for g in groups if g.block.name in mixing], signals.examples)
@@ -294,22 +297,27 @@ class Collector:
         A kernel written as a ``torch.autograd.Function`` is not seen by function modes; its parameters must be found
         by what autograd knows.
         """
-        probe = signals.probe()
-        items = self.parameters.items()
-        found = torch.autograd.grad(output, [p for _, p in items], probe, retain_graph=True, allow_unused=True)
-        true = {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(items, found, strict=True)}
+        sites, items = _sites(groups), self.parameters.items()
+        targets: list[Any] = [*(site.edge for site in sites), *(p for _, p in items)]
+        found: tuple[Tensor | None, ...] = torch.autograd.grad(
+            output, targets, signals.probe(), retain_graph=True, allow_unused=True
+        )
+        arrived = {id(site): g for site, g in zip(sites, found, strict=False)}
+        # Rounding is relative to the sizes of the terms, which may cancel.
+        sizes = {key: None if g is None else g.abs() for key, g in arrived.items()}
+        true = {name: g for (name, _), g in zip(items, found[len(sites) :], strict=True) if g is not None}
         known = {name: torch.zeros_like(p, memory_format=torch.contiguous_format) for name, p in items}
-        size = {name: torch.zeros_like(value) for name, value in known.items()}
-        for group, uses in self._back([g for g in groups if g.uses], output, probe, cache, {}):
-            if uses:
-                group.block.write(_sum(use.total() for use in uses), known)
-                group.block.write(_sum(use.abs().total() for use in uses), size)
+        bound = {name: torch.zeros_like(zero) for name, zero in known.items()}
         for group in groups:
             if not group.uses:
-                known[group.block.name] = true[group.block.name]
-        # Rounding is relative to the sizes of the terms, which may cancel.
-        tolerance = torch.finfo(self.parameters.dtype).eps ** 0.5
-        return {n for n in true if bool((true[n] - known[n]).abs().max() > tolerance * size[n].max())}
+                known[group.block.name] = true.get(group.block.name, known[group.block.name])
+            elif uses := _samples(group, arrived, {}, cache):
+                total = _sum(use.total() for use in uses)
+                group.block.write(total, known)
+                tolerance = torch.finfo(total.dtype).eps ** 0.5
+                size = _sum(use.abs().total().abs() for use in _samples(group, sizes, {}, cache))
+                group.block.write(tolerance * size.max().expand(group.block.shape), bound)
+        return {name for name, g in true.items() if bool(((g - known[name]).abs() > bound[name]).any())}
 
     def _signed(self, signals: Signals) -> Iterator[Tensor]:
         """Signals with a random sign per example: squares of their sums have no cross terms in expectation."""

@@ -63,7 +63,9 @@ class ScaleShiftSite(ElementwiseSite):
         g = self._rows(gradient, 1)  # (k, n, s, d)
         columns = []
         if piece in ("joint", "weight"):
-            columns.append((g * self._rows(self.normalise(self.input).to(g.dtype), 0)).sum(-2))
+            # Under autocast the input is in half precision, but normalised in single.
+            x = self.normalise(self.input.to(torch.promote_types(self.input.dtype, g.dtype))).to(g.dtype)
+            columns.append((g * self._rows(x, 0)).sum(-2))
         if piece in ("joint", "bias"):
             columns.append(g.sum(-2))
         return torch.stack(columns, dim=-1)
