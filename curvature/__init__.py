@@ -15,6 +15,7 @@ from curvature.ggn import ggn
 from curvature.hessian import hessian
 from curvature.jacobian import jacobian
 from curvature.kronecker import KroneckerFisher
+from curvature.mixed import Mixed
 from curvature.ntk import ntk
 from curvature.persample import gradient_second_moment, gradient_variance, per_sample_gradients, per_sample_norms
 from curvature.tnt import TensorNormal
@@ -30,6 +31,7 @@ __all__ = [
     "InputKronecker",
     "KroneckerFisher",
     "LayerFisher",
+    "Mixed",
     "NondeterministicError",
     "TensorNormal",
     "UnitFisher",

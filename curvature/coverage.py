@@ -136,7 +136,7 @@ def coverage(
         Loss: MSELoss: exact, mc, empirical
     """
     parameters = Parameters(model, params)
-    spec = curvature or KroneckerFisher()
+    spec = (curvature or KroneckerFisher()).on(model)
     if data is None:
         rows = _promised(model, parameters, spec)
     else:

@@ -60,6 +60,7 @@ def estimate(
     loss = loss_for(loss_fn)
     if loss.reduction == "none":
         raise ValueError("the loss has reduction='none', so it is no scalar. Use 'mean' or 'sum'.")
+    curvature = curvature.on(model)
     generator = generator or torch.Generator(device=parameters.device).manual_seed(0)
 
     def make(block: Block, form: Form) -> CurvatureEstimator:
@@ -87,7 +88,9 @@ def estimate(
                 if number == 0:
                     total = total + terms.total
                 collector.collect(recorder, z, signals)
-            if not any([estimator.next_pass() for estimator in collector.estimators.values()]):
+            again = {name for name, estimator in collector.estimators.items() if estimator.next_pass()}
+            if not again:
                 break
+            collector.only = again
     collector.commit(ema=0.0)
     return collector.operator(scale=1.0 if loss.reduction == "mean" else total)

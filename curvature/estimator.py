@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from curvature.average import WeightedMean
 from curvature.block import Block
@@ -101,7 +101,7 @@ class MeanEstimator(CurvatureEstimator):
         """The estimate for a value of the mean."""
 
     def update(self, samples: Samples) -> None:
-        self.mean.add(widen(self.total(samples)), samples.weight if samples.first else 0.0)
+        self.mean.add(samples.scaled(widen(self.total(samples))), samples.weight if samples.first else 0.0)
 
     def commit(self, ema: float) -> None:
         self.mean.commit(ema)
@@ -152,6 +152,10 @@ class Curvature(ABC):
     joint: ClassVar[bool] = True
     #: Passes over a data set.
     passes: ClassVar[int] = 1
+
+    def on(self, model: nn.Module) -> Curvature:
+        """This curvature for a model; one with rules for modules looks them up."""
+        return self
 
     @abstractmethod
     def estimator(self, block: Block, form: Form) -> CurvatureEstimator:

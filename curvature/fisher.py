@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, overload
 
 import torch
@@ -10,31 +10,16 @@ from torch import nn
 
 from curvature.data import Data, Output
 from curvature.dataset import estimate
-from curvature.dense import LayerFisher
-from curvature.diagonal import DiagonalFisher
-from curvature.eigenbasis import EigenbasisFisher
 from curvature.estimator import Curvature
-from curvature.foof import InputKronecker
 from curvature.gaussnewton import GaussNewton
-from curvature.kronecker import KroneckerFisher
 from curvature.lowrank import dense, low_rank
+from curvature.mixed import Mixed, Rules
 from curvature.products import Problem
 from curvature.signals import FisherKind, check_kind
-from curvature.tnt import TensorNormal
-from curvature.unitwise import UnitFisher
+from curvature.structures import BLOCKS
 from solvers import LinearOperator
 
 Structure = Literal["full", "dense", "low_rank", "layer", "unit", "diagonal", "kfac", "ekfac", "tnt", "foof"]
-#: Structures of blocks -> what estimates them, as in training. A new one is one estimator file and one line here.
-BLOCKS: dict[str, type[Curvature]] = {
-    "layer": LayerFisher,
-    "unit": UnitFisher,
-    "diagonal": DiagonalFisher,
-    "kfac": KroneckerFisher,
-    "ekfac": EigenbasisFisher,
-    "tnt": TensorNormal,
-    "foof": InputKronecker,
-}
 #: Structures of the whole matrix -> what makes them, from the problem, the kind, and the structure's options.
 WHOLE: dict[str, Callable[..., LinearOperator]] = {
     "full": GaussNewton,
@@ -66,7 +51,7 @@ def fisher(
     data: Data,
     *,
     kind: FisherKind = ...,
-    structure: Structure = ...,
+    structure: Structure | Rules = ...,
     samples: int = ...,
     generator: torch.Generator | None = ...,
     params: Any = ...,
@@ -81,7 +66,7 @@ def fisher(
     data: Data,
     *,
     kind: FisherKind = "mc",
-    structure: Structure = "kfac",
+    structure: Structure | Rules = "kfac",
     samples: int = 1,
     generator: torch.Generator | None = None,
     params: Any = None,
@@ -108,7 +93,7 @@ def fisher(
         loss_fn: The loss module.
         data: One batch ``(x, y)`` or a re-iterable of batches.
         kind: ``"exact"``, ``"mc"`` or ``"empirical"``.
-        structure: See below.
+        structure: See below; or ``{rule: structure}`` for parts of the model, see :class:`curvature.Mixed`.
         samples: Draws per batch for ``"mc"``.
         generator: Source of the draws; a fresh one seeded with 0 by default.
         params: Names, globs or tensors that restrict the parameters.
@@ -138,12 +123,16 @@ def fisher(
         ValueError: If the structure or kind is unknown, or the matrix does not fit the memory it may take.
     """
     check_kind(kind)
-    if structure in WHOLE:
+    if isinstance(structure, str) and structure in WHOLE:
         problem = Problem(model, loss_fn, data, params=params, output=output, class_dim=class_dim, progress=progress)
         return WHOLE[structure](problem, kind, samples=samples, generator=generator, **options)
-    if structure not in BLOCKS:
-        raise ValueError(f"structure must be one of {sorted([*BLOCKS, *WHOLE])}, got {structure!r}.")
-    curvature = BLOCKS[structure](kind, samples, **options)
+    curvature: Curvature
+    if isinstance(structure, Mapping):
+        curvature = Mixed(structure, kind, samples, **options)
+    elif structure in BLOCKS:
+        curvature = BLOCKS[structure](kind, samples, **options)
+    else:
+        raise ValueError(f"structure must be one of {sorted([*BLOCKS, *WHOLE])} or rules, got {structure!r}.")
     return estimate(
         model,
         loss_fn,

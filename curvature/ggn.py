@@ -10,6 +10,7 @@ from torch import nn
 from curvature.data import Data, Output
 from curvature.fisher import Structure, fisher
 from curvature.gaussnewton import GaussNewton
+from curvature.mixed import Rules
 from solvers import LinearOperator
 
 
@@ -35,7 +36,7 @@ def ggn(
     loss_fn: Any,
     data: Data,
     *,
-    structure: Structure,
+    structure: Structure | Rules,
     kind: Literal["exact", "mc"] = ...,
     samples: int = ...,
     generator: torch.Generator | None = ...,
@@ -50,7 +51,7 @@ def ggn(
     loss_fn: Any,
     data: Data,
     *,
-    structure: Structure = "full",
+    structure: Structure | Rules = "full",
     kind: Literal["exact", "mc"] = "exact",
     samples: int = 1,
     generator: torch.Generator | None = None,

@@ -95,7 +95,8 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
             )
         if not 0 <= curvature_ema < 1:
             raise ValueError(f"curvature_ema is the weight of old statistics, in [0, 1); got {curvature_ema}.")
-        self.curvature, self.damping, self.solver, self.exponent = curvature, damping, solver, exponent
+        self.curvature, self.damping = curvature.on(unwrapped(model)), damping
+        self.solver, self.exponent = solver, exponent
         self.curvature_ema = curvature_ema
         self.curvature_update_period = period("curvature_update_period", curvature_update_period)
         self.inverse_update_period = period("inverse_update_period", inverse_update_period)
@@ -321,8 +322,12 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
             preconditioner.estimator.commit(self.curvature_ema)
             fresh = redo or preconditioner.inverse is None
             tap = self._taps.get(name)
-            uses = tap.count * self.inverse_update_period if tap is not None and tap.count else None
-            preconditioner.refresh(self._damping(preconditioner.estimator.block), basis=fresh, uses=uses)
+            preconditioner.refresh(
+                self._damping(preconditioner.estimator.block),
+                basis=fresh,
+                rows=tap.count if tap is not None and tap.count else None,
+                applications=max(self.inverse_update_period, self.curvature_update_period),
+            )
 
     def _damping(self, block: Block) -> Damping:
         group_of = {p: group for group in self.param_groups for p in group["params"]}
