@@ -138,15 +138,16 @@ class Collector:
         Returns:
             Names of the blocks that were reached.
         """
-        gradients = {key: g * factor for key, g in backward.gradients.items()}
+        square = torch.as_tensor(factor).square()
         reached: set[str] = set()
         cache: Cache = {}
-        valid = _valid(_sites(backward.groups), gradients, backward.signals.mask)
+        valid = _valid(_sites(backward.groups), backward.gradients, backward.signals.mask)
         for group in backward.groups:
-            uses = _samples(group, gradients, valid, cache)
+            uses = _samples(group, backward.gradients, valid, cache)
             if uses:
                 first = not _keys(group) <= counted
-                self._estimator(group).update(Samples(tuple(uses), backward.signals.terms.total, first))
+                samples = Samples(tuple(uses), backward.signals.terms.total, first, factor=square)
+                self._estimator(group).update(samples)
                 reached.add(group.block.name)
                 counted |= _keys(group)
         return reached

@@ -57,7 +57,7 @@ class EigenbasisEstimator(CurvatureEstimator):
     def _project(self, samples: Samples) -> None:
         assert self.basis is not None
         rotated = replace(samples, uses=tuple(self._rotate(use) for use in samples.uses))
-        self.spectrum.add(widen(rotated.square_sum()), samples.weight if samples.first else 0.0)
+        self.spectrum.add(samples.scaled(widen(rotated.square_sum())), samples.weight if samples.first else 0.0)
 
     def _rotate(self, use: Any) -> Outer:
         """A use in the coordinates of the basis: ``a -> Q_A^T a``, ``g -> Q_B^T g``."""

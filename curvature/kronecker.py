@@ -70,7 +70,7 @@ class KroneckerEstimator(CurvatureEstimator):
                 if samples.first:
                     inputs.add(*self._input_moment(use))
                 if self.gradient_factor == "second moment":
-                    gradients.add(self._gradient_moment(use), weight if index == 0 else 0.0)
+                    gradients.add(samples.scaled(self._gradient_moment(use)), weight if index == 0 else 0.0)
             if self.gradient_factor == "identity" and samples.first:
                 one = widen(uses[0].g.new_ones((*self.block.shape[:-2], uses[0].g.shape[-1])))
                 gradients.add(one * weight, weight)

@@ -167,12 +167,18 @@ class Samples:
         first: Whether this is the first backward pass of its batch; inputs and weights count once per batch.
         merge: The examples count as one in per-sample gradients: what each signal reached belongs to a single example,
             wherever it was found, or has no cross terms in expectation.
+        factor: What products of two gradients are multiplied by, 0-d; ``None`` for one.
     """
 
     uses: tuple[Outer | PerSample, ...]
     weight: Tensor | float
     first: bool = True
     merge: bool = False
+    factor: Tensor | None = None
+
+    def scaled(self, total: Tensor) -> Tensor:
+        """A sum of products of two gradients in its true scale; may work in place."""
+        return total if self.factor is None else total.mul_(self.factor.to(total))
 
     @property
     def block_shape(self) -> tuple[int, ...]:
