@@ -55,11 +55,11 @@ def methods() -> list[Method]:
     >>> [method.needs for method in methods() if method.name == "SOAP"]
     ['grad']
     """
-    found = []
+    found = set()  # a class with two bases is a subclass of both
     for cls in _subclasses(SecondOrderOptimizer):  # type: ignore[type-abstract]
         taxonomy: Any = vars(cls).get("taxonomy")
         if isinstance(taxonomy, Taxonomy) and cls.__module__.partition(".")[0] == "precond":
-            found.append(Method(cls.__name__, cls, cls.needs, **vars(taxonomy)))
+            found.add(Method(cls.__name__, cls, cls.needs, **vars(taxonomy)))
     return sorted(found, key=lambda method: method.name)
 
 

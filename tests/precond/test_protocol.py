@@ -468,6 +468,7 @@ def test_the_list_names_every_exported_method():
         if isinstance(value, type) and issubclass(value, torch.optim.Optimizer)
     }
     assert exported - {"SecondOrderOptimizer", "PreconditionedOptimizer"} == set(METHODS)
+    assert [method.name for method in methods()] == sorted(METHODS), "a method is listed twice, or out of order"
     for method in METHODS.values():
         assert method.needs in ("grad", "layers", "closure")
         assert method.curvature and method.structure and method.solver
