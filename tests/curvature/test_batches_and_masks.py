@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from solvers import LinearOperator
 from tests.curvature import dense_reference as dense
 from tests.curvature.estimates import estimate
-from tests.curvature.problems import F64, PROBLEMS, LanguageModel, Problem, classes, mlp, normal
+from tests.curvature.problems import F64, PROBLEMS, Fn, LanguageModel, Problem, classes, mlp, normal
 from tests.curvature.test_exact_kfac import check_layers
 
 STRUCTURES = ["kfac", "ekfac", "diagonal"]
@@ -59,6 +59,21 @@ def test_an_ignored_example_counts_nowhere(structure: str, kind: str) -> None:
     without = estimate(Problem(model, loss, [(x[kept], y[kept])]), structure, kind)
     for data in ([(x, y)], [(garbage, y)], [(garbage[1:], y[1:]), (garbage[:1], y[:1])]):
         close(estimate(Problem(model, loss, data), structure, kind), without)
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_positions_with_dead_units_count_beside_an_ignored_example(sharing: str) -> None:
+    """No gradient arrives at them either, but they are no padding: their example has a loss."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), Fn(lambda h: h.sum(1)), nn.Linear(2, 3)).double()
+    x, y = normal(3, 4, 3), torch.tensor([0, 1, 2])
+    dead = (model[:2](x) == 0).all(-1)
+    assert dead.any() and not dead.all()
+    ignored = (torch.cat([x, normal(1, 4, 3)]), torch.cat([y, torch.tensor([-100])]))
+    with_it, without = (
+        estimate(Problem(model, nn.CrossEntropyLoss(), [data]), "kfac", sharing=sharing) for data in (ignored, (x, y))
+    )
+    close(with_it, without)
 
 
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
