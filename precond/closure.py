@@ -107,9 +107,7 @@ class ClosureOptimizer(SecondOrderOptimizer):
         twice = self.second_order()
         keep = twice or self.keeps_graph()
         try:
-            slopes = torch.autograd.grad(
-                loss, params, create_graph=twice, retain_graph=keep or None, allow_unused=True
-            )
+            slopes = torch.autograd.grad(loss, params, create_graph=twice, retain_graph=keep or None, allow_unused=True)
         except RuntimeError as error:
             if "second time" not in str(error):
                 raise
