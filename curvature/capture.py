@@ -183,6 +183,7 @@ class Capture:
             waiting.backward.close()
         self._waiting = []
         self._passes, self.batches, self.reached = [], 0, set()
+        self.collector.forget()
 
     @property
     def shadows(self) -> bool:
@@ -381,7 +382,7 @@ class Capture:
         )
         reached: set[str] = set()
         with self._own_pass():
-            reached = self.collector.collect(merged, z, signals, counted=first.counted, scale=scale)
+            reached = self.collector.collect(merged, z, signals, counted=first.counted, scale=scale, weight=first.total)
         if not reached:
             return  # a loss of something else
         total = terms.total if first.total is None else first.total
@@ -422,6 +423,7 @@ class Capture:
         if missing and self.batches:
             self._elsewhere |= self._missing(gradients or {})
             self._hidden = not missing <= self._elsewhere
+        self.collector.settle()
         self._settled = bool(self.batches)
         self._passes = []
 
@@ -447,6 +449,7 @@ class Capture:
     def _start_again(self) -> None:
         for estimator in self.collector.estimators.values():
             estimator.discard()
+        self.collector.forget()
         self.batches, self.reached = 0, set()
 
     def _shadow(self, origin: Pass) -> None:

@@ -74,6 +74,8 @@ class Collector:
         self.plan = Plan(parameters, joint)
         self.estimators: dict[str, CurvatureEstimator] = {}
         self.operations: dict[str, tuple[str, ...]] = {}  # what each block was used by
+        self._batches: list[Tensor | float] = []  # weights of the step's batches so far
+        self._seen: dict[str, list[int]] = {}  # which of them reached a block
         self.only: set[str] | None = None  # blocks that still learn, in later passes over a data set
 
     def collect(
@@ -83,6 +85,7 @@ class Collector:
         signals: Signals,
         counted: set[Any] | None = None,
         scale: Tensor | None = None,
+        weight: Tensor | None = None,
     ) -> set[str]:
         """Send the signals of one batch back and update the estimates of the blocks they reach.
 
@@ -92,11 +95,23 @@ class Collector:
             signals: What is sent back.
             counted: Uses whose inputs and weight counted before, because another loss saw the same pass; extended.
             scale: Factor for all signals (the divisors of several losses differ).
+            weight: Weight of the batch; by default what the loss divides by.
 
         Returns:
             Names of the blocks that were reached.
         """
         counted = set() if counted is None else counted
+        new = not counted
+        if new:
+            self._batches.append(signals.terms.total if weight is None else weight)
+        reached = self._collect(recorder, output, signals, counted, scale)
+        if new and not reached and not self.exact:
+            self._batches.pop()  # in training a loss of something else
+        return reached
+
+    def _collect(
+        self, recorder: Recorder, output: Tensor, signals: Signals, counted: set[Any], scale: Tensor | None
+    ) -> set[str]:
         cache: Cache = {}
         groups = self.plan.assign(recorder.sites, recorder.unknown)
         if self.exact and not self._verified:
@@ -139,6 +154,8 @@ class Collector:
             Names of the blocks that were reached.
         """
         square = torch.as_tensor(factor).square()
+        if not counted:
+            self._batches.append(backward.signals.terms.total)
         reached: set[str] = set()
         cache: Cache = {}
         valid = _valid(_sites(backward.groups), backward.gradients, backward.signals.mask)
@@ -146,11 +163,22 @@ class Collector:
             uses = _samples(group, backward.gradients, valid, cache)
             if uses:
                 first = not _keys(group) <= counted
-                samples = Samples(tuple(uses), backward.signals.terms.total, first, factor=square)
-                self._estimator(group).update(samples)
+                self._update(group, uses, first, factor=square)
                 reached.add(group.block.name)
                 counted |= _keys(group)
         return reached
+
+    def settle(self) -> None:
+        """The step's last batch was seen: blocks that some of its batches did not reach count those as well."""
+        for name, seen in self._seen.items():
+            for missed in set(range(len(self._batches))).difference(seen):
+                if name in self.estimators:
+                    self.estimators[name].count(self._batches[missed])
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget which batches the current step had."""
+        self._batches, self._seen = [], {}
 
     def commit(self, ema: float) -> None:
         """Fold the current step into all estimates."""
@@ -214,12 +242,16 @@ class Collector:
                 if not uses:
                     continue
                 name = group.block.name
-                first = index == 0 and name in new
-                self._estimator(group).update(Samples(tuple(uses), signals.terms.total, first, name in merged))
+                self._update(group, uses, index == 0 and name in new, merge=name in merged)
                 if index == 0:
                     reached.add(name)
                     counted |= _keys(group)
         return reached
+
+    def _update(self, group: Group, uses: list[Outer | PerSample], first: bool, **options: Any) -> None:
+        if first:
+            self._seen.setdefault(group.block.name, []).append(len(self._batches) - 1)
+        self._estimator(group).update(Samples(tuple(uses), self._batches[-1], first, **options))
 
     def _back(
         self, groups: list[Group], output: Tensor, signal: Tensor, cache: Cache, valid: Mapping[int, Tensor]

@@ -88,6 +88,7 @@ def estimate(
                 if number == 0:
                     total = total + terms.total
                 collector.collect(recorder, z, signals)
+            collector.settle()
             again = {name for name, estimator in collector.estimators.items() if estimator.next_pass()}
             if not again:
                 break

@@ -86,6 +86,11 @@ class EigenbasisEstimator(CurvatureEstimator):
             )
             self.spectrum.value = turn @ self.spectrum.value
 
+    def count(self, weight: Tensor | float) -> None:
+        self.factors.count(weight)
+        if self._pass != 1:
+            self.spectrum.add(None, weight)
+
     def commit(self, ema: float) -> None:
         self.factors.commit(ema)
         if self.basis is None and self.factors.ready:

@@ -40,6 +40,13 @@ class CurvatureEstimator(ABC):
     def update(self, samples: Samples) -> None:
         """Add the samples of one backward pass to the current step."""
 
+    def count(self, weight: Tensor | float) -> None:
+        """Count examples of the current step that did not reach the block: their gradients are zero."""
+        raise NotImplementedError(
+            f"block {self.block.name}: only some batches of this step or data set used it, which {type(self).__name__} "
+            "does not serve. Take another structure, leave the block out with params=, or put the data in one batch."
+        )
+
     @abstractmethod
     def commit(self, ema: float) -> None:
         r"""Fold the step into the running average, in which old values keep the weight ``ema`` (:math:`\beta`)."""
@@ -102,6 +109,9 @@ class MeanEstimator(CurvatureEstimator):
 
     def update(self, samples: Samples) -> None:
         self.mean.add(samples.scaled(widen(self.total(samples))), samples.weight if samples.first else 0.0)
+
+    def count(self, weight: Tensor | float) -> None:
+        self.mean.add(None, weight)
 
     def commit(self, ema: float) -> None:
         self.mean.commit(ema)

@@ -21,11 +21,10 @@ class IdentityEstimator(MeanEstimator):
     structure: ClassVar[str] = "identity"
 
     def total(self, samples: Samples) -> Tensor:
-        one = torch.ones(self.block.shape, dtype=samples.dtype, device=samples.device)
-        return one * samples.weight if samples.first else 0 * one
+        return torch.zeros(self.block.shape, dtype=samples.dtype, device=samples.device)
 
     def of_mean(self, value: Tensor) -> LinearOperator:
-        return Diagonal(value)
+        return Diagonal(torch.ones_like(value))
 
 
 @dataclass(frozen=True)

@@ -72,8 +72,8 @@ class KroneckerEstimator(CurvatureEstimator):
                 if self.gradient_factor == "second moment":
                     gradients.add(samples.scaled(self._gradient_moment(use)), weight if index == 0 else 0.0)
             if self.gradient_factor == "identity" and samples.first:
-                one = widen(uses[0].g.new_ones((*self.block.shape[:-2], uses[0].g.shape[-1])))
-                gradients.add(one * weight, weight)
+                g = uses[0].g  # of which only size and dtype count
+                gradients.add(widen(g.new_zeros((*self.block.shape[:-2], g.shape[-1]))), weight)
 
     def _input_moment(self, use: Outer) -> tuple[Tensor, Tensor | float]:
         if isinstance(use.a, OneHot):
@@ -134,6 +134,11 @@ class KroneckerEstimator(CurvatureEstimator):
         out[..., d, d] = ones
         return out
 
+    def count(self, weight: Tensor | float) -> None:
+        for _, gradients in self.sides.values():
+            if gradients.pending:
+                gradients.add(None, weight)
+
     def commit(self, ema: float) -> None:
         for pair in self.sides.values():
             for mean in pair:
@@ -166,6 +171,8 @@ class KroneckerEstimator(CurvatureEstimator):
     def _product(self, side: str) -> Kronecker:
         inputs, gradients = (mean.value for mean in self.sides[side])
         assert inputs is not None and gradients is not None
+        if self.gradient_factor == "identity":
+            gradients = torch.ones_like(gradients)
         dtype = torch.promote_types(inputs.dtype, gradients.dtype)
         stack = len(self.block.shape) - 2
         A, B = (

@@ -51,6 +51,9 @@ class KeptSamples(CurvatureEstimator):
     def update(self, samples: Samples) -> None:
         self.samples.append(samples)
 
+    def count(self, weight: Tensor | float) -> None:
+        """Nothing is averaged."""
+
     def commit(self, ema: float) -> None:
         """Nothing is averaged."""
 

@@ -44,11 +44,15 @@ class TensorNormalEstimator(CurvatureEstimator):
         weight = samples.weight if samples.first else 0.0
         for index, (left, right) in enumerate(_pairs(samples)):
             for mean, rows in zip(self.means, (left, right), strict=True):
-                mean.add(self._moment(rows), weight if index == 0 else 0.0)
+                mean.add(samples.scaled(self._moment(rows)), weight if index == 0 else 0.0)
 
     def _moment(self, rows: Tensor) -> Tensor:
         """Second moment of ``rows (*, m, d)``; its diagonal only where d exceeds ``max_factor``."""
         return rows.square().sum(-2) if rows.shape[-1] > self.max_factor else gram(rows)
+
+    def count(self, weight: Tensor | float) -> None:
+        for mean in self.means:
+            mean.add(None, weight)
 
     def commit(self, ema: float) -> None:
         for mean in self.means:
