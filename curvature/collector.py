@@ -71,6 +71,7 @@ class Collector:
         self.make = make
         self.exact = apart == "one by one"
         self._verified = False
+        self._mixed: set[str] | None = None  # in training: blocks whose first pass mixed the examples
         self.plan = Plan(parameters, joint)
         self.estimators: dict[str, CurvatureEstimator] = {}
         self.operations: dict[str, tuple[str, ...]] = {}  # what each block was used by
@@ -114,13 +115,13 @@ class Collector:
     ) -> set[str]:
         cache: Cache = {}
         groups = self.plan.assign(recorder.sites, recorder.unknown)
-        if self.exact and not self._verified:
+        if not self._verified:
             self._verified = True
             if self.plan.distrust(self._unexplained(groups, output, signals, cache)):
                 groups = self.plan.assign(recorder.sites, recorder.unknown)
         if self.only is not None:
             groups = [group for group in groups if group.block.name in self.only]
-        mixing = self._mixing(groups, output, signals, cache)
+        mixing = self._mixing(groups, output, signals, cache, recorder.examples_interact)
         if self.exact and not recorder.examples_interact:
             self._refuse_averages([g for g in groups if g.block.name in mixing], signals.examples)
         if signals.kind == "mc" or not mixing:
@@ -138,7 +139,9 @@ class Collector:
             What will hold the gradients of all uses, or ``None`` if some block needs signals of its own.
         """
         groups = self.plan.assign(recorder.sites, recorder.unknown)
-        if signals.kind != "empirical" or any(_mixes(group, signals.examples) for group in groups):
+        if signals.kind != "empirical" or self._mixed is None:
+            return None  # the first pass is looked at closely
+        if any(_mixes(group, signals.examples) or group.block.name in self._mixed for group in groups):
             return None
         return Backward(groups, signals)
 
@@ -288,19 +291,21 @@ class Collector:
         )
         return _valid(sites, {id(site): g for site, g in zip(sites, gradients, strict=True) if g is not None}, mask)
 
-    def _mixing(self, groups: list[Group], output: Tensor, signals: Signals, cache: Cache) -> set[str]:
+    def _mixing(self, groups: list[Group], output: Tensor, signals: Signals, cache: Cache, interact: bool) -> set[str]:
         """Blocks with a use that does not keep the examples apart.
 
         Shapes tell where a use has no row, or several, for an example. Where the numbers must be exact, weights on the
         examples tell the rest (statistics over the batch, attention along the axis that was taken for the examples,
         tokens sent to experts): what arrives in the rows of an example must grow by the weight of that example.
+        Training looks at its first pass only, and takes batch norms in train mode as if their statistics were fixed.
         """
         if signals.examples <= 1:
             return set()
         mixing = {group.block.name for group in groups if _mixes(group, signals.examples)}
         rest = [group for group in groups if group.block.name not in mixing]
-        if not self.exact or not rest:
-            return mixing
+        if not self.exact and (self._mixed is not None or interact):
+            self._mixed = self._mixed or set()
+            return mixing | self._mixed
         back = self._back(rest, output, signals.probe(), cache, {})
         plain = {group.block.name: [_by_example(use) for use in uses] for group, uses in back}
         for weights in signals.tags():
@@ -311,6 +316,8 @@ class Collector:
                     tolerance = torch.finfo(rows.dtype).eps ** 0.5
                     if not (off <= tolerance * torch.linalg.vector_norm(expected, dim=1)).all():
                         mixing.add(group.block.name)
+        if not self.exact:
+            self._mixed = mixing
         return mixing
 
     def _refuse_averages(self, mixing: list[Group], examples: int) -> None:
@@ -338,7 +345,7 @@ class Collector:
         arrived = {id(site): g for site, g in zip(sites, found, strict=False)}
         # Rounding is relative to the sizes of the terms, which may cancel.
         sizes = {key: None if g is None else g.abs() for key, g in arrived.items()}
-        true = {name: g for (name, _), g in zip(items, found[len(sites) :], strict=True) if g is not None}
+        true = {name: g.to_dense() for (name, _), g in zip(items, found[len(sites) :], strict=True) if g is not None}
         known = {name: torch.zeros_like(p, memory_format=torch.contiguous_format) for name, p in items}
         bound = {name: torch.zeros_like(zero) for name, zero in known.items()}
         for group in groups:

@@ -110,12 +110,33 @@ class Kernel(nn.Module):
         return self.head(Hidden.apply(x, self.weight).tanh())
 
 
-def test_a_parameter_nothing_is_known_of_takes_its_plain_gradient_and_is_reported_once() -> None:
+def test_a_kernel_no_function_mode_sees_gets_its_diagonal_by_autograd() -> None:
     torch.manual_seed(0)
     model, loss_fn = Kernel().double(), nn.CrossEntropyLoss()
     optimizer = KFAC(model, loss_fn, lr=0.01, momentum=0.0)
-    before = copies(model)
     loss_fn(model(X), Y).backward()
+    optimizer.step()
+    assert optimizer.coverage()["weight"].structure == "diagonal"
+    assert "by autograd" in optimizer.coverage()["weight"].why
+
+
+class Outside(nn.Module):
+    """A parameter that the loop uses by itself, outside the forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.weight = nn.Linear(4, 3), nn.Parameter(torch.ones(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x)
+
+
+def test_a_parameter_nothing_is_known_of_takes_its_plain_gradient_and_is_reported_once() -> None:
+    torch.manual_seed(0)
+    model, loss_fn = Outside().double(), nn.CrossEntropyLoss()
+    optimizer = KFAC(model, loss_fn, lr=0.01, momentum=0.0)
+    before = copies(model)
+    (loss_fn(model(X), Y) + model.weight.square().sum()).backward()
     with pytest.warns(UserWarning, match="^KFAC: weight has a gradient but no curvature.*plain gradient") as caught:
         optimizer.step()
     assert len(caught) == 1
