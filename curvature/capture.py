@@ -6,81 +6,25 @@ import contextlib
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.utils import checkpoint
+from torch.autograd.graph import get_gradient_edge
 
-from curvature.collector import Backward, Collector
+from curvature.collector import Collector
 from curvature.data import Output, inspecting, inspection, resolve_output, untouched
 from curvature.estimator import Curvature
+from curvature.hooks import Hook, calling_frame
 from curvature.inference import from_output_gradient
 from curvature.losses import Loss, Terms, UnknownLossError, loss_for
 from curvature.recorder import Recorder, batch_size, tensors_in
+from curvature.recording import Pass, Recording, Waiting, merged
 from curvature.signals import Signals
+from curvature.wrappers import is_compiled, plain_checkpoints, unwrapped
 
 Mode = Literal["auto", "loss", "gradient", "shadow"]
-
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-@dataclass
-class Pass:
-    """What it takes to repeat one forward pass and its loss."""
-
-    inputs: Call
-    losses: list[Call] = field(default_factory=list)  # calls of the loss on the output itself; None stands for it
-    output: Tensor | None = None  # and the gradient that arrived there
-    output_gradient: Tensor | None = None
-
-
-@dataclass(eq=False)
-class Recording:
-    """One recorded forward pass of the model."""
-
-    recorder: Recorder
-    origin: Pass
-    output: Tensor | None
-    edges: tuple[GradientEdge, ...] = ()  # of all tensors the model returned
-    used: bool = False
-    total: Tensor | None = None  # divisor of the first loss that saw it
-    counted: set[Any] = field(default_factory=set)
-    handles: list[Any] = field(default_factory=list)  # of hooks on tensors, which would keep their graph alive
-
-    def release(self) -> None:
-        """Let go of the graph: cycles through autograd are invisible to Python's garbage collector."""
-        for handle in self.handles:
-            handle.remove()
-
-
-@dataclass
-class Waiting:
-    """Statistics that the user's backward pass will bring."""
-
-    backward: Backward
-    recordings: list[Recording]
-    terms: Terms
-    scale: Tensor | None = None
-
-    def shares(self, recordings: list[Recording]) -> bool:
-        """Whether one of these passes is waited for."""
-        return any(recording in self.recordings for recording in recordings)
-
-    def note_scale(self, gradient: Tensor) -> None:
-        """What the loss was multiplied by (GradScaler, accumulation): the gradient that arrives at it."""
-        if not inspecting():
-            self.scale = gradient.detach()
-
-    @property
-    def factor(self) -> Tensor:
-        """Turns the gradients of the pass into those of the sum of all terms."""
-        assert self.scale is not None
-        return (self.terms.total if self.terms.reduction == "mean" else 1.0) / self.scale
 
 
 class Capture:
@@ -137,7 +81,7 @@ class Capture:
         self._passes: list[Pass] = []  # since arming, in case they must be repeated
         self._current: Recorder | None = None
         self._frame: FrameType | None = None  # of the call of the model that is being recorded
-        self._compiled = False  # a call of the model ran compiled code
+        self.compiled = False  # a call of the model ran compiled code
         self._hidden = False  # a pass was seen that hides parts of the model
         self._settled = False  # a pass was seen that hides none
         self._elsewhere: set[str] = set()  # parameters that are used outside the model's forward pass
@@ -151,11 +95,11 @@ class Capture:
         self.close()
         target = self.called if is_compiled(self.called) else self.model
         self._handles = [
-            target.register_forward_pre_hook(_Hook(self, "_before_forward"), with_kwargs=True),
-            target.register_forward_hook(_Hook(self, "_after_forward"), with_kwargs=True, always_call=True),
+            target.register_forward_pre_hook(Hook(self, "_before_forward"), with_kwargs=True),
+            target.register_forward_hook(Hook(self, "_after_forward"), with_kwargs=True, always_call=True),
         ]
         if self.loss_module is not None:
-            self._handles.append(self.loss_module.register_forward_hook(_Hook(self, "_after_loss"), with_kwargs=True))
+            self._handles.append(self.loss_module.register_forward_hook(Hook(self, "_after_loss"), with_kwargs=True))
 
     def close(self) -> None:
         """Remove every hook."""
@@ -190,7 +134,7 @@ class Capture:
         """Whether statistics come from a shadow pass in :meth:`finish`."""
         if self.mode != "auto":
             return self.mode == "shadow"
-        return self._compiled or self._hidden or is_compiled(self.called)
+        return self.compiled or self._hidden or is_compiled(self.called)
 
     # Hooks
 
@@ -204,11 +148,11 @@ class Capture:
         if self.shadows:
             return
         self._current = self._recorder((args, kwargs))
-        self._frame = _caller()
+        self._frame = calling_frame()
         self._current.__enter__()
 
     def _after_forward(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
-        if self._is_running() and self._frame is not _caller():
+        if self._is_running() and self._frame is not calling_frame():
             return
         recorder = self._current
         self._stop()
@@ -278,7 +222,7 @@ class Capture:
         if not recordings or any(recording.total is not None for recording in recordings):
             self._part(recordings)
             return False
-        recorder = recordings[0].recorder if len(recordings) == 1 else _merged([r.recorder for r in recordings])
+        recorder = merged([r.recorder for r in recordings])
         signals = Signals(terms, "empirical", batch=recorder.batch, together=True)
         backward = self.collector.await_backward(recorder, signals)
         if backward is None:
@@ -373,16 +317,18 @@ class Capture:
     def _collect(self, recordings: list[Recording], z: Tensor, terms: Terms) -> None:
         if not recordings:
             return
-        merged = recordings[0].recorder if len(recordings) == 1 else _merged([r.recorder for r in recordings])
+        recorder = merged([r.recorder for r in recordings])
         first = recordings[0]
         # Several losses on one pass: each has its own divisor, and inputs count once.
         scale = None if first.total is None else (first.total / terms.total).sqrt()
         signals = Signals(
-            terms, self.curvature.kind, self.curvature.samples, self.generator, merged.batch, together=True
+            terms, self.curvature.kind, self.curvature.samples, self.generator, recorder.batch, together=True
         )
         reached: set[str] = set()
         with self._own_pass():
-            reached = self.collector.collect(merged, z, signals, counted=first.counted, scale=scale, weight=first.total)
+            reached = self.collector.collect(
+                recorder, z, signals, counted=first.counted, scale=scale, weight=first.total
+            )
         if not reached:
             return  # a loss of something else
         total = terms.total if first.total is None else first.total
@@ -487,47 +433,14 @@ class Capture:
         return recorder
 
 
-class _Hook:
-    """A hook that does not keep its owner alive, and that copies and pickles of the model leave behind."""
-
-    def __init__(self, owner: Capture, method: str) -> None:
-        self._owner = weakref.ref(owner)
-        self._method = method
-
-    def __call__(self, *args: Any) -> None:
-        if torch.compiler.is_compiling():
-            _outside_of_the_graph(self, *args)
-        else:
-            self.run(*args)
-
-    def run(self, *args: Any, compiled: bool = False) -> None:
-        """Do what the hook is for."""
-        owner = self._owner()
-        if owner is not None:
-            owner._compiled |= compiled
-            getattr(owner, self._method)(*args)
-
-    def __deepcopy__(self, memo: Any) -> Callable[..., None]:
-        return nothing
-
-    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
-        return inert, ()
-
-
-# What torch's own optimizers use: torch.compiler.disable would import the compiler together with this module.
-@torch._disable_dynamo  # type: ignore[attr-defined]
-def _outside_of_the_graph(hook: _Hook, *args: Any) -> None:
-    """Run a hook that is being compiled together with its module: a graph break keeps it."""
-    hook.run(*args, compiled=True)
-
-
-def _caller() -> FrameType:
-    """The frame of the module call that runs the current hook."""
-    frame: FrameType | None = sys._getframe()
-    while frame is not None and (frame.f_code.co_filename == __file__ or frame.f_code.co_name == "inner"):
-        frame = frame.f_back
-    assert frame is not None
-    return frame
+def _interpreted(loss_fn: Any, curvature: Curvature) -> Loss | None:
+    """The loss as an object; an empirical Fisher does without."""
+    try:
+        return loss_for(loss_fn)
+    except UnknownLossError:
+        if curvature.kind == "empirical":
+            return None
+        raise
 
 
 class _OutputHook:
@@ -541,64 +454,3 @@ class _OutputHook:
         owner = self._owner()
         if owner is not None:
             owner._output_gradient(self._recording, gradient)
-
-
-def nothing(*args: Any, **kwargs: Any) -> None:
-    """What a copied hook does."""
-
-
-def inert() -> Callable[..., None]:
-    """What a pickled hook is rebuilt as."""
-    return nothing
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The user's module inside ``torch.compile`` and (Distributed)DataParallel wrappers."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            inner = model.module
-        if inner is None:
-            return model
-        model = inner
-
-
-def is_compiled(model: nn.Module) -> bool:
-    """Whether calls of the model run compiled code."""
-    return hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
-
-
-def _interpreted(loss_fn: Any, curvature: Curvature) -> Loss | None:
-    """The loss as an object; an empirical Fisher does without."""
-    try:
-        return loss_for(loss_fn)
-    except UnknownLossError:
-        if curvature.kind == "empirical":
-            return None
-        raise
-
-
-def _merged(recorders: list[Recorder]) -> Recorder:
-    """Several forward passes that led to one loss, as one."""
-    first = recorders[0]
-    out = Recorder({}, (), first.batch)
-    for recorder in recorders:
-        out.sites += recorder.sites
-        out.examples_interact |= recorder.examples_interact
-        for name, operations in recorder.unknown.items():
-            out.unknown.setdefault(name, set()).update(operations)
-    return out
-
-
-@contextlib.contextmanager
-def plain_checkpoints() -> Iterator[None]:
-    """Reentrant checkpoints run as plain calls inside, so that what they hide is recorded."""
-
-    def call(function: Any, preserve: bool, *args: Any) -> Any:
-        return function(*args)
-
-    setattr(checkpoint.CheckpointFunction, "apply", staticmethod(call))  # noqa: B010
-    try:
-        yield
-    finally:
-        delattr(checkpoint.CheckpointFunction, "apply")  # the inherited one shows again

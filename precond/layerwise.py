@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from curvature import Block, Curvature, CurvatureEstimator
-from curvature.capture import Capture, Mode, unwrapped
+from curvature.capture import Capture, Mode
 from curvature.collector import Collector
 from curvature.coverage import Coverage, describe_loss, table
 from curvature.data import Output
 from curvature.estimator import Form
 from curvature.parameters import Parameters
+from curvature.wrappers import unwrapped
 from precond.base import NonFinite, SecondOrderOptimizer, as_groups, period
 from precond.preconditioner import Preconditioner
 from precond.rows import Rows, RowTap, taps_for

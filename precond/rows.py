@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from curvature.block import Block
-from curvature.capture import inert, nothing
+from curvature.hooks import inert, nothing
 from solvers import Kronecker, LinearOperator
 
 

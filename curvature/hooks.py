@@ -1,0 +1,65 @@
+"""Hooks that hold nothing alive and stay behind when a model is copied."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import torch
+
+
+class Hook:
+    """A hook that does not keep its owner alive, and that copies and pickles of the model leave behind."""
+
+    def __init__(self, owner: Any, method: str) -> None:
+        self._owner = weakref.ref(owner)
+        self._method = method
+
+    def __call__(self, *args: Any) -> None:
+        if torch.compiler.is_compiling():
+            _outside_of_the_graph(self, *args)
+        else:
+            self.run(*args)
+
+    def run(self, *args: Any, compiled: bool = False) -> None:
+        """Do what the hook is for."""
+        owner = self._owner()
+        if owner is not None:
+            owner.compiled |= compiled
+            getattr(owner, self._method)(*args)
+
+    def __deepcopy__(self, memo: Any) -> Callable[..., None]:
+        return nothing
+
+    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
+        return inert, ()
+
+
+# What torch's own optimizers use: torch.compiler.disable would import the compiler together with this module.
+@torch._disable_dynamo  # type: ignore[attr-defined]
+def _outside_of_the_graph(hook: Hook, *args: Any) -> None:
+    """Run a hook that is being compiled together with its module: a graph break keeps it."""
+    hook.run(*args, compiled=True)
+
+
+def calling_frame() -> FrameType:
+    """The frame of the module call that runs the current hook."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and (
+        frame.f_globals.get("__name__", "").startswith("curvature.") or frame.f_code.co_name == "inner"
+    ):
+        frame = frame.f_back
+    assert frame is not None
+    return frame
+
+
+def nothing(*args: Any, **kwargs: Any) -> None:
+    """What a copied hook does."""
+
+
+def inert() -> Callable[..., None]:
+    """What a pickled hook is rebuilt as."""
+    return nothing
