@@ -28,6 +28,8 @@ class Eigenpairs:
         residuals: ``|A v - lam v|`` of each pair, by a product made for it at the end ``(k,)``. An eigenvalue lies
             within this distance of ``lam``.
         converged: Which residuals meet the tolerance, boolean ``(k,)``.
+        complete: Whether the iteration came to its end, with the search for repeated eigenvalues. If not, the pairs are
+            pairs, but others may belong in their place.
         products: Products with the operator, counted in vectors.
         state: Tensors from which ``eigsh(op, state=...)`` goes on as if it had never stopped.
     """
@@ -36,6 +38,7 @@ class Eigenpairs:
     vectors: Tensor
     residuals: Tensor
     converged: Tensor
+    complete: bool
     products: int
     state: dict[str, Tensor]
 
@@ -82,10 +85,15 @@ class Wanted:
         # from the two ends in turn, the upper one first
         return torch.stack([ascending.flip(0), ascending], 1).flatten()[: len(values)]
 
-    def rivals(self, order: Tensor) -> list[int]:
-        """Indices of the first ones that are left out, one for each end of the spectrum."""
+    def merit(self, values: Tensor) -> Tensor:
+        """What eigenvalues on one side of the selection are compared by."""
+        return values.abs() if self.which == "LM" else values
+
+    def rivals(self, order: Tensor) -> list[tuple[int, Tensor]]:
+        """For each end of the spectrum, the first index left out and those selected there, the last one last."""
         ends = 2 if self.which == "BE" and self.k > 1 else 1
-        return order[self.k : self.k + ends].tolist()
+        places = range(self.k, min(self.k + ends, len(order)))
+        return [(int(order[place]), order[place % ends : self.k : ends]) for place in places]
 
     def output(self, values: Tensor) -> Tensor:
         """Order in which the selected pairs are returned."""
@@ -98,7 +106,7 @@ class Wanted:
 
     def tolerance(self, values: Tensor, size: Tensor | float) -> Tensor:
         """Residual that each pair has to reach: no less than the rounding errors of an operator of norm ``size``."""
-        return (self.rtol * values.abs()).clamp(min=max(self.atol, 10 * self.eps * float(size)))
+        return (self.rtol * values.abs()).clamp(min=max(self.atol, 40 * self.eps * float(size)))
 
 
 def finish(
@@ -109,6 +117,7 @@ def finish(
     size: float,
     products: int,
     state: dict[str, Tensor],
+    complete: bool,
     on_failure: OnFailure,
 ) -> Eigenpairs:
     """Pairs in the span of ``basis (k, n)`` with their true residuals; k products.
@@ -121,10 +130,11 @@ def finish(
         size: Norm of the operator, for its rounding errors.
         products: Products spent before.
         state: How to go on.
+        complete: Whether the iteration came to its end.
         on_failure: Whether to "warn" or to "raise" if a pair misses its tolerance.
 
     Raises:
-        NotConvergedError: If one does, and ``on_failure`` is "raise".
+        NotConvergedError: If one does, or the iteration did not end, and ``on_failure`` is "raise".
     """
     basis = torch.linalg.qr(basis.mT).Q.mT
     images = product(basis)
@@ -135,11 +145,16 @@ def finish(
     vectors, images = rotation.mT @ basis, rotation.mT @ images
     residuals = norm(images - values.unsqueeze(1) * vectors)
     converged = residuals <= wanted.tolerance(values.double(), size)
-    if not bool(converged.all()):
+    if not (complete and bool(converged.all())):
+        trouble = (
+            f"{int((~converged).sum())} of {wanted.k} pairs have not converged in {products} products; the largest "
+            f"residual is {float(residuals.max()):.3g}"
+        )
+        if bool(converged.all()):
+            trouble = f"all pairs have converged, but {products} products did not do for the search of repeated ones"
         message = (
-            f"eigsh of {op!r}: {int((~converged).sum())} of {wanted.k} pairs have not converged in {products} "
-            f"products; the largest residual is {float(residuals.max()):.3g}. Go on with eigsh(op, state=pairs.state), "
-            "or allow more max_products, a larger basis_size or a larger rtol."
+            f"eigsh of {op!r}: {trouble}. Go on with eigsh(op, state=pairs.state), or allow more max_products, a "
+            "larger basis_size or a larger rtol."
         )
         if on_failure == "raise":
             raise NotConvergedError(message)
@@ -149,6 +164,7 @@ def finish(
         vectors.reshape(-1, *op.in_shape),
         residuals.to(values.dtype),
         converged,
+        complete,
         products + wanted.k,
         state,
     )

@@ -54,7 +54,7 @@ def eigsh(
         k: How many pairs, at most the dimension.
         which: "LA" largest, "SA" smallest, "LM" largest in magnitude, "BE" from both ends (one more from the upper).
         rtol: A pair has converged when ``|A v - lam v| <= max(rtol |lam|, atol)``, or rounding allows no better:
-            ``10 eps |A|``. The eigenvalue is then far better, by the square of the residual over the gap. None takes
+            ``40 eps |A|``. The eigenvalue is then far better, by the square of the residual over the gap. None takes
             ``sqrt(eps) / 2``.
         atol: See ``rtol``; in units of the operator.
         max_products: Products at most; None takes ``max(1000, 10 n)``.
@@ -134,7 +134,7 @@ def eigsh(
             if checkpoint is not None and step % 10 == 0:
                 checkpoint(identity | run.state())
     vectors, size_of_op = run.result()
-    return finish(op, product, vectors, wanted, size_of_op, run.products, identity | run.state(), on_failure)
+    return finish(op, product, vectors, wanted, size_of_op, run.products, identity | run.state(), done, on_failure)
 
 
 def _too_few(run: ThickRestart | LOBPCG, k: int) -> bool:

@@ -21,7 +21,7 @@ from solvers.probes import working_dtype
 from solvers.progress import progress_bar
 
 # With a tolerance to meet, fewer samples than these are no evidence that it is met.
-_FEWEST = 10
+_FEWEST = 20
 _TWO_SIGMA = (1 + erf(sqrt(2))) / 2  # the normal distribution below two standard deviations
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import log
 
 import torch
 from torch import Tensor
@@ -27,14 +28,12 @@ class Quadrature:
     Attributes:
         nodes: Eigenvalues ``(m, k)``, float64.
         weights: Squared first components ``(m, k)``; each row sums to one.
-        coarse_nodes: Nodes after about three quarters of the steps.
-        coarse_weights: Their weights.
+        coarser: Nodes and weights after three quarters of the steps, and after half of them.
     """
 
     nodes: Tensor
     weights: Tensor
-    coarse_nodes: Tensor
-    coarse_weights: Tensor
+    coarser: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 
     @property
     def steps(self) -> int:
@@ -42,13 +41,31 @@ class Quadrature:
         return self.nodes.shape[1]
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """Integral of an entrywise function for each starting vector, and what the last quarter of the steps changed.
+        """Integral of an entrywise function for each starting vector, and how it came about.
 
         Returns:
-            Two tensors ``(m, *shape)`` where ``function`` maps ``(m, k)`` to ``(m, k, *shape)``.
+            Integrals ``(m, *shape)`` where ``function`` maps ``(m, k)`` to ``(m, k, *shape)``; and what the third and
+            the last quarter of the steps changed, ``(2, m, *shape)``.
         """
         fine = _weighted(self.weights, function(self.nodes))
-        return fine, fine - _weighted(self.coarse_weights, function(self.coarse_nodes))
+        middle, coarse = (_weighted(weights, function(nodes)) for nodes, weights in self.coarser)
+        return fine, torch.stack([middle - coarse, fine - middle])
+
+
+# Ratio of two changes, from k / 2 over 3 k / 4 to k steps, of a result that grows with log(k) and never converges.
+_DIVERGES = log(4 / 3) / log(3 / 2)
+
+
+def remaining(changes: Tensor) -> Tensor:
+    """Error that is left after two quarters of the steps have changed a result by ``changes (2, *shape)``.
+
+    For an error that falls with ``k^-p`` the ratio r of the two tells p, and with it the error as a multiple of the
+    last change: ``1.3 r / (0.71 - r)`` within 6 % for p from 1/2 to 2. Faster, geometric convergence leaves less. The
+    last change itself is the least that is reported, a hundred times it the most: then convergence has not set in.
+    """
+    before, last = changes.abs()
+    ratio = torch.where(before > 0, last / torch.where(before > 0, before, 1), 0).clamp(max=_DIVERGES - 1e-6)
+    return last * (1.3 * ratio / (_DIVERGES - ratio)).clamp(1, 100)
 
 
 Enough = Callable[[Quadrature], bool]
@@ -105,8 +122,8 @@ def _gauss(op: LinearOperator, alphas: list[Tensor], betas: list[Tensor]) -> Qua
             "that caused it out, or use float64."
         )
     matrix = diagonal.diag_embed() + beside.diag_embed(1) + beside.diag_embed(-1)
-    coarse = max(1, k - max(1, k // 4))
-    return Quadrature(*_nodes(matrix), *_nodes(matrix[:, :coarse, :coarse]))
+    middle, coarse = max(1, k - max(1, k // 4)), max(1, k // 2)
+    return Quadrature(*_nodes(matrix), (_nodes(matrix[:, :middle, :middle]), _nodes(matrix[:, :coarse, :coarse])))
 
 
 def _nodes(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -89,8 +89,10 @@ class LeaveOneOut:
         x = w - (w * s).sum(0) * s  # P_i w_i in the basis
         inside = h.trace() - (s * (h @ s)).sum(0)
         outside = (omega * self.y).sum(-1).double() - (x * (qy + z - h @ x)).sum(0)
-        left = omega.double().square().sum(-1) - x.square().sum(0)  # |(I - P_i) w_i|^2
-        values = inside + (n - m + 1) / left * outside
+        whole = omega.double().square().sum(-1)
+        left = whole - x.square().sum(0)  # |(I - P_i) w_i|^2
+        floor = torch.finfo(q.dtype).eps ** 0.5 * whole  # a vector within the basis leaves rounding errors only
+        values = inside + torch.where(left > floor, (n - m + 1) / left, 0) * outside
 
         # t_i without vector j: its basis lacks u_ij as well, the part of s_j that is orthogonal to s_i.
         cosine, sine = self._angles(s)
@@ -106,7 +108,9 @@ class LeaveOneOut:
         u_w = along(w)
         outside_less = outside.unsqueeze(1) + u_w * (along(qy + z - (h + h.mT) @ x) + u_w * u_h_u)
         inside_less = inside.unsqueeze(1) - u_h_u
-        less = inside_less + (n - m + 2) / (left.unsqueeze(1) + u_w.square()) * outside_less
+        left_less = left.unsqueeze(1) + u_w.square()
+        resphere = torch.where(left_less > floor.unsqueeze(1), (n - m + 2) / left_less, 0)
+        less = inside_less + resphere * outside_less
         change = (values.unsqueeze(1) - less).fill_diagonal_(0)
         return values.mean(), _stderr(values, (change * change.mT).sum())
 
@@ -122,7 +126,7 @@ class LeaveOneOut:
 
         cosine, sine = self._angles(s)
         u_y = (s_y - cosine * s_y.diagonal().unsqueeze(1)) / sine
-        products = torch.zeros_like(q[0])
+        products = torch.zeros_like(q[0], dtype=torch.float64)
         for i in range(1, self.count):
             # d_i less d_i without vector j, and the other way round: diag(u u^T A) - w (u^T y) u for u = u_ij, u_ji
             c, v = cosine[i, :i, None], sine[i, :i, None]
@@ -130,7 +134,7 @@ class LeaveOneOut:
             t, t_a = (dropped[i] - c * dropped[:i]) / v, (a_dropped[i] - c * a_dropped[:i]) / v
             of_i = u * u_a - omega[i] * u_y[i, :i, None] * u
             of_j = t * t_a - omega[:i] * u_y[:i, i, None] * t
-            products += 2 * (of_i * of_j).sum(0)
+            products += 2 * (of_i.double() * of_j.double()).sum(0)
         return values.mean(0), _stderr(values, products)
 
     def _angles(self, s: Tensor) -> tuple[Tensor, Tensor]:

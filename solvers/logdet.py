@@ -12,7 +12,7 @@ from solvers.dense import Dense
 from solvers.errors import NotPositiveDefiniteError, StructureError
 from solvers.estimate import Estimate, Goal, Mean, average, conclude, exact
 from solvers.info import OnFailure
-from solvers.lanczos import Quadrature, quadrature
+from solvers.lanczos import Quadrature, quadrature, remaining
 from solvers.linear_operator import LinearOperator, Scalar
 from solvers.probes import default_batch, flat_product, own_generator, require_square, require_symmetric, signs
 
@@ -36,9 +36,9 @@ def logdet(
 
     Stochastic Lanczos quadrature is the mean of :math:`z^\top \log(C) z` over vectors z of random signs, each by at
     most ``steps`` products. The error has two parts: that of the mean, and that of the quadrature
-    (:attr:`Estimate.systematic`: what the last quarter of the steps changed, which overstates it). Steps end before
-    their number is reached once they matter little beside the other part. They grow as the root of the condition, so
-    damping makes the estimate cheap.
+    (:attr:`Estimate.systematic`, extrapolated from what the last steps changed). Steps end before their number is
+    reached once they matter little beside the other part. They grow as the root of the condition, so damping makes the
+    estimate cheap.
 
     Args:
         op: Symmetric positive definite operator, once damped.
@@ -84,21 +84,21 @@ def logdet(
                 return exact("logdet", op, Dense(damped.to_dense()).logdet(), products=n)
     require_symmetric(damped, "logdet")
     product, generator = flat_product(damped), own_generator(op, generator)
-    change = Mean()  # how much the last quarter of the steps changed, per vector
+    change = Mean()  # what the third and the last quarter of the steps changed
     products = 0
 
     def settled(rule: Quadrature) -> bool:
         values, changes = rule.apply(lambda theta: _log(theta, rule, damped))
         spread = values.std() * goal.first**-0.5 if len(values) > 1 else values.new_zeros(())
         floor = torch.finfo(values.dtype).eps ** 0.5 * values.mean().abs()
-        return bool(changes.mean().abs() <= torch.maximum(0.05 * spread, floor))
+        return bool(remaining(changes.mean(1)) <= torch.maximum(0.05 * spread, floor))
 
     def draw(count: int) -> Tensor:
         nonlocal products
         rule = quadrature(damped, product, signs(op, count, generator), steps, settled)
         products += count * rule.steps
         values, changes = rule.apply(lambda theta: _log(theta, rule, damped))
-        change.add(n * changes)
+        change.add(n * changes.mT)
         return n * values
 
     mean = average(draw, goal, default_batch(op, batch_size), "logdet", progress)
@@ -110,7 +110,7 @@ def logdet(
         mean.stderr,
         samples=mean.count,
         products=products,
-        systematic=change.value.abs(),
+        systematic=remaining(change.value),
         mend="Allow more max_samples or steps, more damping, or a larger tolerance.",
     )
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from solvers.errors import NotConvergedError, NotConvergedWarning
 from solvers.estimate import Estimate, require_finite
 from solvers.info import OnFailure
-from solvers.lanczos import Quadrature, quadrature
+from solvers.lanczos import Quadrature, quadrature, remaining
 from solvers.linear_operator import LinearOperator
 from solvers.probes import flat_product, norm, require_square, require_symmetric, working_dtype
 
@@ -47,8 +47,8 @@ def quadratic_form(
         on_failure: Whether to "warn" or to "raise" if the tolerance is not met; never silent.
 
     Returns:
-        Estimate ``(*batch,)`` with 0 samples: nothing is random. Its error is what the last quarter of the steps
-        changed, which overstates that of the result; 0 for the plain form.
+        Estimate ``(*batch,)`` with 0 samples: nothing is random. Its error is extrapolated from what the last
+        steps changed (:func:`~solvers.lanczos.remaining`); 0 for the plain form.
 
     Raises:
         ValueError: If the operator is not square.
@@ -75,9 +75,8 @@ def quadratic_form(
     rtol = torch.finfo(dtype).eps ** 0.5 if rtol is None else rtol
 
     def form(rule: Quadrature) -> tuple[Tensor, Tensor, bool]:
-        # Nodes without weight may lie where the function is not defined.
-        value, change = rule.apply(function)
-        value, error = scale * value, scale * change.abs()
+        value, changes = rule.apply(function)
+        value, error = scale * value, scale * remaining(changes)
         return value, error, bool((error <= (rtol * value.abs()).clamp(min=atol)).all())
 
     rule = quadrature(op, flat_product(op), flat, steps, lambda rule: form(rule)[2])

@@ -137,7 +137,7 @@ def _slq(
     for rule in rules:
         values, changes = rule.apply(kernel)
         curve.add(values)
-        change.add(changes)
+        change.add(changes[1])
         moments.add(_moments(rule))
     products = sum(count * rule.steps for count, rule in zip(parts, rules, strict=True))
     stderr = torch.hypot(curve.stderr, change.value.abs())
@@ -213,7 +213,8 @@ def _bounds(op: LinearOperator, generator: torch.Generator) -> tuple[float, floa
     rule = quadrature(op, flat_product(op), signs(op, 1, generator), 30)
     low, high = float(rule.nodes.min()), float(rule.nodes.max())
     # What the last steps still moved the ends, and a percent.
-    moved = max(high - float(rule.coarse_nodes.max()), float(rule.coarse_nodes.min()) - low, 0.0)
+    coarse = rule.coarser[0][0]
+    moved = max(high - float(coarse.max()), float(coarse.min()) - low, 0.0)
     margin = 2 * moved + 0.01 * _extent(low, high)
     return low - margin, high + margin, rule.steps
 

@@ -46,6 +46,7 @@ class ThickRestart:
         products: Products spent.
         found: Eigenvalues, scaled, that had converged when a search for missed copies began; empty before.
         searched: Products spent on that search.
+        needed: Products that it takes, as far as the spectrum was known when it began.
         search: Whether to make it.
     """
 
@@ -61,6 +62,7 @@ class ThickRestart:
     products: int
     found: Tensor
     searched: int = 0
+    needed: float = 0.0
     search: bool = True
 
     @classmethod
@@ -94,6 +96,7 @@ class ThickRestart:
             "products": torch.tensor(self.products),
             "found": self.found,
             "searched": torch.tensor(self.searched),
+            "needed": torch.tensor(self.needed, dtype=torch.float64),
             "generator": self.generator.get_state(),
         }
 
@@ -112,9 +115,9 @@ class ThickRestart:
         basis[: len(rows)] = rows
         generator.set_state(state["generator"].cpu())
         beta, scale, found = (state[name].to(op.device) for name in ("beta", "scale", "found"))
-        products, searched = int(state["products"]), int(state["searched"])
+        products, searched, needed = int(state["products"]), int(state["searched"]), float(state["needed"])
         count = len(rows) - 1
-        return cls(op, product, wanted, generator, basis, matrix, count, beta, scale, products, found, searched)
+        return cls(op, product, wanted, generator, basis, matrix, count, beta, scale, products, found, searched, needed)
 
     @property
     def size(self) -> int:
@@ -158,7 +161,8 @@ class ThickRestart:
         self.products += 1
         self.searched += 1
         if self.count == self.basis.shape[1]:
-            return  # the basis is that of the whole space
+            self.beta = torch.zeros_like(self.beta)  # nothing is outside the whole space
+            return
         # Where the second pass takes most of what the first one left, that was rounding: the space is exhausted.
         exhausted = not bool(self.beta > before / 2)
         self.basis[i + 1] = self.random(basis) if exhausted else image / self.beta.to(image.dtype)
@@ -184,14 +188,17 @@ class ThickRestart:
         if bool((residuals <= tolerance)[chosen].all()):
             if self.count == self.basis.shape[1] or not self.search:
                 return True
+            needed = self.search_length(values, order, tolerance)
             settled = len(self.found) > 0 and bool(
                 ((values[chosen].sort().values - self.found.cpu()).abs() <= 4 * tolerance[chosen].max()).all()
             )
             if not settled:
                 self.found, self.searched = values[chosen].sort().values.to(self.matrix.device), 0
-                self.restart(values, vectors, chosen, fresh=True)
-                return False
-            if all(self.told_apart(values, residuals, tolerance, chosen, out) for out in self.wanted.rivals(order)):
+                self.needed = needed
+                if needed > 0:
+                    self.restart(values, vectors, chosen, fresh=True)
+                    return False
+            if self.searched >= max(needed, self.needed):
                 return True
         if full:
             # Ritz vectors beside the wanted ones carry what has been learned of the gap.
@@ -199,21 +206,25 @@ class ThickRestart:
             self.restart(values, vectors, order[:keep])
         return False
 
-    def told_apart(self, values: Tensor, residuals: Tensor, tolerance: Tensor, chosen: Tensor, out: int) -> bool:
-        r"""Whether the search has gone on long enough to leave out the Ritz value with the index ``out``.
+    def search_length(self, values: Tensor, order: Tensor, tolerance: Tensor) -> float:
+        r"""Products after which a copy that is missing would have shown.
 
-        A copy of a wanted eigenvalue has a share of about :math:`n^{-1/2}` in a random vector. j steps multiply it, in
-        comparison with the rest of the spectrum, by the Chebyshev polynomial :math:`T_j(1 + 2 \gamma)`, where gamma is
-        its distance from the rest over the width of the rest (Saad, 1980).
+        A copy counts if it lies beyond the last eigenvalue selected. Its share in a random vector is about
+        :math:`n^{-1/2}`, and j products multiply that, in comparison with the rest of the spectrum, by the Chebyshev
+        polynomial :math:`T_j(1 + 2 \gamma)`, where gamma is its distance from the rest over the width of the rest, and
+        one where nothing is known of the rest. Saad (1980), https://doi.org/10.1137/0717059.
         """
-        gaps = (values[chosen] - values[out]).abs()
-        gaps = gaps[gaps > 2 * tolerance[chosen]]  # a copy of what is equal to the rest may as well be left out
-        if len(gaps) == 0:
-            return bool(residuals[out] <= tolerance[out])
-        width = float((values - values[out])[[i for i in range(len(values)) if i not in chosen]].abs().max())
-        gamma = float(gaps.min()) / max(width, float(tolerance[out]))
-        needed = acosh(20 * self.basis.shape[1] ** 0.5) / acosh(1 + 2 * gamma)
-        return self.searched >= needed and bool(residuals[out] <= gaps.min())
+        share = acosh(20 * self.basis.shape[1] ** 0.5)
+        length = 0.0 if len(order) > self.wanted.k else share / acosh(3)
+        rest = torch.ones_like(values, dtype=torch.bool).index_fill(0, order[: self.wanted.k], False)
+        merit = self.wanted.merit(values)
+        for out, selected in self.wanted.rivals(order):
+            beyond = (merit[selected] - merit[selected[-1]]).abs() > 2 * tolerance[selected]
+            gaps = (merit[selected][beyond] - merit[out]).abs()
+            if len(gaps):
+                width = max(float((values[rest] - values[out]).abs().max()), float(gaps.min()))
+                length = max(length, share / acosh(1 + 2 * float(gaps.min()) / width))
+        return length
 
     def scaled(self) -> Wanted:
         """The tolerances for ``A / scale``."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import solvers
 from solvers import BlockDiagonal, Dense, Diagonal, Kronecker, LinearOperator, LowRank, Segment
-from tests.solvers.problems import normal, positive
+from tests.solvers.problems import normal, positive, symmetric
 
 sizes = st.integers(1, 4)
 seeds = st.integers(0, 50)
@@ -81,3 +81,81 @@ def test_exact_scalars_agree_with_the_matrix(op: LinearOperator) -> None:
 def test_a_huge_damping_divides(op: LinearOperator) -> None:
     x = normal(*op.in_shape)
     torch.testing.assert_close(1e9 * (op.inverse(1e9) @ x), x, rtol=0, atol=1e-6 * float(op.trace()))
+
+
+@st.composite
+def expressions(draw: Callable) -> tuple[LinearOperator, Tensor]:
+    """Sums, products, multiples, shifts, adjoints and parts of operators on vectors, with their matrices."""
+    n, seed = draw(st.integers(1, 5)), draw(seeds)
+    leaves: list[LinearOperator] = [
+        Dense(normal(n, n, seed=seed)),
+        Dense(symmetric(n, seed=seed)),
+        Diagonal(normal(n, seed=seed)),
+        LowRank(normal(2, n, seed=seed)),
+        solvers.diagonalize(Dense(symmetric(n, seed=seed))),
+        BlockDiagonal([Dense(normal(n, n, seed=seed))], [Segment(0, (n,))], n),
+    ]
+    op = leaves[draw(st.integers(0, len(leaves) - 1))]
+    matrix = op.to_dense()
+    for _ in range(draw(st.integers(0, 4))):
+        number = draw(st.floats(-2, 2))
+        other = leaves[draw(st.integers(0, len(leaves) - 1))]
+        match draw(st.sampled_from(["scale", "shift", "adjoint", "plus", "times", "part"])):
+            case "scale":
+                op, matrix = number * op, number * matrix
+            case "shift":
+                op, matrix = op.shift(number), matrix + number * torch.eye(n, dtype=torch.float64)
+            case "adjoint":
+                op, matrix = op.adjoint(), matrix.mT
+            case "plus":
+                op, matrix = op + other, matrix + other.to_dense()
+            case "times":
+                op, matrix = op @ other, matrix @ other.to_dense()
+            case "part":
+                order = torch.arange(n).flip(0)
+                op, matrix = op.submatrix(order), matrix.flip(0, 1)
+    return op, matrix
+
+
+@settings(max_examples=150)
+@given(expression=expressions(), a=st.floats(-3, 3), seed=seeds)
+def test_expressions_are_linear_maps(expression: tuple[LinearOperator, Tensor], a: float, seed: int) -> None:
+    op, matrix = expression
+    n = matrix.shape[0]
+    x, y = normal(2, n, seed=seed), normal(2, n, seed=seed + 100)
+    scale = float(matrix.abs().max()) + 1
+    torch.testing.assert_close(op @ x, x @ matrix.mT, rtol=0, atol=1e-11 * scale)
+    torch.testing.assert_close(op @ (x + a * y), op @ x + a * (op @ y), rtol=0, atol=1e-11 * scale)
+    torch.testing.assert_close(((op @ x) * y).sum(), (x * (op.adjoint() @ y)).sum(), rtol=0, atol=1e-10 * scale)
+    if op.symmetric:
+        torch.testing.assert_close(matrix, matrix.mT, rtol=0, atol=1e-7 * scale)
+
+
+@settings(max_examples=40)
+@given(op=positive_operators(), k=st.integers(1, 3))
+def test_eigenpairs_of_every_structure(op: LinearOperator, k: int) -> None:
+    k = min(k, op.shape[0])
+    pairs = solvers.eigsh(op, k)
+    expected = torch.linalg.eigvalsh(op.to_dense()).flip(0)[:k]
+    torch.testing.assert_close(pairs.values, expected, rtol=1e-10, atol=1e-10)
+    shape = (k, *(1,) * len(op.in_shape))
+    torch.testing.assert_close(op @ pairs.vectors, pairs.values.reshape(shape) * pairs.vectors, rtol=0, atol=1e-5)
+
+
+@settings(max_examples=40)
+@given(op=positive_operators(), seed=seeds)
+def test_estimates_of_every_structure(op: LinearOperator, seed: int) -> None:
+    matrix = op.to_dense()
+    torch.testing.assert_close(solvers.trace(op).value, matrix.trace())
+    generator = torch.Generator().manual_seed(seed)
+    estimate = solvers.trace(op, "hutchinson", samples=60, generator=generator)
+    assert (estimate.value - matrix.trace()).abs() <= 6 * estimate.stderr + 1e-9
+    x = normal(*op.in_shape, seed=seed)
+    form = solvers.quadratic_form(op, x, torch.log)
+    expected = x.flatten() @ (_function(matrix, torch.log) @ x.flatten())
+    torch.testing.assert_close(form.value, expected, rtol=1e-7, atol=1e-7)
+
+
+def _function(matrix: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    values, vectors = torch.linalg.eigh(matrix)
+    return (vectors * function(values)) @ vectors.mT
