@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -24,23 +25,37 @@ class Part:
     permutation: tuple[int, ...]
     shape: tuple[int, ...]
 
-    @property
+    # Blocks are read and written in every step, so what their shapes imply is worked out once.
+
+    @cached_property
     def numel(self) -> int:
         """Number of parameters in the segment."""
         return math.prod(self.split)
 
+    @cached_property
+    def in_order(self) -> bool:
+        """Whether the segment keeps its order."""
+        return self.permutation == tuple(range(len(self.permutation)))
+
     def read(self, parameter: Tensor) -> Tensor:
         """The segment in block form; ``parameter`` is ``(*batch, *parameter_shape)`` flattened to ``(*batch, n)``."""
         batch = parameter.shape[:-1]
-        segment = parameter[..., self.start : self.start + self.numel].reshape(*batch, *self.split)
+        segment = parameter
+        if parameter.shape[-1] != self.numel:
+            segment = parameter[..., self.start : self.start + self.numel]
+        if self.in_order:
+            return segment.reshape(*batch, *self.shape)
+        segment = segment.reshape(*batch, *self.split)
         order = (*range(len(batch)), *(len(batch) + p for p in self.permutation))
         return segment.permute(order).reshape(*batch, *self.shape)
 
     def write(self, value: Tensor, parameter: Tensor) -> None:
         """Write ``value (*batch, *shape)`` back into the flat ``parameter (*batch, n)``, in place."""
         batch = parameter.shape[:-1]
-        segment = parameter[..., self.start : self.start + self.numel]
-        if self.permutation == tuple(range(len(self.permutation))):
+        segment = parameter
+        if parameter.shape[-1] != self.numel:
+            segment = parameter[..., self.start : self.start + self.numel]
+        if self.in_order:
             segment.view(*batch, *self.shape).copy_(value)
             return
         order = (*range(len(batch)), *(len(batch) + p for p in self.permutation))
@@ -63,7 +78,7 @@ class Block:
     name: str
     parts: tuple[Part, ...]
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, ...]:
         """Shape of the block tensor."""
         first = self.parts[0].shape
@@ -71,12 +86,12 @@ class Block:
             return first
         return (*first[:-1], sum(part.shape[-1] for part in self.parts))
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """Names of the parameters the block touches."""
         return tuple(dict.fromkeys(part.name for part in self.parts))
 
-    @property
+    @cached_property
     def numel(self) -> int:
         """Number of parameters in the block."""
         return math.prod(self.shape)
