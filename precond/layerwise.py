@@ -369,12 +369,15 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         """Tensors and numbers only: torch's layout, with the blocks' states under their first parameter."""
         out = super().state_dict()
         index = {id(p): i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
+        # What the first pass found out is not found again: a resumed run looks at its passes as this one does.
+        mixing = dict.fromkeys(self.capture.collector._mixed or (), True)
         for name, preconditioner in self.preconditioners.items():
             block = preconditioner.estimator.block
             key = index[id(self.parameters[block.names[0]])]
             out["state"].setdefault(key, {}).setdefault("blocks", {})[name] = {
                 "parts": block.state(),
                 "outer": self._forms[name] == "outer",
+                "mixing": mixing,
                 **preconditioner.state_dict(),
             }
         for group in out["param_groups"]:
@@ -403,6 +406,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
             block = Block.from_state(name, saved["parts"])
             estimators[name] = self._make(block, "outer" if saved["outer"] else "per_sample")
             self.preconditioners[name].load_state_dict(saved)
+            self.capture.collector._mixed = set(saved.get("mixing", ()))
         self._watch_rows()
         self._arm()
 
