@@ -15,13 +15,16 @@ from precond.kl_shampoo import KLShampoo
 from precond.layerwise import PreconditionedOptimizer
 from precond.methods import Method, Taxonomy, methods
 from precond.muon import Muon
+from precond.natural_gradient import NaturalGradient
 from precond.newton import Newton
 from precond.preconditioner import Preconditioner
 from precond.psgd import PSGD
 from precond.shampoo import Shampoo
+from precond.smw import SMWNaturalGradient
 from precond.soap import SOAP
 from precond.sophia import Sophia
 from precond.splus import SPlus
+from precond.tnt import TNT
 from solvers import Cholesky, Eigh, FactoredTikhonov, Tikhonov
 
 __all__ = [
@@ -35,14 +38,17 @@ __all__ = [
     "KFAC",
     "KLShampoo",
     "Muon",
+    "NaturalGradient",
     "Newton",
     "PreconditionedOptimizer",
     "PSGD",
     "SecondOrderOptimizer",
     "Shampoo",
+    "SMWNaturalGradient",
     "SOAP",
     "Sophia",
     "SPlus",
+    "TNT",
     # what there is
     "IterateAverage",
     "LevenbergMarquardt",
