@@ -16,6 +16,8 @@ from solvers.probes import default_batch, flat_product, normals, own_generator, 
 from solvers.progress import progress_bar
 from solvers.thick_restart import ThickRestart
 
+_METHODS = ("lanczos", "lobpcg")
+
 
 def eigsh(
     op: LinearOperator,
@@ -84,7 +86,7 @@ def eigsh(
         https://doi.org/10.1137/S1064827500366124
     """
     require_symmetric(op, "eigsh")
-    n, dtype = op.shape[1], working_dtype(op)
+    n = op.shape[1]
     if not 1 <= k <= n:
         raise ValueError(f"{op!r} has {n} eigenvalues; k={k} is not between 1 and {n}.")
     eps = torch.finfo(op.dtype).eps
@@ -94,33 +96,30 @@ def eigsh(
     most = max(1000, 10 * n) if max_products is None else max_products
     if most < 2 * k:
         raise ValueError(f"max_products={most} cannot give {k} pairs and their residuals; allow at least {2 * k}.")
-    resumed = state is not None and _checked_state(state, op, k, which, method)
-    own = own_generator(op, None if resumed else generator)
-    if resumed and generator is not None:
-        raise ValueError("state brings its own random numbers; leave generator out.")
-    product = flat_product(op, default_batch(op, None))
+    if state is not None:
+        _check_state(state, op, k, which, method)
+        if generator is not None:
+            raise ValueError("state brings its own random numbers; leave generator out.")
+    product, random = flat_product(op, default_batch(op, None)), own_generator(op, generator)
     run: ThickRestart | LOBPCG
     if method == "lanczos":
         if state is not None:
-            run = ThickRestart.resume(op, product, wanted, own, state)
+            run = ThickRestart.resume(op, product, wanted, state)
         else:
-            size = _basis_size(n, k, basis_size)
-            start = normals(op, 1, own)[0] if v0 is None else _vectors(op, v0).sum(0)
-            run = ThickRestart.start(op, product, wanted, own, size, start.to(dtype))
+            start = normals(op, 1, random)[0] if v0 is None else _vectors(op, v0).sum(0)
+            run = ThickRestart.start(op, product, wanted, random, _basis_size(n, k, basis_size), start)
+        run.search = search_copies
     else:
-        assert preconditioner is None or preconditioner.in_shape == op.in_shape
-        precondition = (lambda x: x) if preconditioner is None else flat_product(preconditioner)
+        precondition = _same if preconditioner is None else flat_product(preconditioner)
         if state is not None:
             run = LOBPCG.resume(op, product, precondition, wanted, state)
         else:
-            start = normals(op, min(n, k + max(2, k // 4)), own)
+            start = normals(op, min(n, k + max(2, k // 4)), random)  # a few more than are wanted speed all of them up
             if v0 is not None:
                 start = torch.cat([_vectors(op, v0), start])[: len(start)]
             run = LOBPCG.start(op, product, precondition, wanted, start)
-    if isinstance(run, ThickRestart):
-        run.search = search_copies
     identity = {
-        "method": torch.tensor(0 if method == "lanczos" else 1),
+        "method": torch.tensor(_METHODS.index(method)),
         "k": torch.tensor(k),
         "which": torch.tensor(list(which.encode())),
     }
@@ -133,8 +132,12 @@ def eigsh(
             step += 1
             if checkpoint is not None and step % 10 == 0:
                 checkpoint(identity | run.state())
-    vectors, size_of_op = run.result()
-    return finish(op, product, vectors, wanted, size_of_op, run.products, identity | run.state(), done, on_failure)
+    vectors, size = run.result()
+    return finish(op, product, vectors, wanted, size, run.products, identity | run.state(), done, on_failure)
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
 
 
 def _too_few(run: ThickRestart | LOBPCG, k: int) -> bool:
@@ -142,7 +145,7 @@ def _too_few(run: ThickRestart | LOBPCG, k: int) -> bool:
 
 
 def _check_method(op: LinearOperator, method: str, which: Which, preconditioner: LinearOperator | None) -> None:
-    if method not in ("lanczos", "lobpcg"):
+    if method not in _METHODS:
         raise ValueError(f"method is 'lanczos' or 'lobpcg', not {method!r}.")
     if method == "lanczos" and preconditioner is not None:
         raise ValueError("Lanczos has no use for a preconditioner. Leave method out, or the preconditioner.")
@@ -170,8 +173,8 @@ def _vectors(op: LinearOperator, v0: Tensor) -> Tensor:
     return v0.detach().reshape(-1, op.shape[1]).to(op.device, working_dtype(op))
 
 
-def _checked_state(state: dict[str, Tensor], op: LinearOperator, k: int, which: Which, method: str) -> bool:
-    stored = (int(state["k"]), bytes(state["which"].tolist()).decode(), ("lanczos", "lobpcg")[int(state["method"])])
+def _check_state(state: dict[str, Tensor], op: LinearOperator, k: int, which: Which, method: str) -> None:
+    stored = (int(state["k"]), bytes(state["which"].tolist()).decode(), _METHODS[int(state["method"])])
     if stored != (k, which, method):
         raise ValueError(
             f"The state is that of k={stored[0]}, which={stored[1]!r}, method={stored[2]!r}; it cannot go on with "
@@ -180,4 +183,3 @@ def _checked_state(state: dict[str, Tensor], op: LinearOperator, k: int, which: 
     length = state["basis" if method == "lanczos" else "x"].shape[1]
     if length != op.shape[1]:
         raise ValueError(f"The state is that of an operator of size {length}, not of {op!r}.")
-    return True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import pi
+from math import pi, tan
 from typing import Literal, get_args
 
 import numpy as np
@@ -168,7 +168,7 @@ def _kpm(
     k = torch.arange(degree + 1, dtype=torch.float64, device=op.device)
     # Jackson's kernel: the positive one of least width
     a = pi / (degree + 2)
-    jackson = ((degree + 2 - k) * torch.cos(a * k) + torch.sin(a * k) / torch.tan(torch.tensor(a))) / (degree + 2)
+    jackson = ((degree + 2 - k) * torch.cos(a * k) + torch.sin(a * k) / tan(a)) / (degree + 2)
     weights = jackson * torch.where(k == 0, 1, 2)
     series = weights * torch.cos(k * angle.unsqueeze(1))  # (g, degree + 1)
     outer = torch.where(inside, 1 / (pi * half * (1 - t.square()).clamp(min=1e-12).sqrt()), 0)

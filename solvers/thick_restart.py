@@ -98,6 +98,7 @@ class ThickRestart:
             "searched": torch.tensor(self.searched),
             "needed": torch.tensor(self.needed, dtype=torch.float64),
             "generator": self.generator.get_state(),
+            "generator_on_host": torch.tensor(self.generator.device.type == "cpu"),
         }
 
     @classmethod
@@ -106,13 +107,13 @@ class ThickRestart:
         op: LinearOperator,
         product: FlatProduct,
         wanted: Wanted,
-        generator: torch.Generator,
         state: dict[str, Tensor],
     ) -> ThickRestart:
         """Take up what :meth:`state` stored."""
         rows, matrix = state["basis"].to(op.device), state["matrix"].to(op.device).clone()
         basis = rows.new_zeros(matrix.shape[0] + 1, rows.shape[1])
         basis[: len(rows)] = rows
+        generator = torch.Generator("cpu" if bool(state["generator_on_host"]) else op.device)
         generator.set_state(state["generator"].cpu())
         beta, scale, found = (state[name].to(op.device) for name in ("beta", "scale", "found"))
         products, searched, needed = int(state["products"]), int(state["searched"]), float(state["needed"])
