@@ -18,7 +18,7 @@ from curvature.data import Output, inspecting, inspection, resolve_output, untou
 from curvature.estimator import Curvature
 from curvature.hooks import Hook, calling_frame
 from curvature.inference import from_output_gradient
-from curvature.losses import Loss, Terms, UnknownLossError, loss_for
+from curvature.losses import JoinedTerms, Loss, Terms, UnknownLossError, WeightedSum, loss_for
 from curvature.recorder import Recorder, batch_size, tensors_in
 from curvature.recording import Pass, Recording, Waiting, merged
 from curvature.signals import Signals
@@ -159,7 +159,7 @@ class Capture:
         if result is None or not self._wants(module) or (recorder is None and not self.shadows):
             return  # the forward pass raised, or is not wanted
         try:
-            z = resolve_output(result, self.output)
+            z = self._seen_by_the_loss(result)
         except TypeError:
             if self.output is not None:
                 raise
@@ -168,8 +168,15 @@ class Capture:
         recording = Recording(recorder or self._recorder(None), Pass((args, kwargs)), z, edges)
         self._recordings.append(recording)
         self._passes.append(recording.origin)
-        if z is not None and z.requires_grad and self.mode != "loss":
+        several = isinstance(self.loss, WeightedSum)  # whose gradients a hook on an output could not tell apart
+        if isinstance(z, Tensor) and z.requires_grad and self.mode != "loss" and not several:
             recording.handles.append(z.register_hook(_OutputHook(self, recording)))
+
+    def _seen_by_the_loss(self, result: Any) -> Any:
+        """The tensor that the loss is called on, or all that a sum of losses is."""
+        if isinstance(self.loss, WeightedSum):
+            return result if self.output is None else self.output(result)
+        return resolve_output(result, self.output)
 
     def _is_running(self) -> bool:
         """Whether the call that is being recorded has not returned: the model calls itself."""
@@ -198,7 +205,9 @@ class Capture:
             return
         arguments = [*args, *kwargs.values()]
         z = arguments[0] if args else kwargs.get("input", arguments[0] if arguments else None)
-        if not isinstance(z, Tensor) or not z.requires_grad:
+        if not isinstance(z, Tensor) and not isinstance(self.loss, WeightedSum):
+            return
+        if not any(t.requires_grad for t in tensors_in(z)):
             return
         for recording in self._recordings:
             if recording.output is z:
@@ -211,9 +220,9 @@ class Capture:
             return
         rest = [a for a in arguments if a is not z]
         terms = self.loss.terms(z, *rest, as_called=True)
-        recordings = self._leading_to(z)
-        if not self._wait_for_gradients(recordings, terms, loss):
-            self._collect(recordings, z, terms)
+        recordings = self._leading_to(terms.output)
+        if isinstance(terms, JoinedTerms) or not self._wait_for_gradients(recordings, terms, loss):
+            self._collect(recordings, terms)
 
     def _wait_for_gradients(self, recordings: list[Recording], terms: Terms, loss: Any) -> bool:
         """Empirical statistics from the user's own backward pass, where a pass of our own would bring nothing new."""
@@ -243,7 +252,7 @@ class Capture:
             waiting.backward.close()
             for recording in waiting.recordings:
                 recording.total = None
-            self._collect(waiting.recordings, waiting.terms.output, waiting.terms)
+            self._collect(waiting.recordings, waiting.terms)
 
     def _leading_to(self, z: Tensor) -> list[Recording]:
         """The recorded passes that ``z`` was computed from."""
@@ -273,7 +282,7 @@ class Capture:
             if not self.armed or inspecting():
                 return
             terms = from_output_gradient(None, z, gradient, scale[0] if scale else None, reduction, self.class_dim)
-            self._collect(recordings, z, terms)
+            self._collect(recordings, terms)
 
         loss.register_hook(lambda gradient: scale.append(gradient.detach()))
         handle = z.register_hook(on_output)
@@ -292,7 +301,7 @@ class Capture:
         if self.shadows or recording.used:
             return
         terms = self._terms_from_gradient(recording.output, gradient)
-        self._collect([recording], recording.output, terms)
+        self._collect([recording], terms)
 
     # Statistics
 
@@ -314,20 +323,20 @@ class Capture:
             arrived_at=arrived_at,
         )
 
-    def _collect(self, recordings: list[Recording], z: Tensor, terms: Terms) -> None:
+    def _collect(self, recordings: list[Recording], terms: Terms) -> None:
         if not recordings:
             return
         recorder = merged([r.recorder for r in recordings])
         first = recordings[0]
         # Several losses on one pass: each has its own divisor, and inputs count once.
         scale = None if first.total is None else (first.total / terms.total).sqrt()
-        signals = Signals(
+        signals = Signals.of(
             terms, self.curvature.kind, self.curvature.samples, self.generator, recorder.batch, together=True
         )
         reached: set[str] = set()
         with self._own_pass():
             reached = self.collector.collect(
-                recorder, z, signals, counted=first.counted, scale=scale, weight=first.total
+                recorder, terms.output, signals, counted=first.counted, scale=scale, weight=first.total
             )
         if not reached:
             return  # a loss of something else
@@ -408,15 +417,15 @@ class Capture:
             forward = self.model.forward  # neither hooks nor a compiled call
             with torch.enable_grad(), recorder:
                 result = forward(*args, **kwargs)
-            z = resolve_output(result, self.output)
+            z = self._seen_by_the_loss(result)
             recording = Recording(recorder, origin, z)
             if origin.losses and self.loss is not None:
                 for positional, named in origin.losses:
                     rest = [a for a in (*positional, *named.values()) if a is not None]
-                    self._collect([recording], z, self.loss.terms(z, *rest, as_called=True))
+                    self._collect([recording], self.loss.terms(z, *rest, as_called=True))
             elif origin.output_gradient is not None:
                 terms = self._terms_from_gradient(z, origin.output_gradient, origin.output)
-                self._collect([recording], z, terms)
+                self._collect([recording], terms)
 
     def _wants(self, module: nn.Module) -> bool:
         if not self.armed or inspecting() or not torch.is_grad_enabled():

@@ -161,7 +161,8 @@ class Collector:
             self._batches.append(backward.signals.terms.total)
         reached: set[str] = set()
         cache: Cache = {}
-        valid = _valid(_sites(backward.groups), backward.gradients, backward.signals.mask)
+        mask = backward.signals.mask
+        valid = {} if bool(mask.all()) else _valid(_sites(backward.groups), backward.gradients, mask)
         for group in backward.groups:
             uses = _samples(group, backward.gradients, valid, cache)
             if uses:
@@ -283,13 +284,20 @@ class Collector:
         A position whose loss term is masked out counts in no factor if nothing depends on it either: if a signal on
         all valid terms comes back as exact zeros there.
         """
-        mask = signals.mask
-        if bool(mask.all()) or not sites:
+        probes = signals.probes()
+        if not sites or all(bool(mask.all()) for mask, _ in probes):
             return {}
-        gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
-            output, [site.edge for site in sites], signals.probe(), retain_graph=True, allow_unused=True
-        )
-        return _valid(sites, {id(site): g for site, g in zip(sites, gradients, strict=True) if g is not None}, mask)
+        out: dict[int, Tensor] = {}
+        for mask, probe in probes:
+            gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
+                output, [site.edge for site in sites], probe, retain_graph=True, allow_unused=True
+            )
+            # Zeros everywhere: this loss is one of another part of the model.
+            pairs = zip(sites, gradients, strict=True)
+            arrived = {id(s): g for s, g in pairs if g is not None and (len(probes) == 1 or bool(g.any()))}
+            for key, counts in _valid(sites, arrived, mask).items():
+                out[key] = out[key] | counts if key in out else counts
+        return out
 
     def _mixing(self, groups: list[Group], output: Tensor, signals: Signals, cache: Cache, interact: bool) -> set[str]:
         """Blocks with a use that does not keep the examples apart.
@@ -363,9 +371,8 @@ class Collector:
         """Signals with a random sign per example: squares of their sums have no cross terms in expectation."""
         generator = signals.generator or torch.Generator(device=signals.terms.output.device).manual_seed(0)
         for signal in signals:
-            rows = signals.terms.rows(signal).reshape(signals.examples, -1)
-            sign = torch.randint(0, 2, (signals.examples, 1), generator=generator, device=generator.device) * 2 - 1
-            yield signals.terms.unrows((rows * sign.to(rows)).reshape(signals.terms.shape))
+            sign = torch.randint(0, 2, (signals.examples,), generator=generator, device=generator.device) * 2 - 1
+            yield signals.weighted(signal, sign)
 
     def _estimator(self, group: Group) -> CurvatureEstimator:
         name = group.block.name
@@ -399,15 +406,16 @@ def _by_example(use: Outer | PerSample) -> Tensor:
 def _valid(sites: list[Site], gradients: Mapping[int, Tensor], mask: Tensor) -> dict[int, Tensor]:
     """Positions of each site that count: not masked out, or reached by the gradients all the same."""
     out: dict[int, Tensor] = {}
-    if bool(mask.all()):
-        return out
+    full = bool(mask.all())
     for site in sites:
         gradient = gradients.get(id(site))
         g = None if gradient is None else site.row_gradients(gradient.reshape(1, *site.output_shape))
         if g is None:
             continue
         reached = (g != 0).any(-1)[0]  # (n, s)
-        if reached.shape == mask.shape:
+        if full:
+            reached = torch.ones_like(reached)
+        elif reached.shape == mask.shape:
             reached = reached | mask
         elif reached.shape[0] == mask.shape[0]:
             reached = reached | mask.any(-1, keepdim=True)

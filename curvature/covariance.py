@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from curvature.data import Data, Output
 from curvature.fisher import Structure, fisher
+from curvature.losses import ClassDim
+from curvature.persample import refuse_sums
 from curvature.products import Evaluation, Problem
 from solvers import BlockDiagonal, Dense, Diagonal, Flattened, LinearOperator, LowRank
 
@@ -22,7 +24,7 @@ def gradient_covariance(
     structure: Structure = "full",
     params: Any = None,
     output: Output | None = None,
-    class_dim: int | None = None,
+    class_dim: ClassDim = None,
     progress: bool | None = None,
     **options: Any,
 ) -> LinearOperator:
@@ -76,6 +78,7 @@ def gradient_covariance(
     if not centered:
         return uncentered
     problem = Problem(model, loss_fn, data, params=params, output=output, class_dim=class_dim, progress=progress)
+    refuse_sums(problem)
     return _minus_outer(uncentered, _root_of_mean(problem).to(uncentered.dtype))
 
 

@@ -207,7 +207,8 @@ def _promised(model: nn.Module, parameters: Parameters, spec: Curvature) -> list
                 continue  # tied: its first owner speaks
             pair = next((pair for pair in _PAIRS if key in pair and set(pair) <= set(own)), None)
             together = {k: own[k] for k in pair} if pair and kind and spec.joint else {key: p}
-            block = Block("+".join(names[id(q)] for q in together.values()), _parts(module, together, kind))
+            together = {names[id(q)]: q for q in together.values()}
+            block = Block("+".join(together), _parts(module, together, kind))
             estimator = spec.estimator(block, "outer" if kind == "kronecker" else "per_sample")
             why = type(module).__name__ if kind else "bare parameter; its use decides, see data="
             embedding = isinstance(module, (nn.Embedding, nn.EmbeddingBag))

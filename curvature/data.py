@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -84,14 +85,22 @@ def split_batch(batch: Any) -> Batch:
 
 
 def to_device(tree: Any, device: torch.device) -> Any:
-    """Move every tensor of nested tuples, lists and mappings; autograd can use copies of inference tensors only."""
+    """Move every tensor of nested tuples, lists, mappings and dataclasses.
+
+    Autograd can use copies of inference tensors only.
+    """
     if isinstance(tree, Tensor):
         moved = tree.to(device)
         return moved.clone() if moved.is_inference() else moved
     if isinstance(tree, Mapping):
         return {key: to_device(value, device) for key, value in tree.items()}
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(to_device(value, device) for value in tree))
     if isinstance(tree, (tuple, list)):
         return type(tree)(to_device(value, device) for value in tree)
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        named = {field.name: getattr(tree, field.name) for field in dataclasses.fields(tree) if field.init}
+        return dataclasses.replace(tree, **to_device(named, device))
     return tree
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -9,9 +10,20 @@ from torch import Tensor, nn
 
 from curvature.block import Block
 from curvature.collector import Collector
-from curvature.data import Data, Output, batches, call, resolve_output, shown, to_device, untouched
+from curvature.data import (
+    Batch,
+    Data,
+    Output,
+    batches,
+    call,
+    is_one_batch,
+    resolve_output,
+    shown,
+    to_device,
+    untouched,
+)
 from curvature.estimator import Curvature, CurvatureEstimator, Form
-from curvature.losses import loss_for
+from curvature.losses import ClassDim, JoinedTerms, Loss, Terms, WeightedSum, loss_for
 from curvature.parameters import Parameters
 from curvature.recorder import Recorder, batch_size
 from curvature.signals import Signals
@@ -28,6 +40,39 @@ def record(model: nn.Module, parameters: Parameters, x: Any) -> tuple[Any, Recor
     return result, recorder
 
 
+def terms_of(loss: Loss, result: Any, y: Any, output: Output | None, class_dim: ClassDim, check: bool = False) -> Terms:
+    """The terms of a loss, from what the model returned: a tensor picked from it, or all that a sum of losses sees."""
+    if isinstance(loss, WeightedSum):
+        return loss.terms(result if output is None else output(result), y, class_dim=class_dim, check=check)
+    if isinstance(class_dim, Mapping):
+        raise TypeError(f"class_dim={class_dim!r} is for sums of losses; for {loss!r} pass one axis.")
+    return loss.terms(resolve_output(result, output), y, class_dim=class_dim, check=check)
+
+
+def over_all_data(
+    loss: Loss,
+    model: nn.Module,
+    start: Callable[[], Iterator[Batch]],
+    device: torch.device,
+    output: Output | None,
+    class_dim: ClassDim,
+) -> Loss:
+    """A sum of losses with its divisors over all the data, whose ratios may differ from those of single batches.
+
+    Costs a forward pass over the data; other losses stay as they are.
+    """
+    if not isinstance(loss, WeightedSum) or loss.reduction != "mean":
+        return loss
+    divisors: dict[Any, Any] = {}
+    with torch.no_grad(), untouched(model):
+        for x, y in start():
+            terms = terms_of(loss, call(model, to_device(x, device)), to_device(y, device), output, class_dim)
+            assert isinstance(terms, JoinedTerms)
+            for key, (_, part) in terms.parts.items():
+                divisors[key] = divisors.get(key, 0.0) + part.total
+    return loss.over(divisors)
+
+
 def estimate(
     model: nn.Module,
     loss_fn: Any,
@@ -36,7 +81,7 @@ def estimate(
     *,
     params: Any = None,
     output: Output | None = None,
-    class_dim: int | None = None,
+    class_dim: ClassDim = None,
     generator: torch.Generator | None = None,
     progress: bool | None = None,
 ) -> BlockDiagonal:
@@ -69,25 +114,27 @@ def estimate(
         return estimator
 
     collector = Collector(parameters, make, joint=curvature.joint)
-    start = batches(data, curvature.passes)
+    divisors = isinstance(loss, WeightedSum) and not is_one_batch(data)
+    start = batches(data, curvature.passes + divisors)
+    if divisors:
+        loss = over_all_data(loss, model, start, parameters.device, output, class_dim)
     total: Tensor | float = 0.0
     with torch.inference_mode(False), untouched(model):
         for number in range(curvature.passes):
             for x, y in shown(start(), f"curvature, pass {number + 1}", progress):
                 x, y = to_device(x, parameters.device), to_device(y, parameters.device)
                 result, recorder = record(model, parameters, x)
-                z = resolve_output(result, output)
-                if not z.requires_grad:
+                terms = terms_of(loss, result, y, output, class_dim, check=True)
+                if not terms.output.requires_grad:
                     raise ValueError(
                         f"the output of {type(model).__name__} does not depend on any of the parameters through "
                         "autograd: it was detached, or made under no_grad. Its curvature would be zero."
                     )
-                terms = loss.terms(z, y, class_dim=class_dim, check=True)
                 terms.value()  # refuses losses that are not finite
-                signals = Signals(terms, curvature.kind, curvature.samples, generator, recorder.batch)
+                signals = Signals.of(terms, curvature.kind, curvature.samples, generator, recorder.batch)
                 if number == 0:
                     total = total + terms.total
-                collector.collect(recorder, z, signals)
+                collector.collect(recorder, terms.output, signals)
             collector.settle()
             again = {name for name, estimator in collector.estimators.items() if estimator.next_pass()}
             if not again:

@@ -12,6 +12,7 @@ from curvature.data import Data, Output
 from curvature.dataset import estimate
 from curvature.estimator import Curvature
 from curvature.gaussnewton import GaussNewton
+from curvature.losses import ClassDim
 from curvature.lowrank import dense, low_rank
 from curvature.mixed import Mixed, Rules
 from curvature.products import Problem
@@ -40,7 +41,7 @@ def fisher(
     generator: torch.Generator | None = ...,
     params: Any = ...,
     output: Output | None = ...,
-    class_dim: int | None = ...,
+    class_dim: ClassDim = ...,
     progress: bool | None = ...,
     **options: Any,
 ) -> GaussNewton: ...
@@ -56,7 +57,7 @@ def fisher(
     generator: torch.Generator | None = ...,
     params: Any = ...,
     output: Output | None = ...,
-    class_dim: int | None = ...,
+    class_dim: ClassDim = ...,
     progress: bool | None = ...,
     **options: Any,
 ) -> LinearOperator: ...
@@ -71,7 +72,7 @@ def fisher(
     generator: torch.Generator | None = None,
     params: Any = None,
     output: Output | None = None,
-    class_dim: int | None = None,
+    class_dim: ClassDim = None,
     progress: bool | None = None,
     **options: Any,
 ) -> LinearOperator:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from curvature.jacobian import Linearization, Mode, check_mode
-from curvature.losses import Terms
+from curvature.losses import JoinedTerms, Terms
 from curvature.products import MEMORY, DatasetOperator, Evaluation, Problem, Product
 from curvature.signals import FisherKind
 
@@ -69,6 +69,15 @@ class GaussNewton(DatasetOperator):
         return product
 
     def _on_outputs(self, terms: Terms) -> Callable[[Tensor], Tensor]:
+        if isinstance(terms, JoinedTerms):
+            joined = terms
+            each = [(scale, self._on_outputs(part)) for scale, part in joined.parts.values()]
+
+            def product(u: Tensor) -> Tensor:
+                pairs = zip(each, joined.pieces(u), strict=True)
+                return joined.join([on_output(piece) * scale.to(u.dtype) for (scale, on_output), piece in pairs])
+
+            return product
         if self.kind == "exact":
             return terms.hessian_product
         if self.kind == "empirical":

@@ -10,6 +10,7 @@ from torch import nn
 from curvature.data import Data, Output
 from curvature.fisher import Structure, fisher
 from curvature.gaussnewton import GaussNewton
+from curvature.losses import ClassDim
 from curvature.mixed import Rules
 from solvers import LinearOperator
 
@@ -26,7 +27,7 @@ def ggn(
     generator: torch.Generator | None = ...,
     params: Any = ...,
     output: Output | None = ...,
-    class_dim: int | None = ...,
+    class_dim: ClassDim = ...,
     progress: bool | None = ...,
     **options: Any,
 ) -> GaussNewton: ...
@@ -42,7 +43,7 @@ def ggn(
     generator: torch.Generator | None = ...,
     params: Any = ...,
     output: Output | None = ...,
-    class_dim: int | None = ...,
+    class_dim: ClassDim = ...,
     progress: bool | None = ...,
     **options: Any,
 ) -> LinearOperator: ...
@@ -57,7 +58,7 @@ def ggn(
     generator: torch.Generator | None = None,
     params: Any = None,
     output: Output | None = None,
-    class_dim: int | None = None,
+    class_dim: ClassDim = None,
     progress: bool | None = None,
     **options: Any,
 ) -> LinearOperator:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from curvature.data import Data, Output
+from curvature.losses import ClassDim
 from curvature.parameters import Parameters
 from curvature.products import (
     MEMORY,
@@ -121,7 +122,7 @@ def hessian(
     structure: Literal["full"] = ...,
     params: Any = ...,
     output: Output | None = ...,
-    class_dim: int | None = ...,
+    class_dim: ClassDim = ...,
     keep_graph: bool | None = ...,
     memory: int = ...,
     progress: bool | None = ...,
@@ -135,7 +136,7 @@ def hessian(
     structure: HessianStructure,
     params: Any = ...,
     output: Output | None = ...,
-    class_dim: int | None = ...,
+    class_dim: ClassDim = ...,
     keep_graph: bool | None = ...,
     memory: int = ...,
     progress: bool | None = ...,
@@ -148,7 +149,7 @@ def hessian(
     structure: HessianStructure = "full",
     params: Any = None,
     output: Output | None = None,
-    class_dim: int | None = None,
+    class_dim: ClassDim = None,
     keep_graph: bool | None = None,
     memory: int = MEMORY,
     progress: bool | None = None,

@@ -100,7 +100,7 @@ def each_rows(
     draws = generator or torch.Generator(device=problem.parameters.device).manual_seed(0)
 
     def visit(examples: Examples) -> None:
-        signals = Signals(examples.terms, kind, samples, draws, examples.batch)
+        signals = Signals.of(examples.terms, kind, samples, draws, examples.batch)
         # Rows of several signals are formed together, as many as a sixteenth of a GiB holds.
         per_signal = examples.number * problem.parameters.size * problem.parameters.dtype.itemsize
         for some in chunks(iter(signals), max(1, (1 << 26) // per_signal)):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,30 +12,13 @@ from curvature.block import Block, Place
 from curvature.collector import Collector
 from curvature.data import Batch, Data, Output, is_one_batch
 from curvature.estimator import CurvatureEstimator, Form
-from curvature.losses import Terms, loss_for, widen
+from curvature.losses import Terms, WeightedSum, loss_for, widen
 from curvature.parameters import Parameters
 from curvature.products import Evaluation, Problem
 from curvature.recorder import Recorder
 from curvature.samples import OneHot, Outer, Samples
 from curvature.signals import Signals
 from solvers import LinearOperator
-
-
-@dataclass(frozen=True)
-class Given(Signals):
-    """Signals that were made before.
-
-    Args:
-        given: Output-shaped tensors.
-    """
-
-    given: tuple[Tensor, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.given)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter(self.given)
 
 
 class KeptSamples(CurvatureEstimator):
@@ -115,7 +97,7 @@ class Examples:
     @property
     def number(self) -> int:
         """Number of examples."""
-        return Signals(self.terms, "empirical", batch=self.batch).examples
+        return Signals.of(self.terms, "empirical", batch=self.batch).examples
 
     def unit_signals(self) -> list[Tensor]:
         """One for each output of an example, in row-major order: one there, zero elsewhere."""
@@ -135,7 +117,7 @@ class Examples:
             return kept[-1]
 
         collector = Collector(self.parameters, make, joint=False)
-        given = Given(self.terms, "empirical", batch=self.batch, given=tuple(signals))
+        given = Signals.of(self.terms, "empirical", batch=self.batch, given=tuple(signals))
         collector.collect(self.recorder, self.output, given)
         return [(entry.block, entry.samples) for entry in kept]
 
@@ -379,7 +361,21 @@ def _moments(problem: Problem, mean: bool) -> tuple[Tensor, Tensor]:
 
 
 def _visit(problem: Problem, use: Callable[[Examples], Any]) -> Tensor | float:
+    refuse_sums(problem)
     return problem.visit(lambda evaluation: use(Examples.of(evaluation)), "per-sample gradients", recorded=True)
+
+
+def refuse_sums(problem: Problem) -> None:
+    """Refuse sums of losses where the gradients of different terms are added up.
+
+    Raises:
+        TypeError: If the loss is one.
+    """
+    if isinstance(problem.loss, WeightedSum):
+        raise TypeError(
+            "gradients of single examples and their covariance are those of one loss. Take the losses of the sum "
+            f"({', '.join(map(repr, problem.loss.loss_fn.losses))}) one by one, with output= to pick what each sees."
+        )
 
 
 def one_batch(model: nn.Module, loss_fn: Any, batch: Batch, **options: Any) -> Problem:

@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from curvature.data import Data, Output, batches, call, is_one_batch, resolve_output, shown, to_device
-from curvature.dataset import record
-from curvature.losses import AutogradLoss, Loss, Terms, UnknownLossError, loss_for
+from curvature.dataset import over_all_data, record, terms_of
+from curvature.losses import AutogradLoss, ClassDim, Loss, Terms, UnknownLossError, WeightedSum, loss_for
 from curvature.parameters import Parameters
 from curvature.recorder import Recorder
 from solvers import LinearOperator, StructureError
@@ -61,8 +61,8 @@ class Evaluation:
         if problem.loss is None:
             self.output = problem.pick(result)
         else:
-            self.output = resolve_output(result, problem.output)
-            self.terms = problem.loss.terms(self.output, y, class_dim=problem.class_dim, check=first)
+            self.terms = terms_of(problem.loss, result, y, problem.output, problem.class_dim, check=first)
+            self.output = self.terms.output
             if self.terms.reduction == "none":
                 raise ValueError("the loss has reduction='none', so it is no scalar. Use 'mean' or 'sum'.")
 
@@ -114,7 +114,7 @@ class Problem:
         *,
         params: Any = None,
         output: Output | None = None,
-        class_dim: int | None = None,
+        class_dim: ClassDim = None,
         progress: bool | None = None,
         opaque: bool = False,
     ) -> None:
@@ -126,6 +126,8 @@ class Problem:
         self.single = is_one_batch(data)
         self.progress = False if progress is None and self.single else progress
         self.loss = self._loss(opaque)
+        if self.loss is not None and not self.single:
+            self.loss = over_all_data(self.loss, model, self.start, self.parameters.device, output, class_dim)
         self.random = random_state(self.parameters.device)
         self._versions = versions(model)
         self._seen: float | None = None
@@ -141,7 +143,9 @@ class Problem:
             raise
 
     def pick(self, result: Any) -> Any:
-        """What an opaque loss is called with."""
+        """The tensor that the loss sees, or whatever an opaque loss is called with."""
+        if isinstance(self.loss, WeightedSum):
+            return self.loss.joined(result if self.output is None else self.output(result))
         return resolve_output(result) if self.output is None else self.output(result)
 
     def visit(

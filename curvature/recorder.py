@@ -5,6 +5,7 @@ from __future__ import annotations
 import types
 import weakref
 from collections.abc import Iterable, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -209,7 +210,7 @@ class Recorder(TorchFunctionMode):
 
 
 def tensors_in(tree: Any) -> Iterable[Tensor]:
-    """All tensors in nested tuples, lists, mappings and dataclass-like outputs."""
+    """All tensors in nested tuples, lists, mappings and dataclasses."""
     if isinstance(tree, Tensor):
         yield tree
     elif isinstance(tree, (tuple, list)):
@@ -218,6 +219,9 @@ def tensors_in(tree: Any) -> Iterable[Tensor]:
     elif isinstance(tree, Mapping):
         for item in tree.values():
             yield from tensors_in(item)
+    elif is_dataclass(tree) and not isinstance(tree, type):
+        for field in fields(tree):
+            yield from tensors_in(getattr(tree, field.name))
 
 
 def batch_size(inputs: Any) -> int | None:

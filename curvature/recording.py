@@ -32,7 +32,7 @@ class Recording:
 
     recorder: Recorder
     origin: Pass
-    output: Tensor | None
+    output: Any  # what the loss is expected to see
     edges: tuple[GradientEdge, ...] = ()  # of all tensors the model returned
     used: bool = False
     total: Tensor | None = None  # divisor of the first loss that saw it

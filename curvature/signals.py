@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from curvature.losses import Terms
+from curvature.losses import JoinedTerms, Terms
 
 FisherKind = Literal["exact", "mc", "empirical"]
 KINDS: tuple[FisherKind, ...] = ("exact", "mc", "empirical")
@@ -38,6 +38,7 @@ class Signals:
         generator: Source of the draws.
         batch: Number of examples of the model, where the loss was called on flattened examples and positions.
         together: For ``empirical``: add up the terms of an example, as one backward pass of the loss does.
+        given: Signals that were made before, in the place of those of ``kind``.
     """
 
     terms: Terms
@@ -46,6 +47,12 @@ class Signals:
     generator: torch.Generator | None = None
     batch: int | None = None
     together: bool = False
+    given: tuple[Tensor, ...] | None = None
+
+    @staticmethod
+    def of(terms: Terms, kind: FisherKind, *options: Any, **named: Any) -> Signals:
+        """The signals of one loss or of a sum of losses; arguments as for the class."""
+        return (JointSignals if isinstance(terms, JoinedTerms) else Signals)(terms, kind, *options, **named)
 
     @property
     def examples(self) -> int:
@@ -66,6 +73,8 @@ class Signals:
 
     def __len__(self) -> int:
         """Number of backward passes."""
+        if self.given is not None:
+            return len(self.given)
         if self.kind == "mc":
             return self.samples
         if self.kind == "empirical":
@@ -74,11 +83,10 @@ class Signals:
 
     def __iter__(self) -> Iterator[Tensor]:
         """All signals, examples together."""
-        if self.kind == "mc":
-            if self.generator is None:
-                raise ValueError("sampling needs a generator=torch.Generator(); the global random state is never used.")
-            for _ in range(self.samples):
-                yield self.terms.sample(self.generator) / self.samples**0.5
+        if self.given is not None:
+            yield from self.given
+        elif self.kind == "mc":
+            yield from self._draws()
         elif self.kind == "empirical":
             gradient = self.terms.gradient()
             if self.together or self.positions == 1:
@@ -98,20 +106,25 @@ class Signals:
     def one_by_one(self) -> Iterator[Tensor]:
         """All signals, for one example at a time: for uses of parameters that do not keep examples apart."""
         for signal in self:
-            rows = self.terms.rows(signal).reshape(self.examples, self.positions, -1)
-            for n in range(self.examples):
-                only = torch.zeros_like(rows)
-                only[n] = rows[n]
-                yield self.terms.unrows(only.reshape(self.terms.shape))
+            for one in torch.eye(self.examples, device=signal.device):
+                yield self.weighted(signal, one)
 
-    def probe(self, weights: Tensor | None = None) -> Tensor:
+    def weighted(self, signal: Tensor, weights: Tensor) -> Tensor:
+        """A signal times one number per example."""
+        rows = self.terms.rows(signal).reshape(self.examples, -1)
+        return self.terms.unrows((rows * weights.to(rows).reshape(-1, 1)).reshape(self.terms.shape))
+
+    def probe(self, weights: Tensor | None = None, seed: int = 0) -> Tensor:
         """A signal without symmetries (random, always the same) on all valid terms, times a weight per example."""
         shape = (self.examples, self.positions, self.terms.columns)
-        noise = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         rows = noise.to(self.terms.output.detach()) * self.mask.unsqueeze(-1)
-        if weights is not None:
-            rows = rows * weights.to(rows).reshape(-1, 1, 1)
-        return self.terms.unrows(rows.reshape(self.terms.shape))
+        signal = self.terms.unrows(rows.reshape(self.terms.shape))
+        return signal if weights is None else self.weighted(signal, weights)
+
+    def probes(self) -> list[tuple[Tensor, Tensor]]:
+        """For each loss its mask, and a signal on its valid terms."""
+        return [(self.mask, self.probe())]
 
     def tags(self) -> Iterator[Tensor]:
         """Weights ``(examples,)`` that tell examples apart: no two examples have all of theirs in common.
@@ -126,9 +139,71 @@ class Signals:
             if not number.any():
                 return
 
+    def _draws(self) -> Iterator[Tensor]:
+        if self.generator is None:
+            raise ValueError("sampling needs a generator=torch.Generator(); the global random state is never used.")
+        for _ in range(self.samples):
+            yield self.terms.sample(self.generator) / self.samples**0.5
+
     def _only(self, signal: Tensor, position: int) -> Tensor:
         """The part of a signal that starts at one position of every example."""
         rows = self.terms.rows(signal).reshape(self.examples, self.positions, -1)
         only = torch.zeros_like(rows)
         only[:, position] = rows[:, position]
         return self.terms.unrows(only.reshape(self.terms.shape))
+
+
+@dataclass(frozen=True)
+class JointSignals(Signals):
+    """The signals of a sum of losses, on the vector that joins their outputs.
+
+    Draws of all losses are sent together, since they are independent; other signals loss by loss, so that C is the
+    weighted sum of the losses' own.
+    """
+
+    @property
+    def parts(self) -> list[Signals]:
+        """The signals of each loss."""
+        options = (self.kind, self.samples, self.generator, self.batch, self.together)
+        return [Signals(terms, *options) for _, terms in self._joined.parts.values()]
+
+    @property
+    def examples(self) -> int:
+        found = {key: part.examples for key, part in zip(self._joined.parts, self.parts, strict=True)}
+        if len(set(found.values())) > 1:
+            raise ValueError(
+                f"the losses see different numbers of examples ({found}), so their gradients cannot be told apart by "
+                "example. The first axis of every output must count the same examples."
+            )
+        return next(iter(found.values()))
+
+    def __len__(self) -> int:
+        if self.given is not None:
+            return len(self.given)
+        return self.samples if self.kind == "mc" else sum(map(len, self.parts))
+
+    def __iter__(self) -> Iterator[Tensor]:
+        if self.given is not None:
+            yield from self.given
+        elif self.kind == "mc":
+            yield from self._draws()
+        else:
+            for (key, (scale, _)), part in zip(self._joined.parts.items(), self.parts, strict=True):
+                for signal in part:
+                    yield self._joined.embed(key, signal * scale.sqrt())
+
+    def weighted(self, signal: Tensor, weights: Tensor) -> Tensor:
+        pairs = zip(self.parts, self._joined.pieces(signal), strict=True)
+        return self._joined.join([part.weighted(piece, weights) for part, piece in pairs])
+
+    def probes(self) -> list[tuple[Tensor, Tensor]]:
+        pairs = zip(self._joined.parts, self.parts, strict=True)
+        return [(part.mask, self._joined.embed(key, part.probe())) for key, part in pairs]
+
+    def probe(self, weights: Tensor | None = None, seed: int = 0) -> Tensor:
+        return self._joined.join([part.probe(weights, seed + k) for k, part in enumerate(self.parts)])
+
+    @property
+    def _joined(self) -> JoinedTerms:
+        assert isinstance(self.terms, JoinedTerms)
+        return self.terms

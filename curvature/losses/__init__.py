@@ -11,6 +11,7 @@ from curvature.losses.loss import Loss, loss_for, register_loss
 from curvature.losses.poisson import PoissonNLL
 from curvature.losses.robust import Huber, SmoothL1
 from curvature.losses.squared_error import SquaredError
+from curvature.losses.sum_of_losses import ClassDim, JoinedTerms, SumOfLosses, WeightedSum
 from curvature.losses.terms import Layout, Terms, widen
 
 __all__ = [
@@ -35,6 +36,11 @@ __all__ = [
     "NLL",
     "L1",
     "KLDivergence",
+    # several at once
+    "SumOfLosses",
+    "ClassDim",
+    "WeightedSum",
+    "JoinedTerms",
     # write your own
     "ElementwiseLoss",
     "AutogradLoss",
