@@ -19,6 +19,7 @@ from precond.natural_gradient import NaturalGradient
 from precond.newton import Newton
 from precond.preconditioner import Preconditioner
 from precond.psgd import PSGD
+from precond.seng import SENG
 from precond.shampoo import Shampoo
 from precond.smw import SMWNaturalGradient
 from precond.soap import SOAP
@@ -43,6 +44,7 @@ __all__ = [
     "PreconditionedOptimizer",
     "PSGD",
     "SecondOrderOptimizer",
+    "SENG",
     "Shampoo",
     "SMWNaturalGradient",
     "SOAP",

@@ -9,12 +9,13 @@ from typing import Any
 from torch import Tensor
 
 from curvature import CurvatureEstimator
+from curvature.inverse import InverseEstimator
 from solvers import (
     Cholesky,
-    Kronecker,
     Damping,
     Diagonal,
     Eigen,
+    Kronecker,
     LinearOperator,
     Solver,
     SolverError,
@@ -67,6 +68,10 @@ class Preconditioner:
         try:
             if basis and self.inverse is not None:
                 self.estimator.refresh_basis()
+            if isinstance(self.estimator, InverseEstimator):
+                self.estimator.improve(float(getattr(damping, "lam", 0.0)))
+                self.inverse, self.failures = self.estimator.operator(), 0
+                return
             operator = self.estimator.operator()
             if not basis and self.inverse is not None and not isinstance(operator, (Eigen, Diagonal)):
                 return
