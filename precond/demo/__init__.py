@@ -1,0 +1,5 @@
+"""The demo, ``python -m precond demo``: K-FAC and EKFAC beside AdamW and SGD on scikit-learn's digits."""
+
+from precond.demo.command import main
+
+__all__ = ["main"]
