@@ -15,6 +15,10 @@ from curvature.products import Evaluation, Problem
 from solvers import BlockDiagonal, Dense, Diagonal, Flattened, LinearOperator, LowRank
 
 
+#: Structures that hold the rank-one difference between the centered covariance and the second moment.
+CENTERED = ("full", "dense", "layer", "unit", "diagonal")
+
+
 def gradient_covariance(
     model: nn.Module,
     loss_fn: Any,
@@ -58,7 +62,7 @@ def gradient_covariance(
     Raises:
         ValueError: If the structure cannot be centered.
     """
-    if centered and structure not in ("full", "dense", "layer", "unit", "diagonal"):
+    if centered and structure not in CENTERED:
         raise ValueError(
             f"structure={structure!r} cannot be centered: the difference is no longer of that structure. Pass "
             "centered=False, or structure='full', 'dense', 'layer', 'unit' or 'diagonal'."

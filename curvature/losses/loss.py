@@ -129,6 +129,11 @@ def register_loss(*module_types: type[nn.Module]) -> Callable[[L], L]:
     return register
 
 
+def registered() -> tuple[type[nn.Module], ...]:
+    """Types of loss modules whose derivatives are known."""
+    return tuple(_REGISTRY)
+
+
 def loss_for(loss_fn: nn.Module | Loss | Callable[..., Tensor]) -> Loss:
     """The :class:`Loss` for the user's loss function.
 
