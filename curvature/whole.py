@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -280,11 +280,24 @@ class Share(CurvatureEstimator):
         """Nothing."""
 
 
-class WholeCollector(Collector):
-    """Hands the samples of all blocks to one estimate, with examples kept apart in all of them."""
+class ApartCollector(Collector):
+    """For training with estimates that need gradients of true sign, of one example at a time, in all blocks."""
+
+    def __init__(
+        self, parameters: Parameters, make: Callable[[Block, Form], CurvatureEstimator], joint: bool = True
+    ) -> None:
+        super().__init__(parameters, make, joint=joint, apart="signs")
+
+    def _signed(self, signals: Signals) -> Any:
+        # Random signs would do for squares alone.
+        return signals.one_by_one()
+
+
+class WholeCollector(ApartCollector):
+    """Hands the samples of all blocks to one estimate."""
 
     def __init__(self, parameters: Parameters, whole: WholeEstimator) -> None:
-        super().__init__(parameters, lambda block, form: Share(block, self.whole), apart="signs")
+        super().__init__(parameters, lambda block, form: Share(block, self.whole))
         self.whole = whole
 
     def collect(self, *args: Any, **kwargs: Any) -> set[str]:
@@ -294,10 +307,6 @@ class WholeCollector(Collector):
     def collect_backward(self, *args: Any, **kwargs: Any) -> set[str]:
         self.whole.next_batch()
         return super().collect_backward(*args, **kwargs)
-
-    def _signed(self, signals: Signals) -> Any:
-        # Random signs would mix the examples; rows are joined over blocks example by example.
-        return signals.one_by_one()
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from precond.ekfac import EKFAC
 from precond.galore import GaLore
 from precond.gauss_newton import GaussNewton, PointwiseResidual
 from precond.hessian_free import HessianFree
+from precond.kbfgs import KBFGS
 from precond.kfac import KFAC
 from precond.kl_shampoo import KLShampoo
 from precond.layerwise import PreconditionedOptimizer
@@ -36,6 +37,7 @@ __all__ = [
     "GaLore",
     "GaussNewton",
     "HessianFree",
+    "KBFGS",
     "KFAC",
     "KLShampoo",
     "Muon",
