@@ -22,6 +22,7 @@ from precond.preconditioner import Preconditioner
 from precond.psgd import PSGD
 from precond.seng import SENG
 from precond.shampoo import Shampoo
+from precond.singd import SINGD
 from precond.smw import SMWNaturalGradient
 from precond.soap import SOAP
 from precond.sophia import Sophia
@@ -48,6 +49,7 @@ __all__ = [
     "SecondOrderOptimizer",
     "SENG",
     "Shampoo",
+    "SINGD",
     "SMWNaturalGradient",
     "SOAP",
     "Sophia",
