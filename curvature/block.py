@@ -115,7 +115,7 @@ class Block:
             part.write(piece, tensors[part.name].view(-1))
 
     def state(self) -> dict[str, list[list[int]]]:
-        """The block as names and numbers, for checkpoints: ``{parameter name: [[start], split, permutation, shape]}``."""
+        """The block as names and numbers, for checkpoints: ``{name: [[start], split, permutation, shape]}``."""
         return {p.name: [[p.start], list(p.split), list(p.permutation), list(p.shape)] for p in self.parts}
 
     @classmethod

@@ -14,7 +14,6 @@ from curvature.persample import refuse_sums
 from curvature.products import Evaluation, Problem
 from solvers import BlockDiagonal, Dense, Diagonal, Flattened, LinearOperator, LowRank
 
-
 #: Structures that hold the rank-one difference between the centered covariance and the second moment.
 CENTERED = ("full", "dense", "layer", "unit", "diagonal")
 
@@ -52,7 +51,7 @@ def gradient_covariance(
             where centered, since the others do not hold the rank-one difference.
         params: Names, globs or tensors that restrict the parameters.
         output: Picks the output tensor where the model does not return a tensor.
-        class_dim: Class axis of the output where the shapes leave it open.
+        class_dim: Class axis of the output where the shapes leave it open; by key for a sum of losses.
         progress: Show a progress bar.
         options: Options of the structure.
 

@@ -99,7 +99,7 @@ def fisher(
         generator: Source of the draws; a fresh one seeded with 0 by default.
         params: Names, globs or tensors that restrict the parameters.
         output: Picks the output tensor where the model does not return a tensor.
-        class_dim: Class axis of the output where the shapes leave it open.
+        class_dim: Class axis of the output where the shapes leave it open; by key for a sum of losses.
         progress: Show a progress bar.
         options: Further options of the structure, in brackets in this table:
 

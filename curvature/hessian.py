@@ -174,7 +174,7 @@ def hessian(
         structure: ``"full"``, ``"dense"``, ``"layer"`` or ``"diagonal"``.
         params: Names, globs or tensors that restrict the parameters; ``op.block(rows, columns)`` cuts out blocks.
         output: Picks the output tensor where the model does not return a tensor.
-        class_dim: Class axis of the output where the shapes leave it open.
+        class_dim: Class axis of the output where the shapes leave it open; by key for a sum of losses.
         keep_graph: Keep the graph of the gradient between products, so that they need no forward pass; it holds the
             activations of the forward pass and of the backward pass, several times the memory of a training step,
             as long as the operator lives. By default it is kept if the data are one batch.
