@@ -15,6 +15,7 @@ from precond.kfac import KFAC
 from precond.kl_shampoo import KLShampoo
 from precond.layerwise import PreconditionedOptimizer
 from precond.methods import Method, Taxonomy, methods
+from precond.mfac import MFAC
 from precond.muon import Muon
 from precond.natural_gradient import NaturalGradient
 from precond.newton import Newton
@@ -41,6 +42,7 @@ __all__ = [
     "KBFGS",
     "KFAC",
     "KLShampoo",
+    "MFAC",
     "Muon",
     "NaturalGradient",
     "Newton",

@@ -28,6 +28,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "TNT": {"lr": 0.01},
     "KBFGS": {"lr": 0.01, "curvature_update_period": 2},
     "SINGD": {"lr": 0.01, "structure": "block", "block_size": 2},
+    "MFAC": {"window": 4, "damping": 0.1, "momentum": 0.0},
     "SENG": {"lr": 0.05, "curvature_update_period": 3, "sketch": 3},
     "SOAP": {"inverse_update_period": 4},
     "Shampoo": {"inverse_update_period": 4, "block_size": 3},
