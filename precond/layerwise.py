@@ -411,16 +411,20 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         self._arm()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_capture": None, "_prepared": {}, "_taps": {}, "_tapped": set()}
+        own = {**self.__dict__, "_capture": None, "_prepared": {}, "_taps": {}, "_tapped": set()}
+        own.pop("step", None)  # a learning rate scheduler's wrapper, bound to this very object
+        return {**own, "_mixing": self.capture.collector._mixed}
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
         if "model" not in saved:  # the base class restores groups and state in this way
             super().__setstate__(saved)
             return
-        self.__dict__.update(saved)
+        mixing = saved["_mixing"]
+        self.__dict__.update({key: value for key, value in saved.items() if key != "_mixing"})
         estimators = {name: p.estimator for name, p in self.preconditioners.items()}
         self._connect()
         self.capture.collector.estimators = estimators
+        self.capture.collector._mixed = mixing
         self._watch_rows()
 
 

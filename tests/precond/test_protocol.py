@@ -135,7 +135,7 @@ def test_state_dict_round_trip(name):
                 assert value == again["state"][key][entry]
 
 
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("through", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
 def test_a_copy_continues_alike(name, through):
     training = Training(name)
