@@ -73,13 +73,13 @@ def test_twenty_steps_are_those_of_the_formula(structure: Any, kind: Any) -> Non
 def test_sampled_curvature_tends_to_the_exact_one(structure: Any) -> None:
     data = ref.batches(1)
     found = {}
-    for kind, samples in (("exact", 1), ("mc", 4000)):
+    for kind, samples in (("exact", 1), ("mc", 1500)):
         model = ref.mlp(6, 2, 3)
         start = ref.flat(model.parameters())
         optimizer = NaturalGradient(model, LOSS, lr=1.0, structure=structure, damping=0.1, fisher=kind, samples=samples)
         ref.train(model, optimizer, data, LOSS)
         found[kind] = ref.flat(model.parameters()) - start
-    assert (found["mc"] - found["exact"]).norm() < 0.05 * found["exact"].norm()
+    assert (found["mc"] - found["exact"]).norm() < 0.08 * found["exact"].norm()
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
