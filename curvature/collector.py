@@ -71,7 +71,7 @@ class Collector:
         self.make = make
         self.exact = apart == "one by one"
         self._verified = False
-        self._mixed: set[str] | None = None  # in training: blocks whose first pass mixed the examples
+        self.mixed_blocks: set[str] | None = None  # in training: blocks whose first pass mixed the examples
         self.plan = Plan(parameters, joint)
         self.estimators: dict[str, CurvatureEstimator] = {}
         self.operations: dict[str, tuple[str, ...]] = {}  # what each block was used by
@@ -139,9 +139,9 @@ class Collector:
             What will hold the gradients of all uses, or ``None`` if some block needs signals of its own.
         """
         groups = self.plan.assign(recorder.sites, recorder.unknown)
-        if signals.kind != "empirical" or self._mixed is None:
+        if signals.kind != "empirical" or self.mixed_blocks is None:
             return None  # the first pass is looked at closely
-        if any(_mixes(group, signals.examples) or group.block.name in self._mixed for group in groups):
+        if any(_mixes(group, signals.examples) or group.block.name in self.mixed_blocks for group in groups):
             return None
         return Backward(groups, signals)
 
@@ -311,9 +311,9 @@ class Collector:
             return set()
         mixing = {group.block.name for group in groups if _mixes(group, signals.examples)}
         rest = [group for group in groups if group.block.name not in mixing]
-        if not self.exact and (self._mixed is not None or interact):
-            self._mixed = self._mixed or set()
-            return mixing | self._mixed
+        if not self.exact and (self.mixed_blocks is not None or interact):
+            self.mixed_blocks = self.mixed_blocks or set()
+            return mixing | self.mixed_blocks
         back = self._back(rest, output, signals.probe(), cache, {})
         plain = {group.block.name: [_by_example(use) for use in uses] for group, uses in back}
         for weights in signals.tags():
@@ -325,7 +325,7 @@ class Collector:
                     if not (off <= tolerance * torch.linalg.vector_norm(expected, dim=1)).all():
                         mixing.add(group.block.name)
         if not self.exact:
-            self._mixed = mixing
+            self.mixed_blocks = mixing
         return mixing
 
     def _refuse_averages(self, mixing: list[Group], examples: int) -> None:

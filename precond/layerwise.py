@@ -370,7 +370,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         out = super().state_dict()
         index = {id(p): i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
         # What the first pass found out is not found again: a resumed run looks at its passes as this one does.
-        mixing = dict.fromkeys(self.capture.collector._mixed or (), True)
+        mixing = dict.fromkeys(self.capture.collector.mixed_blocks or (), True)
         for name, preconditioner in self.preconditioners.items():
             block = preconditioner.estimator.block
             key = index[id(self.parameters[block.names[0]])]
@@ -406,14 +406,14 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
             block = Block.from_state(name, saved["parts"])
             estimators[name] = self._make(block, "outer" if saved["outer"] else "per_sample")
             self.preconditioners[name].load_state_dict(saved)
-            self.capture.collector._mixed = set(saved.get("mixing", ()))
+            self.capture.collector.mixed_blocks = set(saved.get("mixing", ()))
         self._watch_rows()
         self._arm()
 
     def __getstate__(self) -> dict[str, Any]:
         own = {**self.__dict__, "_capture": None, "_prepared": {}, "_taps": {}, "_tapped": set()}
         own.pop("step", None)  # a learning rate scheduler's wrapper, bound to this very object
-        return {**own, "_mixing": self.capture.collector._mixed}
+        return {**own, "_mixing": self.capture.collector.mixed_blocks}
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
         if "model" not in saved:  # the base class restores groups and state in this way
@@ -424,7 +424,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         estimators = {name: p.estimator for name, p in self.preconditioners.items()}
         self._connect()
         self.capture.collector.estimators = estimators
-        self.capture.collector._mixed = mixing
+        self.capture.collector.mixed_blocks = mixing
         self._watch_rows()
 
 

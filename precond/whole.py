@@ -81,4 +81,4 @@ class WholeModelOptimizer(PreconditionedOptimizer):
     def _reconnect(self) -> None:
         """Let the blocks hand their samples to the estimate that was restored."""
         old, self.capture.collector = self.capture.collector, self._collector()
-        self.capture.collector._mixed = old._mixed
+        self.capture.collector.mixed_blocks = old.mixed_blocks
