@@ -14,14 +14,19 @@ LAPLACE = ["laplace-torch>=0.3"]
 DEV = [
     *DEMO,
     *LAPLACE,
+    "expecttest>=0.2",  # torch's own checks of optimizers import it
+    "gymnasium>=1.0",
     "hypothesis>=6.100",
     "mypy>=1.11",
     "peft>=0.12",
+    "playwright>=1.49",  # drives the machine's Chromium, to look at pages
     "pre-commit>=3.7",
     "pytest>=8.2",
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",
     "ruff>=0.6",
+    "safetensors>=0.4",
+    "tensorboard>=2.17",
     "transformers>=4.44",
 ]
 
