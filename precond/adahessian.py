@@ -42,6 +42,11 @@ class AdaHessian(ClosureOptimizer, GradientOptimizer):
         curvature="Hessian, absolute, Hutchinson's estimate",
         structure="diagonal, averaged over kernels",
         solver="elementwise",
+        matrices=("Hessian",),
+        forms=("diagonal",),
+        step="a product with H, about two gradients",
+        refresh="none",
+        memory="mn",
         paper="https://arxiv.org/abs/2006.00719",
     )
 

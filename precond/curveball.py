@@ -42,6 +42,11 @@ class CurveBall(GaussNewtonClosureOptimizer):
         curvature="GGN",
         structure="matrix-free",
         solver="one heavy-ball step",
+        matrices=("GGN",),
+        forms=("matrix-free",),
+        step="two products with G and a loss, about four gradients",
+        refresh="none",
+        memory="mn",
         paper="https://arxiv.org/abs/1805.08095",
     )
 

@@ -47,6 +47,11 @@ class EKFAC(PreconditionedOptimizer):
         curvature="Fisher (exact, mc or empirical)",
         structure="diagonal in a Kronecker eigenbasis, per layer",
         solver="eigh",
+        matrices=("Fisher",),
+        forms=("Kronecker eigenbasis",),
+        step="4(m²n + mn²)",
+        refresh="2B(m² + n²) + 2Bmn, basis 9(m³ + n³)",
+        memory="2(m² + n²) + mn",
         paper="https://arxiv.org/abs/1806.03884",
     )
 

@@ -52,6 +52,11 @@ class GaLore(GradientOptimizer):
         curvature="that of the inner optimizer",
         structure="low-rank projection of the gradient",
         solver="SVD",
+        matrices=("gradient second moment",),
+        forms=("low rank",),
+        step="4rmn",
+        refresh="SVD, O(m²n)",
+        memory="r(m + 2n)",
         paper="https://arxiv.org/abs/2403.03507",
     )
 

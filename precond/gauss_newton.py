@@ -109,6 +109,11 @@ class GaussNewton(ClosureOptimizer):
         curvature="GGN of a sum of squares",
         structure="dense, low rank or matrix-free",
         solver="Cholesky, Woodbury or CG",
+        matrices=("GGN",),
+        forms=("dense", "low rank", "matrix-free"),
+        step="the Jacobian of R residuals, 2RP min(R, P) + min(R, P)³/3",
+        refresh="none",
+        memory="RP",
         paper="https://arxiv.org/abs/2302.13163",
     )
 

@@ -51,6 +51,11 @@ class HessianFree(GaussNewtonClosureOptimizer):
         curvature="GGN",
         structure="matrix-free",
         solver="preconditioned CG",
+        matrices=("GGN",),
+        forms=("matrix-free",),
+        step="about five gradients for each step of CG",
+        refresh="none",
+        memory="5mn, the graph of the batch",
         paper="https://www.cs.toronto.edu/~jmartens/docs/Deep_HessianFree.pdf",
     )
 

@@ -61,6 +61,11 @@ class KBFGS(PreconditionedOptimizer):
         curvature="Hessian by secant pairs",
         structure="Kronecker, per layer",
         solver="BFGS",
+        matrices=("Hessian",),
+        forms=("Kronecker",),
+        step="2(m²n + mn²)",
+        refresh="a second pass, Bn² + O(m² + n²)",
+        memory="m² + 2n²",
         paper="https://arxiv.org/abs/2006.08877",
     )
 

@@ -54,6 +54,11 @@ class KFAC(PreconditionedOptimizer):
         curvature="Fisher (exact, mc or empirical)",
         structure="Kronecker, per layer",
         solver="Cholesky",
+        matrices=("Fisher",),
+        forms=("Kronecker",),
+        step="2(m²n + mn²)",
+        refresh="B(m² + n²), inverse m³ + n³",
+        memory="2(m² + n²)",
         paper="https://arxiv.org/abs/1503.05671",
     )
 

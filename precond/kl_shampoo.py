@@ -50,6 +50,11 @@ class KLShampoo(GradientOptimizer):
         curvature="gradient covariance, nearest in KL divergence",
         structure="Kronecker, one factor per axis",
         solver="QR step per refresh, inverse root",
+        matrices=("gradient second moment",),
+        forms=("Kronecker",),
+        step="8(m²n + mn²) + 4(m³ + n³)",
+        refresh="12(m³ + n³)",
+        memory="2(m² + n²)",
         paper="https://arxiv.org/abs/2509.03378",
     )
 

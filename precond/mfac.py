@@ -48,6 +48,11 @@ class MFAC(SecondOrderOptimizer):
         curvature="second moment of the batch gradients of a window of steps",
         structure="Gram matrix, whole model or per group",
         solver="Woodbury",
+        matrices=("gradient second moment",),
+        forms=("low rank",),
+        step="4MP + M³/3 for a window of M",
+        refresh="none",
+        memory="MP",
         paper="https://arxiv.org/abs/2107.03356",
     )
 

@@ -56,6 +56,11 @@ class Muon(GradientOptimizer):
         curvature="gradient second moment, of the momentum alone",
         structure="one-sided matrix",
         solver="Newton-Schulz",
+        matrices=("gradient second moment",),
+        forms=("Kronecker",),
+        step="22m²n + 10m³ for m ≤ n",
+        refresh="none",
+        memory="none",
         paper="https://kellerjordan.github.io/posts/muon/",
     )
 

@@ -62,6 +62,11 @@ class NaturalGradient(WholeModelOptimizer):
         curvature="Fisher (exact, mc or empirical)",
         structure="dense: whole model, per layer or per unit; or diagonal",
         solver="Cholesky",
+        matrices=("Fisher",),
+        forms=("dense", "diagonal"),
+        step="2(mn)² by layer",
+        refresh="B(mn)², inverse (mn)³",
+        memory="2(mn)²",
         paper="https://arxiv.org/abs/1303.0818",
     )
 

@@ -46,6 +46,11 @@ class Newton(ClosureOptimizer):
         curvature="Hessian, plain or absolute",
         structure="dense",
         solver="Cholesky or eigh",
+        matrices=("Hessian",),
+        forms=("dense",),
+        step="P products with H, P³/3",
+        refresh="none",
+        memory="P²",
         paper="https://arxiv.org/abs/1406.2572",
     )
 

@@ -63,6 +63,11 @@ class PSGD(ClosureOptimizer, GradientOptimizer):
         curvature="gradient second moment, or absolute Hessian",
         structure="Kronecker, one factor per axis",
         solver="multiplicative descent on the inverse's root",
+        matrices=("gradient second moment", "Hessian"),
+        forms=("Kronecker",),
+        step="6(m²n + mn²) + 12(m³ + n³)",
+        refresh="none",
+        memory="m² + n²",
         paper="https://arxiv.org/abs/1512.04202",
     )
     needs: ClassVar[str] = "grad"

@@ -52,6 +52,11 @@ class SENG(PreconditionedOptimizer):
         curvature="empirical Fisher of one batch",
         structure="sketched Gram matrix, per layer",
         solver="Woodbury",
+        matrices=("Fisher",),
+        forms=("low rank",),
+        step="2Bmn",
+        refresh="2B²s + B³/3 in a sketch of s",
+        memory="B(m + n) + B²",
         paper="https://arxiv.org/abs/2006.05924",
     )
 

@@ -64,6 +64,11 @@ class Shampoo(GradientOptimizer):
         curvature="gradient second moment",
         structure="Kronecker, one factor per axis, in blocks",
         solver="eigh, inverse root",
+        matrices=("gradient second moment",),
+        forms=("Kronecker",),
+        step="4(m²n + mn²)",
+        refresh="11(m³ + n³)",
+        memory="2(m² + n²) + mn",
         paper="https://arxiv.org/abs/1802.09568",
     )
 

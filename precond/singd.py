@@ -61,6 +61,11 @@ class SINGD(PreconditionedOptimizer):
         curvature="Fisher (exact, mc or empirical)",
         structure="Kronecker, per layer; factors dense, triangular, block or diagonal",
         solver="multiplicative updates of the inverse",
+        matrices=("Fisher",),
+        forms=("Kronecker",),
+        step="2(m²n + mn²)",
+        refresh="2B(m² + n²) + 12(m³ + n³)",
+        memory="2(m² + n²)",
         paper="https://arxiv.org/abs/2312.05705",
     )
 

@@ -62,6 +62,11 @@ class SMWNaturalGradient(WholeModelOptimizer):
         curvature="Fisher (empirical, mc or exact), of one batch",
         structure="Gram matrix: whole model or per layer",
         solver="Woodbury",
+        matrices=("Fisher",),
+        forms=("low rank",),
+        step="2B²(m + n) + 4Bmn, once B³/3",
+        refresh="none",
+        memory="B(m + n) + B²",
         paper="https://arxiv.org/abs/1906.02353",
     )
 

@@ -53,6 +53,11 @@ class SOAP(GradientOptimizer):
         curvature="gradient second moment",
         structure="diagonal in a Kronecker eigenbasis",
         solver="eigh, then a QR step per refresh",
+        matrices=("gradient second moment",),
+        forms=("Kronecker eigenbasis",),
+        step="8(m²n + mn²)",
+        refresh="12(m³ + n³)",
+        memory="2(m² + n²) + mn",
         paper="https://arxiv.org/abs/2409.11321",
     )
 

@@ -51,6 +51,11 @@ class Sophia(ClosureOptimizer, GradientOptimizer):
         curvature="Hessian (Hutchinson) or GGN (sampled labels)",
         structure="diagonal",
         solver="elementwise, clipped",
+        matrices=("Hessian", "GGN"),
+        forms=("diagonal",),
+        step="O(mn)",
+        refresh="a product with H, about two gradients",
+        memory="mn",
         paper="https://arxiv.org/abs/2305.14342",
     )
 

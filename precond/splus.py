@@ -49,6 +49,11 @@ class SPlus(GradientOptimizer):
         curvature="gradient second moment",
         structure="sign in a Kronecker eigenbasis",
         solver="eigh",
+        matrices=("gradient second moment",),
+        forms=("Kronecker eigenbasis",),
+        step="6(m²n + mn²)",
+        refresh="9(m³ + n³)",
+        memory="2(m² + n²) + mn",
         paper="https://arxiv.org/abs/2506.07254",
     )
 

@@ -48,6 +48,11 @@ class TNT(PreconditionedOptimizer):
         curvature="Fisher (exact, mc or empirical)",
         structure="Kronecker per dimension (tensor normal), per layer",
         solver="Cholesky",
+        matrices=("Fisher",),
+        forms=("Kronecker",),
+        step="2(m²n + mn²)",
+        refresh="B(m² + n²), inverse m³ + n³",
+        memory="2(m² + n²)",
         paper="https://arxiv.org/abs/2106.02925",
     )
 
