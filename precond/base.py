@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from precond.schedules import FIXED, Scheduled, split, value_at
 from precond.update import apply_update, kl_scale
 
 NonFinite = Literal["skip", "raise"]
@@ -21,6 +22,11 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
     A step is: evaluate the closure if there is one; skip (or raise) if a gradient is not finite; precondition; bound
     the step; momentum; decoupled weight decay; move. :meth:`precondition` is the first half alone: it rewrites
     ``p.grad`` and moves nothing, so that any ``torch.optim`` optimizer can do the second half.
+
+    Every numeric option but ``lr``, of the optimizer or of one group, may be a function of the number of steps taken
+    before, such as ``damping=lambda step: max(0.1 * 0.99**step, 1e-4)``. The groups hold numbers at all times; before a
+    step the functions give them anew. They are copied and pickled with the optimizer (a lambda cannot be pickled), but
+    are no part of ``state_dict``: that holds the number of steps, from which a resumed run goes on.
 
     Args:
         params: Parameters, groups, or named parameters.
@@ -37,6 +43,8 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
 
     #: What a training step must provide: ``"grad"``, ``"layers"`` or ``"closure"``.
     needs: ClassVar[str] = "grad"
+    #: Options that must not change from step to step.
+    fixed: ClassVar[frozenset[str]] = FIXED
     _step_supports_amp_scaling = True
 
     def __init__(
@@ -44,21 +52,20 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         params: Any,
         *,
         lr: float | Tensor,
-        momentum: float = 0.0,
+        momentum: Scheduled = 0.0,
         nesterov: bool = False,
-        weight_decay: float = 0.0,
-        kl_clip: float | None = None,
+        weight_decay: Scheduled = 0.0,
+        kl_clip: Scheduled | None = None,
         maximize: bool = False,
         nonfinite: NonFinite = "skip",
         **defaults: Any,
     ) -> None:
         if nonfinite not in ("skip", "raise"):
             raise ValueError(f"nonfinite must be 'skip' or 'raise', got {nonfinite!r}.")
-        check_options(
-            {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay, "kl_clip": kl_clip}
-        )
         self.nonfinite = nonfinite
+        self.steps = 0
         self.skipped = 0  # steps skipped because a gradient was not finite
+        self.schedules: list[dict[str, Callable[[int], Any]]] = []  # of each group
         options = dict(
             lr=lr,
             momentum=momentum,
@@ -68,7 +75,9 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             maximize=maximize,
             **defaults,
         )
+        self._resolved(options)
         self._prepared: dict[int, tuple[Tensor, int]] = {}  # gradients that precondition() wrote
+        self._idle = False  # the step could move nothing and saw nothing, so it does not count
         super().__init__(params, options)
 
     @abstractmethod
@@ -89,16 +98,55 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
     def after_step(self) -> None:
         """A step was taken: prepare the next one."""
 
+    def check(self, options: dict[str, Any]) -> None:
+        """Refuse options of a group outside their range; given anew whenever a schedule changes one.
+
+        Raises:
+            ValueError: Naming the option, its value and the range.
+        """
+        check_options(options)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        check_options({**self.defaults, **param_group})
-        super().add_param_group(param_group)
+        plain, schedules = self._resolved({**self.defaults, **param_group})
+        super().add_param_group(plain)
+        self.schedules.append(schedules)
         for p in self.param_groups[-1]["params"]:
             if p.is_complex():
                 self.param_groups.pop()
+                self.schedules.pop()
                 raise TypeError(
                     f"a parameter of shape {tuple(p.shape)} is complex ({p.dtype}), which {type(self).__name__} does "
                     "not take. Train torch.view_as_real(p), of which p is a view, in its place."
                 )
+
+    def apply_schedules(self) -> None:
+        """Write the options of the coming step into the groups, where they are functions of the step count.
+
+        Raises:
+            ValueError: If one is out of range; all groups are then as they were.
+        """
+        pairs = list(zip(self.param_groups, self.schedules, strict=True))
+        for group, numbers in [(group, self._numbers(group, schedules)) for group, schedules in pairs]:
+            group.update(numbers)
+
+    def _numbers(self, group: dict[str, Any], schedules: dict[str, Callable[[int], Any]]) -> dict[str, Any]:
+        """What the schedules give for the coming step, checked beside the other options of the group."""
+        if not schedules:
+            return {}
+        numbers = {name: value_at(name, schedule, self.steps) for name, schedule in schedules.items()}
+        try:
+            self.check({**group, **numbers})
+        except ValueError as error:
+            names = ", ".join(schedules)
+            raise ValueError(f"{error} (At step {self.steps}, by the schedule given for {names}.)") from error
+        return numbers
+
+    def _resolved(self, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Callable[[int], Any]]]:
+        """Numbers for the coming step, checked, and the schedules that gave some of them."""
+        plain, schedules = split(options, self.fixed)
+        if not schedules:
+            self.check(plain)
+        return {**plain, **self._numbers(plain, schedules)}, schedules
 
     @torch.no_grad()
     def precondition(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -107,15 +155,17 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         Returns:
             Whatever the closure returned.
         """
+        self.apply_schedules()
         loss = self._evaluate(closure)
         gradients = self._gradients()
         if gradients is None:
             return loss
+        self._idle = self._stands_still(gradients)
         for p, d in self.directions(gradients).items():
             if p.grad is not None and d is not p.grad:
                 p.grad.copy_(d)
         self._prepared = {id(p): (p.grad, p.grad._version) for p in gradients if p.grad is not None}
-        self.after_step()
+        self._count()
         return loss
 
     @torch.no_grad()
@@ -128,11 +178,14 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         Returns:
             Whatever the closure returned, or ``None``.
         """
+        if closure is not None or not self._is_prepared():
+            self.apply_schedules()
         loss = self._evaluate(closure)
         gradients = self._gradients()
         if gradients is None:
             return loss
-        prepared = self._is_prepared(gradients)
+        prepared = self._is_prepared()
+        self._idle = self._stands_still(gradients)
         directions = dict(gradients) if prepared else self.directions(gradients)
         self._prepared = {}
         self._bound(directions, gradients, prepared)
@@ -142,13 +195,32 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
                 options = self.update_options(group)
                 apply_update(params, [directions[p] for p in params], [self.state[p] for p in params], options)
         if not prepared:
-            self.after_step()
+            self._count()
         return loss
+
+    def _count(self) -> None:
+        self.steps += not self._idle
+        self.after_step()
+
+    def _stands_still(self, gradients: dict[Tensor, Tensor]) -> bool:
+        """Whether nothing can move and nothing is seen, as in torch.distributed.checkpoint's step to create a state."""
+        if any(float(group["lr"]) != 0 for group in self.param_groups):
+            return False
+        return not any(bool(g.any()) for g in gradients.values())
 
     # State
 
+    def state_dict(self) -> dict[str, Any]:
+        """State and groups in torch's layout, tensors and numbers only; every group says how many steps were taken."""
+        hook = self.register_state_dict_post_hook(_with_steps, prepend=True)  # before the user's hooks
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`; the state of a half-precision parameter keeps the precision it was saved with."""
+        before = [dict(group) for group in self.param_groups]  # the checkpoint may be older than an option
         final: dict[str, Any] = {}
         hook = self.register_load_state_dict_pre_hook(lambda _, given: final.update(given))  # after the user's hooks
         try:
@@ -163,6 +235,10 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
                 narrow = p.dtype.itemsize < 4 or (isinstance(value, Tensor) and value.ndim == 0)
                 if isinstance(value, Tensor) and value.is_floating_point() and narrow:
                     self.state[p][key] = value.detach().clone().to(p.device)
+        self.steps = max(int(group.pop("steps", 0)) for group in self.param_groups)
+        for group, own in zip(self.param_groups, before, strict=True):
+            group.update({name: value for name, value in own.items() if name not in group})
+        self.apply_schedules()
 
     def __getstate__(self) -> dict[str, Any]:
         # A learning rate scheduler puts a wrapper of `step`, bound to this very object, among the attributes.
@@ -224,11 +300,11 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         # The sum of squares may have overflowed where no entry is infinite.
         return all(bool(torch.isfinite(g).all()) for g in gradients)
 
-    def _is_prepared(self, gradients: dict[Tensor, Tensor]) -> bool:
+    def _is_prepared(self) -> bool:
         """Whether :meth:`precondition` wrote these very gradients."""
         if not self._prepared:
             return False
-        for p in gradients:
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
             grad, version = self._prepared.get(id(p), (None, -1))
             if grad is not p.grad or grad is None or grad._version != version:
                 return False
@@ -247,6 +323,12 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         scale = kl_scale(pairs, min(bounds))
         for p, d in directions.items():
             directions[p] = d * scale.to(d.dtype)
+
+
+def _with_steps(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    assert isinstance(optimizer, SecondOrderOptimizer)
+    for group in saved["param_groups"]:
+        group["steps"] = optimizer.steps
 
 
 def check_options(options: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from precond.gradient import GradientOptimizer, Group, State, due, state_zeros, working_dtype
 from precond.matrices import matrix_shape
 from precond.methods import Taxonomy
+from precond.schedules import Scheduled, ScheduledInt
 
 PREFIX = "inner."
 
@@ -66,15 +67,13 @@ class GaLore(GradientOptimizer):
         lr: float | Tensor = 1e-3,
         *,
         rank: int = 128,
-        scale: float = 0.25,
-        update_period: int = 200,
+        scale: Scheduled = 0.25,
+        update_period: ScheduledInt = 200,
         inner: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
         inner_options: dict[str, Any] | None = None,
-        weight_decay: float = 0.0,
+        weight_decay: Scheduled = 0.0,
         **options: Any,
     ) -> None:
-        if rank < 1:
-            raise ValueError(f"rank must be at least 1; got {rank}.")
         self.inner, self.inner_options = inner, dict(inner_options or {})
         reserved = {"lr", "weight_decay", "maximize"} & set(self.inner_options)
         if reserved:
@@ -89,6 +88,11 @@ class GaLore(GradientOptimizer):
             weight_decay=weight_decay,
             **options,
         )
+
+    def check(self, options: Group) -> None:
+        super().check(options)
+        if options["rank"] < 1:
+            raise ValueError(f"rank must be at least 1; got {options['rank']}.")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

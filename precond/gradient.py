@@ -50,7 +50,6 @@ class GradientOptimizer(SecondOrderOptimizer):
         """
 
     def directions(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
-        idle = self._idle(gradients)
         out = {}
         for group in self.param_groups:
             for p in group["params"]:
@@ -58,7 +57,7 @@ class GradientOptimizer(SecondOrderOptimizer):
                     continue
                 g, state = gradients[p], self.state[p]
                 self.begin(p, group)
-                if idle or not p.numel():
+                if self._idle or not p.numel():
                     out[p] = torch.zeros_like(g)
                 else:
                     state["step"] += 1
@@ -69,11 +68,6 @@ class GradientOptimizer(SecondOrderOptimizer):
         """Create the state of a parameter, unless it is there."""
         if "step" not in self.state[p]:
             self.state[p].update(step=0, **(self.initial_state(p, group) if p.numel() else {}))
-
-    def _idle(self, gradients: dict[Tensor, Tensor]) -> bool:
-        if any(float(group["lr"]) != 0 for group in self.param_groups):
-            return False
-        return not any(bool(g.any()) for g in gradients.values())
 
     @staticmethod
     def _finite(gradients: list[Tensor]) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 from precond.gradient import GradientOptimizer, Group, State, adam, debiased, due, state_zeros
 from precond.matrices import gram, improved_basis, merged_shape, multiply
 from precond.methods import Taxonomy
+from precond.schedules import Scheduled, ScheduledInt
 
 
 class KLShampoo(GradientOptimizer):
@@ -64,9 +65,9 @@ class KLShampoo(GradientOptimizer):
         lr: float | Tensor = 3e-3,
         *,
         betas: tuple[float, float] = (0.95, 0.95),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        inverse_update_period: int = 10,
+        eps: Scheduled = 1e-8,
+        weight_decay: Scheduled = 0.0,
+        inverse_update_period: ScheduledInt = 10,
         max_dim: int = 10000,
         merge_dims: int | None = None,
         **options: Any,

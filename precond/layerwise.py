@@ -101,7 +101,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         self.curvature_ema = curvature_ema
         self.curvature_update_period = period("curvature_update_period", curvature_update_period)
         self.inverse_update_period = period("inverse_update_period", inverse_update_period)
-        self.seed, self.steps = seed, 0
+        self.seed = seed
         self.model, self.loss_fn = model, loss_fn
         self._options = {"output": output, "class_dim": class_dim, "mode": capture, "eval_mode": eval_mode}
         self.preconditioners: dict[str, Preconditioner] = {}
@@ -110,7 +110,6 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         self._reported: set[str] = set()
         self._taps: dict[str, RowTap] = {}
         self._tapped: set[str] = set()
-        self._idle = False  # the step could move nothing and saw nothing, so it does not count
         super().__init__(
             self._groups(model, params),
             lr=lr,
@@ -216,7 +215,6 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         self._arm()
 
     def after_step(self) -> None:
-        self.steps += not self._idle
         for tap in self._taps.values():
             tap.clear()
         self._watch_rows()
@@ -230,7 +228,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         if self.capture.armed:
             self.capture.finish(by_name)
             self._update_curvature(gradients)
-        self._idle = self.capture.batches == 0 and self._still() and not any(bool(g.any()) for g in by_name.values())
+        self._idle = self._idle and self.capture.batches == 0
         out = {p: torch.empty_like(g, memory_format=torch.contiguous_format) for p, g in gradients.items()}
         results = {name: out[p] for name, p in self.parameters.items() if p in gradients}
         covered: dict[str, int] = dict.fromkeys(by_name, 0)
@@ -380,8 +378,6 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
                 "mixing": mixing,
                 **preconditioner.state_dict(),
             }
-        for group in out["param_groups"]:
-            group["steps"] = self.steps
         return out
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -395,9 +391,6 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
             if rest:
                 plain["state"][key] = rest
         super().load_state_dict(plain)
-        self.steps = int(self.param_groups[0].pop("steps", 0))
-        for group in self.param_groups:
-            group.pop("steps", None)
         self._unwatch()
         estimators = self.capture.collector.estimators
         estimators.clear()

@@ -10,6 +10,7 @@ from torch import Tensor
 from precond.gradient import GradientOptimizer, Group, State, adam, state_zeros
 from precond.matrices import matrix_shape
 from precond.methods import Taxonomy
+from precond.schedules import Scheduled
 from solvers.newton_schulz import polar
 
 Scaling = Literal["adam", "spectral", "none"]
@@ -69,21 +70,17 @@ class Muon(GradientOptimizer):
         params: Any,
         lr: float | Tensor = 1e-3,
         *,
-        momentum: float = 0.95,
+        momentum: Scheduled = 0.95,
         nesterov: bool = True,
-        weight_decay: float = 0.0,
+        weight_decay: Scheduled = 0.0,
         scaling: Scaling = "adam",
         polynomial: Polynomial = "polar_express",
         orthogonalize: bool = True,
         stacked: bool = False,
         betas: tuple[float, float] = (0.9, 0.95),
-        eps: float = 1e-8,
+        eps: Scheduled = 1e-8,
         **options: Any,
     ) -> None:
-        if scaling not in get_args(Scaling):
-            raise ValueError(f"scaling is one of {', '.join(get_args(Scaling))}, not {scaling!r}.")
-        if polynomial not in get_args(Polynomial):
-            raise ValueError(f"polynomial is one of {', '.join(get_args(Polynomial))}, not {polynomial!r}.")
         super().__init__(
             params,
             lr=lr,
@@ -98,6 +95,14 @@ class Muon(GradientOptimizer):
             eps=eps,
             **options,
         )
+
+    def check(self, options: Group) -> None:
+        super().check(options)
+        for name, known in (("scaling", get_args(Scaling)), ("polynomial", get_args(Polynomial))):
+            if options[name] not in known:
+                raise ValueError(f"{name} is one of {', '.join(known)}, not {options[name]!r}.")
+        if not options["momentum"] < 1:
+            raise ValueError(f"momentum is the weight of old gradients, in [0, 1); got {options['momentum']}.")
 
     def update_options(self, group: Group) -> Group:
         return {**group, "momentum": 0.0}  # it is in the direction already

@@ -12,6 +12,7 @@ from precond.closure import ClosureOptimizer, Vectors, rademacher
 from precond.gradient import GradientOptimizer, Group, State, debiased, due, state_zeros, working_dtype
 from precond.matrices import gram, merged_shape, multiply
 from precond.methods import Taxonomy
+from precond.schedules import Scheduled, ScheduledInt
 
 Criterion = Literal["whitening", "hessian"]
 
@@ -79,12 +80,12 @@ class PSGD(ClosureOptimizer, GradientOptimizer):
         *,
         beta: float = 0.9,
         criterion: Criterion = "whitening",
-        preconditioner_lr: float = 0.1,
-        damping: float = 1e-9,
-        eps: float = 1e-6,
-        max_rms: float | None = 1.1,
-        weight_decay: float = 0.0,
-        curvature_update_period: int = 1,
+        preconditioner_lr: Scheduled = 0.1,
+        damping: Scheduled = 1e-9,
+        eps: Scheduled = 1e-6,
+        max_rms: Scheduled | None = 1.1,
+        weight_decay: Scheduled = 0.0,
+        curvature_update_period: ScheduledInt = 1,
         max_dim: int = 8192,
         merge_dims: int | None = None,
         seed: int = 0,
@@ -92,10 +93,6 @@ class PSGD(ClosureOptimizer, GradientOptimizer):
     ) -> None:
         if criterion not in get_args(Criterion):
             raise ValueError(f"criterion is one of {', '.join(get_args(Criterion))}, not {criterion!r}.")
-        if not 0 < preconditioner_lr < 1:
-            raise ValueError(f"preconditioner_lr is in (0, 1); got {preconditioner_lr}.")
-        if max_rms is not None and not max_rms > 0:
-            raise ValueError(f"max_rms is positive, or None for no bound; got {max_rms}.")
         self.criterion, self.seed = criterion, seed
         super().__init__(
             params,
@@ -111,6 +108,13 @@ class PSGD(ClosureOptimizer, GradientOptimizer):
             merge_dims=merge_dims,
             **options,
         )
+
+    def check(self, options: Group) -> None:
+        super().check(options)
+        if not 0 < options["preconditioner_lr"] < 1:
+            raise ValueError(f"preconditioner_lr is in (0, 1); got {options['preconditioner_lr']}.")
+        if options["max_rms"] is not None and not options["max_rms"] > 0:
+            raise ValueError(f"max_rms is positive, or None for no bound; got {options['max_rms']}.")
 
     def initial_state(self, p: Tensor, group: Group) -> State:
         shape = merged_shape(p.shape, group["merge_dims"]) or (1,)

@@ -10,6 +10,7 @@ from torch import Tensor
 from precond.gradient import GradientOptimizer, Group, State, debiased, due, state_zeros
 from precond.matrices import blocks, gram, merged_shape, multiply, rotated_root, spectrum, symmetric_power
 from precond.methods import Taxonomy
+from precond.schedules import FIXED, Scheduled, ScheduledInt
 
 Grafting = Literal["sgd", "adagrad", "rmsprop", "adam"]
 
@@ -72,6 +73,8 @@ class Shampoo(GradientOptimizer):
         paper="https://arxiv.org/abs/1802.09568",
     )
 
+    fixed: ClassVar[frozenset[str]] = FIXED | {"curvature_ema"}
+
     def __init__(
         self,
         params: Any,
@@ -79,25 +82,17 @@ class Shampoo(GradientOptimizer):
         *,
         betas: tuple[float, float] = (0.9, 0.999),
         curvature_ema: float | None = None,
-        damping: float = 1e-12,
-        eps: float = 1e-8,
+        damping: Scheduled = 1e-12,
+        eps: Scheduled = 1e-8,
         exponent: float | None = None,
         grafting: Grafting | None = "adam",
         eigenvalue_correction: bool = False,
-        weight_decay: float = 0.0,
-        inverse_update_period: int = 10,
+        weight_decay: Scheduled = 0.0,
+        inverse_update_period: ScheduledInt = 10,
         start_step: int = 1,
         block_size: int = 1024,
         **options: Any,
     ) -> None:
-        if grafting is not None and grafting not in get_args(Grafting):
-            raise ValueError(f"grafting is one of {', '.join(get_args(Grafting))}, or None; got {grafting!r}.")
-        if not damping > 0:
-            raise ValueError(f"damping must be positive, because factors may be singular; got {damping}.")
-        if eigenvalue_correction and exponent is not None:
-            raise ValueError("eigenvalue_correction=True has no factors to raise to an exponent; leave exponent out.")
-        if start_step > 1 and grafting is None:
-            raise ValueError(f"start_step={start_step} needs a grafting method for the steps before.")
         super().__init__(
             params,
             lr=lr,
@@ -114,6 +109,19 @@ class Shampoo(GradientOptimizer):
             block_size=block_size,
             **options,
         )
+
+    def check(self, options: Group) -> None:
+        super().check(options)
+        if options["grafting"] not in (None, *get_args(Grafting)):
+            raise ValueError(
+                f"grafting is one of {', '.join(get_args(Grafting))}, or None; got {options['grafting']!r}."
+            )
+        if not options["damping"] > 0:
+            raise ValueError(f"damping must be positive, because factors may be singular; got {options['damping']}.")
+        if options["eigenvalue_correction"] and options["exponent"] is not None:
+            raise ValueError("eigenvalue_correction=True has no factors to raise to an exponent; leave exponent out.")
+        if options["start_step"] > 1 and options["grafting"] is None:
+            raise ValueError(f"start_step={options['start_step']} needs a grafting method for the steps before.")
 
     def initial_state(self, p: Tensor, group: Group) -> State:
         shape = merged_shape(p.shape, group["block_size"])

@@ -9,6 +9,7 @@ from torch import Tensor
 from precond.gradient import GradientOptimizer, Group, State, debiased, due, state_zeros
 from precond.matrices import gram, improved_basis, merged_shape, multiply, rotated_root, spectrum
 from precond.methods import Taxonomy
+from precond.schedules import Scheduled, ScheduledInt
 
 
 class SOAP(GradientOptimizer):
@@ -67,10 +68,10 @@ class SOAP(GradientOptimizer):
         lr: float | Tensor = 3e-3,
         *,
         betas: tuple[float, float] = (0.95, 0.95),
-        curvature_ema: float | None = None,
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        inverse_update_period: int = 10,
+        curvature_ema: Scheduled | None = None,
+        eps: Scheduled = 1e-8,
+        weight_decay: Scheduled = 0.0,
+        inverse_update_period: ScheduledInt = 10,
         max_dim: int = 10000,
         merge_dims: int | None = None,
         rotate_vectors: bool = False,

@@ -11,6 +11,7 @@ from precond.adahessian import hutchinson_diagonal
 from precond.closure import ClosureOptimizer, Vectors
 from precond.gradient import GradientOptimizer, Group, State, state_zeros, working_dtype
 from precond.methods import Taxonomy
+from precond.schedules import Scheduled, ScheduledInt
 
 Estimator = Literal["hutchinson", "gauss_newton"]
 
@@ -65,18 +66,16 @@ class Sophia(ClosureOptimizer, GradientOptimizer):
         lr: float | Tensor = 1e-3,
         *,
         betas: tuple[float, float] = (0.96, 0.99),
-        gamma: float = 0.01,
-        eps: float = 1e-12,
+        gamma: Scheduled = 0.01,
+        eps: Scheduled = 1e-12,
         estimator: Estimator = "hutchinson",
-        weight_decay: float = 0.0,
-        curvature_update_period: int = 10,
+        weight_decay: Scheduled = 0.0,
+        curvature_update_period: ScheduledInt = 10,
         seed: int = 0,
         **options: Any,
     ) -> None:
         if estimator not in get_args(Estimator):
             raise ValueError(f"estimator is one of {', '.join(get_args(Estimator))}, not {estimator!r}.")
-        if not (gamma > 0 and eps > 0):
-            raise ValueError(f"gamma and eps must be positive; got {gamma} and {eps}.")
         self.estimator, self.seed = estimator, seed
         super().__init__(
             params,
@@ -88,6 +87,11 @@ class Sophia(ClosureOptimizer, GradientOptimizer):
             curvature_update_period=curvature_update_period,
             **options,
         )
+
+    def check(self, options: Group) -> None:
+        super().check(options)
+        if not (options["gamma"] > 0 and options["eps"] > 0):
+            raise ValueError(f"gamma and eps must be positive; got {options['gamma']} and {options['eps']}.")
 
     def initial_state(self, p: Tensor, group: Group) -> State:
         return {"exp_avg": state_zeros(p), "curvature": state_zeros(p), "updates": 0}

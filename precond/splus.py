@@ -13,6 +13,7 @@ from precond.averaging import swapped, update_average
 from precond.gradient import GradientOptimizer, Group, State, due, state_zeros, working_dtype
 from precond.matrices import gram, matrix_shape, multiply, spectrum
 from precond.methods import Taxonomy
+from precond.schedules import Scheduled, ScheduledInt
 
 
 class SPlus(GradientOptimizer):
@@ -64,14 +65,12 @@ class SPlus(GradientOptimizer):
         *,
         betas: tuple[float, float] = (0.9, 0.999),
         average_decay: float = 0.999,
-        vector_scale: float = 1e-3,
-        weight_decay: float = 0.0,
-        inverse_update_period: int = 100,
+        vector_scale: Scheduled = 1e-3,
+        weight_decay: Scheduled = 0.0,
+        inverse_update_period: ScheduledInt = 100,
         max_dim: int = 10000,
         **options: Any,
     ) -> None:
-        if not 0 <= average_decay < 1:
-            raise ValueError(f"average_decay is the weight of the old average, in [0, 1); got {average_decay}.")
         super().__init__(
             params,
             lr=lr,
@@ -83,6 +82,13 @@ class SPlus(GradientOptimizer):
             max_dim=max_dim,
             **options,
         )
+
+    def check(self, options: Group) -> None:
+        super().check(options)
+        if not 0 <= options["average_decay"] < 1:
+            raise ValueError(
+                f"average_decay is the weight of the old average, in [0, 1); got {options['average_decay']}."
+            )
 
     def initial_state(self, p: Tensor, group: Group) -> State:
         state: State = {"exp_avg": state_zeros(p), "average": p.detach().to(working_dtype(p), copy=True)}

@@ -1,0 +1,65 @@
+"""Options of parameter groups that are functions of the step count."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+#: A number, or a function of the count of steps taken before, which is 0 for the first step.
+Scheduled = float | Callable[[int], float]
+
+#: A whole number, or a function of the count of steps taken before.
+ScheduledInt = int | Callable[[int], int]
+
+#: Options that decide what an update is, the shape of the state, or the weight that an average is divided by.
+FIXED = frozenset(
+    {
+        *("maximize", "nesterov", "decay", "grafting", "scaling", "polynomial", "orthogonalize", "stacked"),
+        *("eigenvalue_correction", "max_dim", "merge_dims", "block_size", "rotate_vectors", "rank", "window"),
+        *("betas", "average_decay"),
+    }
+)
+
+
+def split(
+    group: dict[str, Any], fixed: frozenset[str] = FIXED
+) -> tuple[dict[str, Any], dict[str, Callable[[int], Any]]]:
+    """The plain options of a group, and those that are schedules.
+
+    Args:
+        group: Options.
+        fixed: Those that must not change.
+
+    Raises:
+        TypeError: If an option that must not change is a function, or ``lr`` is.
+    """
+    schedules = {name: value for name, value in group.items() if name != "params" and callable(value)}
+    if "lr" in schedules:
+        raise TypeError("lr is a number; to change it over the steps use one of torch.optim.lr_scheduler.")
+    for name in schedules:
+        if name in fixed:
+            raise TypeError(f"{name} cannot change from step to step; give its value, not a function.")
+    return {name: value for name, value in group.items() if name not in schedules}, schedules
+
+
+def value_at(name: str, schedule: Callable[[int], Any], step: int) -> Any:
+    """What a schedule gives at a step: a number, a tuple of numbers, or ``None``.
+
+    Raises:
+        TypeError: If it gives something else.
+    """
+    try:
+        value = schedule(step)
+    except Exception as error:
+        error.add_note(f"(in the schedule of {name}, at step {step})")
+        raise
+    value = value.item() if hasattr(value, "item") else value  # numbers of torch and numpy are no plain numbers
+    entries = value if isinstance(value, (tuple, list)) else (value,)
+    if value is None or all(isinstance(entry, (int, float)) and not isinstance(entry, bool) for entry in entries):
+        return value
+    raise TypeError(f"the schedule of {name} must give a number; at step {step} it gave {value!r}.")
+
+
+def at_start(value: Any) -> Any:
+    """The value of an option before the first step, whether it is a schedule or not."""
+    return value_at("an option", value, 0) if callable(value) else value
