@@ -13,6 +13,7 @@ from curvature.fisher import fisher
 from curvature.foof import InputKronecker
 from curvature.ggn import ggn
 from curvature.hessian import hessian
+from curvature.influence import Influence, influence, self_influence
 from curvature.jacobian import jacobian
 from curvature.kronecker import KroneckerFisher
 from curvature.mixed import Mixed
@@ -28,6 +29,7 @@ __all__ = [
     "CurvatureEstimator",
     "DiagonalFisher",
     "EigenbasisFisher",
+    "Influence",
     "InputKronecker",
     "KroneckerFisher",
     "LayerFisher",
@@ -44,8 +46,10 @@ __all__ = [
     "gradient_second_moment",
     "gradient_variance",
     "hessian",
+    "influence",
     "jacobian",
     "ntk",
     "per_sample_gradients",
     "per_sample_norms",
+    "self_influence",
 ]

@@ -10,7 +10,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from solvers import storable
 
+
+@storable
 @dataclass(frozen=True)
 class Part:
     """A contiguous segment of one parameter and its place among a block's columns.
@@ -63,6 +66,7 @@ class Part:
         target.copy_(value.reshape(target.shape))
 
 
+@storable
 @dataclass(frozen=True)
 class Block:
     """Parameters preconditioned together, as one tensor of shape :attr:`shape`.
@@ -130,6 +134,7 @@ class Block:
         return list(value.split([part.shape[-1] for part in self.parts], dim=-1))
 
 
+@storable
 @dataclass(frozen=True)
 class Place:
     """A block's place in the flat parameter vector (the ``places`` of :class:`solvers.BlockDiagonal`)."""
@@ -142,6 +147,11 @@ class Place:
     def of(cls, block: Block, starts: Mapping[str, int], sizes: Mapping[str, int]) -> Place:
         """Place of ``block`` where parameter ``name`` starts at ``starts[name]``."""
         return cls(block, tuple(starts[p.name] for p in block.parts), tuple(sizes[p.name] for p in block.parts))
+
+    @property
+    def name(self) -> str:
+        """Name of the block, for messages."""
+        return self.block.name
 
     @property
     def shape(self) -> tuple[int, ...]:

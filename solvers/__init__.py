@@ -9,7 +9,7 @@ from solvers.cg import CG
 from solvers.cholesky import Cholesky, CholeskyInverse
 from solvers.congruence import Congruence
 from solvers.coupled_newton import CoupledNewton
-from solvers.damping import Damping, FactoredTikhonov, Tikhonov
+from solvers.damping import Damping, FactoredTikhonov, RelativeTikhonov, Tikhonov
 from solvers.dense import Dense
 from solvers.diagonal import Diagonal, identity
 from solvers.diagonal_estimate import diagonal
@@ -86,6 +86,7 @@ __all__ = [
     # Damping
     "Damping",
     "FactoredTikhonov",
+    "RelativeTikhonov",
     "Tikhonov",
     # Solvers
     "Auto",

@@ -86,6 +86,38 @@ class FactoredTikhonov(Damping):
         return op.shift(self.lam)
 
 
+@dataclass(frozen=True)
+class RelativeTikhonov(Damping):
+    r"""Shift every block by a fraction of its mean eigenvalue.
+
+    .. math:: C_b + \varphi\, \tfrac{\operatorname{tr} C_b}{n_b}\, I
+
+    so that the damping follows the scale of the loss and of each layer. Block-diagonal operators are damped block by
+    block, all others as one. It needs a trace that the structure gives exactly.
+
+    Args:
+        fraction: :math:`\varphi \ge 0`, a number or a 0-d tensor, without unit.
+
+    Raises:
+        ValueError: If ``fraction`` is negative, not finite, or no scalar.
+
+    References:
+        Grosse et al. (2023), "Studying large language model generalization with influence functions", https://arxiv.org/abs/2308.03296
+    """
+
+    fraction: Scalar = 0.1
+
+    def __post_init__(self) -> None:
+        """Check the border."""
+        _check(self.fraction)
+
+    def __call__(self, op: LinearOperator) -> LinearOperator:
+        """Damp block-diagonal operators by block."""
+        if isinstance(op, BlockDiagonal):
+            return op.map(self)
+        return op if _is_plain_zero(self.fraction) else op.shift(self.fraction * op.trace() / op.shape[1])
+
+
 def factored_tikhonov(op: Kronecker, lam: Scalar) -> Kronecker:
     """The Kronecker product of the factors damped as :class:`FactoredTikhonov` says."""
     means = [factor.diagonal().mean(-1) for factor in op.factors]  # each (*stack,)

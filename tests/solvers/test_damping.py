@@ -6,7 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from solvers import BlockDiagonal, Dense, Diagonal, FactoredTikhonov, Kronecker, Segment, Shifted, Tikhonov
+from solvers import (
+    BlockDiagonal,
+    Dense,
+    Diagonal,
+    FactoredTikhonov,
+    Kronecker,
+    RelativeTikhonov,
+    Segment,
+    Shifted,
+    Tikhonov,
+)
 from solvers.damping import Damping
 from tests.solvers.problems import normal, positive
 
@@ -90,3 +100,20 @@ def test_blocks_are_damped_one_by_one() -> None:
 def test_impossible_damping_is_refused(kind: type[Damping], lam: float | Tensor) -> None:
     with pytest.raises(ValueError, match=r"damping (must be finite and at least 0|is a number or a 0-d tensor)"):
         kind(lam)  # type: ignore[call-arg]
+
+
+def test_relative_tikhonov_shifts_each_block_by_its_own_mean_eigenvalue() -> None:
+    small, large = positive(4), 1e3 * positive(3)
+    op = BlockDiagonal((Dense(small), Dense(large)), (Segment(0, (4,)), Segment(4, (3,))), 7)
+    damped = RelativeTikhonov(0.1)(op).to_dense()
+    means = [float(torch.linalg.eigvalsh(matrix).mean()) for matrix in (small, large)]
+    torch.testing.assert_close(damped[:4, :4], small + 0.1 * means[0] * EYE[:4, :4])
+    torch.testing.assert_close(damped[4:, 4:], large + 0.1 * means[1] * EYE[:3, :3])
+    assert RelativeTikhonov(0)(Dense(small)) is not None and torch.equal(
+        RelativeTikhonov(0)(op).to_dense(), op.to_dense()
+    )
+
+
+def test_relative_tikhonov_refuses_what_is_no_fraction() -> None:
+    with pytest.raises(ValueError, match="at least 0"):
+        RelativeTikhonov(-0.1)
