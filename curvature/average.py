@@ -35,11 +35,16 @@ class WeightedMean:
         """Whether statistics wait to be committed."""
         return self._total is not None
 
-    def step_mean(self) -> Tensor:
-        """Mean of what was added since the last commit."""
+    def step_sum(self) -> tuple[Tensor, Tensor | float]:
+        """Sum of what was added since the last commit, and its weight: what adds up over parts of the data."""
         if self._total is None:
             raise RuntimeError("nothing was added since the last commit.")
-        return self._total / self._count
+        return self._total, self._count
+
+    def step_mean(self) -> Tensor:
+        """Mean of what was added since the last commit."""
+        total, count = self.step_sum()
+        return total / count
 
     def finite(self) -> Tensor:
         """0-d bool tensor: what waits to be committed has neither NaN nor inf (no host sync)."""

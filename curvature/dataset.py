@@ -30,10 +30,10 @@ from curvature.signals import Signals
 from solvers import BlockDiagonal
 
 
-def record(model: nn.Module, parameters: Parameters, x: Any) -> tuple[Any, Recorder]:
-    """Run the model on ``x`` and record the uses of its parameters."""
+def record(model: nn.Module, parameters: Parameters, x: Any, examples: int | None = None) -> tuple[Any, Recorder]:
+    """Run the model on ``x``, which holds that many examples, and record the uses of its parameters."""
     constants = [b for b in model.buffers()] + [p for p in model.parameters() if not p.requires_grad]
-    recorder = Recorder(parameters, constants, batch_size(x), own_pass=True)
+    recorder = Recorder(parameters, constants, batch_size(x) if examples is None else examples, own_pass=True)
     recorder.mark_inputs(x)
     with torch.enable_grad(), recorder:
         result = call(model, x)
