@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from curvature.data import Batch, Output
 from curvature.persample import one_batch
-from curvature.products import Evaluation, Pullback, refuse_differentiated_once, settings
+from curvature.problem import Evaluation
+from curvature.pullback import Pullback, refuse_differentiated_once
+from curvature.settings import settings
 from solvers import Function
 
 

@@ -11,7 +11,7 @@ from curvature.data import Data, Output
 from curvature.fisher import Structure, fisher
 from curvature.losses import ClassDim
 from curvature.persample import refuse_sums
-from curvature.products import Evaluation, Problem
+from curvature.problem import Evaluation, Problem
 from solvers import BlockDiagonal, Dense, Diagonal, Flattened, LinearOperator, LowRank
 
 #: Structures that hold the rank-one difference between the centered covariance and the second moment.

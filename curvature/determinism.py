@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from curvature.data import Data, Output, batches, call, resolve_output, to_device
-from curvature.products import settings
 from curvature.recorder import tensors_in
+from curvature.settings import settings
 
 
 class NondeterministicError(RuntimeError):

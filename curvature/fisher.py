@@ -15,7 +15,7 @@ from curvature.gaussnewton import GaussNewton
 from curvature.losses import ClassDim
 from curvature.lowrank import dense, low_rank
 from curvature.mixed import Mixed, Rules
-from curvature.products import Problem
+from curvature.problem import Problem
 from curvature.signals import FisherKind, check_kind
 from curvature.structures import BLOCKS
 from solvers import LinearOperator

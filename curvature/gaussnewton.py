@@ -9,7 +9,8 @@ from torch import Tensor
 
 from curvature.jacobian import Linearization, Mode, check_mode
 from curvature.losses import JoinedTerms, Terms
-from curvature.products import MEMORY, DatasetOperator, Evaluation, Problem, Product
+from curvature.problem import Evaluation, Problem
+from curvature.products import MEMORY, DatasetOperator, Product
 from curvature.signals import FisherKind
 
 

@@ -11,15 +11,9 @@ from torch import Tensor, nn
 from curvature.data import Data, Output
 from curvature.losses import ClassDim
 from curvature.parameters import Parameters
-from curvature.products import (
-    MEMORY,
-    DatasetOperator,
-    Evaluation,
-    Problem,
-    Product,
-    Pullback,
-    refuse_differentiated_once,
-)
+from curvature.problem import Evaluation, Problem
+from curvature.products import MEMORY, DatasetOperator, Product
+from curvature.pullback import Pullback, refuse_differentiated_once
 from solvers import BlockDiagonal, Dense, Diagonal, LinearOperator, Segment
 
 HessianStructure = Literal["full", "dense", "layer", "diagonal"]

@@ -18,7 +18,7 @@ from curvature.fisher import Structure
 from curvature.ggn import ggn
 from curvature.losses import ClassDim, widen
 from curvature.persample import Examples, KeptSamples, refuse_sums
-from curvature.products import Evaluation, Problem
+from curvature.problem import Evaluation, Problem
 from curvature.samples import OneHot, Outer, Samples
 from curvature.signals import Signals
 from solvers import Damping, LinearOperator, RelativeTikhonov, Tikhonov

@@ -15,16 +15,9 @@ from curvature.data import Output, call, resolve_output, to_device
 from curvature.dataset import record
 from curvature.parameters import Parameters
 from curvature.persample import Examples
-from curvature.products import (
-    Pullback,
-    random_state,
-    refuse_changes,
-    refuse_differentiated_once,
-    set_random_state,
-    settings,
-    versions,
-)
+from curvature.pullback import Pullback, refuse_differentiated_once
 from curvature.recorder import Recorder
+from curvature.settings import random_state, refuse_changes, set_random_state, settings, versions
 from solvers import LinearOperator, StructureError
 
 Mode = Literal["auto", "forward", "reverse"]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from curvature.losses import widen
 from curvature.persample import Examples
-from curvature.products import Problem
+from curvature.problem import Problem
 from curvature.samples import gram
 from curvature.signals import FisherKind, Signals
 from solvers import Dense, LinearOperator, LowRank

@@ -12,8 +12,8 @@ from curvature.data import Output
 from curvature.jacobian import jacobian
 from curvature.losses import widen
 from curvature.persample import Examples, inner
-from curvature.products import differentiable_kernels
 from curvature.samples import Outer, Samples
+from curvature.settings import differentiable_kernels
 
 NTKMode = Literal["full", "class", "trace"]
 

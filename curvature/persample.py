@@ -14,7 +14,7 @@ from curvature.data import Batch, Data, Output, is_one_batch
 from curvature.estimator import CurvatureEstimator, Form
 from curvature.losses import Terms, WeightedSum, loss_for, widen
 from curvature.parameters import Parameters
-from curvature.products import Evaluation, Problem
+from curvature.problem import Evaluation, Problem
 from curvature.recorder import Recorder
 from curvature.samples import OneHot, Outer, Samples
 from curvature.signals import Signals

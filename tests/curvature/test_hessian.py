@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import curvature
 from curvature.losses import AutogradLoss, UnknownLossError
-from curvature.products import Pullback
+from curvature.pullback import Pullback
 from tests.curvature import dense_reference as reference
 from tests.curvature.problems import PROBLEMS, Problem, normal
 

@@ -1,0 +1,79 @@
+"""Vector-Jacobian products through a graph that is kept."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Pullback:
+    """The transposed Jacobian of a recorded function: cotangents of its outputs to cotangents of its inputs.
+
+    Args:
+        outputs: Tensors with a graph (those without contribute nothing).
+        inputs: Tensors of that graph.
+    """
+
+    def __init__(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
+        self._live = [i for i, output in enumerate(outputs) if output.requires_grad]
+        self._outputs = [outputs[i] for i in self._live]
+        self._inputs = list(inputs)
+        self._batched = True
+
+    def __call__(self, cotangents: Sequence[Tensor]) -> list[Tensor]:
+        """Pull back a block.
+
+        Args:
+            cotangents: One ``(k, *output.shape)`` per output.
+
+        Returns:
+            One ``(k, *input.shape)`` per input; the graph stays.
+        """
+        k = len(cotangents[0])
+        if not self._live:
+            return [x.new_zeros(k, *x.shape) for x in self._inputs]
+        live = [cotangents[i] for i in self._live]
+        if k > 1 and self._batched:
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # an operation that vmap can only loop over is no news to a user
+                    return self._grad(live, True)
+            except RuntimeError:  # an operation that cannot be vectorised; one by one it works, or says why not
+                self._batched = False
+        each = [self._grad([c[i] for c in live], False) for i in range(k)]
+        return [torch.stack(column) if k > 1 else column[0].unsqueeze(0) for column in zip(*each, strict=True)]
+
+    def _grad(self, cotangents: list[Tensor], batched: bool) -> list[Tensor]:
+        gradients = torch.autograd.grad(
+            self._outputs, self._inputs, cotangents, retain_graph=True, allow_unused=True, is_grads_batched=batched
+        )
+        lead = (len(cotangents[0]),) if batched else ()
+        return [x.new_zeros(*lead, *x.shape) if g is None else g for x, g in zip(self._inputs, gradients, strict=True)]
+
+
+def refuse_differentiated_once(tensors: Iterable[Tensor]) -> None:
+    """Refuse gradients that cannot be differentiated again.
+
+    PyTorch marks them by a node that raises, but never reaches it where gradients are taken with respect to given
+    inputs: their derivative would silently be zero.
+
+    Raises:
+        RuntimeError: If there is such a node in the graph of ``tensors``.
+    """
+    waiting: list[Any] = [t.grad_fn for t in tensors if t.grad_fn is not None]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if node.name() == "torch::autograd::Error":
+            raise RuntimeError(
+                "the model contains an operation that can be differentiated only once (an autograd.Function whose "
+                "backward is marked once_differentiable, as custom kernels are), so second derivatives do not exist. "
+                "Replace it by an implementation in plain torch operations."
+            )
+        following = [before for before, _ in node.next_functions if before is not None and before not in seen]
+        seen.update(following)
+        waiting.extend(following)
