@@ -202,13 +202,13 @@ class Collector:
         for operator in blocks:
             dtype = torch.promote_types(dtype, operator.dtype)
         blocks = [operator.to(dtype) for operator in blocks]
-        for block in self.uncovered():
+        for block in self._uncovered():
             zeros = torch.zeros(block.shape, dtype=dtype, device=self.parameters.device)
             blocks.append(Diagonal(zeros))
             places.append(Place.of(block, self.parameters.starts, sizes))
         return BlockDiagonal(tuple(blocks), tuple(places), self.parameters.size)
 
-    def uncovered(self) -> list[Block]:
+    def _uncovered(self) -> list[Block]:
         """Segments of parameters that belong to no block."""
         covered: dict[str, list[tuple[int, int]]] = {name: [] for name in self.parameters}
         for estimator in self.estimators.values():
