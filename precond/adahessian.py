@@ -66,7 +66,11 @@ class AdaHessian(ClosureOptimizer, GradientOptimizer):
             raise ValueError(f"hessian_power is in (0, 1]; got {hessian_power}.")
         self.seed = seed
         super().__init__(
-            params, lr=lr, betas=betas, eps=eps, hessian_power=hessian_power, weight_decay=weight_decay, **options
+            params,
+            lr=lr,
+            weight_decay=weight_decay,
+            defaults={"betas": betas, "eps": eps, "hessian_power": hessian_power},
+            **options,
         )
 
     def initial_state(self, p: Tensor, group: Group) -> State:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from precond.schedules import FIXED, Scheduled, split, value_at
-from precond.update import apply_update, kl_scale
+from precond.update import SCHEDULED_DECAY, Decay, apply_update, kl_scale, regularized
 
 NonFinite = Literal["skip", "raise"]
 
@@ -19,9 +19,9 @@ NonFinite = Literal["skip", "raise"]
 class SecondOrderOptimizer(torch.optim.Optimizer):
     """A ``torch.optim.Optimizer`` that owns the order of a step and nothing of the mathematics of C.
 
-    A step is: evaluate the closure if there is one; skip (or raise) if a gradient is not finite; precondition; bound
-    the step; momentum; decoupled weight decay; move. :meth:`precondition` is the first half alone: it rewrites
-    ``p.grad`` and moves nothing, so that any ``torch.optim`` optimizer can do the second half.
+    A step is: evaluate the closure if there is one; skip (or raise) if a gradient is not finite; add L2 weight decay;
+    precondition; bound the step; momentum; other weight decay; move. :meth:`precondition` is the first half alone: it
+    rewrites ``p.grad`` and moves nothing, so that any ``torch.optim`` optimizer can do the second half.
 
     Every numeric option but ``lr``, of the optimizer or of one group, may be a function of the number of steps taken
     before, such as ``damping=lambda step: max(0.1 * 0.99**step, 1e-4)``. The groups hold numbers at all times; before a
@@ -33,12 +33,15 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         lr: Learning rate, non-negative.
         momentum: Momentum on the preconditioned gradient.
         nesterov: Look ahead along the momentum.
-        weight_decay: Decoupled weight decay: a step multiplies parameters by ``1 - lr * weight_decay``.
+        weight_decay: Strength of the weight decay.
+        decay: How it acts: ``"decoupled"`` multiplies parameters by ``1 - lr * weight_decay``; ``"l2"`` adds
+            ``weight_decay * p`` to the gradient before it is preconditioned; ``"independent"``, ``"corrected"`` and
+            ``"cautious"`` are explained at :func:`precond.update.decay_rate`.
         kl_clip: Bound c on ``sum lr^2 <d, g>``, the (doubled) predicted KL divergence of a step; ``None`` for none.
         maximize: Ascend.
         nonfinite: What to do if a gradient holds NaN or inf: ``"skip"`` the step with a warning and leave all
             statistics as they were, or ``"raise"``.
-        defaults: Further options of the parameter groups.
+        defaults: Further options of the parameter groups, of the method's own.
     """
 
     #: What a training step must provide: ``"grad"``, ``"layers"`` or ``"closure"``.
@@ -55,10 +58,11 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         momentum: Scheduled = 0.0,
         nesterov: bool = False,
         weight_decay: Scheduled = 0.0,
+        decay: Decay = "decoupled",
         kl_clip: Scheduled | None = None,
         maximize: bool = False,
         nonfinite: NonFinite = "skip",
-        **defaults: Any,
+        defaults: dict[str, Any] | None = None,
     ) -> None:
         if nonfinite not in ("skip", "raise"):
             raise ValueError(f"nonfinite must be 'skip' or 'raise', got {nonfinite!r}.")
@@ -66,15 +70,16 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         self.steps = 0
         self.skipped = 0  # steps skipped because a gradient was not finite
         self.schedules: list[dict[str, Callable[[int], Any]]] = []  # of each group
-        options = dict(
-            lr=lr,
-            momentum=momentum,
-            nesterov=nesterov,
-            weight_decay=weight_decay,
-            kl_clip=kl_clip,
-            maximize=maximize,
-            **defaults,
-        )
+        options = {
+            "lr": lr,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "weight_decay": weight_decay,
+            "decay": decay,
+            "kl_clip": kl_clip,
+            "maximize": maximize,
+            **(defaults or {}),
+        }
         self._resolved(options)
         self._prepared: dict[int, tuple[Tensor, int]] = {}  # gradients that precondition() wrote
         self._idle = False  # the step could move nothing and saw nothing, so it does not count
@@ -87,6 +92,10 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         Args:
             gradients: Parameter -> gradient, true in scale.
         """
+
+    def regularized(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        """Gradients with the L2 part of the weight decay."""
+        return regularized(gradients, self.param_groups)
 
     def update_options(self, group: dict[str, Any]) -> dict[str, Any]:
         """Options of a group as the second half of the step shall see them."""
@@ -108,6 +117,13 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         plain, schedules = self._resolved({**self.defaults, **param_group})
+        if plain["decay"] in SCHEDULED_DECAY and "initial_lr" not in plain:
+            if not float(plain["lr"]) > 0:
+                raise ValueError(
+                    f"decay={plain['decay']!r} compares lr with the value it begins with, which must be positive, "
+                    f"got {plain['lr']}. Begin with the peak and lower it by a scheduler."
+                )
+            plain["initial_lr"] = float(plain["lr"])
         super().add_param_group(plain)
         self.schedules.append(schedules)
         for p in self.param_groups[-1]["params"]:
@@ -161,7 +177,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         if gradients is None:
             return loss
         self._idle = self._stands_still(gradients)
-        for p, d in self.directions(gradients).items():
+        for p, d in self.directions(self.regularized(gradients)).items():
             if p.grad is not None and d is not p.grad:
                 p.grad.copy_(d)
         self._prepared = {id(p): (p.grad, p.grad._version) for p in gradients if p.grad is not None}
@@ -186,6 +202,8 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             return loss
         prepared = self._is_prepared()
         self._idle = self._stands_still(gradients)
+        if not prepared:
+            gradients = self.regularized(gradients)
         directions = dict(gradients) if prepared else self.directions(gradients)
         self._prepared = {}
         self._bound(directions, gradients, prepared)
@@ -243,7 +261,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         # A learning rate scheduler puts a wrapper of `step`, bound to this very object, among the attributes.
         own = {key: value for key, value in self.__dict__.items() if not key.startswith("_") and key != "step"}
-        return {**own, "_prepared": {}}
+        return {**own, "_prepared": {}, "_idle": False}
 
     def _evaluate(self, closure: Callable[[], Any] | None) -> Any:
         if closure is None:
@@ -343,6 +361,8 @@ def check_options(options: dict[str, Any]) -> None:
             value = value.item() if value.device.type == "cpu" else 0.0
         if isinstance(value, (int, float)) and not (0 <= value < float("inf")):
             raise ValueError(f"{name} must be a non-negative finite number, got {value}.")
+    if options.get("decay", "decoupled") not in get_args(Decay):
+        raise ValueError(f"decay is one of {', '.join(get_args(Decay))}; got {options['decay']!r}.")
     betas = options.get("betas", ())
     if not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas are weights of old values, each in [0, 1); got {betas}.")

@@ -25,6 +25,8 @@ class ClosureOptimizer(SecondOrderOptimizer):
     ``backward()`` and ``zero_grad()``, as the closures of ``torch.optim.LBFGS`` do, but need not: inside,
     ``Tensor.backward`` does nothing, and the optimizer differentiates the returned loss. It may be called several times
     in a step, with other values of the parameters, so it should be deterministic.
+
+    With ``decay="l2"`` the penalty is part of the loss: of its value, which ``step`` returns, its gradient and Hessian.
     """
 
     needs: ClassVar[str] = "closure"
@@ -96,7 +98,21 @@ class ClosureOptimizer(SecondOrderOptimizer):
                 f"not {what} {'without one' if isinstance(loss, Tensor) and loss.numel() == 1 else ''}".rstrip()
                 + ". Return the loss itself, not loss.item() or loss.detach()."
             )
-        return loss.reshape(())
+        return loss.reshape(()) + self._penalty()
+
+    def _penalty(self) -> Tensor | float:
+        """The sum of squares that L2 weight decay adds to what is minimised."""
+        total: Tensor | float = 0.0
+        for group in self.param_groups:
+            if group["decay"] == "l2" and group["weight_decay"]:
+                sign = -1 if group["maximize"] else 1
+                squares = sum((p.square().sum() for p in group["params"] if p.requires_grad), torch.zeros(()))
+                total = total + sign * 0.5 * group["weight_decay"] * squares
+        return total
+
+    def regularized(self, gradients: Vectors) -> Vectors:
+        """Gradients with the L2 part of the weight decay, which those of a closure have already."""
+        return super().regularized(gradients) if self._slopes is None else gradients
 
     @torch.enable_grad()
     def _evaluate(self, closure: Closure | None) -> Any:

@@ -62,7 +62,7 @@ class CurveBall(GaussNewtonClosureOptimizer):
         **options: Any,
     ) -> None:
         self.rule = rule or LevenbergMarquardt(decrease=0.999, increase=1 / 0.999, lower=0.5, upper=1.5)
-        super().__init__(model, loss_fn, lr=lr, damping=damping, weight_decay=weight_decay, **options)
+        super().__init__(model, loss_fn, lr=lr, weight_decay=weight_decay, defaults={"damping": damping}, **options)
 
     def directions(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         params = list(gradients)

@@ -82,10 +82,12 @@ class GaLore(GradientOptimizer):
         super().__init__(
             params,
             lr=lr,
-            rank=rank,
-            scale=scale,
-            inverse_update_period=update_period,
             weight_decay=weight_decay,
+            defaults={
+                "rank": rank,
+                "scale": scale,
+                "inverse_update_period": update_period,
+            },
             **options,
         )
 

@@ -139,7 +139,12 @@ class GaussNewton(ClosureOptimizer):
         self._jacobian: Tensor | None = None
         self._residual: Tensor | None = None
         params = params.parameters() if isinstance(params, nn.Module) else params
-        super().__init__(params, lr=lr, damping=damping, weight_decay=weight_decay, **options)
+        super().__init__(params, lr=lr, weight_decay=weight_decay, defaults={"damping": damping}, **options)
+
+    def check(self, options: dict[str, Any]) -> None:
+        super().check(options)
+        if options["decay"] == "l2":
+            raise ValueError("decay='l2' is no sum of squared residuals; let the closure also return weight**0.5 * p.")
 
     @property
     def matrix_free(self) -> bool:

@@ -84,7 +84,7 @@ class HessianFree(GaussNewtonClosureOptimizer):
         self.rule = rule or LevenbergMarquardt(decrease=2 / 3, increase=3 / 2)
         self.max_steps, self.rtol, self.min_progress, self.decay = max_steps, rtol, min_progress, decay
         self.preconditioner, self.samples, self.seed = preconditioner, samples, seed
-        super().__init__(model, loss_fn, lr=lr, damping=damping, weight_decay=weight_decay, **options)
+        super().__init__(model, loss_fn, lr=lr, weight_decay=weight_decay, defaults={"damping": damping}, **options)
 
     def directions(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         params = list(gradients)

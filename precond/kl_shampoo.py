@@ -75,12 +75,14 @@ class KLShampoo(GradientOptimizer):
         super().__init__(
             params,
             lr=lr,
-            betas=betas,
-            eps=eps,
             weight_decay=weight_decay,
-            inverse_update_period=inverse_update_period,
-            max_dim=max_dim,
-            merge_dims=merge_dims,
+            defaults={
+                "betas": betas,
+                "eps": eps,
+                "inverse_update_period": inverse_update_period,
+                "max_dim": max_dim,
+                "merge_dims": merge_dims,
+            },
             **options,
         )
 

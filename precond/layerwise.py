@@ -22,6 +22,7 @@ from curvature.wrappers import unwrapped
 from precond.base import NonFinite, SecondOrderOptimizer, as_groups, period
 from precond.preconditioner import Preconditioner
 from precond.rows import Rows, RowTap, taps_for
+from precond.update import Decay
 from solvers import Damping, Kronecker, Solver
 
 
@@ -45,7 +46,8 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         inverse_update_period: Steps between decompositions and inverses.
         momentum: Momentum on the preconditioned gradient.
         nesterov: Look ahead along the momentum.
-        weight_decay: Decoupled weight decay.
+        weight_decay: Strength of the weight decay.
+        decay: How it acts, see :class:`SecondOrderOptimizer`.
         kl_clip: Bound on the predicted change, see :class:`SecondOrderOptimizer`.
         maximize: Ascend.
         params: Parameters, names, globs, or parameter groups (dicts with ``params``); all trainable ones by default.
@@ -79,6 +81,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         momentum: float = 0.0,
         nesterov: bool = False,
         weight_decay: float = 0.0,
+        decay: Decay = "decoupled",
         kl_clip: float | None = None,
         maximize: bool = False,
         params: Any = None,
@@ -116,10 +119,11 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
             momentum=momentum,
             nesterov=nesterov,
             weight_decay=weight_decay,
+            decay=decay,
             kl_clip=kl_clip,
             maximize=maximize,
             nonfinite=nonfinite,
-            damping=float(getattr(damping, "lam", 0.0)),
+            defaults={"damping": float(getattr(damping, "lam", 0.0))},
         )
         self._connect()
 

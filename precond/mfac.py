@@ -70,10 +70,9 @@ class MFAC(SecondOrderOptimizer):
         super().__init__(
             params,
             lr=lr,
-            window=window,
-            damping=damping,
             momentum=momentum,
             weight_decay=weight_decay,
+            defaults={"window": window, "damping": damping},
             **options,
         )
 

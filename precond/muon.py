@@ -87,12 +87,14 @@ class Muon(GradientOptimizer):
             momentum=momentum,
             nesterov=nesterov,
             weight_decay=weight_decay,
-            scaling=scaling,
-            polynomial=polynomial,
-            orthogonalize=orthogonalize,
-            stacked=stacked,
-            betas=betas,
-            eps=eps,
+            defaults={
+                "scaling": scaling,
+                "polynomial": polynomial,
+                "orthogonalize": orthogonalize,
+                "stacked": stacked,
+                "betas": betas,
+                "eps": eps,
+            },
             **options,
         )
 

@@ -69,7 +69,7 @@ class Newton(ClosureOptimizer):
             raise ValueError(f"mode is one of {', '.join(get_args(Mode))}, not {mode!r}.")
         self.mode = mode
         self.rule = LevenbergMarquardt() if adapt is True else adapt or None
-        super().__init__(params, lr=lr, damping=damping, weight_decay=weight_decay, **options)
+        super().__init__(params, lr=lr, weight_decay=weight_decay, defaults={"damping": damping}, **options)
 
     def directions(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         params = list(gradients)

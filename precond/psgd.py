@@ -97,15 +97,17 @@ class PSGD(ClosureOptimizer, GradientOptimizer):
         super().__init__(
             params,
             lr=lr,
-            betas=(beta,),
-            preconditioner_lr=preconditioner_lr,
-            damping=damping,
-            eps=eps,
-            max_rms=max_rms,
             weight_decay=weight_decay,
-            curvature_update_period=curvature_update_period,
-            max_dim=max_dim,
-            merge_dims=merge_dims,
+            defaults={
+                "betas": (beta,),
+                "preconditioner_lr": preconditioner_lr,
+                "damping": damping,
+                "eps": eps,
+                "max_rms": max_rms,
+                "curvature_update_period": curvature_update_period,
+                "max_dim": max_dim,
+                "merge_dims": merge_dims,
+            },
             **options,
         )
 

@@ -80,14 +80,16 @@ class SOAP(GradientOptimizer):
         super().__init__(
             params,
             lr=lr,
-            betas=betas,
-            curvature_ema=curvature_ema,
-            eps=eps,
             weight_decay=weight_decay,
-            inverse_update_period=inverse_update_period,
-            max_dim=max_dim,
-            merge_dims=merge_dims,
-            rotate_vectors=rotate_vectors,
+            defaults={
+                "betas": betas,
+                "curvature_ema": curvature_ema,
+                "eps": eps,
+                "inverse_update_period": inverse_update_period,
+                "max_dim": max_dim,
+                "merge_dims": merge_dims,
+                "rotate_vectors": rotate_vectors,
+            },
             **options,
         )
 

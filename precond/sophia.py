@@ -80,11 +80,13 @@ class Sophia(ClosureOptimizer, GradientOptimizer):
         super().__init__(
             params,
             lr=lr,
-            betas=betas,
-            gamma=gamma,
-            eps=eps,
             weight_decay=weight_decay,
-            curvature_update_period=curvature_update_period,
+            defaults={
+                "betas": betas,
+                "gamma": gamma,
+                "eps": eps,
+                "curvature_update_period": curvature_update_period,
+            },
             **options,
         )
 

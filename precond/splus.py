@@ -74,12 +74,14 @@ class SPlus(GradientOptimizer):
         super().__init__(
             params,
             lr=lr,
-            betas=betas,
-            average_decay=average_decay,
-            vector_scale=vector_scale,
             weight_decay=weight_decay,
-            inverse_update_period=inverse_update_period,
-            max_dim=max_dim,
+            defaults={
+                "betas": betas,
+                "average_decay": average_decay,
+                "vector_scale": vector_scale,
+                "inverse_update_period": inverse_update_period,
+                "max_dim": max_dim,
+            },
             **options,
         )
 

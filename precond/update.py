@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+Decay = Literal["decoupled", "l2", "independent", "corrected", "cautious"]
+
+#: Ways that compare the learning rate with its largest value.
+SCHEDULED_DECAY = ("independent", "corrected")
 
 
 def kl_scale(pairs: list[tuple[Tensor, Tensor, float]], bound: float) -> Tensor:
@@ -28,22 +33,62 @@ def kl_scale(pairs: list[tuple[Tensor, Tensor, float]], bound: float) -> Tensor:
     return torch.where(total > bound, (bound / total.clamp(min=torch.finfo(total.dtype).tiny)).sqrt(), 1.0)
 
 
+def decay_rate(group: dict[str, Any]) -> float | Tensor:
+    r"""Share of a parameter that weight decay takes away in one step.
+
+    With learning rate :math:`\eta`, weight decay :math:`\lambda` and the peak :math:`\eta_{max}` of the learning rate:
+
+    * ``"decoupled"``: :math:`\eta \lambda`, as AdamW (Loshchilov and Hutter, 2019, algorithm 2,
+      https://arxiv.org/abs/1711.05101, as ``torch`` has it);
+    * ``"cautious"``: the same, of those entries of p alone that agree in sign with the update, or where one is zero
+      (Chen et al., 2025, algorithm 1, https://arxiv.org/abs/2510.12402);
+    * ``"independent"``: :math:`(\eta / \eta_{max}) \lambda`, which follows the schedule but not the size of the
+      learning rate (Wortsman et al., 2023, section 3.2, https://arxiv.org/abs/2309.14322);
+    * ``"corrected"``: :math:`(\eta^2 / \eta_{max}) \lambda`, which holds the ratio of gradient and weight norms in
+      normalised layers steady over a schedule (Defazio, 2025, AdamC, https://arxiv.org/abs/2506.02285);
+    * ``"l2"``: zero, because :math:`\lambda p` is part of the gradient.
+
+    The peak is what ``torch``'s schedulers call ``initial_lr``, or ``max_lr`` where there is one (``OneCycleLR``);
+    without a scheduler it is the learning rate that the group began with.
+    """
+    lr, decay, strength = group["lr"], group["decay"], group["weight_decay"]
+    if decay == "l2":
+        return 0.0
+    if decay in SCHEDULED_DECAY:
+        peak = max(float(group["initial_lr"]), float(group.get("max_lr", 0.0)))
+        return strength * lr / peak * (lr if decay == "corrected" else 1.0)
+    return lr * strength
+
+
+def regularized(gradients: dict[Tensor, Tensor], groups: list[dict[str, Any]]) -> dict[Tensor, Tensor]:
+    r"""Gradients of :math:`L + \tfrac{\lambda}{2} \lVert p \rVert^2` in groups with L2 decay; the others as they are.
+
+    Under ``maximize`` the penalty is subtracted. Nothing given is altered.
+    """
+    out = dict(gradients)
+    for group in groups:
+        if group["decay"] == "l2" and group["weight_decay"]:
+            alpha = -group["weight_decay"] if group["maximize"] else group["weight_decay"]
+            out |= {p: out[p].add(p, alpha=alpha) for p in group["params"] if p in out}
+    return out
+
+
 def apply_update(
     params: list[Tensor], directions: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]
 ) -> None:
-    r"""Decoupled weight decay, momentum, and the move itself, in the arithmetic of ``torch.optim.SGD``.
+    r"""Weight decay, momentum, and the move itself, in the arithmetic of ``torch.optim.SGD``.
 
-    .. math:: v \leftarrow \mu v + d, \qquad p \leftarrow (1 - \eta \lambda) p - \eta v
+    .. math:: v \leftarrow \mu v + d, \qquad p \leftarrow (1 - r) p - \eta v
+
+    with the rate r of :func:`decay_rate`.
 
     Args:
         params: Parameters, changed in place.
         directions: Preconditioned gradients; overwritten.
         states: State of each parameter; holds ``momentum_buffer`` where there is momentum.
-        group: Options ``lr``, ``momentum``, ``nesterov``, ``weight_decay``, ``maximize``.
+        group: Options ``lr``, ``momentum``, ``nesterov``, ``weight_decay``, ``decay``, ``maximize``.
     """
     lr, momentum = group["lr"], group["momentum"]
-    if group["weight_decay"]:
-        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
     if group["maximize"]:
         directions = list(torch._foreach_neg(directions))
     if momentum:
@@ -59,6 +104,13 @@ def apply_update(
             torch._foreach_add_(buffers, [d for _, d in old])
         buffers = [state["momentum_buffer"] for state in states]
         directions = list(torch._foreach_add(directions, buffers, alpha=momentum)) if group["nesterov"] else buffers
+    if group["weight_decay"] and group["decay"] != "l2":
+        rate = decay_rate(group)
+        if group["decay"] == "cautious":
+            agree = [(d.sign() * p >= 0).to(p.dtype) for p, d in zip(params, directions, strict=True)]
+            torch._foreach_mul_(params, [1 - rate * mask for mask in agree])
+        else:
+            torch._foreach_mul_(params, 1 - rate)
     if isinstance(lr, Tensor):
         torch._foreach_sub_(params, list(torch._foreach_mul(directions, lr)))
     else:
