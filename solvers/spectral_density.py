@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import pi, tan
 from typing import Literal, get_args
@@ -125,6 +125,22 @@ def _slq(
     for count in parts:
         rules.append(quadrature(op, product, signs(op, count, generator), steps))
         update(count)
+    products = sum(count * rule.steps for count, rule in zip(parts, rules, strict=True))
+    return smooth(op, rules, grid, width, products)
+
+
+def smooth(
+    op: LinearOperator, rules: Sequence[Quadrature], grid: int | Tensor, width: float | None, products: int
+) -> Density:
+    """The density by quadratures that exist already, with their number of products.
+
+    Args:
+        op: The operator.
+        rules: Quadratures of :func:`~solvers.lanczos.quadrature` from vectors of random signs.
+        grid: As for :func:`spectral_density`.
+        width: As for :func:`spectral_density`.
+        products: Products that the rules have cost.
+    """
     low = min(float(rule.nodes.min()) for rule in rules)
     high = max(float(rule.nodes.max()) for rule in rules)
     sigma = _extent(low, high) / 100 if width is None else width
@@ -139,7 +155,6 @@ def _slq(
         curve.add(values)
         change.add(changes[1])
         moments.add(_moments(rule))
-    products = sum(count * rule.steps for count, rule in zip(parts, rules, strict=True))
     stderr = torch.hypot(curve.stderr, change.value.abs())
     return _density(points, curve.value, stderr, moments, sigma, products)
 
