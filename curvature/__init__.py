@@ -2,12 +2,14 @@
 
 from curvature.activation import activation_hessian
 from curvature.block import Block
+from curvature.checkpoint import Checkpoint, CheckpointError
 from curvature.covariance import gradient_covariance
 from curvature.coverage import Coverage, coverage
 from curvature.dense import LayerFisher
 from curvature.determinism import NondeterministicError, check_deterministic
 from curvature.diagonal import DiagonalFisher
 from curvature.eigenbasis import EigenbasisFisher
+from curvature.eigenpairs import resumable_eigsh
 from curvature.estimator import Curvature, CurvatureEstimator
 from curvature.fisher import fisher
 from curvature.foof import InputKronecker
@@ -24,6 +26,8 @@ from curvature.unitwise import UnitFisher
 
 __all__ = [
     "Block",
+    "Checkpoint",
+    "CheckpointError",
     "Coverage",
     "Curvature",
     "CurvatureEstimator",
@@ -51,5 +55,6 @@ __all__ = [
     "ntk",
     "per_sample_gradients",
     "per_sample_norms",
+    "resumable_eigsh",
     "self_influence",
 ]

@@ -12,7 +12,8 @@ from torch import Tensor
 from solvers.errors import NotConvergedError, NotConvergedWarning
 from solvers.info import OnFailure
 from solvers.linear_operator import LinearOperator
-from solvers.probes import FlatProduct, norm
+from solvers.probes import FlatProduct, default_batch, norm
+from solvers.storage import Storage, orthonormalize, rotate
 
 Which = Literal["LA", "SA", "LM", "BE"]
 
@@ -112,7 +113,8 @@ class Wanted:
 def finish(
     op: LinearOperator,
     product: FlatProduct,
-    basis: Tensor,
+    storage: Storage,
+    vectors: Tensor,
     wanted: Wanted,
     size: float,
     products: int,
@@ -120,12 +122,13 @@ def finish(
     complete: bool,
     on_failure: OnFailure,
 ) -> Eigenpairs:
-    """Pairs in the span of ``basis (k, n)`` with their true residuals; k products.
+    """Pairs in the span of ``vectors (k, n)`` with their true residuals; k products.
 
     Args:
         op: The operator.
         product: Products with it.
-        basis: Nearly orthonormal rows.
+        storage: Where the rows are kept.
+        vectors: Nearly orthonormal rows; overwritten.
         wanted: What was asked for.
         size: Norm of the operator, for its rounding errors.
         products: Products spent before.
@@ -136,14 +139,19 @@ def finish(
     Raises:
         NotConvergedError: If one does, or the iteration did not end, and ``on_failure`` is "raise".
     """
-    basis = torch.linalg.qr(basis.mT).Q.mT
-    images = product(basis)
-    form = basis @ images.mT
+    orthonormalize(vectors)
+    images = storage.rows(len(vectors))
+    batch = default_batch(op, None)
+    for source, target in zip(vectors.split(batch), images.split(batch), strict=True):
+        target.copy_(product(source))
+    form = vectors @ images.mT
     values, rotation = torch.linalg.eigh((form + form.mT) / 2)
     chosen = wanted.output(values)
-    values, rotation = values[chosen], rotation[:, chosen]
-    vectors, images = rotation.mT @ basis, rotation.mT @ images
-    residuals = norm(images - values.unsqueeze(1) * vectors)
+    values, rotation = values[chosen], rotation[:, chosen].mT
+    for rows in (vectors, images):
+        rotate(rows, rotation, rows)
+    triples = zip(vectors.split(1), images.split(1), values, strict=True)
+    residuals = torch.cat([norm(image - value * vector) for vector, image, value in triples])
     converged = residuals <= wanted.tolerance(values.double(), size)
     if not (complete and bool(converged.all())):
         trouble = (

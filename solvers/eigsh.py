@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -12,8 +14,17 @@ from solvers.eigenpairs import Eigenpairs, Wanted, Which, finish
 from solvers.info import OnFailure
 from solvers.linear_operator import LinearOperator
 from solvers.lobpcg import LOBPCG
-from solvers.probes import default_batch, flat_product, normals, own_generator, require_symmetric, working_dtype
+from solvers.probes import (
+    FlatProduct,
+    default_batch,
+    flat_product,
+    normals,
+    own_generator,
+    require_symmetric,
+    working_dtype,
+)
 from solvers.progress import progress_bar
+from solvers.storage import Storage
 from solvers.thick_restart import ThickRestart
 
 _METHODS = ("lanczos", "lobpcg")
@@ -32,6 +43,7 @@ def eigsh(
     method: Literal["lanczos", "lobpcg"] | None = None,
     search_copies: bool = True,
     v0: Tensor | None = None,
+    storage: str | os.PathLike[str] | None = None,
     state: dict[str, Tensor] | None = None,
     checkpoint: Callable[[dict[str, Tensor]], None] | None = None,
     generator: torch.Generator | None = None,
@@ -67,8 +79,11 @@ def eigsh(
             that there are none.
         v0: Vectors to start from, ``(*in_shape)`` or ``(j, *in_shape)``, such as those of a nearby operator. Lanczos
             starts from their sum.
+        storage: Folder for vectors that do not fit in memory: Lanczos keeps its basis, and the eigenvectors it returns,
+            in files there that vanish with their tensors. The result is the same, bit for bit; memory holds a few
+            vectors only. On the CPU, whatever the device of the operator.
         state: Of earlier :class:`~solvers.Eigenpairs` for the same operator, k and which: goes on where they stopped,
-            to the identical result. All else that shaped them (basis size, start) comes with it.
+            to the identical result. All else that shaped them (basis size, start) comes with it; tolerances may differ.
         checkpoint: Called with the state after every tenth step, to be kept where a crash does not reach.
         generator: Where random vectors are drawn from; None draws the same ones each time.
         on_failure: Whether to "warn" or to "raise" if a pair misses its tolerance; never silent.
@@ -80,6 +95,7 @@ def eigsh(
         NonFiniteError: If a product holds NaN or infinity.
         NotPositiveDefiniteError: If the preconditioner is seen not to be positive definite.
         NotConvergedError: If a pair misses its tolerance and ``on_failure`` is "raise".
+        OSError: If ``storage`` is no folder, or has no room.
 
     References:
         Wu and Simon (2000), https://doi.org/10.1137/S0895479898334605; Knyazev (2001),
@@ -100,14 +116,17 @@ def eigsh(
         _check_state(state, op, k, which, method)
         if generator is not None:
             raise ValueError("state brings its own random numbers; leave generator out.")
-    product, random = flat_product(op, default_batch(op, None)), own_generator(op, generator)
+    if storage is not None and method != "lanczos":
+        raise ValueError("storage= serves Lanczos; LOBPCG works on all of its vectors at once. Leave one of them out.")
+    rows = Storage(n, working_dtype(op), op.device, None if storage is None else Path(storage))
+    product, random = _product(op, rows.home), own_generator(op, generator)
     run: ThickRestart | LOBPCG
     if method == "lanczos":
         if state is not None:
-            run = ThickRestart.resume(op, product, wanted, state)
+            run = ThickRestart.resume(op, product, wanted, rows, state)
         else:
             start = normals(op, 1, random)[0] if v0 is None else _vectors(op, v0).sum(0)
-            run = ThickRestart.start(op, product, wanted, random, _basis_size(n, k, basis_size), start)
+            run = ThickRestart.start(op, product, wanted, rows, random, _basis_size(n, k, basis_size), start)
         run.search = search_copies
     else:
         precondition = _same if preconditioner is None else flat_product(preconditioner)
@@ -124,7 +143,7 @@ def eigsh(
         "which": torch.tensor(list(which.encode())),
     }
     with progress_bar(None, f"eigsh, {k} pairs", progress) as bar:
-        done, step = False, 0
+        done, step = run.settled(), 0
         while not done and (run.products + k < most or _too_few(run, k)):
             before = run.products
             done = run.step()
@@ -133,7 +152,13 @@ def eigsh(
             if checkpoint is not None and step % 10 == 0:
                 checkpoint(identity | run.state())
     vectors, size = run.result()
-    return finish(op, product, vectors, wanted, size, run.products, identity | run.state(), done, on_failure)
+    return finish(op, product, rows, vectors, wanted, size, run.products, identity | run.state(), done, on_failure)
+
+
+def _product(op: LinearOperator, home: torch.device) -> FlatProduct:
+    """Products with vectors that are kept on another device."""
+    product = flat_product(op, default_batch(op, None))
+    return product if home == op.device else lambda x: product(x.to(op.device)).to(home)
 
 
 def _same(x: Tensor) -> Tensor:

@@ -83,6 +83,10 @@ class LOBPCG:
         tensors = {name: state[name].to(op.device) for name in ("x", "ax", "p", "ap", "values", "size")}
         return cls(op, product, precondition, wanted, **tensors, products=int(state["products"]))
 
+    def settled(self) -> bool:
+        """Whether a run that is taken up is known to be at its end; the next step tells, at no cost."""
+        return False
+
     def step(self) -> bool:
         """One iteration, a product for each vector not yet converged. Returns whether all wanted ones have."""
         rest = self.ax - self.values.unsqueeze(1) * self.x
@@ -119,7 +123,7 @@ class LOBPCG:
 
     def result(self) -> tuple[Tensor, float]:
         """The wanted vectors ``(k, n)`` and the norm of the operator."""
-        return self.x[: self.wanted.k], float(self.size)
+        return self.x[: self.wanted.k].clone(), float(self.size)
 
 
 def _rayleigh_ritz(op: LinearOperator, basis: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:

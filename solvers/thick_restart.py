@@ -23,9 +23,9 @@ from solvers.eigenpairs import Wanted
 from solvers.errors import NonFiniteError
 from solvers.linear_operator import LinearOperator
 from solvers.probes import FlatProduct, norm
+from solvers.storage import Storage, rotate
 
 _LOOKS = 40  # how often to look at the projected matrix while a basis fills, at most
-_CHUNK = 1 << 20  # columns rotated at a time, so that a restart needs no second basis
 
 
 @dataclass
@@ -36,6 +36,7 @@ class ThickRestart:
         op: The operator, for error messages.
         product: Products with it.
         wanted: What is looked for.
+        storage: Where the basis is kept.
         generator: Where random vectors come from.
         basis: Orthonormal rows ``(size + 1, n)``, of which the first ``count`` have been multiplied and the next one
             is about to be.
@@ -47,12 +48,14 @@ class ThickRestart:
         found: Eigenvalues, scaled, that had converged when a search for missed copies began; empty before.
         searched: Products spent on that search.
         needed: Products that it takes, as far as the spectrum was known when it began.
+        complete: Whether everything had converged when last looked at.
         search: Whether to make it.
     """
 
     op: LinearOperator
     product: FlatProduct
     wanted: Wanted
+    storage: Storage
     generator: torch.Generator
     basis: Tensor
     matrix: Tensor
@@ -63,6 +66,7 @@ class ThickRestart:
     found: Tensor
     searched: int = 0
     needed: float = 0.0
+    complete: bool = False
     search: bool = True
 
     @classmethod
@@ -71,6 +75,7 @@ class ThickRestart:
         op: LinearOperator,
         product: FlatProduct,
         wanted: Wanted,
+        storage: Storage,
         generator: torch.Generator,
         size: int,
         start: Tensor,
@@ -79,17 +84,18 @@ class ThickRestart:
         length = norm(start)
         if not bool(torch.isfinite(length) & (length > 0)):
             raise ValueError("v0 needs a finite vector that is not zero.")
-        n = start.shape[0]
-        basis = start.new_zeros(size + 1, n)
-        basis[0] = start / length.to(start.dtype)
-        zeros = torch.zeros(size, size, dtype=torch.float64, device=start.device)
+        basis = storage.rows(size + 1)
+        zeros = torch.zeros(size, size, dtype=torch.float64, device=basis.device)
         nothing = zeros[0, :0]
-        return cls(op, product, wanted, generator, basis, zeros, 0, zeros.sum(), zeros.sum(), 0, nothing)
+        run = cls(op, product, wanted, storage, generator, basis, zeros, 0, zeros.sum(), zeros.sum(), 0, nothing)
+        run.begin(start)
+        return run
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that the next step depends on, as tensors."""
+        """Everything that the next step depends on, as tensors; rows in files are not copied."""
+        basis = self.basis[: self.count + 1]
         return {
-            "basis": self.basis[: self.count + 1].clone(),
+            "basis": basis.clone() if self.storage.folder is None else basis,
             "matrix": self.matrix.clone(),
             "beta": self.beta,
             "scale": self.scale,
@@ -97,6 +103,8 @@ class ThickRestart:
             "found": self.found,
             "searched": torch.tensor(self.searched),
             "needed": torch.tensor(self.needed, dtype=torch.float64),
+            "complete": torch.tensor(self.complete),
+            "tolerance": torch.tensor([self.wanted.rtol, self.wanted.atol], dtype=torch.float64),
             "generator": self.generator.get_state(),
             "generator_on_host": torch.tensor(self.generator.device.type == "cpu"),
         }
@@ -107,18 +115,31 @@ class ThickRestart:
         op: LinearOperator,
         product: FlatProduct,
         wanted: Wanted,
+        storage: Storage,
         state: dict[str, Tensor],
     ) -> ThickRestart:
-        """Take up what :meth:`state` stored."""
-        rows, matrix = state["basis"].to(op.device), state["matrix"].to(op.device).clone()
-        basis = rows.new_zeros(matrix.shape[0] + 1, rows.shape[1])
+        """Take up what :meth:`state` stored, perhaps for another tolerance."""
+        rows, home = state["basis"], storage.home
+        matrix = state["matrix"].to(home).clone()
+        basis = storage.rows(len(matrix) + 1)
         basis[: len(rows)] = rows
         generator = torch.Generator("cpu" if bool(state["generator_on_host"]) else op.device)
         generator.set_state(state["generator"].cpu())
-        beta, scale, found = (state[name].to(op.device) for name in ("beta", "scale", "found"))
-        products, searched, needed = int(state["products"]), int(state["searched"]), float(state["needed"])
-        count = len(rows) - 1
-        return cls(op, product, wanted, generator, basis, matrix, count, beta, scale, products, found, searched, needed)
+        beta, scale, found = (state[name].to(home) for name in ("beta", "scale", "found"))
+        numbers = (int(state["products"]), found, int(state["searched"]), float(state["needed"]))
+        count, complete = len(rows) - 1, bool(state["complete"])
+        run = cls(op, product, wanted, storage, generator, basis, matrix, count, beta, scale, *numbers, complete)
+        rtol, atol = state["tolerance"].tolist()
+        if len(found) and (wanted.rtol < rtol or wanted.atol < atol):
+            # The search has cut off the vectors it found from what they lacked: they must be improved from anew.
+            run.begin(run.result()[0].sum(0))
+        return run
+
+    def begin(self, start: Tensor) -> None:
+        """Forget all but the products spent; start from a vector ``(n,)``, which is not zero."""
+        self.basis[0] = start / norm(start).to(start.dtype)
+        self.matrix.zero_()
+        self.count, self.found, self.searched, self.needed, self.complete = 0, self.found[:0], 0, 0.0, False
 
     @property
     def size(self) -> int:
@@ -139,7 +160,13 @@ class ThickRestart:
         self.expand()
         full = self.count == self.size
         due = full or self.count % (1 + self.size // _LOOKS) == 0
-        return due and self.count >= self.wanted.k and self.look(full)
+        self.complete = due and self.count >= self.wanted.k and self.look(full)
+        return self.complete
+
+    def settled(self) -> bool:
+        """Whether a run that is taken up had come to its end, by the tolerances of now; costs no product."""
+        self.complete = self.complete and self.look(self.count == self.size)
+        return self.complete
 
     def expand(self) -> None:
         """One Lanczos step with full orthogonalisation."""
@@ -236,8 +263,7 @@ class ThickRestart:
         """Shrink the basis to Ritz vectors; go on from the next vector, or from a random one if ``fresh``."""
         rotation = vectors[:, keep].mT.to(self.basis)
         follower = self.basis[self.count].clone()
-        for columns in self.basis.split(_CHUNK, dim=1):
-            columns[: len(keep)] = rotation @ columns[: self.count]
+        rotate(self.basis[: len(keep)], rotation, self.basis[: self.count])
         self.basis[len(keep)] = self.random(self.basis[: len(keep)]) if fresh else follower
         self.matrix.zero_()
         self.matrix.diagonal()[: len(keep)] = values[keep].to(self.matrix.device)
@@ -247,5 +273,6 @@ class ThickRestart:
         """The wanted Ritz vectors ``(k, n)`` and the norm of the operator."""
         values, vectors, _ = self.ritz()
         chosen = self.wanted.order(values)[: self.wanted.k]
-        rotation = vectors[:, chosen].mT.to(self.basis)
-        return rotation @ self.basis[: self.count], float(values.abs().max() * self.scale)
+        found = self.storage.rows(len(chosen))
+        rotate(found, vectors[:, chosen].mT.to(self.basis), self.basis[: self.count])
+        return found, float(values.abs().max() * self.scale)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from solvers import (
     Segment,
 )
 from solvers.eigenpairs import Which
+from solvers.storage import Storage
 from tests.solvers.counting import Counting, known_by_products
 from tests.solvers.problems import normal, positive, symmetric, with_spectrum
 
@@ -284,6 +286,59 @@ def test_checkpoints() -> None:
     assert len(states) > 5
     again = solvers.eigsh(known_by_products(matrix), 4, state=states[3])
     assert torch.equal(again.vectors, whole.vectors)
+
+
+@pytest.mark.parametrize("basis_size", [6, 40, 200])
+def test_a_finished_run_goes_on_to_a_smaller_tolerance(basis_size: int) -> None:
+    matrix = with_spectrum(np.linspace(1, 30, 200).tolist())
+    loose = solvers.eigsh(known_by_products(matrix), 4, rtol=1e-2, basis_size=basis_size)
+    same = solvers.eigsh(known_by_products(matrix), 4, rtol=1e-2, state=loose.state)
+    assert torch.equal(same.vectors, loose.vectors) and same.products == loose.products and same.complete
+    tight = solvers.eigsh(known_by_products(matrix), 4, rtol=1e-10, state=loose.state)
+    assert_true(tight, matrix, "LA", rtol=1e-10)
+
+
+# Vectors in files
+
+
+@pytest.mark.parametrize("which", ENDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_vectors_in_files_are_those_in_memory(which: Which, dtype: torch.dtype, tmp_path: Path) -> None:
+    matrix = with_spectrum(np.linspace(-20, 30, 200).tolist()).to(dtype)
+    op, options = known_by_products(matrix), {"basis_size": 20, "rtol": 1e-4}
+    in_memory = solvers.eigsh(op, 4, which, **options)  # type: ignore[arg-type]
+    in_files = solvers.eigsh(op, 4, which, storage=tmp_path, **options)  # type: ignore[arg-type]
+    assert in_memory.products > 60, "there were restarts"
+    for name in ("values", "vectors", "residuals", "converged", "products"):
+        assert bool(torch.as_tensor(getattr(in_memory, name) == getattr(in_files, name)).all()), name
+    assert str(tmp_path) in str(in_files.vectors.untyped_storage().filename)
+    assert not any(tmp_path.iterdir()), "files have no name"
+    again = solvers.eigsh(op, 4, which, storage=tmp_path, state=in_files.state, **options)  # type: ignore[arg-type]
+    assert torch.equal(again.vectors, in_memory.vectors)
+
+
+def test_checkpoints_of_vectors_in_files(tmp_path: Path) -> None:
+    matrix = with_spectrum(np.linspace(1, 30, 200).tolist())
+    states: list[dict[str, Tensor]] = []
+
+    def keep(state: dict[str, Tensor]) -> None:
+        states.append({name: value.clone() for name, value in state.items()})
+
+    whole = solvers.eigsh(known_by_products(matrix), 4, storage=tmp_path, checkpoint=keep)
+    again = solvers.eigsh(known_by_products(matrix), 4, state=states[3])
+    assert torch.equal(again.vectors, whole.vectors)
+
+
+def test_storage_that_cannot_be_used(tmp_path: Path) -> None:
+    op = known_by_products(positive(40))
+    with pytest.raises(NotADirectoryError, match="is no folder"):
+        solvers.eigsh(op, 3, storage=tmp_path / "absent")
+    with pytest.raises(ValueError, match="storage= serves Lanczos"):
+        solvers.eigsh(op, 3, "SA", method="lobpcg", storage=tmp_path)
+    huge = solvers.Function(lambda x: x, (1 << 50,), symmetric=True)
+    with pytest.raises(OSError, match=r"has no room for 5 vectors, 2.1e\+07 GiB"):
+        Storage(huge.shape[0], torch.float32, huge.device, tmp_path).rows(5)
+    assert not any(tmp_path.iterdir())
 
 
 def test_foreign_states_are_refused() -> None:
