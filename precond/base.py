@@ -355,6 +355,9 @@ def check_options(options: dict[str, Any]) -> None:
     Raises:
         ValueError: Naming the option, its value and the range.
     """
+    rate = options.get("lr")
+    if isinstance(rate, Tensor) and rate.numel() != 1:
+        raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(rate.shape)}; use groups for several rates.")
     for name in ("lr", "momentum", "weight_decay", "damping", "eps"):
         value = options.get(name)
         if isinstance(value, Tensor):

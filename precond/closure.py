@@ -266,7 +266,7 @@ class ClosureOptimizer(SecondOrderOptimizer):
 
     def set_damping(self, damping: float) -> None:
         """Give all groups the same damping; it is part of the checkpoints."""
-        for group in self.param_groups:
+        for group in (self.defaults, *self.param_groups):  # also those that are added later
             group["damping"] = damping
 
 

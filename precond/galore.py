@@ -125,7 +125,9 @@ class GaLore(GradientOptimizer):
         with torch.no_grad():
             proxy.zero_()
         proxy.grad = g.contiguous()
-        optimizer.step()
+        step = type(optimizer).step
+        # Without the hooks that torch runs around the steps of all optimizers: the user's step is GaLore's.
+        (step.__wrapped__ if getattr(step, "hooked", False) else step)(optimizer)  # type: ignore[attr-defined]
         proxy.grad = None
         state.update({f"{PREFIX}{key}": value for key, value in optimizer.state[proxy].items() if value is not None})
         return -proxy.detach()

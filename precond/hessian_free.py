@@ -18,7 +18,7 @@ from solvers import CG, Diagonal
 class HessianFree(GaussNewtonClosureOptimizer):
     r"""Hessian-free optimisation: conjugate gradients on the Gauss-Newton matrix, one batch per step.
 
-    Minimises the damped model :math:`g^\top m + \tfrac12 m^\top (G + \lambda I) m` by CG from ``decay`` times the
+    Minimises the damped model :math:`g^\top m + \tfrac12 m^\top (G + \lambda I) m` by CG from ``warm_start`` times the
     previous solution, until each of the last ``max(10, k / 10)`` steps gained less than ``min_progress`` of it; keeps
     the iterates at steps :math:`1.3^j`, goes back along them while the loss falls, shortens the step by 0.8 until the
     loss has fallen by 1% of what the slope promises, and adapts :math:`\lambda` by the reduction ratio.
@@ -35,7 +35,7 @@ class HessianFree(GaussNewtonClosureOptimizer):
         max_steps: CG steps at most.
         rtol: Also stop CG at this relative residual.
         min_progress: Gain per step, relative to the model's value, below which CG stops.
-        decay: Of the previous solution as the start of CG, in [0, 1].
+        warm_start: Share of the previous solution that CG starts from, in [0, 1].
         preconditioner: Precondition CG by ``(diag(G) + lam) ** 0.75``, with the diagonal estimated by ``samples``
             draws.
         samples: Draws for the preconditioner; a backward pass each.
@@ -70,19 +70,19 @@ class HessianFree(GaussNewtonClosureOptimizer):
         max_steps: int = 250,
         rtol: float = 1e-10,
         min_progress: float = 5e-4,
-        decay: float = 0.95,
+        warm_start: float = 0.95,
         preconditioner: bool = True,
         samples: int = 4,
         weight_decay: float = 0.0,
         seed: int = 0,
         **options: Any,
     ) -> None:
-        if not 0 <= decay <= 1:
-            raise ValueError(f"decay of the previous solution is in [0, 1]; got {decay}.")
+        if not 0 <= warm_start <= 1:
+            raise ValueError(f"warm_start is the share of the previous solution, in [0, 1]; got {warm_start}.")
         if samples < 1:
             raise ValueError(f"samples must be at least 1; got {samples}.")
         self.rule = rule or LevenbergMarquardt(decrease=2 / 3, increase=3 / 2)
-        self.max_steps, self.rtol, self.min_progress, self.decay = max_steps, rtol, min_progress, decay
+        self.max_steps, self.rtol, self.min_progress, self.warm_start = max_steps, rtol, min_progress, warm_start
         self.preconditioner, self.samples, self.seed = preconditioner, samples, seed
         super().__init__(model, loss_fn, lr=lr, weight_decay=weight_decay, defaults={"damping": damping}, **options)
 
@@ -126,7 +126,7 @@ class HessianFree(GaussNewtonClosureOptimizer):
             negative_curvature="stop",
             progress=False,
         )
-        final = cg.run(matrix.operator().shift(damping), g, self.decay * old, callback=keep).x
+        final = cg.run(matrix.operator().shift(damping), g, self.warm_start * old, callback=keep).x
         return [*kept, final]
 
     def _backtrack(self, g: Tensor, iterates: list[Tensor], params: list[Tensor]) -> Tensor:

@@ -391,9 +391,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         for key, saved in state_dict["state"].items():
             # torch would cast what is nested here to the dtype of the parameter.
             blocks.update(saved.get("blocks", {}))
-            rest = {name: value for name, value in saved.items() if name != "blocks"}
-            if rest:
-                plain["state"][key] = rest
+            plain["state"][key] = {name: value for name, value in saved.items() if name != "blocks"}
         super().load_state_dict(plain)
         self._unwatch()
         estimators = self.capture.collector.estimators

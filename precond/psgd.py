@@ -131,15 +131,13 @@ class PSGD(ClosureOptimizer, GradientOptimizer):
         return self.criterion == "hessian"
 
     def second_order(self) -> bool:
-        steps = max((state.get("step", 0) for state in self.state.values()), default=0)
-        return self.criterion == "hessian" and due(steps + 1, self.common("curvature_update_period"))
+        return self.criterion == "hessian" and due(self.steps + 1, self.common("curvature_update_period"))
 
     def directions(self, gradients: Vectors) -> Vectors:
         self._probes: Vectors = {}
         self._products: Vectors = {}
         if self.second_order():
-            step = max((state.get("step", 0) for state in self.state.values()), default=0)
-            self._probes = {p: rademacher(p, self.seed, step, index) for index, p in enumerate(gradients)}
+            self._probes = {p: rademacher(p, self.seed, self.steps, index) for index, p in enumerate(gradients)}
             self._products = self.hessian_product(self._probes)
         return super().directions(gradients)
 

@@ -102,8 +102,7 @@ class Sophia(ClosureOptimizer, GradientOptimizer):
         return self.estimator == "hutchinson"
 
     def second_order(self) -> bool:
-        steps = max((state.get("step", 0) for state in self.state.values()), default=0)
-        return self.estimator == "hutchinson" and steps % self.common("curvature_update_period") == 0
+        return self.estimator == "hutchinson" and self.steps % self.common("curvature_update_period") == 0
 
     @torch.no_grad()
     def update_curvature(self, terms: float) -> None:

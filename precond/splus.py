@@ -126,7 +126,8 @@ class SPlus(GradientOptimizer):
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Within the block the parameters hold the averages of their iterates."""
-        with swapped((p, state["average"]) for p, state in self.state.items() if "average" in state):
+        params = [p for group in self.param_groups for p in group["params"] if "average" in self.state.get(p, {})]
+        with swapped((p, self.state[p]["average"]) for p in params):
             yield
 
 

@@ -89,6 +89,7 @@ def apply_update(
         group: Options ``lr``, ``momentum``, ``nesterov``, ``weight_decay``, ``decay``, ``maximize``.
     """
     lr, momentum = group["lr"], group["momentum"]
+    lr = lr.reshape(()) if isinstance(lr, Tensor) else lr
     if group["maximize"]:
         directions = list(torch._foreach_neg(directions))
     if momentum:
@@ -105,7 +106,7 @@ def apply_update(
         buffers = [state["momentum_buffer"] for state in states]
         directions = list(torch._foreach_add(directions, buffers, alpha=momentum)) if group["nesterov"] else buffers
     if group["weight_decay"] and group["decay"] != "l2":
-        rate = decay_rate(group)
+        rate = decay_rate({**group, "lr": lr})
         if group["decay"] == "cautious":
             agree = [(d.sign() * p >= 0).to(p.dtype) for p, d in zip(params, directions, strict=True)]
             torch._foreach_mul_(params, [1 - rate * mask for mask in agree])

@@ -134,7 +134,7 @@ def test_refuses(method):
 
 
 def test_refuses_options_out_of_range():
-    with pytest.raises(ValueError, match=r"decay of the previous solution is in \[0, 1\]; got 2"):
-        HessianFree(nn.Linear(1, 1), nn.MSELoss(), decay=2.0)
+    with pytest.raises(ValueError, match=r"warm_start is the share of the previous solution, in \[0, 1\]; got 2"):
+        HessianFree(nn.Linear(1, 1), nn.MSELoss(), warm_start=2.0)
     with pytest.raises(ValueError, match="samples must be at least 1; got 0"):
         HessianFree(nn.Linear(1, 1), nn.MSELoss(), samples=0)
