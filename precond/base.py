@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -387,16 +387,3 @@ def period(name: str, value: int) -> int:
     if not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be a whole number of steps, at least 1, got {value!r}.")
     return value
-
-
-def as_groups(params: Any) -> list[Tensor]:
-    """All tensors in parameters, groups or named parameters."""
-    out: list[Tensor] = []
-    for entry in params if isinstance(params, Iterable) and not isinstance(params, Tensor) else [params]:
-        if isinstance(entry, dict):
-            out += as_groups(entry["params"])
-        elif isinstance(entry, tuple):
-            out.append(entry[1])
-        else:
-            out.append(entry)
-    return out

@@ -19,7 +19,8 @@ from curvature.data import Output
 from curvature.estimator import Form
 from curvature.parameters import Parameters
 from curvature.wrappers import unwrapped
-from precond.base import NonFinite, SecondOrderOptimizer, as_groups, period
+from precond.base import NonFinite, SecondOrderOptimizer, period
+from precond.groups import as_groups, members
 from precond.preconditioner import Preconditioner
 from precond.rows import Rows, RowTap, taps_for
 from precond.update import Decay
@@ -50,7 +51,8 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         decay: How it acts, see :class:`SecondOrderOptimizer`.
         kl_clip: Bound on the predicted change, see :class:`SecondOrderOptimizer`.
         maximize: Ascend.
-        params: Parameters, names, globs, or parameter groups (dicts with ``params``); all trainable ones by default.
+        params: Parameters, named parameters, names, globs, or parameter groups of these (dicts with ``params``); all
+            trainable ones by default. Frozen ones stay where they are until they are unfrozen.
         output: Picks the output tensor where the model returns something else and the loss is computed inside.
         class_dim: Class axis of the output, where it cannot be read off.
         capture: How statistics are obtained: ``"auto"``, ``"loss"``, ``"gradient"`` or ``"shadow"``.
@@ -114,7 +116,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         self._taps: dict[str, RowTap] = {}
         self._tapped: set[str] = set()
         super().__init__(
-            self._groups(model, params),
+            as_groups(unwrapped(model), params),
             lr=lr,
             momentum=momentum,
             nesterov=nesterov,
@@ -125,13 +127,9 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
             nonfinite=nonfinite,
             defaults={"damping": float(getattr(damping, "lam", 0.0))},
         )
+        if not self._trainable():
+            raise ValueError("every parameter in params= is frozen; call requires_grad_(True) on those to be trained.")
         self._connect()
-
-    def _groups(self, model: nn.Module, params: Any) -> list[dict[str, Any]]:
-        inner = unwrapped(model)
-        if params is None or not _holds_groups(params):
-            return [{"params": list(Parameters(inner, params).values())}]
-        return [dict(group, params=as_groups(group["params"])) for group in params]
 
     def _connect(self) -> None:
         """Track the parameters of the groups, and hook the model."""
@@ -200,7 +198,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         return estimator
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
+        super().add_param_group({**param_group, "params": members(unwrapped(self.model), param_group["params"])})
         if self._capture is not None:
             self._follow()
 
@@ -421,10 +419,6 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         self.capture.collector.estimators = estimators
         self.capture.collector.mixed_blocks = mixing
         self._watch_rows()
-
-
-def _holds_groups(params: Any) -> bool:
-    return not isinstance(params, (str, Tensor)) and any(isinstance(entry, dict) for entry in params)
 
 
 def _rank() -> int:
