@@ -41,6 +41,8 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         maximize: Ascend.
         nonfinite: What to do if a gradient holds NaN or inf: ``"skip"`` the step with a warning and leave all
             statistics as they were, or ``"raise"``.
+        max_skips: Steps in a row that may be skipped so before an error says that training has diverged; those that a
+            ``GradScaler`` skips while it looks for its scale do not count.
         defaults: Further options of the parameter groups, of the method's own.
     """
 
@@ -62,13 +64,15 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         kl_clip: Scheduled | None = None,
         maximize: bool = False,
         nonfinite: NonFinite = "skip",
+        max_skips: int = 20,
         defaults: dict[str, Any] | None = None,
     ) -> None:
         if nonfinite not in ("skip", "raise"):
             raise ValueError(f"nonfinite must be 'skip' or 'raise', got {nonfinite!r}.")
-        self.nonfinite = nonfinite
+        self.nonfinite, self.max_skips = nonfinite, period("max_skips", max_skips)
         self.steps = 0
         self.skipped = 0  # steps skipped because a gradient was not finite
+        self.skipped_in_row = 0
         self.schedules: list[dict[str, Callable[[int], Any]]] = []  # of each group
         options = {
             "lr": lr,
@@ -284,28 +288,61 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
                     "not take. Use sparse=False in the embedding."
                 )
         if gradients and not self._finite(list(gradients.values())):
-            if self.nonfinite == "raise":
-                self.on_skip()
-                raise FloatingPointError(
-                    f"a gradient holds NaN or inf{self._culprits(gradients)}. Nothing was changed. Lower the learning "
-                    "rate, raise the damping, or look at the batch; nonfinite='skip' goes on without it."
-                )
-            self.skipped += 1
-            warnings.warn(
-                f"{type(self).__name__} skips a step ({self.skipped} so far): a gradient holds NaN or inf"
-                f"{self._culprits(gradients)}. Parameters and statistics stay as they are.",
-                RuntimeWarning,
-                stacklevel=4,
-            )
-            self.on_skip()
+            self._skip(gradients)
             return None
+        self.skipped_in_row = 0
         if scale is not None:
             gradients = {p: g / scale for p, g in gradients.items()}
         return gradients
 
-    def _culprits(self, gradients: dict[Tensor, Tensor]) -> str:
-        bad = [tuple(p.shape) for p, g in gradients.items() if not torch.isfinite(g).all()]
-        return f" ({len(bad)} of {len(gradients)} parameters, the first of shape {bad[0]})" if bad else ""
+    def _skip(self, gradients: dict[Tensor, Tensor]) -> None:
+        """Leave everything as it is, because a gradient is not finite, and say so.
+
+        Raises:
+            FloatingPointError: If that is asked for, or after too many such steps in a row.
+        """
+        self.skipped += 1
+        self.skipped_in_row += 1
+        self.on_skip()
+        bad = [p for p, g in gradients.items() if not torch.isfinite(g).all()]
+        what = "a gradient holds NaN or inf" + (
+            f" ({len(bad)} of {len(gradients)} parameters, the first: {self.name_of(bad[0])})" if bad else ""
+        )
+        if self.nonfinite == "raise":
+            raise FloatingPointError(
+                f"{what}. Nothing was changed. Lower the learning rate, raise the damping, or look at the batch; "
+                "nonfinite='skip' goes on without it."
+            )
+        if self.skipped_in_row < self.max_skips:
+            warnings.warn(
+                f"{type(self).__name__} skips a step ({self.skipped} so far): {what}. Parameters and statistics stay "
+                "as they are.",
+                RuntimeWarning,
+                stacklevel=5,
+            )
+            return
+        broken = [p for group in self.param_groups for p in group["params"] if not torch.isfinite(p).all()]
+        advice = (
+            f"{self.name_of(broken[0])} is itself not finite, so nothing can be learnt from here: go back to a "
+            "checkpoint and lower the learning rate or raise the damping"
+            if broken
+            else "all parameters are finite, so look at (a) the batches and their targets, (b) the loss, such as log "
+            "or division near zero, (c) overflow in half precision, for which there is torch.amp.GradScaler; a lower "
+            "learning rate from the last checkpoint on helps where the parameters have become very large"
+        )
+        raise FloatingPointError(
+            f"{type(self).__name__} skipped {self.skipped_in_row} steps in a row: {what}. Training has diverged: "
+            f"{advice}. max_skips={self.max_skips} sets how many steps may be skipped."
+        )
+
+    def name_of(self, parameter: Tensor) -> str:
+        """The name a parameter was given with, or its place and shape."""
+        for index, group in enumerate(self.param_groups):
+            for i, p in enumerate(group["params"]):
+                if p is parameter:
+                    given = group.get("param_names")
+                    return given[i] if given else f"parameter {i} of group {index}, shape {tuple(p.shape)}"
+        return f"a parameter of shape {tuple(parameter.shape)}"
 
     @staticmethod
     def _finite(gradients: list[Tensor]) -> bool:

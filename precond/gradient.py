@@ -94,20 +94,12 @@ class GradientOptimizer(SecondOrderOptimizer):
             state.update(compute())
             state[failures] = 0
         except SolverError as error:
-            where = self._name_of(p) + (f", block {prefix.strip('.')}" if prefix else "")
+            where = self.name_of(p) + (f", block {prefix.strip('.')}" if prefix else "")
             first = failures not in state
             state[failures] = state.get(failures, 0) + 1
             if first or state[failures] > TOLERATED_FAILURES:
                 raise type(error)(f"{where}: refresh failed {state[failures]} times in a row. {error}") from error
             log.warning("%s keeps its last decomposition: %s", where, error)
-
-    def _name_of(self, parameter: Tensor) -> str:
-        for index, group in enumerate(self.param_groups):
-            for i, p in enumerate(group["params"]):
-                if p is parameter:
-                    given = group.get("param_names")
-                    return given[i] if given else f"parameter {i} of group {index}, shape {tuple(p.shape)}"
-        return f"a parameter of shape {tuple(parameter.shape)}"
 
 
 def working_dtype(x: Tensor) -> torch.dtype:

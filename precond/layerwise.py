@@ -57,7 +57,8 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         class_dim: Class axis of the output, where it cannot be read off.
         capture: How statistics are obtained: ``"auto"``, ``"loss"``, ``"gradient"`` or ``"shadow"``.
         eval_mode: Also learn from forward passes in eval mode.
-        nonfinite: ``"skip"`` or ``"raise"``.
+        nonfinite: ``"skip"`` or ``"raise"``; see :class:`SecondOrderOptimizer`.
+        max_skips: Steps in a row that may be skipped so.
         seed: Seed of the draws for ``"mc"``; the global random state is never used.
 
     Raises:
@@ -92,6 +93,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         capture: Mode = "auto",
         eval_mode: bool = False,
         nonfinite: NonFinite = "skip",
+        max_skips: int = 20,
         seed: int = 0,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -125,6 +127,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
             kl_clip=kl_clip,
             maximize=maximize,
             nonfinite=nonfinite,
+            max_skips=max_skips,
             defaults={"damping": float(getattr(damping, "lam", 0.0))},
         )
         if not self._trainable():
@@ -143,6 +146,10 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
             **self._options,  # type: ignore[arg-type]
         )
         self._arm()
+
+    def name_of(self, parameter: Tensor) -> str:
+        names = (name for name, p in unwrapped(self.model).named_parameters() if p is parameter)
+        return next(names, None) or super().name_of(parameter)
 
     def _trainable(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"] if p.requires_grad]

@@ -141,7 +141,7 @@ class Sophia(ClosureOptimizer, GradientOptimizer):
             return torch.zeros_like(g)
         if not state["updates"]:
             raise RuntimeError(
-                f"Sophia knows no curvature of {self._name_of(p)} yet. Call update_curvature() before the first step, "
+                f"Sophia knows no curvature of {self.name_of(p)} yet. Call update_curvature() before the first step, "
                 "with the gradients of the mean loss on labels drawn from the model's predictions."
             )
         momentum = state["exp_avg"].lerp_(g, 1 - group["betas"][0])
