@@ -1,0 +1,37 @@
+"""Bayesian Laplace approximations: backends and posteriors for laplace-torch.
+
+Importing this module needs laplace-torch (``pip install precond[laplace]``); nothing else in :mod:`curvature` does. It
+also makes ``hessian_structure="kfac"``, ``"ekfac"`` and ``"low_rank"`` known to :func:`laplace.Laplace`.
+"""
+
+from __future__ import annotations
+
+try:
+    import laplace  # noqa: F401
+except ImportError as error:  # pragma: no cover
+    raise ImportError("curvature.laplace needs laplace-torch: pip install precond[laplace]") from error
+
+from curvature.laplace.backends import EFBackend, GGNBackend
+from curvature.laplace.decomposed import BlockKronDecomposed
+from curvature.laplace.hessian import HessianBackend
+from curvature.laplace.kron import BlockKron
+from curvature.laplace.posterior import (
+    EKFACLaplace,
+    KFACLaplace,
+    LastLayerEKFACLaplace,
+    LastLayerKFACLaplace,
+    LowRankPosterior,
+)
+
+__all__ = [
+    "BlockKron",
+    "BlockKronDecomposed",
+    "EFBackend",
+    "EKFACLaplace",
+    "GGNBackend",
+    "HessianBackend",
+    "KFACLaplace",
+    "LastLayerEKFACLaplace",
+    "LastLayerKFACLaplace",
+    "LowRankPosterior",
+]

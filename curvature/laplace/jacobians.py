@@ -1,0 +1,106 @@
+"""Jacobians of the outputs and gradients of the loss, for single examples."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.func import functional_call, jacrev
+
+from curvature.data import resolve_output
+from curvature.laplace.batch import BatchBackend, Inputs, Pass
+from curvature.persample import Examples
+from curvature.settings import differentiable_kernels
+
+
+class JacobianBackend(BatchBackend):
+    """What all backends have in common, whatever their curvature."""
+
+    def jacobians(self, x: Inputs, enable_backprop: bool = False) -> tuple[Tensor, Tensor]:
+        """Jacobians of the outputs with respect to the parameters.
+
+        Args:
+            x: Inputs.
+            enable_backprop: Keep the graph to the inputs.
+
+        Returns:
+            ``(M, C, P)`` and the outputs, ``(M, C)``; of outputs with more axes, C counts all entries of an example.
+        """
+        return self.last_layer_jacobians(x, enable_backprop) if self.last_layer else self._every(x, enable_backprop)
+
+    def _every(self, x: Inputs, enable_backprop: bool) -> tuple[Tensor, Tensor]:
+        """Jacobians by backward passes, one per output."""
+        if enable_backprop:
+            return self._differentiable_jacobians(x)
+        with self._pass(x) as run:
+            examples = Examples.along(run.output, run.parameters, run.recorder)
+            return self._followed(run, examples, examples.unit_signals())
+
+    def last_layer_jacobians(self, x: Inputs, enable_backprop: bool = False) -> tuple[Tensor, Tensor]:
+        """The same for the last layer; ``phi (x) I`` where the outputs are linear in features phi."""
+        features = self.features(x, enable_backprop)
+        if features is None:
+            return self._every(x, enable_backprop)
+        Js, columns = features.jacobians(), self._columns(self._parameters())
+        return (Js if columns is None else Js[..., columns]), features.output
+
+    def selected_output_jacobians(
+        self, x: Inputs, outputs: Tensor, enable_backprop: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Jacobians of some outputs of each example, at the cost of those.
+
+        Args:
+            x: Inputs.
+            outputs: Indices ``(M,)`` or ``(M, K)``.
+            enable_backprop: Keep the graph to the inputs.
+
+        Returns:
+            ``(M, K, P)`` and all outputs.
+        """
+        chosen = outputs.reshape(len(outputs), -1).long()
+        if enable_backprop:
+            Js, f = self._differentiable_jacobians(x)
+            self._check_selection(chosen, f)
+            return Js.gather(1, chosen.to(Js.device).unsqueeze(-1).expand(-1, -1, Js.shape[-1])), f
+        with self._pass(x) as run:
+            self._check_selection(chosen, run.output)
+            signals = []
+            for column in chosen.to(run.output.device).unbind(1):
+                signal = torch.zeros_like(run.output.detach(), memory_format=torch.contiguous_format)
+                signal.view(len(signal), -1).scatter_(1, column.unsqueeze(1), 1)
+                signals.append(signal)
+            return self._followed(run, Examples.along(run.output, run.parameters, run.recorder), signals)
+
+    def _check_selection(self, chosen: Tensor, f: Tensor) -> None:
+        if len(chosen) != len(f):
+            raise ValueError(f"outputs= has {len(chosen)} rows for a batch of {len(f)}; give one row per example.")
+
+    def _followed(self, run: Pass, examples: Examples, signals: list[Tensor]) -> tuple[Tensor, Tensor]:
+        rows, columns = examples.gradients(signals).transpose(0, 1), self._columns(run.parameters)
+        return (rows if columns is None else rows[..., columns]), run.output.detach()
+
+    def _differentiable_jacobians(self, x: Inputs) -> tuple[Tensor, Tensor]:
+        """Jacobians whose graph leads to the inputs, by vectorised backward passes."""
+        parameters = self._parameters()
+
+        def run(values: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+            output = resolve_output(functional_call(self.model, values, (x,)))
+            return output.flatten(1), output
+
+        with self._untouched(), torch.enable_grad(), differentiable_kernels(self.model):
+            parts, f = jacrev(run, has_aux=True)(dict(parameters))
+        Js = parameters.flatten(parts)
+        columns = self._columns(parameters)
+        return (Js if columns is None else Js[..., columns]), f
+
+    functorch_jacobians = jacobians
+
+    def gradients(self, x: Inputs, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of ``lossfunc`` for each example, without ``factor``.
+
+        Returns:
+            ``(M, P)``, and the summed loss.
+        """
+        with self._pass(x, y) as run:
+            rows, columns = run.examples().gradients([run.loss.gradient()])[0], self._columns(run.parameters)
+            loss = run.loss.value().detach().to(run.output.dtype)
+            return (rows if columns is None else rows[:, columns]), loss
