@@ -2,8 +2,8 @@
 
 A small convolutional network learns the handwritten digits. Its Hessian has 1898 eigenvalues. Nine of them stand out,
 as many as there are classes less one (Sagun et al., 2017; Papyan, 2019); nearly all others are a hundred times smaller,
-some of them negative. The Gauss-Newton matrix, which leaves out how the network bends, has the same outliers and nothing
-negative: near a minimum it is all of the Hessian that matters.
+some of them negative. The Gauss-Newton matrix, which leaves out how the network bends, has the same outliers and
+nothing negative: near a minimum it is all of the Hessian that matters.
 """
 
 from __future__ import annotations

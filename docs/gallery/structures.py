@@ -67,7 +67,9 @@ def main(out: Path) -> None:
     figure, axes = plt.subplots(2, 3, figsize=(9.5, 6.6), layout="constrained")
     scale = float(G.abs().max())
     for ax, name in zip(axes.flat, shown, strict=True):
-        picture = ax.imshow(matrices[name], cmap="RdBu_r", norm=SymLogNorm(scale * 1e-3, vmin=-scale, vmax=scale))
+        picture = ax.imshow(
+            matrices[name].numpy(), cmap="RdBu_r", norm=SymLogNorm(scale * 1e-3, vmin=-scale, vmax=scale)
+        )
         for edge in starts[1:]:
             ax.axhline(edge - 0.5, color="black", linewidth=0.4)
             ax.axvline(edge - 0.5, color="black", linewidth=0.4)
