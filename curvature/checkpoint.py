@@ -98,7 +98,7 @@ class Checkpoint:
         self._next = time.monotonic() + seconds
 
     @classmethod
-    def at(cls, place: str | os.PathLike[str] | Checkpoint) -> Checkpoint:
+    def at(cls, place: Resume) -> Checkpoint:
         """A checkpoint as it is, or the one at a path with its default options."""
         return place if isinstance(place, Checkpoint) else cls(place)
 
@@ -154,6 +154,10 @@ class Checkpoint:
         if due:
             self.save(state())
         return due
+
+
+#: Where a computation is kept: a path, or a checkpoint with its options.
+Resume = str | os.PathLike[str] | Checkpoint
 
 
 def problem_identity(model: nn.Module, loss_fn: Any, params: Any = None) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from curvature import snapshot
 from curvature.block import Block, Part, Place
 from curvature.data import inspecting
 from curvature.estimator import CurvatureEstimator, Form
@@ -75,6 +76,7 @@ class Collector:
         self.plan = Plan(parameters, joint)
         self.estimators: dict[str, CurvatureEstimator] = {}
         self.operations: dict[str, tuple[str, ...]] = {}  # what each block was used by
+        self._forms: dict[str, Form] = {}
         self._batches: list[Tensor | float] = []  # weights of the step's batches so far
         self._seen: dict[str, list[int]] = {}  # which of them reached a block
         self.only: set[str] | None = None  # blocks that still learn, in later passes over a data set
@@ -183,6 +185,37 @@ class Collector:
     def forget(self) -> None:
         """Forget which batches the current step had."""
         self._batches, self._seen = [], {}
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the next batch of a data set depends on, as tensors, numbers and strings."""
+        return {
+            "plan": self.plan.state(),
+            "verified": self._verified,
+            "batches": self._batches,
+            "seen": self._seen,
+            "only": None if self.only is None else sorted(self.only),
+            "estimators": {
+                name: {
+                    "block": estimator.block.state(),
+                    "form": self._forms[name],
+                    "operations": self.operations[name],
+                    "sums": snapshot.take(estimator),
+                }
+                for name, estimator in self.estimators.items()
+            },
+        }
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Take up :meth:`state`; the tensors move to the parameters' device."""
+        device = self.parameters.device
+        self.plan.restore(saved["plan"])
+        self._verified, self._seen = saved["verified"], saved["seen"]
+        self._batches = [b.to(device) if isinstance(b, Tensor) else b for b in saved["batches"]]
+        self.only = None if saved["only"] is None else set(saved["only"])
+        for name, known in saved["estimators"].items():
+            self.estimators[name] = self.make(Block.from_state(name, known["block"]), known["form"])
+            self.operations[name], self._forms[name] = known["operations"], known["form"]
+            snapshot.restore(self.estimators[name], known["sums"], device)
 
     def commit(self, ema: float) -> None:
         """Fold the current step into all estimates."""
@@ -378,7 +411,7 @@ class Collector:
         name = group.block.name
         if name not in self.estimators or self.estimators[name].block != group.block:
             self.estimators[name] = self.make(group.block, group.form)
-            self.operations[name] = group.operations
+            self.operations[name], self._forms[name] = group.operations, group.form
         return self.estimators[name]
 
 

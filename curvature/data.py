@@ -43,7 +43,7 @@ def batches(data: Data, passes: int = 1) -> Callable[[], Iterator[Batch]]:
             f"data must be one batch (x, y) or an iterable of batches such as a list or a DataLoader, got "
             f"{type(data).__name__}."
         )
-    if passes > 1 and iter(data) is data:
+    if passes > 1 and isinstance(data, Iterator):  # iter(data) would start workers, and draw random numbers
         raise TypeError(
             f"data is a one-shot iterator ({type(data).__name__}), but {passes} passes over it are needed: after the "
             "first it would be empty. Pass a list of batches or a DataLoader."

@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from curvature.accumulation import Accumulation
 from curvature.block import Block
+from curvature.checkpoint import Checkpoint, Resume, digest, problem_identity
 from curvature.collector import Collector
 from curvature.data import (
     Batch,
@@ -83,6 +85,7 @@ def estimate(
     output: Output | None = None,
     class_dim: ClassDim = None,
     generator: torch.Generator | None = None,
+    resume: Resume | None = None,
     progress: bool | None = None,
 ) -> BlockDiagonal:
     """Structured curvature of the loss over all the data, at the model's current parameters and mode.
@@ -96,6 +99,7 @@ def estimate(
         output: Picks the output tensor.
         class_dim: Class axis of the output, where shapes leave it open.
         generator: Source of the draws for ``kind="mc"``; a fresh one seeded with 0 by default.
+        resume: File in which the sums are kept, and from which they go on if it exists; see :func:`curvature.fisher`.
         progress: Show a progress bar; ``None`` shows one only where there are many batches.
 
     Returns:
@@ -118,10 +122,15 @@ def estimate(
     start = batches(data, curvature.passes + divisors)
     if divisors:
         loss = over_all_data(loss, model, start, parameters.device, output, class_dim)
-    total: Tensor | float = 0.0
+    file = None
+    if resume is not None:
+        what = {"curvature": repr(curvature), "draws": digest([generator.get_state()])}
+        file = Checkpoint.at(resume).of(problem_identity(model, loss_fn, parameters) | what)
+    run = Accumulation(model, collector, generator, curvature.passes, file)
     with torch.inference_mode(False), untouched(model):
-        for number in range(curvature.passes):
-            for x, y in shown(start(), f"curvature, pass {number + 1}", progress):
+        run.resume()
+        for number in range(run.number, curvature.passes):
+            for x, y in shown(run.batches(start), f"curvature, pass {number + 1}", progress):
                 x, y = to_device(x, parameters.device), to_device(y, parameters.device)
                 result, recorder = record(model, parameters, x)
                 terms = terms_of(loss, result, y, output, class_dim, check=True)
@@ -133,12 +142,14 @@ def estimate(
                 terms.value()  # refuses losses that are not finite
                 signals = Signals.of(terms, curvature.kind, curvature.samples, generator, recorder.batch)
                 if number == 0:
-                    total = total + terms.total
+                    run.total = run.total + terms.total
                 collector.collect(recorder, terms.output, signals)
             collector.settle()
             again = {name for name, estimator in collector.estimators.items() if estimator.next_pass()}
+            collector.only = again
+            run.end_pass()
             if not again:
                 break
-            collector.only = again
+        run.finish(start)
     collector.commit(ema=0.0)
-    return collector.operator(scale=1.0 if loss.reduction == "mean" else total)
+    return collector.operator(scale=1.0 if loss.reduction == "mean" else run.total)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import solvers
-from curvature.checkpoint import Checkpoint, CheckpointError, digest, problem_identity
+from curvature.checkpoint import Checkpoint, CheckpointError, Resume, digest, problem_identity
 from curvature.products import DatasetOperator
 from solvers import Eigenpairs, LinearOperator
 from solvers.eigenpairs import Which
@@ -21,7 +20,7 @@ _OF_THE_START = ("basis_size", "v0", "generator")
 
 def resumable_eigsh(
     op: LinearOperator,
-    path: str | os.PathLike[str] | Checkpoint,
+    path: Resume,
     k: int = 10,
     which: Which = "LA",
     **options: Any,

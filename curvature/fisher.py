@@ -8,6 +8,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import nn
 
+from curvature.checkpoint import Resume
 from curvature.data import Data, Output
 from curvature.dataset import estimate
 from curvature.estimator import Curvature
@@ -42,6 +43,7 @@ def fisher(
     params: Any = ...,
     output: Output | None = ...,
     class_dim: ClassDim = ...,
+    resume: Resume | None = ...,
     progress: bool | None = ...,
     **options: Any,
 ) -> GaussNewton: ...
@@ -58,6 +60,7 @@ def fisher(
     params: Any = ...,
     output: Output | None = ...,
     class_dim: ClassDim = ...,
+    resume: Resume | None = ...,
     progress: bool | None = ...,
     **options: Any,
 ) -> LinearOperator: ...
@@ -73,6 +76,7 @@ def fisher(
     params: Any = None,
     output: Output | None = None,
     class_dim: ClassDim = None,
+    resume: Resume | None = None,
     progress: bool | None = None,
     **options: Any,
 ) -> LinearOperator:
@@ -100,6 +104,9 @@ def fisher(
         params: Names, globs or tensors that restrict the parameters.
         output: Picks the output tensor where the model does not return a tensor.
         class_dim: Class axis of the output where the shapes leave it open; by key for a sum of losses.
+        resume: File in which the sums over the batches are kept as they grow, and from which a run that was killed
+            goes on at the batch where it was, to the identical result. A path, or a :class:`curvature.Checkpoint`, that
+            says how often to save.
         progress: Show a progress bar.
         options: Further options of the structure, in brackets in this table:
 
@@ -121,10 +128,17 @@ def fisher(
         Operator on the flat parameter vector.
 
     Raises:
-        ValueError: If the structure or kind is unknown, or the matrix does not fit the memory it may take.
+        ValueError: If the structure or kind is unknown, the matrix does not fit the memory it may take, or ``resume``
+            is given for a structure of the whole matrix.
+        CheckpointError: If the file of ``resume`` belongs to another problem.
     """
     check_kind(kind)
     if isinstance(structure, str) and structure in WHOLE:
+        if resume is not None:
+            raise ValueError(
+                f"structure={structure!r} keeps no sums over the batches, so there is nothing to resume. Leave resume "
+                "out; eigenvalues of a long run are kept by curvature.resumable_eigsh."
+            )
         problem = Problem(model, loss_fn, data, params=params, output=output, class_dim=class_dim, progress=progress)
         return WHOLE[structure](problem, kind, samples=samples, generator=generator, **options)
     curvature: Curvature
@@ -143,5 +157,6 @@ def fisher(
         output=output,
         class_dim=class_dim,
         generator=generator,
+        resume=resume,
         progress=progress,
     )

@@ -7,6 +7,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import nn
 
+from curvature.checkpoint import Resume
 from curvature.data import Data, Output
 from curvature.fisher import Structure, fisher
 from curvature.gaussnewton import GaussNewton
@@ -28,6 +29,7 @@ def ggn(
     params: Any = ...,
     output: Output | None = ...,
     class_dim: ClassDim = ...,
+    resume: Resume | None = ...,
     progress: bool | None = ...,
     **options: Any,
 ) -> GaussNewton: ...
@@ -44,6 +46,7 @@ def ggn(
     params: Any = ...,
     output: Output | None = ...,
     class_dim: ClassDim = ...,
+    resume: Resume | None = ...,
     progress: bool | None = ...,
     **options: Any,
 ) -> LinearOperator: ...
@@ -59,6 +62,7 @@ def ggn(
     params: Any = None,
     output: Output | None = None,
     class_dim: ClassDim = None,
+    resume: Resume | None = None,
     progress: bool | None = None,
     **options: Any,
 ) -> LinearOperator:
@@ -83,6 +87,9 @@ def ggn(
         params: Names, globs or tensors that restrict the parameters.
         output: Picks the output tensor where the model does not return a tensor.
         class_dim: Class axis of the output where the shapes leave it open; by key for a sum of losses.
+        resume: File in which the sums over the batches are kept as they grow, and from which a run that was killed
+            goes on at the batch where it was, to the identical result. A path, or a :class:`curvature.Checkpoint`, that
+            says how often to save.
         progress: Show a progress bar.
         options: Options of the structure.
 
@@ -111,6 +118,7 @@ def ggn(
         params=params,
         output=output,
         class_dim=class_dim,
+        resume=resume,
         progress=progress,
         **options,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 from curvature.block import Block, Part
 from curvature.estimator import Form
@@ -88,6 +89,18 @@ class Plan:
         if new:
             self._blocks.clear()
         return bool(new)
+
+    def state(self) -> dict[str, Any]:
+        """The assignment so far, as names and numbers."""
+        blocks = {block.name: block.state() for block in self._blocks.values()}
+        return {"blocks": blocks, "generic": sorted(self._generic)}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Take up :meth:`state`."""
+        self._generic = set(saved["generic"])
+        self._blocks.clear()
+        for name, parts in saved["blocks"].items():
+            self._register(Block.from_state(name, parts))
 
     def _register(self, block: Block) -> Block:
         """The block known for these segments, which must be the same one, possibly transposed."""

@@ -270,7 +270,7 @@ import sys, time
 import torch
 import curvature, solvers
 
-n = 400
+n = 150
 values = torch.linspace(1, 30, n, dtype=torch.float64)
 
 def product(x):
@@ -279,7 +279,7 @@ def product(x):
 
 op = solvers.Function(product, (n,), symmetric=True, dtype=torch.float64)
 torch.set_num_threads(1)
-pairs = curvature.resumable_eigsh(op, curvature.Checkpoint(sys.argv[1], seconds=0), 4, basis_size=12, rtol=1e-9)
+pairs = curvature.resumable_eigsh(op, curvature.Checkpoint(sys.argv[1], seconds=0), 3, basis_size=12, rtol=1e-7)
 torch.save([pairs.values, pairs.vectors, pairs.products], sys.argv[2])
 """
 
