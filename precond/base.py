@@ -109,7 +109,10 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         """A step is skipped: forget whatever was collected for it."""
 
     def after_step(self) -> None:
-        """A step was taken: prepare the next one."""
+        """A step was taken, or its first half: prepare the next one."""
+
+    def after_move(self) -> None:
+        """The parameters are where the step has taken them."""
 
     def check(self, options: dict[str, Any]) -> None:
         """Refuse options of a group outside their range; given anew whenever a schedule changes one.
@@ -218,6 +221,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
                 apply_update(params, [directions[p] for p in params], [self.state[p] for p in params], options)
         if not prepared:
             self._count()
+        self.after_move()
         return loss
 
     def _count(self) -> None:
@@ -281,13 +285,16 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             self.on_skip()
             return None
         gradients = {p: p.grad for group in self.param_groups for p in group["params"] if p.grad is not None}
+        if not gradients:  # nothing to learn from, so this is no step
+            self.on_skip()
+            return None
         for p, g in gradients.items():
             if g.is_sparse:
                 raise TypeError(
                     f"a parameter of shape {tuple(p.shape)} has a sparse gradient, which {type(self).__name__} does "
                     "not take. Use sparse=False in the embedding."
                 )
-        if gradients and not self._finite(list(gradients.values())):
+        if not self._finite(list(gradients.values())):
             self._skip(gradients)
             return None
         self.skipped_in_row = 0
@@ -347,9 +354,10 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
     @staticmethod
     def _finite(gradients: list[Tensor]) -> bool:
         """Whether all are finite, with one wait for the device."""
-        norms = torch._foreach_norm([g for g in gradients if g.numel()])
-        if not norms:
+        gradients = [g for g in gradients if g.numel()]
+        if not gradients:
             return True
+        norms = torch._foreach_norm(gradients)
         if bool(torch.isfinite(torch.stack([n.to(norms[0].device, torch.float32) for n in norms])).all()):
             return True
         # The sum of squares may have overflowed where no entry is infinite.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from precond.gradient import GradientOptimizer, Group, State, due, state_zeros, working_dtype
-from precond.matrices import matrix_shape
+from precond.matrices import leading_vectors, matrix_shape
 from precond.methods import Taxonomy
 from precond.schedules import Scheduled, ScheduledInt
 
@@ -114,7 +114,7 @@ class GaLore(GradientOptimizer):
         if rows > columns:
             matrix = matrix.mT  # from now on the first side is the smaller one
         if due(state["step"], group["inverse_update_period"]):
-            state["projection"] = _leading(matrix, group["rank"])
+            self.refresh(p, lambda: {"projection": leading_vectors(matrix, group["rank"])})
         projection = state["projection"]
         out = group["scale"] * projection @ self._step(p, projection.mT @ matrix, state)
         return (out.mT if rows > columns else out).reshape(g.shape)
@@ -144,13 +144,6 @@ class GaLore(GradientOptimizer):
                 optimizer.state[proxy].update(saved)
             self._inner[p] = optimizer, proxy
         return self._inner[p]
-
-
-def _leading(matrix: Tensor, rank: int) -> Tensor:
-    """Left singular vectors, each with its largest entry positive, so that no sign depends on the routine."""
-    vectors = torch.linalg.svd(matrix, full_matrices=False).U[:, :rank]
-    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
-    return (vectors * largest.sign()).contiguous()
 
 
 def _projected(p: Tensor, group: Group) -> bool:

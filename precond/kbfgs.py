@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -110,12 +109,8 @@ class KBFGS(PreconditionedOptimizer):
                 "Register it (curvature.losses.register_loss)."
             )
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step, and the second pass; see :class:`SecondOrderOptimizer`."""
-        loss = super().step(closure)
+    def after_move(self) -> None:
         self._run_again()
-        return loss
 
     def _collector(self) -> Collector:
         return ApartCollector(self.parameters, self._make, self.curvature.joint)

@@ -109,8 +109,9 @@ class KLShampoo(GradientOptimizer):
         state["exp_avg"].lerp_(g, 1 - beta1)
         self._update_factors(g, state, group, axes)
         if due(state["step"], group["inverse_update_period"]):
-            for k in axes:
-                state[f"basis.{k}"] = improved_basis(state[f"factor.{k}"], state[f"basis.{k}"])
+            self.refresh(
+                p, lambda: {f"basis.{k}": improved_basis(state[f"factor.{k}"], state[f"basis.{k}"]) for k in axes}
+            )
         bases = {k: state[f"basis.{k}"] for k in axes}
         rotated = multiply(debiased(state["exp_avg"], beta1, state["step"]), bases, transpose=True)
         for k in axes:

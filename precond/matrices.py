@@ -76,6 +76,22 @@ def spectrum(matrix: Tensor) -> tuple[Tensor, Tensor]:
         return values.to(matrix.dtype), basis.to(matrix.dtype)
 
 
+def leading_vectors(matrix: Tensor, rank: int) -> Tensor:
+    """Left singular vectors, each with its largest entry positive, so that no sign depends on the routine.
+
+    Raises:
+        SolverError: If the decomposition fails, in float64, too.
+    """
+    try:
+        vectors = torch.linalg.svd(matrix, full_matrices=False).U[:, :rank]
+    except torch.linalg.LinAlgError as error:
+        if matrix.dtype == torch.float64:
+            raise SolverError(f"no singular vectors of a matrix of shape {tuple(matrix.shape)}: {error}") from error
+        return leading_vectors(matrix.double(), rank).to(matrix.dtype)
+    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+    return (vectors * largest.sign()).contiguous()
+
+
 def improved_basis(matrix: Tensor, basis: Tensor) -> Tensor:
     """One step of orthogonal iteration from the basis of a nearby matrix, columns in their old order."""
     # Gradients of extreme size have factors whose norm leaves the floating range; a basis knows no size.

@@ -125,8 +125,9 @@ class SOAP(GradientOptimizer):
         if step > 1:
             self._update_factors(g, state, group, axes)
             if due(step, group["inverse_update_period"]):
-                for axis in axes:
-                    state[f"basis.{axis}"] = improved_basis(state[f"factor.{axis}"], state[f"basis.{axis}"])
+                self.refresh(
+                    p, lambda: {f"basis.{k}": improved_basis(state[f"factor.{k}"], state[f"basis.{k}"]) for k in axes}
+                )
         return out.reshape(shape)
 
     def _update_factors(self, g: Tensor, state: State, group: Group, axes: list[int]) -> None:
