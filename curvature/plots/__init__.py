@@ -1,0 +1,11 @@
+"""Pictures of results: one function for each kind of result object, which takes it and returns matplotlib axes.
+
+Needs the extra ``plot`` (matplotlib), which is imported when a picture is made. Every function draws into the axes it
+is given, or into a new figure. Nothing global is changed: colours, fonts and sizes come from ``matplotlib.rcParams``,
+so a dark style or a style sheet of one's own carries over.
+"""
+
+from curvature.plots.layers import bars, distances, gradient_norms, shares
+from curvature.plots.spectrum import density, eigenvalues
+
+__all__ = ["bars", "density", "distances", "eigenvalues", "gradient_norms", "shares"]
