@@ -40,7 +40,8 @@ def computed_power(values: Tensor, exponent: float, op: LinearOperator, mode: Mo
     if mode == "absolute":
         values = values.abs()
     elif mode == "clamped":
-        values = values.clamp(min=noise * values.shape[-1] if floor is None else torch.as_tensor(floor).to(values))
+        lowest = noise * values.shape[-1] if floor is None else torch.as_tensor(floor, dtype=values.dtype)
+        values = values.clamp(min=lowest.to(values.device))
     elif exponent > 0 and exponent != int(exponent):
         values = torch.where(values.abs() <= noise * values.shape[-1], 0, values)
     return _checked_power(values, exponent, op, noise if mode == "plain" else values.new_zeros(()))

@@ -116,6 +116,14 @@ def test_modes_of_negative_eigenvalues(exponent: float) -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_floor_keeps_its_precision(dtype):
+    """Rounded to float32, 0.1 would be off by 1.5e-9."""
+    op = Dense(torch.diag(torch.tensor([1e-3, 2.0], dtype=dtype)))
+    found = solvers.power(op, 1, Eigh("clamped", floor=0.1)).to_dense()
+    assert torch.equal(found, torch.diag(torch.tensor([0.1, 2.0], dtype=dtype)))
+
+
 def test_plain_inverts_an_indefinite_matrix_but_takes_no_root() -> None:
     matrix = symmetric(5)
     torch.testing.assert_close(Dense(matrix).inverse(solver=Eigh()).to_dense(), reference.power(matrix, -1))
