@@ -77,14 +77,14 @@ class Mixed(Curvature):
             if value not in BLOCKS:
                 raise ValueError(
                     f"the structure of a rule must be one of {sorted(BLOCKS)} or a Curvature, got {value!r} for "
-                    f"{_label(rule)}. Structures of the whole matrix cannot be mixed."
+                    f"{label(rule)}. Structures of the whole matrix cannot be mixed."
                 )
             return BLOCKS[value](self.kind, self.samples)
         if not isinstance(value, Curvature) or isinstance(value, Mixed):
-            raise ValueError(f"the structure of {_label(rule)} must be a name or a Curvature, got {value!r}.")
+            raise ValueError(f"the structure of {label(rule)} must be a name or a Curvature, got {value!r}.")
         if (value.kind, value.samples) != (self.kind, self.samples):
             raise ValueError(
-                f"{_label(rule)} asks for kind={value.kind!r} with samples={value.samples}, but all structures see the "
+                f"{label(rule)} asks for kind={value.kind!r} with samples={value.samples}, but all structures see the "
                 f"same signals, here of kind={self.kind!r} with samples={self.samples}. Give Mixed the kind."
             )
         return value
@@ -108,7 +108,9 @@ class Mixed(Curvature):
         for name, p in model.named_parameters(remove_duplicate=False):
             names.setdefault(id(p), name)
             for rule in self.rules:
-                rank = self._rank(rule, name, model)
+                rank = nearness(rule, name, model)
+                if rank is not None and rank[0] == BY_NAME:
+                    rank = (BY_NAME, list(self.rules).index(rule))
                 if rank is None:
                     continue
                 fitting.add(rule)
@@ -117,10 +119,10 @@ class Mixed(Curvature):
                     best[id(p)] = (rank, rule)
                 elif rank == known[0] and curvatures[rule] != curvatures[known[1]]:
                     raise ValueError(
-                        f"{names[id(p)]} is {name} as well, and the rules {_label(known[1])} and {_label(rule)} fit it "
+                        f"{names[id(p)]} is {name} as well, and the rules {label(known[1])} and {label(rule)} fit it "
                         "equally. Give both the same structure, or name the module that decides."
                     )
-        if idle := [_label(rule) for rule in self.rules if rule not in fitting]:
+        if idle := [label(rule) for rule in self.rules if rule not in fitting]:
             raise ValueError(
                 f"nothing in {type(model).__name__} fits {', '.join(idle)}. A rule is a module of this very model, a "
                 "class of modules that hold parameters, or a name or glob of modules or parameters, such as "
@@ -131,23 +133,6 @@ class Mixed(Curvature):
         bound = copy.copy(self)
         object.__setattr__(bound, "chosen", {name: curvatures[best[key][1]] for key, name in names.items()})
         return bound
-
-    def _rank(self, rule: Rule, name: str, model: nn.Module) -> tuple[int, int] | None:
-        """How well a rule fits a parameter: (sort of rule, nearness), or ``None``."""
-        if rule == "*":
-            return (0, 0)
-        path = name.split(".")
-        prefixes = [".".join(path[:depth]) for depth in range(len(path))]
-        if isinstance(rule, str):
-            fits = any(fnmatch.fnmatchcase(candidate, rule) for candidate in [*prefixes[1:], name])
-            return (1, list(self.rules).index(rule)) if fits else None
-        for depth in reversed(range(len(prefixes))):
-            module = model.get_submodule(prefixes[depth])
-            if isinstance(rule, nn.Module) and module is rule:
-                return (3, depth)
-            if isinstance(rule, type) and isinstance(module, rule):
-                return (2, depth)
-        return None
 
     def estimator(self, block: Block, form: Form) -> CurvatureEstimator:
         if self.chosen is None:
@@ -166,7 +151,29 @@ class Mixed(Curvature):
         return first.estimator(block, form)
 
 
-def _label(rule: Rule) -> str:
+#: Sort of a rule that is a name or a glob.
+BY_NAME = 1
+
+
+def nearness(rule: Rule, name: str, model: nn.Module) -> tuple[int, int] | None:
+    """How well a rule fits a parameter of a model: (sort of rule, depth of the module); ``None`` if not at all."""
+    if rule == "*":
+        return (0, 0)
+    path = name.split(".")
+    prefixes = [".".join(path[:depth]) for depth in range(len(path))]
+    if isinstance(rule, str):
+        fits = any(fnmatch.fnmatchcase(candidate, rule) for candidate in [*prefixes[1:], name])
+        return (BY_NAME, 0) if fits else None
+    for depth in reversed(range(len(prefixes))):
+        module = model.get_submodule(prefixes[depth])
+        if isinstance(rule, nn.Module) and module is rule:
+            return (3, depth)
+        if isinstance(rule, type) and isinstance(module, rule):
+            return (2, depth)
+    return None
+
+
+def label(rule: Rule) -> str:
     """A rule as it is shown in messages."""
     if isinstance(rule, str):
         return repr(rule)

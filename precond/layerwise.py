@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import warnings
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -17,14 +17,19 @@ from curvature.collector import Collector
 from curvature.coverage import Coverage, describe_loss, table
 from curvature.data import Output
 from curvature.estimator import Form
+from curvature.mixed import Rule
 from curvature.parameters import Parameters
 from curvature.wrappers import unwrapped
-from precond.base import NonFinite, SecondOrderOptimizer, period
+from precond.adapt import strength, with_strength
+from precond.base import NonFinite, SecondOrderOptimizer
 from precond.groups import as_groups, members
 from precond.preconditioner import Preconditioner
+from precond.refresh import refresh_cost, slots
 from precond.rows import Rows, RowTap, taps_for
+from precond.rules import Rules, ignored_names, ignored_row, with_rules
+from precond.schedules import Scheduled, ScheduledInt, at_start, value_at
 from precond.update import Decay
-from solvers import Damping, Kronecker, Solver
+from solvers import Damping, Kronecker, Solver, Tikhonov
 
 
 class PreconditionedOptimizer(SecondOrderOptimizer):
@@ -38,13 +43,27 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         model: The model that is trained.
         loss_fn: The loss module the loop calls, or one that describes the loss computed elsewhere.
         curvature: What to estimate, such as ``KroneckerFisher("mc")``.
-        damping: How to damp; in units of C.
+        damping: How to damp, in units of C; a number, or a function of the step count, stands for ``damping_form`` of
+            it. The groups hold its strength: what is written there, by a schedule or a rule, counts from the next
+            refresh of a block.
         solver: How to invert or root.
         exponent: Power of the damped C; -1 for natural gradients.
         lr: Learning rate.
         curvature_ema: Weight of old statistics in the running average, in [0, 1).
         curvature_update_period: Steps between updates of the statistics.
-        inverse_update_period: Steps between decompositions and inverses.
+        inverse_update_period: Steps between decompositions and inverses, of the statistics at hand. Each may be a
+            function of the step count, such as :class:`~precond.refresh.Doubling`.
+        stagger: Spread the refreshes of the blocks over the period, by their cost, so that no step stalls
+            (:func:`precond.refresh.slots`); otherwise all are due when the period divides the step count.
+        burn_in: Steps at the start that collect statistics and move nothing, so that the first inverses rest on more
+            than one batch (kfac-jax's ``num_burnin_steps``; Distributed Shampoo moves by a grafted method meanwhile,
+            whose step has another scale). Before another optimizer, :meth:`precondition` gives zeros meanwhile.
+        rules: ``{rule: structure}`` for parts of the model, as for :class:`~curvature.mixed.Mixed`; a structure may
+            also be a dict of options that differ from those of ``curvature``, as ``{"head": {"sharing": "reduce"}}``.
+        ignore: Modules, classes of modules, names or globs that get no curvature: their direction is the plain
+            gradient, with the momentum, decay and learning rate of their group (as ``skip_layers`` of kfac-pytorch).
+            Natural-gradient learning rates seldom suit it: give them a group. To train them by AdamW, leave them out
+            by ``params`` and hand them to ``torch.optim.AdamW``.
         momentum: Momentum on the preconditioned gradient.
         nesterov: Look ahead along the momentum.
         weight_decay: Strength of the weight decay.
@@ -67,6 +86,8 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
     """
 
     needs: ClassVar[str] = "layers"
+    #: What a number stands for as ``damping``.
+    damping_form: ClassVar[Callable[[float], Damping]] = Tikhonov
 
     def __init__(
         self,
@@ -74,20 +95,24 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         loss_fn: Any,
         *,
         curvature: Curvature,
-        damping: Damping,
+        damping: Damping | Scheduled,
         solver: Solver,
         exponent: float = -1.0,
         lr: float | Tensor,
-        curvature_ema: float = 0.95,
-        curvature_update_period: int = 1,
-        inverse_update_period: int = 1,
-        momentum: float = 0.0,
+        curvature_ema: Scheduled = 0.95,
+        curvature_update_period: ScheduledInt = 1,
+        inverse_update_period: ScheduledInt = 1,
+        stagger: bool = False,
+        burn_in: int = 0,
+        momentum: Scheduled = 0.0,
         nesterov: bool = False,
-        weight_decay: float = 0.0,
+        weight_decay: Scheduled = 0.0,
         decay: Decay = "decoupled",
-        kl_clip: float | None = None,
+        kl_clip: Scheduled | None = None,
         maximize: bool = False,
         params: Any = None,
+        rules: Rules | None = None,
+        ignore: Sequence[Rule] = (),
         output: Output | None = None,
         class_dim: int | None = None,
         capture: Mode = "auto",
@@ -101,13 +126,14 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
                 f"{type(self).__name__} learns from the layers of a model: pass the model itself, not "
                 f"{type(model).__name__} (such as model.parameters())."
             )
-        if not 0 <= curvature_ema < 1:
-            raise ValueError(f"curvature_ema is the weight of old statistics, in [0, 1); got {curvature_ema}.")
-        self.curvature, self.damping = curvature.on(unwrapped(model)), damping
+        if not isinstance(burn_in, int) or burn_in < 0:
+            raise ValueError(f"burn_in is a whole number of steps, at least 0; got {burn_in!r}.")
+        inner = unwrapped(model)
+        self.curvature = with_rules(curvature, rules).on(inner)
+        self.ignored = ignored_names(inner, ignore)
+        self.damping = damping if isinstance(damping, Damping) else type(self).damping_form(at_start(damping))
         self.solver, self.exponent = solver, exponent
-        self.curvature_ema = curvature_ema
-        self.curvature_update_period = period("curvature_update_period", curvature_update_period)
-        self.inverse_update_period = period("inverse_update_period", inverse_update_period)
+        self.stagger, self.burn_in = stagger, burn_in
         self.seed = seed
         self.model, self.loss_fn = model, loss_fn
         self._options = {"output": output, "class_dim": class_dim, "mode": capture, "eval_mode": eval_mode}
@@ -115,6 +141,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         self._forms: dict[str, Form] = {}
         self._capture: Capture | None = None
         self._reported: set[str] = set()
+        self._burning = False  # the step is one of the burn-in
         self._taps: dict[str, RowTap] = {}
         self._tapped: set[str] = set()
         super().__init__(
@@ -128,15 +155,18 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
             maximize=maximize,
             nonfinite=nonfinite,
             max_skips=max_skips,
-            defaults={"damping": float(getattr(damping, "lam", 0.0))},
+            defaults={
+                "damping": float(strength(damping)) if isinstance(damping, Damping) else damping,
+                "curvature_ema": curvature_ema,
+                "curvature_update_period": curvature_update_period,
+                "inverse_update_period": inverse_update_period,
+            },
         )
-        if not self._trainable():
-            raise ValueError("every parameter in params= is frozen; call requires_grad_(True) on those to be trained.")
         self._connect()
 
     def _connect(self) -> None:
         """Track the parameters of the groups, and hook the model."""
-        self.parameters = Parameters(unwrapped(self.model), self._trainable())
+        self.parameters = Parameters(unwrapped(self.model), self._tracked())
         self._capture = Capture(
             self.model,
             self.loss_fn,
@@ -154,12 +184,23 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
     def _trainable(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
 
+    def _tracked(self) -> list[Tensor]:
+        """Parameters that get curvature."""
+        ignored = self._ignored()
+        return [p for p in self._trainable() if id(p) not in ignored]
+
+    def _ignored(self) -> dict[int, str]:
+        """Parameters that get none, by ``id``, and their names."""
+        if not self.ignored:
+            return {}
+        return {id(p): name for name, p in unwrapped(self.model).named_parameters() if name in self.ignored}
+
     def _collector(self) -> Collector:
         return Collector(self.parameters, self._make, joint=self.curvature.joint, apart="signs")
 
     def _follow(self) -> None:
         """Notice parameters that were added, frozen or unfrozen; blocks that stay whole keep their statistics."""
-        trainable = self._trainable()
+        trainable = self._tracked()
         if not trainable or {id(p) for p in trainable} == {id(p) for p in self.parameters.values()}:
             return
         self._unwatch()
@@ -186,6 +227,10 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         """Which curvature every parameter has, as far as recorded passes used them; see :func:`curvature.coverage`."""
         collector = self.capture.collector
         rows = table(self.parameters, collector.estimators, collector.operations)
+        ignored = self._ignored()
+        rows += [ignored_row(ignored[id(p)], p) for p in self._trainable() if id(p) in ignored]
+        order = [name for name, _ in unwrapped(self.model).named_parameters()]
+        rows.sort(key=lambda row: order.index(row.parameter))
         return Coverage(tuple(rows), describe_loss(self.loss_fn), True)
 
     def detach(self) -> None:
@@ -211,8 +256,31 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
 
     # The step
 
+    def check(self, options: dict[str, Any]) -> None:
+        super().check(options)
+        ema = options["curvature_ema"]
+        if not 0 <= ema < 1:
+            raise ValueError(f"curvature_ema is the weight of old statistics, in [0, 1); got {ema}.")
+
+    def option(self, name: str) -> Any:
+        """The value of an option at the coming step, which all groups must share because blocks may span them.
+
+        Raises:
+            ValueError: If they do not.
+        """
+        values = {
+            value_at(name, schedules[name], self.steps) if name in schedules else group[name]
+            for group, schedules in zip(self.param_groups, self.schedules, strict=True)
+        }
+        if len(values) > 1:
+            raise ValueError(
+                f"{type(self).__name__} needs one {name} for all groups, because blocks may span several; they have "
+                f"{sorted(values)}."
+            )
+        return values.pop()
+
     def _arm(self) -> None:
-        if self.steps % self.curvature_update_period == 0:
+        if self.steps % self.option("curvature_update_period") == 0:
             words = f"{self.seed},{_rank()},{self.steps}"
             self.capture.arm(int.from_bytes(hashlib.sha256(words.encode()).digest()[:7], "big"))
         else:
@@ -232,12 +300,18 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
     def directions(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         self._follow()
         by_name = {name: gradients[p] for name, p in self.parameters.items() if p in gradients}
-        gradients = {self.parameters[name]: g for name, g in by_name.items()}  # what is frozen stays where it is
+        given = {p: g for p, g in gradients.items() if p.requires_grad}  # what is frozen stays where it is
+        gradients = {self.parameters[name]: g for name, g in by_name.items()}
         rows = self._rows(by_name)
+        updated = False
         if self.capture.armed:
             self.capture.finish(by_name)
-            self._update_curvature(gradients)
+            updated = self._update_curvature(gradients)
         self._idle = self._idle and self.capture.batches == 0
+        self._burning = self.steps < self.burn_in
+        if self._burning:
+            return {p: torch.zeros_like(g) for p, g in given.items()}
+        self._refresh(updated)
         out = {p: torch.empty_like(g, memory_format=torch.contiguous_format) for p, g in gradients.items()}
         results = {name: out[p] for name, p in self.parameters.items() if p in gradients}
         covered: dict[str, int] = dict.fromkeys(by_name, 0)
@@ -255,7 +329,12 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         for name, count in covered.items():
             if count < by_name[name].numel():
                 self._plain(name, by_name[name], results[name], partly=count > 0)
-        return out
+        ignored = self._ignored()
+        return out | {p: g.clone() for p, g in given.items() if id(p) in ignored}
+
+    def update_options(self, group: dict[str, Any]) -> dict[str, Any]:
+        # Nothing moves in the burn-in, by weight decay neither.
+        return {**group, "weight_decay": 0.0} if self._burning else group
 
     def _rows(self, gradients: dict[str, Tensor]) -> dict[str, Rows]:
         """Blocks whose gradient is at hand as a product of few rows, checked against the gradient itself."""
@@ -300,10 +379,11 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
                 stacklevel=5,
             )
 
-    def _update_curvature(self, gradients: dict[Tensor, Tensor]) -> None:
+    def _update_curvature(self, gradients: dict[Tensor, Tensor]) -> bool:
+        """Fold the statistics of the step into the averages, if there are any."""
         if self.capture.batches == 0:
             self._explain_missing(gradients)
-            return
+            return False
         if _world_size() > 1 and "processes" not in self._reported:
             self._reported.add("processes")
             warnings.warn(
@@ -324,17 +404,29 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
                 RuntimeWarning,
                 stacklevel=5,
             )
-            return
-        redo = self.steps % self.inverse_update_period == 0
+            return False
+        ema = self.option("curvature_ema")
+        for preconditioner in self.preconditioners.values():
+            preconditioner.commit(ema)
+        return True
+
+    def _refresh(self, updated: bool) -> None:
+        """Renew the inverses that are due, and after new statistics those that come at no cost."""
+        period = self.option("inverse_update_period")
+        known = {name: p.inverse for name, p in self.preconditioners.items() if p.inverse is not None}
+        slot: dict[str, int] = {}
+        if self.stagger and period > 1:
+            slot = slots({name: refresh_cost(inverse) for name, inverse in known.items()}, period)
         for name, preconditioner in self.preconditioners.items():
-            preconditioner.estimator.commit(self.curvature_ema)
-            fresh = redo or preconditioner.inverse is None
+            due = name not in known or (preconditioner.stale and (self.steps - slot.get(name, 0)) % period == 0)
+            if not due and not updated:
+                continue
             tap = self._taps.get(name)
             preconditioner.refresh(
                 self._damping(preconditioner.estimator.block),
-                basis=fresh,
+                basis=due,
                 rows=tap.count if tap is not None and tap.count else None,
-                applications=max(self.inverse_update_period, self.curvature_update_period),
+                applications=max(period, self.option("curvature_update_period")),
             )
 
     def _damping(self, block: Block) -> Damping:
@@ -346,7 +438,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
                 "inverted together. Use one damping for them, or bias='separate'."
             )
         value = values.pop()
-        return self.damping if value == getattr(self.damping, "lam", None) else replace(self.damping, lam=value)  # type: ignore[type-var]
+        return self.damping if value == strength(self.damping) else with_strength(self.damping, value)
 
     def _still(self) -> bool:
         """Whether nothing can move; torch.distributed.checkpoint takes such a step to create the state."""

@@ -93,7 +93,7 @@ class NaturalGradient(WholeModelOptimizer):
             loss_fn,
             curvature=_curvature(structure, fisher, samples, max_size),
             damping=damping if isinstance(damping, Damping) else Tikhonov(damping),
-            solver=Cholesky(explicit=inverse_update_period > 2),
+            solver=Cholesky(explicit=callable(inverse_update_period) or inverse_update_period > 2),
             lr=lr,
             curvature_ema=curvature_ema,
             momentum=momentum,

@@ -45,7 +45,13 @@ class Preconditioner:
     def __init__(self, estimator: CurvatureEstimator, solver: Solver, exponent: float = -1.0) -> None:
         self.estimator, self.solver, self.exponent = estimator, solver, exponent
         self.inverse: LinearOperator | None = None
+        self.stale = False  # there are statistics that the inverse does not know
         self.failures = 0
+
+    def commit(self, ema: float) -> None:
+        """Fold the statistics of the step into the estimate."""
+        self.estimator.commit(ema)
+        self.stale = True
 
     def refresh(
         self, damping: Damping, *, basis: bool = True, rows: int | None = None, applications: int | None = None
@@ -70,13 +76,13 @@ class Preconditioner:
                 self.estimator.refresh_basis()
             if isinstance(self.estimator, InverseEstimator):
                 self.estimator.improve(float(getattr(damping, "lam", 0.0)))
-                self.inverse, self.failures = self.estimator.operator(), 0
+                self.inverse, self.failures, self.stale = self.estimator.operator(), 0, False
                 return
             operator = self.estimator.operator()
             if not basis and self.inverse is not None and not isinstance(operator, (Eigen, Diagonal)):
                 return
             self.inverse = self._power(damping(operator), rows, applications)
-            self.failures = 0
+            self.failures, self.stale = 0, self.stale and not basis
         except SolverError as error:
             self.failures += 1
             if self.inverse is None or self.failures > TOLERATED_FAILURES:
@@ -108,7 +114,11 @@ class Preconditioner:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers: the estimate and the inverse, which a refresh at load time could not reproduce."""
-        out: dict[str, Any] = {"estimate": self.estimator.state_dict(), "failures": self.failures}
+        out: dict[str, Any] = {
+            "estimate": self.estimator.state_dict(),
+            "failures": self.failures,
+            "stale": self.stale,
+        }
         if self.inverse is not None:
             out["inverse"] = state(self.inverse)
         return out
@@ -117,4 +127,5 @@ class Preconditioner:
         """Restore :meth:`state_dict`."""
         self.estimator.load_state_dict(saved["estimate"])
         self.failures = int(saved["failures"])
+        self.stale = bool(saved.get("stale", False))
         self.inverse = from_state(saved["inverse"]) if "inverse" in saved else None

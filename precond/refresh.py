@@ -1,0 +1,89 @@
+"""When the inverses of the blocks are renewed: densely at first, and spread over the period."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+
+from solvers import Diagonal, Eigen, Kronecker, LinearOperator
+from solvers.flattened import Flattened
+
+
+@dataclass(frozen=True)
+class Doubling:
+    """A period that doubles with the steps taken up to its final length: due at steps 0, 1, 2, 4, 8, ...
+
+    The first statistics are poor and change fast, the later ones are good and change slowly; a handful of early
+    refreshes costs what a handful of periods does. A schedule for ``inverse_update_period``.
+
+    >>> [step for step in range(50) if step % Doubling(10)(step) == 0]
+    [0, 1, 2, 4, 8, 10, 20, 30, 40]
+
+    Args:
+        period: The final period.
+
+    Raises:
+        ValueError: If it is not a positive whole number.
+    """
+
+    period: int
+
+    def __post_init__(self) -> None:
+        """Check the border."""
+        if not isinstance(self.period, int) or self.period < 1:
+            raise ValueError(f"a period is a whole number of steps, at least 1; got {self.period!r}.")
+
+    def __call__(self, step: int) -> int:
+        """The period that counts at a step: the largest power of two that is not beyond it, up to the final one."""
+        return min(self.period, 1 << (max(step, 1).bit_length() - 1))
+
+
+def slots(costs: Mapping[str, int], period: int) -> dict[str, int]:
+    """The step within a period at which each block is due, so that all steps cost about the same.
+
+    Longest first: each block goes to the step with the least work so far, costly blocks before cheap ones. At most 4/3
+    of the best possible largest load (Graham, 1969). A pure function of names and costs, whatever their order, so a
+    resumed run and all processes agree on it.
+
+    >>> slots({"a": 8, "b": 5, "c": 4, "d": 1}, 2)
+    {'a': 0, 'b': 1, 'c': 1, 'd': 0}
+
+    Args:
+        costs: Block -> cost of its refresh.
+        period: Steps.
+
+    Returns:
+        Block -> slot in ``range(period)``.
+    """
+    return dict(_slots(tuple(sorted(costs.items())), period))
+
+
+@lru_cache(maxsize=64)
+def _slots(costs: tuple[tuple[str, int], ...], period: int) -> tuple[tuple[str, int], ...]:
+    loads = [0] * period
+    out = []
+    for name, cost in sorted(costs, key=lambda item: (-item[1], item[0])):
+        slot = loads.index(min(loads))
+        loads[slot] += cost
+        out.append((name, slot))
+    return tuple(out)
+
+
+def refresh_cost(inverse: LinearOperator) -> int:
+    """Operations of an inverse or eigendecomposition, up to a constant: the sum of ``d^3`` over its dense factors.
+
+    Args:
+        inverse: The inverse as it is; its shapes alone count.
+    """
+    match inverse:
+        case Kronecker():
+            return sum(refresh_cost(factor) for factor in inverse.factors)
+        case Eigen():
+            return refresh_cost(inverse.basis)
+        case Diagonal():
+            return prod(inverse.in_shape)
+        case Flattened():
+            return prod(inverse.in_shape) ** 3
+    return prod(inverse.in_shape[:-1]) * inverse.in_shape[-1] ** 3
