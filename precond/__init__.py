@@ -8,7 +8,7 @@ from precond.base import SecondOrderOptimizer
 from precond.curveball import CurveBall
 from precond.ekfac import EKFAC
 from precond.galore import GaLore
-from precond.gauss_newton import GaussNewton, PointwiseResidual
+from precond.gauss_newton import GaussNewton
 from precond.hessian_free import HessianFree
 from precond.kbfgs import KBFGS
 from precond.kfac import KFAC
@@ -21,6 +21,7 @@ from precond.natural_gradient import NaturalGradient
 from precond.newton import Newton
 from precond.preconditioner import Preconditioner
 from precond.psgd import PSGD
+from precond.residuals import PointwiseResidual
 from precond.seng import SENG
 from precond.shampoo import Shampoo
 from precond.singd import SINGD

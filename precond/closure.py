@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -146,16 +147,25 @@ class ClosureOptimizer(SecondOrderOptimizer):
 
     def value_at(self, moves: Mapping[Tensor, Tensor]) -> Tensor:
         """What is minimised, at ``p + move``; the parameters stay as they are, bit for bit."""
-        assert self._closure is not None
+        with self.moved(moves):
+            return self.sign * self.objective(self._required_closure())
+
+    @contextmanager
+    def moved(self, moves: Mapping[Tensor, Tensor]) -> Iterator[None]:
+        """Within the block the parameters are at ``p + move``; afterwards as they were, bit for bit."""
         own = {p: p.data for p in moves}
         try:
             # Not in place: the graph of the last evaluation holds the parameters as they were.
             for p, move in moves.items():
                 p.data = (own[p] + move).to(p.dtype)
-            return self.sign * self.objective(self._closure)
+            yield
         finally:
             for p, data in own.items():
                 p.data = data
+
+    def _required_closure(self) -> Closure:
+        assert self._closure is not None
+        return self._closure
 
     def objective(self, closure: Closure) -> Tensor:
         """The loss at the current parameters, without graph."""
@@ -222,7 +232,8 @@ class ClosureOptimizer(SecondOrderOptimizer):
         rule: LevenbergMarquardt,
         gradient: Tensor,
         solve: Callable[[float], Tensor],
-        product: Callable[[Tensor], Tensor],
+        quadratic: Callable[[Tensor], Tensor],
+        bend: Callable[[Tensor, float], Tensor] | None = None,
     ) -> Tensor:
         r"""Find a damping whose step lowers the loss, and adapt it.
 
@@ -234,7 +245,8 @@ class ClosureOptimizer(SecondOrderOptimizer):
             rule: When to change the damping, and by how much.
             gradient: g of what is minimised, ``(P,)``.
             solve: Damping to direction d.
-            product: C times a vector.
+            quadratic: A vector v to ``v^T C v``.
+            bend: A correction of second order to a move; the model does not see it.
 
         Returns:
             The direction; zero if every attempt was rejected.
@@ -251,7 +263,11 @@ class ClosureOptimizer(SecondOrderOptimizer):
                 self.set_damping(rule.raised(damping))
                 continue
             move = -rates * direction
-            predicted = -float(gradient @ move + 0.5 * (move @ product(move)))
+            predicted = -float(gradient @ move + 0.5 * quadratic(move))
+            if bend is not None:
+                correction = bend(move, damping)
+                move = move + correction
+                direction = direction - torch.where(rates > 0, correction / rates, 0.0)
             after, before = float(self.value_at(unflatten(move, params))), float(self.value)
             if 0 <= predicted <= 10 * torch.finfo(move.dtype).eps * abs(before) and after < float("inf"):
                 return direction  # too small to be seen in the loss

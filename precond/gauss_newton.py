@@ -2,71 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jacrev, vmap
 
 from precond.adapt import LevenbergMarquardt
 from precond.closure import Closure, ClosureOptimizer, flatten, jacobian_rows, unflatten
 from precond.methods import Taxonomy
 from precond.products import GaussNewtonMatrix, Part
-from solvers import CG, Cholesky, Dense, LinearOperator, LowRank, Tikhonov, Woodbury, power
+from precond.residuals import DenseLeastSquares, LeastSquares, MatrixFreeLeastSquares, PointwiseResidual
+from solvers import CG
 
 SolverName = Literal["auto", "cholesky", "woodbury", "cg"]
 
-
-@dataclass(frozen=True)
-class PointwiseResidual:
-    r"""Residuals at points, each of which depends on one point alone; their Jacobian is taken point by point.
-
-    .. math:: r_n = w\, f(u, x_n), \qquad u(x) = \text{model}(x)
-
-    Costs one Jacobian of f per point under ``vmap``, where a residual that is only known as a tensor costs a backward
-    pass over all points for each row.
-
-    Args:
-        model: Maps a batch ``(N, d)`` to ``(N, ...)``, example by example; without buffers that it changes.
-        function: ``f(u, x)`` with ``u`` the model as a function of one point ``(d,)`` and ``x`` one point; may use
-            ``torch.func`` on ``u``. Returns a tensor.
-        points: ``(N, d)``.
-        weight: w, often ``N ** -0.5``.
-    """
-
-    model: nn.Module
-    function: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
-    points: Tensor
-    weight: float = 1.0
-
-    def value(self) -> Tensor:
-        """``(N * entries,)``."""
-        return vmap(lambda x: self._at({}, x))(self.points).reshape(-1)
-
-    def value_and_jacobian(self, params: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Residuals ``(R,)`` and their Jacobian ``(R, P)`` with respect to the concatenated parameters."""
-        names = {id(p): name for name, p in self.model.named_parameters()}
-        free = {names[id(p)]: p.detach() for p in params if id(p) in names}
-
-        def both(values: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
-            r = self._at(values, x)
-            return r, r
-
-        rows, value = vmap(jacrev(both, has_aux=True), in_dims=(None, 0))(free, self.points)
-        count = value.numel()
-        blocks = []
-        for p in params:
-            name = names.get(id(p))
-            blocks.append(p.new_zeros(count, p.numel()) if name is None else rows[name].reshape(count, -1))
-        return value.reshape(-1), torch.cat(blocks, 1)
-
-    def _at(self, values: dict[str, Tensor], x: Tensor) -> Tensor:
-        def u(point: Tensor) -> Tensor:
-            return functional_call(self.model, values, (point.unsqueeze(0),)).squeeze(0)
-
-        return self.weight * self.function(u, x).reshape(-1)
+# Transtrum and Sethna (2012): any decrease counts as success ("delayed gratification", with 2 and 5), the second
+# derivative is taken over a tenth of the step (section 2), and the acceleration bounded by 2|a| / |v| <= 0.75.
+_RULE = LevenbergMarquardt(decrease=0.2, increase=2.0, lower=0.0, upper=0.0, attempts=30)
+_PROBE = 0.1
+_BEND = 0.75
 
 
 class GaussNewton(ClosureOptimizer):
@@ -74,25 +29,40 @@ class GaussNewton(ClosureOptimizer):
 
     For :math:`L = \tfrac12 \lVert r(\theta) \rVert^2` with residuals r and their Jacobian J,
 
-    .. math:: d = (J^\top J + \lambda I)^{-1} (J^\top r + \lambda \mu\, d_{previous})
+    .. math:: d = (J^\top J + \lambda D^2)^{-1} (J^\top r + \lambda \mu D^2 d_{previous})
 
     The closure returns the *residuals*, a tensor or a list of tensors of any shapes and of
     :class:`PointwiseResidual`; scale them so that L is the loss that is meant (``N ** -0.5`` for a mean of squares,
-    halved). ``step`` returns L. With ``adapt`` the damping follows the reduction ratio, and steps that do not lower L
-    are rejected.
+    halved). ``step`` returns L.
+
+    With ``adapt`` a step that does not lower L is rejected and tried again with twice the damping, and any other one
+    divides the damping by five. Narrow curved valleys, which such problems are full of, are then followed along their
+    curvature (``acceleration``): the step is a parabola instead of a line,
+
+    .. math:: \theta \leftarrow \theta - d + \tfrac12 a, \qquad
+        a = -(J^\top J + \lambda D^2)^{-1} J^\top \frac{\partial^2 r}{\partial d^2}
+
+    with the second derivative from one more evaluation of the residuals, a tenth of the step away; it is left out
+    where ``|D a| > 0.75 |D d|``, too far for a parabola. ``scaled`` takes for :math:`D^2` the largest diagonal of
+    :math:`J^\top J` seen so far, which makes the method blind to the units of single parameters and :math:`\lambda` a
+    plain number; otherwise D = I.
 
     Prefer it for smooth deterministic problems that are wanted to high accuracy, with up to some thousands of
-    parameters or residuals, and in float64. With R residuals a step costs the Jacobian, and ``R P min(R, P) +
-    min(R, P)^3 / 3``: by Cholesky if ``P <= R``, by Woodbury if ``R < P``, or some products under CG. Memory ``R P``,
-    or the graph of the residuals under CG.
+    parameters or residuals, and in float64. With R residuals a step costs the Jacobian, and ``R P min(R, P)``, and
+    ``min(R, P)^3 / 3`` for each damping that is tried: by Cholesky, in the size of the parameters if ``P <= R`` and in
+    that of the residuals (Woodbury) if ``R < P``; or some products under CG. Memory ``R P``, or the graph of the
+    residuals under CG.
 
     Args:
         params: The model, or parameters, groups, or named parameters.
         lr: Step length.
-        damping: :math:`\lambda`, in units of :math:`J^\top J`; where it starts, with ``adapt``.
+        damping: :math:`\lambda`, relative to the diagonal of :math:`J^\top J`, or in its units where not ``scaled``;
+            where it starts, with ``adapt``.
         solver: ``"cholesky"`` in the size of the parameters, ``"woodbury"`` in that of the residuals, ``"auto"`` for
             the smaller one, ``"cg"`` or a :class:`~solvers.CG` for matrix-free products.
-        adapt: ``True`` for the usual rule, another rule, or ``False``.
+        adapt: ``True`` for the rule above, another rule, or ``False``.
+        scaled: Damp relative to the diagonal; ``None`` for wherever J is formed, which is not under CG.
+        acceleration: Geodesic acceleration; only with ``adapt``.
         spring: :math:`\mu`, momentum inside the solve (SPRING), in [0, 1).
         weight_decay: Decoupled weight decay.
         options: See :class:`SecondOrderOptimizer`.
@@ -101,8 +71,10 @@ class GaussNewton(ClosureOptimizer):
         ValueError: If an option is out of range.
 
     References:
-        Marquardt (1963); Mueller and Zeinhofer (2023), https://arxiv.org/abs/2302.13163; Goldshlager, Abrahamsen and
-        Lin (2024), SPRING, https://arxiv.org/abs/2401.10190
+        Marquardt (1963); Moré (1978), section 4 (scaling); Transtrum and Sethna (2012), sections 2 and 4
+        (acceleration, and the rule), https://arxiv.org/abs/1201.5885; Mueller and Zeinhofer (2023),
+        https://arxiv.org/abs/2302.13163; Goldshlager, Abrahamsen and Lin (2024), SPRING,
+        https://arxiv.org/abs/2401.10190
     """
 
     taxonomy: ClassVar = Taxonomy(
@@ -125,6 +97,8 @@ class GaussNewton(ClosureOptimizer):
         damping: float = 1e-3,
         solver: SolverName | CG = "auto",
         adapt: bool | LevenbergMarquardt = True,
+        scaled: bool | None = None,
+        acceleration: bool = True,
         spring: float = 0.0,
         weight_decay: float = 0.0,
         **options: Any,
@@ -134,8 +108,11 @@ class GaussNewton(ClosureOptimizer):
         if not 0 <= spring < 1:
             raise ValueError(f"spring is the weight of the previous step, in [0, 1); got {spring}.")
         self.solver = solver
-        self.rule = LevenbergMarquardt() if adapt is True else adapt or None
-        self.spring = spring
+        if scaled and self.matrix_free:
+            raise ValueError("scaled=True needs the diagonal of J^T J, which CG never forms; use scaled=False.")
+        self.scaled = not self.matrix_free if scaled is None else scaled
+        self.rule = _RULE if adapt is True else adapt or None
+        self.acceleration, self.spring = acceleration, spring
         self._jacobian: Tensor | None = None
         self._residual: Tensor | None = None
         params = params.parameters() if isinstance(params, nn.Module) else params
@@ -207,36 +184,55 @@ class GaussNewton(ClosureOptimizer):
         if self.sign < 0:
             raise ValueError("GaussNewton minimises a sum of squares; maximize=True has no meaning for it.")
         params = list(gradients)
-        g, curvature = flatten(gradients), self._curvature(params)
+        g, problem, residual = flatten(gradients), self._problem(params), self._now()
         old = flatten({p: self.state[p].get("direction", torch.zeros_like(p)) for p in params})
 
         def solve(damping: float) -> Tensor:
-            return self._solve(curvature, damping, g + damping * self.spring * old)
+            if not self.spring:
+                return problem.fit(residual, damping)
+            previous = self.spring * old
+            return previous + problem.fit(residual - problem.push(previous), damping)
+
+        def bend(move: Tensor, damping: float) -> Tensor:
+            probe = _PROBE * move
+            with self.moved(unflatten(probe, params)):
+                there = torch.cat([r.detach().reshape(-1) for r in self._tensors(self._required_closure())])
+            second = 2 / _PROBE**2 * (there.to(g.dtype) - residual - problem.push(probe))
+            out = -0.5 * problem.fit(second, damping)
+            return out if problem.size(out) <= 0.5 * _BEND * problem.size(move) else torch.zeros_like(out)
 
         if self.rule is None:
             direction = solve(float(self.common("damping")))
         else:
-            direction = self.levenberg_marquardt(self.rule, g, solve, curvature.__matmul__)
+            direction = self.levenberg_marquardt(
+                self.rule, g, solve, lambda v: problem.push(v).square().sum(), bend if self.acceleration else None
+            )
         out = unflatten(direction, params)
         if self.spring:
             for p in params:
                 self.state[p]["direction"] = out[p].clone()
         return out
 
-    def _curvature(self, params: list[Tensor]) -> LinearOperator:
+    def _now(self) -> Tensor:
+        assert self._residual is not None
+        return self._residual.detach()
+
+    def _problem(self, params: list[Tensor]) -> LeastSquares:
         assert self._residual is not None
         if self.matrix_free:
-            return GaussNewtonMatrix([Part(self._residual, lambda x: x)], params).operator()
+            solver = self.solver if isinstance(self.solver, CG) else CG(rtol=1e-8, progress=False)
+            return MatrixFreeLeastSquares(GaussNewtonMatrix([Part(self._residual, lambda x: x)], params), solver)
         assert self._jacobian is not None
         few = self._jacobian.shape[0] < self._jacobian.shape[1]
-        if self.solver == "woodbury" or (self.solver == "auto" and few):
-            return LowRank(self._jacobian, self._jacobian @ self._jacobian.mT)
-        return Dense(self._jacobian.mT @ self._jacobian)
+        scale = self._scale(params) if self.scaled else None
+        return DenseLeastSquares(self._jacobian, scale, self.solver == "woodbury" or (self.solver == "auto" and few))
 
-    def _solve(self, curvature: LinearOperator, damping: float, b: Tensor) -> Tensor:
-        damped = Tikhonov(damping)(curvature)
-        if isinstance(self.solver, CG):
-            return self.solver.solve(damped, b)
-        if self.solver == "cg":
-            return CG(rtol=1e-8, progress=False).solve(damped, b)
-        return power(damped, -1, Woodbury() if isinstance(curvature, LowRank) else Cholesky(explicit=False)) @ b
+    def _scale(self, params: list[Tensor]) -> Tensor:
+        """The largest norms of the columns of J seen so far; a parameter without effect gets a small one."""
+        assert self._jacobian is not None
+        for p, norms in unflatten(torch.linalg.vector_norm(self._jacobian, dim=0), params).items():
+            state = self.state[p]
+            state["scale"] = torch.maximum(state["scale"], norms) if "scale" in state else norms.clone()
+        scale = flatten({p: self.state[p]["scale"] for p in params})
+        largest = float(scale.max())
+        return scale.clamp_min(1e-8 * largest if largest > 0 else 1.0)

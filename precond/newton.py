@@ -85,7 +85,7 @@ class Newton(ClosureOptimizer):
         if self.rule is None:
             direction = solve(float(self.common("damping")))
         else:
-            direction = self.levenberg_marquardt(self.rule, g, solve, curvature.__matmul__)
+            direction = self.levenberg_marquardt(self.rule, g, solve, lambda v: v @ (curvature @ v))
         return unflatten(sign * direction, params)
 
     def _inverse(self, curvature: LinearOperator, damping: float) -> LinearOperator:
