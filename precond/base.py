@@ -88,6 +88,11 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         self._prepared: dict[int, tuple[Tensor, int]] = {}  # gradients that precondition() wrote
         self._idle = False  # the step could move nothing and saw nothing, so it does not count
         super().__init__(params, options)
+        if not any(p.requires_grad for group in self.param_groups for p in group["params"]):
+            raise ValueError(
+                f"every parameter given to {type(self).__name__} is frozen; call requires_grad_(True) on those to be "
+                "trained."
+            )
 
     @abstractmethod
     def directions(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
@@ -284,7 +289,9 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         if found_inf is not None and bool(found_inf):
             self.on_skip()
             return None
-        gradients = {p: p.grad for group in self.param_groups for p in group["params"] if p.grad is not None}
+        params = [p for group in self.param_groups for p in group["params"]]
+        # A parameter that was frozen in the middle may still have the gradient of the step before.
+        gradients = {p: p.grad for p in params if p.grad is not None and p.requires_grad}
         if not gradients:  # nothing to learn from, so this is no step
             self.on_skip()
             return None
