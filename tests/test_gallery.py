@@ -12,6 +12,7 @@ SCRIPTS = sorted(GALLERY.glob("*.py"))
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:By default `link_approx`:UserWarning")  # laplace-torch says so each time
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_a_script_holds_what_it_says(script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MPLBACKEND", "Agg")

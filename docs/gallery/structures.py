@@ -77,7 +77,7 @@ def main(out: Path) -> None:
         ax.set_yticks([])
         ax.set_title(name if name == "Gauss-Newton" else f"{name}, {distances[name]:.2f} away", fontsize="medium")
     figure.colorbar(picture, ax=axes, shrink=0.7, label="entry")
-    figure.savefig(out / "structures.png", dpi=110)
+    figure.savefig(out / "structures.png", dpi=80)
 
 
 if __name__ == "__main__":
