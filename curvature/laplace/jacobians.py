@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call, jacrev
+from torch.overrides import TorchFunctionMode
 
 from curvature.data import resolve_output
 from curvature.laplace.batch import BatchBackend, Inputs, Pass
+from curvature.parameters import Parameters
 from curvature.persample import Examples
+from curvature.recorder import tensors_in
 from curvature.settings import differentiable_kernels
 
 
@@ -83,12 +90,14 @@ class JacobianBackend(BatchBackend):
         parameters = self._parameters()
 
         def run(values: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-            output = resolve_output(functional_call(self.model, values, (x,)))
+            buffers = {name: b.clone() for name, b in self.model.named_buffers()}  # some are updated in train mode
+            output = resolve_output(functional_call(self.model, buffers | values, (x,)))
             return output.flatten(1), output
 
-        with self._untouched(), torch.enable_grad(), differentiable_kernels(self.model):
+        with self._untouched(), torch.enable_grad(), differentiable_kernels(self.model), _PlainLayerNorm():
             parts, f = jacrev(run, has_aux=True)(dict(parameters))
-        Js = parameters.flatten(parts)
+            Js = parameters.flatten(parts)
+            _check_graph(Js, run(dict(parameters))[0], parameters, [t for t in tensors_in(x) if t.requires_grad])
         columns = self._columns(parameters)
         return (Js if columns is None else Js[..., columns]), f
 
@@ -104,3 +113,56 @@ class JacobianBackend(BatchBackend):
             rows, columns = run.examples().gradients([run.loss.gradient()])[0], self._columns(run.parameters)
             loss = run.loss.value().detach().to(run.output.dtype)
             return (rows if columns is None else rows[:, columns]), loss
+
+
+class _PlainLayerNorm(TorchFunctionMode):
+    """Computes layer norms from their parts.
+
+    The derivative of a vectorised backward pass through the fused kernel is wrong (seen in PyTorch 2.13).
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (F.layer_norm, torch.layer_norm):
+            return _layer_norm(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Tensor:
+    axes = tuple(range(-len(normalized_shape), 0))
+    centered = input - input.mean(axes, keepdim=True)
+    y = centered * (centered.square().mean(axes, keepdim=True) + eps).rsqrt()
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias
+
+
+def _check_graph(Js: Tensor, f: Tensor, parameters: Parameters, inputs: list[Tensor]) -> None:
+    """Compare the Jacobians' derivative in the inputs, in random directions, with that of a plain backward pass."""
+    if not inputs:
+        return
+    generator = torch.Generator().manual_seed(0)
+    u, v = (torch.randn(shape, generator=generator).to(Js) for shape in (f.shape, Js.shape[-1:]))
+    gradient = torch.autograd.grad(f, list(parameters.values()), u, create_graph=True, allow_unused=True)
+    pairs = zip(parameters.items(), gradient, strict=True)
+    flat = parameters.flatten({name: torch.zeros_like(p) if g is None else g for (name, p), g in pairs})
+
+    def slopes(value: Tensor) -> list[Tensor]:
+        found = torch.autograd.grad(value, inputs, retain_graph=True, allow_unused=True)
+        return [torch.zeros_like(t) if g is None else g for t, g in zip(inputs, found, strict=True)]
+
+    if not flat.requires_grad:
+        return
+    for plain, vectorised in zip(slopes(flat @ v), slopes((u.unsqueeze(1) @ Js).sum((0, 1)) @ v), strict=True):
+        tolerance = torch.finfo(Js.dtype).eps ** 0.5
+        if not torch.linalg.vector_norm(plain - vectorised) <= tolerance * (1 + torch.linalg.vector_norm(plain)):
+            raise RuntimeError(
+                "PyTorch's vectorised backward passes through this model have another derivative in the inputs than "
+                "plain ones, so gradients through these Jacobians would be wrong. Use enable_backprop=False, or "
+                "replace the fused operation in the model by plain ones."
+            )

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from curvature.block import Block, Part
 from curvature.laplace.sums import OuterSums
 from curvature.losses import Terms, widen
+from curvature.recorder import tensors_in
 from curvature.samples import gram
 
 
@@ -42,17 +44,12 @@ class Features:
             model: laplace-torch's ``FeatureExtractor``.
             x: Inputs.
         """
+        if model.last_layer is None:
+            model(x)  # an extractor finds its layer in its first pass
         layer: nn.Linear = model.last_layer
-        calls: list[None] = []
-        handle = layer.register_forward_pre_hook(lambda *_: calls.append(None))
-        try:
+        with _Uses(layer) as uses:
             output, phi = model.forward_with_features(x)
-        finally:
-            handle.remove()
-        names = [name for name, p in model.named_parameters(remove_duplicate=False) if _is(p, layer)]
-        # Older versions of laplace-torch list the layer under the extractor as well.
-        shared = len([name for name in names if not name.startswith("last_layer.")]) > len(list(layer.parameters()))
-        if len(calls) != 1 or shared or not isinstance(output, Tensor) or output.shape[:-1] != phi.shape[:-1]:
+        if uses.count != 1 or not isinstance(output, Tensor) or output.shape[:-1] != phi.shape[:-1]:
             return None
         with torch.no_grad():
             expected = F.linear(phi, layer.weight, layer.bias)
@@ -140,5 +137,17 @@ def block_of(layer: nn.Linear, weight: str, bias: str | None = None) -> Block:
     return Block("+".join(part.name for part in parts), tuple(parts))
 
 
-def _is(parameter: Tensor, layer: nn.Linear) -> bool:
-    return any(parameter is p for p in layer.parameters())
+class _Uses(TorchFunctionMode):
+    """Counts the functions that compute something from the parameters of a layer, or from views of them."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.parameters = {id(p) for p in layer.parameters()}
+        self.count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        used = any(id(t) in self.parameters or id(t._base) in self.parameters for t in tensors_in((args, kwargs)))
+        if used and any(True for _ in tensors_in(result)):  # a look at shape or dtype is no use
+            self.count += 1
+        return result
