@@ -82,7 +82,7 @@ class ClosureOptimizer(SecondOrderOptimizer):
 
     def run(self, closure: Closure) -> Any:
         """What the closure returns, with its graph."""
-        with torch.enable_grad(), _BackwardDoesNothing():
+        with torch.enable_grad(), BackwardDoesNothing():
             return closure()
 
     def loss(self, closure: Closure) -> Tensor:
@@ -286,7 +286,9 @@ class ClosureOptimizer(SecondOrderOptimizer):
             group["damping"] = damping
 
 
-class _BackwardDoesNothing(TorchFunctionMode):
+class BackwardDoesNothing(TorchFunctionMode):
+    """``Tensor.backward`` does nothing inside."""
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.backward:
             return None

@@ -73,6 +73,16 @@ class GaussNewtonMatrix:
         """``C v`` for one vector ``(P,)``."""
         return self.pull([part.hessian(x) for part, x in zip(self.parts, self.push(v), strict=True)])
 
+    def gram(self, vectors: list[Tensor]) -> Tensor:
+        """``V^T C V`` for the vectors as columns of V, in float64: half of a product with C for each."""
+        images = [self.push(v) for v in vectors]
+        curved = [[part.hessian(x) for part, x in zip(self.parts, image, strict=True)] for image in images]
+        entries = [
+            [sum(float((x * y).double().sum()) for x, y in zip(a, b, strict=True)) for b in curved] for a in images
+        ]
+        gram = torch.tensor(entries, dtype=torch.float64)
+        return (gram + gram.mT) / 2
+
     def operator(self) -> Function:
         """C as an operator."""
         size = sum(p.numel() for p in self.params)
@@ -160,18 +170,24 @@ class GaussNewtonClosureOptimizer(ClosureOptimizer):
         weight: Tensor | None = torch.autograd.grad(self._loss, value, retain_graph=True, allow_unused=True)[0]
         if weight is None:
             return None
-        if value.ndim:
-            raise ValueError(
-                f"{self.loss_fn!r} returned one value per term, shape {tuple(value.shape)}; {type(self).__name__} "
-                "needs reduction='mean' or 'sum'."
-            )
-        given = list(args)
-        given += [kwargs[name] for name in ("input", "target")[len(args) :]]
-        terms = loss_for(self.loss_fn).terms(*given, as_called=True)
-        scale = self.sign * float(weight) / (float(terms.total) if terms.reduction == "mean" else 1.0)
-        if scale < 0:
-            raise ValueError(
-                f"{type(self).__name__}: what is minimised holds a negative multiple of {self.loss_fn!r}, whose "
-                "Gauss-Newton matrix is not positive semi-definite. maximize=True and a negated loss both turn signs."
-            )
-        return Part(given[0], lambda x: scale * terms.hessian_product(x), terms, scale)
+        return loss_part(self.loss_fn, args, kwargs, self.sign * float(weight.sum()))
+
+
+def loss_part(loss_fn: nn.Module, args: tuple, kwargs: dict, weight: float) -> Part:
+    """The output that a loss module was called on, with the Hessian of ``weight`` times its value.
+
+    Raises:
+        ValueError: If the module gives one value per term, or the weight is negative.
+    """
+    given = list(args)
+    given += [kwargs[name] for name in ("input", "target")[len(args) :]]
+    terms = loss_for(loss_fn).terms(*given, as_called=True)
+    if terms.reduction == "none":
+        raise ValueError(f"{loss_fn!r} returned one value per term, but its Hessian needs reduction='mean' or 'sum'.")
+    scale = weight / (float(terms.total) if terms.reduction == "mean" else 1.0)
+    if scale < 0:
+        raise ValueError(
+            f"what is minimised holds a negative multiple of {loss_fn!r}, whose Gauss-Newton matrix is not positive "
+            "semi-definite. maximize=True and a negated loss both turn signs."
+        )
+    return Part(given[0], lambda x: scale * terms.hessian_product(x), terms, scale)
