@@ -21,6 +21,7 @@ from curvature.kronecker import KroneckerFisher
 from curvature.mixed import Mixed
 from curvature.ntk import ntk
 from curvature.persample import gradient_second_moment, gradient_variance, per_sample_gradients, per_sample_norms
+from curvature.report import Report, report
 from curvature.tnt import TensorNormal
 from curvature.unitwise import UnitFisher
 
@@ -39,6 +40,7 @@ __all__ = [
     "LayerFisher",
     "Mixed",
     "NondeterministicError",
+    "Report",
     "TensorNormal",
     "UnitFisher",
     "activation_hessian",
@@ -55,6 +57,7 @@ __all__ = [
     "ntk",
     "per_sample_gradients",
     "per_sample_norms",
+    "report",
     "resumable_eigsh",
     "self_influence",
 ]

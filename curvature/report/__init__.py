@@ -1,0 +1,40 @@
+"""Everything about the curvature of a model in one call, and on one page."""
+
+from curvature.report.document import Plan, PlanRow, Report
+from curvature.report.results import (
+    Condition,
+    Cost,
+    DensityResult,
+    Distance,
+    DistancesResult,
+    Eigenvalue,
+    EigenvaluesResult,
+    LayersResult,
+    LossResult,
+    NoiseResult,
+    Number,
+    Refusal,
+    TraceResult,
+)
+from curvature.report.run import SECTIONS, report
+
+__all__ = [
+    "SECTIONS",
+    "Condition",
+    "Cost",
+    "DensityResult",
+    "Distance",
+    "DistancesResult",
+    "Eigenvalue",
+    "EigenvaluesResult",
+    "LayersResult",
+    "LossResult",
+    "NoiseResult",
+    "Number",
+    "Plan",
+    "PlanRow",
+    "Refusal",
+    "Report",
+    "TraceResult",
+    "report",
+]

@@ -1,0 +1,43 @@
+"""Frozen dataclasses to plain data and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+
+def encode(value: Any) -> Any:
+    """Dataclasses and tuples as dictionaries and lists."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: encode(getattr(value, field.name)) for field in dataclasses.fields(value) if field.repr}
+    if isinstance(value, dict):
+        return {key: encode(entry) for key, entry in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [encode(entry) for entry in value]
+    return value
+
+
+def decode(kind: Any, value: Any) -> Any:
+    """What :func:`encode` gave, as the type it was.
+
+    Raises:
+        ValueError: If a field is missing or unknown.
+    """
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        (inner,) = (argument for argument in arguments if argument is not type(None))
+        return None if value is None else decode(inner, value)
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        hints = get_type_hints(kind)
+        known = {field.name for field in dataclasses.fields(kind) if field.repr}
+        if not isinstance(value, dict) or set(value) != known:
+            found = sorted(value) if isinstance(value, dict) else type(value).__name__
+            raise ValueError(f"{kind.__name__} has the fields {sorted(known)}, not {found}.")
+        return kind(**{name: decode(hints[name], entry) for name, entry in value.items()})
+    if origin is dict:
+        return {key: decode(arguments[1], entry) for key, entry in value.items()}
+    if origin is tuple:
+        inners = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
+        return tuple(decode(inner, entry) for inner, entry in zip(inners, value, strict=True))
+    return float(value) if kind is float else value

@@ -1,0 +1,241 @@
+"""What a report holds: plain numbers, each with its error."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+Matrix = str
+"""``"hessian"`` or ``"ggn"``."""
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number with its error.
+
+    Attributes:
+        value: The number.
+        error: Standard error: the truth lies within ``value +- 2 error`` in 95 % of runs. 0 where the value is exact
+            up to rounding.
+        samples: Random vectors, or examples, it rests on; 0 where nothing is random.
+    """
+
+    value: float
+    error: float = 0.0
+    samples: int = 0
+
+    @property
+    def exact(self) -> bool:
+        """Whether there is no error but rounding."""
+        return self.error == 0
+
+
+@dataclass(frozen=True)
+class LossResult:
+    """The loss and its gradient over all the data; exact.
+
+    Attributes:
+        value: The loss L of all the data as one batch.
+        gradient_norm: Euclidean norm of its gradient.
+        batches: Number of batches.
+    """
+
+    value: float
+    gradient_norm: float
+    batches: int
+
+
+@dataclass(frozen=True)
+class NoiseResult:
+    r"""Gradients of single examples, scaled so that their mean is the gradient of the loss.
+
+    Attributes:
+        examples: Number N of examples.
+        percentiles: Percentiles 0, 1, ..., 100 of their norms.
+        largest: ``(number of the example in the order of the data, norm)`` of the longest ones.
+        covariance_trace: Trace of the examples' covariance, with divisor N - 1.
+        squared_gradient: Unbiased estimate of the squared norm of the expected gradient,
+            :math:`|\bar g|^2 - \operatorname{tr} \Sigma / N`. It can come out negative.
+        scale: Their ratio, the simple noise scale in examples; None if the gradient is lost in the noise.
+    """
+
+    examples: int
+    percentiles: tuple[float, ...]
+    largest: tuple[tuple[int, float], ...]
+    covariance_trace: Number
+    squared_gradient: Number
+    scale: Number | None
+
+
+@dataclass(frozen=True)
+class Eigenvalue:
+    """An eigenvalue.
+
+    Attributes:
+        value: Its estimate.
+        residual: An eigenvalue lies within this distance of ``value``.
+        converged: Whether the residual meets the tolerance.
+        gradient_share: Share of the squared gradient along its eigenvector, between 0 and 1.
+    """
+
+    value: float
+    residual: float
+    converged: bool
+    gradient_share: float
+
+
+@dataclass(frozen=True)
+class EigenvaluesResult:
+    """Eigenvalues at the ends of the spectrum.
+
+    Attributes:
+        largest: The largest ones, descending.
+        smallest: The smallest ones, ascending; empty where they were not computed.
+        complete: Whether the searches ended. If not, the values are near eigenvalues, but larger ones may exist.
+        alignment: Share of the squared gradient within the space of the largest ones; its error is a bound, from the
+            residuals over the gap to the next eigenvalue. None for a zero gradient.
+        products: Products spent.
+    """
+
+    largest: tuple[Eigenvalue, ...]
+    smallest: tuple[Eigenvalue, ...]
+    complete: bool
+    alignment: Number | None
+    products: int
+
+    @property
+    def converged(self) -> bool:
+        """Whether all that is shown has converged and nothing larger was missed."""
+        return self.complete and all(pair.converged for pair in (*self.largest, *self.smallest))
+
+
+@dataclass(frozen=True)
+class TraceResult:
+    """Sums over the matrix.
+
+    Attributes:
+        trace: Sum of the eigenvalues.
+        frobenius: Root of the sum of their squares.
+        layers: Trace of each layer's diagonal block.
+        products: Products spent.
+    """
+
+    trace: Number
+    frobenius: Number
+    layers: dict[str, Number]
+    products: int
+
+
+@dataclass(frozen=True)
+class Condition:
+    """The condition number of ``C + damping I``, between two bounds.
+
+    Attributes:
+        low: At least this.
+        high: At most this, if the largest eigenvalue was not missed.
+        damping: The shift.
+    """
+
+    low: float
+    high: float
+    damping: float
+
+
+@dataclass(frozen=True)
+class DensityResult:
+    r"""The spectral density, and what follows from it.
+
+    Attributes:
+        grid: Points, in units of the matrix.
+        density: Density at the points; its integral is one.
+        stderr: Standard error at each point.
+        width: Width of the Gaussian that smooths it; finer detail is not resolved.
+        samples: Random vectors; 0 where it comes from all eigenvalues.
+        effective_dimension: :math:`\operatorname{tr} C (C + \lambda I)^{-1}` for the damping; None for a matrix that
+            is not positive semi-definite.
+        damping: :math:`\lambda`.
+        condition: Of ``C + damping I``; None for a matrix that is not positive semi-definite.
+        products: Products spent.
+    """
+
+    grid: tuple[float, ...]
+    density: tuple[float, ...]
+    stderr: tuple[float, ...]
+    width: float
+    samples: int
+    effective_dimension: Number | None
+    damping: float
+    condition: Condition | None
+    products: int
+
+
+@dataclass(frozen=True)
+class LayersResult:
+    """The largest eigenvalue of each layer's diagonal block.
+
+    Attributes:
+        largest: By layer; those that the budget did not reach are missing.
+        products: Products spent.
+    """
+
+    largest: dict[str, Eigenvalue]
+    products: int
+
+
+@dataclass(frozen=True)
+class Distance:
+    r"""How far a structure is from the GGN, :math:`|S - G|_F / |G|_F`.
+
+    Attributes:
+        kind: "exact", or "mc" where the structure was estimated from sampled gradients, whose noise then counts.
+        whole: Over the whole matrix, blocks off the diagonal included.
+        layers: Over each layer's diagonal block; layers without curvature are missing.
+    """
+
+    kind: str
+    whole: Number
+    layers: dict[str, Number]
+
+
+@dataclass(frozen=True)
+class DistancesResult:
+    """Distances of structures to the GGN.
+
+    Attributes:
+        structures: By structure.
+        products: Products spent.
+    """
+
+    structures: dict[str, Distance]
+    products: int
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A part that could not be computed.
+
+    Attributes:
+        part: Section, and matrix or structure.
+        error: Class of the error.
+        message: What it said.
+    """
+
+    part: str
+    error: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a section was predicted to take, and what it took.
+
+    Attributes:
+        part: Section and matrix.
+        predicted: Seconds.
+        seconds: Seconds.
+        products: Products, counted in vectors.
+    """
+
+    part: str
+    predicted: float
+    seconds: float
+    products: float

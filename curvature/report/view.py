@@ -1,0 +1,447 @@
+"""What a report says, chapter by chapter, whatever it is written on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import floor, log10
+
+from curvature.report.document import Report
+from curvature.report.results import Condition, Eigenvalue, Matrix, Number
+
+NAMES = {"hessian": "Hessian", "ggn": "GGN"}
+_DIGITS = 4
+_DASH = "\N{EN DASH}"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table.
+
+    Attributes:
+        caption: What it shows.
+        head: Names of the columns.
+        rows: Cells, as many as there are names.
+        words: How many columns, from the left, hold words; the others hold numbers.
+        long: Whether it may have very many rows.
+    """
+
+    caption: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    words: int = 1
+    long: bool = False
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """A chapter.
+
+    Attributes:
+        title: Its title.
+        plain: What it is about, for people who know none of it.
+        findings: What this report says, in sentences.
+        tables: Its tables.
+        plots: Names of its plots in ``curvature.report.figures``.
+        expert: Definitions and methods.
+    """
+
+    title: str
+    plain: str
+    findings: tuple[str, ...] = ()
+    tables: tuple[Table, ...] = ()
+    plots: tuple[str, ...] = ()
+    expert: tuple[str, ...] = ()
+
+
+def chapters(report: Report) -> list[Chapter]:
+    """All that has something to say."""
+    made = [_glance, _spectrum, _layers, _structures, _examples, _coverage, _missing, _cost]
+    return [chapter for make in made if (chapter := make(report)) is not None]
+
+
+# Numbers --------------------------------------------------------------------------------------------------------------
+
+
+def plain(value: float, digits: int = _DIGITS) -> str:
+    """A number to some significant digits."""
+    if value == 0:
+        return "0"
+    if abs(value) >= 1e6 or abs(value) < 1e-3:
+        return f"{value:.{digits - 1}e}"
+    return f"{value:,.{max(0, digits - 1 - floor(log10(abs(value))))}f}"
+
+
+def number(x: Number | None) -> str:
+    """A number with its standard error, to as many digits as that allows."""
+    if x is None:
+        return _DASH
+    return plain(x.value) if x.exact else with_error(x.value, x.error)
+
+
+def with_error(value: float, error: float) -> str:
+    """``value ± error`` with two digits of the error, which is left out where it does not reach the digits shown."""
+    if value != 0 and error < 0.5 * 10.0 ** (floor(log10(abs(value))) - _DIGITS + 1):
+        return plain(value)
+    size = max(abs(value), error)
+    exponent = floor(log10(size)) if size >= 1e6 or size < 1e-3 else 0
+    decimals = max(0, exponent + 1 - floor(log10(error)))
+    text = f"{value / 10**exponent:,.{decimals}f} ± {error / 10**exponent:,.{decimals}f}"
+    return f"({text})e{exponent:+03d}" if exponent else text
+
+
+def eigenvalue(x: Eigenvalue | None) -> str:
+    """An eigenvalue with its bound; marked where it has not converged."""
+    if x is None:
+        return _DASH
+    return with_error(x.value, x.residual) + ("" if x.converged else " *")
+
+
+def share(value: float) -> str:
+    """A share in percent."""
+    return f"{100 * value:.1f} %"
+
+
+def condition(x: Condition | None) -> str:
+    """A condition number between its bounds."""
+    if x is None:
+        return _DASH
+    low, high = plain(x.low, 3), plain(x.high, 3)
+    return low if low == high else f"{low} to {high}"
+
+
+def memory(size: int) -> str:
+    """Bytes in units that people read."""
+    return f"{size / 2**20:,.0f} MiB" if size < 2**30 else f"{size / 2**30:.1f} GiB"
+
+
+def seconds(value: float) -> str:
+    """A duration."""
+    if value < 100:
+        return f"{value:.2g} s" if value < 10 else f"{value:.0f} s"
+    return f"{value / 60:.0f} min" if value < 6000 else f"{value / 3600:.1f} h"
+
+
+def _of(count: int, one: str, many: str | None = None) -> str:
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
+# Chapters -------------------------------------------------------------------------------------------------------------
+
+
+def facts(report: Report) -> list[tuple[str, str]]:
+    """What stands at the top: the loss, and what it is a loss of."""
+    rows = [("loss", plain(report.loss.value)), ("gradient norm", plain(report.loss.gradient_norm))]
+    rows.append(("parameters", f"{report.parameters:,}"))
+    rows.append(("layers", f"{len(report.layers):,}"))
+    if report.noise is not None:
+        rows.append(("examples", f"{report.noise.examples:,}"))
+    rows.append(("batches", f"{report.loss.batches:,}"))
+    return rows
+
+
+def _matrices(report: Report) -> list[Matrix]:
+    known = {*report.eigenvalues, *report.traces, *report.densities, *report.layer_eigenvalues}
+    return [matrix for matrix in NAMES if matrix in known]
+
+
+def _glance(report: Report) -> Chapter | None:
+    matrices = _matrices(report)
+    if not matrices:
+        return None
+
+    def row(label: str, *cells: str) -> tuple[str, ...] | None:
+        return (label, *cells) if any(cell != _DASH for cell in cells) else None
+
+    eigen = [report.eigenvalues.get(m) for m in matrices]
+    trace = [report.traces.get(m) for m in matrices]
+    density = [report.densities.get(m) for m in matrices]
+    lam = f"{report.damping:g}"
+    rows = [
+        row("largest eigenvalue", *(eigenvalue(e.largest[0]) if e else _DASH for e in eigen)),
+        row("smallest eigenvalue", *(eigenvalue(e.smallest[0]) if e and e.smallest else _DASH for e in eigen)),
+        row("trace", *(number(t.trace) if t else _DASH for t in trace)),
+        row("Frobenius norm", *(number(t.frobenius) if t else _DASH for t in trace)),
+        row(f"effective dimension at λ = {lam}", *(number(d.effective_dimension) if d else _DASH for d in density)),
+        row(f"condition with λ = {lam}", *(condition(d.condition) if d else _DASH for d in density)),
+        row(f"gradient in the top {report.k} directions", *(_aligned(e.alignment) if e else _DASH for e in eigen)),
+    ]
+    table = Table(
+        "The matrices in numbers", ("", *(NAMES[m] for m in matrices)), tuple(r for r in rows if r is not None)
+    )
+    return Chapter(
+        "At a glance",
+        "Curvature says how fast the slope of the loss changes as the parameters move. The Hessian is the exact "
+        "curvature; the Gauss-Newton matrix (GGN) is the part of it that second-order optimizers use, which never "
+        "bends downwards.",
+        tuple(_findings(report)),
+        (table,),
+        expert=(
+            "± is one standard error: the truth lies within two of them in 95 % of runs. For an eigenvalue it is a "
+            "bound: an eigenvalue lies within it. Without ± all digits shown are right. * has not converged.",
+            "Effective dimension: tr C (C + λI)⁻¹. Condition: of C + λI, between bounds where it was estimated. Both "
+            "are for the GGN only; the Hessian is indefinite. Share of the gradient: |Vᵀg|² / |g|², its error bounded "
+            "by the residuals over the gap to the next eigenvalue.",
+        ),
+    )
+
+
+def _aligned(x: Number | None) -> str:
+    if x is None:
+        return _DASH
+    if x.error >= 0.5:
+        return "undetermined"
+    bound = f" ± {100 * x.error:.1f}" if x.error >= 5e-4 else ""
+    return f"{100 * x.value:.1f}{bound} %"
+
+
+def _findings(report: Report) -> Iterator[str]:
+    hessian = report.eigenvalues.get("hessian")
+    if hessian is not None:
+        top = hessian.largest[0]
+        if top.converged and hessian.complete and top.value > 0:
+            yield (
+                f"Plain gradient descent is stable here up to a learning rate of about {plain(2 / top.value, 3)}: two "
+                "over the largest eigenvalue of the Hessian."
+            )
+        low = hessian.smallest[0] if hessian.smallest else None
+        if low is not None and low.value + low.residual < 0 < top.value:
+            yield (
+                "The loss also bends downwards: the most negative curvature has "
+                f"{share(-low.value / top.value)} of the size of the largest. This is no minimum."
+            )
+    noise = report.noise
+    if noise is not None and noise.scale is not None:
+        yield (
+            f"The gradient noise scale is {number(noise.scale)} examples: much larger batches hardly improve a step, "
+            "much smaller ones are mostly noise."
+        )
+    elif noise is not None:
+        yield (
+            f"On {noise.examples:,} examples the gradient cannot be told from zero: its noise is as large as itself."
+        )
+    if report.distances is not None and report.distances.structures:
+        name, best = min(report.distances.structures.items(), key=lambda item: item[1].whole.value)
+        yield f"Of the structures compared, {name} is nearest to the GGN: {share(best.whole.value)} of it is left out."
+
+
+def _spectrum(report: Report) -> Chapter | None:
+    if not report.eigenvalues and not report.densities:
+        return None
+    tables = []
+    for matrix, found in report.eigenvalues.items():
+        marks = [(f"{i}", pair) for i, pair in enumerate(found.largest, start=1)]
+        marks += [(f"lowest {i}", pair) for i, pair in enumerate(found.smallest, start=1)]
+        rows = tuple((label, eigenvalue(pair), share(pair.gradient_share)) for label, pair in marks)
+        state = (
+            ""
+            if found.converged
+            else "; not all have converged (*)"
+            if found.complete
+            else ("; the search was not finished, so larger ones may exist")
+        )
+        head = ("", "eigenvalue", "share of gradient")
+        tables.append(Table(f"{NAMES[matrix]}: eigenvalues at the ends of the spectrum{state}", head, rows))
+    samples = {d.samples for d in report.densities.values()}
+    how = "from all eigenvalues" if samples == {0} else f"from {max(samples, default=0)} random vectors"
+    return Chapter(
+        "Spectrum",
+        "Each direction in parameter space has a curvature, an eigenvalue. Typically a few directions are steep and "
+        "almost all are nearly flat; the steep ones limit the learning rate, the flat ones make training slow.",
+        tables=tuple(tables),
+        plots=("density", "eigenvalues"),
+        expert=(
+            f"Density {how}, smoothed by a Gaussian (stochastic Lanczos quadrature; the band is two standard errors). "
+            "Eigenvalues by thick-restart Lanczos with full reorthogonalisation and a search for repeated ones; each "
+            "is within its residual |Av - λv| of a true one. Both densities integrate to one.",
+        ),
+    )
+
+
+def _layers(report: Report) -> Chapter | None:
+    if not report.traces and not report.layer_eigenvalues:
+        return None
+    matrices = _matrices(report)
+    head = ["layer", "parameters"]
+    for m in matrices:
+        head += [f"{NAMES[m]}: share of trace"] if m in report.traces else []
+        head += [f"{NAMES[m]}: largest eigenvalue"] if m in report.layer_eigenvalues else []
+    rows = []
+    for name, size in report.layers.items():
+        cells = [name, f"{size:,}"]
+        for m in matrices:
+            if m in report.traces:
+                cells.append(trace_share(report, m, name))
+            if m in report.layer_eigenvalues:
+                cells.append(eigenvalue(report.layer_eigenvalues[m].largest.get(name)))
+        rows.append(tuple(cells))
+    top = _dominant(report)
+    return Chapter(
+        "Layers",
+        "The same curvature, layer by layer: which parts of the model are sensitive, and which could take larger "
+        "steps.",
+        () if top is None else (top,),
+        (Table("Curvature by layer", tuple(head), tuple(rows), long=True),),
+        ("shares",),
+        (
+            "A layer is a module with the parameters it owns itself. Its block is the part of the matrix in which both "
+            "rows and columns are its own; shares are its trace over that of the whole matrix. Blocks with negative "
+            "eigenvalues can have negative shares.",
+        ),
+    )
+
+
+def trace_share(report: Report, matrix: Matrix, layer: str) -> str:
+    """Share of a layer in the trace; a dash where the trace may be zero."""
+    found = report.traces[matrix]
+    whole, part = found.trace, found.layers[layer]
+    if abs(whole.value) <= 2 * whole.error or whole.value == 0:
+        return _DASH
+    error = part.error / abs(whole.value)
+    return f"{100 * part.value / whole.value:.1f}" + (f" ± {100 * error:.1f}" if error > 0 else "") + " %"
+
+
+def _dominant(report: Report) -> str | None:
+    found = report.traces.get("ggn") or report.traces.get("hessian")
+    if found is None or not found.trace.value > 2 * found.trace.error or len(found.layers) < 2:
+        return None
+    name, part = max(found.layers.items(), key=lambda item: item[1].value)
+    of = "GGN" if "ggn" in report.traces else "Hessian"
+    small = share(report.layers[name] / report.parameters)
+    held = share(part.value / found.trace.value)
+    return f"{name} holds {held} of the trace of the {of}, with {small} of the parameters."
+
+
+def _structures(report: Report) -> Chapter | None:
+    found = report.distances
+    if found is None or not found.structures:
+        return None
+    names = list(found.structures)
+    rows = [("whole matrix", *(_distance(found.structures[s].whole) for s in names))]
+    rows += [
+        (layer, *(_distance(found.structures[s].layers.get(layer)) for s in names))
+        for layer in report.layers
+        if any(layer in found.structures[s].layers for s in names)
+    ]
+    sampled = any(d.kind == "mc" for d in found.structures.values())
+    return Chapter(
+        "Approximations",
+        "Optimizers store the GGN in a simpler form. The distance says what that form leaves out: 0 % is the GGN "
+        "itself, 100 % is as far away as no curvature at all.",
+        tables=(Table("Relative distance to the GGN", ("layer", *names), tuple(rows), long=True),),
+        plots=("distances",),
+        expert=(
+            "|S - G| / |G| in the Frobenius norm, for the whole matrix (blocks off the diagonal included, which all of "
+            "these structures leave out) and for each layer's own block."
+            + (
+                " The structures were estimated from sampled gradients, whose noise adds to the distances."
+                if sampled
+                else ""
+            ),
+        ),
+    )
+
+
+def _distance(x: Number | None) -> str:
+    if x is None:
+        return _DASH
+    return f"{100 * x.value:.1f}" + ("" if x.exact else f" ± {100 * x.error:.1f}") + " %"
+
+
+def _examples(report: Report) -> Chapter | None:
+    noise = report.noise
+    if noise is None:
+        return None
+    marks = (
+        (0, "shortest"),
+        (5, "5 % below"),
+        (25, "25 %"),
+        (50, "median"),
+        (75, "75 %"),
+        (95, "95 %"),
+        (100, "longest"),
+    )
+    norms = Table(
+        "Norms of the gradients of single examples",
+        ("examples", "norm"),
+        tuple((label, plain(noise.percentiles[at])) for at, label in marks),
+    )
+    numbers = Table(
+        "Signal and noise",
+        ("", "value"),
+        (
+            ("squared norm of the expected gradient", number(noise.squared_gradient)),
+            ("total variance of one example's gradient", number(noise.covariance_trace)),
+            ("noise scale, in examples", number(noise.scale) if noise.scale else "undetermined"),
+        ),
+    )
+    longest = Table(
+        "Examples with the longest gradients",
+        ("example", "norm"),
+        tuple((f"{index:,}", plain(norm)) for index, norm in noise.largest),
+        words=0,
+    )
+    return Chapter(
+        "Examples",
+        "How much single examples disagree about the next step. Examples with by far the longest gradients are often "
+        "mislabelled or unusual.",
+        tables=(numbers, norms, longest),
+        plots=("norms",),
+        expert=(
+            "Gradients of examples are scaled so that their mean is the gradient of the loss. Noise scale: tr Σ / |G|² "
+            "with unbiased estimates of both (McCandlish et al., 2018), undetermined where |G|² is within two standard "
+            "errors of zero; errors by the jackknife over examples. Examples are numbered from 0 in the order of the "
+            "data.",
+        ),
+    )
+
+
+def _coverage(report: Report) -> Chapter | None:
+    table = report.coverage
+    if table is None:
+        return None
+    rows = tuple(
+        (r.parameter, "\N{MULTIPLICATION SIGN}".join(map(str, r.shape)) or "scalar", r.structure, r.why)
+        for r in table.rows
+    )
+    return Chapter(
+        "Coverage",
+        f"{share(table.covered)} of the parameters are in layers that are known by name; the others get a curvature, "
+        "too, by a more general way.",
+        tables=(Table("Every parameter and its structure", ("parameter", "shape", "structure", "why"), rows, 4, True),),
+    )
+
+
+def _missing(report: Report) -> Chapter | None:
+    rows = [(refusal.part, refusal.message) for refusal in report.refused]
+    rows += [(part, "left out: the budget did not reach it") for part in report.cut]
+    short = [
+        f"layers ({m}): {len(found.largest)} of {len(report.layers)} layers"
+        for m, found in report.layer_eigenvalues.items()
+        if len(found.largest) < len(report.layers)
+    ]
+    rows += [(text.split(":")[0], f"the budget reached {text.split(': ')[1]}") for text in short]
+    rows += [("note", note) for note in report.notes]
+    if not rows:
+        return None
+    return Chapter(
+        "What is missing",
+        "Parts that could not be computed, with the reason, and parts that the budget did not reach.",
+        tables=(Table("Refused and left out", ("part", "why"), tuple(rows), 2),),
+    )
+
+
+def _cost(report: Report) -> Chapter:
+    rows = tuple((c.part, seconds(c.seconds), seconds(c.predicted), f"{c.products:,.0f}") for c in report.costs)
+    limit = "without a limit" if report.budget is None else f"with a budget of {report.budget}"
+    peak = "" if report.peak_memory is None else f" and {memory(report.peak_memory)} of memory at most"
+    formed = "" if not report.formed else f" Formed as a whole, hence exact: {', '.join(report.formed)}."
+    return Chapter(
+        "Cost",
+        f"This report took {seconds(report.seconds)}{peak}, {limit}.{formed}",
+        tables=(Table("Time by section", ("section", "time", "predicted", "products"), rows),),
+        expert=(
+            f"Random seed {report.seed}; eigenvalues to a relative residual of {report.rtol:g}. Memory is that of the "
+            "whole process, or of the accelerator.",
+        ),
+    )
