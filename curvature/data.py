@@ -89,18 +89,27 @@ def to_device(tree: Any, device: torch.device) -> Any:
 
     Autograd can use copies of inference tensors only.
     """
+
+    def moved(tensor: Tensor) -> Tensor:
+        result = tensor.to(device)
+        return result.clone() if result.is_inference() else result
+
+    return map_tensors(tree, moved)
+
+
+def map_tensors(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Nested tuples, lists, mappings and dataclasses with every tensor changed; mappings become dicts."""
     if isinstance(tree, Tensor):
-        moved = tree.to(device)
-        return moved.clone() if moved.is_inference() else moved
+        return change(tree)
     if isinstance(tree, Mapping):
-        return {key: to_device(value, device) for key, value in tree.items()}
+        return {key: map_tensors(value, change) for key, value in tree.items()}
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(to_device(value, device) for value in tree))
+        return type(tree)(*(map_tensors(value, change) for value in tree))
     if isinstance(tree, (tuple, list)):
-        return type(tree)(to_device(value, device) for value in tree)
+        return type(tree)(map_tensors(value, change) for value in tree)
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         named = {field.name: getattr(tree, field.name) for field in dataclasses.fields(tree) if field.init}
-        return dataclasses.replace(tree, **to_device(named, device))
+        return dataclasses.replace(tree, **map_tensors(named, change))
     return tree
 
 
