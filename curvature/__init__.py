@@ -22,6 +22,7 @@ from curvature.mixed import Mixed
 from curvature.ntk import ntk
 from curvature.persample import gradient_second_moment, gradient_variance, per_sample_gradients, per_sample_norms
 from curvature.report import Report, report
+from curvature.surface import Surface, surface
 from curvature.tnt import TensorNormal
 from curvature.unitwise import UnitFisher
 
@@ -41,6 +42,7 @@ __all__ = [
     "Mixed",
     "NondeterministicError",
     "Report",
+    "Surface",
     "TensorNormal",
     "UnitFisher",
     "activation_hessian",
@@ -60,4 +62,5 @@ __all__ = [
     "report",
     "resumable_eigsh",
     "self_influence",
+    "surface",
 ]

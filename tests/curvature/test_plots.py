@@ -10,9 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+import curvature
 import solvers
 from curvature import plots
+from curvature.surface import Surface
 from solvers import Density, Diagonal, Eigenpairs, Estimate
 
 matplotlib = pytest.importorskip("matplotlib")
@@ -177,6 +180,65 @@ def test_axes_of_the_caller_are_used(pairs: Eigenpairs) -> None:
         plots.eigenvalues(pairs, figure)
 
 
+def landscape(planar: bool, metric: Any = None) -> Surface:
+    """The bowl ``(x + 1)^2 + 10 (y + 1)^2`` about (0, 0), or the user's metric there."""
+    model = nn.Linear(2, 1, bias=False).double()
+    model.weight.data = torch.ones(1, 2, dtype=F64)
+    data = (torch.diag(torch.tensor([1.0, 10**0.5], dtype=F64)), torch.zeros(2, 1, dtype=F64))
+    directions = list(torch.eye(2, dtype=F64)) if planar else torch.tensor([1.0, 0.0], dtype=F64)
+    return curvature.surface(model, nn.MSELoss(reduction="sum"), data, directions=directions, points=5, metric=metric)
+
+
+def cliff(model: nn.Module, data: Any) -> float:
+    x = float(next(model.parameters())[0, 0])
+    return {0.0: float("nan"), 0.5: float("inf")}.get(x, x)
+
+
+def test_a_plane_has_its_first_direction_along_the_horizontal_axis() -> None:
+    result = landscape(True)
+    ax: Any = plots.surface(result)
+    cells = ax.collections[0].get_array()
+    assert cells.shape == (5, 5)
+    assert cells[0, 4] == pytest.approx(4)  # alpha = 1, beta = -1: (2)^2 + 10 (0)^2
+    assert cells[4, 0] == pytest.approx(40)
+    assert ax.get_xlabel() == result.labels[0]
+    draw(ax)
+    deep: Any = plots.surface_3d(result)
+    assert deep.get_zlabel() == "loss"
+    draw(deep)
+
+
+def test_cells_that_are_not_finite_are_crossed_out() -> None:
+    result = landscape(True, cliff)
+    ax: Any = plots.surface(result)
+    crosses = ax.lines[0]
+    assert crosses.get_label() == "not finite"
+    assert sorted(set(crosses.get_xdata())) == [-1.0, -0.5]
+    assert len(crosses.get_xdata()) == 10
+    assert ax.collections[0].get_array().mask.sum() == 10
+    draw(ax)
+    deep: Any = plots.surface_3d(result)
+    assert deep.get_zlabel() == "cliff (10 not finite)"
+    draw(deep)
+    line: Any = plots.surface(landscape(False, cliff))
+    assert line.lines[-1].get_xdata().tolist() == [-1.0, -0.5]
+    draw(line)
+
+
+def test_nothing_finite_is_still_a_picture() -> None:
+    result = landscape(True, lambda model, data: float("nan"))
+    draw(plots.surface(result))
+    draw(plots.surface_3d(result))
+    draw(plots.surface(landscape(False, lambda model, data: float("nan"))))
+
+
+def test_a_cliff_takes_a_logarithmic_scale() -> None:
+    ax: Any = plots.surface(landscape(False, lambda model, data: 10.0 ** (4 * float(next(model.parameters())[0, 0]))))
+    assert ax.get_yscale() == "log"
+    gentle: Any = plots.surface(landscape(False))
+    assert gentle.get_yscale() == "linear"
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -184,6 +246,7 @@ def test_axes_of_the_caller_are_used(pairs: Eigenpairs) -> None:
         (lambda: plots.bars({}), "nothing to draw"),
         (lambda: plots.bars({"a": torch.zeros(2)}), r"one number.*\(2,\)"),
         (lambda: plots.distances({"a": {}}), "no layer has a distance"),
+        (lambda: plots.surface_3d(landscape(False)), "two directions"),
         (lambda: plots.gradient_norms({}), "at least one example"),
         (lambda: plots.gradient_norms(torch.tensor([-1.0])), "none negative"),
         (lambda: plots.gradient_norms(torch.tensor([torch.nan])), "finite"),
