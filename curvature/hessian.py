@@ -39,7 +39,7 @@ class Hessian(DatasetOperator):
         pairs = zip(self.columns.items(), gradient, strict=True)
         return {name: torch.zeros_like(p) if g is None else g for (name, p), g in pairs}
 
-    def diagonal(self) -> Tensor:
+    def exact_diagonal(self) -> Tensor:
         """Exact diagonal ``(P,)``, by one product per parameter, each within its tensor.
 
         Costs one pass over the data, with P second backward passes per batch: meant for small models. An estimate at a
@@ -200,7 +200,7 @@ def hessian(
         case "dense":
             return Dense(full.to_dense())
         case "diagonal":
-            return Diagonal(full.diagonal())
+            return Diagonal(full.exact_diagonal())
     blocks = [Dense(matrix) for matrix in full.blocks().values()]
     starts = torch.tensor([0] + [len(block.matrix) for block in blocks]).cumsum(0).tolist()
     places = [Segment(start, block.in_shape) for start, block in zip(starts, blocks, strict=False)]

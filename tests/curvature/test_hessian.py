@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import curvature
+import solvers
 from curvature.losses import AutogradLoss, UnknownLossError
 from curvature.pullback import Pullback
 from tests.curvature import dense_reference as reference
@@ -142,7 +143,17 @@ def test_blocks_by_name(small: Problem) -> None:
     with pytest.raises(ValueError, match=r"\['0.weight', '0.bias'\] are no parameters of Hessian\(18x18\)"):
         restricted.block("0.*")
     with pytest.raises(ValueError, match="off the diagonal"):
-        block.diagonal()
+        block.exact_diagonal()
+
+
+def test_an_estimate_never_takes_a_product_for_each_parameter() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 10), nn.Tanh(), nn.Linear(10, 3)).double()
+    H = curvature.hessian(model, nn.CrossEntropyLoss(), (normal(16, 20), torch.randint(3, (16,))))
+    estimate = solvers.trace(H, samples=30)
+    assert 0 < estimate.products <= 30 < H.shape[0], "an exact trace would cost a product for each parameter"
+    with pytest.raises(solvers.StructureError, match="no exact diagonal"):
+        H.diagonal()
 
 
 def test_split_of_the_data_does_not_matter() -> None:
