@@ -68,7 +68,8 @@ class KroneckerEstimator(CurvatureEstimator):
             weight = samples.weight if samples.first else 0.0
             for index, use in enumerate(uses):
                 if samples.first:
-                    inputs.add(*self._input_moment(use))
+                    total, count = self._input_moment(use)
+                    inputs.add(total if use.repeats == 1 else total * use.repeats, count * use.repeats)
                 if self.gradient_factor == "second moment":
                     gradients.add(samples.scaled(self._gradient_moment(use)), weight if index == 0 else 0.0)
             if self.gradient_factor == "identity" and samples.first:

@@ -52,6 +52,8 @@ class Outer:
         valid: ``(n, s)`` 0/1 weights of the positions, or ``None`` where all count.
         flipped: The block tensor is the transpose ``a g^T``, as for an embedding that shares its matrix with a head.
         ones: The block holds a bias: a one is appended to every input, in mind only until :attr:`rows` is asked for.
+        repeats: Number of examples that each row stands for: all of them for a table of positions, which is looked up
+            once per batch.
     """
 
     a: Tensor | OneHot
@@ -59,6 +61,7 @@ class Outer:
     valid: Tensor | None = None
     flipped: bool = False
     ones: bool = False
+    repeats: int = 1
 
     @property
     def examples(self) -> int:

@@ -203,7 +203,8 @@ class OuterSite(Site):
         key = (id(self), "bias" if piece == "bias" else "weight")
         if key not in cache:
             cache[key] = self._prepared(piece, g)
-        return Outer(cache[key], g, valid, ones=piece == "joint")
+        repeats = 1 if self.layout.batched else self.layout.batch or 1
+        return Outer(cache[key], g, valid, ones=piece == "joint", repeats=repeats)
 
     def _prepared(self, piece: str, g: Tensor) -> Tensor | OneHot:
         if piece == "bias":
