@@ -81,7 +81,9 @@ class BlockKronDecomposed(KronDecomposed):
 
     def __mul__(self, scalar: float | Tensor) -> Self:
         """The matrix times a number."""
-        scalar = torch.as_tensor(scalar, device=self.scale.device)
+        if not isinstance(scalar, Tensor):
+            scalar = self.scale.new_tensor(scalar)
+        scalar = scalar.to(self.scale.device)
         if scalar.numel() != 1 or scalar.is_complex():
             raise ValueError(f"expected one real number, got a tensor of shape {tuple(scalar.shape)}.")
         scalar = scalar.reshape(())
