@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from curvature.block import Block
+from curvature.data import inspecting
 from curvature.hooks import inert, nothing
 from solvers import Kronecker, LinearOperator
 
@@ -78,8 +79,8 @@ class RowTap:
         self._passes, self._input, self._gradient, self._written = 0, None, None, {}
 
     def forward(self, module: nn.Linear, x: Tensor, output: Tensor) -> None:
-        """Note a forward pass."""
-        if not output.requires_grad or torch.compiler.is_compiling():
+        """Note a forward pass, unless the library made it to look at the model."""
+        if not output.requires_grad or torch.compiler.is_compiling() or inspecting():
             return
         self._passes += 1
         m = x.numel() // max(1, x.shape[-1])
