@@ -49,20 +49,36 @@ class GradientOptimizer(SecondOrderOptimizer):
             group: Options.
         """
 
+    def diagonal(self, state: State) -> bool:
+        """Whether a parameter, by its state, has no matrix and takes Adam's step."""
+        return False
+
     def directions(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         out = {}
         for group in self.param_groups:
+            whole: list[Tensor] = []  # with a matrix
+            entries: list[Tensor] = []  # Adam's
             for p in group["params"]:
                 if p not in gradients:
                     continue
-                g, state = gradients[p], self.state[p]
                 self.begin(p, group)
                 if self._idle or not p.numel():
-                    out[p] = torch.zeros_like(g)
-                else:
-                    state["step"] += 1
-                    out[p] = self.direction(p, g.to(working_dtype(g)), state, group)
+                    out[p] = torch.zeros_like(gradients[p])
+                    continue
+                self.state[p]["step"] += 1
+                (entries if self.diagonal(self.state[p]) else whole).append(p)
+            for params, compute in ((whole, self.several), (entries, self._adam)):
+                if params:
+                    raised = [gradients[p].to(working_dtype(p)) for p in params]
+                    out |= zip(params, compute(params, raised, group), strict=True)
         return out
+
+    def several(self, params: list[Tensor], gradients: list[Tensor], group: Group) -> list[Tensor]:
+        """Directions of some parameters of a group; see :meth:`direction`."""
+        return [self.direction(p, g, self.state[p], group) for p, g in zip(params, gradients, strict=True)]
+
+    def _adam(self, params: list[Tensor], gradients: list[Tensor], group: Group) -> list[Tensor]:
+        return adam(gradients, [self.state[p] for p in params], group["betas"], group["eps"])
 
     def begin(self, p: Tensor, group: Group) -> None:
         """Create the state of a parameter, unless it is there."""
@@ -122,9 +138,19 @@ def debiased(average: Tensor, beta: float, step: int) -> Tensor:
     return average / (1 - beta**step)
 
 
-def adam(g: Tensor, state: State, betas: tuple[float, float], eps: float) -> Tensor:
-    r"""Adam's direction, :math:`\hat m / (\sqrt{\hat v} + \epsilon)`, for what has no matrix structure."""
-    exp_avg, exp_avg_sq, step = state["exp_avg"], state["exp_avg_sq"], state["step"]
-    exp_avg.lerp_(g, 1 - betas[0])
-    exp_avg_sq.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
-    return debiased(exp_avg, betas[0], step) / (debiased(exp_avg_sq, betas[1], step).sqrt() + eps)
+def adam(gradients: list[Tensor], states: list[State], betas: tuple[float, float], eps: float) -> list[Tensor]:
+    r"""Adam's directions, :math:`\hat m / (\sqrt{\hat v} + \epsilon)`, for what has no matrix structure.
+
+    All parameters at once, because there may be many small ones. States may have another shape of the same size.
+    """
+    first, second = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
+    same = [g.reshape(m.shape) for g, m in zip(gradients, first, strict=True)]
+    torch._foreach_lerp_(first, same, 1 - betas[0])
+    torch._foreach_mul_(second, betas[1])
+    torch._foreach_addcmul_(second, same, same, value=1 - betas[1])
+    roots = torch._foreach_div(second, [1 - betas[1] ** s["step"] for s in states])
+    torch._foreach_sqrt_(roots)
+    torch._foreach_add_(roots, eps)
+    out = torch._foreach_div(first, [1 - betas[0] ** s["step"] for s in states])
+    torch._foreach_div_(out, roots)
+    return [d.reshape(g.shape) for d, g in zip(out, gradients, strict=True)]

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from precond.gradient import GradientOptimizer, Group, State, adam, debiased, due, state_zeros
+from precond.gradient import GradientOptimizer, Group, State, debiased, due, state_zeros
 from precond.matrices import gram, improved_basis, merged_shape, multiply
 from precond.methods import Taxonomy
 from precond.schedules import Scheduled, ScheduledInt
@@ -99,12 +99,13 @@ class KLShampoo(GradientOptimizer):
             state["exp_avg_sq"] = state_zeros(p, shape)
         return state
 
+    def diagonal(self, state: State) -> bool:
+        return "exp_avg_sq" in state
+
     def direction(self, p: Tensor, g: Tensor, state: State, group: Group) -> Tensor:
         shape = g.shape
         g = g.reshape(state["exp_avg"].shape)
         axes = [axis for axis in range(g.ndim) if f"factor.{axis}" in state]
-        if not axes:
-            return adam(g, state, group["betas"], group["eps"]).reshape(shape)
         beta1 = group["betas"][0]
         state["exp_avg"].lerp_(g, 1 - beta1)
         self._update_factors(g, state, group, axes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from itertools import product
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,6 +46,20 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     return shape[0], prod(shape[1:])
 
 
+def alike(tensors: list[Tensor], limit: int = 2**18) -> list[list[int]]:
+    """Places of tensors that may be stacked: of the same shape, type and device, up to a number of entries per stack.
+
+    Stacks save the overhead of many small products; large matrices have none to save, and a stack is a copy.
+    """
+    kinds: dict[Any, list[list[int]]] = {}
+    for place, x in enumerate(tensors):
+        stacks = kinds.setdefault((x.shape, x.dtype, x.device), [[]])
+        if stacks[-1] and (len(stacks[-1]) + 1) * x.numel() > limit:
+            stacks.append([])
+        stacks[-1].append(place)
+    return [stack for stacks in kinds.values() for stack in stacks]
+
+
 def blocks(shape: tuple[int, ...], size: int) -> Iterator[tuple[slice, ...]]:
     """Regions of at most ``size`` along each axis that tile a shape, in row-major order."""
     return product(*(tuple(slice(start, min(start + size, n)) for start in range(0, n, size)) for n in shape))
@@ -59,7 +74,13 @@ def gram(x: Tensor, axis: int) -> Tensor:
 def multiply(x: Tensor, matrices: Mapping[int, Tensor], *, transpose: bool = False) -> Tensor:
     """Apply a matrix (or its transpose) along each axis that has one."""
     for axis, matrix in matrices.items():
-        x = torch.tensordot(x, matrix, dims=([axis], [0 if transpose else 1])).movedim(-1, axis)
+        matrix = matrix.mT if transpose else matrix
+        if axis == x.ndim - 1:
+            x = x @ matrix.mT
+        elif axis == x.ndim - 2:
+            x = matrix @ x
+        else:
+            x = torch.tensordot(matrix, x, dims=([1], [axis])).movedim(0, axis)
     return x
 
 
@@ -84,7 +105,7 @@ def leading_vectors(matrix: Tensor, rank: int) -> Tensor:
     """
     try:
         vectors = torch.linalg.svd(matrix, full_matrices=False).U[:, :rank]
-    except torch.linalg.LinAlgError as error:
+    except RuntimeError as error:
         if matrix.dtype == torch.float64:
             raise SolverError(f"no singular vectors of a matrix of shape {tuple(matrix.shape)}: {error}") from error
         return leading_vectors(matrix.double(), rank).to(matrix.dtype)

@@ -7,8 +7,8 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from precond.gradient import GradientOptimizer, Group, State, adam, state_zeros
-from precond.matrices import matrix_shape
+from precond.gradient import GradientOptimizer, Group, State, state_zeros
+from precond.matrices import alike, matrix_shape
 from precond.methods import Taxonomy
 from precond.schedules import Scheduled
 from solvers.newton_schulz import polar
@@ -114,24 +114,38 @@ class Muon(GradientOptimizer):
             return {"momentum_buffer": state_zeros(p)}
         return {"exp_avg": state_zeros(p), "exp_avg_sq": state_zeros(p)}
 
-    def direction(self, p: Tensor, g: Tensor, state: State, group: Group) -> Tensor:
-        if "momentum_buffer" not in state:
-            return adam(g, state, group["betas"], group["eps"])
+    def diagonal(self, state: State) -> bool:
+        return "exp_avg_sq" in state
+
+    def several(self, params: list[Tensor], gradients: list[Tensor], group: Group) -> list[Tensor]:
         momentum = group["momentum"]
-        buffer = state["momentum_buffer"].lerp_(g, 1 - momentum)
-        update = g.lerp(buffer, momentum) if group["nesterov"] else buffer
-        matrix = update if group["stacked"] else update.reshape(matrix_shape(g.shape))
-        rows, columns = matrix.shape[-2:]
-        scale = {
-            "adam": 0.2 * max(rows, columns) ** 0.5,
-            "spectral": max(1, rows / columns) ** 0.5,
-            "none": 1.0,
-        }[group["scaling"]]
-        return scale * orthogonalized(matrix, group["polynomial"]).reshape(g.shape)
+        updates = buffers = [self.state[p]["momentum_buffer"] for p in params]
+        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
+        if group["nesterov"]:
+            updates = list(torch._foreach_lerp(gradients, buffers, momentum))
+        out: dict[int, Tensor] = {}
+        for places in alike(updates):
+            first = updates[places[0]]
+            matrices = torch.stack([updates[i] for i in places]) if len(places) > 1 else first[None]
+            if not group["stacked"]:
+                matrices = matrices.reshape(len(places), *matrix_shape(matrices.shape[1:]))
+            polar = orthogonalized(matrices, group["polynomial"]) * _scale(matrices, group["scaling"])
+            out |= zip(places, polar.reshape(len(places), *first.shape), strict=True)
+        return [out[i] for i in range(len(params))]
+
+    def direction(self, p: Tensor, g: Tensor, state: State, group: Group) -> Tensor:
+        return self.several([p], [g], group)[0]
 
 
 def _is_matrix(p: Tensor, group: Group) -> bool:
     return p.ndim >= 2 and group["orthogonalize"]
+
+
+def _scale(matrices: Tensor, scaling: Scaling) -> float:
+    rows, columns = matrices.shape[-2:]
+    if scaling == "adam":
+        return 0.2 * max(rows, columns) ** 0.5
+    return max(1, rows / columns) ** 0.5 if scaling == "spectral" else 1.0
 
 
 def orthogonalized(matrix: Tensor, polynomial: Polynomial) -> Tensor:

@@ -103,6 +103,9 @@ class SOAP(GradientOptimizer):
                     state[f"basis.{axis}"] = state_zeros(p, (size, size))
         return state
 
+    def diagonal(self, state: State) -> bool:
+        return not any(key.startswith("factor.") for key in state)
+
     def direction(self, p: Tensor, g: Tensor, state: State, group: Group) -> Tensor:
         shape, step = g.shape, state["step"]
         beta1, beta2 = group["betas"]
@@ -119,8 +122,7 @@ class SOAP(GradientOptimizer):
         exp_avg_sq.mul_(beta2).addcmul_(rotated, rotated, value=1 - beta2)
         momentum = multiply(debiased(exp_avg, beta1, step), bases, transpose=True)
         second = debiased(exp_avg_sq, beta2, step)
-        root = rotated_root(second, group["eps"]) if axes else second.sqrt() + group["eps"]
-        out = multiply(momentum / root, bases)
+        out = multiply(momentum / rotated_root(second, group["eps"]), bases)
 
         if step > 1:
             self._update_factors(g, state, group, axes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from precond.matrices import alike
 from precond.muon import QUINTIC, Muon
 from tests.precond import references as ref
 
@@ -66,3 +67,29 @@ def test_the_size_of_a_gradient_does_not_matter(scale):
 def test_refuses_unknown_choices(option):
     with pytest.raises(ValueError, match=f"{option} is one of .*, not 'other'"):
         Muon([torch.nn.Parameter(torch.ones(2, 2))], **{option: "other"})
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_matrices_that_are_orthogonalized_together_are_those_alone(stacked):
+    """Bit for bit, also where a stack is full and a state is younger."""
+    shapes = [(4, 3), (4, 3), (3, 4), (2, 4, 3), (4, 3), (2, 4, 3), (5,), (5,), (4, 3)]
+
+    def run(places: list[int]) -> list[torch.Tensor]:
+        params = [torch.nn.Parameter(torch.ones(shapes[i])) for i in places]
+        optimizer = Muon(params, lr=0.1, stacked=stacked)
+        for step in range(3):
+            for i, p in zip(places, params, strict=True):
+                generator = torch.Generator().manual_seed(10 * step + i)
+                p.grad = None if step < i % 2 else torch.randn(shapes[i], generator=generator)
+            optimizer.step()
+        return [p.detach() for p in params]
+
+    together = run(list(range(len(shapes))))
+    for i, p in enumerate(together):
+        assert torch.equal(p, run([i])[0]), shapes[i]
+
+
+def test_stacks_are_of_like_tensors_and_limited():
+    tensors = [torch.ones(2, 2), torch.ones(3), torch.ones(2, 2), torch.ones(2, 2).double(), torch.ones(2, 2)]
+    assert alike(tensors, limit=8) == [[0, 2], [4], [1], [3]]
+    assert alike([torch.ones(9, 9)] * 2, limit=8) == [[0], [1]]
