@@ -222,11 +222,19 @@ def _height(rows: int) -> float:
 
 
 def _short(report: Report) -> dict[str, str]:
-    """Names of layers with their middle left out where they are long, as far as they stay different."""
-    keep = (_LONGEST - 1) // 2
+    """Names of layers that fit beside a plot, all different; the index of the layer where nothing else tells."""
+    names = {layer: _fitting(layer) for layer in report.layers}
+    if len(set(names.values())) < len(names):
+        names = {layer: f"{i}: {name[: _LONGEST - 5]}" for i, (layer, name) in enumerate(names.items())}
+    return names
 
-    def cut(name: str) -> str:
-        return name if len(name) <= _LONGEST else f"{name[:keep]}\N{HORIZONTAL ELLIPSIS}{name[-keep:]}"
 
-    names = {layer: cut(layer) for layer in report.layers}
-    return names if len(set(names.values())) == len(names) else {layer: layer for layer in report.layers}
+def _fitting(name: str) -> str:
+    """A dotted name with its parts shortened to a letter and their number, from the left, as far as it takes."""
+    parts = name.split(".")
+    for i, part in enumerate(parts[:-1]):
+        if len(".".join(parts)) > _LONGEST and not part.isdigit():
+            number = re.search(r"\d*$", part)
+            parts[i] = part[0] + (number[0] if number else "")
+    short = ".".join(parts)
+    return short if len(short) <= _LONGEST else f"{short[: _LONGEST - 1]}\N{HORIZONTAL ELLIPSIS}"

@@ -33,6 +33,9 @@ from curvature.structures import BLOCKS
 SECTIONS = ("loss", "coverage", "eigenvalues", "trace", "noise", "density", "distances", "layers")
 
 
+_OF_MATRICES = {"eigenvalues", "trace", "density", "distances", "layers"}
+
+
 @dataclass(frozen=True)
 class Task:
     """A section, of one matrix or of none.
@@ -64,10 +67,10 @@ def report(
     budget: float | None = ...,
     products: int | None = ...,
     matrix: str | Sequence[str] = ...,
-    sections: Sequence[str] | None = ...,
+    sections: str | Sequence[str] | None = ...,
     k: int = ...,
     damping: float = ...,
-    structures: Sequence[str] = ...,
+    structures: str | Sequence[str] = ...,
     exact: bool | None = ...,
     rtol: float = ...,
     params: Any = ...,
@@ -88,10 +91,10 @@ def report(
     budget: float | None = ...,
     products: int | None = ...,
     matrix: str | Sequence[str] = ...,
-    sections: Sequence[str] | None = ...,
+    sections: str | Sequence[str] | None = ...,
     k: int = ...,
     damping: float = ...,
-    structures: Sequence[str] = ...,
+    structures: str | Sequence[str] = ...,
     exact: bool | None = ...,
     rtol: float = ...,
     params: Any = ...,
@@ -111,10 +114,10 @@ def report(
     budget: float | None = None,
     products: int | None = None,
     matrix: str | Sequence[str] = ("hessian", "ggn"),
-    sections: Sequence[str] | None = None,
+    sections: str | Sequence[str] | None = None,
     k: int = 10,
     damping: float = 1e-3,
-    structures: Sequence[str] = ("diagonal", "kfac", "ekfac"),
+    structures: str | Sequence[str] = ("diagonal", "kfac", "ekfac"),
     exact: bool | None = None,
     rtol: float = 1e-3,
     params: Any = None,
@@ -195,13 +198,13 @@ def report(
             damping=damping,
             rtol=rtol,
             seed=seed,
-            structures=structures,
+            structures=_tuple(structures),
             exact=exact,
             params=params,
             output=output,
             class_dim=class_dim,
         )
-        run = Run(study, matrices, SECTIONS if sections is None else tuple(sections))
+        run = Run(study, matrices, _tuple(SECTIONS if sections is None else sections))
         run.begin(warm_start)
         if dry_run:
             return run.plan()
@@ -237,7 +240,7 @@ class Run:
             check_deterministic(model, data, output=study.options["output"])
         except NondeterministicError as error:
             self.notes.append(f"{error}. The numbers of this report belong to one draw.")
-        for matrix in self.matrices:
+        for matrix in self.matrices if _OF_MATRICES & {*self.sections} else ():
             try:
                 study.measure(matrix)
             except Exception as error:
@@ -249,6 +252,10 @@ class Run:
         """Put down what cannot be done."""
         message = " ".join(str(error).split()) or "no reason given"
         self.refused.append(Refusal(part, type(error).__name__, message))
+
+    def refuse_structure(self, structure: str, error: Exception) -> None:
+        """Put down that there is no distance of a structure."""
+        self.refuse(f"distances ({structure})", error)
 
     def tasks(self) -> list[Task]:
         """What is to be done, the most worthwhile first."""
@@ -281,7 +288,9 @@ class Run:
             least, usual = (0, 0) if "ggn" in study.to_form else distances.products(study)
             fixed = distances.passes(study) * study.pass_cost
             need = Need(fixed + least * study.block_rates["ggn"], fixed + usual * study.block_rates["ggn"])
-            yield Task("distances", None, need, lambda amount: distances.distances(study, amount, self.refuse))
+            yield Task(
+                "distances", None, need, lambda amount: distances.distances(study, amount, self.refuse_structure)
+            )
         for m in known:
             yield of("layers", m, layers, layers.layers)
 
@@ -426,18 +435,23 @@ def _check(
         raise TypeError(f"loss_fn is a loss module such as nn.CrossEntropyLoss(), not {type(loss_fn).__name__}.")
     if warm_start is not None and not isinstance(warm_start, Report):
         raise TypeError(f"warm_start is an earlier Report, not {type(warm_start).__name__}.")
-    matrices = (matrix,) if isinstance(matrix, str) else tuple(matrix)
-    chosen = SECTIONS if sections is None else (sections,) if isinstance(sections, str) else tuple(sections)
+    matrices, chosen = _tuple(matrix), _tuple(SECTIONS if sections is None else sections)
     for name, given, known in (
         ("matrix", matrices, tuple(MATRICES)),
         ("sections", chosen, SECTIONS),
-        ("structures", tuple(structures), tuple(BLOCKS)),
+        ("structures", _tuple(structures), tuple(BLOCKS)),
     ):
         if wrong := [entry for entry in given if entry not in known]:
             raise ValueError(f"{name} are among {', '.join(known)}; {wrong[0]!r} is not.")
+    if sections is not None and "distances" in chosen and "ggn" not in matrices:
+        raise ValueError(f"distances are those to the GGN; add it to matrix={matrices}, or leave the section out.")
     if not (isinstance(k, int) and k >= 1):
         raise ValueError(f"k is a whole number of eigenvalues, at least 1, not {k!r}.")
     for name, number in (("damping", damping), ("rtol", rtol)):
         if not (isinstance(number, (int, float)) and 0 < number < inf):
             raise ValueError(f"{name} is a positive number, not {number!r}.")
     return matrices
+
+
+def _tuple(names: str | Sequence[str]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)
