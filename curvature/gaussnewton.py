@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -62,8 +62,8 @@ class GaussNewton(DatasetOperator):
         )
         on_outputs = self._on_outputs(terms)
 
-        def product(vectors: Tensor) -> Tensor:
-            result = line.pull(on_outputs(line.push(vectors)))
+        def product(vectors: Sequence[Tensor], block: bool) -> list[Tensor]:
+            result = line.vjp(on_outputs(line.jvp(vectors, block)), block)
             self.mode = line.mode
             return result
 

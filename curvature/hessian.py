@@ -79,7 +79,8 @@ class Hessian(DatasetOperator):
                     stop = min(group.size, start + step)
                     unit = torch.zeros(stop - start, group.size, dtype=group.dtype, device=self.device)
                     unit.diagonal(start).fill_(1)
-                    columns = product(unit)
+                    image = product([v.to(group[name].dtype) for name, v in group.unflatten(unit).items()], True)
+                    columns = group.flatten(dict(zip(group, image, strict=True)))
                     result[start:stop] += columns.diagonal(start) if diagonal else columns
 
         total = self.problem.visit(visit, "Hessian within blocks", count=True)
@@ -95,16 +96,9 @@ def second_derivative(gradient: dict[str, Tensor], rows: Parameters, columns: Pa
         columns: Parameters of the vectors.
 
     Returns:
-        Function from ``(k, columns.size)`` to ``(k, rows.size)``.
+        Function from tensors ``(*shape)`` of the columns, or ``(k, *shape)``, to such tensors of the rows.
     """
-    pullback = Pullback([gradient[name] for name in columns], list(rows.values()))
-
-    def product(vectors: Tensor) -> Tensor:
-        pieces = columns.unflatten(vectors)
-        result = pullback([pieces[name].to(columns[name].dtype) for name in columns])
-        return rows.flatten(dict(zip(rows, result, strict=True)))
-
-    return product
+    return Pullback([gradient[name] for name in columns], list(rows.values()))
 
 
 @overload

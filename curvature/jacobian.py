@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -65,24 +65,32 @@ class Linearization:
 
     def pull(self, cotangents: Tensor) -> Tensor:
         """Vector-Jacobian products: ``(k, *output.shape)`` to ``(k, rows.size)``."""
-        return self.rows.flatten(dict(zip(self.rows, self._pullback([cotangents]), strict=True)))
+        return self.rows.flatten(dict(zip(self.rows, self.vjp(cotangents, True), strict=True)))
 
     def push(self, vectors: Tensor) -> Tensor:
         """Jacobian-vector products: ``(k, columns.size)`` to ``(k, *output.shape)``."""
-        pieces = {name: v.to(self.columns[name].dtype) for name, v in self.columns.unflatten(vectors).items()}
+        pieces = self.columns.unflatten(vectors)
+        return self.jvp([pieces[name].to(p.dtype) for name, p in self.columns.items()], True)
+
+    def vjp(self, cotangents: Tensor, block: bool) -> list[Tensor]:
+        """:meth:`pull` of one cotangent or a block of them, to a tensor per parameter."""
+        return self._pullback([cotangents], block)
+
+    def jvp(self, vectors: Sequence[Tensor], block: bool) -> Tensor:
+        """:meth:`push` of one vector or a block of them, given as a tensor per parameter."""
         if self.mode == "forward":
-            return self._push_forward(pieces)
+            return self._push_forward(vectors, block)
         try:
-            result = self._push_reverse(pieces)
+            result = self._push_reverse(vectors, block)
         except RuntimeError:
             if self.mode == "reverse" or self._checked:
                 raise
             self.mode = "forward"
-            return self._push_forward(pieces)
+            return self._push_forward(vectors, block)
         self.mode, self._checked = "reverse", True
         return result
 
-    def _push_reverse(self, pieces: Mapping[str, Tensor]) -> Tensor:
+    def _push_reverse(self, vectors: Sequence[Tensor], block: bool) -> Tensor:
         if self._pushforward is None:
             cotangent = torch.zeros_like(self.output, requires_grad=True)
             with torch.enable_grad():
@@ -94,19 +102,21 @@ class Linearization:
                 torch.zeros_like(p) if g is None else g for p, g in zip(self.columns.values(), gradient, strict=True)
             ]
             self._pushforward = Pullback(used, [cotangent])
-        return self._pushforward([pieces[name] for name in self.columns])[0]
+        return self._pushforward(vectors, block)[0]
 
-    def _push_forward(self, pieces: Mapping[str, Tensor]) -> Tensor:
+    def _push_forward(self, vectors: Sequence[Tensor], block: bool) -> Tensor:
         if not self._checked:
             self._check_forward()
             self._checked = True
-        tangents = dict(pieces)
+        tangents = dict(zip(self.columns, vectors, strict=True))
+        if not block:
+            return self._dual(tangents)[1]
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 return vmap(lambda tangent: self._dual(tangent)[1], randomness="same")(tangents)
         except RuntimeError:  # an operation that cannot be vectorised
-            k = len(next(iter(tangents.values())))
+            k = len(vectors[0])
             return torch.stack([self._dual({name: v[i] for name, v in tangents.items()})[1] for i in range(k)])
 
     def _dual(self, tangent: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

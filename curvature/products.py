@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
@@ -21,7 +21,8 @@ MEMORY = 1 << 28
 # larger ones a loop over the vectors is as fast or faster (batched convolutions above all).
 SMALL = {"cpu": 1 << 21, "cuda": 1 << 26}
 
-Product = Callable[[Tensor], Tensor]
+#: Product of one batch with a vector, or with a block of them if True: a tensor per parameter in, and out.
+Product = Callable[[Sequence[Tensor], bool], list[Tensor]]
 
 
 class DatasetOperator(LinearOperator):
@@ -69,6 +70,11 @@ class DatasetOperator(LinearOperator):
     def symmetric(self) -> bool:
         return list(self.rows) == list(self.columns)
 
+    @property
+    def block_size(self) -> int | None:
+        """One where nothing is shared: kept graphs need no pass, and a large model takes the vectors one by one."""
+        return 1 if self.keep_graph and self._large(0) else None
+
     def adjoint(self) -> LinearOperator:
         return self if self.symmetric else self._narrowed(self.columns, self.rows)
 
@@ -107,7 +113,7 @@ class DatasetOperator(LinearOperator):
         """The product of one batch, in the scale of the sum over terms.
 
         Returns:
-            Function from ``(k, columns.size)`` to ``(k, rows.size)`` in the parameters' dtype.
+            Function from tensors ``(*shape)`` of the columns, or ``(k, *shape)``, to such tensors of the rows.
         """
 
     def begin(self) -> None:
@@ -115,16 +121,29 @@ class DatasetOperator(LinearOperator):
 
     def apply(self, x: Tensor) -> Tensor:
         vectors = x.detach().reshape(-1, self.columns.size)
-        out = torch.zeros(len(vectors), self.rows.size, dtype=self.dtype, device=self.device)
+        out = torch.empty(len(vectors), self.rows.size, dtype=self.dtype, device=self.device)
+        split = self.columns.unflatten(vectors)
+        pieces = [split[name].to(p.dtype) for name, p in self.columns.items()]
+        into = list(self.rows.unflatten(out).values())  # products are written where they belong, without a copy between
+        single = len(vectors) == 1
+        if single:
+            pieces, into = [t[0] for t in pieces], [t[0] for t in into]
+        write: Callable[..., object] = torch._foreach_copy_
 
         def add(product: Product, nbytes: int) -> None:
-            step = self.chunk(nbytes)
-            for start in range(0, len(vectors), step):
-                part = vectors[start : start + step].to(self.problem.parameters.dtype)
-                out[start : start + step] += product(part)
+            nonlocal write
+            if single:
+                write(into, product(pieces, False))
+            else:
+                step = self.chunk(nbytes)
+                for start in range(0, len(vectors), step):
+                    part = slice(start, start + step) if step > 1 else start
+                    write([t[part] for t in into], product([t[part] for t in pieces], step > 1))
+            write = torch._foreach_add_
 
-        self.each(add, vectorized=len(vectors) > 1)
-        out /= self._total
+        self.each(add, vectorized=not single)
+        if not isinstance(self._total, float) or self._total != 1.0:
+            out /= self._total
         return out.reshape(*x.shape[:-1], self.rows.size)
 
     def each(self, use: Callable[[Product, int], None], vectorized: bool = True) -> None:
@@ -150,11 +169,13 @@ class DatasetOperator(LinearOperator):
 
     def chunk(self, nbytes: int) -> int:
         """How many vectors go through a pass at once that made ``nbytes``."""
-        size = nbytes + 4 * self.columns.size
-        if nbytes == 0 or size > SMALL.get(self.device.type, SMALL["cuda"]):
+        if nbytes == 0 or self._large(nbytes):
             return 1
         # A second derivative makes a few times what the forward pass made.
-        return max(1, self.memory // (4 * size))
+        return max(1, self.memory // (4 * (nbytes + 4 * self.columns.size)))
+
+    def _large(self, nbytes: int) -> bool:
+        return nbytes + 4 * self.columns.size > SMALL.get(self.device.type, SMALL["cuda"])
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.shape[0]}x{self.shape[1]})"

@@ -24,19 +24,23 @@ class Pullback:
         self._inputs = list(inputs)
         self._batched = True
 
-    def __call__(self, cotangents: Sequence[Tensor]) -> list[Tensor]:
-        """Pull back a block.
+    def __call__(self, cotangents: Sequence[Tensor], block: bool = True) -> list[Tensor]:
+        """Pull back one cotangent per output, or a block of them.
 
         Args:
-            cotangents: One ``(k, *output.shape)`` per output.
+            cotangents: One ``(*output.shape)`` per output; for a block ``(k, *output.shape)``.
+            block: Whether they are blocks.
 
         Returns:
-            One ``(k, *input.shape)`` per input; the graph stays.
+            One ``(*input.shape)`` per input, or ``(k, *input.shape)``; the graph stays.
         """
-        k = len(cotangents[0])
         if not self._live:
-            return [x.new_zeros(k, *x.shape) for x in self._inputs]
+            lead = cotangents[0].shape[:1] if block else ()
+            return [x.new_zeros(*lead, *x.shape) for x in self._inputs]
         live = [cotangents[i] for i in self._live]
+        if not block:
+            return self._grad(live, False)
+        k = len(live[0])
         if k > 1 and self._batched:
             try:
                 with warnings.catch_warnings():

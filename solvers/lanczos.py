@@ -89,20 +89,21 @@ def quadrature(
     Raises:
         NonFiniteError: If a product holds NaN or infinity.
     """
-    v = _divide(start, norm(start))
-    before, beta = torch.zeros_like(v), norm(start).new_zeros(v.shape[0])
+    size = norm(start)
+    v = start / _divisor(size, start)
+    before, beta = torch.zeros_like(v), torch.zeros_like(size)
     alphas: list[Tensor] = []
     betas: list[Tensor] = []
     look = 8
     for step in range(1, min(steps, v.shape[1]) + 1):
-        w = product(v) - beta.to(v.dtype).unsqueeze(-1) * before
+        w = torch.addcmul(product(v), before, beta.to(v.dtype).unsqueeze(-1), value=-1)  # may be v itself: a new tensor
         alpha = (v * w).sum(-1).double()
         # A space that is exhausted goes on with zero vectors. They carry no weight; the eigenvalue shown for them is
         # one of the spectrum's hull, where functions are defined.
-        alphas.append(torch.where(norm(v) > 0, alpha, alphas[0] if alphas else alpha))
-        w = w - alpha.to(v.dtype).unsqueeze(-1) * v
-        beta = norm(w)
-        before, v = v, _divide(w, beta)
+        alphas.append(torch.where(size > 0, alpha, alphas[0] if alphas else alpha))
+        w.addcmul_(v, alpha.to(v.dtype).unsqueeze(-1), value=-1)
+        size = beta = norm(w)
+        before, v = v, w.div_(_divisor(size, w))
         if enough is not None and look <= step < steps:
             look = step + step // 4
             result = _gauss(op, alphas, betas)
@@ -135,7 +136,7 @@ def _weighted(weights: Tensor, values: Tensor) -> Tensor:
     return torch.einsum("mk,mk...->m...", weights, values)
 
 
-def _divide(x: Tensor, size: Tensor) -> Tensor:
-    """Rows over their norms; zero rows stay zero."""
+def _divisor(size: Tensor, x: Tensor) -> Tensor:
+    """Norms as divisors of the rows of x; those of zero rows are one."""
     size = size.to(x.dtype).unsqueeze(-1)
-    return torch.where(size > 0, x / torch.where(size > 0, size, 1), 0)
+    return torch.where(size > 0, size, 1)

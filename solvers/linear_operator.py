@@ -71,6 +71,11 @@ class LinearOperator(ABC):
         return False
 
     @property
+    def block_size(self) -> int | None:
+        """Vectors beyond which a product gains nothing from taking more at once; None where more are always better."""
+        return None
+
+    @property
     def shape(self) -> tuple[int, int]:
         """Rows and columns of the matrix: ``(prod(out_shape), prod(in_shape))``."""
         return prod(self.out_shape), prod(self.in_shape)

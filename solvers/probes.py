@@ -32,8 +32,13 @@ def own_generator(op: LinearOperator, generator: torch.Generator | None) -> torc
 
 def signs(op: LinearOperator, count: int, generator: torch.Generator) -> Tensor:
     """Rademacher vectors ``(count, n)``: entries 1 and -1 with equal probability."""
-    bits = torch.randint(2, (count, op.shape[1]), generator=generator, device=generator.device, dtype=torch.int8)
-    return bits.to(op.device, working_dtype(op)).mul_(2).sub_(1)
+    n = count * op.shape[1]
+    # Eight signs from each draw, one from the topmost bit of each byte: drawing is most of the cost.
+    draws = torch.empty(-(-n // 8), dtype=torch.int64, device=generator.device).random_(
+        -(2**63), None, generator=generator
+    )
+    bits = draws.view(torch.int8)[:n].bitwise_right_shift_(7).bitwise_or_(1)  # 0 | 1 or -1 | 1
+    return bits.to(op.device, working_dtype(op)).reshape(count, op.shape[1])
 
 
 def normals(op: LinearOperator, count: int, generator: torch.Generator) -> Tensor:
@@ -66,9 +71,12 @@ def default_batch(op: LinearOperator, batch_size: int | None) -> int:
     Raises:
         ValueError: If the user's number is not positive.
     """
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size is at least 1, not {batch_size}.")
-    return max(1, _BLOCK // max(1, *op.shape)) if batch_size is None else batch_size
+    if batch_size is not None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size is at least 1, not {batch_size}.")
+        return batch_size
+    fits = max(1, _BLOCK // max(1, *op.shape))
+    return fits if op.block_size is None else min(fits, op.block_size)
 
 
 def norm(x: Tensor) -> Tensor:

@@ -324,9 +324,9 @@ def test_blocks_of_vectors_stay_within_the_memory(small: Problem, monkeypatch: p
     sizes: list[int] = []
     plain = Pullback.__call__
 
-    def counted(self: Pullback, cotangents: Any) -> Any:
-        sizes.append(len(cotangents[0]))
-        return plain(self, cotangents)
+    def counted(self: Pullback, cotangents: Any, block: bool = True) -> Any:
+        sizes.append(len(cotangents[0]) if block else 1)
+        return plain(self, cotangents, block)
 
     monkeypatch.setattr(Pullback, "__call__", counted)
     for memory, most in ((1, 1), (1 << 14, 4), (1 << 30, 40)):
@@ -430,3 +430,11 @@ def test_refusals(small: Problem) -> None:
     model = nn.Sequential(small.model, OnceLayer())
     with pytest.raises(RuntimeError, match="once_differentiable"):
         curvature.hessian(model, small.loss_fn, (x, y)).to_dense()
+
+
+def test_operators_say_how_many_vectors_share_a_product(small: Problem) -> None:
+    large = nn.Linear(1000, 1000)
+    data = (normal(2, 1000).float(), normal(2, 1000).float())
+    assert curvature.hessian(large, nn.MSELoss(), data).block_size == 1
+    assert curvature.hessian(large, nn.MSELoss(), [data]).block_size is None  # a pass over the data is shared
+    assert curvature.hessian(small.model, small.loss_fn, small.data[0]).block_size is None  # one vectorised pass

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 import solvers
-from solvers import Density, NonFiniteError, NotSymmetricError
+from solvers import Density, Function, NonFiniteError, NotSymmetricError
+from solvers.probes import signs
 from solvers.spectral_density import DensityMethod
 from tests.solvers.counting import Counting, known_by_products
 from tests.solvers.problems import normal, symmetric, with_spectrum
@@ -86,10 +87,20 @@ def test_moments(method: DensityMethod) -> None:
     assert (moments.stderr < 0.3).all() and moments.samples == 40
 
 
+def test_signs_are_independent() -> None:
+    # Eight come from one draw, so lags within and across draws must show nothing; 5 rows of 4001 do not end with a draw.
+    z = signs(Function(lambda x: x, (4001,), dtype=torch.float64), 5, torch.Generator().manual_seed(1))
+    assert z.shape == (5, 4001) and z.dtype == torch.float64 and set(z.unique().tolist()) == {-1.0, 1.0}
+    flat = z.flatten()
+    lags = torch.stack([flat[:-lag] @ flat[lag:] / (len(flat) - lag) ** 0.5 for lag in range(1, 70)])
+    lanes = flat[: len(flat) // 64 * 64].reshape(-1, 64).sum(0) / (len(flat) // 64) ** 0.5
+    assert lags.abs().max() < 4.5 and lanes.abs().max() < 4.5 and abs(flat.sum()) < 4.5 * len(flat) ** 0.5
+
+
 def test_moments_are_those_of_the_same_vectors() -> None:
     # Both methods are exact for low moments, up to the vectors; kpm has drawn one for the bounds before.
     matrix, _ = problem()
-    z = torch.randint(2, (5, 250), generator=torch.Generator().manual_seed(0), dtype=torch.int8).double() * 2 - 1
+    z = signs(known_by_products(matrix), 5, torch.Generator().manual_seed(0))
     expected = torch.stack([(z * (z @ torch.linalg.matrix_power(matrix, p))).sum() / z.numel() for p in (1, 2, 3, 4)])
     moments = solvers.spectral_density(known_by_products(matrix), samples=5).moments
     torch.testing.assert_close(moments.value, expected, rtol=1e-10, atol=1e-10)
