@@ -81,9 +81,16 @@ class ClosureOptimizer(SecondOrderOptimizer):
         return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
 
     def run(self, closure: Closure) -> Any:
-        """What the closure returns, with its graph."""
-        with torch.enable_grad(), BackwardDoesNothing():
-            return closure()
+        """What the closure returns, with its graph; gradients stay, though it may call ``zero_grad()``."""
+        own = [(p, p.grad) for p in self.parameters()]
+        for p, _ in own:
+            p.grad = None
+        try:
+            with torch.enable_grad(), _BackwardDoesNothing():
+                return closure()
+        finally:
+            for p, grad in own:
+                p.grad = grad
 
     def loss(self, closure: Closure) -> Tensor:
         """The loss as a number with its graph.

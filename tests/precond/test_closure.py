@@ -12,12 +12,14 @@ def parameter():
     return torch.nn.Parameter(torch.tensor([1.0, 2.0], dtype=torch.float64))
 
 
-def test_a_closure_may_call_zero_grad_and_backward_as_for_lbfgs():
+@pytest.mark.parametrize("adapt", [False, True])
+@pytest.mark.parametrize("set_to_none", [False, True])
+def test_a_closure_may_call_zero_grad_and_backward_as_for_lbfgs(adapt, set_to_none):
     p = parameter()
-    optimizer = Newton([p])
+    optimizer = Newton([p], adapt=adapt)  # adapt evaluates the closure again
 
     def closure():
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none)
         loss = (p - 3).square().sum()
         loss.backward()
         return loss
