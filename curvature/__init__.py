@@ -16,6 +16,7 @@ from curvature.foof import InputKronecker
 from curvature.ggn import ggn
 from curvature.hessian import hessian
 from curvature.influence import Influence, influence, self_influence
+from curvature.interpolation import Interpolation, interpolation
 from curvature.jacobian import jacobian
 from curvature.kronecker import KroneckerFisher
 from curvature.mixed import Mixed
@@ -37,6 +38,7 @@ __all__ = [
     "EigenbasisFisher",
     "Influence",
     "InputKronecker",
+    "Interpolation",
     "KroneckerFisher",
     "LayerFisher",
     "Mixed",
@@ -55,6 +57,7 @@ __all__ = [
     "gradient_variance",
     "hessian",
     "influence",
+    "interpolation",
     "jacobian",
     "ntk",
     "per_sample_gradients",

@@ -142,7 +142,7 @@ def _direction(
         vector = entry.detach().to(parameters.device, parameters.dtype)
         return Direction(vector, "given direction")
     if isinstance(entry, (nn.Module, Mapping)):
-        there = matching(parameters, entry)
+        there = matching(problem.model, parameters, entry)
         vector = parameters.flatten({name: there[name].to(p.dtype) - p.detach() for name, p in parameters.items()})
         return Direction(vector, "to the checkpoint", end)
     raise TypeError(
@@ -163,21 +163,29 @@ def gradient(problem: Problem) -> Tensor:
     return total / problem.visit(add, "gradient")
 
 
-def matching(parameters: Parameters, other: nn.Module | Mapping[str, Any]) -> dict[str, Tensor]:
-    """The other model's tensors for these parameters.
+def matching(
+    model: nn.Module, tensors: Mapping[str, Tensor], other: nn.Module | Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """The other model's values for tensors of this one.
+
+    Args:
+        model: The model they are of.
+        tensors: Some of its parameters and buffers, by name.
+        other: A model of the same architecture, or its state dict.
 
     Raises:
-        ValueError: If one is missing or has another shape.
+        ValueError: If one is missing or has another shape, or the other model has something that this one lacks.
     """
-    tensors = dict(other.state_dict()) if isinstance(other, nn.Module) else other
+    there = dict(other.state_dict()) if isinstance(other, nn.Module) else other
     wrong = [
-        f"{name}: {tuple(p.shape)} here, {tuple(tensors[name].shape) if name in tensors else 'missing'} there"
-        for name, p in parameters.items()
-        if name not in tensors or tensors[name].shape != p.shape
+        f"{name}: {tuple(p.shape)} here, {tuple(there[name].shape) if name in there else 'missing'} there"
+        for name, p in tensors.items()
+        if name not in there or there[name].shape != p.shape
     ]
+    wrong += [f"{name}: missing here" for name in sorted(set(there) - set(model.state_dict()))]
     if wrong:
         raise ValueError(f"the models are not of one architecture: {'; '.join(wrong[:4])} ({len(wrong)} differ).")
-    return {name: tensors[name].detach().to(p.device) for name, p in parameters.items()}
+    return {name: there[name].detach().to(p.device) for name, p in tensors.items()}
 
 
 def _independent(found: list[Direction]) -> list[Direction]:

@@ -73,7 +73,10 @@ class Objective:
 
     @contextlib.contextmanager
     def elsewhere(self) -> Iterator[Callable[[Mapping[str, Tensor]], Tensor]]:
-        """Inside, a function from ``{parameter: values}`` (others keep their own) to the numbers ``(M,)``, float64."""
+        """Inside, a function from values of parameters and buffers, by name, to the numbers ``(M,)``, float64.
+
+        What is not named keeps its own value.
+        """
         own = {name: p.data for name, p in self.parameters.items()}
         modes = [(module, module.training) for module in self.model.modules()]  # a metric may change them
         device = self.parameters.device
@@ -85,6 +88,9 @@ class Objective:
             for module, training in modes:
                 module.training = training
             with own_buffers(self.model):
+                for name, b in self.model.named_buffers():
+                    if name in values:
+                        b.copy_(values[name])
                 set_random_state(self._random, device)
                 if self.buffers == "recompute":
                     recompute_statistics(self.model, self.problem, device)

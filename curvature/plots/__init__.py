@@ -5,8 +5,20 @@ is given, or into a new figure. Nothing global is changed: colours, fonts and si
 so a dark style or a style sheet of one's own carries over.
 """
 
-from curvature.plots.landscape import surface, surface_3d
+from curvature.plots.landscape import barriers, interpolation, layer_paths, surface, surface_3d
 from curvature.plots.layers import bars, distances, gradient_norms, shares
 from curvature.plots.spectrum import density, eigenvalues
 
-__all__ = ["bars", "density", "distances", "eigenvalues", "gradient_norms", "shares", "surface", "surface_3d"]
+__all__ = [
+    "barriers",
+    "bars",
+    "density",
+    "distances",
+    "eigenvalues",
+    "gradient_norms",
+    "interpolation",
+    "layer_paths",
+    "shares",
+    "surface",
+    "surface_3d",
+]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from curvature.interpolation import Interpolation
+from curvature.plots.layers import bars
 from curvature.plots.style import colour, ink, legend, library, numbers, prepare
 from curvature.surface import Surface
 
@@ -118,6 +120,85 @@ def surface_3d(result: Surface, ax: Any = None, *, log: bool | None = None) -> A
     ax.tick_params(labelsize="small")
     ax.locator_params(nbins=5)
     return ax
+
+
+def interpolation(result: Interpolation, ax: Axes | None = None, *, log: bool = False) -> Axes:
+    """The curve between two models above the chord between its ends; the barrier is marked where it is.
+
+    Args:
+        result: From :func:`curvature.interpolation`.
+        ax: Axes to draw into.
+        log: Logarithmic values.
+    """
+    ax = prepare(ax)
+    t, y = numbers(result.t), numbers(result.values)
+    good = np.isfinite(y)
+    chord = (1 - t) * y[0] + t * y[-1]
+    ax.plot(t, np.where(good, y, np.nan), color=colour(0), marker=".", linewidth=1.2)
+    ax.plot(t, chord, color=ink(0.5), linewidth=0.8, linestyle="--")
+    if log:
+        ax.set_yscale("log")
+    if good.all() and result.barrier > 0:
+        at = int(np.argmax(y - chord))
+        ax.plot([t[at], t[at]], [chord[at], y[at]], color=colour(1), label=f"barrier {result.barrier:.3g}")
+        legend(ax)
+    elif not good.all():
+        ax.plot(t[~good], np.zeros((~good).sum()), "x", color=ink(0.7), markersize=5, label="not finite",
+                transform=ax.get_xaxis_transform(), clip_on=False)  # fmt: skip
+        legend(ax)
+    ax.set_xlabel("from model A (0) to model B (1)")
+    ax.set_ylabel(result.metric)
+    return ax
+
+
+def barriers(result: Interpolation, ax: Axes | None = None, *, around: Literal["a", "b"] = "a") -> Axes:
+    """The barrier of each layer, moved alone between the other layers of model A (or B).
+
+    Args:
+        result: From :func:`curvature.interpolation`, with ``layerwise=True``.
+        ax: Axes to draw into.
+        around: Whose other layers.
+    """
+    return bars(_by_layer(result, around), ax, label=f"barrier of {result.metric}, other layers of {around.upper()}")
+
+
+def layer_paths(result: Interpolation, ax: Axes | None = None, *, around: Literal["a", "b"] = "a") -> Axes:
+    """A row for each layer: how far the curve is above the chord along its way, as colour.
+
+    Args:
+        result: From :func:`curvature.interpolation`, with ``layerwise=True``.
+        ax: Axes to draw into.
+        around: Whose other layers.
+    """
+    from matplotlib.colors import TwoSlopeNorm
+
+    layers = list(_by_layer(result, around))
+    ax = prepare(ax, size=(6.0, 1.2 + 0.26 * len(layers)))
+    ax.grid(visible=False)
+    curves = result.from_a if around == "a" else result.from_b
+    t = numbers(result.t)
+    y = np.stack([numbers(curves[layer][result.metric]) for layer in layers])
+    y = y - ((1 - t) * y[:, :1] + t * y[:, -1:])
+    cells = np.ma.masked_invalid(y)
+    reach = float(np.abs(cells).max()) if cells.count() else 0.0
+    scale = TwoSlopeNorm(0, -reach or -1, reach or 1)
+    mesh = ax.pcolormesh(t, np.arange(len(layers)), cells, norm=scale, cmap="coolwarm", shading="nearest")
+    ax.figure.colorbar(mesh, ax=ax, label=f"{result.metric} above the chord").outline.set_visible(False)
+    row, column = np.nonzero(np.ma.getmaskarray(cells))
+    if len(row):
+        ax.plot(t[column], row, "x", color=ink(0.7), markersize=4, label="not finite")
+        legend(ax, loc="lower right", bbox_to_anchor=(1.0, 1.0))
+    ax.set_yticks(range(len(layers)), layers)
+    ax.set_ylim(len(layers) - 0.5, -0.5)
+    ax.set_xlabel("this layer from model A (0) to model B (1)")
+    return ax
+
+
+def _by_layer(result: Interpolation, around: Literal["a", "b"]) -> dict[str, float]:
+    found = result.barriers(around)
+    if not found:
+        raise ValueError("there are no layers to draw: interpolate with layerwise=True.")
+    return found
 
 
 def _logarithmic(values: np.ndarray, log: bool | None) -> bool:

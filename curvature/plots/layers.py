@@ -73,6 +73,8 @@ def _bars(pairs: Mapping[str, tuple[float, float]], ax: Axes | None, label: str,
         ax.errorbar(height, rows, xerr=ERRORS * error, fmt="none", ecolor=ink(0.9), elinewidth=1)
     if (height < 0).any():
         ax.axvline(0, color=ink(0.4), linewidth=0.6)
+    else:
+        ax.set_xlim(0, None if height.any() else 1)
     left_out = len(pairs) - len(names)
     _rows(ax, names)
     ax.set_xlabel(label + (f"  ({left_out} smaller ones not shown)" if left_out else ""))

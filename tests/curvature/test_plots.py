@@ -15,6 +15,7 @@ from torch import nn
 import curvature
 import solvers
 from curvature import plots
+from curvature.interpolation import Interpolation
 from curvature.surface import Surface
 from solvers import Density, Diagonal, Eigenpairs, Estimate
 
@@ -135,6 +136,11 @@ def test_of_many_bars_the_largest_are_drawn_in_their_order() -> None:
     assert "47 smaller ones" in ax.get_xlabel()
 
 
+def test_bars_that_are_all_zero_begin_at_zero() -> None:
+    assert plots.bars({"a": 0.0, "b": 0.0}).get_xlim() == (0, 1)
+    assert plots.bars({"a": 2.0}).get_xlim()[0] == 0
+
+
 def test_distances_of_each_structure() -> None:
     ax: Any = plots.distances({"a": {"kfac": estimate(0.3, 0.05), "diagonal": 0.9}, "b": {"diagonal": 0.8}})
     kfac, diagonal = ax.containers
@@ -237,6 +243,49 @@ def test_a_cliff_takes_a_logarithmic_scale() -> None:
     assert ax.get_yscale() == "log"
     gentle: Any = plots.surface(landscape(False))
     assert gentle.get_yscale() == "linear"
+
+
+def way(metric: Any = None) -> Interpolation:
+    """From weights (1, -1) to (-1, 1) of ``x -> relu(w_1 x) - relu(w_2 x)``, whose loss rises by the mean of x^2."""
+    x = torch.linspace(-1, 1, 8, dtype=F64).unsqueeze(1)
+    models: list[Any] = []
+    for sign in (1.0, -1.0):
+        model: Any = nn.Sequential(nn.Linear(1, 2, bias=False), nn.ReLU(), nn.Linear(2, 1, bias=False)).double()
+        model[0].weight.data = sign * torch.tensor([[1.0], [-1.0]], dtype=F64)
+        model[2].weight.data = sign * torch.tensor([[1.0, -1.0]], dtype=F64)
+        models.append(model)
+    return curvature.interpolation(*models, nn.MSELoss(), (x, x), points=5, layerwise=True, metric=metric)  # type: ignore[misc,arg-type]
+
+
+def test_the_barrier_is_drawn_where_it_is() -> None:
+    result = way()
+    ax: Any = plots.interpolation(result)
+    np.testing.assert_array_equal(ax.lines[0].get_ydata(), result.values.numpy())
+    assert list(ax.lines[2].get_xdata()) == [0.5, 0.5]
+    assert list(ax.lines[2].get_ydata()) == [0, pytest.approx(result.barrier)]
+    draw(ax)
+    by_layer: Any = plots.barriers(result)
+    assert [bar.get_width() for bar in by_layer.patches] == list(result.barriers().values())
+    draw(by_layer)
+
+
+def test_a_row_for_each_layer() -> None:
+    result = way()
+    ax: Any = plots.layer_paths(result, around="b")
+    cells = ax.collections[0].get_array()
+    chord = (1 - result.t) * result.from_b["2"]["loss"][0] + result.t * result.from_b["2"]["loss"][-1]
+    np.testing.assert_allclose(cells[1], result.from_b["2"]["loss"] - chord, atol=1e-15)
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["0", "2"]
+    draw(ax)
+
+
+def test_paths_that_are_not_finite_are_marked() -> None:
+    result = way(lambda model, data: float("nan") if float(model[0].weight[0]) == 0 else 1.0)
+    for ax in (plots.interpolation(result), plots.layer_paths(result)):
+        marked: Any = ax.lines[-1]
+        assert marked.get_label() == "not finite"
+        assert set(marked.get_xdata()) == {0.5}
+        draw(ax)
 
 
 @pytest.mark.parametrize(
