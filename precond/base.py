@@ -5,12 +5,15 @@ from __future__ import annotations
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from precond.schedules import FIXED, Scheduled, split, value_at
+from precond.divergence import advice, all_finite, broken_gradients
+from precond.options import check_options
+from precond.options import period as period
+from precond.schedules import FIXED, Scheduled, numbers_at, split
 from precond.update import SCHEDULED_DECAY, Decay, apply_update, kl_scale, regularized
 
 NonFinite = Literal["skip", "raise"]
@@ -154,27 +157,16 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             ValueError: If one is out of range; all groups are then as they were.
         """
         pairs = list(zip(self.param_groups, self.schedules, strict=True))
-        for group, numbers in [(group, self._numbers(group, schedules)) for group, schedules in pairs]:
-            group.update(numbers)
-
-    def _numbers(self, group: dict[str, Any], schedules: dict[str, Callable[[int], Any]]) -> dict[str, Any]:
-        """What the schedules give for the coming step, checked beside the other options of the group."""
-        if not schedules:
-            return {}
-        numbers = {name: value_at(name, schedule, self.steps) for name, schedule in schedules.items()}
-        try:
-            self.check({**group, **numbers})
-        except ValueError as error:
-            names = ", ".join(schedules)
-            raise ValueError(f"{error} (At step {self.steps}, by the schedule given for {names}.)") from error
-        return numbers
+        numbers = [numbers_at(group, schedules, self.steps, self.check) for group, schedules in pairs]
+        for group, found in zip(self.param_groups, numbers, strict=True):
+            group.update(found)
 
     def _resolved(self, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Callable[[int], Any]]]:
         """Numbers for the coming step, checked, and the schedules that gave some of them."""
         plain, schedules = split(options, self.fixed)
         if not schedules:
             self.check(plain)
-        return {**plain, **self._numbers(plain, schedules)}, schedules
+        return {**plain, **numbers_at(plain, schedules, self.steps, self.check)}, schedules
 
     @torch.no_grad()
     def precondition(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -282,6 +274,11 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         with torch.enable_grad():
             return closure()
 
+    def _with_gradient(self) -> list[Tensor]:
+        # A parameter that was frozen in the middle may still have the gradient of the step before.
+        params = (p for group in self.param_groups for p in group["params"])
+        return [p for p in params if p.grad is not None and p.requires_grad]
+
     def _gradients(self) -> dict[Tensor, Tensor] | None:
         """Gradients in their true scale, or ``None`` if the step is to be skipped."""
         found_inf = getattr(self, "found_inf", None)
@@ -289,9 +286,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         if found_inf is not None and bool(found_inf):
             self.on_skip()
             return None
-        params = [p for group in self.param_groups for p in group["params"]]
-        # A parameter that was frozen in the middle may still have the gradient of the step before.
-        gradients = {p: p.grad for p in params if p.grad is not None and p.requires_grad}
+        gradients = {p: p.grad for p in self._with_gradient() if p.grad is not None}
         if not gradients:  # nothing to learn from, so this is no step
             self.on_skip()
             return None
@@ -318,35 +313,22 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         self.skipped += 1
         self.skipped_in_row += 1
         self.on_skip()
-        bad = [p for p, g in gradients.items() if not torch.isfinite(g).all()]
-        what = "a gradient holds NaN or inf" + (
-            f" ({len(bad)} of {len(gradients)} parameters, the first: {self.name_of(bad[0])})" if bad else ""
-        )
+        me, what = type(self).__name__, broken_gradients(gradients, self.name_of)
         if self.nonfinite == "raise":
             raise FloatingPointError(
                 f"{what}. Nothing was changed. Lower the learning rate, raise the damping, or look at the batch; "
                 "nonfinite='skip' goes on without it."
             )
-        if self.skipped_in_row < self.max_skips:
-            warnings.warn(
-                f"{type(self).__name__} skips a step ({self.skipped} so far): {what}. Parameters and statistics stay "
-                "as they are.",
-                RuntimeWarning,
-                stacklevel=5,
+        if self.skipped_in_row >= self.max_skips:
+            params = [p for group in self.param_groups for p in group["params"]]
+            raise FloatingPointError(
+                f"{me} skipped {self.skipped_in_row} steps in a row: {what}. Training has diverged: "
+                f"{advice(params, self.name_of)}. max_skips={self.max_skips} sets how many steps may be skipped."
             )
-            return
-        broken = [p for group in self.param_groups for p in group["params"] if not torch.isfinite(p).all()]
-        advice = (
-            f"{self.name_of(broken[0])} is itself not finite, so nothing can be learnt from here: go back to a "
-            "checkpoint and lower the learning rate or raise the damping"
-            if broken
-            else "all parameters are finite, so look at (a) the batches and their targets, (b) the loss, such as log "
-            "or division near zero, (c) overflow in half precision, for which there is torch.amp.GradScaler; a lower "
-            "learning rate from the last checkpoint on helps where the parameters have become very large"
-        )
-        raise FloatingPointError(
-            f"{type(self).__name__} skipped {self.skipped_in_row} steps in a row: {what}. Training has diverged: "
-            f"{advice}. max_skips={self.max_skips} sets how many steps may be skipped."
+        warnings.warn(
+            f"{me} skips a step ({self.skipped} so far): {what}. Parameters and statistics stay as they are.",
+            RuntimeWarning,
+            stacklevel=5,
         )
 
     def name_of(self, parameter: Tensor) -> str:
@@ -358,23 +340,14 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
                     return given[i] if given else f"parameter {i} of group {index}, shape {tuple(p.shape)}"
         return f"a parameter of shape {tuple(parameter.shape)}"
 
-    @staticmethod
-    def _finite(gradients: list[Tensor]) -> bool:
-        """Whether all are finite, with one wait for the device."""
-        gradients = [g for g in gradients if g.numel()]
-        if not gradients:
-            return True
-        norms = torch._foreach_norm(gradients)
-        if bool(torch.isfinite(torch.stack([n.to(norms[0].device, torch.float32) for n in norms])).all()):
-            return True
-        # The sum of squares may have overflowed where no entry is infinite.
-        return all(bool(torch.isfinite(g).all()) for g in gradients)
+    #: Whether gradients are fit for a step.
+    _finite = staticmethod(all_finite)
 
     def _is_prepared(self) -> bool:
         """Whether :meth:`precondition` wrote these very gradients."""
         if not self._prepared:
             return False
-        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+        for p in self._with_gradient():
             grad, version = self._prepared.get(id(p), (None, -1))
             if grad is not p.grad or grad is None or grad._version != version:
                 return False
@@ -399,43 +372,3 @@ def _with_steps(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None
     assert isinstance(optimizer, SecondOrderOptimizer)
     for group in saved["param_groups"]:
         group["steps"] = optimizer.steps
-
-
-def check_options(options: dict[str, Any]) -> None:
-    """Refuse options outside their range.
-
-    Raises:
-        ValueError: Naming the option, its value and the range.
-    """
-    rate = options.get("lr")
-    if isinstance(rate, Tensor) and rate.numel() != 1:
-        raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(rate.shape)}; use groups for several rates.")
-    for name in ("lr", "momentum", "weight_decay", "damping", "eps"):
-        value = options.get(name)
-        if isinstance(value, Tensor):
-            value = value.item() if value.device.type == "cpu" else 0.0
-        if isinstance(value, (int, float)) and not (0 <= value < float("inf")):
-            raise ValueError(f"{name} must be a non-negative finite number, got {value}.")
-    if options.get("decay", "decoupled") not in get_args(Decay):
-        raise ValueError(f"decay is one of {', '.join(get_args(Decay))}; got {options['decay']!r}.")
-    betas = options.get("betas", ())
-    if not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"betas are weights of old values, each in [0, 1); got {betas}.")
-    ema = options.get("curvature_ema")
-    if ema is not None and not 0 <= ema <= 1:
-        raise ValueError(f"curvature_ema is the weight of old statistics, in [0, 1]; got {ema}.")
-    for name in ("curvature_update_period", "inverse_update_period"):
-        if name in options:
-            period(name, options[name])
-    if options.get("nesterov") and not options.get("momentum"):
-        raise ValueError("nesterov=True needs a momentum above zero.")
-    clip = options.get("kl_clip")
-    if clip is not None and not clip > 0:
-        raise ValueError(f"kl_clip must be positive, or None for no bound; got {clip}.")
-
-
-def period(name: str, value: int) -> int:
-    """A period in steps, checked."""
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a whole number of steps, at least 1, got {value!r}.")
-    return value

@@ -60,6 +60,27 @@ def value_at(name: str, schedule: Callable[[int], Any], step: int) -> Any:
     raise TypeError(f"the schedule of {name} must give a number; at step {step} it gave {value!r}.")
 
 
+def numbers_at(
+    group: dict[str, Any],
+    schedules: dict[str, Callable[[int], Any]],
+    step: int,
+    check: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """What the schedules of a group give at a step, checked beside its other options.
+
+    Raises:
+        ValueError: If ``check`` does.
+    """
+    if not schedules:
+        return {}
+    numbers = {name: value_at(name, schedule, step) for name, schedule in schedules.items()}
+    try:
+        check({**group, **numbers})
+    except ValueError as error:
+        raise ValueError(f"{error} (At step {step}, by the schedule given for {', '.join(schedules)}.)") from error
+    return numbers
+
+
 def at_start(value: Any) -> Any:
     """The value of an option before the first step, whether it is a schedule or not."""
     return value_at("an option", value, 0) if callable(value) else value

@@ -83,6 +83,21 @@ def test_parameters_frozen_in_the_middle_stay_whatever_is_left_of_their_gradient
         assert torch.equal(problem.model.bias, before[1]) and not torch.equal(problem.model.weight, before[0])
 
 
+@pytest.mark.parametrize("name", ["SOAP", "KFAC"])
+def test_both_halves_of_a_step_beside_a_frozen_parameter(name):
+    problem, whole = Problem(name, dtype=torch.float64), Problem(name, dtype=torch.float64)
+    optimizer, twin = problem.make(problem.params), whole.make(whole.params)
+    for p in (problem.model.bias, whole.model.bias):
+        p.requires_grad_(False)
+        p.grad = torch.ones_like(p)
+    for given in (problem, whole):
+        given.loss().backward()
+    optimizer.precondition()
+    optimizer.step()
+    twin.step()
+    assert equal(problem.values(), whole.values()) and optimizer.steps == 1
+
+
 class Odd(nn.Module):
     """A number, a vector, a stack of matrices and an empty tensor beside a layer."""
 

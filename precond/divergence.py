@@ -1,0 +1,44 @@
+"""What is said and done about gradients that are not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+Name = Callable[[Tensor], str]
+
+
+def all_finite(gradients: list[Tensor]) -> bool:
+    """Whether all are finite, with one wait for the device."""
+    gradients = [g for g in gradients if g.numel()]
+    if not gradients:
+        return True
+    norms = torch._foreach_norm(gradients)
+    if bool(torch.isfinite(torch.stack([n.to(norms[0].device, torch.float32) for n in norms])).all()):
+        return True
+    # The sum of squares may have overflowed where no entry is infinite.
+    return all(bool(torch.isfinite(g).all()) for g in gradients)
+
+
+def broken_gradients(gradients: Mapping[Tensor, Tensor], name_of: Name) -> str:
+    """Which gradients are not finite."""
+    bad = [p for p, g in gradients.items() if not torch.isfinite(g).all()]
+    which = f" ({len(bad)} of {len(gradients)} parameters, the first: {name_of(bad[0])})" if bad else ""
+    return f"a gradient holds NaN or inf{which}"
+
+
+def advice(params: Iterable[Tensor], name_of: Name) -> str:
+    """What to do about a run that goes nowhere, by whether its parameters are still finite."""
+    broken = next((p for p in params if not torch.isfinite(p).all()), None)
+    if broken is not None:
+        return (
+            f"{name_of(broken)} is itself not finite, so nothing can be learnt from here: go back to a checkpoint and "
+            "lower the learning rate or raise the damping"
+        )
+    return (
+        "all parameters are finite, so look at (a) the batches and their targets, (b) the loss, such as log or "
+        "division near zero, (c) overflow in half precision, for which there is torch.amp.GradScaler; a lower learning "
+        "rate from the last checkpoint on helps where the parameters have become very large"
+    )
