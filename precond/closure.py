@@ -86,7 +86,7 @@ class ClosureOptimizer(SecondOrderOptimizer):
         for p, _ in own:
             p.grad = None
         try:
-            with torch.enable_grad(), _BackwardDoesNothing():
+            with torch.enable_grad(), BackwardDoesNothing():
                 return closure()
         finally:
             for p, grad in own:
