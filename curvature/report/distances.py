@@ -66,7 +66,8 @@ def distances(study: Study, allotted: float, refuse: Any) -> DistancesResult:
     samples = int(max(_SAMPLES[0], min(_SAMPLES[1], left() / (1 + len(study.layers)))))
     whole, spent = _ratios(study, g, built, slice(0, study.size), samples, left(), "whole")
     layers: dict[str, dict[str, Number]] = {}
-    for name, part in sorted(study.layers.items(), key=lambda item: item[1].start - item[1].stop):
+    for name in study.by_weight("ggn"):
+        part = study.layers[name]
         if left() < min(samples, part.stop - part.start):
             continue
         block = study.counted(study.operator("ggn").block(names_of(study, part)))

@@ -42,11 +42,11 @@ def eigenvalues(study: Study, matrix: Matrix, allotted: float) -> EigenvaluesRes
         lower = _search(study, matrix, bottom, "SA", atol, allotted - (study.budget.spent - begun)) if bottom else None
     study.vectors[matrix] = upper.vectors[: study.k].reshape(-1, study.size)
     kept = slice(0, study.k)
-    complete = upper.complete and (lower is None or lower.complete)
     return EigenvaluesResult(
         _rows(study, upper, kept),
         () if lower is None else _rows(study, lower, slice(None)),
-        complete,
+        upper.complete,
+        lower is None or lower.complete,
         _alignment(study, upper),
         upper.products + (0 if lower is None or matrix in study.dense else lower.products),
     )

@@ -166,7 +166,7 @@ def _shares(report: Report) -> Iterator[Drawing]:
         if sum(part.value for part in found.layers.values()) <= 0:
             continue
         values = {names[layer]: _estimate(x) for layer, x in found.layers.items()}
-        plain = "How the total curvature is shared out among the layers; bars add up to 100 %, thin lines are errors."
+        plain = "How the total curvature is shared out among the layers; thin lines are errors."
         draw = partial(plots.shares, values, label="share of trace", most=_MOST)
         yield f"{NAMES[matrix]}: share of each layer", plain, _height(len(values)), draw
 
@@ -179,6 +179,7 @@ def _distances(report: Report) -> Iterator[Drawing]:
     }
     for layer in report.layers:
         values[names[layer]] = {s: _percent(d.layers[layer]) for s, d in found.items() if layer in d.layers}
+    values = {layer: row for layer, row in values.items() if row}
     plain = "How much of the GGN each form leaves out, layer by layer: the further to the left, the better."
     draw = partial(plots.distances, values, label="relative distance (%)", most=_MOST)
     yield "Distance of each structure to the GGN", plain, 0.5 + _height(len(values)), draw

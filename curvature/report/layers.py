@@ -24,7 +24,7 @@ def layers(study: Study, matrix: Matrix, allotted: float) -> LayersResult:
     begun, rate = study.budget.spent, study.rates.get(matrix, 0.0)
     found: dict[str, Eigenvalue] = {}
     spent = 0
-    for name in _ordered(study, matrix):
+    for name in study.by_weight(matrix):
         size = study.layers[name].stop - study.layers[name].start
         least, usual = (min(number, size) for number in _PRODUCTS)
         left = allotted - (study.budget.spent - begun)
@@ -33,13 +33,6 @@ def layers(study: Study, matrix: Matrix, allotted: float) -> LayersResult:
         found[name], products_spent = _largest(study, matrix, name, max(least, min(3 * usual, left / max(rate, 1e-12))))
         spent += products_spent
     return LayersResult({name: found[name] for name in study.layers if name in found}, spent)
-
-
-def _ordered(study: Study, matrix: Matrix) -> list[str]:
-    traces = study.traces.get(matrix)
-    if traces is not None:
-        return sorted(study.layers, key=lambda name: -traces.layers[name].value)
-    return sorted(study.layers, key=lambda name: study.layers[name].start - study.layers[name].stop)
 
 
 def _largest(study: Study, matrix: Matrix, name: str, limit: float) -> tuple[Eigenvalue, int]:

@@ -75,7 +75,7 @@ def _figure(plots: list[Plot]) -> str:
 def _table(table: Table) -> str:
     """The table; a long one folded away, since the plots show what is largest in it."""
     shown = _rows(table)
-    if not table.long or len(table.rows) <= _LONG:
+    if table.weights is None or len(table.rows) <= _LONG:
         return shown
     return f"<details><summary>{escape(table.caption)}: {len(table.rows)} rows</summary>{shown}</details>"
 

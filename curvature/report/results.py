@@ -90,7 +90,9 @@ class EigenvaluesResult:
     Attributes:
         largest: The largest ones, descending.
         smallest: The smallest ones, ascending; empty where they were not computed.
-        complete: Whether the searches ended. If not, the values are near eigenvalues, but larger ones may exist.
+        complete: Whether the search for the largest ended. If not, the values are near eigenvalues, but larger ones may
+            exist.
+        smallest_complete: The same for the smallest.
         alignment: Share of the squared gradient within the space of the largest ones; its error is a bound, from the
             residuals over the gap to the next eigenvalue. None for a zero gradient.
         products: Products spent.
@@ -99,13 +101,16 @@ class EigenvaluesResult:
     largest: tuple[Eigenvalue, ...]
     smallest: tuple[Eigenvalue, ...]
     complete: bool
+    smallest_complete: bool
     alignment: Number | None
     products: int
 
     @property
     def converged(self) -> bool:
         """Whether all that is shown has converged and nothing larger was missed."""
-        return self.complete and all(pair.converged for pair in (*self.largest, *self.smallest))
+        return (
+            self.complete and self.smallest_complete and all(pair.converged for pair in (*self.largest, *self.smallest))
+        )
 
 
 @dataclass(frozen=True)
@@ -230,7 +235,7 @@ class Cost:
 
     Attributes:
         part: Section and matrix.
-        predicted: Seconds.
+        predicted: In the unit of the budget, seconds where there is none.
         seconds: Seconds.
         products: Products, counted in vectors.
     """

@@ -246,7 +246,7 @@ class Run:
             except Exception as error:
                 self.refuse(matrix, error)
         study.choose_form()
-        self.costs.append(Cost("measuring", study.budget.elapsed, study.budget.elapsed, study.budget.counted))
+        self.costs.append(Cost("measuring", study.budget.spent, study.budget.elapsed, study.budget.counted))
 
     def refuse(self, part: str, error: Exception) -> None:
         """Put down what cannot be done."""

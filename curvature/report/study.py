@@ -98,6 +98,13 @@ class Study:
         """Number of parameters P."""
         return self.problem.parameters.size
 
+    def by_weight(self, matrix: Matrix) -> list[str]:
+        """Layers, those with the largest trace first, or the largest ones where it is not known."""
+        if matrix in self.traces:
+            found = self.traces[matrix].layers
+            return sorted(self.layers, key=lambda name: -found[name].value)
+        return sorted(self.layers, key=lambda name: self.layers[name].start - self.layers[name].stop)
+
     def generator(self, *names: str) -> torch.Generator:
         """A source of random numbers of its own for each purpose, so that no section changes another."""
         seed = zlib.crc32("/".join((str(self.seed), *names)).encode())

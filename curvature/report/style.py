@@ -52,7 +52,7 @@ caption { text-align: left; font-weight: 600; padding-bottom: 0.4rem; }
 th, td { padding: 0.3rem 0; text-align: left; vertical-align: baseline; border-bottom: 1px solid var(--line); }
 th + th, td + td, th + td { padding-left: 1.25rem; }
 thead th { color: var(--soft); font-weight: 500; vertical-align: bottom; }
-tbody th { font-weight: 400; }
+tbody th { font-weight: 400; overflow-wrap: anywhere; min-width: 6.5rem; }
 tbody tr:last-child > * { border-bottom: 0; }
 .n { text-align: right; white-space: nowrap; }
 thead .n { white-space: normal; }

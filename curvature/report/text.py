@@ -32,7 +32,7 @@ def _chapter(chapter: Chapter) -> list[str]:
 
 
 def _table(table: Table) -> list[str]:
-    rows = table.rows[:_LONG] if table.long else table.rows
+    rows = table.largest(_LONG)
     widths = [_width(table, rows, i) for i in range(len(table.head))]
     last = table.words - 1  # where a table of words is too wide, its last column gives way
     excess = sum(widths) + 2 * (len(widths) - 1) - WIDTH
@@ -63,4 +63,6 @@ def _table(table: Table) -> list[str]:
 
 def _width(table: Table, rows: tuple[tuple[str, ...], ...], i: int) -> int:
     """Of a column: its cells in one line, its name in several."""
-    return max([len(row[i]) for row in rows] + [len(word) for word in table.head[i].split()] + [0])
+    name = table.head[i]
+    longest = max((len(word) for word in name.split()), default=0)
+    return max(longest, min(12, len(name)), *(len(row[i]) for row in rows), 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import floor, log10
+from math import floor, log10, prod
 
 from curvature.report.document import Report
 from curvature.report.results import Condition, Eigenvalue, Matrix, Number
@@ -23,14 +23,22 @@ class Table:
         head: Names of the columns.
         rows: Cells, as many as there are names.
         words: How many columns, from the left, hold words; the others hold numbers.
-        long: Whether it may have very many rows.
+        weights: How much each row matters, where there may be very many; where only some fit, these are shown.
     """
 
     caption: str
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     words: int = 1
-    long: bool = False
+    weights: tuple[float, ...] | None = None
+
+    def largest(self, most: int) -> tuple[tuple[str, ...], ...]:
+        """The rows that matter most, in their order."""
+        weights = self.weights
+        if weights is None or len(self.rows) <= most:
+            return self.rows
+        kept = sorted(range(len(self.rows)), key=lambda i: -weights[i])[:most]
+        return tuple(self.rows[i] for i in sorted(kept))
 
 
 @dataclass(frozen=True)
@@ -97,9 +105,11 @@ def eigenvalue(x: Eigenvalue | None) -> str:
     return with_error(x.value, x.residual) + ("" if x.converged else " *")
 
 
-def share(value: float) -> str:
-    """A share in percent."""
-    return f"{100 * value:.1f} %"
+def share(value: float, error: float = 0.0) -> str:
+    """A share in percent; its error is left out where it does not reach the digits shown."""
+    shown = f"{100 * value:.1f}"
+    shown = "0.0" if shown == "-0.0" else shown
+    return f"{shown} ± {100 * error:.1f} %" if error >= 5e-4 else f"{shown} %"
 
 
 def condition(x: Condition | None) -> str:
@@ -189,10 +199,7 @@ def _glance(report: Report) -> Chapter | None:
 def _aligned(x: Number | None) -> str:
     if x is None:
         return _DASH
-    if x.error >= 0.5:
-        return "undetermined"
-    bound = f" ± {100 * x.error:.1f}" if x.error >= 5e-4 else ""
-    return f"{100 * x.value:.1f}{bound} %"
+    return "undetermined" if x.error >= 0.5 else share(x.value, x.error)
 
 
 def _findings(report: Report) -> Iterator[str]:
@@ -233,13 +240,9 @@ def _spectrum(report: Report) -> Chapter | None:
         marks = [(f"{i}", pair) for i, pair in enumerate(found.largest, start=1)]
         marks += [(f"lowest {i}", pair) for i, pair in enumerate(found.smallest, start=1)]
         rows = tuple((label, eigenvalue(pair), share(pair.gradient_share)) for label, pair in marks)
-        state = (
-            ""
-            if found.converged
-            else "; not all have converged (*)"
-            if found.complete
-            else ("; the search was not finished, so larger ones may exist")
-        )
+        state = "" if found.converged else "; not all have converged (*)"
+        if not found.complete:
+            state = "; the search was not finished, so larger ones may exist"
         head = ("", "eigenvalue", "share of gradient")
         tables.append(Table(f"{NAMES[matrix]}: eigenvalues at the ends of the spectrum{state}", head, rows))
     samples = {d.samples for d in report.densities.values()}
@@ -281,7 +284,7 @@ def _layers(report: Report) -> Chapter | None:
         "The same curvature, layer by layer: which parts of the model are sensitive, and which could take larger "
         "steps.",
         () if top is None else (top,),
-        (Table("Curvature by layer", tuple(head), tuple(rows), long=True),),
+        (Table("Curvature by layer", tuple(head), tuple(rows), weights=_weights(report)),),
         ("shares",),
         (
             "A layer is a module with the parameters it owns itself. Its block is the part of the matrix in which both "
@@ -291,14 +294,19 @@ def _layers(report: Report) -> Chapter | None:
     )
 
 
+def _weights(report: Report) -> tuple[float, ...]:
+    """Layers with the largest trace matter most, or the largest ones where it is not known."""
+    found = report.traces.get("ggn") or report.traces.get("hessian")
+    return tuple(report.layers.values() if found is None else (abs(x.value) for x in found.layers.values()))
+
+
 def trace_share(report: Report, matrix: Matrix, layer: str) -> str:
     """Share of a layer in the trace; a dash where the trace may be zero."""
     found = report.traces[matrix]
     whole, part = found.trace, found.layers[layer]
     if abs(whole.value) <= 2 * whole.error or whole.value == 0:
         return _DASH
-    error = part.error / abs(whole.value)
-    return f"{100 * part.value / whole.value:.1f}" + (f" ± {100 * error:.1f}" if error > 0 else "") + " %"
+    return share(part.value / whole.value, part.error / abs(whole.value))
 
 
 def _dominant(report: Report) -> str | None:
@@ -318,17 +326,18 @@ def _structures(report: Report) -> Chapter | None:
         return None
     names = list(found.structures)
     rows = [("whole matrix", *(_distance(found.structures[s].whole) for s in names))]
-    rows += [
-        (layer, *(_distance(found.structures[s].layers.get(layer)) for s in names))
-        for layer in report.layers
-        if any(layer in found.structures[s].layers for s in names)
-    ]
+    weights = [float("inf")]
+    for layer, weight in zip(report.layers, _weights(report), strict=True):
+        cells = [_distance(found.structures[s].layers.get(layer)) for s in names]
+        if any(cell != _DASH for cell in cells):
+            rows.append((layer, *cells))
+            weights.append(weight)
     sampled = any(d.kind == "mc" for d in found.structures.values())
     return Chapter(
         "Approximations",
         "Optimizers store the GGN in a simpler form. The distance says what that form leaves out: 0 % is the GGN "
         "itself, 100 % is as far away as no curvature at all.",
-        tables=(Table("Relative distance to the GGN", ("layer", *names), tuple(rows), long=True),),
+        tables=(Table("Relative distance to the GGN", ("layer", *names), tuple(rows), weights=tuple(weights)),),
         plots=("distances",),
         expert=(
             "|S - G| / |G| in the Frobenius norm, for the whole matrix (blocks off the diagonal included, which all of "
@@ -343,9 +352,7 @@ def _structures(report: Report) -> Chapter | None:
 
 
 def _distance(x: Number | None) -> str:
-    if x is None:
-        return _DASH
-    return f"{100 * x.value:.1f}" + ("" if x.exact else f" ± {100 * x.error:.1f}") + " %"
+    return _DASH if x is None else share(x.value, x.error)
 
 
 def _examples(report: Report) -> Chapter | None:
@@ -400,6 +407,7 @@ def _coverage(report: Report) -> Chapter | None:
     table = report.coverage
     if table is None:
         return None
+    sizes = tuple(float(prod(r.shape)) for r in table.rows)
     rows = tuple(
         (r.parameter, "\N{MULTIPLICATION SIGN}".join(map(str, r.shape)) or "scalar", r.structure, r.why)
         for r in table.rows
@@ -408,7 +416,9 @@ def _coverage(report: Report) -> Chapter | None:
         "Coverage",
         f"{share(table.covered)} of the parameters are in layers that are known by name; the others get a curvature, "
         "too, by a more general way.",
-        tables=(Table("Every parameter and its structure", ("parameter", "shape", "structure", "why"), rows, 4, True),),
+        tables=(
+            Table("Every parameter and its structure", ("parameter", "shape", "structure", "why"), rows, 4, sizes),
+        ),
     )
 
 
@@ -432,14 +442,24 @@ def _missing(report: Report) -> Chapter | None:
 
 
 def _cost(report: Report) -> Chapter:
-    rows = tuple((c.part, seconds(c.seconds), seconds(c.predicted), f"{c.products:,.0f}") for c in report.costs)
+    in_products = report.budget is not None and report.budget.endswith("products")
+    head = ("section", "time", "products", "predicted " + ("products" if in_products else "time"))
+    rows = tuple(
+        (
+            c.part,
+            seconds(c.seconds),
+            f"{c.products:,.0f}",
+            f"{c.predicted:,.0f}" if in_products else seconds(c.predicted),
+        )
+        for c in report.costs
+    )
     limit = "without a limit" if report.budget is None else f"with a budget of {report.budget}"
     peak = "" if report.peak_memory is None else f" and {memory(report.peak_memory)} of memory at most"
     formed = "" if not report.formed else f" Formed as a whole, hence exact: {', '.join(report.formed)}."
     return Chapter(
         "Cost",
         f"This report took {seconds(report.seconds)}{peak}, {limit}.{formed}",
-        tables=(Table("Time by section", ("section", "time", "predicted", "products"), rows),),
+        tables=(Table("Time by section", head, rows),),
         expert=(
             f"Random seed {report.seed}; eigenvalues to a relative residual of {report.rtol:g}. Memory is that of the "
             "whole process, or of the accelerator.",
