@@ -25,6 +25,9 @@ from solvers.linear_operator import LinearOperator
 from solvers.probes import FlatProduct, norm
 from solvers.storage import Storage, rotate
 
+# Share of a vector that a pass of orthogonalisation leaves where it need not be repeated: Daniel, Gragg, Kaufman and
+# Stewart (1976), https://doi.org/10.1090/S0025-5718-1976-0431641-8.
+_KEPT = 0.5**0.5
 _LOOKS = 40  # how often to look at the projected matrix while a basis fills, at most
 
 
@@ -176,13 +179,22 @@ class ThickRestart:
             length = norm(image)
             self.scale = torch.where((length > 0) & torch.isfinite(length), length, 1)
         image = image / self.scale.to(image.dtype)
-        first = basis @ image
-        image = image - first @ basis
-        before = norm(image)
-        second = basis @ image
-        image = image - second @ basis
-        self.beta = norm(image)
-        projected = (first + second).double()
+        # Nearly all of what is inside lies along the last two rows; without it one pass over the basis does, as a rule.
+        near = basis[max(0, i - 1) :]
+        coefficients = near @ image
+        image.addmv_(near.mT, coefficients, alpha=-1)
+        projected = torch.zeros(i + 1, dtype=torch.float64, device=image.device)
+        projected[-len(near) :] = coefficients.double()
+        exhausted, size = False, norm(image)
+        for again in range(2):
+            inside = basis @ image
+            image.addmv_(basis.mT, inside, alpha=-1)
+            projected += inside.double()
+            before, size = size, norm(image)
+            if bool(size > _KEPT * before):
+                break
+            exhausted = again == 1  # taken once more, most of the rest turns out to be rounding
+        self.beta = size
         self.matrix[i, : i + 1] = projected
         self.matrix[: i + 1, i] = projected
         self.count += 1
@@ -191,8 +203,6 @@ class ThickRestart:
         if self.count == self.basis.shape[1]:
             self.beta = torch.zeros_like(self.beta)  # nothing is outside the whole space
             return
-        # Where the second pass takes most of what the first one left, that was rounding: the space is exhausted.
-        exhausted = not bool(self.beta > before / 2)
         self.basis[i + 1] = self.random(basis) if exhausted else image / self.beta.to(image.dtype)
 
     def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
