@@ -1,5 +1,6 @@
 """Everything about the curvature of a model in one call, and on one page."""
 
+from curvature.report.call import report
 from curvature.report.document import Plan, PlanRow, Report
 from curvature.report.results import (
     Condition,
@@ -16,7 +17,7 @@ from curvature.report.results import (
     Refusal,
     TraceResult,
 )
-from curvature.report.run import SECTIONS, report
+from curvature.report.run import SECTIONS
 
 __all__ = [
     "SECTIONS",

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import floor, log10, prod
+from math import prod
 
 from curvature.report.document import Report
-from curvature.report.results import Condition, Eigenvalue, Matrix, Number
+from curvature.report.formats import DASH, condition, eigenvalue, memory, number, plain, seconds, share
+from curvature.report.results import Matrix, Number
 
 NAMES = {"hessian": "Hessian", "ggn": "GGN"}
-_DIGITS = 4
-_DASH = "\N{EN DASH}"
 
 
 @dataclass(frozen=True)
@@ -68,77 +67,6 @@ def chapters(report: Report) -> list[Chapter]:
     return [chapter for make in made if (chapter := make(report)) is not None]
 
 
-# Numbers --------------------------------------------------------------------------------------------------------------
-
-
-def plain(value: float, digits: int = _DIGITS) -> str:
-    """A number to some significant digits."""
-    if value == 0:
-        return "0"
-    if abs(value) >= 1e6 or abs(value) < 1e-3:
-        return f"{value:.{digits - 1}e}"
-    return f"{value:,.{max(0, digits - 1 - floor(log10(abs(value))))}f}"
-
-
-def number(x: Number | None) -> str:
-    """A number with its standard error, to as many digits as that allows."""
-    if x is None:
-        return _DASH
-    return plain(x.value) if x.exact else with_error(x.value, x.error)
-
-
-def with_error(value: float, error: float) -> str:
-    """``value ± error`` with two digits of the error, which is left out where it does not reach the digits shown."""
-    if value != 0 and error < 0.5 * 10.0 ** (floor(log10(abs(value))) - _DIGITS + 1):
-        return plain(value)
-    size = max(abs(value), error)
-    exponent = floor(log10(size)) if size >= 1e6 or size < 1e-3 else 0
-    decimals = max(0, exponent + 1 - floor(log10(error)))
-    text = f"{value / 10**exponent:,.{decimals}f} ± {error / 10**exponent:,.{decimals}f}"
-    return f"({text})e{exponent:+03d}" if exponent else text
-
-
-def eigenvalue(x: Eigenvalue | None) -> str:
-    """An eigenvalue with its bound; marked where it has not converged."""
-    if x is None:
-        return _DASH
-    return with_error(x.value, x.residual) + ("" if x.converged else " *")
-
-
-def share(value: float, error: float = 0.0) -> str:
-    """A share in percent; its error is left out where it does not reach the digits shown."""
-    shown = f"{100 * value:.1f}"
-    shown = "0.0" if shown == "-0.0" else shown
-    return f"{shown} ± {100 * error:.1f} %" if error >= 5e-4 else f"{shown} %"
-
-
-def condition(x: Condition | None) -> str:
-    """A condition number between its bounds."""
-    if x is None:
-        return _DASH
-    low, high = plain(x.low, 3), plain(x.high, 3)
-    return low if low == high else f"{low} to {high}"
-
-
-def memory(size: int) -> str:
-    """Bytes in units that people read."""
-    return f"{size / 2**20:,.0f} MiB" if size < 2**30 else f"{size / 2**30:.1f} GiB"
-
-
-def seconds(value: float) -> str:
-    """A duration."""
-    if value < 100:
-        return f"{value:.2g} s" if value < 10 else f"{value:.0f} s"
-    return f"{value / 60:.0f} min" if value < 6000 else f"{value / 3600:.1f} h"
-
-
-def _of(count: int, one: str, many: str | None = None) -> str:
-    return f"{count:,} {one if count == 1 else many or one + 's'}"
-
-
-# Chapters -------------------------------------------------------------------------------------------------------------
-
-
 def facts(report: Report) -> list[tuple[str, str]]:
     """What stands at the top: the loss, and what it is a loss of."""
     rows = [("loss", plain(report.loss.value)), ("gradient norm", plain(report.loss.gradient_norm))]
@@ -161,20 +89,20 @@ def _glance(report: Report) -> Chapter | None:
         return None
 
     def row(label: str, *cells: str) -> tuple[str, ...] | None:
-        return (label, *cells) if any(cell != _DASH for cell in cells) else None
+        return (label, *cells) if any(cell != DASH for cell in cells) else None
 
     eigen = [report.eigenvalues.get(m) for m in matrices]
     trace = [report.traces.get(m) for m in matrices]
     density = [report.densities.get(m) for m in matrices]
     lam = f"{report.damping:g}"
     rows = [
-        row("largest eigenvalue", *(eigenvalue(e.largest[0]) if e else _DASH for e in eigen)),
-        row("smallest eigenvalue", *(eigenvalue(e.smallest[0]) if e and e.smallest else _DASH for e in eigen)),
-        row("trace", *(number(t.trace) if t else _DASH for t in trace)),
-        row("Frobenius norm", *(number(t.frobenius) if t else _DASH for t in trace)),
-        row(f"effective dimension at λ = {lam}", *(number(d.effective_dimension) if d else _DASH for d in density)),
-        row(f"condition with λ = {lam}", *(condition(d.condition) if d else _DASH for d in density)),
-        row(f"gradient in the top {report.k} directions", *(_aligned(e.alignment) if e else _DASH for e in eigen)),
+        row("largest eigenvalue", *(eigenvalue(e.largest[0]) if e else DASH for e in eigen)),
+        row("smallest eigenvalue", *(eigenvalue(e.smallest[0]) if e and e.smallest else DASH for e in eigen)),
+        row("trace", *(number(t.trace) if t else DASH for t in trace)),
+        row("Frobenius norm", *(number(t.frobenius) if t else DASH for t in trace)),
+        row(f"effective dimension at λ = {lam}", *(number(d.effective_dimension) if d else DASH for d in density)),
+        row(f"condition with λ = {lam}", *(condition(d.condition) if d else DASH for d in density)),
+        row(f"gradient in the top {report.k} directions", *(_aligned(e.alignment) if e else DASH for e in eigen)),
     ]
     table = Table(
         "The matrices in numbers", ("", *(NAMES[m] for m in matrices)), tuple(r for r in rows if r is not None)
@@ -198,7 +126,7 @@ def _glance(report: Report) -> Chapter | None:
 
 def _aligned(x: Number | None) -> str:
     if x is None:
-        return _DASH
+        return DASH
     return "undetermined" if x.error >= 0.5 else share(x.value, x.error)
 
 
@@ -305,7 +233,7 @@ def trace_share(report: Report, matrix: Matrix, layer: str) -> str:
     found = report.traces[matrix]
     whole, part = found.trace, found.layers[layer]
     if abs(whole.value) <= 2 * whole.error or whole.value == 0:
-        return _DASH
+        return DASH
     return share(part.value / whole.value, part.error / abs(whole.value))
 
 
@@ -329,7 +257,7 @@ def _structures(report: Report) -> Chapter | None:
     weights = [float("inf")]
     for layer, weight in zip(report.layers, _weights(report), strict=True):
         cells = [_distance(found.structures[s].layers.get(layer)) for s in names]
-        if any(cell != _DASH for cell in cells):
+        if any(cell != DASH for cell in cells):
             rows.append((layer, *cells))
             weights.append(weight)
     sampled = any(d.kind == "mc" for d in found.structures.values())
@@ -352,7 +280,7 @@ def _structures(report: Report) -> Chapter | None:
 
 
 def _distance(x: Number | None) -> str:
-    return _DASH if x is None else share(x.value, x.error)
+    return DASH if x is None else share(x.value, x.error)
 
 
 def _examples(report: Report) -> Chapter | None:

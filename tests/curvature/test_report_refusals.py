@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import curvature
 from curvature.report import Number, Report, report
 from curvature.report.codec import decode, encode
-from curvature.report.view import number, plain, with_error
+from curvature.report.formats import number, plain, with_error
 from tests.curvature.problems import PROBLEMS, Problem, normal
 from tests.curvature.test_untouched import fingerprint, same
 
