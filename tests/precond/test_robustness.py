@@ -18,9 +18,6 @@ from precond import SOAP, GaLore, KLShampoo, Shampoo, SPlus
 from solvers import SolverError
 from tests.precond.test_torch_checks import METHODS, NAMES, WITHOUT_CLOSURE, Problem, equal
 
-#: Methods that divide by a damping or by a number, so that their step has no bound of its own; they see 1e30 and more.
-RATE = 1e-3
-
 
 def tensors(tree: Any) -> Iterator[Tensor]:
     if isinstance(tree, Tensor):
@@ -60,7 +57,7 @@ def test_degenerate_batches(name, kind):
             problem.x, problem.y = problem.x[:1], problem.y[:1]
         else:
             problem.x = torch.ones_like(problem.x)
-    for _ in range(6):
+    for _ in range(4):
         problem.step(optimizer)
         assert finite(problem, optimizer)
     assert optimizer.skipped == 0
