@@ -20,6 +20,7 @@ from curvature.interpolation import Interpolation, interpolation
 from curvature.jacobian import jacobian
 from curvature.kronecker import KroneckerFisher
 from curvature.mixed import Mixed
+from curvature.monitor import Monitor
 from curvature.ntk import ntk
 from curvature.persample import gradient_second_moment, gradient_variance, per_sample_gradients, per_sample_norms
 from curvature.report import Report, report
@@ -42,6 +43,7 @@ __all__ = [
     "KroneckerFisher",
     "LayerFisher",
     "Mixed",
+    "Monitor",
     "NondeterministicError",
     "Report",
     "Surface",
