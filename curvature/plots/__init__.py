@@ -8,17 +8,20 @@ so a dark style or a style sheet of one's own carries over.
 from curvature.plots.landscape import barriers, interpolation, layer_paths, surface, surface_3d
 from curvature.plots.layers import bars, distances, gradient_norms, shares
 from curvature.plots.spectrum import density, eigenvalues
+from curvature.plots.training import dynamics, subspace
 
 __all__ = [
     "barriers",
     "bars",
     "density",
     "distances",
+    "dynamics",
     "eigenvalues",
     "gradient_norms",
     "interpolation",
     "layer_paths",
     "shares",
+    "subspace",
     "surface",
     "surface_3d",
 ]

@@ -16,6 +16,7 @@ import curvature
 import solvers
 from curvature import plots
 from curvature.interpolation import Interpolation
+from curvature.subspace import Overlap, SubspaceRecord
 from curvature.surface import Surface
 from solvers import Density, Diagonal, Eigenpairs, Estimate
 
@@ -311,3 +312,38 @@ def test_a_missing_matplotlib_names_the_extra(pairs: Eigenpairs, monkeypatch: py
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'precond\[plot\]'"):
         plots.eigenvalues(pairs)
+
+
+def record(step: int, previous: Overlap | None, error: float = 0.0) -> SubspaceRecord:
+    first = Overlap(0.5, torch.tensor([0.7]))
+    shares = torch.tensor([0.3, 0.2], dtype=F64)
+    return SubspaceRecord(step, torch.ones(2), torch.zeros(2), 1.0, shares, previous, first, error, True, 9)
+
+
+def test_a_subspace_over_time() -> None:
+    records = [record(10, None), record(30, Overlap(0.9, torch.tensor([0.3])), error=0.8)]
+    ax: Any = plots.subspace(records)
+    share, hollow, previous = ax.lines[:3]
+    assert share.get_xdata().tolist() == [10, 30]
+    assert list(share.get_ydata()) == pytest.approx([0.5, 0.5])
+    assert np.isnan(hollow.get_ydata()[0]) and hollow.get_ydata()[1] == 0.5
+    assert previous.get_ydata()[1] == 0.9
+    draw(ax)
+
+
+def test_ratios_and_the_edge_over_time() -> None:
+    model = nn.Linear(2, 1, bias=False).double()
+    data = (torch.eye(2, dtype=F64), torch.zeros(2, 1, dtype=F64))
+    measured = {step: curvature.dynamics(model, nn.MSELoss(), data, lr=lr) for step, lr in ((5, 1.0), (9, 3.0))}
+    ax: Any = plots.dynamics(measured)
+    assert ax.containers[0].lines[0].get_xdata().tolist() == [5, 9]
+    assert ax.containers[0].lines[0].get_ydata().tolist() == pytest.approx([0.5, 1.5])
+    assert ax.get_ylim()[1] > 1.5
+    draw(ax)
+    draw(plots.dynamics(list(measured.values())))
+
+
+def test_no_measurement_is_no_picture() -> None:
+    for draw_nothing in (plots.subspace, plots.dynamics):
+        with pytest.raises(ValueError, match="nothing to draw"):
+            draw_nothing([])
