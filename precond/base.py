@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from precond.divergence import advice, all_finite, broken_gradients
-from precond.options import check_options
-from precond.options import period as period
+from precond.options import check_options, period
 from precond.schedules import FIXED, Scheduled, numbers_at, split
 from precond.update import SCHEDULED_DECAY, Decay, apply_update, kl_scale, regularized
 

@@ -7,9 +7,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from precond.base import SecondOrderOptimizer, period
+from precond.base import SecondOrderOptimizer
 from precond.gradient import GradientOptimizer, Group, working_dtype
 from precond.methods import Taxonomy
+from precond.options import period
+from precond.schedules import Scheduled
 from solvers import CholeskyInverse, Dense
 from solvers.cholesky import cholesky_factor
 
@@ -62,9 +64,9 @@ class MFAC(SecondOrderOptimizer):
         lr: float | Tensor = 1e-3,
         *,
         window: int = 256,
-        damping: float = 1e-4,
-        momentum: float = 0.9,
-        weight_decay: float = 0.0,
+        damping: Scheduled = 1e-4,
+        momentum: Scheduled = 0.9,
+        weight_decay: Scheduled = 0.0,
         **options: Any,
     ) -> None:
         super().__init__(
@@ -76,26 +78,22 @@ class MFAC(SecondOrderOptimizer):
             **options,
         )
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        options = {**self.defaults, **param_group}
+    def check(self, options: Group) -> None:
+        super().check(options)
         period("window", options["window"])
         if not options["damping"] > 0:
             raise ValueError(f"damping must be positive: a window of gradients is singular. Got {options['damping']}.")
-        super().add_param_group(param_group)
 
     # A gradient whose squares overflow is one that is not finite.
     _finite = staticmethod(GradientOptimizer._finite)
 
     def directions(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         out: dict[Tensor, Tensor] = {}
-        idle = all(float(group["lr"]) == 0 for group in self.param_groups) and not any(
-            bool(g.any()) for g in gradients.values()
-        )
         for group in self.param_groups:
             present = {p: gradients[p] for p in group["params"] if p in gradients}
-            if not any(p.numel() for p in present) or idle:
+            if not any(p.numel() for p in present) or self._idle:
                 out |= {p: torch.zeros_like(g, dtype=working_dtype(g)) for p, g in present.items()}
-                if idle:
+                if self._idle:
                     self._begin(group)
             else:
                 out |= self._solve(group, present)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from precond import SOAP, GaLore, Muon, Shampoo, methods
+from precond import MFAC, SOAP, GaLore, Muon, Shampoo, methods
 from tests.precond.test_protocol import OPTIONS, Training, same
 
 GRADIENT = [method.name for method in methods() if method.needs == "grad"]
@@ -55,6 +55,7 @@ def run(make, steps: int = 8, start: int = 0, state=None, p=None) -> tuple[nn.Pa
     [
         (lambda p: SOAP(p, inverse_update_period=3), lambda p: SOAP(p, inverse_update_period=lambda step: 3)),
         (lambda p: Shampoo(p, damping=0.1), lambda p: Shampoo(p, damping=lambda step: 0.1)),
+        (lambda p: MFAC(p, damping=0.1), lambda p: MFAC(p, damping=lambda step: 0.1)),
         (lambda p: GaLore(p, rank=2, update_period=3), lambda p: GaLore(p, rank=2, update_period=lambda step: 3)),
         (
             lambda p: Muon(p, momentum=0.8),
