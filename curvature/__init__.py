@@ -14,16 +14,21 @@ from curvature.estimator import Curvature, CurvatureEstimator
 from curvature.fisher import fisher
 from curvature.foof import InputKronecker
 from curvature.ggn import ggn
+from curvature.gram import GramFisher
 from curvature.hessian import hessian
 from curvature.influence import Influence, influence, self_influence
 from curvature.interpolation import Interpolation, interpolation
+from curvature.inverse import InverseEstimator
 from curvature.jacobian import jacobian
+from curvature.kronbfgs import KroneckerBFGS
 from curvature.kronecker import KroneckerFisher
 from curvature.mixed import Mixed
 from curvature.monitor import Monitor
 from curvature.ntk import ntk
 from curvature.persample import gradient_second_moment, gradient_variance, per_sample_gradients, per_sample_norms
 from curvature.report import Report, report
+from curvature.singd import SINGDFisher
+from curvature.sketch import SketchedFisher
 from curvature.surface import Surface, surface
 from curvature.tnt import TensorNormal
 from curvature.unitwise import UnitFisher
@@ -37,15 +42,20 @@ __all__ = [
     "CurvatureEstimator",
     "DiagonalFisher",
     "EigenbasisFisher",
+    "GramFisher",
     "Influence",
     "InputKronecker",
     "Interpolation",
+    "InverseEstimator",
+    "KroneckerBFGS",
     "KroneckerFisher",
     "LayerFisher",
     "Mixed",
     "Monitor",
     "NondeterministicError",
     "Report",
+    "SINGDFisher",
+    "SketchedFisher",
     "Surface",
     "TensorNormal",
     "UnitFisher",
