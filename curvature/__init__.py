@@ -8,6 +8,7 @@ from curvature.coverage import Coverage, coverage
 from curvature.dense import LayerFisher
 from curvature.determinism import NondeterministicError, check_deterministic
 from curvature.diagonal import DiagonalFisher
+from curvature.dynamics import Dynamics, dynamics, kernel_eigenvalues
 from curvature.eigenbasis import EigenbasisFisher
 from curvature.eigenpairs import resumable_eigsh
 from curvature.estimator import Curvature, CurvatureEstimator
@@ -29,6 +30,7 @@ from curvature.persample import gradient_second_moment, gradient_variance, per_s
 from curvature.report import Report, report
 from curvature.singd import SINGDFisher
 from curvature.sketch import SketchedFisher
+from curvature.subspace import Subspace, overlap, subspace
 from curvature.surface import Surface, surface
 from curvature.tnt import TensorNormal
 from curvature.unitwise import UnitFisher
@@ -41,6 +43,7 @@ __all__ = [
     "Curvature",
     "CurvatureEstimator",
     "DiagonalFisher",
+    "Dynamics",
     "EigenbasisFisher",
     "GramFisher",
     "Influence",
@@ -56,12 +59,14 @@ __all__ = [
     "Report",
     "SINGDFisher",
     "SketchedFisher",
+    "Subspace",
     "Surface",
     "TensorNormal",
     "UnitFisher",
     "activation_hessian",
     "check_deterministic",
     "coverage",
+    "dynamics",
     "fisher",
     "ggn",
     "gradient_covariance",
@@ -71,11 +76,14 @@ __all__ = [
     "influence",
     "interpolation",
     "jacobian",
+    "kernel_eigenvalues",
     "ntk",
+    "overlap",
     "per_sample_gradients",
     "per_sample_norms",
     "report",
     "resumable_eigsh",
     "self_influence",
+    "subspace",
     "surface",
 ]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from curvature.block import Place
 from curvature.parameters import Parameters
-from solvers import Dense, Eigh, Flattened, Kronecker, LinearOperator, SolverError, power
+from solvers import Eigh, Kronecker, LinearOperator, SolverError, power
 
 # Largest block whose root is taken densely, where its structure has none.
 _DENSE = 4096
@@ -264,5 +264,4 @@ def root_of(op: LinearOperator) -> LinearOperator:
             raise ValueError(
                 f"{op!r} has no root by structure, and is too large to form ({size} > {_DENSE})."
             ) from None
-    matrix = op.to_dense()
-    return Flattened(power(Dense((matrix + matrix.mT) / 2), 0.5, Eigh()), op.in_shape)
+    return power(op, 0.5, Eigh(), dense=True)
