@@ -13,31 +13,12 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 from sklearn.datasets import load_digits
-from torch import Tensor, nn
+from torch import nn
 
 import curvature
-import solvers
-from curvature.block import Place
 from precond import KFAC
 
 STEPS, EVERY = 1200, 40
-
-
-def sharpness(operator: solvers.LinearOperator, start: Tensor | None) -> solvers.Eigenpairs:
-    return solvers.eigsh(operator, k=1, rtol=1e-2, v0=start, search_copies=False)
-
-
-def preconditioned(H: solvers.LinearOperator, optimizer: KFAC) -> solvers.LinearOperator:
-    """P^(1/2) H P^(1/2), which has the eigenvalues of P H and is symmetric."""
-    sizes = {name: p.numel() for name, p in optimizer.parameters.items()}
-    blocks, places = [], []
-    for preconditioner in optimizer.preconditioners.values():
-        blocks.append(solvers.power(preconditioner.inverse, 0.5, dense=True))
-        places.append(Place.of(preconditioner.estimator.block, optimizer.parameters.starts, sizes))
-    root = solvers.BlockDiagonal(blocks, places, H.shape[1])
-    return solvers.Function(
-        lambda v: root @ (H @ (root @ v)), (H.shape[1],), symmetric=True, dtype=H.dtype, device=H.device
-    )
 
 
 def main(out: Path) -> None:
@@ -54,14 +35,13 @@ def main(out: Path) -> None:
     curves: dict[str, list[float]] = {}
     rates = {"lr = 0.5": 0.5, "lr = 1": 1.0}
     for name, lr in rates.items():
-        model, start = network(), None
+        model, found = network(), None
         optimizer = torch.optim.SGD(model.parameters(), lr=lr)
         curves[name] = []
         for step in range(STEPS + 1):
             if step % EVERY == 0:
-                pairs = sharpness(curvature.hessian(model, loss_fn, (x, y)), start)
-                start = pairs.vectors
-                curves[name].append(float(pairs.values[0]))
+                found = curvature.dynamics(model, loss_fn, (x, y), optimizer, previous=found, rtol=1e-2)
+                curves[name].append(found.sharpness)
             optimizer.zero_grad()
             loss_fn(model(x), y).backward()
             optimizer.step()
@@ -69,7 +49,7 @@ def main(out: Path) -> None:
         print(f"gradient descent, {name}: sharpness {late:.2f}, edge {2 / lr:.2f}")
         assert abs(late * lr / 2 - 1) < 0.15, "the sharpness stays at 2 / lr"
 
-    model, start, lr = network(), None, 1.0
+    model, plain, found, lr = network(), None, None, 1.0
     kfac = KFAC(
         *(model, loss_fn),
         lr=lr,
@@ -87,13 +67,13 @@ def main(out: Path) -> None:
         kfac.zero_grad()
         loss_fn(model(x), y).backward()
         if step in times:
-            H = curvature.hessian(model, loss_fn, (x, y))
-            pairs = sharpness(H, start)
-            start = pairs.vectors
-            raw.append(float(pairs.values[0]))
-            inside.append(float(sharpness(preconditioned(H, kfac), None).values[0]))
+            plain = curvature.dynamics(model, loss_fn, (x, y), lr=lr, previous=plain, rtol=1e-2)
+            found = curvature.dynamics(model, loss_fn, (x, y), kfac, previous=found, rtol=1e-2)
+            raw.append(plain.eigenvalue)
+            inside.append(found.eigenvalue)
         kfac.step()
     kfac.detach()
+    print(found)
     print(f"K-FAC, lr = {lr:g}: sharpness {raw[-1]:.2f}, preconditioned {max(inside):.2f}, edge {2 / lr:.2f}")
     assert raw[-1] > 2 * (2 / lr), "the sharpness is twice what gradient descent of this learning rate could survive"
     assert max(inside) < 2 / lr, "what counts for K-FAC stays below the edge"
