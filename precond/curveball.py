@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from precond.adapt import LevenbergMarquardt
-from precond.base import period
 from precond.closure import flatten, unflatten
 from precond.methods import Taxonomy
+from precond.options import period
 from precond.products import GaussNewtonClosureOptimizer
+from precond.schedules import FIXED
 
 
 class CurveBall(GaussNewtonClosureOptimizer):
@@ -54,6 +55,8 @@ class CurveBall(GaussNewtonClosureOptimizer):
         memory="mn",
         paper="https://arxiv.org/abs/1805.08095",
     )
+
+    fixed: ClassVar[frozenset[str]] = FIXED | {"damping"}  # which is adapted
 
     def __init__(
         self,

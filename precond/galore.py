@@ -39,7 +39,7 @@ class GaLore(GradientOptimizer):
         update_period: Steps between projections.
         inner: Makes the inner optimizer: ``inner(list of tensors, lr=1.0, **inner_options)``.
         inner_options: Its options, without ``lr`` and ``weight_decay``.
-        weight_decay: Decoupled weight decay.
+        weight_decay: Weight decay, decoupled unless ``decay`` says otherwise.
         options: See :class:`SecondOrderOptimizer`.
 
     Raises:

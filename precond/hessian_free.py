@@ -12,6 +12,7 @@ from precond.adapt import LevenbergMarquardt
 from precond.closure import flatten, unflatten
 from precond.methods import Taxonomy
 from precond.products import GaussNewtonClosureOptimizer, GaussNewtonMatrix
+from precond.schedules import FIXED
 from solvers import CG, Diagonal
 
 
@@ -58,6 +59,8 @@ class HessianFree(GaussNewtonClosureOptimizer):
         memory="5mn, the graph of the batch",
         paper="https://www.cs.toronto.edu/~jmartens/docs/Deep_HessianFree.pdf",
     )
+
+    fixed: ClassVar[frozenset[str]] = FIXED | {"damping"}  # which is adapted
 
     def __init__(
         self,

@@ -37,7 +37,7 @@ class KLShampoo(GradientOptimizer):
         lr: Learning rate, in Adam's units.
         betas: Decay of the average of gradients, and of the factors.
         eps: For Adam's step, and the smallest eigenvalue of a factor relative to their mean.
-        weight_decay: Decoupled weight decay.
+        weight_decay: Weight decay, decoupled unless ``decay`` says otherwise.
         inverse_update_period: Steps between refreshes of the bases.
         max_dim: Axes longer than this have no factor.
         merge_dims: Join neighbouring axes up to this size; ``None`` keeps them apart.

@@ -37,7 +37,7 @@ class Muon(GradientOptimizer):
         lr: Learning rate; with ``scaling="adam"`` that of AdamW, for all parameters.
         momentum: :math:`\mu`, before the orthogonalisation.
         nesterov: Look ahead along the momentum.
-        weight_decay: Decoupled weight decay.
+        weight_decay: Weight decay, decoupled unless ``decay`` says otherwise.
         scaling: s: ``"adam"`` for ``0.2 sqrt(max(m, n))``, entries as large as AdamW's; ``"spectral"`` for
             ``sqrt(max(1, m / n))``; ``"none"`` for 1, a learning rate in units of spectral norm per step.
         polynomial: Five steps of ``"polar_express"`` (singular values end between 0.85 and 1) or of the first paper's

@@ -49,7 +49,7 @@ class PSGD(ClosureOptimizer, GradientOptimizer):
         damping: Absolute size of the noise, in units of the gradient.
         eps: Relative size of the noise.
         max_rms: Bound of the root mean square of a parameter's direction; ``None`` for none.
-        weight_decay: Decoupled weight decay.
+        weight_decay: Weight decay, decoupled unless ``decay`` says otherwise.
         curvature_update_period: Steps between updates of P.
         max_dim: Axes longer than this keep a diagonal.
         merge_dims: Join neighbouring axes up to this size; ``None`` keeps them apart.

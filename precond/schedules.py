@@ -38,7 +38,7 @@ def split(
         raise TypeError("lr is a number; to change it over the steps use one of torch.optim.lr_scheduler.")
     for name in schedules:
         if name in fixed:
-            raise TypeError(f"{name} cannot change from step to step; give its value, not a function.")
+            raise TypeError(f"{name} cannot follow a function of the step here; give its value.")
     return {name: value for name, value in group.items() if name not in schedules}, schedules
 
 

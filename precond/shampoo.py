@@ -46,7 +46,7 @@ class Shampoo(GradientOptimizer):
         exponent: Power of each factor in place of ``-1 / (2 K)``.
         grafting: ``"sgd"``, ``"adagrad"``, ``"rmsprop"``, ``"adam"``, or ``None`` for Shampoo's own length.
         eigenvalue_correction: See above; not together with ``exponent``.
-        weight_decay: Decoupled weight decay.
+        weight_decay: Weight decay, decoupled unless ``decay`` says otherwise.
         inverse_update_period: Steps between roots.
         start_step: First step that uses the factors; grafting alone before.
         block_size: Largest side of a block.

@@ -39,7 +39,7 @@ class SOAP(GradientOptimizer):
         betas: Decay of first and second moment.
         curvature_ema: Decay of the factors; the second of ``betas`` if ``None``.
         eps: Added to the root of the second moment.
-        weight_decay: Decoupled weight decay.
+        weight_decay: Weight decay, decoupled unless ``decay`` says otherwise.
         inverse_update_period: Steps between refreshes of the bases.
         max_dim: Axes longer than this are not rotated.
         merge_dims: Join neighbouring axes up to this size (convolutions); ``None`` keeps them apart.

@@ -39,7 +39,7 @@ class Sophia(ClosureOptimizer, GradientOptimizer):
         gamma: :math:`\gamma`; 0.01 suits ``"hutchinson"``, 0.05 ``"gauss_newton"``.
         eps: Smallest denominator.
         estimator: See above.
-        weight_decay: Decoupled weight decay.
+        weight_decay: Weight decay, decoupled unless ``decay`` says otherwise.
         curvature_update_period: Steps between Hutchinson's estimates.
         seed: Of the random signs.
         options: See :class:`SecondOrderOptimizer`.

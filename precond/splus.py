@@ -37,7 +37,7 @@ class SPlus(GradientOptimizer):
         betas: Decay of the average of gradients, and of the factors.
         average_decay: Decay of the average of the iterates.
         vector_scale: Scale of parameters without a basis.
-        weight_decay: Decoupled weight decay, scaled by the same ``lr``.
+        weight_decay: Weight decay, decoupled unless ``decay`` says otherwise; scaled by the same ``lr``.
         inverse_update_period: Steps between decompositions.
         max_dim: Sides longer than this are not rotated.
         options: See :class:`SecondOrderOptimizer`.

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from precond import MFAC, SOAP, GaLore, Muon, Shampoo, methods
+from precond import MFAC, SOAP, CurveBall, GaLore, HessianFree, Muon, Shampoo, methods
 from tests.precond.test_protocol import OPTIONS, Training, same
 
 GRADIENT = [method.name for method in methods() if method.needs == "grad"]
@@ -177,8 +177,8 @@ def test_a_scheduler_of_torch_writes_what_no_schedule_does():
     ("options", "error", "message"),
     [
         ({"lr": decay}, TypeError, "use one of torch.optim.lr_scheduler"),
-        ({"max_dim": lambda step: 3}, TypeError, "max_dim cannot change from step to step"),
-        ({"betas": lambda step: (0.9, 0.9)}, TypeError, "betas cannot change from step to step"),
+        ({"max_dim": lambda step: 3}, TypeError, "max_dim cannot follow a function of the step"),
+        ({"betas": lambda step: (0.9, 0.9)}, TypeError, "betas cannot follow a function of the step"),
         (
             {"eps": lambda step: -1.0},
             ValueError,
@@ -191,6 +191,12 @@ def test_a_scheduler_of_torch_writes_what_no_schedule_does():
 def test_refuses(options, error, message):
     with pytest.raises(error, match=message):
         run(lambda p: SOAP(p, **options), 1)
+
+
+@pytest.mark.parametrize("cls", [HessianFree, CurveBall])
+def test_a_damping_that_is_adapted_follows_no_schedule(cls):
+    with pytest.raises(TypeError, match="damping cannot follow a function of the step here"):
+        cls([nn.Parameter(torch.ones(2))], nn.MSELoss(), damping=decay)
 
 
 def test_a_schedule_that_leaves_its_range_stops_before_the_step():
