@@ -101,29 +101,43 @@ def span_of(problem: Problem, entries: Any, generator: torch.Generator, *, biase
         ValueError: If there are not one or two, or a vector does not fit, is zero, not finite or parallel to the other.
     """
     if isinstance(entries, Eigenpairs):
-        entries = list(entries.vectors[:2])
-    elif isinstance(entries, (str, Tensor, nn.Module, Mapping)):
-        entries = [entries]
-    if not isinstance(entries, Sequence) or not 1 <= len(entries) <= 2:
-        raise ValueError(f"directions must be one (a line) or two (a plane), got {entries!r}.")
-    wanted = sum(isinstance(entry, str) and entry == "eigenvector" for entry in entries)
-    pairs = eigsh(Hessian(problem, problem.parameters, problem.parameters, None, MEMORY), wanted) if wanted else None
-    found: list[Direction] = []
-    used = 0
-    for entry in entries:
-        if isinstance(entry, str) and entry == "eigenvector":
-            assert pairs is not None
-            label = f"eigenvector of {float(pairs.values[used]):.3g} (distance)"
-            found.append(Direction(pairs.vectors[used], label))
-            used += 1
-        else:
-            end = (0.0, 1.0) if found else (1.0, 0.0)
-            found.append(_direction(problem, entry, generator, biases, end))
+        found = [_eigenvector(entries, i, problem.parameters) for i in range(min(2, len(entries.values)))]
+    else:
+        if isinstance(entries, (str, Tensor, nn.Module, Mapping)):
+            entries = [entries]
+        if not isinstance(entries, Sequence) or not 1 <= len(entries) <= 2:
+            raise ValueError(f"directions must be one (a line) or two (a plane), got {entries!r}.")
+        found = _found(problem, entries, generator, biases)
     for number, direction in enumerate(found, 1):
         length = torch.linalg.vector_norm(direction.vector.double())
         if not (torch.isfinite(length) and length > 0):
             raise ValueError(f"direction {number} ({direction.label}) has the norm {float(length)}: it leads nowhere.")
     return _independent(found)
+
+
+def _found(problem: Problem, entries: Sequence[Any], generator: torch.Generator, biases: bool) -> list[Direction]:
+    wanted = [i for i, entry in enumerate(entries) if isinstance(entry, str) and entry == "eigenvector"]
+    found: dict[int, Direction] = {}
+    if wanted:
+        pairs = eigsh(Hessian(problem, problem.parameters, problem.parameters, None, MEMORY), len(wanted))
+        found = {i: _eigenvector(pairs, rank, problem.parameters) for rank, i in enumerate(wanted)}
+    for i, entry in enumerate(entries):
+        if i not in found:
+            found[i] = _direction(problem, entry, generator, biases, ((1.0, 0.0), (0.0, 1.0))[i])
+    return [found[i] for i in range(len(entries))]
+
+
+def _eigenvector(pairs: Eigenpairs, rank: int, parameters: Parameters) -> Direction:
+    label = f"eigenvector of {float(pairs.values[rank]):.3g} (distance)"
+    return Direction(_fitting(pairs.vectors[rank], parameters), label)
+
+
+def _fitting(vector: Tensor, parameters: Parameters) -> Tensor:
+    if vector.shape != (parameters.size,):
+        raise ValueError(
+            f"a direction has the shape ({parameters.size},) of all parameters, not {tuple(vector.shape)}."
+        )
+    return vector.detach().to(parameters.device, parameters.dtype)
 
 
 def _direction(
@@ -137,10 +151,7 @@ def _direction(
         g = gradient(problem)
         return Direction(g / torch.linalg.vector_norm(g).clamp(min=1e-300), "gradient (distance)")
     if isinstance(entry, Tensor):
-        if entry.shape != (parameters.size,):
-            raise ValueError(f"a direction has the shape ({parameters.size},) of all parameters, not {entry.shape}.")
-        vector = entry.detach().to(parameters.device, parameters.dtype)
-        return Direction(vector, "given direction")
+        return Direction(_fitting(entry, parameters), "given direction")
     if isinstance(entry, (nn.Module, Mapping)):
         there = matching(problem.model, parameters, entry)
         vector = parameters.flatten({name: there[name].to(p.dtype) - p.detach() for name, p in parameters.items()})

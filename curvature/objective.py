@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
@@ -129,7 +130,7 @@ class Objective:
                 raise ValueError("the loss has reduction='none', so it is no scalar. Use 'mean' or 'sum'.")
             total += float(torch.where(terms.mask, terms.values(), 0.0).double().sum())
             size, mean = size + float(terms.total), terms.reduction == "mean"
-            if first and problem.single:
+            if first and problem.single and math.isfinite(total):  # what is not finite tells nothing
                 self._as_called = self._agrees(terms, y)
                 if self._as_called:
                     return float(problem.loss_fn(terms.output, y))

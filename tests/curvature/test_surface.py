@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import curvature
+import solvers
 from curvature.directions import random_direction
 from curvature.parameters import Parameters
 from curvature.surface import Surface, surface
+from precond import EKFAC, KFAC
 from tests.curvature import dense_reference as reference
 from tests.curvature.problems import PROBLEMS, Problem
 
@@ -94,6 +96,37 @@ def test_along_an_eigenvector_the_second_difference_is_the_eigenvalue() -> None:
     torch.testing.assert_close(torch.stack([u @ u, v @ v, u @ v]), torch.tensor([1.0, 1.0, 0.0], dtype=F64))
 
 
+def test_eigenpairs_are_directions() -> None:
+    model, loss_fn, data = quadratic()
+    pairs = solvers.eigsh(curvature.hessian(model, loss_fn, data), k=3, progress=False)
+    found = surface(model, loss_fn, data, directions=pairs, points=3)
+    assert torch.equal(found.directions, pairs.vectors[:2])
+    assert found.labels[1].startswith(f"eigenvector of {float(pairs.values[1]):.3g}")
+    alone = solvers.eigsh(curvature.hessian(model, loss_fn, data), k=1, progress=False)
+    assert surface(model, loss_fn, data, directions=alone, points=3).betas is None
+
+
+@pytest.mark.parametrize("method", [KFAC, EKFAC])
+def test_an_optimizer_that_watches_the_model_does_not_notice(method: Any) -> None:
+    model, loss_fn, (x, y) = quadratic()
+    other = copy.deepcopy(model)
+    for one, look in ((model, True), (other, False)):
+        optimizer = method(one, loss_fn, lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = loss_fn(one(x), y)
+            if look:
+                surface(one, loss_fn, (x, y), points=2)
+            loss.backward()
+            if look:
+                surface(one, loss_fn, (x, y), points=2, directions=("gradient", "eigenvector"))
+                curvature.interpolation(one, other, loss_fn, (x, y), points=3)
+                curvature.dynamics(one, loss_fn, (x, y), lr=0.1, progress=False)
+                curvature.subspace(one, loss_fn, (x, y), k=1, progress=False)
+            optimizer.step()
+    assert torch.equal(theta_of(model), theta_of(other))
+
+
 def test_in_the_middle_it_is_the_loss_bit_for_bit() -> None:
     problem = PROBLEMS["mlp_ce"]()
     x, y = problem.data[0]
@@ -167,6 +200,7 @@ def test_cliffs_stay_as_they_are() -> None:
     assert torch.isnan(found.values[0]) and torch.isinf(found.values[1])  # log(-1/2), log(0)^2
     many = surface(Log(), nn.MSELoss(), [data, data], directions=torch.ones(1, dtype=F64), span=1.0, points=5)
     torch.testing.assert_close(found.values, many.values, equal_nan=True)
+    assert found.values[2].item() == (torch.tensor(0.5, dtype=F64).log() ** 2).item()  # as called, though it began NaN
 
 
 def batch_norm() -> tuple[Any, nn.Module, list[tuple[Tensor, Tensor]]]:
