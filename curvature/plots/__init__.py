@@ -7,6 +7,7 @@ so a dark style or a style sheet of one's own carries over.
 
 from curvature.plots.landscape import barriers, interpolation, layer_paths, surface, surface_3d
 from curvature.plots.layers import bars, distances, gradient_norms, shares
+from curvature.plots.monitor import monitor
 from curvature.plots.spectrum import density, eigenvalues
 from curvature.plots.training import dynamics, subspace
 
@@ -20,6 +21,7 @@ __all__ = [
     "gradient_norms",
     "interpolation",
     "layer_paths",
+    "monitor",
     "shares",
     "subspace",
     "surface",

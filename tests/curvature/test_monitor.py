@@ -413,3 +413,34 @@ def test_wrong_arguments(arguments: dict[str, Any], message: str) -> None:
     model, data = run()
     with pytest.raises(ValueError, match=message):
         Monitor(model, nn.CrossEntropyLoss(), data, **arguments)
+
+
+def test_pictures() -> None:
+    matplotlib = pytest.importorskip("matplotlib", reason="matplotlib draws")
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from curvature import plots
+
+    model, data = run()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.25)
+    monitor = Monitor(model, nn.CrossEntropyLoss(), data, every=2, k=2, optimizer=optimizer, max_fraction=None)
+    steps(model, data, optimizer, 7, monitor)
+    history = monitor.history
+    history["converged"][1] = 0
+    try:
+        ax: Any = plots.monitor(history)
+        lines = {str(line.get_label()): line for line in ax.lines}
+        assert list(lines["eigenvalue 1"].get_ydata()) == history["sharpness"]
+        assert list(lines["eigenvalue 2"].get_ydata()) == history["eigenvalue_2"]
+        assert list(lines["2 / learning rate"].get_ydata()) == [8.0] * 4
+        hollow = [line for line in ax.lines if line.get_markerfacecolor() == "none"]
+        assert [list(line.get_xdata()) for line in hollow] == [[2], [2]], "what has not converged"
+        outline: Any = plots.monitor(monitor, quantity="trace").collections[0].get_paths()[0].vertices
+        tops = [v + 2 * e for v, e in zip(history["trace"], history["trace_stderr"], strict=True)]
+        assert outline[:, 1].max() == pytest.approx(max(tops))
+        assert plots.monitor(monitor, quantity="loss", log=True).get_yscale() == "log"
+        with pytest.raises(KeyError, match="the history has no 'flatness'; it has step, seconds"):
+            plots.monitor(monitor, quantity="flatness")
+    finally:
+        plt.close("all")
