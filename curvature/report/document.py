@@ -40,7 +40,7 @@ RESULTS: dict[str, type] = {
 }
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Report:
     """The curvature of one loss of one model, made by :func:`curvature.report`.
 
@@ -102,6 +102,10 @@ class Report:
 
     FORMAT: ClassVar[str] = "precond curvature report"
     VERSION: ClassVar[int] = 1
+
+    def __repr__(self) -> str:
+        """What it is about; print it for what it says."""
+        return f"Report({self.model}, {self.loss_fn}, {self.parameters} parameters, {self.created})"
 
     def __str__(self) -> str:
         """Tables, 100 columns wide."""

@@ -158,7 +158,10 @@ class Run:
                 if amount < task.need.least:
                     self.cut.append(task.name)
                     continue
-                self.one(task, amount if study.budget.limited else inf)
+                spare = max(
+                    0.0, study.budget.left - sum(amounts)
+                )  # what nobody wants serves a search that takes longer
+                self.one(task, amount + spare if study.budget.limited else inf)
                 bar.update(min(task.need.wanted, bar.total - bar.n))
 
     def one(self, task: Task, amount: float) -> None:

@@ -26,6 +26,8 @@ MATRICES: dict[Matrix, Callable[..., DatasetOperator]] = {"hessian": hessian, "g
 
 # Where a matrix has no more rows than this, it is formed and nothing is estimated.
 SMALL = 2000
+#: Where it has more rows, it is not formed even if the user asks for it: it would take more than 3 GiB.
+LARGE = 20_000
 #: Vectors that are multiplied at once.
 BLOCK = 8
 _QUICK = 0.1  # seconds; products that take longer are timed once
@@ -152,7 +154,16 @@ class Study:
         return Need(least * rate, wanted * rate)
 
     def choose_form(self) -> None:
-        """Settle which matrices are formed: small ones, as far as the budget goes, or as the user says."""
+        """Settle which matrices are formed: small ones, as far as the budget goes, or as the user says.
+
+        Raises:
+            ValueError: If the user asks for matrices that are too large.
+        """
+        if self.exact and self.size > LARGE:
+            raise ValueError(
+                f"exact=True would form matrices of {8 * self.size**2 / 2**30:,.0f} GiB for {self.size:,} parameters. "
+                f"Leave exact out, or restrict params= to {LARGE:,}."
+            )
         for matrix in self.rates:
             cost = self.form_need(matrix).wanted
             small = self.size <= SMALL and cost <= self.budget.left / 3

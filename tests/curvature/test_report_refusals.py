@@ -78,6 +78,11 @@ def test_a_loss_that_is_not_finite() -> None:
     same(before, fingerprint(problem.model))
 
 
+def test_matrices_that_are_too_large() -> None:
+    with pytest.raises(ValueError, match=r"exact=True would form matrices of 7 GiB for 30,000 parameters"):
+        report(nn.Linear(300, 100, bias=False), nn.MSELoss(), (torch.ones(2, 300), torch.ones(2, 100)), exact=True)
+
+
 def test_a_frozen_model() -> None:
     problem = made()
     problem.model.requires_grad_(False)
@@ -199,6 +204,7 @@ def test_json_goes_both_ways() -> None:
     content = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert (content["format"], content["version"]) == ("precond curvature report", 1)
     again = Report.from_json(text)
+    assert repr(again) == repr(found) and len(repr(found)) < 100
     assert again.to_json() == text and str(again) == str(found)
     assert again.eigenvalues == found.eigenvalues and again.coverage == found.coverage and again.noise == found.noise
 
@@ -253,3 +259,23 @@ def test_plain_numbers() -> None:
     assert [plain(x) for x in (0, 1, 12345.678, 0.00123456, 1e-7, -2.5e9)] == [
         *("0", "1.000", "12,346", "0.001235", "1.000e-07", "-2.500e+09")
     ]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
+@pytest.mark.parametrize("exact", [None, False])
+def test_on_an_accelerator(exact: bool | None) -> None:
+    problem = made()
+    expected = run(problem, exact=True)
+    problem.model.cuda()
+    found = run(problem, exact=exact)  # the data stay where they are
+    assert found.refused == () and found.eigenvectors["ggn"].is_cuda
+    top, other = found.eigenvalues["ggn"].largest[0], expected.eigenvalues["ggn"].largest[0]
+    assert abs(top.value - other.value) <= top.residual + 1e-9
+    assert Report.from_json(found.to_json()).to_json() == found.to_json()
+
+
+def test_inputs_that_are_mappings() -> None:
+    problem = PROBLEMS["mapping_inputs"]()
+    found = run(problem, products=400)
+    assert found.refused == () and found.noise is not None and found.noise.examples == 5
