@@ -12,7 +12,7 @@ from curvature.data import Output
 from curvature.jacobian import jacobian
 from curvature.losses import widen
 from curvature.persample import Examples, inner
-from curvature.samples import Outer, Samples
+from curvature.samples import Outer, Samples, gram
 from curvature.settings import differentiable_kernels
 
 NTKMode = Literal["full", "class", "trace"]
@@ -87,14 +87,19 @@ def _block_kernel(block: Block, left: list[Samples], right: list[Samples], outpu
         if same:
             return inner(g, h) * inputs
         return (g.flatten(0, 1) @ h.flatten(0, 1).mT).reshape(outputs, len(a), outputs, len(b)) * inputs[:, None]
-    R, S = (
-        torch.cat([widen(chunk).flatten(1) for entry in samples for chunk in entry.gradients()])
-        for samples in (left, right)
-    )
-    R, S = R.reshape(outputs, -1, block.numel), S.reshape(outputs, -1, block.numel)
+    R = _formed(left, block, outputs)
+    S = R if right is left else _formed(right, block, outputs)
     if same:
         return inner(R, S)
-    return (R.flatten(0, 1) @ S.flatten(0, 1).mT).reshape(outputs, R.shape[1], outputs, S.shape[1])
+    rows, columns = R.flatten(0, 1), S.flatten(0, 1)
+    products = gram(rows.mT) if S is R else rows @ columns.mT  # one triangle of a symmetric kernel
+    return products.reshape(outputs, R.shape[1], outputs, S.shape[1])
+
+
+def _formed(samples: list[Samples], block: Block, outputs: int) -> Tensor:
+    """The gradients of all outputs, ``(K, n, block.numel)``."""
+    chunks = [widen(chunk).flatten(1) for entry in samples for chunk in entry.gradients()]
+    return torch.cat(chunks).reshape(outputs, -1, block.numel)
 
 
 def _one_position(samples: list[Samples]) -> tuple[Tensor, Tensor] | None:

@@ -438,3 +438,22 @@ def test_operators_say_how_many_vectors_share_a_product(small: Problem) -> None:
     assert curvature.hessian(large, nn.MSELoss(), data).block_size == 1
     assert curvature.hessian(large, nn.MSELoss(), [data]).block_size is None  # a pass over the data is shared
     assert curvature.hessian(small.model, small.loss_fn, small.data[0]).block_size is None  # one vectorised pass
+
+
+def test_parameters_of_several_dtypes_over_several_batches() -> None:
+    torch.manual_seed(0)
+
+    class Wide(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(x, self.weight) + self.bias.float()
+
+    first = Wide(3, 4)
+    first.bias.data = first.bias.data.double()
+    model = nn.Sequential(first, nn.Tanh(), nn.Linear(4, 2))
+    data = [(torch.randn(n, 3), torch.randn(n, 2)) for n in (4, 3)]
+    H = curvature.hessian(model, nn.MSELoss(), data)
+    whole = curvature.hessian(model, nn.MSELoss(), tuple(torch.cat(part) for part in zip(*data, strict=True)))
+    v = torch.randn(5, H.shape[1], dtype=H.dtype)
+    torch.testing.assert_close(H @ v, whole @ v, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(torch.stack([H @ row for row in v]), H @ v, rtol=1e-4, atol=1e-6)
+    assert H.dtype == torch.float64 and (H @ v[:0]).shape == (0, H.shape[1])

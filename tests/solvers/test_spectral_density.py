@@ -88,7 +88,7 @@ def test_moments(method: DensityMethod) -> None:
 
 
 def test_signs_are_independent() -> None:
-    # Eight come from one draw, so lags within and across draws must show nothing; 5 rows of 4001 do not end with a draw.
+    # Eight come from one draw: neither lags within and across draws nor places in a draw may show anything.
     z = signs(Function(lambda x: x, (4001,), dtype=torch.float64), 5, torch.Generator().manual_seed(1))
     assert z.shape == (5, 4001) and z.dtype == torch.float64 and set(z.unique().tolist()) == {-1.0, 1.0}
     flat = z.flatten()
