@@ -72,7 +72,6 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         if nonfinite not in ("skip", "raise"):
             raise ValueError(f"nonfinite must be 'skip' or 'raise', got {nonfinite!r}.")
         self.nonfinite, self.max_skips = nonfinite, period("max_skips", max_skips)
-        self.steps = 0
         self.skipped = 0  # steps skipped because a gradient was not finite
         self.skipped_in_row = 0
         self.schedules: list[dict[str, Callable[[int], Any]]] = []  # of each group
@@ -95,6 +94,12 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
                 f"every parameter given to {type(self).__name__} is frozen; call requires_grad_(True) on those to be "
                 "trained."
             )
+
+    @property
+    def steps(self) -> int:
+        """Steps taken; in the groups, where every kind of checkpoint finds it."""
+        groups = getattr(self, "param_groups", None)
+        return int(groups[0]["steps"]) if groups else 0
 
     @abstractmethod
     def directions(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
@@ -138,7 +143,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
                     f"got {plain['lr']}. Begin with the peak and lower it by a scheduler."
                 )
             plain["initial_lr"] = float(plain["lr"])
-        super().add_param_group(plain)
+        super().add_param_group({**plain, "steps": self.steps})
         self.schedules.append(schedules)
         for p in self.param_groups[-1]["params"]:
             if p.is_complex():
@@ -221,7 +226,8 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         return loss
 
     def _count(self) -> None:
-        self.steps += not self._idle
+        for group in self.param_groups:
+            group["steps"] += not self._idle
         self.after_step()
 
     def _stands_still(self, gradients: dict[Tensor, Tensor]) -> bool:
@@ -231,14 +237,6 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         return not any(bool(g.any()) for g in gradients.values())
 
     # State
-
-    def state_dict(self) -> dict[str, Any]:
-        """State and groups in torch's layout, tensors and numbers only; every group says how many steps were taken."""
-        hook = self.register_state_dict_post_hook(_with_steps, prepend=True)  # before the user's hooks
-        try:
-            return super().state_dict()
-        finally:
-            hook.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`; the state of a half-precision parameter keeps the precision it was saved with."""
@@ -257,7 +255,6 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
                 narrow = p.dtype.itemsize < 4 or (isinstance(value, Tensor) and value.ndim == 0)
                 if isinstance(value, Tensor) and value.is_floating_point() and narrow:
                     self.state[p][key] = value.detach().clone().to(p.device)
-        self.steps = max(int(group.pop("steps", 0)) for group in self.param_groups)
         for group, own in zip(self.param_groups, before, strict=True):
             group.update({name: value for name, value in own.items() if name not in group})
         self.apply_schedules()
@@ -365,9 +362,3 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         scale = kl_scale(pairs, min(bounds))
         for p, d in directions.items():
             directions[p] = d * scale.to(d.dtype)
-
-
-def _with_steps(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    assert isinstance(optimizer, SecondOrderOptimizer)
-    for group in saved["param_groups"]:
-        group["steps"] = optimizer.steps

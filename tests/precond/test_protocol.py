@@ -13,6 +13,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.optim import lr_scheduler
 
 import precond
@@ -300,6 +305,28 @@ def test_parameters_without_gradient_and_frozen_ones_stay(name):
     for step in range(3):
         training.step(step)
     assert extra.eq(1).all() and torch.equal(training.model.out.bias, bias)
+
+
+@pytest.mark.parametrize("name", ["SOAP", "Shampoo", "KLShampoo", "SPlus", "Muon", "PSGD", "MFAC"])
+@pytest.mark.parametrize("flat", [False, True])
+def test_distributed_checkpoint_resumes_bit_for_bit(name, flat):
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    whole, first, second = (Training(name, weight_decay=growing, decay="corrected") for _ in range(3))
+    for step in range(8):
+        whole.step(step)
+    for step in range(5):
+        first.step(step)
+    saved = copy.deepcopy(get_optimizer_state_dict(first.model, first.optimizer, options=options))
+    second.model.load_state_dict(first.model.state_dict())
+    set_optimizer_state_dict(second.model, second.optimizer, saved, options=options)
+    assert second.optimizer.steps == 5
+    for step in range(5, 8):
+        second.step(step)
+    assert same(whole.values(), second.values())
+
+
+def growing(step: int) -> float:
+    return 0.1 * step
 
 
 # Gradients of every kind

@@ -150,7 +150,6 @@ def test_options_are_restored_with_the_state() -> None:
     resumed = kfac(dense_model()[0], nn.CrossEntropyLoss())
     resumed.load_state_dict(state)
     assert resumed.param_groups[0]["lr"] == 0.5 and resumed.param_groups[0]["damping"] == 0.25
-    assert "steps" not in resumed.param_groups[0]
 
 
 # torch.distributed.checkpoint ----------------------------------------------------------------------------------------
