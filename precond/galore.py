@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from precond.gradient import GradientOptimizer, Group, State, due, state_zeros, working_dtype
+from precond.gradient import GradientOptimizer, Group, State, due, state_zeros
 from precond.matrices import leading_vectors, matrix_shape
 from precond.methods import Taxonomy
 from precond.schedules import Scheduled, ScheduledInt
@@ -101,10 +101,15 @@ class GaLore(GradientOptimizer):
         self._inner = {}  # made again from the state, which holds all of theirs
 
     def initial_state(self, p: Tensor, group: Group) -> State:
-        if not _projected(p, group):
-            return {}
-        side = min(matrix_shape(p.shape))
-        return {"projection": state_zeros(p, (side, group["rank"]))}
+        state, shape = {}, tuple(p.shape)
+        if _projected(p, group):
+            state["projection"] = state_zeros(p, (min(matrix_shape(shape)), group["rank"]))
+            shape = (group["rank"], max(matrix_shape(shape)))
+        # Flat checkpoints restore entries that are there already; the inner optimizer begins without looking at these.
+        optimizer, proxy = self._make_inner(state_zeros(p, shape))
+        proxy.grad = torch.zeros_like(proxy)
+        _bare_step(optimizer)
+        return {**state, **_entries(optimizer, proxy)}
 
     def direction(self, p: Tensor, g: Tensor, state: State, group: Group) -> Tensor:
         if "projection" not in state:
@@ -125,25 +130,36 @@ class GaLore(GradientOptimizer):
         with torch.no_grad():
             proxy.zero_()
         proxy.grad = g.contiguous()
-        step = type(optimizer).step
-        # Without the hooks that torch runs around the steps of all optimizers: the user's step is GaLore's.
-        (step.__wrapped__ if getattr(step, "hooked", False) else step)(optimizer)  # type: ignore[attr-defined]
+        _bare_step(optimizer)
         proxy.grad = None
-        state.update({f"{PREFIX}{key}": value for key, value in optimizer.state[proxy].items() if value is not None})
+        state.update(_entries(optimizer, proxy))
         return -proxy.detach()
 
     def _inner_of(self, p: Tensor, g: Tensor, state: State) -> tuple[torch.optim.Optimizer, Tensor]:
         if p not in self._inner:
-            proxy = torch.zeros(g.shape, dtype=working_dtype(g), device=g.device, requires_grad=True)
-            optimizer = self.inner([proxy], lr=1.0, **self.inner_options)
-            for group in optimizer.param_groups:
-                if "weight_decay" in group:
-                    group["weight_decay"] = 0.0  # of the proxy it would be none
-            saved = {key.removeprefix(PREFIX): value for key, value in state.items() if key.startswith(PREFIX)}
-            if saved:
+            optimizer, proxy = self._make_inner(torch.zeros_like(g, memory_format=torch.contiguous_format))
+            if state["step"] > 1:
+                saved = {key.removeprefix(PREFIX): value for key, value in state.items() if key.startswith(PREFIX)}
                 optimizer.state[proxy].update(saved)
             self._inner[p] = optimizer, proxy
         return self._inner[p]
+
+    def _make_inner(self, proxy: Tensor) -> tuple[torch.optim.Optimizer, Tensor]:
+        optimizer = self.inner([proxy.requires_grad_()], lr=1.0, **self.inner_options)
+        for group in optimizer.param_groups:
+            if "weight_decay" in group:
+                group["weight_decay"] = 0.0  # of the proxy it would be none
+        return optimizer, proxy
+
+
+def _bare_step(optimizer: torch.optim.Optimizer) -> None:
+    """A step without the hooks that torch runs around those of all optimizers: the user's step is GaLore's."""
+    step = type(optimizer).step
+    (step.__wrapped__ if getattr(step, "hooked", False) else step)(optimizer)  # type: ignore[attr-defined]
+
+
+def _entries(optimizer: torch.optim.Optimizer, proxy: Tensor) -> State:
+    return {f"{PREFIX}{key}": value for key, value in optimizer.state[proxy].items() if value is not None}
 
 
 def _projected(p: Tensor, group: Group) -> bool:

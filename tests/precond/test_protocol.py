@@ -307,7 +307,7 @@ def test_parameters_without_gradient_and_frozen_ones_stay(name):
     assert extra.eq(1).all() and torch.equal(training.model.out.bias, bias)
 
 
-@pytest.mark.parametrize("name", ["SOAP", "Shampoo", "KLShampoo", "SPlus", "Muon", "PSGD", "MFAC"])
+@pytest.mark.parametrize("name", ["SOAP", "Shampoo", "KLShampoo", "SPlus", "Muon", "GaLore", "PSGD", "MFAC"])
 @pytest.mark.parametrize("flat", [False, True])
 def test_distributed_checkpoint_resumes_bit_for_bit(name, flat):
     options = StateDictOptions(flatten_optimizer_state_dict=flat)
