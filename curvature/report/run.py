@@ -147,22 +147,22 @@ class Run:
     def all(self, progress: bool | None) -> None:
         """Do it, and share out anew after each section what is left."""
         study, tasks = self.study, self.tasks()
-        total = sum(min(task.need.wanted, study.budget.left) for task in tasks)
+        planned = allot([task.need for task in tasks], study.budget.left)
         bar_format = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
         hidden = None if progress is None else not progress
-        with tqdm(total=total, desc="curvature report", bar_format=bar_format, disable=hidden, leave=False) as bar:
-            while tasks:
-                amounts = allot([task.need for task in tasks], study.budget.left)
-                task, amount = tasks.pop(0), amounts[0]
+        with tqdm(
+            total=sum(planned), desc="curvature report", bar_format=bar_format, disable=hidden, leave=False
+        ) as bar:
+            for i, task in enumerate(tasks):
+                amounts = allot([task.need for task in tasks[i:]], study.budget.left)
+                # What nobody wants serves a search that takes longer than was thought.
+                spare = max(0.0, study.budget.left - sum(amounts)) if study.budget.limited else inf
                 bar.set_postfix_str(task.name)
-                if amount < task.need.least:
+                if amounts[0] < task.need.least:
                     self.cut.append(task.name)
-                    continue
-                spare = max(
-                    0.0, study.budget.left - sum(amounts)
-                )  # what nobody wants serves a search that takes longer
-                self.one(task, amount + spare if study.budget.limited else inf)
-                bar.update(min(task.need.wanted, bar.total - bar.n))
+                else:
+                    self.one(task, amounts[0] + spare)
+                bar.update(planned[i])
 
     def one(self, task: Task, amount: float) -> None:
         """Do a section, or take it from the file."""

@@ -65,8 +65,9 @@ footer { margin-top: 3rem; color: var(--soft); font-size: 0.85rem; }
   .pair { grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 2rem 3rem; }
 }
 @media (max-width: 30rem) {
-  th + th, td + td, th + td { padding-left: 0.75rem; }
+  th + th, td + td, th + td { padding-left: 0.6rem; }
   table { font-size: 0.8125rem; }
+  tbody th { min-width: 4.5rem; }
 }
 @media print { nav, summary { display: none; } }
 """

@@ -8,7 +8,7 @@ from math import prod
 
 from curvature.report.document import Report
 from curvature.report.formats import DASH, condition, eigenvalue, memory, number, plain, seconds, share
-from curvature.report.results import Matrix, Number
+from curvature.report.results import Eigenvalue, Matrix, Number
 
 NAMES = {"hessian": "Hessian", "ggn": "GGN"}
 
@@ -96,8 +96,8 @@ def _glance(report: Report) -> Chapter | None:
     density = [report.densities.get(m) for m in matrices]
     lam = f"{report.damping:g}"
     rows = [
-        row("largest eigenvalue", *(eigenvalue(e.largest[0]) if e else DASH for e in eigen)),
-        row("smallest eigenvalue", *(eigenvalue(e.smallest[0]) if e and e.smallest else DASH for e in eigen)),
+        row("largest eigenvalue", *(_end(e.largest, e.complete) if e else DASH for e in eigen)),
+        row("smallest eigenvalue", *(_end(e.smallest, e.smallest_complete) if e else DASH for e in eigen)),
         row("trace", *(number(t.trace) if t else DASH for t in trace)),
         row("Frobenius norm", *(number(t.frobenius) if t else DASH for t in trace)),
         row(f"effective dimension at λ = {lam}", *(number(d.effective_dimension) if d else DASH for d in density)),
@@ -116,12 +116,20 @@ def _glance(report: Report) -> Chapter | None:
         (table,),
         expert=(
             "± is one standard error: the truth lies within two of them in 95 % of runs. For an eigenvalue it is a "
-            "bound: an eigenvalue lies within it. Without ± all digits shown are right. * has not converged.",
+            "bound: an eigenvalue lies within it. Without ± all digits shown are right. * has not converged, or "
+            "the search for those beyond it did not end.",
             "Effective dimension: tr C (C + λI)⁻¹. Condition: of C + λI, between bounds where it was estimated. Both "
             "are for the GGN only; the Hessian is indefinite. Share of the gradient: |Vᵀg|² / |g|², its error bounded "
             "by the residuals over the gap to the next eigenvalue.",
         ),
     )
+
+
+def _end(pairs: tuple[Eigenvalue, ...], complete: bool) -> str:
+    """The outermost eigenvalue, marked where there may be one beyond it."""
+    if not pairs:
+        return DASH
+    return eigenvalue(pairs[0]) + (" *" if pairs[0].converged and not complete else "")
 
 
 def _aligned(x: Number | None) -> str:
@@ -342,8 +350,12 @@ def _coverage(report: Report) -> Chapter | None:
     )
     return Chapter(
         "Coverage",
-        f"{share(table.covered)} of the parameters are in layers that are known by name; the others get a curvature, "
-        "too, by a more general way.",
+        "How each parameter is used, and the structure that K-FAC gives it. "
+        + (
+            "All of them are used in ways that have a rule of their own."
+            if table.covered == 1
+            else f"{share(table.covered)} are used in ways that have a rule; the others get a curvature by autograd."
+        ),
         tables=(
             Table("Every parameter and its structure", ("parameter", "shape", "structure", "why"), rows, 4, sizes),
         ),
