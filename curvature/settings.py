@@ -34,15 +34,13 @@ def differentiable_kernels(model: nn.Module) -> Iterator[None]:
     """
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     fast = torch.backends.mha.get_fastpath_enabled()
-    cudnn = torch.backends.cudnn.enabled
-    with sdpa_kernel(SDPBackend.MATH), _PlainWeightNorm():
+    cudnn = torch.backends.cudnn.flags(enabled=False) if recurrent else contextlib.nullcontext()
+    with sdpa_kernel(SDPBackend.MATH), _PlainWeightNorm(), cudnn:
         try:
             torch.backends.mha.set_fastpath_enabled(False)
-            torch.backends.cudnn.enabled = cudnn and not recurrent
             yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)
-            torch.backends.cudnn.enabled = cudnn
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from precond.natural_gradient import NaturalGradient
 from precond.newton import Newton
 from precond.preconditioner import Preconditioner
 from precond.psgd import PSGD
+from precond.refresh import Doubling
 from precond.residuals import PointwiseResidual
 from precond.seng import SENG
 from precond.shampoo import Shampoo
@@ -29,6 +30,7 @@ from precond.smw import SMWNaturalGradient
 from precond.soap import SOAP
 from precond.sophia import Sophia
 from precond.splus import SPlus
+from precond.step_size import QuadraticModel
 from precond.tnt import TNT
 from solvers import Cholesky, Eigh, FactoredTikhonov, Tikhonov
 
@@ -59,11 +61,13 @@ __all__ = [
     "SPlus",
     "TNT",
     # what there is
+    "Doubling",
     "IterateAverage",
     "LevenbergMarquardt",
     "Method",
     "methods",
     "PointwiseResidual",
+    "QuadraticModel",
     "Taxonomy",
     # parts to choose from
     "Cholesky",

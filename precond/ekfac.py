@@ -11,7 +11,8 @@ from curvature.kronecker import Sharing
 from curvature.signals import FisherKind
 from precond.layerwise import PreconditionedOptimizer
 from precond.methods import Taxonomy
-from solvers import Damping, Eigh, Tikhonov
+from precond.schedules import Scheduled, ScheduledInt
+from solvers import Damping, Eigh
 
 
 class EKFAC(PreconditionedOptimizer):
@@ -35,8 +36,10 @@ class EKFAC(PreconditionedOptimizer):
         curvature_ema: Weight of old statistics.
         momentum: Momentum.
         weight_decay: Decoupled weight decay.
-        curvature_update_period: Steps between updates of the statistics.
+        kl_clip: Bound on the predicted change of a step, without which large learning rates diverge; ``None`` for none.
+        curvature_update_period: Steps between updates of the statistics, see :class:`KFAC`.
         inverse_update_period: Steps between eigenbases.
+        stagger: Spread the eigenbases of the blocks over the period.
         options: See :class:`PreconditionedOptimizer`.
 
     References:
@@ -61,30 +64,34 @@ class EKFAC(PreconditionedOptimizer):
         loss_fn: Any,
         *,
         lr: float | Tensor,
-        damping: float | Damping = 1e-3,
+        damping: Scheduled | Damping = 1e-3,
         fisher: FisherKind = "mc",
         samples: int = 1,
         sharing: Sharing = "expand",
         bias: Literal["joint", "separate"] = "joint",
         max_factor: int = 16384,
-        curvature_ema: float = 0.95,
-        momentum: float = 0.9,
-        weight_decay: float = 0.0,
-        curvature_update_period: int = 1,
-        inverse_update_period: int = 10,
+        curvature_ema: Scheduled = 0.95,
+        momentum: Scheduled = 0.9,
+        weight_decay: Scheduled = 0.0,
+        kl_clip: Scheduled | None = 1e-3,
+        curvature_update_period: ScheduledInt = 1,
+        inverse_update_period: ScheduledInt = 10,
+        stagger: bool = True,
         **options: Any,
     ) -> None:
         super().__init__(
             model,
             loss_fn,
             curvature=EigenbasisFisher(fisher, samples, sharing, bias, max_factor),
-            damping=damping if isinstance(damping, Damping) else Tikhonov(damping),
+            damping=damping,
             solver=Eigh(),
             lr=lr,
             curvature_ema=curvature_ema,
             momentum=momentum,
             weight_decay=weight_decay,
+            kl_clip=kl_clip,
             curvature_update_period=curvature_update_period,
             inverse_update_period=inverse_update_period,
+            stagger=stagger,
             **options,
         )

@@ -13,7 +13,8 @@ from curvature.whole import ApartCollector
 from precond.layerwise import PreconditionedOptimizer
 from precond.methods import Taxonomy
 from precond.preconditioner import Preconditioner
-from solvers import Cholesky, Tikhonov
+from precond.schedules import Scheduled, ScheduledInt
+from solvers import Cholesky
 
 
 class KBFGS(PreconditionedOptimizer):
@@ -46,6 +47,7 @@ class KBFGS(PreconditionedOptimizer):
         curvature_ema: Weight of old statistics and of old pairs.
         momentum: Momentum.
         weight_decay: Decoupled weight decay.
+        kl_clip: Bound on the predicted change of a step, without which large learning rates diverge; ``None`` for none.
         curvature_update_period: Steps between updates, each with a second pass.
         options: See :class:`PreconditionedOptimizer`.
 
@@ -56,6 +58,7 @@ class KBFGS(PreconditionedOptimizer):
         Goldfarb, Ren and Bahamou (2020), https://arxiv.org/abs/2006.08877
     """
 
+    needs_damping: ClassVar = True
     taxonomy: ClassVar = Taxonomy(
         curvature="Hessian by secant pairs",
         structure="Kronecker, per layer",
@@ -74,18 +77,17 @@ class KBFGS(PreconditionedOptimizer):
         loss_fn: Any,
         *,
         lr: float | Tensor,
-        damping: float = 0.1,
+        damping: Scheduled = 0.1,
         mu: float = 0.2,
         initial: float | None = 1.0,
         max_factor: int = 16384,
-        curvature_ema: float = 0.9,
-        momentum: float = 0.9,
-        weight_decay: float = 0.0,
-        curvature_update_period: int = 1,
+        curvature_ema: Scheduled = 0.9,
+        momentum: Scheduled = 0.9,
+        weight_decay: Scheduled = 0.0,
+        kl_clip: Scheduled | None = 1e-3,
+        curvature_update_period: ScheduledInt = 1,
         **options: Any,
     ) -> None:
-        if not damping > 0:
-            raise ValueError(f"damping must be positive, got {damping}.")
         if options.get("maximize"):
             raise ValueError("KBFGS minimises: maximize=True has no meaning for it. Negate the loss.")
         self._passes: list[tuple[Any, Any]] = []  # of the last step, to be run again; and their random states
@@ -94,12 +96,13 @@ class KBFGS(PreconditionedOptimizer):
             model,
             loss_fn,
             curvature=KroneckerBFGS(mu=mu, initial=initial, max_factor=max_factor),
-            damping=Tikhonov(damping),
+            damping=damping,
             solver=Cholesky(),
             lr=lr,
             curvature_ema=curvature_ema,
             momentum=momentum,
             weight_decay=weight_decay,
+            kl_clip=kl_clip,
             curvature_update_period=curvature_update_period,
             **options,
         )

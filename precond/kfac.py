@@ -11,6 +11,8 @@ from curvature.kronecker import Sharing
 from curvature.signals import FisherKind
 from precond.layerwise import PreconditionedOptimizer
 from precond.methods import Taxonomy
+from precond.refresh import DOUBLING_TO_10
+from precond.schedules import Scheduled, ScheduledInt
 from solvers import Cholesky, Damping, FactoredTikhonov
 
 
@@ -30,7 +32,7 @@ class KFAC(PreconditionedOptimizer):
     Args:
         model: The model that is trained.
         loss_fn: The loss module the loop calls.
-        lr: Learning rate, in natural-gradient units: 0.01 to 0.3 is common, with ``kl_clip`` up to 1.
+        lr: Learning rate, in natural-gradient units: 0.01 to 0.3 is common; where ``kl_clip`` binds it has no effect.
         damping: Shift :math:`\lambda` in units of the curvature (it should follow the scale of the loss), or a
             :class:`~solvers.Damping`.
         fisher: ``"mc"`` (sampled labels, the default), ``"exact"`` (one backward pass per output), ``"empirical"``.
@@ -41,8 +43,11 @@ class KFAC(PreconditionedOptimizer):
         curvature_ema: Weight of old statistics.
         momentum: Momentum.
         weight_decay: Decoupled weight decay.
-        curvature_update_period: Steps between updates of the statistics.
-        inverse_update_period: Steps between inverses.
+        kl_clip: Bound on the predicted change of a step, without which large learning rates diverge; ``None`` for none.
+        curvature_update_period: Steps between updates of the statistics; with 4 to 10, or ``Doubling(10)``, a step
+            costs about half on small models.
+        inverse_update_period: Steps between inverses; by default at steps 0, 1, 2, 4, 8 and then every 10.
+        stagger: Spread the inverses of the blocks over the period.
         options: See :class:`PreconditionedOptimizer`.
 
     References:
@@ -50,6 +55,7 @@ class KFAC(PreconditionedOptimizer):
         https://arxiv.org/abs/1602.01407; Eschenhagen et al. (2023), https://arxiv.org/abs/2311.00636
     """
 
+    damping_form: ClassVar = FactoredTikhonov
     taxonomy: ClassVar = Taxonomy(
         curvature="Fisher (exact, mc or empirical)",
         structure="Kronecker, per layer",
@@ -68,30 +74,34 @@ class KFAC(PreconditionedOptimizer):
         loss_fn: Any,
         *,
         lr: float | Tensor,
-        damping: float | Damping = 1e-3,
+        damping: Scheduled | Damping = 1e-3,
         fisher: FisherKind = "mc",
         samples: int = 1,
         sharing: Sharing = "expand",
         bias: Literal["joint", "separate"] = "joint",
         max_factor: int = 16384,
-        curvature_ema: float = 0.95,
-        momentum: float = 0.9,
-        weight_decay: float = 0.0,
-        curvature_update_period: int = 1,
-        inverse_update_period: int = 10,
+        curvature_ema: Scheduled = 0.95,
+        momentum: Scheduled = 0.9,
+        weight_decay: Scheduled = 0.0,
+        kl_clip: Scheduled | None = 1e-3,
+        curvature_update_period: ScheduledInt = 1,
+        inverse_update_period: ScheduledInt = DOUBLING_TO_10,
+        stagger: bool = True,
         **options: Any,
     ) -> None:
         super().__init__(
             model,
             loss_fn,
             curvature=KroneckerFisher(fisher, samples, sharing, bias, max_factor),
-            damping=damping if isinstance(damping, Damping) else FactoredTikhonov(damping),
+            damping=damping,
             solver=Cholesky(),
             lr=lr,
             curvature_ema=curvature_ema,
             momentum=momentum,
             weight_decay=weight_decay,
+            kl_clip=kl_clip,
             curvature_update_period=curvature_update_period,
             inverse_update_period=inverse_update_period,
+            stagger=stagger,
             **options,
         )

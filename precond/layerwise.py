@@ -20,7 +20,7 @@ from curvature.estimator import Form
 from curvature.mixed import Rule
 from curvature.parameters import Parameters
 from curvature.wrappers import unwrapped
-from precond.adapt import strength, with_strength
+from precond.adapt import LevenbergMarquardt, strength, with_strength
 from precond.base import NonFinite, SecondOrderOptimizer
 from precond.groups import as_groups, members
 from precond.preconditioner import Preconditioner
@@ -28,8 +28,9 @@ from precond.refresh import refresh_cost, slots
 from precond.rows import Rows, RowTap, taps_for
 from precond.rules import Rules, ignored_names, ignored_row, with_rules
 from precond.schedules import Scheduled, ScheduledInt, at_start, value_at
+from precond.step_size import QuadraticModel, StepModel
 from precond.update import Decay
-from solvers import Damping, Kronecker, Solver, Tikhonov
+from solvers import Damping, FactoredTikhonov, Kronecker, Solver, Tikhonov
 
 
 class PreconditionedOptimizer(SecondOrderOptimizer):
@@ -69,6 +70,12 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         weight_decay: Strength of the weight decay.
         decay: How it acts, see :class:`SecondOrderOptimizer`.
         kl_clip: Bound on the predicted change, see :class:`SecondOrderOptimizer`.
+        step_size: Learning rate and momentum from the quadratic model of the batch, in place of ``momentum`` and
+            ``kl_clip``; ``lr`` then multiplies the move. See :class:`QuadraticModel`.
+        rule: Adapts the damping after each step by how much the loss of its batch has fallen, over how much the
+            undamped quadratic model had promised. All groups share the damping.
+        reject_steps: Take back a step that raises the loss of its own batch, and forget the momentum; needs a rule,
+            which raises the damping.
         maximize: Ascend.
         params: Parameters, named parameters, names, globs, or parameter groups of these (dicts with ``params``); all
             trainable ones by default. Frozen ones stay where they are until they are unfrozen.
@@ -87,7 +94,9 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
 
     needs: ClassVar[str] = "layers"
     #: What a number stands for as ``damping``.
-    damping_form: ClassVar[Callable[[float], Damping]] = Tikhonov
+    damping_form: ClassVar[type[Tikhonov | FactoredTikhonov]] = Tikhonov
+    #: Whether there is no inverse without damping.
+    needs_damping: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -109,6 +118,9 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         weight_decay: Scheduled = 0.0,
         decay: Decay = "decoupled",
         kl_clip: Scheduled | None = None,
+        step_size: QuadraticModel | None = None,
+        rule: LevenbergMarquardt | None = None,
+        reject_steps: bool = False,
         maximize: bool = False,
         params: Any = None,
         rules: Rules | None = None,
@@ -128,18 +140,28 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
             )
         if not isinstance(burn_in, int) or burn_in < 0:
             raise ValueError(f"burn_in is a whole number of steps, at least 0; got {burn_in!r}.")
+        if reject_steps and rule is None:
+            raise ValueError("reject_steps=True needs a rule that raises the damping: rule=LevenbergMarquardt().")
+        if rule is not None and callable(damping):
+            raise ValueError("damping is both a function of the step count and adapted by a rule; give one of them.")
+        if maximize and (rule is not None or step_size is not None):
+            raise ValueError("step_size and rule minimise: maximize=True has no meaning for them. Negate the loss.")
         inner = unwrapped(model)
         self.curvature = with_rules(curvature, rules).on(inner)
         self.ignored = ignored_names(inner, ignore)
         self.damping = damping if isinstance(damping, Damping) else type(self).damping_form(at_start(damping))
         self.solver, self.exponent = solver, exponent
         self.stagger, self.burn_in = stagger, burn_in
-        self.seed = seed
+        if step_size is not None and not hasattr(self.damping, "lam"):
+            raise ValueError(f"step_size needs a damping in units of C, such as Tikhonov(1e-3), not {self.damping!r}.")
+        self.step_size, self.rule, self.reject_steps = step_size, rule, reject_steps
+        self.seed, self.output = seed, output
         self.model, self.loss_fn = model, loss_fn
         self._options = {"output": output, "class_dim": class_dim, "mode": capture, "eval_mode": eval_mode}
         self.preconditioners: dict[str, Preconditioner] = {}
         self._forms: dict[str, Form] = {}
         self._capture: Capture | None = None
+        self._step_model: StepModel | None = None
         self._reported: set[str] = set()
         self._burning = False  # the step is one of the burn-in
         self._taps: dict[str, RowTap] = {}
@@ -147,11 +169,11 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         super().__init__(
             as_groups(unwrapped(model), params),
             lr=lr,
-            momentum=momentum,
+            momentum=momentum if step_size is None else 0.0,
             nesterov=nesterov,
             weight_decay=weight_decay,
             decay=decay,
-            kl_clip=kl_clip,
+            kl_clip=kl_clip if step_size is None else None,
             maximize=maximize,
             nonfinite=nonfinite,
             max_skips=max_skips,
@@ -175,6 +197,8 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
             before_pass=self._follow,
             **self._options,  # type: ignore[arg-type]
         )
+        if self.step_size is not None or self.rule is not None:
+            self._step_model = StepModel(self, self.step_size, self.rule, self.reject_steps)
         self._arm()
 
     def name_of(self, parameter: Tensor) -> str:
@@ -237,6 +261,8 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         """Remove every hook from model and loss; the optimizer keeps its last inverses."""
         self.capture.disarm()
         self.capture.close()
+        if self._step_model is not None:
+            self._step_model.close()
         self._unwatch()
 
     def _make(self, block: Block, form: Form) -> CurvatureEstimator:
@@ -261,6 +287,11 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         ema = options["curvature_ema"]
         if not 0 <= ema < 1:
             raise ValueError(f"curvature_ema is the weight of old statistics, in [0, 1); got {ema}.")
+        if self.needs_damping and not options["damping"] > 0:
+            raise ValueError(
+                f"damping must be positive: the matrix that {type(self).__name__} inverts is singular. Got "
+                f"{options['damping']}."
+            )
 
     def option(self, name: str) -> Any:
         """The value of an option at the coming step, which all groups must share because blocks may span them.
@@ -289,11 +320,15 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
     def on_skip(self) -> None:
         for preconditioner in self.preconditioners.values():
             preconditioner.estimator.discard()
+        if self._step_model is not None:
+            self._step_model.clear()
         self._arm()
 
     def after_step(self) -> None:
         for tap in self._taps.values():
             tap.clear()
+        if self._step_model is not None and not self._step_model.undecided:
+            self._step_model.clear()
         self._watch_rows()
         self._arm()
 
@@ -331,6 +366,33 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
                 self._plain(name, by_name[name], results[name], partly=count > 0)
         ignored = self._ignored()
         return out | {p: g.clone() for p, g in given.items() if id(p) in ignored}
+
+    def _evaluate(self, closure: Callable[[], Any] | None) -> Any:
+        if self._step_model is not None and closure is not None:
+            self._step_model.use(closure)
+        return super()._evaluate(closure)
+
+    def _bound(self, directions: dict[Tensor, Tensor], gradients: dict[Tensor, Tensor], prepared: bool) -> None:
+        super()._bound(directions, gradients, prepared)
+        if self._step_model is not None and directions and not prepared and not self._burning:
+            directions.update(self._step_model.size(directions, gradients))
+
+    def after_move(self) -> None:
+        if self._step_model is not None:
+            self._step_model.judge()
+            self._step_model.clear()
+
+    @property
+    def coefficients(self) -> Tensor | None:
+        """Learning rate and momentum that ``step_size`` chose for the last step, ``(1,)`` or ``(2,)``."""
+        return None if self._step_model is None else self._step_model.coefficients
+
+    def set_damping(self, damping: float) -> None:
+        """Give all groups the same damping; it counts from the next refresh of each block."""
+        for group in self.param_groups:
+            group["damping"] = damping
+        for preconditioner in self.preconditioners.values():
+            preconditioner.unseen += 1
 
     def update_options(self, group: dict[str, Any]) -> dict[str, Any]:
         # Nothing moves in the burn-in, by weight decay neither.
@@ -418,7 +480,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         if self.stagger and period > 1:
             slot = slots({name: refresh_cost(inverse) for name, inverse in known.items()}, period)
         for name, preconditioner in self.preconditioners.items():
-            due = name not in known or (preconditioner.stale and (self.steps - slot.get(name, 0)) % period == 0)
+            due = name not in known or (preconditioner.unseen > 0 and (self.steps - slot.get(name, 0)) % period == 0)
             if not due and not updated:
                 continue
             tap = self._taps.get(name)
@@ -503,7 +565,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         self._arm()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {**self.__dict__, "_capture": None, "_prepared": {}, "_taps": {}, "_tapped": set()}
+        own = {**self.__dict__, "_capture": None, "_step_model": None, "_prepared": {}, "_taps": {}, "_tapped": set()}
         own.pop("step", None)  # a learning rate scheduler's wrapper, bound to this very object
         return {**own, "_mixing": self.capture.collector.mixed_blocks}
 

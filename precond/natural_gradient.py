@@ -10,8 +10,9 @@ from curvature import Curvature, DiagonalFisher, LayerFisher, UnitFisher
 from curvature.signals import FisherKind
 from curvature.whole import WholeFisher
 from precond.methods import Taxonomy
+from precond.schedules import Scheduled, ScheduledInt
 from precond.whole import WholeModelOptimizer
-from solvers import Cholesky, Damping, Tikhonov
+from solvers import Cholesky, Damping
 
 Structure = Literal["full", "layer", "unit", "diagonal"]
 
@@ -46,6 +47,7 @@ class NaturalGradient(WholeModelOptimizer):
         curvature_ema: Weight of old statistics.
         momentum: Momentum.
         weight_decay: Decoupled weight decay.
+        kl_clip: Bound on the predicted change of a step, without which large learning rates diverge; ``None`` for none.
         curvature_update_period: Steps between updates of the statistics.
         inverse_update_period: Steps between inverses.
         options: See :class:`PreconditionedOptimizer`.
@@ -77,14 +79,15 @@ class NaturalGradient(WholeModelOptimizer):
         *,
         lr: float | Tensor,
         structure: Structure = "layer",
-        damping: float | Damping = 1e-3,
+        damping: Scheduled | Damping = 1e-3,
         fisher: FisherKind = "mc",
         samples: int = 1,
         max_size: int = 8192,
-        curvature_ema: float = 0.95,
-        momentum: float = 0.0,
-        weight_decay: float = 0.0,
-        curvature_update_period: int = 1,
+        curvature_ema: Scheduled = 0.95,
+        momentum: Scheduled = 0.0,
+        weight_decay: Scheduled = 0.0,
+        kl_clip: Scheduled | None = 1e-3,
+        curvature_update_period: ScheduledInt = 1,
         inverse_update_period: int = 1,
         **options: Any,
     ) -> None:
@@ -92,12 +95,13 @@ class NaturalGradient(WholeModelOptimizer):
             model,
             loss_fn,
             curvature=_curvature(structure, fisher, samples, max_size),
-            damping=damping if isinstance(damping, Damping) else Tikhonov(damping),
+            damping=damping,
             solver=Cholesky(explicit=callable(inverse_update_period) or inverse_update_period > 2),
             lr=lr,
             curvature_ema=curvature_ema,
             momentum=momentum,
             weight_decay=weight_decay,
+            kl_clip=kl_clip,
             curvature_update_period=curvature_update_period,
             inverse_update_period=inverse_update_period,
             **options,

@@ -45,13 +45,13 @@ class Preconditioner:
     def __init__(self, estimator: CurvatureEstimator, solver: Solver, exponent: float = -1.0) -> None:
         self.estimator, self.solver, self.exponent = estimator, solver, exponent
         self.inverse: LinearOperator | None = None
-        self.stale = False  # there are statistics that the inverse does not know
+        self.unseen = 0  # updates that the inverse does not know
         self.failures = 0
 
     def commit(self, ema: float) -> None:
         """Fold the statistics of the step into the estimate."""
         self.estimator.commit(ema)
-        self.stale = True
+        self.unseen += 1
 
     def refresh(
         self, damping: Damping, *, basis: bool = True, rows: int | None = None, applications: int | None = None
@@ -72,17 +72,17 @@ class Preconditioner:
         if not self.estimator.ready:
             return
         try:
-            if basis and self.inverse is not None:
+            if basis and (self.inverse is not None or self.unseen > 1):  # the first update finds its own basis
                 self.estimator.refresh_basis()
             if isinstance(self.estimator, InverseEstimator):
                 self.estimator.improve(float(getattr(damping, "lam", 0.0)))
-                self.inverse, self.failures, self.stale = self.estimator.operator(), 0, False
+                self.inverse, self.failures, self.unseen = self.estimator.operator(), 0, 0
                 return
             operator = self.estimator.operator()
             if not basis and self.inverse is not None and not isinstance(operator, (Eigen, Diagonal)):
                 return
             self.inverse = self._power(damping(operator), rows, applications)
-            self.failures, self.stale = 0, self.stale and not basis
+            self.failures, self.unseen = 0, 0 if basis else self.unseen
         except SolverError as error:
             self.failures += 1
             if self.inverse is None or self.failures > TOLERATED_FAILURES:
@@ -117,7 +117,7 @@ class Preconditioner:
         out: dict[str, Any] = {
             "estimate": self.estimator.state_dict(),
             "failures": self.failures,
-            "stale": self.stale,
+            "unseen": self.unseen,
         }
         if self.inverse is not None:
             out["inverse"] = state(self.inverse)
@@ -127,5 +127,5 @@ class Preconditioner:
         """Restore :meth:`state_dict`."""
         self.estimator.load_state_dict(saved["estimate"])
         self.failures = int(saved["failures"])
-        self.stale = bool(saved.get("stale", False))
+        self.unseen = int(saved.get("unseen", 0))
         self.inverse = from_state(saved["inverse"]) if "inverse" in saved else None

@@ -36,8 +36,12 @@ class Doubling:
             raise ValueError(f"a period is a whole number of steps, at least 1; got {self.period!r}.")
 
     def __call__(self, step: int) -> int:
-        """The period that counts at a step: the largest power of two that is not beyond it, up to the final one."""
-        return min(self.period, 1 << (max(step, 1).bit_length() - 1))
+        """The period that counts at a step: the largest power of two not beyond it, and in the end the final one."""
+        return self.period if step >= self.period else 1 << (max(step, 1).bit_length() - 1)
+
+
+#: What layer-based methods refresh by, unless told otherwise.
+DOUBLING_TO_10 = Doubling(10)
 
 
 def slots(costs: Mapping[str, int], period: int) -> dict[str, int]:

@@ -10,7 +10,8 @@ from curvature.signals import FisherKind
 from curvature.sketch import SketchedFisher
 from precond.layerwise import PreconditionedOptimizer
 from precond.methods import Taxonomy
-from solvers import Tikhonov, Woodbury
+from precond.schedules import Scheduled, ScheduledInt
+from solvers import Woodbury
 
 
 class SENG(PreconditionedOptimizer):
@@ -36,6 +37,7 @@ class SENG(PreconditionedOptimizer):
         sketch: Coordinates kept of each side of a layer.
         momentum: Momentum.
         weight_decay: Decoupled weight decay.
+        kl_clip: Bound on the predicted change of a step, without which large learning rates diverge; ``None`` for none.
         curvature_update_period: Steps for which the curvature of one batch is used.
         seed: Of the sketch and of draws.
         options: See :class:`PreconditionedOptimizer`.
@@ -48,6 +50,7 @@ class SENG(PreconditionedOptimizer):
         https://arxiv.org/abs/2006.05924
     """
 
+    needs_damping: ClassVar = True
     taxonomy: ClassVar = Taxonomy(
         curvature="empirical Fisher of one batch",
         structure="sketched Gram matrix, per layer",
@@ -66,27 +69,27 @@ class SENG(PreconditionedOptimizer):
         loss_fn: Any,
         *,
         lr: float | Tensor,
-        damping: float = 1.0,
+        damping: Scheduled = 1.0,
         fisher: FisherKind = "empirical",
         sketch: int = 256,
-        momentum: float = 0.9,
-        weight_decay: float = 0.0,
-        curvature_update_period: int = 10,
+        momentum: Scheduled = 0.9,
+        weight_decay: Scheduled = 0.0,
+        kl_clip: Scheduled | None = 1e-3,
+        curvature_update_period: ScheduledInt = 10,
         seed: int = 0,
         **options: Any,
     ) -> None:
-        if not damping > 0:
-            raise ValueError(f"damping must be positive: the matrix of one batch is singular. Got {damping}.")
         super().__init__(
             model,
             loss_fn,
             curvature=SketchedFisher(fisher, size=sketch, seed=seed),
-            damping=Tikhonov(damping),
+            damping=damping,
             solver=Woodbury(),
             lr=lr,
             curvature_ema=0.0,
             momentum=momentum,
             weight_decay=weight_decay,
+            kl_clip=kl_clip,
             curvature_update_period=curvature_update_period,
             seed=seed,
             **options,

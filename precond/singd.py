@@ -11,7 +11,8 @@ from curvature.signals import FisherKind
 from curvature.singd import FactorStructure, SINGDFisher
 from precond.layerwise import PreconditionedOptimizer
 from precond.methods import Taxonomy
-from solvers import Cholesky, Tikhonov
+from precond.schedules import Scheduled, ScheduledInt
+from solvers import Cholesky
 
 
 class SINGD(PreconditionedOptimizer):
@@ -46,6 +47,7 @@ class SINGD(PreconditionedOptimizer):
         max_factor: Factors larger than this are diagonal.
         momentum: Momentum.
         weight_decay: Decoupled weight decay.
+        kl_clip: Bound on the predicted change of a step, without which large learning rates diverge; ``None`` for none.
         curvature_update_period: Steps between updates of the factors.
         options: See :class:`PreconditionedOptimizer`.
 
@@ -77,7 +79,7 @@ class SINGD(PreconditionedOptimizer):
         lr: float | Tensor,
         structure: FactorStructure = "dense",
         block_size: int = 32,
-        damping: float = 1e-3,
+        damping: Scheduled = 1e-3,
         factor_lr: float = 0.05,
         factor_momentum: float = 0.5,
         initial: float = 1.0,
@@ -86,9 +88,10 @@ class SINGD(PreconditionedOptimizer):
         samples: int = 1,
         sharing: Sharing = "expand",
         max_factor: int = 16384,
-        momentum: float = 0.9,
-        weight_decay: float = 0.0,
-        curvature_update_period: int = 1,
+        momentum: Scheduled = 0.9,
+        weight_decay: Scheduled = 0.0,
+        kl_clip: Scheduled | None = 1e-3,
+        curvature_update_period: ScheduledInt = 1,
         **options: Any,
     ) -> None:
         super().__init__(
@@ -106,12 +109,13 @@ class SINGD(PreconditionedOptimizer):
                 initial=initial,
                 coupled=coupled,
             ),
-            damping=Tikhonov(damping),
+            damping=damping,
             solver=Cholesky(),
             lr=lr,
             curvature_ema=0.0,  # the factors are the memory
             momentum=momentum,
             weight_decay=weight_decay,
+            kl_clip=kl_clip,
             curvature_update_period=curvature_update_period,
             **options,
         )

@@ -13,6 +13,7 @@ from curvature.signals import FisherKind
 from curvature.whole import WholeFisher
 from precond.methods import Taxonomy
 from precond.preconditioner import Preconditioner
+from precond.schedules import Scheduled, ScheduledInt
 from precond.whole import WholeModelOptimizer
 from solvers import Damping, Solver, Tikhonov, Woodbury
 
@@ -47,6 +48,7 @@ class SMWNaturalGradient(WholeModelOptimizer):
         spring: :math:`\mu`, in [0, 1); 0.99 in the paper.
         momentum: Momentum on the result.
         weight_decay: Decoupled weight decay.
+        kl_clip: Bound on the predicted change of a step, without which large learning rates diverge; ``None`` for none.
         curvature_update_period: Steps for which the matrix of one batch is used.
         options: See :class:`PreconditionedOptimizer`.
 
@@ -58,6 +60,7 @@ class SMWNaturalGradient(WholeModelOptimizer):
         https://arxiv.org/abs/2401.10190
     """
 
+    needs_damping: ClassVar = True
     taxonomy: ClassVar = Taxonomy(
         curvature="Fisher (empirical, mc or exact), of one batch",
         structure="Gram matrix: whole model or per layer",
@@ -77,21 +80,20 @@ class SMWNaturalGradient(WholeModelOptimizer):
         *,
         lr: float | Tensor,
         structure: Literal["full", "layer"] = "full",
-        damping: float = 1e-3,
+        damping: Scheduled = 1e-3,
         fisher: FisherKind = "empirical",
         samples: int = 1,
         spring: float = 0.0,
-        momentum: float = 0.0,
-        weight_decay: float = 0.0,
-        curvature_update_period: int = 1,
+        momentum: Scheduled = 0.0,
+        weight_decay: Scheduled = 0.0,
+        kl_clip: Scheduled | None = 1e-3,
+        curvature_update_period: ScheduledInt = 1,
         **options: Any,
     ) -> None:
         if structure not in ("full", "layer"):
             raise ValueError(f"structure must be 'full' or 'layer', got {structure!r}.")
         if not 0 <= spring < 1:
             raise ValueError(f"spring is the weight of the previous step, in [0, 1); got {spring}.")
-        if not damping > 0:
-            raise ValueError(f"damping must be positive: the matrix of one batch is singular. Got {damping}.")
         self.spring = spring
         curvature: Curvature = (
             WholeFisher(fisher, samples, gram=True) if structure == "full" else GramFisher(fisher, samples)
@@ -100,12 +102,13 @@ class SMWNaturalGradient(WholeModelOptimizer):
             model,
             loss_fn,
             curvature=curvature,
-            damping=Tikhonov(damping),
+            damping=damping,
             solver=Woodbury(),
             lr=lr,
             curvature_ema=0.0,
             momentum=momentum,
             weight_decay=weight_decay,
+            kl_clip=kl_clip,
             curvature_update_period=curvature_update_period,
             **options,
         )

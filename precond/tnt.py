@@ -10,6 +10,8 @@ from curvature import TensorNormal
 from curvature.signals import FisherKind
 from precond.layerwise import PreconditionedOptimizer
 from precond.methods import Taxonomy
+from precond.refresh import DOUBLING_TO_10
+from precond.schedules import Scheduled, ScheduledInt
 from solvers import Cholesky, Damping, FactoredTikhonov
 
 
@@ -36,14 +38,17 @@ class TNT(PreconditionedOptimizer):
         curvature_ema: Weight of old statistics.
         momentum: Momentum.
         weight_decay: Decoupled weight decay.
+        kl_clip: Bound on the predicted change of a step, without which large learning rates diverge; ``None`` for none.
         curvature_update_period: Steps between updates of the statistics.
-        inverse_update_period: Steps between inverses.
+        inverse_update_period: Steps between inverses; by default at steps 0, 1, 2, 4, 8 and then every 10.
+        stagger: Spread the inverses of the blocks over the period.
         options: See :class:`PreconditionedOptimizer`.
 
     References:
         Ren and Goldfarb (2021), "Tensor normal training for deep learning models", https://arxiv.org/abs/2106.02925
     """
 
+    damping_form: ClassVar = FactoredTikhonov
     taxonomy: ClassVar = Taxonomy(
         curvature="Fisher (exact, mc or empirical)",
         structure="Kronecker per dimension (tensor normal), per layer",
@@ -62,28 +67,32 @@ class TNT(PreconditionedOptimizer):
         loss_fn: Any,
         *,
         lr: float | Tensor,
-        damping: float | Damping = 1e-3,
+        damping: Scheduled | Damping = 1e-3,
         fisher: FisherKind = "mc",
         samples: int = 1,
         max_factor: int = 16384,
-        curvature_ema: float = 0.95,
-        momentum: float = 0.9,
-        weight_decay: float = 0.0,
-        curvature_update_period: int = 1,
-        inverse_update_period: int = 10,
+        curvature_ema: Scheduled = 0.95,
+        momentum: Scheduled = 0.9,
+        weight_decay: Scheduled = 0.0,
+        kl_clip: Scheduled | None = 1e-3,
+        curvature_update_period: ScheduledInt = 1,
+        inverse_update_period: ScheduledInt = DOUBLING_TO_10,
+        stagger: bool = True,
         **options: Any,
     ) -> None:
         super().__init__(
             model,
             loss_fn,
             curvature=TensorNormal(fisher, samples, max_factor),
-            damping=damping if isinstance(damping, Damping) else FactoredTikhonov(damping),
+            damping=damping,
             solver=Cholesky(),
             lr=lr,
             curvature_ema=curvature_ema,
             momentum=momentum,
             weight_decay=weight_decay,
+            kl_clip=kl_clip,
             curvature_update_period=curvature_update_period,
             inverse_update_period=inverse_update_period,
+            stagger=stagger,
             **options,
         )

@@ -145,6 +145,7 @@ def test_ten_steps_are_those_of_the_formulas(
         kl_clip=kl_clip,
         curvature_update_period=statistics_period,
         inverse_update_period=inverse_period,
+        stagger=False,
     )
     train(model, optimizer, loss_fn)
     close(model.parameters(), expected)
@@ -154,7 +155,9 @@ def test_nesterov_and_maximize_are_those_of_sgd() -> None:
     """With damping so large that C vanishes, a step is SGD's with lr / damping."""
     model, other, loss_fn = mlp(), mlp(), nn.CrossEntropyLoss()
     lam = 1e16
-    optimizer = KFAC(model, loss_fn, lr=0.1 * lam, damping=lam, momentum=0.9, nesterov=True, maximize=True)
+    optimizer = KFAC(
+        model, loss_fn, lr=0.1 * lam, damping=lam, momentum=0.9, nesterov=True, maximize=True, kl_clip=None
+    )
     train(model, optimizer, loss_fn)
     train(other, torch.optim.SGD(other.parameters(), 0.1, 0.9, nesterov=True, maximize=True), loss_fn)
     close(model.parameters(), other.parameters(), 1e-5)
@@ -212,7 +215,7 @@ def test_only_every_third_step_is_recorded(capture: Any) -> None:
 
 def test_inverses_change_with_their_own_period() -> None:
     model, loss_fn = mlp(), nn.CrossEntropyLoss()
-    optimizer = KFAC(model, loss_fn, lr=0.01, curvature_update_period=1, inverse_update_period=3)
+    optimizer = KFAC(model, loss_fn, lr=0.01, inverse_update_period=3, stagger=False)
     seen = []
     for pair in BATCHES[:7]:
         train(model, optimizer, loss_fn, [pair])

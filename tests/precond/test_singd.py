@@ -91,6 +91,7 @@ def test_twenty_steps_are_those_of_the_formulas(structure: Any, coupled: bool) -
         net,
         LOSS,
         lr=LR,
+        kl_clip=None,
         structure=structure,
         block_size=3,
         damping=DAMPING,
