@@ -1,5 +1,6 @@
 """Curvature of a model's loss: what it is, estimated in the structures that can be inverted."""
 
+from curvature import plots
 from curvature.activation import activation_hessian
 from curvature.block import Block
 from curvature.checkpoint import Checkpoint, CheckpointError
@@ -81,6 +82,7 @@ __all__ = [
     "overlap",
     "per_sample_gradients",
     "per_sample_norms",
+    "plots",
     "report",
     "resumable_eigsh",
     "self_influence",

@@ -14,6 +14,7 @@ from curvature.hessian import Hessian
 from curvature.parameters import Parameters
 from curvature.problem import Problem
 from curvature.products import MEMORY
+from curvature.wrappers import unwrapped
 from solvers import Eigenpairs, eigsh
 
 KINDS = ("random", "gradient", "eigenvector")
@@ -187,7 +188,7 @@ def matching(
     Raises:
         ValueError: If one is missing or has another shape, or the other model has something that this one lacks.
     """
-    there = dict(other.state_dict()) if isinstance(other, nn.Module) else other
+    there = dict(unwrapped(other).state_dict()) if isinstance(other, nn.Module) else other
     wrong = [
         f"{name}: {tuple(p.shape)} here, {tuple(there[name].shape) if name in there else 'missing'} there"
         for name, p in tensors.items()

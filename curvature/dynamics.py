@@ -16,6 +16,7 @@ from curvature.jacobian import Jacobian, jacobian
 from curvature.losses import ClassDim
 from curvature.parameters import Parameters
 from curvature.step_rule import StepRule, gradient_descent, rule_of
+from curvature.wrappers import unwrapped
 from solvers import Eigenpairs, Function, LinearOperator, NotConvergedWarning, eigsh
 
 
@@ -116,7 +117,7 @@ def dynamics(
     SGD is at 0.6 ± ... of its edge of stability (hessian): stable; the edge is at lr = 0.333.
 
     Args:
-        model: Any module; evaluated in its current mode.
+        model: Any module; evaluated in its current mode. Wrappers of ``torch.compile`` and DDP are looked through.
         loss_fn: The loss.
         data: One batch ``(x, y)`` or a re-iterable of batches.
         optimizer: ``SGD``, ``Adam``, ``AdamW``, ``RMSprop`` of torch, or one of ``precond`` that holds
@@ -150,9 +151,10 @@ def dynamics(
         raise ValueError("momentum, nesterov and preconditioner go with lr=; those of an optimizer are its own.")
     if matrix not in ("hessian", "ggn"):
         raise ValueError(f"matrix must be 'hessian' or 'ggn', got {matrix!r}.")
+    model = unwrapped(model)
     parameters = Parameters(model, params)
     if optimizer is not None:
-        rule = rule_of(optimizer, parameters)
+        rule = rule_of(optimizer, model, parameters)
     else:
         assert lr is not None
         rule = gradient_descent(parameters, lr, momentum, nesterov, preconditioner)

@@ -13,6 +13,7 @@ from curvature.data import Data, Output
 from curvature.directions import matching
 from curvature.losses import ClassDim
 from curvature.objective import Metrics, Objective
+from curvature.wrappers import unwrapped
 from solvers.progress import progress_bar
 
 PathBuffers = Literal["interpolate", "recompute", "keep"]
@@ -108,7 +109,7 @@ def interpolation(
     afterwards what they were, exceptions included. A picture is ``curvature.plots.interpolation(result)``.
 
     Args:
-        model_a: Where the segment begins.
+        model_a: Where the segment begins. Wrappers of ``torch.compile`` and DDP are looked through.
         model_b: Where it ends: a model of the same architecture, or its state dict.
         loss_fn: The loss.
         data: One batch ``(x, y)`` or a re-iterable of batches.
@@ -140,6 +141,7 @@ def interpolation(
         raise ValueError(f"points is a whole number of at least 3, ends included, got {points!r}.")
     if buffers not in ("interpolate", "recompute", "keep"):
         raise ValueError(f"buffers must be 'interpolate', 'recompute' or 'keep', got {buffers!r}.")
+    model_a = unwrapped(model_a)
     objective = Objective(
         model_a,
         loss_fn,

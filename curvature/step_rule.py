@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from curvature.block import Place
 from curvature.parameters import Parameters
@@ -93,7 +93,7 @@ def gradient_descent(
     return replace(rule, root=lambda x: math.sqrt(lr) * (root @ x.to(root.dtype)).to(x.dtype))
 
 
-def rule_of(optimizer: torch.optim.Optimizer, parameters: Parameters) -> StepRule:
+def rule_of(optimizer: torch.optim.Optimizer, model: nn.Module, parameters: Parameters) -> StepRule:
     r"""The rule of an optimizer at its present state.
 
     * ``SGD``: :math:`S = \eta (1 - \tau) I` with dampening :math:`\tau`.
@@ -104,10 +104,11 @@ def rule_of(optimizer: torch.optim.Optimizer, parameters: Parameters) -> StepRul
 
     Args:
         optimizer: The optimizer; what is preconditioned must have been stepped at least once.
-        parameters: Those of the model.
+        model: What it trains.
+        parameters: Those of the model that are asked for.
 
     Raises:
-        TypeError: If the optimizer is of another kind.
+        TypeError: If the optimizer is of another kind, or its steps are no linear map of the gradient.
         ValueError: If groups differ in momentum, a parameter is in no group, or the state is missing.
     """
     known = {id(p): name for name, p in parameters.items()}
@@ -124,6 +125,11 @@ def rule_of(optimizer: torch.optim.Optimizer, parameters: Parameters) -> StepRul
         )
     name = type(optimizer).__name__
     blocks = getattr(optimizer, "preconditioners", None)
+    if getattr(optimizer, "step_size", None) is not None:
+        raise TypeError(f"{name} chooses the length of each step anew (step_size=), so its steps have no fixed edge.")
+    of_model = {n for n, _ in model.named_parameters()}
+    if strange := [n for n, p in (blocks or {}).items() if not of_model.issuperset(p.estimator.block.names)]:
+        raise ValueError(f"block {strange[0]} of {name} is none of this model's: it was made for another model.")
     if blocks is not None and not blocks:
         raise ValueError(f"{name} holds no preconditioner yet; ask again after its first step.")
     clipped = any(group.get("kl_clip") is not None for group in optimizer.param_groups)

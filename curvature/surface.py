@@ -13,6 +13,7 @@ from curvature.data import Data, Output
 from curvature.directions import span_of
 from curvature.losses import ClassDim
 from curvature.objective import Buffers, Metrics, Objective
+from curvature.wrappers import unwrapped
 from solvers.progress import progress_bar
 
 
@@ -90,7 +91,7 @@ def surface(
     along the eigenvectors, which is why both are offered.
 
     Args:
-        model: Any module.
+        model: Any module. Wrappers of ``torch.compile`` and DDP are looked through.
         loss_fn: The loss.
         data: One batch ``(x, y)`` or a re-iterable of batches.
         directions: One for a line, two for a plane; each one of
@@ -129,6 +130,7 @@ def surface(
         Li, Xu, Taylor, Studer and Goldstein (2018), https://arxiv.org/abs/1712.09913; Goodfellow, Vinyals and Saxe
         (2015), https://arxiv.org/abs/1412.6544
     """
+    model = unwrapped(model)
     objective = Objective(
         model, loss_fn, data, metric=metric, params=params, output=output, class_dim=class_dim, buffers=buffers
     )

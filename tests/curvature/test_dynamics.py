@@ -152,8 +152,15 @@ def test_a_preconditioned_step_is_measured_in_its_own_metric(method: Any) -> Non
     assert not found.clipped
     optimizer.param_groups[0]["kl_clip"] = 1e-3
     assert dynamics(model, loss_fn, (x, y), optimizer, progress=False).clipped
+    compiled = dynamics(torch.compile(model, backend="eager"), loss_fn, (x, y), optimizer, rtol=1e-10, progress=False)  # type: ignore[arg-type]
+    assert compiled.eigenvalue == pytest.approx(found.eigenvalue)
+    with pytest.raises(ValueError, match="made for another model"):
+        dynamics(nn.ModuleDict({"inner": model}), loss_fn, (x, y), optimizer)
     with pytest.raises(ValueError, match="no preconditioner yet"):
         dynamics(model, loss_fn, (x, y), method(model, loss_fn, lr=0.1))
+    optimizer.step_size = object()
+    with pytest.raises(TypeError, match="no fixed edge"):
+        dynamics(model, loss_fn, (x, y), optimizer)
 
 
 def test_a_given_preconditioner_is_one() -> None:
@@ -172,7 +179,7 @@ def test_adam_counts_its_bias_corrections() -> None:
     frozen_moments(optimizer)
     for state in optimizer.state.values():
         state["step"] = torch.tensor(3.0)
-    rule = rule_of(optimizer, Parameters(model))
+    rule = rule_of(optimizer, model, Parameters(model))
     before, g = theta_of(model).clone(), torch.linspace(-1, 1, 10, dtype=F64)
     for p, piece in zip(model.parameters(), g.split([8, 2]), strict=True):
         p.grad = piece.reshape(p.shape).clone()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from curvature.interpolation import barrier, interpolation
+from curvature.surface import surface
 from tests.curvature.problems import PROBLEMS, Problem
 from tests.curvature.test_surface import assert_untouched, at, batch_norm, snapshot, theta_of
 
@@ -55,6 +56,19 @@ def test_a_state_dict_stands_for_its_model() -> None:
     arguments = (problem.loss_fn, problem.data)
     found = interpolation(problem.model, other.state_dict(), *arguments, points=3)
     assert torch.equal(found.values, interpolation(problem.model, other, *arguments, points=3).values)
+
+
+def test_wrappers_are_looked_through() -> None:
+    problem, other = pair("mlp_ce")
+    a: Any = torch.compile(problem.model, backend="eager")
+    b: Any = torch.compile(other, backend="eager")
+    found = interpolation(a, b, problem.loss_fn, problem.data, points=3, layerwise=True)
+    plain = interpolation(problem.model, other, problem.loss_fn, problem.data, points=3, layerwise=True)
+    assert torch.equal(found.values, plain.values) and list(found.from_a) == list(plain.from_a)
+    plane = surface(a, problem.loss_fn, problem.data, directions=[b], points=3)
+    assert torch.equal(
+        plane.values, surface(problem.model, problem.loss_fn, problem.data, directions=[other], points=3).values
+    )
 
 
 def test_a_layer_goes_alone() -> None:
