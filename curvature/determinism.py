@@ -49,7 +49,8 @@ def check_deterministic(model: nn.Module, data: Data, *, output: Output | None =
             found.append("the data differ between two passes (random augmentation, or a sampler that leaves some out)")
     elif not _same(*passes):
         found.append("the loader shuffles: the batches come in another order in each pass (shuffle=False)")
-    x, _ = next(start())
+    with settings(model, _seeded(0, device), device):  # a shuffling loader draws, too
+        x, _ = next(start())
     outputs = []
     for seed in range(2):
         with settings(model, _seeded(seed, device), device), torch.no_grad():

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import curvature
 from curvature.report import Number, Report, report
@@ -279,3 +280,15 @@ def test_inputs_that_are_mappings() -> None:
     problem = PROBLEMS["mapping_inputs"]()
     found = run(problem, products=400)
     assert found.refused == () and found.noise is not None and found.noise.examples == 5
+
+
+def test_a_loader_that_shuffles() -> None:
+    problem = PROBLEMS["mlp_ce"]()
+    x, y = (torch.cat(parts) for parts in zip(*problem.data, strict=True))
+    loader = DataLoader(TensorDataset(x, y), batch_size=2, shuffle=True)
+    before = torch.get_rng_state()
+    found = run(Problem(problem.model, problem.loss_fn, loader))  # type: ignore[arg-type]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert found.refused == () and "the loader shuffles" in found.notes[0]
+    assert found.loss.batches == 3
+    assert found.traces["ggn"].trace.value == pytest.approx(run(problem).traces["ggn"].trace.value)
