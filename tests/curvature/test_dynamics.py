@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import curvature
 from curvature.dynamics import Dynamics, dynamics, kernel_eigenvalues
 from curvature.parameters import Parameters
 from curvature.step_rule import gradient_descent, root_of, rule_of
@@ -301,8 +300,3 @@ def test_a_rule_without_an_optimizer_scales_by_the_learning_rate() -> None:
     x = torch.ones(2, 10, dtype=F64)
     assert torch.equal(rule.root(x), 0.5 * x)
     assert rule.threshold == 2 and rule.lr == 0.25
-
-
-def test_the_hessian_is_ours() -> None:
-    model, loss_fn, data = quadratic()
-    torch.testing.assert_close(curvature.hessian(model, loss_fn, data).to_dense(), dense(model, loss_fn, data))
