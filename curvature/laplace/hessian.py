@@ -60,7 +60,7 @@ class HessianBackend(JacobianBackend):
         options(kwargs, "diag", set())
         loss, H = self._hessian(x, y)
         columns = self._columns(H.rows)
-        diagonal = self.factor * H.diagonal()
+        diagonal = self.factor * H.exact_diagonal()
         return loss, (diagonal if columns is None else diagonal[columns]).to(loss.dtype)
 
     def kron(self, x: Inputs, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, BlockKron]:
@@ -71,7 +71,7 @@ class HessianBackend(JacobianBackend):
         """
         raise NotImplementedError(
             "the Hessian of a network has no Kronecker factors. Use GGNBackend, or hessian_structure='full', 'diag' or "
-            "'lowrank'."
+            "'low_rank'."
         )
 
     def _hessian(self, x: Inputs, y: Tensor) -> tuple[Tensor, Hessian]:
