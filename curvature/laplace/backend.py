@@ -234,9 +234,14 @@ def options(kwargs: dict[str, Any], method: str, known: set[str]) -> dict[str, A
 
     Raises:
         TypeError: If there are unknown ones; ``N`` is always allowed.
+        ValueError: If a value makes no sense.
     """
     if unknown := set(kwargs) - known - {"N"}:
         raise TypeError(f"{method}() does not know {sorted(unknown)}; it takes {sorted(known)}.")
+    if kwargs.get("kfac_approx", "expand") not in ("expand", "reduce"):
+        raise ValueError(f"kfac_approx must be 'expand' or 'reduce', got {kwargs['kfac_approx']!r}.")
+    if kwargs.get("mc_samples", 1) < 1:
+        raise ValueError(f"mc_samples must be at least 1, got {kwargs['mc_samples']}.")
     return kwargs
 
 

@@ -375,6 +375,10 @@ def test_misuse_is_refused() -> None:
     backend = GGNBackend(model, "classification")
     with pytest.raises(TypeError, match=r"does not know .'mc_sample'."):
         backend.full(x, y, mc_sample=3)
+    with pytest.raises(ValueError, match="mc_samples must be at least 1, got 0"):
+        backend.diag(x, y, mc_samples=0)
+    with pytest.raises(ValueError, match="'expand' or 'reduce', got 'shrink'"):
+        backend.kron(x, y, N=12, kfac_approx="shrink")
     with pytest.raises(ValueError, match="num_samples must be at least 1"):
         GGNBackend(model, "classification", num_samples=0)
     with pytest.raises(ValueError, match="max_dense must be at least 1"):

@@ -32,6 +32,7 @@ from tests.curvature.problems import F64, PROBLEMS, LanguageModel, Problem, clas
 
 BOTH = [GGNBackend, EFBackend]
 KINDS = {GGNBackend: "exact", EFBackend: "empirical"}
+KINDS_OF_CURVLINOPS = {GGNBackend: CurvlinopsGGN, EFBackend: CurvlinopsEF}
 #: Problems whose Linears and convolutions are modules that are called.
 LAYERED = [
     "mlp_ce",
@@ -131,7 +132,7 @@ def test_every_parameter_has_an_entry_whatever_the_batches(name: str, kind: type
     close(apart.to_matrix()[keep][:, keep], one_by_one.to_matrix()[keep][:, keep])
 
 
-@pytest.mark.parametrize("kinds", [(GGNBackend, CurvlinopsGGN), (EFBackend, CurvlinopsEF)])
+@pytest.mark.parametrize("kinds", list(KINDS_OF_CURVLINOPS.items()))
 @pytest.mark.parametrize("name", ["mlp_ce", "mlp_mse"])
 def test_agreement_with_curvlinops(name: str, kinds: tuple[type, type]) -> None:
     problem = summed(name)
@@ -145,7 +146,7 @@ def test_agreement_with_curvlinops(name: str, kinds: tuple[type, type]) -> None:
         close(torch.kron(*mine) if len(mine) == 2 else mine[0], torch.kron(*other) if len(other) == 2 else other[0])
 
 
-@pytest.mark.parametrize("kinds", [(GGNBackend, CurvlinopsGGN), (EFBackend, CurvlinopsEF)])
+@pytest.mark.parametrize("kinds", list(KINDS_OF_CURVLINOPS.items()))
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
 def test_agreement_with_curvlinops_on_convolutions(sharing: str, kinds: tuple[type, type]) -> None:
     torch.manual_seed(0)
@@ -335,3 +336,34 @@ def test_a_table_of_positions_counts_once_per_example() -> None:
     rows = [part[n : n + 1] for part in (long, short) for n in range(len(part))]
     apart = sum((backend.kron(row, row, N=5)[1] for row in rows[1:]), backend.kron(rows[0], rows[0], N=5)[1])
     close(together.to_matrix(), apart.to_matrix())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("kind", BOTH)
+def test_adapters_of_a_language_model(kind: type) -> None:
+    """Low-rank adapters (LoRA) in mappings with padding: the only layers there that curvlinops serves as well."""
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    bert = transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=20, num_labels=3, **sizes))
+    adapters = peft.LoraConfig(r=2, target_modules=["query", "value"], task_type="SEQ_CLS")
+    inner = peft.get_peft_model(bert, adapters).double().eval()
+    for name, p in inner.named_parameters():
+        if "lora_B" in name:  # zero at first, which hides the gradients of the others
+            p.data.normal_(0, 0.1)
+
+    class FromBatch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, batch: Any) -> Tensor:
+            return self.inner(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+
+    model = FromBatch()
+    ids, y = torch.randint(1, 20, (5, 4)), classes(5, of=3)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": y}
+    batch["attention_mask"][1, 2:] = 0
+    ours, theirs = (b(model, "classification").kron(batch, y, N=5)[1] for b in (kind, KINDS_OF_CURVLINOPS[kind]))
+    close(ours.to_matrix(), theirs.to_matrix())
