@@ -1,0 +1,213 @@
+"""Steps to a target loss: every method of the library, from one setting each, beside SGD with its best rate.
+
+    python -m tests.benchmarks.training [--problems autoencoder] [--only KFAC,SOAP] [--seeds 3]
+
+Prints Markdown. Each method has one setting (``SETTINGS``), the same on both problems; SGD, with and without momentum,
+and AdamW take the best learning rate of ``RATES`` on each problem, found at seed 0. The target is looked at every few
+steps; a run ends there, where the measure is not finite, or where it is behind SGD (``LIMIT`` steps for SGD itself).
+Medians over the seeds; batches and initial values are functions of the seed, so runs repeat.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+
+import precond
+from tests.benchmarks.problems import PROBLEMS, Problem
+
+# One setting for each method, on all problems; everything else is the library's default.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "AdaHessian": {"lr": 0.15},
+    "CurveBall": {},
+    "EKFAC": {"lr": 0.1, "damping": 1e-2},
+    "GaLore": {"lr": 1e-2, "rank": 16, "scale": 1.0},
+    "GaussNewton": {"solver": "cg"},
+    "HessianFree": {"max_steps": 30},
+    "KBFGS": {"lr": 0.3},
+    "KFAC": {"lr": 0.1, "damping": 1e-2},
+    "KLShampoo": {"lr": 1e-2},
+    "MFAC": {"lr": 1e-3, "window": 64},
+    "Muon": {"lr": 1e-2},
+    "NaturalGradient": {"lr": 0.3, "structure": "unit", "damping": 1e-2},
+    "PSGD": {"lr": 1e-2},
+    "SENG": {"lr": 0.3},
+    "SINGD": {"lr": 0.1},
+    "SMWNaturalGradient": {"lr": 1.0, "fisher": "mc"},
+    "SOAP": {"lr": 1e-2},
+    "SPlus": {"lr": 0.1},
+    "Shampoo": {"lr": 1e-2},
+    "Sophia": {"lr": 1e-2},
+    "TNT": {"lr": 0.1, "damping": 1e-2},
+}
+# Where a method does not apply. Newton and the dense GaussNewton have problems of their own, convex.py and pinn.py.
+ABSENT = {
+    "Newton": {"autoencoder": "a dense Hessian of 36 000 parameters", "language model": "of 33 000"},
+    "GaussNewton": {"language model": "no least squares"},
+}
+
+RATES = {
+    "SGD": (10.0, 3.0, 1.0, 0.3, 0.1),
+    "SGD, momentum 0.9": (1.0, 0.3, 0.1, 0.03),
+    "AdamW": (1e-3, 3e-3, 1e-2, 3e-2),
+}
+TARGET = {"autoencoder": 1.5, "language model": 2.4}
+LIMIT = {"autoencoder": 3000, "language model": 1000}
+EVERY = 5
+
+Step = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run came to.
+
+    Attributes:
+        steps: To the target; infinite if it was not reached.
+        best: The smallest measure seen.
+        seconds: Of CPU for one step.
+    """
+
+    steps: float
+    best: float
+    seconds: float
+
+
+def build(problem: Problem, name: str, settings: dict[str, Any]) -> tuple[torch.optim.Optimizer, Step]:
+    """The optimizer of a method, and one training step of it on the next batch."""
+    model, loss_fn, params = problem.model, problem.loss_fn, list(problem.model.parameters())
+    if name.startswith("SGD"):
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(params, momentum=0.9 if "0.9" in name else 0.0, **settings)
+        needs = "grad"
+    elif name == "AdamW":
+        optimizer, needs = torch.optim.AdamW(params, weight_decay=0.0, **settings), "grad"
+    else:
+        method = next(m for m in precond.methods() if m.name == name)
+        needs = method.needs
+        takes_loss = needs == "layers" or name in ("CurveBall", "HessianFree")
+        optimizer = method.cls(model, loss_fn, **settings) if takes_loss else method.cls(params, **settings)
+
+    def step() -> None:
+        x, y = problem.batch()
+        if name == "GaussNewton":
+            optimizer.step(lambda: (model(x) - y) * (2 / y.numel()) ** 0.5)
+            return
+
+        def closure() -> torch.Tensor:
+            return loss_fn(model(x), y.flatten() if y.dtype == torch.long else y)
+
+        if needs == "closure":
+            optimizer.step(closure)
+            return
+        optimizer.zero_grad()
+        closure().backward()
+        optimizer.step()
+
+    return optimizer, step
+
+
+def run(problem: Problem, step: Step, target: float, limit: int, every: int = EVERY) -> Run:
+    """Steps until the measure is at the target."""
+    start, best = time.process_time(), math.inf
+    for count in range(1, limit + 1):
+        step()
+        if count % every == 0 or count == limit:
+            value = problem.measure()
+            best = min(best, value)
+            if value <= target or not math.isfinite(value):
+                break
+    steps = count if best <= target else math.inf
+    return Run(steps, best, (time.process_time() - start) / count)
+
+
+def trial(problem: str, name: str, settings: dict[str, Any], seed: int, limit: int | None = None) -> Run:
+    """One run of a method from the beginning; one that diverges never reaches the target."""
+    made = PROBLEMS[problem](seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # says that a step was skipped
+        try:
+            _, step = build(made, name, settings)
+            return run(made, step, TARGET[problem], limit or LIMIT[problem])
+        except FloatingPointError:  # many skipped steps in a row
+            return Run(math.inf, math.inf, math.nan)
+
+
+def best_rate(problem: str, name: str) -> dict[str, Any]:
+    """The learning rate of a torch optimizer with the fewest steps at seed 0."""
+    best, steps = {"lr": RATES[name][-1]}, math.inf
+    for lr in RATES[name]:
+        found = trial(problem, name, {"lr": lr}, 0, int(min(steps, LIMIT[problem])))
+        if found.steps < steps:
+            best, steps = {"lr": lr}, found.steps
+    return best
+
+
+@dataclass(frozen=True)
+class Row:
+    """The runs of one method on one problem.
+
+    Attributes:
+        name: Of the method.
+        settings: Its options.
+        runs: One for each seed.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    runs: list[Run]
+
+    @property
+    def steps(self) -> float:
+        """Median over the seeds."""
+        return median(run.steps for run in self.runs)
+
+    def markdown(self, reference: float) -> str:
+        """A line of the table; ``reference`` is SGD's number of steps."""
+        options = ", ".join(f"{key}={value!r}" for key, value in self.settings.items()) or "defaults"
+        each = " ".join(f"{run.steps:.0f}" if run.steps < math.inf else "-" for run in self.runs)
+        steps = f"{self.steps:.0f}" if self.steps < math.inf else f"not (best {median(r.best for r in self.runs):.3g})"
+        ratio = f"{reference / self.steps:.1f}" if max(self.steps, reference) < math.inf else "-"
+        milliseconds = 1e3 * median(run.seconds for run in self.runs)
+        return f"| `{self.name}` | {options} | {steps} | {each} | {ratio} | {milliseconds:.1f} |"
+
+
+def table(problem: str, names: list[str], seeds: int) -> None:
+    """Print the table of one problem, line by line as it is found."""
+    print(f"\n### {problem}: steps to {TARGET[problem]}\n")
+    print(
+        "| method | options | steps | each seed | SGD's steps / these | ms of CPU a step |\n|---|---|---|---|---|---|"
+    )
+    reference, limit = math.inf, LIMIT[problem]
+    for name in [*RATES, *names]:
+        if problem in ABSENT.get(name, {}):
+            continue
+        settings = best_rate(problem, name) if name in RATES else SETTINGS[name]
+        row = Row(name, settings, [trial(problem, name, settings, seed, limit) for seed in range(seeds)])
+        if name == "SGD":
+            reference = row.steps
+            limit = int(min(limit, 1.2 * reference))
+        print(row.markdown(reference), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--problems", default=",".join(PROBLEMS))
+    parser.add_argument("--only", default=",".join(SETTINGS), help="methods of the library, separated by commas")
+    parser.add_argument("--seeds", type=int, default=3)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    print(f"torch {torch.__version__}, one thread, float32, {options.seeds} seeds, medians")
+    for problem in options.problems.split(","):
+        table(problem, [name for name in options.only.split(",") if name], options.seeds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Do the benchmarks run, are their references right, and do the claims made from them hold in a reduced form?"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+import precond
+from precond import GaussNewton, Newton
+from tests.benchmarks import autoencoder, convex, pinn, training
+
+pytest.importorskip("sklearn")
+
+
+@pytest.mark.parametrize("name", ["breast_cancer", "digits"])
+def test_newton_solves_logistic_regression_in_fifteen_steps(name):
+    problem = convex.load(name)
+    reference = convex.dense_newton(problem)
+    assert reference.norm < 1e-10
+    found = convex.solve(problem, lambda m: Newton(m.parameters(), damping=1e-3, adapt=True), seconds=60)
+    assert found.norm < convex.GOAL and found.steps <= 15
+    # The smallest eigenvalue of the Hessian is the ridge, so the distance is at most the norm divided by it.
+    assert (found.weights - reference.weights).norm() <= (found.norm + reference.norm) / convex.RIDGE
+    model = problem.model()
+    torch.nn.utils.vector_to_parameters(found.weights, model.parameters())
+    for _ in range(2):
+        Newton(model.parameters()).step(lambda: problem.loss(model))
+    polished = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+    torch.testing.assert_close(polished, reference.weights, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", pinn.EQUATIONS)
+def test_both_forms_of_an_equation_are_one(name):
+    equation, model = pinn.EQUATIONS[name](), pinn.network(0)
+    total = sum(0.5 * part.value().square().sum() for part in equation.residuals(model))
+    assert total.item() == pytest.approx(equation.loss(model).item(), rel=1e-10)
+
+
+def test_exact_solutions_solve_their_equations():
+    poisson, burgers = pinn.poisson(), pinn.burgers()
+    for x in poisson.inner[:5]:
+        assert abs(poisson.at(lambda z: torch.sin(math.pi * z).prod().reshape(1), x).item()) < 1e-12
+    for x in burgers.inner[:5]:
+        assert abs(burgers.at(lambda z: pinn.cole_hopf(z[:1], z[1:]), x).item()) < 1e-9
+    start = burgers.outer[:60] + torch.tensor([0.0, 1e-12])
+    exact = pinn.cole_hopf(start[:, 0].double(), start[:, 1].double())
+    torch.testing.assert_close(exact, burgers.values[:60], rtol=0, atol=1e-5)
+
+
+def test_gauss_newton_solves_poisson_to_four_digits_in_forty_steps():
+    whole = pinn.poisson()
+    equation = replace(whole, inner=whole.inner[:300])  # a third of the points, a third of the time
+    model = pinn.network(0)
+    optimizer = GaussNewton(model)
+    for _ in range(40):
+        optimizer.step(lambda: equation.residuals(model))
+    assert equation.error(model) < 1e-3
+
+
+def test_every_method_has_a_place_in_the_table():
+    assert {m.name for m in precond.methods()} == set(training.SETTINGS) | set(training.ABSENT)
+
+
+def test_sgd_needs_twice_the_steps(monkeypatch):
+    monkeypatch.setitem(training.TARGET, "autoencoder", 2.5)
+    steps = {
+        name: training.trial("autoencoder", name, training.SETTINGS[name], seed=0, limit=400).steps
+        for name in ("SOAP", "Muon", "KFAC")
+    }
+    # The best rate of the grid at this target, and its neighbours.
+    sgd = min(training.trial("autoencoder", "SGD", {"lr": lr}, seed=0, limit=1000).steps for lr in (1.0, 3.0))
+    assert max(steps.values()) <= 0.5 * sgd < math.inf, (steps, sgd)
+
+
+def test_a_trial_repeats_and_its_row_says_what_happened(monkeypatch):
+    monkeypatch.setitem(training.TARGET, "language model", 3.3)
+    first, second = (training.trial("language model", "AdamW", {"lr": 1e-2}, seed=1, limit=40) for _ in range(2))
+    assert first.steps == second.steps < 40 and first.best == second.best <= 3.3
+    never = training.Run(math.inf, 3.5, 0.001)
+    row = training.Row("AdamW", {"lr": 1e-2}, [first, never, never])
+    assert row.markdown(100.0) == f"| `AdamW` | lr=0.01 | not (best 3.5) | {first.steps:.0f} - - | - | 1.0 |"
+
+
+def test_the_autoencoder_learns_within_a_second():
+    course = autoencoder.run("SOAP", {"lr": 1e-2}, seconds=1.0, seed=0, decay=0.9)
+    assert course.error < 4.0 and course.reached == math.inf and course.steps > 5
