@@ -86,7 +86,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             **(defaults or {}),
         }
         self._resolved(options)
-        self._prepared: dict[int, tuple[Tensor, int]] = {}  # gradients that precondition() wrote
+        self._prepared: dict[int, tuple[Tensor, int, Tensor]] = {}  # what precondition() wrote: d, version, <d, g>
         self._idle = False  # the step could move nothing and saw nothing, so it does not count
         super().__init__(params, options)
         if not any(p.requires_grad for group in self.param_groups for p in group["params"]):
@@ -185,10 +185,15 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         if gradients is None:
             return loss
         self._idle = self._stands_still(gradients)
-        for p, d in self.directions(self.regularized(gradients)).items():
+        gradients = self.regularized(gradients)
+        directions = self.directions(gradients)
+        zero = torch.zeros(())
+        products = {p: (directions[p] * g).sum() if p in directions else zero for p, g in gradients.items()}
+        for p, d in directions.items():
             if p.grad is not None and d is not p.grad:
                 p.grad.copy_(d)
-        self._prepared = {id(p): (p.grad, p.grad._version) for p in gradients if p.grad is not None}
+        # The products are for the bound, which belongs to the second half.
+        self._prepared = {id(p): (p.grad, p.grad._version, dg) for p, dg in products.items() if p.grad is not None}
         self._count()
         return loss
 
@@ -213,8 +218,8 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         if not prepared:
             gradients = self.regularized(gradients)
         directions = dict(gradients) if prepared else self.directions(gradients)
-        self._prepared = {}
         self._bound(directions, gradients, prepared)
+        self._prepared = {}
         for group in self.param_groups:
             params = [p for p in group["params"] if p in directions]
             if params:
@@ -344,21 +349,21 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         if not self._prepared:
             return False
         for p in self._with_gradient():
-            grad, version = self._prepared.get(id(p), (None, -1))
+            grad, version, _ = self._prepared.get(id(p), (None, -1, None))
             if grad is not p.grad or grad is None or grad._version != version:
                 return False
         return True
 
     def _bound(self, directions: dict[Tensor, Tensor], gradients: dict[Tensor, Tensor], prepared: bool) -> None:
         bounds = {group["kl_clip"] for group in self.param_groups} - {None}
-        if not bounds or prepared or not directions:
+        if not bounds or not directions:
             return
-        pairs = [
-            (directions[p], gradients[p], float(group["lr"]))
+        products = [
+            (self._prepared[id(p)][2] if prepared else (directions[p] * gradients[p]).sum(), float(group["lr"]))
             for group in self.param_groups
             for p in group["params"]
             if p in directions
         ]
-        scale = kl_scale(pairs, min(bounds))
+        scale = kl_scale(products, min(bounds))
         for p, d in directions.items():
             directions[p] = d * scale.to(d.dtype)

@@ -69,8 +69,8 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         nesterov: Look ahead along the momentum.
         weight_decay: Strength of the weight decay.
         decay: How it acts, see :class:`SecondOrderOptimizer`.
-        kl_clip: Bound on the predicted change of :meth:`step`, see :class:`SecondOrderOptimizer`; :meth:`precondition`
-            alone does not bound.
+        kl_clip: Bound on the predicted change of a step, see :class:`SecondOrderOptimizer`. After :meth:`precondition`
+            :meth:`step` bounds it all the same; another optimizer's step is its own.
         step_size: Learning rate and momentum from the quadratic model of the batch, in place of ``momentum`` and
             ``kl_clip``; ``lr`` then multiplies the move. See :class:`QuadraticModel`.
         rule: Adapts the damping after each step by how much the loss of its batch has fallen, over how much the

@@ -13,7 +13,7 @@ Decay = Literal["decoupled", "l2", "independent", "corrected", "cautious"]
 SCHEDULED_DECAY = ("independent", "corrected")
 
 
-def kl_scale(pairs: list[tuple[Tensor, Tensor, float]], bound: float) -> Tensor:
+def kl_scale(products: list[tuple[Tensor, float]], bound: float) -> Tensor:
     r"""Factor that keeps the predicted KL divergence of a step below a bound.
 
     .. math:: \nu = \min\Big(1, \sqrt{c / \textstyle\sum_p \eta_p^2\, \langle d_p, g_p \rangle}\Big)
@@ -21,14 +21,14 @@ def kl_scale(pairs: list[tuple[Tensor, Tensor, float]], bound: float) -> Tensor:
     where :math:`\langle d, g \rangle = d^\top C d` if :math:`d = C^{-1} g`.
 
     Args:
-        pairs: Direction d, gradient g and learning rate of every parameter.
+        products: Inner product of direction and gradient, and the learning rate, of every parameter.
         bound: c.
 
     References:
         Ba, Grosse and Martens (2017), section 5, https://openreview.net/forum?id=SkkTMpjex
     """
-    products = [(d * g).sum() * lr**2 for d, g, lr in pairs]
-    total = torch.stack([p.to(products[0]) for p in products]).sum()
+    first = products[0][0]
+    total = torch.stack([product.to(first) * lr**2 for product, lr in products]).sum()
     # A direction that does not descend has no such bound; it is left alone.
     return torch.where(total > bound, (bound / total.clamp(min=torch.finfo(total.dtype).tiny)).sqrt(), 1.0)
 

@@ -215,9 +215,10 @@ def test_schedulers(name: str) -> None:
 # precondition() ------------------------------------------------------------------------------------------------------
 
 
-def test_precondition_is_the_first_half_of_step() -> None:
+@pytest.mark.parametrize("kl_clip", [None, 1e-6])
+def test_precondition_is_the_first_half_of_step(kl_clip: float | None) -> None:
     model, other, loss_fn = mlp(), mlp(), nn.CrossEntropyLoss()
-    optimizer = KFAC(model, loss_fn, lr=0.1, kl_clip=None)
+    optimizer = KFAC(model, loss_fn, lr=0.1, kl_clip=kl_clip)
     for _ in range(3):
         optimizer.zero_grad()
         loss_fn(model(X), Y).backward()
@@ -227,7 +228,7 @@ def test_precondition_is_the_first_half_of_step() -> None:
         optimizer.step()  # does not do it twice
     assert optimizer.steps == 3
     assert equal(
-        [p.detach() for p in model.parameters()], train(other, KFAC(other, loss_fn, lr=0.1, kl_clip=None), loss_fn)
+        [p.detach() for p in model.parameters()], train(other, KFAC(other, loss_fn, lr=0.1, kl_clip=kl_clip), loss_fn)
     )
 
 
