@@ -44,6 +44,9 @@ class LevenbergMarquardt:
         lower: Ratio below which the damping is raised.
         upper: Ratio above which it is lowered.
         minimum: Smallest damping, in units of C.
+        relative_minimum: The same as a fraction of the mean eigenvalue of C, where the optimizer keeps an estimate of
+            C (layer-based methods). The ratio of a batch that C was estimated from says nothing of other batches: it
+            would drive the damping down until the run stalls.
         maximum: Largest damping.
         attempts: Steps that may be rejected before the parameters stay where they are.
 
@@ -59,6 +62,7 @@ class LevenbergMarquardt:
     lower: float = 0.25
     upper: float = 0.75
     minimum: float = 1e-15
+    relative_minimum: float = 1e-4
     maximum: float = 1e15
     attempts: int = 12
 
@@ -68,6 +72,8 @@ class LevenbergMarquardt:
             raise ValueError(f"need 0 < decrease <= 1 <= increase; got {self.decrease} and {self.increase}.")
         if not 0 < self.minimum <= self.maximum:
             raise ValueError(f"need 0 < minimum <= maximum; got {self.minimum} and {self.maximum}.")
+        if not 0 <= self.relative_minimum < float("inf"):
+            raise ValueError(f"relative_minimum must be non-negative and finite; got {self.relative_minimum}.")
         if not self.lower <= self.upper:
             raise ValueError(f"need lower <= upper; got {self.lower} and {self.upper}.")
         if self.attempts < 1:
@@ -77,10 +83,16 @@ class LevenbergMarquardt:
         """More damping, from the smallest on."""
         return min(max(damping, self.minimum) * self.increase, self.maximum)
 
-    def adapted(self, damping: float, ratio: float) -> float:
-        """The next damping."""
+    def adapted(self, damping: float, ratio: float, mean: float = 0.0) -> float:
+        """The next damping.
+
+        Args:
+            damping: The present one.
+            ratio: The reduction ratio.
+            mean: Mean eigenvalue of C, 0 where it is not known.
+        """
         if ratio > self.upper:
-            return max(damping * self.decrease, self.minimum)
+            return max(damping * self.decrease, self.minimum, min(damping, self.relative_minimum * mean))
         if ratio >= self.lower:
             return damping
         return self.raised(damping)

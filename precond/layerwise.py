@@ -17,6 +17,7 @@ from curvature.collector import Collector
 from curvature.coverage import Coverage, describe_loss, table
 from curvature.data import Output
 from curvature.estimator import Form
+from curvature.inverse import InverseEstimator
 from curvature.mixed import Rule
 from curvature.parameters import Parameters
 from curvature.wrappers import unwrapped
@@ -387,6 +388,14 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
     def coefficients(self) -> Tensor | None:
         """Learning rate and momentum that ``step_size`` chose for the last step, ``(1,)`` or ``(2,)``."""
         return None if self._step_model is None else self._step_model.coefficients
+
+    def mean_eigenvalue(self) -> float:
+        """Mean eigenvalue of C in the units of the damping's strength; 0 where no estimate of C is kept."""
+        if hasattr(self.damping, "fraction"):
+            return 1.0
+        known = [p.estimator for p in self.preconditioners.values() if p.estimator.ready]
+        kept = [e.operator() for e in known if not isinstance(e, InverseEstimator)]
+        return float(sum(op.trace() for op in kept)) / sum(op.shape[0] for op in kept) if kept else 0.0
 
     def set_damping(self, damping: float) -> None:
         """Give all groups the same damping; it counts from the next refresh of each block."""

@@ -181,7 +181,8 @@ class StepModel:
             return  # too small to be seen in the loss
         if self.rule is not None:
             ratio = (before - after) / trial.predicted if trial.predicted > 0 else float("nan")
-            self.optimizer.set_damping(self.rule.adapted(float(self.optimizer.option("damping")), ratio))
+            damping, mean = float(self.optimizer.option("damping")), self.optimizer.mean_eigenvalue()
+            self.optimizer.set_damping(self.rule.adapted(damping, ratio, mean))
         if self.reject and not after <= before:
             for p, value in trial.own.items():
                 p.copy_(value)

@@ -188,6 +188,20 @@ def test_the_adapted_damping_is_the_one_of_the_next_inverse() -> None:
     torch.testing.assert_close(found, torch.eye(len(found)).double(), rtol=0, atol=1e-9)
 
 
+def test_the_damping_stops_at_a_fraction_of_the_mean_eigenvalue() -> None:
+    """A model that promises too little at every step would drive the damping to nothing."""
+    model, (x, y) = linear(), data(0)
+    rule = LevenbergMarquardt(decrease=0.1, upper=-10.0, lower=-20.0, relative_minimum=0.01)
+    optimizer: Any = EKFAC(model, nn.MSELoss(), lr=0.01, damping=0.1, rule=rule, curvature_ema=0.0, fisher="exact")
+    for _ in range(6):
+        step(model, optimizer, x, y, False)
+    _, C, _ = dense(model, x, y)  # the Gauss-Newton matrix of a linear model is the same everywhere
+    (block,) = (p.estimator.operator().to_dense() for p in optimizer.preconditioners.values())
+    mean = float(torch.linalg.eigvalsh(block).mean())
+    assert mean == pytest.approx(float(torch.linalg.eigvalsh(C).mean()), rel=1e-9)
+    assert optimizer.param_groups[0]["damping"] == pytest.approx(0.01 * mean, rel=1e-9)
+
+
 def test_a_step_that_raises_the_loss_is_taken_back() -> None:
     model, other = network(), network()
     for net, reject in ((model, True), (other, False)):
