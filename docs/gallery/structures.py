@@ -17,7 +17,6 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import curvature
-from precond import KFAC
 
 
 def main(out: Path) -> None:
@@ -27,12 +26,11 @@ def main(out: Path) -> None:
     data = (images[:500], torch.tensor(digits.target[:500]))
     model = nn.Sequential(nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 10)).double()
     loss_fn = nn.CrossEntropyLoss()
-    optimizer = KFAC(model, loss_fn, lr=0.1, damping=1e-3, kl_clip=1e-2)
-    for _ in range(100):
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(200):
         optimizer.zero_grad()
         loss_fn(model(data[0]), data[1]).backward()
         optimizer.step()
-    optimizer.detach()
 
     given = (model, loss_fn, data)
     matrices: dict[str, Tensor] = {"Hessian": curvature.hessian(*given).to_dense()}
