@@ -64,7 +64,7 @@ class EKFAC(PreconditionedOptimizer):
         loss_fn: Any,
         *,
         lr: float | Tensor,
-        damping: Scheduled | Damping = 1e-3,
+        damping: Scheduled | Damping = 3e-2,
         fisher: FisherKind = "mc",
         samples: int = 1,
         sharing: Sharing = "expand",

@@ -74,7 +74,7 @@ class KFAC(PreconditionedOptimizer):
         loss_fn: Any,
         *,
         lr: float | Tensor,
-        damping: Scheduled | Damping = 1e-3,
+        damping: Scheduled | Damping = 1e-2,
         fisher: FisherKind = "mc",
         samples: int = 1,
         sharing: Sharing = "expand",

@@ -67,7 +67,7 @@ class TNT(PreconditionedOptimizer):
         loss_fn: Any,
         *,
         lr: float | Tensor,
-        damping: Scheduled | Damping = 1e-3,
+        damping: Scheduled | Damping = 1e-2,
         fisher: FisherKind = "mc",
         samples: int = 1,
         max_factor: int = 16384,
