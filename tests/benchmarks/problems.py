@@ -95,7 +95,7 @@ def squared_error(model: nn.Module, images: Tensor) -> float:
 CONTEXT = 16
 
 
-def language_model(seed: int, batch_size: int = 16) -> Problem:
+def language_model(seed: int, batch_size: int = 32) -> Problem:
     """The next of 96 characters in the source of the standard library, by a transformer of two layers of 32 numbers.
 
     The measure is the cross entropy, in nats, on 64 fixed windows of the training text.
