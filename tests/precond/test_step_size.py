@@ -307,7 +307,8 @@ def test_accumulated_batches_are_one_batch() -> None:
 
 def test_steps_without_new_statistics_have_their_batch_too() -> None:
     model = network()
-    optimizer: Any = KFAC(model, nn.MSELoss(), lr=1.0, step_size=QuadraticModel(), curvature_update_period=3)
+    options: Any = {"step_size": QuadraticModel(), "curvature_update_period": 3}
+    optimizer: Any = KFAC(model, nn.MSELoss(), lr=1.0, damping=1e-3, **options)
     for k in range(5):
         x, y = data(k)
         g, C, _ = dense(model, x, y)
