@@ -94,6 +94,12 @@ class CrossEntropyTerms(Terms):
         return self._out((self._mass * self._p[..., c]).sqrt().unsqueeze(-1) * column)
 
     @torch.no_grad()
+    def sqrt_product(self, x: Tensor) -> Tensor:
+        """``r * x - p <r, x>`` with ``r = sqrt(m p)``."""
+        weighted = (self._mass.unsqueeze(-1) * self._p).sqrt() * x
+        return self.unrows(weighted - self._p * weighted.sum(-1, keepdim=True)).to(x.dtype)
+
+    @torch.no_grad()
     def sample(self, generator: torch.Generator) -> Tensor:
         """``sqrt(m) (p - e_y)`` with labels ``y`` drawn from the model."""
         # Inverse distribution function: one random number per term, and unlike torch.multinomial it neither waits for

@@ -144,6 +144,12 @@ class ElementwiseTerms(Terms):
         return self._out(column)
 
     @torch.no_grad()
+    def sqrt_product(self, x: Tensor) -> Tensor:
+        """The root of the curvature of every entry times ``x``."""
+        self._refuse_indefinite()
+        return self.unrows(self.rows(self._curvature).sqrt() * x).to(x.dtype)
+
+    @torch.no_grad()
     def sample(self, generator: torch.Generator) -> Tensor:
         """A draw per entry."""
         self._refuse_indefinite()

@@ -203,6 +203,18 @@ class Terms(ABC):
     def sqrt_column(self, c: int) -> Tensor:
         """Column ``c`` of the square root of every term, ``H_t = S_t S_t^T``; output-shaped."""
 
+    def sqrt_product(self, x: Tensor) -> Tensor:
+        """``S_t x_t`` term by term, ``(..., N, R, columns)`` to output-shaped; normal x give covariance ``H_t``.
+
+        Sums the columns; overridden where a closed form spares them.
+        """
+        lead = x.shape[:-3]
+        total = x.new_zeros(*lead, *self.output.shape)
+        for c in range(self.columns):
+            weights = self.unrows(x[..., c].unsqueeze(-1).expand(*lead, *self.shape))
+            total = torch.addcmul(total, weights, self.sqrt_column(c).to(x.dtype))
+        return total
+
     @abstractmethod
     def sample(self, generator: torch.Generator) -> Tensor:
         """Output-shaped draw ``v``, independent between terms, with mean zero and ``E[v_t v_t^T] = H_t``."""

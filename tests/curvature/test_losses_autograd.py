@@ -56,6 +56,8 @@ def test_agrees_with_the_formulas(case: str, vmappable: bool) -> None:
     close(ours.hessian_product(v), theirs.hessian_product(v) * scale)
     S, T = (torch.stack([t.rows(t.sqrt_column(c)) for c in range(t.columns)], -1) for t in (ours, theirs))
     close(S @ S.mT, T @ T.mT * scale)
+    x = randn(2, *S.shape[:2], S.shape[3], seed=3)
+    close(ours.rows(ours.sqrt_product(x)), (S @ x.unsqueeze(-1)).squeeze(-1))
     leaf = output.clone().requires_grad_()
     ours.output = leaf
     close(torch.autograd.grad(ours.value(), leaf)[0], theirs.gradient() * scale)

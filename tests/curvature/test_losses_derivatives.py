@@ -246,6 +246,16 @@ def test_square_root(case: Case) -> None:
     torch.testing.assert_close(H, hessian(reference, output), rtol=case.hessian_rtol, atol=ATOL)
 
 
+@cases
+def test_product_with_the_square_root(case: Case) -> None:
+    _, terms, _ = build(case)
+    x = torch.randn(2, 1, *terms.shape[:2], terms.columns, dtype=F64, generator=seeded(2))
+    product = 0.0
+    for c in range(terms.columns):
+        product = product + x[..., c, None] * terms.rows(terms.sqrt_column(c))
+    torch.testing.assert_close(terms.sqrt_product(x), terms.unrows(product), rtol=RTOL, atol=ATOL)
+
+
 @pytest.mark.parametrize(
     "case",
     [case for case in CASES if 0 not in case.class_axes and case.name != "mse no axis"],
