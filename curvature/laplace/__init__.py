@@ -1,7 +1,8 @@
 """Bayesian Laplace approximations: backends and posteriors for laplace-torch.
 
 Importing this module needs laplace-torch (``pip install precond[laplace]``); nothing else in :mod:`curvature` does. It
-also makes ``hessian_structure="kfac"``, ``"ekfac"`` and ``"low_rank"`` known to :func:`laplace.Laplace`.
+also makes ``hessian_structure="kfac"``, ``"ekfac"``, ``"low_rank"`` and ``"low_rank_diag"`` known to
+:func:`laplace.Laplace`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from curvature.laplace.backends import EFBackend, GGNBackend
 from curvature.laplace.decomposed import BlockKronDecomposed
 from curvature.laplace.hessian import HessianBackend
 from curvature.laplace.kron import BlockKron
+from curvature.laplace.low_rank import LastLayerLowRankDiagPosterior, LowRankDiagPosterior
 from curvature.laplace.posterior import (
     EKFACLaplace,
     KFACLaplace,
@@ -33,5 +35,7 @@ __all__ = [
     "KFACLaplace",
     "LastLayerEKFACLaplace",
     "LastLayerKFACLaplace",
+    "LastLayerLowRankDiagPosterior",
+    "LowRankDiagPosterior",
     "LowRankPosterior",
 ]
