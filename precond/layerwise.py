@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import warnings
 from collections.abc import Callable, Sequence
@@ -23,15 +22,16 @@ from curvature.parameters import Parameters
 from curvature.wrappers import unwrapped
 from precond.adapt import LevenbergMarquardt, strength, with_strength
 from precond.base import NonFinite, SecondOrderOptimizer
+from precond.block_state import add_blocks, copied, saved_form, split_blocks
+from precond.blocks import Blocks
 from precond.groups import as_groups, members
 from precond.preconditioner import Preconditioner
-from precond.refresh import refresh_cost, slots
-from precond.rows import Rows, RowTap, taps_for
+from precond.rows import Rows, RowTaps
 from precond.rules import Rules, ignored_names, ignored_row, with_rules
 from precond.schedules import Scheduled, ScheduledInt, at_start, value_at
 from precond.step_size import QuadraticModel, StepModel
 from precond.update import Decay
-from solvers import Damping, FactoredTikhonov, Kronecker, Solver, Tikhonov
+from solvers import Damping, FactoredTikhonov, Solver, Tikhonov
 
 
 class PreconditionedOptimizer(SecondOrderOptimizer):
@@ -160,14 +160,12 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         self.seed, self.output = seed, output
         self.model, self.loss_fn = model, loss_fn
         self._options = {"output": output, "class_dim": class_dim, "mode": capture, "eval_mode": eval_mode}
-        self.preconditioners: dict[str, Preconditioner] = {}
-        self._forms: dict[str, Form] = {}
+        self.preconditioners = Blocks()
         self._capture: Capture | None = None
         self._step_model: StepModel | None = None
         self._reported: set[str] = set()
         self._burning = False  # the step is one of the burn-in
-        self._taps: dict[str, RowTap] = {}
-        self._tapped: set[str] = set()
+        self._taps = RowTaps()
         super().__init__(
             as_groups(unwrapped(model), params),
             lr=lr,
@@ -229,7 +227,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         trainable = self._tracked()
         if not trainable or {id(p) for p in trainable} == {id(p) for p in self.parameters.values()}:
             return
-        self._unwatch()
+        self._taps.close()
         self.parameters = Parameters(unwrapped(self.model), trainable)
         for name, preconditioner in list(self.preconditioners.items()):
             if not all(part in self.parameters for part in preconditioner.estimator.block.names):
@@ -239,8 +237,8 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         self.capture.collector = collector
 
     def _drop(self, name: str) -> None:
-        self._unwatch()
-        del self.preconditioners[name], self._forms[name]
+        self._taps.close()
+        del self.preconditioners[name]
         self.capture.collector.estimators.pop(name, None)
 
     @property
@@ -265,16 +263,15 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         self.capture.close()
         if self._step_model is not None:
             self._step_model.close()
-        self._unwatch()
+        self._taps.close()
 
     def _make(self, block: Block, form: Form) -> CurvatureEstimator:
         for name, old in list(self.preconditioners.items()):
             if old.estimator.block.overlaps(block):  # its parameters were in another block before one was (un)frozen
                 self._drop(name)
         estimator = self.curvature.estimator(block, form)
-        preconditioner = Preconditioner(estimator, self.solver, self.exponent)
-        self.preconditioners[block.name] = preconditioner
-        self._forms[block.name] = form
+        self.preconditioners[block.name] = Preconditioner(estimator, self.solver, self.exponent)
+        self.preconditioners[block.name].form = form
         return estimator
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -320,18 +317,16 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
             self.capture.disarm()
 
     def on_skip(self) -> None:
-        for preconditioner in self.preconditioners.values():
-            preconditioner.estimator.discard()
+        self.preconditioners.discard()
         if self._step_model is not None:
             self._step_model.clear()
         self._arm()
 
     def after_step(self) -> None:
-        for tap in self._taps.values():
-            tap.clear()
+        self._taps.clear()
         if self._step_model is not None and not self._step_model.undecided:
             self._step_model.clear()
-        self._watch_rows()
+        self._taps.watch(unwrapped(self.model), self.preconditioners)
         self._arm()
 
     def directions(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
@@ -351,21 +346,8 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         self._refresh(updated)
         out = {p: torch.empty_like(g, memory_format=torch.contiguous_format) for p, g in gradients.items()}
         results = {name: out[p] for name, p in self.parameters.items() if p in gradients}
-        covered: dict[str, int] = dict.fromkeys(by_name, 0)
-        for key, preconditioner in self.preconditioners.items():
-            block, inverse = preconditioner.estimator.block, preconditioner.inverse
-            if inverse is None or not all(name in by_name for name in block.names):
-                continue
-            if key in rows and isinstance(inverse, Kronecker):
-                direction = rows[key].apply(inverse)
-            else:
-                direction = preconditioner @ block.read(by_name)
-            block.write(direction, results)
-            for part in block.parts:
-                covered[part.name] += part.numel
-        for name, count in covered.items():
-            if count < by_name[name].numel():
-                self._plain(name, by_name[name], results[name], partly=count > 0)
+        for name in self.preconditioners.apply(by_name, rows, results):
+            self._report_plain(name, by_name[name])
         ignored = self._ignored()
         return out | {p: g.clone() for p, g in given.items() if id(p) in ignored}
 
@@ -409,39 +391,12 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         return {**group, "weight_decay": 0.0} if self._burning else group
 
     def _rows(self, gradients: dict[str, Tensor]) -> dict[str, Rows]:
-        """Blocks whose gradient is at hand as a product of few rows, checked against the gradient itself."""
         if getattr(self, "grad_scale", None) is not None or _world_size() > 1:
             return {}  # gradients that were scaled or summed over processes after the rows were seen
-        found = {name: rows for name, tap in self._taps.items() if (rows := tap.rows(gradients)) is not None}
-        if not found:
-            return {}
-        blocks = {name: self.preconditioners[name].estimator.block for name in found}
-        same = torch.stack([rows.agree(blocks[name].read(gradients)) for name, rows in found.items()])
-        return {name: rows for (name, rows), ok in zip(found.items(), same.tolist(), strict=True) if ok}
+        return self._taps.rows(gradients, self.preconditioners)
 
-    def _watch_rows(self) -> None:
-        """Watch the layers whose blocks are dense Kronecker products, once these are known."""
-        known = {n: p for n, p in self.preconditioners.items() if p.inverse is not None}
-        if self._tapped == set(known):
-            return
-        self._unwatch()
-        self._tapped = set(known)
-        self._taps = taps_for(unwrapped(self.model), {n: (p.estimator.block, p.inverse) for n, p in known.items()})
-
-    def _unwatch(self) -> None:
-        for tap in self._taps.values():
-            tap.close()
-        self._taps, self._tapped = {}, set()
-
-    def _plain(self, name: str, gradient: Tensor, result: Tensor, partly: bool) -> None:
-        """A gradient without curvature goes through as it is, and is reported once."""
-        plain = gradient.clone(memory_format=torch.contiguous_format)
-        if partly:
-            for preconditioner in self.preconditioners.values():
-                for part in preconditioner.estimator.block.parts:
-                    if part.name == name and preconditioner.inverse is not None:
-                        part.write(part.read(result.view(-1)), plain.view(-1))
-        result.copy_(plain)
+    def _report_plain(self, name: str, gradient: Tensor) -> None:
+        """Say once that a gradient has no curvature and goes through as it is."""
         if name not in self._reported and bool(gradient.any()):
             self._reported.add(name)
             warnings.warn(
@@ -464,40 +419,29 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
                 UserWarning,
                 stacklevel=5,
             )
-        estimators = [p.estimator for p in self.preconditioners.values()]
-        finite = torch.stack([e.finite().to(self.parameters.device) for e in estimators])
-        if not bool(finite.all()):
-            bad = [e.block.name for e, ok in zip(estimators, finite.tolist(), strict=True) if not ok]
-            for estimator in estimators:
-                estimator.discard()
+        bad = self.preconditioners.commit(self.option("curvature_ema"))
+        if bad:
             warnings.warn(
                 f"{type(self).__name__}: the statistics of {', '.join(bad[:3])} hold NaN or inf although the gradients "
                 "do not; this step leaves the curvature as it is.",
                 RuntimeWarning,
                 stacklevel=5,
             )
-            return False
-        ema = self.option("curvature_ema")
-        for preconditioner in self.preconditioners.values():
-            preconditioner.commit(ema)
-        return True
+        return not bad
 
     def _refresh(self, updated: bool) -> None:
         """Renew the inverses that are due, and after new statistics those that come at no cost."""
         period = self.option("inverse_update_period")
-        known = {name: p.inverse for name, p in self.preconditioners.items() if p.inverse is not None}
-        slot: dict[str, int] = {}
-        if self.stagger and period > 1:
-            slot = slots({name: refresh_cost(inverse) for name, inverse in known.items()}, period)
+        slot = self.preconditioners.slots(period) if self.stagger else {}
         for name, preconditioner in self.preconditioners.items():
-            due = name not in known or (preconditioner.unseen > 0 and (self.steps - slot.get(name, 0)) % period == 0)
+            due = preconditioner.unseen > 0 and (self.steps - slot.get(name, 0)) % period == 0
+            due = due or preconditioner.inverse is None
             if not due and not updated:
                 continue
-            tap = self._taps.get(name)
             preconditioner.refresh(
                 self._damping(preconditioner.estimator.block),
                 basis=due,
-                rows=tap.count if tap is not None and tap.count else None,
+                rows=self._taps.count(name),
                 applications=max(period, self.option("curvature_update_period")),
             )
 
@@ -540,42 +484,27 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         """Tensors and numbers only: torch's layout, with the blocks' states under their first parameter."""
         out = super().state_dict()
         index = {id(p): i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
-        # What the first pass found out is not found again: a resumed run looks at its passes as this one does.
-        mixing = dict.fromkeys(self.capture.collector.mixed_blocks or (), True)
-        for name, preconditioner in self.preconditioners.items():
-            block = preconditioner.estimator.block
-            key = index[id(self.parameters[block.names[0]])]
-            out["state"].setdefault(key, {}).setdefault("blocks", {})[name] = {
-                "parts": block.state(),
-                "outer": self._forms[name] == "outer",
-                "mixing": mixing,
-                **preconditioner.state_dict(),
-            }
+        first = {name: index[id(p)] for name, p in self.parameters.items()}
+        add_blocks(out, self.preconditioners, first, self.capture.collector.mixed_blocks or ())
         return out
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`; factors keep their dtype whatever the parameters' is."""
-        blocks: dict[str, Any] = {}
-        plain = {**state_dict, "state": {}}
-        for key, saved in state_dict["state"].items():
-            # torch would cast what is nested here to the dtype of the parameter.
-            blocks.update(saved.get("blocks", {}))
-            plain["state"][key] = {name: value for name, value in saved.items() if name != "blocks"}
+        plain, blocks = split_blocks(state_dict)
         super().load_state_dict(plain)
-        self._unwatch()
+        self._taps.close()
         estimators = self.capture.collector.estimators
         estimators.clear()
         self.preconditioners.clear()
-        for name, saved in _to(copy.deepcopy(blocks), self.parameters.device).items():
-            block = Block.from_state(name, saved["parts"])
-            estimators[name] = self._make(block, "outer" if saved["outer"] else "per_sample")
+        for name, saved in copied(blocks, self.parameters.device).items():
+            estimators[name] = self._make(Block.from_state(name, saved["parts"]), saved_form(saved))
             self.preconditioners[name].load_state_dict(saved)
             self.capture.collector.mixed_blocks = set(saved.get("mixing", ()))
-        self._watch_rows()
+        self._taps.watch(unwrapped(self.model), self.preconditioners)
         self._arm()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {**self.__dict__, "_capture": None, "_step_model": None, "_prepared": {}, "_taps": {}, "_tapped": set()}
+        own = {**self.__dict__, "_capture": None, "_step_model": None, "_prepared": {}, "_taps": RowTaps()}
         own.pop("step", None)  # a learning rate scheduler's wrapper, bound to this very object
         return {**own, "_mixing": self.capture.collector.mixed_blocks}
 
@@ -589,7 +518,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         self._connect()
         self.capture.collector.estimators = estimators
         self.capture.collector.mixed_blocks = mixing
-        self._watch_rows()
+        self._taps.watch(unwrapped(self.model), self.preconditioners)
 
 
 def _rank() -> int:
@@ -600,11 +529,3 @@ def _rank() -> int:
 def _world_size() -> int:
     ready = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_world_size() if ready else 1
-
-
-def _to(tree: Any, device: torch.device) -> Any:
-    if isinstance(tree, Tensor):
-        return tree.to(device)
-    if isinstance(tree, dict):
-        return {key: _to(value, device) for key, value in tree.items()}
-    return [_to(value, device) for value in tree] if isinstance(tree, list) else tree

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from curvature import CurvatureEstimator
+from curvature.estimator import Form
 from curvature.inverse import InverseEstimator
 from solvers import (
     Cholesky,
@@ -44,6 +45,7 @@ class Preconditioner:
 
     def __init__(self, estimator: CurvatureEstimator, solver: Solver, exponent: float = -1.0) -> None:
         self.estimator, self.solver, self.exponent = estimator, solver, exponent
+        self.form: Form = "outer"  # how samples reach the estimate
         self.inverse: LinearOperator | None = None
         self.unseen = 0  # updates that the inverse does not know
         self.failures = 0

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from curvature.block import Block
 from curvature.data import inspecting
 from curvature.hooks import inert, nothing
+from precond.preconditioner import Preconditioner
 from solvers import Kronecker, LinearOperator
 
 
@@ -146,6 +147,47 @@ def taps_for(model: nn.Module, blocks: Mapping[str, tuple[Block, LinearOperator 
         if len(params) == len(block.parts) and block.names[0].endswith("weight"):
             out[name] = RowTap(module, params)
     return out
+
+
+class RowTaps:
+    """The taps of a model, renewed when its blocks change."""
+
+    def __init__(self) -> None:
+        self.taps: dict[str, RowTap] = {}
+        self._known: set[str] = set()
+
+    def watch(self, model: nn.Module, preconditioners: Mapping[str, Preconditioner]) -> None:
+        """Watch the layers whose blocks have an inverse that is a dense Kronecker product."""
+        known = {name: p for name, p in preconditioners.items() if p.inverse is not None}
+        if self._known == set(known):
+            return
+        self.close()
+        self._known = set(known)
+        self.taps = taps_for(model, {name: (p.estimator.block, p.inverse) for name, p in known.items()})
+
+    def close(self) -> None:
+        """Remove the hooks and forget the blocks."""
+        for tap in self.taps.values():
+            tap.close()
+        self.taps, self._known = {}, set()
+
+    def clear(self) -> None:
+        """Forget the rows, for the next step."""
+        for tap in self.taps.values():
+            tap.clear()
+
+    def count(self, name: str) -> int | None:
+        """How many rows made the last gradient of a block, if they did."""
+        return self.taps[name].count or None if name in self.taps else None
+
+    def rows(self, gradients: Mapping[str, Tensor], preconditioners: Mapping[str, Preconditioner]) -> dict[str, Rows]:
+        """Blocks whose gradient is at hand as a product of few rows, checked against the gradient itself."""
+        found = {name: rows for name, tap in self.taps.items() if (rows := tap.rows(gradients)) is not None}
+        if not found:
+            return {}
+        blocks = {name: preconditioners[name].estimator.block for name in found}
+        same = torch.stack([rows.agree(blocks[name].read(gradients)) for name, rows in found.items()])
+        return {name: rows for (name, rows), ok in zip(found.items(), same.tolist(), strict=True) if ok}
 
 
 class _WeakHook:

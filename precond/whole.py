@@ -45,11 +45,10 @@ class WholeModelOptimizer(PreconditionedOptimizer):
         if isinstance(self.curvature, WholeFisher):
             estimator: CurvatureEstimator = self.curvature.whole(self.parameters)
             self.preconditioners.clear()
-            self._forms.clear()
         else:
             estimator = super()._make(block, form)
         self.preconditioners[block.name] = self.preconditioner(estimator)
-        self._forms[block.name] = form
+        self.preconditioners[block.name].form = form
         return estimator
 
     def _follow(self) -> None:
