@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from curvature.checkpoint import Checkpoint, digest
-from curvature.collector import Collector
 from curvature.data import Batch
+from curvature.parameters import Parameters
 from curvature.recorder import tensors_in
 from curvature.settings import random_state, set_random_state
+
+
+class Sums(Protocol):
+    """What batches are taken into."""
+
+    parameters: Parameters
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the next batch depends on, as tensors, numbers and strings."""
+        ...
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Take up :meth:`state`."""
+        ...
 
 
 class Accumulation:
@@ -23,7 +37,7 @@ class Accumulation:
 
     Args:
         model: The model; its buffers may change while it runs.
-        collector: The sums.
+        collector: The sums: a collector, or anything else that batches are taken into.
         generator: Source of the draws.
         passes: Passes over the data after which all is done, at most.
         file: Where to keep all this; ``None`` keeps nothing.
@@ -36,7 +50,7 @@ class Accumulation:
     def __init__(
         self,
         model: nn.Module,
-        collector: Collector,
+        collector: Sums,
         generator: torch.Generator,
         passes: int,
         file: Checkpoint | None,
