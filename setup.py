@@ -10,7 +10,7 @@ PACKAGES = ("precond", "curvature", "solvers")
 
 PLOT = ["matplotlib>=3.8"]
 DEMO = [*PLOT, "scikit-learn>=1.4"]
-LAPLACE = ["laplace-torch>=0.3"]
+LAPLACE = ["laplace-torch>=0.3", "safetensors>=0.4"]
 DEV = [
     *DEMO,
     *LAPLACE,
@@ -25,7 +25,6 @@ DEV = [
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",
     "ruff>=0.6",
-    "safetensors>=0.4",
     "tensorboard>=2.17",
     "transformers>=4.44",
 ]

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -36,10 +36,15 @@ def save(path: str | os.PathLike[str], state: Any) -> None:
         TypeError: If something else is in the state.
     """
     _check(state, "state")
+    write_whole(path, lambda file: torch.save(state, file))
+
+
+def write_whole(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:
+    """Let ``write`` fill a file that is at any time either the old one or the new one, as :func:`save` does."""
     path = Path(path)
     draft = path.with_name(f"{path.name}.tmp")  # always the same name, so that a killed process leaves one at most
     with open(draft, "wb") as file:
-        torch.save(state, file)
+        write(file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(draft, path)

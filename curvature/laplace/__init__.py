@@ -14,6 +14,7 @@ except ImportError as error:  # pragma: no cover
 
 from curvature.laplace.backends import EFBackend, GGNBackend
 from curvature.laplace.decomposed import BlockKronDecomposed
+from curvature.laplace.files import load, save
 from curvature.laplace.hessian import HessianBackend
 from curvature.laplace.kron import BlockKron
 from curvature.laplace.low_rank import LastLayerLowRankDiagPosterior, LowRankDiagPosterior
@@ -38,4 +39,6 @@ __all__ = [
     "LastLayerLowRankDiagPosterior",
     "LowRankDiagPosterior",
     "LowRankPosterior",
+    "load",
+    "save",
 ]
