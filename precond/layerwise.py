@@ -25,6 +25,7 @@ from precond.base import NonFinite, SecondOrderOptimizer
 from precond.block_state import add_blocks, copied, saved_form, split_blocks
 from precond.blocks import Blocks
 from precond.groups import as_groups, members
+from precond.options import period
 from precond.preconditioner import Preconditioner
 from precond.rows import Rows, RowTaps
 from precond.rules import Rules, ignored_names, ignored_row, with_rules
@@ -76,6 +77,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
             ``kl_clip``; ``lr`` then multiplies the move. See :class:`QuadraticModel`.
         rule: Adapts the damping after each step by how much the loss of its batch has fallen, over how much the
             undamped quadratic model had promised. All groups share the damping.
+        adapt_period: Steps between adaptations by ``rule``, each of which costs a forward pass.
         reject_steps: Take back a step that raises the loss of its own batch, and forget the momentum; needs a rule,
             which raises the damping.
         maximize: Ascend.
@@ -122,6 +124,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         kl_clip: Scheduled | None = None,
         step_size: QuadraticModel | None = None,
         rule: LevenbergMarquardt | None = None,
+        adapt_period: int = 1,
         reject_steps: bool = False,
         maximize: bool = False,
         params: Any = None,
@@ -157,6 +160,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         if step_size is not None and not hasattr(self.damping, "lam"):
             raise ValueError(f"step_size needs a damping in units of C, such as Tikhonov(1e-3), not {self.damping!r}.")
         self.step_size, self.rule, self.reject_steps = step_size, rule, reject_steps
+        self.adapt_period = period("adapt_period", adapt_period)
         self.seed, self.output = seed, output
         self.model, self.loss_fn = model, loss_fn
         self._options = {"output": output, "class_dim": class_dim, "mode": capture, "eval_mode": eval_mode}
@@ -198,7 +202,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
             **self._options,  # type: ignore[arg-type]
         )
         if self.step_size is not None or self.rule is not None:
-            self._step_model = StepModel(self, self.step_size, self.rule, self.reject_steps)
+            self._step_model = StepModel(self, self.step_size, self.rule, self.adapt_period, self.reject_steps)
         self._arm()
 
     def name_of(self, parameter: Tensor) -> str:

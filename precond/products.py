@@ -75,13 +75,7 @@ class GaussNewtonMatrix:
 
     def gram(self, vectors: list[Tensor]) -> Tensor:
         """``V^T C V`` for the vectors as columns of V, in float64: half of a product with C for each."""
-        images = [self.push(v) for v in vectors]
-        curved = [[part.hessian(x) for part, x in zip(self.parts, image, strict=True)] for image in images]
-        entries = [
-            [sum(float((x * y).double().sum()) for x, y in zip(a, b, strict=True)) for b in curved] for a in images
-        ]
-        gram = torch.tensor(entries, dtype=torch.float64)
-        return (gram + gram.mT) / 2
+        return gram(self.parts, [self.push(v) for v in vectors])
 
     def operator(self) -> Function:
         """C as an operator."""
@@ -101,6 +95,14 @@ class GaussNewtonMatrix:
                 draws.append(part.scale**0.5 * part.terms.sample(generator))
             total = total + self.pull(draws).square()
         return torch.as_tensor(total) / samples
+
+
+def gram(parts: list[Part], images: list[list[Tensor]]) -> Tensor:
+    """``V^T C V`` from the images ``J_i v`` of each vector, in float64."""
+    curved = [[part.hessian(x) for part, x in zip(parts, image, strict=True)] for image in images]
+    entries = [[sum((x * y).double().sum() for x, y in zip(a, b, strict=True)) for b in curved] for a in images]
+    found = torch.stack([torch.stack([torch.as_tensor(entry) for entry in row]) for row in entries]).cpu()
+    return (found + found.mT) / 2
 
 
 class GaussNewtonClosureOptimizer(ClosureOptimizer):

@@ -10,14 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import functional_call
 
 from curvature.data import Output, inspecting, inspection, resolve_output
 from curvature.hooks import Hook
 from curvature.losses import loss_for
 from curvature.settings import random_state, set_random_state, settings
 from curvature.wrappers import is_compiled, plain_checkpoints, unwrapped
-from precond.closure import BackwardDoesNothing
-from precond.products import Part, loss_part
+from precond.closure import BackwardDoesNothing, unflatten
+from precond.products import GaussNewtonMatrix, Part, gram, loss_part
 
 
 class Replay(ABC):
@@ -28,12 +30,24 @@ class Replay(ABC):
     """
 
     @abstractmethod
-    def parts(self) -> tuple[list[Part], Tensor]:
-        """Outputs with Hessians, whose Gauss-Newton matrix is that of the loss; and the value of the loss."""
+    def parts(self, stride: int = 1) -> tuple[list[Part], Tensor]:
+        """Outputs with Hessians, whose Gauss-Newton matrix is that of the loss; and the value of the loss.
+
+        Args:
+            stride: The matrix may be that of every ``stride``-th example, in the same units; the value is of all.
+
+        Raises:
+            ValueError: If examples cannot be picked.
+        """
 
     @abstractmethod
     def value(self) -> Tensor:
         """The loss, without graph."""
+
+    def gram(self, params: list[Tensor], vectors: list[Tensor], stride: int = 1) -> tuple[Tensor, Tensor]:
+        """``V^T C V`` for flat vectors as columns of V, in float64, and the value of the loss; see :meth:`parts`."""
+        parts, value = self.parts(stride)
+        return GaussNewtonMatrix(parts, params).gram(vectors), value
 
 
 @dataclass
@@ -43,12 +57,19 @@ class _Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     shape: torch.Size  # of the output as the loss saw it
+    value: Tensor  # what it returned
     weight: Tensor | None = None  # derivative of what backward() was called on
 
     def given(self, z: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments, with an output in the place of the one that was seen."""
-        z = z.reshape(self.shape)
-        fill = lambda value: z if value is _OUTPUT else value  # noqa: E731
+        return self._filled(z.reshape(self.shape), lambda value: value)
+
+    def picked(self, z: Tensor, stride: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of every ``stride``-th example, with the output of these."""
+        return self._filled(z, lambda value: _every(value, self.shape[0], stride))
+
+    def _filled(self, z: Tensor, other: Callable[[Any], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        fill = lambda value: z if value is _OUTPUT else other(value)  # noqa: E731
         return tuple(map(fill, self.args)), {key: fill(value) for key, value in self.kwargs.items()}
 
 
@@ -63,6 +84,15 @@ class _Pass:
     random: list[Tensor]
     output: Tensor | None = None
     calls: list[_Call] = field(default_factory=list)
+
+    def picked(self, stride: int) -> tuple[Any, Any]:
+        """The inputs of every ``stride``-th example."""
+        number = len(self.output) if self.output is not None and self.output.dim() else -1
+        args, kwargs = self.inputs
+        return (
+            tuple(_every(value, number, stride) for value in args),
+            {key: _every(value, number, stride) for key, value in kwargs.items()},
+        )
 
 
 class LoopReplay(Replay):
@@ -80,6 +110,7 @@ class LoopReplay(Replay):
         self.model, self.loss_fn, self.output = unwrapped(model), loss_fn, output
         self.device = next(self.model.parameters()).device
         self.compiled = False
+        self.forward_mode = True  # until an operation of the model turns out to have no forward derivative
         self._passes: list[_Pass] = []
         self._elsewhere: list[_Call] = []  # calls of the loss on something else
         target = model if is_compiled(model) else self.model
@@ -120,6 +151,7 @@ class LoopReplay(Replay):
             tuple(_OUTPUT if a is z else a for a in args),
             {key: _OUTPUT if a is z else a for key, a in kwargs.items()},
             z.shape if isinstance(z, Tensor) else torch.Size(),
+            value.detach(),
         )
         (self._elsewhere if origin is None else origin.calls).append(call)
 
@@ -129,8 +161,13 @@ class LoopReplay(Replay):
 
         value.register_hook(note)
 
-    def _evaluate(self) -> Iterator[tuple[_Call, Tensor]]:
-        """Every call of the loss that counted, and the output it sees."""
+    def _evaluate(self, stride: int = 1, values: Mapping[str, Tensor] | None = None) -> Iterator[tuple[_Call, Tensor]]:
+        """Every call of the loss that counted, and the output it sees.
+
+        Args:
+            stride: Of every so many examples only.
+            values: In the places of parameters.
+        """
         seen = [p for p in self._passes if any(call.weight is not None for call in p.calls)]
         if not seen or any(call.weight is not None for call in self._elsewhere):
             raise RuntimeError(
@@ -139,22 +176,63 @@ class LoopReplay(Replay):
                 "with output=, or call step(closure)."
             )
         for origin in seen:
-            args, kwargs = origin.inputs
+            args, kwargs = origin.inputs if stride == 1 else origin.picked(stride)
             with settings(self.model, origin.random, self.device), inspection(), plain_checkpoints():
-                z = resolve_output(self.model.forward(*args, **kwargs), self.output)
+                if values is None:
+                    result = self.model.forward(*args, **kwargs)
+                else:
+                    result = functional_call(_Bare(self.model), dict(values), args, kwargs)
+                z = resolve_output(result, self.output)
                 for call in origin.calls:
                     if call.weight is not None:
                         yield call, z
 
     @torch.enable_grad()
-    def parts(self) -> tuple[list[Part], Tensor]:
-        out, total = [], torch.zeros((), dtype=torch.float64)
-        for call, z in self._evaluate():
-            args, kwargs = call.given(z)
-            assert call.weight is not None
-            out.append(loss_part(self.loss_fn, args, kwargs, float(call.weight)))
-            total += float(call.weight) * self.loss_fn.forward(*args, **kwargs).detach()
-        return out, total
+    def parts(self, stride: int = 1) -> tuple[list[Part], Tensor]:
+        return [self._part(call, z, stride) for call, z in self._evaluate(stride)], self._seen()
+
+    def gram(self, params: list[Tensor], vectors: list[Tensor], stride: int = 1) -> tuple[Tensor, Tensor]:
+        if self.forward_mode:
+            try:
+                return self._forward_gram(params, vectors, stride), self._seen()
+            except (NotImplementedError, RuntimeError):
+                self.forward_mode = False
+        return super().gram(params, vectors, stride)
+
+    @torch.no_grad()
+    def _forward_gram(self, params: list[Tensor], vectors: list[Tensor], stride: int) -> Tensor:
+        """By forward derivatives: a pass for each vector, and no graph."""
+        names: dict[Tensor, str] = {p: name for name, p in self.model.named_parameters()}
+        parts: list[Part] = []
+        images: list[list[Tensor]] = []
+        for vector in vectors:
+            with forward_ad.dual_level():
+                values = {
+                    f"model.{names[p]}": forward_ad.make_dual(p.detach(), v.to(p.dtype))
+                    for p, v in unflatten(vector, params).items()
+                }
+                pushed = [(call, forward_ad.unpack_dual(z)) for call, z in self._evaluate(stride, values)]
+            images.append([torch.zeros_like(z.primal) if z.tangent is None else z.tangent for _, z in pushed])
+            parts = parts or [self._part(call, z.primal, stride) for call, z in pushed]
+        return gram(
+            parts, [[x.reshape_as(part.output) for part, x in zip(parts, image, strict=True)] for image in images]
+        )
+
+    def _part(self, call: _Call, z: Tensor, stride: int) -> Part:
+        assert call.weight is not None
+        weight = float(call.weight)
+        if stride == 1:
+            return loss_part(self.loss_fn, *call.given(z), weight)
+        _refuse_unpicked(call, z, stride)
+        if getattr(self.loss_fn, "reduction", "mean") == "sum":
+            weight *= call.shape[0] / len(z)
+        return loss_part(self.loss_fn, *call.picked(z, stride), weight)
+
+    def _seen(self) -> Tensor:
+        """The loss as the loop computed it."""
+        seen = [(call.weight, call.value) for p in self._passes for call in p.calls]
+        terms = [weight.double() * value.double() for weight, value in seen if weight is not None]
+        return torch.stack(terms).sum().cpu()
 
     @torch.no_grad()
     def value(self) -> Tensor:
@@ -200,7 +278,12 @@ class ClosureReplay(Replay):
             )
         return loss.reshape(())
 
-    def parts(self) -> tuple[list[Part], Tensor]:
+    def parts(self, stride: int = 1) -> tuple[list[Part], Tensor]:
+        if stride != 1:
+            raise ValueError(
+                "QuadraticModel(fraction=...) picks examples of the batch, and a closure's batch cannot be seen. Run "
+                "the plain loop, or pass fraction=1."
+            )
         calls: list[tuple[tuple[Any, ...], dict[str, Any], Tensor]] = []
         handle = self.loss_fn.register_forward_hook(
             lambda module, args, kwargs, value: calls.append((args, kwargs, value)), with_kwargs=True
@@ -249,6 +332,32 @@ def parameters_at(values: Mapping[Tensor, Tensor]) -> Iterator[None]:
     finally:
         for p, data in own.items():
             p.data = data
+
+
+class _Bare(nn.Module):
+    """Runs a model without the hooks on the model itself."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model.forward(*args, **kwargs)
+
+
+def _every(value: Any, number: int, stride: int) -> Any:
+    """Every ``stride``-th entry of what has one entry per example."""
+    return value[::stride] if isinstance(value, Tensor) and value.dim() and len(value) == number else value
+
+
+def _refuse_unpicked(call: _Call, z: Tensor, stride: int) -> None:
+    expected = (-(-call.shape[0] // stride), *call.shape[1:]) if call.shape else ()
+    if z.shape != expected:
+        raise ValueError(
+            f"QuadraticModel(fraction=...) takes every {stride}-th example of the inputs, and the loss then should see "
+            f"an output of shape {tuple(expected)}; it is {tuple(z.shape)}. Let inputs, outputs and targets have the "
+            "examples along their first axis, or pass fraction=1."
+        )
 
 
 def _same(output: Tensor | None, z: Any) -> bool:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from curvature.settings import random_state
 from precond.adapt import LevenbergMarquardt
 from precond.closure import flatten, unflatten
-from precond.products import GaussNewtonMatrix
 from precond.replay import ClosureReplay, LoopReplay, Replay, interpretable, parameters_at
 
 if TYPE_CHECKING:
@@ -36,9 +35,12 @@ class QuadraticModel:
         momentum: Whether the previous move takes part.
         max_kl: Trust region: an upper bound on :math:`m^\top C m`, twice the predicted KL divergence; the move is
             shortened to it.
+        fraction: Share of the batch that C is taken from, every ``round(1 / fraction)``-th example; the gradient is
+            that of all. A quarter is the paper's (section 8). Needs a plain loop, with the examples along the first
+            axis.
 
     Raises:
-        ValueError: If the bound is not positive.
+        ValueError: If the bound is not positive, or the fraction not in (0, 1].
 
     References:
         Martens and Grosse (2015), section 7, https://arxiv.org/abs/1503.05671
@@ -46,11 +48,14 @@ class QuadraticModel:
 
     momentum: bool = True
     max_kl: float | None = None
+    fraction: float = 1.0
 
     def __post_init__(self) -> None:
         """Check the border."""
         if self.max_kl is not None and not self.max_kl > 0:
             raise ValueError(f"max_kl must be positive, or None for no bound; got {self.max_kl}.")
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"fraction is a share of the batch, in (0, 1]; got {self.fraction}.")
 
 
 def minimiser(gram: Tensor, slopes: Tensor) -> Tensor:
@@ -73,6 +78,7 @@ class _Trial:
     predicted: float | None  # decrease that the undamped model promises
     own: dict[Tensor, Tensor]  # parameters before it; empty where nobody will ask
     gradients: dict[Tensor, Tensor]
+    adapts: bool  # the damping is adapted by it
 
 
 class StepModel:
@@ -82,6 +88,7 @@ class StepModel:
         optimizer: Whose steps they are.
         quadratic: Chooses learning rate and momentum; ``None`` leaves those of the groups.
         rule: Adapts the damping by the reduction ratio; ``None`` leaves it.
+        adapt_period: Steps between adaptations.
         reject: Take back steps that raise the loss of their own batch.
     """
 
@@ -90,9 +97,11 @@ class StepModel:
         optimizer: PreconditionedOptimizer,
         quadratic: QuadraticModel | None,
         rule: LevenbergMarquardt | None,
+        adapt_period: int,
         reject: bool,
     ) -> None:
         self.optimizer, self.quadratic, self.rule, self.reject = optimizer, quadratic, rule, reject
+        self.adapt_period = adapt_period
         what = f"{type(optimizer).__name__}'s {'rule' if quadratic is None else 'step_size'}"
         self.loss_fn = interpretable(optimizer.loss_fn, what)
         self.coefficients: Tensor | None = None  # learning rate and momentum of the last step
@@ -139,22 +148,22 @@ class StepModel:
                 "Train in float32 or bfloat16, or without step_size and rule."
             )
         params = list(directions)
-        keep = self.reject or self.quadratic is None
+        adapts = self.rule is not None and self.optimizer.steps % self.adapt_period == 0
+        keep = self.reject or (self.quadratic is None and adapts)
         own = {p: p.detach().clone() for p in params} if keep else {}
-        self._trial = _Trial(torch.zeros(()), None, own, {p: gradients[p] for p in params})
+        self._trial = _Trial(torch.zeros(()), None, own, {p: gradients[p] for p in params}, adapts)
         if self.quadratic is None:
             return directions
         vectors = [-flatten(directions)]
         moves = {p: self.optimizer.state[p].get("move") for p in params}
         if self.quadratic.momentum and any(m is not None for m in moves.values()):
             vectors.append(flatten({p: torch.zeros_like(p) if m is None else m for p, m in moves.items()}))
-        parts, value = self.replay.parts()
-        curved = GaussNewtonMatrix(parts, params).gram(vectors)
+        curved, value = self.replay.gram(params, vectors, round(1 / self.quadratic.fraction))
         V = torch.stack(vectors).double()
         g = flatten({p: gradients[p] for p in params}).double()
-        curved = curved + (V * self._numbers(params, _penalty)) @ V.mT
+        curved = curved + self._gram(V, params, _penalty)
         slopes = V @ g
-        c = minimiser(curved + (V * self._numbers(params, _damping)) @ V.mT, slopes)
+        c = minimiser(curved + self._gram(V, params, _damping), slopes)
         length = float(c @ curved @ c)
         if self.quadratic.max_kl is not None and length > self.quadratic.max_kl:
             c = c * (self.quadratic.max_kl / length) ** 0.5
@@ -170,7 +179,7 @@ class StepModel:
     def judge(self) -> None:
         """The parameters have moved: adapt the damping by what became of the loss, or take the move back."""
         trial = self._trial
-        if trial is None or (self.rule is None and not self.reject):
+        if trial is None or not (trial.adapts or self.reject):
             return
         params = list(trial.gradients)
         if trial.predicted is None:
@@ -179,7 +188,7 @@ class StepModel:
         after, before = float(self.replay.value() + self._penalty(params)), float(trial.before)
         if 0 <= trial.predicted <= 10 * torch.finfo(torch.float32).eps * abs(before) and after < float("inf"):
             return  # too small to be seen in the loss
-        if self.rule is not None:
+        if self.rule is not None and trial.adapts:
             ratio = (before - after) / trial.predicted if trial.predicted > 0 else float("nan")
             damping, mean = float(self.optimizer.option("damping")), self.optimizer.mean_eigenvalue()
             self.optimizer.set_damping(self.rule.adapted(damping, ratio, mean))
@@ -194,25 +203,30 @@ class StepModel:
         own = {p: trial.own[p] for p in params}
         m = flatten({p: p - value for p, value in own.items()})
         with parameters_at(own):
-            parts, value = self.replay.parts()
-            curved = float(GaussNewtonMatrix(parts, params).gram([m])[0, 0])
+            found, value = self.replay.gram(params, [m])
+            curved = float(found)
             trial.before = value + self._penalty(params)
         m = m.double()
-        curved += float((m * self._numbers(params, _penalty)) @ m)
+        curved += float(self._gram(m.unsqueeze(0), params, _penalty))
         slope = float(flatten({p: trial.gradients[p] for p in params}).double() @ m)
         trial.predicted = -(slope + 0.5 * curved)
 
-    def _numbers(self, params: list[Tensor], option: Callable[[dict[str, Any]], float]) -> Tensor:
-        """A number of each parameter's group, on the flat vector, in float64."""
-        group_of = {p: group for group in self.optimizer.param_groups for p in group["params"]}
-        return torch.cat([torch.full((p.numel(),), option(group_of[p]), dtype=torch.float64) for p in params]).to(
-            params[0].device
-        )
+    def _gram(self, V: Tensor, params: list[Tensor], option: Callable[[dict[str, Any]], float]) -> Tensor:
+        """``V diag(s) V^T`` for vectors ``V (k, P)``, with a number s of each parameter's group."""
+        groups = self.optimizer.param_groups
+        if len({option(group) for group in groups}) == 1:
+            s = option(groups[0])
+            return s * (V @ V.mT) if s else V.new_zeros(len(V), len(V))
+        group_of = {p: group for group in groups for p in group["params"]}
+        each = [V.new_full((p.numel(),), option(group_of[p])) for p in params]
+        return (V * torch.cat(each)) @ V.mT
 
     def _penalty(self, params: list[Tensor]) -> Tensor:
         """What L2 weight decay adds to the loss; a closure's loss and that of the loop do not hold it."""
+        if not any(_penalty(group) for group in self.optimizer.param_groups):
+            return torch.zeros((), dtype=torch.float64)
         theta = flatten({p: p.detach() for p in params}).double()
-        return 0.5 * (self._numbers(params, _penalty) * theta.square()).sum().cpu()
+        return 0.5 * self._gram(theta.unsqueeze(0), params, _penalty).sum().cpu()
 
 
 def _penalty(group: dict[str, Any]) -> float:

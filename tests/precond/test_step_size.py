@@ -119,6 +119,61 @@ def test_one_linear_layer_with_the_exact_fisher_is_solved_in_one_step(cls: Any, 
     torch.testing.assert_close(optimizer.coefficients, torch.ones(1).double(), rtol=0, atol=atol)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("forward_mode", [True, False])
+def test_the_matrix_may_be_that_of_every_third_example(reduction: str, forward_mode: bool) -> None:
+    model, lam = network(), 0.05
+    loss_fn = nn.MSELoss(reduction=reduction)
+    optimizer: Any = KFAC(model, loss_fn, lr=1.0, damping=lam, step_size=QuadraticModel(fraction=1 / 3))
+    optimizer._step_model.replay.forward_mode = forward_mode
+    previous = None
+    for k in range(3):
+        x, y = data(k, 11)
+        scale = y.numel() if reduction == "sum" else 1.0
+        g, _, _ = dense(model, x, y)
+        _, C, _ = dense(model, x[::3], y[::3])
+        shifted = scale * C + lam * torch.eye(len(g))
+        before = flat(model.parameters())
+        step(model, optimizer, x, y)
+        m = flat(model.parameters()) - before
+        if previous is not None:  # no move in the span of direction and previous move lowers the model further
+            V = torch.stack([m - optimizer.coefficients[1] * previous, previous])
+            slopes = V @ (scale * g + shifted @ m)
+            # The two vectors are nearly parallel, which costs some digits.
+            assert slopes.abs().max() < 1e-8 * (V @ (scale * g)).abs().max()
+        previous = m
+
+
+def test_operations_without_forward_derivatives_are_differentiated_twice() -> None:
+    class Cube(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return x**3
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return 3 * ctx.saved_tensors[0] ** 2 * grad
+
+    class Cubed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return Cube.apply(x)
+
+    class Power(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x**3
+
+    moved = []
+    for cubes in (Cubed(), Power()):
+        model = nn.Sequential(network(), cubes)
+        optimizer: Any = KFAC(model, nn.MSELoss(), lr=1.0, damping=0.1, step_size=QuadraticModel())
+        for k in range(3):
+            step(model, optimizer, *data(k))
+        assert optimizer._step_model.replay.forward_mode is isinstance(cubes, Power)
+        moved.append(flat(model.parameters()))
+    assert torch.allclose(*moved, rtol=1e-12, atol=1e-14)
+
+
 def test_without_momentum_and_with_lr_the_move_is_a_multiple() -> None:
     moves = []
     for lr in (1.0, 0.25):
@@ -150,12 +205,13 @@ def test_the_trust_region_bounds_the_predicted_divergence(bound: float) -> None:
 
 @pytest.mark.parametrize("closure", [False, True])
 @pytest.mark.parametrize("sized", [False, True])
-def test_damping_follows_the_reduction_ratio(sized: bool, closure: bool) -> None:
+@pytest.mark.parametrize("every", [1, 3])
+def test_damping_follows_the_reduction_ratio(every: int, sized: bool, closure: bool) -> None:
     """Whatever moved the parameters: momentum and a fixed learning rate, or the model itself."""
     model, lam = network(), 0.1
     rule = LevenbergMarquardt(decrease=0.8, increase=1.25, lower=0.9, upper=1.05)
     options: Any = {"lr": 1.0, "step_size": QuadraticModel()} if sized else {"lr": 0.6, "momentum": 0.9}
-    optimizer: Any = KFAC(model, nn.MSELoss(), damping=lam, rule=rule, kl_clip=None, **options)
+    optimizer: Any = KFAC(model, nn.MSELoss(), damping=lam, rule=rule, kl_clip=None, adapt_period=every, **options)
     factors = set()
     for k in range(8):
         x, y = data(k % 3)
@@ -168,6 +224,7 @@ def test_damping_follows_the_reduction_ratio(sized: bool, closure: bool) -> None
         ratio = (loss(before + m) - loss(before)) / (g @ m + 0.5 * m @ C @ m)
         promised = g @ m + 0.5 * m @ C @ m < 0
         factor = 1.25 if not promised or ratio < 0.9 else 0.8 if ratio > 1.05 else 1.0
+        factor = factor if k % every == 0 else 1.0
         factors.add(factor)
         lam *= factor
         assert optimizer.param_groups[0]["damping"] == pytest.approx(lam, rel=1e-12)
@@ -326,6 +383,29 @@ def test_minimiser_is_scale_free_and_takes_the_shortest() -> None:
     ones = torch.ones(2, 2).double()
     torch.testing.assert_close(minimiser(ones, ones[0]), -ones[0] / 2, rtol=1e-12, atol=0)
     assert torch.equal(minimiser(torch.zeros(1, 1).double(), torch.zeros(1).double()), torch.zeros(1).double())
+
+
+def test_examples_that_cannot_be_picked_are_refused() -> None:
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = network()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x).mT
+
+    model = Turned()
+    optimizer: Any = KFAC(model, nn.MSELoss(), lr=1.0, damping=0.1, step_size=QuadraticModel(fraction=0.5))
+    x, y = data(0)
+    with pytest.raises(ValueError, match="first axis"):
+        step(model, optimizer, x, y.mT)
+    optimizer = KFAC(network(), nn.MSELoss(), lr=1.0, damping=0.1, step_size=QuadraticModel(fraction=0.5))
+    with pytest.raises(ValueError, match="plain loop"):
+        step(optimizer.model, optimizer, x, y, closure=True)
+    with pytest.raises(ValueError, match="fraction"):
+        QuadraticModel(fraction=0.0)
+    with pytest.raises(ValueError, match="adapt_period"):
+        KFAC(network(), nn.MSELoss(), lr=1.0, rule=SLOW, adapt_period=0)
 
 
 def test_what_cannot_be_served_is_refused() -> None:
