@@ -18,6 +18,7 @@ from curvature.laplace.files import load, save
 from curvature.laplace.hessian import HessianBackend
 from curvature.laplace.kron import BlockKron
 from curvature.laplace.low_rank import LastLayerLowRankDiagPosterior, LowRankDiagPosterior
+from curvature.laplace.online import OnlineLaplace
 from curvature.laplace.posterior import (
     EKFACLaplace,
     KFACLaplace,
@@ -39,6 +40,7 @@ __all__ = [
     "LastLayerLowRankDiagPosterior",
     "LowRankDiagPosterior",
     "LowRankPosterior",
+    "OnlineLaplace",
     "load",
     "save",
 ]
