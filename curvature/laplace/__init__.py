@@ -14,9 +14,11 @@ except ImportError as error:  # pragma: no cover
 
 from curvature.laplace.backends import EFBackend, GGNBackend
 from curvature.laplace.decomposed import BlockKronDecomposed
+from curvature.laplace.evidence import Evidence, StochasticEvidence, evidence
 from curvature.laplace.files import load, save
 from curvature.laplace.hessian import HessianBackend
 from curvature.laplace.kron import BlockKron
+from curvature.laplace.linearized import LinearizedLaplace
 from curvature.laplace.low_rank import LastLayerLowRankDiagPosterior, LowRankDiagPosterior
 from curvature.laplace.online import OnlineLaplace
 from curvature.laplace.posterior import (
@@ -26,21 +28,33 @@ from curvature.laplace.posterior import (
     LastLayerKFACLaplace,
     LowRankPosterior,
 )
+from curvature.laplace.predictive import Predictive
+from curvature.laplace.sampling import PosteriorSampler, PosteriorSamples
+from curvature.laplace.tuning import Tuned, optimize_evidence
 
 __all__ = [
     "BlockKron",
     "BlockKronDecomposed",
     "EFBackend",
     "EKFACLaplace",
+    "Evidence",
     "GGNBackend",
     "HessianBackend",
     "KFACLaplace",
     "LastLayerEKFACLaplace",
     "LastLayerKFACLaplace",
     "LastLayerLowRankDiagPosterior",
+    "LinearizedLaplace",
     "LowRankDiagPosterior",
     "LowRankPosterior",
     "OnlineLaplace",
+    "PosteriorSampler",
+    "PosteriorSamples",
+    "Predictive",
+    "StochasticEvidence",
+    "Tuned",
+    "evidence",
     "load",
+    "optimize_evidence",
     "save",
 ]
