@@ -1,0 +1,106 @@
+"""The diagonal of the Gauss-Newton matrix; takes the place of ``posteriors.laplace.diag_ggn``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvature.laplace.posteriors.functional import (
+    Forward,
+    FunctionalBackend,
+    OuterLogLikelihood,
+    Params,
+    Transform,
+    advance,
+    around,
+    check_params,
+    flatten,
+    unflatten,
+)
+
+
+def build(
+    forward: Forward, outer_log_likelihood: OuterLogLikelihood, init_prec_diag: Params | float = 0.0
+) -> Transform:
+    """``init`` and ``update`` of a diagonal approximation.
+
+    Costs one backward pass per output for a batch, and the memory of one; Jacobians of single examples are not formed.
+
+    Args:
+        forward: ``forward(params, batch)`` gives the output, one row for each example, and auxiliary information.
+        outer_log_likelihood: ``outer_log_likelihood(output, batch)``, a scalar, the sum over the examples.
+        init_prec_diag: Precision to start from: a number, or tensors like the parameters.
+    """
+    return Transform(
+        partial(init, init_prec_diag=init_prec_diag),
+        partial(update, forward=forward, outer_log_likelihood=outer_log_likelihood),
+    )
+
+
+@dataclass
+class DiagLaplaceState:
+    """A Gaussian with a diagonal precision.
+
+    Attributes:
+        params: Its mean.
+        prec_diag: The diagonal, tensors like ``params``.
+        step: Number of batches, 0-d.
+    """
+
+    params: Params
+    prec_diag: Params
+    step: Tensor = field(default_factory=lambda: torch.tensor(0))
+
+
+def init(params: Params, init_prec_diag: Params | float = 0.0) -> DiagLaplaceState:
+    """The state before any data."""
+    check_params(params)
+    if isinstance(init_prec_diag, dict):
+        return DiagLaplaceState(params, {name: init_prec_diag[name].clone() for name in params})
+    return DiagLaplaceState(params, {name: torch.full_like(p, init_prec_diag) for name, p in params.items()})
+
+
+def update(
+    state: DiagLaplaceState,
+    batch: Any,
+    forward: Forward,
+    outer_log_likelihood: OuterLogLikelihood,
+    inplace: bool = False,
+) -> tuple[DiagLaplaceState, Any]:
+    """Add the diagonal of a batch.
+
+    Args:
+        state: So far.
+        batch: What ``forward`` takes; tensors with the leading dimension of its first one are split into examples.
+        forward: See :func:`build`.
+        outer_log_likelihood: See :func:`build`.
+        inplace: Change the state and its tensors in place of making others.
+
+    Returns:
+        The state, and what ``forward`` gave besides its output.
+
+    Raises:
+        ValueError: If the log-likelihood is no sum over the examples.
+    """
+    backend = FunctionalBackend(state.params, forward, outer_log_likelihood)
+    new = unflatten(backend.diag(batch, batch)[1], state.params)
+    total = {name: old.add_(new[name]) if inplace else old + new[name] for name, old in state.prec_diag.items()}
+    return advance(state, inplace, prec_diag=total), backend.aux
+
+
+def sample(
+    state: DiagLaplaceState, sample_shape: tuple[int, ...] = (), generator: torch.Generator | None = None
+) -> Params:
+    """Draws ``{name: (*sample_shape, *shape)}``; from the global random state where there is no generator.
+
+    Raises:
+        ValueError: If some entry of the precision is zero.
+    """
+    precision = flatten(state.prec_diag)
+    if not bool((precision > 0).all()):
+        raise ValueError("the precision is not positive everywhere, so there is no Gaussian. Pass init_prec_diag > 0.")
+    return around(state.params, sample_shape, generator, lambda noise: noise * precision.rsqrt())
