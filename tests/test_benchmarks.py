@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -84,6 +86,78 @@ def test_a_trial_repeats_and_its_row_says_what_happened(monkeypatch):
     assert row.markdown(100.0) == f"| `AdamW` | lr=0.01 | not (best 3.5) | {first.steps:.0f} - - | - | 1.0 |"
 
 
-def test_the_autoencoder_learns_within_a_second():
-    course = autoencoder.run("SOAP", {"lr": 1e-2}, seconds=1.0, seed=0, decay=0.9)
+def test_the_autoencoder_learns_in_the_time_of_a_hundred_steps():
+    course = autoencoder.run("SOAP", {"lr": 1e-2}, budget=100, seed=0, decay=0.9)
     assert course.error < 4.0 and course.reached == math.inf and course.steps > 5
+
+
+def laplace_benchmarks() -> tuple[Any, Any]:
+    """Those that need laplace-torch."""
+    pytest.importorskip("laplace")
+    from tests.benchmarks import laplace, laplace_support
+
+    return laplace, laplace_support
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # of laplace-torch, transformers and peft
+@pytest.mark.parametrize("matrix", ["GGN", "empirical Fisher", "Hessian"])
+def test_our_backends_are_right_on_every_model_of_the_support_table(matrix, monkeypatch):
+    support = laplace_benchmarks()[1]
+    pytest.importorskip("peft")
+    ours = {name: backend for name, backend in support.BACKENDS[matrix].items() if name == "ours"}
+    monkeypatch.setitem(support.BACKENDS, matrix, ours)
+    page = (Path(__file__).parents[1] / "docs" / "laplace-support.md").read_text(encoding="utf-8")
+    for title in support.CASES:
+        (words,) = support.row(title, matrix)
+        assert set(words.split(", ")) <= {"right", "fits"}, (title, words)
+        assert f"| {title} | {words} |" in page, "the table in the documentation is of other code"
+
+
+def test_the_support_table_tells_right_from_wrong(monkeypatch):
+    support = laplace_benchmarks()[1]
+    case = support.CASES["MLP"]()
+    reference = support.reference(case, "GGN")
+    assert reference.verdict("full", reference.full) == "right"
+    assert reference.verdict("diag", 1.25 * reference.full.diagonal()) == "0.25 off"
+    assert reference.verdict("full", 0 * reference.full) == "1 off"
+    assert reference.verdict("kron", math.nan * reference.kron) == "nan off"
+    # Kronecker factors are no exact matrix, even of a network whose layers are used once.
+    assert reference.verdict("kron", reference.full).endswith("off")
+    tied = support.reference(support.CASES["tied weights"](), "GGN")
+    assert tied.verdict("kron", tied.kron) == "fits"
+    assert support.cell(case, None.__class__, "full", reference) == "error"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_linearised_predictions_are_better_than_sampled_networks():
+    laplace = laplace_benchmarks()[0]
+    posteriors = (("all", "kron"), ("all", "diag"), ("last_layer", "full"))
+    found = laplace.trials(0, (1.0, 100.0), posteriors, hidden=10)
+    nll = {key: max(trials, key=laplace.CRITERIA["validation"]).test.nll for key, trials in found.items()}
+    for structure in ("kron", "diag"):
+        assert nll["glm", "all", structure] < nll["nn", "all", structure]
+    assert nll["glm", "all", "kron"] < nll["glm", "all", "diag"]
+    # The network is linear in its last layer: what is left is the error of 100 draws.
+    assert nll["glm", "last_layer", "full"] == pytest.approx(nll["nn", "last_layer", "full"], abs=0.02)
+    table = laplace.table([found, found], "evidence")
+    assert table.count("\n") == 1 + len(found) and "| plain network | - | - | 0." in table and "± 0.000" in table
+
+
+def test_scores_of_predictions():
+    laplace = laplace_benchmarks()[0]
+    p = torch.tensor([[0.75, 0.25], [0.75, 0.25], [0.5, 0.5], [0.0, 1.0]], dtype=torch.float64)
+    scores = laplace.Scores.of(p, torch.tensor([0, 1, 1, 1]))
+    assert scores.nll == pytest.approx(-(math.log(0.75) + math.log(0.25) + math.log(0.5)) / 4)
+    assert scores.accuracy == 0.5  # of two equal probabilities the first is chosen
+    # Bins: 0.75 twice, one right; 0.5, wrong; 1, right.
+    assert scores.ece == pytest.approx((2 * 0.25 + 0.5 + 0) / 4)
+
+
+def test_digits_are_split_once():
+    laplace = laplace_benchmarks()[0]
+    parts = laplace.split(0)
+    assert [len(y) for _, y in parts] == [1258, 269, 270]
+    assert not torch.equal(parts[0][0], laplace.split(1)[0][0])
+    assert torch.equal(parts[2][0], laplace.split(0)[2][0])
