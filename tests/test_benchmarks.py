@@ -13,6 +13,7 @@ import torch
 import precond
 from precond import GaussNewton, Newton
 from tests.benchmarks import autoencoder, convex, pinn, training
+from tests.curvature import dense_reference
 
 pytest.importorskip("sklearn")
 
@@ -112,6 +113,22 @@ def test_our_backends_are_right_on_every_model_of_the_support_table(matrix, monk
         (words,) = support.row(title, matrix)
         assert set(words.split(", ")) <= {"right", "fits"}, (title, words)
         assert f"| {title} | {words} |" in page, "the table in the documentation is of other code"
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_adapters_of_a_gpt2_predict_from_mappings():
+    """From the fit to the probabilities, against the formulas with dense matrices."""
+    support = laplace_benchmarks()[1]
+    pytest.importorskip("peft")
+    case = support.CASES["LoRA on GPT-2, mappings"]()
+    got = support.fitted(case, support.GGNBackend, "kron")({"input_ids": case.x}, link_approx="probit")
+    model, expected = case.reference.model, support.reference(case, "GGN").kron
+    z = model(case.x)
+    J = dense_reference.jacobian(z, list(dense_reference.trainable(model).values()))
+    covariance = torch.linalg.inv(expected + torch.eye(len(expected), dtype=z.dtype))
+    variances = torch.einsum("ncp,pq,ncq->nc", J, covariance, J)
+    assert variances.min() > 0
+    torch.testing.assert_close(got, (z.detach() / (1 + math.pi / 8 * variances).sqrt()).softmax(1))
 
 
 def test_the_support_table_tells_right_from_wrong(monkeypatch):
