@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+import warnings
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from functools import partial, reduce
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from curvature import snapshot
+from curvature import checks, snapshot
 from curvature.block import Block, Part, Place
 from curvature.data import inspecting
 from curvature.estimator import CurvatureEstimator, Form
@@ -18,12 +20,15 @@ from curvature.parameters import Parameters
 from curvature.plan import Group, Plan
 from curvature.recorder import Recorder
 from curvature.samples import OneHot, Outer, PerSample, Samples
-from curvature.signals import Signals
+from curvature.signals import Signals, stacked
 from solvers import BlockDiagonal, Diagonal, LinearOperator
 
 Apart = Literal["one by one", "signs"]
 #: Inputs of the uses in one pass, prepared once for all signals: by site and piece.
 Cache = dict[tuple[int, str], Tensor | OneHot]
+#: Bytes of output gradients that a vectorised backward pass of several signals may bring back, by type of device. It
+#: saves the overhead of its calls; where a signal brings more by itself, there is nothing to save.
+VECTORISED = {"cpu": 1 << 22, "cuda": 1 << 28}
 
 
 class Backward:
@@ -58,6 +63,8 @@ class Collector:
         apart: How uses that do not keep the examples apart (a table of positions, an operation without a rule) get
             per-sample gradients for ``exact`` and ``empirical`` signals: ``"one by one"``, exact, a backward pass per
             example; or ``"signs"``: one pass with random signs, unbiased. Sampled signals need neither.
+        vectorised: Send several signals through one vectorised pass where they are small; the estimates get samples of
+            several signals at once.
     """
 
     def __init__(
@@ -67,8 +74,10 @@ class Collector:
         *,
         joint: bool = True,
         apart: Apart = "one by one",
+        vectorised: bool = False,
     ) -> None:
         self.parameters = parameters
+        self.vectorised = vectorised
         self.make = make
         self.exact = apart == "one by one"
         self._verified = False
@@ -117,22 +126,53 @@ class Collector:
     ) -> set[str]:
         cache: Cache = {}
         groups = self.plan.assign(recorder.sites, recorder.unknown)
+        structure = self._structure(recorder, output, signals)
         if not self._verified:
             self._verified = True
-            if self.plan.distrust(self._unexplained(groups, output, signals, cache)):
+            unexplained = self._recall(
+                "unexplained", structure, groups, lambda: self._unexplained(groups, output, signals, cache)
+            )
+            if self.plan.distrust(unexplained):
                 groups = self.plan.assign(recorder.sites, recorder.unknown)
         if self.only is not None:
             groups = [group for group in groups if group.block.name in self.only]
-        mixing = self._mixing(groups, output, signals, cache, recorder.examples_interact)
+        interact = recorder.examples_interact
+        mixing = self._recall(
+            "mixing", structure, groups, lambda: self._mixing(groups, output, signals, cache, interact)
+        )
         if self.exact and not recorder.examples_interact:
             self._refuse_averages([g for g in groups if g.block.name in mixing], signals.examples)
         if signals.kind == "mc" or not mixing:
-            return self._send(groups, output, signals, iter(signals), counted, scale, cache, mixing)
+            return self._send(groups, output, signals, signals.stacks, counted, scale, cache, mixing)
         together = [g for g in groups if g.block.name not in mixing]
         apart = [g for g in groups if g.block.name in mixing]
-        sent = signals.one_by_one() if self.exact else self._signed(signals)
-        reached = self._send(together, output, signals, iter(signals), counted, scale, cache, set())
+        sent = partial(stacked, signals.one_by_one() if self.exact else self._signed(signals))
+        reached = self._send(together, output, signals, signals.stacks, counted, scale, cache, set())
         return reached | self._send(apart, output, signals, sent, counted, scale, cache, mixing)
+
+    def _structure(self, recorder: Recorder, output: Tensor, signals: Signals) -> Hashable | None:
+        """What equal passes have in common as far as :mod:`curvature.checks` goes; ``None`` for one by itself."""
+        if not self.exact or type(signals) is not Signals or not bool(signals.mask.any(1).all()):
+            return None
+        found = checks.graph(output, self.parameters)
+        if found is None:
+            return None
+        graph, numbers = found
+        sites = tuple(
+            (s.operation, s.refs, s.layout, s.output_shape, numbers.get(s.edge.node), s.edge.output_nr)
+            for s in recorder.sites
+        )
+        terms = (type(signals.terms), signals.terms.shape, tuple(output.shape), signals.examples)
+        return graph, sites, tuple(sorted(recorder.unknown)), recorder.examples_interact, terms
+
+    def _recall(
+        self, what: str, structure: Hashable | None, groups: list[Group], look: Callable[[], set[str]]
+    ) -> set[str]:
+        """What was found in a pass of this structure, or is found now."""
+        if structure is None:
+            return look()
+        blocks = tuple((g.block.name, tuple((u.piece, u.flipped) for u in g.uses)) for g in groups)
+        return checks.recall(self.parameters, (what, tuple(self.parameters), blocks, structure), look)
 
     def await_backward(self, recorder: Recorder, signals: Signals) -> Backward | None:
         """Wait for the user's own backward pass in place of sending a signal, where that tells as much.
@@ -262,7 +302,7 @@ class Collector:
         groups: list[Group],
         output: Tensor,
         signals: Signals,
-        sent: Iterator[Tensor],
+        sent: Callable[[int], Iterator[Tensor]],
         counted: set[Any],
         scale: Tensor | None,
         cache: Cache,
@@ -273,17 +313,28 @@ class Collector:
         valid = self._valid(_sites(groups), output, signals)
         reached: set[str] = set()
         new = {group.block.name for group in groups if not _keys(group) <= counted}
-        for index, signal in enumerate(sent):
+        first = True
+        for signal in sent(self._together(groups)):
             signal = signal if scale is None else signal * scale.to(signal.dtype)
             for group, uses in self._back(groups, output, signal, cache, valid):
                 if not uses:
                     continue
                 name = group.block.name
-                self._update(group, uses, index == 0 and name in new, merge=name in merged)
-                if index == 0:
+                self._update(group, uses, first and name in new, merge=name in merged)
+                if first:
                     reached.add(name)
                     counted |= _keys(group)
+            first = False
         return reached
+
+    def _together(self, groups: list[Group]) -> int:
+        """How many signals are sent together."""
+        if not self.vectorised:
+            return 1
+        numbers = sum(math.prod(site.output_shape) for site in _sites(groups))
+        numbers += sum(group.block.numel for group in groups if not group.uses)
+        budget = VECTORISED.get(self.parameters.device.type, VECTORISED["cuda"])
+        return max(1, budget // max(1, numbers * self.parameters.dtype.itemsize))
 
     def _update(self, group: Group, uses: list[Outer | PerSample], first: bool, **options: Any) -> None:
         if first:
@@ -293,23 +344,38 @@ class Collector:
     def _back(
         self, groups: list[Group], output: Tensor, signal: Tensor, cache: Cache, valid: Mapping[int, Tensor]
     ) -> Iterator[tuple[Group, list[Outer | PerSample]]]:
-        """Send one signal back; every group with the samples of those of its uses that it reached."""
+        """Send signals ``(k, *output)`` back; every group with the samples of those of its uses that they reached."""
         sites = _sites(groups)
         generic = [g.block.name for g in groups if not g.uses]
         targets: list[Any] = [*(site.edge for site in sites), *(self.parameters[name] for name in generic)]
         if not targets:
             return
-        gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
-            output, targets, signal, retain_graph=True, allow_unused=True
-        )
+        k = len(signal)
+        gradients = self._gradients(output, targets, signal)
         by_site = {id(site): g for site, g in zip(sites, gradients, strict=False)}
         by_name = dict(zip(generic, gradients[len(sites) :], strict=True))
         for group in groups:
             if group.uses:
-                yield group, _samples(group, by_site, valid, cache)
+                yield group, _samples(group, by_site, valid, cache, k)
             else:
                 gradient = by_name[group.block.name]
-                yield group, [] if gradient is None else [PerSample(gradient.reshape(1, 1, -1))]
+                yield group, [] if gradient is None else [PerSample(gradient.reshape(k, 1, -1))]
+
+    def _gradients(self, output: Tensor, targets: list[Any], signal: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the targets under each of the signals ``(k, *output)``; ``None`` where none arrives."""
+        if len(signal) > 1 and self.vectorised:
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # an operation that can only be looped over is no news to a user
+                    return torch.autograd.grad(
+                        output, targets, signal, retain_graph=True, allow_unused=True, is_grads_batched=True
+                    )
+            except RuntimeError:  # an operation that cannot be vectorised; one by one it works, or says why not
+                self.vectorised = False
+        each = [torch.autograd.grad(output, targets, s, retain_graph=True, allow_unused=True) for s in signal]
+        if len(each) == 1:
+            return each[0]
+        return tuple(_stacked(column) for column in zip(*each, strict=True))
 
     def _valid(self, sites: list[Site], output: Tensor, signals: Signals) -> dict[int, Tensor]:
         """Which positions of each site count.
@@ -317,8 +383,8 @@ class Collector:
         A position whose loss term is masked out counts in no factor if nothing depends on it either: if a signal on
         all valid terms comes back as exact zeros there.
         """
-        probes = signals.probes()
-        if not sites or all(bool(mask.all()) for mask, _ in probes):
+        probes = signals.probes() if sites else []
+        if all(bool(mask.all()) for mask, _ in probes):
             return {}
         out: dict[int, Tensor] = {}
         for mask, probe in probes:
@@ -347,10 +413,10 @@ class Collector:
         if not self.exact and (self.mixed_blocks is not None or interact):
             self.mixed_blocks = self.mixed_blocks or set()
             return mixing | self.mixed_blocks
-        back = self._back(rest, output, signals.probe(), cache, {})
+        back = self._back(rest, output, signals.probe().unsqueeze(0), cache, {})
         plain = {group.block.name: [_by_example(use) for use in uses] for group, uses in back}
         for weights in signals.tags():
-            for group, uses in self._back(rest, output, signals.probe(weights), cache, {}):
+            for group, uses in self._back(rest, output, signals.probe(weights).unsqueeze(0), cache, {}):
                 for use, rows in zip(uses, plain[group.block.name], strict=True):
                     expected = rows * weights.to(rows).unsqueeze(1)
                     off = torch.linalg.vector_norm(_by_example(use) - expected, dim=1)
@@ -457,18 +523,26 @@ def _valid(sites: list[Site], gradients: Mapping[int, Tensor], mask: Tensor) -> 
 
 
 def _samples(
-    group: Group, gradients: Mapping[int, Tensor | None], valid: Mapping[int, Tensor], cache: Cache
+    group: Group, gradients: Mapping[int, Tensor | None], valid: Mapping[int, Tensor], cache: Cache, k: int = 1
 ) -> list[Outer | PerSample]:
-    """Samples of the group's uses, from the gradients of their outputs."""
+    """Samples of the group's uses, from the gradients of their outputs under k signals."""
     samples: list[Outer | PerSample] = []
     for use in group.uses:
         gradient = gradients.get(id(use.site))
         if gradient is None:
             continue
-        one = gradient.reshape(1, *use.site.output_shape)
-        sample = use.site.use(use.piece, one, valid.get(id(use.site)), cache)
+        given = gradient.reshape(k, *use.site.output_shape)
+        sample = use.site.use(use.piece, given, valid.get(id(use.site)), cache)
         samples.append(sample.transposed() if use.flipped else sample)
     return samples
+
+
+def _stacked(gradients: tuple[Tensor | None, ...]) -> Tensor | None:
+    """Gradients of one target under several signals, ``(k, *)``; ``None`` if none arrived."""
+    arrived = next((g for g in gradients if g is not None), None)
+    if arrived is None:
+        return None
+    return torch.stack([torch.zeros_like(arrived) if g is None else g for g in gradients])
 
 
 def _sum(tensors: Iterator[Tensor]) -> Tensor:

@@ -108,15 +108,20 @@ class Examples:
             signals.append(signal)
         return signals
 
-    def samples(self, signals: Sequence[Tensor]) -> list[tuple[Block, list[Samples]]]:
-        """What each block's gradients are made of; in each, the rows are signals, and examples within a signal."""
+    def samples(self, signals: Sequence[Tensor], vectorised: bool = False) -> list[tuple[Block, list[Samples]]]:
+        """What each block's gradients are made of; in each, the rows are signals, and examples within a signal.
+
+        Args:
+            signals: Output-shaped.
+            vectorised: Samples may hold several signals, which come back together; else each holds one.
+        """
         kept: list[KeptSamples] = []
 
         def make(block: Block, form: Form) -> KeptSamples:
             kept.append(KeptSamples(block))
             return kept[-1]
 
-        collector = Collector(self.parameters, make, joint=False)
+        collector = Collector(self.parameters, make, joint=False, vectorised=vectorised)
         given = Signals.of(self.terms, "empirical", batch=self.batch, given=tuple(signals))
         collector.collect(self.recorder, self.output, given)
         return [(entry.block, entry.samples) for entry in kept]
@@ -129,7 +134,7 @@ class Examples:
         """Per-sample gradients ``{name: (len(signals), n, *shape)}``."""
         lead = (len(signals), self.number)
         out: dict[str, Tensor] = {}
-        for block, samples in self.samples(signals):
+        for block, samples in self.samples(signals, vectorised=True):
             (part,) = block.parts
             p = self.parameters[part.name]
             formed = [gradients(entry) for entry in samples]

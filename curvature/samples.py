@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-# Elements of a per-sample gradient formed at once (16 Mi elements: 64 MiB in float32).
+# Elements of a per-sample gradient formed at once (16 Mi elements: 64 MiB in float32); on a CPU what its caches hold.
 CHUNK_ELEMENTS = 1 << 24
+CACHED_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,8 @@ class Samples:
         uses = self.aligned()
         n = uses[0].examples
         signals = uses[0].g.shape[-4] if isinstance(uses[0], Outer) else uses[0].gradients.shape[0]
-        step = max(1, CHUNK_ELEMENTS // max(1, signals * math.prod(self.block_shape)))
+        elements = CACHED_ELEMENTS if self.device.type == "cpu" else CHUNK_ELEMENTS
+        step = max(1, elements // max(1, signals * math.prod(self.block_shape)))
         for start in range(0, n, step):
             stop = min(n, start + step)
             total = uses[0].gradient(start, stop)

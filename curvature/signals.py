@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -79,7 +80,7 @@ class Signals:
             return self.samples
         if self.kind == "empirical":
             return 1 if self.together else self.positions
-        return self.positions * self.terms.columns
+        return self.positions * self.terms.rank
 
     def __iter__(self) -> Iterator[Tensor]:
         """All signals, examples together."""
@@ -95,13 +96,22 @@ class Signals:
                 for position in range(self.positions):
                     yield self._only(gradient, position)
         else:
-            for c in range(self.terms.columns):
-                column = self.terms.sqrt_column(c)
+            for c in range(self.terms.rank):
+                (column,) = self.terms.root(c, c + 1)
                 if self.positions == 1:
                     yield column
                 else:
                     for position in range(self.positions):
                         yield self._only(column, position)
+
+    def stacks(self, size: int) -> Iterator[Tensor]:
+        """All signals, up to ``size`` of them at once: ``(k, *output)``."""
+        if self.kind != "exact" or self.given is not None or self.positions > 1:
+            yield from stacked(iter(self), size)
+            return
+        rank = self.terms.rank
+        for start in range(0, rank, size):
+            yield self.terms.root(start, min(rank, start + size))
 
     def one_by_one(self) -> Iterator[Tensor]:
         """All signals, for one example at a time: for uses of parameters that do not keep examples apart."""
@@ -123,8 +133,8 @@ class Signals:
         return signal if weights is None else self.weighted(signal, weights)
 
     def probes(self) -> list[tuple[Tensor, Tensor]]:
-        """For each loss its mask, and a signal on its valid terms."""
-        return [(self.mask, self.probe())]
+        """For each loss its mask, and a signal on its valid terms; nothing if every term of one loss counts."""
+        return [] if bool(self.mask.all()) else [(self.mask, self.probe())]
 
     def tags(self) -> Iterator[Tensor]:
         """Weights ``(examples,)`` that tell examples apart: no two examples have all of theirs in common.
@@ -151,6 +161,12 @@ class Signals:
         only = torch.zeros_like(rows)
         only[:, position] = rows[:, position]
         return self.terms.unrows(only.reshape(self.terms.shape))
+
+
+def stacked(signals: Iterator[Tensor], size: int) -> Iterator[Tensor]:
+    """Signals, up to ``size`` of them at once: ``(k, *output)``."""
+    while some := list(islice(signals, size)):
+        yield torch.stack(some) if len(some) > 1 else some[0].unsqueeze(0)
 
 
 @dataclass(frozen=True)
@@ -181,6 +197,9 @@ class JointSignals(Signals):
         if self.given is not None:
             return len(self.given)
         return self.samples if self.kind == "mc" else sum(map(len, self.parts))
+
+    def stacks(self, size: int) -> Iterator[Tensor]:
+        return stacked(iter(self), size)
 
     def __iter__(self) -> Iterator[Tensor]:
         if self.given is not None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvature.block import Block
+from curvature.block import Block, Place
 from curvature.collector import Collector
 from curvature.diagonal import DiagonalEstimator
 from curvature.eigenbasis import EigenbasisEstimator
@@ -74,7 +74,7 @@ class Backend(JacobianBackend):
 
     def _collect(self, run: Pass, make: Any, joint: bool, samples: int | None) -> Collector:
         """Send the signals of a batch back to estimators."""
-        collector = Collector(run.parameters, make, joint=joint)
+        collector = Collector(run.parameters, make, joint=joint, vectorised=True)
         collector.collect(run.recorder, run.output, self._signals(run.loss, run.recorder.batch, samples))
         return collector
 
@@ -115,8 +115,13 @@ class Backend(JacobianBackend):
         samples = options(kwargs, "diag", {"mc_samples"}).get("mc_samples")
         with self._pass(x, y) as run:
             collector = self._collect(run, lambda block, form: DiagonalEstimator(block), False, samples)
-            collector.commit(0.0)
-            diagonal = self._scale() * collector.operator(run.loss.total).diagonal()
+            sizes = {name: p.numel() for name, p in run.parameters.items()}
+            total = widen(run.output.new_zeros(run.parameters.size))
+            for estimator in collector.estimators.values():
+                assert isinstance(estimator, DiagonalEstimator)
+                place = Place.of(estimator.block, run.parameters.starts, sizes)
+                place.scatter(estimator.mean.step_sum()[0].to(total.dtype), total)
+            diagonal = self._scale() * total
             columns = self._columns(run.parameters)
             return self._loss(run.loss), (diagonal if columns is None else diagonal[columns]).to(run.output.dtype)
 

@@ -93,6 +93,25 @@ class CrossEntropyTerms(Terms):
         column[..., c] += 1
         return self._out((self._mass * self._p[..., c]).sqrt().unsqueeze(-1) * column)
 
+    @property
+    def rank(self) -> int:
+        """C - 1: the Hessian of a softmax is singular."""
+        return max(1, self.columns - 1)
+
+    @torch.no_grad()
+    def root(self, start: int, stop: int) -> Tensor:
+        r"""Columns of :math:`S_t Q_t`, with the reflection :math:`Q_t` that turns the last column to zero.
+
+        :math:`S_t` maps :math:`\sqrt{p_t}` to zero, and :math:`Q_t e_C = -\sqrt{p_t}`, so that
+        :math:`S_t Q_t e_c = S_t e_c - \sqrt{p_{tc}} / (1 + \sqrt{p_{tC}})\, S_t e_C`.
+        """
+        if self.columns == 1:
+            return self.sqrt_column(0).unsqueeze(0)
+        x = self._p.new_zeros(stop - start, *self._p.shape)
+        x.diagonal(start, 0, -1).fill_(1)
+        x[..., -1] = -(self._p[..., start:stop].sqrt() / (1 + self._p[..., -1:].sqrt())).movedim(-1, 0)
+        return self.sqrt_product(x).to(self.output.dtype)
+
     @torch.no_grad()
     def sqrt_product(self, x: Tensor) -> Tensor:
         """``r * x - p <r, x>`` with ``r = sqrt(m p)``."""

@@ -203,6 +203,15 @@ class Terms(ABC):
     def sqrt_column(self, c: int) -> Tensor:
         """Column ``c`` of the square root of every term, ``H_t = S_t S_t^T``; output-shaped."""
 
+    @property
+    def rank(self) -> int:
+        """How many columns :meth:`root` has."""
+        return self.columns
+
+    def root(self, start: int, stop: int) -> Tensor:
+        """Columns ``start:stop`` of a square root with as few columns as any, ``(stop - start, *output.shape)``."""
+        return torch.stack([self.sqrt_column(c) for c in range(start, stop)])
+
     def sqrt_product(self, x: Tensor) -> Tensor:
         """``S_t x_t`` term by term, ``(..., N, R, columns)`` to output-shaped; normal x give covariance ``H_t``.
 

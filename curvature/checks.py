@@ -1,0 +1,87 @@
+"""What was found out about the structure of a pass, remembered for passes of the same structure.
+
+Whether the recorded uses explain the gradients, and whether each example's rows hear of that example alone, follows
+from the autograd graph: from its operations, its shapes and where the parameters enter. It is tried out, by further
+backward passes, on the first pass with a graph, and taken over for later ones with an equal graph. A graph that moves
+rows according to their values (a sort, experts that pick their tokens) or that holds operations PyTorch does not know
+may do something else each time, and is tried out in every pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+from torch.utils.weak import WeakTensorKeyDictionary
+
+#: Nodes whose rows are picked, moved or merged by values, by the beginnings of their names.
+BY_VALUE = (
+    *(
+        "Cummax",
+        "Cummin",
+        "Gather",
+        "Index",
+        "Kthvalue",
+        "MaskedScatter",
+        "MaskedSelect",
+        "Median",
+        "Mode",
+        "Nanmedian",
+    ),
+    *("Put", "RepeatInterleave", "Scatter", "SegmentReduce", "Sort", "Take", "Topk", "Unique"),
+)
+#: Structures remembered for one set of parameters; inputs of many different shapes make many.
+MOST = 64
+
+_known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def graph(output: Tensor, parameters: Mapping[str, Tensor]) -> tuple[Hashable, dict[Any, int]] | None:
+    """A value that equal graphs have in common, and the number of each node; ``None`` if values steer what it does.
+
+    Args:
+        output: What the graph leads to.
+        parameters: Tensors that are told apart by their names where they enter.
+    """
+    names = {id(p): name for name, p in parameters.items()}
+    numbers: dict[Any, int] = {output.grad_fn: 0}
+    waiting: list[Any] = [output.grad_fn]
+    entries = []
+    for node in waiting:  # grows on the way
+        name = node.name()
+        if name.startswith(BY_VALUE) or isinstance(node, BackwardCFunction):
+            return None
+        before: list[tuple[int, int] | None] = []
+        for earlier, slot in node.next_functions:
+            if earlier is None:
+                before.append(None)
+                continue
+            if earlier not in numbers:
+                numbers[earlier] = len(numbers)
+                waiting.append(earlier)
+            before.append((numbers[earlier], slot))
+        leaf = getattr(node, "variable", None)
+        entries.append(
+            (
+                name,
+                tuple(tuple(m.shape) for m in node._input_metadata),
+                tuple(before),
+                None if leaf is None else names.get(id(leaf)),
+                getattr(node, "_saved_training", None),  # one node serves both modes of a batch norm
+            )
+        )
+    return tuple(entries), numbers
+
+
+def recall(parameters: Mapping[str, Tensor], key: Hashable | None, look: Callable[[], set[str]]) -> set[str]:
+    """What was found for these parameters under ``key``, or what ``look`` finds now; ``None`` is never remembered."""
+    if key is None:
+        return look()
+    known: dict[Hashable, frozenset[str]] = _known.setdefault(next(iter(parameters.values())), {})
+    if key not in known:
+        if len(known) >= MOST:
+            known.clear()
+        known[key] = frozenset(look())
+    return set(known[key])
