@@ -1,13 +1,10 @@
 r"""The evidence of a Laplace posterior by stochastic Lanczos quadrature, where no factor of the curvature fits.
 
-With the curvature whitened by the prior, :math:`\hat H = a P^{-1/2} H P^{-1/2}`, everything that depends on
-hyperparameters is a trace of a function of it:
+With the curvature whitened by the prior, :math:`\hat H = a P^{-1/2} H P^{-1/2}`, what depends on hyperparameters is the
+trace of a function of it:
 
 .. math:: \log \frac{|a H + P|}{|P|} = \operatorname{tr} \log(I + \hat H), \qquad
     \gamma = \operatorname{tr} a H (a H + P)^{-1} = \operatorname{tr} \hat H (I + \hat H)^{-1} .
-
-A common factor of P, the noise and the temperature multiply :math:`\hat H` by a number, hence the nodes of its
-quadratures: those of one run of Lanczos serve all of them.
 """
 
 from __future__ import annotations
@@ -18,10 +15,8 @@ import torch
 from torch import Tensor
 
 from curvature.laplace.linearized import LinearizedLaplace, moved
-from solvers import Estimate, NotPositiveDefiniteError
-from solvers.estimate import Mean
-from solvers.lanczos import Quadrature, quadrature, remaining
-from solvers.probes import default_batch, flat_product, signs
+from curvature.laplace.traces import SKETCH, WhitenedTraces, seed_from
+from solvers import Estimate, Nystrom
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,18 +59,19 @@ class StochasticEvidence:
         samples: Random vectors; the whole space is taken, without statistical error, if it has no more dimensions.
         steps: Products per vector at most. They grow as the root of ``1 + |H^|``, so a larger prior precision makes the
             estimate cheap; what a quadrature lacks is part of the standard error.
+        sketch: What the data determine best, for as many products as its rank, as a control variate: the random vectors
+            then estimate what it leaves out. ``None`` saves its memory, of as many vectors as its rank.
         batch_size: Vectors per product; ``None`` takes what fits in 256 MiB.
         generator: Where the vectors are drawn from; ``None`` draws the same ones each time.
-
-    Attributes:
-        products: Products with the curvature that were spent, counted in vectors.
 
     Raises:
         ValueError: If an argument is out of range.
 
     References:
         Ubaru, Chen and Saad (2017), https://doi.org/10.1137/16M1104974; Dong et al. (2017), on evidence and its
-        gradients, https://arxiv.org/abs/1711.03481; MacKay (1992), https://doi.org/10.1162/neco.1992.4.3.415
+        gradients, https://arxiv.org/abs/1711.03481; Persson, Cortinovis and Kressner (2022), on sketches and traces,
+        https://arxiv.org/abs/2109.10659; Wenger et al. (2022), the same for evidence,
+        https://arxiv.org/abs/2107.00243; MacKay (1992), https://doi.org/10.1162/neco.1992.4.3.415
     """
 
     def __init__(
@@ -84,23 +80,21 @@ class StochasticEvidence:
         *,
         samples: int = 30,
         steps: int = 100,
+        sketch: Nystrom | None = SKETCH,
         batch_size: int | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         for name, number in (("samples", samples), ("steps", steps)):
             if number < 1:
                 raise ValueError(f"{name} is at least 1, not {number}.")
-        self.posterior, self.steps = posterior, steps
-        n = posterior.parameters.size
-        self.whole = samples >= n
-        self.samples = min(samples, n)
-        self._batch = default_batch(posterior.curvature, batch_size)
-        # A seed, not the vectors: they are as large as the model, and there are many.
-        seed = torch.empty((), dtype=torch.int64)
-        self._seed = 0 if generator is None else int(seed.random_(generator=generator))
-        self.products = 0
-        self._shape: Tensor | None = None
-        self._rules: list[Quadrature] = []
+        self.posterior = posterior
+        seed = seed_from(generator)
+        self.traces = WhitenedTraces(posterior, samples, steps, sketch, batch_size, seed)
+
+    @property
+    def products(self) -> int:
+        """Products with the curvature that were spent, counted in vectors."""
+        return self.traces.products
 
     def __call__(
         self,
@@ -118,7 +112,7 @@ class StochasticEvidence:
 
     def of(self, posterior: LinearizedLaplace) -> Evidence:
         """The evidence of a posterior that differs in hyperparameters only."""
-        log_det, gamma = self._traces(posterior)
+        log_det, gamma = self.traces(posterior)
         scatter = (posterior.prior.values * posterior.scatter()).sum()
         log_likelihood = posterior.log_likelihood
         return Evidence(
@@ -133,74 +127,7 @@ class StochasticEvidence:
 
     def effective_dimension(self, posterior: LinearizedLaplace) -> Estimate:
         """That of all parameters, 0-d."""
-        return self._traces(posterior)[1]
-
-    def _traces(self, posterior: LinearizedLaplace) -> tuple[Estimate, Estimate]:
-        """Traces of ``log(I + H^)`` and ``H^ (I + H^)^-1``."""
-        # H^ is this number times the curvature whitened by the shape of the prior alone
-        largest = posterior.prior.values.max()
-        factor = posterior.scale / float(largest)
-        n = posterior.parameters.size
-        means, changes = Mean(), Mean()
-        for rule in self._quadratures(posterior, posterior.prior.values / largest, factor):
-            values, change = self._integrals(rule, factor)
-            means.add(n * values)
-            changes.add(n * change.transpose(0, 1))
-        systematic = remaining(changes.value)
-        stderr = torch.hypot(torch.zeros_like(systematic) if self.whole else means.stderr, systematic)
-        spent = 0 if self.whole else self.samples
-        logarithm, share = (
-            Estimate(means.value[i], stderr[i], spent, self.products, systematic[i]) for i in range(len(stderr))
-        )
-        return logarithm, share
-
-    def _quadratures(self, posterior: LinearizedLaplace, shape: Tensor, factor: float) -> list[Quadrature]:
-        """Quadratures of the curvature whitened by a prior of this shape, good enough for this factor."""
-        known = self._shape is not None and self._shape.shape == shape.shape
-        if not (known and torch.allclose(shape, self._shape, rtol=1e-12, atol=0)):  # type: ignore[arg-type]
-            self._shape, self._rules = shape, []
-        most = min(self.steps, posterior.parameters.size)
-        if self._rules and all(rule.steps >= most or self._settled(rule, factor, 0.2) for rule in self._rules):
-            return self._rules
-        op = posterior.at(shape, 1.0, 1.0).whitened()
-        if self.whole:
-            self.products += self.samples
-            values = torch.linalg.eigvalsh(op.to_dense().double()).unsqueeze(0)
-            pair = values, torch.full_like(values, 1 / values.numel())
-            self._rules = [Quadrature(*pair, (pair, pair))]
-            return self._rules
-        generator = torch.Generator(op.device).manual_seed(self._seed)
-        product, self._rules = flat_product(op), []
-        for start in range(0, self.samples, self._batch):
-            vectors = signs(op, min(self._batch, self.samples - start), generator)
-            rule = quadrature(op, product, vectors, self.steps, lambda rule: self._settled(rule, factor, 0.05))
-            self.products += len(vectors) * rule.steps
-            self._rules.append(rule)
-        return self._rules
-
-    def _settled(self, rule: Quadrature, factor: float, share: float) -> bool:
-        """Whether what more steps would change is at most this share of what the random vectors leave open."""
-        values, changes = self._integrals(rule, factor)
-        spread = values.std(0) * self.samples**-0.5 if len(values) > 1 else torch.zeros_like(values[0])
-        floor = torch.finfo(self.posterior.curvature.dtype).eps ** 0.5 * values.mean(0).abs()
-        return bool((remaining(changes.mean(1)) <= torch.maximum(share * spread, floor)).all())
-
-    def _integrals(self, rule: Quadrature, factor: float) -> tuple[Tensor, Tensor]:
-        """Quadratures of both functions for each vector ``(m, 2)``, and what the steps changed ``(2, m, 2)``."""
-        noise = torch.finfo(self.posterior.curvature.dtype).eps * rule.nodes.abs().amax()
-
-        def both(nodes: Tensor) -> Tensor:
-            theta = factor * torch.where(nodes.abs() <= noise, 0, nodes)
-            bad = theta <= -1
-            if nodes is rule.nodes and bool((bad & (rule.weights > torch.finfo(torch.float64).eps)).any()):
-                raise NotPositiveDefiniteError(
-                    f"the precision of {self.posterior!r} has the eigenvalue {float(1 + theta.min()):.3g} in units of "
-                    "the prior precision: the loss is not convex in the outputs. Use a larger prior precision."
-                )
-            theta = torch.where(bad, 0, theta)
-            return torch.stack([theta.log1p(), theta / (1 + theta)], -1)
-
-        return rule.apply(both)
+        return self.traces(posterior)[1]
 
 
 def evidence(
@@ -208,6 +135,7 @@ def evidence(
     *,
     samples: int = 30,
     steps: int = 100,
+    sketch: Nystrom | None = SKETCH,
     batch_size: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Evidence:
@@ -223,4 +151,6 @@ def evidence(
     >>> 0 < found.effective_dimension.value < 4
     tensor(True)
     """
-    return StochasticEvidence(posterior, samples=samples, steps=steps, batch_size=batch_size, generator=generator)()
+    return StochasticEvidence(
+        posterior, samples=samples, steps=steps, sketch=sketch, batch_size=batch_size, generator=generator
+    )()

@@ -24,14 +24,13 @@ from curvature.data import Output
 from curvature.jacobian import jacobian
 from curvature.laplace.linearized import LinearizedLaplace
 from curvature.laplace.predictive import Predictive
+from curvature.laplace.traces import SKETCH, seed_from
 from curvature.parameters import Parameters
 from solvers import CG, BlockDiagonal, Congruence, Diagonal, Estimate, LinearOperator, LowRank, Nystrom, Woodbury
 from solvers.estimate import Mean
 from solvers.info import report
 
 Preconditioner = Nystrom | LinearOperator | None
-#: Sketches what the data determine best; a product for each of its rows, once.
-SKETCH = Nystrom(rank=50)
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +114,7 @@ class PosteriorSampler:
         posterior: The posterior.
         samples: Number of samples.
         generator: Where the noise is drawn from; ``None`` draws the same each time.
-        solver: Conjugate gradients with their tolerance. The default stops at ``rtol=1e-4`` and raises if that is not
+        solver: Conjugate gradients with their tolerance. The default stops at ``rtol=1e-3`` and raises if that is not
             reached in 1000 steps. Its preconditioner is replaced.
         preconditioner: A :class:`solvers.Nystrom`, which sketches H once and keeps as many vectors as its rank; an
             operator near H that is diagonal, low-rank or block-diagonal (Kronecker factors of ``curvature.ggn``); or
@@ -145,10 +144,8 @@ class PosteriorSampler:
         if samples < 1:
             raise ValueError(f"samples is at least 1, not {samples}.")
         self.posterior, self.samples = posterior, samples
-        self.solver = CG(rtol=1e-4, max_steps=1000, on_failure="raise") if solver is None else solver
-        self._generator = torch.Generator(posterior.curvature.device)
-        seed = torch.empty((), dtype=torch.int64)
-        self._generator.manual_seed(0 if generator is None else int(seed.random_(generator=generator)))
+        self.solver = CG(rtol=1e-3, max_steps=1000, on_failure="raise") if solver is None else solver
+        self._generator = torch.Generator(posterior.curvature.device).manual_seed(seed_from(generator))
         self.curvature_noise = posterior.draw(samples, self._generator)
         self._start = self._generator.get_state()
         self._latest: Tensor | None = None

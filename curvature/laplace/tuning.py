@@ -58,7 +58,6 @@ def optimize_evidence(
     *,
     noise: bool | None = None,
     samples: int = 30,
-    steps: int = 100,
     generator: torch.Generator | None = None,
     rtol: float = 1e-3,
     max_iterations: int = 100,
@@ -81,13 +80,13 @@ def optimize_evidence(
         posterior: Where to start. Its prior decides what is tuned: one number, one per tensor, one per parameter.
         noise: Also tune the noise; ``None`` does in regression.
         samples: Random vectors, or posterior samples.
-        steps: Products per vector at most, for one number.
         generator: Where they are drawn from.
         rtol: Relative change of all hyperparameters at which to stop.
         max_iterations: Iterations at most.
         bounds: Smallest and largest prior precision.
         on_failure: Whether to "warn" or to "raise" if they do not suffice; never silent.
-        options: For :class:`PosteriorSampler`: ``solver``, ``preconditioner``.
+        options: With one number those of :class:`StochasticEvidence` (``steps``, ``sketch``), with several those of
+            :class:`PosteriorSampler` (``solver``, ``preconditioner``).
 
     Returns:
         The values, their errors, and the posterior with them.
@@ -103,7 +102,7 @@ def optimize_evidence(
     noise = posterior.regression if noise is None else noise
     if noise and not posterior.regression:
         raise ValueError("noise=True is for regression; this likelihood has no noise to tune.")
-    of = _dimensions(posterior, samples, steps, generator, options)
+    of = _dimensions(posterior, samples, generator, options)
     distance = posterior.scatter()
     for iteration in range(1, max_iterations + 1):
         gamma = of(posterior)
@@ -139,7 +138,6 @@ def _noise(posterior: LinearizedLaplace, effective_dimension: Estimate) -> float
 def _dimensions(
     posterior: LinearizedLaplace,
     samples: int,
-    steps: int,
     generator: torch.Generator | None,
     options: dict[str, Any],
 ) -> Callable[[LinearizedLaplace], Dimensions]:
@@ -152,9 +150,7 @@ def _dimensions(
             return Dimensions(replace(each, products=sampler.products), replace(total, products=sampler.products))
 
         return from_samples
-    if options:
-        raise TypeError(f"{', '.join(options)}: there is nothing to solve for a prior of one number.")
-    curve = StochasticEvidence(posterior, samples=samples, steps=steps, generator=generator)
+    curve = StochasticEvidence(posterior, samples=samples, generator=generator, **options)
 
     def from_quadrature(at: LinearizedLaplace) -> Dimensions:
         total = curve.effective_dimension(at)
