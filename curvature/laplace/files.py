@@ -153,6 +153,10 @@ def posterior_of(state: Mapping[str, Any], model: nn.Module, backend: type[Curva
         raise ValueError(f"the posterior was fitted with {name}, which is not of this package: pass backend={name}.")
     options: dict[str, Any] = {"enable_backprop": True} if state["options"]["enable_backprop"] else {}
     options |= {"backend": kind, "backend_kwargs": kwargs} | state["subset"]
+    if options.get("last_layer_name") not in (None, *dict(model.named_modules())):
+        raise CheckpointError(
+            f"the posterior is over the layer {options['last_layer_name']!r}, which the model has not."
+        )
     if "subnetwork_indices" in options:
         options["subnetwork_indices"] = options["subnetwork_indices"].cpu()  # laplace-torch asks for that type
     la = _POSTERIORS[tuple(state["key"])](model, state["likelihood"], **options)

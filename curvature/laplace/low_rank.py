@@ -51,10 +51,13 @@ class LowRankDiagPosterior(LowRankPosterior):
     .. math:: V \operatorname{diag}(s) V^\top + D, \quad
         D = \max\bigl(0, \operatorname{diag}(H) - \operatorname{diag}(V \operatorname{diag}(s) V^\top)\bigr),
 
-    whose diagonal is that of H and whose mixed entries are those of the K largest eigenvalues. Prefer it to
-    ``"low_rank"``, which takes all other directions for unknown, and to ``"diag"``, which has no mixed entries. Sees
-    the data twice (a sampled Fisher draws the same targets both times) and keeps ``P (K + 1)`` numbers. With
-    :math:`\Delta` the sum of D, scaled by noise and temperature, and the prior precision, and
+    whose diagonal is that of H and whose mixed entries are those of the K largest eigenvalues. Variances are mostly
+    much nearer to the exact ones than those of ``"low_rank"``, where all other directions are as the prior has them.
+    The evidence of ``"low_rank"`` is never below the exact one for a Gauss-Newton matrix; this one most often is, since
+    D counts as independent. Sees the data twice (a sampled Fisher draws the same targets both times) and keeps
+    ``P (K + 1)`` numbers.
+
+    With :math:`\Delta` the sum of D, scaled by noise and temperature, and the prior precision, and
     :math:`W = \operatorname{diag}(s)^{1/2} V^\top \Delta^{-1/2}`, everything follows from
 
     .. math:: P = \Delta^{1/2} (I + W^\top W) \Delta^{1/2}, \qquad

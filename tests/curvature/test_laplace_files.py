@@ -220,6 +220,12 @@ def test_other_models_are_refused(tmp_path: Path) -> None:
         load(path, model)
 
 
+def test_a_last_layer_of_another_name_is_refused(tmp_path: Path) -> None:
+    save(fitted("classification", "last_layer", "diag"), tmp_path / "la.safetensors")
+    with pytest.raises(CheckpointError, match="over the layer '2', which the model has not"):
+        load(tmp_path / "la.safetensors", nn.Linear(4, 3).double())
+
+
 def test_other_values_are_refused_or_restored(tmp_path: Path) -> None:
     path = tmp_path / "la.safetensors"
     la = fitted("classification", "all", "diag")

@@ -237,3 +237,18 @@ def test_saved_by_laplace_torch(subset: str, tmp_path: Any) -> None:
     loaded = Laplace(model, "regression", subset, "low_rank_diag", backend=GGNBackend)
     loaded.load_state_dict(torch.load(tmp_path / "la.pt", weights_only=False))
     assert torch.equal(loaded(x)[1], la(x)[1])
+
+
+@pytest.mark.parametrize("task", BOTH)
+def test_evidence_without_the_rest_is_an_upper_bound(task: str) -> None:
+    """What the documentation says of "low_rank"; and all eigenvalues leave no difference."""
+    model, x, y = toy(task)
+    found = {}
+    for structure, rank in (("full", None), ("low_rank", 4), ("low_rank_diag", 4), ("low_rank_diag", None)):
+        kwargs = {} if structure == "full" else {"low_rank": rank}
+        la = Laplace(model, task, "all", structure, backend=GGNBackend, backend_kwargs=kwargs)
+        la.fit(loader_of(x, y))
+        found[structure, rank] = la.log_marginal_likelihood()
+    exact = found["full", None]
+    assert found["low_rank_diag", 4] < exact < found["low_rank", 4]
+    close(found["low_rank_diag", None], exact)
