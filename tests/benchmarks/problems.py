@@ -47,11 +47,12 @@ class Problem:
         return self.inputs[rows], self.targets[rows]
 
 
-def autoencoder(seed: int, batch_size: int = 512) -> Problem:
+def autoencoder(seed: int, batch_size: int = 512, logits: bool = False) -> Problem:
     """Digits of 8 x 8 pixels through six numbers, 64-128-64-32-12-6 and back, tanh; 1500 to train on, 297 held out.
 
     The measure is the squared error of an image, summed over pixels with values in [0, 1], averaged over the training
-    images; the mean image has 4.7. The loss is the same divided by the 64 pixels.
+    images; the mean image has 4.7. The loss is the same divided by the 64 pixels, or, with ``logits``, the cross
+    entropy of each pixel, as Martens and Grosse (2015) and Hinton and Salakhutdinov (2006) train theirs.
     """
     train, _ = digits()
     sizes = [64, 128, 64, 32, 12, 6, 12, 32, 64, 128, 64]
@@ -68,10 +69,10 @@ def autoencoder(seed: int, batch_size: int = 512) -> Problem:
     return Problem(
         "autoencoder",
         model,
-        nn.MSELoss(),
+        nn.BCEWithLogitsLoss() if logits else nn.MSELoss(),
         train,
         train,
-        lambda: squared_error(model, train),
+        lambda: squared_error(model, train, logits),
         batch_size,
         torch.Generator().manual_seed(seed),
     )
@@ -87,9 +88,10 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def squared_error(model: nn.Module, images: Tensor) -> float:
+def squared_error(model: nn.Module, images: Tensor, logits: bool = False) -> float:
     """Of an image, summed over its pixels."""
-    return float((model(images) - images).square().sum(1).mean())
+    found = model(images)
+    return float(((found.sigmoid() if logits else found) - images).square().sum(1).mean())
 
 
 CONTEXT = 16
