@@ -90,16 +90,17 @@ class GradientOptimizer(SecondOrderOptimizer):
         gradients = [g.to(working_dtype(g)) for g in gradients if g.numel()]
         if not gradients:
             return True
-        norms = torch.stack([n.to(gradients[0].device, torch.float64) for n in torch._foreach_norm(gradients)])
-        limit = min(torch.finfo(g.dtype).max for g in gradients)
-        return bool((norms.square() < limit).all())
+        norms, limit = list(torch._foreach_norm(gradients)), min(torch.finfo(g.dtype).max for g in gradients)
+        if any(n.dtype != norms[0].dtype or n.device != norms[0].device for n in norms):
+            norms = [n.to(norms[0].device, torch.float64) for n in norms]
+        return bool((torch.stack(norms).double().square() < limit).all())
 
-    def refresh(self, p: Tensor, compute: Callable[[], State], prefix: str = "") -> None:
+    def refresh(self, p: Tensor, compute: Callable[[], State | None], prefix: str = "") -> None:
         """Replace entries of the state by computed ones; after a failure the last good ones stay.
 
         Args:
             p: The parameter.
-            compute: Returns the new entries.
+            compute: Returns the new entries, or writes them itself.
             prefix: Of the names in the state, where the parameter has several blocks.
 
         Raises:
@@ -107,7 +108,7 @@ class GradientOptimizer(SecondOrderOptimizer):
         """
         state, failures = self.state[p], f"{prefix}failures"
         try:
-            state.update(compute())
+            state.update(compute() or {})
             state[failures] = 0
         except SolverError as error:
             where = self.name_of(p) + (f", block {prefix.strip('.')}" if prefix else "")
@@ -120,7 +121,7 @@ class GradientOptimizer(SecondOrderOptimizer):
 
 def working_dtype(x: Tensor) -> torch.dtype:
     """The dtype that statistics of ``x`` are kept in: float32 at least."""
-    return torch.promote_types(x.dtype, torch.float32)
+    return x.dtype if x.dtype.itemsize >= 4 else torch.promote_types(x.dtype, torch.float32)
 
 
 def state_zeros(p: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:

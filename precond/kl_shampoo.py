@@ -8,13 +8,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from precond.gradient import GradientOptimizer, Group, State, debiased, due, state_zeros
-from precond.matrices import gram, improved_basis, merged_shape, multiply
+from precond.bases import improve_bases
+from precond.gradient import Group, State, debiased, due, state_zeros
+from precond.matrices import add_gram, merged_shape, multiply, unfolded
 from precond.methods import Taxonomy
 from precond.schedules import Scheduled, ScheduledInt
+from precond.stacks import Stack, StackedOptimizer
 
 
-class KLShampoo(GradientOptimizer):
+class KLShampoo(StackedOptimizer):
     r"""KL-Shampoo: the Kronecker factors that are nearest to the gradient's covariance in KL divergence.
 
     For a matrix, the factors are fitted together as those of a matrix normal distribution,
@@ -53,7 +55,7 @@ class KLShampoo(GradientOptimizer):
         solver="QR step per refresh, inverse root",
         matrices=("gradient second moment",),
         forms=("Kronecker",),
-        step="8(m²n + mn²) + 4(m³ + n³)",
+        step="8(m²n + mn²)",
         refresh="12(m³ + n³)",
         memory="2(m² + n²)",
         paper="https://arxiv.org/abs/2509.03378",
@@ -102,51 +104,50 @@ class KLShampoo(GradientOptimizer):
     def diagonal(self, state: State) -> bool:
         return "exp_avg_sq" in state
 
-    def direction(self, p: Tensor, g: Tensor, state: State, group: Group) -> Tensor:
-        shape = g.shape
+    def update(self, stack: Stack, g: Tensor, group: Group) -> Tensor:
+        state, step, beta1 = stack.state, stack.step, group["betas"][0]
         g = g.reshape(state["exp_avg"].shape)
-        axes = [axis for axis in range(g.ndim) if f"factor.{axis}" in state]
-        beta1 = group["betas"][0]
-        state["exp_avg"].lerp_(g, 1 - beta1)
-        self._update_factors(g, state, group, axes)
-        if due(state["step"], group["inverse_update_period"]):
-            self.refresh(
-                p, lambda: {f"basis.{k}": improved_basis(state[f"factor.{k}"], state[f"basis.{k}"]) for k in axes}
-            )
-        bases = {k: state[f"basis.{k}"] for k in axes}
-        rotated = multiply(debiased(state["exp_avg"], beta1, state["step"]), bases, transpose=True)
+        axes = [axis for axis in range(g.ndim - 1) if f"factor.{axis}" in state]
+        rotated = multiply(g, _bases(state, axes), transpose=True)
+        state["exp_avg"].lerp_(rotated, 1 - beta1)
+        _update_factors(rotated, state, group, axes)
+        if due(step, group["inverse_update_period"]):
+            self.renew(stack, lambda state: improve_bases(state, axes))
+        out = debiased(state["exp_avg"], beta1, step)
         for k in axes:
-            rotated = rotated * _along(_inverse(state, group, k).sqrt(), k, rotated.ndim)
-        return multiply(rotated, bases).reshape(shape)
-
-    def _update_factors(self, g: Tensor, state: State, group: Group, axes: list[int]) -> None:
-        beta2, first = group["betas"][1], g.square().mean() ** (1 / len(axes))
-        for k in axes:
-            # Nothing is known until a gradient is not zero; this is the first one, or the average stays at zero.
-            factor, eigenvalues = state[f"factor.{k}"], state[f"eigenvalues.{k}"]
-            unknown = (eigenvalues.sum() == 0).to(g.dtype) * first
-            eigenvalues.add_(unknown)
-            factor.diagonal().add_(unknown)
-        bases = {k: state[f"basis.{k}"] for k in axes}
-        rotated = multiply(g, bases, transpose=True)
-        inverses = {k: _inverse(state, group, k) for k in axes}
-        for k in axes:
-            whitened = rotated
-            for j in axes:
-                if j != k:
-                    whitened = whitened * _along(inverses[j].sqrt(), j, g.ndim)
-            weight = (1 - beta2) / (prod(g.shape) / g.shape[k])
-            fresh = gram(whitened, k)  # in the basis of axis k
-            state[f"eigenvalues.{k}"].mul_(beta2).add_(fresh.diagonal(), alpha=weight)
-            state[f"factor.{k}"].mul_(beta2).add_(bases[k] @ fresh @ bases[k].mT, alpha=weight)
+            out = out * _root(state, group, k, g.ndim)
+        return multiply(out, _bases(state, axes))
 
 
-def _inverse(state: State, group: Group, axis: int) -> Tensor:
-    """Inverse eigenvalues of a factor, zero while nothing is known."""
+def _bases(state: State, axes: list[int]) -> dict[int, Tensor]:
+    return {k: state[f"basis.{k}"] for k in axes}
+
+
+def _update_factors(rotated: Tensor, state: State, group: Group, axes: list[int]) -> None:
+    beta2, shape = group["betas"][1], rotated.shape
+    first = rotated.square().flatten(1).mean(1, keepdim=True).pow(1 / len(axes))
+    for k in axes:
+        # Nothing is known until a gradient is not zero; this is the first one, or the average stays at zero.
+        factor, eigenvalues = state[f"factor.{k}"], state[f"eigenvalues.{k}"]
+        unknown = torch.where(eigenvalues.sum(1, keepdim=True) == 0, first, 0)
+        eigenvalues.add_(unknown)
+        factor.diagonal(dim1=-2, dim2=-1).add_(unknown)
+    roots = {k: _root(state, group, k, len(shape)) for k in axes}
+    for k in axes:
+        whitened = rotated
+        for j in axes:
+            if j != k:
+                whitened = whitened * roots[j]
+        weight = (1 - beta2) / (prod(shape[1:]) / shape[k + 1])
+        # The diagonal of the change in its own basis, and the change itself.
+        state[f"eigenvalues.{k}"].mul_(beta2).add_(unfolded(whitened, k).square().sum(-1), alpha=weight)
+        whitened = multiply(whitened, {k: state[f"basis.{k}"]})
+        add_gram(state[f"factor.{k}"], whitened, k, old=beta2, new=weight)
+
+
+def _root(state: State, group: Group, axis: int, ndim: int) -> Tensor:
+    """Inverse roots of a factor's eigenvalues along its axis, zero while nothing is known."""
     eigenvalues = state[f"eigenvalues.{axis}"]
-    floor = group["eps"] * eigenvalues.mean()
-    return torch.where(floor > 0, 1 / torch.maximum(eigenvalues, floor), 0)
-
-
-def _along(values: Tensor, axis: int, ndim: int) -> Tensor:
-    return values.reshape([-1 if k == axis else 1 for k in range(ndim)])
+    floor = group["eps"] * eigenvalues.mean(1, keepdim=True)
+    roots = torch.where(floor > 0, torch.maximum(eigenvalues, floor).rsqrt_(), 0)
+    return roots.reshape([len(roots)] + [-1 if k == axis else 1 for k in range(ndim - 1)])

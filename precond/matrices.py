@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from itertools import product
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from solvers import Eigh, SolverError, Subspace
+from solvers import Dense, Eigh, SolverError, Subspace
 
 
 def merged_shape(shape: tuple[int, ...], limit: int | None) -> tuple[int, ...]:
@@ -46,41 +45,48 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     return shape[0], prod(shape[1:])
 
 
-def alike(tensors: list[Tensor], limit: int = 2**18) -> list[list[int]]:
-    """Places of tensors that may be stacked: of the same shape, type and device, up to a number of entries per stack.
-
-    Stacks save the overhead of many small products; large matrices have none to save, and a stack is a copy.
-    """
-    kinds: dict[Any, list[list[int]]] = {}
-    for place, x in enumerate(tensors):
-        stacks = kinds.setdefault((x.shape, x.dtype, x.device), [[]])
-        if stacks[-1] and (len(stacks[-1]) + 1) * x.numel() > limit:
-            stacks.append([])
-        stacks[-1].append(place)
-    return [stack for stacks in kinds.values() for stack in stacks]
-
-
 def blocks(shape: tuple[int, ...], size: int) -> Iterator[tuple[slice, ...]]:
     """Regions of at most ``size`` along each axis that tile a shape, in row-major order."""
     return product(*(tuple(slice(start, min(start + size, n)) for start in range(0, n, size)) for n in shape))
 
 
+def unfolded(x: Tensor, axis: int) -> Tensor:
+    """Each tensor of a stack ``(k, *shape)`` as a matrix ``(n_axis, all others)``, ``(k, n_axis, m)``."""
+    if x.ndim == 3:
+        return x if axis == 0 else x.mT
+    return x.movedim(axis + 1, 1).reshape(len(x), x.shape[axis + 1], -1)
+
+
 def gram(x: Tensor, axis: int) -> Tensor:
-    r""":math:`X_{(k)} X_{(k)}^\top` of the unfolding along an axis, ``(n_k, n_k)``."""
-    unfolded = x.movedim(axis, 0).reshape(x.shape[axis], -1)
-    return unfolded @ unfolded.mT
+    r""":math:`X_{(a)} X_{(a)}^\top` of the unfoldings along an axis, ``(k, n_a, n_a)`` for a stack ``(k, *shape)``."""
+    x = unfolded(x, axis)
+    return x @ x.mT
+
+
+def add_gram(factor: Tensor, x: Tensor, axis: int, *, old: float, new: float) -> None:
+    r""":math:`F \leftarrow old \cdot F + new \cdot X_{(a)} X_{(a)}^\top` for a stack, in place and in one pass."""
+    x = unfolded(x, axis)
+    torch.baddbmm(factor, x, x.mT, beta=old, alpha=new, out=factor)
 
 
 def multiply(x: Tensor, matrices: Mapping[int, Tensor], *, transpose: bool = False) -> Tensor:
-    """Apply a matrix (or its transpose) along each axis that has one."""
+    """Apply matrices (or their transposes) along each axis that has them, to a stack ``(k, *shape)``.
+
+    Args:
+        x: The stack.
+        matrices: Axis of ``shape`` -> ``(k, n_axis, n_axis)``.
+        transpose: Apply the transposes.
+    """
     for axis, matrix in matrices.items():
+        if x.ndim == 3 and axis == 1:
+            x = torch.bmm(x, matrix if transpose else matrix.mT)
+            continue
         matrix = matrix.mT if transpose else matrix
-        if axis == x.ndim - 1:
-            x = x @ matrix.mT
-        elif axis == x.ndim - 2:
-            x = matrix @ x
+        if x.ndim == 3:
+            x = torch.bmm(matrix, x)
         else:
-            x = torch.tensordot(matrix, x, dims=([1], [axis])).movedim(0, axis)
+            moved = x.movedim(axis + 1, 1)
+            x = torch.bmm(matrix, moved.reshape(*matrix.shape[:2], -1)).reshape(moved.shape).movedim(1, axis + 1)
     return x
 
 
@@ -114,23 +120,33 @@ def leading_vectors(matrix: Tensor, rank: int) -> Tensor:
 
 
 def improved_basis(matrix: Tensor, basis: Tensor) -> Tensor:
-    """One step of orthogonal iteration from the basis of a nearby matrix, columns in their old order."""
+    """One step of orthogonal iteration from the bases of nearby matrices ``(k, n, n)``, columns in their old order."""
     # Gradients of extreme size have factors whose norm leaves the floating range; a basis knows no size.
-    size = matrix.diagonal().mean()
-    return Subspace().basis(matrix / torch.where(size == 0, 1, size), basis)[1]
+    size = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    return Subspace().basis(Dense(matrix / torch.where(size == 0, 1, size), is_gram=True), basis)[1]
 
 
 def symmetric_power(matrix: Tensor, exponent: float, floor: float) -> Tensor:
-    """``Q max(s, floor)^exponent Q^T`` of a positive semi-definite matrix ``Q diag(s) Q^T``."""
+    """``Q max(s, floor)^exponent Q^T`` of positive semi-definite matrices ``Q diag(s) Q^T``."""
     values, basis = spectrum(matrix)
-    return (basis * values.clamp(min=floor) ** exponent) @ basis.mT
+    return (basis * values.clamp(min=floor).pow(exponent).unsqueeze(-2)) @ basis.mT
 
 
-def rotated_root(second_moment: Tensor, eps: float) -> Tensor:
-    r""":math:`\sqrt V + \epsilon` for a second moment in a rotated basis, above the rounding errors of the rotation.
+def rotated_root(second_moment: Tensor, weight: float, eps: float) -> Tensor:
+    r""":math:`\sqrt{V / w} + \epsilon` for second moments ``(k, *shape)`` in a rotated basis, above rounding errors.
 
     A gradient of low rank has entries of zero in its own basis, which come out as rounding errors; divided by
     themselves they would be steps in random directions.
+
+    Args:
+        second_moment: V, an average that began at zero.
+        weight: w, the weight of what was averaged.
+        eps: :math:`\epsilon`.
     """
-    root = second_moment.sqrt()
-    return torch.maximum(root, 10 * torch.finfo(root.dtype).eps * root.amax()) + eps
+    root = (second_moment / weight).sqrt_()
+    return torch.maximum(root, largest(root).mul_(10 * torch.finfo(root.dtype).eps), out=root).add_(eps)
+
+
+def largest(x: Tensor) -> Tensor:
+    """Largest entry of each tensor of a stack ``(k, *shape)``, ``(k, 1, ...)``."""
+    return x.amax(tuple(range(1, x.ndim)), keepdim=True)

@@ -7,10 +7,11 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from precond.gradient import GradientOptimizer, Group, State, state_zeros
-from precond.matrices import alike, matrix_shape
+from precond.gradient import Group, State, state_zeros
+from precond.matrices import matrix_shape
 from precond.methods import Taxonomy
 from precond.schedules import Scheduled
+from precond.stacks import Stack, StackedOptimizer
 from solvers.newton_schulz import polar
 
 Scaling = Literal["adam", "spectral", "none"]
@@ -19,7 +20,7 @@ Polynomial = Literal["quintic", "polar_express"]
 QUINTIC = ((3.4445, -4.7750, 2.0315),) * 5
 
 
-class Muon(GradientOptimizer):
+class Muon(StackedOptimizer):
     r"""Muon: momentum with its singular values set to one.
 
     .. math:: M \leftarrow \mu M + (1 - \mu) G, \quad N = (1 - \mu) G + \mu M, \quad
@@ -117,24 +118,14 @@ class Muon(GradientOptimizer):
     def diagonal(self, state: State) -> bool:
         return "exp_avg_sq" in state
 
-    def several(self, params: list[Tensor], gradients: list[Tensor], group: Group) -> list[Tensor]:
+    def update(self, stack: Stack, g: Tensor, group: Group) -> Tensor:
         momentum = group["momentum"]
-        updates = buffers = [self.state[p]["momentum_buffer"] for p in params]
-        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
+        update = buffer = stack.state["momentum_buffer"].lerp_(g, 1 - momentum)
         if group["nesterov"]:
-            updates = list(torch._foreach_lerp(gradients, buffers, momentum))
-        out: dict[int, Tensor] = {}
-        for places in alike(updates):
-            first = updates[places[0]]
-            matrices = torch.stack([updates[i] for i in places]) if len(places) > 1 else first[None]
-            if not group["stacked"]:
-                matrices = matrices.reshape(len(places), *matrix_shape(matrices.shape[1:]))
-            polar = orthogonalized(matrices, group["polynomial"]) * _scale(matrices, group["scaling"])
-            out |= zip(places, polar.reshape(len(places), *first.shape), strict=True)
-        return [out[i] for i in range(len(params))]
-
-    def direction(self, p: Tensor, g: Tensor, state: State, group: Group) -> Tensor:
-        return self.several([p], [g], group)[0]
+            update = g.lerp(buffer, momentum)
+        if not group["stacked"]:
+            update = update.reshape(-1, *matrix_shape(g.shape[1:]))
+        return orthogonalized(update, group["polynomial"]).mul_(_scale(update, group["scaling"]))
 
 
 def _is_matrix(p: Tensor, group: Group) -> bool:

@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 
 from precond.closure import ClosureOptimizer, Vectors, rademacher
-from precond.gradient import GradientOptimizer, Group, State, debiased, due, state_zeros, working_dtype
-from precond.matrices import gram, merged_shape, multiply
+from precond.gradient import Group, State, debiased, due, state_zeros, working_dtype
+from precond.matrices import gram, largest, merged_shape, multiply, unfolded
 from precond.methods import Taxonomy
 from precond.schedules import Scheduled, ScheduledInt
+from precond.stacks import Stack, StackedOptimizer
 
 Criterion = Literal["whitening", "hessian"]
 
 
-class PSGD(ClosureOptimizer, GradientOptimizer):
+class PSGD(ClosureOptimizer, StackedOptimizer):
     r"""PSGD: a preconditioner learnt by stochastic descent, without a solve, one Kronecker factor per axis.
 
     :math:`P = Q^\top Q` minimises
@@ -141,87 +142,116 @@ class PSGD(ClosureOptimizer, GradientOptimizer):
             self._products = self.hessian_product(self._probes)
         return super().directions(gradients)
 
-    def direction(self, p: Tensor, g: Tensor, state: State, group: Group) -> Tensor:
-        beta, shape = group["betas"][0], state["exp_avg"].shape
-        state["exp_avg"].lerp_(g.reshape(shape), 1 - beta)
-        if self.criterion == "whitening" and due(state["step"], group["curvature_update_period"]):
-            self._update(state, group, g.reshape(shape), None)
-        elif p in self._probes:
-            h, v = (x[p].to(g.dtype).reshape(shape) for x in (self._products, self._probes))
-            self._update(state, group, h, v)
-        out = _apply(debiased(state["exp_avg"], beta, state["step"]), _metrics(state, len(shape)))
-        if group["max_rms"] is not None:
-            rms = out.square().mean().sqrt()
-            out = out * (group["max_rms"] / torch.maximum(rms, torch.full_like(rms, group["max_rms"])))
-        return out.reshape(g.shape)
+    def kind(self, p: Tensor, g: Tensor) -> int:
+        """Whether the size of P is known (2), can be read off now (1), or not yet, because all is zero (0)."""
+        if self.state[p]["updates"]:
+            return 2
+        h = g if self.criterion == "whitening" else self._products.get(p)
+        return int(h is not None and bool(h.any()))
 
-    def _update(self, state: State, group: Group, h: Tensor, v: Tensor | None) -> None:
+    def update(self, stack: Stack, g: Tensor, group: Group) -> Tensor:
+        state, step, beta = stack.state, stack.step, group["betas"][0]
+        g = g.reshape(state["exp_avg"].shape)
+        state["exp_avg"].lerp_(g, 1 - beta)
+        if self.criterion == "whitening" and due(step, group["curvature_update_period"]):
+            self._learn(stack, group, g, None)
+        elif stack.params[0] in self._probes:
+            pairs = ([found[p].to(g.dtype) for p in stack.params] for found in (self._products, self._probes))
+            h, v = (stack.gather(tensors).reshape(g.shape) for tensors in pairs)
+            self._learn(stack, group, h, v)
+        if step % 100 == 0:
+            _balance(state, g.ndim - 1)
+        out = _apply(debiased(state["exp_avg"], beta, step), _metrics(state, g.ndim - 1))
+        if group["max_rms"] is not None:
+            rms = _mean(out.square()).sqrt_()
+            out = out * (group["max_rms"] / rms.clamp(min=group["max_rms"]))
+        return out
+
+    def _learn(self, stack: Stack, group: Group, h: Tensor, v: Tensor | None) -> None:
         """One descent step on every factor."""
-        ndim = h.ndim
-        noise = group["damping"] + group["eps"] * h.square().mean().sqrt()
-        if not state["updates"]:
-            if not bool(h.any()):
-                return  # nothing is known of its size
+        state, axes, first = stack.state, range(h.ndim - 1), stack.params[0]
+        noise = group["damping"] + group["eps"] * _mean(h.square()).sqrt_()
+        if not self.state[first]["updates"]:
+            if not self.kind(first, h):
+                return
             scale = (_size(h) + noise) ** -0.5 * (1.0 if v is None else _size(v) ** 0.5)
-            for axis in range(ndim):
-                state[f"root.{axis}"].mul_(scale ** (1 / ndim))
-        state["updates"] += 1
-        metrics = _metrics(state, ndim)
-        norms = [metric.square().sum() for metric in metrics.values()]
+            for axis in axes:
+                root = state[f"root.{axis}"]
+                root.mul_(_like(scale ** (1 / len(axes)), root))
+        for p in stack.params:
+            self.state[p]["updates"] += 1
+        metrics = _metrics(state, len(axes))
+        norms = [metric.square().flatten(1).sum(1) for metric in metrics.values()]
         image = _apply(h, metrics)
         for axis, metric in metrics.items():
-            root, others = state[f"root.{axis}"], prod(n for k, n in enumerate(norms) if k != axis)
-            dense = root.ndim == 2
+            root, bound = state[f"root.{axis}"], state[f"bound.{axis}"]
+            others = prod((n for k, n in enumerate(norms) if k != axis), start=noise.flatten() ** 2)
+            dense = root.ndim == 3
             # The second term is the mean over the noise.
-            c = _gram(image, axis, dense) + noise**2 * others * (metric @ metric if dense else metric.square())
-            t: Any = h.numel() / h.shape[axis] if v is None else _gram(v, axis, dense)
+            c = _gram(image, axis, dense) + _like(others, root) * (metric @ metric if dense else metric.square())
+            t: Any = h[0].numel() / h.shape[axis + 1] if v is None else _gram(v, axis, dense)
             size = _norm(c) + t if v is None else _norm(c + t)
-            bound = state[f"bound.{axis}"]
             bound.copy_(torch.maximum(0.9 * bound + 0.1 * size, size))
             if dense:
                 change = c @ root - (t * root if v is None else t @ root)
             else:
                 change = (c - t) * root
-            root.sub_(change * (group["preconditioner_lr"] / bound))
+            root.sub_(change * _like(group["preconditioner_lr"] / bound, root))
             if dense:
                 root.copy_(_turned(root))
-        if state["updates"] % 100 == 0:
-            sizes = torch.stack([state[f"root.{axis}"].abs().amax() for axis in range(ndim)])
-            for axis, factor in enumerate(sizes.log().mean().exp() / sizes):
-                state[f"root.{axis}"].mul_(factor)
+
+
+def _balance(state: State, ndim: int) -> None:
+    """Scale the factors to equal size, which leaves P as it is."""
+    roots = [state[f"root.{axis}"] for axis in range(ndim)]
+    sizes = torch.stack([root.abs().flatten(1).amax(1) for root in roots])
+    for root, factor in zip(roots, sizes.log().mean(0).exp() / sizes, strict=True):
+        root.mul_(_like(factor, root))
 
 
 def _metrics(state: State, ndim: int) -> dict[int, Tensor]:
-    """The factors of P, or their diagonals."""
+    """The factors of P ``(k, n, n)``, or their diagonals ``(k, n)``."""
     roots = {axis: state[f"root.{axis}"] for axis in range(ndim)}
-    return {axis: root.mT @ root if root.ndim == 2 else root.square() for axis, root in roots.items()}
+    return {axis: root.mT @ root if root.ndim == 3 else root.square() for axis, root in roots.items()}
 
 
 def _apply(x: Tensor, metrics: dict[int, Tensor]) -> Tensor:
     for axis, metric in metrics.items():
-        if metric.ndim == 1:
-            x = x * metric.reshape([-1 if k == axis else 1 for k in range(x.ndim)])
-    return multiply(x, {axis: metric for axis, metric in metrics.items() if metric.ndim == 2})
+        if metric.ndim == 2:
+            x = x * metric.reshape([len(x)] + [-1 if k == axis else 1 for k in range(x.ndim - 1)])
+    return multiply(x, {axis: metric for axis, metric in metrics.items() if metric.ndim == 3})
 
 
 def _gram(x: Tensor, axis: int, dense: bool) -> Tensor:
-    return gram(x, axis) if dense else x.square().movedim(axis, 0).reshape(x.shape[axis], -1).sum(1)
+    return gram(x, axis) if dense else unfolded(x, axis).square().sum(-1)
+
+
+def _like(values: Tensor, x: Tensor) -> Tensor:
+    """One number for each tensor of a stack, as a factor of ``x``."""
+    return values.reshape(len(x), *[1] * (x.ndim - 1))
+
+
+def _mean(x: Tensor) -> Tensor:
+    """Mean of each tensor of a stack ``(k, *shape)``, ``(k, 1, ...)``."""
+    return x.mean(tuple(range(1, x.ndim)), keepdim=True)
 
 
 def _size(x: Tensor) -> Tensor:
     """Fourth root of the mean fourth power, which weighs large entries more than the mean square does."""
-    largest = x.abs().amax()
-    return largest * (x / largest).square().square().mean() ** 0.25
+    top = largest(x.abs())
+    return top * _mean((x / top).square_().square_()) ** 0.25
 
 
 def _norm(matrix: Tensor) -> Tensor:
-    """Spectral norm of a positive semi-definite matrix or diagonal, from below by two steps of the power method."""
-    if matrix.ndim == 1:
-        return matrix.amax()
-    x = matrix[:, matrix.diagonal().argmax()]
+    """Spectral norms of positive semi-definite matrices or diagonals, from below by two steps of the power method."""
+    if matrix.ndim == 2:
+        return matrix.amax(1)
+    column = matrix.diagonal(dim1=-2, dim2=-1).argmax(1)
+    x = matrix.gather(1, column[:, None, None].expand(len(matrix), 1, matrix.shape[2]))  # rows, as these are symmetric
     for _ in range(2):
-        x = matrix @ (x / torch.linalg.vector_norm(x).clamp(min=torch.finfo(x.dtype).tiny))
-    return torch.linalg.vector_norm(x)
+        x = x / torch.linalg.vector_norm(x, dim=2, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+        x = (matrix * x).sum(2)[:, None]
+    return torch.linalg.vector_norm(x, dim=(1, 2))
 
 
 def _turned(root: Tensor) -> Tensor:
@@ -233,11 +263,11 @@ def _turned(root: Tensor) -> Tensor:
     """
     skew = root.mT - root
     # Singular values of a skew matrix come in pairs, so this is at least the largest.
-    size = torch.linalg.matrix_norm(skew) / 2**0.5
+    size = torch.linalg.matrix_norm(skew, keepdim=True) / 2**0.5
     skew = skew / size.clamp(min=torch.finfo(root.dtype).tiny)
     first = skew @ root
     second = skew @ first
-    slope, bend = first.diagonal().sum(), second.diagonal().sum()
+    slope, bend = (x.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None] for x in (first, second))
     longest = torch.full_like(slope, 1 / 8)  # the error of the formula is of third order
     a = torch.where(bend < 0, torch.minimum(-slope / bend, longest), longest)
     return root + a * (first + 0.5 * a * second)

@@ -7,15 +7,18 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from precond.gradient import GradientOptimizer, Group, State, debiased, due, state_zeros
-from precond.matrices import blocks, gram, merged_shape, multiply, rotated_root, spectrum, symmetric_power
+from precond.gradient import Group, State, debiased, due, state_zeros
+from precond.matrices import add_gram, blocks, merged_shape, multiply, rotated_root, spectrum, symmetric_power
 from precond.methods import Taxonomy
 from precond.schedules import FIXED, Scheduled, ScheduledInt
+from precond.stacks import Stack, StackedOptimizer, write
 
 Grafting = Literal["sgd", "adagrad", "rmsprop", "adam"]
 
+Part = Any  # index of a block in a stack
 
-class Shampoo(GradientOptimizer):
+
+class Shampoo(StackedOptimizer):
     r"""Shampoo: one factor per axis of each block, rooted.
 
     .. math::
@@ -140,76 +143,88 @@ class Shampoo(GradientOptimizer):
                 state[f"{b}.root.{axis}"] = torch.eye(n, dtype=state["exp_avg"].dtype, device=p.device)
         return state
 
-    def direction(self, p: Tensor, g: Tensor, state: State, group: Group) -> Tensor:
-        shape, beta1 = g.shape, group["betas"][0]
+    def update(self, stack: Stack, g: Tensor, group: Group) -> Tensor:
+        state, step, beta1 = stack.state, stack.step, group["betas"][0]
         g = g.reshape(state["exp_avg"].shape)
-        state["exp_avg"].lerp_(g, 1 - beta1)
-        momentum = debiased(state["exp_avg"], beta1, state["step"])
-        graft = None if group["grafting"] is None else self._graft(g, momentum, state, group)
-        out = torch.empty_like(g)
-        for b, region in enumerate(blocks(g.shape, group["block_size"])):
-            self._update(p, g[region], group, b, region)
-            if state["step"] < group["start_step"]:
+        momentum = debiased(state["exp_avg"].lerp_(g, 1 - beta1), beta1, step)
+        graft = None if group["grafting"] is None else _graft(g, momentum, state, step, group)
+        regions = list(blocks(g.shape[1:], group["block_size"]))
+        outs = []
+        for b, region in enumerate(regions):
+            part = (slice(None), *region) if len(regions) > 1 else ...
+            self._learn(stack, g[part], group, b, part)
+            if step < group["start_step"]:
                 assert graft is not None
-                out[region] = graft[region]
+                outs.append(graft[part])
                 continue
-            d = self._apply(momentum[region], state, group, b, region)
+            d = _apply(momentum[part], state, step, group, b, part)
             if graft is not None:
-                tiny = torch.finfo(d.dtype).tiny
-                d = d * (torch.linalg.vector_norm(graft[region]) / torch.linalg.vector_norm(d).clamp(min=tiny))
-            out[region] = d
-        return out.reshape(shape)
+                d = d * (_length(graft[part]) / _length(d).clamp(min=torch.finfo(d.dtype).tiny))
+            outs.append(d)
+        if len(regions) == 1:
+            return outs[0]
+        out = torch.empty_like(g)
+        for region, d in zip(regions, outs, strict=True):
+            out[(slice(None), *region)] = d
+        return out
 
-    def _update(self, p: Tensor, g: Tensor, group: Group, b: int, region: tuple[slice, ...]) -> None:
-        """Fold a gradient into the factors of block b and refresh what is due."""
-        state = self.state[p]
-        step, beta2 = state["step"], group["betas"][1]
+    def _learn(self, stack: Stack, g: Tensor, group: Group, b: int, part: Part) -> None:
+        """Fold gradients into the factors of block b and refresh what is due."""
+        state, step, beta2 = stack.state, stack.step, group["betas"][1]
         ema = beta2 if group["curvature_ema"] is None else group["curvature_ema"]
-        for axis in range(g.ndim):
-            state[f"{b}.factor.{axis}"].mul_(ema).add_(gram(g, axis), alpha=1 - ema if ema < 1 else 1)
+        axes = range(g.ndim - 1)
+        for axis in axes:
+            add_gram(state[f"{b}.factor.{axis}"], g, axis, old=ema, new=1 - ema if ema < 1 else 1)
         if due(step, group["inverse_update_period"]) or step == group["start_step"]:
             weight = 1 - ema**step if ema < 1 else 1
             if group["eigenvalue_correction"]:
-                self.refresh(p, lambda: self._new_basis(state, b, region), f"{b}.")
+                self.renew(stack, lambda state: _new_basis(state, b, axes, part), f"{b}.")
             else:
-                self.refresh(p, lambda: self._roots(state, group, b, g.ndim, weight), f"{b}.")
+                self.renew(stack, lambda state: _new_roots(state, group, b, axes, weight), f"{b}.")
         if group["eigenvalue_correction"]:
-            squares = multiply(g, _matrices(state, b, g.ndim), transpose=True).square()
-            state["exp_avg_sq"][region].lerp_(squares, 1 - beta2)
-
-    def _apply(self, m: Tensor, state: State, group: Group, b: int, region: tuple[slice, ...]) -> Tensor:
-        matrices = _matrices(state, b, m.ndim)
-        if not group["eigenvalue_correction"]:
-            return multiply(m, matrices)
-        second = debiased(state["exp_avg_sq"][region], group["betas"][1], state["step"])
-        return multiply(multiply(m, matrices, transpose=True) / rotated_root(second, group["eps"]), matrices)
-
-    def _roots(self, state: State, group: Group, b: int, ndim: int, weight: float) -> State:
-        exponent = -1 / (2 * ndim) if group["exponent"] is None else group["exponent"]
-        roots = {}
-        for axis in range(ndim):
-            factor = state[f"{b}.factor.{axis}"] / weight
-            roots[f"{b}.root.{axis}"] = symmetric_power(factor, exponent, group["damping"])
-        return roots
-
-    def _new_basis(self, state: State, b: int, region: tuple[slice, ...]) -> State:
-        old = _matrices(state, b, len(region))
-        new = {axis: spectrum(state[f"{b}.factor.{axis}"])[1] for axis in old}
-        squares = {axis: (old[axis].mT @ new[axis]).square() for axis in old}
-        # What was learnt along the old axes, seen along the new ones.
-        state["exp_avg_sq"][region] = multiply(state["exp_avg_sq"][region], squares, transpose=True)
-        return {f"{b}.root.{axis}": basis for axis, basis in new.items()}
-
-    def _graft(self, g: Tensor, momentum: Tensor, state: State, group: Group) -> Tensor:
-        """Direction of the grafted method, applied to the average of gradients."""
-        kind, beta2 = group["grafting"], group["betas"][1]
-        if kind == "sgd":
-            return momentum
-        square = state["graft_sq"]
-        square.mul_(1 if kind == "adagrad" else beta2).addcmul_(g, g, value=1 if kind == "adagrad" else 1 - beta2)
-        second = debiased(square, beta2, state["step"]) if kind == "adam" else square
-        return momentum / (second.sqrt() + group["eps"])
+            squares = multiply(g, _matrices(state, b, axes), transpose=True).square_()
+            state["exp_avg_sq"][part].lerp_(squares, 1 - beta2)
 
 
-def _matrices(state: State, b: int, ndim: int) -> dict[int, Tensor]:
-    return {axis: state[f"{b}.root.{axis}"] for axis in range(ndim)}
+def _apply(m: Tensor, state: State, step: int, group: Group, b: int, part: Part) -> Tensor:
+    matrices = _matrices(state, b, range(m.ndim - 1))
+    if not group["eigenvalue_correction"]:
+        return multiply(m, matrices)
+    root = rotated_root(state["exp_avg_sq"][part], 1 - group["betas"][1] ** step, group["eps"])
+    return multiply(multiply(m, matrices, transpose=True) / root, matrices)
+
+
+def _new_roots(state: State, group: Group, b: int, axes: range, weight: float) -> None:
+    exponent = -1 / (2 * len(axes)) if group["exponent"] is None else group["exponent"]
+    factors = {axis: state[f"{b}.factor.{axis}"] / weight for axis in axes}
+    roots = {axis: symmetric_power(factor, exponent, group["damping"]) for axis, factor in factors.items()}
+    write(state, {f"{b}.root.{axis}": root for axis, root in roots.items()})
+
+
+def _new_basis(state: State, b: int, axes: range, part: Part) -> None:
+    old = _matrices(state, b, axes)
+    new = {axis: spectrum(state[f"{b}.factor.{axis}"])[1] for axis in axes}
+    squares = {axis: (old[axis].mT @ new[axis]).square() for axis in axes}
+    # What was learnt along the old axes, seen along the new ones.
+    state["exp_avg_sq"][part] = multiply(state["exp_avg_sq"][part], squares, transpose=True)
+    write(state, {f"{b}.root.{axis}": basis for axis, basis in new.items()})
+
+
+def _graft(g: Tensor, momentum: Tensor, state: State, step: int, group: Group) -> Tensor:
+    """Direction of the grafted method, applied to the average of gradients."""
+    kind, beta2 = group["grafting"], group["betas"][1]
+    if kind == "sgd":
+        return momentum
+    square = state["graft_sq"]
+    square.mul_(1 if kind == "adagrad" else beta2).addcmul_(g, g, value=1 if kind == "adagrad" else 1 - beta2)
+    second = debiased(square, beta2, step) if kind == "adam" else square
+    return momentum / second.sqrt().add_(group["eps"])
+
+
+def _matrices(state: State, b: int, axes: range) -> dict[int, Tensor]:
+    return {axis: state[f"{b}.root.{axis}"] for axis in axes}
+
+
+def _length(x: Tensor) -> Tensor:
+    """Norm of each tensor of a stack ``(k, *shape)``, ``(k, 1, ...)``."""
+    return torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), keepdim=True)

@@ -6,13 +6,15 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from precond.gradient import GradientOptimizer, Group, State, debiased, due, state_zeros
-from precond.matrices import gram, improved_basis, merged_shape, multiply, rotated_root, spectrum
+from precond.bases import eigenbases, improve_bases
+from precond.gradient import Group, State, due, state_zeros
+from precond.matrices import add_gram, merged_shape, multiply, rotated_root
 from precond.methods import Taxonomy
 from precond.schedules import Scheduled, ScheduledInt
+from precond.stacks import Stack, StackedOptimizer
 
 
-class SOAP(GradientOptimizer):
+class SOAP(StackedOptimizer):
     r"""SOAP: Adam in the eigenbasis of Shampoo's factors.
 
     .. math::
@@ -22,15 +24,15 @@ class SOAP(GradientOptimizer):
 
     then :math:`L \leftarrow \beta L + (1 - \beta) G G^\top` and likewise R; every ``inverse_update_period`` steps,
     after the move, one step of orthogonal iteration, :math:`Q_L \leftarrow \operatorname{QR}(L Q_L)`, by
-    :class:`solvers.Subspace`, whose columns keep their order, so that V stays valid. The momentum is kept unrotated, so
-    it needs no correction when a basis changes. The bases begin with the eigenvectors of the first gradient's factors,
-    and the first step is taken.
+    :class:`solvers.Subspace`, whose columns keep their order, so that V stays valid. The momentum is kept rotated,
+    which is the same between refreshes, and turns along with the bases. These begin with the eigenvectors of the first
+    gradient's factors, and the first step is taken.
 
     Prefer it as the replacement for AdamW where matrices are not too large: learning rates carry over. Tensors of any
     order have one basis per axis; vectors and axes beyond ``max_dim`` are not rotated, which leaves Adam.
 
-    A step costs ``2 (m^2 n + m n^2)`` multiplications for the rotations of the gradient, as much for the momentum and
-    for the way back, and half of it for the factors; a refresh ``O(m^3 + n^3)``. Memory: two moments, two factors, two
+    A step costs ``m^2 n + m n^2`` multiplications each for the rotation of the gradient, the way back, and the factors;
+    a refresh ``O(m^3 + n^3)``. Memory: two moments, two factors, two
     bases.
 
     Args:
@@ -56,7 +58,7 @@ class SOAP(GradientOptimizer):
         solver="eigh, then a QR step per refresh",
         matrices=("gradient second moment",),
         forms=("Kronecker eigenbasis",),
-        step="8(m²n + mn²)",
+        step="6(m²n + mn²)",
         refresh="12(m³ + n³)",
         memory="2(m² + n²) + mn",
         paper="https://arxiv.org/abs/2409.11321",
@@ -106,33 +108,28 @@ class SOAP(GradientOptimizer):
     def diagonal(self, state: State) -> bool:
         return not any(key.startswith("factor.") for key in state)
 
-    def direction(self, p: Tensor, g: Tensor, state: State, group: Group) -> Tensor:
-        shape, step = g.shape, state["step"]
+    def update(self, stack: Stack, g: Tensor, group: Group) -> Tensor:
+        state, step = stack.state, stack.step
         beta1, beta2 = group["betas"]
-        exp_avg, exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]
-        g = g.reshape(exp_avg.shape)
-        axes = [axis for axis in range(g.ndim) if f"factor.{axis}" in state]
-
+        g = g.reshape(state["exp_avg"].shape)
+        axes = [axis for axis in range(g.ndim - 1) if f"factor.{axis}" in state]
         if step == 1:
-            self._update_factors(g, state, group, axes)
-            self.refresh(p, lambda: {f"basis.{k}": spectrum(state[f"factor.{k}"])[1] for k in axes})
+            _update_factors(state, g, group, axes)
+            self.renew(stack, lambda state: eigenbases(state, axes))
         bases = {axis: state[f"basis.{axis}"] for axis in axes}
         rotated = multiply(g, bases, transpose=True)
-        exp_avg.lerp_(g, 1 - beta1)
-        exp_avg_sq.mul_(beta2).addcmul_(rotated, rotated, value=1 - beta2)
-        momentum = multiply(debiased(exp_avg, beta1, step), bases, transpose=True)
-        second = debiased(exp_avg_sq, beta2, step)
-        out = multiply(momentum / rotated_root(second, group["eps"]), bases)
-
+        momentum = state["exp_avg"].lerp_(rotated, 1 - beta1)
+        second = state["exp_avg_sq"].mul_(beta2).addcmul_(rotated, rotated, value=1 - beta2)
+        root = rotated_root(second, 1 - beta2**step, group["eps"])
+        out = multiply(momentum / root.mul_(1 - beta1**step), bases)
         if step > 1:
-            self._update_factors(g, state, group, axes)
+            _update_factors(state, g, group, axes)
             if due(step, group["inverse_update_period"]):
-                self.refresh(
-                    p, lambda: {f"basis.{k}": improved_basis(state[f"factor.{k}"], state[f"basis.{k}"]) for k in axes}
-                )
-        return out.reshape(shape)
+                self.renew(stack, lambda state: improve_bases(state, axes))
+        return out
 
-    def _update_factors(self, g: Tensor, state: State, group: Group, axes: list[int]) -> None:
-        ema = group["betas"][1] if group["curvature_ema"] is None else group["curvature_ema"]
-        for axis in axes:
-            state[f"factor.{axis}"].lerp_(gram(g, axis), 1 - ema)
+
+def _update_factors(state: State, g: Tensor, group: Group, axes: list[int]) -> None:
+    ema = group["betas"][1] if group["curvature_ema"] is None else group["curvature_ema"]
+    for axis in axes:
+        add_gram(state[f"factor.{axis}"], g, axis, old=ema, new=1 - ema)

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from precond.averaging import swapped, update_average
-from precond.gradient import GradientOptimizer, Group, State, due, state_zeros, working_dtype
-from precond.matrices import gram, matrix_shape, multiply, spectrum
+from precond.bases import eigenbases
+from precond.gradient import Group, State, due, state_zeros, working_dtype
+from precond.matrices import gram, largest, matrix_shape, multiply
 from precond.methods import Taxonomy
 from precond.schedules import Scheduled, ScheduledInt
+from precond.stacks import Stack, StackedOptimizer
 
 
-class SPlus(GradientOptimizer):
+class SPlus(StackedOptimizer):
     r"""SPlus: the sign of the momentum in Shampoo's eigenbasis, and an average of the iterates.
 
     .. math:: D = \frac{2}{m + n}\, Q_L \operatorname{sign}(Q_L^\top M Q_R)\, Q_R^\top
@@ -101,20 +103,20 @@ class SPlus(GradientOptimizer):
                     state[f"basis.{axis}"] = torch.eye(n, dtype=working_dtype(p), device=p.device)
         return state
 
-    def direction(self, p: Tensor, g: Tensor, state: State, group: Group) -> Tensor:
-        beta1, beta2 = group["betas"]
+    def update(self, stack: Stack, g: Tensor, group: Group) -> Tensor:
+        state, (beta1, beta2) = stack.state, group["betas"]
         momentum = state["exp_avg"].lerp_(g, 1 - beta1)
         axes = [axis for axis in range(2) if f"factor.{axis}" in state]
         if not axes:
             return group["vector_scale"] * momentum.sign()
-        shape = matrix_shape(g.shape)
+        rows, columns = matrix_shape(g.shape[1:])
+        g, momentum = (x.reshape(-1, rows, columns) for x in (g, momentum))
         for axis in axes:
-            state[f"factor.{axis}"].lerp_(gram(g.reshape(shape), axis), 1 - beta2)
-        if due(state["step"], group["inverse_update_period"]):
-            self.refresh(p, lambda: {f"basis.{k}": spectrum(state[f"factor.{k}"])[1] for k in axes})
+            state[f"factor.{axis}"].lerp_(gram(g, axis), 1 - beta2)
+        if due(stack.step, group["inverse_update_period"]):
+            self.renew(stack, lambda state: eigenbases(state, axes))
         bases = {axis: state[f"basis.{axis}"] for axis in axes}
-        rotated = multiply(momentum.reshape(shape), bases, transpose=True)
-        return multiply(rotated_sign(rotated), bases).reshape(g.shape) * (2 / sum(shape))
+        return multiply(rotated_sign(multiply(momentum, bases, transpose=True)), bases).mul_(2 / (rows + columns))
 
     def after_step(self) -> None:
         for group in self.param_groups:
@@ -132,6 +134,7 @@ class SPlus(GradientOptimizer):
 
 
 def rotated_sign(x: Tensor) -> Tensor:
-    """Sign of entries in a rotated basis, zero for those that are rounding errors of the rotation."""
-    floor = 10 * torch.finfo(x.dtype).eps * x.abs().amax()
-    return torch.where(x.abs() > floor, x.sign(), 0)
+    """Sign of entries in a rotated basis ``(k, *shape)``, zero for those that are rounding errors of the rotation."""
+    size = x.abs()
+    floor = largest(size).mul_(64 * torch.finfo(x.dtype).eps)
+    return torch.where(size > floor, x.sign(), 0)

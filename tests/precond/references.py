@@ -318,7 +318,7 @@ def splus(theta: Array, gradients: list[Array], lr: float, betas: tuple, vector_
         if t == 1 or t % period == 0:
             ql, qr = np.linalg.eigh(left)[1], np.linalg.eigh(right)[1]
         rotated = ql.T @ m.reshape(matrix.shape) @ qr
-        signs = np.where(np.abs(rotated) > 1e-14 * np.abs(rotated).max(), np.sign(rotated), 0)
+        signs = np.where(np.abs(rotated) > 64 * np.finfo(float).eps * np.abs(rotated).max(), np.sign(rotated), 0)
         theta = theta - lr * 2 / sum(matrix.shape) * (ql @ signs @ qr.T).reshape(theta.shape)
         yield theta
 

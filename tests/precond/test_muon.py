@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from precond.matrices import alike
 from precond.muon import QUINTIC, Muon
 from tests.precond import references as ref
 
@@ -87,9 +86,3 @@ def test_matrices_that_are_orthogonalized_together_are_those_alone(stacked):
     together = run(list(range(len(shapes))))
     for i, p in enumerate(together):
         assert torch.equal(p, run([i])[0]), shapes[i]
-
-
-def test_stacks_are_of_like_tensors_and_limited():
-    tensors = [torch.ones(2, 2), torch.ones(3), torch.ones(2, 2), torch.ones(2, 2).double(), torch.ones(2, 2)]
-    assert alike(tensors, limit=8) == [[0, 2], [4], [1], [3]]
-    assert alike([torch.ones(9, 9)] * 2, limit=8) == [[0], [1]]

@@ -182,7 +182,7 @@ def test_a_failed_decomposition_keeps_the_last_one_and_says_so(name, monkeypatch
     def fails(*_: Any, **__: Any) -> Any:
         raise SolverError("the routine did not converge")
 
-    for module in (precond.matrices, *(vars(precond)[m] for m in ("shampoo", "soap", "kl_shampoo", "splus", "galore"))):
+    for module in (precond.matrices, *(vars(precond)[m] for m in ("bases", "shampoo", "galore"))):
         if hasattr(module, routine):
             monkeypatch.setattr(module, routine, fails)
     with caplog.at_level(logging.WARNING):
