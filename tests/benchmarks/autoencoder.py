@@ -18,6 +18,7 @@ import argparse
 import math
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -104,14 +105,18 @@ def make(problem: Problem, name: str, settings: dict[str, Any]) -> tuple[Any, An
     return optimizer, step
 
 
-def unit(steps: int = 10) -> float:
-    """Seconds of CPU for one step of AdamW."""
+def clock() -> Callable[[], float]:
+    """Measures the seconds of CPU that a step of AdamW takes."""
     _, step = build(autoencoder(0, logits=True), "AdamW", {"lr": 1e-3})
     step()
-    start = time.process_time()
-    for _ in range(steps):
-        step()
-    return (time.process_time() - start) / steps
+
+    def seconds(steps: int = 4) -> float:
+        start = time.process_time()
+        for _ in range(steps):
+            step()
+        return (time.process_time() - start) / steps
+
+    return seconds
 
 
 def run(name: str, settings: dict[str, Any], budget: float, seed: int, decay: float) -> Course:
@@ -120,9 +125,10 @@ def run(name: str, settings: dict[str, Any], budget: float, seed: int, decay: fl
     optimizer, step = make(problem, name, settings)
     average = IterateAverage(optimizer, decay) if decay and isinstance(optimizer, torch.optim.Optimizer) else None
     rates = [group["lr"] for group in optimizer.param_groups]
+    seconds = clock()
     spent, steps, reached = 0.0, 0, math.inf
     for share in range(1, 101):  # the machine may be busier at one time than at another
-        second = 1 / unit()
+        rate_of_time = 1 / seconds()
         while spent < budget * share / 100:
             start = time.process_time()
             step()
@@ -130,7 +136,7 @@ def run(name: str, settings: dict[str, Any], budget: float, seed: int, decay: fl
             if not name.startswith("torch LBFGS"):
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * max(0.5 * (1 + math.cos(math.pi * min(spent / budget, 1.0))), 1e-3)
-            spent += second * (time.process_time() - start)
+            spent += rate_of_time * (time.process_time() - start)
         if reached == math.inf:
             with average.applied() if average else nullcontext():
                 reached = spent if problem.measure() <= GOAL else math.inf

@@ -11,6 +11,7 @@ import tokenize
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 
 import torch
@@ -78,6 +79,7 @@ def autoencoder(seed: int, batch_size: int = 512, logits: bool = False) -> Probl
     )
 
 
+@cache
 def digits() -> tuple[Tensor, Tensor]:
     """Training and held-out images ``(N, 64)``."""
     from sklearn.datasets import load_digits
