@@ -10,8 +10,8 @@ import torch
 from laplace import DiagLaplace, FullLaplace, KronLaplace
 from laplace.baselaplace import ParametricLaplace
 from laplace.curvature import CurvatureInterface
-from laplace.lllaplace import DiagLLLaplace, FullLLLaplace, KronLLLaplace, LLLaplace
-from laplace.subnetlaplace import DiagSubnetLaplace, FullSubnetLaplace, SubnetLaplace
+from laplace.lllaplace import LLLaplace
+from laplace.subnetlaplace import SubnetLaplace
 from laplace.utils.enums import Likelihood
 from laplace.utils.feature_extractor import FeatureReduction
 from laplace.utils.matrix import Kron
@@ -24,24 +24,10 @@ from curvature.laplace.backends import EFBackend, GGNBackend
 from curvature.laplace.decomposed import BlockKronDecomposed
 from curvature.laplace.hessian import HessianBackend
 from curvature.laplace.kron import BlockKron
-from curvature.laplace.low_rank import LastLayerLowRankDiagPosterior, LowRankDiagonal, LowRankDiagPosterior
-from curvature.laplace.posterior import (
-    EKFACLaplace,
-    KFACLaplace,
-    LastLayerEKFACLaplace,
-    LastLayerKFACLaplace,
-    LowRankPosterior,
-)
+from curvature.laplace.low_rank import LowRankDiagonal, LowRankDiagPosterior
+from curvature.laplace.posterior import EKFACLaplace, LowRankPosterior
 
 _KIND = "a posterior"
-_POSTERIORS: dict[Any, Any] = {
-    kind._key: kind
-    for kind in (
-        *(FullLaplace, DiagLaplace, KronLaplace, KFACLaplace, EKFACLaplace, LowRankPosterior, LowRankDiagPosterior),
-        *(FullLLLaplace, DiagLLLaplace, KronLLLaplace, LastLayerKFACLaplace, LastLayerEKFACLaplace),
-        *(LastLayerLowRankDiagPosterior, FullSubnetLaplace, DiagSubnetLaplace),
-    )
-}
 _BACKENDS: dict[str, type[CurvatureInterface]] = {
     kind.__name__: kind for kind in (GGNBackend, EFBackend, HessianBackend)
 }
@@ -118,9 +104,9 @@ def load(
 
 def state_of(la: Any) -> dict[str, Any]:
     """A fitted posterior as nested dicts of tensors, numbers and strings; see :func:`save`."""
-    key = getattr(la, "_key", None)
-    if _POSTERIORS.get(key) is not type(la):
-        known = ", ".join(sorted({structure for _, structure in _POSTERIORS}))
+    key, kinds = getattr(la, "_key", None), _posteriors()
+    if kinds.get(key) is not type(la):
+        known = ", ".join(sorted({structure for _, structure in kinds}))
         raise TypeError(f"{type(la).__name__} is no posterior that can be saved; those with {known} are.")
     if la.n_data == 0:
         raise ValueError(f"this {type(la).__name__} is not fitted, so there is nothing to save. Call fit() first.")
@@ -147,6 +133,9 @@ def posterior_of(state: Mapping[str, Any], model: nn.Module, backend: type[Curva
         CheckpointError: If the model has other parameters than those that the posterior is over.
         ValueError: If the backend is not known.
     """
+    found = _posteriors().get(tuple(state["key"]))
+    if found is None:
+        raise CheckpointError(f"no posterior is known for {state['key']}: the file was written by a newer version.")
     name, kwargs = state["backend"]["name"], state["backend"]["kwargs"]
     kind = backend or _BACKENDS.get(name)
     if kind is None:
@@ -159,7 +148,7 @@ def posterior_of(state: Mapping[str, Any], model: nn.Module, backend: type[Curva
         )
     if "subnetwork_indices" in options:
         options["subnetwork_indices"] = options["subnetwork_indices"].cpu()  # laplace-torch asks for that type
-    la = _POSTERIORS[tuple(state["key"])](model, state["likelihood"], **options)
+    la = found(model, state["likelihood"], **options)
     _check_model(la, state)
     for attribute, value in (state["numbers"] | state["options"]).items():
         setattr(la, attribute, value)
@@ -168,6 +157,14 @@ def posterior_of(state: Mapping[str, Any], model: nn.Module, backend: type[Curva
     la.model.output_size = la.n_outputs  # as laplace-torch has it
     _set_curvature(la, state["curvature"])
     return la
+
+
+def _posteriors() -> dict[Any, Any]:
+    """The posteriors of laplace-torch and of this package whose curvature is known, by their keys."""
+    kinds: list[Any] = [FullLaplace, DiagLaplace, KronLaplace, LowRankPosterior]
+    for kind in kinds:  # which grows
+        kinds.extend(kind.__subclasses__())
+    return {k._key: k for k in kinds if "_key" in vars(k) and k.__module__.split(".")[0] in ("laplace", "curvature")}
 
 
 def _check_model(la: Any, state: Mapping[str, Any]) -> None:

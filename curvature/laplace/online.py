@@ -6,8 +6,10 @@ import os
 from typing import Any
 
 import torch
-from laplace import KronLaplace
+from laplace import DiagLaplace, FullLaplace, KronLaplace, LowRankLaplace
 from laplace.curvature import CurvatureInterface
+from laplace.lllaplace import LLLaplace
+from laplace.subnetlaplace import SubnetLaplace
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -15,16 +17,11 @@ from curvature.laplace import archive
 from curvature.laplace.backend import Backend
 from curvature.laplace.files import posterior_of, state_of
 from curvature.laplace.kron import BlockKron
+from curvature.laplace.posterior import EKFACLaplace
 from curvature.laplace.sums import OuterSums, Sums
 from solvers import Kronecker, LinearOperator
 
 _KIND = "an online posterior"
-_STRUCTURES = ("full", "diag", "kron", "kfac")
-_REASONS = {
-    "ekfac": "eigenvalues in the eigenbasis of one task do not add to those in the basis of another",
-    "low_rank": "eigenvectors of one task do not add to those of another",
-    "low_rank_diag": "eigenvectors of one task do not add to those of another",
-}
 
 
 class OnlineLaplace:
@@ -151,21 +148,24 @@ class OnlineLaplace:
 
 
 def _check(la: Any) -> None:
-    subset, structure = getattr(la, "_key", (None, None))
-    if subset != "all" and structure in (*_STRUCTURES, *_REASONS):
+    if isinstance(la, (LLLaplace, SubnetLaplace)):
         raise TypeError(
             f"{type(la).__name__} is over a part of the parameters; an online posterior is over all that are "
             "trainable. Freeze the others with requires_grad_(False) and take subset_of_weights='all'."
         )
-    if structure not in _STRUCTURES:
-        why = f", since {_REASONS[structure]}" if structure in _REASONS else ""
+    if isinstance(la, EKFACLaplace) or not isinstance(la, (FullLaplace, DiagLaplace, KronLaplace)):
+        why = ""
+        if isinstance(la, EKFACLaplace):
+            why = ", since eigenvalues in the eigenbasis of one task do not add to those in the basis of another"
+        elif isinstance(la, LowRankLaplace):
+            why = ", since eigenvectors of one task do not add to those of another"
         raise TypeError(
-            f"{type(la).__name__} cannot be carried from task to task{why}. Take hessian_structure= one of "
-            f"{', '.join(map(repr, _STRUCTURES))}."
+            f"{type(la).__name__} cannot be carried from task to task{why}. Take hessian_structure='full', 'diag', "
+            "'kron' or 'kfac'."
         )
     if getattr(la, "damping", False):
         raise TypeError("damping=True puts the prior into the Kronecker factors; an online posterior adds it to them.")
-    if structure in ("kron", "kfac") and not issubclass(la._backend_cls, Backend):
+    if isinstance(la, KronLaplace) and not issubclass(la._backend_cls, Backend):
         raise TypeError(
             f"the factors of {la._backend_cls.__name__} are not weighted by their examples, so tasks of other sizes "
             "do not add up. Take backend=GGNBackend or EFBackend of curvature.laplace."
