@@ -41,13 +41,15 @@ def bfgs(H: Tensor, s: Tensor, y: Tensor) -> Tensor:
 
 
 def double_damped(H: Tensor, s: Tensor, y: Tensor, mu: float, shift: float) -> tuple[Tensor, Tensor]:
-    r"""Powell's damping with respect to the inverse, then Levenberg and Marquardt's.
+    r"""Powell's damping twice: of the point with respect to the inverse, then of the gradient with respect to I.
 
-    .. math:: s \leftarrow \theta s + (1 - \theta) H y \text{ so that } s^\top y \ge \mu\, y^\top H y, \qquad
-        y \leftarrow y + \nu s
+    .. math::
+        s \leftarrow \theta_1 s + (1 - \theta_1) H y \text{ so that } s^\top y \ge \mu\, y^\top H y, \qquad
+        y \leftarrow \theta_2 y + (1 - \theta_2) s \text{ so that } s^\top y \ge \nu\, s^\top s
 
-    with the largest :math:`\theta \le 1`. Then :math:`s^\top y > 0` whatever the noise, and the eigenvalues of the
-    updated inverse stay bounded.
+    each with the largest :math:`\theta \le 1`, so that a pair that satisfies both stays as it is. Then
+    :math:`s^\top y > 0` whatever the noise, and the eigenvalues of the updated inverse stay bounded from both sides.
+    For :math:`\nu > 1`, which the paper excludes, the second step goes towards :math:`\nu I`.
 
     Args:
         H: Inverse ``(*, d, d)``.
@@ -57,13 +59,19 @@ def double_damped(H: Tensor, s: Tensor, y: Tensor, mu: float, shift: float) -> t
         shift: :math:`\nu`, the damping of the factor.
 
     References:
-        Goldfarb, Ren and Bahamou (2020), section 4, https://arxiv.org/abs/2006.08877
+        Goldfarb, Ren and Bahamou (2020), algorithm 3, https://arxiv.org/abs/2006.08877, with the second step as in the
+        authors' code, https://github.com/renyiryry/kbfgs_neurips2020_public
     """
     Hy = _apply(H, y)
-    sy, yHy = _dot(s, y), _dot(y, Hy)
-    theta = torch.where(sy < mu * yHy, (1 - mu) * yHy / (yHy - sy), 1)
-    s = theta * s + (1 - theta) * Hy
-    return s, y + shift * s
+    s = s + _share(_dot(s, y), _dot(y, Hy), mu) * (Hy - s)
+    target = max(1.0, shift)
+    return s, y + _share(_dot(s, y), target * _dot(s, s), shift / target) * (target * s - y)
+
+
+def _share(found: Tensor, size: Tensor, bound: float) -> Tensor:
+    r"""The least :math:`1 - \theta` with :math:`\theta\, found + (1 - \theta)\, size \ge bound \cdot size`."""
+    short = found < bound * size
+    return torch.where(short, 1 - (1 - bound) * size / torch.where(short, size - found, 1), 0)
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
@@ -115,9 +123,10 @@ class KroneckerBFGSEstimator(InverseEstimator):
 
     with the mean input :math:`\bar a`, the mean output :math:`\bar h = W \bar a` and its mean gradient
     :math:`\bar g` of a batch, before a step and after it (:math:`^+`), and :math:`\nu = \sqrt\lambda`. :math:`H_A`
-    begins as the exact inverse :math:`(A + \nu I)^{-1}`. An input factor that is diagonal (embeddings) is inverted
-    exactly. Where a matrix is also used from its other side (an embedding tied to a head) only the uses as a layer
-    count.
+    begins as the exact inverse :math:`(A + \nu I)^{-1}`, and learns of a batch before it meets that batch's gradient
+    (in the authors' code after it). Pairs are averaged without bias; BFGS does not see their scale. An input factor
+    that is diagonal (embeddings) is inverted exactly. Where a matrix is also used from its other side (an embedding
+    tied to a head) only the uses as a layer count.
 
     A step costs ``O(d^2)`` per factor beside A itself, and no decomposition.
 

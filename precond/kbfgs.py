@@ -26,7 +26,7 @@ class KBFGS(PreconditionedOptimizer):
     :math:`H_B \approx (B + \sqrt\lambda I)^{-1}` from how much the gradient with respect to the layer's outputs changes
     in a step: after the parameters have moved, :meth:`step` runs the same batch once more, forward and backward through
     the activations, with the same random numbers, and leaves buffers and gradients as they were. Pairs are damped
-    twice, by Powell's rule with ``mu`` and by :math:`\sqrt\lambda`.
+    twice by Powell's rule, with ``mu`` for the inverse and with :math:`\sqrt\lambda` for the identity.
 
     Prefer it to K-FAC where decompositions are what costs: no matrix is factorised after the first step, and an update
     is ``O(d^2)``. In return each update costs a second pass, and inputs are kept until the step ends. The curvature

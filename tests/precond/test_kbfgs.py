@@ -61,7 +61,11 @@ class Factors:
         if s @ y < 0.2 * yHy:
             theta = 0.8 * yHy / (yHy - s @ y)
             s = theta * s + (1 - theta) * self.HB @ y
-        self.HB = self.updated(self.HB, s, y + DAMPING**0.5 * s)
+        nu = DAMPING**0.5
+        if s @ y < nu * (s @ s):
+            theta = (1 - nu) * (s @ s) / (s @ s - s @ y)
+            y = theta * y + (1 - theta) * s
+        self.HB = self.updated(self.HB, s, y)
 
     @staticmethod
     def updated(H: Tensor, s: Tensor, y: Tensor) -> Tensor:
@@ -110,6 +114,26 @@ def test_bfgs_satisfies_the_secant_equation_and_stays_positive(generator: torch.
         H = bfgs(H, s, y)
         torch.testing.assert_close((H @ y.unsqueeze(-1)).squeeze(-1), s, rtol=1e-7, atol=1e-9)
         assert torch.equal(H, H.mT) and torch.linalg.eigvalsh(H).min() > 0
+
+
+@pytest.mark.parametrize("shift", [0.01, 0.5, 1.0, 3.0])
+def test_both_bounds_hold_and_what_satisfies_them_stays(generator: torch.Generator, shift: float) -> None:
+    root = torch.randn(5, 5, generator=generator, dtype=torch.float64)
+    H = root @ root.T + 0.1 * torch.eye(5).double()
+    touched = 0
+    for _ in range(200):
+        s, y = torch.randn(2, 5, generator=generator, dtype=torch.float64)
+        y = y + 3 * s
+        damped_s, damped_y = double_damped(H, s, y, 0.2, shift)
+        assert damped_s @ y >= 0.2 * (y @ H @ y) * (1 - 1e-12)
+        assert damped_s @ damped_y >= shift * (damped_s @ damped_s) * (1 - 1e-12)
+        if s @ y >= 0.2 * (y @ H @ y):
+            assert torch.equal(damped_s, s)
+        if damped_s @ y >= shift * (damped_s @ damped_s):
+            assert torch.equal(damped_y, y)
+        else:
+            touched += 1
+    assert 0 < touched < 200 or shift == 0.01
 
 
 def test_the_input_factor_tends_to_the_damped_inverse() -> None:
