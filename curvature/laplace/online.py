@@ -144,7 +144,8 @@ class OnlineLaplace:
         return online
 
     def __repr__(self) -> str:
-        return f"OnlineLaplace({type(self.posterior).__name__}, {self.tasks} tasks, {self.posterior.n_data} examples)"
+        seen = f"tasks={self.tasks}, examples={self.posterior.n_data}"
+        return f"OnlineLaplace({type(self.posterior).__name__}, {seen})"
 
 
 def _check(la: Any) -> None:

@@ -200,6 +200,7 @@ def test_a_posterior_that_was_fitted_before_is_the_first_task() -> None:
     la.fit(loader_of(x, y))
     online = OnlineLaplace(la)
     assert online.tasks == 1 and online.penalty() == 0
+    assert repr(online) == "OnlineLaplace(KFACLaplace, tasks=1, examples=12)"
     move(model, 3)
     assert online.penalty() > 0
 
