@@ -82,10 +82,10 @@ class SketchedEstimator(GramEstimator, InverseEstimator):
         size: Coordinates that are kept of each side of a layer; sides that are no larger are kept whole.
         seed: Of the choice.
 
-    The authors' code (https://github.com/yangorwell/SENG) picks coordinates in the same way, also draws them without
-    replacement, and scales U alike; it differs in that a sketch is multiplied by :math:`d / d'` per side of length d of
-    which d' are kept, on both factors of a product, where :math:`\mathbb E[\Omega^\top \Omega] = I` asks for the root; in
-    that gradients of few numbers are never sketched; and in that those of convolutions are first cut to a low rank.
+    The authors' code (https://github.com/yangorwell/SENG) picks coordinates in the same way, also without replacement,
+    and scales U alike. It differs in that a sketch is multiplied by :math:`d / d'` per side of length d of which d' are
+    kept, on both factors of a product, where :math:`\mathbb E[\Omega^\top \Omega] = I` asks for the root; in that
+    gradients of few numbers are never sketched; and in that those of convolutions are first cut to a low rank.
 
     References:
         Yang, Xu, Wen, Chen and Xu (2020), https://arxiv.org/abs/2006.05924
