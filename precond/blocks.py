@@ -49,7 +49,7 @@ class Blocks(dict[str, Preconditioner]):
 
     def apply(
         self, gradients: Mapping[str, Tensor], rows: Mapping[str, Rows], results: Mapping[str, Tensor]
-    ) -> list[str]:
+    ) -> dict[str, Tensor]:
         """Write ``P g`` for every block that has an inverse and all of its gradients, and the plain ``g`` elsewhere.
 
         Args:
@@ -58,7 +58,7 @@ class Blocks(dict[str, Preconditioner]):
             results: Parameter's name -> contiguous tensor to write to.
 
         Returns:
-            Names of the parameters with a plain gradient, if only in part.
+            Parameter's name -> what of its gradient went through as it is, zero elsewhere; where there is such a part.
         """
         written: dict[str, list[Part]] = {name: [] for name in gradients}
         for key, preconditioner in self.items():
@@ -73,14 +73,16 @@ class Blocks(dict[str, Preconditioner]):
             for part in block.parts:
                 written[part.name].append(part)
         plain = [name for name, parts in written.items() if sum(p.numel for p in parts) < gradients[name].numel()]
-        for name in plain:
-            _fill(results[name], gradients[name], written[name])
-        return plain
+        return {name: _fill(results[name], gradients[name], written[name]) for name in plain}
 
 
-def _fill(result: Tensor, gradient: Tensor, written: list[Part]) -> None:
-    """Write a gradient where none of these parts was written."""
-    plain = gradient.clone(memory_format=torch.contiguous_format)
+def _fill(result: Tensor, gradient: Tensor, written: list[Part]) -> Tensor:
+    """Write a gradient where none of these parts was written; returns it with zeros in these parts."""
+    rest = gradient.clone(memory_format=torch.contiguous_format)
     for part in written:
-        part.write(part.read(result.view(-1)), plain.view(-1))
-    result.copy_(plain)
+        part.write(torch.zeros_like(part.read(rest.view(-1))), rest.view(-1))
+    whole = rest.clone()
+    for part in written:
+        part.write(part.read(result.view(-1)), whole.view(-1))
+    result.copy_(whole)
+    return rest

@@ -350,8 +350,8 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         self._refresh(updated)
         out = {p: torch.empty_like(g, memory_format=torch.contiguous_format) for p, g in gradients.items()}
         results = {name: out[p] for name, p in self.parameters.items() if p in gradients}
-        for name in self.preconditioners.apply(by_name, rows, results):
-            self._report_plain(name, by_name[name])
+        for name, plain in self.preconditioners.apply(by_name, rows, results).items():
+            self._report_plain(name, plain)
         ignored = self._ignored()
         return out | {p: g.clone() for p, g in given.items() if id(p) in ignored}
 

@@ -260,3 +260,38 @@ def test_unfreezing_what_was_given_frozen() -> None:
     train(model, optimizer, loss_fn, 1)
     assert moved(model, before) == set(before)
     assert "0.weight+0.bias" in optimizer.preconditioners
+
+
+class Slices(nn.Module):
+    """One weight in two layers with biases of their own, of which the second is used in some steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 3, dtype=torch.float64))
+        self.first, self.second = (nn.Parameter(torch.zeros(n, dtype=torch.float64)) for n in (4, 2))
+        self.both = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = nn.functional.linear(x, self.weight[:4], self.first)
+        return y + nn.functional.linear(x, self.weight[4:], self.second).repeat(1, 2) if self.both else y
+
+
+def test_part_of_a_parameter_stays_where_its_block_has_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, loss_fn = Slices(), nn.MSELoss()
+    optimizer = KFAC(model, loss_fn, lr=0.1, momentum=0.0, damping=1e-2)
+    x, y = torch.randn(8, 3, dtype=torch.float64), torch.randn(8, 4, dtype=torch.float64)
+
+    def step() -> Tensor:
+        before = model.weight.detach().clone()
+        optimizer.zero_grad()
+        loss_fn(model(x), y).backward()
+        optimizer.step()
+        return (model.weight - before).abs().amax(1)
+
+    assert step().min() > 0
+    model.both = False
+    # What is not written shows as NaN.
+    empty_like = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **options: empty_like(*args, **options).fill_(torch.nan))
+    moved = step()
+    assert moved[:4].min() > 0 and (moved[4:] == 0).all()
