@@ -232,7 +232,8 @@ class KroneckerBFGSEstimator(InverseEstimator):
             mean.commit(self._ema)
         s_mean, y_mean = (mean.value for mean in self.secant)
         assert s_mean is not None and y_mean is not None
-        self.HB = bfgs(self.HB, *double_damped(self.HB, s_mean, y_mean, self.mu, self.shift))
+        new = bfgs(self.HB, *double_damped(self.HB, s_mean, y_mean, self.mu, self.shift))
+        self.HB = torch.where(torch.isfinite(new).all(), new, self.HB)  # products of large pairs may overflow
 
     def _output(self, weights: Tensor, a: Tensor) -> Tensor:
         W = weights.to(a.dtype)

@@ -85,6 +85,11 @@ class CurveBall(GaussNewtonClosureOptimizer):
         # By pseudo-inverse, because z is zero at first and may become parallel to the slope.
         coefficients = -(torch.linalg.pinv(basis.mT @ images, hermitian=True) @ (basis.mT @ g))
         z = basis @ coefficients
+        if not bool(torch.isfinite(z).all()):
+            raise FloatingPointError(
+                "CurveBall: the quadratic model of the batch overflows. Nothing was changed. Lower the scale of the "
+                "loss, or train in float64."
+            )
         predicted = -float(g @ z + 0.5 * coefficients @ (basis.mT @ images) @ coefficients)
         if self.steps % self.adapt_period == 0:
             change = float(self.value) - float(self.value_at(unflatten(z, params)))

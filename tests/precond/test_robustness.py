@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import re
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 import precond.matrices
+import precond.preconditioner
+from curvature.inverse import InverseEstimator
 from precond import SOAP, GaLore, KLShampoo, Shampoo, SPlus
 from solvers import SolverError
 from tests.precond.test_torch_checks import METHODS, NAMES, WITHOUT_CLOSURE, Problem, equal
@@ -61,6 +64,40 @@ def test_degenerate_batches(name, kind):
         problem.step(optimizer)
         assert finite(problem, optimizer)
     assert optimizer.skipped == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("scale", [1e30, 1e-30])
+def test_gradients_whose_squares_leave_float32(name, scale):
+    """Squares of 1e30 overflow, those of 1e-30 vanish: a step may be skipped or refused, aloud, but nothing breaks."""
+    problem = Problem(name)
+    optimizer = problem.make()
+    with torch.no_grad():
+        problem.model.weight.zero_(), problem.model.bias.zero_()
+        problem.y = problem.y * scale
+    before, said = problem.values(), []
+    for _ in range(4):
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            try:
+                problem.step(optimizer)
+            except (FloatingPointError, SolverError) as error:
+                said.append(error)
+        said += warned
+        assert finite(problem, optimizer)
+    moved = not equal(problem.values(), before)
+    # A bound on steps holds them at zero where the predicted change overflows.
+    bounded = any(group["kl_clip"] for group in optimizer.param_groups)
+    assert moved or said or bounded or scale < 1, "nothing moved, and nothing was said"
+    # The next steps are as if nothing had been.
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        problem.model.weight.copy_(torch.randn(4, 5, generator=generator)), problem.model.bias.zero_()
+        problem.y = torch.randn(8, 4, generator=generator)
+    before = problem.values()
+    for _ in range(4):
+        problem.step(optimizer)
+    assert finite(problem, optimizer) and not equal(problem.values(), before)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -198,6 +235,38 @@ def test_a_failed_decomposition_keeps_the_last_one_and_says_so(name, monkeypatch
     step(10)
     step(11)
     assert not torch.equal(optimizer.state[weight][entry], good)
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.needs == "layers"])
+def test_a_failed_inverse_of_a_block_keeps_the_last_one_and_says_so(name, monkeypatch, caplog):
+    problem, optimizer = make(name, curvature_update_period=1, inverse_update_period=1)
+    for _ in range(3):
+        problem.step(optimizer)
+    (block,) = optimizer.preconditioners
+    preconditioner = optimizer.preconditioners[block]
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise SolverError("the routine did not converge")
+
+    learns_inverse = isinstance(preconditioner.estimator, InverseEstimator)
+    if learns_inverse:
+        monkeypatch.setattr(type(preconditioner.estimator), "improve", fails)
+    else:
+        monkeypatch.setattr(precond.preconditioner, "power", fails)
+    before, good = problem.values(), preconditioner.inverse
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            problem.step(optimizer)
+    assert caplog.text.count(f"block {block} keeps its last inverse: the routine did not converge") == 3
+    assert preconditioner.inverse is good or learns_inverse
+    assert not equal(problem.values(), before) and finite(problem, optimizer)
+    before = problem.values()
+    with pytest.raises(SolverError, match=rf"^block {re.escape(block)}: no inverse \(4 failures in a row\)"):
+        problem.step(optimizer)
+    assert equal(problem.values(), before)
+    monkeypatch.undo()
+    problem.step(optimizer)
+    assert preconditioner.failures == 0 and not equal(problem.values(), before)
 
 
 @pytest.mark.parametrize("name", WITHOUT_CLOSURE)
