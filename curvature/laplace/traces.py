@@ -80,7 +80,7 @@ class WhitenedTraces:
         batch_size: int | None,
         seed: int,
     ) -> None:
-        size = posterior.parameters.size
+        self._size = size = posterior.parameters.size
         self.whole = samples >= size
         self.samples, self.steps, self.seed, self.products = min(samples, size), min(steps, size), seed, 0
         self._batch = default_batch(posterior.curvature, batch_size)
@@ -101,10 +101,9 @@ class WhitenedTraces:
         """
         largest = posterior.prior.values.max()
         factor = posterior.scale / float(largest)  # times the curvature whitened by the shape of the prior is H^
-        n = posterior.parameters.size
         means, changes = Mean(), Mean()
         for rule, known in self._quadratures(posterior, posterior.prior.values / largest, factor):
-            values, change = self._integrals(rule, known, factor, n)
+            values, change = self._integrals(rule, known, factor)
             means.add(values)
             changes.add(change.transpose(0, 1))
         systematic = remaining(changes.value)
@@ -152,12 +151,12 @@ class WhitenedTraces:
 
     def _settled(self, rule: Quadrature, known: Known | None, factor: float, share: float) -> bool:
         """Whether what more steps would change is at most this share of what the random vectors leave open."""
-        values, changes = self._integrals(rule, known, factor, 1)
+        values, changes = self._integrals(rule, known, factor)
         spread = values.std(0) * self.samples**-0.5 if len(values) > 1 else torch.zeros_like(values[0])
         floor = self._eps**0.5 * values.mean(0).abs()
         return bool((remaining(changes.mean(1)) <= torch.maximum(share * spread, floor)).all())
 
-    def _integrals(self, rule: Quadrature, known: Known | None, factor: float, n: int) -> tuple[Tensor, Tensor]:
+    def _integrals(self, rule: Quadrature, known: Known | None, factor: float) -> tuple[Tensor, Tensor]:
         """Both quadratic forms for each vector ``(m, 2)``, and what the steps changed ``(2, m, 2)``."""
         lowest = factor * rule.nodes.min()
         if not bool(lowest > -1):
@@ -167,7 +166,7 @@ class WhitenedTraces:
                 f"told from zero in this dtype (eps {self._eps:.1g}). Use a larger prior precision or float64."
             )
         values, changes = rule.apply(lambda nodes: _both(factor * nodes))
-        values, changes = n * values, n * changes
+        values, changes = self._size * values, self._size * changes  # the quadrature is of vectors of unit norm
         return values if known is None else values - known.excess @ _both(factor * known.values), changes
 
 
