@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -128,24 +130,16 @@ class Examples:
 
     def gradients(self, signals: Sequence[Tensor]) -> Tensor:
         """Per-sample gradients ``(len(signals), n, P)``, in the parameters' dtype."""
-        return self.parameters.flatten({n: g.to(self.parameters.dtype) for n, g in self.by_parameter(signals).items()})
+        return self.kept(signals).rows(slice(0, len(signals)), slice(0, self.number))
 
     def by_parameter(self, signals: Sequence[Tensor]) -> dict[str, Tensor]:
         """Per-sample gradients ``{name: (len(signals), n, *shape)}``."""
-        lead = (len(signals), self.number)
-        out: dict[str, Tensor] = {}
-        for block, samples in self.samples(signals, vectorised=True):
-            (part,) = block.parts
-            p = self.parameters[part.name]
-            formed = [gradients(entry) for entry in samples]
-            rows = self._by_signal(formed[0] if len(formed) == 1 else torch.cat(formed), len(signals))
-            if part.numel == p.numel() and part.permutation == tuple(range(len(part.split))):
-                out[part.name] = rows.reshape(*lead, *p.shape)  # no copy: these are the largest tensors around
-            else:
-                if part.name not in out:
-                    out[part.name] = rows.new_zeros(*lead, *p.shape)
-                part.write(rows, out[part.name].view(*lead, p.numel()))
-        return {n: out[n] if n in out else p.new_zeros(*lead, *p.shape) for n, p in self.parameters.items()}
+        return self.kept(signals).by_parameter(slice(0, len(signals)), slice(0, self.number))
+
+    def kept(self, signals: Sequence[Tensor]) -> KeptGradients:
+        """The factors of all per-sample gradients, from which any of them can be formed."""
+        blocks = self.samples(signals, vectorised=True)
+        return KeptGradients(self.parameters, blocks, len(signals), self.number)
 
     def norms(self, signals: Sequence[Tensor]) -> dict[str, Tensor]:
         """Squared norms of the gradients with respect to each parameter, ``{name: (len(signals), n)}``."""
@@ -167,13 +161,93 @@ class Examples:
         return rows.reshape(signals, self.number, *rows.shape[1:])
 
 
-def gradients(samples: Samples) -> Tensor:
-    """Per-sample gradients in one piece, ``(k * n, *block shape)``."""
-    uses = samples.aligned()
-    total = uses[0].gradient(0, uses[0].examples)
-    for use in uses[1:]:
-        total = total + use.gradient(0, use.examples)
-    return total.flatten(0, 1)
+@dataclass(frozen=True)
+class KeptGradients:
+    """Per-sample gradients by their factors: inputs of layers, and gradients of their outputs.
+
+    Attributes:
+        parameters: The tracked parameters.
+        blocks: What the gradients of each block are made of; rows are signals, and examples within a signal.
+        signals: Number of signals.
+        examples: Number of examples.
+    """
+
+    parameters: Parameters
+    blocks: list[tuple[Block, list[Samples]]]
+    signals: int
+    examples: int
+
+    def rows(self, signals: slice, examples: slice) -> Tensor:
+        """Gradients ``(k, m, P)`` of some examples under some signals, in the parameters' dtype."""
+        p, lead = self.parameters, (signals.stop - signals.start, examples.stop - examples.start)
+        out = torch.zeros(*lead, p.size, dtype=p.dtype, device=p.device)
+        for block, samples in self.blocks:
+            (part,) = block.parts
+            start = p.starts[part.name]
+            formed = self._formed(samples, signals, examples).to(p.dtype).reshape(*lead, *block.shape)
+            part.write(formed, out[..., start : start + p[part.name].numel()])
+        return out
+
+    def by_parameter(self, signals: slice, examples: slice) -> dict[str, Tensor]:
+        """The same for each parameter, ``{name: (k, m, *shape)}``."""
+        lead = (signals.stop - signals.start, examples.stop - examples.start)
+        out: dict[str, Tensor] = {}
+        for block, samples in self.blocks:
+            (part,) = block.parts
+            p = self.parameters[part.name]
+            rows = self._formed(samples, signals, examples).reshape(*lead, *block.shape)
+            if part.numel == p.numel() and part.permutation == tuple(range(len(part.split))):
+                out[part.name] = rows.reshape(*lead, *p.shape)  # no copy: these are the largest tensors around
+            else:
+                if part.name not in out:
+                    out[part.name] = rows.new_zeros(*lead, *p.shape)
+                part.write(rows, out[part.name].view(*lead, p.numel()))
+        return {n: out[n] if n in out else p.new_zeros(*lead, *p.shape) for n, p in self.parameters.items()}
+
+    def weighted_squares(self, weights: Tensor) -> Tensor:
+        """Sums of the squared entries of every gradient times weights ``(P,)``, ``(signals, examples)``."""
+        p = self.parameters
+        sizes = {name: parameter.numel() for name, parameter in p.items()}
+        total = weights.new_zeros(self.signals, self.examples)
+        for block, samples in self.blocks:
+            some = Place.of(block, p.starts, sizes).gather(weights)
+            squares = torch.cat([entry.weighted_squares(some) for entry in samples])
+            self._check_rows(len(squares))
+            total += squares.reshape(total.shape).to(total.dtype)
+        return total
+
+    def _check_rows(self, rows: int) -> None:
+        if rows != self.signals * self.examples:
+            raise RuntimeError(
+                f"{rows} gradients came back for {self.signals} signals on {self.examples} examples: part of the model "
+                "returns no gradient for some signals. Leave its parameters out with params=."
+            )
+
+    def _formed(self, samples: list[Samples], signals: slice, examples: slice) -> Tensor:
+        """The rows of one block, ``(k * m, *block shape)``."""
+        found, position = [], 0
+        for entry in samples:
+            uses = entry.aligned()
+            k, n = uses[0].signals, uses[0].examples
+            if n == self.examples:  # a signal for all examples
+                first = position // n
+                chosen = slice(max(0, signals.start - first), max(0, min(k, signals.stop - first)))
+                uses, part = tuple(use.only(chosen) for use in uses), examples
+            else:  # a signal for each example
+                row = torch.arange(position, position + k)
+                signal, example = row // self.examples, row % self.examples
+                inside = (signals.start <= signal) & (signal < signals.stop)
+                inside &= (examples.start <= example) & (example < examples.stop)
+                uses, part = tuple(use.only(inside.nonzero().flatten()) for use in uses), slice(0, n)
+            position += k * n
+            if uses[0].signals:
+                found.append(_summed([use.gradient(part.start, part.stop) for use in uses]).flatten(0, 1))
+        self._check_rows(position)
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def _summed(tensors: list[Tensor]) -> Tensor:
+    return reduce(torch.add, tensors)
 
 
 def squared_norms(samples: Samples) -> Tensor:

@@ -70,6 +70,15 @@ class Outer:
         return self.g.shape[-3]
 
     @property
+    def signals(self) -> int:
+        """Number of signals k."""
+        return self.g.shape[-4]
+
+    def only(self, chosen: slice | Tensor) -> Outer:
+        """The same use under some of the signals."""
+        return replace(self, g=self.g[..., chosen, :, :, :])
+
+    @property
     def positions(self) -> int:
         """Number of positions s."""
         return self.g.shape[-2]
@@ -134,6 +143,15 @@ class PerSample:
     def examples(self) -> int:
         """Number of examples n (1 where the use has no batch axis)."""
         return self.gradients.shape[1]
+
+    @property
+    def signals(self) -> int:
+        """Number of signals k."""
+        return self.gradients.shape[0]
+
+    def only(self, chosen: slice | Tensor) -> PerSample:
+        """The same use under some of the signals."""
+        return PerSample(self.gradients[chosen])
 
     @property
     def block_shape(self) -> tuple[int, ...]:
@@ -235,6 +253,18 @@ class Samples:
             total = square if total is None else total.add_(square)
         assert total is not None
         return total
+
+    def weighted_squares(self, weights: Tensor) -> Tensor:
+        """Sums of the squared entries of each per-sample gradient times weights of block shape, ``(k * n,)``."""
+        uses = self.aligned()
+        use = uses[0]
+        plain = len(uses) == 1 and isinstance(use, Outer) and isinstance(use.a, Tensor) and use.g.dim() == 4
+        if plain and isinstance(use, Outer) and use.positions == 1:
+            left = use.g.squeeze(-2).square() @ (weights.mT if use.flipped else weights)  # (k, n, i)
+            return (left * use.rows.squeeze(-2).square()).sum(-1).flatten()
+        k = use.signals
+        parts = [(chunk.square() * weights).flatten(1).sum(1).reshape(k, -1) for chunk in self.gradients()]
+        return torch.cat(parts, dim=1).flatten()
 
     def aligned(self) -> tuple[Outer | PerSample, ...]:
         """The uses with a common axis of examples, along which their gradients add up."""

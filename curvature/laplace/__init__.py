@@ -14,6 +14,7 @@ except ImportError as error:  # pragma: no cover
 
 from curvature.laplace.backends import EFBackend, GGNBackend
 from curvature.laplace.decomposed import BlockKronDecomposed
+from curvature.laplace.diagonal import DiagonalPosterior, LastLayerDiagonalPosterior
 from curvature.laplace.evidence import Evidence, StochasticEvidence, evidence
 from curvature.laplace.files import load, save
 from curvature.laplace.hessian import HessianBackend
@@ -35,12 +36,14 @@ from curvature.laplace.tuning import Tuned, optimize_evidence
 __all__ = [
     "BlockKron",
     "BlockKronDecomposed",
+    "DiagonalPosterior",
     "EFBackend",
     "EKFACLaplace",
     "Evidence",
     "GGNBackend",
     "HessianBackend",
     "KFACLaplace",
+    "LastLayerDiagonalPosterior",
     "LastLayerEKFACLaplace",
     "LastLayerKFACLaplace",
     "LastLayerLowRankDiagPosterior",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -97,8 +98,12 @@ class Backend(JacobianBackend):
 
         Returns:
             The summed loss times ``factor``, 0-d, and ``(P, P)``, in the model's dtype.
+
+        Raises:
+            ValueError: If the matrix is larger than the memory of the device.
         """
         samples = options(kwargs, "full", {"mc_samples"}).get("mc_samples")
+        self._refuse_large()
         with self._pass(x, y) as run:
             total: Tensor | None = None
             for rows in self._rows(run, samples):
@@ -106,6 +111,17 @@ class Backend(JacobianBackend):
                 total = product if total is None else total.add_(product)
             assert total is not None
             return self._loss(run.loss), (self._scale() * total).to(run.output.dtype)
+
+    def _refuse_large(self) -> None:
+        """Refuse dense matrices beyond the memory of the device."""
+        P = sum(p.numel() for p in self.params) if self.subnetwork_indices is None else len(self.subnetwork_indices)
+        nbytes, device = P * P * self.params[0].element_size(), self.params[0].device
+        room = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else installed()
+        if nbytes > room:
+            raise ValueError(
+                f"the dense matrix of {P} parameters takes {nbytes / 2**30:.3g} GiB, and this {device.type} has "
+                f"{room / 2**30:.3g} GiB. Use hessian_structure='kfac' or 'ekfac', or 'diagonal'."
+            )
 
     def diag(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Diagonal of :meth:`full`, ``(P,)``, without forming gradients of single examples where a layer allows.
@@ -232,6 +248,11 @@ class _Ignored(EigenbasisEstimator):
 
     def update(self, samples: Any) -> None:
         """Nothing."""
+
+
+def installed() -> int:
+    """Bytes of main memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def options(kwargs: dict[str, Any], method: str, known: set[str]) -> dict[str, Any]:

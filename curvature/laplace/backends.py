@@ -72,6 +72,21 @@ class GGNBackend(Backend, GGNInterface):
     def _samples(self) -> int:
         return self.num_samples
 
+    def full(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        options(kwargs, "full", {"mc_samples"})
+        self._refuse_large()
+        form = None if self._partly() else self._closed_form(x, y)
+        if form is None:
+            return super().full(x, y, **kwargs)
+        hessians, names, loss = form
+        return loss, (self._scale() * hessians.dense(bias=len(names) > 1)).to(loss.dtype)
+
+    def _partly(self) -> bool:
+        """Whether only a part of the last layer counts."""
+        layer: Any = self._model
+        frozen = self.last_layer and len(self.params) < len(list(layer.parameters()))
+        return frozen or self.subnetwork_indices is not None
+
     def diag(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         options(kwargs, "diag", {"mc_samples"})
         form = self._closed_form(x, y)
@@ -87,8 +102,7 @@ class GGNBackend(Backend, GGNInterface):
     def kron(self, x: Inputs, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, BlockKron]:
         approximation = options(kwargs, "kron", {"mc_samples", "kfac_approx"}).get("kfac_approx", "expand")
         layer: Any = self._model
-        frozen = self.last_layer and len(self.params) < len(list(layer.parameters()))
-        form = None if frozen or self.subnetwork_indices is not None else self._closed_form(x, y)
+        form = None if self._partly() else self._closed_form(x, y)
         if form is None or (approximation != "expand" and form[0].positions > 1):
             return super().kron(x, y, N, **kwargs)
         hessians, names, loss = form

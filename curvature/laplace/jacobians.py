@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from curvature.data import resolve_output
 from curvature.laplace.batch import BatchBackend, Inputs, Pass
 from curvature.parameters import Parameters
-from curvature.persample import Examples
+from curvature.persample import Examples, KeptGradients
 from curvature.recorder import tensors_in
 from curvature.settings import differentiable_kernels
 
@@ -41,6 +41,16 @@ class JacobianBackend(BatchBackend):
         with self._pass(x) as run:
             examples = Examples.along(run.output, run.parameters, run.recorder)
             return self._followed(run, examples, examples.unit_signals())
+
+    def kept_jacobians(self, x: Inputs) -> tuple[KeptGradients, Tensor]:
+        """Jacobians by their factors, from which those of some examples and outputs can be formed, and the outputs.
+
+        Args:
+            x: Inputs.
+        """
+        with self._pass(x) as run:
+            examples = Examples.along(run.output, run.parameters, run.recorder)
+            return examples.kept(examples.unit_signals()), run.output.detach()
 
     def last_layer_jacobians(self, x: Inputs, enable_backprop: bool = False) -> tuple[Tensor, Tensor]:
         """The same for the last layer; ``phi (x) I`` where the outputs are linear in features phi."""

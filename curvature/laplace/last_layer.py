@@ -115,6 +115,29 @@ class OutputHessians:
         h = torch.full_like(self.phi[:, :1], 2.0).expand(-1, self.outputs) if self.p is None else self.p - self.p**2
         return h.mT @ self.phi.square(), h.sum(0)
 
+    def dense(self, bias: bool) -> Tensor:
+        r"""The curvature of weight and, if wanted, bias, ``(P, P)`` with P = C d (+ C).
+
+        :math:`\sum_n \operatorname{diag}(h_n) \otimes a_n a_n^\top - (p_n \otimes a_n)(p_n \otimes a_n)^\top`, where
+        :math:`a_n` are the features with a one: n rows in place of one row per term and output.
+        """
+        n, d, C = len(self.phi), self.phi.shape[1], self.outputs
+        h = torch.full_like(self.phi[:, :1], 2.0).expand(n, C) if self.p is None else self.p
+        if self.p is None:
+            total = self.phi.new_zeros(C * (d + bias), C * (d + bias))
+        else:
+            rows = (self.p.unsqueeze(2) * self.phi.unsqueeze(1)).flatten(1)
+            total = gram(torch.cat([rows, self.p], dim=1) if bias else rows).neg_()
+        weight = total[: C * d, : C * d].view(C, d, C, d)
+        for c in range(C):
+            weight[c, :, c] += gram(h[:, c : c + 1].sqrt() * self.phi)
+        if bias:
+            mixed = self.phi.mT @ h  # (d, C)
+            total[: C * d, C * d :].view(C, d, C).diagonal(dim1=0, dim2=2).add_(mixed)
+            total[C * d :, : C * d].view(C, C, d).diagonal(dim1=0, dim2=1).add_(mixed)
+            total[C * d :, C * d :].diagonal().add_(h.sum(0))
+        return total
+
     def sums(self, max_factor: int, bias: bool) -> OuterSums:
         """The sums of Kronecker factors; with a one appended to the features for a bias."""
         if self.outputs > max_factor:

@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import MutableMapping
 from typing import Any
 
-import numpy as np
-import torch
 from laplace import KronLaplace, LowRankLaplace
 from laplace.baselaplace import ParametricLaplace
 from laplace.curvature import CurvatureInterface
 from laplace.lllaplace import KronLLLaplace
-from laplace.utils.enums import Likelihood, LinkApprox
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 from torch.utils.data import DataLoader
@@ -20,10 +17,11 @@ from curvature.laplace.backend import Backend
 from curvature.laplace.backends import GGNBackend
 from curvature.laplace.decomposed import BlockKronDecomposed
 from curvature.laplace.kron import BlockKron
+from curvature.laplace.predictions import FromFeatures, InParts
 from solvers import Kronecker
 
 
-class KFACLaplace(KronLaplace):
+class KFACLaplace(InParts, KronLaplace):
     """Kronecker-factored posterior of all parameters: ``hessian_structure="kfac"`` with ``subset_of_weights="all"``.
 
     As ``"kron"`` with a backend of this package, with two differences. Nothing is allocated before the data are seen,
@@ -124,7 +122,7 @@ class EKFACLaplace(KFACLaplace):
         self.H = BlockKronDecomposed.from_state(self.H_facs.tensors, state_dict["H"]["eigen"])
 
 
-class LastLayerKFACLaplace(KronLLLaplace, KFACLaplace):
+class LastLayerKFACLaplace(FromFeatures, KronLLLaplace, KFACLaplace):
     """Kronecker-factored posterior of the last layer: ``hessian_structure="kfac"``, predictions without Jacobians.
 
     The covariance of the outputs follows from the features, and predictions that need no more than its diagonal (the
@@ -169,37 +167,6 @@ class LastLayerKFACLaplace(KronLLLaplace, KFACLaplace):
         f, variances = features.output, total.to(features.output.dtype)
         return (f, variances) if self.enable_backprop else (f.detach(), variances.detach())
 
-    def _glm_predictive_distribution(
-        self, X: Any, joint: bool = False, diagonal_output: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        found = None if joint else self._variances(X, diagonal_output)
-        return super()._glm_predictive_distribution(X, joint, diagonal_output) if found is None else found
-
-    def functional_variance_fast(self, X: Any) -> tuple[Tensor, Tensor]:
-        """Outputs and their variances, ``(M, C)`` each."""
-        found = self._variances(X, diagonal=True)
-        if found is None:
-            raise NotImplementedError("the outputs are no function of two-dimensional features alone.")
-        return found
-
-    def _glm_forward_call(
-        self,
-        x: Any,
-        likelihood: str,
-        joint: bool = False,
-        link_approx: str = LinkApprox.PROBIT,
-        n_samples: int = 100,
-        diagonal_output: bool = False,
-    ) -> Any:
-        # Two predictions need no more than variances, which spares (M, C, C) numbers.
-        probit = likelihood != Likelihood.REGRESSION and link_approx == LinkApprox.PROBIT
-        if probit or (likelihood == Likelihood.REGRESSION and diagonal_output and not joint):
-            found = self._variances(x, diagonal=True)
-            if found is not None:
-                f, variances = found
-                return torch.softmax(f / torch.sqrt(1 + np.pi / 8 * variances), dim=-1) if probit else found
-        return super()._glm_forward_call(x, likelihood, joint, link_approx, n_samples, diagonal_output)
-
 
 class LastLayerEKFACLaplace(LastLayerKFACLaplace, EKFACLaplace):
     """EKFAC posterior of the last layer: ``hessian_structure="ekfac"``, predictions without Jacobians."""
@@ -207,7 +174,7 @@ class LastLayerEKFACLaplace(LastLayerKFACLaplace, EKFACLaplace):
     _key = ("last_layer", "ekfac")
 
 
-class LowRankPosterior(LowRankLaplace):
+class LowRankPosterior(InParts, LowRankLaplace):
     """Posterior from the largest eigenvalues of the curvature: ``hessian_structure="low_rank"``.
 
     laplace-torch's ``"lowrank"`` with any backend of this package, without the package that it asks for, and with
