@@ -13,6 +13,8 @@ import torch
 from peers_curvature import flat, unit_vector
 from registry import register
 from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+from workloads import epoch_data
 
 import curvature
 import solvers
@@ -162,3 +164,25 @@ def _(w: Any) -> Run:
 @register("curvature", "curvature", op="NTK, 64 samples")
 def _(w: Any) -> Any:
     return lambda: curvature.ntk(w.model, w.x[:64]), lambda r: r.permute(0, 2, 1, 3)  # n, class, m, class
+
+
+def _laplace(structure: str, kind: str) -> None:
+    @register(f"laplace-torch, ours {kind}", "laplace", op=f"Laplace fit {structure}")
+    def _(w: Any) -> Run:
+        from laplace import Laplace
+
+        from curvature import laplace
+
+        loader = DataLoader(TensorDataset(*epoch_data(w, 1000)), batch_size=250)
+
+        def run() -> Any:
+            la = Laplace(w.model, "classification", "all", structure, backend=getattr(laplace, kind))
+            la.fit(loader)
+            return la
+
+        return run
+
+
+for _s in ("diag", "kron", "full"):
+    for _b in ("GGNBackend", "EFBackend"):
+        _laplace(_s, _b)
