@@ -142,12 +142,14 @@ class Collector:
         )
         if self.exact and not recorder.examples_interact:
             self._refuse_averages([g for g in groups if g.block.name in mixing], signals.examples)
+        # In training examples may interact (a batch norm), and then it matters which root of the Hessian is sent.
+        all_of_them = signals.stacks if self.exact else partial(stacked, iter(signals))
         if signals.kind == "mc" or not mixing:
-            return self._send(groups, output, signals, signals.stacks, counted, scale, cache, mixing)
+            return self._send(groups, output, signals, all_of_them, counted, scale, cache, mixing)
         together = [g for g in groups if g.block.name not in mixing]
         apart = [g for g in groups if g.block.name in mixing]
         sent = partial(stacked, signals.one_by_one() if self.exact else self._signed(signals))
-        reached = self._send(together, output, signals, signals.stacks, counted, scale, cache, set())
+        reached = self._send(together, output, signals, all_of_them, counted, scale, cache, set())
         return reached | self._send(apart, output, signals, sent, counted, scale, cache, mixing)
 
     def _structure(self, recorder: Recorder, output: Tensor, signals: Signals) -> Hashable | None:

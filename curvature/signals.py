@@ -80,7 +80,7 @@ class Signals:
             return self.samples
         if self.kind == "empirical":
             return 1 if self.together else self.positions
-        return self.positions * self.terms.rank
+        return self.positions * self.terms.columns
 
     def __iter__(self) -> Iterator[Tensor]:
         """All signals, examples together."""
@@ -96,8 +96,8 @@ class Signals:
                 for position in range(self.positions):
                     yield self._only(gradient, position)
         else:
-            for c in range(self.terms.rank):
-                (column,) = self.terms.root(c, c + 1)
+            for c in range(self.terms.columns):
+                column = self.terms.sqrt_column(c)
                 if self.positions == 1:
                     yield column
                 else:
@@ -105,7 +105,10 @@ class Signals:
                         yield self._only(column, position)
 
     def stacks(self, size: int) -> Iterator[Tensor]:
-        """All signals, up to ``size`` of them at once: ``(k, *output)``."""
+        """All signals, up to ``size`` of them at once: ``(k, *output)``; of the shortest root where there are columns.
+
+        Which root is taken makes no difference where examples and their positions do not interact.
+        """
         if self.kind != "exact" or self.given is not None or self.positions > 1:
             yield from stacked(iter(self), size)
             return
