@@ -95,9 +95,9 @@ def test_the_autoencoder_learns_in_the_time_of_a_hundred_steps():
 def laplace_benchmarks() -> tuple[Any, Any]:
     """Those that need laplace-torch."""
     pytest.importorskip("laplace")
-    from tests.benchmarks import laplace, laplace_support
+    from tests.benchmarks import laplace_digits, laplace_support
 
-    return laplace, laplace_support
+    return laplace_digits, laplace_support
 
 
 @pytest.mark.slow

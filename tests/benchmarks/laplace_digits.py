@@ -1,4 +1,4 @@
-"""Laplace approximations of a digit classifier: ``python -m tests.benchmarks.laplace --seeds 5``.
+"""Laplace approximations of a digit classifier: ``python -m tests.benchmarks.laplace_digits --seeds 5``.
 
 After Immer, Korzepa and Bauer, "Improving predictions of Bayesian neural nets via local linearization" (AISTATS 2021,
 https://arxiv.org/abs/2008.08400): does the posterior predict better through the linearised network than through sampled
