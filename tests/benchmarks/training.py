@@ -24,32 +24,33 @@ import torch
 
 import precond
 from precond import IterateAverage
+from solvers import CG
 from tests.benchmarks.problems import PROBLEMS, Problem
 
 # One setting for each method, on all problems; everything else is the library's default. ``average`` is the decay of an
 # average of the iterates, which is then what is measured.
 SETTINGS: dict[str, dict[str, Any]] = {
-    "AdaHessian": {"lr": 0.1, "eps": 1e-8},
+    "AdaHessian": {"lr": 1.0, "eps": 1e-8, "hessian_power": 0.5},
     "CurveBall": {"damping": 0.1},
-    "EKFAC": {"lr": 0.1},
-    "GaLore": {"lr": 1e-2, "rank": 24, "scale": 1.0},
-    "GaussNewton": {"solver": "cg"},
+    "EKFAC": {"lr": 0.1, "nesterov": True},
+    "GaLore": {"lr": 7e-3, "rank": 24, "scale": 1.0},
+    "GaussNewton": {"solver": CG(rtol=0.1, progress=False), "damping": 1e-2},
     "HessianFree": {"max_steps": 30},
-    "KBFGS": {"lr": 0.3},
-    "KFAC": {"lr": 0.1},
+    "KBFGS": {"lr": 0.3, "kl_clip": 1e-2, "nesterov": True, "average": 0.9},
+    "KFAC": {"lr": 0.1, "nesterov": True},
     "KLShampoo": {"lr": 1e-2},
-    "MFAC": {"lr": 1e-3, "damping": 1e-3, "window": 64, "nesterov": True},
+    "MFAC": {"lr": 1.5e-3, "damping": 1e-3, "window": 64, "nesterov": True},
     "Muon": {"lr": 1e-2},
-    "NaturalGradient": {"lr": 0.3, "structure": "unit", "damping": 1e-2},
+    "NaturalGradient": {"lr": 0.3, "structure": "unit", "damping": 1e-2, "nesterov": True},
     "PSGD": {"lr": 1e-2},
-    "SENG": {"lr": 0.3, "damping": 0.1},
-    "SINGD": {"lr": 0.1, "damping": 3e-2},
-    "SMWNaturalGradient": {"lr": 1.0, "fisher": "mc"},
+    "SENG": {"lr": 1.0, "damping": 0.3, "kl_clip": 2e-3, "nesterov": True},
+    "SINGD": {"lr": 0.1, "damping": 3e-2, "nesterov": True},
+    "SMWNaturalGradient": {"lr": 1.0, "fisher": "mc", "average": 0.95},
     "SOAP": {"lr": 1e-2},
-    "SPlus": {"lr": 0.2},
+    "SPlus": {"lr": 0.2, "average": 0.95},
     "Shampoo": {"lr": 1e-2},
-    "Sophia": {"lr": 1e-3, "gamma": 1.0},
-    "TNT": {"lr": 0.1},
+    "Sophia": {"lr": 3e-3, "gamma": 1.0, "betas": (0.9, 0.99), "average": 0.95},
+    "TNT": {"lr": 0.1, "nesterov": True},
 }
 # Where a method does not apply. Newton and the dense GaussNewton have problems of their own, convex.py and pinn.py.
 ABSENT = {
@@ -169,12 +170,16 @@ class Row:
 
     def markdown(self, reference: float) -> str:
         """A line of the table; ``reference`` is SGD's number of steps."""
-        options = ", ".join(f"{key}={value!r}" for key, value in self.settings.items()) or "defaults"
+        options = ", ".join(f"{key}={_shown(value)}" for key, value in self.settings.items()) or "defaults"
         each = " ".join(f"{run.steps:.0f}" if run.steps < math.inf else "-" for run in self.runs)
         steps = f"{self.steps:.0f}" if self.steps < math.inf else f"not (best {median(r.best for r in self.runs):.3g})"
         ratio = f"{reference / self.steps:.1f}" if max(self.steps, reference) < math.inf else "-"
         milliseconds = 1e3 * median(run.seconds for run in self.runs)
         return f"| `{self.name}` | {options} | {steps} | {each} | {ratio} | {milliseconds:.1f} |"
+
+
+def _shown(value: Any) -> str:
+    return f"CG(rtol={value.rtol:g})" if isinstance(value, CG) else repr(value)
 
 
 def best_rate(problem: str, name: str, seeds: int) -> Row:
