@@ -30,7 +30,7 @@ from tests.benchmarks.problems import PROBLEMS, Problem
 # One setting for each method, on all problems; everything else is the library's default. ``average`` is the decay of an
 # average of the iterates, which is then what is measured.
 SETTINGS: dict[str, dict[str, Any]] = {
-    "AdaHessian": {"lr": 1.0, "eps": 1e-8, "hessian_power": 0.5},
+    "AdaHessian": {"lr": 0.1, "eps": 1e-8},
     "CurveBall": {"damping": 0.1},
     "EKFAC": {"lr": 0.1, "nesterov": True},
     "GaLore": {"lr": 7e-3, "rank": 24, "scale": 1.0},
@@ -41,7 +41,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "KLShampoo": {"lr": 1e-2},
     "MFAC": {"lr": 1.5e-3, "damping": 1e-3, "window": 64, "nesterov": True},
     "Muon": {"lr": 1e-2},
-    "NaturalGradient": {"lr": 0.3, "structure": "unit", "damping": 1e-2, "nesterov": True},
+    "NaturalGradient": {"lr": 0.3, "structure": "unit", "damping": 1e-2, "momentum": 0.9, "nesterov": True},
     "PSGD": {"lr": 1e-2},
     "SENG": {"lr": 1.0, "damping": 0.3, "kl_clip": 2e-3, "nesterov": True},
     "SINGD": {"lr": 0.1, "damping": 3e-2, "nesterov": True},
