@@ -61,7 +61,8 @@ class GaussNewton(ClosureOptimizer):
         solver: ``"cholesky"`` in the size of the parameters, ``"woodbury"`` in that of the residuals, ``"auto"`` for
             the smaller one, ``"cg"`` or a :class:`~solvers.CG` for matrix-free products.
         adapt: ``True`` for the rule above, another rule, or ``False``.
-        scaled: Damp relative to the diagonal; ``None`` for wherever J is formed, which is not under CG.
+        scaled: Damp relative to the diagonal; ``None`` for wherever J is formed, which is not under CG, but not with
+            ``spring``, which has no scaling in its paper and diverges with it on small networks.
         acceleration: Geodesic acceleration; only with ``adapt``.
         spring: :math:`\mu`, momentum inside the solve (SPRING), in [0, 1).
         weight_decay: Decoupled weight decay.
@@ -110,7 +111,7 @@ class GaussNewton(ClosureOptimizer):
         self.solver = solver
         if scaled and self.matrix_free:
             raise ValueError("scaled=True needs the diagonal of J^T J, which CG never forms; use scaled=False.")
-        self.scaled = not self.matrix_free if scaled is None else scaled
+        self.scaled = not (self.matrix_free or spring) if scaled is None else scaled
         self.rule = _RULE if adapt is True else adapt or None
         self.acceleration, self.spring = acceleration, spring
         self._jacobian: Tensor | None = None

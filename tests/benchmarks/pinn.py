@@ -190,7 +190,7 @@ METHODS: dict[str, tuple[Callable[..., Any], list[dict[str, Any]]]] = {
     ),
     "GaussNewton, SPRING": (
         lambda m, **options: GaussNewton(m, adapt=False, **options),
-        [{"lr": lr, "damping": 1e-4, "spring": 0.9} for lr in (0.1, 0.3)],
+        [{"lr": lr, "damping": 1e-2, "spring": 0.9} for lr in (0.1, 0.3)],
     ),
     "torch LBFGS, strong Wolfe": (lbfgs, [{}]),
     "SOAP": (lambda m, lr: SOAP(m.parameters(), lr=lr), [{"lr": lr} for lr in (3e-3, 1e-2)]),

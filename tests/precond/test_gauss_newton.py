@@ -69,7 +69,7 @@ def test_several_residuals_are_stacked(generator):
 def test_spring_adds_damped_momentum(generator):
     matrix = torch.randn(3, 5, generator=generator, dtype=torch.float64)
     p = torch.nn.Parameter(torch.zeros(5, dtype=torch.float64))
-    optimizer = GaussNewton([p], damping=0.5, spring=0.9, adapt=False, scaled=False)
+    optimizer = GaussNewton([p], damping=0.5, spring=0.9, adapt=False)
     theta = old = torch.zeros(5, dtype=torch.float64)
     for step in range(20):
         target = torch.randn(3, generator=generator, dtype=torch.float64)
@@ -118,7 +118,7 @@ def test_scaled_damps_by_the_largest_diagonal_so_far(rows, spring, generator):
         return torch.tanh(weights @ x) + 0.1 * x[0] ** 2
 
     p = torch.nn.Parameter(torch.randn(6, generator=generator, dtype=torch.float64))
-    optimizer = GaussNewton([p], lr=0.7, damping=0.3, spring=spring, adapt=False)
+    optimizer = GaussNewton([p], lr=0.7, damping=0.3, spring=spring, adapt=False, scaled=True)
     theta, old, largest = p.detach().clone(), torch.zeros(6, dtype=torch.float64), torch.zeros(6, dtype=torch.float64)
     for step in range(10):
         optimizer.step(lambda: residual(p))
