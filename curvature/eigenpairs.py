@@ -11,7 +11,7 @@ import solvers
 from curvature.checkpoint import Checkpoint, CheckpointError, Resume, digest, problem_identity
 from curvature.products import DatasetOperator
 from solvers import Eigenpairs, LinearOperator
-from solvers.eigenpairs import Which
+from solvers.eigenpairs.result import Which
 
 # Options that decide where a run begins and what it looks for; others only decide when it stops, or where it works.
 _SHAPING = ("method", "basis_size", "search_copies", "v0", "generator", "preconditioner")

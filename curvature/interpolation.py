@@ -14,7 +14,7 @@ from curvature.directions import matching
 from curvature.losses import ClassDim
 from curvature.objective import Metrics, Objective
 from curvature.wrappers import unwrapped
-from solvers.progress import progress_bar
+from solvers.outcome.progress import progress_bar
 
 PathBuffers = Literal["interpolate", "recompute", "keep"]
 

@@ -14,7 +14,7 @@ from curvature.directions import span_of
 from curvature.losses import ClassDim
 from curvature.objective import Buffers, Metrics, Objective
 from curvature.wrappers import unwrapped
-from solvers.progress import progress_bar
+from solvers.outcome.progress import progress_bar
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from precond.methods import Taxonomy
 from precond.options import period
 from precond.schedules import Scheduled
 from solvers import CholeskyInverse, Dense
-from solvers.cholesky import cholesky_factor
+from solvers.direct.cholesky import cholesky_factor
 
 
 class MFAC(SecondOrderOptimizer):

@@ -12,7 +12,7 @@ from precond.matrices import matrix_shape
 from precond.methods import Taxonomy
 from precond.schedules import Scheduled
 from precond.stacks import Stack, StackedOptimizer
-from solvers.newton_schulz import polar
+from solvers.iterative.newton_schulz import polar
 
 Scaling = Literal["adam", "spectral", "none"]
 Polynomial = Literal["quintic", "polar_express"]

@@ -8,7 +8,7 @@ from functools import lru_cache
 from math import prod
 
 from solvers import Diagonal, Eigen, Kronecker, LinearOperator
-from solvers.flattened import Flattened
+from solvers.operators.flattened import Flattened
 
 
 @dataclass(frozen=True)

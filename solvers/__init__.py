@@ -3,21 +3,47 @@
 Knows nothing of neural networks: curvature estimates come as operators, optimisers and posteriors ask for their powers.
 """
 
-from solvers.auto import Auto
-from solvers.blocks import BlockDiagonal, Place, Segment
-from solvers.cg import CG
-from solvers.cholesky import Cholesky, CholeskyInverse
-from solvers.congruence import Congruence
-from solvers.coupled_newton import CoupledNewton
-from solvers.damping import Damping, FactoredTikhonov, RelativeTikhonov, Tikhonov
-from solvers.dense import Dense
-from solvers.diagonal import Diagonal, identity
-from solvers.diagonal_estimate import diagonal
-from solvers.eigen import Eigen
-from solvers.eigenpairs import Eigenpairs
-from solvers.eigh import Eigh
-from solvers.eigsh import eigsh
-from solvers.errors import (
+from solvers.direct.auto import Auto
+from solvers.direct.cholesky import Cholesky, CholeskyInverse
+from solvers.direct.eigh import Eigh
+from solvers.direct.orthogonal_iteration import Subspace
+from solvers.direct.woodbury import Woodbury
+from solvers.eigenpairs.eigsh import eigsh
+from solvers.eigenpairs.result import Eigenpairs
+from solvers.eigenpairs.svds import SingularTriplets, svds
+from solvers.estimates.diagonal import diagonal
+from solvers.estimates.estimate import Estimate
+from solvers.estimates.frobenius_norm import frobenius_norm
+from solvers.estimates.logdet import logdet
+from solvers.estimates.quadratic_form import quadratic_form
+from solvers.estimates.spectral_density import Density, spectral_density
+from solvers.estimates.trace import trace
+from solvers.fallback import Fallback, InFloat64, Jitter, Previous, ladder
+from solvers.iterative.base import IterativeInverse, IterativeSolver
+from solvers.iterative.cg import CG
+from solvers.iterative.coupled_newton import CoupledNewton
+from solvers.iterative.lsmr import LSMR
+from solvers.iterative.matrix_iteration import MatrixIteration
+from solvers.iterative.minres import MINRES
+from solvers.iterative.neumann import Neumann
+from solvers.iterative.newton_schulz import NewtonSchulz, polar
+from solvers.iterative.nystrom import Nystrom
+from solvers.operators.block_diagonal import BlockDiagonal, Place, Segment
+from solvers.operators.congruence import Congruence
+from solvers.operators.damping import Damping, FactoredTikhonov, RelativeTikhonov, Tikhonov
+from solvers.operators.dense import Dense
+from solvers.operators.diagonal import Diagonal, identity
+from solvers.operators.eigen import Eigen
+from solvers.operators.flattened import Flattened
+from solvers.operators.function import Function, from_scipy
+from solvers.operators.kronecker import Kronecker
+from solvers.operators.linear_operator import LinearOperator, Product, Scaled, Sum
+from solvers.operators.low_rank import LowRank, Rows
+from solvers.operators.reshape import Reshape
+from solvers.operators.shifted import Shifted
+from solvers.operators.storable import from_state, state, storable
+from solvers.operators.submatrix import Submatrix
+from solvers.outcome.errors import (
     InexactWarning,
     NonFiniteError,
     NotConvergedError,
@@ -28,35 +54,9 @@ from solvers.errors import (
     SolverError,
     StructureError,
 )
-from solvers.estimate import Estimate
-from solvers.fallback import Fallback, InFloat64, Jitter, Previous, ladder
-from solvers.flattened import Flattened
-from solvers.frobenius import frobenius_norm
-from solvers.function import Function, from_scipy
-from solvers.info import Solution, SolveInfo
-from solvers.iterative import IterativeInverse, IterativeSolver
-from solvers.kronecker import Kronecker
-from solvers.linear_operator import LinearOperator, Product, Scaled, Sum
-from solvers.logdet import logdet
-from solvers.lowrank import LowRank, Rows
-from solvers.lsmr import LSMR
-from solvers.matrix_iteration import MatrixIteration
-from solvers.minres import MINRES
-from solvers.neumann import Neumann
-from solvers.newton_schulz import NewtonSchulz, polar
-from solvers.nystrom import Nystrom
-from solvers.power import diagonalize, power, solve
-from solvers.quadratic_form import quadratic_form
-from solvers.reshape import Reshape
-from solvers.shifted import Shifted
+from solvers.outcome.solution import Solution, SolveInfo
+from solvers.rules import diagonalize, power, solve
 from solvers.solver import BasisSolver, Solver
-from solvers.spectral_density import Density, spectral_density
-from solvers.state import from_state, state, storable
-from solvers.submatrix import Submatrix
-from solvers.subspace import Subspace
-from solvers.svds import SingularTriplets, svds
-from solvers.trace import trace
-from solvers.woodbury import Woodbury
 
 __all__ = [
     # Operators

@@ -11,13 +11,13 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from solvers.checks import checked
-from solvers.cholesky import Cholesky
-from solvers.dense import Dense
-from solvers.eigh import Eigh
-from solvers.errors import InexactWarning, SolverError
-from solvers.linear_operator import LinearOperator
-from solvers.power import power
+from solvers.direct.cholesky import Cholesky
+from solvers.direct.eigh import Eigh
+from solvers.operators.dense import Dense
+from solvers.operators.linear_operator import LinearOperator
+from solvers.outcome.checks import checked
+from solvers.outcome.errors import InexactWarning, SolverError
+from solvers.rules import power
 from solvers.solver import Solver
 
 logger = logging.getLogger(__name__)

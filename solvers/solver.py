@@ -7,9 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from solvers.dense import Dense
-from solvers.errors import StructureError
-from solvers.linear_operator import LinearOperator
+from solvers.operators.dense import Dense
+from solvers.operators.linear_operator import LinearOperator
+from solvers.outcome.errors import StructureError
 
 
 class Solver(ABC):
@@ -44,7 +44,7 @@ class Solver(ABC):
         Raises:
             SolverError: If an eigenvalue has no such power.
         """
-        from solvers.spectrum import exact_power
+        from solvers.operators.eigenvalue_power import exact_power
 
         return exact_power(values, exponent, op)
 
@@ -79,6 +79,6 @@ class BasisSolver(Solver):
         Raises:
             SolverError: If an eigenvalue has no such power, or rounding cannot tell.
         """
-        from solvers.spectrum import computed_power
+        from solvers.operators.eigenvalue_power import computed_power
 
         return computed_power(values, exponent, op, "plain", None)

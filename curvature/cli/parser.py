@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any, get_args
 
-from solvers.eigenpairs import Which
-from solvers.spectral_density import DensityMethod
-from solvers.trace import TraceMethod
+from solvers.eigenpairs.result import Which
+from solvers.estimates.spectral_density import DensityMethod
+from solvers.estimates.trace import TraceMethod
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 MATRICES = ("hessian", "ggn")

@@ -24,7 +24,7 @@ from curvature.lowrank import STORED, chunks
 from curvature.samples import gram
 from curvature.signals import FisherKind, Signals
 from solvers import Kronecker
-from solvers.diagonal import identity
+from solvers.operators.diagonal import identity
 
 #: Bytes of the rows of a dense matrix that are formed at once.
 ROWS = 1 << 26

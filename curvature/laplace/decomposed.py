@@ -13,7 +13,7 @@ from torch import Tensor
 
 from curvature.block import Block, Part, Place
 from solvers import Eigen, LinearOperator, from_state, state
-from solvers.kronecker import outer
+from solvers.operators.kronecker import outer
 
 if TYPE_CHECKING:
     from curvature.laplace.kron import Tensors

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from solvers import Estimate
-from solvers.estimate import Mean
+from solvers.estimates.estimate import Mean
 
 
 @dataclass(frozen=True, eq=False)

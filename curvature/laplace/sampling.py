@@ -27,8 +27,8 @@ from curvature.laplace.predictive import Predictive
 from curvature.laplace.traces import SKETCH, seed_from
 from curvature.parameters import Parameters
 from solvers import CG, BlockDiagonal, Congruence, Diagonal, Estimate, LinearOperator, LowRank, Nystrom, Woodbury
-from solvers.estimate import Mean
-from solvers.info import report
+from solvers.estimates.estimate import Mean
+from solvers.outcome.solution import report
 
 Preconditioner = Nystrom | LinearOperator | None
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from curvature.laplace.linearized import LinearizedLaplace
 from solvers import Estimate, LinearOperator, LowRank, NotPositiveDefiniteError, Nystrom
-from solvers.estimate import Mean
-from solvers.lanczos import Quadrature, quadrature, remaining
-from solvers.probes import default_batch, flat_product, signs
+from solvers.estimates.estimate import Mean
+from solvers.estimates.lanczos import Quadrature, quadrature, remaining
+from solvers.estimates.probes import default_batch, flat_product, signs
 
 _CHUNK = 1 << 18
 #: Sketches what the data determine best; a product for each of its rows, once.

@@ -15,7 +15,7 @@ from curvature.laplace.evidence import StochasticEvidence
 from curvature.laplace.linearized import LinearizedLaplace, moved
 from curvature.laplace.sampling import PosteriorSampler
 from solvers import Estimate, NotConvergedError, NotConvergedWarning
-from solvers.info import OnFailure
+from solvers.outcome.solution import OnFailure
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from curvature.report.results import Condition, DensityResult, Matrix, Number
 from curvature.report.study import Study
-from solvers.estimate import Mean
-from solvers.lanczos import Quadrature, quadrature, remaining
-from solvers.probes import flat_product, signs
-from solvers.spectral_density import smooth
+from solvers.estimates.estimate import Mean
+from solvers.estimates.lanczos import Quadrature, quadrature, remaining
+from solvers.estimates.probes import flat_product, signs
+from solvers.estimates.spectral_density import smooth
 
 _SAMPLES = (4, 12)
 _STEPS = (20, 80)

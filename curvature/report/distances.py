@@ -12,8 +12,8 @@ from curvature.fisher import fisher
 from curvature.report.results import Distance, DistancesResult, Number
 from curvature.report.study import BLOCK, Study, names_of
 from solvers import LinearOperator
-from solvers.estimate import Mean
-from solvers.probes import signs
+from solvers.estimates.estimate import Mean
+from solvers.estimates.probes import signs
 
 _SAMPLES = (8, 32)
 _SMALL = 64  # blocks of this size are formed: their distance is exact

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from curvature.report.results import Matrix, Number, TraceResult
 from curvature.report.study import BLOCK, Study
-from solvers.estimate import Mean
-from solvers.probes import norm, signs
+from solvers.estimates.estimate import Mean
+from solvers.estimates.probes import norm, signs
 
 _SAMPLES = (2 * BLOCK, 64)
 

@@ -25,7 +25,7 @@ from curvature.laplace import (
 )
 from curvature.losses import AutogradLoss, SumOfLosses
 from solvers import Estimate, NotConvergedError, NotConvergedWarning, NotPositiveDefiniteError, Nystrom
-from solvers.probes import signs
+from solvers.estimates.probes import signs
 from tests.curvature import dense_reference as dense
 from tests.curvature.laplace_problems import likelihood, loader_of, toy
 from tests.curvature.problems import F64, PROBLEMS, Problem

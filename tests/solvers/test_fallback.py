@@ -29,8 +29,8 @@ from solvers import (
 )
 from tests.solvers import dense_reference as reference
 from tests.solvers.contracts import SolverContract
+from tests.solvers.direct.test_direct_solvers import structures
 from tests.solvers.problems import positive, symmetric, with_spectrum
-from tests.solvers.test_direct_solvers import structures
 
 
 class TestFallback(SolverContract):

@@ -1,0 +1,1 @@
+"""Solvers that factorise: one file each."""

@@ -1,0 +1,1 @@
+"""Leading eigenpairs and singular triplets, with residuals."""

@@ -1,0 +1,1 @@
+"""Traces, diagonals, log-determinants and spectral densities, with their errors."""

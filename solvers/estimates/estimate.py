@@ -1,0 +1,259 @@
+"""What an estimator returns, and when it has seen enough: means, standard errors and tolerances.
+
+Statistics are float64 whatever the operator is: the square of 1e30 is no float32.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import erf, inf, sqrt
+
+import torch
+from scipy.special import stdtrit
+from torch import Tensor
+
+from solvers.estimates.probes import working_dtype
+from solvers.operators.linear_operator import LinearOperator
+from solvers.outcome.errors import NonFiniteError, NotConvergedError, NotConvergedWarning
+from solvers.outcome.progress import progress_bar
+from solvers.outcome.solution import OnFailure
+
+# With a tolerance to meet, fewer samples than these are no evidence that it is met.
+_FEWEST = 20
+_TWO_SIGMA = (1 + erf(sqrt(2))) / 2  # the normal distribution below two standard deviations
+
+
+@dataclass(frozen=True, eq=False)
+class Estimate:
+    """A number with its error.
+
+    Attributes:
+        value: The estimate, 0-d (or shaped as what is estimated).
+        stderr: Standard error of ``value``, shaped alike; 0 where it is exact. For few samples it is widened as
+            Student's t is, so that the truth lies within ``value +- 2 stderr`` in 95 % of runs, however many the
+            samples. Infinite for a single sample, which tells nothing of its error.
+        samples: Random samples that were spent, as the estimator counts them; 0 where the value is exact.
+        products: Products with the operator that were spent, counted in vectors.
+        systematic: The part of ``stderr`` that more samples do not reduce (quadrature); 0 for unbiased estimates.
+    """
+
+    value: Tensor
+    stderr: Tensor
+    samples: int
+    products: int
+    systematic: Tensor
+
+    def __repr__(self) -> str:
+        """The number with its error."""
+        if self.value.ndim:
+            return f"Estimate({tuple(self.value.shape)}, samples={self.samples}, products={self.products})"
+        value, stderr = float(self.value), float(self.stderr)
+        return f"Estimate({value:.6g} +- {stderr:.2g}, samples={self.samples}, products={self.products})"
+
+
+class Mean:
+    """Running mean of independent samples and its standard error, by chunks (Chan, Golub and LeVeque, 1983)."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.value = torch.zeros((), dtype=torch.float64)
+        self._squares = torch.zeros((), dtype=torch.float64)  # summed squared distances from the mean
+
+    def add(self, samples: Tensor) -> None:
+        """Take in ``samples (count, *shape)``."""
+        samples = samples.double()
+        count, mean = samples.shape[0], samples.mean(0)
+        squares = (samples - mean).square().sum(0)
+        total = self.count + count
+        if self.count:
+            gap = mean - self.value
+            squares = squares + self._squares + gap.square() * (self.count * count / total)
+            mean = self.value + gap * (count / total)
+        self.count, self.value, self._squares = total, mean, squares
+
+    @property
+    def stderr(self) -> Tensor:
+        """Standard error of the mean, widened for few samples; infinite for one."""
+        if self.count < 2:
+            return torch.full_like(self.value, inf)
+        return widening(self.count) * (self._squares / (self.count * (self.count - 1))).sqrt()
+
+
+def widening(count: int) -> float:
+    """Factor for the standard error of ``count`` samples: two of the result hold the truth as two sigma would."""
+    return float(stdtrit(count - 1, _TWO_SIGMA)) / 2
+
+
+@dataclass(frozen=True)
+class Goal:
+    """How exact an estimate is to be, and how much it may cost.
+
+    Args:
+        samples: Samples to take; with a tolerance, the fewest.
+        rtol: Standard error wanted, relative to the value; for a tensor both in root mean square.
+        atol: Standard error wanted at least, absolute.
+        max_samples: Samples at most, with a tolerance.
+        on_failure: Whether to "warn" or to "raise" if the tolerance is not met.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    samples: int
+    rtol: float | None = None
+    atol: float | None = None
+    max_samples: int = 10_000
+    on_failure: OnFailure = "warn"
+
+    def __post_init__(self) -> None:
+        """Check the border."""
+        if self.samples < 1:
+            raise ValueError(f"samples is at least 1, not {self.samples}.")
+        for name, tolerance in (("rtol", self.rtol), ("atol", self.atol)):
+            if tolerance is not None and not 0 <= tolerance < inf:
+                raise ValueError(f"{name} is a number >= 0, not {tolerance}.")
+        if self.has_tolerance and self.max_samples < self.first:
+            raise ValueError(
+                f"max_samples={self.max_samples} is below the {self.first} samples that are taken before the tolerance "
+                "is looked at. Allow more, or ask for fewer samples."
+            )
+        if self.on_failure not in ("warn", "raise"):
+            raise ValueError(f"on_failure is 'warn' or 'raise', not {self.on_failure!r}.")
+
+    @property
+    def has_tolerance(self) -> bool:
+        """Whether the number of samples depends on the error."""
+        return self.rtol is not None or self.atol is not None
+
+    @property
+    def first(self) -> int:
+        """Samples to take before the error is looked at."""
+        return max(self.samples, _FEWEST) if self.has_tolerance else self.samples
+
+    @property
+    def most(self) -> int:
+        """Samples at most."""
+        return self.max_samples if self.has_tolerance else self.samples
+
+    def less(self, spent: int) -> Goal:
+        """The goal for what is left after ``spent`` samples."""
+        return Goal(
+            max(1, self.samples - spent), self.rtol, self.atol, max(self.max_samples - spent, _FEWEST), self.on_failure
+        )
+
+    def excess(self, value: Tensor, stderr: Tensor) -> float:
+        """Standard error over tolerance; the goal is reached at 1 or below, and always without a tolerance."""
+        if not self.has_tolerance or value.numel() == 0:
+            return 0.0
+        error = float(stderr.double().square().mean().sqrt())
+        tolerance = max((self.rtol or 0.0) * float(value.double().square().mean().sqrt()), self.atol or 0.0)
+        if error == 0:
+            return 0.0
+        return error / tolerance if tolerance > 0 else inf
+
+    def next_count(self, count: int, value: Tensor, stderr: Tensor) -> int:
+        """Number of samples at which to look again; ``count`` if they are good enough, or not finite."""
+        excess = self.excess(value, stderr)
+        if not excess > 1:
+            return count
+        # Looking often would stop on a lucky low error. The error falls as the root of the number of samples.
+        wanted = min(max(1.25, 1.05 * excess**2), 4.0) * count
+        return min(int(wanted) + 1, self.most)
+
+
+def average(
+    draw: Callable[[int], Tensor],
+    goal: Goal,
+    batch: int,
+    description: str,
+    progress: bool | None = None,
+    read: Callable[[Mean], tuple[Tensor, Tensor]] | None = None,
+) -> Mean:
+    """Mean of independent samples, as many as the goal asks for.
+
+    The error is looked at, and read back from an accelerator, only at numbers of samples that grow geometrically.
+
+    Args:
+        draw: Gives that many samples ``(count, *shape)``.
+        goal: When to stop.
+        batch: Samples to draw at once.
+        description: What is running, for the progress bar.
+        progress: True shows a progress bar, False never, None after a second.
+        read: What is wanted, and its error, from the mean; by default these of the mean itself.
+    """
+    mean = Mean()
+    count = goal.first
+    with progress_bar(goal.most, description, progress) as bar:
+        while mean.count < count:
+            while mean.count < count:
+                size = min(batch, count - mean.count)
+                mean.add(draw(size))
+                bar.update(size)
+            value, stderr = (mean.value, mean.stderr) if read is None else read(mean)
+            count = goal.next_count(mean.count, value, stderr)
+    return mean
+
+
+def conclude(
+    name: str,
+    op: LinearOperator,
+    goal: Goal,
+    value: Tensor,
+    stderr: Tensor,
+    *,
+    samples: int,
+    products: int,
+    systematic: Tensor | None = None,
+    mend: str = "Allow more max_samples, or a larger tolerance.",
+) -> Estimate:
+    """The estimate in the dtype of the operator, once it is finite and its tolerance has been judged.
+
+    Args:
+        name: What was estimated, for messages.
+        op: The operator.
+        goal: What was asked for.
+        value: The estimate, float64.
+        stderr: Its statistical error.
+        samples: Samples spent.
+        products: Products spent.
+        systematic: Error beside the statistical one, added in quadrature.
+        mend: What helps if the tolerance is not met.
+
+    Raises:
+        NonFiniteError: If the estimate is NaN or infinite.
+        NotConvergedError: If the tolerance is not met and the goal says so; otherwise it is a warning.
+    """
+    systematic = torch.zeros_like(stderr) if systematic is None else systematic
+    stderr = torch.hypot(stderr, systematic)
+    require_finite(name, op, value)
+    excess = goal.excess(value, stderr)
+    if excess > 1:
+        error = float(stderr.double().square().mean().sqrt())
+        message = (
+            f"{name} of {op!r} has the standard error {error:.3g} after {samples} samples, {excess:.3g} times what was "
+            f"asked for. {mend}"
+        )
+        if goal.on_failure == "raise":
+            raise NotConvergedError(message)
+        warnings.warn(message, NotConvergedWarning, stacklevel=4)
+    dtype = working_dtype(op)
+    return Estimate(value.to(dtype), stderr.to(dtype), samples, products, systematic.to(dtype))
+
+
+def exact(name: str, op: LinearOperator, value: Tensor, products: int = 0) -> Estimate:
+    """An estimate without error."""
+    require_finite(name, op, value)
+    value = value.detach().to(working_dtype(op))
+    zero = torch.zeros_like(value)
+    return Estimate(value, zero, 0, products, zero)
+
+
+def require_finite(name: str, op: LinearOperator, value: Tensor) -> None:
+    """Refuse NaN and infinity by the operator's name."""
+    if not bool(torch.isfinite(value).all()):
+        raise NonFiniteError(
+            f"{name} of {op!r} is not finite: the operator holds NaN or infinity, or overflows {op.dtype}. Leave the "
+            "batch that caused it out, or use float64."
+        )

@@ -1,0 +1,1 @@
+"""Solvers that take products only: one file each."""

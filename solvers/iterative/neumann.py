@@ -1,0 +1,71 @@
+"""The Neumann series, that is, Richardson's iteration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from solvers.iterative.base import Iterate, IterativeSolver, Problem, divide
+from solvers.operators.linear_operator import LinearOperator
+from solvers.outcome.solution import OnFailure
+
+
+@dataclass(frozen=True)
+class Neumann(IterativeSolver):
+    r"""``x <- x + scale P (b - A x)``: the series :math:`A^{-1} = s \sum_k (I - s P A)^k P`, truncated when it fits.
+
+    Slower than CG, by the condition number instead of its root, but linear in b and without inner products: the choice
+    where a fixed polynomial in A is wanted (influence functions, implicit gradients). Converges for positive definite A
+    and ``0 < scale < 2 / lambda_max(P A)``.
+
+    Args:
+        rtol: Stop when ``|b - A x| <= max(rtol |b|, atol)``.
+        atol: See ``rtol``; in units of b.
+        max_steps: Terms at most; None means ten times the dimension.
+        scale: Step length; None takes ``1 / lambda_max``, estimated by ten products.
+        preconditioner: Symmetric positive definite operator P near ``A^-1``.
+        on_failure: Whether to "warn" or to "raise" if the tolerance is not met; never silent.
+        progress: True shows a progress bar, False never, None after a second.
+
+    References:
+        Agarwal, Bullins and Hazan (2017), https://arxiv.org/abs/1602.03943
+    """
+
+    rtol: float = 1e-5
+    atol: float = 0.0
+    max_steps: int | None = None
+    scale: float | None = None
+    preconditioner: LinearOperator | None = None
+    on_failure: OnFailure = "warn"
+    progress: bool | None = None
+
+    exponents: ClassVar[tuple[float, ...] | None] = (-1,)
+
+    def iterate(self, problem: Problem) -> Iterate:
+        """Run the iteration; a diverging row stops and is reported."""
+        scale = self._scale(problem) if self.scale is None else self.scale
+        x = problem.x
+        r = problem.b - problem.product(x)
+        norm = start = torch.linalg.vector_norm(r, dim=-1)
+        done = norm <= problem.tolerance
+        step = 0
+        while step < problem.max_steps and not problem.all_done(done, step):
+            step += 1
+            x = torch.where(done.unsqueeze(-1), x, x + scale * problem.precondition(r))
+            r = problem.b - problem.product(x)
+            norm = torch.linalg.vector_norm(r, dim=-1)
+            done = done | ~(norm > problem.tolerance) | (norm > 1e6 * start)
+            problem.step(step, x)
+        return Iterate(x, step)
+
+    def _scale(self, problem: Problem) -> Tensor:
+        # The power method stays below lambda_max; half of it would be enough for convergence.
+        generator = torch.Generator(problem.b.device).manual_seed(0)
+        v = torch.randn(1, *problem.x.shape[1:], generator=generator, dtype=problem.b.dtype, device=problem.b.device)
+        for _ in range(10):
+            v = divide(v, torch.linalg.vector_norm(v))
+            v = problem.precondition(problem.product(v))
+        return divide(torch.ones_like(v[0, 0]), torch.linalg.vector_norm(v))

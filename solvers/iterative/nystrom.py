@@ -1,0 +1,142 @@
+"""Randomised Nystrom approximation, as a preconditioner and as an approximate solver.
+
+Axis letters: l columns of the sketch, n entries of ``in_shape``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from solvers.iterative.base import Iterate, IterativeInverse, IterativeSolver, Problem
+from solvers.operators.congruence import Congruence
+from solvers.operators.diagonal import Diagonal
+from solvers.operators.linear_operator import LinearOperator
+from solvers.operators.low_rank import LowRank, Rows
+from solvers.operators.shifted import Shifted
+from solvers.outcome.errors import NonFiniteError, NotPositiveDefiniteError, StructureError
+from solvers.outcome.solution import OnFailure
+
+
+@dataclass(frozen=True)
+class Nystrom(IterativeSolver):
+    r"""Approximates ``A + lam I`` by ``U diag(s) U^T + lam I`` from ``rank`` products with the semi-definite A.
+
+    As a preconditioner, :meth:`precondition`, it leaves CG with a condition near
+    :math:`(\lambda_l(A) + \lambda) / \lambda`: the choice when the spectrum falls fast and A is known by its products.
+    As a solver it is right where the rank covers the spectrum down to lam; the true residual is looked at each time.
+
+    Args:
+        rank: Columns of the sketch l; memory ``l n``.
+        rtol: The residual that a solve has to reach, ``|b - A x| <= max(rtol |b|, atol)``.
+        atol: See ``rtol``; in units of b.
+        generator: Where the sketch is drawn from; None draws the same one each time.
+        on_failure: Whether to "warn" or to "raise" if the tolerance is not met; never silent.
+        progress: Unused: all products are one batch.
+
+    Raises:
+        StructureError: If the operator is not a :class:`~solvers.Shifted`.
+
+    References:
+        Frangella, Tropp and Udell (2023), algorithms 2.1 and 5.1, https://arxiv.org/abs/2110.02820
+    """
+
+    rank: int
+    rtol: float = 1e-5
+    atol: float = 0.0
+    generator: torch.Generator | None = None
+    on_failure: OnFailure = "warn"
+    progress: bool | None = None
+
+    exponents: ClassVar[tuple[float, ...] | None] = (-1,)
+    needs: ClassVar[tuple[type[LinearOperator], ...]] = (Shifted,)
+
+    def __post_init__(self) -> None:
+        """Check the border."""
+        if self.rank < 1:
+            raise ValueError(f"rank is at least 1, not {self.rank}.")
+
+    @property
+    def max_steps(self) -> int | None:
+        """The number of products, all in one batch."""
+        return self.rank
+
+    @property
+    def preconditioner(self) -> LinearOperator | None:
+        """None: it is one itself."""
+        return None
+
+    def power(self, op: LinearOperator, exponent: float, previous: LinearOperator | None = None) -> IterativeInverse:
+        """The approximate inverse; each product sketches anew and checks its residual. See :meth:`precondition`."""
+        _split(op)
+        return super().power(op, exponent, previous)
+
+    def approximate(self, op: LinearOperator) -> LowRank:
+        """A rank-l approximation of a positive semi-definite operator, below it in the order of such operators.
+
+        Raises:
+            NotPositiveDefiniteError: If the sketch shows that the operator is not semi-definite.
+            NonFiniteError: If a product holds NaN or infinity.
+        """
+        basis, values = self._sketch(op)
+        root = values.sqrt().unsqueeze(-1) * basis
+        return LowRank(root.reshape(-1, *op.in_shape), gram=values.diag())
+
+    def precondition(self, op: LinearOperator) -> LinearOperator:
+        """Positive definite operator near a multiple of ``op^-1``, for CG and MINRES; sketched once, here."""
+        inner, lam = _split(op)
+        basis, values = self._sketch(inner)
+        return _inverse(basis, values, lam, (values[-1] + lam), inner)
+
+    def iterate(self, problem: Problem) -> Iterate:
+        """Solve with the approximation in one step."""
+        inner, lam = _split(problem.op)
+        basis, values = self._sketch(inner)
+        inverse = _inverse(basis, values, lam, torch.as_tensor(lam).to(values), inner)
+        r = problem.b - problem.product(problem.x)
+        change = (inverse @ r.reshape(-1, *inner.in_shape)).reshape(r.shape)
+        return Iterate(problem.x + change, values.shape[0])
+
+    def _sketch(self, op: LinearOperator) -> tuple[Tensor, Tensor]:
+        """Orthonormal rows ``(l, n)`` and eigenvalues ``(l,)``, descending."""
+        n = op.shape[1]
+        generator = torch.Generator(op.device).manual_seed(0) if self.generator is None else self.generator
+        size = (n, min(self.rank, n))
+        gaussian = torch.randn(size, generator=generator, dtype=op.dtype, device=generator.device).to(op.device)
+        omega = torch.linalg.qr(gaussian).Q  # (n, l)
+        y = (op @ omega.mT.reshape(-1, *op.in_shape)).reshape(-1, n).mT
+        norm = torch.linalg.vector_norm(y)
+        if not bool(torch.isfinite(norm)):
+            raise NonFiniteError(f"Nystrom met NaN or infinity in the products of {op!r}.")
+        if not bool(norm > 0):
+            return omega.mT, torch.zeros_like(omega[0])
+        nu = torch.finfo(op.dtype).eps * norm  # a shift that keeps the core positive definite, taken back below
+        y = y + nu * omega
+        core = omega.mT @ y
+        factor, info = torch.linalg.cholesky_ex((core + core.mT) / 2)
+        if bool(info):
+            raise NotPositiveDefiniteError(
+                f"Nystrom needs a positive semi-definite operator, and {op!r} + {float(nu):.1g} I is not. Use "
+                "MINRES() for an indefinite one."
+            )
+        b = torch.linalg.solve_triangular(factor, y.mT, upper=False)  # (l, n)
+        _, singular, basis = torch.linalg.svd(b, full_matrices=False)
+        return basis, (singular.square() - nu).clamp(min=0)
+
+
+def _split(op: LinearOperator) -> tuple[LinearOperator, float | Tensor]:
+    if not isinstance(op, Shifted):
+        raise StructureError(
+            f"Nystrom needs the shift apart from the rest, A.shift(lam), not {op!r}. Structures that absorb a shift "
+            "have direct inverses."
+        )
+    return op.op, op.lam
+
+
+def _inverse(basis: Tensor, values: Tensor, lam: float | Tensor, rest: Tensor, op: LinearOperator) -> LinearOperator:
+    """``U diag(1 / (s + lam)) U^T + (I - U U^T) / rest``."""
+    rows = Rows(basis.reshape(-1, *op.in_shape))
+    return Congruence(rows, Diagonal(1 / (values + lam) - 1 / rest)).shift(1 / rest)

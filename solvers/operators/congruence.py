@@ -1,0 +1,67 @@
+"""``U^T M U``: a small symmetric matrix between a root and its adjoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from solvers.operators.linear_operator import LinearOperator, Scalar, Shape
+from solvers.operators.low_rank import Rows
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Congruence(LinearOperator):
+    """``root^T core root``; what powers of low rank plus shift consist of, beside the identity.
+
+    Args:
+        root: Operator from ``in_shape`` to ``(k,)``.
+        core: Operator on ``(k,)``.
+
+    Raises:
+        ValueError: If the core does not fit the root.
+    """
+
+    root: LinearOperator
+    core: LinearOperator
+
+    def __post_init__(self) -> None:
+        """Check the border."""
+        if not self.core.in_shape == self.core.out_shape == self.root.out_shape:
+            raise ValueError(f"The core {self.core!r} must act on {self.root.out_shape}, where {self.root!r} leads.")
+
+    @property
+    def in_shape(self) -> Shape:
+        return self.root.in_shape
+
+    @property
+    def out_shape(self) -> Shape:
+        return self.root.in_shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.root.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.root.device
+
+    @property
+    def symmetric(self) -> bool:
+        return self.core.symmetric
+
+    def apply(self, x: Tensor) -> Tensor:
+        return self.root.adjoint().apply(self.core.apply(self.root.apply(x)))
+
+    def adjoint(self) -> Congruence:
+        return Congruence(self.root, self.core.adjoint())
+
+    def scale(self, scalar: Scalar) -> Congruence:
+        return Congruence(self.root, scalar * self.core)
+
+    def diagonal(self) -> Tensor:
+        if not isinstance(self.root, Rows):
+            return super().diagonal()
+        columns = self.root.tensors.flatten(1).mT  # (n, k)
+        return (columns * self.core.apply(columns)).sum(-1).reshape(self.in_shape)

@@ -1,0 +1,147 @@
+"""Ways to damp a curvature matrix: operator in, operator out. Damping is in units of the matrix."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from math import isfinite
+
+import torch
+from torch import Tensor
+
+from solvers.operators.block_diagonal import BlockDiagonal
+from solvers.operators.dense import Dense
+from solvers.operators.kronecker import Kronecker
+from solvers.operators.linear_operator import LinearOperator, Scalar
+
+
+class Damping(ABC):
+    """Maps an operator to a damped one."""
+
+    @abstractmethod
+    def __call__(self, op: LinearOperator) -> LinearOperator:
+        """The damped operator."""
+
+
+@dataclass(frozen=True)
+class Tikhonov(Damping):
+    """Exactly ``C + lam I``; symbolic where the structure cannot absorb it.
+
+    Args:
+        lam: Shift >= 0, a number or a 0-d tensor, in units of C (a GGN doubles when the loss doubles).
+
+    Raises:
+        ValueError: If ``lam`` is negative, not finite, or no scalar.
+    """
+
+    lam: Scalar
+
+    def __post_init__(self) -> None:
+        """Check the border."""
+        _check(self.lam)
+
+    def __call__(self, op: LinearOperator) -> LinearOperator:
+        """``op + lam I``; a plain zero leaves ``op`` as it is."""
+        return op if _is_plain_zero(self.lam) else op.shift(self.lam)
+
+
+@dataclass(frozen=True)
+class FactoredTikhonov(Damping):
+    r"""Damp each Kronecker factor so that the product stays a Kronecker product.
+
+    .. math:: (B + \tfrac{1}{\pi}\sqrt{\lambda}\, I) \otimes (A + \pi\sqrt{\lambda}\, I), \quad
+        \pi^2 = \frac{\operatorname{tr} A / d_A}{\operatorname{tr} B / d_B}
+
+    and for k factors :math:`F_i + \lambda^{1/k} (t_i / \bar t)\, I` with mean traces
+    :math:`t_i = \operatorname{tr} F_i / d_i` and their geometric mean :math:`\bar t`, for each group of a stack.
+    Where a mean trace is not positive or not finite, all ratios are one. Approximates ``C + lam I``: exact on operators
+    without Kronecker structure and on products of one factor; otherwise it adds the cross terms
+    ``sqrt(lam) (pi B (x) I + I (x) A / pi)``. For the exact inverse use :class:`Tikhonov` with :class:`~solvers.Eigh`.
+
+    Args:
+        lam: Shift >= 0, a number or a 0-d tensor, in units of C.
+
+    Raises:
+        ValueError: If ``lam`` is negative, not finite, or no scalar.
+
+    References:
+        Martens and Grosse (2015), section 6.3, https://arxiv.org/abs/1503.05671
+    """
+
+    lam: Scalar
+
+    def __post_init__(self) -> None:
+        """Check the border."""
+        _check(self.lam)
+
+    def __call__(self, op: LinearOperator) -> LinearOperator:
+        """Damp Kronecker products by factor and block-diagonal operators by block."""
+        if _is_plain_zero(self.lam):
+            return op
+        match op:
+            case BlockDiagonal():
+                return op.map(self)
+            case Kronecker():
+                return factored_tikhonov(op, self.lam)
+        return op.shift(self.lam)
+
+
+@dataclass(frozen=True)
+class RelativeTikhonov(Damping):
+    r"""Shift every block by a fraction of its mean eigenvalue.
+
+    .. math:: C_b + \varphi\, \tfrac{\operatorname{tr} C_b}{n_b}\, I
+
+    so that the damping follows the scale of the loss and of each layer. Block-diagonal operators are damped block by
+    block, all others as one. It needs a trace that the structure gives exactly.
+
+    Args:
+        fraction: :math:`\varphi \ge 0`, a number or a 0-d tensor, without unit.
+
+    Raises:
+        ValueError: If ``fraction`` is negative, not finite, or no scalar.
+
+    References:
+        Grosse et al. (2023), "Studying large language model generalization with influence functions", https://arxiv.org/abs/2308.03296
+    """
+
+    fraction: Scalar = 0.1
+
+    def __post_init__(self) -> None:
+        """Check the border."""
+        _check(self.fraction)
+
+    def __call__(self, op: LinearOperator) -> LinearOperator:
+        """Damp block-diagonal operators by block."""
+        if isinstance(op, BlockDiagonal):
+            return op.map(self)
+        return op if _is_plain_zero(self.fraction) else op.shift(self.fraction * op.trace() / op.shape[1])
+
+
+def factored_tikhonov(op: Kronecker, lam: Scalar) -> Kronecker:
+    """The Kronecker product of the factors damped as :class:`FactoredTikhonov` says."""
+    means = [factor.diagonal().mean(-1) for factor in op.factors]  # each (*stack,)
+    stacked = torch.stack(means)
+    usable = (torch.isfinite(stacked) & (stacked > 0)).all(0)
+    logs = torch.where(usable, stacked, 1).log()
+    ratios = (logs - logs.mean(0)).exp()  # mean traces over their geometric mean, free of overflow
+    root = lam ** (1 / len(op.factors))
+    return Kronecker(*(_shift_blocks(f, root * ratio) for f, ratio in zip(op.factors, ratios, strict=True)))
+
+
+def _shift_blocks(factor: LinearOperator, shift: Tensor) -> LinearOperator:
+    """Shift each block of a stacked factor by its own number ``(*stack,)``."""
+    if isinstance(factor, Dense):
+        return factor.add_diagonal(shift)
+    return factor.shift(shift if shift.ndim == 0 else shift.unsqueeze(-1))
+
+
+def _check(lam: Scalar) -> None:
+    if isinstance(lam, Tensor) and lam.ndim:
+        raise ValueError(f"damping is a number or a 0-d tensor, not shape {tuple(lam.shape)}.")
+    if not (isfinite(lam) and lam >= 0):
+        raise ValueError(f"damping must be finite and at least 0, not {float(lam):g}. It is in units of the matrix.")
+
+
+def _is_plain_zero(lam: Scalar) -> bool:
+    return not isinstance(lam, Tensor) and lam == 0

@@ -1,0 +1,143 @@
+"""A matrix, or a stack of equal blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from solvers.operators.linear_operator import LinearOperator, Scalar, Shape
+from solvers.outcome.checks import require
+from solvers.outcome.errors import SingularMatrixError
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Dense(LinearOperator):
+    """A matrix ``(m, n)``, or a stack ``(*stack, m, n)``: block-diagonal with equal blocks (grouped convolutions).
+
+    Acts on tensors ``(*stack, n)``; a batch is one matrix product (one batched product for a stack).
+
+    Args:
+        matrix: ``(*stack, m, n)``, real.
+        is_gram: The caller vouches that the matrix is symmetric (a sum of Gram matrices); solvers need not look.
+
+    Raises:
+        ValueError: If ``matrix`` has fewer than two dimensions, or ``is_gram`` and it is not square.
+        TypeError: If it is not real floating point.
+    """
+
+    matrix: Tensor
+    is_gram: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the border."""
+        if self.matrix.ndim < 2:
+            raise ValueError(
+                f"Dense takes a matrix (*stack, m, n), not shape {tuple(self.matrix.shape)}. "
+                "For a diagonal use Diagonal(values)."
+            )
+        if self.is_gram and self.matrix.shape[-1] != self.matrix.shape[-2]:
+            raise ValueError(f"A Gram matrix is square, not {tuple(self.matrix.shape)}.")
+        if not self.matrix.is_floating_point():
+            raise TypeError(f"Dense takes a real floating-point matrix, not {self.matrix.dtype}.")
+
+    @property
+    def stack(self) -> Shape:
+        """Leading dimensions of the matrix: one block each."""
+        return tuple(self.matrix.shape[:-2])
+
+    @property
+    def in_shape(self) -> Shape:
+        return (*self.stack, self.matrix.shape[-1])
+
+    @property
+    def out_shape(self) -> Shape:
+        return tuple(self.matrix.shape[:-1])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.matrix.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.matrix.device
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether the matrix equals its transpose up to rounding (reads the matrix)."""
+        return self.is_gram or (self.matrix.shape[-1] == self.matrix.shape[-2] and bool(self.is_symmetric()))
+
+    def is_symmetric(self) -> Tensor:
+        """0-d boolean: ``max |A - A^T| <= sqrt(eps) max |A|``, without a host synchronisation.
+
+        NaN and infinity pass: they are no asymmetry, and have their own error.
+        """
+        if self.matrix.numel() == 0:
+            return torch.ones((), dtype=torch.bool, device=self.device)
+        skew = (self.matrix - self.matrix.mT).abs().amax()
+        return (skew <= torch.finfo(self.dtype).eps ** 0.5 * self.matrix.abs().amax()) | ~torch.isfinite(skew)
+
+    def apply(self, x: Tensor) -> Tensor:
+        if not self.stack:
+            return x @ self.matrix.mT
+        depth = len(self.stack)
+        batch = x.shape[: x.ndim - depth - 1]
+        columns = x.reshape(prod(batch), *self.in_shape).movedim(0, -2)  # (*stack, batch, n)
+        return (columns @ self.matrix.mT).movedim(-2, 0).reshape(*batch, *self.out_shape)
+
+    def adjoint(self) -> Dense:
+        return self if self.is_gram else Dense(self.matrix.mT)
+
+    def to_dense(self) -> Tensor:
+        if not self.stack:
+            return self.matrix
+        return torch.block_diag(*self.matrix.flatten(0, -3))
+
+    def submatrix(self, rows: Tensor, columns: Tensor | None = None) -> LinearOperator:
+        if self.stack:
+            return super().submatrix(rows, columns)
+        return Dense(self.matrix[rows][:, rows if columns is None else columns])
+
+    def add_diagonal(self, values: Scalar) -> Dense:
+        """Add numbers to the diagonal: a scalar, one per block ``(*stack,)``, or one per entry ``(*stack, n)``."""
+        matrix = self.matrix.clone()
+        diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+        if isinstance(values, Tensor) and 0 < values.ndim == len(self.stack):
+            values = values.unsqueeze(-1)
+        diagonal += values
+        return Dense(matrix, self.is_gram)
+
+    def plus(self, other: LinearOperator) -> LinearOperator:
+        if isinstance(other, Dense) and other.dtype == self.dtype:
+            return Dense(self.matrix + other.matrix, self.is_gram and other.is_gram)
+        return super().plus(other)
+
+    def scale(self, scalar: Scalar) -> Dense:
+        return Dense(scalar * self.matrix, self.is_gram)
+
+    def compose(self, other: LinearOperator) -> LinearOperator:
+        if isinstance(other, Dense) and other.dtype == self.dtype:
+            return Dense(self.matrix @ other.matrix)
+        return super().compose(other)
+
+    def diagonal(self) -> Tensor:
+        self._need_square("diagonal")
+        return self.matrix.diagonal(dim1=-2, dim2=-1)
+
+    def logdet(self) -> Tensor:
+        self._need_square("logdet")
+        sign, logdet = torch.linalg.slogdet(self.matrix)
+        require((sign > 0).all(), lambda: SingularMatrixError(f"{self!r} has a determinant that is not positive."))
+        return logdet.sum()
+
+    def frobenius_norm(self) -> Tensor:
+        return torch.linalg.vector_norm(self.matrix)
+
+    def _need_square(self, quantity: str) -> None:
+        if self.matrix.shape[-1] != self.matrix.shape[-2]:
+            raise ValueError(f"{self!r} is not square and has no {quantity}.")
+
+    def __repr__(self) -> str:
+        return f"Dense({'x'.join(map(str, self.matrix.shape))})"

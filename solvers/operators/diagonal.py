@@ -1,0 +1,97 @@
+"""Diagonal matrices, and the identity."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from solvers.operators.dense import Dense
+from solvers.operators.linear_operator import LinearOperator, Scalar, Shape
+from solvers.outcome.checks import require
+from solvers.outcome.errors import SingularMatrixError
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Diagonal(LinearOperator):
+    """Multiplies each entry by its own number.
+
+    Args:
+        values: The diagonal, of any shape; the operator acts on tensors of that shape.
+
+    Raises:
+        TypeError: If ``values`` is not real floating point.
+    """
+
+    values: Tensor
+
+    def __post_init__(self) -> None:
+        """Check the border."""
+        if not self.values.is_floating_point():
+            raise TypeError(f"Diagonal takes real floating-point values, not {self.values.dtype}.")
+
+    @property
+    def in_shape(self) -> Shape:
+        return tuple(self.values.shape)
+
+    @property
+    def out_shape(self) -> Shape:
+        return self.in_shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    @property
+    def symmetric(self) -> bool:
+        return True
+
+    def apply(self, x: Tensor) -> Tensor:
+        return self.values * x
+
+    def adjoint(self) -> Diagonal:
+        return self
+
+    def to_dense(self) -> Tensor:
+        return torch.diag(self.values.flatten())
+
+    def shift(self, lam: Scalar) -> Diagonal:
+        return Diagonal(self.values + lam)
+
+    def plus(self, other: LinearOperator) -> LinearOperator:
+        if isinstance(other, Diagonal) and other.dtype == self.dtype:
+            return Diagonal(self.values + other.values)
+        if isinstance(other, Dense) and other.dtype == self.dtype:
+            return other.add_diagonal(self.values)
+        return super().plus(other)
+
+    def scale(self, scalar: Scalar) -> Diagonal:
+        return Diagonal(scalar * self.values)
+
+    def compose(self, other: LinearOperator) -> LinearOperator:
+        if isinstance(other, Diagonal) and other.dtype == self.dtype:
+            return Diagonal(self.values * other.values)
+        return super().compose(other)
+
+    def diagonal(self) -> Tensor:
+        return self.values
+
+    def logdet(self) -> Tensor:
+        require((self.values > 0).all(), lambda: SingularMatrixError(f"{self!r} has an entry that is not positive."))
+        return self.values.log().sum()
+
+    def frobenius_norm(self) -> Tensor:
+        return torch.linalg.vector_norm(self.values)
+
+    def __repr__(self) -> str:
+        return f"Diagonal({'x'.join(map(str, self.in_shape))})"
+
+
+def identity(shape: Shape, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Diagonal:
+    """The identity on tensors of ``shape``."""
+    return Diagonal(torch.ones(shape, dtype=dtype, device=device))

@@ -1,0 +1,130 @@
+"""A matrix known by its products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+
+import scipy.sparse.linalg
+import torch
+from torch import Tensor
+
+from solvers.operators.linear_operator import LinearOperator, Shape
+from solvers.outcome.errors import StructureError
+
+Product = Callable[[Tensor], Tensor]
+
+
+class Function(LinearOperator):
+    """A linear map given as a function; nothing is known of it but its products.
+
+    Args:
+        matvec: Maps ``(*batch, *in_shape)`` to ``(*batch, *out_shape)``; linear, which is not checked.
+        in_shape: Shape it acts on.
+        out_shape: Shape it returns; ``in_shape`` if left out.
+        rmatvec: The adjoint's product. Not needed for a symmetric map.
+        symmetric: Whether the map equals its adjoint.
+        dtype: Type of its input and output.
+        device: Where it runs.
+        batched: False if ``matvec`` takes one tensor at a time; batches are then looped over.
+
+    Raises:
+        ValueError: If ``symmetric`` but not square.
+    """
+
+    def __init__(
+        self,
+        matvec: Product,
+        in_shape: Shape,
+        out_shape: Shape | None = None,
+        *,
+        rmatvec: Product | None = None,
+        symmetric: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        batched: bool = True,
+    ) -> None:
+        """Fill in the defaults and check the border."""
+        self.matvec, self.rmatvec = matvec, rmatvec
+        self._in_shape = tuple(in_shape)
+        self._out_shape = self._in_shape if out_shape is None else tuple(out_shape)
+        self._symmetric, self.batched = symmetric, batched
+        self._dtype = torch.get_default_dtype() if dtype is None else dtype
+        self._device = torch.device("cpu" if device is None else device)
+        if symmetric and self._in_shape != self._out_shape:
+            raise ValueError(f"A symmetric map is square, but this one goes from {in_shape} to {out_shape}.")
+
+    @property
+    def in_shape(self) -> Shape:
+        return self._in_shape
+
+    @property
+    def out_shape(self) -> Shape:
+        return self._out_shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    @property
+    def symmetric(self) -> bool:
+        return self._symmetric
+
+    def apply(self, x: Tensor) -> Tensor:
+        if self.batched:
+            return self.matvec(x)
+        batch = x.shape[: x.ndim - len(self.in_shape)]
+        rows = [self.matvec(row) for row in x.reshape(prod(batch), *self.in_shape)]
+        return torch.stack(rows).reshape(*batch, *self.out_shape) if rows else x.new_zeros(*batch, *self.out_shape)
+
+    def adjoint(self) -> Function:
+        if self.symmetric:
+            return self
+        if self.rmatvec is None:
+            raise StructureError(f"{self!r} has no adjoint: give rmatvec=, or symmetric=True if it is its own.")
+        return Function(
+            self.rmatvec,
+            self.out_shape,
+            self.in_shape,
+            rmatvec=self.matvec,
+            dtype=self.dtype,
+            device=self.device,
+            batched=self.batched,
+        )
+
+    def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Function:
+        if dtype in (None, self.dtype) and device in (None, self.device):
+            return self
+        raise StructureError(f"{self!r} cannot be converted: a function runs where and as it was written.")
+
+
+def from_scipy(
+    op: scipy.sparse.linalg.LinearOperator,
+    *,
+    symmetric: bool = False,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str | None = None,
+) -> Function:
+    """A SciPy operator ``(m, n)`` as one that acts on tensors ``(n,)``; products run in SciPy, on the host."""
+
+    def product(matmat: Callable) -> Product:
+        def apply(x: Tensor) -> Tensor:
+            rows = x.reshape(-1, x.shape[-1]).detach().cpu().numpy()
+            y = torch.as_tensor(matmat(rows.T).T, dtype=dtype, device=x.device)
+            return y.reshape(*x.shape[:-1], y.shape[-1])
+
+        return apply
+
+    return Function(
+        product(op.matmat),
+        (op.shape[1],),
+        (op.shape[0],),
+        rmatvec=product(op.rmatmat),
+        symmetric=symmetric,
+        dtype=dtype,
+        device=device,
+    )

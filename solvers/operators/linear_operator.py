@@ -1,0 +1,409 @@
+"""The contract of a linear operator, and what sums, multiples and products of operators are.
+
+An operator acts on one tensor of ``in_shape``; leading dimensions of what it is given are a batch. Where a matrix is
+meant (``to_dense``, ``to_scipy``, ``submatrix``), tensors are flattened row-major.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import reduce
+from math import prod
+from typing import TYPE_CHECKING, Any, Self, overload
+
+import numpy as np
+import scipy.sparse.linalg
+import torch
+from torch import Tensor
+
+from solvers.outcome.errors import StructureError
+
+if TYPE_CHECKING:
+    from solvers.operators.damping import Damping
+    from solvers.solver import Solver
+
+Shape = tuple[int, ...]
+Scalar = float | Tensor
+"""A number or a 0-d tensor; tensors are never read back to the host."""
+
+
+class LinearOperator(ABC):
+    """A linear map from tensors of ``in_shape`` to tensors of ``out_shape``; immutable.
+
+    A new operator defines the four abstract members and ``apply``; everything else works through them, and is
+    overridden where the structure allows something exact or cheaper.
+    """
+
+    @property
+    @abstractmethod
+    def in_shape(self) -> Shape:
+        """Shape of the tensors the operator acts on, without the batch."""
+
+    @property
+    @abstractmethod
+    def out_shape(self) -> Shape:
+        """Shape of the tensors it returns, without the batch."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Type of its numbers, of its input and of its output."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where it lives."""
+
+    @abstractmethod
+    def apply(self, x: Tensor) -> Tensor:
+        """Act on ``x (*batch, *in_shape)``, already checked; ``op @ x`` is the public call."""
+
+    @abstractmethod
+    def adjoint(self) -> LinearOperator:
+        """The transpose: ``<y, A x> = <A^T y, x>``."""
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether the operator is known to equal its adjoint."""
+        return False
+
+    @property
+    def block_size(self) -> int | None:
+        """Vectors beyond which a product gains nothing from taking more at once; None where more are always better."""
+        return None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the matrix: ``(prod(out_shape), prod(in_shape))``."""
+        return prod(self.out_shape), prod(self.in_shape)
+
+    # Products
+
+    @overload
+    def __matmul__(self, x: Tensor) -> Tensor: ...
+    @overload
+    def __matmul__(self, x: LinearOperator) -> LinearOperator: ...
+    def __matmul__(self, x: Tensor | LinearOperator) -> Tensor | LinearOperator:
+        """Apply to a tensor ``(*batch, *in_shape)``, or compose with another operator."""
+        if isinstance(x, LinearOperator):
+            if x.out_shape != self.in_shape:
+                raise ValueError(f"{self!r} @ {x!r}: the left takes {self.in_shape}, the right gives {x.out_shape}.")
+            return self.compose(x)
+        if not isinstance(x, Tensor):
+            return NotImplemented
+        start = x.ndim - len(self.in_shape)
+        if start < 0 or tuple(x.shape[start:]) != self.in_shape:
+            raise ValueError(
+                f"{self!r} acts on tensors of shape (*batch, {', '.join(map(str, self.in_shape))}), "
+                f"not {tuple(x.shape)}. Reshape the input; a batch goes first."
+            )
+        if x.dtype != self.dtype:
+            raise TypeError(
+                f"{self!r} is {self.dtype} and the tensor is {x.dtype}. Convert one of them: x.to({self.dtype})."
+            )
+        return self.apply(x)
+
+    def compose(self, other: LinearOperator) -> LinearOperator:
+        """``self @ other`` for operators whose shapes fit; overridden where the product keeps a structure."""
+        return Product((self, other))
+
+    # Views
+
+    def to_dense(self) -> Tensor:
+        """The matrix ``(prod(out_shape), prod(in_shape))``, by one product with the identity."""
+        rows, columns = self.shape
+        identity = torch.eye(columns, dtype=self.dtype, device=self.device)
+        return self.apply(identity.reshape(columns, *self.in_shape)).reshape(columns, rows).mT
+
+    def to_scipy(self) -> scipy.sparse.linalg.LinearOperator:
+        """The same map on numpy arrays, for SciPy's solvers; products run where the operator lives."""
+
+        def on_columns(op: LinearOperator) -> Callable[[np.ndarray], np.ndarray]:
+            def product(columns: np.ndarray) -> np.ndarray:
+                x = torch.as_tensor(np.array(columns.T), dtype=op.dtype, device=op.device)
+                y = op @ x.reshape(*x.shape[:-1], *op.in_shape)
+                return y.reshape(*x.shape[:-1], op.shape[0]).detach().cpu().numpy().T
+
+            return product
+
+        forward, backward = on_columns(self), on_columns(self.adjoint())
+        return scipy.sparse.linalg.LinearOperator(
+            self.shape,
+            matvec=lambda x: forward(np.ravel(x)),
+            rmatvec=lambda x: backward(np.ravel(x)),
+            matmat=forward,
+            rmatmat=backward,
+            dtype=torch.empty(0, dtype=self.dtype).numpy().dtype,
+        )
+
+    def submatrix(self, rows: Tensor, columns: Tensor | None = None) -> LinearOperator:
+        """Rows and columns (default: the same) of the matrix, by flat index.
+
+        Args:
+            rows: Flat indices into ``out_shape``, ``(r,)``.
+            columns: Flat indices into ``in_shape``, ``(c,)``; ``rows`` if left out.
+
+        Returns:
+            Operator from ``(c,)`` to ``(r,)``.
+        """
+        from solvers.operators.submatrix import Submatrix
+
+        return Submatrix(self, rows, rows if columns is None else columns)
+
+    def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Self:
+        """The same operator with its tensors in another dtype or on another device."""
+
+        def convert(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value.to(device=device, dtype=dtype if value.is_floating_point() else None)
+            if isinstance(value, LinearOperator):
+                return value.to(dtype, device)
+            return tuple(map(convert, value)) if isinstance(value, tuple) else value
+
+        return self.from_fields(**{name: convert(value) for name, value in self.fields().items()})
+
+    def fields(self) -> dict[str, Any]:
+        """What the operator is made of: tensors, numbers, operators and tuples of them, by name."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+
+    @classmethod
+    def from_fields(cls, **fields: Any) -> Self:
+        """Build the operator from what :meth:`fields` gave."""
+        return cls(**fields)
+
+    # Arithmetic
+
+    def shift(self, lam: Scalar) -> LinearOperator:
+        """``A + lam I``, kept symbolic unless the structure absorbs it."""
+        from solvers.operators.shifted import Shifted
+
+        return Shifted(self, lam)
+
+    def plus(self, other: LinearOperator) -> LinearOperator:
+        """``self + other`` for operators of equal shapes; overridden where the sum keeps a structure."""
+        return Sum((self, other))
+
+    def scale(self, scalar: Scalar) -> LinearOperator:
+        """``scalar * self``; overridden where a factor absorbs the number."""
+        return Scaled(self, scalar)
+
+    def __add__(self, other: LinearOperator) -> LinearOperator:
+        """Sum of two operators of equal shapes."""
+        if not isinstance(other, LinearOperator):
+            return NotImplemented
+        if (self.in_shape, self.out_shape) != (other.in_shape, other.out_shape):
+            raise ValueError(
+                f"{self!r} + {other!r}: {self.in_shape} -> {self.out_shape} cannot be added to "
+                f"{other.in_shape} -> {other.out_shape}."
+            )
+        return self.plus(other)
+
+    def __sub__(self, other: LinearOperator) -> LinearOperator:
+        """Difference of two operators of equal shapes."""
+        return self + (-other)
+
+    def __mul__(self, scalar: Scalar) -> LinearOperator:
+        """Multiple of the operator."""
+        if not isinstance(scalar, (int, float, Tensor)) or (isinstance(scalar, Tensor) and scalar.ndim > 0):
+            raise TypeError(f"{self!r} * x takes a number or a 0-d tensor; for a product write op @ x.")
+        return self.scale(scalar)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, scalar: Scalar) -> LinearOperator:
+        """Multiple of the operator by ``1 / scalar``."""
+        return self * (1 / scalar)
+
+    def __neg__(self) -> LinearOperator:
+        """``-1`` times the operator."""
+        return self * -1.0
+
+    def inverse(
+        self, damping: float | Damping = 0.0, solver: Solver | None = None, *, dense: bool = False
+    ) -> LinearOperator:
+        """Inverse of the damped operator.
+
+        Args:
+            damping: A :class:`~solvers.Damping`; a number ``lam`` means ``Tikhonov(lam)``, that is ``A + lam I``.
+            solver: How to invert; by default the exact solver that fits the structure.
+            dense: True to form the dense matrix of a part that has no structural inverse, instead of refusing.
+
+        Returns:
+            Operator with ``op.inverse(damping) @ (damping(op) @ x) = x``.
+
+        Raises:
+            StructureError: If the solver does not serve the structure.
+            SingularMatrixError: If the damped operator has no inverse.
+        """
+        from solvers.operators.damping import Damping, Tikhonov
+        from solvers.rules import power
+
+        damped = (damping if isinstance(damping, Damping) else Tikhonov(damping))(self)
+        return power(damped, -1, solver, dense=dense)
+
+    # Exact scalars, where the structure gives them
+
+    def diagonal(self) -> Tensor:
+        """Diagonal of the matrix, shaped ``in_shape``; refused unless the structure gives it exactly."""
+        raise self.no_exact("diagonal", "solvers.diagonal(op) for an estimate with its error")
+
+    def trace(self) -> Tensor:
+        """Sum of the diagonal, 0-d; refused unless the structure gives it exactly."""
+        try:
+            return self.diagonal().sum()
+        except StructureError:
+            raise self.no_exact("trace", "solvers.trace(op) for an estimate with its error") from None
+
+    def logdet(self) -> Tensor:
+        """Logarithm of the determinant, 0-d; refused unless the structure gives it exactly."""
+        raise self.no_exact("logdet", "solvers.logdet(op) for an estimate with its error")
+
+    def frobenius_norm(self) -> Tensor:
+        """Root of the sum of the squared entries, 0-d; refused unless the structure gives it exactly."""
+        raise self.no_exact("frobenius_norm", "solvers.frobenius_norm(op) for an estimate with its error")
+
+    def no_exact(self, quantity: str, way_out: str) -> StructureError:
+        """The refusal of an exact scalar."""
+        return StructureError(
+            f"{self!r} has no exact {quantity}. Use {way_out}, or op.to_dense() if the matrix is small."
+        )
+
+    def __repr__(self) -> str:
+        """Class and size."""
+        return f"{type(self).__name__}({self.shape[0]}x{self.shape[1]})"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Scaled(LinearOperator):
+    """``scalar * op``."""
+
+    op: LinearOperator
+    scalar: Scalar
+
+    @property
+    def in_shape(self) -> Shape:
+        return self.op.in_shape
+
+    @property
+    def out_shape(self) -> Shape:
+        return self.op.out_shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.op.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.op.device
+
+    @property
+    def symmetric(self) -> bool:
+        return self.op.symmetric
+
+    def apply(self, x: Tensor) -> Tensor:
+        return self.scalar * self.op.apply(x)
+
+    def adjoint(self) -> LinearOperator:
+        return Scaled(self.op.adjoint(), self.scalar)
+
+    def scale(self, scalar: Scalar) -> LinearOperator:
+        return Scaled(self.op, scalar * self.scalar)
+
+    def diagonal(self) -> Tensor:
+        return self.scalar * self.op.diagonal()
+
+    def trace(self) -> Tensor:
+        return self.scalar * self.op.trace()
+
+    def frobenius_norm(self) -> Tensor:
+        return (self.scalar * self.op.frobenius_norm()).abs()
+
+    def __repr__(self) -> str:
+        return f"{float(self.scalar):g} * {self.op!r}"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Sum(LinearOperator):
+    """Sum of operators of equal shapes."""
+
+    terms: tuple[LinearOperator, ...]
+
+    def __post_init__(self) -> None:
+        if len({(op.in_shape, op.out_shape, op.dtype) for op in self.terms}) != 1:
+            raise ValueError(f"The terms of a sum need equal shapes and dtypes, not {self.terms}.")
+
+    @property
+    def in_shape(self) -> Shape:
+        return self.terms[0].in_shape
+
+    @property
+    def out_shape(self) -> Shape:
+        return self.terms[0].out_shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.terms[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.terms[0].device
+
+    @property
+    def symmetric(self) -> bool:
+        return all(op.symmetric for op in self.terms)
+
+    def apply(self, x: Tensor) -> Tensor:
+        return reduce(torch.add, (op.apply(x) for op in self.terms))
+
+    def adjoint(self) -> LinearOperator:
+        return Sum(tuple(op.adjoint() for op in self.terms))
+
+    def plus(self, other: LinearOperator) -> LinearOperator:
+        return Sum((*self.terms, other))
+
+    def diagonal(self) -> Tensor:
+        return reduce(torch.add, (op.diagonal() for op in self.terms))
+
+    def trace(self) -> Tensor:
+        return reduce(torch.add, (op.trace() for op in self.terms))
+
+    def __repr__(self) -> str:
+        return f"Sum({', '.join(map(repr, self.terms))})"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Product(LinearOperator):
+    """Composition ``A_1 A_2 ... A_k``; the last acts first."""
+
+    factors: tuple[LinearOperator, ...]
+
+    @property
+    def in_shape(self) -> Shape:
+        return self.factors[-1].in_shape
+
+    @property
+    def out_shape(self) -> Shape:
+        return self.factors[0].out_shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.factors[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.factors[0].device
+
+    def apply(self, x: Tensor) -> Tensor:
+        return reduce(lambda y, op: op.apply(y), reversed(self.factors), x)
+
+    def adjoint(self) -> LinearOperator:
+        return Product(tuple(op.adjoint() for op in reversed(self.factors)))
+
+    def compose(self, other: LinearOperator) -> LinearOperator:
+        return Product((*self.factors, other))
+
+    def __repr__(self) -> str:
+        return f"Product({', '.join(map(repr, self.factors))})"

@@ -1,0 +1,1 @@
+"""How a computation ended: errors, checks, progress, and what a solve reports."""

@@ -1,0 +1,79 @@
+"""Checks whose verdict is read once: a hundred blocks cost one host synchronisation, and none slips through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+from solvers.outcome.errors import SolverError
+
+_Check = tuple[Tensor, Callable[[], Exception]]
+_where: ContextVar[str] = ContextVar("part of the operator at work", default="")
+_pending: ContextVar[list[_Check] | None] = ContextVar("pending checks", default=None)
+
+
+def require(ok: Tensor, error: Callable[[], Exception]) -> None:
+    """Raise ``error()`` unless the 0-d boolean ``ok`` holds: at once, or at the end of :func:`checked`.
+
+    Args:
+        ok: 0-d boolean tensor on any device.
+        error: Builds the exception; called only on failure, so it may read values back from the device.
+    """
+    pending, where = _pending.get(), _where.get()
+    if pending is None:
+        if not bool(ok):
+            raise error()
+    else:
+        pending.append((ok, lambda: _located(error(), where)))
+
+
+@contextmanager
+def working_on(part: str) -> Iterator[None]:
+    """Name the part of an operator that the block of code works on; its errors start with the name."""
+    where = f"{_where.get()}{part}: "
+    token = _where.set(where)
+    try:
+        yield
+    except SolverError as error:
+        if str(error).startswith(where):  # a check inside has named it already
+            raise
+        raise _located(error, f"{part}: ") from error
+    finally:
+        _where.reset(token)
+
+
+@contextmanager
+def checked() -> Iterator[None]:
+    """Gather every :func:`require` inside the block and look at all of them once, when the block ends.
+
+    Raises:
+        Exception: The error of the first check that fails.
+    """
+    checks: list[_Check] = []
+    token = _pending.set(checks)
+    try:
+        yield
+    except RuntimeError:
+        # Torch may stumble over what a check has already found; the check explains it better.
+        _raise_first_failure(checks)
+        raise
+    finally:
+        _pending.reset(token)
+    _raise_first_failure(checks)
+
+
+def _raise_first_failure(checks: list[_Check]) -> None:
+    if not checks:
+        return
+    device = checks[0][0].device
+    verdicts = torch.stack([ok.to(device) for ok, _ in checks])
+    if not bool(verdicts.all()):
+        raise checks[int(verdicts.logical_not().nonzero()[0])][1]()
+
+
+def _located(error: Exception, where: str) -> Exception:
+    return type(error)(f"{where}{error}") if where and isinstance(error, SolverError) else error

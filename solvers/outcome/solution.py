@@ -1,0 +1,64 @@
+"""What a solve reports, and what happens when it has not converged."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from solvers.outcome.errors import NotConvergedError, NotConvergedWarning
+
+OnFailure = Literal["warn", "raise"]
+
+
+@dataclass(frozen=True, eq=False)
+class SolveInfo:
+    """How a solve went.
+
+    Attributes:
+        iterations: Steps taken; all right-hand sides take them together.
+        residual: True norm ``|b - A x|``, computed anew at the end, for each right-hand side ``(*batch,)``. For least
+            squares that of the normal equations.
+        tolerance: What the norm had to reach, ``max(rtol |b|, atol)``, ``(*batch,)``.
+        converged: Which right-hand sides met the stopping rule, boolean ``(*batch,)``.
+        negative_curvature: Which right-hand sides met a direction ``p`` with ``p^T A p <= 0``, or None where the method
+            does not look.
+        direction: That direction for each of them, ``(*batch, *in_shape)``, zero for the others.
+    """
+
+    iterations: int
+    residual: Tensor
+    tolerance: Tensor
+    converged: Tensor
+    negative_curvature: Tensor | None = None
+    direction: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """A solution and its report."""
+
+    x: Tensor
+    info: SolveInfo
+
+
+def report(info: SolveInfo, name: str, on_failure: OnFailure) -> None:
+    """Warn or raise if a right-hand side has not converged.
+
+    Raises:
+        NotConvergedError: If ``on_failure`` is "raise" and one has not.
+    """
+    if bool(info.converged.all()):
+        return
+    worst = int((info.residual - info.tolerance).flatten().argmax())
+    message = (
+        f"{name} has not converged for {int((~info.converged).sum())} of {info.converged.numel()} right-hand sides in "
+        f"{info.iterations} steps: the residual is {float(info.residual.flatten()[worst]):.3g}, wanted "
+        f"{float(info.tolerance.flatten()[worst]):.3g}. Allow more max_steps, more damping, a preconditioner, or a "
+        "larger rtol."
+    )
+    if on_failure == "raise":
+        raise NotConvergedError(message)
+    warnings.warn(message, NotConvergedWarning, stacklevel=3)
