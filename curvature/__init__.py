@@ -1,40 +1,45 @@
 """Curvature of a model's loss: what it is, estimated in the structures that can be inverted."""
 
 from curvature import plots
-from curvature.activation import activation_hessian
-from curvature.block import Block
-from curvature.checkpoint import Checkpoint, CheckpointError
-from curvature.covariance import gradient_covariance
-from curvature.coverage import Coverage, coverage
-from curvature.dense import LayerFisher
-from curvature.determinism import NondeterministicError, check_deterministic
-from curvature.diagonal import DiagonalFisher
-from curvature.dynamics import Dynamics, dynamics, kernel_eigenvalues
-from curvature.eigenbasis import EigenbasisFisher
-from curvature.eigenpairs import resumable_eigsh
-from curvature.estimator import Curvature, CurvatureEstimator
-from curvature.fisher import fisher
-from curvature.foof import InputKronecker
-from curvature.ggn import ggn
-from curvature.gram import GramFisher
-from curvature.hessian import hessian
-from curvature.influence import Influence, influence, self_influence
-from curvature.interpolation import Interpolation, interpolation
-from curvature.inverse import InverseEstimator
-from curvature.jacobian import jacobian
-from curvature.kronbfgs import KroneckerBFGS
-from curvature.kronecker import KroneckerFisher
-from curvature.mixed import Mixed
-from curvature.monitor import Monitor
-from curvature.ntk import ntk
-from curvature.persample import gradient_second_moment, gradient_variance, per_sample_gradients, per_sample_norms
-from curvature.report import Report, report
-from curvature.singd import SINGDFisher
-from curvature.sketch import SketchedFisher
-from curvature.subspace import Subspace, overlap, subspace
-from curvature.surface import Surface, surface
-from curvature.tnt import TensorNormal
-from curvature.unitwise import UnitFisher
+from curvature.estimation.checkpoint import Checkpoint, CheckpointError
+from curvature.estimation.coverage import Coverage, coverage
+from curvature.influences import Influence, influence, self_influence
+from curvature.landscape.interpolation import Interpolation, interpolation
+from curvature.landscape.surface import Surface, surface
+from curvature.layers.block import Block
+from curvature.matrices.activation import activation_hessian
+from curvature.matrices.covariance import gradient_covariance
+from curvature.matrices.fisher import fisher
+from curvature.matrices.ggn import ggn
+from curvature.matrices.hessian import hessian
+from curvature.matrices.jacobian import jacobian
+from curvature.matrices.ntk import ntk
+from curvature.matrices.per_sample import (
+    gradient_second_moment,
+    gradient_variance,
+    per_sample_gradients,
+    per_sample_norms,
+)
+from curvature.matrices.resumable import resumable_eigsh
+from curvature.model.determinism import NondeterministicError, check_deterministic
+from curvature.reports import Report, report
+from curvature.structures.diagonal import DiagonalFisher
+from curvature.structures.ekfac import EigenbasisFisher
+from curvature.structures.estimator import Curvature, CurvatureEstimator
+from curvature.structures.foof import InputKronecker
+from curvature.structures.gram import GramFisher
+from curvature.structures.inverse import InverseEstimator
+from curvature.structures.kbfgs import KroneckerBFGS
+from curvature.structures.kfac import KroneckerFisher
+from curvature.structures.layer import LayerFisher
+from curvature.structures.mixed import Mixed
+from curvature.structures.singd import SINGDFisher
+from curvature.structures.sketch import SketchedFisher
+from curvature.structures.tnt import TensorNormal
+from curvature.structures.unit import UnitFisher
+from curvature.training.dynamics import Dynamics, dynamics, kernel_eigenvalues
+from curvature.training.monitor import Monitor
+from curvature.training.subspace import Subspace, overlap, subspace
 
 __all__ = [
     "Block",

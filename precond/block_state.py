@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvature.estimator import Form
+from curvature.structures.estimator import Form
 from precond.blocks import Blocks
 
 

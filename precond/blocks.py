@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from curvature.block import Part
+from curvature.layers.block import Part
 from precond.preconditioner import Preconditioner
 from precond.refresh import refresh_cost, slots
 from precond.rows import Rows

@@ -7,8 +7,8 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from curvature import EigenbasisFisher
-from curvature.kronecker import Sharing
-from curvature.signals import FisherKind
+from curvature.losses.signals import FisherKind
+from curvature.structures.kfac import Sharing
 from precond.layerwise import PreconditionedOptimizer
 from precond.methods import Taxonomy
 from precond.schedules import Scheduled, ScheduledInt

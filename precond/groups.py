@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from curvature.parameters import Parameters
+from curvature.model.parameters import Parameters
 
 
 def as_groups(model: nn.Module, params: Any) -> list[dict[str, Any]]:

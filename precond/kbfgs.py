@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from curvature.collector import Collector
-from curvature.kronbfgs import KroneckerBFGS, KroneckerBFGSEstimator
-from curvature.whole import ApartCollector
+from curvature.estimation.collector import Collector
+from curvature.estimation.joint import ApartCollector
+from curvature.structures.kbfgs import KroneckerBFGS, KroneckerBFGSEstimator
 from precond.layerwise import PreconditionedOptimizer
 from precond.methods import Taxonomy
 from precond.preconditioner import Preconditioner

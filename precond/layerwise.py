@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from curvature import Block, Curvature, CurvatureEstimator
-from curvature.capture import Capture, Mode
-from curvature.collector import Collector
-from curvature.coverage import Coverage, describe_loss, table
-from curvature.data import Output
-from curvature.estimator import Form
-from curvature.inverse import InverseEstimator
-from curvature.mixed import Rule
-from curvature.parameters import Parameters
-from curvature.wrappers import unwrapped
+from curvature.estimation.capture import Capture, Mode
+from curvature.estimation.collector import Collector
+from curvature.estimation.coverage import Coverage, describe_loss, table
+from curvature.model.data import Output
+from curvature.model.parameters import Parameters
+from curvature.model.wrappers import unwrapped
+from curvature.structures.estimator import Form
+from curvature.structures.inverse import InverseEstimator
+from curvature.structures.mixed import Rule
 from precond.adapt import LevenbergMarquardt, strength, with_strength
 from precond.base import NonFinite, SecondOrderOptimizer
 from precond.block_state import add_blocks, copied, saved_form, split_blocks
@@ -61,7 +61,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         burn_in: Steps at the start that collect statistics and move nothing, so that the first inverses rest on more
             than one batch (kfac-jax's ``num_burnin_steps``; Distributed Shampoo moves by a grafted method meanwhile,
             whose step has another scale). Before another optimizer, :meth:`precondition` gives zeros meanwhile.
-        rules: ``{rule: structure}`` for parts of the model, as for :class:`~curvature.mixed.Mixed`; a structure may
+        rules: ``{rule: structure}`` for parts of the model, as for :class:`~curvature.Mixed`; a structure may
             also be a dict of options that differ from those of ``curvature``, as ``{"head": {"sharing": "reduce"}}``.
         ignore: Modules, classes of modules, names or globs that get no curvature: their direction is the plain
             gradient, with the momentum, decay and learning rate of their group (as ``skip_layers`` of kfac-pytorch).

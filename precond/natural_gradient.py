@@ -7,8 +7,8 @@ from typing import Any, ClassVar, Literal, get_args
 from torch import Tensor, nn
 
 from curvature import Curvature, DiagonalFisher, LayerFisher, UnitFisher
-from curvature.signals import FisherKind
-from curvature.whole import WholeFisher
+from curvature.estimation.joint import WholeFisher
+from curvature.losses.signals import FisherKind
 from precond.methods import Taxonomy
 from precond.schedules import Scheduled, ScheduledInt
 from precond.whole import WholeModelOptimizer

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from curvature import CurvatureEstimator
-from curvature.estimator import Form
-from curvature.inverse import InverseEstimator
+from curvature.structures.estimator import Form
+from curvature.structures.inverse import InverseEstimator
 from solvers import (
     Cholesky,
     Damping,

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
 
-from curvature.data import Output, inspecting, inspection, resolve_output
-from curvature.hooks import Hook
 from curvature.losses import loss_for
-from curvature.settings import random_state, set_random_state, settings
-from curvature.wrappers import is_compiled, plain_checkpoints, unwrapped
+from curvature.model.data import Output, inspecting, inspection, resolve_output
+from curvature.model.hooks import Hook
+from curvature.model.settings import random_state, set_random_state, settings
+from curvature.model.wrappers import is_compiled, plain_checkpoints, unwrapped
 from precond.closure import BackwardDoesNothing, unflatten
 from precond.products import GaussNewtonMatrix, Part, gram, loss_part
 

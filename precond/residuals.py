@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 
-from curvature.samples import gram
+from curvature.layers.samples import gram
 from precond.products import GaussNewtonMatrix
 from solvers import CG, Cholesky, Dense, Tikhonov, power
 

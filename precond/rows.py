@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvature.block import Block
-from curvature.data import inspecting
-from curvature.hooks import inert, nothing
+from curvature.layers.block import Block
+from curvature.model.data import inspecting
+from curvature.model.hooks import inert, nothing
 from precond.preconditioner import Preconditioner
 from solvers import Kronecker, LinearOperator
 

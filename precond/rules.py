@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from curvature import Curvature
-from curvature.coverage import Row
-from curvature.mixed import Mixed, Rule, label, nearness
-from curvature.whole import WholeFisher
+from curvature.estimation.coverage import Row
+from curvature.estimation.joint import WholeFisher
+from curvature.structures.mixed import Mixed, Rule, label, nearness
 
 #: Rule (a module, a class of modules, a name or a glob) -> structure, or options that differ from the default's.
 Rules = Mapping[Any, str | Curvature | Mapping[str, Any]]
@@ -22,7 +22,7 @@ def with_rules(curvature: Curvature, rules: Rules | None) -> Curvature:
 
     Args:
         curvature: For all that no rule fits.
-        rules: See :class:`~curvature.mixed.Mixed`; a dict of options stands for ``curvature`` with these.
+        rules: See :class:`~curvature.structures.mixed.Mixed`; a dict of options stands for ``curvature`` with these.
 
     Raises:
         ValueError: If the curvature is one matrix for the whole model, or an option is not one of it.

@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from curvature.signals import FisherKind
-from curvature.sketch import SketchedFisher
+from curvature.losses.signals import FisherKind
+from curvature.structures.sketch import SketchedFisher
 from precond.layerwise import PreconditionedOptimizer
 from precond.methods import Taxonomy
 from precond.schedules import Scheduled, ScheduledInt

@@ -6,9 +6,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from curvature.kronecker import Sharing
-from curvature.signals import FisherKind
-from curvature.singd import FactorStructure, SINGDFisher
+from curvature.losses.signals import FisherKind
+from curvature.structures.kfac import Sharing
+from curvature.structures.singd import FactorStructure, SINGDFisher
 from precond.layerwise import PreconditionedOptimizer
 from precond.methods import Taxonomy
 from precond.schedules import Scheduled, ScheduledInt

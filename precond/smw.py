@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from curvature import Curvature, CurvatureEstimator
-from curvature.gram import GramFisher
-from curvature.signals import FisherKind
-from curvature.whole import WholeFisher
+from curvature.estimation.joint import WholeFisher
+from curvature.losses.signals import FisherKind
+from curvature.structures.gram import GramFisher
 from precond.methods import Taxonomy
 from precond.preconditioner import Preconditioner
 from precond.schedules import Scheduled, ScheduledInt

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from curvature.settings import random_state
+from curvature.model.settings import random_state
 from precond.adapt import LevenbergMarquardt
 from precond.closure import flatten, unflatten
 from precond.replay import ClosureReplay, LoopReplay, Replay, interpretable, parameters_at

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from curvature import TensorNormal
-from curvature.signals import FisherKind
+from curvature.losses.signals import FisherKind
 from precond.layerwise import PreconditionedOptimizer
 from precond.methods import Taxonomy
 from precond.refresh import DOUBLING_TO_10

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from curvature import Block, CurvatureEstimator
-from curvature.collector import Collector
-from curvature.estimator import Form
-from curvature.whole import WholeCollector, WholeEstimator, WholeFisher, whole_block
+from curvature.estimation.collector import Collector
+from curvature.estimation.joint import WholeCollector, WholeEstimator, WholeFisher, whole_block
+from curvature.structures.estimator import Form
 from precond.layerwise import PreconditionedOptimizer
 from precond.preconditioner import Preconditioner
 
 
 class WholeModelOptimizer(PreconditionedOptimizer):
-    """A :class:`PreconditionedOptimizer` that also takes a :class:`~curvature.whole.WholeFisher`.
+    """A :class:`PreconditionedOptimizer` that also takes a :class:`~curvature.estimation.joint.WholeFisher`.
 
     All parameters then share one preconditioner, and so one damping. Where a parameter has no gradient in a step, its
     gradient counts as zero and it does not move. Freezing or adding parameters starts the estimate anew.

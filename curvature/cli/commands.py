@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 import solvers
-from curvature.checkpoint import Checkpoint, save
 from curvature.cli import output
 from curvature.cli.source import Source, UsageError
-from curvature.coverage import coverage
-from curvature.determinism import NondeterministicError, check_deterministic
-from curvature.eigenpairs import resumable_eigsh
-from curvature.ggn import ggn
-from curvature.hessian import hessian
-from curvature.products import DatasetOperator
+from curvature.estimation.checkpoint import Checkpoint, save
+from curvature.estimation.coverage import coverage
+from curvature.matrices.dataset_operator import DatasetOperator
+from curvature.matrices.ggn import ggn
+from curvature.matrices.hessian import hessian
+from curvature.matrices.resumable import resumable_eigsh
+from curvature.model.determinism import NondeterministicError, check_deterministic
 
 _PICTURES = (".svg", ".png", ".pdf")
 
@@ -148,7 +148,7 @@ def _trace(op: DatasetOperator, given: Namespace) -> Answer:
 
 
 def _report(source: Source, given: Namespace) -> Answer:
-    from curvature.report import report
+    from curvature.reports import report
 
     for place in given.out:
         _folder_of("--out", place)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvature.data import is_one_batch, map_tensors
+from curvature.model.data import is_one_batch, map_tensors
 
 #: Keywords of the library's functions that a source may add.
 OPTIONS = ("params", "output", "class_dim")

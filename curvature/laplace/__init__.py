@@ -12,26 +12,26 @@ try:
 except ImportError as error:  # pragma: no cover
     raise ImportError("curvature.laplace needs laplace-torch: pip install precond[laplace]") from error
 
-from curvature.laplace.backends import EFBackend, GGNBackend
-from curvature.laplace.decomposed import BlockKronDecomposed
-from curvature.laplace.diagonal import DiagonalPosterior, LastLayerDiagonalPosterior
-from curvature.laplace.evidence import Evidence, StochasticEvidence, evidence
-from curvature.laplace.files import load, save
-from curvature.laplace.hessian import HessianBackend
-from curvature.laplace.kron import BlockKron
-from curvature.laplace.linearized import LinearizedLaplace
-from curvature.laplace.low_rank import LastLayerLowRankDiagPosterior, LowRankDiagPosterior
-from curvature.laplace.online import OnlineLaplace
-from curvature.laplace.posterior import (
+from curvature.laplace.backends.ggn import EFBackend, GGNBackend
+from curvature.laplace.backends.hessian import HessianBackend
+from curvature.laplace.factors.decomposed import BlockKronDecomposed
+from curvature.laplace.factors.kron import BlockKron
+from curvature.laplace.matrix_free.evidence import Evidence, StochasticEvidence, evidence
+from curvature.laplace.matrix_free.linearized import LinearizedLaplace
+from curvature.laplace.matrix_free.predictive import Predictive
+from curvature.laplace.matrix_free.sampling import PosteriorSampler, PosteriorSamples
+from curvature.laplace.matrix_free.tuning import Tuned, optimize_evidence
+from curvature.laplace.parametric.diagonal import DiagonalPosterior, LastLayerDiagonalPosterior
+from curvature.laplace.parametric.files import load, save
+from curvature.laplace.parametric.low_rank import LastLayerLowRankDiagPosterior, LowRankDiagPosterior
+from curvature.laplace.parametric.online import OnlineLaplace
+from curvature.laplace.parametric.posterior import (
     EKFACLaplace,
     KFACLaplace,
     LastLayerEKFACLaplace,
     LastLayerKFACLaplace,
     LowRankPosterior,
 )
-from curvature.laplace.predictive import Predictive
-from curvature.laplace.sampling import PosteriorSampler, PosteriorSamples
-from curvature.laplace.tuning import Tuned, optimize_evidence
 
 __all__ = [
     "BlockKron",

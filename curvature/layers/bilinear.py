@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from curvature.block import Part
+from curvature.layers.block import Part
 from curvature.layers.site import Layout, OuterSite, Ref, bind, rule_for
 
 if TYPE_CHECKING:
-    from curvature.recorder import Recorder
+    from curvature.layers.recorder import Recorder
 
 
 class BilinearSite(OuterSite):

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from curvature.block import Part
+from curvature.layers.block import Part
 from curvature.layers.site import Layout, OuterSite, Ref, bind, rule_for
 
 if TYPE_CHECKING:
-    from curvature.recorder import Recorder
+    from curvature.layers.recorder import Recorder
 
 
 def per_axis(value: int | tuple[int, ...], dims: int) -> tuple[int, ...]:

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from curvature.block import Block
+from curvature.layers.block import Block
 from curvature.layers.site import ElementwiseSite, Layout, Ref, rule_for
 
 if TYPE_CHECKING:
-    from curvature.recorder import Recorder
+    from curvature.layers.recorder import Recorder
 
 
 class BroadcastSite(ElementwiseSite):

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from curvature.block import Part
+from curvature.layers.block import Part
 from curvature.layers.embedding import table_part
 from curvature.layers.site import Layout, OuterSite, Ref, bind, rule_for
 
 if TYPE_CHECKING:
-    from curvature.recorder import Recorder
+    from curvature.layers.recorder import Recorder
 
 
 class EmbeddingBagSite(OuterSite):

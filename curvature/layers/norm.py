@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from curvature.block import Block
+from curvature.layers.block import Block
 from curvature.layers.site import ElementwiseSite, Layout, Ref, bind, rule_for
 
 if TYPE_CHECKING:
-    from curvature.recorder import Recorder
+    from curvature.layers.recorder import Recorder
 
 
 class ScaleShiftSite(ElementwiseSite):

@@ -12,7 +12,7 @@ from curvature.layers.elementwise import BroadcastSite
 from curvature.layers.site import bind, rule_for
 
 if TYPE_CHECKING:
-    from curvature.recorder import Recorder
+    from curvature.layers.recorder import Recorder
 
 
 @rule_for(torch.prelu, modules={nn.PReLU: "diagonal"})

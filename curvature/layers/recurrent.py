@@ -19,7 +19,7 @@ from curvature.layers.linear import LinearSite
 from curvature.layers.site import Layout, replacement_for
 
 if TYPE_CHECKING:
-    from curvature.recorder import Recorder
+    from curvature.layers.recorder import Recorder
 
 #: Hidden state, and the cell state of an LSTM.
 State = tuple[Tensor, ...]

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from curvature.block import Block, Part
-from curvature.samples import OneHot, Outer, PerSample
+from curvature.layers.block import Block, Part
+from curvature.layers.samples import OneHot, Outer, PerSample
 
 if TYPE_CHECKING:
-    from curvature.recorder import Recorder
+    from curvature.layers.recorder import Recorder
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from curvature.block import Part
+from curvature.layers.block import Part
 from curvature.layers.conv import PatchSite, patches, per_axis
 from curvature.layers.site import Layout, Ref, bind, rule_for
 
 if TYPE_CHECKING:
-    from curvature.recorder import Recorder
+    from curvature.layers.recorder import Recorder
 
 
 class TransposedConvSite(PatchSite):

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from curvature.interpolation import Interpolation
+from curvature.landscape.interpolation import Interpolation
+from curvature.landscape.surface import Surface
 from curvature.plots.layers import bars
 from curvature.plots.style import colour, ink, legend, library, numbers, prepare
-from curvature.surface import Surface
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

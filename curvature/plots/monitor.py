@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from curvature.monitor import Monitor
 from curvature.plots.style import ERRORS, colour, ink, legend, numbers, prepare
+from curvature.training.monitor import Monitor
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from curvature.dynamics import Dynamics
 from curvature.plots.style import colour, ink, legend, prepare
-from curvature.subspace import Subspace, SubspaceRecord
+from curvature.training.dynamics import Dynamics
+from curvature.training.subspace import Subspace, SubspaceRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -18,8 +18,8 @@ from workloads import epoch_data
 
 import curvature
 import solvers
-from curvature.dataset import record
-from curvature.parameters import Parameters
+from curvature.estimation.dataset import record
+from curvature.model.parameters import Parameters
 from solvers import Cholesky, FactoredTikhonov
 
 Run = Callable[[], Any]

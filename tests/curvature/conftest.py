@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import pytest
 
-from curvature.plan import Plan
+from curvature.estimation.plan import Plan
 
 # Parameters of `hidden_uses` in problems.py, whose uses no recorder can see.
 HIDDEN = {"only", "also.weight"}

@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from precond import EKFAC, KFAC
-from tests.curvature.training import batch, mlp
+from tests.curvature.loops import batch, mlp
 
 pytestmark = pytest.mark.distributed
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from curvature.kronbfgs import KroneckerBFGSEstimator, bfgs, double_damped
+from curvature.structures.kbfgs import KroneckerBFGSEstimator, bfgs, double_damped
 from precond import KBFGS
 from tests.precond import layer_references as ref
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from precond import EKFAC, KFAC, PreconditionedOptimizer
-from tests.curvature.training import assert_same, batch, mlp, statistics
+from tests.curvature.loops import assert_same, batch, mlp, statistics
 
 LR, MOMENTUM, DECAY, DAMPING, EMA = 0.2, 0.8, 0.05, 3e-2, 0.7
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from precond import EKFAC, KFAC
-from tests.curvature.training import assert_same, batch, fisher, mlp, statistics
+from tests.curvature.loops import assert_same, batch, fisher, mlp, statistics
 
 X, Y = batch(8)
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler, swa_utils
 
 from precond import EKFAC, KFAC, PreconditionedOptimizer
+from tests.curvature.loops import batch, mlp, run
 from tests.curvature.problems import PROBLEMS
-from tests.curvature.training import batch, mlp, run
 
 X, Y = batch(16)
 

@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from curvature.mixed import Mixed
+from curvature.structures.mixed import Mixed
 from precond import EKFAC, KFAC, SENG, SINGD, TNT, PreconditionedOptimizer, SMWNaturalGradient, Tikhonov
 from precond.refresh import Doubling, refresh_cost, slots
 from solvers import Cholesky
-from tests.curvature.training import batch, mlp
+from tests.curvature.loops import batch, mlp
 
 BATCHES = [batch(16, seed) for seed in range(12)]
 

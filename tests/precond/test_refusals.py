@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from curvature.losses import AmbiguousClassAxisError, UnknownLossError
 from precond import EKFAC, KFAC
-from tests.curvature.training import assert_same, batch, mlp, statistics, watching
+from tests.curvature.loops import assert_same, batch, mlp, statistics, watching
 
 X, Y = batch(6)
 

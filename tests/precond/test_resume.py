@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from precond import EKFAC, KFAC, DiagonalFisher, Eigh, PreconditionedOptimizer, Tikhonov
-from tests.curvature.training import assert_same, mlp, statistics
+from tests.curvature.loops import assert_same, mlp, statistics
 
 Make = Callable[[nn.Module, nn.Module], PreconditionedOptimizer]
 

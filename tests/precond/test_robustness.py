@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import precond.matrices
 import precond.preconditioner
-from curvature.inverse import InverseEstimator
+from curvature.structures.inverse import InverseEstimator
 from precond import SOAP, GaLore, KLShampoo, Shampoo, SPlus
 from solvers import SolverError
 from tests.precond.test_torch_checks import METHODS, NAMES, WITHOUT_CLOSURE, Problem, equal

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from curvature.gram import OuterRows, gram_of
+from curvature.structures.gram import OuterRows, gram_of
 from precond import NaturalGradient, PreconditionedOptimizer, SMWNaturalGradient, Tikhonov
 from solvers import Rows, Woodbury
 from tests.precond import layer_references as ref
@@ -173,7 +173,7 @@ def test_refusals() -> None:
         SMWNaturalGradient(model, LOSS, lr=0.1, spring=1.0)
     with pytest.raises(ValueError, match="structure must be 'full' or 'layer', got 'unit'"):
         SMWNaturalGradient(model, LOSS, lr=0.1, structure="unit")  # type: ignore[arg-type]
-    from curvature.gram import GramFisher
+    from curvature.structures.gram import GramFisher
 
     optimizer = PreconditionedOptimizer(
         model, LOSS, curvature=GramFisher("mc"), damping=Tikhonov(1.0), solver=Woodbury(), lr=0.1

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvature.laplace.decomposed import BlockKronDecomposed
+from curvature.laplace.factors.decomposed import BlockKronDecomposed
 from curvature.laplace.posteriors.functional import (
     Forward,
     FunctionalBackend,

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from curvature.data import map_tensors
-from curvature.laplace.backends import GGNBackend
+from curvature.laplace.backends.ggn import GGNBackend
+from curvature.layers.recorder import batch_size, tensors_in
 from curvature.losses import AutogradLoss, Terms
-from curvature.recorder import batch_size, tensors_in
+from curvature.model.data import map_tensors
 
 Params = dict[str, Tensor]
 #: ``forward(params, batch)`` gives the output, one row for each example, and auxiliary information.

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from curvature.laplace.decomposed import BlockKronDecomposed
-from curvature.laplace.kron import BlockKron, Tensors
+from curvature.laplace.factors.decomposed import BlockKronDecomposed
+from curvature.laplace.factors.kron import BlockKron, Tensors
 from curvature.laplace.posteriors.functional import (
     Forward,
     FunctionalBackend,

@@ -1,0 +1,236 @@
+"""Files in which a long computation keeps its state: whole or absent after a crash, and of one problem only."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor, nn
+
+from curvature.model.parameters import Parameters
+
+#: Share of the running time that saving may take, at most.
+_SHARE = 0.05
+
+
+class CheckpointError(ValueError):
+    """A file is no checkpoint, or one of another problem; the message says what differs."""
+
+
+def save(path: str | os.PathLike[str], state: Any) -> None:
+    """Write a state to a file that is at any time either the old one or the new one, whole.
+
+    The state goes to a temporary file beside it, to the disk, and then takes the name of the file. One process at a
+    time may write a file.
+
+    Args:
+        path: The file; its folder must exist.
+        state: Nested dicts, lists and tuples of tensors, numbers, strings, booleans and ``None``.
+
+    Raises:
+        TypeError: If something else is in the state.
+    """
+    _check(state, "state")
+    write_whole(path, lambda file: torch.save(state, file))
+
+
+def write_whole(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:
+    """Let ``write`` fill a file that is at any time either the old one or the new one, as :func:`save` does."""
+    path = Path(path)
+    draft = path.with_name(f"{path.name}.tmp")  # always the same name, so that a killed process leaves one at most
+    with open(draft, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(draft, path)
+    if os.name == "posix":  # the new name, too, has to reach the disk
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def load(path: str | os.PathLike[str]) -> Any:
+    """Read what :func:`save` wrote, on the CPU; large tensors are read from the file as they are used.
+
+    Nothing in the file is executed.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        CheckpointError: If it is no checkpoint.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=os.name == "posix")
+    except (FileNotFoundError, PermissionError, IsADirectoryError):
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{os.fspath(path)} is no checkpoint: it is damaged, or was written by something else. Name another file, "
+            "or remove it to start anew."
+        ) from error
+
+
+class Checkpoint:
+    """The file of one computation, to be taken up after a crash.
+
+    >>> import tempfile
+    >>> file = Checkpoint(Path(tempfile.mkdtemp()) / "run.pt", seconds=0).of({"k": 3})
+    >>> file.load() is None, file.offer(lambda: {"step": 10}), file.load()
+    (True, True, {'step': 10})
+
+    Args:
+        path: The file. Its folder must exist; the file need not.
+        seconds: How often to save. Where saving takes long it is done less often: 5 % of the time at most.
+
+    Raises:
+        ValueError: If ``seconds`` is negative.
+        FileNotFoundError: If there is no such folder.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], seconds: float = 60.0) -> None:
+        self.path, self.seconds = Path(path), seconds
+        if not seconds >= 0:
+            raise ValueError(f"seconds is a number >= 0, not {seconds}.")
+        if not self.path.parent.is_dir():
+            raise FileNotFoundError(f"{self.path} cannot be written: there is no folder {self.path.parent}.")
+        self.identity: dict[str, Any] = {}
+        self._next = time.monotonic() + seconds
+
+    @classmethod
+    def at(cls, place: Resume) -> Checkpoint:
+        """A checkpoint as it is, or the one at a path with its default options."""
+        return place if isinstance(place, Checkpoint) else cls(place)
+
+    def of(self, identity: Mapping[str, Any]) -> Checkpoint:
+        """The same file, for the computation that is described by these names and values.
+
+        Args:
+            identity: Strings, numbers and booleans that a later run must agree with, see :func:`problem_identity`.
+        """
+        other = Checkpoint(self.path, self.seconds)
+        other.identity = dict(identity)
+        return other
+
+    def load(self) -> Any:
+        """The state that was saved last; ``None`` if the file does not exist.
+
+        Raises:
+            CheckpointError: If the file is damaged or belongs to another computation.
+        """
+        if not self.path.exists():
+            return None
+        saved = load(self.path)
+        if not (isinstance(saved, dict) and saved.keys() == {"identity", "state"}):
+            raise CheckpointError(f"{self.path} is no checkpoint of a computation. Name another file.")
+        self.refuse({name: (saved["identity"].get(name), value) for name, value in self.identity.items()})
+        return saved["state"]
+
+    def refuse(self, pairs: Mapping[str, tuple[Any, Any]]) -> None:
+        """Raise if some pair (what the file has, what is asked for) is unequal.
+
+        Raises:
+            CheckpointError: Naming all differences.
+        """
+        different = [
+            f"{name} ({_short(old)} there, {_short(new)} here)" for name, (old, new) in pairs.items() if old != new
+        ]
+        if different:
+            raise CheckpointError(
+                f"{self.path} belongs to another computation. Different are {', '.join(different)}. Name another file, "
+                "or remove this one to start anew."
+            )
+
+    def save(self, state: Any) -> None:
+        """Write a state at once."""
+        start = time.monotonic()
+        save(self.path, {"identity": self.identity, "state": state})
+        end = time.monotonic()
+        self._next = end + max(self.seconds, (end - start) / _SHARE) if self.seconds else end
+
+    def offer(self, state: Callable[[], Any]) -> bool:
+        """Save ``state()`` if it is time to; returns whether it was."""
+        due = time.monotonic() >= self._next
+        if due:
+            self.save(state())
+        return due
+
+
+#: Where a computation is kept: a path, or a checkpoint with its options.
+Resume = str | os.PathLike[str] | Checkpoint
+
+
+def problem_identity(model: nn.Module, loss_fn: Any, params: Any = None) -> dict[str, Any]:
+    """What tells one curvature problem from another before its data are seen.
+
+    Args:
+        model: The model; its parameters and buffers are hashed, which reads each of them once.
+        loss_fn: The loss.
+        params: Restriction of the parameters.
+
+    Returns:
+        Strings: names and shapes of the parameters, hashes of all values, the loss and the modes of the modules.
+    """
+    parameters = params if isinstance(params, Parameters) else Parameters(model, params)
+    shapes = ", ".join(f"{name} {tuple(p.shape)} {p.dtype}" for name, p in parameters.items())
+    modes = "".join("t" if module.training else "e" for module in model.modules())
+    return {
+        "parameters": shapes,
+        "values of the parameters": digest(p for p in model.parameters()),
+        "buffers": digest(b for b in model.buffers()),
+        "train mode": "all" if set(modes) == {"t"} else "none" if set(modes) == {"e"} else modes,
+        "loss": _loss_name(loss_fn),
+    }
+
+
+def digest(tensors: Iterable[Tensor], start: str = "") -> str:
+    """Hash of the bytes, shapes and dtypes of tensors, and of ``start``: one that went before."""
+    hashed = hashlib.sha256(start.encode())
+    for tensor in tensors:
+        plain = tensor.detach()
+        hashed.update(f"{tuple(plain.shape)} {plain.dtype}".encode())
+        if plain.numel():
+            hashed.update(plain.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    return hashed.hexdigest()[:16]
+
+
+def _loss_name(loss_fn: Any) -> str:
+    """The loss with its options; a function by its name."""
+    if not isinstance(loss_fn, nn.Module):
+        return str(getattr(loss_fn, "__qualname__", type(loss_fn).__qualname__))
+    tensors = [*loss_fn.parameters(), *loss_fn.buffers()]
+    parts = [_options(module) for module in loss_fn.modules()] + ([digest(tensors)] if tensors else [])
+    return ", ".join(parts)
+
+
+def _options(module: nn.Module) -> str:
+    """A module's name and its options that are numbers or strings."""
+    plain = {name: value for name, value in vars(module).items() if type(value) in (bool, int, float, str)}
+    shown = [f"{name}={value!r}" for name, value in sorted(plain.items()) if name[0] != "_" and name != "training"]
+    return f"{type(module).__qualname__}({', '.join(shown)})"
+
+
+def _short(value: Any, most: int = 60) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= most else f"{shown[: most // 2]} ... {shown[-most // 2 :]}"
+
+
+def _check(value: Any, where: str) -> None:
+    """Refuse what could be saved but not loaded."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _check(key, f"a key of {where}")
+            _check(item, f"{where}[{key!r}]")
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            _check(item, f"{where}[{index}]")
+    elif not (value is None or isinstance(value, Tensor) or type(value) in (bool, int, float, str)):
+        raise TypeError(
+            f"{where} is a {type(value).__name__}. A checkpoint holds tensors, numbers, strings, and dicts, lists and "
+            "tuples of them."
+        )

@@ -1,0 +1,257 @@
+"""Which curvature every trainable parameter gets, and why."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from curvature.estimation.collector import Collector
+from curvature.estimation.dataset import record
+from curvature.estimation.plan import Plan
+from curvature.layers import MODULES
+from curvature.layers.block import Block, Part
+from curvature.losses import UnknownLossError, loss_for
+from curvature.model.data import Data, batches, to_device, untouched
+from curvature.model.parameters import Parameters
+from curvature.structures.estimator import Curvature, CurvatureEstimator
+from curvature.structures.kfac import KroneckerFisher
+
+
+@dataclass(frozen=True)
+class Row:
+    """One trainable parameter.
+
+    Attributes:
+        parameter: Its name.
+        shape: Its shape.
+        block: Name of the block it belongs to (several, where segments of it are used apart).
+        structure: ``"kronecker"``, ``"eigenbasis"``, ``"unit"``, ``"diagonal"``, ..., or ``"unused"``.
+        size: Numbers the structure stores for the block.
+        why: The operations that used it, or why no rule applies.
+    """
+
+    parameter: str
+    shape: tuple[int, ...]
+    block: str
+    structure: str
+    size: int
+    why: str
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """The table of all trainable parameters; iterate over its rows, or print it.
+
+    Attributes:
+        rows: One row per parameter, in ``named_parameters()`` order.
+        loss: What is known about the loss.
+        seen: Whether a forward pass was recorded; otherwise the rows are what the module types promise.
+    """
+
+    rows: tuple[Row, ...]
+    loss: str
+    seen: bool
+
+    def __iter__(self) -> Iterator[Row]:
+        """The rows."""
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        """Number of parameters tensors."""
+        return len(self.rows)
+
+    def __getitem__(self, name: str) -> Row:
+        """The row of one parameter."""
+        for row in self.rows:
+            if row.parameter == name:
+                return row
+        raise KeyError(f"no trainable parameter {name!r}; there are {', '.join(row.parameter for row in self.rows)}.")
+
+    @property
+    def covered(self) -> float:
+        """Fraction of the trainable numbers that have a block by a layer rule."""
+        total = sum(math.prod(row.shape) for row in self.rows)
+        ruled = sum(math.prod(row.shape) for row in self.rows if not row.why.startswith("no rule"))
+        return ruled / total if total else 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return {"loss": self.loss, "seen": self.seen, "covered": self.covered, "rows": [asdict(r) for r in self.rows]}
+
+    def __str__(self) -> str:
+        """A table."""
+        head = ("parameter", "shape", "block", "structure", "size", "why")
+        body = [
+            (r.parameter, "x".join(map(str, r.shape)) or "scalar", r.block, r.structure, f"{r.size:,}", r.why)
+            for r in self.rows
+        ]
+        widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
+        right = {4}
+        lines = [
+            "  ".join(
+                cell.rjust(w) if i in right else cell.ljust(w)
+                for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+            )
+            for line in [head, tuple("-" * w for w in widths), *body]
+        ]
+        how = "as used in a recorded pass" if self.seen else "as the module types promise; pass data= to see it used"
+        lines.append(f"{len(self.rows)} parameters, {self.covered:.0%} of the numbers by a layer rule ({how}).")
+        lines.append(f"Loss: {self.loss}")
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def coverage(
+    model: nn.Module,
+    loss_fn: Any,
+    data: Data | None = None,
+    *,
+    curvature: Curvature | None = None,
+    params: Any = None,
+) -> Coverage:
+    """The table of every trainable parameter: its block, structure and size, and why.
+
+    Args:
+        model: Any module.
+        loss_fn: The loss module; the table says which kinds of curvature it allows.
+        data: A batch ``(x, y)`` or batches, of which the first is passed through the model to see how it uses its
+            parameters. Without data the table says what the types of the modules promise.
+        curvature: What would be estimated; :class:`~curvature.KroneckerFisher` by default.
+        params: Restriction of the parameters.
+
+    Example:
+        >>> from torch import nn
+        >>> print(coverage(nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2)), nn.MSELoss()))
+        parameter  shape  block            structure  size  why
+        ---------  -----  ---------------  ---------  ----  ---------
+        0.weight   2x3    0.weight+0.bias  kronecker    20  Linear
+        0.bias     2      0.weight+0.bias  kronecker    20  Linear
+        1.weight   2      1.weight+1.bias  unit          8  LayerNorm
+        1.bias     2      1.weight+1.bias  unit          8  LayerNorm
+        4 parameters, 100% of the numbers by a layer rule (as the module types promise; pass data= to see it used).
+        Loss: MSELoss: exact, mc, empirical
+    """
+    parameters = Parameters(model, params)
+    spec = (curvature or KroneckerFisher()).on(model)
+    if data is None:
+        rows = _promised(model, parameters, spec)
+    else:
+        collector = Collector(parameters, spec.estimator, joint=spec.joint)
+        with untouched(model):
+            x, _ = next(batches(data)())
+            _, recorder = record(model, parameters, to_device(x, parameters.device))
+        groups = Plan(parameters, spec.joint).assign(recorder.sites, recorder.unknown)
+        for group in groups:
+            collector.estimators[group.block.name] = spec.estimator(group.block, group.form)
+            collector.operations[group.block.name] = group.operations
+        rows = table(parameters, collector.estimators, collector.operations, recorder.unknown)
+    return Coverage(tuple(rows), describe_loss(loss_fn), data is not None)
+
+
+def describe_loss(loss_fn: Any) -> str:
+    """Which kinds of curvature a loss allows."""
+    name = type(loss_fn).__name__ if isinstance(loss_fn, nn.Module) else getattr(loss_fn, "__name__", repr(loss_fn))
+    try:
+        loss_for(loss_fn)
+    except UnknownLossError:
+        return f"{name}: empirical only (register_loss would add exact and mc)"
+    return f"{name}: exact, mc, empirical"
+
+
+def table(
+    parameters: Parameters,
+    estimators: Mapping[str, CurvatureEstimator],
+    operations: Mapping[str, tuple[str, ...]],
+    unknown: Mapping[str, set[str]] | None = None,
+) -> list[Row]:
+    """Rows from the estimates that exist."""
+    rows = []
+    for name, p in parameters.items():
+        mine = [e for e in estimators.values() if name in e.block.names]
+        if not mine:
+            rows.append(Row(name, tuple(p.shape), "-", "unused", 0, "no pass used it: no curvature"))
+            continue
+        used = dict.fromkeys(op for e in mine for op in operations.get(e.block.name, ()))
+        odd = sorted((unknown or {}).get(name, ()))
+        why = ", ".join(used) or f"no rule for {', '.join(odd) or 'its use'}: gradients by autograd"
+        rows.append(
+            Row(
+                name,
+                tuple(p.shape),
+                ", ".join(e.block.name for e in mine),
+                "/".join(dict.fromkeys(e.structure for e in mine)),
+                sum(_stored(e, operations.get(e.block.name, ())) for e in mine),
+                why,
+            )
+        )
+    return rows
+
+
+# Parameters of a module that one operation uses together.
+_PAIRS = (("weight", "bias"), ("in_proj_weight", "in_proj_bias"))
+
+
+def _promised(model: nn.Module, parameters: Parameters, spec: Curvature) -> list[Row]:
+    """Rows from the types of the modules that own the parameters."""
+    names = {id(p): name for name, p in parameters.items()}
+    rows: dict[str, Row] = {}
+    for module in model.modules():
+        own = {key: p for key, p in module.named_parameters(recurse=False) if id(p) in names}
+        kind = _kind(module)
+        for key, p in own.items():
+            if names[id(p)] in rows:
+                continue  # tied: its first owner speaks
+            pair = next((pair for pair in _PAIRS if key in pair and set(pair) <= set(own)), None)
+            together = {k: own[k] for k in pair} if pair and kind and spec.joint else {key: p}
+            together = {names[id(q)]: q for q in together.values()}
+            block = Block("+".join(together), _parts(module, together, kind))
+            estimator = spec.estimator(block, "outer" if kind == "kronecker" else "per_sample")
+            why = type(module).__name__ if kind else "bare parameter; its use decides, see data="
+            embedding = isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+            size = _stored(estimator, ("embedding",) if embedding else ())
+            for q in together.values():
+                rows[names[id(q)]] = Row(names[id(q)], tuple(q.shape), block.name, estimator.structure, size, why)
+    return [rows[name] for name in parameters]
+
+
+def _kind(module: nn.Module) -> str | None:
+    if isinstance(module, nn.MultiheadAttention):
+        return "kronecker"
+    for base in type(module).__mro__:
+        if base in MODULES and type(module).forward is base.forward:
+            return MODULES[base]
+    return None
+
+
+def _parts(module: nn.Module, own: Mapping[str, torch.Tensor], kind: str | None) -> tuple[Part, ...]:
+    """The shapes of a block of these parameters."""
+
+    def part(key: str, p: torch.Tensor, shape: tuple[int, ...]) -> Part:
+        return Part(key, 0, (p.numel(),), (0,), shape)
+
+    if kind is None:
+        return tuple(part(key, p, (p.numel(),)) for key, p in own.items())
+    if kind != "kronecker":
+        return tuple(part(key, p, (p.numel(), 1)) for key, p in own.items())
+    groups = getattr(module, "groups", 1)
+    parts = []
+    for key, p in own.items():
+        d_out, d_in = (p.shape[0], p.numel() // p.shape[0]) if p.dim() > 1 else (p.numel(), 1)
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            d_out, d_in = d_in, d_out
+        elif "ConvTranspose" in type(module).__name__ and p.dim() > 1:
+            d_out, d_in = d_in * groups, d_out // groups
+        parts.append(part(key, p, (d_out, d_in) if groups == 1 else (groups, d_out // groups, d_in)))
+    return tuple(parts)
+
+
+def _stored(estimator: CurvatureEstimator, operations: tuple[str, ...]) -> int:
+    """Numbers kept; the input factor of an embedding is diagonal."""
+    if set(operations) == {"embedding"} and estimator.structure == "kronecker":
+        d_out, d_in = estimator.block.shape
+        return d_out**2 + d_in
+    return estimator.stored

@@ -1,0 +1,155 @@
+"""Structured curvature of a data set: the estimates of training, over batches, without forgetting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from curvature.estimation.accumulation import Accumulation
+from curvature.estimation.checkpoint import Checkpoint, Resume, digest, problem_identity
+from curvature.estimation.collector import Collector
+from curvature.layers.block import Block
+from curvature.layers.recorder import Recorder, batch_size
+from curvature.losses import ClassDim, JoinedTerms, Loss, Terms, WeightedSum, loss_for
+from curvature.losses.signals import Signals
+from curvature.model.data import (
+    Batch,
+    Data,
+    Output,
+    batches,
+    call,
+    is_one_batch,
+    resolve_output,
+    shown,
+    to_device,
+    untouched,
+)
+from curvature.model.parameters import Parameters
+from curvature.structures.estimator import Curvature, CurvatureEstimator, Form
+from solvers import BlockDiagonal
+
+
+def record(model: nn.Module, parameters: Parameters, x: Any, examples: int | None = None) -> tuple[Any, Recorder]:
+    """Run the model on ``x``, which holds that many examples, and record the uses of its parameters."""
+    constants = [b for b in model.buffers()] + [p for p in model.parameters() if not p.requires_grad]
+    recorder = Recorder(parameters, constants, batch_size(x) if examples is None else examples, own_pass=True)
+    recorder.mark_inputs(x)
+    with torch.enable_grad(), recorder:
+        result = call(model, x)
+    return result, recorder
+
+
+def terms_of(loss: Loss, result: Any, y: Any, output: Output | None, class_dim: ClassDim, check: bool = False) -> Terms:
+    """The terms of a loss, from what the model returned: a tensor picked from it, or all that a sum of losses sees."""
+    if isinstance(loss, WeightedSum):
+        return loss.terms(result if output is None else output(result), y, class_dim=class_dim, check=check)
+    if isinstance(class_dim, Mapping):
+        raise TypeError(f"class_dim={class_dim!r} is for sums of losses; for {loss!r} pass one axis.")
+    return loss.terms(resolve_output(result, output), y, class_dim=class_dim, check=check)
+
+
+def over_all_data(
+    loss: Loss,
+    model: nn.Module,
+    start: Callable[[], Iterator[Batch]],
+    device: torch.device,
+    output: Output | None,
+    class_dim: ClassDim,
+) -> Loss:
+    """A sum of losses with its divisors over all the data, whose ratios may differ from those of single batches.
+
+    Costs a forward pass over the data; other losses stay as they are.
+    """
+    if not isinstance(loss, WeightedSum) or loss.reduction != "mean":
+        return loss
+    divisors: dict[Any, Any] = {}
+    with torch.no_grad(), untouched(model):
+        for x, y in start():
+            terms = terms_of(loss, call(model, to_device(x, device)), to_device(y, device), output, class_dim)
+            assert isinstance(terms, JoinedTerms)
+            for key, (_, part) in terms.parts.items():
+                divisors[key] = divisors.get(key, 0.0) + part.total
+    return loss.over(divisors)
+
+
+def estimate(
+    model: nn.Module,
+    loss_fn: Any,
+    data: Data,
+    curvature: Curvature,
+    *,
+    params: Any = None,
+    output: Output | None = None,
+    class_dim: ClassDim = None,
+    generator: torch.Generator | None = None,
+    resume: Resume | None = None,
+    progress: bool | None = None,
+) -> BlockDiagonal:
+    """Structured curvature of the loss over all the data, at the model's current parameters and mode.
+
+    Args:
+        model: Any module.
+        loss_fn: The loss module.
+        data: One batch ``(x, y)`` or a re-iterable of batches.
+        curvature: What to estimate.
+        params: Restriction of the parameters, see :class:`~curvature.model.parameters.Parameters`.
+        output: Picks the output tensor.
+        class_dim: Class axis of the output, where shapes leave it open.
+        generator: Source of the draws for ``kind="mc"``; a fresh one seeded with 0 by default.
+        resume: File in which the sums are kept, and from which they go on if it exists; see :func:`curvature.fisher`.
+        progress: Show a progress bar; ``None`` shows one only where there are many batches.
+
+    Returns:
+        Block-diagonal operator on the flat parameter vector, in the scale of the loss over all data as one batch.
+    """
+    parameters = Parameters(model, params)
+    loss = loss_for(loss_fn)
+    if loss.reduction == "none":
+        raise ValueError("the loss has reduction='none', so it is no scalar. Use 'mean' or 'sum'.")
+    curvature = curvature.on(model)
+    generator = generator or torch.Generator(device=parameters.device).manual_seed(0)
+
+    def make(block: Block, form: Form) -> CurvatureEstimator:
+        estimator = curvature.estimator(block, form)
+        estimator.begin_passes()
+        return estimator
+
+    collector = Collector(parameters, make, joint=curvature.joint)
+    divisors = isinstance(loss, WeightedSum) and not is_one_batch(data)
+    start = batches(data, curvature.passes + divisors)
+    if divisors:
+        loss = over_all_data(loss, model, start, parameters.device, output, class_dim)
+    file = None
+    if resume is not None:
+        what = {"curvature": repr(curvature), "draws": digest([generator.get_state()])}
+        file = Checkpoint.at(resume).of(problem_identity(model, loss_fn, parameters) | what)
+    run = Accumulation(model, collector, generator, curvature.passes, file)
+    with torch.inference_mode(False), untouched(model):
+        run.resume()
+        for number in range(run.number, curvature.passes):
+            for x, y in shown(run.batches(start), f"curvature, pass {number + 1}", progress):
+                x, y = to_device(x, parameters.device), to_device(y, parameters.device)
+                result, recorder = record(model, parameters, x)
+                terms = terms_of(loss, result, y, output, class_dim, check=True)
+                if not terms.output.requires_grad:
+                    raise ValueError(
+                        f"the output of {type(model).__name__} does not depend on any of the parameters through "
+                        "autograd: it was detached, or made under no_grad. Its curvature would be zero."
+                    )
+                terms.value()  # refuses losses that are not finite
+                signals = Signals.of(terms, curvature.kind, curvature.samples, generator, recorder.batch)
+                if number == 0:
+                    run.total = run.total + terms.total
+                collector.collect(recorder, terms.output, signals)
+            collector.settle()
+            again = {name for name, estimator in collector.estimators.items() if estimator.next_pass()}
+            collector.only = again
+            run.end_pass()
+            if not again:
+                break
+        run.finish(start)
+    collector.commit(ema=0.0)
+    return collector.operator(scale=1.0 if loss.reduction == "mean" else run.total)

@@ -1,0 +1,174 @@
+"""From recorded uses to blocks: which parameters are estimated together, and from which uses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from curvature.layers import OuterSite, Site
+from curvature.layers.block import Block, Part
+from curvature.model.parameters import Parameters
+from curvature.structures.estimator import Form
+
+
+@dataclass(frozen=True)
+class Use:
+    """One use of a block: the site, which piece of it, and whether it sees the block's transpose."""
+
+    site: Site
+    piece: str
+    flipped: bool = False
+
+
+@dataclass
+class Group:
+    """A block and its uses in one pass; no uses means per-sample gradients by autograd (``form="per_sample"``)."""
+
+    block: Block
+    form: Form
+    uses: list[Use] = field(default_factory=list)
+
+    @property
+    def operations(self) -> tuple[str, ...]:
+        """Operations the block was used by."""
+        return tuple(dict.fromkeys(use.site.operation for use in self.uses))
+
+
+class Plan:
+    """Assigns uses to blocks, and keeps the assignment over steps.
+
+    Weight and bias of a layer share a block if ``joint`` and neither is used elsewhere without the other. A parameter
+    some of whose uses no rule covers is a block of its own without uses: its gradients are taken by autograd.
+
+    Args:
+        parameters: The tracked parameters.
+        joint: Keep weight and bias together.
+    """
+
+    def __init__(self, parameters: Parameters, joint: bool) -> None:
+        self.parameters = parameters
+        self.joint = joint
+        self._blocks: dict[tuple[str, int, int], Block] = {}  # segment -> its block
+        self._generic: set[str] = set()
+
+    def assign(self, sites: Iterable[Site], unknown: Mapping[str, set[str]]) -> list[Group]:
+        """Groups of one pass.
+
+        Raises:
+            RuntimeError: If a layer is used in a way that contradicts its block from an earlier pass.
+        """
+        sites = list(sites)
+        self._mark_generic(sites, unknown)
+        joint = {id(site): self._is_joint(site, sites) for site in sites}
+        groups: dict[str, Group] = {}
+        # A layer fixes the orientation of a matrix before an embedding does.
+        for site in sorted(sites, key=lambda s: s.operation == "embedding"):
+            for piece, block in site.blocks(joint[id(site)]):
+                if not self._generic.isdisjoint(block.names):
+                    continue
+                known = self._register(block)
+                flipped = known.parts[0] != block.parts[0]
+                form: Form = "outer" if isinstance(site, OuterSite) else "per_sample"
+                group = groups.setdefault(known.name, Group(known, form))
+                group.uses.append(Use(site, piece, flipped))
+        for name in self._generic & set(self.parameters):
+            p = self.parameters[name]
+            block = Block(name, (Part(name, 0, (p.numel(),), (0,), (p.numel(),)),))
+            groups[name] = Group(block, "per_sample")
+        return list(groups.values())
+
+    def distrust(self, names: Iterable[str]) -> bool:
+        """From now on take the gradients of these parameters by autograd; whether that is news.
+
+        Only before anything was estimated: all blocks are assigned anew.
+        """
+        new = set(names) - self._generic
+        self._generic |= new
+        if new:
+            self._blocks.clear()
+        return bool(new)
+
+    def state(self) -> dict[str, Any]:
+        """The assignment so far, as names and numbers."""
+        blocks = {block.name: block.state() for block in self._blocks.values()}
+        return {"blocks": blocks, "generic": sorted(self._generic)}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Take up :meth:`state`."""
+        self._generic = set(saved["generic"])
+        self._blocks.clear()
+        for name, parts in saved["blocks"].items():
+            self._register(Block.from_state(name, parts))
+
+    def _register(self, block: Block) -> Block:
+        """The block known for these segments, which must be the same one, possibly transposed."""
+        known = self._blocks.get(_key(block.parts[0]))
+        if known is None:
+            for part in block.parts:
+                self._blocks[_key(part)] = block
+            return block
+        if known.name != block.name or (known.parts != block.parts and known.shape != block.shape[::-1]):
+            raise RuntimeError(
+                f"{block.name} was seen as block {known.name} of shape {known.shape} before, now with shape "
+                f"{block.shape}: the model uses it in different ways in different passes. Pass bias='separate', or "
+                "leave this parameter out with params=."
+            )
+        return known
+
+    def _mark_generic(self, sites: list[Site], unknown: Mapping[str, set[str]]) -> None:
+        """Parameters with a use no rule covers, with overlapping segments, or with uses of different kinds."""
+        self._generic.update(unknown)
+        segments: dict[str, dict[tuple[int, int], str]] = {}
+        for site in sites:
+            kind = "outer" if isinstance(site, OuterSite) else type(site).__name__
+            for ref in site.refs:
+                role = "bias" if ref is site.bias else "weight"
+                seen = segments.setdefault(ref.name, {})
+                span = (ref.start, ref.start + ref.numel)
+                if seen.setdefault(span, f"{kind} {role}") != f"{kind} {role}":
+                    self._generic.add(ref.name)
+        for name, seen in segments.items():
+            spans = sorted(seen)
+            if any(right[0] < left[1] for left, right in pairwise(spans)):
+                self._generic.add(name)
+        # Shapes of one matrix that are neither equal nor transposed (a kernel seen as a matrix, say).
+        shapes: dict[tuple[str, int, int], set[tuple[int, ...]]] = {}
+        for site in sites:
+            if site.weight is not None:
+                block = site.blocks(False)[0][1]
+                shapes.setdefault(site.weight.key, set()).add(block.shape)
+        for key, found in shapes.items():
+            first = next(iter(found))
+            if any(shape not in (first, first[::-1]) for shape in found):
+                self._generic.add(key[0])
+        for (name, _, _), block in self._blocks.items():
+            if name in self._generic:
+                raise RuntimeError(
+                    f"{name} was part of block {block.name} before, and is now used in a way no layer rule covers "
+                    f"({', '.join(sorted(unknown.get(name, {'another shape'})))}). If that use takes no part in the "
+                    "loss, put it under torch.no_grad() or detach the parameter; otherwise leave this parameter out "
+                    "with params=."
+                )
+
+    def _is_joint(self, site: Site, sites: list[Site]) -> bool:
+        if not self.joint or site.weight is None or site.bias is None:
+            return False
+        if site.weight.name in self._generic or site.bias.name in self._generic:
+            return False
+        known = self._blocks.get(site.weight.key)
+        if known is not None:
+            return len(known.parts) == 2
+        if site.bias.key in self._blocks:
+            return False
+        weight, bias = site.weight.key, site.bias.key
+        for other in sites:
+            keys = (other.weight.key if other.weight else None, other.bias.key if other.bias else None)
+            if (keys[0] == weight) != (keys[1] == bias) or bias == keys[0]:
+                return False
+        return True
+
+
+def _key(part: Part) -> tuple[str, int, int]:
+    return (part.name, part.start, part.numel)

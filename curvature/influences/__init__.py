@@ -1,0 +1,6 @@
+"""Influence functions: what each training example did to a prediction."""
+
+from curvature.influences.call import influence, self_influence
+from curvature.influences.result import Influence
+
+__all__ = ["Influence", "influence", "self_influence"]

@@ -1,0 +1,180 @@
+"""One pass over the training examples: what they did to the queries, kept in a file as it grows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from curvature.estimation.accumulation import Accumulation
+from curvature.estimation.checkpoint import Checkpoint
+from curvature.estimation.collector import Collector
+from curvature.influences.products import by_example, by_position
+from curvature.influences.rows import Rows
+from curvature.layers.block import Block, Place
+from curvature.layers.samples import Samples
+from curvature.losses.signals import Signals
+from curvature.matrices.per_sample import Examples, KeptSamples
+from curvature.matrices.problem import Evaluation, Problem
+from curvature.model.data import untouched
+from curvature.structures.estimator import Form
+from solvers import Place as AnyPlace
+
+
+class Found:
+    """What a pass over the training examples has found so far.
+
+    Args:
+        problem: The training loss.
+
+    Attributes:
+        counts: Examples of each batch.
+        losses: Loss of each batch, which tells whether another pass saw the same.
+        total: What the loss divides by.
+        random: Random state at the start of the pass, on which the order of a shuffling loader depends.
+        blocks: ``{block: [(Q, n) of each batch]}``.
+        positions: ``{block: [(Q, n, s) of each batch]}``.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self.parameters = problem.parameters
+        self.counts: list[int] = []
+        self.losses: list[float] = []
+        self.total = 0.0
+        self.random = problem.random
+        self.blocks: dict[str, list[Tensor]] = {}
+        self.positions: dict[str, list[Tensor]] = {}
+
+    def state(self) -> dict[str, Any]:
+        """All of it, as tensors and numbers."""
+        return {name: value for name, value in vars(self).items() if name != "parameters"}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Take up :meth:`state`; the tensors move to the parameters' device."""
+        vars(self).update(saved)
+        for parts in (self.blocks, self.positions):
+            for name, tensors in parts.items():
+                parts[name] = [tensor.to(self.parameters.device) for tensor in tensors]
+
+    def begin(self, evaluation: Evaluation, examples: int) -> None:
+        """A batch follows."""
+        assert evaluation.terms is not None
+        with torch.no_grad():
+            self.losses.append(float(evaluation.terms.value()))
+        self.counts.append(examples)
+        self.total = self.total + float(evaluation.total) if evaluation.mean else 1.0
+
+    def add(self, block: str, values: Tensor) -> None:
+        """Scores ``(Q, n)`` of the batch in a block."""
+        known = self.blocks.setdefault(block, [])
+        self._fill(known, len(self.counts) - 1, values)
+        known.append(values)
+
+    def add_positions(self, block: str, values: Tensor) -> None:
+        """Scores ``(Q, n, s)`` of the batch in a block."""
+        self.positions.setdefault(block, []).append(values)
+
+    def by_block(self) -> dict[str, Tensor]:
+        """``{block: (Q, N)}``."""
+        for known in self.blocks.values():
+            self._fill(known, len(self.counts), known[0])
+        return {name: torch.cat(found, dim=1) for name, found in self.blocks.items()}
+
+    def by_position(self) -> dict[str, Tensor]:
+        """``{block: (Q, N, S)}`` of the blocks that had positions in every batch."""
+        whole = {name: found for name, found in self.positions.items() if len(found) == len(self.counts)}
+        return {name: _padded(found) for name, found in whole.items()}
+
+    def _fill(self, known: list[Tensor], batches: int, like: Tensor) -> None:
+        """Zeros for batches that did not use the block."""
+        known += [like.new_zeros(len(like), n) for n in self.counts[len(known) : batches]]
+
+
+def walk(problem: Problem, found: Found, use: Callable[[Evaluation], Any], title: str, file: Checkpoint | None) -> None:
+    """Visit every batch of the problem that is still to be visited.
+
+    Args:
+        problem: The training loss.
+        found: Where ``use`` puts what it finds.
+        use: Called with each evaluation.
+        title: What the progress bar says.
+        file: Where all this is kept.
+    """
+    run = Accumulation(problem.model, found, torch.Generator(), 1, file)
+    start = problem.start
+    problem.start = lambda: run.batches(start)
+    with untouched(problem.model):
+        run.resume()
+        if run.number == 0:
+            problem.visit(use, title, recorded=True)
+            run.end_pass()
+        problem.start = start
+        run.finish(start)
+
+
+def scores(problem: Problem, rows: Rows, positions: bool, joint: bool, file: Checkpoint | None, title: str) -> Found:
+    """Inner products of the rows with the gradient of every training example.
+
+    Args:
+        problem: The training loss.
+        rows: Preconditioned gradients of the queries.
+        positions: Split them by position, too.
+        joint: Whether weight and bias of a layer form one block.
+        file: Where the scores are kept as they grow.
+        title: What the progress bar says.
+    """
+    found = Found(problem)
+    sizes = {name: p.numel() for name, p in problem.parameters.items()}
+    kept = _Kept(problem, joint)
+
+    def visit(evaluation: Evaluation) -> None:
+        examples = Examples.of(evaluation)
+        found.begin(evaluation, examples.number)
+        for block, parts in kept.samples(examples):
+            place: AnyPlace = Place.of(block, problem.parameters.starts, sizes)
+            at = rows.at(place)
+            split = _joined([by_position(samples, at) for samples in parts]) if positions else None
+            if split is not None:
+                found.add_positions(block.name, split)
+                found.add(block.name, split.sum(-1))
+            else:
+                found.add(block.name, torch.cat([by_example(samples, at) for samples in parts], dim=1))
+
+    walk(problem, found, visit, title, file)
+    return found
+
+
+class _Kept:
+    """What the gradients of examples are made of, block by block."""
+
+    def __init__(self, problem: Problem, joint: bool) -> None:
+        self.blocks: list[KeptSamples] = []
+        self.collector = Collector(problem.parameters, self._make, joint=joint)
+
+    def _make(self, block: Block, form: Form) -> KeptSamples:
+        self.blocks.append(KeptSamples(block))
+        return self.blocks[-1]
+
+    def samples(self, examples: Examples) -> list[tuple[Block, list[Samples]]]:
+        """The samples of a batch; their rows are its examples."""
+        signals = Signals.of(examples.terms, "empirical", batch=examples.batch, given=(examples.terms.gradient(),))
+        for entry in self.blocks:
+            entry.discard()
+        self.collector.collect(examples.recorder, examples.output, signals)
+        self.collector.forget()
+        return [(entry.block, entry.samples) for entry in self.blocks if entry.samples]
+
+
+def _joined(parts: list[Tensor | None]) -> Tensor | None:
+    """Examples that came apart, together again."""
+    found = [part for part in parts if part is not None]
+    return torch.cat(found, dim=1) if len(found) == len(parts) else None
+
+
+def _padded(parts: list[Tensor]) -> Tensor:
+    """Examples of different lengths ``(Q, n, s)`` in one tensor."""
+    length = max(part.shape[-1] for part in parts)
+    return torch.cat([F.pad(part, (0, length - part.shape[-1])) for part in parts], dim=1)

@@ -1,0 +1,74 @@
+"""A folder in which influences are kept while they are computed, and the curvature for other queries."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from curvature.estimation.checkpoint import Checkpoint, Resume, digest, save
+from curvature.layers.recorder import tensors_in
+from curvature.model.data import Batch
+from solvers import LinearOperator, state
+
+
+class Store:
+    """Files of one folder, which is made if its parent exists.
+
+    Args:
+        place: The folder, or a checkpoint of its path that says how often to save.
+
+    Attributes:
+        factors: Sums over the training data, from which the curvature is made.
+        curvature: The curvature itself, as :func:`solvers.from_state` reads it.
+    """
+
+    def __init__(self, place: Resume) -> None:
+        given = Checkpoint.at(place)
+        self.folder, self.seconds = given.path, given.seconds
+        self.folder.mkdir(exist_ok=True)
+        self.factors = Checkpoint(self.folder / "factors.pt", self.seconds)
+        self.curvature = self.folder / "curvature.pt"
+
+    def keep(self, curvature: LinearOperator) -> None:
+        """Write the curvature that was made from the sums, unless it is there."""
+        made = self.factors.path.stat().st_mtime_ns
+        if not self.curvature.exists() or self.curvature.stat().st_mtime_ns < made:
+            save(self.curvature, state(curvature))
+
+    def results(self, name: str, identity: Mapping[str, Any]) -> Checkpoint:
+        """The file of results that depend on all this, one for each such identity."""
+        known = digest([], repr(sorted(identity.items())))
+        return Checkpoint(self.folder / f"{name}-{known}.pt", self.seconds).of(identity)
+
+
+def operator_digest(op: LinearOperator) -> str:
+    """Hash of an operator.
+
+    Raises:
+        StructureError: If it is made of something that has no state, such as a function.
+    """
+    described: list[str] = []
+    tensors: list[Tensor] = []
+
+    def look(value: Any) -> None:
+        if isinstance(value, dict):
+            for key, item in value.items():
+                described.append(key)
+                look(item)
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                look(item)
+        elif isinstance(value, Tensor):
+            tensors.append(value)
+        else:
+            described.append(repr(value))
+
+    look(state(op))
+    return digest(tensors, repr(described))
+
+
+def batches_digest(batches: list[Batch]) -> str:
+    """Hash of the tensors of some batches."""
+    return digest(tensor for batch in batches for tensor in tensors_in(batch))

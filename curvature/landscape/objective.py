@@ -1,0 +1,185 @@
+"""A loss, or any number of a model and its data, at other parameters than the model's own."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from curvature.estimation.dataset import terms_of
+from curvature.layers.recorder import batch_size
+from curvature.losses import ClassDim, Terms
+from curvature.matrices.problem import Problem
+from curvature.model.data import Data, Output, call, inspection, to_device
+from curvature.model.parameters import Parameters
+from curvature.model.settings import own_buffers, random_state, set_random_state
+
+#: A number of a model and its data; ``None`` stands for the loss.
+Metric = Callable[[nn.Module, Any], Any]
+Metrics = Metric | Mapping[str, Metric | None] | None
+Buffers = Literal["keep", "recompute"]
+
+
+class Objective:
+    """Numbers of a model and its data that can be asked for at any parameters; the model itself stays as it is.
+
+    While numbers are asked for, the parameters hold other tensors: so whatever reaches them, by name or by reference,
+    sees the new values, the model's own memory is never written, and leaving the context gives it back bit for bit,
+    exceptions included. Buffers are copies meanwhile, and each evaluation starts from the same random numbers.
+
+    Args:
+        model: Any module; evaluated in its current mode.
+        loss_fn: The loss.
+        data: One batch or a re-iterable of batches.
+        metric: What is computed: the loss (``None``), a function of model and data that returns a number, or a mapping
+            of several, in which ``None`` stands for the loss.
+        params: Restriction of the parameters that move.
+        output: Picks the output tensor.
+        class_dim: Class axis of the output where the shapes leave it open.
+        buffers: ``"recompute"`` takes the running statistics of batch norms anew from the data before each evaluation.
+
+    Attributes:
+        names: What the numbers are called.
+        parameters: What moves.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Any,
+        data: Data,
+        *,
+        metric: Metrics = None,
+        params: Any = None,
+        output: Output | None = None,
+        class_dim: ClassDim = None,
+        buffers: Buffers = "keep",
+    ) -> None:
+        self.metrics = _named(metric)
+        if buffers not in ("keep", "recompute"):
+            raise ValueError(f"buffers must be 'keep' or 'recompute', got {buffers!r}.")
+        self.model, self.data, self.buffers = model, data, buffers
+        self.problem = Problem(
+            model, loss_fn, data, params=params, output=output, class_dim=class_dim, progress=False, opaque=True
+        )
+        self.parameters: Parameters = self.problem.parameters
+        self.names = tuple(self.metrics)
+        self._random = random_state(self.parameters.device)
+        self._as_called: bool | None = None  # whether the loss function, called on the batch, gives the loss
+
+    @contextlib.contextmanager
+    def elsewhere(self) -> Iterator[Callable[[Mapping[str, Tensor]], Tensor]]:
+        """Inside, a function from values of parameters and buffers, by name, to the numbers ``(M,)``, float64.
+
+        What is not named keeps its own value.
+        """
+        own = {name: p.data for name, p in self.parameters.items()}
+        modes = [(module, module.training) for module in self.model.modules()]  # a metric may change them
+        device = self.parameters.device
+        devices = [device.index or 0] if device.type == "cuda" else []
+
+        def evaluate(values: Mapping[str, Tensor]) -> Tensor:
+            for name, p in self.parameters.items():
+                p.data = values[name] if name in values else own[name]
+            for module, training in modes:
+                module.training = training
+            with own_buffers(self.model):
+                for name, b in self.model.named_buffers():
+                    if name in values:
+                        b.copy_(values[name])
+                set_random_state(self._random, device)
+                if self.buffers == "recompute":
+                    recompute_statistics(self.model, self.problem, device)
+                    set_random_state(self._random, device)
+                return torch.tensor([self._number(metric) for metric in self.metrics.values()], dtype=torch.float64)
+
+        with torch.no_grad(), inspection(), torch.random.fork_rng(devices=devices):
+            try:
+                yield evaluate
+            finally:
+                for name, p in self.parameters.items():
+                    p.data = own[name]
+                for module, training in modes:
+                    module.training = training
+
+    def _number(self, metric: Metric | None) -> float:
+        if metric is None:
+            return self._loss()
+        value = metric(self.model, self.data)
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise TypeError(f"a metric must return one number, got a tensor of shape {tuple(value.shape)}.")
+        return float(value)
+
+    def _loss(self) -> float:
+        """The loss of all data; what is not finite stays so."""
+        problem, device = self.problem, self.parameters.device
+        first, problem_loss = self._as_called is None, problem.loss
+        total, size, mean = 0.0, 0.0, False
+        for x, y in problem.start():
+            y = to_device(y, device)
+            result = call(self.model, to_device(x, device))
+            if problem_loss is None or self._as_called:
+                return float(problem.loss_fn(problem.pick(result), y))
+            terms = terms_of(problem_loss, result, y, problem.output, problem.class_dim, check=first)
+            if terms.reduction == "none":
+                raise ValueError("the loss has reduction='none', so it is no scalar. Use 'mean' or 'sum'.")
+            total += float(torch.where(terms.mask, terms.values(), 0.0).double().sum())
+            size, mean = size + float(terms.total), terms.reduction == "mean"
+            if first and problem.single and math.isfinite(total):  # what is not finite tells nothing
+                self._as_called = self._agrees(terms, y)
+                if self._as_called:
+                    return float(problem.loss_fn(terms.output, y))
+        return total / size if mean else total
+
+    def _agrees(self, terms: Terms, y: Any) -> bool:
+        """Whether the loss function itself can be called on the one batch, so that no bit differs from the user's."""
+        try:
+            value = self.problem.loss_fn(terms.output, y)
+        except (RuntimeError, ValueError, TypeError):  # classes last, or several outputs
+            return False
+        expected = torch.where(terms.mask, terms.values(), 0.0).sum()
+        if terms.reduction == "mean":
+            expected = expected / terms.total
+        return bool(torch.isclose(value.double(), expected.double(), rtol=torch.finfo(value.dtype).eps ** 0.5))
+
+
+def _named(metric: Metrics) -> dict[str, Metric | None]:
+    if metric is None:
+        return {"loss": None}
+    found = dict(metric) if isinstance(metric, Mapping) else {getattr(metric, "__name__", "metric"): metric}
+    wrong = {name: value for name, value in found.items() if not (value is None or callable(value))}
+    if wrong or not found:
+        raise TypeError(
+            f"metric must be a function of model and data, or a mapping of such functions (None for the loss), got "
+            f"{wrong or metric!r}."
+        )
+    return {str(name): value for name, value in found.items()}
+
+
+def recompute_statistics(model: nn.Module, problem: Problem, device: torch.device) -> None:
+    """Take the running statistics of normalisations anew: the mean over the batches, weighted by their examples.
+
+    Only these modules run in train mode meanwhile; all modes are as before afterwards.
+    """
+    norms = [module for module in model.modules() if isinstance(module, _NormBase) and module.running_mean is not None]
+    before = [(module, module.training, module.momentum) for module in norms]
+    try:
+        for module in norms:
+            module.reset_running_stats()
+            module.train()
+        seen = 0
+        for x, _ in problem.start() if norms else ():
+            x = to_device(x, device)
+            number = batch_size(x) or 1
+            seen += number
+            for module in norms:
+                module.momentum = number / seen
+            call(model, x)
+    finally:
+        for module, training, momentum in before:
+            module.training, module.momentum = training, momentum

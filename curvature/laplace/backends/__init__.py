@@ -1,0 +1,1 @@
+"""Curvature for laplace-torch: one class for each matrix."""

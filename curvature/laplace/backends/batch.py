@@ -1,0 +1,139 @@
+"""One batch as laplace-torch hands it over, seen by this package."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from laplace.curvature import CurvatureInterface
+from torch import Tensor
+
+from curvature.estimation.dataset import record
+from curvature.laplace.backends.last_layer import Features
+from curvature.layers.recorder import Recorder
+from curvature.losses import Terms, loss_for
+from curvature.matrices.per_sample import Examples
+from curvature.model.data import resolve_output, untouched
+from curvature.model.parameters import Parameters
+
+Inputs = Tensor | MutableMapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """The model on one batch.
+
+    Attributes:
+        output: Its output, with its graph.
+        recorder: The uses of the parameters.
+        parameters: Those that count.
+        terms: The loss, where there are targets.
+    """
+
+    output: Tensor
+    recorder: Recorder
+    parameters: Parameters
+    terms: Terms | None = None
+
+    @property
+    def loss(self) -> Terms:
+        """The loss."""
+        assert self.terms is not None
+        return self.terms
+
+    def examples(self) -> Examples:
+        """The pass by examples, as the loss sees them."""
+        return Examples(self.parameters, self.recorder, self.output, self.loss, self.recorder.batch)
+
+
+class BatchBackend(CurvatureInterface):
+    """Runs the model on batches; nothing of the model is changed."""
+
+    def _parameters(self) -> Parameters:
+        """The trainable parameters; with a subnetwork those that it touches."""
+        if not self.params:
+            what = "the last layer" if self.last_layer else type(self.model).__name__
+            raise ValueError(
+                f"{what} has no trainable parameter; call requires_grad_(True) on those that should count."
+            )
+        everything = Parameters(self.model, self.params)
+        if self.subnetwork_indices is None:
+            return everything
+        touched = torch.zeros(everything.size, dtype=torch.bool)
+        touched[self.subnetwork_indices.cpu()] = True
+        return Parameters(self.model, [n for n, part in everything.unflatten(touched).items() if bool(part.any())])
+
+    def _columns(self, parameters: Parameters) -> Tensor | None:
+        """Where the entries of the subnetwork lie among the parameters; ``None`` for all of them."""
+        if self.subnetwork_indices is None:
+            return None
+        everything = Parameters(self.model, self.params)
+        where = torch.full((everything.size,), -1, device=everything.device)
+        for name, piece in everything.unflatten(where).items():
+            if name in parameters:
+                start = parameters.starts[name]
+                piece.copy_(torch.arange(start, start + piece.numel(), device=where.device).reshape(piece.shape))
+        return where[self.subnetwork_indices.to(where.device)]
+
+    @contextlib.contextmanager
+    def _untouched(self) -> Iterator[None]:
+        """Leave the model, its buffers, the random state and the features of the last batch as they were."""
+        features: Any = self.model._features if self.last_layer else {}
+        before = dict(features)
+        try:
+            with torch.inference_mode(False), untouched(self.model):
+                yield
+        finally:
+            features.clear()
+            features.update(before)
+
+    @contextlib.contextmanager
+    def _pass(self, x: Inputs, y: Tensor | None = None) -> Iterator[Pass]:
+        """Run the model, as laplace-torch does: on x as its one argument."""
+        parameters = self._parameters()
+        with self._untouched():
+            result, recorder = record(self.model, parameters, (x,), self._examples(x))
+            output = resolve_output(result)
+            if not output.requires_grad:
+                raise ValueError(
+                    f"the output of {type(self.model).__name__} does not depend on its trainable parameters through "
+                    "autograd: it was detached, or made under no_grad. Its curvature would be zero."
+                )
+            yield Pass(output, recorder, parameters, None if y is None else self._terms(output, y))
+
+    def _terms(self, output: Tensor, y: Tensor) -> Terms:
+        return loss_for(self.lossfunc).terms(output, y, class_dim=self._class_dim(output, y), check=True)
+
+    def _class_dim(self, output: Tensor, y: Tensor) -> int | None:
+        """laplace-torch takes the last axis for the outputs; so do we, wherever the shapes allow it."""
+        return -1 if output.dim() > 2 and y.shape == output.shape[:-1] else None
+
+    def _examples(self, x: Inputs) -> int:
+        return int((x[self.dict_key_x] if isinstance(x, MutableMapping) else x).shape[0])
+
+    def _loss(self, terms: Terms) -> Tensor:
+        return (self.factor * terms.value()).detach().to(terms.output.dtype)
+
+    def _batch(self, batch: Any) -> tuple[Inputs, Tensor]:
+        """Inputs and targets of what a loader gives; mappings are for the model to move."""
+        device = self.params[0].device
+        if isinstance(batch, MutableMapping):
+            return batch, batch[self.dict_key_y].to(device)
+        x, y = batch
+        return x.to(device), y.to(device)
+
+    def features(self, x: Inputs, enable_backprop: bool = False) -> Features | None:
+        """Inputs and outputs of the last layer.
+
+        Args:
+            x: Inputs.
+            enable_backprop: Keep the graph to the inputs.
+
+        Returns:
+            ``None`` where the outputs are not what the last layer makes of features that it has no part in.
+        """
+        with self._untouched(), torch.set_grad_enabled(enable_backprop):
+            return Features.find(self.model, x)

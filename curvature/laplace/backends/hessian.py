@@ -1,0 +1,110 @@
+"""The Hessian as a backend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import LongTensor, Tensor, nn
+
+from curvature.laplace.backends.base import SMALLEST, largest, options
+from curvature.laplace.backends.batch import Inputs
+from curvature.laplace.backends.jacobians import JacobianBackend
+from curvature.laplace.factors.kron import BlockKron
+from curvature.matrices.hessian import Hessian, hessian
+from solvers import eigsh
+
+
+class HessianBackend(JacobianBackend):
+    """The Hessian of the loss itself, which may have negative eigenvalues away from a minimum.
+
+    :meth:`full` and :meth:`diag` cost P second backward passes per batch; :meth:`eig_lowrank` a Lanczos iteration. The
+    Hessian has no Kronecker factors.
+
+    Args:
+        model: The model, or laplace-torch's feature extractor around it.
+        likelihood: ``"regression"`` or ``"classification"``.
+        last_layer: Only the last layer counts.
+        subnetwork_indices: Only these entries of the flat parameter vector count.
+        dict_key_x: Key of the inputs in mappings.
+        dict_key_y: Key of the targets in mappings.
+        low_rank: Number of eigenvalues that :meth:`eig_lowrank` looks for.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: str,
+        last_layer: bool = False,
+        subnetwork_indices: LongTensor | None = None,
+        dict_key_x: str = "input_ids",
+        dict_key_y: str = "labels",
+        *,
+        low_rank: int = 10,
+    ) -> None:
+        super().__init__(model, likelihood, last_layer, subnetwork_indices, dict_key_x, dict_key_y)
+        if low_rank < 1:
+            raise ValueError(f"low_rank must be at least 1, got {low_rank}.")
+        self.low_rank = low_rank
+
+    def full(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        options(kwargs, "full", set())
+        loss, H = self._hessian(x, y)
+        columns = self._columns(H.rows)
+        matrix = self.factor * H.to_dense()
+        return loss, (matrix if columns is None else matrix[columns][:, columns]).to(loss.dtype)
+
+    def diag(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Diagonal of the Hessian, ``(P,)``."""
+        options(kwargs, "diag", set())
+        loss, H = self._hessian(x, y)
+        columns = self._columns(H.rows)
+        diagonal = self.factor * H.exact_diagonal()
+        return loss, (diagonal if columns is None else diagonal[columns]).to(loss.dtype)
+
+    def kron(self, x: Inputs, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, BlockKron]:
+        """Refused.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError(
+            "the Hessian of a network has no Kronecker factors. Use GGNBackend, or hessian_structure='full', 'diag' or "
+            "'low_rank'."
+        )
+
+    def _hessian(self, x: Inputs, y: Tensor) -> tuple[Tensor, Hessian]:
+        with self._pass(x, y) as run:
+            loss, class_dim = self._loss(run.loss), self._class_dim(run.output, y)
+        return loss, self._operator(((x,), y), class_dim)
+
+    def _operator(self, data: Any, class_dim: int | None) -> Hessian:
+        tensors = list(self._parameters().values())
+        with self._untouched():
+            return hessian(self.model, self.lossfunc, data, params=tensors, class_dim=class_dim)
+
+    def eig_lowrank(self, data_loader: Iterable[Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """The largest eigenvalues of the Hessian of all the data, by Lanczos iterations.
+
+        Args:
+            data_loader: Batches; all of them are kept while the iteration runs.
+
+        Returns:
+            Eigenvectors ``(P, K)``, their eigenvalues ``(K,)`` (above 1e-6, at most ``low_rank`` of them, descending),
+            and the loss.
+        """
+        losses, data, class_dim = [], [], None
+        for x, y in map(self._batch, data_loader):
+            with self._pass(x, y) as run:
+                losses.append(self._loss(run.loss))
+                class_dim = self._class_dim(run.output, y)
+            data.append(((x,), y))
+        if not losses:
+            raise ValueError("data_loader has no batches.")
+        H = self._operator(data, class_dim)
+        with self._untouched():
+            pairs = eigsh(H, min(self.low_rank, H.shape[0]), which="LA")
+        values = self.factor * pairs.values
+        keep = values > SMALLEST
+        return largest(values[keep], pairs.vectors[keep].mT, torch.stack(losses).sum(), self.low_rank)

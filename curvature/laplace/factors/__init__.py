@@ -1,0 +1,1 @@
+"""Kronecker factors as laplace-torch keeps them: sums, decompositions, files."""

@@ -1,0 +1,1 @@
+"""Posteriors without factors: samples, predictions and evidence by products alone."""

@@ -1,0 +1,1 @@
+"""Posteriors of laplace-torch's interface in our structures, and their files."""

@@ -1,0 +1,121 @@
+"""Nested states as one safetensors file: plain tensors, and JSON for everything else. No pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvature.estimation.checkpoint import CheckpointError, write_whole
+
+_VERSION = 1
+
+
+def write(path: str | os.PathLike[str], kind: str, state: Mapping[str, Any]) -> None:
+    """Write a state; a file of that name is replaced at once, or not at all.
+
+    Each tensor stands in the file under its path in the state (``"curvature/blocks/0/sums/straight/1"``), the rest as
+    JSON under ``"state"`` in the metadata, where a tensor is ``{"$tensor": its path}``.
+
+    Args:
+        path: The file; its folder must exist.
+        kind: What the state describes; :func:`read` compares it.
+        state: Nested dicts (keyed by strings), lists and tuples of tensors, dtypes, numbers, strings, booleans and
+            ``None``. Tuples come back as lists.
+
+    Raises:
+        ImportError: If safetensors is not installed.
+        TypeError: If something else is in the state.
+    """
+    tensors: dict[str, Tensor] = {}
+    tree = _encode(state, "", tensors)
+    metadata = {"format": "curvature.laplace", "kind": kind, "version": str(_VERSION), "state": json.dumps(tree)}
+    content = _safetensors().torch.save(tensors, metadata)
+    write_whole(path, lambda file: file.write(content))
+
+
+def read(path: str | os.PathLike[str], kind: str, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Read what :func:`write` wrote; every tensor has its values, dtype and order of dimensions in memory.
+
+    Args:
+        path: The file.
+        kind: What it must describe.
+        device: Where the tensors go.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        CheckpointError: If the file is damaged, or something else.
+    """
+    safetensors = _safetensors()
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            _check(path, metadata, kind)
+            # Copies, not views of the mapped file: sums are made in place, and alignment may decide about last bits.
+            tensors = {name: file.get_tensor(name).to(device, copy=True) for name in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(
+            f"{os.fspath(path)} is no whole safetensors file ({error}): it was cut off, or written by something else."
+        ) from error
+    state: dict[str, Any] = _decode(json.loads(metadata["state"]), tensors)
+    return state
+
+
+def _check(path: str | os.PathLike[str], metadata: Mapping[str, str], kind: str) -> None:
+    found = metadata.get("kind") if metadata.get("format") == "curvature.laplace" else "something else"
+    if found != kind:
+        raise CheckpointError(f"{os.fspath(path)} holds {found}, and {kind} was expected.")
+    if int(metadata["version"]) > _VERSION:
+        raise CheckpointError(
+            f"{os.fspath(path)} is of version {metadata['version']}, and version {_VERSION} is the newest known here. "
+            "Update precond."
+        )
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors
+        import safetensors.torch
+    except ImportError as error:  # pragma: no cover
+        raise ImportError("posteriors are kept in safetensors files: pip install precond[laplace]") from error
+    return safetensors
+
+
+def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, Tensor):
+        # A transposed matrix comes back as one: products may differ in their last bits by the order in memory.
+        order = sorted(range(value.dim()), key=value.stride, reverse=True)
+        tensors[path] = value.detach().permute(order).cpu().contiguous().clone()
+        return {"$tensor": path} | ({} if order == sorted(order) else {"order": order})
+    if isinstance(value, torch.dtype):
+        return {"$dtype": str(value).removeprefix("torch.")}
+    if isinstance(value, Mapping):
+        if not all(isinstance(key, str) and not key.startswith("$") for key in value):
+            raise TypeError(f"{path or 'state'} has keys {list(value)}; they must be strings, without '$' in front.")
+        return {key: _encode(item, f"{path}/{key}" if path else key, tensors) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_encode(item, f"{path}/{index}", tensors) for index, item in enumerate(value)]
+    raise TypeError(
+        f"{path} is a {type(value).__name__}, which such a file cannot hold: tensors, dtypes, numbers, strings, and "
+        "dicts, lists and tuples of them can."
+    )
+
+
+def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_decode(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if "$tensor" in value:
+        tensor = tensors[value["$tensor"]]
+        order = value.get("order", range(tensor.dim()))
+        return tensor.permute(sorted(range(tensor.dim()), key=lambda axis: order[axis]))
+    if "$dtype" in value:
+        return getattr(torch, value["$dtype"])
+    return {key: _decode(item, tensors) for key, item in value.items()}

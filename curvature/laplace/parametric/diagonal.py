@@ -1,0 +1,68 @@
+"""Posteriors from the diagonal of the curvature, whose predictions stay small."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from laplace import DiagLaplace
+from laplace.curvature import CurvatureInterface
+from laplace.lllaplace import DiagLLLaplace
+from torch import Tensor
+
+from curvature.laplace.backends.ggn import GGNBackend
+from curvature.laplace.parametric.predictions import FromFeatures, InParts
+from curvature.matrices.per_sample import KeptGradients
+
+
+class DiagonalPosterior(InParts, DiagLaplace):
+    """Diagonal posterior of all parameters: ``hessian_structure="diagonal"`` with ``subset_of_weights="all"``.
+
+    The posterior of laplace-torch's ``"diag"``; predictions form the Jacobians of few examples at a time, where
+    ``"diag"`` takes those of the whole batch, ``M x C x P`` numbers.
+
+    Args:
+        args: As for :class:`laplace.DiagLaplace`.
+        backend: :class:`GGNBackend` by default; any.
+        kwargs: As for :class:`laplace.DiagLaplace`.
+    """
+
+    _key = ("all", "diagonal")
+
+    def __init__(self, *args: Any, backend: type[CurvatureInterface] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **(kwargs | {"backend": GGNBackend if backend is None else backend}))
+
+    def functional_variance(self, Js: Tensor) -> Tensor:
+        """Covariances ``(M, C, C)`` of the outputs with Jacobians ``(M, C, P)``."""
+        scaled = Js * self.posterior_scale
+        return scaled @ scaled.mT
+
+    def _output_variances(self, kept: KeptGradients) -> Tensor:
+        """Those of layers follow from their inputs and output gradients: no Jacobian is formed."""
+        return kept.weighted_squares(self.posterior_variance).mT
+
+
+class LastLayerDiagonalPosterior(FromFeatures, DiagLLLaplace):
+    """Diagonal posterior of the last layer: ``hessian_structure="diagonal"``, predictions without Jacobians.
+
+    Arguments as for :class:`laplace.DiagLLLaplace`; the backend is :class:`GGNBackend` by default.
+    """
+
+    _key = ("last_layer", "diagonal")
+
+    def __init__(self, *args: Any, backend: type[CurvatureInterface] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **(kwargs | {"backend": GGNBackend if backend is None else backend}))
+
+    def _variances(self, x: Any, diagonal: bool) -> tuple[Tensor, Tensor] | None:
+        r"""Outputs and their variances :math:`\sum_j \phi_j^2 v_{cj} + v_c`; they are independent of each other."""
+        backend: Any = self.backend
+        features = backend.features(x, self.enable_backprop) if hasattr(backend, "features") else None
+        if features is None or features.phi.dim() != 2:
+            return None
+        counted = [p for p in features.parameters if p.requires_grad]
+        total: Any = 0.0
+        for p, variance in zip(counted, self.posterior_variance.split([p.numel() for p in counted]), strict=True):
+            total = total + (features.phi.square() @ variance.reshape(p.shape).mT if p.dim() == 2 else variance)
+        f, variances = features.output, total.expand_as(features.output)
+        variances = variances if diagonal else torch.diag_embed(variances)
+        return (f, variances) if self.enable_backprop else (f.detach(), variances.detach())

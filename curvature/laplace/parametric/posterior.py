@@ -1,0 +1,201 @@
+"""Posteriors with Kronecker factors for every parameter, and with corrected eigenvalues (EKFAC)."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from typing import Any
+
+from laplace import KronLaplace, LowRankLaplace
+from laplace.baselaplace import ParametricLaplace
+from laplace.curvature import CurvatureInterface
+from laplace.lllaplace import KronLLLaplace
+from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector
+from torch.utils.data import DataLoader
+
+from curvature.laplace.backends.base import Backend
+from curvature.laplace.backends.ggn import GGNBackend
+from curvature.laplace.factors.decomposed import BlockKronDecomposed
+from curvature.laplace.factors.kron import BlockKron
+from curvature.laplace.parametric.predictions import FromFeatures, InParts
+from solvers import Kronecker
+
+
+class KFACLaplace(InParts, KronLaplace):
+    """Kronecker-factored posterior of all parameters: ``hessian_structure="kfac"`` with ``subset_of_weights="all"``.
+
+    As ``"kron"`` with a backend of this package, with two differences. Nothing is allocated before the data are seen,
+    so models with parameters of any shape are served (scalars, Conv3d, large embeddings). What is saved is all that was
+    summed, so a loaded posterior is the one that was saved and can be fitted to more data.
+
+    Args:
+        args: As for :class:`laplace.KronLaplace`.
+        backend: :class:`GGNBackend` (the default) or :class:`EFBackend`.
+        kwargs: As for :class:`laplace.KronLaplace`.
+
+    Raises:
+        ValueError: For a backend of another package.
+    """
+
+    _key = ("all", "kfac")
+
+    H: Any
+    H_facs: Any
+
+    def __init__(self, *args: Any, backend: type[Backend] | None = None, **kwargs: Any) -> None:
+        backend = GGNBackend if backend is None else backend
+        if not (isinstance(backend, type) and issubclass(backend, Backend)):
+            raise ValueError(
+                f"hessian_structure={self._key[1]!r} needs the factors of GGNBackend or EFBackend from "
+                f"curvature.laplace, got backend={backend!r}. Other backends serve hessian_structure='kron'."
+            )
+        super().__init__(*args, **(kwargs | {"backend": backend}))
+
+    def _init_H(self) -> None:
+        self.H = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors, numbers and names; the factors as sums."""
+        return super().state_dict() | {"H": self.H_facs.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`."""
+        self._load_all_but_the_curvature(state_dict)
+        self.H_facs = BlockKron.from_state(state_dict["H"])
+        self.H = self.H_facs.decompose(damping=self.damping)
+
+    def _load_all_but_the_curvature(self, state_dict: dict[str, Any]) -> None:
+        ParametricLaplace.load_state_dict(self, state_dict)
+
+
+class EKFACLaplace(KFACLaplace):
+    r"""EKFAC posterior of all parameters: ``hessian_structure="ekfac"`` with ``subset_of_weights="all"``.
+
+    The eigenvectors are those of the Kronecker factors; the eigenvalues are the diagonal of the curvature itself in
+    their basis, which no other eigenvalues (the products of ``"kfac"`` among them) bring nearer to the curvature in
+    Frobenius norm. Sees the data twice and keeps P numbers more.
+
+    References:
+        George et al. (2018), https://arxiv.org/abs/1806.03884
+    """
+
+    _key = ("all", "ekfac")
+
+    def fit(self, train_loader: DataLoader, override: bool = True, progress_bar: bool = False) -> None:
+        """Fit to the data, which are seen twice: for the factors, then for the eigenvalues.
+
+        Args:
+            train_loader: Batches; it must give the same data again.
+            override: Must be True: eigenvalues in one basis do not add to those in another.
+            progress_bar: Show one.
+
+        Raises:
+            ValueError: For ``override=False``, or with damping.
+        """
+        if not override:
+            raise ValueError(
+                "an EKFAC posterior cannot be extended by more data, since they have another eigenbasis. Fit it to all "
+                "of them, or use hessian_structure='kfac'."
+            )
+        if self.damping:
+            raise ValueError("damping=True adds to Kronecker factors; EKFAC has one eigenvalue per parameter.")
+        super().fit(train_loader, progress_bar=progress_bar)
+        backend: Any = self.backend
+        spectra: dict[tuple[str, int], Tensor] = {}
+        for data in train_loader:
+            x, y = (data, data[self.dict_key_y]) if isinstance(data, MutableMapping) else data
+            x = x.to(self._device) if isinstance(x, Tensor) else x
+            new = backend.eigenvalues(x, y.to(self._device), self.H, **self._asdl_fisher_kwargs)
+            for key, values in new.items():
+                spectra[key] = spectra[key] + values if key in spectra else values
+        self.H = self.H.corrected(spectra)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors, numbers and names; factors and eigenvalues."""
+        saved = super().state_dict()
+        return saved | {"H": saved["H"] | {"eigen": self.H.state_dict()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`."""
+        self._load_all_but_the_curvature(state_dict)
+        self.H_facs = BlockKron.from_state(state_dict["H"])
+        self.H = BlockKronDecomposed.from_state(self.H_facs.tensors, state_dict["H"]["eigen"])
+
+
+class LastLayerKFACLaplace(FromFeatures, KronLLLaplace, KFACLaplace):
+    """Kronecker-factored posterior of the last layer: ``hessian_structure="kfac"``, predictions without Jacobians.
+
+    The covariance of the outputs follows from the features, and predictions that need no more than its diagonal (the
+    probit approximation, ``diagonal_output=True`` in regression) compute no more. Arguments and errors are those of
+    :class:`laplace.KronLLLaplace` and :class:`KFACLaplace`.
+    """
+
+    _key = ("last_layer", "kfac")
+
+    def _init_H(self) -> None:
+        KFACLaplace._init_H(self)
+
+    def _variances(self, x: Any, diagonal: bool) -> tuple[Tensor, Tensor] | None:
+        r"""Outputs and their covariances.
+
+        With the posterior of the weight in its eigenbasis, :math:`U, V` and eigenvalues :math:`s`, the covariance is
+        :math:`U \operatorname{diag}_c(\sum_j (V^\top \phi)_j^2 / s_{cj}) U^\top`, plus that of the bias.
+
+        Args:
+            x: Inputs.
+            diagonal: The variances only.
+
+        Returns:
+            ``(M, C)`` and ``(M, C, C)`` or ``(M, C)``; ``None`` where the outputs are no function of features alone.
+        """
+        backend: Any = self.backend
+        features = backend.features(x, self.enable_backprop)
+        if features is None or features.phi.dim() != 2:
+            return None
+        precision: Any = self.posterior_precision
+        total: Any = 0.0
+        for piece in precision.pieces:
+            basis, variance = piece.basis, 1 / precision.spectrum(piece)
+            if isinstance(basis, Kronecker):
+                outputs, inputs = basis.factors
+                turned = inputs.adjoint() @ features.phi.to(basis.dtype)
+                scales = turned.square() @ variance.mT  # (M, C)
+            else:
+                outputs, scales = basis, variance.expand(len(features.phi), -1)
+            Q = outputs.to_dense()
+            total = total + (scales @ Q.square().mT if diagonal else (Q * scales.unsqueeze(1)) @ Q.mT)
+        f, variances = features.output, total.to(features.output.dtype)
+        return (f, variances) if self.enable_backprop else (f.detach(), variances.detach())
+
+
+class LastLayerEKFACLaplace(LastLayerKFACLaplace, EKFACLaplace):
+    """EKFAC posterior of the last layer: ``hessian_structure="ekfac"``, predictions without Jacobians."""
+
+    _key = ("last_layer", "ekfac")
+
+
+class LowRankPosterior(InParts, LowRankLaplace):
+    """Posterior from the largest eigenvalues of the curvature: ``hessian_structure="low_rank"``.
+
+    laplace-torch's ``"lowrank"`` with any backend of this package, without the package that it asks for, and with
+    frozen parameters left out.
+
+    Args:
+        model: The model.
+        likelihood: ``"regression"`` or ``"classification"``.
+        backend: One of this package; ``backend_kwargs={"low_rank": k}`` says how many eigenvalues.
+        kwargs: As for :class:`laplace.LowRankLaplace`.
+    """
+
+    _key = ("all", "low_rank")
+
+    def __init__(
+        self, model: nn.Module, likelihood: str, backend: type[CurvatureInterface] = GGNBackend, **kwargs: Any
+    ) -> None:
+        # LowRankLaplace.__init__ does no more than to look for a package that is not needed here.
+        ParametricLaplace.__init__(self, model, likelihood, backend=backend, **kwargs)
+
+    def fit(self, train_loader: DataLoader, override: bool = True, progress_bar: bool = False) -> None:
+        """Fit to the data; more data cannot be added later."""
+        super().fit(train_loader, override, progress_bar)
+        self.mean = parameters_to_vector(self.params).detach()

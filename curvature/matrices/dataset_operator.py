@@ -1,0 +1,181 @@
+"""Products with a matrix over a data set: passes over the batches, blocks of vectors, and what is kept between them."""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from curvature.matrices.problem import Evaluation, Problem
+from curvature.model.parameters import Parameters
+from curvature.model.settings import settings
+from solvers import LinearOperator, StructureError
+
+#: Memory in bytes that a block of vectors may take at once, beyond the vectors themselves and their products.
+MEMORY = 1 << 28
+# A pass that saves less than this is bound by the overhead of its calls: there, vectors share one vectorised pass. In
+# larger ones a loop over the vectors is as fast or faster (batched convolutions above all).
+SMALL = {"cpu": 1 << 21, "cuda": 1 << 26}
+
+#: Product of one batch with a vector, or with a block of them if True: a tensor per parameter in, and out.
+Product = Callable[[Sequence[Tensor], bool], list[Tensor]]
+
+
+class DatasetOperator(LinearOperator):
+    """A matrix between flat parameter vectors: a sum over batches, known by its products.
+
+    A block of vectors costs one pass over the data. Small models take the block in one vectorised pass, in chunks that
+    stay within a memory budget; for larger ones a loop over the vectors is as fast.
+
+    Args:
+        problem: The loss over the data.
+        rows: Parameters of the result.
+        columns: Parameters of the vectors it acts on.
+        keep_graph: Keep the graphs of all batches between products: a product then costs no forward pass, and the
+            memory of the batches' activations stays taken as long as the operator lives. ``None`` keeps the graph
+            if the data are one batch.
+        memory: Bytes that intermediate results of a block of vectors may take.
+    """
+
+    def __init__(
+        self, problem: Problem, rows: Parameters, columns: Parameters, keep_graph: bool | None, memory: int
+    ) -> None:
+        self.problem, self.rows, self.columns = problem, rows, columns
+        self.keep_graph = problem.single if keep_graph is None else keep_graph
+        self.memory = memory
+        self._kept: list[tuple[Product, int]] | None = None
+        self._total: Tensor | float = 1.0
+
+    @property
+    def in_shape(self) -> tuple[int, ...]:
+        return (self.columns.size,)
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        return (self.rows.size,)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.promote_types(self.problem.parameters.dtype, torch.float32)
+
+    @property
+    def device(self) -> torch.device:
+        return self.problem.parameters.device
+
+    @property
+    def symmetric(self) -> bool:
+        return list(self.rows) == list(self.columns)
+
+    @property
+    def block_size(self) -> int | None:
+        """One where nothing is shared: kept graphs need no pass, and a large model takes the vectors one by one."""
+        return 1 if self.keep_graph and self._large(0) else None
+
+    def adjoint(self) -> LinearOperator:
+        return self if self.symmetric else self._narrowed(self.columns, self.rows)
+
+    def block(self, rows: Any, columns: Any = None) -> Self:
+        """The block of some parameters, at the cost of those parameters only.
+
+        Args:
+            rows: Names, globs or tensors of the parameters of the result.
+            columns: The same for the vectors; ``rows`` if left out.
+
+        Returns:
+            Operator from the flat vector of ``columns`` to that of ``rows``.
+        """
+        inner = Parameters(self.problem.model, rows)
+        outer = inner if columns is None else Parameters(self.problem.model, columns)
+        for chosen, known in ((inner, self.rows), (outer, self.columns)):
+            if missing := [name for name in chosen if name not in known]:
+                raise ValueError(f"{missing} are no parameters of {self!r}, which has {list(known)}.")
+        return self._narrowed(inner, outer)
+
+    def _narrowed(self, rows: Parameters, columns: Parameters) -> Self:
+        other = copy.copy(self)
+        other.rows, other.columns, other._kept = rows, columns, None
+        return other
+
+    def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Self:
+        if dtype in (None, self.dtype) and (device is None or torch.device(device) == self.device):
+            return self
+        raise StructureError(
+            f"{self!r} runs where and as the model is. Convert the model and make the operator anew, or to_dense() the "
+            "operator."
+        )
+
+    @abstractmethod
+    def record(self, evaluation: Evaluation) -> Product:
+        """The product of one batch, in the scale of the sum over terms.
+
+        Returns:
+            Function from tensors ``(*shape)`` of the columns, or ``(k, *shape)``, to such tensors of the rows.
+        """
+
+    def begin(self) -> None:
+        """Called before each pass."""
+
+    def apply(self, x: Tensor) -> Tensor:
+        vectors = x.detach().reshape(-1, self.columns.size)
+        out = torch.empty(len(vectors), self.rows.size, dtype=self.dtype, device=self.device)
+        split = self.columns.unflatten(vectors)
+        pieces = [split[name].to(p.dtype) for name, p in self.columns.items()]
+        into = list(self.rows.unflatten(out).values())  # products are written where they belong, without a copy between
+        single = len(vectors) == 1
+        if single:
+            pieces, into = [t[0] for t in pieces], [t[0] for t in into]
+        write: Callable[..., object] = torch._foreach_copy_
+
+        def add(product: Product, nbytes: int) -> None:
+            nonlocal write
+            if single:
+                write(into, product(pieces, False))
+            else:
+                step = self.chunk(nbytes)
+                for start in range(0, len(vectors), step):
+                    part = slice(start, start + step) if step > 1 else start
+                    write([t[part] for t in into], product([t[part] for t in pieces], step > 1))
+            write = torch._foreach_add_
+
+        self.each(add, vectorized=not single)
+        if not isinstance(self._total, float) or self._total != 1.0:
+            out /= self._total
+        return out.reshape(*x.shape[:-1], self.rows.size)
+
+    def each(self, use: Callable[[Product, int], None], vectorized: bool = True) -> None:
+        """Call ``use(product, bytes of one vector)`` for every batch; afterwards the divisor is known."""
+        if self._kept is not None:
+            self.problem.check_unchanged()
+            with settings(self.problem.model, self.problem.random, self.device):
+                for product, nbytes in self._kept:
+                    use(product, nbytes)
+            return
+        kept: list[tuple[Product, int]] = []
+
+        def visit(evaluation: Evaluation) -> None:
+            product = self.record(evaluation)
+            use(product, evaluation.nbytes)
+            if self.keep_graph:
+                kept.append((product, evaluation.nbytes))
+
+        self.begin()
+        self._total = self.problem.visit(visit, type(self).__name__, count=vectorized or self.keep_graph)
+        if self.keep_graph:
+            self._kept = kept
+
+    def chunk(self, nbytes: int) -> int:
+        """How many vectors go through a pass at once that made ``nbytes``."""
+        if nbytes == 0 or self._large(nbytes):
+            return 1
+        # A second derivative makes a few times what the forward pass made.
+        return max(1, self.memory // (4 * (nbytes + 4 * self.columns.size)))
+
+    def _large(self, nbytes: int) -> bool:
+        return nbytes + 4 * self.columns.size > SMALL.get(self.device.type, SMALL["cuda"])
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.shape[0]}x{self.shape[1]})"

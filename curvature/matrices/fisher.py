@@ -1,0 +1,162 @@
+"""The Fisher information of a model on a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, overload
+
+import torch
+from torch import nn
+
+from curvature.estimation.checkpoint import Resume
+from curvature.estimation.dataset import estimate
+from curvature.losses import ClassDim
+from curvature.losses.signals import FisherKind, check_kind
+from curvature.matrices.full import GaussNewton
+from curvature.matrices.low_rank import dense, low_rank
+from curvature.matrices.problem import Problem
+from curvature.model.data import Data, Output
+from curvature.structures.by_name import BLOCKS
+from curvature.structures.estimator import Curvature
+from curvature.structures.mixed import Mixed, Rules
+from solvers import LinearOperator
+
+Structure = Literal["full", "dense", "low_rank", "layer", "unit", "diagonal", "kfac", "ekfac", "tnt", "foof"]
+#: Structures of the whole matrix -> what makes them, from the problem, the kind, and the structure's options.
+WHOLE: dict[str, Callable[..., LinearOperator]] = {
+    "full": GaussNewton,
+    "dense": dense,
+    "low_rank": low_rank,
+}
+
+
+@overload
+def fisher(
+    model: nn.Module,
+    loss_fn: Any,
+    data: Data,
+    *,
+    structure: Literal["full"],
+    kind: FisherKind = ...,
+    samples: int = ...,
+    generator: torch.Generator | None = ...,
+    params: Any = ...,
+    output: Output | None = ...,
+    class_dim: ClassDim = ...,
+    resume: Resume | None = ...,
+    progress: bool | None = ...,
+    **options: Any,
+) -> GaussNewton: ...
+@overload
+def fisher(
+    model: nn.Module,
+    loss_fn: Any,
+    data: Data,
+    *,
+    kind: FisherKind = ...,
+    structure: Structure | Rules = ...,
+    samples: int = ...,
+    generator: torch.Generator | None = ...,
+    params: Any = ...,
+    output: Output | None = ...,
+    class_dim: ClassDim = ...,
+    resume: Resume | None = ...,
+    progress: bool | None = ...,
+    **options: Any,
+) -> LinearOperator: ...
+def fisher(
+    model: nn.Module,
+    loss_fn: Any,
+    data: Data,
+    *,
+    kind: FisherKind = "mc",
+    structure: Structure | Rules = "kfac",
+    samples: int = 1,
+    generator: torch.Generator | None = None,
+    params: Any = None,
+    output: Output | None = None,
+    class_dim: ClassDim = None,
+    resume: Resume | None = None,
+    progress: bool | None = None,
+    **options: Any,
+) -> LinearOperator:
+    r"""Fisher information of the loss over the data, in the given structure.
+
+    With the loss written as :math:`L = w \sum_t l_t` over its terms (one example, one position),
+
+    .. math::
+        \text{exact:}\; w \sum_t J_t^\top H_t J_t, \qquad
+        \text{mc:}\; w \sum_t \tfrac{1}{M} \sum_m \hat g_{tm} \hat g_{tm}^\top, \qquad
+        \text{empirical:}\; w \sum_t g_t g_t^\top .
+
+    ``exact`` equals the GGN: for cross-entropy it is the Fisher of the softmax, times the weight of a term; for
+    ``MSELoss``, whose output Hessian is ``2 / (N C)``, it is ``2 / C`` times the Fisher of a unit Gaussian. An
+    empirical Fisher uses the targets and is not an estimate of the Fisher.
+
+    Args:
+        model: Any module; evaluated in its current mode.
+        loss_fn: The loss module.
+        data: One batch ``(x, y)`` or a re-iterable of batches.
+        kind: ``"exact"``, ``"mc"`` or ``"empirical"``.
+        structure: See below; or ``{rule: structure}`` for parts of the model, see :class:`curvature.Mixed`.
+        samples: Draws per batch for ``"mc"``.
+        generator: Source of the draws; a fresh one seeded with 0 by default.
+        params: Names, globs or tensors that restrict the parameters.
+        output: Picks the output tensor where the model does not return a tensor.
+        class_dim: Class axis of the output where the shapes leave it open; by key for a sum of losses.
+        resume: File in which the sums over the batches are kept as they grow, and from which a run that was killed
+            goes on at the batch where it was, to the identical result. A path, or a :class:`curvature.Checkpoint`, that
+            says how often to save.
+        progress: Show a progress bar.
+        options: Further options of the structure, in brackets in this table:
+
+            ==============  =========================================================================================
+            ``"full"``      matrix-free products (``keep_graph``, ``memory``, ``mode``, see :func:`curvature.hessian`
+                            and :func:`curvature.jacobian`)
+            ``"dense"``     the whole matrix, P^2 numbers (``memory``)
+            ``"low_rank"``  its root, one row per example and signal (``memory``)
+            ``"layer"``     a dense matrix per block: weight and bias of a layer (``max_size``)
+            ``"unit"``      a dense matrix per output unit of a layer; 2 x 2 for scale and shift (``max_size``)
+            ``"diagonal"``  exact diagonal
+            ``"kfac"``      Kronecker factors per layer (``sharing``, ``bias``, ``max_factor``)
+            ``"ekfac"``     the same with the exact diagonal in their eigenbasis
+            ``"tnt"``       Kronecker factors of the gradients themselves (``max_factor``)
+            ``"foof"``      Kronecker factors of the inputs alone: no gradients, no scale of the loss
+            ==============  =========================================================================================
+
+    Returns:
+        Operator on the flat parameter vector.
+
+    Raises:
+        ValueError: If the structure or kind is unknown, the matrix does not fit the memory it may take, or ``resume``
+            is given for a structure of the whole matrix.
+        CheckpointError: If the file of ``resume`` belongs to another problem.
+    """
+    check_kind(kind)
+    if isinstance(structure, str) and structure in WHOLE:
+        if resume is not None:
+            raise ValueError(
+                f"structure={structure!r} keeps no sums over the batches, so there is nothing to resume. Leave resume "
+                "out; eigenvalues of a long run are kept by curvature.resumable_eigsh."
+            )
+        problem = Problem(model, loss_fn, data, params=params, output=output, class_dim=class_dim, progress=progress)
+        return WHOLE[structure](problem, kind, samples=samples, generator=generator, **options)
+    curvature: Curvature
+    if isinstance(structure, Mapping):
+        curvature = Mixed(structure, kind, samples, **options)
+    elif structure in BLOCKS:
+        curvature = BLOCKS[structure](kind, samples, **options)
+    else:
+        raise ValueError(f"structure must be one of {sorted([*BLOCKS, *WHOLE])} or rules, got {structure!r}.")
+    return estimate(
+        model,
+        loss_fn,
+        data,
+        curvature,
+        params=params,
+        output=output,
+        class_dim=class_dim,
+        generator=generator,
+        resume=resume,
+        progress=progress,
+    )

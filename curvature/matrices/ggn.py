@@ -1,0 +1,124 @@
+"""The generalised Gauss-Newton matrix of a loss over a data set."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, overload
+
+import torch
+from torch import nn
+
+from curvature.estimation.checkpoint import Resume
+from curvature.losses import ClassDim
+from curvature.matrices.fisher import Structure, fisher
+from curvature.matrices.full import GaussNewton
+from curvature.model.data import Data, Output
+from curvature.structures.mixed import Rules
+from solvers import LinearOperator
+
+
+@overload
+def ggn(
+    model: nn.Module,
+    loss_fn: Any,
+    data: Data,
+    *,
+    structure: Literal["full"] = ...,
+    kind: Literal["exact", "mc"] = ...,
+    samples: int = ...,
+    generator: torch.Generator | None = ...,
+    params: Any = ...,
+    output: Output | None = ...,
+    class_dim: ClassDim = ...,
+    resume: Resume | None = ...,
+    progress: bool | None = ...,
+    **options: Any,
+) -> GaussNewton: ...
+@overload
+def ggn(
+    model: nn.Module,
+    loss_fn: Any,
+    data: Data,
+    *,
+    structure: Structure | Rules,
+    kind: Literal["exact", "mc"] = ...,
+    samples: int = ...,
+    generator: torch.Generator | None = ...,
+    params: Any = ...,
+    output: Output | None = ...,
+    class_dim: ClassDim = ...,
+    resume: Resume | None = ...,
+    progress: bool | None = ...,
+    **options: Any,
+) -> LinearOperator: ...
+def ggn(
+    model: nn.Module,
+    loss_fn: Any,
+    data: Data,
+    *,
+    structure: Structure | Rules = "full",
+    kind: Literal["exact", "mc"] = "exact",
+    samples: int = 1,
+    generator: torch.Generator | None = None,
+    params: Any = None,
+    output: Output | None = None,
+    class_dim: ClassDim = None,
+    resume: Resume | None = None,
+    progress: bool | None = None,
+    **options: Any,
+) -> LinearOperator:
+    r"""Generalised Gauss-Newton matrix of the loss over the data, in the given structure.
+
+    With the loss written as :math:`L = w \sum_t l_t(z_t)` over its terms,
+
+    .. math:: G = w \sum_t J_t^\top \nabla^2_{z} l_t \, J_t,
+
+    the Hessian of L with the model replaced by its linearisation. It equals the exact Fisher where the loss is a
+    negative log-likelihood in its natural parameter; :func:`curvature.fisher` gives the constants, the structures and
+    all arguments.
+
+    Args:
+        model: Any module; evaluated in its current mode.
+        loss_fn: The loss module.
+        data: One batch ``(x, y)`` or a re-iterable of batches.
+        structure: ``"full"`` is matrix-free; see :func:`curvature.fisher` for the others.
+        kind: ``"exact"``, or ``"mc"`` for an unbiased estimate from draws of the model's own distribution.
+        samples: Draws per batch for ``"mc"``.
+        generator: Source of the draws; a fresh one seeded with 0 by default.
+        params: Names, globs or tensors that restrict the parameters.
+        output: Picks the output tensor where the model does not return a tensor.
+        class_dim: Class axis of the output where the shapes leave it open; by key for a sum of losses.
+        resume: File in which the sums over the batches are kept as they grow, and from which a run that was killed
+            goes on at the batch where it was, to the identical result. A path, or a :class:`curvature.Checkpoint`, that
+            says how often to save.
+        progress: Show a progress bar.
+        options: Options of the structure.
+
+    Returns:
+        Operator on the flat parameter vector, symmetric; positive semi-definite where the loss is convex in the output.
+
+    Raises:
+        ValueError: If the structure or kind is unknown.
+
+    References:
+        Schraudolph (2002), "Fast curvature matrix-vector products"; Martens (2020), https://arxiv.org/abs/1412.1193
+    """
+    if kind not in ("exact", "mc"):
+        raise ValueError(
+            f"kind must be 'exact' or 'mc', got {kind!r}. The empirical Fisher is no Gauss-Newton matrix; it is "
+            "curvature.fisher(..., kind='empirical')."
+        )
+    return fisher(
+        model,
+        loss_fn,
+        data,
+        kind=kind,
+        structure=structure,
+        samples=samples,
+        generator=generator,
+        params=params,
+        output=output,
+        class_dim=class_dim,
+        resume=resume,
+        progress=progress,
+        **options,
+    )

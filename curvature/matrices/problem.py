@@ -1,0 +1,218 @@
+"""A loss over a data set, as a function of the parameters that can be evaluated again and again."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from curvature.estimation.dataset import over_all_data, record, terms_of
+from curvature.layers.recorder import Recorder
+from curvature.losses import AutogradLoss, ClassDim, Loss, Terms, UnknownLossError, WeightedSum, loss_for
+from curvature.model.data import Data, Output, batches, call, is_one_batch, resolve_output, shown, to_device
+from curvature.model.parameters import Parameters
+from curvature.model.settings import random_state, refuse_changes, settings, versions
+
+
+class Evaluation:
+    """The model on one batch: its output, attached to the graph, and the loss there.
+
+    Attributes:
+        problem: What is evaluated.
+        x: Inputs, on the device of the parameters.
+        output: What the loss saw.
+        terms: The loss as a sum of terms; ``None`` where nothing but the loss function itself is known.
+        first: Whether this is the first pass, in which what holds for all is checked.
+        random: State of torch's random generators before the model ran.
+        nbytes: Size of what the pass made, where it was counted.
+        recorder: Uses of the parameters, where they were recorded.
+    """
+
+    def __init__(self, problem: Problem, x: Any, y: Any, *, first: bool, count: bool, recorded: bool) -> None:
+        self.problem, self.x, self.y, self.first = problem, x, y, first
+        self.random = random_state(problem.parameters.device)
+        self.recorder: Recorder | None = None
+        counter = _BytesMade() if count else None
+        with torch.enable_grad(), counter or contextlib.nullcontext():
+            if recorded:
+                result, self.recorder = record(problem.model, problem.parameters, x)
+            else:
+                result = call(problem.model, x)
+        self.nbytes = counter.total if counter else 0
+        self.terms: Terms | None = None
+        if problem.loss is None:
+            self.output = problem.pick(result)
+        else:
+            self.terms = terms_of(problem.loss, result, y, problem.output, problem.class_dim, check=first)
+            self.output = self.terms.output
+            if self.terms.reduction == "none":
+                raise ValueError("the loss has reduction='none', so it is no scalar. Use 'mean' or 'sum'.")
+
+    def loss(self) -> Tensor:
+        """The loss of the batch as a sum over terms, 0-d, differentiable."""
+        with torch.enable_grad():
+            return self.problem.loss_fn(self.output, self.y) if self.terms is None else self.terms.value()
+
+    @property
+    def total(self) -> Tensor | float:
+        """What this batch brings to the divisor of the loss."""
+        if self.terms is None:
+            return 1.0
+        return self.terms.total if self.terms.reduction == "mean" else 1.0
+
+    @property
+    def mean(self) -> bool:
+        """Whether the loss divides by the sum of :attr:`total` over the batches."""
+        return self.terms is not None and self.terms.reduction == "mean"
+
+
+class Problem:
+    """A loss over a data set, as a function of a model's parameters at which it can be evaluated again and again.
+
+    Each pass sees the same random numbers (dropout masks, order of a shuffling loader), the user's random state and
+    buffers stay as they are, and parameters that changed since are refused: products taken at different times belong
+    to one matrix.
+
+    Args:
+        model: Any module; evaluated in its current mode.
+        loss_fn: The loss.
+        data: One batch or a re-iterable of batches.
+        params: Restriction of the parameters.
+        output: Picks the output tensor.
+        class_dim: Class axis of the output where the shapes leave it open.
+        progress: Show a progress bar; ``None`` shows one on long passes.
+        opaque: Allow a loss of which only the value is known.
+
+    Raises:
+        TypeError: If the data can be seen only once.
+        UnknownLossError: If the loss is not known and cannot do without.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Any,
+        data: Data,
+        *,
+        params: Any = None,
+        output: Output | None = None,
+        class_dim: ClassDim = None,
+        progress: bool | None = None,
+        opaque: bool = False,
+    ) -> None:
+        _refuse_sparse(model)
+        self.model, self.loss_fn = model, loss_fn
+        self.parameters = Parameters(model, params)
+        self.output, self.class_dim = output, class_dim
+        self.start = batches(data, passes=2)
+        self.single = is_one_batch(data)
+        self.progress = False if progress is None and self.single else progress
+        self.loss = self._loss(opaque)
+        if self.loss is not None and not self.single:
+            self.loss = over_all_data(self.loss, model, self.start, self.parameters.device, output, class_dim)
+        self.random = random_state(self.parameters.device)
+        self._versions = versions(model)
+        self._seen: float | None = None
+
+    def _loss(self, opaque: bool) -> Loss | None:
+        try:
+            return loss_for(self.loss_fn)
+        except UnknownLossError:
+            if opaque and self.single:
+                return None  # whatever the loss does with its batch, this batch is all of the data
+            if isinstance(getattr(self.loss_fn, "reduction", None), str):
+                return AutogradLoss(self.loss_fn)  # compares the batch with its examples, and refuses other sums
+            raise
+
+    def pick(self, result: Any) -> Any:
+        """The tensor that the loss sees, or whatever an opaque loss is called with."""
+        if isinstance(self.loss, WeightedSum):
+            return self.loss.joined(result if self.output is None else self.output(result))
+        return resolve_output(result) if self.output is None else self.output(result)
+
+    def visit(
+        self, use: Callable[[Evaluation], Any], title: str, *, count: bool = False, recorded: bool = False
+    ) -> Tensor | float:
+        """Evaluate every batch of one pass and hand it to ``use``.
+
+        Args:
+            use: Called with each evaluation, inside the pass's settings.
+            title: What the progress bar says.
+            count: Count the bytes each evaluation makes.
+            recorded: Record the uses of the parameters.
+
+        Returns:
+            What sums over terms are divided by, 1 for a loss that is a sum.
+
+        Raises:
+            RuntimeError: If parameters changed since the matrix was made, or the data are others than before.
+        """
+        self.check_unchanged()
+        first = self._seen is None
+        total: Tensor | float = 0.0
+        seen: Tensor | None = None
+        mean = False
+        device = self.parameters.device
+        with settings(self.model, self.random, device):
+            for x, y in shown(self.start(), title, self.progress):
+                x, y = to_device(x, device), to_device(y, device)
+                evaluation = Evaluation(self, x, y, first=first, count=count, recorded=recorded)
+                total, mean = total + evaluation.total, evaluation.mean
+                if not self.single:
+                    seen = _fingerprint(evaluation) if seen is None else seen + _fingerprint(evaluation)
+                use(evaluation)
+        if seen is not None:
+            self._compare(*seen.tolist())
+        return total if mean else 1.0
+
+    def check_unchanged(self) -> None:
+        """Raise if a parameter was written since."""
+        refuse_changes(self.model, self._versions)
+
+    def _compare(self, loss: float, size: float) -> None:
+        """Raise if the batches of this pass gave another loss than those of the first."""
+        if self._seen is None:
+            self._seen = loss
+        # Batches may come in another order; anything beyond the rounding of a sum of this size is other data.
+        tolerance = torch.finfo(torch.promote_types(self.parameters.dtype, torch.float32)).eps ** 0.5
+        if not abs(loss - self._seen) <= tolerance * size:
+            raise RuntimeError(
+                f"this pass over the data gave a loss of {loss:.8g}, the first one {self._seen:.8g}: products with one "
+                "matrix need the same numbers in every pass. curvature.check_deterministic(model, data) says what "
+                "differs (augmentation, a random sampler of a subset, a model that draws its own numbers)."
+            )
+
+
+def _fingerprint(evaluation: Evaluation) -> Tensor:
+    """Sum of the loss terms of a batch, and of their sizes."""
+    assert evaluation.terms is not None  # only a single batch does without
+    with torch.no_grad():
+        values = torch.where(evaluation.terms.mask, evaluation.terms.values(), 0.0).double()
+        return torch.stack([values.sum(), values.abs().sum()])
+
+
+class _BytesMade(TorchDispatchMode):
+    """Adds up the size of everything that is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.total += sum(leaf.nbytes for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
+        return result
+
+
+def _refuse_sparse(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse and module.weight.requires_grad:
+            raise ValueError(
+                f"{name or 'the model'} is an embedding with sparse=True, whose sparse gradients cannot be "
+                "differentiated again. Set its attribute sparse = False."
+            )

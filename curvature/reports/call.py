@@ -1,0 +1,216 @@
+"""One call that looks at the curvature of a model from all sides, within a budget."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from math import inf
+from typing import Any, Literal, overload
+
+import torch
+from torch import nn
+
+from curvature.estimation.checkpoint import Checkpoint
+from curvature.losses import ClassDim
+from curvature.model.data import Data, Output
+from curvature.reports.document import Plan, Report
+from curvature.reports.results import Matrix
+from curvature.reports.run import SECTIONS, Run
+from curvature.reports.sections.budget import Budget
+from curvature.reports.sections.store import Store
+from curvature.reports.sections.study import MATRICES, Study
+from curvature.structures.by_name import BLOCKS
+
+
+@overload
+def report(
+    model: nn.Module,
+    loss_fn: Any,
+    data: Data,
+    *,
+    budget: float | None = ...,
+    products: int | None = ...,
+    matrix: str | Sequence[str] = ...,
+    sections: str | Sequence[str] | None = ...,
+    k: int = ...,
+    damping: float = ...,
+    structures: str | Sequence[str] = ...,
+    exact: bool | None = ...,
+    rtol: float = ...,
+    params: Any = ...,
+    output: Output | None = ...,
+    class_dim: ClassDim = ...,
+    seed: int = ...,
+    warm_start: Report | None = ...,
+    resume: str | os.PathLike[str] | Checkpoint | None = ...,
+    dry_run: Literal[True],
+    progress: bool | None = ...,
+) -> Plan: ...
+@overload
+def report(
+    model: nn.Module,
+    loss_fn: Any,
+    data: Data,
+    *,
+    budget: float | None = ...,
+    products: int | None = ...,
+    matrix: str | Sequence[str] = ...,
+    sections: str | Sequence[str] | None = ...,
+    k: int = ...,
+    damping: float = ...,
+    structures: str | Sequence[str] = ...,
+    exact: bool | None = ...,
+    rtol: float = ...,
+    params: Any = ...,
+    output: Output | None = ...,
+    class_dim: ClassDim = ...,
+    seed: int = ...,
+    warm_start: Report | None = ...,
+    resume: str | os.PathLike[str] | Checkpoint | None = ...,
+    dry_run: Literal[False] = ...,
+    progress: bool | None = ...,
+) -> Report: ...
+def report(
+    model: nn.Module,
+    loss_fn: Any,
+    data: Data,
+    *,
+    budget: float | None = None,
+    products: int | None = None,
+    matrix: str | Sequence[str] = ("hessian", "ggn"),
+    sections: str | Sequence[str] | None = None,
+    k: int = 10,
+    damping: float = 1e-3,
+    structures: str | Sequence[str] = ("diagonal", "kfac", "ekfac"),
+    exact: bool | None = None,
+    rtol: float = 1e-3,
+    params: Any = None,
+    output: Output | None = None,
+    class_dim: ClassDim = None,
+    seed: int = 0,
+    warm_start: Report | None = None,
+    resume: str | os.PathLike[str] | Checkpoint | None = None,
+    dry_run: bool = False,
+    progress: bool | None = None,
+) -> Report | Plan:
+    r"""Look at the curvature of a loss from all sides; every number comes with its error.
+
+    ================  ===============================================================================================
+    ``"loss"``        the loss and the norm of its gradient
+    ``"coverage"``    which curvature every parameter can get
+    ``"eigenvalues"`` the ends of the spectrum, and the share of the gradient there
+    ``"trace"``       trace and Frobenius norm, and the trace of each layer
+    ``"noise"``       norms of the examples' gradients, and the gradient noise scale
+    ``"density"``     spectral density; effective dimension and condition of the GGN at ``damping``
+    ``"distances"``   how far diagonal, K-FAC and EKFAC are from the GGN, by layer
+    ``"layers"``      the largest eigenvalue of each layer
+    ================  ===============================================================================================
+
+    Small matrices (up to 2000 parameters) are formed, and everything is exact. For others the sections are ordered by
+    worth: within a budget each gets the least that makes it useful, as far as that goes, and what is left is shared
+    out. A section that refuses is listed with its reason, and the rest goes on. The model is evaluated in its current
+    mode and left as it is: parameters, gradients, buffers, hooks, random numbers.
+
+    >>> from torch import nn
+    >>> x, y = torch.linspace(-1, 1, 8).unsqueeze(1), torch.linspace(-1, 1, 8).unsqueeze(1) ** 2
+    >>> found = report(nn.Sequential(nn.Linear(1, 3), nn.Tanh(), nn.Linear(3, 1)), nn.MSELoss(), (x, y), k=2)
+    >>> found.eigenvalues["ggn"].converged, found.traces["ggn"].trace.exact
+    (True, True)
+
+    Args:
+        model: Any module.
+        loss_fn: The loss module. A plain function serves the Hessian of one batch only.
+        data: One batch ``(x, y)`` or a re-iterable of batches.
+        budget: Seconds to spend; None for no limit.
+        products: Products with a matrix to spend in their place; a pass over the data counts as one.
+        matrix: ``"hessian"``, ``"ggn"`` or both, the more interesting one first.
+        sections: Some of the above; None for all.
+        k: How many of the largest eigenvalues.
+        damping: :math:`\lambda`, in units of the matrix: what an optimizer or a prior adds to it.
+        structures: Structures of :func:`curvature.fisher` to compare with the GGN.
+        exact: Whether to form the matrices; None does so where they are small.
+        rtol: Residual of the eigenvalues, relative to them.
+        params: Names, globs or tensors that restrict the parameters.
+        output: Picks the output tensor where the model does not return a tensor.
+        class_dim: Class axis of the output where the shapes leave it open.
+        seed: Of the random vectors; each section has its own.
+        warm_start: An earlier report on the same model: the search for eigenvalues starts from its eigenvectors.
+        resume: A file (or :class:`~curvature.Checkpoint`) that keeps finished sections and the running
+            search, to be taken up after a crash.
+        dry_run: Predict costs instead, after two products with each matrix.
+        progress: True shows a progress bar, False never, None on a terminal.
+
+    Returns:
+        The report; print it, or ``save("report.html")``. With ``dry_run`` the plan.
+
+    Raises:
+        TypeError: If an argument is not what it should be.
+        ValueError: If an argument is out of range, the data are empty, or the loss is not finite.
+        NondeterministicError: If dropout is active: the loss would be another one in each pass.
+        CheckpointError: If the file to resume from belongs to something else.
+    """
+    matrices = _check(model, loss_fn, matrix, sections, k, damping, structures, rtol, warm_start)
+    account = Budget(budget, products)
+    with torch.inference_mode(False):
+        study = Study(
+            model,
+            loss_fn,
+            data,
+            budget=account,
+            store=Store(resume),
+            k=k,
+            damping=damping,
+            rtol=rtol,
+            seed=seed,
+            structures=_tuple(structures),
+            exact=exact,
+            params=params,
+            output=output,
+            class_dim=class_dim,
+        )
+        run = Run(study, matrices, _tuple(SECTIONS if sections is None else sections))
+        run.begin(warm_start)
+        if dry_run:
+            return run.plan()
+        run.all(progress)
+        return run.result()
+
+
+def _check(
+    model: Any,
+    loss_fn: Any,
+    matrix: Any,
+    sections: Any,
+    k: Any,
+    damping: Any,
+    structures: Any,
+    rtol: Any,
+    warm_start: Any,
+) -> tuple[Matrix, ...]:
+    """Refuse what makes no sense before anything is computed; returns the matrices."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a torch.nn.Module, not {type(model).__name__}.")
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn is a loss module such as nn.CrossEntropyLoss(), not {type(loss_fn).__name__}.")
+    if warm_start is not None and not isinstance(warm_start, Report):
+        raise TypeError(f"warm_start is an earlier Report, not {type(warm_start).__name__}.")
+    matrices, chosen = _tuple(matrix), _tuple(SECTIONS if sections is None else sections)
+    for name, given, known in (
+        ("matrix", matrices, tuple(MATRICES)),
+        ("sections", chosen, SECTIONS),
+        ("structures", _tuple(structures), tuple(BLOCKS)),
+    ):
+        if wrong := [entry for entry in given if entry not in known]:
+            raise ValueError(f"{name} are among {', '.join(known)}; {wrong[0]!r} is not.")
+    if sections is not None and "distances" in chosen and "ggn" not in matrices:
+        raise ValueError(f"distances are those to the GGN; add it to matrix={matrices}, or leave the section out.")
+    if not (isinstance(k, int) and k >= 1):
+        raise ValueError(f"k is a whole number of eigenvalues, at least 1, not {k!r}.")
+    for name, number in (("damping", damping), ("rtol", rtol)):
+        if not (isinstance(number, (int, float)) and 0 < number < inf):
+            raise ValueError(f"{name} is a positive number, not {number!r}.")
+    return matrices
+
+
+def _tuple(names: str | Sequence[str]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)

@@ -1,0 +1,236 @@
+"""The report itself: what was found, and how to read, save and load it."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from math import inf
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from curvature.estimation.checkpoint import CheckpointError, load, save
+from curvature.estimation.coverage import Coverage
+from curvature.reports.codec import decode, encode
+from curvature.reports.results import (
+    Cost,
+    DensityResult,
+    DistancesResult,
+    EigenvaluesResult,
+    LayersResult,
+    LossResult,
+    Matrix,
+    NoiseResult,
+    Refusal,
+    TraceResult,
+)
+
+#: What each section holds.
+RESULTS: dict[str, type] = {
+    "loss": LossResult,
+    "coverage": Coverage,
+    "eigenvalues": EigenvaluesResult,
+    "trace": TraceResult,
+    "noise": NoiseResult,
+    "density": DensityResult,
+    "distances": DistancesResult,
+    "layers": LayersResult,
+}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Report:
+    """The curvature of one loss of one model, made by :func:`curvature.report`.
+
+    Attributes:
+        model: Class of the model.
+        loss_fn: The loss.
+        parameters: Number of parameters.
+        layers: Number of parameters of each module that has some of its own.
+        loss: Loss and gradient.
+        coverage: Which curvature every parameter can get.
+        noise: Gradients of single examples.
+        eigenvalues: By matrix.
+        traces: By matrix.
+        densities: By matrix.
+        distances: Of structures to the GGN.
+        layer_eigenvalues: By matrix.
+        formed: Matrices that were formed, so that their numbers are exact.
+        refused: What could not be computed, and why.
+        cut: What the budget did not reach.
+        notes: What else one should know.
+        costs: What was spent on what.
+        budget: The budget in words; None without one.
+        seconds: Time spent in all.
+        peak_memory: Bytes in use at most, of the process or of the accelerator; None if unknown.
+        k: How many of the largest eigenvalues were asked for.
+        damping: The damping that effective dimension and condition belong to.
+        rtol: Relative residual asked for.
+        seed: Of the random vectors.
+        created: Date and time.
+        eigenvectors: Of the largest eigenvalues, ``(k, P)`` by matrix; not in JSON.
+    """
+
+    model: str
+    loss_fn: str
+    parameters: int
+    layers: dict[str, int]
+    loss: LossResult
+    coverage: Coverage | None
+    noise: NoiseResult | None
+    eigenvalues: dict[Matrix, EigenvaluesResult]
+    traces: dict[Matrix, TraceResult]
+    densities: dict[Matrix, DensityResult]
+    distances: DistancesResult | None
+    layer_eigenvalues: dict[Matrix, LayersResult]
+    formed: tuple[Matrix, ...]
+    refused: tuple[Refusal, ...]
+    cut: tuple[str, ...]
+    notes: tuple[str, ...]
+    costs: tuple[Cost, ...]
+    budget: str | None
+    seconds: float
+    peak_memory: int | None
+    k: int
+    damping: float
+    rtol: float
+    seed: int
+    created: str
+    eigenvectors: dict[Matrix, Tensor] = field(default_factory=dict, repr=False)
+
+    FORMAT: ClassVar[str] = "precond curvature report"
+    VERSION: ClassVar[int] = 1
+
+    def __repr__(self) -> str:
+        """What it is about; print it for what it says."""
+        return f"Report({self.model}, {self.loss_fn}, {self.parameters} parameters, {self.created})"
+
+    def __str__(self) -> str:
+        """Tables, 100 columns wide."""
+        from curvature.reports.pages.text import text
+
+        return text(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Numbers, strings, lists and dictionaries; everything but the eigenvectors."""
+        return {"format": self.FORMAT, "version": self.VERSION, **encode(self)}
+
+    @classmethod
+    def from_dict(cls, content: Any) -> Report:
+        """The report of :meth:`to_dict`.
+
+        Raises:
+            ValueError: If it is something else, or was written by another version.
+        """
+        if not isinstance(content, dict) or content.get("format") != cls.FORMAT:
+            raise ValueError("this is no curvature report: it lacks the mark of Report.to_dict().")
+        if content.get("version") != cls.VERSION:
+            raise ValueError(f"this report has the version {content.get('version')}; {cls.VERSION} can be read.")
+        return decode(cls, {key: value for key, value in content.items() if key not in ("format", "version")})
+
+    def to_json(self, indent: int | None = None) -> str:
+        """The same as JSON (RFC 8259): no NaN, no infinity."""
+        return json.dumps(self.to_dict(), indent=indent, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, content: str) -> Report:
+        """The report of :meth:`to_json`, without eigenvectors."""
+        return cls.from_dict(json.loads(content))
+
+    def to_html(self) -> str:
+        """One page that needs nothing else; with plots where matplotlib is installed."""
+        from curvature.reports.pages.page import page
+
+        return page(self)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the report: ``.html`` for people, ``.json`` for programs, ``.pt`` with the eigenvectors.
+
+        Raises:
+            ValueError: If the name ends otherwise.
+        """
+        target = Path(path)
+        match target.suffix:
+            case ".html":
+                target.write_text(self.to_html(), encoding="utf-8")
+            case ".json":
+                target.write_text(self.to_json(indent=1) + "\n", encoding="utf-8")
+            case ".pt":
+                save(target, {"report": self.to_dict(), "eigenvectors": self.eigenvectors})
+            case suffix:
+                raise ValueError(f"a report is saved as .html, .json or .pt, not {suffix or 'without a suffix'!r}.")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Report:
+        """Read a ``.json`` or ``.pt`` file of :meth:`save`.
+
+        Raises:
+            ValueError: If it is something else.
+        """
+        source = Path(path)
+        if source.suffix == ".json":
+            return cls.from_json(source.read_text(encoding="utf-8"))
+        if source.suffix != ".pt":
+            raise ValueError(f"a report is loaded from .json or .pt, not {source.name!r}.")
+        content = load(source)
+        if not isinstance(content, dict) or content.keys() != {"report", "eigenvectors"}:
+            raise CheckpointError(f"{source} is no curvature report.")
+        found = cls.from_dict(content["report"])
+        found.eigenvectors.update(content["eigenvectors"])
+        return found
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """A section of a plan.
+
+    Attributes:
+        part: Section and matrix.
+        amount: What it would be given, in units of the budget.
+        wanted: What it would take with no limit.
+        cut: Whether the budget does not reach it.
+    """
+
+    part: str
+    amount: float
+    wanted: float
+    cut: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a report would cost.
+
+    Attributes:
+        unit: "seconds" or "products".
+        budget: The limit; infinite without one.
+        spent: What the measurement has cost.
+        rows: The sections, the most worthwhile first.
+        refused: What could not be computed.
+    """
+
+    unit: str
+    budget: float
+    spent: float
+    rows: tuple[PlanRow, ...]
+    refused: tuple[Refusal, ...]
+
+    @property
+    def total(self) -> float:
+        """Predicted cost of all that would be done, measurement included."""
+        return self.spent + sum(row.amount for row in self.rows)
+
+    def __str__(self) -> str:
+        """A table."""
+        width = max(len(row.part) for row in self.rows) if self.rows else 0
+        limit = "no limit" if self.budget == inf else f"budget {self.budget:g}"
+        lines = [f"Predicted cost in {self.unit} ({limit}); {self.spent:.3g} spent on the measurement"]
+        for row in self.rows:
+            amount = "cut" if row.cut else f"{row.amount:.3g}"
+            less = f"   of {row.wanted:.3g} wanted" if row.cut or row.amount < 0.99 * row.wanted else ""
+            lines.append(f"  {row.part:<{width}}  {amount:>8}{less}".rstrip())
+        lines.append(f"  {'total':<{width}}  {self.total:>8.3g}")
+        lines += [f"Refused: {refusal.part}: {refusal.message}" for refusal in self.refused]
+        return "\n".join(lines)

@@ -1,0 +1,241 @@
+"""The plots of a report as inline SVG, whose colours are the page's own."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from curvature import plots
+from curvature.plots.style import colour, ink, library, prepare
+from curvature.reports.document import Report
+from curvature.reports.pages.view import NAMES
+from curvature.reports.results import DensityResult, EigenvaluesResult, NoiseResult, Number
+from solvers import Density, Eigenpairs, Estimate
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Colours that stand for those of the page until the SVG is written. No shape has them by chance.
+_INK = "#010203"
+_CYCLE = ("#0a0b0c", "#0d0e0f", "#1a1b1c", "#1d1e1f")
+_WIDTH = 4.6  # inches: at the width of a phone, letters keep about their size
+_MOST = 12  # layers in a plot
+_LONGEST = 22  # letters of a layer's name
+
+
+#: Title, sentence, height in inches, and what draws it.
+Drawing = tuple[str, str, float, Callable[["Axes"], object]]
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A plot.
+
+    Attributes:
+        title: What it shows.
+        plain: One sentence for people who know none of it.
+        svg: The picture.
+    """
+
+    title: str
+    plain: str
+    svg: str
+
+
+def available() -> bool:
+    """Whether matplotlib is installed."""
+    try:
+        library()
+    except ModuleNotFoundError:
+        return False
+    return True
+
+
+def figures(report: Report, name: str) -> list[Plot]:
+    """The plots that a chapter calls by this name: none, or one for each matrix."""
+    makers: dict[str, Callable[[Report], Iterator[Drawing]]] = {
+        "density": _densities,
+        "eigenvalues": _eigenvalues,
+        "shares": _shares,
+        "distances": _distances,
+        "norms": _norms,
+    }
+    return [
+        Plot(title, plain, svg(draw, f"{name}-{number}", f"{title}. {plain}", height))
+        for number, (title, plain, height, draw) in enumerate(makers[name](report))
+    ]
+
+
+def svg(draw: Callable[[Axes], object], name: str, title: str, height: float) -> str:
+    """Draw into new axes and return SVG to be put into a page.
+
+    Args:
+        draw: Draws.
+        name: Makes the identifiers in the SVG those of this plot.
+        title: What a screen reader says.
+        height: In inches.
+    """
+    library()
+    import matplotlib
+    from cycler import cycler
+    from matplotlib.figure import Figure
+
+    style: dict[Any, Any] = {
+        "text.color": _INK,
+        "axes.labelcolor": _INK,
+        "xtick.color": _INK,
+        "ytick.color": _INK,
+        "axes.prop_cycle": cycler(color=list(_CYCLE)),
+        "svg.fonttype": "none",
+        "svg.hashsalt": name,
+        "font.size": 9.5,
+    }
+    # Styles of the user's own have no say in a page, and are as they were afterwards.
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(style)
+        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+        draw(figure.subplots())
+        target = io.StringIO()
+        figure.savefig(target, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return _inline(target.getvalue(), name, title)
+
+
+def _inline(content: str, name: str, title: str) -> str:
+    content = content[content.index("<svg") :]
+    content = re.sub(r"<metadata>.*?</metadata>", "", content, flags=re.DOTALL)
+    content = re.sub(r'\bid="', f'id="{name}-', content)
+    content = re.sub(r"url\(#", f"url(#{name}-", content)
+    content = re.sub(r'xlink:href="#', f'href="#{name}-', content)
+    box = re.search(r'viewBox="[^"]*"', content)
+    assert box is not None
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {box[0]} role="img" aria-label="{_escape(title)}">'
+    content = head + content[content.index(">") + 1 :]
+    for place, placeholder in (("ink", _INK), *((f"c{i}", c) for i, c in enumerate(_CYCLE))):
+        content = content.replace(placeholder, f"var(--{place})")
+    return content.strip()
+
+
+def _escape(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
+
+
+# The plots ------------------------------------------------------------------------------------------------------------
+
+
+def _densities(report: Report) -> Iterator[Drawing]:
+    for matrix, found in report.densities.items():
+        plain = (
+            "How many directions have which curvature: most are near zero, and the few far to the right are the steep "
+            "ones. The scale is logarithmic, or those would be invisible."
+        )
+        yield f"{NAMES[matrix]}: spectral density", plain, 2.9, partial(_density, found)
+
+
+def _density(found: DensityResult, ax: Axes) -> None:
+    grid, density, stderr = (torch.tensor(x, dtype=torch.float64) for x in (found.grid, found.density, found.stderr))
+    nothing = torch.zeros(4, dtype=torch.float64)
+    moments = Estimate(nothing, nothing, found.samples, found.products, nothing)
+    plots.density(Density(grid, density, stderr, moments, found.width, found.samples, found.products), ax)
+
+
+def _eigenvalues(report: Report) -> Iterator[Drawing]:
+    for matrix, found in report.eigenvalues.items():
+        plain = (
+            "The steepest directions, one dot each; bars show how far off a value can be, most of them too short to "
+            "see."
+        )
+        yield f"{NAMES[matrix]}: largest eigenvalues", plain, 2.9, partial(_ranked, found)
+
+
+def _ranked(found: EigenvaluesResult, ax: Axes) -> None:
+    columns = [torch.tensor([getattr(pair, name) for pair in found.largest]) for name in ("value", "residual")]
+    done = torch.tensor([pair.converged for pair in found.largest])
+    plots.eigenvalues(Eigenpairs(columns[0], torch.empty(0), columns[1], done, found.complete, found.products, {}), ax)
+
+
+def _shares(report: Report) -> Iterator[Drawing]:
+    names = _short(report)
+    for matrix, found in report.traces.items():
+        if sum(part.value for part in found.layers.values()) <= 0:
+            continue
+        values = {names[layer]: _estimate(x) for layer, x in found.layers.items()}
+        plain = "How the total curvature is shared out among the layers; thin lines are errors."
+        draw = partial(plots.shares, values, label="share of trace", most=_MOST)
+        yield f"{NAMES[matrix]}: share of each layer", plain, _height(len(values)), draw
+
+
+def _distances(report: Report) -> Iterator[Drawing]:
+    assert report.distances is not None
+    names, found = _short(report), report.distances.structures
+    values: dict[str, dict[str, Estimate | torch.Tensor | float]] = {
+        "whole matrix": {s: _percent(d.whole) for s, d in found.items()}
+    }
+    for layer in report.layers:
+        values[names[layer]] = {s: _percent(d.layers[layer]) for s, d in found.items() if layer in d.layers}
+    values = {layer: row for layer, row in values.items() if row}
+    plain = "How much of the GGN each form leaves out, layer by layer: the further to the left, the better."
+    draw = partial(plots.distances, values, label="relative distance (%)", most=_MOST)
+    yield "Distance of each structure to the GGN", plain, 0.5 + _height(len(values)), draw
+
+
+def _norms(report: Report) -> Iterator[Drawing]:
+    if report.noise is not None:
+        plain = (
+            "All examples in order of the length of their gradient: a steep rise at the right end means that a few of "
+            "them pull far harder than the rest."
+        )
+        yield "Lengths of the examples' gradients", plain, 2.9, partial(_percentiles, report.noise)
+
+
+def _percentiles(noise: NoiseResult, ax: Axes) -> None:
+    ax = prepare(ax)
+    values = noise.percentiles
+    ax.plot(range(len(values)), values, color=colour(0), linewidth=1.4)
+    ax.axhline(values[50], color=ink(0.6), linewidth=0.8, linestyle="--")
+    ax.text(0, values[50], " median", va="bottom", fontsize="small", color=ink(0.8))
+    if values[0] > 0 and values[-1] > 20 * values[0]:
+        ax.set_yscale("log")
+    else:
+        ax.set_ylim(bottom=0)
+    ax.set_xlim(0, 100)
+    ax.set_xlabel("examples with shorter gradients (%)")
+    ax.set_ylabel("norm")
+
+
+def _estimate(x: Number) -> Estimate:
+    value, error = (torch.tensor(number, dtype=torch.float64) for number in (x.value, x.error))
+    return Estimate(value, error, x.samples, 0, torch.zeros_like(value))
+
+
+def _percent(x: Number) -> Estimate:
+    return _estimate(Number(100 * x.value, 100 * x.error, x.samples))
+
+
+def _height(rows: int) -> float:
+    return 0.8 + 0.26 * min(rows, _MOST)
+
+
+def _short(report: Report) -> dict[str, str]:
+    """Names of layers that fit beside a plot, all different; the index of the layer where nothing else tells."""
+    names = {layer: _fitting(layer) for layer in report.layers}
+    if len(set(names.values())) < len(names):
+        names = {layer: f"{i}: {name[: _LONGEST - 5]}" for i, (layer, name) in enumerate(names.items())}
+    return names
+
+
+def _fitting(name: str) -> str:
+    """A dotted name with its parts shortened to a letter and their number, from the left, as far as it takes."""
+    parts = name.split(".")
+    for i, part in enumerate(parts[:-1]):
+        if len(".".join(parts)) > _LONGEST and not part.isdigit():
+            number = re.search(r"\d*$", part)
+            parts[i] = part[0] + (number[0] if number else "")
+    short = ".".join(parts)
+    return short if len(short) <= _LONGEST else f"{short[: _LONGEST - 1]}\N{HORIZONTAL ELLIPSIS}"

@@ -1,0 +1,260 @@
+"""The course of a report: its sections in the order of their worth, each with its share of the budget."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from math import inf
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from curvature.estimation.coverage import Coverage, coverage
+from curvature.model.determinism import NondeterministicError, check_deterministic, dropout_modules
+from curvature.reports.codec import decode, encode
+from curvature.reports.document import RESULTS, Plan, PlanRow, Report
+from curvature.reports.results import Cost, EigenvaluesResult, Matrix, Refusal, TraceResult
+from curvature.reports.sections import density as densities
+from curvature.reports.sections import distances, eigenvalues, gradients, layers, traces
+from curvature.reports.sections.budget import Need, allot
+from curvature.reports.sections.study import Study
+
+SECTIONS = ("loss", "coverage", "eigenvalues", "trace", "noise", "density", "distances", "layers")
+
+
+_OF_MATRICES = {"eigenvalues", "trace", "density", "distances", "layers"}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A section, of one matrix or of none.
+
+    Attributes:
+        section: One of :data:`SECTIONS`.
+        matrix: The matrix it is about, or None.
+        need: What it costs, in units of the budget.
+        run: Computes it with what it was allotted.
+    """
+
+    section: str
+    matrix: Matrix | None
+    need: Need
+    run: Callable[[float], Any]
+
+    @property
+    def name(self) -> str:
+        """Section and matrix."""
+        return self.section if self.matrix is None else f"{self.section} ({self.matrix})"
+
+
+class Run:
+    """The course of a report: what is planned, done, refused and cut."""
+
+    def __init__(self, study: Study, matrices: tuple[Matrix, ...], sections: tuple[str, ...]) -> None:
+        self.study, self.matrices, self.sections = study, matrices, sections
+        self.refused: list[Refusal] = []
+        self.notes: list[str] = []
+        self.cut: list[str] = []
+        self.costs: list[Cost] = []
+        self.found: dict[str, dict[Matrix | None, Any]] = {section: {} for section in SECTIONS}
+
+    def begin(self, warm_start: Report | None) -> None:
+        """Look at the model and the data, and measure what things cost."""
+        study = self.study
+        model, _, data = study.given
+        if names := ", ".join(dropout_modules(model)):
+            raise NondeterministicError(
+                f"dropout is active in {names}, so the loss is another one in each pass: call model.eval(), or set p=0."
+            )
+        if warm_start is not None:
+            study.start_from(warm_start.eigenvectors)
+        study.first_pass()
+        self.found["loss"][None] = study.loss
+        study.store.open(study.identity())
+        try:
+            check_deterministic(model, data, output=study.options["output"])
+        except NondeterministicError as error:
+            self.notes.append(f"{error}. The numbers of this report belong to one draw.")
+        for matrix in self.matrices if _OF_MATRICES & {*self.sections} else ():
+            try:
+                study.measure(matrix)
+            except Exception as error:
+                self.refuse(matrix, error)
+        study.choose_form()
+        self.costs.append(Cost("measuring", study.budget.spent, study.budget.elapsed, study.budget.counted))
+
+    def refuse(self, part: str, error: Exception) -> None:
+        """Put down what cannot be done."""
+        message = " ".join(str(error).split()) or "no reason given"
+        self.refused.append(Refusal(part, type(error).__name__, message))
+
+    def refuse_structure(self, structure: str, error: Exception) -> None:
+        """Put down that there is no distance of a structure."""
+        self.refuse(f"distances ({structure})", error)
+
+    def tasks(self) -> list[Task]:
+        """What is to be done, the most worthwhile first."""
+        study, wanted = self.study, self.sections
+        tasks = [Task("matrix", m, study.form_need(m), partial(study.form, m)) for m in study.to_form]
+        return tasks + [task for task in self._sections() if task.section in wanted]
+
+    def _sections(self) -> Iterator[Task]:
+        study = self.study
+        model, loss_fn, data = study.given
+        known = [m for m in self.matrices if m in study.rates]
+
+        def table(_: float) -> Coverage:
+            return coverage(model, loss_fn, data, params=study.options["params"])
+
+        def of(section: str, m: Matrix, module: Any, run: Callable[[Study, Matrix, float], Any]) -> Task:
+            least, usual = (0, 0) if m in study.to_form else module.products(study, m)
+            block = module in (traces, densities)
+            return Task(section, m, study.need(m, least, usual, block), partial(run, study, m))
+
+        yield Task("coverage", None, study.need(None, 1, 1), table)
+        for m in known:
+            yield of("eigenvalues", m, eigenvalues, eigenvalues.eigenvalues)
+            yield of("trace", m, traces, traces.traces)
+        passes = gradients.passes(study)
+        yield Task("noise", None, study.need(None, passes, passes), lambda _: gradients.noise(study))
+        for m in known:
+            yield of("density", m, densities, densities.density)
+        if "ggn" in known and study.structures:
+            least, usual = (0, 0) if "ggn" in study.to_form else distances.products(study)
+            fixed = distances.passes(study) * study.pass_cost
+            need = Need(fixed + least * study.block_rates["ggn"], fixed + usual * study.block_rates["ggn"])
+            yield Task(
+                "distances", None, need, lambda amount: distances.distances(study, amount, self.refuse_structure)
+            )
+        for m in known:
+            yield of("layers", m, layers, layers.layers)
+
+    def plan(self) -> Plan:
+        """What would be done within the budget."""
+        study, tasks = self.study, self.tasks()
+        amounts = allot([task.need for task in tasks], study.budget.left)
+        rows = [
+            PlanRow(task.name, amount, task.need.wanted, amount < task.need.least)
+            for task, amount in zip(tasks, amounts, strict=True)
+        ]
+        return Plan(study.budget.unit, study.budget.amount, study.budget.spent, tuple(rows), tuple(self.refused))
+
+    def all(self, progress: bool | None) -> None:
+        """Do it, and share out anew after each section what is left."""
+        study, tasks = self.study, self.tasks()
+        planned = allot([task.need for task in tasks], study.budget.left)
+        bar_format = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
+        hidden = None if progress is None else not progress
+        with tqdm(
+            total=sum(planned), desc="curvature report", bar_format=bar_format, disable=hidden, leave=False
+        ) as bar:
+            for i, task in enumerate(tasks):
+                amounts = allot([task.need for task in tasks[i:]], study.budget.left)
+                # What nobody wants serves a search that takes longer than was thought.
+                spare = max(0.0, study.budget.left - sum(amounts)) if study.budget.limited else inf
+                bar.set_postfix_str(task.name)
+                if amounts[0] < task.need.least:
+                    self.cut.append(task.name)
+                else:
+                    self.one(task, amounts[0] + spare)
+                bar.update(planned[i])
+
+    def one(self, task: Task, amount: float) -> None:
+        """Do a section, or take it from the file."""
+        study, stored = self.study, self.study.store.content
+        predicted = min(task.need.wanted, amount)
+        before, counted = study.budget.elapsed, study.budget.counted
+        try:
+            if task.name in stored["sections"]:
+                result = decode(RESULTS[task.section], stored["sections"][task.name])
+                self._take_vectors(task)
+            else:
+                result = task.run(amount)
+        except Exception as error:
+            self.refuse(task.name, error)
+            return
+        self._keep(task, result)
+        seconds = study.budget.elapsed - before
+        self.costs.append(Cost(task.name, predicted, seconds, study.budget.counted - counted))
+
+    def _take_vectors(self, task: Task) -> None:
+        stored, m = self.study.store.content["vectors"], task.matrix
+        if task.section == "eigenvalues" and m is not None and m in stored:
+            self.study.vectors[m] = stored[m].to(self.study.problem.parameters.device)
+
+    def _keep(self, task: Task, result: Any) -> None:
+        if task.section == "matrix":
+            return  # quick to form again
+        study, m = self.study, task.matrix
+        self.found[task.section][m] = result
+        if isinstance(result, EigenvaluesResult) and m is not None:
+            study.eigenvalues[m] = result
+            study.store.content["vectors"][m] = study.vectors[m]
+        if isinstance(result, TraceResult) and m is not None:
+            study.traces[m] = result
+        study.store.content["sections"][task.name] = encode(result)
+        study.store.save()
+
+    def result(self) -> Report:
+        """All that was found."""
+        study, found = self.study, self.found
+        model, loss_fn, _ = study.given
+        loss = study.loss
+        assert loss is not None
+        return Report(
+            model=type(model).__name__,
+            loss_fn=describe(loss_fn),
+            parameters=study.size,
+            layers={name: part.stop - part.start for name, part in study.layers.items()},
+            loss=loss,
+            coverage=found["coverage"].get(None),
+            noise=found["noise"].get(None),
+            eigenvalues=_by_matrix(found["eigenvalues"]),
+            traces=_by_matrix(found["trace"]),
+            densities=_by_matrix(found["density"]),
+            distances=found["distances"].get(None),
+            layer_eigenvalues=_by_matrix(found["layers"]),
+            formed=tuple(study.dense),
+            refused=tuple(self.refused),
+            cut=tuple(self.cut),
+            notes=tuple(self.notes),
+            costs=tuple(self.costs),
+            budget=None if not study.budget.limited else f"{study.budget.amount:g} {study.budget.unit}",
+            seconds=study.budget.elapsed,
+            peak_memory=peak_memory(study.problem.parameters.device),
+            k=study.k,
+            damping=study.damping,
+            rtol=study.rtol,
+            seed=study.seed,
+            created=time.strftime("%Y-%m-%d %H:%M"),
+            eigenvectors=dict(study.vectors),
+        )
+
+
+def _by_matrix(found: dict[Matrix | None, Any]) -> dict[Matrix, Any]:
+    return {m: result for m, result in found.items() if m is not None}
+
+
+def describe(loss_fn: Any) -> str:
+    """The loss as a user would write it."""
+    if not isinstance(loss_fn, nn.Module):
+        return str(getattr(loss_fn, "__name__", type(loss_fn).__name__))
+    reduction = getattr(loss_fn, "reduction", "mean")
+    return type(loss_fn).__name__ + ("" if reduction == "mean" else f"(reduction={reduction!r})")
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Most bytes that were in use: of the accelerator since it was last asked, or of the process; None if unknown."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        import resource
+    except ImportError:  # not on this system
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,283 @@
+"""What the sections of a report share: the loss, its matrices, the layers, and the account of what was spent."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from curvature.estimation.checkpoint import problem_identity
+from curvature.losses import ClassDim
+from curvature.matrices.dataset_operator import DatasetOperator
+from curvature.matrices.ggn import ggn
+from curvature.matrices.hessian import hessian
+from curvature.matrices.problem import Evaluation, Problem
+from curvature.model.data import Data, Output
+from curvature.reports.results import EigenvaluesResult, LossResult, Matrix, TraceResult
+from curvature.reports.sections.budget import Budget, Need
+from curvature.reports.sections.store import Store
+from solvers import Function, LinearOperator
+
+MATRICES: dict[Matrix, Callable[..., DatasetOperator]] = {"hessian": hessian, "ggn": ggn}
+
+# Where a matrix has no more rows than this, it is formed and nothing is estimated.
+SMALL = 2000
+#: Where it has more rows, it is not formed even if the user asks for it: it would take more than 3 GiB.
+LARGE = 20_000
+#: Vectors that are multiplied at once.
+BLOCK = 8
+_QUICK = 0.1  # seconds; products that take longer are timed once
+_PROBE = 200  # size of the matrix on which a diagonalisation is timed
+
+
+class Study:
+    """One loss of one model on one data set.
+
+    Attributes:
+        problem: The loss over the data.
+        layers: Segment of the flat vector of each module that has parameters of its own.
+        budget: What may be spent.
+        gradient: Gradient of the loss over all data ``(P,)``, float64, once it is known.
+        loss: The loss over all data, once it is known.
+        columns: Backward passes per batch that an exact structure takes.
+        pass_cost: Cost of a gradient, in units of the budget.
+        rates: Cost of a product with each matrix, in units of the budget.
+        block_rates: Cost of one in a block of products.
+        to_form: Which matrices are formed.
+        dense: The matrices that were formed, float64.
+        spectrum: Their eigenvalues, ascending, and eigenvectors, in columns.
+        vectors: Approximate eigenvectors ``(k, P)`` of the largest eigenvalues, by matrix.
+        start: Vectors to start the search for eigenvectors from, by matrix.
+        eigenvalues: What is known of them, by matrix.
+        traces: What is known of them, by matrix.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Any,
+        data: Data,
+        *,
+        budget: Budget,
+        store: Store,
+        k: int,
+        damping: float,
+        rtol: float,
+        seed: int,
+        structures: Sequence[str],
+        exact: bool | None,
+        params: Any = None,
+        output: Output | None = None,
+        class_dim: ClassDim = None,
+    ) -> None:
+        self.given = (model, loss_fn, data)
+        self.options = {"params": params, "output": output, "class_dim": class_dim, "progress": False}
+        self.problem = Problem(*self.given, **self.options, opaque=True)
+        self.budget, self.store = budget, store
+        self.k, self.damping, self.rtol, self.seed = min(k, self.size), damping, rtol, seed
+        self.structures, self.exact = tuple(structures), exact
+        self.layers = layers_of(self.problem)
+        self.gradient: Tensor | None = None
+        self.loss: LossResult | None = None
+        self.columns, self.pass_cost = 1, 0.0
+        self.rates: dict[Matrix, float] = {}
+        self.block_rates: dict[Matrix, float] = {}
+        self.to_form: list[Matrix] = []
+        self.dense: dict[Matrix, Tensor] = {}
+        self.spectrum: dict[Matrix, tuple[Tensor, Tensor]] = {}
+        self.vectors: dict[Matrix, Tensor] = {}
+        self.start: dict[Matrix, Tensor] = {}
+        self.eigenvalues: dict[Matrix, EigenvaluesResult] = {}
+        self.traces: dict[Matrix, TraceResult] = {}
+        self._operators: dict[Matrix, DatasetOperator] = {}
+
+    @property
+    def size(self) -> int:
+        """Number of parameters P."""
+        return self.problem.parameters.size
+
+    def by_weight(self, matrix: Matrix) -> list[str]:
+        """Layers, those with the largest trace first, or the largest ones where it is not known."""
+        if matrix in self.traces:
+            found = self.traces[matrix].layers
+            return sorted(self.layers, key=lambda name: -found[name].value)
+        return sorted(self.layers, key=lambda name: self.layers[name].start - self.layers[name].stop)
+
+    def generator(self, *names: str) -> torch.Generator:
+        """A source of random numbers of its own for each purpose, so that no section changes another."""
+        seed = zlib.crc32("/".join((str(self.seed), *names)).encode())
+        return torch.Generator(self.problem.parameters.device).manual_seed(seed)
+
+    def operator(self, matrix: Matrix) -> DatasetOperator:
+        """The matrix itself, whose products nobody counts."""
+        if matrix not in self._operators:
+            self._operators[matrix] = MATRICES[matrix](*self.given, **self.options)
+        return self._operators[matrix]
+
+    def counted(self, op: LinearOperator) -> Function:
+        """The same operator; its products are counted."""
+
+        def product(x: Tensor) -> Tensor:
+            y = op @ x
+            self.budget.count(x.numel() // op.shape[1])
+            return y
+
+        return Function(product, op.in_shape, symmetric=True, dtype=op.dtype, device=op.device)
+
+    def measure(self, matrix: Matrix) -> None:
+        """Find out what a product costs, alone and in a block.
+
+        The first one may record graphs that are kept, so it is not timed; where products are slow, blocks of vectors
+        take as long as the vectors one by one.
+        """
+        op = self.counted(self.operator(matrix))
+        self._cost(op, 1)
+        self.rates[matrix] = self.block_rates[matrix] = self._cost(op, 1)
+        if self.budget.unit == "seconds" and self.rates[matrix] < _QUICK:
+            self.rates[matrix] = min(self.rates[matrix], self._cost(op, 1))
+            self._cost(op, BLOCK)
+            self.block_rates[matrix] = self._cost(op, BLOCK) / BLOCK
+
+    def _cost(self, op: LinearOperator, count: int) -> float:
+        before = self.budget.spent
+        op @ torch.ones(count, self.size, dtype=op.dtype, device=op.device)
+        _wait(op.device)
+        return max(self.budget.spent - before, 1e-9)
+
+    def need(self, matrix: Matrix | None, least: float, wanted: float, block: bool = False) -> Need:
+        """Products with a matrix, alone or in blocks, or gradients, in units of the budget."""
+        rate = self.pass_cost if matrix is None else (self.block_rates if block else self.rates)[matrix]
+        return Need(least * rate, wanted * rate)
+
+    def choose_form(self) -> None:
+        """Settle which matrices are formed: small ones, as far as the budget goes, or as the user says.
+
+        Raises:
+            ValueError: If the user asks for matrices that are too large.
+        """
+        if self.exact and self.size > LARGE:
+            raise ValueError(
+                f"exact=True would form matrices of {8 * self.size**2 / 2**30:,.0f} GiB for {self.size:,} parameters. "
+                f"Leave exact out, or restrict params= to {LARGE:,}."
+            )
+        for matrix in self.rates:
+            cost = self.form_need(matrix).wanted
+            small = self.size <= SMALL and cost <= self.budget.left / 3
+            if small if self.exact is None else self.exact:
+                self.to_form.append(matrix)
+
+    def form_need(self, matrix: Matrix) -> Need:
+        """What it costs to form and to diagonalise a matrix; the latter is measured on a smaller one."""
+        products = self.size * self.block_rates[matrix]
+        if self.budget.unit == "seconds" and self.size <= SMALL:
+            n = min(self.size, _PROBE)
+            before = self.budget.spent
+            torch.linalg.eigh(torch.eye(n, dtype=torch.float64, device=self.problem.parameters.device))
+            products += (self.budget.spent - before) * (self.size / n) ** 3
+        return Need(products, products)
+
+    def form(self, matrix: Matrix, allotted: float) -> None:
+        """Form a matrix, and diagonalise it."""
+        dense = self.operator(matrix).to_dense().double()
+        self.budget.count(self.size)
+        self.dense[matrix] = (dense + dense.mT) / 2
+        self.spectrum[matrix] = torch.linalg.eigh(self.dense[matrix])
+
+    def start_from(self, vectors: Mapping[Matrix, Tensor]) -> None:
+        """Take eigenvectors of an earlier report as a start.
+
+        Raises:
+            ValueError: If they are those of another number of parameters.
+        """
+        for matrix, rows in vectors.items():
+            if rows.shape[1] != self.size:
+                raise ValueError(
+                    f"warm_start is a report on {rows.shape[1]:,} parameters; here there are {self.size:,}."
+                )
+            rows = rows.to(self.problem.parameters.device)
+            # Lanczos starts from the sum; a little noise lets it see what has come up since.
+            noise = torch.randn(rows[:1].shape, generator=self.generator("start", matrix), device=rows.device)
+            self.start[matrix] = torch.cat([rows, 0.1 / self.size**0.5 * noise.to(rows)])
+
+    def first_pass(self) -> None:
+        """The loss and its gradient over the data, and what a pass costs.
+
+        Raises:
+            ValueError: If the loss is not finite.
+        """
+        problem, parameters = self.problem, self.problem.parameters
+        before = self.budget.spent
+        total = torch.zeros(parameters.size, dtype=torch.float64, device=parameters.device)
+        value, batches = torch.zeros_like(total[0]), 0
+
+        def add(evaluation: Evaluation) -> None:
+            nonlocal batches
+            loss = evaluation.loss()
+            if not loss.requires_grad:
+                raise ValueError(
+                    "the loss does not depend on the model's parameters: the model runs under no_grad, or its output "
+                    "is detached."
+                )
+            gradient = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+            pairs = zip(parameters.items(), gradient, strict=True)
+            total.add_(parameters.flatten({n: torch.zeros_like(p) if g is None else g for (n, p), g in pairs}))
+            value.add_(loss.detach())
+            batches += 1
+            if evaluation.terms is not None:
+                positions, classes = evaluation.terms.shape[1:]
+                self.columns = max(self.columns, positions * classes)
+
+        divisor = problem.visit(add, "loss and gradient")
+        self.budget.count(1)
+        self.pass_cost = max(self.budget.spent - before, 1e-9)
+        self.gradient = total / divisor
+        loss, norm = float(value / divisor), float(self.gradient.norm())
+        if not torch.isfinite(torch.tensor([loss, norm])).all():
+            raise ValueError(
+                f"the loss is {loss} and its gradient has the norm {norm}: curvature needs finite numbers. Look for "
+                "NaN or infinity in the data and in the parameters."
+            )
+        self.loss = LossResult(loss, norm, batches)
+
+    def identity(self) -> dict[str, Any]:
+        """What tells whether stored results belong to this study."""
+        assert self.loss is not None
+        model, loss_fn, _ = self.given
+        return {
+            **problem_identity(model, loss_fn, self.problem.parameters),
+            "value of the loss": f"{self.loss.value:.5g}",  # another machine may round otherwise
+            "k": self.k,
+            "damping": self.damping,
+            "rtol": self.rtol,
+            "seed": self.seed,
+            "structures": ", ".join(self.structures),
+        }
+
+
+def layers_of(problem: Problem) -> dict[str, slice]:
+    """Segments of the flat vector: the parameters that each module owns, named after it."""
+    parameters = problem.parameters
+    out: dict[str, slice] = {}
+    for name, names in groupby(parameters, key=lambda parameter: parameter.rpartition(".")[0]):
+        own = list(names)
+        start, last = parameters.starts[own[0]], own[-1]
+        label = name or type(problem.model).__name__
+        if label in out:  # a module whose parameters are registered before and after those of its children
+            label = own[0]
+        out[label] = slice(start, parameters.starts[last] + parameters[last].numel())
+    return out
+
+
+def names_of(study: Study, layer: slice) -> list[str]:
+    """Parameters of a layer."""
+    starts = study.problem.parameters.starts
+    return [name for name, start in starts.items() if layer.start <= start < layer.stop]
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,178 @@
+"""Eigenvalue-corrected Kronecker factors (EKFAC)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from curvature.layers.block import Block
+from curvature.layers.samples import OneHot, Outer, Samples
+from curvature.losses import widen
+from curvature.structures.estimator import CurvatureEstimator, Form
+from curvature.structures.kfac import KroneckerEstimator, KroneckerFisher, Sharing
+from curvature.structures.unit import unit_or_diagonal
+from curvature.structures.weighted_mean import WeightedMean
+from solvers import Dense, Diagonal, Eigen, Eigh, Kronecker, LinearOperator, diagonalize, from_state, state
+
+
+class EigenbasisEstimator(CurvatureEstimator):
+    r"""``Q diag(s) Q^T`` with the eigenbasis ``Q = Q_B (x) Q_A`` of the Kronecker factors and the best ``s`` for it.
+
+    .. math:: s = \frac{1}{total} \sum_{k,n} \big(Q_B^\top (\textstyle\sum_s g_{kns} a_{ns}^\top) Q_A\big)^2
+
+    is the diagonal of C in that basis, so no other spectrum is closer in Frobenius norm. When the basis turns, the
+    spectrum is carried over by the squares of the rotation.
+
+    References:
+        George et al. (2018), https://arxiv.org/abs/1806.03884
+    """
+
+    structure: ClassVar[str] = "eigenbasis"
+
+    def __init__(self, block: Block, sharing: Sharing = "expand", max_factor: int = 16384) -> None:
+        super().__init__(block)
+        self.factors = KroneckerEstimator(block, sharing, max_factor)
+        self.basis: Kronecker | None = None
+        self.spectrum = WeightedMean()
+        self._waiting: list[Samples] = []  # the first step's samples, until there is a basis to see them in
+        self._pass: int | None = None  # of a data set that is seen twice; None in training
+
+    @property
+    def averages_positions(self) -> bool:
+        return self.factors.averages_positions
+
+    def update(self, samples: Samples) -> None:
+        if self._pass != 2:
+            self.factors.update(samples)
+        if self._pass == 1:
+            return
+        if self.basis is None:
+            self._waiting.append(samples)
+        else:
+            self._project(samples)
+
+    def _project(self, samples: Samples) -> None:
+        assert self.basis is not None
+        rotated = replace(samples, uses=tuple(self._rotate(use) for use in samples.uses))
+        self.spectrum.add(samples.scaled(widen(rotated.square_sum())), samples.weight if samples.first else 0.0)
+
+    def _rotate(self, use: Any) -> Outer:
+        """A use in the coordinates of the basis: ``a -> Q_A^T a``, ``g -> Q_B^T g``."""
+        assert isinstance(use, Outer) and self.basis is not None
+        rows, columns = self.basis.factors
+        on_g, on_a = (columns, rows) if use.flipped else (rows, columns)
+        g = _rotate_rows(use.g, on_g)
+        a: Tensor | OneHot = use.a
+        if isinstance(a, Tensor):
+            a = _rotate_rows(use.rows.to(g.dtype), on_a)
+        elif isinstance(on_a, Dense):
+            a = _rotate_rows(a.dense(g.dtype), on_a)
+        return replace(use, a=a, g=g, ones=False)
+
+    def refresh_basis(self, solver: Eigh | None = None) -> None:
+        """Take the eigenbasis of the current factors; the spectrum turns with it."""
+        previous = self.basis
+        eigen = diagonalize(self.factors.operator(), solver or Eigh())
+        assert isinstance(eigen, Eigen) and isinstance(eigen.basis, Kronecker)
+        basis = eigen.basis
+        self.basis = basis
+        if previous is not None and self.spectrum.value is not None:
+            # s'_j = sum_i (q'_j . q_i)^2 s_i in every dimension.
+            turn = Kronecker(
+                *(_squared_rotation(new, old) for new, old in zip(basis.factors, previous.factors, strict=True))
+            )
+            self.spectrum.value = turn @ self.spectrum.value
+
+    def count(self, weight: Tensor | float) -> None:
+        self.factors.count(weight)
+        if self._pass != 1:
+            self.spectrum.add(None, weight)
+
+    def commit(self, ema: float) -> None:
+        self.factors.commit(ema)
+        if self.basis is None and self.factors.ready:
+            self.refresh_basis()
+            for samples in self._waiting:
+                self._project(samples)
+        self._waiting = []
+        self.spectrum.commit(ema)
+
+    def begin_passes(self) -> None:
+        self._pass = 1
+
+    def next_pass(self) -> bool:
+        """Data sets are seen twice: once for the factors, once for the spectrum."""
+        if self._pass != 1:
+            return False
+        self._pass = 2
+        self.factors.commit(0.0)
+        self.refresh_basis()
+        return True
+
+    def discard(self) -> None:
+        self.factors.discard()
+        self.spectrum.discard()
+        self._waiting = []
+
+    def finite(self) -> Tensor:
+        flags = self.factors.finite()
+        return flags & self.spectrum.finite().to(flags.device)
+
+    @property
+    def stored(self) -> int:
+        return 2 * self.factors.stored + self.block.numel
+
+    @property
+    def ready(self) -> bool:
+        return self.basis is not None and self.spectrum.value is not None
+
+    def operator(self) -> LinearOperator:
+        if self.basis is None or self.spectrum.value is None:
+            raise RuntimeError(f"block {self.block.name}: no statistics yet; run a forward and backward pass first.")
+        return Eigen(self.basis, self.spectrum.value.to(self.basis.dtype))
+
+    def state_dict(self) -> dict[str, Any]:
+        out: dict[str, Any] = {"factors": self.factors.state_dict(), "spectrum": self.spectrum.state_dict()}
+        if self.basis is not None:
+            out["basis"] = state(self.basis)
+        return out
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.factors.load_state_dict(state["factors"])
+        self.spectrum.load_state_dict(state["spectrum"])
+        basis = from_state(state["basis"]) if "basis" in state else None
+        assert basis is None or isinstance(basis, Kronecker)
+        self.basis = basis
+
+
+def _rotate_rows(rows: Tensor, basis: LinearOperator) -> Tensor:
+    """``Q^T r`` for every row of ``rows (*, ..., d)``; an identity basis (a diagonal factor) leaves them alone."""
+    if not isinstance(basis, Dense):
+        return rows
+    Q = basis.matrix
+    # The stack of a grouped layer leads in both; the axes between are rows.
+    lead = Q.dim() - 2
+    flat = rows.reshape(*rows.shape[:lead], -1, rows.shape[-1])
+    return (flat.to(Q.dtype) @ Q).reshape(rows.shape)
+
+
+def _squared_rotation(new: LinearOperator, old: LinearOperator) -> Dense | Diagonal:
+    if isinstance(new, Dense) and isinstance(old, Dense):
+        return Dense((new.matrix.mT @ old.matrix).square())
+    assert isinstance(new, Diagonal)
+    return Diagonal(torch.ones_like(new.values))
+
+
+@dataclass(frozen=True)
+class EigenbasisFisher(KroneckerFisher):
+    """EKFAC: the eigenbasis of K-FAC with the exact diagonal of C in it. Options as for :class:`KroneckerFisher`."""
+
+    passes: ClassVar[int] = 2
+
+    def estimator(self, block: Block, form: Form) -> CurvatureEstimator:
+        if form == "outer":
+            return EigenbasisEstimator(block, self.sharing, self.max_factor)
+        return unit_or_diagonal(block)

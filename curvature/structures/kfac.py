@@ -1,0 +1,279 @@
+"""Kronecker-factored curvature (K-FAC)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from curvature.layers.block import Block
+from curvature.layers.samples import OneHot, Outer, Samples, gram
+from curvature.losses import widen
+from curvature.structures.estimator import Curvature, CurvatureEstimator, Form
+from curvature.structures.unit import unit_or_diagonal
+from curvature.structures.weighted_mean import WeightedMean
+from solvers import Dense, Diagonal, Kronecker, LinearOperator
+
+Sharing = Literal["expand", "reduce"]
+GradientFactor = Literal["second moment", "identity"]
+
+
+class KroneckerEstimator(CurvatureEstimator):
+    r"""``B (x) A`` for a layer used at S positions of each example.
+
+    .. math::
+        \text{expand:}\quad B = \tfrac{1}{total} \sum_{k,n,s} g g^\top,\quad A = \tfrac{1}{\#(n,s)} \sum_{n,s} a a^\top
+        \qquad
+        \text{reduce:}\quad g \to \textstyle\sum_s g,\; a \to \tfrac{1}{S} \sum_s a \text{ first, then over } n.
+
+    All uses of the block count as further positions. Where a matrix is used from both sides (an embedding tied to a
+    head), each side has its own Kronecker product and the block is the nearest Kronecker product to their sum.
+
+    With ``gradient_factor="identity"`` B is the identity (see :class:`~curvature.InputKronecker`).
+
+    References:
+        Martens and Grosse (2015), https://arxiv.org/abs/1503.05671; Eschenhagen et al. (2023), section 3,
+        https://arxiv.org/abs/2311.00636
+    """
+
+    structure: ClassVar[str] = "kronecker"
+
+    def __init__(
+        self,
+        block: Block,
+        sharing: Sharing = "expand",
+        max_factor: int = 16384,
+        gradient_factor: GradientFactor = "second moment",
+    ) -> None:
+        super().__init__(block)
+        self.sharing = sharing
+        self.max_factor = max_factor
+        self.gradient_factor = gradient_factor
+        # Straight uses give (A, B); flipped uses, if there are any, a second pair.
+        self.sides: dict[str, tuple[WeightedMean, WeightedMean]] = {}
+
+    @property
+    def averages_positions(self) -> bool:
+        return self.sharing == "reduce"
+
+    def update(self, samples: Samples) -> None:
+        for side in ("straight", "flipped"):
+            uses = [use for use in samples.uses if isinstance(use, Outer) and use.flipped == (side == "flipped")]
+            if not uses:
+                continue
+            inputs, gradients = self.sides.setdefault(side, (WeightedMean(), WeightedMean()))
+            weight = samples.weight if samples.first else 0.0
+            for index, use in enumerate(uses):
+                if samples.first:
+                    total, count = self._input_moment(use)
+                    inputs.add(total if use.repeats == 1 else total * use.repeats, count * use.repeats)
+                if self.gradient_factor == "second moment":
+                    gradients.add(samples.scaled(self._gradient_moment(use)), weight if index == 0 else 0.0)
+            if self.gradient_factor == "identity" and samples.first:
+                g = uses[0].g  # of which only size and dtype count
+                gradients.add(widen(g.new_zeros((*self.block.shape[:-2], g.shape[-1]))), weight)
+
+    def _input_moment(self, use: Outer) -> tuple[Tensor, Tensor | float]:
+        if isinstance(use.a, OneHot):
+            return self._one_hot_moment(use.a, use.valid, widen(use.g[:0]).dtype)
+        a, valid = widen(use.a), use.valid
+        if valid is not None:
+            valid = valid.to(a.dtype)
+            a = a * valid.unsqueeze(-1)
+        count: Tensor | float
+        if self.sharing == "expand":
+            rows = a.flatten(-3, -2)
+            count = float(rows.shape[-2]) if valid is None else valid.sum()
+        elif valid is None:
+            rows, count = a.mean(-2), float(a.shape[-3])
+        else:
+            positions = valid.sum(-1)
+            rows, count = a.sum(-2) / positions.clamp(min=1).unsqueeze(-1), (positions > 0).sum()
+        return self._moment(rows, count if use.ones else None), count
+
+    def _one_hot_moment(self, a: OneHot, valid: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | float]:
+        """Frequencies of the ids: the second moment of one-hot rows is diagonal (but not that of their means)."""
+        ones = torch.ones(a.index.shape, dtype=dtype, device=a.index.device)
+        count = float(a.index.numel()) if valid is None else valid.sum()
+        weight = ones if valid is None else valid.to(ones.dtype)
+        kept = weight if a.keep is None else weight * a.keep
+        if self.sharing == "reduce" and a.index.shape[-1] > 1:
+            if a.size > self.max_factor:
+                raise ValueError(
+                    f"block {self.block.name}: sharing='reduce' makes the input factor of an embedding dense "
+                    f"({a.size} x {a.size}). Use sharing='expand', where it is diagonal."
+                )
+            rows = kept.new_zeros(a.index.shape[0], a.size).scatter_add_(1, a.index, kept)
+            positions = weight.sum(-1)
+            return gram(rows / positions.clamp(min=1).unsqueeze(-1)), (positions > 0).sum()
+        total = kept.new_zeros(a.size).index_add_(0, a.index.reshape(-1), kept.reshape(-1))
+        return total, count
+
+    def _gradient_moment(self, use: Outer) -> Tensor:
+        g = widen(use.g)
+        return self._moment(g.sum(-2).flatten(-3, -2) if self.sharing == "reduce" else g.flatten(-4, -2))
+
+    def _moment(self, rows: Tensor, ones: Tensor | float | None = None) -> Tensor:
+        """Second moment of ``rows (*, m, d)``; its diagonal only where d exceeds ``max_factor``.
+
+        With ``ones``, the number of rows that count, that of the rows with a one appended (which is never formed).
+        """
+        if rows.shape[-1] + (ones is not None) > self.max_factor:
+            diagonal = rows.square().sum(-2)
+            if ones is None:
+                return diagonal
+            return torch.cat([diagonal, torch.as_tensor(ones).to(diagonal).expand(*diagonal.shape[:-1], 1)], dim=-1)
+        if ones is None:
+            return gram(rows)
+        d = rows.shape[-1]
+        out = rows.new_empty(*rows.shape[:-2], d + 1, d + 1)
+        gram(rows, out=out[..., :d, :d])
+        out[..., :d, d] = out[..., d, :d] = rows.sum(-2)
+        out[..., d, d] = ones
+        return out
+
+    def count(self, weight: Tensor | float) -> None:
+        for _, gradients in self.sides.values():
+            if gradients.pending:
+                gradients.add(None, weight)
+
+    def commit(self, ema: float) -> None:
+        for pair in self.sides.values():
+            for mean in pair:
+                mean.commit(ema)
+
+    def discard(self) -> None:
+        for pair in self.sides.values():
+            for mean in pair:
+                mean.discard()
+
+    def finite(self) -> Tensor:
+        flags = [mean.finite() for pair in self.sides.values() for mean in pair]
+        return torch.stack([f.to(flags[-1].device) for f in flags]).all() if flags else torch.tensor(True)
+
+    @property
+    def stored(self) -> int:
+        *stack, d_out, d_in = self.block.shape
+        return math.prod(stack) * sum(d * d if d <= self.max_factor else d for d in (d_out, d_in))
+
+    @property
+    def ready(self) -> bool:
+        return any(a.value is not None for a, _ in self.sides.values())
+
+    def operator(self) -> Kronecker:
+        products = [self._product(side) for side in self.sides if self.sides[side][0].value is not None]
+        if not products:
+            raise RuntimeError(f"block {self.block.name}: no statistics yet; run a forward and backward pass first.")
+        return products[0] if len(products) == 1 else nearest_kronecker(products)
+
+    def _product(self, side: str) -> Kronecker:
+        inputs, gradients = (mean.value for mean in self.sides[side])
+        assert inputs is not None and gradients is not None
+        if self.gradient_factor == "identity":
+            gradients = torch.ones_like(gradients)
+        dtype = torch.promote_types(inputs.dtype, gradients.dtype)
+        stack = len(self.block.shape) - 2
+        A, B = (
+            Dense(value.to(dtype), is_gram=True) if value.dim() == stack + 2 else Diagonal(value.to(dtype))
+            for value in (inputs, gradients)
+        )
+        return Kronecker(A, B) if side == "flipped" else Kronecker(B, A)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            side: {"A": inputs.state_dict(), "B": gradients.state_dict()}
+            for side, (inputs, gradients) in self.sides.items()
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.sides = {}
+        for side, pair in state.items():
+            means = (WeightedMean(), WeightedMean())
+            means[0].load_state_dict(pair["A"])
+            means[1].load_state_dict(pair["B"])
+            self.sides[side] = means
+
+
+def nearest_kronecker(products: list[Kronecker]) -> Kronecker:
+    r"""The Kronecker product nearest to a sum of Kronecker products in Frobenius norm.
+
+    The minimiser lies in the span of the factors: with Gram matrices :math:`P_{ij} = \langle B_i, B_j \rangle` and
+    :math:`Q_{ij} = \langle A_i, A_j \rangle`, its coefficients are the leading singular pair of
+    :math:`P^{1/2} Q^{1/2}`. Factors of positive semi-definite products have non-negative coefficients (Perron), so the
+    result is positive semi-definite.
+
+    Args:
+        products: Products of two factors each, of equal shapes.
+
+    References:
+        Van Loan and Pitsianis (1993), "Approximation with Kronecker products".
+    """
+    left, right = [[_matrix(p.factors[i]) for p in products] for i in (0, 1)]
+    P, Q = _inner(left).double(), _inner(right).double()
+    # The leading eigenvector of Q P, whose entries are non-negative, by squaring: after 40 squarings even eigenvalues
+    # that agree to ten digits are told apart.
+    power = Q @ P
+    for _ in range(40):
+        power = power / torch.linalg.matrix_norm(power).clamp(min=torch.finfo(P.dtype).tiny)
+        power = power @ power
+    c = power.sum(1)
+    c = c / torch.linalg.vector_norm(c).clamp(min=torch.finfo(P.dtype).tiny)
+    # B = sum_i c_i B_i fixed, the best A is sum_j <B, B_j> A_j / <B, B>.
+    d = (P @ c) / (c @ P @ c).clamp(min=torch.finfo(P.dtype).tiny)
+    B = sum(ci.to(m.dtype) * m for ci, m in zip(c, left, strict=True))
+    A = sum(di.to(m.dtype) * m for di, m in zip(d, right, strict=True))
+    assert isinstance(B, Tensor) and isinstance(A, Tensor)
+    return Kronecker(*(Dense(m) if m.dim() == 2 else Diagonal(m) for m in (B, A)))
+
+
+def _matrix(factor: LinearOperator) -> Tensor:
+    return factor.matrix if isinstance(factor, Dense) else factor.diagonal()
+
+
+def _inner(matrices: list[Tensor]) -> Tensor:
+    """Frobenius inner products of symmetric matrices, some of them given by their diagonals."""
+    if any(m.dim() == 1 for m in matrices) and any(m.dim() == 2 for m in matrices):
+        for i, m in enumerate(matrices):
+            matrices[i] = m if m.dim() == 2 else torch.diag(m)
+    return torch.stack([torch.stack([(x * y).sum() for y in matrices]) for x in matrices])
+
+
+@dataclass(frozen=True)
+class KroneckerFisher(Curvature):
+    """K-FAC: a Kronecker product per layer.
+
+    Layers of another shape get the best that applies: scale and shift a 2 x 2 matrix per unit, bare parameters a
+    diagonal.
+
+    Attributes:
+        kind: ``"exact"``, ``"mc"`` or ``"empirical"``.
+        samples: Draws per batch for ``"mc"``.
+        sharing: ``"expand"`` where each position has a loss of its own (language models), ``"reduce"`` where positions
+            are pooled (vision).
+        bias: ``"joint"`` (a one appended to the input) or ``"separate"`` blocks.
+        max_factor: Factors larger than this are kept as their diagonals.
+    """
+
+    sharing: Sharing = "expand"
+    bias: Literal["joint", "separate"] = "joint"
+    max_factor: int = 16384
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sharing not in ("expand", "reduce"):
+            raise ValueError(f"sharing must be 'expand' or 'reduce', got {self.sharing!r}.")
+        if self.bias not in ("joint", "separate"):
+            raise ValueError(f"bias must be 'joint' or 'separate', got {self.bias!r}.")
+
+    @property
+    def joint(self) -> bool:  # type: ignore[override]
+        """Whether weight and bias of a layer form one block."""
+        return self.bias == "joint"
+
+    def estimator(self, block: Block, form: Form) -> CurvatureEstimator:
+        if form == "outer":
+            return KroneckerEstimator(block, self.sharing, self.max_factor)
+        return unit_or_diagonal(block)

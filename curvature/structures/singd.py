@@ -1,0 +1,316 @@
+"""Structured inverse-free natural gradients: factors of the inverse that are updated by products alone (SINGD)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from curvature.layers.block import Block
+from curvature.layers.samples import Samples
+from curvature.structures.estimator import CurvatureEstimator, Form
+from curvature.structures.inverse import InverseEstimator
+from curvature.structures.kfac import KroneckerEstimator, KroneckerFisher, Sharing
+from curvature.structures.unit import unit_or_diagonal
+from solvers import Dense, Diagonal, Kronecker, LinearOperator, storable
+
+FactorStructure = Literal["dense", "diagonal", "block", "triangular"]
+
+
+@storable
+@dataclass(frozen=True, eq=False, repr=False)
+class Blocks(LinearOperator):
+    """A block-diagonal matrix on ``(*stack, size)`` with symmetric blocks ``(*stack, count, b, b)``.
+
+    Args:
+        matrix: The blocks; rows and columns beyond ``size`` in the last one are zero.
+        size: d.
+    """
+
+    matrix: Tensor
+    size: int
+
+    @property
+    def in_shape(self) -> tuple[int, ...]:
+        return (*self.matrix.shape[:-3], self.size)
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        return self.in_shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.matrix.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.matrix.device
+
+    @property
+    def symmetric(self) -> bool:
+        return True
+
+    def adjoint(self) -> Blocks:
+        return self
+
+    def apply(self, x: Tensor) -> Tensor:
+        pieces = cut(x, self.matrix.shape[-1]).unsqueeze(-1)  # (*, count, b, 1)
+        return (self.matrix @ pieces).flatten(-3)[..., : self.size]
+
+
+def cut(x: Tensor, b: int) -> Tensor:
+    """``(*, d)`` to ``(*, count, b)``, padded with zeros."""
+    d = x.shape[-1]
+    count = -(-d // b)
+    return torch.nn.functional.pad(x, (0, count * b - d)).unflatten(-1, (count, b))
+
+
+class BlockMoments(KroneckerEstimator):
+    """K-FAC's factors, of which only the blocks along the diagonal are formed.
+
+    Args:
+        block: The block.
+        sharing: ``"expand"`` or ``"reduce"``.
+        max_factor: Factors larger than this are diagonal.
+        size: Size of the blocks; ``None`` for one of all.
+    """
+
+    def __init__(self, block: Block, sharing: Sharing, max_factor: int, size: int | None) -> None:
+        super().__init__(block, sharing, max_factor)
+        self.size = size
+
+    def block_size(self, d: int) -> int:
+        """Size of the blocks of a factor of size d."""
+        return 1 if d > self.max_factor else d if self.size is None else min(self.size, d)
+
+    def _moment(self, rows: Tensor, ones: Tensor | float | None = None) -> Tensor:
+        d = rows.shape[-1]
+        b = self.block_size(d + (ones is not None))
+        if ones is not None:
+            rows = torch.nn.functional.pad(rows, (0, 1))  # the slot of the one
+        pieces = cut(rows, b).movedim(-2, -3)  # (*, count, m, b)
+        out = pieces.mT @ pieces
+        if ones is not None:
+            last, slot = divmod(d, b)
+            sums = pieces[..., last, :, :].sum(-2)
+            out[..., last, slot, :] = out[..., last, :, slot] = sums
+            out[..., last, slot, slot] = ones
+        return out
+
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """Left and right factors as blocks ``(*, count, b, b)``, one pair for uses from each side."""
+        found = []
+        for side, (inputs, gradients) in self.sides.items():
+            if inputs.value is not None and gradients.value is not None:
+                A, B = self._as_blocks(inputs.value), self._as_blocks(gradients.value)
+                found.append((A, B) if side == "flipped" else (B, A))
+        return found
+
+    def _as_blocks(self, value: Tensor) -> Tensor:
+        stack = len(self.block.shape) - 2
+        if value.dim() == stack + 1:  # frequencies of ids
+            return value.unsqueeze(-1).unsqueeze(-1)
+        if value.dim() == stack + 2:  # means of one-hot rows
+            b = self.block_size(value.shape[-1])
+            pieces = cut(cut(value, b).movedim(-3, -1), b)  # (*, count, b, count, b), columns first
+            return pieces.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
+        return value
+
+
+class SINGDEstimator(InverseEstimator):
+    r"""``C^{-1} = (L L^T) (x) (K K^T)``, with L and K in a structure and moved by products alone.
+
+    For :math:`C = B \otimes A + \lambda I` a step is, for K with :math:`H_K = K^\top A K` and :math:`H_L = L^\top B L`,
+
+    .. math::
+        m_K \leftarrow \alpha m_K + \tfrac12 \Pi\Big(\tfrac{\operatorname{tr} H_L}{d_L} H_K
+        + \lambda \tfrac{\operatorname{tr} L^\top L}{d_L} K^\top K - I\Big), \qquad
+        K \leftarrow K (I - \beta\, m_K),
+
+    and the same for L with the parts exchanged. :math:`\Pi` projects to the structure (for triangular factors twice
+    the lower triangle off the diagonal), which the update keeps. :math:`\beta` is divided by :math:`\|m\|_\infty`
+    where that exceeds one. With ``coupled=False`` the weights are 1: each factor inverts its own damped moment (IKFAC).
+    Where a matrix is used from both sides (an embedding tied to a head) the terms of both Kronecker products add up.
+
+    Args:
+        block: The block.
+        moments: Estimate of the factors' blocks.
+        triangular: Lower triangular blocks.
+        lr: :math:`\beta`.
+        momentum: :math:`\alpha`.
+        initial: Multiple of the identity that :math:`C^{-1}` begins with.
+        coupled: False for IKFAC.
+
+    References:
+        Lin, Dangel, Eschenhagen, Neklyudov, Kristiadi, Turner and Makhzani (2024), sections 3 and 4,
+        https://arxiv.org/abs/2312.05705
+    """
+
+    structure: ClassVar[str] = "kronecker, inverse"
+
+    def __init__(
+        self,
+        block: Block,
+        moments: BlockMoments,
+        triangular: bool,
+        lr: float,
+        momentum: float,
+        initial: float,
+        coupled: bool,
+    ) -> None:
+        super().__init__(block)
+        self.moments, self.triangular = moments, triangular
+        self.lr, self.momentum, self.initial, self.coupled = lr, momentum, initial, coupled
+        self.factors: tuple[Tensor, Tensor] | None = None  # L, K
+        self.velocity: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def averages_positions(self) -> bool:
+        return self.moments.averages_positions
+
+    def update(self, samples: Samples) -> None:
+        self.moments.update(samples)
+
+    def count(self, weight: Tensor | float) -> None:
+        self.moments.count(weight)
+
+    def commit(self, ema: float) -> None:
+        self.moments.commit(ema)
+
+    def discard(self) -> None:
+        self.moments.discard()
+
+    def finite(self) -> Tensor:
+        return self.moments.finite()
+
+    @property
+    def ready(self) -> bool:
+        return self.moments.ready
+
+    def improve(self, damping: float) -> None:
+        pairs = self.moments.pairs()
+        if len(pairs) > 1 and not self.coupled:
+            raise ValueError(
+                f"block {self.block.name} is used from both sides (an embedding tied to a head), so its curvature is a "
+                "sum of two Kronecker products, which IKFAC does not define. Use SINGD with coupled=True."
+            )
+        # One block size for each side: that of ids, which are diagonal, gives way.
+        pairs = _aligned(pairs)
+        if self.factors is None:
+            scale = self.initial**0.25
+            self.factors = (self._diagonal(pairs[0][0], 0, scale), self._diagonal(pairs[0][1], 1, scale))
+            self.velocity = (torch.zeros_like(self.factors[0]), torch.zeros_like(self.factors[1]))
+        assert self.velocity is not None
+        L, K = self.factors
+        sizes = self.block.shape[-2:]
+        HL, HK = [L.mT @ left @ L for left, _ in pairs], [K.mT @ right @ K for _, right in pairs]
+        moved, velocity = [], []
+        for index, (factor, own, others, other) in enumerate(((L, HL, HK, K), (K, HK, HL, L))):
+            d = sizes[1 - index]
+            weights = [_trace(H) / d if self.coupled else torch.ones(()).to(H) for H in others]
+            shift = damping * (_trace(other.mT @ other) / d if self.coupled else 1.0)
+            total = sum((w * H for w, H in zip(weights, own, strict=True)), shift * (factor.mT @ factor))
+            identity = self._diagonal(factor, index, 1.0)
+            m = self.momentum * self.velocity[index] + self._project(total - identity) / 2
+            size = m.abs().sum(-1).amax((-1, -2)).clamp(min=1)[..., None, None, None]
+            moved.append(factor - (self.lr / size) * (factor @ m))
+            velocity.append(m)
+        self.factors, self.velocity = (moved[0], moved[1]), (velocity[0], velocity[1])
+
+    def _diagonal(self, like: Tensor, side: int, value: float) -> Tensor:
+        """A multiple of the identity in blocks like others; what pads the last block is zero, and stays so."""
+        entries = like.new_full((*like.shape[:-3], self.block.shape[side - 2]), value)
+        return torch.diag_embed(cut(entries, like.shape[-1]))
+
+    def _project(self, m: Tensor) -> Tensor:
+        return m.tril() + m.tril(-1) if self.triangular else m
+
+    def operator(self) -> LinearOperator:
+        if self.factors is None:
+            raise RuntimeError(f"block {self.block.name}: no statistics yet; run a forward and backward pass first.")
+        return Kronecker(*(_square(F, d) for F, d in zip(self.factors, self.block.shape[-2:], strict=True)))
+
+    def state_dict(self) -> dict[str, Any]:
+        out: dict[str, Any] = {"moments": self.moments.state_dict()}
+        if self.factors is not None and self.velocity is not None:
+            out |= {"L": self.factors[0], "K": self.factors[1], "mL": self.velocity[0], "mK": self.velocity[1]}
+        return out
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.moments.load_state_dict(state["moments"])
+        self.factors = (state["L"], state["K"]) if "L" in state else None
+        self.velocity = (state["mL"], state["mK"]) if "L" in state else None
+
+
+def _trace(blocks: Tensor) -> Tensor:
+    """Trace of all blocks of each element of a stack, with three axes to broadcast over them."""
+    return blocks.diagonal(dim1=-2, dim2=-1).sum((-2, -1))[..., None, None, None]
+
+
+def _square(factor: Tensor, d: int) -> LinearOperator:
+    matrix = factor @ factor.mT
+    if matrix.shape[-3] == 1:
+        return Dense(matrix[..., 0, :, :], is_gram=True)
+    if matrix.shape[-1] == 1:
+        return Diagonal(matrix[..., 0, 0])
+    return Blocks(matrix, d)
+
+
+def _aligned(pairs: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """Moments of each side in blocks of the same size, of several pairs."""
+    sides = []
+    for moments in zip(*pairs, strict=True):
+        b = max(m.shape[-1] for m in moments)
+        sides.append([m if m.shape[-1] == b else torch.diag_embed(cut(m[..., 0, 0], b)) for m in moments])
+    return list(zip(*sides, strict=True))
+
+
+@dataclass(frozen=True)
+class SINGDFisher(KroneckerFisher):
+    """Inverse Kronecker factors by structured inverse-free updates; see :class:`SINGDEstimator`.
+
+    Attributes:
+        factor: ``"dense"``, ``"diagonal"``, ``"block"`` or ``"triangular"``.
+        block_size: Size of the blocks for ``"block"``.
+        factor_lr: Step length of the factors.
+        factor_momentum: Momentum of the factors.
+        initial: Multiple of the identity that the inverse begins with.
+        coupled: False for IKFAC.
+    """
+
+    factor: FactorStructure = "dense"
+    block_size: int = 32
+    factor_lr: float = 0.05
+    factor_momentum: float = 0.5
+    initial: float = 1.0
+    coupled: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.factor not in get_args(FactorStructure):
+            raise ValueError(f"structure must be one of {', '.join(get_args(FactorStructure))}, got {self.factor!r}.")
+        if self.block_size < 1:
+            raise ValueError(f"block_size must be at least 1, got {self.block_size}.")
+        if not 0 < self.factor_lr < 1:
+            raise ValueError(f"factor_lr must be in (0, 1), or a factor may become singular; got {self.factor_lr}.")
+        if not 0 <= self.factor_momentum < 1:
+            raise ValueError(f"factor_momentum must be in [0, 1), got {self.factor_momentum}.")
+        if not self.initial > 0:
+            raise ValueError(f"initial must be positive, got {self.initial}.")
+
+    def estimator(self, block: Block, form: Form) -> CurvatureEstimator:
+        if form != "outer":
+            return unit_or_diagonal(block)
+        size = {"diagonal": 1, "block": self.block_size}.get(self.factor)
+        moments = BlockMoments(block, self.sharing, self.max_factor, size)
+        return SINGDEstimator(
+            block,
+            moments,
+            self.factor == "triangular",
+            self.factor_lr,
+            self.factor_momentum,
+            self.initial,
+            self.coupled,
+        )

@@ -1,0 +1,137 @@
+"""Tensor-normal curvature (TNT): the covariance of gradients as that of a matrix-variate normal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from curvature.layers.block import Block
+from curvature.layers.samples import Outer, Samples, gram
+from curvature.losses import widen
+from curvature.structures.estimator import Curvature, CurvatureEstimator, Form
+from curvature.structures.unit import unit_or_diagonal
+from curvature.structures.weighted_mean import WeightedMean
+from solvers import Dense, Diagonal, Kronecker, LinearOperator
+
+
+class TensorNormalEstimator(CurvatureEstimator):
+    r"""``L (x) R / tr L`` from the per-sample gradients ``G (d_out, d_in)`` of a layer.
+
+    .. math:: L = \frac{1}{total} \sum_{k,n} G_{kn} G_{kn}^\top, \qquad
+        R = \frac{1}{total} \sum_{k,n} G_{kn}^\top G_{kn}
+
+    These are the partial traces of the dense block. Both have the trace of C, and so has their Kronecker product
+    divided by it. If the gradients are matrix normal, :math:`\operatorname{vec} G \sim N(0, U \otimes V)`, the
+    estimate is exact: then :math:`L = U \operatorname{tr} V` and :math:`R = V \operatorname{tr} U`.
+
+    References:
+        Ren and Goldfarb (2021), "Tensor normal training for deep learning models", https://arxiv.org/abs/2106.02925
+    """
+
+    structure: ClassVar[str] = "tensor normal"
+
+    def __init__(self, block: Block, max_factor: int = 16384) -> None:
+        super().__init__(block)
+        self.max_factor = max_factor
+        self.means = (WeightedMean(), WeightedMean())  # L and R
+
+    def update(self, samples: Samples) -> None:
+        weight = samples.weight if samples.first else 0.0
+        for index, (left, right) in enumerate(_pairs(samples)):
+            for mean, rows in zip(self.means, (left, right), strict=True):
+                mean.add(samples.scaled(self._moment(rows)), weight if index == 0 else 0.0)
+
+    def _moment(self, rows: Tensor) -> Tensor:
+        """Second moment of ``rows (*, m, d)``; its diagonal only where d exceeds ``max_factor``."""
+        return rows.square().sum(-2) if rows.shape[-1] > self.max_factor else gram(rows)
+
+    def count(self, weight: Tensor | float) -> None:
+        for mean in self.means:
+            mean.add(None, weight)
+
+    def commit(self, ema: float) -> None:
+        for mean in self.means:
+            mean.commit(ema)
+
+    def discard(self) -> None:
+        for mean in self.means:
+            mean.discard()
+
+    def finite(self) -> Tensor:
+        return self.means[0].finite() & self.means[1].finite()
+
+    @property
+    def stored(self) -> int:
+        *stack, d_out, d_in = self.block.shape
+        return math.prod(stack) * sum(d * d if d <= self.max_factor else d for d in (d_out, d_in))
+
+    @property
+    def ready(self) -> bool:
+        return self.means[0].value is not None
+
+    def operator(self) -> LinearOperator:
+        left, right = (mean.value for mean in self.means)
+        if left is None or right is None:
+            raise RuntimeError(f"block {self.block.name}: no statistics yet; run a forward and backward pass first.")
+        stack = len(self.block.shape) - 2
+        diagonal = left.diagonal(dim1=-2, dim2=-1) if left.dim() == stack + 2 else left
+        trace = diagonal.sum(-1, keepdim=True).clamp(min=torch.finfo(left.dtype).tiny)
+        return Kronecker(
+            *(
+                Dense(value / scale.unsqueeze(-1), is_gram=True)
+                if value.dim() == stack + 2
+                else Diagonal(value / scale)
+                for value, scale in ((left, torch.ones_like(trace)), (right, trace))
+            )
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"L": self.means[0].state_dict(), "R": self.means[1].state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.means[0].load_state_dict(state["L"])
+        self.means[1].load_state_dict(state["R"])
+
+
+def _pairs(samples: Samples) -> Iterator[tuple[Tensor, Tensor]]:
+    r"""Rows ``(*, m, d_out)`` and ``(*, m', d_in)`` whose second moments sum to L and R.
+
+    The gradient of one position is :math:`g a^\top`, with :math:`G G^\top = |a|^2 g g^\top` and
+    :math:`G^\top G = |g|^2 a a^\top`; others are formed, and their columns and rows taken.
+    """
+    uses = samples.aligned()
+    if len(uses) == 1 and isinstance(use := uses[0], Outer) and isinstance(use.a, Tensor) and use.positions == 1:
+        g, a = widen(use.g.squeeze(-2)), widen(use.rows.squeeze(-2))  # (*, k, n, o), (*, n, i)
+        outer = g * torch.linalg.vector_norm(a, dim=-1, keepdim=True).unsqueeze(-3)
+        inner = a * torch.linalg.vector_norm(g, dim=(-3, -1)).unsqueeze(-1)
+        pair = (outer.flatten(-3, -2), inner)
+        yield pair[::-1] if use.flipped else pair
+        return
+    for chunk in samples.gradients():
+        rows = widen(chunk).movedim(0, -3)  # (*, kn, o, i)
+        yield rows.mT.flatten(-3, -2), rows.flatten(-3, -2)
+
+
+@dataclass(frozen=True)
+class TensorNormal(Curvature):
+    """TNT: a Kronecker product per layer from the gradients themselves, not from inputs and output gradients.
+
+    Prefer it where a layer is used at several positions, whose gradients K-FAC takes for uncorrelated or equal. Where
+    an example has one position it costs what K-FAC costs; otherwise per-sample gradients are formed, a chunk at a time.
+    Layers of another shape get a 2 x 2 matrix per unit (scale and shift) or a diagonal.
+
+    Attributes:
+        kind: ``"exact"``, ``"mc"`` or ``"empirical"``.
+        samples: Draws per batch for ``"mc"``.
+        max_factor: Factors larger than this are kept as their diagonals.
+    """
+
+    max_factor: int = 16384
+
+    def estimator(self, block: Block, form: Form) -> CurvatureEstimator:
+        return TensorNormalEstimator(block, self.max_factor) if form == "outer" else unit_or_diagonal(block)

@@ -1,0 +1,1 @@
+"""What happens to curvature while a model trains."""

@@ -1,0 +1,198 @@
+"""Is what cannot be right refused, with a message that says how to mend it?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from curvature import DiagonalFisher, EigenbasisFisher, KroneckerFisher, fisher
+from curvature.losses import AmbiguousClassAxisError, NonFiniteLossError, UnknownLossError
+from curvature.losses.signals import Signals
+from curvature.model.data import call, resolve_output
+from tests.curvature.estimates import estimate
+from tests.curvature.problems import PROBLEMS, Fn, classes, normal
+
+PROBLEM = PROBLEMS["mlp_ce"]()
+MODEL, LOSS, DATA = PROBLEM.model, PROBLEM.loss_fn, PROBLEM.data
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"structure": "kron"}, r"structure must be one of .*'kfac'.*got 'kron'"),
+        ({"kind": "sampled"}, r"kind must be one of \('exact', 'mc', 'empirical'\), got 'sampled'"),
+        ({"samples": 0}, "samples must be at least 1, got 0"),
+        ({"samples": -2}, "samples must be at least 1, got -2"),
+        ({"sharing": "sum"}, r"sharing must be 'expand' or 'reduce', got 'sum'"),
+        ({"bias": "none"}, r"bias must be 'joint' or 'separate', got 'none'"),
+        ({"params": "encoder.*"}, r"params= names 'encoder\.\*', which is no trainable parameter.*0\.weight"),
+        ({"params": [torch.zeros(2)]}, r"params= names a tensor of shape \(2,\), which is no trainable parameter"),
+        ({"params": []}, r"params= is empty; name at least one of 0\.weight"),
+        ({"class_dim": 5}, "class_dim=5 is no axis of the outputs"),
+    ],
+)
+def test_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fisher(MODEL, LOSS, DATA, **options)
+
+
+def test_unknown_option_names_are_python_errors() -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'sharng'"):
+        fisher(MODEL, LOSS, DATA, sharng="reduce")
+    with pytest.raises(TypeError, match="sharing"):
+        fisher(MODEL, LOSS, DATA, structure="diagonal", sharing="reduce")
+
+
+@pytest.mark.parametrize("curvature", [DiagonalFisher, KroneckerFisher, EigenbasisFisher])
+def test_estimates_check_their_options_when_made(curvature: Callable[..., Any]) -> None:
+    with pytest.raises(ValueError, match="got 'true'"):
+        curvature("true")
+    with pytest.raises(ValueError, match="samples must be at least 1"):
+        curvature("mc", 0)
+
+
+def test_data() -> None:
+    x, y = DATA[0]
+    with pytest.raises(ValueError, match=r"data has no batches: is it an iterator that was consumed before"):
+        fisher(MODEL, LOSS, [])
+    consumed = iter(DATA)
+    list(consumed)
+    with pytest.raises(ValueError, match="data has no batches"):
+        fisher(MODEL, LOSS, consumed, structure="diagonal")
+    with pytest.raises(
+        TypeError, match=r"one-shot iterator \(list_iterator\), but 2 passes.*list of batches or a DataLoader"
+    ):
+        fisher(MODEL, LOSS, iter(DATA), structure="ekfac")
+    with pytest.raises(TypeError, match=r"one batch \(x, y\) or an iterable of batches.*got int"):
+        fisher(MODEL, LOSS, cast(Any, 3))
+    with pytest.raises(TypeError, match=r"a pair \(x, y\), got a tuple of length 3"):
+        fisher(MODEL, LOSS, [(x, x, y)])
+    with pytest.raises(TypeError, match=r"a pair \(x, y\), got a Tensor"):
+        fisher(MODEL, LOSS, [x])
+    with pytest.raises(TypeError, match=r"needs the key 'labels' for the targets, got \['x'\]"):
+        fisher(MODEL, LOSS, {"x": x})
+    with pytest.raises(ValueError, match="no example"):
+        fisher(MODEL, LOSS, (x[:0], y[:0]))
+
+
+def test_one_pass_over_an_iterator_is_enough_for_one_pass() -> None:
+    once = fisher(MODEL, LOSS, iter(DATA), kind="exact", structure="kfac").to_dense()
+    assert torch.equal(once, fisher(MODEL, LOSS, DATA, kind="exact", structure="kfac").to_dense())
+
+
+def test_models() -> None:
+    with pytest.raises(
+        ValueError, match=r"Linear has no trainable parameter: every requires_grad is False.*requires_grad_"
+    ):
+        fisher(nn.Linear(4, 3).requires_grad_(False), LOSS, DATA)
+    double = nn.Linear(4, 3).double()
+    with pytest.raises(TypeError, match=r"returned a tuple; say which tensor the loss sees with output="):
+        fisher(nn.Sequential(double, Fn(cast(Any, lambda z: (z, z)))), LOSS, DATA)
+    with pytest.raises(TypeError, match=r"output= must return a tensor, got tuple"):
+        fisher(double, LOSS, DATA, output=lambda z: (z, z))
+    with pytest.raises(ValueError, match=r"does not depend on any of the parameters"):
+        fisher(nn.Sequential(double, Fn(lambda z: z.detach())), LOSS, DATA)
+
+
+def test_losses() -> None:
+    x, y = DATA[0]
+    with pytest.raises(UnknownLossError, match=r"(?s)No derivatives are known for the loss CTCLoss"):
+        fisher(MODEL, nn.CTCLoss(), DATA)
+    with pytest.raises(ValueError, match=r"reduction='none', so it is no scalar. Use 'mean' or 'sum'"):
+        fisher(MODEL, nn.CrossEntropyLoss(reduction="none"), DATA)
+    square = nn.Sequential(nn.Linear(4, 3), Fn(lambda z: z.unsqueeze(1).expand(-1, 3, -1))).double()
+    with pytest.raises(AmbiguousClassAxisError, match=r"class_dim=1 or class_dim=2"):
+        fisher(square, LOSS, (x, torch.zeros(3, 3, dtype=torch.long)))
+    with pytest.raises(NonFiniteLossError, match=r"3 of 3 terms are not finite.*9 NaN"):
+        fisher(MODEL, LOSS, (x * torch.nan, y), kind="exact")
+    with pytest.raises(ValueError, match=r"(?i)no term|ignore"):
+        fisher(MODEL, LOSS, (x, torch.full_like(y, -100)), kind="exact")
+
+
+def test_sampling_without_a_generator() -> None:
+    terms: Any = SimpleNamespace(shape=(1, 1, 1))
+    with pytest.raises(ValueError, match=r"generator=torch\.Generator\(\); the global random state is never used"):
+        next(iter(Signals(terms, "mc")))
+
+
+def test_a_dense_input_factor_of_a_large_embedding() -> None:
+    model = nn.Sequential(nn.Embedding(9, 2), Fn(lambda x: x.sum(1)), nn.Linear(2, 3)).double()
+    data = (torch.tensor([[1, 2], [3, 4]]), torch.tensor([0, 1]))
+    with pytest.raises(
+        ValueError, match=r"block 0\.weight: sharing='reduce' makes .* dense \(9 x 9\).*sharing='expand'"
+    ):
+        fisher(model, LOSS, data, sharing="reduce", max_factor=8)
+
+
+@pytest.mark.parametrize("structure", ["kfac", "ekfac"])
+@pytest.mark.parametrize("name", ["encoder_time_major", "encoder_time_major_square", "positions_picked_by_a_mask"])
+def test_averages_over_positions_that_cannot_be_told_apart(name: str, structure: Any) -> None:
+    with pytest.raises(ValueError, match=r"'reduce' averages over the positions of each example.*batch_first=True"):
+        estimate(PROBLEMS[name](), structure, sharing="reduce")
+    for name in ("residual_train", "bare_parameters", "language_model"):  # mixed, but it is clear what belongs together
+        estimate(PROBLEMS[name](), structure, sharing="reduce")
+
+
+def test_a_layer_that_changes_its_use_between_batches() -> None:
+    class Fickle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            weight = self.a.weight if len(x) == 3 else self.a.weight.exp()
+            return nn.functional.linear(x, weight) + nn.functional.linear(x, self.b.weight, self.b.bias)
+
+    with pytest.raises(
+        RuntimeError, match=r"a\.weight was part of block a\.weight.*no layer rule covers \(exp\).*detach"
+    ):
+        fisher(Fickle().double(), LOSS, DATA)
+
+
+def test_a_bias_that_comes_and_goes() -> None:
+    class Fickle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x) if len(x) == 3 else nn.functional.linear(self.a(x) @ self.a.weight, self.a.weight)
+
+    joint = r"a\.weight was seen as block a\.weight\+a\.bias.*in different ways in different passes.*bias='separate'"
+    with pytest.raises(RuntimeError, match=joint):
+        fisher(Fickle().double(), LOSS, DATA)
+    assert fisher(Fickle().double(), LOSS, DATA[::-1]).trace() > 0  # apart from the start
+    assert fisher(Fickle().double(), LOSS, DATA, bias="separate").trace() > 0
+
+
+class Named(nn.Module):
+    def forward(self, left: Tensor, right: Tensor | None = None) -> Any:
+        return SimpleNamespace(logits=left if right is None else left + right)
+
+
+class Whole(nn.Module):
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"logits": batch["left"]}
+
+
+def test_how_inputs_and_outputs_are_passed() -> None:
+    """A mapping becomes keywords where forward takes those names, one argument otherwise."""
+    one = torch.ones(2)
+    assert torch.equal(resolve_output(call(Named(), {"left": one, "right": one})), 2 * one)
+    assert torch.equal(resolve_output(call(Named(), (one, one))), 2 * one)
+    assert torch.equal(resolve_output(call(Named(), one)), one)
+    assert torch.equal(resolve_output(call(Whole(), {"left": one})), one)
+    assert torch.equal(resolve_output((one, 0), lambda result: result[0]), one)
+
+
+def test_inference_mode_does_not_stand_in_the_way() -> None:
+    x, y = normal(3, 4), classes(3, of=3)
+    expected = fisher(MODEL, LOSS, (x, y), kind="exact").to_dense()
+    with torch.inference_mode():
+        got = fisher(MODEL, LOSS, (x * 1, y * 1), kind="exact")
+    assert torch.equal(got.to_dense(), expected)

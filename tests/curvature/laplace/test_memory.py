@@ -1,0 +1,158 @@
+"""Do fits and predictions of Laplace approximations stay small, with the numbers of the definition?"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("laplace")
+
+from laplace import Laplace
+from torch.utils.data import DataLoader, TensorDataset
+
+from curvature.laplace import DiagonalPosterior, GGNBackend, LastLayerDiagonalPosterior
+from curvature.laplace.backends import base as backend_module
+from curvature.laplace.parametric import predictions
+from tests.curvature import dense_reference as dense
+from tests.curvature.laplace.problems import last_layer, loader_of, toy
+from tests.curvature.problems import classes, normal
+
+#: Peak resident memory of each of the two workloads, interpreter and PyTorch (0.4 GiB) included.
+LIMIT = 2.0
+SCRIPT = """
+import json, resource, sys, warnings
+warnings.filterwarnings("ignore")
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from laplace import Laplace
+from curvature.laplace import GGNBackend
+
+torch.manual_seed(0)
+subset, structure = sys.argv[1:]
+torch.set_default_dtype(torch.float64)
+if subset == "all":  # 0.24 M parameters, 64 inputs, 200 outputs
+    model, x, outputs = nn.Sequential(nn.Linear(400, 400), nn.Tanh(), nn.Linear(400, 200)), torch.randn(64, 400), 200
+else:
+    model, x, outputs = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 2000)), torch.randn(32, 8), 2000
+y = torch.randint(outputs, (len(x),))
+la = Laplace(model, "classification", subset, structure, backend=GGNBackend)
+la.fit(DataLoader(TensorDataset(x, y), batch_size=len(x)))
+fit = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+p = la(x, link_approx="probit")
+assert p.shape == (len(x), outputs) and bool((p.sum(1) - 1).abs().max() < 1e-9)
+print(json.dumps([fit, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20]))
+"""
+
+
+def close(got: Tensor, expected: Tensor) -> None:
+    assert expected.norm() > 0
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10 * float(expected.abs().max()))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has another unit elsewhere")
+@pytest.mark.parametrize(
+    "subset,structure",
+    [("all", "diagonal"), ("last_layer", "diagonal"), ("last_layer", "kfac"), ("last_layer", "ekfac")],
+)
+def test_many_outputs_fit_into_little_memory(subset: str, structure: str) -> None:
+    """25 and 65 GB where Jacobians of all examples, outputs and parameters are formed."""
+    run = subprocess.run([sys.executable, "-c", SCRIPT, subset, structure], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    fit, both = json.loads(run.stdout.splitlines()[-1])
+    assert fit <= both < LIMIT
+
+
+def posterior(subset: str, structure: str, task: str = "classification", **options: Any) -> tuple[Any, Tensor]:
+    model, x, y = toy(task)
+    la = Laplace(model, task, subset, structure, backend=GGNBackend, prior_precision=0.7, **options)
+    la.fit(loader_of(x, y))
+    return la, x
+
+
+@pytest.mark.parametrize("task", ["classification", "regression"])
+@pytest.mark.parametrize("subset,kind", [("all", DiagonalPosterior), ("last_layer", LastLayerDiagonalPosterior)])
+def test_diagonal_is_diag_with_other_predictions(subset: str, kind: type, task: str) -> None:
+    (ours, x), (theirs, _) = posterior(subset, "diagonal", task), posterior(subset, "diag", task)
+    assert type(ours) is kind
+    close(ours.posterior_precision, theirs.posterior_precision)
+    close(ours.log_marginal_likelihood().detach(), theirs.log_marginal_likelihood().detach())
+    for joint in (False, True):
+        for got, expected in zip(*(la._glm_predictive_distribution(x, joint) for la in (ours, theirs)), strict=True):
+            close(got, expected)
+    close(*(la._glm_predictive_distribution(x, diagonal_output=True)[1] for la in (ours, theirs)))
+    if task == "classification":
+        close(*(la(x, link_approx="probit") for la in (ours, theirs)))
+    else:
+        for got, expected in zip(*(la(x, diagonal_output=True) for la in (ours, theirs)), strict=True):
+            close(got, expected)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 1000])
+@pytest.mark.parametrize("structure", ["diagonal", "kfac", "ekfac", "low_rank"])
+def test_predictions_in_parts_are_those_in_one(structure: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    r"""Of one or two outputs of an example, of some examples, of all; :math:`J \Sigma J^\top` by definition."""
+    la, x = posterior("all", structure)
+    J = dense.jacobian(la.model(x), list(la.model.parameters()))
+    expected = la.functional_variance(J)
+    monkeypatch.setattr(predictions, "MEMORY", rows * 8 * J.shape[-1])
+    f, variance = la._glm_predictive_distribution(x)
+    close(variance, expected)
+    close(f, la.model(x).detach())
+    close(la._glm_predictive_distribution(x, diagonal_output=True)[1], expected.diagonal(dim1=-2, dim2=-1))
+
+
+class AlongTheBatch(nn.Module):
+    """Examples attend to each other, and share a table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.shift, self.last = nn.Linear(4, 3), nn.Parameter(torch.randn(12, 3)), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x) + self.shift[: len(x)]
+        return self.last((h @ h.T).softmax(-1) @ h)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_parts_of_examples_that_interact(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, x, y = AlongTheBatch().double(), normal(6, 4), classes(6, of=2)
+    la = Laplace(model, "classification", "all", "diagonal")
+    la.fit(DataLoader(TensorDataset(x, y), batch_size=6))
+    J = dense.jacobian(la.model(x), list(la.model.parameters()))
+    monkeypatch.setattr(predictions, "MEMORY", rows * 8 * J.shape[-1])
+    close(la._glm_predictive_distribution(x)[1], torch.einsum("ncp,p,nkp->nck", J, la.posterior_variance, J))
+
+
+@pytest.mark.parametrize("task", ["classification", "regression"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_full_matrix_of_the_last_layer_needs_no_jacobians(
+    task: str, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3, bias=bias)).double()
+    x, y = normal(8, 4), classes(8, of=3) if task == "classification" else normal(8, 3)
+    P = sum(p.numel() for p in model[2].parameters())
+    expected = GGNBackend(model, task).full(x, y)[1][-P:, -P:]
+    head = GGNBackend(last_layer(model, x), task, last_layer=True)
+    monkeypatch.setattr(head, "_rows", None)  # what it would take otherwise
+    close(head.full(x, y)[1], expected)
+
+
+def test_a_matrix_beyond_the_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, y = toy()
+    P = sum(p.numel() for p in model.parameters())
+    backend = GGNBackend(model, "classification")
+    monkeypatch.setattr(backend_module, "installed", lambda: 8 * P * P - 1)
+    with pytest.raises(ValueError, match=rf"dense matrix of {P} parameters takes .* Use hessian_structure='kfac'"):
+        backend.full(x, y)
+    monkeypatch.setattr(backend_module, "installed", lambda: 8 * P * P)
+    assert backend.full(x, y)[1].shape == (P, P)

@@ -1,0 +1,97 @@
+"""Are averages unbiased from the first step on, and what they would be in one go?"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from curvature.structures.weighted_mean import WeightedMean
+
+floats = st.floats(-10, 10)
+
+
+def steps(values: list[float], ema: float) -> WeightedMean:
+    mean = WeightedMean()
+    for value in values:
+        mean.add(torch.tensor([value], dtype=torch.float64), 1.0)
+        mean.commit(ema)
+    return mean
+
+
+@given(st.lists(floats, min_size=1, max_size=6), st.floats(0, 1))
+def test_running_mean_is_the_weighted_mean_of_its_steps(values: list[float], ema: float) -> None:
+    weights = [ema ** (len(values) - 1 - i) for i in range(len(values))]
+    expected = sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
+    mean = steps(values, ema)
+    assert mean.value is not None
+    assert mean.value.item() == pytest.approx(expected, rel=1e-9, abs=1e-9)
+    assert mean.weight == pytest.approx(sum(weights))
+
+
+@given(st.lists(floats, min_size=4, max_size=4), st.integers(1, 3))
+def test_micro_batches_give_what_one_batch_gives(values: list[float], cut: int) -> None:
+    whole, parts = WeightedMean(), WeightedMean()
+    rows = torch.tensor(values, dtype=torch.float64)[:, None]
+    whole.add(rows.sum(0), 4.0)
+    parts.add(rows[:cut].sum(0), torch.tensor(float(cut)))
+    parts.add(rows[cut:].sum(0), 4 - cut)
+    parts.add(None, 0.0)
+    torch.testing.assert_close(whole.step_mean(), parts.step_mean(), rtol=1e-12, atol=1e-12)
+
+
+def test_a_step_without_data_or_a_discarded_one_leaves_the_mean() -> None:
+    mean = steps([1.0, 3.0], 0.5)
+    assert mean.value is not None
+    value, weight = mean.value.clone(), mean.weight
+    mean.commit(0.5)
+    mean.add(torch.tensor([torch.inf], dtype=torch.float64), 1.0)
+    assert mean.pending and not mean.finite()
+    mean.discard()
+    mean.commit(0.5)
+    assert torch.equal(mean.value, value)
+    assert mean.weight == weight
+    assert mean.finite()
+
+
+def test_a_committed_value_is_not_written_to() -> None:
+    """Operators hold the committed value: later steps must make a new one."""
+    mean = steps([1.0], 0.5)
+    held = mean.value
+    mean.add(torch.tensor([5.0], dtype=torch.float64), 1.0)
+    mean.add(torch.tensor([5.0], dtype=torch.float64), 1.0)
+    mean.commit(0.5)
+    assert held is not None and held.item() == 1.0
+
+
+def test_non_finite_steps_are_seen() -> None:
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        mean = WeightedMean()
+        mean.add(torch.tensor([1.0, bad]), 1.0)
+        assert not mean.finite()
+    mean = WeightedMean()
+    mean.add(torch.tensor([torch.inf, -torch.inf]), 1.0)
+    assert not mean.finite()
+    assert WeightedMean().finite()
+
+
+def test_state_round_trip_continues_alike() -> None:
+    one = steps([1.0, 4.0], 0.9)
+    one.add(torch.tensor([100.0]), 1.0)  # waiting, so no part of the state
+    other = WeightedMean()
+    other.load_state_dict(one.state_dict())
+    one.discard()
+    for mean in (one, other):
+        mean.add(torch.tensor([2.0], dtype=torch.float64), 1.0)
+        mean.commit(0.9)
+    assert one.value is not None and other.value is not None
+    assert torch.equal(one.value, other.value) and one.weight == other.weight
+    fresh = WeightedMean()
+    fresh.load_state_dict(WeightedMean().state_dict())
+    assert fresh.value is None and fresh.weight == 0.0
+
+
+def test_nothing_to_average_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="nothing was added since the last commit"):
+        WeightedMean().step_mean()
