@@ -1,37 +1,37 @@
 """Second-order optimizers with the interface of ``torch.optim``."""
 
 from curvature import DiagonalFisher, EigenbasisFisher, KroneckerFisher
-from precond.adahessian import AdaHessian
-from precond.adapt import LevenbergMarquardt
-from precond.averaging import IterateAverage
-from precond.base import SecondOrderOptimizer
-from precond.curveball import CurveBall
-from precond.ekfac import EKFAC
-from precond.galore import GaLore
-from precond.gauss_newton import GaussNewton
-from precond.hessian_free import HessianFree
-from precond.kbfgs import KBFGS
-from precond.kfac import KFAC
-from precond.kl_shampoo import KLShampoo
-from precond.layerwise import PreconditionedOptimizer
-from precond.methods import Method, Taxonomy, methods
-from precond.mfac import MFAC
-from precond.muon import Muon
-from precond.natural_gradient import NaturalGradient
-from precond.newton import Newton
-from precond.preconditioner import Preconditioner
-from precond.psgd import PSGD
-from precond.refresh import Doubling
-from precond.residuals import PointwiseResidual
-from precond.seng import SENG
-from precond.shampoo import Shampoo
-from precond.singd import SINGD
-from precond.smw import SMWNaturalGradient
-from precond.soap import SOAP
-from precond.sophia import Sophia
-from precond.splus import SPlus
-from precond.step_size import QuadraticModel
-from precond.tnt import TNT
+from precond.closure.adahessian import AdaHessian
+from precond.closure.curveball import CurveBall
+from precond.closure.gauss_newton import GaussNewton
+from precond.closure.hessian_free import HessianFree
+from precond.closure.newton import Newton
+from precond.closure.psgd import PSGD
+from precond.closure.residuals import PointwiseResidual
+from precond.closure.sophia import Sophia
+from precond.gradient.galore import GaLore
+from precond.gradient.kl_shampoo import KLShampoo
+from precond.gradient.mfac import MFAC
+from precond.gradient.muon import Muon
+from precond.gradient.shampoo import Shampoo
+from precond.gradient.soap import SOAP
+from precond.gradient.splus import SPlus
+from precond.layerwise.blocks.preconditioner import Preconditioner
+from precond.layerwise.blocks.refresh import Doubling
+from precond.layerwise.ekfac import EKFAC
+from precond.layerwise.kbfgs import KBFGS
+from precond.layerwise.kfac import KFAC
+from precond.layerwise.natural_gradient import NaturalGradient
+from precond.layerwise.optimizer import PreconditionedOptimizer
+from precond.layerwise.seng import SENG
+from precond.layerwise.singd import SINGD
+from precond.layerwise.smw import SMWNaturalGradient
+from precond.layerwise.step_size import QuadraticModel
+from precond.layerwise.tnt import TNT
+from precond.step.adapt import LevenbergMarquardt
+from precond.step.averaging import IterateAverage
+from precond.step.base import SecondOrderOptimizer
+from precond.step.methods import Method, Taxonomy, methods
 from solvers import Cholesky, Eigh, FactoredTikhonov, Tikhonov
 
 __all__ = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import get_args
 
-from precond.methods import Form, Matrix, Method, methods
+from precond.step.methods import Form, Matrix, Method, methods
 
 _INTRODUCTION = """\
 # The methods

@@ -42,8 +42,6 @@ MODULES_WITH_EXAMPLES = [
 
 @pytest.mark.parametrize("path", PAGES_WITH_CODE, ids=names(PAGES_WITH_CODE))
 def test_code_of_a_page_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not (ROOT / "precond" / "kfac.py").exists():
-        pytest.skip("precond.KFAC does not exist yet")
     monkeypatch.chdir(tmp_path)  # a page may write files
     code = compile(script(path.read_text(encoding="utf-8")), str(path), "exec")
     exec(code, {"__name__": "__main__"})

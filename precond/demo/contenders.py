@@ -9,8 +9,8 @@ from itertools import product
 import torch
 from torch import nn
 
-from precond.ekfac import EKFAC
-from precond.kfac import KFAC
+from precond.layerwise.ekfac import EKFAC
+from precond.layerwise.kfac import KFAC
 
 Settings = dict[str, float]
 

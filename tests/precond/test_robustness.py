@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import precond.matrices
-import precond.preconditioner
+import precond.gradient.matrices
+import precond.layerwise.blocks.preconditioner
 from curvature.structures.inverse import InverseEstimator
 from precond import SOAP, GaLore, KLShampoo, Shampoo, SPlus
 from solvers import SolverError
@@ -219,7 +219,7 @@ def test_a_failed_decomposition_keeps_the_last_one_and_says_so(name, monkeypatch
     def fails(*_: Any, **__: Any) -> Any:
         raise SolverError("the routine did not converge")
 
-    for module in (precond.matrices, *(vars(precond)[m] for m in ("bases", "shampoo", "galore"))):
+    for module in (getattr(precond.gradient, m) for m in ("matrices", "bases", "shampoo", "galore")):
         if hasattr(module, routine):
             monkeypatch.setattr(module, routine, fails)
     with caplog.at_level(logging.WARNING):
@@ -252,7 +252,7 @@ def test_a_failed_inverse_of_a_block_keeps_the_last_one_and_says_so(name, monkey
     if learns_inverse:
         monkeypatch.setattr(type(preconditioner.estimator), "improve", fails)
     else:
-        monkeypatch.setattr(precond.preconditioner, "power", fails)
+        monkeypatch.setattr(precond.layerwise.blocks.preconditioner, "power", fails)
     before, good = problem.values(), preconditioner.inverse
     with caplog.at_level(logging.WARNING):
         for _ in range(3):

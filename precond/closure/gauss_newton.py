@@ -1,0 +1,239 @@
+"""Gauss-Newton for least squares."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from precond.closure.gauss_newton_optimizer import GaussNewtonMatrix, Part
+from precond.closure.optimizer import Closure, ClosureOptimizer, flatten, jacobian_rows, unflatten
+from precond.closure.residuals import DenseLeastSquares, LeastSquares, MatrixFreeLeastSquares, PointwiseResidual
+from precond.step.adapt import LevenbergMarquardt
+from precond.step.methods import Taxonomy
+from solvers import CG
+
+SolverName = Literal["auto", "cholesky", "woodbury", "cg"]
+
+# Transtrum and Sethna (2012): any decrease counts as success ("delayed gratification", with 2 and 5), the second
+# derivative is taken over a tenth of the step (section 2), and the acceleration bounded by 2|a| / |v| <= 0.75.
+_RULE = LevenbergMarquardt(decrease=0.2, increase=2.0, lower=0.0, upper=0.0, attempts=30)
+_PROBE = 0.1
+_BEND = 0.75
+
+
+class GaussNewton(ClosureOptimizer):
+    r"""Gauss-Newton and Levenberg-Marquardt for least squares, such as physics-informed networks.
+
+    For :math:`L = \tfrac12 \lVert r(\theta) \rVert^2` with residuals r and their Jacobian J,
+
+    .. math:: d = (J^\top J + \lambda D^2)^{-1} (J^\top r + \lambda \mu D^2 d_{previous})
+
+    The closure returns the *residuals*, a tensor or a list of tensors of any shapes and of
+    :class:`PointwiseResidual`; scale them so that L is the loss that is meant (``N ** -0.5`` for a mean of squares,
+    halved). ``step`` returns L.
+
+    With ``adapt`` a step that does not lower L is rejected and tried again with twice the damping, and any other one
+    divides the damping by five. Narrow curved valleys, which such problems are full of, are then followed along their
+    curvature (``acceleration``): the step is a parabola instead of a line,
+
+    .. math:: \theta \leftarrow \theta - d + \tfrac12 a, \qquad
+        a = -(J^\top J + \lambda D^2)^{-1} J^\top \frac{\partial^2 r}{\partial d^2}
+
+    with the second derivative from one more evaluation of the residuals, a tenth of the step away; it is left out
+    where ``|D a| > 0.75 |D d|``, too far for a parabola. ``scaled`` takes for :math:`D^2` the largest diagonal of
+    :math:`J^\top J` seen so far, which makes the method blind to the units of single parameters and :math:`\lambda` a
+    plain number; otherwise D = I.
+
+    Prefer it for smooth deterministic problems that are wanted to high accuracy, with up to some thousands of
+    parameters or residuals, and in float64. With R residuals a step costs the Jacobian, and ``R P min(R, P)``, and
+    ``min(R, P)^3 / 3`` for each damping that is tried: by Cholesky, in the size of the parameters if ``P <= R`` and in
+    that of the residuals (Woodbury) if ``R < P``; or some products under CG. Memory ``R P``, or the graph of the
+    residuals under CG.
+
+    Args:
+        params: The model, or parameters, groups, or named parameters.
+        lr: Step length.
+        damping: :math:`\lambda`, relative to the diagonal of :math:`J^\top J`, or in its units where not ``scaled``;
+            where it starts, with ``adapt``.
+        solver: ``"cholesky"`` in the size of the parameters, ``"woodbury"`` in that of the residuals, ``"auto"`` for
+            the smaller one, ``"cg"`` or a :class:`~solvers.CG` for matrix-free products.
+        adapt: ``True`` for the rule above, another rule, or ``False``.
+        scaled: Damp relative to the diagonal; ``None`` for wherever J is formed, which is not under CG, but not with
+            ``spring``, which has no scaling in its paper and diverges with it on small networks.
+        acceleration: Geodesic acceleration; only with ``adapt``.
+        spring: :math:`\mu`, momentum inside the solve (SPRING), in [0, 1).
+        weight_decay: Decoupled weight decay.
+        options: See :class:`SecondOrderOptimizer`.
+
+    Raises:
+        ValueError: If an option is out of range.
+
+    References:
+        Marquardt (1963); Moré (1978), section 4 (scaling); Transtrum and Sethna (2012), sections 2 and 4
+        (acceleration, and the rule), https://arxiv.org/abs/1201.5885; Mueller and Zeinhofer (2023),
+        https://arxiv.org/abs/2302.13163; Goldshlager, Abrahamsen and Lin (2024), SPRING,
+        https://arxiv.org/abs/2401.10190
+    """
+
+    taxonomy: ClassVar = Taxonomy(
+        curvature="GGN of a sum of squares",
+        structure="dense, low rank or matrix-free",
+        solver="Cholesky, Woodbury or CG",
+        matrices=("GGN",),
+        forms=("dense", "low rank", "matrix-free"),
+        step="the Jacobian of R residuals, 2RP min(R, P) + min(R, P)³/3",
+        refresh="none",
+        memory="RP",
+        paper="https://arxiv.org/abs/2302.13163",
+    )
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1.0,
+        *,
+        damping: float = 1e-3,
+        solver: SolverName | CG = "auto",
+        adapt: bool | LevenbergMarquardt = True,
+        scaled: bool | None = None,
+        acceleration: bool = True,
+        spring: float = 0.0,
+        weight_decay: float = 0.0,
+        **options: Any,
+    ) -> None:
+        if not isinstance(solver, CG) and solver not in get_args(SolverName):
+            raise ValueError(f"solver is one of {', '.join(get_args(SolverName))}, or a CG; got {solver!r}.")
+        if not 0 <= spring < 1:
+            raise ValueError(f"spring is the weight of the previous step, in [0, 1); got {spring}.")
+        self.solver = solver
+        if scaled and self.matrix_free:
+            raise ValueError("scaled=True needs the diagonal of J^T J, which CG never forms; use scaled=False.")
+        self.scaled = not (self.matrix_free or spring) if scaled is None else scaled
+        self.rule = _RULE if adapt is True else adapt or None
+        self.acceleration, self.spring = acceleration, spring
+        self._jacobian: Tensor | None = None
+        self._residual: Tensor | None = None
+        params = params.parameters() if isinstance(params, nn.Module) else params
+        super().__init__(params, lr=lr, weight_decay=weight_decay, defaults={"damping": damping}, **options)
+
+    def check(self, options: dict[str, Any]) -> None:
+        super().check(options)
+        if options["decay"] == "l2":
+            raise ValueError("decay='l2' is no sum of squared residuals; let the closure also return weight**0.5 * p.")
+
+    @property
+    def matrix_free(self) -> bool:
+        """Whether J is used by products only."""
+        return self.solver == "cg" or isinstance(self.solver, CG)
+
+    def release(self) -> None:
+        super().release()
+        self._jacobian = self._residual = None
+
+    def objective(self, closure: Closure) -> Tensor:
+        return sum((0.5 * r.detach().square().sum() for r in self._tensors(closure)), torch.zeros(()))
+
+    def _tensors(self, closure: Closure) -> list[Tensor]:
+        with torch.enable_grad():
+            return [r.value() if isinstance(r, PointwiseResidual) else r for r in self._residuals(closure)]
+
+    def _residuals(self, closure: Closure) -> list[Tensor | PointwiseResidual]:
+        given = self.run(closure)
+        found = list(given) if isinstance(given, Iterable) and not isinstance(given, Tensor) else [given]
+        for r in found:
+            if not isinstance(r, (Tensor, PointwiseResidual)) or (isinstance(r, Tensor) and not r.requires_grad):
+                what = "a tensor without graph" if isinstance(r, Tensor) else type(r).__name__
+                raise TypeError(
+                    "the closure of GaussNewton must return residuals, tensors with their graph or PointwiseResidual, "
+                    f"not {what}. The loss that is minimised is half their sum of squares."
+                )
+        if not found:
+            raise TypeError("the closure of GaussNewton returned no residuals.")
+        return found
+
+    @torch.enable_grad()
+    def _evaluate(self, closure: Closure | None) -> Any:
+        assert closure is not None
+        self._closure, params = closure, self.parameters()
+        if self.matrix_free:
+            residuals = self._tensors(closure)
+            self._residual = torch.cat([r.reshape(-1) for r in residuals])
+            found = torch.autograd.grad(
+                self._residual, params, self._residual.detach(), retain_graph=True, allow_unused=True
+            )
+            self._slopes = {p: g for p, g in zip(params, found, strict=True) if g is not None}
+        else:
+            values, rows = zip(*[self._rows(r, params) for r in self._residuals(closure)], strict=True)
+            self._residual, self._jacobian = torch.cat(values), torch.cat(rows)
+            self._slopes = unflatten(self._jacobian.mT @ self._residual, params)
+        for p in params:
+            p.grad = self._slopes[p].detach().to(p.dtype).clone() if p in self._slopes else None
+        self._value = 0.5 * self._residual.detach().square().sum()
+        return self._value
+
+    def _rows(self, residual: Tensor | PointwiseResidual, params: list[Tensor]) -> tuple[Tensor, Tensor]:
+        if isinstance(residual, PointwiseResidual):
+            value, rows = residual.value_and_jacobian(params)
+        else:
+            value, rows = residual.reshape(-1), jacobian_rows(residual.reshape(-1), params)
+        return value.detach().to(rows.dtype), rows.detach()
+
+    def directions(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        if self.sign < 0:
+            raise ValueError("GaussNewton minimises a sum of squares; maximize=True has no meaning for it.")
+        params = list(gradients)
+        g, problem, residual = flatten(gradients), self._problem(params), self._now()
+        old = flatten({p: self.state[p].get("direction", torch.zeros_like(p)) for p in params})
+
+        def solve(damping: float) -> Tensor:
+            if not self.spring:
+                return problem.fit(residual, damping)
+            previous = self.spring * old
+            return previous + problem.fit(residual - problem.push(previous), damping)
+
+        def bend(move: Tensor, damping: float) -> Tensor:
+            probe = _PROBE * move
+            with self.moved(unflatten(probe, params)):
+                there = torch.cat([r.detach().reshape(-1) for r in self._tensors(self._required_closure())])
+            second = 2 / _PROBE**2 * (there.to(g.dtype) - residual - problem.push(probe))
+            out = -0.5 * problem.fit(second, damping)
+            return out if problem.size(out) <= 0.5 * _BEND * problem.size(move) else torch.zeros_like(out)
+
+        if self.rule is None:
+            direction = solve(float(self.common("damping")))
+        else:
+            direction = self.levenberg_marquardt(
+                self.rule, g, solve, lambda v: problem.push(v).square().sum(), bend if self.acceleration else None
+            )
+        out = unflatten(direction, params)
+        if self.spring:
+            for p in params:
+                self.state[p]["direction"] = out[p].clone()
+        return out
+
+    def _now(self) -> Tensor:
+        assert self._residual is not None
+        return self._residual.detach()
+
+    def _problem(self, params: list[Tensor]) -> LeastSquares:
+        assert self._residual is not None
+        if self.matrix_free:
+            solver = self.solver if isinstance(self.solver, CG) else CG(rtol=1e-8, progress=False)
+            return MatrixFreeLeastSquares(GaussNewtonMatrix([Part(self._residual, lambda x: x)], params), solver)
+        assert self._jacobian is not None
+        few = self._jacobian.shape[0] < self._jacobian.shape[1]
+        scale = self._scale(params) if self.scaled else None
+        return DenseLeastSquares(self._jacobian, scale, self.solver == "woodbury" or (self.solver == "auto" and few))
+
+    def _scale(self, params: list[Tensor]) -> Tensor:
+        """The largest norms of the columns of J seen so far; a parameter without effect gets a small one."""
+        assert self._jacobian is not None
+        for p, norms in unflatten(torch.linalg.vector_norm(self._jacobian, dim=0), params).items():
+            state = self.state[p]
+            state["scale"] = torch.maximum(state["scale"], norms) if "scale" in state else norms.clone()
+        scale = flatten({p: self.state[p]["scale"] for p in params})
+        largest = float(scale.max())
+        return scale.clamp_min(1e-8 * largest if largest > 0 else 1.0)

@@ -1,0 +1,108 @@
+"""Newton's method."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal, get_args
+
+from torch import Tensor
+
+from precond.closure.affine import affine_hessian
+from precond.closure.optimizer import ClosureOptimizer, flatten, unflatten
+from precond.step.adapt import LevenbergMarquardt
+from precond.step.methods import Taxonomy
+from solvers import Cholesky, Dense, Eigen, Eigh, LinearOperator, NotPositiveDefiniteError, Tikhonov, power
+
+Mode = Literal["plain", "absolute"]
+
+
+class Newton(ClosureOptimizer):
+    r"""Newton's method with the dense Hessian.
+
+    .. math:: d = (H + \lambda I)^{-1} g \quad \text{(plain)}, \qquad
+        d = (|H| + \lambda I)^{-1} g \quad \text{(absolute)}
+
+    where :math:`|H|` has the absolute eigenvalues: saddle-free Newton. All parameters are solved for together.
+
+    Prefer it for small smooth problems that are wanted to high accuracy, such as convex ones with up to a few thousand
+    parameters. A step costs P products with the Hessian (each about two gradients), and ``P^3 / 3`` (plain) or ``9
+    P^3`` (absolute); memory ``P^2``. Generalized linear models, such as logistic regression with a ridge, are
+    recognised and cost a fraction: see :func:`precond.closure.affine.affine_hessian`. Use float64: the accuracy of the
+    minimiser is that of the gradient.
+
+    Args:
+        params: Parameters, groups, or named parameters.
+        lr: Step length; 1 is Newton's.
+        damping: :math:`\lambda`, in units of the Hessian.
+        mode: ``"plain"``, or ``"absolute"`` where the Hessian is indefinite.
+        adapt: Adapt the damping, and reject steps that do not lower the loss; ``True`` for the usual rule.
+        weight_decay: Decoupled weight decay.
+        options: See :class:`SecondOrderOptimizer`.
+
+    Raises:
+        NotPositiveDefiniteError: In ``step``: for ``"plain"`` without ``adapt``, if the damped Hessian is indefinite.
+
+    References:
+        Nocedal and Wright (2006), chapter 3; Dauphin et al. (2014), https://arxiv.org/abs/1406.2572
+    """
+
+    taxonomy: ClassVar = Taxonomy(
+        curvature="Hessian, plain or absolute",
+        structure="dense",
+        solver="Cholesky or eigh",
+        matrices=("Hessian",),
+        forms=("dense",),
+        step="P products with H, P³/3",
+        refresh="none",
+        memory="P²",
+        paper="https://arxiv.org/abs/1406.2572",
+    )
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1.0,
+        *,
+        damping: float = 0.0,
+        mode: Mode = "plain",
+        adapt: bool | LevenbergMarquardt = False,
+        weight_decay: float = 0.0,
+        **options: Any,
+    ) -> None:
+        if mode not in get_args(Mode):
+            raise ValueError(f"mode is one of {', '.join(get_args(Mode))}, not {mode!r}.")
+        self.mode = mode
+        self.rule = LevenbergMarquardt() if adapt is True else adapt or None
+        super().__init__(params, lr=lr, weight_decay=weight_decay, defaults={"damping": damping}, **options)
+
+    def directions(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        params = list(gradients)
+        sign, g = self.sign, self.sign * flatten(gradients)
+        curvature: LinearOperator = Dense(sign * self._hessian(params))
+        if self.mode == "absolute":
+            values, basis = Eigh().basis(curvature.to_dense())
+            curvature = Eigen(Dense(basis), values.abs())  # one decomposition serves every damping
+
+        def solve(damping: float) -> Tensor:
+            return self._inverse(curvature, damping) @ g
+
+        if self.rule is None:
+            direction = solve(float(self.common("damping")))
+        else:
+            direction = self.levenberg_marquardt(self.rule, g, solve, lambda v: v @ (curvature @ v))
+        return unflatten(sign * direction, params)
+
+    def _hessian(self, params: list[Tensor]) -> Tensor:
+        closure = self._required_closure()
+        assert self._value is not None
+        structured = affine_hessian(lambda: self.loss(closure), params, self._value)
+        return self.hessian(params) if structured is None else structured
+
+    def _inverse(self, curvature: LinearOperator, damping: float) -> LinearOperator:
+        solver = Cholesky(explicit=False) if self.mode == "plain" else Eigh()
+        try:
+            return power(Tikhonov(damping)(curvature), -1, solver)
+        except NotPositiveDefiniteError as error:
+            raise NotPositiveDefiniteError(
+                f"Newton: the Hessian with a damping of {damping:g} is not positive definite, so the step need not "
+                f"lower the loss. Use mode='absolute', adapt=True, or more damping. {error}"
+            ) from error

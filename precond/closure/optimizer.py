@@ -1,0 +1,347 @@
+"""Optimizers that evaluate the loss themselves: ``step(closure)``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from precond.gradient.optimizer import working_dtype
+from precond.step.adapt import LevenbergMarquardt
+from precond.step.base import SecondOrderOptimizer
+from solvers import SolverError
+
+Vectors = dict[Tensor, Tensor]
+Closure = Callable[[], Any]
+
+
+class ClosureOptimizer(SecondOrderOptimizer):
+    """Base of the methods that need more of the loss than its gradient.
+
+    The closure computes the loss on one fixed batch and returns it, as a tensor with its graph. It may call
+    ``backward()`` and ``zero_grad()``, as the closures of ``torch.optim.LBFGS`` do, but need not: inside,
+    ``Tensor.backward`` does nothing, and the optimizer differentiates the returned loss. It may be called several times
+    in a step, with other values of the parameters, so it should be deterministic.
+
+    With ``decay="l2"`` the penalty is part of the loss: of its value, which ``step`` returns, its gradient and Hessian.
+    """
+
+    needs: ClassVar[str] = "closure"
+
+    _closure: Closure | None = None
+    _loss: Tensor | None = None
+    _value: Tensor | None = None
+    _slopes: Vectors | None = None
+
+    def step(self, closure: Closure | None = None) -> Any:
+        self._require(closure)
+        try:
+            return super().step(closure)
+        finally:
+            self.release()
+
+    def precondition(self, closure: Closure | None = None) -> Any:
+        self._require(closure)
+        try:
+            return super().precondition(closure)
+        finally:
+            self.release()
+
+    def _require(self, closure: Closure | None) -> None:
+        if closure is None and self.closure_needed():
+            raise TypeError(
+                f"{type(self).__name__} needs second derivatives: call step(closure) with a function that computes the "
+                "loss of one batch and returns it."
+            )
+
+    def release(self) -> None:
+        """Forget the graph of the last evaluation."""
+        self._closure = self._loss = self._value = self._slopes = None
+
+    # Evaluation
+
+    def closure_needed(self) -> bool:
+        """Whether the steps cannot do with the gradients that a plain loop leaves."""
+        return True
+
+    def second_order(self) -> bool:
+        """Whether this step needs second derivatives."""
+        return True
+
+    def keeps_graph(self) -> bool:
+        """Whether this step goes back through the graph of the loss again, without second derivatives of it."""
+        return False
+
+    def parameters(self) -> list[Tensor]:
+        """The parameters that are trained, in the order of the groups."""
+        return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+
+    def run(self, closure: Closure) -> Any:
+        """What the closure returns, with its graph; gradients stay, though it may call ``zero_grad()``."""
+        own = [(p, p.grad) for p in self.parameters()]
+        for p, _ in own:
+            p.grad = None
+        try:
+            with torch.enable_grad(), BackwardDoesNothing():
+                return closure()
+        finally:
+            for p, grad in own:
+                p.grad = grad
+
+    def loss(self, closure: Closure) -> Tensor:
+        """The loss as a number with its graph.
+
+        Raises:
+            TypeError: If the closure returns something else.
+        """
+        loss = self.run(closure)
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise TypeError(
+                f"the closure of {type(self).__name__} must return the loss as a tensor with one number and its graph, "
+                f"not {what} {'without one' if isinstance(loss, Tensor) and loss.numel() == 1 else ''}".rstrip()
+                + ". Return the loss itself, not loss.item() or loss.detach()."
+            )
+        return loss.reshape(()) + self._penalty()
+
+    def _penalty(self) -> Tensor | float:
+        """The sum of squares that L2 weight decay adds to what is minimised."""
+        total: Tensor | float = 0.0
+        for group in self.param_groups:
+            if group["decay"] == "l2" and group["weight_decay"]:
+                sign = -1 if group["maximize"] else 1
+                squares = sum((p.square().sum() for p in group["params"] if p.requires_grad), torch.zeros(()))
+                total = total + sign * 0.5 * group["weight_decay"] * squares
+        return total
+
+    def regularized(self, gradients: Vectors) -> Vectors:
+        """Gradients with the L2 part of the weight decay, which those of a closure have already."""
+        return super().regularized(gradients) if self._slopes is None else gradients
+
+    @torch.enable_grad()
+    def _evaluate(self, closure: Closure | None) -> Any:
+        if closure is None:
+            return None
+        self._closure, params = closure, self.parameters()
+        loss = self.loss(closure)
+        twice = self.second_order()
+        keep = twice or self.keeps_graph()
+        try:
+            slopes = torch.autograd.grad(loss, params, create_graph=twice, retain_graph=keep or None, allow_unused=True)
+        except RuntimeError as error:
+            if "second time" not in str(error):
+                raise
+            raise RuntimeError(
+                f"the closure of {type(self).__name__} freed the graph of the loss by torch.autograd.backward or "
+                "torch.autograd.grad. Return the loss without differentiating it, or pass retain_graph=True."
+            ) from error
+        self._loss, self._value = loss if keep else None, loss.detach()
+        self._slopes = {p: g for p, g in zip(params, slopes, strict=True) if g is not None}
+        for p in params:
+            p.grad = self._slopes[p].detach().clone() if p in self._slopes else None
+        return self._value
+
+    def _gradients(self) -> Vectors | None:
+        gradients = super()._gradients()
+        if gradients is None or self._slopes is None:
+            return gradients
+        # Without those that the loss does not reach, whose grad is left from elsewhere.
+        return {p: g for p, g in gradients.items() if p in self._slopes}
+
+    def value_at(self, moves: Mapping[Tensor, Tensor]) -> Tensor:
+        """What is minimised, at ``p + move``; the parameters stay as they are, bit for bit."""
+        with self.moved(moves):
+            return self.sign * self.objective(self._required_closure())
+
+    @contextmanager
+    def moved(self, moves: Mapping[Tensor, Tensor]) -> Iterator[None]:
+        """Within the block the parameters are at ``p + move``; afterwards as they were, bit for bit."""
+        own = {p: p.data for p in moves}
+        try:
+            # Not in place: the graph of the last evaluation holds the parameters as they were.
+            for p, move in moves.items():
+                p.data = (own[p] + move).to(p.dtype)
+            yield
+        finally:
+            for p, data in own.items():
+                p.data = data
+
+    def _required_closure(self) -> Closure:
+        assert self._closure is not None
+        return self._closure
+
+    def objective(self, closure: Closure) -> Tensor:
+        """The loss at the current parameters, without graph."""
+        return self.loss(closure).detach()
+
+    @property
+    def value(self) -> Tensor:
+        """What is minimised, at the start of the step."""
+        assert self._value is not None
+        return self.sign * self._value
+
+    @property
+    def sign(self) -> int:
+        """-1 if the loss is maximised.
+
+        Raises:
+            ValueError: If the groups disagree.
+        """
+        return -1 if self.common("maximize") else 1
+
+    def common(self, option: str) -> Any:
+        """An option that all groups must share, because their parameters are solved for together.
+
+        Raises:
+            ValueError: If they do not.
+        """
+        values = {float(group[option]) for group in self.param_groups}
+        if len(values) > 1:
+            raise ValueError(
+                f"{type(self).__name__} solves for all parameters together and needs one {option}, but the groups have "
+                f"{sorted(values)}."
+            )
+        return self.param_groups[0][option]
+
+    # Second derivatives
+
+    @torch.enable_grad()
+    def hessian_product(self, v: Mapping[Tensor, Tensor]) -> Vectors:
+        """Product of the loss's Hessian with a vector, by parameter."""
+        assert self._slopes is not None
+        params = list(v)
+        pairs = [(self._slopes[p], v[p]) for p in params if p in self._slopes and self._slopes[p].requires_grad]
+        out: tuple[Tensor | None, ...] = (None,) * len(params)
+        if pairs:
+            slopes, vectors = zip(*pairs, strict=True)
+            out = torch.autograd.grad(slopes, params, vectors, retain_graph=True, allow_unused=True)
+        return {p: torch.zeros_like(p) if h is None else h.detach() for p, h in zip(params, out, strict=True)}
+
+    @torch.enable_grad()
+    def hessian(self, params: list[Tensor], chunk: int = 64) -> Tensor:
+        """Dense Hessian on the concatenated parameters, ``(P, P)``, by products with the identity."""
+        assert self._slopes is not None
+        slopes = [self._slopes[p] if p in self._slopes else torch.zeros_like(p) for p in params]
+        flat = torch.cat([g.reshape(-1) for g in slopes])
+        if not flat.requires_grad:
+            return flat.new_zeros(flat.numel(), flat.numel())
+        rows = jacobian_rows(flat, params, chunk)
+        return ((rows + rows.mT) / 2).detach()
+
+    # Levenberg-Marquardt
+
+    def levenberg_marquardt(
+        self,
+        rule: LevenbergMarquardt,
+        gradient: Tensor,
+        solve: Callable[[float], Tensor],
+        quadratic: Callable[[Tensor], Tensor],
+        bend: Callable[[Tensor, float], Tensor] | None = None,
+    ) -> Tensor:
+        r"""Find a damping whose step lowers the loss, and adapt it.
+
+        With the move :math:`m = -\eta d`, :math:`d = (C + \lambda I)^{-1} g`, the ratio of the change of the loss to
+        that of its model :math:`g^\top m + m^\top C m / 2` decides on the next damping; a step that does not lower the
+        loss is rejected and tried again with more damping.
+
+        Args:
+            rule: When to change the damping, and by how much.
+            gradient: g of what is minimised, ``(P,)``.
+            solve: Damping to direction d.
+            quadratic: A vector v to ``v^T C v``.
+            bend: A correction of second order to a move; the model does not see it.
+
+        Returns:
+            The direction; zero if every attempt was rejected.
+        """
+        params = list(self._slopes or {})
+        rates = torch.cat(
+            [p.new_full((p.numel(),), float(self._group_of(p)["lr"]), dtype=working_dtype(p)) for p in params]
+        )
+        for _ in range(rule.attempts):
+            damping = float(self.common("damping"))
+            try:
+                direction = solve(damping)
+            except SolverError:
+                self.set_damping(rule.raised(damping))
+                continue
+            move = -rates * direction
+            predicted = -float(gradient @ move + 0.5 * quadratic(move))
+            if bend is not None:
+                correction = bend(move, damping)
+                move = move + correction
+                direction = direction - torch.where(rates > 0, correction / rates, 0.0)
+            after, before = float(self.value_at(unflatten(move, params))), float(self.value)
+            if 0 <= predicted <= 10 * torch.finfo(move.dtype).eps * abs(before) and after < float("inf"):
+                return direction  # too small to be seen in the loss
+            ratio = (before - after) / predicted if predicted > 0 else float("nan")
+            self.set_damping(rule.adapted(damping, ratio))
+            if after <= before and predicted > 0:
+                return direction
+        return torch.zeros_like(gradient)
+
+    def _group_of(self, parameter: Tensor) -> dict[str, Any]:
+        return next(group for group in self.param_groups for p in group["params"] if p is parameter)
+
+    def set_damping(self, damping: float) -> None:
+        """Give all groups the same damping; it is part of the checkpoints."""
+        for group in (self.defaults, *self.param_groups):  # also those that are added later
+            group["damping"] = damping
+
+
+class BackwardDoesNothing(TorchFunctionMode):
+    """``Tensor.backward`` does nothing inside."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.backward:
+            return None
+        return func(*args, **(kwargs or {}))
+
+
+def jacobian_rows(outputs: Tensor, params: list[Tensor], chunk: int = 64) -> Tensor:
+    """Jacobian of a vector ``(N,)`` with respect to the concatenated parameters, ``(N, P)``, keeping the graph."""
+    blocks = []
+    for start in range(0, outputs.numel(), chunk):
+        stop = min(start + chunk, outputs.numel())
+        seeds = torch.zeros(stop - start, outputs.numel(), dtype=outputs.dtype, device=outputs.device)
+        seeds[:, start:stop].fill_diagonal_(1)
+        columns = _pull_back(outputs, params, seeds)
+        blocks.append(torch.cat([c.reshape(stop - start, -1).to(working_dtype(c)) for c in columns], 1))
+    return torch.cat(blocks)
+
+
+def _pull_back(outputs: Tensor, params: list[Tensor], seeds: Tensor) -> list[Tensor]:
+    def pull(seed: Tensor, batched: bool) -> list[Tensor]:
+        found = torch.autograd.grad(
+            outputs, params, seed, retain_graph=True, allow_unused=True, is_grads_batched=batched
+        )
+        shape = (len(seed),) if batched else ()
+        return [p.new_zeros(*shape, *p.shape) if g is None else g for p, g in zip(params, found, strict=True)]
+
+    try:
+        return pull(seeds, True)
+    except RuntimeError:  # an operation in the graph has no batching rule
+        rows = [pull(seed, False) for seed in seeds]
+        return [torch.stack(column) for column in zip(*rows, strict=True)]
+
+
+def flatten(vectors: Mapping[Tensor, Tensor]) -> Tensor:
+    """Concatenate, each row-major, in the mapping's order, in float32 at least."""
+    return torch.cat([v.reshape(-1).to(working_dtype(v)) for v in vectors.values()])
+
+
+def unflatten(flat: Tensor, params: list[Tensor]) -> Vectors:
+    """Inverse of :func:`flatten`."""
+    parts = flat.split([p.numel() for p in params])
+    return {p: part.reshape(p.shape) for p, part in zip(params, parts, strict=True)}
+
+
+def rademacher(p: Tensor, seed: int, step: int, index: int) -> Tensor:
+    """Random signs of the shape of ``p``, a function of seed, step and index alone."""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * 1_000_003 + index)
+    signs = torch.randint(0, 2, p.shape, generator=generator) * 2 - 1
+    return signs.to(device=p.device, dtype=p.dtype)

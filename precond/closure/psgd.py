@@ -1,0 +1,273 @@
+"""PSGD with Kronecker factors."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from precond.closure.optimizer import ClosureOptimizer, Vectors, rademacher
+from precond.gradient.matrices import gram, largest, merged_shape, multiply, unfolded
+from precond.gradient.optimizer import Group, State, debiased, due, state_zeros, working_dtype
+from precond.gradient.stacks import Stack, StackedOptimizer
+from precond.step.methods import Taxonomy
+from precond.step.schedules import Scheduled, ScheduledInt
+
+Criterion = Literal["whitening", "hessian"]
+
+
+class PSGD(ClosureOptimizer, StackedOptimizer):
+    r"""PSGD: a preconditioner learnt by stochastic descent, without a solve, one Kronecker factor per axis.
+
+    :math:`P = Q^\top Q` minimises
+
+    .. math:: E[h^\top P h + v^\top P^{-1} v]
+
+    with h the gradient and v white noise (``"whitening"``: :math:`P = E[g g^\top]^{-1/2}`), or :math:`h = H v` with
+    random signs v (``"hessian"``: :math:`P = (H^2)^{-1/2} = |H|^{-1}`, the step of Newton's method). With
+    :math:`C_k = (P h)_{(k)} (P h)_{(k)}^\top` and :math:`T_k = v_{(k)} v_{(k)}^\top` (its mean, ``numel / n_k``, for
+    ``"whitening"``), each factor moves by
+
+    .. math:: Q_k \leftarrow Q_k - \frac{\mu}{\ell_k} (C_k - T_k) Q_k
+
+    with :math:`\ell_k` a running bound of the norm of :math:`C_k + T_k`, and is then turned towards a symmetric matrix,
+    which changes P no more than the turn's second-order formula is off from a rotation. Gradients are fitted as if
+    noise of size :math:`\delta = ` ``damping + eps * rms(h)`` were added, by its mean, so no random numbers are drawn
+    for it. Every 100 steps the factors are scaled to equal size.
+
+    A step costs about ``6 (m^3 + n^3)`` for the factors (less often with a longer ``curvature_update_period``) and ``2
+    (m^2 n + m n^2)`` for the direction; only products, so it runs on any accelerator. Memory: one moment, a matrix per
+    axis; axes beyond ``max_dim`` and vectors keep a diagonal.
+
+    Args:
+        params: Parameters, groups, or named parameters.
+        lr: Learning rate; for ``"whitening"`` about AdamW's, for ``"hessian"`` relative to Newton's step.
+        beta: Decay of the average of gradients that P is applied to.
+        criterion: ``"whitening"``, or ``"hessian"``, for which ``step`` needs a closure.
+        preconditioner_lr: :math:`\mu`, in (0, 1); from about 0.4 on the factors may oscillate.
+        damping: Absolute size of the noise, in units of the gradient.
+        eps: Relative size of the noise.
+        max_rms: Bound of the root mean square of a parameter's direction; ``None`` for none.
+        weight_decay: Weight decay, decoupled unless ``decay`` says otherwise.
+        curvature_update_period: Steps between updates of P.
+        max_dim: Axes longer than this keep a diagonal.
+        merge_dims: Join neighbouring axes up to this size; ``None`` keeps them apart.
+        seed: Of the random signs.
+        options: See :class:`SecondOrderOptimizer`.
+
+    References:
+        Li (2015), https://arxiv.org/abs/1512.04202; Pooladzandi and Li (2024), https://arxiv.org/abs/2402.04553
+    """
+
+    taxonomy: ClassVar = Taxonomy(
+        curvature="gradient second moment, or absolute Hessian",
+        structure="Kronecker, one factor per axis",
+        solver="multiplicative descent on the inverse's root",
+        matrices=("gradient second moment", "Hessian"),
+        forms=("Kronecker",),
+        step="6(m²n + mn²) + 12(m³ + n³)",
+        refresh="none",
+        memory="m² + n²",
+        paper="https://arxiv.org/abs/1512.04202",
+    )
+    needs: ClassVar[str] = "grad"
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        *,
+        beta: float = 0.9,
+        criterion: Criterion = "whitening",
+        preconditioner_lr: Scheduled = 0.1,
+        damping: Scheduled = 1e-9,
+        eps: Scheduled = 1e-6,
+        max_rms: Scheduled | None = 1.1,
+        weight_decay: Scheduled = 0.0,
+        curvature_update_period: ScheduledInt = 1,
+        max_dim: int = 8192,
+        merge_dims: int | None = None,
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        if criterion not in get_args(Criterion):
+            raise ValueError(f"criterion is one of {', '.join(get_args(Criterion))}, not {criterion!r}.")
+        self.criterion, self.seed = criterion, seed
+        super().__init__(
+            params,
+            lr=lr,
+            weight_decay=weight_decay,
+            defaults={
+                "betas": (beta,),
+                "preconditioner_lr": preconditioner_lr,
+                "damping": damping,
+                "eps": eps,
+                "max_rms": max_rms,
+                "curvature_update_period": curvature_update_period,
+                "max_dim": max_dim,
+                "merge_dims": merge_dims,
+            },
+            **options,
+        )
+
+    def check(self, options: Group) -> None:
+        super().check(options)
+        if not 0 < options["preconditioner_lr"] < 1:
+            raise ValueError(f"preconditioner_lr is in (0, 1); got {options['preconditioner_lr']}.")
+        if options["max_rms"] is not None and not options["max_rms"] > 0:
+            raise ValueError(f"max_rms is positive, or None for no bound; got {options['max_rms']}.")
+
+    def initial_state(self, p: Tensor, group: Group) -> State:
+        shape = merged_shape(p.shape, group["merge_dims"]) or (1,)
+        state: State = {"exp_avg": state_zeros(p, shape), "updates": 0}
+        for axis, n in enumerate(shape):
+            eye = torch.eye(n, dtype=working_dtype(p), device=p.device)
+            state[f"root.{axis}"] = eye if len(shape) > 1 and n <= group["max_dim"] else eye.diagonal().clone()
+            state[f"bound.{axis}"] = state_zeros(p, ())
+        return state
+
+    def closure_needed(self) -> bool:
+        return self.criterion == "hessian"
+
+    def second_order(self) -> bool:
+        return self.criterion == "hessian" and due(self.steps + 1, self.common("curvature_update_period"))
+
+    def directions(self, gradients: Vectors) -> Vectors:
+        self._probes: Vectors = {}
+        self._products: Vectors = {}
+        if self.second_order():
+            self._probes = {p: rademacher(p, self.seed, self.steps, index) for index, p in enumerate(gradients)}
+            self._products = self.hessian_product(self._probes)
+        return super().directions(gradients)
+
+    def kind(self, p: Tensor, g: Tensor) -> int:
+        """Whether the size of P is known (2), can be read off now (1), or not yet, because all is zero (0)."""
+        if self.state[p]["updates"]:
+            return 2
+        h = g if self.criterion == "whitening" else self._products.get(p)
+        return int(h is not None and bool(h.any()))
+
+    def update(self, stack: Stack, g: Tensor, group: Group) -> Tensor:
+        state, step, beta = stack.state, stack.step, group["betas"][0]
+        g = g.reshape(state["exp_avg"].shape)
+        state["exp_avg"].lerp_(g, 1 - beta)
+        if self.criterion == "whitening" and due(step, group["curvature_update_period"]):
+            self._learn(stack, group, g, None)
+        elif stack.params[0] in self._probes:
+            pairs = ([found[p].to(g.dtype) for p in stack.params] for found in (self._products, self._probes))
+            h, v = (stack.gather(tensors).reshape(g.shape) for tensors in pairs)
+            self._learn(stack, group, h, v)
+        if step % 100 == 0:
+            _balance(state, g.ndim - 1)
+        out = _apply(debiased(state["exp_avg"], beta, step), _metrics(state, g.ndim - 1))
+        if group["max_rms"] is not None:
+            rms = _mean(out.square()).sqrt_()
+            out = out * (group["max_rms"] / rms.clamp(min=group["max_rms"]))
+        return out
+
+    def _learn(self, stack: Stack, group: Group, h: Tensor, v: Tensor | None) -> None:
+        """One descent step on every factor."""
+        state, axes, first = stack.state, range(h.ndim - 1), stack.params[0]
+        noise = group["damping"] + group["eps"] * _mean(h.square()).sqrt_()
+        if not self.state[first]["updates"]:
+            if not self.kind(first, h):
+                return
+            scale = (_size(h) + noise) ** -0.5 * (1.0 if v is None else _size(v) ** 0.5)
+            for axis in axes:
+                root = state[f"root.{axis}"]
+                root.mul_(_like(scale ** (1 / len(axes)), root))
+        for p in stack.params:
+            self.state[p]["updates"] += 1
+        metrics = _metrics(state, len(axes))
+        norms = [metric.square().flatten(1).sum(1) for metric in metrics.values()]
+        image = _apply(h, metrics)
+        for axis, metric in metrics.items():
+            root, bound = state[f"root.{axis}"], state[f"bound.{axis}"]
+            others = prod((n for k, n in enumerate(norms) if k != axis), start=noise.flatten() ** 2)
+            dense = root.ndim == 3
+            # The second term is the mean over the noise.
+            c = _gram(image, axis, dense) + _like(others, root) * (metric @ metric if dense else metric.square())
+            t: Any = h[0].numel() / h.shape[axis + 1] if v is None else _gram(v, axis, dense)
+            size = _norm(c) + t if v is None else _norm(c + t)
+            bound.copy_(torch.maximum(0.9 * bound + 0.1 * size, size))
+            if dense:
+                change = c @ root - (t * root if v is None else t @ root)
+            else:
+                change = (c - t) * root
+            root.sub_(change * _like(group["preconditioner_lr"] / bound, root))
+            if dense:
+                root.copy_(_turned(root))
+
+
+def _balance(state: State, ndim: int) -> None:
+    """Scale the factors to equal size, which leaves P as it is."""
+    roots = [state[f"root.{axis}"] for axis in range(ndim)]
+    sizes = torch.stack([root.abs().flatten(1).amax(1) for root in roots])
+    for root, factor in zip(roots, sizes.log().mean(0).exp() / sizes, strict=True):
+        root.mul_(_like(factor, root))
+
+
+def _metrics(state: State, ndim: int) -> dict[int, Tensor]:
+    """The factors of P ``(k, n, n)``, or their diagonals ``(k, n)``."""
+    roots = {axis: state[f"root.{axis}"] for axis in range(ndim)}
+    return {axis: root.mT @ root if root.ndim == 3 else root.square() for axis, root in roots.items()}
+
+
+def _apply(x: Tensor, metrics: dict[int, Tensor]) -> Tensor:
+    for axis, metric in metrics.items():
+        if metric.ndim == 2:
+            x = x * metric.reshape([len(x)] + [-1 if k == axis else 1 for k in range(x.ndim - 1)])
+    return multiply(x, {axis: metric for axis, metric in metrics.items() if metric.ndim == 3})
+
+
+def _gram(x: Tensor, axis: int, dense: bool) -> Tensor:
+    return gram(x, axis) if dense else unfolded(x, axis).square().sum(-1)
+
+
+def _like(values: Tensor, x: Tensor) -> Tensor:
+    """One number for each tensor of a stack, as a factor of ``x``."""
+    return values.reshape(len(x), *[1] * (x.ndim - 1))
+
+
+def _mean(x: Tensor) -> Tensor:
+    """Mean of each tensor of a stack ``(k, *shape)``, ``(k, 1, ...)``."""
+    return x.mean(tuple(range(1, x.ndim)), keepdim=True)
+
+
+def _size(x: Tensor) -> Tensor:
+    """Fourth root of the mean fourth power, which weighs large entries more than the mean square does."""
+    top = largest(x.abs())
+    return top * _mean((x / top).square_().square_()) ** 0.25
+
+
+def _norm(matrix: Tensor) -> Tensor:
+    """Spectral norms of positive semi-definite matrices or diagonals, from below by two steps of the power method."""
+    if matrix.ndim == 2:
+        return matrix.amax(1)
+    column = matrix.diagonal(dim1=-2, dim2=-1).argmax(1)
+    x = matrix.gather(1, column[:, None, None].expand(len(matrix), 1, matrix.shape[2]))  # rows, as these are symmetric
+    for _ in range(2):
+        x = x / torch.linalg.vector_norm(x, dim=2, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+        x = (matrix * x).sum(2)[:, None]
+    return torch.linalg.vector_norm(x, dim=(1, 2))
+
+
+def _turned(root: Tensor) -> Tensor:
+    r"""Q after a small rotation that makes it more symmetric, which leaves :math:`Q^\top Q` as it is.
+
+    For skew R, :math:`\operatorname{tr}(e^{aR} Q) \approx \operatorname{tr} Q + a \operatorname{tr}(R Q) + \tfrac12 a^2
+    \operatorname{tr}(R^2 Q)` is largest at symmetric positive definite Q; the gradient direction is
+    :math:`R = Q^\top - Q`.
+    """
+    skew = root.mT - root
+    # Singular values of a skew matrix come in pairs, so this is at least the largest.
+    size = torch.linalg.matrix_norm(skew, keepdim=True) / 2**0.5
+    skew = skew / size.clamp(min=torch.finfo(root.dtype).tiny)
+    first = skew @ root
+    second = skew @ first
+    slope, bend = (x.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None] for x in (first, second))
+    longest = torch.full_like(slope, 1 / 8)  # the error of the formula is of third order
+    a = torch.where(bend < 0, torch.minimum(-slope / bend, longest), longest)
+    return root + a * (first + 0.5 * a * second)

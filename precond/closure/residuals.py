@@ -1,0 +1,142 @@
+"""Residuals of a least-squares problem, and the linear problems of a Gauss-Newton step."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jacrev, vmap
+
+from curvature.layers.samples import gram
+from precond.closure.gauss_newton_optimizer import GaussNewtonMatrix
+from solvers import CG, Cholesky, Dense, Tikhonov, power
+
+
+@dataclass(frozen=True)
+class PointwiseResidual:
+    r"""Residuals at points, each of which depends on one point alone; their Jacobian is taken point by point.
+
+    .. math:: r_n = w\, f(u, x_n), \qquad u(x) = \text{model}(x)
+
+    Costs one Jacobian of f per point under ``vmap``, where a residual that is only known as a tensor costs a backward
+    pass over all points for each row.
+
+    Args:
+        model: Maps a batch ``(N, d)`` to ``(N, ...)``, example by example; without buffers that it changes.
+        function: ``f(u, x)`` with ``u`` the model as a function of one point ``(d,)`` and ``x`` one point; may use
+            ``torch.func`` on ``u``. Returns a tensor.
+        points: ``(N, d)``.
+        weight: w, often ``N ** -0.5``.
+    """
+
+    model: nn.Module
+    function: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
+    points: Tensor
+    weight: float = 1.0
+
+    def value(self) -> Tensor:
+        """``(N * entries,)``."""
+        return vmap(lambda x: self._at({}, x))(self.points).reshape(-1)
+
+    def value_and_jacobian(self, params: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Residuals ``(R,)`` and their Jacobian ``(R, P)`` with respect to the concatenated parameters."""
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        free = {names[id(p)]: p.detach() for p in params if id(p) in names}
+
+        def both(values: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+            r = self._at(values, x)
+            return r, r
+
+        rows, value = vmap(jacrev(both, has_aux=True), in_dims=(None, 0))(free, self.points)
+        count = value.numel()
+        blocks = []
+        for p in params:
+            name = names.get(id(p))
+            blocks.append(p.new_zeros(count, p.numel()) if name is None else rows[name].reshape(count, -1))
+        return value.reshape(-1), torch.cat(blocks, 1)
+
+    def _at(self, values: dict[str, Tensor], x: Tensor) -> Tensor:
+        def u(point: Tensor) -> Tensor:
+            return functional_call(self.model, values, (point.unsqueeze(0),)).squeeze(0)
+
+        return self.weight * self.function(u, x).reshape(-1)
+
+
+class LeastSquares(ABC):
+    r"""Damped linear least squares in the Jacobian of residuals, ``J (R, P)``."""
+
+    @abstractmethod
+    def fit(self, target: Tensor, damping: float) -> Tensor:
+        r"""The v that minimises :math:`\lVert J v - t \rVert^2 + \lambda \lVert D v \rVert^2`, ``(R,)`` to ``(P,)``."""
+
+    @abstractmethod
+    def push(self, v: Tensor) -> Tensor:
+        """``J v``."""
+
+    @abstractmethod
+    def size(self, v: Tensor) -> float:
+        """``|D v|``."""
+
+
+class DenseLeastSquares(LeastSquares):
+    r"""By Cholesky, in the size of the parameters or in that of the residuals.
+
+    .. math:: (J^\top J + \lambda D^2)^{-1} J^\top t = D^{-1} \tilde J^\top (\tilde J \tilde J^\top + \lambda I)^{-1} t,
+        \qquad \tilde J = J D^{-1}
+
+    The second form never divides by :math:`\lambda`, unlike Woodbury's on :math:`J^\top t`, so it stays accurate where
+    :math:`\lambda` is tiny.
+
+    Args:
+        jacobian: J, ``(R, P)``.
+        scale: The diagonal of D, positive, ``(P,)``.
+        rows: Solve in the size of the residuals.
+    """
+
+    def __init__(self, jacobian: Tensor, scale: Tensor | None, rows: bool) -> None:
+        self.scale, self.rows = scale, rows
+        self.jacobian = jacobian if scale is None else jacobian / scale
+
+    @cached_property
+    def gram(self) -> Tensor:
+        """``J J^T (R, R)`` or ``J^T J (P, P)``, of the scaled Jacobian."""
+        return gram(self.jacobian.mT.contiguous() if self.rows else self.jacobian)
+
+    def fit(self, target: Tensor, damping: float) -> Tensor:
+        inverse = power(Tikhonov(damping)(Dense(self.gram)), -1, Cholesky(explicit=False))
+        if self.rows:
+            solution = self.jacobian.mT @ (inverse @ target)
+        else:
+            solution = inverse @ (self.jacobian.mT @ target)
+        return solution if self.scale is None else solution / self.scale
+
+    def push(self, v: Tensor) -> Tensor:
+        return self.jacobian @ (v if self.scale is None else v * self.scale)
+
+    def size(self, v: Tensor) -> float:
+        return float((v if self.scale is None else v * self.scale).norm())
+
+
+class MatrixFreeLeastSquares(LeastSquares):
+    """By conjugate gradients on ``J^T J + lam I``, with products alone.
+
+    Args:
+        matrix: Products with J and its transpose, of one output.
+        solver: Solves.
+    """
+
+    def __init__(self, matrix: GaussNewtonMatrix, solver: CG) -> None:
+        self.matrix, self.solver = matrix, solver
+
+    def fit(self, target: Tensor, damping: float) -> Tensor:
+        return self.solver.solve(Tikhonov(damping)(self.matrix.operator()), self.matrix.pull([target]))
+
+    def push(self, v: Tensor) -> Tensor:
+        return self.matrix.push(v)[0]
+
+    def size(self, v: Tensor) -> float:
+        return float(v.norm())

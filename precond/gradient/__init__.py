@@ -1,0 +1,1 @@
+"""Optimizers that need gradients only: one file for each method."""

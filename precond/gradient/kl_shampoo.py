@@ -1,0 +1,153 @@
+"""KL-Shampoo."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from precond.gradient.bases import improve_bases
+from precond.gradient.matrices import add_gram, merged_shape, multiply, unfolded
+from precond.gradient.optimizer import Group, State, debiased, due, state_zeros
+from precond.gradient.stacks import Stack, StackedOptimizer
+from precond.step.methods import Taxonomy
+from precond.step.schedules import Scheduled, ScheduledInt
+
+
+class KLShampoo(StackedOptimizer):
+    r"""KL-Shampoo: the Kronecker factors that are nearest to the gradient's covariance in KL divergence.
+
+    For a matrix, the factors are fitted together as those of a matrix normal distribution,
+
+    .. math::
+        S_a \leftarrow \beta_2 S_a + \frac{1 - \beta_2}{n} G S_b^{-1} G^\top, \qquad
+        S_b \leftarrow \beta_2 S_b + \frac{1 - \beta_2}{m} G^\top S_a^{-1} G, \qquad
+        D = S_a^{-1/2} \hat M S_b^{-1/2}
+
+    with :math:`S = Q \operatorname{diag}(\lambda) Q^\top` in these powers: the eigenvalues :math:`\lambda` are averaged
+    at every step from the diagonal of :math:`Q^\top \Delta S\, Q`, the bases Q take one step of orthogonal iteration
+    every ``inverse_update_period`` steps. Tensors of any order have one factor per axis. All factors begin as the
+    multiple of the identity that gives their product the first gradient's mean square. Vectors take Adam's step.
+
+    Against SOAP it keeps no second moment, so it needs less memory, and needs no grafting. Learning rates are Adam's.
+    A step costs as much as SOAP's; memory: one moment, and two matrices per axis.
+
+    Args:
+        params: Parameters, groups, or named parameters.
+        lr: Learning rate, in Adam's units.
+        betas: Decay of the average of gradients, and of the factors.
+        eps: For Adam's step, and the smallest eigenvalue of a factor relative to their mean.
+        weight_decay: Weight decay, decoupled unless ``decay`` says otherwise.
+        inverse_update_period: Steps between refreshes of the bases.
+        max_dim: Axes longer than this have no factor.
+        merge_dims: Join neighbouring axes up to this size; ``None`` keeps them apart.
+        options: See :class:`SecondOrderOptimizer`.
+
+    References:
+        Lin et al. (2025), https://arxiv.org/abs/2509.03378
+    """
+
+    taxonomy: ClassVar = Taxonomy(
+        curvature="gradient covariance, nearest in KL divergence",
+        structure="Kronecker, one factor per axis",
+        solver="QR step per refresh, inverse root",
+        matrices=("gradient second moment",),
+        forms=("Kronecker",),
+        step="8(m²n + mn²)",
+        refresh="12(m³ + n³)",
+        memory="2(m² + n²)",
+        paper="https://arxiv.org/abs/2509.03378",
+    )
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 3e-3,
+        *,
+        betas: tuple[float, float] = (0.95, 0.95),
+        eps: Scheduled = 1e-8,
+        weight_decay: Scheduled = 0.0,
+        inverse_update_period: ScheduledInt = 10,
+        max_dim: int = 10000,
+        merge_dims: int | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            params,
+            lr=lr,
+            weight_decay=weight_decay,
+            defaults={
+                "betas": betas,
+                "eps": eps,
+                "inverse_update_period": inverse_update_period,
+                "max_dim": max_dim,
+                "merge_dims": merge_dims,
+            },
+            **options,
+        )
+
+    def initial_state(self, p: Tensor, group: Group) -> State:
+        shape = merged_shape(p.shape, group["merge_dims"])
+        state: State = {"exp_avg": state_zeros(p, shape)}
+        axes = [k for k, n in enumerate(shape) if 1 < n <= group["max_dim"]] if len(shape) > 1 else []
+        for axis in axes:
+            n = shape[axis]
+            state[f"factor.{axis}"] = state_zeros(p, (n, n))
+            state[f"eigenvalues.{axis}"] = state_zeros(p, (n,))
+            state[f"basis.{axis}"] = torch.eye(n, dtype=state["exp_avg"].dtype, device=p.device)
+        if not axes:
+            state["exp_avg_sq"] = state_zeros(p, shape)
+        return state
+
+    def diagonal(self, state: State) -> bool:
+        return "exp_avg_sq" in state
+
+    def update(self, stack: Stack, g: Tensor, group: Group) -> Tensor:
+        state, step, beta1 = stack.state, stack.step, group["betas"][0]
+        g = g.reshape(state["exp_avg"].shape)
+        axes = [axis for axis in range(g.ndim - 1) if f"factor.{axis}" in state]
+        rotated = multiply(g, _bases(state, axes), transpose=True)
+        state["exp_avg"].lerp_(rotated, 1 - beta1)
+        _update_factors(rotated, state, group, axes)
+        if due(step, group["inverse_update_period"]):
+            self.renew(stack, lambda state: improve_bases(state, axes))
+        out = debiased(state["exp_avg"], beta1, step)
+        for k in axes:
+            out = out * _root(state, group, k, g.ndim)
+        return multiply(out, _bases(state, axes))
+
+
+def _bases(state: State, axes: list[int]) -> dict[int, Tensor]:
+    return {k: state[f"basis.{k}"] for k in axes}
+
+
+def _update_factors(rotated: Tensor, state: State, group: Group, axes: list[int]) -> None:
+    beta2, shape = group["betas"][1], rotated.shape
+    first = rotated.square().flatten(1).mean(1, keepdim=True).pow(1 / len(axes))
+    for k in axes:
+        # Nothing is known until a gradient is not zero; this is the first one, or the average stays at zero.
+        factor, eigenvalues = state[f"factor.{k}"], state[f"eigenvalues.{k}"]
+        unknown = torch.where(eigenvalues.sum(1, keepdim=True) == 0, first, 0)
+        eigenvalues.add_(unknown)
+        factor.diagonal(dim1=-2, dim2=-1).add_(unknown)
+    roots = {k: _root(state, group, k, len(shape)) for k in axes}
+    for k in axes:
+        whitened = rotated
+        for j in axes:
+            if j != k:
+                whitened = whitened * roots[j]
+        weight = (1 - beta2) / (prod(shape[1:]) / shape[k + 1])
+        # The diagonal of the change in its own basis, and the change itself.
+        state[f"eigenvalues.{k}"].mul_(beta2).add_(unfolded(whitened, k).square().sum(-1), alpha=weight)
+        whitened = multiply(whitened, {k: state[f"basis.{k}"]})
+        add_gram(state[f"factor.{k}"], whitened, k, old=beta2, new=weight)
+
+
+def _root(state: State, group: Group, axis: int, ndim: int) -> Tensor:
+    """Inverse roots of a factor's eigenvalues along its axis, zero while nothing is known."""
+    eigenvalues = state[f"eigenvalues.{axis}"]
+    floor = group["eps"] * eigenvalues.mean(1, keepdim=True)
+    roots = torch.where(floor > 0, torch.maximum(eigenvalues, floor).rsqrt_(), 0)
+    return roots.reshape([len(roots)] + [-1 if k == axis else 1 for k in range(ndim - 1)])

@@ -1,0 +1,141 @@
+"""M-FAC: natural gradients from a window of past gradients."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from precond.gradient.optimizer import GradientOptimizer, Group, working_dtype
+from precond.step.base import SecondOrderOptimizer
+from precond.step.methods import Taxonomy
+from precond.step.options import period
+from precond.step.schedules import Scheduled
+from solvers import CholeskyInverse, Dense
+from solvers.direct.cholesky import cholesky_factor
+
+
+class MFAC(SecondOrderOptimizer):
+    r"""M-FAC: the empirical Fisher of the last m gradients, inverted exactly.
+
+    .. math:: d = \Big(\lambda I + \frac1m \sum_{i=1}^m g_i g_i^\top\Big)^{-1} g_m
+              = m\, W^\top (m \lambda I + W W^\top)^{-1} e_m
+
+    with the gradients of the last m steps as the rows of W, the present one the last of them. The parameters of a group
+    share one matrix; groups of their own give blocks. Before m steps were taken the sum runs over those that were.
+
+    Prefer it where only gradients are at hand and memory is plentiful: it keeps m copies of the parameters. A step
+    costs one row of the Gram matrix and one combination of the rows, ``O(m P)`` each, and ``m^3 / 3``. Damping below
+    the rounding errors of the Gram matrix counts as much as these.
+
+    Args:
+        params: Parameters, groups, or named parameters.
+        lr: Learning rate.
+        window: m, the number of gradients.
+        damping: :math:`\lambda`, in units of squared gradients; must be positive.
+        momentum: Momentum.
+        weight_decay: Decoupled weight decay.
+        options: See :class:`SecondOrderOptimizer`.
+
+    Raises:
+        ValueError: If an option is out of range.
+
+    References:
+        Frantar, Kurtic and Alistarh (2021), section 3.2, https://arxiv.org/abs/2107.03356
+    """
+
+    needs: ClassVar[str] = "grad"
+    taxonomy: ClassVar = Taxonomy(
+        curvature="second moment of the batch gradients of a window of steps",
+        structure="Gram matrix, whole model or per group",
+        solver="Woodbury",
+        matrices=("gradient second moment",),
+        forms=("low rank",),
+        step="4MP + M³/3 for a window of M",
+        refresh="none",
+        memory="MP",
+        paper="https://arxiv.org/abs/2107.03356",
+    )
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        *,
+        window: int = 256,
+        damping: Scheduled = 1e-4,
+        momentum: Scheduled = 0.9,
+        weight_decay: Scheduled = 0.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            params,
+            lr=lr,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            defaults={"window": window, "damping": damping},
+            **options,
+        )
+
+    def check(self, options: Group) -> None:
+        super().check(options)
+        period("window", options["window"])
+        if not options["damping"] > 0:
+            raise ValueError(f"damping must be positive: a window of gradients is singular. Got {options['damping']}.")
+
+    # A gradient whose squares overflow is one that is not finite.
+    _finite = staticmethod(GradientOptimizer._finite)
+
+    def directions(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        out: dict[Tensor, Tensor] = {}
+        for group in self.param_groups:
+            present = {p: gradients[p] for p in group["params"] if p in gradients}
+            if not any(p.numel() for p in present) or self._idle:
+                out |= {p: torch.zeros_like(g, dtype=working_dtype(g)) for p, g in present.items()}
+                if self._idle:
+                    self._begin(group)
+            else:
+                out |= self._solve(group, present)
+        return out
+
+    def _begin(self, group: Group) -> None:
+        """Create the state of a group: gradients, with their Gram matrix and number beside the first of them."""
+        for index, p in enumerate(group["params"]):
+            state = self.state[p]
+            if "window" not in state:
+                state["window"] = torch.zeros(group["window"], *p.shape, dtype=working_dtype(p), device=p.device)
+                if index == 0:
+                    state["gram"] = torch.zeros(2 * (group["window"],), dtype=working_dtype(p), device=p.device)
+                    state["step"] = 0
+
+    def _solve(self, group: Group, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        self._begin(group)
+        first = self.state[group["params"][0]]
+        slot = first["step"] % group["window"]
+        first["step"] += 1
+        count = min(first["step"], group["window"])
+        # The new row of the Gram matrix. A parameter without gradient counts as zero.
+        products = torch.zeros_like(first["gram"][0])
+        for p in group["params"]:
+            window = self.state[p]["window"]
+            window[slot] = gradients.get(p, 0)
+            rows = window.reshape(len(window), -1)
+            products += (rows @ rows[slot]).to(products)
+        first["gram"][slot] = first["gram"][:, slot] = products
+        weights = self._weights(first["gram"][:count, :count], slot, group["damping"])
+        out = {}
+        for p in gradients:
+            window = self.state[p]["window"]
+            out[p] = torch.tensordot(weights.to(window), window[:count], dims=1)
+        return out
+
+    @staticmethod
+    def _weights(gram: Tensor, slot: int, damping: float) -> Tensor:
+        """Weights ``(m,)`` of the gradients in the direction."""
+        count, eps = len(gram), torch.finfo(gram.dtype).eps
+        gram = gram.double()
+        shift = (count * eps * gram.diagonal().amax()).clamp(min=count * damping)
+        unit = torch.zeros_like(gram[0])
+        unit[slot] = count
+        return CholeskyInverse(cholesky_factor(Dense(gram, is_gram=True).add_diagonal(shift))).apply(unit)

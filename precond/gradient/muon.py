@@ -1,0 +1,156 @@
+"""Muon."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from precond.gradient.matrices import matrix_shape
+from precond.gradient.optimizer import Group, State, state_zeros
+from precond.gradient.stacks import Stack, StackedOptimizer
+from precond.step.methods import Taxonomy
+from precond.step.schedules import Scheduled
+from solvers.iterative.newton_schulz import polar
+
+Scaling = Literal["adam", "spectral", "none"]
+Polynomial = Literal["quintic", "polar_express"]
+
+QUINTIC = ((3.4445, -4.7750, 2.0315),) * 5
+
+
+class Muon(StackedOptimizer):
+    r"""Muon: momentum with its singular values set to one.
+
+    .. math:: M \leftarrow \mu M + (1 - \mu) G, \quad N = (1 - \mu) G + \mu M, \quad
+        D = s\, \operatorname{polar}(N), \quad \operatorname{polar}(U \Sigma V^\top) = U V^\top
+
+    (without Nesterov, N = M). The polar factor comes from a few steps of Newton-Schulz, products only. Tensors with
+    more than two axes are matrices with their first axis as rows (convolutions), or stacks of matrices along all but
+    the last two axes (``stacked=True``, for experts). Vectors, numbers, and groups with ``orthogonalize=False``
+    (embeddings and output layers are best kept so) take AdamW's step with ``betas`` and ``eps``.
+
+    A step costs about ``6 k m^2 n`` multiplications for k iterations, ``m <= n``. Memory: one average.
+
+    Args:
+        params: Parameters, groups, or named parameters.
+        lr: Learning rate; with ``scaling="adam"`` that of AdamW, for all parameters.
+        momentum: :math:`\mu`, before the orthogonalisation.
+        nesterov: Look ahead along the momentum.
+        weight_decay: Weight decay, decoupled unless ``decay`` says otherwise.
+        scaling: s: ``"adam"`` for ``0.2 sqrt(max(m, n))``, entries as large as AdamW's; ``"spectral"`` for
+            ``sqrt(max(1, m / n))``; ``"none"`` for 1, a learning rate in units of spectral norm per step.
+        polynomial: Five steps of ``"polar_express"`` (singular values end between 0.85 and 1) or of the first paper's
+            ``"quintic"`` (between 0.7 and 1.2).
+        orthogonalize: False for AdamW whatever the shape.
+        stacked: Whether leading axes count matrices.
+        betas: For AdamW.
+        eps: For AdamW.
+        options: See :class:`SecondOrderOptimizer`.
+
+    References:
+        Jordan et al. (2024), https://kellerjordan.github.io/posts/muon/; Liu et al. (2025), the scaling,
+        https://arxiv.org/abs/2502.16982; Amsel et al. (2025), Polar Express, https://arxiv.org/abs/2505.16932
+    """
+
+    taxonomy: ClassVar = Taxonomy(
+        curvature="gradient second moment, of the momentum alone",
+        structure="one-sided matrix",
+        solver="Newton-Schulz",
+        matrices=("gradient second moment",),
+        forms=("Kronecker",),
+        step="22m²n + 10m³ for m ≤ n",
+        refresh="none",
+        memory="none",
+        paper="https://kellerjordan.github.io/posts/muon/",
+    )
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        *,
+        momentum: Scheduled = 0.95,
+        nesterov: bool = True,
+        weight_decay: Scheduled = 0.0,
+        scaling: Scaling = "adam",
+        polynomial: Polynomial = "polar_express",
+        orthogonalize: bool = True,
+        stacked: bool = False,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: Scheduled = 1e-8,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            params,
+            lr=lr,
+            momentum=momentum,
+            nesterov=nesterov,
+            weight_decay=weight_decay,
+            defaults={
+                "scaling": scaling,
+                "polynomial": polynomial,
+                "orthogonalize": orthogonalize,
+                "stacked": stacked,
+                "betas": betas,
+                "eps": eps,
+            },
+            **options,
+        )
+
+    def check(self, options: Group) -> None:
+        super().check(options)
+        for name, known in (("scaling", get_args(Scaling)), ("polynomial", get_args(Polynomial))):
+            if options[name] not in known:
+                raise ValueError(f"{name} is one of {', '.join(known)}, not {options[name]!r}.")
+        if not options["momentum"] < 1:
+            raise ValueError(f"momentum is the weight of old gradients, in [0, 1); got {options['momentum']}.")
+
+    def update_options(self, group: Group) -> Group:
+        return {**group, "momentum": 0.0}  # it is in the direction already
+
+    def initial_state(self, p: Tensor, group: Group) -> State:
+        if _is_matrix(p, group):
+            return {"momentum_buffer": state_zeros(p)}
+        return {"exp_avg": state_zeros(p), "exp_avg_sq": state_zeros(p)}
+
+    def diagonal(self, state: State) -> bool:
+        return "exp_avg_sq" in state
+
+    def update(self, stack: Stack, g: Tensor, group: Group) -> Tensor:
+        momentum = group["momentum"]
+        update = buffer = stack.state["momentum_buffer"].lerp_(g, 1 - momentum)
+        if group["nesterov"]:
+            update = g.lerp(buffer, momentum)
+        if not group["stacked"]:
+            update = update.reshape(-1, *matrix_shape(g.shape[1:]))
+        return orthogonalized(update, group["polynomial"]).mul_(_scale(update, group["scaling"]))
+
+
+def _is_matrix(p: Tensor, group: Group) -> bool:
+    return p.ndim >= 2 and group["orthogonalize"]
+
+
+def _scale(matrices: Tensor, scaling: Scaling) -> float:
+    rows, columns = matrices.shape[-2:]
+    if scaling == "adam":
+        return 0.2 * max(rows, columns) ** 0.5
+    return max(1, rows / columns) ** 0.5 if scaling == "spectral" else 1.0
+
+
+def orthogonalized(matrix: Tensor, polynomial: Polynomial) -> Tensor:
+    """Polar factor up to the polynomial's accuracy, ``(*stack, m, n)``; zero for a zero matrix."""
+    # Squares of very small or very large entries leave the floating range.
+    largest = matrix.abs().amax((-2, -1), keepdim=True)
+    matrix = matrix / torch.where(largest == 0, 1, largest)
+    if polynomial == "polar_express":
+        return polar(matrix, steps=5)
+    if matrix.shape[-2] > matrix.shape[-1]:
+        return orthogonalized(matrix.mT, polynomial).mT
+    size = torch.linalg.matrix_norm(matrix, keepdim=True)
+    x = matrix / torch.where(size == 0, 1, size)
+    for a, b, c in QUINTIC:
+        product = x @ x.mT
+        x = a * x + (b * product + c * product @ product) @ x
+    return x

@@ -1,0 +1,157 @@
+"""Optimizers whose curvature comes from gradients alone, parameter by parameter."""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from precond.layerwise.blocks.preconditioner import TOLERATED_FAILURES
+from precond.step.base import SecondOrderOptimizer
+from solvers import SolverError
+
+log = logging.getLogger(__name__)
+
+State = dict[str, Any]
+Group = dict[str, Any]
+
+
+class GradientOptimizer(SecondOrderOptimizer):
+    """Base of the methods that take parameters and look at nothing but their gradients.
+
+    A method says how the state of one parameter begins and how a gradient becomes a direction. The state holds tensors
+    and numbers only, all floating tensors in float32 at least, under flat names, so that ``torch``'s own checkpoints
+    keep it and a resumed run continues bit for bit.
+
+    A gradient whose squares overflow is treated as one that is not finite, because every method here squares it. A
+    step with zero gradients and zero learning rates, which ``torch.distributed.checkpoint`` takes to create the state,
+    leaves all averages as they begin.
+    """
+
+    needs: ClassVar[str] = "grad"
+
+    @abstractmethod
+    def initial_state(self, p: Tensor, group: Group) -> State:
+        """State of a parameter before its first step, without the count ``step``."""
+
+    @abstractmethod
+    def direction(self, p: Tensor, g: Tensor, state: State, group: Group) -> Tensor:
+        """Update the state with a gradient and return the direction, both of the parameter's shape.
+
+        Args:
+            p: The parameter.
+            g: Gradient in float32 at least, not empty; not to be altered.
+            state: Its state; ``state["step"]`` is 1 at the first step.
+            group: Options.
+        """
+
+    def diagonal(self, state: State) -> bool:
+        """Whether a parameter, by its state, has no matrix and takes Adam's step."""
+        return False
+
+    def directions(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        out = {}
+        for group in self.param_groups:
+            whole: list[Tensor] = []  # with a matrix
+            entries: list[Tensor] = []  # Adam's
+            for p in group["params"]:
+                if p not in gradients:
+                    continue
+                self.begin(p, group)
+                if self._idle or not p.numel():
+                    out[p] = torch.zeros_like(gradients[p])
+                    continue
+                self.state[p]["step"] += 1
+                (entries if self.diagonal(self.state[p]) else whole).append(p)
+            for params, compute in ((whole, self.several), (entries, self._adam)):
+                if params:
+                    raised = [gradients[p].to(working_dtype(p)) for p in params]
+                    out |= zip(params, compute(params, raised, group), strict=True)
+        return out
+
+    def several(self, params: list[Tensor], gradients: list[Tensor], group: Group) -> list[Tensor]:
+        """Directions of some parameters of a group; see :meth:`direction`."""
+        return [self.direction(p, g, self.state[p], group) for p, g in zip(params, gradients, strict=True)]
+
+    def _adam(self, params: list[Tensor], gradients: list[Tensor], group: Group) -> list[Tensor]:
+        return adam(gradients, [self.state[p] for p in params], group["betas"], group["eps"])
+
+    def begin(self, p: Tensor, group: Group) -> None:
+        """Create the state of a parameter, unless it is there."""
+        if "step" not in self.state[p]:
+            self.state[p].update(step=0, **(self.initial_state(p, group) if p.numel() else {}))
+
+    @staticmethod
+    def _finite(gradients: list[Tensor]) -> bool:
+        gradients = [g.to(working_dtype(g)) for g in gradients if g.numel()]
+        if not gradients:
+            return True
+        norms, limit = list(torch._foreach_norm(gradients)), min(torch.finfo(g.dtype).max for g in gradients)
+        if any(n.dtype != norms[0].dtype or n.device != norms[0].device for n in norms):
+            norms = [n.to(norms[0].device, torch.float64) for n in norms]
+        return bool((torch.stack(norms).double().square() < limit).all())
+
+    def refresh(self, p: Tensor, compute: Callable[[], State | None], prefix: str = "") -> None:
+        """Replace entries of the state by computed ones; after a failure the last good ones stay.
+
+        Args:
+            p: The parameter.
+            compute: Returns the new entries, or writes them itself.
+            prefix: Of the names in the state, where the parameter has several blocks.
+
+        Raises:
+            SolverError: At the first refresh, or after more than three failures in a row.
+        """
+        state, failures = self.state[p], f"{prefix}failures"
+        try:
+            state.update(compute() or {})
+            state[failures] = 0
+        except SolverError as error:
+            where = self.name_of(p) + (f", block {prefix.strip('.')}" if prefix else "")
+            first = failures not in state
+            state[failures] = state.get(failures, 0) + 1
+            if first or state[failures] > TOLERATED_FAILURES:
+                raise type(error)(f"{where}: refresh failed {state[failures]} times in a row. {error}") from error
+            log.warning("%s keeps its last decomposition: %s", where, error)
+
+
+def working_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that statistics of ``x`` are kept in: float32 at least."""
+    return x.dtype if x.dtype.itemsize >= 4 else torch.promote_types(x.dtype, torch.float32)
+
+
+def state_zeros(p: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
+    """Zeros for the state of a parameter, contiguous, in its working precision."""
+    return torch.zeros(p.shape if shape is None else shape, dtype=working_dtype(p), device=p.device)
+
+
+def due(step: int, period: int) -> bool:
+    """Whether something of this period happens at a step: at the first one, and then every ``period`` steps."""
+    return step == 1 or step % period == 0
+
+
+def debiased(average: Tensor, beta: float, step: int) -> Tensor:
+    """An exponential average that began at zero, divided by its weight."""
+    return average / (1 - beta**step)
+
+
+def adam(gradients: list[Tensor], states: list[State], betas: tuple[float, float], eps: float) -> list[Tensor]:
+    r"""Adam's directions, :math:`\hat m / (\sqrt{\hat v} + \epsilon)`, for what has no matrix structure.
+
+    All parameters at once, because there may be many small ones. States may have another shape of the same size.
+    """
+    first, second = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
+    same = [g.reshape(m.shape) for g, m in zip(gradients, first, strict=True)]
+    torch._foreach_lerp_(first, same, 1 - betas[0])
+    torch._foreach_mul_(second, betas[1])
+    torch._foreach_addcmul_(second, same, same, value=1 - betas[1])
+    roots = torch._foreach_div(second, [1 - betas[1] ** s["step"] for s in states])
+    torch._foreach_sqrt_(roots)
+    torch._foreach_add_(roots, eps)
+    out = torch._foreach_div(first, [1 - betas[0] ** s["step"] for s in states])
+    torch._foreach_div_(out, roots)
+    return [d.reshape(g.shape) for d, g in zip(out, gradients, strict=True)]

@@ -1,0 +1,135 @@
+"""SOAP."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from precond.gradient.bases import eigenbases, improve_bases
+from precond.gradient.matrices import add_gram, merged_shape, multiply, rotated_root
+from precond.gradient.optimizer import Group, State, due, state_zeros
+from precond.gradient.stacks import Stack, StackedOptimizer
+from precond.step.methods import Taxonomy
+from precond.step.schedules import Scheduled, ScheduledInt
+
+
+class SOAP(StackedOptimizer):
+    r"""SOAP: Adam in the eigenbasis of Shampoo's factors.
+
+    .. math::
+        M \leftarrow \beta_1 M + (1 - \beta_1) G, \quad G' = Q_L^\top G\, Q_R, \quad
+        V \leftarrow \beta_2 V + (1 - \beta_2)\, G' \odot G', \quad
+        D = Q_L \frac{Q_L^\top \hat M\, Q_R}{\sqrt{\hat V} + \epsilon}\, Q_R^\top
+
+    then :math:`L \leftarrow \beta L + (1 - \beta) G G^\top` and likewise R; every ``inverse_update_period`` steps,
+    after the move, one step of orthogonal iteration, :math:`Q_L \leftarrow \operatorname{QR}(L Q_L)`, by
+    :class:`solvers.Subspace`, whose columns keep their order, so that V stays valid. The momentum is kept rotated,
+    which is the same between refreshes, and turns along with the bases. These begin with the eigenvectors of the first
+    gradient's factors, and the first step is taken.
+
+    Prefer it as the replacement for AdamW where matrices are not too large: learning rates carry over. Tensors of any
+    order have one basis per axis; vectors and axes beyond ``max_dim`` are not rotated, which leaves Adam.
+
+    A step costs ``m^2 n + m n^2`` multiplications each for the rotation of the gradient, the way back, and the factors;
+    a refresh ``O(m^3 + n^3)``. Memory: two moments, two factors, two
+    bases.
+
+    Args:
+        params: Parameters, groups, or named parameters.
+        lr: Learning rate, in Adam's units.
+        betas: Decay of first and second moment.
+        curvature_ema: Decay of the factors; the second of ``betas`` if ``None``.
+        eps: Added to the root of the second moment.
+        weight_decay: Weight decay, decoupled unless ``decay`` says otherwise.
+        inverse_update_period: Steps between refreshes of the bases.
+        max_dim: Axes longer than this are not rotated.
+        merge_dims: Join neighbouring axes up to this size (convolutions); ``None`` keeps them apart.
+        rotate_vectors: Also rotate parameters of one axis.
+        options: See :class:`SecondOrderOptimizer`.
+
+    References:
+        Vyas et al. (2024), algorithm 3, https://arxiv.org/abs/2409.11321
+    """
+
+    taxonomy: ClassVar = Taxonomy(
+        curvature="gradient second moment",
+        structure="diagonal in a Kronecker eigenbasis",
+        solver="eigh, then a QR step per refresh",
+        matrices=("gradient second moment",),
+        forms=("Kronecker eigenbasis",),
+        step="6(m²n + mn²)",
+        refresh="12(m³ + n³)",
+        memory="2(m² + n²) + mn",
+        paper="https://arxiv.org/abs/2409.11321",
+    )
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 3e-3,
+        *,
+        betas: tuple[float, float] = (0.95, 0.95),
+        curvature_ema: Scheduled | None = None,
+        eps: Scheduled = 1e-8,
+        weight_decay: Scheduled = 0.0,
+        inverse_update_period: ScheduledInt = 10,
+        max_dim: int = 10000,
+        merge_dims: int | None = None,
+        rotate_vectors: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            params,
+            lr=lr,
+            weight_decay=weight_decay,
+            defaults={
+                "betas": betas,
+                "curvature_ema": curvature_ema,
+                "eps": eps,
+                "inverse_update_period": inverse_update_period,
+                "max_dim": max_dim,
+                "merge_dims": merge_dims,
+                "rotate_vectors": rotate_vectors,
+            },
+            **options,
+        )
+
+    def initial_state(self, p: Tensor, group: Group) -> State:
+        shape = merged_shape(p.shape, group["merge_dims"])
+        state: State = {"exp_avg": state_zeros(p, shape), "exp_avg_sq": state_zeros(p, shape)}
+        if len(shape) > 1 or group["rotate_vectors"]:
+            for axis, size in enumerate(shape):
+                if 1 < size <= group["max_dim"]:
+                    state[f"factor.{axis}"] = state_zeros(p, (size, size))
+                    state[f"basis.{axis}"] = state_zeros(p, (size, size))
+        return state
+
+    def diagonal(self, state: State) -> bool:
+        return not any(key.startswith("factor.") for key in state)
+
+    def update(self, stack: Stack, g: Tensor, group: Group) -> Tensor:
+        state, step = stack.state, stack.step
+        beta1, beta2 = group["betas"]
+        g = g.reshape(state["exp_avg"].shape)
+        axes = [axis for axis in range(g.ndim - 1) if f"factor.{axis}" in state]
+        if step == 1:
+            _update_factors(state, g, group, axes)
+            self.renew(stack, lambda state: eigenbases(state, axes))
+        bases = {axis: state[f"basis.{axis}"] for axis in axes}
+        rotated = multiply(g, bases, transpose=True)
+        momentum = state["exp_avg"].lerp_(rotated, 1 - beta1)
+        second = state["exp_avg_sq"].mul_(beta2).addcmul_(rotated, rotated, value=1 - beta2)
+        root = rotated_root(second, 1 - beta2**step, group["eps"])
+        out = multiply(momentum / root.mul_(1 - beta1**step), bases)
+        if step > 1:
+            _update_factors(state, g, group, axes)
+            if due(step, group["inverse_update_period"]):
+                self.renew(stack, lambda state: improve_bases(state, axes))
+        return out
+
+
+def _update_factors(state: State, g: Tensor, group: Group, axes: list[int]) -> None:
+    ema = group["betas"][1] if group["curvature_ema"] is None else group["curvature_ema"]
+    for axis in axes:
+        add_gram(state[f"factor.{axis}"], g, axis, old=ema, new=1 - ema)

@@ -1,0 +1,140 @@
+"""SPlus."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from precond.gradient.bases import eigenbases
+from precond.gradient.matrices import gram, largest, matrix_shape, multiply
+from precond.gradient.optimizer import Group, State, due, state_zeros, working_dtype
+from precond.gradient.stacks import Stack, StackedOptimizer
+from precond.step.averaging import swapped, update_average
+from precond.step.methods import Taxonomy
+from precond.step.schedules import Scheduled, ScheduledInt
+
+
+class SPlus(StackedOptimizer):
+    r"""SPlus: the sign of the momentum in Shampoo's eigenbasis, and an average of the iterates.
+
+    .. math:: D = \frac{2}{m + n}\, Q_L \operatorname{sign}(Q_L^\top M Q_R)\, Q_R^\top
+
+    with M the average of gradients, :math:`Q_L` and :math:`Q_R` the eigenvectors of the averages L of
+    :math:`G G^\top` and R of :math:`G^\top G`, computed every ``inverse_update_period`` steps. The sign bounds the step
+    whatever the age of the basis. Tensors are matrices with their first axis as rows; vectors, and matrices with both
+    sides beyond ``max_dim``, move by ``vector_scale * sign(M)``.
+
+    The iterates themselves are noisy: evaluate under :meth:`averaged`.
+
+    A step costs ``3 (m^2 n + m n^2)`` multiplications, a refresh ``9 (m^3 + n^3)``. Memory: one moment, one average of
+    the parameters, two matrices per side.
+
+    Args:
+        params: Parameters, groups, or named parameters.
+        lr: Learning rate, as the first paper's, about 100 times that of AdamW.
+        betas: Decay of the average of gradients, and of the factors.
+        average_decay: Decay of the average of the iterates.
+        vector_scale: Scale of parameters without a basis.
+        weight_decay: Weight decay, decoupled unless ``decay`` says otherwise; scaled by the same ``lr``.
+        inverse_update_period: Steps between decompositions.
+        max_dim: Sides longer than this are not rotated.
+        options: See :class:`SecondOrderOptimizer`.
+
+    References:
+        Frans, Levine and Abbeel (2025), https://arxiv.org/abs/2506.07254
+    """
+
+    taxonomy: ClassVar = Taxonomy(
+        curvature="gradient second moment",
+        structure="sign in a Kronecker eigenbasis",
+        solver="eigh",
+        matrices=("gradient second moment",),
+        forms=("Kronecker eigenbasis",),
+        step="6(m²n + mn²)",
+        refresh="9(m³ + n³)",
+        memory="2(m² + n²) + mn",
+        paper="https://arxiv.org/abs/2506.07254",
+    )
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 0.1,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        average_decay: float = 0.999,
+        vector_scale: Scheduled = 1e-3,
+        weight_decay: Scheduled = 0.0,
+        inverse_update_period: ScheduledInt = 100,
+        max_dim: int = 10000,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            params,
+            lr=lr,
+            weight_decay=weight_decay,
+            defaults={
+                "betas": betas,
+                "average_decay": average_decay,
+                "vector_scale": vector_scale,
+                "inverse_update_period": inverse_update_period,
+                "max_dim": max_dim,
+            },
+            **options,
+        )
+
+    def check(self, options: Group) -> None:
+        super().check(options)
+        if not 0 <= options["average_decay"] < 1:
+            raise ValueError(
+                f"average_decay is the weight of the old average, in [0, 1); got {options['average_decay']}."
+            )
+
+    def initial_state(self, p: Tensor, group: Group) -> State:
+        state: State = {"exp_avg": state_zeros(p), "average": p.detach().to(working_dtype(p), copy=True)}
+        if p.ndim >= 2:
+            for axis, n in enumerate(matrix_shape(p.shape)):
+                if n <= group["max_dim"]:
+                    state[f"factor.{axis}"] = state_zeros(p, (n, n))
+                    state[f"basis.{axis}"] = torch.eye(n, dtype=working_dtype(p), device=p.device)
+        return state
+
+    def update(self, stack: Stack, g: Tensor, group: Group) -> Tensor:
+        state, (beta1, beta2) = stack.state, group["betas"]
+        momentum = state["exp_avg"].lerp_(g, 1 - beta1)
+        axes = [axis for axis in range(2) if f"factor.{axis}" in state]
+        if not axes:
+            return group["vector_scale"] * momentum.sign()
+        rows, columns = matrix_shape(g.shape[1:])
+        g, momentum = (x.reshape(-1, rows, columns) for x in (g, momentum))
+        for axis in axes:
+            state[f"factor.{axis}"].lerp_(gram(g, axis), 1 - beta2)
+        if due(stack.step, group["inverse_update_period"]):
+            self.renew(stack, lambda state: eigenbases(state, axes))
+        bases = {axis: state[f"basis.{axis}"] for axis in axes}
+        return multiply(rotated_sign(multiply(momentum, bases, transpose=True)), bases).mul_(2 / (rows + columns))
+
+    def after_step(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state.get(p, {})
+                if state.get("step", 0) > 0 and p.numel():
+                    update_average(state["average"], p.detach(), group["average_decay"], state["step"])
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within the block the parameters hold the averages of their iterates."""
+        params = [p for group in self.param_groups for p in group["params"] if "average" in self.state.get(p, {})]
+        with swapped((p, self.state[p]["average"]) for p in params):
+            yield
+
+
+def rotated_sign(x: Tensor) -> Tensor:
+    """Sign of entries in a rotated basis ``(k, *shape)``, zero for those that are rounding errors of the rotation."""
+    size = x.abs()
+    floor = largest(size).mul_(64 * torch.finfo(x.dtype).eps)
+    return torch.where(size > floor, x.sign(), 0)

@@ -1,0 +1,1 @@
+"""Optimizers that look at the model's layers: one file for each method."""

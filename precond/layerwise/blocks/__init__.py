@@ -1,0 +1,1 @@
+"""The preconditioner of a block of parameters: its refreshes, its state, its rows."""

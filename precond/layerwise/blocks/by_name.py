@@ -1,0 +1,88 @@
+"""The blocks of a model, each with its preconditioner."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from curvature.layers.block import Part
+from precond.layerwise.blocks.preconditioner import Preconditioner
+from precond.layerwise.blocks.refresh import refresh_cost, slots
+from precond.layerwise.blocks.rows import Rows
+from solvers import Kronecker
+
+
+class Blocks(dict[str, Preconditioner]):
+    """Name of a block -> its preconditioner; what is done to all of them in a step."""
+
+    def discard(self) -> None:
+        """Forget the statistics of the step."""
+        for preconditioner in self.values():
+            preconditioner.estimator.discard()
+
+    def commit(self, ema: float) -> list[str]:
+        """Fold the statistics of the step into the averages; all of them or, if some are not finite, none.
+
+        Args:
+            ema: Weight of the old averages.
+
+        Returns:
+            Names of the blocks whose statistics are not finite.
+        """
+        estimators = [p.estimator for p in self.values()]
+        finite = [e.finite() for e in estimators]
+        flags = torch.stack([flag.to(finite[0].device) for flag in finite]).tolist()  # one wait for the device
+        bad = [e.block.name for e, ok in zip(estimators, flags, strict=True) if not ok]
+        if bad:
+            self.discard()
+            return bad
+        for preconditioner in self.values():
+            preconditioner.commit(ema)
+        return []
+
+    def slots(self, period: int) -> dict[str, int]:
+        """The step within a period at which each inverse is due, so that all steps cost about the same."""
+        inverses = {name: p.inverse for name, p in self.items() if p.inverse is not None}
+        return slots({name: refresh_cost(inverse) for name, inverse in inverses.items()}, period)
+
+    def apply(
+        self, gradients: Mapping[str, Tensor], rows: Mapping[str, Rows], results: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Write ``P g`` for every block that has an inverse and all of its gradients, and the plain ``g`` elsewhere.
+
+        Args:
+            gradients: Parameter's name -> gradient.
+            rows: Block's name -> the rows behind its gradient, where they are at hand.
+            results: Parameter's name -> contiguous tensor to write to.
+
+        Returns:
+            Parameter's name -> what of its gradient went through as it is, zero elsewhere; where there is such a part.
+        """
+        written: dict[str, list[Part]] = {name: [] for name in gradients}
+        for key, preconditioner in self.items():
+            block, inverse = preconditioner.estimator.block, preconditioner.inverse
+            if inverse is None or not all(name in gradients for name in block.names):
+                continue
+            if key in rows and isinstance(inverse, Kronecker):
+                direction = rows[key].apply(inverse)
+            else:
+                direction = preconditioner @ block.read(gradients)
+            block.write(direction, results)
+            for part in block.parts:
+                written[part.name].append(part)
+        plain = [name for name, parts in written.items() if sum(p.numel for p in parts) < gradients[name].numel()]
+        return {name: _fill(results[name], gradients[name], written[name]) for name in plain}
+
+
+def _fill(result: Tensor, gradient: Tensor, written: list[Part]) -> Tensor:
+    """Write a gradient where none of these parts was written; returns it with zeros in these parts."""
+    rest = gradient.clone(memory_format=torch.contiguous_format)
+    for part in written:
+        part.write(torch.zeros_like(part.read(rest.view(-1))), rest.view(-1))
+    whole = rest.clone()
+    for part in written:
+        part.write(part.read(result.view(-1)), whole.view(-1))
+    result.copy_(whole)
+    return rest

@@ -1,0 +1,232 @@
+"""The rows behind a dense layer's gradient, while the gradient is exactly what they make."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from curvature.layers.block import Block
+from curvature.model.data import inspecting
+from curvature.model.hooks import inert, nothing
+from precond.layerwise.blocks.preconditioner import Preconditioner
+from solvers import Kronecker, LinearOperator
+
+
+@dataclass
+class Rows:
+    """Inputs ``a (m, d_in)`` and output gradients ``g (m, d_out)`` of one backward pass: ``grad = g^T a``."""
+
+    a: Tensor
+    g: Tensor
+    ones: bool
+
+    @property
+    def inputs(self) -> Tensor:
+        """Inputs with the one of the bias appended."""
+        return torch.cat([self.a, self.a.new_ones(len(self.a), 1)], dim=1) if self.ones else self.a
+
+    def agree(self, gradient: Tensor) -> Tensor:
+        """0-d bool: ``gradient (d_out, d_in)`` is the product of the rows, judged by one random combination."""
+        inputs = self.inputs
+        probe = torch.randn(inputs.shape[1], generator=torch.Generator().manual_seed(0), dtype=inputs.dtype)
+        probe = probe.to(inputs.device)
+        seen, made = gradient @ probe, self.g.mT @ (inputs @ probe)
+        size = self.g.abs().mT @ (inputs @ probe).abs()
+        return ((seen - made).abs() <= 16 * torch.finfo(seen.dtype).eps ** 0.5 * size).all()
+
+    def apply(self, inverse: Kronecker) -> Tensor:
+        r""":math:`B^{-1} (g^\top a) A^{-1}` as :math:`(g B^{-1})^\top (a A^{-1})`; the factors are symmetric."""
+        B, A = inverse.factors
+        return (B @ self.g.to(B.dtype)).mT @ (A @ self.inputs.to(A.dtype))
+
+
+def cheaper(rows: int, d_out: int, d_in: int) -> bool:
+    """Whether two products on the rows and one between them cost less than two on the gradient."""
+    return rows * (d_out**2 + d_in**2 + d_out * d_in) < 0.8 * d_out * d_in * (d_out + d_in)
+
+
+class RowTap:
+    """Watches one ``nn.Linear`` and offers the rows of its gradient.
+
+    The rows stand for the gradient only if one forward pass used the layer since the last step, the gradient was empty
+    before its backward pass, nothing touched it afterwards (judged by its version, and by a random combination, which
+    also notices changes through ``.data``), and it was not summed over processes.
+    """
+
+    def __init__(self, module: nn.Linear, params: Mapping[str, nn.Parameter]) -> None:
+        self.params = params
+        self.count = 0  # rows of the last backward pass that stood for the gradient
+        self._passes = 0
+        self._input: tuple[Tensor, int] | None = None
+        self._gradient: Tensor | None = None
+        self._written: dict[int, tuple[Tensor, int]] = {}
+        hook = _WeakHook(self)
+        self.handles = [module.register_forward_hook(hook)]
+        self.handles += [p.register_post_accumulate_grad_hook(_WeakWritten(self)) for p in params.values()]
+
+    def close(self) -> None:
+        """Remove the hooks and forget the rows."""
+        for handle in self.handles:
+            handle.remove()
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the rows, for the next step."""
+        self._passes, self._input, self._gradient, self._written = 0, None, None, {}
+
+    def forward(self, module: nn.Linear, x: Tensor, output: Tensor) -> None:
+        """Note a forward pass, unless the library made it to look at the model."""
+        if not output.requires_grad or torch.compiler.is_compiling() or inspecting():
+            return
+        self._passes += 1
+        m = x.numel() // max(1, x.shape[-1])
+        fresh = all(p.grad is None for p in self.params.values())
+        if self._passes > 1 or not fresh or not cheaper(m, module.out_features, module.in_features):
+            self._input = self._gradient = None
+            return
+        base = output if output._base is None else output._base
+        node = base.grad_fn
+        if node is None or base.numel() != output.numel():
+            return
+        kept = x.detach()
+        self._input = (kept, kept._version)
+        number = base.output_nr
+        node.register_prehook(_Gradient(self, number))
+
+    def backward(self, gradient: Tensor) -> None:
+        """Note the output's gradient."""
+        self._gradient = gradient.detach()
+
+    def written(self, p: Tensor) -> None:
+        """Note that autograd wrote a parameter's gradient."""
+        assert p.grad is not None
+        self._written[id(p)] = (p.grad, p.grad._version if id(p) not in self._written else -1)
+
+    def rows(self, gradients: Mapping[str, Tensor]) -> Rows | None:
+        """The rows, if they stand for these gradients."""
+        self.count = 0
+        if self._passes != 1 or self._input is None or self._gradient is None:
+            return None
+        for name, p in self.params.items():
+            grad, version = self._written.get(id(p), (None, -1))
+            if grad is None or grad is not p.grad or gradients.get(name) is not grad or grad._version != version:
+                return None
+        a, version = self._input
+        if a._version != version:
+            return None
+        rows = Rows(
+            a.reshape(-1, a.shape[-1]), self._gradient.reshape(-1, self._gradient.shape[-1]), len(self.params) > 1
+        )
+        self.count = len(rows.a)
+        return rows
+
+
+def taps_for(model: nn.Module, blocks: Mapping[str, tuple[Block, LinearOperator | None]]) -> dict[str, RowTap]:
+    """A tap for every block that is one whole ``nn.Linear`` with dense Kronecker factors.
+
+    Args:
+        model: Where to look for the layers.
+        blocks: Name -> block and its inverse.
+    """
+    owners: dict[tuple[str, ...], nn.Linear] = {}
+    for prefix, module in model.named_modules():
+        if type(module) is nn.Linear:
+            names = tuple(f"{prefix}.{n}" if prefix else n for n, p in module.named_parameters() if p.requires_grad)
+            owners[names] = module
+    out = {}
+    for name, (block, inverse) in blocks.items():
+        module = owners.get(block.names)
+        if module is None or not isinstance(inverse, Kronecker) or len(block.shape) != 2:
+            continue
+        params = dict(zip(block.names, (p for p in module.parameters() if p.requires_grad), strict=True))
+        if len(params) == len(block.parts) and block.names[0].endswith("weight"):
+            out[name] = RowTap(module, params)
+    return out
+
+
+class RowTaps:
+    """The taps of a model, renewed when its blocks change."""
+
+    def __init__(self) -> None:
+        self.taps: dict[str, RowTap] = {}
+        self._known: set[str] = set()
+
+    def watch(self, model: nn.Module, preconditioners: Mapping[str, Preconditioner]) -> None:
+        """Watch the layers whose blocks have an inverse that is a dense Kronecker product."""
+        known = {name: p for name, p in preconditioners.items() if p.inverse is not None}
+        if self._known == set(known):
+            return
+        self.close()
+        self._known = set(known)
+        self.taps = taps_for(model, {name: (p.estimator.block, p.inverse) for name, p in known.items()})
+
+    def close(self) -> None:
+        """Remove the hooks and forget the blocks."""
+        for tap in self.taps.values():
+            tap.close()
+        self.taps, self._known = {}, set()
+
+    def clear(self) -> None:
+        """Forget the rows, for the next step."""
+        for tap in self.taps.values():
+            tap.clear()
+
+    def count(self, name: str) -> int | None:
+        """How many rows made the last gradient of a block, if they did."""
+        return self.taps[name].count or None if name in self.taps else None
+
+    def rows(self, gradients: Mapping[str, Tensor], preconditioners: Mapping[str, Preconditioner]) -> dict[str, Rows]:
+        """Blocks whose gradient is at hand as a product of few rows, checked against the gradient itself."""
+        found = {name: rows for name, tap in self.taps.items() if (rows := tap.rows(gradients)) is not None}
+        if not found:
+            return {}
+        blocks = {name: preconditioners[name].estimator.block for name in found}
+        same = torch.stack([rows.agree(blocks[name].read(gradients)) for name, rows in found.items()])
+        return {name: rows for (name, rows), ok in zip(found.items(), same.tolist(), strict=True) if ok}
+
+
+class _WeakHook:
+    """Forward hook that neither keeps its tap alive nor travels with copies of the model."""
+
+    def __init__(self, tap: RowTap) -> None:
+        self._tap = weakref.ref(tap)
+
+    def __call__(self, module: nn.Linear, args: Any, output: Tensor) -> None:
+        tap = self._tap()
+        if tap is not None and args:
+            tap.forward(module, args[0], output)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return nothing
+
+    def __reduce__(self) -> Any:
+        return inert, ()
+
+
+class _WeakWritten:
+    """Hook on a parameter, called when its gradient is written."""
+
+    def __init__(self, tap: RowTap) -> None:
+        self._tap = weakref.ref(tap)
+
+    def __call__(self, p: Tensor) -> None:
+        tap = self._tap()
+        if tap is not None:
+            tap.written(p)
+
+
+class _Gradient:
+    """Hook on the node of a layer's output."""
+
+    def __init__(self, tap: RowTap, number: int) -> None:
+        self._tap, self._number = weakref.ref(tap), number
+
+    def __call__(self, gradients: tuple[Tensor | None, ...]) -> None:
+        tap, gradient = self._tap(), gradients[self._number]
+        if tap is not None and gradient is not None:
+            tap.backward(gradient)

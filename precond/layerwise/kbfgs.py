@@ -1,0 +1,185 @@
+"""K-BFGS."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from curvature.estimation.collector import Collector
+from curvature.estimation.joint import ApartCollector
+from curvature.structures.kbfgs import KroneckerBFGS, KroneckerBFGSEstimator
+from precond.layerwise.blocks.preconditioner import Preconditioner
+from precond.layerwise.optimizer import PreconditionedOptimizer
+from precond.step.methods import Taxonomy
+from precond.step.schedules import Scheduled, ScheduledInt
+from solvers import Cholesky
+
+
+class KBFGS(PreconditionedOptimizer):
+    r"""K-BFGS: K-FAC's Kronecker structure, with both inverses kept up to date by BFGS.
+
+    .. math:: d = H_B\, \nabla_W L\, H_A
+
+    with :math:`H_A \approx (A + \sqrt\lambda I)^{-1}` from the second moment A of the layer's inputs, and
+    :math:`H_B \approx (B + \sqrt\lambda I)^{-1}` from how much the gradient with respect to the layer's outputs changes
+    in a step: after the parameters have moved, :meth:`step` runs the same batch once more, forward and backward through
+    the activations, with the same random numbers, and leaves buffers and gradients as they were. Pairs are damped
+    twice by Powell's rule, with ``mu`` for the inverse and with :math:`\sqrt\lambda` for the identity.
+
+    Prefer it to K-FAC where decompositions are what costs: no matrix is factorised after the first step, and an update
+    is ``O(d^2)``. In return each update costs a second pass, and inputs are kept until the step ends. The curvature
+    along a step is that of the loss itself (its Hessian in the layer's outputs), not a Fisher.
+
+    After :meth:`precondition`, when another optimizer moves the parameters, the second pass runs at the next forward
+    pass that is watched; a checkpoint between the two leaves that pair out.
+
+    Args:
+        model: The model that is trained.
+        loss_fn: The loss module the loop calls.
+        lr: Learning rate.
+        damping: :math:`\lambda` in units of the curvature, positive.
+        mu: Of Powell's damping.
+        initial: Multiple of the identity that :math:`H_B` begins with, 1 in the paper; ``None`` for
+            :math:`1 / \sqrt\lambda`, what damping alone would give.
+        max_factor: Layers with a larger side get a diagonal.
+        curvature_ema: Weight of old statistics and of old pairs.
+        momentum: Momentum.
+        weight_decay: Decoupled weight decay.
+        kl_clip: Bound on the predicted change of a step, without which large learning rates diverge; ``None`` for none.
+        curvature_update_period: Steps between updates, each with a second pass.
+        options: See :class:`PreconditionedOptimizer`.
+
+    Raises:
+        ValueError: If an option is out of range, or ``maximize`` is asked for: BFGS looks for a minimum.
+
+    References:
+        Goldfarb, Ren and Bahamou (2020), https://arxiv.org/abs/2006.08877
+    """
+
+    needs_damping: ClassVar = True
+    taxonomy: ClassVar = Taxonomy(
+        curvature="Hessian by secant pairs",
+        structure="Kronecker, per layer",
+        solver="BFGS",
+        matrices=("Hessian",),
+        forms=("Kronecker",),
+        step="2(m²n + mn²)",
+        refresh="a second pass, Bn² + O(m² + n²)",
+        memory="m² + 2n²",
+        paper="https://arxiv.org/abs/2006.08877",
+    )
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Any,
+        *,
+        lr: float | Tensor,
+        damping: Scheduled = 0.1,
+        mu: float = 0.2,
+        initial: float | None = 1.0,
+        max_factor: int = 16384,
+        curvature_ema: Scheduled = 0.9,
+        momentum: Scheduled = 0.9,
+        weight_decay: Scheduled = 0.0,
+        kl_clip: Scheduled | None = 1e-3,
+        curvature_update_period: ScheduledInt = 1,
+        **options: Any,
+    ) -> None:
+        if options.get("maximize"):
+            raise ValueError("KBFGS minimises: maximize=True has no meaning for it. Negate the loss.")
+        self._passes: list[tuple[Any, Any]] = []  # of the last step, to be run again; and their random states
+        self._random: list[Any] = []
+        super().__init__(
+            model,
+            loss_fn,
+            curvature=KroneckerBFGS(mu=mu, initial=initial, max_factor=max_factor),
+            damping=damping,
+            solver=Cholesky(),
+            lr=lr,
+            curvature_ema=curvature_ema,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            kl_clip=kl_clip,
+            curvature_update_period=curvature_update_period,
+            **options,
+        )
+        if self.capture.loss is None:
+            raise ValueError(
+                f"KBFGS evaluates the loss once more after a step, and {type(loss_fn).__name__} is of unknown type. "
+                "Register it (curvature.losses.register_loss)."
+            )
+
+    def after_move(self) -> None:
+        self._run_again()
+
+    def _collector(self) -> Collector:
+        return ApartCollector(self.parameters, self._make, self.curvature.joint)
+
+    def _follow(self) -> None:
+        # Called before a pass is recorded: parameters that another optimizer moved are where they were moved to.
+        self._run_again()
+        super()._follow()
+        del self._random[len(self.capture._passes) :]  # of passes that raised
+        self._random.append(_random_state(self.parameters.device))
+
+    def _arm(self) -> None:
+        self._random = []
+        super()._arm()
+
+    def directions(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        passes = list(zip(self.capture._passes, self._random, strict=False)) if self.capture.armed else []
+        out = super().directions(gradients)
+        if self.capture.batches:
+            self._passes = passes
+            # How the gradient arrived shows the labels of losses that the model computes inside.
+            self.capture._settled = False
+            for _, estimator, weights in self._estimators():
+                estimator.begin(weights)
+        return out
+
+    def _estimators(self) -> list[tuple[Preconditioner, KroneckerBFGSEstimator, Tensor]]:
+        """Blocks that learn from pairs, and their parameters."""
+        found = []
+        for preconditioner in self.preconditioners.values():
+            estimator = preconditioner.estimator
+            if isinstance(estimator, KroneckerBFGSEstimator):
+                found.append((preconditioner, estimator, estimator.block.read(self.parameters)))
+        return found
+
+    def _run_again(self) -> None:
+        """The second pass, on the batch of the last step."""
+        if not self._passes:
+            return
+        passes, self._passes = self._passes, []
+        devices = [self.parameters.device] if self.parameters.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            for origin, random in passes:
+                _set_random_state(random, self.parameters.device)
+                self.capture._shadow(origin)
+        seen = self.capture.batches > 0
+        for preconditioner, estimator, weights in self._estimators():
+            estimator.end(weights)
+            if preconditioner.inverse is not None:
+                preconditioner.inverse = estimator.operator()
+        self.on_skip()  # what the pass left in other estimates is not a step
+        if not seen:
+            raise RuntimeError(
+                "KBFGS could not repeat the batch of the last step, because it did not see how the loss came about. "
+                "Call the loss module given to the optimizer on the output of the model."
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_passes": [], "_random": []}
+
+
+def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def _set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], device)

@@ -1,0 +1,535 @@
+"""Optimizers whose curvature comes from a model's layers."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from curvature import Block, Curvature, CurvatureEstimator
+from curvature.estimation.capture import Capture, Mode
+from curvature.estimation.collector import Collector
+from curvature.estimation.coverage import Coverage, describe_loss, table
+from curvature.model.data import Output
+from curvature.model.parameters import Parameters
+from curvature.model.wrappers import unwrapped
+from curvature.structures.estimator import Form
+from curvature.structures.inverse import InverseEstimator
+from curvature.structures.mixed import Rule
+from precond.layerwise.blocks.block_state import add_blocks, copied, saved_form, split_blocks
+from precond.layerwise.blocks.by_name import Blocks
+from precond.layerwise.blocks.preconditioner import Preconditioner
+from precond.layerwise.blocks.rows import Rows, RowTaps
+from precond.layerwise.groups import as_groups, members
+from precond.layerwise.rules import Rules, ignored_names, ignored_row, with_rules
+from precond.layerwise.step_size import QuadraticModel, StepModel
+from precond.step.adapt import LevenbergMarquardt, strength, with_strength
+from precond.step.base import NonFinite, SecondOrderOptimizer
+from precond.step.options import period
+from precond.step.schedules import Scheduled, ScheduledInt, at_start, value_at
+from precond.step.update import Decay
+from solvers import Damping, FactoredTikhonov, Solver, Tikhonov
+
+
+class PreconditionedOptimizer(SecondOrderOptimizer):
+    """Any curvature of layers, any damping, any solver, under the plain training loop.
+
+    The loop stays ``optimizer.zero_grad(); loss = loss_fn(model(x), y); loss.backward(); optimizer.step()``. On steps
+    that update the curvature the optimizer watches the forward pass and the loss; activations are released when the
+    step ends. Nothing the loop computes changes: gradients, buffers and the global random stream are bit-identical.
+
+    Args:
+        model: The model that is trained.
+        loss_fn: The loss module the loop calls, or one that describes the loss computed elsewhere.
+        curvature: What to estimate, such as ``KroneckerFisher("mc")``.
+        damping: How to damp, in units of C; a number, or a function of the step count, stands for ``damping_form`` of
+            it. The groups hold its strength: what is written there, by a schedule or a rule, counts from the next
+            refresh of a block.
+        solver: How to invert or root.
+        exponent: Power of the damped C; -1 for natural gradients.
+        lr: Learning rate.
+        curvature_ema: Weight of old statistics in the running average, in [0, 1).
+        curvature_update_period: Steps between updates of the statistics.
+        inverse_update_period: Steps between decompositions and inverses, of the statistics at hand. Each may be a
+            function of the step count, such as :class:`~precond.layerwise.blocks.refresh.Doubling`.
+        stagger: Spread the refreshes of the blocks over the period, by their cost, so that no step stalls
+            (:func:`precond.layerwise.blocks.refresh.slots`); otherwise all are due when the period divides the step count.
+        burn_in: Steps at the start that collect statistics and move nothing, so that the first inverses rest on more
+            than one batch (kfac-jax's ``num_burnin_steps``; Distributed Shampoo moves by a grafted method meanwhile,
+            whose step has another scale). Before another optimizer, :meth:`precondition` gives zeros meanwhile.
+        rules: ``{rule: structure}`` for parts of the model, as for :class:`~curvature.Mixed`; a structure may
+            also be a dict of options that differ from those of ``curvature``, as ``{"head": {"sharing": "reduce"}}``.
+        ignore: Modules, classes of modules, names or globs that get no curvature: their direction is the plain
+            gradient, with the momentum, decay and learning rate of their group (as ``skip_layers`` of kfac-pytorch).
+            Natural-gradient learning rates seldom suit it: give them a group. To train them by AdamW, leave them out
+            by ``params`` and hand them to ``torch.optim.AdamW``.
+        momentum: Momentum on the preconditioned gradient.
+        nesterov: Look ahead along the momentum.
+        weight_decay: Strength of the weight decay.
+        decay: How it acts, see :class:`SecondOrderOptimizer`.
+        kl_clip: Bound on the predicted change of a step, see :class:`SecondOrderOptimizer`. After :meth:`precondition`
+            :meth:`step` bounds it all the same; another optimizer's step is its own.
+        step_size: Learning rate and momentum from the quadratic model of the batch, in place of ``momentum`` and
+            ``kl_clip``; ``lr`` then multiplies the move. See :class:`QuadraticModel`.
+        rule: Adapts the damping after each step by how much the loss of its batch has fallen, over how much the
+            undamped quadratic model had promised. All groups share the damping.
+        adapt_period: Steps between adaptations by ``rule``, each of which costs a forward pass.
+        reject_steps: Take back a step that raises the loss of its own batch, and forget the momentum; needs a rule,
+            which raises the damping.
+        maximize: Ascend.
+        params: Parameters, named parameters, names, globs, or parameter groups of these (dicts with ``params``); all
+            trainable ones by default. Frozen ones stay where they are until they are unfrozen.
+        output: Picks the output tensor where the model returns something else and the loss is computed inside.
+        class_dim: Class axis of the output, where it cannot be read off.
+        capture: How statistics are obtained: ``"auto"``, ``"loss"``, ``"gradient"`` or ``"shadow"``.
+        eval_mode: Also learn from forward passes in eval mode.
+        nonfinite: ``"skip"`` or ``"raise"``; see :class:`SecondOrderOptimizer`.
+        max_skips: Steps in a row that may be skipped so.
+        seed: Seed of the draws for ``"mc"``; the global random state is never used.
+
+    Raises:
+        ValueError: If an option is out of range or there is nothing to train.
+        UnknownLossError: If the loss is of unknown type and the curvature is not empirical.
+    """
+
+    needs: ClassVar[str] = "layers"
+    #: What a number stands for as ``damping``.
+    damping_form: ClassVar[type[Tikhonov | FactoredTikhonov]] = Tikhonov
+    #: Whether there is no inverse without damping.
+    needs_damping: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Any,
+        *,
+        curvature: Curvature,
+        damping: Damping | Scheduled,
+        solver: Solver,
+        exponent: float = -1.0,
+        lr: float | Tensor,
+        curvature_ema: Scheduled = 0.95,
+        curvature_update_period: ScheduledInt = 1,
+        inverse_update_period: ScheduledInt = 1,
+        stagger: bool = False,
+        burn_in: int = 0,
+        momentum: Scheduled = 0.0,
+        nesterov: bool = False,
+        weight_decay: Scheduled = 0.0,
+        decay: Decay = "decoupled",
+        kl_clip: Scheduled | None = None,
+        step_size: QuadraticModel | None = None,
+        rule: LevenbergMarquardt | None = None,
+        adapt_period: int = 1,
+        reject_steps: bool = False,
+        maximize: bool = False,
+        params: Any = None,
+        rules: Rules | None = None,
+        ignore: Sequence[Rule] = (),
+        output: Output | None = None,
+        class_dim: int | None = None,
+        capture: Mode = "auto",
+        eval_mode: bool = False,
+        nonfinite: NonFinite = "skip",
+        max_skips: int = 20,
+        seed: int = 0,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"{type(self).__name__} learns from the layers of a model: pass the model itself, not "
+                f"{type(model).__name__} (such as model.parameters())."
+            )
+        if not isinstance(burn_in, int) or burn_in < 0:
+            raise ValueError(f"burn_in is a whole number of steps, at least 0; got {burn_in!r}.")
+        if reject_steps and rule is None:
+            raise ValueError("reject_steps=True needs a rule that raises the damping: rule=LevenbergMarquardt().")
+        if rule is not None and callable(damping):
+            raise ValueError("damping is both a function of the step count and adapted by a rule; give one of them.")
+        if maximize and (rule is not None or step_size is not None):
+            raise ValueError("step_size and rule minimise: maximize=True has no meaning for them. Negate the loss.")
+        inner = unwrapped(model)
+        self.curvature = with_rules(curvature, rules).on(inner)
+        self.ignored = ignored_names(inner, ignore)
+        self.damping = damping if isinstance(damping, Damping) else type(self).damping_form(at_start(damping))
+        self.solver, self.exponent = solver, exponent
+        self.stagger, self.burn_in = stagger, burn_in
+        if step_size is not None and not hasattr(self.damping, "lam"):
+            raise ValueError(f"step_size needs a damping in units of C, such as Tikhonov(1e-3), not {self.damping!r}.")
+        self.step_size, self.rule, self.reject_steps = step_size, rule, reject_steps
+        self.adapt_period = period("adapt_period", adapt_period)
+        self.seed, self.output = seed, output
+        self.model, self.loss_fn = model, loss_fn
+        self._options = {"output": output, "class_dim": class_dim, "mode": capture, "eval_mode": eval_mode}
+        self.preconditioners = Blocks()
+        self._capture: Capture | None = None
+        self._step_model: StepModel | None = None
+        self._reported: set[str] = set()
+        self._burning = False  # the step is one of the burn-in
+        self._taps = RowTaps()
+        super().__init__(
+            as_groups(unwrapped(model), params),
+            lr=lr,
+            momentum=momentum if step_size is None else 0.0,
+            nesterov=nesterov,
+            weight_decay=weight_decay,
+            decay=decay,
+            kl_clip=kl_clip if step_size is None else None,
+            maximize=maximize,
+            nonfinite=nonfinite,
+            max_skips=max_skips,
+            defaults={
+                "damping": float(strength(damping)) if isinstance(damping, Damping) else damping,
+                "curvature_ema": curvature_ema,
+                "curvature_update_period": curvature_update_period,
+                "inverse_update_period": inverse_update_period,
+            },
+        )
+        self._connect()
+
+    def _connect(self) -> None:
+        """Track the parameters of the groups, and hook the model."""
+        self.parameters = Parameters(unwrapped(self.model), self._tracked())
+        self._capture = Capture(
+            self.model,
+            self.loss_fn,
+            self._collector(),
+            self.curvature,
+            before_pass=self._follow,
+            **self._options,  # type: ignore[arg-type]
+        )
+        if self.step_size is not None or self.rule is not None:
+            self._step_model = StepModel(self, self.step_size, self.rule, self.adapt_period, self.reject_steps)
+        self._arm()
+
+    def name_of(self, parameter: Tensor) -> str:
+        names = (name for name, p in unwrapped(self.model).named_parameters() if p is parameter)
+        return next(names, None) or super().name_of(parameter)
+
+    def _trainable(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+
+    def _tracked(self) -> list[Tensor]:
+        """Parameters that get curvature."""
+        ignored = self._ignored()
+        return [p for p in self._trainable() if id(p) not in ignored]
+
+    def _ignored(self) -> dict[int, str]:
+        """Parameters that get none, by ``id``, and their names."""
+        if not self.ignored:
+            return {}
+        return {id(p): name for name, p in unwrapped(self.model).named_parameters() if name in self.ignored}
+
+    def _collector(self) -> Collector:
+        return Collector(self.parameters, self._make, joint=self.curvature.joint, apart="signs")
+
+    def _follow(self) -> None:
+        """Notice parameters that were added, frozen or unfrozen; blocks that stay whole keep their statistics."""
+        trainable = self._tracked()
+        if not trainable or {id(p) for p in trainable} == {id(p) for p in self.parameters.values()}:
+            return
+        self._taps.close()
+        self.parameters = Parameters(unwrapped(self.model), trainable)
+        for name, preconditioner in list(self.preconditioners.items()):
+            if not all(part in self.parameters for part in preconditioner.estimator.block.names):
+                self._drop(name)
+        collector = self._collector()
+        collector.estimators = self.capture.collector.estimators
+        self.capture.collector = collector
+
+    def _drop(self, name: str) -> None:
+        self._taps.close()
+        del self.preconditioners[name]
+        self.capture.collector.estimators.pop(name, None)
+
+    @property
+    def capture(self) -> Capture:
+        """The hooks on the model."""
+        assert self._capture is not None
+        return self._capture
+
+    def coverage(self) -> Coverage:
+        """Which curvature every parameter has, as far as recorded passes used them; see :func:`curvature.coverage`."""
+        collector = self.capture.collector
+        rows = table(self.parameters, collector.estimators, collector.operations)
+        ignored = self._ignored()
+        rows += [ignored_row(ignored[id(p)], p) for p in self._trainable() if id(p) in ignored]
+        order = [name for name, _ in unwrapped(self.model).named_parameters()]
+        rows.sort(key=lambda row: order.index(row.parameter))
+        return Coverage(tuple(rows), describe_loss(self.loss_fn), True)
+
+    def detach(self) -> None:
+        """Remove every hook from model and loss; the optimizer keeps its last inverses."""
+        self.capture.disarm()
+        self.capture.close()
+        if self._step_model is not None:
+            self._step_model.close()
+        self._taps.close()
+
+    def _make(self, block: Block, form: Form) -> CurvatureEstimator:
+        for name, old in list(self.preconditioners.items()):
+            if old.estimator.block.overlaps(block):  # its parameters were in another block before one was (un)frozen
+                self._drop(name)
+        estimator = self.curvature.estimator(block, form)
+        self.preconditioners[block.name] = Preconditioner(estimator, self.solver, self.exponent)
+        self.preconditioners[block.name].form = form
+        return estimator
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group({**param_group, "params": members(unwrapped(self.model), param_group["params"])})
+        if self._capture is not None:
+            self._follow()
+
+    # The step
+
+    def check(self, options: dict[str, Any]) -> None:
+        super().check(options)
+        ema = options["curvature_ema"]
+        if not 0 <= ema < 1:
+            raise ValueError(f"curvature_ema is the weight of old statistics, in [0, 1); got {ema}.")
+        if self.needs_damping and not options["damping"] > 0:
+            raise ValueError(
+                f"damping must be positive: the matrix that {type(self).__name__} inverts is singular. Got "
+                f"{options['damping']}."
+            )
+
+    def option(self, name: str) -> Any:
+        """The value of an option at the coming step, which all groups must share because blocks may span them.
+
+        Raises:
+            ValueError: If they do not.
+        """
+        values = {
+            value_at(name, schedules[name], self.steps) if name in schedules else group[name]
+            for group, schedules in zip(self.param_groups, self.schedules, strict=True)
+        }
+        if len(values) > 1:
+            raise ValueError(
+                f"{type(self).__name__} needs one {name} for all groups, because blocks may span several; they have "
+                f"{sorted(values)}."
+            )
+        return values.pop()
+
+    def _arm(self) -> None:
+        if self.steps % self.option("curvature_update_period") == 0:
+            words = f"{self.seed},{_rank()},{self.steps}"
+            self.capture.arm(int.from_bytes(hashlib.sha256(words.encode()).digest()[:7], "big"))
+        else:
+            self.capture.disarm()
+
+    def on_skip(self) -> None:
+        self.preconditioners.discard()
+        if self._step_model is not None:
+            self._step_model.clear()
+        self._arm()
+
+    def after_step(self) -> None:
+        self._taps.clear()
+        if self._step_model is not None and not self._step_model.undecided:
+            self._step_model.clear()
+        self._taps.watch(unwrapped(self.model), self.preconditioners)
+        self._arm()
+
+    def directions(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        self._follow()
+        by_name = {name: gradients[p] for name, p in self.parameters.items() if p in gradients}
+        given = {p: g for p, g in gradients.items() if p.requires_grad}  # what is frozen stays where it is
+        gradients = {self.parameters[name]: g for name, g in by_name.items()}
+        rows = self._rows(by_name)
+        updated = False
+        if self.capture.armed:
+            self.capture.finish(by_name)
+            updated = self._update_curvature(gradients)
+        self._idle = self._idle and self.capture.batches == 0
+        self._burning = self.steps < self.burn_in
+        if self._burning:
+            return {p: torch.zeros_like(g) for p, g in given.items()}
+        self._refresh(updated)
+        out = {p: torch.empty_like(g, memory_format=torch.contiguous_format) for p, g in gradients.items()}
+        results = {name: out[p] for name, p in self.parameters.items() if p in gradients}
+        for name, plain in self.preconditioners.apply(by_name, rows, results).items():
+            self._report_plain(name, plain)
+        ignored = self._ignored()
+        return out | {p: g.clone() for p, g in given.items() if id(p) in ignored}
+
+    def _evaluate(self, closure: Callable[[], Any] | None) -> Any:
+        if self._step_model is not None and closure is not None:
+            self._step_model.use(closure)
+        return super()._evaluate(closure)
+
+    def _bound(self, directions: dict[Tensor, Tensor], gradients: dict[Tensor, Tensor], prepared: bool) -> None:
+        super()._bound(directions, gradients, prepared)
+        if self._step_model is not None and directions and not prepared and not self._burning:
+            directions.update(self._step_model.size(directions, gradients))
+
+    def after_move(self) -> None:
+        if self._step_model is not None:
+            self._step_model.judge()
+            self._step_model.clear()
+
+    @property
+    def coefficients(self) -> Tensor | None:
+        """Learning rate and momentum that ``step_size`` chose for the last step, ``(1,)`` or ``(2,)``."""
+        return None if self._step_model is None else self._step_model.coefficients
+
+    def mean_eigenvalue(self) -> float:
+        """Mean eigenvalue of C in the units of the damping's strength; 0 where no estimate of C is kept."""
+        if hasattr(self.damping, "fraction"):
+            return 1.0
+        known = [p.estimator for p in self.preconditioners.values() if p.estimator.ready]
+        kept = [e.operator() for e in known if not isinstance(e, InverseEstimator)]
+        return float(sum(op.trace() for op in kept)) / sum(op.shape[0] for op in kept) if kept else 0.0
+
+    def set_damping(self, damping: float) -> None:
+        """Give all groups the same damping; it counts from the next refresh of each block."""
+        for group in self.param_groups:
+            group["damping"] = damping
+        for preconditioner in self.preconditioners.values():
+            preconditioner.unseen += 1
+
+    def update_options(self, group: dict[str, Any]) -> dict[str, Any]:
+        # Nothing moves in the burn-in, by weight decay neither.
+        return {**group, "weight_decay": 0.0} if self._burning else group
+
+    def _rows(self, gradients: dict[str, Tensor]) -> dict[str, Rows]:
+        if getattr(self, "grad_scale", None) is not None or _world_size() > 1:
+            return {}  # gradients that were scaled or summed over processes after the rows were seen
+        return self._taps.rows(gradients, self.preconditioners)
+
+    def _report_plain(self, name: str, gradient: Tensor) -> None:
+        """Say once that a gradient has no curvature and goes through as it is."""
+        if name not in self._reported and bool(gradient.any()):
+            self._reported.add(name)
+            warnings.warn(
+                f"{type(self).__name__}: {name} has a gradient but no curvature yet, because no recorded forward pass "
+                "used it. It is trained with its plain gradient until one does.",
+                UserWarning,
+                stacklevel=5,
+            )
+
+    def _update_curvature(self, gradients: dict[Tensor, Tensor]) -> bool:
+        """Fold the statistics of the step into the averages, if there are any."""
+        if self.capture.batches == 0:
+            self._explain_missing(gradients)
+            return False
+        if _world_size() > 1 and "processes" not in self._reported:
+            self._reported.add("processes")
+            warnings.warn(
+                f"{type(self).__name__} runs in {_world_size()} processes, each with the curvature of its own data: "
+                "unless all see the same data, their parameters drift apart. Nothing averages over processes yet.",
+                UserWarning,
+                stacklevel=5,
+            )
+        bad = self.preconditioners.commit(self.option("curvature_ema"))
+        if bad:
+            warnings.warn(
+                f"{type(self).__name__}: the statistics of {', '.join(bad[:3])} hold NaN or inf although the gradients "
+                "do not; this step leaves the curvature as it is.",
+                RuntimeWarning,
+                stacklevel=5,
+            )
+        return not bad
+
+    def _refresh(self, updated: bool) -> None:
+        """Renew the inverses that are due, and after new statistics those that come at no cost."""
+        period = self.option("inverse_update_period")
+        slot = self.preconditioners.slots(period) if self.stagger else {}
+        for name, preconditioner in self.preconditioners.items():
+            due = preconditioner.unseen > 0 and (self.steps - slot.get(name, 0)) % period == 0
+            due = due or preconditioner.inverse is None
+            if not due and not updated:
+                continue
+            preconditioner.refresh(
+                self._damping(preconditioner.estimator.block),
+                basis=due,
+                rows=self._taps.count(name),
+                applications=max(period, self.option("curvature_update_period")),
+            )
+
+    def _damping(self, block: Block) -> Damping:
+        group_of = {p: group for group in self.param_groups for p in group["params"]}
+        values = {group_of[self.parameters[name]]["damping"] for name in block.names}
+        if len(values) > 1:
+            raise ValueError(
+                f"the parameters of block {block.name} are in groups with different damping {sorted(values)}, but are "
+                "inverted together. Use one damping for them, or bias='separate'."
+            )
+        value = values.pop()
+        return self.damping if value == strength(self.damping) else with_strength(self.damping, value)
+
+    def _still(self) -> bool:
+        """Whether nothing can move; torch.distributed.checkpoint takes such a step to create the state."""
+        return all(float(group["lr"]) == 0 for group in self.param_groups)
+
+    def _explain_missing(self, gradients: dict[Tensor, Tensor]) -> None:
+        """A refresh without statistics: harmless if nothing can move, else an error that says why."""
+        if self._still() or not gradients:
+            return
+        training = unwrapped(self.model).training
+        raise RuntimeError(
+            f"{type(self).__name__}.step(): no forward pass was captured since the last step, so the curvature cannot "
+            "be updated. Check that (a) the loop calls the model given to the optimizer, "
+            + (
+                ""
+                if training
+                else "in train mode (it is in eval mode now: call model.train(), or pass eval_mode=True), "
+            )
+            + "with gradients enabled; (b) it calls the loss module given to the optimizer, or backward() reaches the "
+            "model's output; (c) step() is called once per backward(). capture='shadow' repeats the forward pass "
+            "instead of watching it."
+        )
+
+    # State
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and numbers only: torch's layout, with the blocks' states under their first parameter."""
+        out = super().state_dict()
+        index = {id(p): i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
+        first = {name: index[id(p)] for name, p in self.parameters.items()}
+        add_blocks(out, self.preconditioners, first, self.capture.collector.mixed_blocks or ())
+        return out
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`; factors keep their dtype whatever the parameters' is."""
+        plain, blocks = split_blocks(state_dict)
+        super().load_state_dict(plain)
+        self._taps.close()
+        estimators = self.capture.collector.estimators
+        estimators.clear()
+        self.preconditioners.clear()
+        for name, saved in copied(blocks, self.parameters.device).items():
+            estimators[name] = self._make(Block.from_state(name, saved["parts"]), saved_form(saved))
+            self.preconditioners[name].load_state_dict(saved)
+            self.capture.collector.mixed_blocks = set(saved.get("mixing", ()))
+        self._taps.watch(unwrapped(self.model), self.preconditioners)
+        self._arm()
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {**self.__dict__, "_capture": None, "_step_model": None, "_prepared": {}, "_taps": RowTaps()}
+        own.pop("step", None)  # a learning rate scheduler's wrapper, bound to this very object
+        return {**own, "_mixing": self.capture.collector.mixed_blocks}
+
+    def __setstate__(self, saved: dict[str, Any]) -> None:
+        if "model" not in saved:  # the base class restores groups and state in this way
+            super().__setstate__(saved)
+            return
+        mixing = saved["_mixing"]
+        self.__dict__.update({key: value for key, value in saved.items() if key != "_mixing"})
+        estimators = {name: p.estimator for name, p in self.preconditioners.items()}
+        self._connect()
+        self.capture.collector.estimators = estimators
+        self.capture.collector.mixed_blocks = mixing
+        self._taps.watch(unwrapped(self.model), self.preconditioners)
+
+
+def _rank() -> int:
+    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_rank() if ready else 0
+
+
+def _world_size() -> int:
+    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if ready else 1

@@ -1,0 +1,96 @@
+"""SENG: sketched empirical natural gradients."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from curvature.losses.signals import FisherKind
+from curvature.structures.sketch import SketchedFisher
+from precond.layerwise.optimizer import PreconditionedOptimizer
+from precond.step.methods import Taxonomy
+from precond.step.schedules import Scheduled, ScheduledInt
+from solvers import Woodbury
+
+
+class SENG(PreconditionedOptimizer):
+    r"""SENG: the empirical Fisher of one batch, layer by layer, inverted in a sketch and used for several steps.
+
+    .. math:: d = \tfrac1\lambda \big(g - U^\top (\lambda I + S S^\top)^{-1} S\, \Omega g\big),
+              \qquad S = U \Omega^\top
+
+    with the per-sample gradients as the rows of U, scaled so that :math:`U^\top U` is the empirical Fisher of the
+    batch, and :math:`\Omega` a random choice of ``sketch`` outputs times ``sketch`` inputs of the layer. With all of
+    them it is :class:`SMWNaturalGradient` by layers. No per-sample gradient is formed outside of the sketch.
+
+    Prefer it for wide layers and small batches. A refresh costs ``N^2`` inner products of length ``sketch`` (for one
+    position per example; else ``N`` sketched gradients) and ``N^3 / 3`` per layer, a step two products with the stored
+    activations and output gradients, which are the memory.
+
+    Args:
+        model: The model that is trained.
+        loss_fn: The loss module the loop calls.
+        lr: Learning rate; a step is ``lr / damping`` times the gradient where the curvature is small.
+        damping: Shift :math:`\lambda` in units of the curvature, positive.
+        fisher: ``"empirical"`` as in the paper, ``"mc"`` or ``"exact"``.
+        sketch: Coordinates kept of each side of a layer.
+        momentum: Momentum.
+        weight_decay: Decoupled weight decay.
+        kl_clip: Bound on the predicted change of a step, without which large learning rates diverge; ``None`` for none.
+        curvature_update_period: Steps for which the curvature of one batch is used.
+        seed: Of the sketch and of draws.
+        options: See :class:`PreconditionedOptimizer`.
+
+    Raises:
+        ValueError: If the damping is not positive.
+
+    References:
+        Yang, Xu, Wen, Chen and Xu (2020), "Sketchy empirical natural gradient methods for deep learning",
+        https://arxiv.org/abs/2006.05924
+    """
+
+    needs_damping: ClassVar = True
+    taxonomy: ClassVar = Taxonomy(
+        curvature="empirical Fisher of one batch",
+        structure="sketched Gram matrix, per layer",
+        solver="Woodbury",
+        matrices=("Fisher",),
+        forms=("low rank",),
+        step="2Bmn",
+        refresh="2B²s + B³/3 in a sketch of s",
+        memory="B(m + n) + B²",
+        paper="https://arxiv.org/abs/2006.05924",
+    )
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Any,
+        *,
+        lr: float | Tensor,
+        damping: Scheduled = 1.0,
+        fisher: FisherKind = "empirical",
+        sketch: int = 256,
+        momentum: Scheduled = 0.9,
+        weight_decay: Scheduled = 0.0,
+        kl_clip: Scheduled | None = 1e-3,
+        curvature_update_period: ScheduledInt = 10,
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            model,
+            loss_fn,
+            curvature=SketchedFisher(fisher, size=sketch, seed=seed),
+            damping=damping,
+            solver=Woodbury(),
+            lr=lr,
+            curvature_ema=0.0,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            kl_clip=kl_clip,
+            curvature_update_period=curvature_update_period,
+            seed=seed,
+            **options,
+        )

@@ -1,0 +1,155 @@
+"""Natural gradients through the Gram matrix of per-sample gradients."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from curvature import Curvature, CurvatureEstimator
+from curvature.estimation.joint import WholeFisher
+from curvature.losses.signals import FisherKind
+from curvature.structures.gram import GramFisher
+from precond.layerwise.blocks.preconditioner import Preconditioner
+from precond.layerwise.whole import WholeModelOptimizer
+from precond.step.methods import Taxonomy
+from precond.step.schedules import Scheduled, ScheduledInt
+from solvers import Damping, Solver, Tikhonov, Woodbury
+
+
+class SMWNaturalGradient(WholeModelOptimizer):
+    r"""Exact damped natural gradient of one batch, solved in the number of its examples.
+
+    With the N per-sample gradients as the rows of U, scaled so that :math:`C = U^\top U`,
+
+    .. math:: d = (C + \lambda I)^{-1} b
+              = \tfrac{1}{\lambda} \big(b - U^\top (U U^\top + \lambda I)^{-1} U b\big),
+              \qquad b = \nabla L + \lambda \mu\, d_{previous}
+
+    by the formula of Sherman, Morrison and Woodbury. The Gram matrix of a layer with one position per example is
+    :math:`(a a^\top) \circ (g g^\top)`, so its per-sample gradients are never formed. With ``spring`` :math:`\mu > 0`
+    the solution of a step is pulled towards that of the step before (SPRING), which carries information over batches
+    where the curvature itself has no memory.
+
+    Prefer it where the batch is smaller than the model and the curvature is wanted exactly: physics-informed networks,
+    variational Monte Carlo, regression. A step costs ``N^2`` inner products of layer inputs and of output gradients
+    and ``N^3 / 3``; memory is that of activations and their gradients, until the next step. ``"exact"`` multiplies N
+    by the number of outputs. Where an operation has no rule, or no batch axis, each example costs a backward pass.
+
+    Args:
+        model: The model that is trained.
+        loss_fn: The loss module the loop calls.
+        lr: Learning rate, in natural-gradient units.
+        structure: ``"full"`` for one matrix over the whole model, ``"layer"`` for one per layer.
+        damping: Shift :math:`\lambda` in units of the curvature; must be positive.
+        fisher: ``"empirical"`` (free of extra passes), ``"mc"`` or ``"exact"``.
+        samples: Draws per batch for ``"mc"``.
+        spring: :math:`\mu`, in [0, 1); 0.99 in the paper.
+        momentum: Momentum on the result.
+        weight_decay: Decoupled weight decay.
+        kl_clip: Bound on the predicted change of a step, without which large learning rates diverge; ``None`` for none.
+        curvature_update_period: Steps for which the matrix of one batch is used.
+        options: See :class:`PreconditionedOptimizer`.
+
+    Raises:
+        ValueError: If an option is out of range.
+
+    References:
+        Ren and Goldfarb (2019), https://arxiv.org/abs/1906.02353; Goldshlager, Abrahamsen and Lin (2024), SPRING,
+        https://arxiv.org/abs/2401.10190
+    """
+
+    needs_damping: ClassVar = True
+    taxonomy: ClassVar = Taxonomy(
+        curvature="Fisher (empirical, mc or exact), of one batch",
+        structure="Gram matrix: whole model or per layer",
+        solver="Woodbury",
+        matrices=("Fisher",),
+        forms=("low rank",),
+        step="2B²(m + n) + 4Bmn, once B³/3",
+        refresh="none",
+        memory="B(m + n) + B²",
+        paper="https://arxiv.org/abs/1906.02353",
+    )
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Any,
+        *,
+        lr: float | Tensor,
+        structure: Literal["full", "layer"] = "full",
+        damping: Scheduled = 1e-3,
+        fisher: FisherKind = "empirical",
+        samples: int = 1,
+        spring: float = 0.0,
+        momentum: Scheduled = 0.0,
+        weight_decay: Scheduled = 0.0,
+        kl_clip: Scheduled | None = 1e-3,
+        curvature_update_period: ScheduledInt = 1,
+        **options: Any,
+    ) -> None:
+        if structure not in ("full", "layer"):
+            raise ValueError(f"structure must be 'full' or 'layer', got {structure!r}.")
+        if not 0 <= spring < 1:
+            raise ValueError(f"spring is the weight of the previous step, in [0, 1); got {spring}.")
+        self.spring = spring
+        curvature: Curvature = (
+            WholeFisher(fisher, samples, gram=True) if structure == "full" else GramFisher(fisher, samples)
+        )
+        super().__init__(
+            model,
+            loss_fn,
+            curvature=curvature,
+            damping=damping,
+            solver=Woodbury(),
+            lr=lr,
+            curvature_ema=0.0,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            kl_clip=kl_clip,
+            curvature_update_period=curvature_update_period,
+            **options,
+        )
+
+    def preconditioner(self, estimator: CurvatureEstimator) -> Preconditioner:
+        return SpringPreconditioner(estimator, self.solver, self.spring)
+
+
+class SpringPreconditioner(Preconditioner):
+    r"""Solves with the previous solution in mind: :math:`d = (C + \lambda I)^{-1} (g + \lambda \mu\, d_{previous})`.
+
+    Args:
+        estimator: Estimate of C.
+        solver: Inverts.
+        spring: :math:`\mu`.
+    """
+
+    def __init__(self, estimator: CurvatureEstimator, solver: Solver, spring: float) -> None:
+        super().__init__(estimator, solver)
+        self.spring = spring
+        self.shift = 0.0
+        self.previous: Tensor | None = None
+
+    def refresh(self, damping: Damping, **options: Any) -> None:
+        assert isinstance(damping, Tikhonov)
+        self.shift = float(damping.lam)
+        super().refresh(damping, **options)
+
+    def __matmul__(self, gradient: Tensor) -> Tensor:
+        if not self.spring or self.inverse is None:
+            return super().__matmul__(gradient)
+        b = gradient.to(torch.promote_types(gradient.dtype, self.inverse.dtype))
+        if self.previous is not None:
+            b = b + self.shift * self.spring * self.previous
+        self.previous = super().__matmul__(b)
+        return self.previous.to(gradient.dtype)
+
+    def state_dict(self) -> dict[str, Any]:
+        out = {**super().state_dict(), "shift": self.shift}
+        return out if self.previous is None else {**out, "previous": self.previous}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        super().load_state_dict(saved)
+        self.shift, self.previous = float(saved["shift"]), saved.get("previous")

@@ -1,0 +1,237 @@
+"""Learning rate, momentum and damping of a layer-based step from the quadratic model of its own batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from curvature.model.settings import random_state
+from precond.closure.optimizer import flatten, unflatten
+from precond.layerwise.replay import ClosureReplay, LoopReplay, Replay, interpretable, parameters_at
+from precond.step.adapt import LevenbergMarquardt
+
+if TYPE_CHECKING:
+    from precond.layerwise.optimizer import PreconditionedOptimizer
+
+
+@dataclass(frozen=True)
+class QuadraticModel:
+    r"""Learning rate and momentum that minimise the damped quadratic model of the current batch.
+
+    .. math:: \begin{pmatrix} \alpha \\ \mu \end{pmatrix} = -\big[V^\top (C + (\lambda + \eta) I) V\big]^{-1} V^\top g,
+        \qquad V = (-d, m_{previous}), \qquad m = V (\alpha, \mu)^\top
+
+    with the preconditioned gradient d, the previous move, the exact Gauss-Newton matrix C of the batch, the damping
+    :math:`\lambda` of the groups and the strength :math:`\eta` of L2 weight decay. At the first step, and where the two
+    vectors are parallel, the shortest solution is taken. The optimizer's ``lr`` multiplies the move; 1 is the method's.
+
+    Costs one more forward pass of the batch, two backward passes, and one more for each vector.
+
+    Args:
+        momentum: Whether the previous move takes part.
+        max_kl: Trust region: an upper bound on :math:`m^\top C m`, twice the predicted KL divergence; the move is
+            shortened to it.
+        fraction: Share of the batch that C is taken from, every ``round(1 / fraction)``-th example; the gradient is
+            that of all. A quarter is the paper's (section 8). Needs a plain loop, with the examples along the first
+            axis.
+
+    Raises:
+        ValueError: If the bound is not positive, or the fraction not in (0, 1].
+
+    References:
+        Martens and Grosse (2015), section 7, https://arxiv.org/abs/1503.05671
+    """
+
+    momentum: bool = True
+    max_kl: float | None = None
+    fraction: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the border."""
+        if self.max_kl is not None and not self.max_kl > 0:
+            raise ValueError(f"max_kl must be positive, or None for no bound; got {self.max_kl}.")
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"fraction is a share of the batch, in (0, 1]; got {self.fraction}.")
+
+
+def minimiser(gram: Tensor, slopes: Tensor) -> Tensor:
+    r"""The shortest c that minimises :math:`s^\top c + \tfrac12 c^\top M c`, columns of V scaled to one length.
+
+    Args:
+        gram: M ``(k, k)``, symmetric positive semi-definite.
+        slopes: s ``(k,)``.
+    """
+    size = gram.diagonal().clamp(min=0).sqrt()
+    size = torch.where(size > 0, size, 1)
+    return -(torch.linalg.pinv(gram / torch.outer(size, size), hermitian=True) @ (slopes / size)) / size
+
+
+@dataclass
+class _Trial:
+    """A move that is on its way."""
+
+    before: Tensor  # value of what is minimised
+    predicted: float | None  # decrease that the undamped model promises
+    own: dict[Tensor, Tensor]  # parameters before it; empty where nobody will ask
+    gradients: dict[Tensor, Tensor]
+    adapts: bool  # the damping is adapted by it
+
+
+class StepModel:
+    """Sizes the step of a layer-based optimizer, judges it afterwards, and adapts the damping.
+
+    Args:
+        optimizer: Whose steps they are.
+        quadratic: Chooses learning rate and momentum; ``None`` leaves those of the groups.
+        rule: Adapts the damping by the reduction ratio; ``None`` leaves it.
+        adapt_period: Steps between adaptations.
+        reject: Take back steps that raise the loss of their own batch.
+    """
+
+    def __init__(
+        self,
+        optimizer: PreconditionedOptimizer,
+        quadratic: QuadraticModel | None,
+        rule: LevenbergMarquardt | None,
+        adapt_period: int,
+        reject: bool,
+    ) -> None:
+        self.optimizer, self.quadratic, self.rule, self.reject = optimizer, quadratic, rule, reject
+        self.adapt_period = adapt_period
+        what = f"{type(optimizer).__name__}'s {'rule' if quadratic is None else 'step_size'}"
+        self.loss_fn = interpretable(optimizer.loss_fn, what)
+        self.coefficients: Tensor | None = None  # learning rate and momentum of the last step
+        self._loop = LoopReplay(optimizer.model, self.loss_fn, optimizer.output)
+        self._closure: ClosureReplay | None = None
+        self._trial: _Trial | None = None
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        self.clear()
+        self._loop.close()
+
+    def clear(self) -> None:
+        """Forget the batch of the step."""
+        self._loop.clear()
+        self._closure = self._trial = None
+
+    def use(self, closure: Callable[[], Any]) -> None:
+        """The batch is that of a closure, which is about to be called."""
+        model: nn.Module = self.optimizer.model
+        device = next(model.parameters()).device
+        self._closure = ClosureReplay(closure, model, self.loss_fn, random_state(device))
+
+    @property
+    def replay(self) -> Replay:
+        """The batch of the step."""
+        return self._closure or self._loop
+
+    @property
+    def undecided(self) -> bool:
+        """Whether a move is on its way that will be judged."""
+        return self._trial is not None
+
+    def size(self, directions: dict[Tensor, Tensor], gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        """The directions of the step, given the preconditioned gradients.
+
+        Args:
+            directions: ``P g`` by parameter.
+            gradients: g, L2 weight decay included.
+        """
+        if getattr(self.optimizer, "found_inf", None) is not None:
+            raise RuntimeError(
+                "a GradScaler multiplies the loss by a number that the quadratic model of the batch does not know. "
+                "Train in float32 or bfloat16, or without step_size and rule."
+            )
+        params = list(directions)
+        adapts = self.rule is not None and self.optimizer.steps % self.adapt_period == 0
+        keep = self.reject or (self.quadratic is None and adapts)
+        own = {p: p.detach().clone() for p in params} if keep else {}
+        self._trial = _Trial(torch.zeros(()), None, own, {p: gradients[p] for p in params}, adapts)
+        if self.quadratic is None:
+            return directions
+        vectors = [-flatten(directions)]
+        moves = {p: self.optimizer.state[p].get("move") for p in params}
+        if self.quadratic.momentum and any(m is not None for m in moves.values()):
+            vectors.append(flatten({p: torch.zeros_like(p) if m is None else m for p, m in moves.items()}))
+        curved, value = self.replay.gram(params, vectors, round(1 / self.quadratic.fraction))
+        V = torch.stack(vectors).double()
+        g = flatten({p: gradients[p] for p in params}).double()
+        curved = curved + self._gram(V, params, _penalty)
+        slopes = V @ g
+        c = minimiser(curved + self._gram(V, params, _damping), slopes)
+        length = float(c @ curved @ c)
+        if self.quadratic.max_kl is not None and length > self.quadratic.max_kl:
+            c = c * (self.quadratic.max_kl / length) ** 0.5
+        self.coefficients = c
+        lr = float(self.optimizer.option("lr"))
+        self._trial.predicted = -float(lr * (slopes @ c) + 0.5 * lr**2 * (c @ curved @ c))
+        self._trial.before = value + self._penalty(params)
+        found = unflatten((c @ V).to(vectors[0]), params)
+        for p, move in found.items():
+            self.optimizer.state[p]["move"] = (lr * move).to(p.dtype)
+        return {p: -move.to(p.dtype) for p, move in found.items()}
+
+    def judge(self) -> None:
+        """The parameters have moved: adapt the damping by what became of the loss, or take the move back."""
+        trial = self._trial
+        if trial is None or not (trial.adapts or self.reject):
+            return
+        params = list(trial.gradients)
+        if trial.predicted is None:
+            self._predict(trial, params)
+        assert trial.predicted is not None
+        after, before = float(self.replay.value() + self._penalty(params)), float(trial.before)
+        if 0 <= trial.predicted <= 10 * torch.finfo(torch.float32).eps * abs(before) and after < float("inf"):
+            return  # too small to be seen in the loss
+        if self.rule is not None and trial.adapts:
+            ratio = (before - after) / trial.predicted if trial.predicted > 0 else float("nan")
+            damping, mean = float(self.optimizer.option("damping")), self.optimizer.mean_eigenvalue()
+            self.optimizer.set_damping(self.rule.adapted(damping, ratio, mean))
+        if self.reject and not after <= before:
+            for p, value in trial.own.items():
+                p.copy_(value)
+                self.optimizer.state[p].pop("momentum_buffer", None)
+                self.optimizer.state[p].pop("move", None)
+
+    def _predict(self, trial: _Trial, params: list[Tensor]) -> None:
+        """What the model had promised for the move that was made."""
+        own = {p: trial.own[p] for p in params}
+        m = flatten({p: p - value for p, value in own.items()})
+        with parameters_at(own):
+            found, value = self.replay.gram(params, [m])
+            curved = float(found)
+            trial.before = value + self._penalty(params)
+        m = m.double()
+        curved += float(self._gram(m.unsqueeze(0), params, _penalty))
+        slope = float(flatten({p: trial.gradients[p] for p in params}).double() @ m)
+        trial.predicted = -(slope + 0.5 * curved)
+
+    def _gram(self, V: Tensor, params: list[Tensor], option: Callable[[dict[str, Any]], float]) -> Tensor:
+        """``V diag(s) V^T`` for vectors ``V (k, P)``, with a number s of each parameter's group."""
+        groups = self.optimizer.param_groups
+        if len({option(group) for group in groups}) == 1:
+            s = option(groups[0])
+            return s * (V @ V.mT) if s else V.new_zeros(len(V), len(V))
+        group_of = {p: group for group in groups for p in group["params"]}
+        each = [V.new_full((p.numel(),), option(group_of[p])) for p in params]
+        return (V * torch.cat(each)) @ V.mT
+
+    def _penalty(self, params: list[Tensor]) -> Tensor:
+        """What L2 weight decay adds to the loss; a closure's loss and that of the loop do not hold it."""
+        if not any(_penalty(group) for group in self.optimizer.param_groups):
+            return torch.zeros((), dtype=torch.float64)
+        theta = flatten({p: p.detach() for p in params}).double()
+        return 0.5 * self._gram(theta.unsqueeze(0), params, _penalty).sum().cpu()
+
+
+def _penalty(group: dict[str, Any]) -> float:
+    return float(group["weight_decay"]) if group["decay"] == "l2" else 0.0
+
+
+def _damping(group: dict[str, Any]) -> float:
+    return float(group["damping"])

@@ -1,0 +1,83 @@
+"""Optimizers whose curvature may span the whole model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvature import Block, CurvatureEstimator
+from curvature.estimation.collector import Collector
+from curvature.estimation.joint import WholeCollector, WholeEstimator, WholeFisher, whole_block
+from curvature.structures.estimator import Form
+from precond.layerwise.blocks.preconditioner import Preconditioner
+from precond.layerwise.optimizer import PreconditionedOptimizer
+
+
+class WholeModelOptimizer(PreconditionedOptimizer):
+    """A :class:`PreconditionedOptimizer` that also takes a :class:`~curvature.estimation.joint.WholeFisher`.
+
+    All parameters then share one preconditioner, and so one damping. Where a parameter has no gradient in a step, its
+    gradient counts as zero and it does not move. Freezing or adding parameters starts the estimate anew.
+    """
+
+    def preconditioner(self, estimator: CurvatureEstimator) -> Preconditioner:
+        """A preconditioner around an estimate."""
+        return Preconditioner(estimator, self.solver, self.exponent)
+
+    def _collector(self) -> Collector:
+        if not isinstance(self.curvature, WholeFisher):
+            return super()._collector()
+        block = whole_block(self.parameters)
+        if set(self.preconditioners) != {block.name} or self._whole.block != block:
+            self._make(block, "outer")
+        self._whole.parameters = self.parameters
+        return WholeCollector(self.parameters, self._whole)
+
+    @property
+    def _whole(self) -> WholeEstimator:
+        (preconditioner,) = self.preconditioners.values()
+        assert isinstance(preconditioner.estimator, WholeEstimator)
+        return preconditioner.estimator
+
+    def _make(self, block: Block, form: Form) -> CurvatureEstimator:
+        if isinstance(self.curvature, WholeFisher):
+            estimator: CurvatureEstimator = self.curvature.whole(self.parameters)
+            self.preconditioners.clear()
+        else:
+            estimator = super()._make(block, form)
+        self.preconditioners[block.name] = self.preconditioner(estimator)
+        self.preconditioners[block.name].form = form
+        return estimator
+
+    def _follow(self) -> None:
+        before = self.parameters
+        super()._follow()
+        if isinstance(self.curvature, WholeFisher) and self.parameters is not before:
+            self.capture.collector.estimators = {}
+
+    def directions(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        if not isinstance(self.curvature, WholeFisher) or not gradients:
+            return super().directions(gradients)
+        self._follow()
+        filled: dict[Tensor, Tensor] = {}
+        for p in self.parameters.values():
+            filled[p] = gradients[p] if p in gradients else torch.zeros_like(p)
+        out = super().directions(filled)
+        return {p: d for p, d in out.items() if p in gradients}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        if isinstance(self.curvature, WholeFisher):
+            self._reconnect()
+
+    def __setstate__(self, saved: dict[str, Any]) -> None:
+        super().__setstate__(saved)
+        if "model" in saved and isinstance(self.curvature, WholeFisher):
+            self._reconnect()
+
+    def _reconnect(self) -> None:
+        """Let the blocks hand their samples to the estimate that was restored."""
+        old, self.capture.collector = self.capture.collector, self._collector()
+        self.capture.collector.mixed_blocks = old.mixed_blocks

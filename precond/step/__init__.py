@@ -1,0 +1,1 @@
+"""The order of a step, schedules, options, and what moves parameters."""

@@ -1,0 +1,117 @@
+"""Parameter groups whose options may change with the steps, and their state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from precond.step.options import check_options
+from precond.step.schedules import FIXED, numbers_at, split
+from precond.step.update import SCHEDULED_DECAY
+
+
+class ScheduledOptimizer(torch.optim.Optimizer):
+    """A ``torch.optim.Optimizer`` whose groups hold checked numbers at all times.
+
+    Every numeric option but ``lr``, of the optimizer or of one group, may be a function of the number of steps taken
+    before, such as ``damping=lambda step: max(0.1 * 0.99**step, 1e-4)``. The groups hold numbers at all times; before a
+    step the functions give them anew. They are copied and pickled with the optimizer (a lambda cannot be pickled), but
+    are no part of ``state_dict``: that holds the number of steps, from which a resumed run goes on.
+
+    Args:
+        params: Parameters, groups, or named parameters.
+        defaults: Options of the groups, some of them functions.
+    """
+
+    #: Options that must not change from step to step.
+    fixed: ClassVar[frozenset[str]] = FIXED
+
+    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        self.schedules: list[dict[str, Callable[[int], Any]]] = []  # of each group
+        self._resolved(defaults)
+        super().__init__(params, defaults)
+
+    @property
+    def steps(self) -> int:
+        """Steps taken; in the groups, where every kind of checkpoint finds it."""
+        groups = getattr(self, "param_groups", None)
+        return int(groups[0]["steps"]) if groups else 0
+
+    def check(self, options: dict[str, Any]) -> None:
+        """Refuse options of a group outside their range; given anew whenever a schedule changes one.
+
+        Raises:
+            ValueError: Naming the option, its value and the range.
+        """
+        check_options(options)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        plain, schedules = self._resolved({**self.defaults, **param_group})
+        if plain["decay"] in SCHEDULED_DECAY and "initial_lr" not in plain:
+            if not float(plain["lr"]) > 0:
+                raise ValueError(
+                    f"decay={plain['decay']!r} compares lr with the value it begins with, which must be positive, "
+                    f"got {plain['lr']}. Begin with the peak and lower it by a scheduler."
+                )
+            plain["initial_lr"] = float(plain["lr"])
+        super().add_param_group({**plain, "steps": self.steps})
+        self.schedules.append(schedules)
+        for p in self.param_groups[-1]["params"]:
+            if p.is_complex():
+                self.param_groups.pop()
+                self.schedules.pop()
+                raise TypeError(
+                    f"a parameter of shape {tuple(p.shape)} is complex ({p.dtype}), which {type(self).__name__} does "
+                    "not take. Train torch.view_as_real(p), of which p is a view, in its place."
+                )
+
+    def apply_schedules(self) -> None:
+        """Write the options of the coming step into the groups, where they are functions of the step count.
+
+        Raises:
+            ValueError: If one is out of range; all groups are then as they were.
+        """
+        pairs = list(zip(self.param_groups, self.schedules, strict=True))
+        numbers = [numbers_at(group, schedules, self.steps, self.check) for group, schedules in pairs]
+        for group, found in zip(self.param_groups, numbers, strict=True):
+            group.update(found)
+
+    def _resolved(self, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Callable[[int], Any]]]:
+        """Numbers for the coming step, checked, and the schedules that gave some of them."""
+        plain, schedules = split(options, self.fixed)
+        if not schedules:
+            self.check(plain)
+        return {**plain, **numbers_at(plain, schedules, self.steps, self.check)}, schedules
+
+    def name_of(self, parameter: Tensor) -> str:
+        """The name a parameter was given with, or its place and shape."""
+        for index, group in enumerate(self.param_groups):
+            for i, p in enumerate(group["params"]):
+                if p is parameter:
+                    given = group.get("param_names")
+                    return given[i] if given else f"parameter {i} of group {index}, shape {tuple(p.shape)}"
+        return f"a parameter of shape {tuple(parameter.shape)}"
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`; the state of a half-precision parameter keeps the precision it was saved with."""
+        before = [dict(group) for group in self.param_groups]  # the checkpoint may be older than an option
+        final: dict[str, Any] = {}
+        hook = self.register_load_state_dict_pre_hook(lambda _, given: final.update(given))  # after the user's hooks
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+        saved_ids = [i for group in final["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for i, p in zip(saved_ids, params, strict=True):
+            for key, value in final["state"].get(i, {}).items():
+                # torch casts floating state to the dtype of the parameter, counts in tensors included.
+                narrow = p.dtype.itemsize < 4 or (isinstance(value, Tensor) and value.ndim == 0)
+                if isinstance(value, Tensor) and value.is_floating_point() and narrow:
+                    self.state[p][key] = value.detach().clone().to(p.device)
+        for group, own in zip(self.param_groups, before, strict=True):
+            group.update({name: value for name, value in own.items() if name not in group})
+        self.apply_schedules()

@@ -1,0 +1,240 @@
+"""Do all solvers give the step of the dense normal equations, from residuals of any kind?"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from precond.closure.gauss_newton import GaussNewton
+from precond.closure.residuals import PointwiseResidual
+from solvers import CG
+from tests.precond import references as ref
+
+
+def residual(model, step):
+    x, y = ref.batch(step)
+    return (model(x) - y) * (2 / y.numel()) ** 0.5  # half its square is the mean square error
+
+
+@pytest.mark.parametrize("solver", ["auto", "cholesky", "woodbury", "cg", CG(rtol=1e-12, progress=False)])
+def test_equals_the_normal_equations(solver):
+    model = ref.SmallModel()
+    optimizer = GaussNewton(
+        model.parameters(), lr=0.5, damping=0.1, solver=solver, adapt=False, scaled=False, weight_decay=0.01
+    )
+    tolerance = 1e-7 if solver == "cg" else 1e-10
+    for step in range(20):
+        loss, theta = ref.flat_loss(model, step)
+        matrix = ref.gauss_newton_matrix(model, step) + 0.1 * torch.eye(len(theta), dtype=torch.float64)
+        expected = (1 - 0.5 * 0.01) * theta - 0.5 * torch.linalg.solve(matrix, torch.func.grad(loss)(theta))
+        value = optimizer.step(lambda step=step: residual(model, step))
+        assert value.item() == pytest.approx(loss(theta).item(), rel=1e-12)
+        ours = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+        assert (ours - expected).abs().max() < tolerance
+        assert (ours - theta).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("rows", [3, 12])
+def test_auto_takes_the_smaller_size_and_both_agree(rows, generator):
+    matrix = torch.randn(rows, 6, generator=generator, dtype=torch.float64)
+    target = torch.randn(rows, generator=generator, dtype=torch.float64)
+    solutions = []
+    for solver in ("auto", "cholesky", "woodbury"):
+        p = torch.nn.Parameter(torch.zeros(6, dtype=torch.float64))
+        optimizer = GaussNewton([p], damping=1e-3, solver=solver, adapt=False, scaled=False)
+        optimizer.step(lambda p=p: torch.tanh(matrix @ p) - target)
+        solutions.append(p.detach())
+    expected = torch.linalg.solve(matrix.mT @ matrix + 1e-3 * torch.eye(6, dtype=torch.float64), matrix.mT @ target)
+    for solution in solutions:
+        torch.testing.assert_close(solution, expected, rtol=1e-8, atol=1e-9)
+
+
+def test_a_huge_damping_scales_the_gradient():
+    model = ref.SmallModel()
+    before = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    GaussNewton(model.parameters(), lr=1e12, damping=1e12, adapt=False, scaled=False).step(lambda: residual(model, 0))
+    gradient = torch.cat([p.grad.reshape(-1) for p in model.parameters()])
+    after = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    torch.testing.assert_close(after, before - gradient, rtol=0, atol=1e-10)
+
+
+def test_several_residuals_are_stacked(generator):
+    p = torch.nn.Parameter(torch.tensor([2.0, 1.0], dtype=torch.float64))
+    q = torch.nn.Parameter(torch.tensor([2.0, 1.0], dtype=torch.float64))
+    GaussNewton([p]).step(lambda: [p.square(), (p.prod() - 1).reshape(1, 1)])
+    GaussNewton([q]).step(lambda: torch.cat([q.square(), (q.prod() - 1).reshape(1)]))
+    assert torch.equal(p, q)
+
+
+def test_spring_adds_damped_momentum(generator):
+    matrix = torch.randn(3, 5, generator=generator, dtype=torch.float64)
+    p = torch.nn.Parameter(torch.zeros(5, dtype=torch.float64))
+    optimizer = GaussNewton([p], damping=0.5, spring=0.9, adapt=False)
+    theta = old = torch.zeros(5, dtype=torch.float64)
+    for step in range(20):
+        target = torch.randn(3, generator=generator, dtype=torch.float64)
+        optimizer.step(lambda target=target: matrix @ p - target)
+        right = matrix.mT @ (matrix @ theta - target) + 0.5 * 0.9 * old
+        old = torch.linalg.solve(matrix.mT @ matrix + 0.5 * torch.eye(5, dtype=torch.float64), right)
+        theta = theta - old
+        torch.testing.assert_close(p.detach(), theta, rtol=0, atol=1e-10, msg=f"step {step}")
+
+
+def test_points_give_the_jacobian_of_the_tensor():
+    def network():
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Linear(2, 5), torch.nn.Tanh(), torch.nn.Linear(5, 1)).double()
+
+    points = torch.rand(7, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def laplacian(u, x):
+        return torch.func.hessian(lambda z: u(z)[0])(x).diagonal().sum() - x.sum()
+
+    def as_tensor(model):
+        x = points.clone().requires_grad_()
+        slope = torch.autograd.grad(model(x).sum(), x, create_graph=True)[0]
+        second = [torch.autograd.grad(slope[:, i].sum(), x, create_graph=True)[0][:, i] for i in range(2)]
+        return 0.5 * (sum(second) - points.sum(1))
+
+    first, second = network(), network()
+    pointwise, plain = (GaussNewton(model, damping=1e-2) for model in (first, second))
+    for _ in range(5):
+        a = pointwise.step(lambda: [PointwiseResidual(first, laplacian, points, weight=0.5)])
+        b = plain.step(lambda: as_tensor(second))
+        assert a.item() == pytest.approx(b.item(), rel=1e-9)
+    assert a.item() < 0.05
+    for p, q in zip(first.parameters(), second.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-8)
+    matrix_free = GaussNewton(first, solver="cg")
+    assert matrix_free.step(lambda: PointwiseResidual(first, laplacian, points)).isfinite()
+
+
+@pytest.mark.parametrize("rows", [3, 12])
+@pytest.mark.parametrize("spring", [0.0, 0.9])
+def test_scaled_damps_by_the_largest_diagonal_so_far(rows, spring, generator):
+    weights = torch.randn(rows, 6, generator=generator, dtype=torch.float64)
+
+    def residual(x):
+        return torch.tanh(weights @ x) + 0.1 * x[0] ** 2
+
+    p = torch.nn.Parameter(torch.randn(6, generator=generator, dtype=torch.float64))
+    optimizer = GaussNewton([p], lr=0.7, damping=0.3, spring=spring, adapt=False, scaled=True)
+    theta, old, largest = p.detach().clone(), torch.zeros(6, dtype=torch.float64), torch.zeros(6, dtype=torch.float64)
+    for step in range(10):
+        optimizer.step(lambda: residual(p))
+        jacobian = torch.func.jacrev(residual)(theta)
+        largest = torch.maximum(largest, (jacobian.mT @ jacobian).diagonal())
+        right = jacobian.mT @ residual(theta) + 0.3 * spring * largest * old
+        old = torch.linalg.solve(jacobian.mT @ jacobian + 0.3 * largest.diag(), right)
+        theta = theta - 0.7 * old
+        torch.testing.assert_close(p.detach(), theta, rtol=0, atol=1e-10, msg=f"step {step}")
+
+
+def test_scaled_is_blind_to_the_units_of_a_parameter(generator):
+    weights = torch.randn(8, 4, generator=generator, dtype=torch.float64)
+    start = torch.randn(4, generator=generator, dtype=torch.float64)
+    units = torch.tensor([1.0, 1e3, 1e-4, 10.0], dtype=torch.float64)
+    p, q = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start / units)
+    first, second = GaussNewton([p], damping=0.1), GaussNewton([q], damping=0.1)
+    for _ in range(8):
+        a = first.step(lambda: torch.tanh(weights @ p) + 0.5 * p.sin().sum() - 1)
+        b = second.step(lambda: torch.tanh(weights @ (units * q)) + 0.5 * (units * q).sin().sum() - 1)
+        assert a.item() == pytest.approx(b.item(), rel=1e-6)
+    torch.testing.assert_close(p.detach(), (units * q).detach(), rtol=1e-6, atol=1e-9)
+
+
+def test_acceleration_is_the_second_directional_derivative(generator):
+    # Of residuals that are quadratic, the difference quotient is exact.
+    weights = torch.randn(5, 3, 3, generator=generator, dtype=torch.float64)
+    shift = torch.randn(5, generator=generator, dtype=torch.float64)
+
+    def residual(x):
+        return 0.05 * torch.einsum("rij,i,j->r", weights, x, x) + weights[:, 0] @ x - shift
+
+    theta = 0.1 * torch.randn(3, generator=generator, dtype=torch.float64)
+    p = torch.nn.Parameter(theta.clone())
+    GaussNewton([p], lr=0.8, damping=10.0, scaled=False).step(lambda: residual(p))
+    jacobian = torch.func.jacrev(residual)(theta)
+    inverse = torch.linalg.inv(jacobian.mT @ jacobian + 10 * torch.eye(3, dtype=torch.float64))
+    move = -0.8 * inverse @ jacobian.mT @ residual(theta)
+    bend = -0.5 * inverse @ jacobian.mT @ (0.1 * torch.einsum("rij,i,j->r", weights, move, move))
+    assert 1e-4 < bend.norm() / move.norm() < 0.375
+    torch.testing.assert_close(p.detach(), theta + move + bend, rtol=0, atol=1e-12)
+
+
+def test_acceleration_is_left_out_where_the_parabola_is_too_wide():
+    # r = x^3 - 8 at 1: with the damping equal to J^2, the move is 7/6 and the bend 0.58 of it.
+    p, q = (torch.nn.Parameter(torch.ones(1, dtype=torch.float64)) for _ in range(2))
+    for parameter, acceleration in ((p, True), (q, False)):
+        optimizer = GaussNewton([parameter], damping=1.0, acceleration=acceleration)
+        optimizer.step(lambda x=parameter: x**3 - 8)
+    assert p.item() == q.item() == pytest.approx(1 + 7 / 6)
+
+
+def test_acceleration_follows_a_curved_valley_in_fewer_steps():
+    counts = []
+    for acceleration in (True, False):
+        p = torch.nn.Parameter(torch.tensor([-1.2, 1.0], dtype=torch.float64))
+        optimizer = GaussNewton([p], acceleration=acceleration)
+        for _ in range(200):
+            # Rosenbrock's function, with a valley ten times steeper
+            value = optimizer.step(lambda p=p: torch.stack([100 * (p[1] - p[0] ** 2), 1 - p[0]]))
+            if value < 1e-20:
+                break
+        counts.append(optimizer.steps)
+    assert counts[0] < 0.7 * counts[1] < 100
+
+
+def test_a_tiny_damping_loses_no_accuracy_in_the_size_of_the_residuals(generator):
+    weights = torch.randn(4, 9, generator=generator, dtype=torch.float64)
+    target = torch.randn(4, generator=generator, dtype=torch.float64)
+    p = torch.nn.Parameter(torch.zeros(9, dtype=torch.float64))
+    GaussNewton([p], damping=1e-15, adapt=False, scaled=False).step(lambda: weights @ p - target)
+    torch.testing.assert_close(p.detach(), torch.linalg.pinv(weights) @ target, rtol=0, atol=1e-13)
+
+
+def test_a_parameter_without_effect_stays():
+    p, unused = (torch.nn.Parameter(torch.ones(2, dtype=torch.float64)) for _ in range(2))
+    optimizer = GaussNewton([p, unused])
+    for _ in range(5):
+        optimizer.step(lambda: p - 3)
+    torch.testing.assert_close(p.detach(), torch.full((2,), 3.0, dtype=torch.float64), rtol=0, atol=1e-6)
+    assert unused.tolist() == [1.0, 1.0]
+
+
+def test_adapts_and_never_lets_the_loss_rise():
+    p = torch.nn.Parameter(torch.tensor([-1.2, 1.0], dtype=torch.float64))
+    optimizer = GaussNewton([p], damping=1.0)
+    losses = []
+    for _ in range(60):
+        # Rosenbrock's function
+        losses.append(optimizer.step(lambda: torch.stack([10 * (p[1] - p[0] ** 2), 1 - p[0]])).item())
+    assert losses == sorted(losses, reverse=True)
+    torch.testing.assert_close(p.detach(), torch.ones(2, dtype=torch.float64), rtol=0, atol=1e-9)
+    assert optimizer.param_groups[0]["damping"] < 1e-3
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda p: 1.0, "not float"),
+        (lambda p: [p, p.detach()], "not a tensor without graph"),
+        (lambda p: [], "returned no residuals"),
+    ],
+)
+def test_refuses_what_is_no_residual(make, message):
+    p = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(TypeError, match=message):
+        GaussNewton([p]).step(lambda: make(p))
+
+
+def test_refuses_options_out_of_range():
+    p = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match="solver is one of auto, cholesky, woodbury, cg, or a CG; got 'lu'"):
+        GaussNewton([p], solver="lu")
+    with pytest.raises(ValueError, match=r"spring is the weight of the previous step, in \[0, 1\); got 1"):
+        GaussNewton([p], spring=1.0)
+    with pytest.raises(ValueError, match="scaled=True needs the diagonal"):
+        GaussNewton([p], solver="cg", scaled=True)
+    with pytest.raises(ValueError, match="maximize=True has no meaning"):
+        GaussNewton([p], maximize=True).step(lambda: p)
