@@ -57,7 +57,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         inverse_update_period: Steps between decompositions and inverses, of the statistics at hand. Each may be a
             function of the step count, such as :class:`~precond.layerwise.blocks.refresh.Doubling`.
         stagger: Spread the refreshes of the blocks over the period, by their cost, so that no step stalls
-            (:func:`precond.layerwise.blocks.refresh.slots`); otherwise all are due when the period divides the step count.
+            (:func:`.refresh.slots`); otherwise all are due when the period divides the step count.
         burn_in: Steps at the start that collect statistics and move nothing, so that the first inverses rest on more
             than one batch (kfac-jax's ``num_burnin_steps``; Distributed Shampoo moves by a grafted method meanwhile,
             whose step has another scale). Before another optimizer, :meth:`precondition` gives zeros meanwhile.
