@@ -266,7 +266,7 @@ def test_the_file_of_another_problem_is_refused(tmp_path: Path) -> None:
 
 _RUN = """
 import sys
-from tests.curvature.test_checkpoint import slow_run
+from tests.curvature.estimation.test_checkpoint import slow_run
 slow_run(sys.argv[1])
 """
 

@@ -178,7 +178,7 @@ def test_other_problems_are_refused(tmp_path: Path) -> None:
 SCRIPT = """
 import sys, time, torch
 import curvature
-from tests.curvature.test_influence_resume import slow_problem
+from tests.curvature.influences.test_resume import slow_problem
 from pathlib import Path
 model, loss_fn, data, queries = slow_problem(float(sys.argv[2]))
 print("ready", flush=True)

@@ -16,7 +16,7 @@ from laplace import Laplace
 
 import solvers
 from curvature.laplace import GGNBackend, LinearizedLaplace, PosteriorSampler, StochasticEvidence, optimize_evidence
-from curvature.laplace.matrix_free import evidence
+from curvature.laplace.matrix_free.evidence import evidence
 from curvature.losses import AutogradLoss, SumOfLosses
 from solvers import Estimate, NotConvergedError, NotConvergedWarning, NotPositiveDefiniteError, Nystrom
 from solvers.estimates.probes import signs
