@@ -23,6 +23,7 @@ from solvers.operators.reshape import Reshape
 from solvers.operators.shifted import Shifted
 from solvers.outcome.checks import checked, require, working_on
 from solvers.outcome.errors import SingularMatrixError, StructureError
+from solvers.precision import working_dtype
 from solvers.solver import BasisSolver, Solver
 
 
@@ -65,7 +66,7 @@ def power(
 
         solver = Auto()
     if not isinstance(solver, IterativeSolver):
-        op = _at_least_float32(op)
+        op = _widened(op)
     with checked():
         return _power(op, exponent, solver, previous, dense)
 
@@ -158,7 +159,7 @@ def diagonalize(
         NotSymmetricError, NonFiniteError: If the numbers do not allow it.
     """
     with checked():
-        return _diagonalize(_at_least_float32(op), Eigh() if solver is None else solver, previous)
+        return _diagonalize(_widened(op), Eigh() if solver is None else solver, previous)
 
 
 def _diagonalize(op: LinearOperator, solver: BasisSolver, previous: LinearOperator | None) -> LinearOperator:
@@ -224,8 +225,8 @@ def solve(op: LinearOperator, b: Tensor, solver: Solver | None = None, *, dense:
     return inverse @ b.to(inverse.dtype)
 
 
-def _at_least_float32(op: LinearOperator) -> LinearOperator:
-    return op.to(torch.float32) if op.dtype in (torch.float16, torch.bfloat16) else op
+def _widened(op: LinearOperator) -> LinearOperator:
+    return op if op.dtype == working_dtype(op) else op.to(working_dtype(op))
 
 
 def _absorb(op: Shifted) -> LinearOperator:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from curvature.influences.rows import BlockRows, Truncated
 from curvature.layers.samples import OneHot, Outer, Samples
-from curvature.losses import widen
+from solvers.precision import widen
 
 #: Numbers formed at once where positions are kept apart (16 Mi elements: 64 MiB in float32).
 CHUNK_ELEMENTS = 1 << 24

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from curvature.layers.block import Part
 from curvature.layers.embedding import table_part
 from curvature.layers.site import Layout, OuterSite, Ref, bind, rule_for
+from solvers.precision import working_dtype
 
 if TYPE_CHECKING:
     from curvature.layers.recorder import Recorder
@@ -100,5 +101,5 @@ def embedding_bag(
         None if padding is None else padding % call["weight"].shape[0],
         mode == "mean",
         recorder.layout(output),
-        torch.promote_types(output.dtype, torch.float32),
+        working_dtype(output),
     )

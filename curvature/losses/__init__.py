@@ -12,14 +12,13 @@ from curvature.losses.poisson import PoissonNLL
 from curvature.losses.robust import Huber, SmoothL1
 from curvature.losses.squared_error import SquaredError
 from curvature.losses.sum_of_losses import ClassDim, JoinedTerms, SumOfLosses, WeightedSum
-from curvature.losses.terms import Layout, Terms, widen
+from curvature.losses.terms import Layout, Terms
 
 __all__ = [
     # what a loss is, and how one is found
     "Loss",
     "Terms",
     "Layout",
-    "widen",
     "loss_for",
     "register_loss",
     # classes

@@ -15,7 +15,8 @@ from torch.func import grad, jacrev, vmap
 
 from curvature.losses.errors import NoCurvatureError
 from curvature.losses.loss import Loss
-from curvature.losses.terms import Layout, Terms, noise, widen
+from curvature.losses.terms import Layout, Terms, noise
+from solvers.precision import widen
 
 
 class AutogradLoss(Loss):

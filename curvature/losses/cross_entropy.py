@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from curvature.losses.classes import class_layout, class_weights, read_labels
 from curvature.losses.loss import Loss, register_loss
-from curvature.losses.terms import Layout, Terms, noise, widen
+from curvature.losses.terms import Layout, Terms, noise
+from solvers.precision import widen
 
 
 class CrossEntropyTerms(Terms):

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from curvature.losses.errors import NoCurvatureError
 from curvature.losses.loss import Loss
-from curvature.losses.terms import Layout, Terms, noise, widen
+from curvature.losses.terms import Layout, Terms, noise
+from solvers.precision import widen
 
 
 class ElementwiseLoss(Loss):

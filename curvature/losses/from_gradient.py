@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from curvature.losses import AmbiguousClassAxisError, Layout, Loss, Terms
+from solvers.precision import working_dtype
 
 
 class GradientTerms(Terms):
@@ -91,7 +92,7 @@ def from_output_gradient(
 def _gradient_terms(output: Tensor, gradient: Tensor, scale: Tensor | None, reduction: str) -> GradientTerms:
     layout = Layout(output.shape, () if output.dim() < 2 else (output.dim() - 1,))
     mask = (layout.rows(gradient) != 0).any(-1)
-    total = mask.sum().to(torch.promote_types(gradient.dtype, torch.float32))
+    total = mask.sum().to(working_dtype(gradient))
     unscaled = gradient.detach() if scale is None else gradient.detach() / scale
     return GradientTerms(output, layout, mask, total, unscaled * total if reduction == "mean" else unscaled)
 
@@ -117,7 +118,7 @@ def _class_axis(gradient: Tensor, class_dim: int | None) -> int:
     """The axis along which a softmax's gradient sums to zero."""
     rank = gradient.dim()
     candidates = {class_dim % rank} if class_dim is not None else {1, rank - 1} if rank > 1 else {0}
-    values = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+    values = gradient.to(working_dtype(gradient))
     found = []
     for axis in sorted(candidates):
         # Rounding: a sum of n numbers of low precision.

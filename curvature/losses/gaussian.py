@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from curvature.losses.elementwise import ElementwiseLoss
 from curvature.losses.loss import register_loss
+from solvers.precision import working_dtype
 
 
 @register_loss(nn.GaussianNLLLoss)
@@ -44,7 +45,7 @@ class GaussianNLL(ElementwiseLoss):
                 f"nn.GaussianNLLLoss takes output, target and variance, got {2 + len(extra)} arguments. Pass the "
                 "variance as the third."
             )
-        dtype = torch.promote_types(output.dtype, torch.float32)
+        dtype = working_dtype(output)
         var = torch.as_tensor(extra[0], dtype=dtype, device=output.device)  # PyTorch takes a float as well
         if var.requires_grad:
             raise ValueError(

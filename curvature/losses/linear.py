@@ -16,7 +16,8 @@ from curvature.losses.classes import Labels, class_layout, class_weights, read_l
 from curvature.losses.elementwise import ElementwiseLoss
 from curvature.losses.errors import NoCurvatureError
 from curvature.losses.loss import Loss, register_loss
-from curvature.losses.terms import Layout, Terms, widen
+from curvature.losses.terms import Layout, Terms
+from solvers.precision import widen
 
 
 def _refuse(name: str, remedy: str) -> NoReturn:

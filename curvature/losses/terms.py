@@ -16,11 +16,6 @@ from torch import Tensor
 from curvature.losses.errors import NonFiniteLossError
 
 
-def widen(x: Tensor) -> Tensor:
-    """``x`` in float32 at least: losses are never accumulated in half precision."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 @dataclass(frozen=True)
 class Layout:
     """Which axes of an output belong to one term of the loss.

@@ -13,6 +13,7 @@ from curvature.matrices.per_sample import refuse_sums
 from curvature.matrices.problem import Evaluation, Problem
 from curvature.model.data import Data, Output
 from solvers import BlockDiagonal, Dense, Diagonal, Flattened, LinearOperator, LowRank
+from solvers.precision import working_dtype
 
 #: Structures that hold the rank-one difference between the centered covariance and the second moment.
 CENTERED = ("full", "dense", "layer", "unit", "diagonal")
@@ -88,7 +89,7 @@ def gradient_covariance(
 def _root_of_mean(problem: Problem) -> Tensor:
     r"""The vector :math:`\sqrt{w T}\, \bar g` ``(P,)``, whose outer product is what centering takes away."""
     p = problem.parameters
-    total = torch.zeros(p.size, dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
+    total = torch.zeros(p.size, dtype=working_dtype(p), device=p.device)
     terms = torch.zeros((), dtype=total.dtype, device=p.device)
 
     def add(evaluation: Evaluation) -> None:

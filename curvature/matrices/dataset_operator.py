@@ -14,6 +14,7 @@ from curvature.matrices.problem import Evaluation, Problem
 from curvature.model.parameters import Parameters
 from curvature.model.settings import settings
 from solvers import LinearOperator, StructureError
+from solvers.precision import working_dtype
 
 #: Memory in bytes that a block of vectors may take at once, beyond the vectors themselves and their products.
 MEMORY = 1 << 28
@@ -60,7 +61,7 @@ class DatasetOperator(LinearOperator):
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.promote_types(self.problem.parameters.dtype, torch.float32)
+        return working_dtype(self.problem.parameters)
 
     @property
     def device(self) -> torch.device:

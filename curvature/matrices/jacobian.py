@@ -19,6 +19,7 @@ from curvature.model.parameters import Parameters
 from curvature.model.pullback import Pullback, refuse_differentiated_once
 from curvature.model.settings import random_state, refuse_changes, set_random_state, settings, versions
 from solvers import LinearOperator, StructureError
+from solvers.precision import working_dtype
 
 Mode = Literal["auto", "forward", "reverse"]
 
@@ -201,7 +202,7 @@ class Jacobian(LinearOperator):
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.promote_types(self.linearization.columns.dtype, torch.float32)
+        return working_dtype(self.linearization.columns)
 
     @property
     def device(self) -> torch.device:

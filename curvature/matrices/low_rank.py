@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from curvature.layers.samples import gram
-from curvature.losses import widen
 from curvature.losses.signals import FisherKind, Signals
 from curvature.matrices.per_sample import Examples
 from curvature.matrices.problem import Problem
 from solvers import Dense, LinearOperator, LowRank
+from solvers.precision import widen, working_dtype
 
 #: Bytes that a stored matrix or its root may take.
 STORED = 1 << 32
@@ -72,7 +72,7 @@ def dense(
         ValueError: If the matrix takes more than ``memory``.
     """
     p = problem.parameters
-    dtype = torch.promote_types(p.dtype, torch.float32)
+    dtype = working_dtype(p)
     nbytes = p.size**2 * dtype.itemsize
     if nbytes > memory:
         raise ValueError(

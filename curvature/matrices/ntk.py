@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from curvature.layers.block import Block
 from curvature.layers.samples import Outer, Samples, gram
-from curvature.losses import widen
 from curvature.matrices.jacobian import jacobian
 from curvature.matrices.per_sample import Examples, inner
 from curvature.model.data import Output
 from curvature.model.settings import differentiable_kernels
+from solvers.precision import widen
 
 NTKMode = Literal["full", "class", "trace"]
 

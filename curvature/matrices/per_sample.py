@@ -14,13 +14,14 @@ from curvature.estimation.collector import Collector
 from curvature.layers.block import Block, Place
 from curvature.layers.recorder import Recorder
 from curvature.layers.samples import OneHot, Outer, Samples
-from curvature.losses import Terms, WeightedSum, loss_for, widen
+from curvature.losses import Terms, WeightedSum, loss_for
 from curvature.losses.signals import Signals
 from curvature.matrices.problem import Evaluation, Problem
 from curvature.model.data import Batch, Data, Output, is_one_batch
 from curvature.model.parameters import Parameters
 from curvature.structures.estimator import CurvatureEstimator, Form
 from solvers import LinearOperator
+from solvers.precision import widen
 
 
 class KeptSamples(CurvatureEstimator):

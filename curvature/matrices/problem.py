@@ -17,6 +17,7 @@ from curvature.losses import AutogradLoss, ClassDim, Loss, Terms, UnknownLossErr
 from curvature.model.data import Data, Output, batches, call, is_one_batch, resolve_output, shown, to_device
 from curvature.model.parameters import Parameters
 from curvature.model.settings import random_state, refuse_changes, settings, versions
+from solvers.precision import working_dtype
 
 
 class Evaluation:
@@ -179,7 +180,7 @@ class Problem:
         if self._seen is None:
             self._seen = loss
         # Batches may come in another order; anything beyond the rounding of a sum of this size is other data.
-        tolerance = torch.finfo(torch.promote_types(self.parameters.dtype, torch.float32)).eps ** 0.5
+        tolerance = torch.finfo(working_dtype(self.parameters)).eps ** 0.5
         if not abs(loss - self._seen) <= tolerance * size:
             raise RuntimeError(
                 f"this pass over the data gave a loss of {loss:.8g}, the first one {self._seen:.8g}: products with one "

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from curvature.layers.block import Block
 from curvature.layers.samples import OneHot, Outer, Samples
-from curvature.losses import widen
 from curvature.structures.estimator import CurvatureEstimator, Form
 from curvature.structures.kfac import KroneckerEstimator, KroneckerFisher, Sharing
 from curvature.structures.unit import unit_or_diagonal
 from curvature.structures.weighted_mean import WeightedMean
 from solvers import Dense, Diagonal, Eigen, Eigh, Kronecker, LinearOperator, diagonalize, from_state, state
+from solvers.precision import widen
 
 
 class EigenbasisEstimator(CurvatureEstimator):

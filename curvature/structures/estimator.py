@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from curvature.layers.block import Block
 from curvature.layers.samples import Samples
-from curvature.losses import widen
 from curvature.losses.signals import FisherKind, check_kind
 from curvature.structures.weighted_mean import WeightedMean
 from solvers import LinearOperator
+from solvers.precision import widen
 
 Form = Literal["outer", "per_sample"]
 

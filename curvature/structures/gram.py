@@ -11,9 +11,9 @@ from torch import Tensor
 
 from curvature.layers.block import Block
 from curvature.layers.samples import CHUNK_ELEMENTS, OneHot, Outer, Samples
-from curvature.losses import widen
 from curvature.structures.estimator import Curvature, CurvatureEstimator, Form
 from solvers import LinearOperator, LowRank, Rows, storable
+from solvers.precision import widen
 
 
 @storable

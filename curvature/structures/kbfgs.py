@@ -10,7 +10,6 @@ from torch import Tensor
 
 from curvature.layers.block import Block
 from curvature.layers.samples import OneHot, Outer, Samples
-from curvature.losses import widen
 from curvature.losses.signals import FisherKind
 from curvature.structures.diagonal import DiagonalEstimator
 from curvature.structures.estimator import Curvature, CurvatureEstimator, Form
@@ -19,6 +18,7 @@ from curvature.structures.kfac import KroneckerEstimator
 from curvature.structures.unit import unit_or_diagonal
 from curvature.structures.weighted_mean import WeightedMean
 from solvers import Dense, Diagonal, Kronecker, LinearOperator
+from solvers.precision import widen
 
 
 def bfgs(H: Tensor, s: Tensor, y: Tensor) -> Tensor:

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from curvature.layers.block import Block
 from curvature.layers.samples import OneHot, Outer, Samples, gram
-from curvature.losses import widen
 from curvature.structures.estimator import Curvature, CurvatureEstimator, Form
 from curvature.structures.unit import unit_or_diagonal
 from curvature.structures.weighted_mean import WeightedMean
 from solvers import Dense, Diagonal, Kronecker, LinearOperator
+from solvers.precision import widen
 
 Sharing = Literal["expand", "reduce"]
 GradientFactor = Literal["second moment", "identity"]

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from curvature.layers.block import Block
 from curvature.layers.samples import Samples, gram
-from curvature.losses import widen
 from curvature.structures.estimator import Curvature, CurvatureEstimator, Form, MeanEstimator
 from solvers import Dense, Flattened, LinearOperator
+from solvers.precision import widen
 
 
 class DenseEstimator(MeanEstimator):

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from curvature.layers.block import Block
 from curvature.layers.samples import Samples
-from curvature.losses import widen
 from curvature.structures.diagonal import DiagonalEstimator
 from curvature.structures.estimator import Curvature, CurvatureEstimator, Form, MeanEstimator
 from solvers import Dense, LinearOperator
+from solvers.precision import widen
 
 
 class UnitEstimator(MeanEstimator):

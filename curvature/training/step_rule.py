@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from curvature.layers.block import Place
 from curvature.model.parameters import Parameters
 from solvers import Eigh, Kronecker, LinearOperator, SolverError, power
+from solvers.precision import working_dtype
 
 # Largest block whose root is taken densely, where its structure has none.
 _DENSE = 4096
@@ -211,7 +212,7 @@ def _combined(
             "threshold holds. Restrict the question with params= to one group."
         )
     ((momentum, nesterov, decay),) = shared
-    wide = torch.promote_types(parameters.dtype, torch.float32)
+    wide = working_dtype(parameters)
     scale = parameters.flatten({n: s for group in groups for n, s in group.scale.items()}).to(wide)
     l2 = {n: torch.full_like(s, group.l2) for group in groups for n, s in group.scale.items()}
     lrs = {group.lr for group in groups}

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from precond.closure.optimizer import jacobian_rows
-from precond.gradient.optimizer import working_dtype
+from solvers.precision import working_dtype
 
 
 @torch.enable_grad()

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from precond.gradient.optimizer import working_dtype
 from precond.step.adapt import LevenbergMarquardt
 from precond.step.base import SecondOrderOptimizer
 from solvers import SolverError
+from solvers.precision import working_dtype
 
 Vectors = dict[Tensor, Tensor]
 Closure = Callable[[], Any]

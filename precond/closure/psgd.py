@@ -10,10 +10,11 @@ from torch import Tensor
 
 from precond.closure.optimizer import ClosureOptimizer, Vectors, rademacher
 from precond.gradient.matrices import gram, largest, merged_shape, multiply, unfolded
-from precond.gradient.optimizer import Group, State, debiased, due, state_zeros, working_dtype
+from precond.gradient.optimizer import Group, State, debiased, due, state_zeros
 from precond.gradient.stacks import Stack, StackedOptimizer
 from precond.step.methods import Taxonomy
 from precond.step.schedules import Scheduled, ScheduledInt
+from solvers.precision import working_dtype
 
 Criterion = Literal["whitening", "hessian"]
 

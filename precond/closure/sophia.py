@@ -9,9 +9,10 @@ from torch import Tensor
 
 from precond.closure.adahessian import hutchinson_diagonal
 from precond.closure.optimizer import ClosureOptimizer, Vectors
-from precond.gradient.optimizer import GradientOptimizer, Group, State, state_zeros, working_dtype
+from precond.gradient.optimizer import GradientOptimizer, Group, State, state_zeros
 from precond.step.methods import Taxonomy
 from precond.step.schedules import Scheduled, ScheduledInt
+from solvers.precision import working_dtype
 
 Estimator = Literal["hutchinson", "gauss_newton"]
 

@@ -7,13 +7,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from precond.gradient.optimizer import GradientOptimizer, Group, working_dtype
+from precond.gradient.optimizer import GradientOptimizer, Group
 from precond.step.base import SecondOrderOptimizer
 from precond.step.methods import Taxonomy
 from precond.step.options import period
 from precond.step.schedules import Scheduled
 from solvers import CholeskyInverse, Dense
 from solvers.direct.cholesky import cholesky_factor
+from solvers.precision import working_dtype
 
 
 class MFAC(SecondOrderOptimizer):

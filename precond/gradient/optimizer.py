@@ -13,6 +13,7 @@ from torch import Tensor
 from precond.layerwise.blocks.preconditioner import TOLERATED_FAILURES
 from precond.step.base import SecondOrderOptimizer
 from solvers import SolverError
+from solvers.precision import working_dtype
 
 log = logging.getLogger(__name__)
 
@@ -117,11 +118,6 @@ class GradientOptimizer(SecondOrderOptimizer):
             if first or state[failures] > TOLERATED_FAILURES:
                 raise type(error)(f"{where}: refresh failed {state[failures]} times in a row. {error}") from error
             log.warning("%s keeps its last decomposition: %s", where, error)
-
-
-def working_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that statistics of ``x`` are kept in: float32 at least."""
-    return x.dtype if x.dtype.itemsize >= 4 else torch.promote_types(x.dtype, torch.float32)
 
 
 def state_zeros(p: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from precond.gradient.bases import eigenbases
 from precond.gradient.matrices import gram, largest, matrix_shape, multiply
-from precond.gradient.optimizer import Group, State, due, state_zeros, working_dtype
+from precond.gradient.optimizer import Group, State, due, state_zeros
 from precond.gradient.stacks import Stack, StackedOptimizer
 from precond.step.averaging import swapped, update_average
 from precond.step.methods import Taxonomy
 from precond.step.schedules import Scheduled, ScheduledInt
+from solvers.precision import working_dtype
 
 
 class SPlus(StackedOptimizer):

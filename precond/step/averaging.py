@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from solvers.precision import working_dtype
+
 
 @torch.no_grad()
 def update_average(average: Tensor, value: Tensor, decay: float, step: int) -> None:
@@ -79,7 +81,7 @@ class IterateAverage:
         self.steps += 1
         for p in self._params():
             if p not in self._averages:  # the first step, or a parameter that came later
-                self._averages[p] = p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True)
+                self._averages[p] = p.detach().to(working_dtype(p), copy=True)
             update_average(self._averages[p], p.detach(), self.decay, self.steps)
 
     def _params(self) -> list[Tensor]:

@@ -13,6 +13,7 @@ from solvers.operators.dense import Dense
 from solvers.operators.linear_operator import LinearOperator, Shape
 from solvers.outcome.checks import require
 from solvers.outcome.errors import NonFiniteError, NotPositiveDefiniteError, NotSymmetricError, SolverError
+from solvers.precision import widen
 from solvers.solver import Solver
 
 
@@ -104,17 +105,12 @@ class CholeskyInverse(LinearOperator):
 def cholesky_factor(op: Dense) -> Tensor:
     """``L`` with ``L L^T = op``, lower triangular ``(*stack, n, n)``, in float32 at least; checked."""
     require_symmetric(op)
-    matrix = at_least_float32(op.matrix)
+    matrix = widen(op.matrix)
     factor, info = torch.linalg.cholesky_ex(matrix)
     # NaN and infinity can pass without a bad pivot, but in row i of the triangle they reach the pivot L_ii.
     pivots = factor.diagonal(dim1=-2, dim2=-1)
     require((info == 0).all() & torch.isfinite(pivots).all(), lambda: _failure(op, matrix))
     return factor
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """Half precision as float32, everything else as it is."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def require_symmetric(op: Dense) -> None:

@@ -8,12 +8,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from solvers.direct.cholesky import at_least_float32, non_finite, require_symmetric
+from solvers.direct.cholesky import non_finite, require_symmetric
 from solvers.operators.dense import Dense
 from solvers.operators.eigenvalue_power import MODES, Mode, computed_power
 from solvers.operators.linear_operator import LinearOperator
 from solvers.outcome.checks import require
 from solvers.outcome.errors import SolverError
+from solvers.precision import widen
 from solvers.solver import BasisSolver
 
 
@@ -73,7 +74,7 @@ class Eigh(BasisSolver):
         op = matrix if isinstance(matrix, Dense) else Dense(matrix)
         require_symmetric(op)
         try:
-            values, basis = torch.linalg.eigh(at_least_float32(op.matrix))
+            values, basis = torch.linalg.eigh(widen(op.matrix))
         except RuntimeError as error:
             if not torch.isfinite(op.matrix).all():
                 raise non_finite(op) from None

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from solvers.direct.cholesky import at_least_float32, non_finite, require_symmetric
+from solvers.direct.cholesky import non_finite, require_symmetric
 from solvers.direct.eigh import Eigh
 from solvers.operators.dense import Dense
 from solvers.operators.eigen import Eigen
@@ -17,6 +17,7 @@ from solvers.operators.linear_operator import LinearOperator
 from solvers.outcome.checks import require
 from solvers.outcome.errors import NotConvergedError, NotConvergedWarning
 from solvers.outcome.solution import OnFailure
+from solvers.precision import widen
 from solvers.solver import BasisSolver
 
 
@@ -58,7 +59,7 @@ class Subspace(BasisSolver):
         assert isinstance(op, Dense)
         old = previous.basis if isinstance(previous, Eigen) else None
         values, basis = self.basis(op, old.matrix if isinstance(old, Dense) else None)
-        fraction = off_diagonal_fraction(basis.mT @ at_least_float32(op.matrix) @ basis)
+        fraction = off_diagonal_fraction(basis.mT @ widen(op.matrix) @ basis)
         if bool((fraction > self.rtol).any()):
             message = (
                 f"Subspace has not converged on {op!r}: the off-diagonal part is {float(fraction.max()):.3g} of the "
@@ -75,7 +76,7 @@ class Subspace(BasisSolver):
         if previous is None:
             return Eigh().basis(op)
         require_symmetric(op)
-        a = at_least_float32(op.matrix)
+        a = widen(op.matrix)
         q = previous.to(a)
         product = a @ q
         require(torch.isfinite(product.abs().amax()), lambda: non_finite(op))  # a tenth of the time of a look at each

@@ -14,18 +14,11 @@ from solvers.eigenpairs.lobpcg import LOBPCG
 from solvers.eigenpairs.result import Eigenpairs, Wanted, Which, finish
 from solvers.eigenpairs.storage import Storage
 from solvers.eigenpairs.thick_restart import ThickRestart
-from solvers.estimates.probes import (
-    FlatProduct,
-    default_batch,
-    flat_product,
-    normals,
-    own_generator,
-    require_symmetric,
-    working_dtype,
-)
+from solvers.estimates.probes import FlatProduct, default_batch, flat_product, normals, own_generator, require_symmetric
 from solvers.operators.linear_operator import LinearOperator
 from solvers.outcome.progress import progress_bar
 from solvers.outcome.solution import OnFailure
+from solvers.precision import working_dtype
 
 _METHODS = ("lanczos", "lobpcg")
 

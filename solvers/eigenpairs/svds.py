@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from solvers.eigenpairs.eigsh import eigsh
-from solvers.estimates.probes import default_batch, flat_product, norm, working_dtype
+from solvers.estimates.probes import default_batch, flat_product, norm
 from solvers.operators.function import Function
 from solvers.operators.linear_operator import LinearOperator
 from solvers.outcome.errors import NotConvergedError, NotConvergedWarning
 from solvers.outcome.solution import OnFailure
+from solvers.precision import working_dtype
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,11 +14,11 @@ import torch
 from scipy.special import stdtrit
 from torch import Tensor
 
-from solvers.estimates.probes import working_dtype
 from solvers.operators.linear_operator import LinearOperator
 from solvers.outcome.errors import NonFiniteError, NotConvergedError, NotConvergedWarning
 from solvers.outcome.progress import progress_bar
 from solvers.outcome.solution import OnFailure
+from solvers.precision import working_dtype
 
 # With a tolerance to meet, fewer samples than these are no evidence that it is met.
 _FEWEST = 20

@@ -12,17 +12,13 @@ from torch import Tensor
 
 from solvers.operators.linear_operator import LinearOperator
 from solvers.outcome.errors import NotSymmetricError
+from solvers.precision import working_dtype
 
 FlatProduct = Callable[[Tensor], Tensor]
 """Maps rows ``(m, n)`` to rows ``(m, n')``."""
 
 # Numbers in one block of vectors, where the user sets no batch_size: 256 MiB in float64.
 _BLOCK = 1 << 25
-
-
-def working_dtype(op: LinearOperator) -> torch.dtype:
-    """The operator's dtype, float32 at least."""
-    return torch.float32 if op.dtype in (torch.float16, torch.bfloat16) else op.dtype
 
 
 def own_generator(op: LinearOperator, generator: torch.Generator | None) -> torch.Generator:

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from solvers.estimates.estimate import Estimate, require_finite
 from solvers.estimates.lanczos import Quadrature, quadrature, remaining
-from solvers.estimates.probes import flat_product, norm, require_square, require_symmetric, working_dtype
+from solvers.estimates.probes import flat_product, norm, require_square, require_symmetric
 from solvers.operators.linear_operator import LinearOperator
 from solvers.outcome.errors import NotConvergedError, NotConvergedWarning
 from solvers.outcome.solution import OnFailure
+from solvers.precision import working_dtype
 
 
 def quadratic_form(

@@ -9,11 +9,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from solvers.direct.cholesky import at_least_float32, non_finite, require_symmetric
+from solvers.direct.cholesky import non_finite, require_symmetric
 from solvers.operators.dense import Dense
 from solvers.operators.linear_operator import LinearOperator
 from solvers.outcome.errors import NotConvergedError, NotConvergedWarning
 from solvers.outcome.solution import OnFailure, Solution, SolveInfo
+from solvers.precision import widen
 from solvers.solver import Solver
 
 
@@ -76,7 +77,7 @@ class MatrixIteration(Solver):
     def run(self, op: Dense, exponent: float) -> Solution:
         """As :meth:`power`, with the report handed over instead of judged; ``x`` is the matrix."""
         require_symmetric(op)
-        matrix = at_least_float32(op.matrix)
+        matrix = widen(op.matrix)
         if not bool(torch.isfinite(matrix).all()):
             raise non_finite(op)
         root, steps = self.iterate(matrix, exponent)

@@ -17,7 +17,7 @@ from curvature.laplace.factors.kron import BlockKron, Tensors
 from curvature.laplace.factors.sums import SumOptions, read
 from curvature.layers.block import Block, Place
 from curvature.layers.samples import gram
-from curvature.losses import Terms, widen
+from curvature.losses import Terms
 from curvature.losses.signals import FisherKind, Signals
 from curvature.matrices.low_rank import STORED, chunks
 from curvature.structures.diagonal import DiagonalEstimator
@@ -25,6 +25,7 @@ from curvature.structures.ekfac import EigenbasisEstimator
 from curvature.structures.estimator import CurvatureEstimator, Form
 from solvers import Kronecker
 from solvers.operators.diagonal import identity
+from solvers.precision import widen
 
 #: Bytes of the rows of a dense matrix that are formed at once.
 ROWS = 1 << 26

@@ -19,7 +19,8 @@ from curvature.laplace.factors.sums import OuterSums
 from curvature.layers.block import Block, Part
 from curvature.layers.recorder import tensors_in
 from curvature.layers.samples import gram
-from curvature.losses import Terms, widen
+from curvature.losses import Terms
+from solvers.precision import widen
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from curvature.layers.block import Block, Part
 from curvature.layers.samples import Samples, gram
-from curvature.losses import widen
 from curvature.structures.estimator import CurvatureEstimator, Form, MeanEstimator
 from curvature.structures.kfac import KroneckerEstimator, Sharing
 from curvature.structures.weighted_mean import WeightedMean
 from solvers import Dense, Diagonal, LinearOperator
+from solvers.precision import widen
 
 Side = tuple[Tensor, Tensor, Tensor | float]
 #: A part of a block, and the matrices whose Kronecker product is its curvature: one or two.

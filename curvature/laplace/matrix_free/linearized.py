@@ -17,6 +17,7 @@ from curvature.matrices.problem import Evaluation, Problem
 from curvature.model.data import Data, Output
 from curvature.model.pullback import Pullback
 from solvers import Congruence, Diagonal, Estimate, LinearOperator
+from solvers.precision import working_dtype
 
 
 class LinearizedLaplace:
@@ -190,7 +191,7 @@ class LinearizedLaplace:
         def visit(evaluation: Evaluation) -> None:
             terms = evaluation.terms
             assert terms is not None
-            pull, dtype = Pullback([evaluation.output], params), torch.promote_types(terms.output.dtype, torch.float32)
+            pull, dtype = Pullback([evaluation.output], params), working_dtype(terms.output)
             shape = (count, *terms.shape[:2], terms.columns)
             noise = torch.randn(shape, generator=generator, device=generator.device, dtype=dtype).to(out.device)
             step = self._ggn.chunk(evaluation.nbytes)
