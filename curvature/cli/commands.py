@@ -61,7 +61,7 @@ def run(source: Source, given: Namespace) -> Answer:
     seconds = time.monotonic() - start
     about = {"source": source.name, "command": given.command, "matrix": given.matrix, "seed": given.seed, **head}
     about |= {"version": version("precond"), "seconds": round(seconds, 3)}
-    top = f"{type(op).__name__} of {head['model']} ({head['parameters']:,} parameters) under {head['loss_fn']}"
+    top = f"{op.title} of {head['model']} ({head['parameters']:,} parameters) under {head['loss_fn']}"
     text = f"{top}, loss {head['loss']:.6g}\n\n{answer.text}\n{answer.content['products']} products, {seconds:.1f} s"
     return Answer(text, about | answer.content, answer.good)
 

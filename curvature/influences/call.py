@@ -10,16 +10,17 @@ from torch import Tensor, nn
 from curvature.estimation.checkpoint import Resume, problem_identity
 from curvature.influences.batching import groups, read
 from curvature.influences.result import Influence
-from curvature.influences.rows import Rows, gradients_of, precondition
+from curvature.influences.rows import QueryRows, gradients_of, precondition
 from curvature.influences.scores import Found, scores, walk
-from curvature.influences.store import Store, batches_digest, operator_digest
+from curvature.influences.store import InfluenceStore, batches_digest, operator_digest
 from curvature.layers.block import Place
 from curvature.losses import ClassDim
-from curvature.matrices.fisher import WHOLE, Structure
 from curvature.matrices.ggn import ggn
 from curvature.matrices.per_sample import refuse_sums
 from curvature.matrices.problem import Evaluation, Problem
+from curvature.matrices.request import WHOLE, Structure
 from curvature.model.data import Batch, Data, Output
+from curvature.structures.by_name import kind_of
 from solvers import BlockDiagonal, Damping, LinearOperator, RelativeTikhonov, Tikhonov
 
 
@@ -58,9 +59,10 @@ def influence(
         loss_fn: The training loss.
         train: One batch ``(x, y)`` or a re-iterable of batches.
         queries: One batch or an iterable of batches.
-        curvature: A structure of :func:`ggn` that is estimated from ``train`` with sampled labels, or any operator on
-            the flat vector of parameters, such as one that was saved by :func:`solvers.state`. With sampled labels the
-            eigenvalues of ``"ekfac"`` are squares of gradients summed over all tokens of a sequence.
+        curvature: A structure of :func:`ggn` that is estimated from ``train``, with sampled labels where it is given by
+            name; or any operator on the flat vector of parameters, such as one that was saved by
+            :func:`solvers.state`. With sampled labels the eigenvalues of ``"ekfac"`` are squares of gradients summed
+            over all tokens of a sequence.
         damping: How to damp it; a number is a shift in units of C. ``None`` takes a tenth of each block's mean
             eigenvalue.
         query_loss: Loss of the queries, where it is not ``loss_fn``.
@@ -91,7 +93,7 @@ def influence(
         Grosse et al. (2023), https://arxiv.org/abs/2308.03296, whose section 3.2.2 truncates queries
     """
     given: dict[str, Any] = {"params": params, "output": output, "class_dim": class_dim, "progress": progress}
-    files = None if store is None else Store(store)
+    files = None if store is None else InfluenceStore(store)
     matrix, damped = _curvature(model, loss_fn, train, curvature, damping, generator, files, given)
     inverse = matrix.inverse(damped)
     _check_rank(query_rank, inverse)
@@ -105,7 +107,7 @@ def influence(
             "by_position": by_position,
             "query_rank": query_rank,
         }
-    found: list[tuple[Rows, Found]] = []
+    found: list[tuple[QueryRows, Found]] = []
     for group in groups(read(queries, model), inverse, query_rank, memory):
         asked = _asked(model, loss_fn if query_loss is None else query_loss, group, given)
         _check(inverse, asked)
@@ -141,7 +143,7 @@ def self_influence(
     :func:`influence`.
     """
     given: dict[str, Any] = {"params": params, "output": output, "class_dim": class_dim, "progress": progress}
-    files = None if store is None else Store(store)
+    files = None if store is None else InfluenceStore(store)
     matrix, damped = _curvature(model, loss_fn, train, curvature, damping, generator, files, given)
     inverse = matrix.inverse(damped)
     problem = Problem(model, loss_fn, train, **given)
@@ -168,7 +170,7 @@ def _curvature(
     curvature: LinearOperator | Structure,
     damping: float | Damping | None,
     generator: torch.Generator | None,
-    files: Store | None,
+    files: InfluenceStore | None,
     given: dict[str, Any],
 ) -> tuple[LinearOperator, Damping]:
     """The curvature, and how it is damped."""
@@ -177,7 +179,7 @@ def _curvature(
     if isinstance(curvature, LinearOperator):
         return curvature, damping
     keeps = files if not isinstance(curvature, str) or curvature not in WHOLE else None
-    options: dict[str, Any] = {"kind": "mc", "generator": generator, **given}
+    options: dict[str, Any] = {"kind": kind_of(curvature, None, "mc"), "generator": generator, **given}
     resume = None if keeps is None else keeps.factors
     made = ggn(model, loss_fn, train, structure=curvature, resume=resume, **options)
     if keeps is not None:
@@ -235,7 +237,7 @@ def _compare(first: Found, other: Found) -> None:
         )
 
 
-def _result(found: list[tuple[Rows, Found]]) -> Influence:
+def _result(found: list[tuple[QueryRows, Found]]) -> Influence:
     """The groups of queries together."""
     blocks = [part.by_block() for _, part in found]
     positions = [part.by_position() for _, part in found]

@@ -13,7 +13,7 @@ from curvature.estimation.accumulation import Accumulation
 from curvature.estimation.checkpoint import Checkpoint
 from curvature.estimation.collector import Collector
 from curvature.influences.products import by_example, by_position
-from curvature.influences.rows import Rows
+from curvature.influences.rows import QueryRows
 from curvature.layers.block import Block, Place
 from curvature.layers.samples import Samples
 from curvature.losses.signals import Signals
@@ -115,7 +115,9 @@ def walk(problem: Problem, found: Found, use: Callable[[Evaluation], Any], title
         run.finish(start)
 
 
-def scores(problem: Problem, rows: Rows, positions: bool, joint: bool, file: Checkpoint | None, title: str) -> Found:
+def scores(
+    problem: Problem, rows: QueryRows, positions: bool, joint: bool, file: Checkpoint | None, title: str
+) -> Found:
     """Inner products of the rows with the gradient of every training example.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -41,6 +41,9 @@ class DatasetOperator(LinearOperator):
             if the data are one batch.
         memory: Bytes that intermediate results of a block of vectors may take.
     """
+
+    #: Name of the matrix, as people read it and files of resumable runs hold it.
+    title: ClassVar[str]
 
     def __init__(
         self, problem: Problem, rows: Parameters, columns: Parameters, keep_graph: bool | None, memory: int
@@ -164,7 +167,7 @@ class DatasetOperator(LinearOperator):
                 kept.append((product, evaluation.nbytes))
 
         self.begin()
-        self._total = self.problem.visit(visit, type(self).__name__, count=vectorized or self.keep_graph)
+        self._total = self.problem.visit(visit, self.title, count=vectorized or self.keep_graph)
         if self.keep_graph:
             self._kept = kept
 
@@ -179,4 +182,4 @@ class DatasetOperator(LinearOperator):
         return nbytes + 4 * self.columns.size > SMALL.get(self.device.type, SMALL["cuda"])
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.shape[0]}x{self.shape[1]})"
+        return f"{self.title}({self.shape[0]}x{self.shape[1]})"

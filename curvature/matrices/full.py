@@ -14,7 +14,7 @@ from curvature.matrices.jacobian import Linearization, Mode, check_mode
 from curvature.matrices.problem import Evaluation, Problem
 
 
-class GaussNewton(DatasetOperator):
+class GaussNewtonOperator(DatasetOperator):
     r"""Matrix-free :math:`w \sum_t J_t^\top B_t J_t` over the terms of the loss; made by ``ggn`` and ``fisher``.
 
     A product costs a Jacobian-vector product, the arithmetic on the outputs, and a vector-Jacobian product: about two
@@ -28,6 +28,8 @@ class GaussNewton(DatasetOperator):
         kind: ``"exact"``, ``"mc"`` or ``"empirical"``.
         mode: How Jacobian-vector products are taken: ``"reverse"`` or ``"forward"``; ``"auto"`` before the first.
     """
+
+    title = "GaussNewton"
 
     def __init__(
         self,

@@ -22,6 +22,8 @@ HessianStructure = Literal["full", "dense", "layer", "diagonal"]
 class Hessian(DatasetOperator):
     """Matrix-free Hessian on the flat parameter vector, by reverse over reverse; made by :func:`hessian`."""
 
+    title = "Hessian"
+
     def record(self, evaluation: Evaluation) -> Product:
         return second_derivative(self.gradient(evaluation), self.rows, self.columns)
 
