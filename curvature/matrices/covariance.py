@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from curvature.losses import ClassDim
 from curvature.matrices.per_sample import refuse_sums
-from curvature.matrices.problem import Evaluation, Problem
+from curvature.matrices.problem import Evaluation, Problem, gradient_of
 from curvature.matrices.request import Request, Structure
 from curvature.model.data import Data, Output
 from curvature.structures.blocks import BLOCKS
@@ -93,10 +93,7 @@ def _root_of_mean(problem: Problem) -> Tensor:
 
     def add(evaluation: Evaluation) -> None:
         assert evaluation.terms is not None
-        signal = evaluation.terms.gradient()
-        gradient = torch.autograd.grad(evaluation.output, list(p.values()), signal, allow_unused=True)
-        pairs = zip(p.items(), gradient, strict=True)
-        total.add_(p.flatten({name: torch.zeros_like(q) if g is None else g for (name, q), g in pairs}))
+        total.add_(p.flatten(gradient_of(evaluation.output, p, evaluation.terms.gradient())))
         terms.add_(evaluation.terms.mask.sum())
 
     divisor = problem.visit(add, "mean gradient")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypedDict
 
 import torch
 from torch import Tensor
 
+from curvature.losses import ClassDim
 from curvature.matrices.problem import Evaluation, Problem
+from curvature.model.data import Output
 from curvature.model.parameters import Parameters
 from curvature.model.settings import settings
 from solvers import LinearOperator, StructureError
@@ -26,6 +28,17 @@ SMALL = {"cpu": 1 << 21, "cuda": 1 << 26}
 Product = Callable[[Sequence[Tensor], bool], list[Tensor]]
 
 
+class MatrixArguments(TypedDict, total=False):
+    """Keywords that every matrix of a loss over data takes, for editors and type checkers."""
+
+    params: Any
+    output: Output | None
+    class_dim: ClassDim
+    progress: bool | None
+    keep_graph: bool | None
+    memory: int
+
+
 class DatasetOperator(LinearOperator):
     """A matrix between flat parameter vectors: a sum over batches, known by its products.
 
@@ -34,21 +47,21 @@ class DatasetOperator(LinearOperator):
 
     Args:
         problem: The loss over the data.
-        rows: Parameters of the result.
-        columns: Parameters of the vectors it acts on.
         keep_graph: Keep the graphs of all batches between products: a product then costs no forward pass, and the
             memory of the batches' activations stays taken as long as the operator lives. ``None`` keeps the graph
             if the data are one batch.
         memory: Bytes that intermediate results of a block of vectors may take.
+
+    Attributes:
+        rows: Parameters of the result.
+        columns: Parameters of the vectors it acts on.
     """
 
     #: Name of the matrix, as people read it and files of resumable runs hold it.
     title: ClassVar[str]
 
-    def __init__(
-        self, problem: Problem, rows: Parameters, columns: Parameters, keep_graph: bool | None, memory: int
-    ) -> None:
-        self.problem, self.rows, self.columns = problem, rows, columns
+    def __init__(self, problem: Problem, *, keep_graph: bool | None = None, memory: int = MEMORY) -> None:
+        self.problem, self.rows, self.columns = problem, problem.parameters, problem.parameters
         self.keep_graph = problem.single if keep_graph is None else keep_graph
         self.memory = memory
         self._kept: list[tuple[Product, int]] | None = None

@@ -43,7 +43,7 @@ class GaussNewtonOperator(DatasetOperator):
         mode: Mode = "auto",
     ) -> None:
         check_mode(mode)
-        super().__init__(problem, problem.parameters, problem.parameters, keep_graph, memory)
+        super().__init__(problem, keep_graph=keep_graph, memory=memory)
         self.kind, self.samples, self.mode = kind, samples, mode
         generator = generator or torch.Generator(device=self.device).manual_seed(0)
         # The draws of every pass start here; whoever draws next from the user's generator gets others.

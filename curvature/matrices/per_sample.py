@@ -16,7 +16,7 @@ from curvature.layers.recorder import Recorder
 from curvature.layers.samples import OneHot, Outer, Samples
 from curvature.losses import Terms, WeightedSum, loss_for
 from curvature.losses.signals import Signals
-from curvature.matrices.problem import Evaluation, Problem
+from curvature.matrices.problem import Evaluation, Problem, gradient_of
 from curvature.model.data import Batch, Data, Output, is_one_batch
 from curvature.model.parameters import Parameters
 from curvature.structures.estimator import CurvatureEstimator, Form
@@ -432,9 +432,7 @@ def _moments(problem: Problem, mean: bool) -> tuple[Tensor, Tensor]:
                 place.scatter(widen(entry.square_sum()), part)
                 squares.add_(part)
         if mean:
-            gradient = torch.autograd.grad(examples.output, list(p.values()), signal, allow_unused=True)
-            pairs = zip(p.items(), gradient, strict=True)
-            total.add_(p.flatten({name: torch.zeros_like(q) if g is None else g for (name, q), g in pairs}))
+            total.add_(p.flatten(gradient_of(examples.output, p, signal)))
 
     _visit(problem, add)
     return squares / count, total / count

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from curvature.estimation.checkpoint import Resume
 from curvature.estimation.dataset import estimate
 from curvature.losses import ClassDim
 from curvature.losses.signals import FisherKind
+from curvature.matrices.dataset_operator import MatrixArguments
 from curvature.matrices.full import GaussNewtonOperator
 from curvature.matrices.jacobian import Mode
 from curvature.matrices.low_rank import dense, low_rank
@@ -34,18 +35,12 @@ WHOLE: dict[str, Callable[..., LinearOperator]] = {
 }
 
 
-class Arguments(TypedDict, total=False):
-    """Keywords of ``ggn`` and ``fisher`` beside kind and structure; from ``keep_graph`` on, options of structures."""
+class Arguments(MatrixArguments, total=False):
+    """Keywords of ``ggn`` and ``fisher`` beside kind and structure; from ``mode`` on, options of structures."""
 
     samples: int | None
     generator: torch.Generator | None
-    params: Any
-    output: Output | None
-    class_dim: ClassDim
     resume: Resume | None
-    progress: bool | None
-    keep_graph: bool | None
-    memory: int
     mode: Mode
     max_size: int
     sharing: Sharing
