@@ -16,8 +16,7 @@ from curvature.influences.scores import Found, scores, walk
 from curvature.influences.store import InfluenceStore, batches_digest, operator_digest
 from curvature.layers.block import Place
 from curvature.losses import ClassDim
-from curvature.matrices.per_sample import refuse_sums
-from curvature.matrices.problem import Evaluation, Problem
+from curvature.matrices.problem import Evaluation, Problem, refuse_sums
 from curvature.matrices.request import WHOLE, Request, Structure
 from curvature.model.data import Batch, Data, Output
 from curvature.structures.by_name import kind_of

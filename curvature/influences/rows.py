@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from curvature.matrices.per_sample import Examples
+from curvature.matrices.examples import Examples
 from curvature.matrices.problem import Evaluation, Problem
 from solvers import BlockDiagonal, LinearOperator, Place
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from curvature.losses import ClassDim
-from curvature.matrices.per_sample import refuse_sums
-from curvature.matrices.problem import Evaluation, Problem, gradient_of
+from curvature.matrices.problem import Evaluation, Problem, gradient_of, refuse_sums
 from curvature.matrices.request import Request, Structure
 from curvature.model.data import Data, Output
 from curvature.structures.blocks import BLOCKS

@@ -13,7 +13,7 @@ from torch.func import functional_call, jvp, vmap
 
 from curvature.estimation.dataset import record
 from curvature.layers.recorder import Recorder
-from curvature.matrices.per_sample import Examples
+from curvature.matrices.examples import Examples
 from curvature.matrices.problem import gradient_of
 from curvature.model.data import Output, call, resolve_output, to_device
 from curvature.model.parameters import Parameters

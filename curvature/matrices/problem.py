@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from curvature.estimation.dataset import over_all_data, record, terms_of
 from curvature.layers.recorder import Recorder
 from curvature.losses import AutogradLoss, ClassDim, Loss, Terms, UnknownLossError, WeightedSum, loss_for
-from curvature.model.data import Data, Output, batches, call, is_one_batch, resolve_output, shown, to_device
+from curvature.model.data import Batch, Data, Output, batches, call, is_one_batch, resolve_output, shown, to_device
 from curvature.model.parameters import Parameters
 from curvature.model.settings import random_state, refuse_changes, settings, versions
 from solvers.precision import working_dtype
@@ -237,6 +237,33 @@ def loss_and_gradient(problem: Problem, dtype: torch.dtype | None = None) -> tup
 def gradient(problem: Problem) -> Tensor:
     """Gradient of the loss over all data, ``(P,)``, in the parameters' dtype."""
     return loss_and_gradient(problem)[1]
+
+
+def refuse_sums(problem: Problem) -> None:
+    """Refuse sums of losses where the gradients of different terms are added up.
+
+    Raises:
+        TypeError: If the loss is one.
+    """
+    if isinstance(problem.loss, WeightedSum):
+        raise TypeError(
+            "gradients of single examples and their covariance are those of one loss. Take the losses of the sum "
+            f"({', '.join(map(repr, problem.loss.loss_fn.losses))}) one by one, with output= to pick what each sees."
+        )
+
+
+def one_batch(model: nn.Module, loss_fn: Any, batch: Batch, **options: Any) -> Problem:
+    """The problem of a single batch.
+
+    Raises:
+        TypeError: If there is more than one.
+    """
+    if not is_one_batch(batch):
+        raise TypeError(
+            f"expected one batch (x, y), got {type(batch).__name__}: what belongs to single examples is returned for "
+            "one batch at a time. Loop over the batches."
+        )
+    return Problem(model, loss_fn, batch, **options)
 
 
 def _fingerprint(evaluation: Evaluation) -> Tensor:
