@@ -15,11 +15,11 @@ from torch.autograd.graph import get_gradient_edge
 
 from curvature.estimation.collector import Collector
 from curvature.estimation.recording import Pass, Recording, Waiting, merged
-from curvature.layers.recorder import Recorder, batch_size, tensors_in
+from curvature.layers.recorder import Recorder
 from curvature.losses import JoinedTerms, Loss, Terms, UnknownLossError, WeightedSum, loss_for
 from curvature.losses.from_gradient import from_output_gradient
 from curvature.losses.signals import Signals
-from curvature.model.data import Output, inspecting, inspection, resolve_output, untouched
+from curvature.model.data import Output, batch_size, inspecting, inspection, resolve_output, tensors_in, untouched
 from curvature.model.hooks import Hook, calling_frame
 from curvature.model.wrappers import is_compiled, plain_checkpoints, unwrapped
 from curvature.structures.estimator import Curvature

@@ -12,13 +12,14 @@ from curvature.estimation.accumulation import Accumulation
 from curvature.estimation.checkpoint import Checkpoint, Resume, digest, problem_identity
 from curvature.estimation.collector import Collector
 from curvature.layers.block import Block
-from curvature.layers.recorder import Recorder, batch_size
+from curvature.layers.recorder import Recorder
 from curvature.losses import ClassDim, JoinedTerms, Loss, Terms, WeightedSum, loss_for
 from curvature.losses.signals import Signals
 from curvature.model.data import (
     Batch,
     Data,
     Output,
+    batch_size,
     batches,
     call,
     is_one_batch,

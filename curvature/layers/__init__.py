@@ -15,19 +15,8 @@ from curvature.layers import (
     recurrent,
     transposed,
 )
-from curvature.layers.site import (
-    MODULES,
-    REPLACEMENTS,
-    RULES,
-    ElementwiseSite,
-    Layout,
-    OuterSite,
-    Ref,
-    Site,
-    bind,
-    replacement_for,
-    rule_for,
-)
+from curvature.layers.rules import MODULES, REPLACEMENTS, RULES, bind, replacement_for, rule_for
+from curvature.layers.site import ElementwiseSite, Layout, Observer, OuterSite, Ref, Site
 
 __all__ = [
     "MODULES",
@@ -38,6 +27,7 @@ __all__ = [
     "OuterSite",
     "Ref",
     "Site",
+    "Observer",
     "bilinear",
     "bind",
     "conv",

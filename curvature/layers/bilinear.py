@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from curvature.layers.block import Part
-from curvature.layers.site import Layout, OuterSite, Ref, bind, rule_for
-
-if TYPE_CHECKING:
-    from curvature.layers.recorder import Recorder
+from curvature.layers.rules import bind, rule_for
+from curvature.layers.site import Layout, Observer, OuterSite, Ref
 
 
 class BilinearSite(OuterSite):
@@ -48,7 +46,7 @@ class BilinearSite(OuterSite):
 
 @rule_for(torch.bilinear, modules={nn.Bilinear: "kronecker"})
 def bilinear(
-    recorder: Recorder, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    recorder: Observer, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> BilinearSite | None:
     """``F.bilinear(input1, input2, weight, bias)``."""
     call = bind(("input1", "input2", "weight", "bias"), args, kwargs)

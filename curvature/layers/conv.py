@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from curvature.layers.block import Part
-from curvature.layers.site import Layout, OuterSite, Ref, bind, rule_for
-
-if TYPE_CHECKING:
-    from curvature.layers.recorder import Recorder
+from curvature.layers.rules import bind, rule_for
+from curvature.layers.site import Layout, Observer, OuterSite, Ref
 
 
 def per_axis(value: int | tuple[int, ...], dims: int) -> tuple[int, ...]:
@@ -133,7 +131,7 @@ _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "group
     modules={nn.Conv1d: "kronecker", nn.Conv2d: "kronecker", nn.Conv3d: "kronecker"},
 )
 def convolution(
-    recorder: Recorder, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    recorder: Observer, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> ConvSite | None:
     """``F.conv1d``, ``conv2d``, ``conv3d`` with any stride, padding, dilation and groups."""
     call = bind(_ARGUMENTS, args, kwargs)

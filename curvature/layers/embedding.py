@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from curvature.layers.block import Part
+from curvature.layers.rules import bind, rule_for
 from curvature.layers.samples import OneHot
-from curvature.layers.site import Layout, OuterSite, Ref, bind, rule_for
-
-if TYPE_CHECKING:
-    from curvature.layers.recorder import Recorder
+from curvature.layers.site import Layout, Observer, OuterSite, Ref
 
 
 class EmbeddingSite(OuterSite):
@@ -50,7 +48,7 @@ def table_part(weight: Ref, table: tuple[int, int]) -> Part:
 
 @rule_for(F.embedding, modules={nn.Embedding: "kronecker"})
 def embedding(
-    recorder: Recorder, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    recorder: Observer, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> EmbeddingSite | None:
     """``F.embedding``; the scaled-by-frequency gradient is no gradient of a loss and is left to the fallback."""
     call = bind(
@@ -67,7 +65,7 @@ def embedding(
 
 @rule_for(Tensor.__getitem__, Tensor.index_select, torch.index_select)
 def rows_of_table(
-    recorder: Recorder, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    recorder: Observer, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> EmbeddingSite | None:
     """``table[index]`` and ``table.index_select(0, index)`` with a tensor of integers, as relative positions use it."""
     if kwargs or (len(args) == 3 and args[1] != 0):

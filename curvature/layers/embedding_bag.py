@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,11 +11,9 @@ from torch import Tensor, nn
 
 from curvature.layers.block import Part
 from curvature.layers.embedding import table_part
-from curvature.layers.site import Layout, OuterSite, Ref, bind, rule_for
+from curvature.layers.rules import bind, rule_for
+from curvature.layers.site import Layout, Observer, OuterSite, Ref
 from solvers.precision import working_dtype
-
-if TYPE_CHECKING:
-    from curvature.layers.recorder import Recorder
 
 
 class EmbeddingBagSite(OuterSite):
@@ -77,7 +75,7 @@ _ARGUMENTS = (
 
 @rule_for(F.embedding_bag, modules={nn.EmbeddingBag: "kronecker"})
 def embedding_bag(
-    recorder: Recorder, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    recorder: Observer, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> EmbeddingBagSite | None:
     """``F.embedding_bag`` in modes sum and mean; a maximum is left to the fallback, as are tracked sample weights."""
     call = bind(_ARGUMENTS, args, kwargs)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from curvature.layers.block import Block
-from curvature.layers.site import ElementwiseSite, Layout, Ref, bind, rule_for
-
-if TYPE_CHECKING:
-    from curvature.layers.recorder import Recorder
+from curvature.layers.rules import bind, rule_for
+from curvature.layers.site import ElementwiseSite, Layout, Observer, Ref
 
 
 class ScaleShiftSite(ElementwiseSite):
@@ -71,14 +69,14 @@ class ScaleShiftSite(ElementwiseSite):
         return torch.stack(columns, dim=-1)
 
 
-def _refs(recorder: Recorder, call: Mapping[str, Any]) -> tuple[Ref | None, Ref | None] | None:
+def _refs(recorder: Observer, call: Mapping[str, Any]) -> tuple[Ref | None, Ref | None] | None:
     weight, bias = recorder.resolve(call.get("weight")), recorder.resolve(call.get("bias"))
     return None if weight is None and bias is None else (weight, bias)
 
 
 @rule_for(F.layer_norm, torch.layer_norm, modules={nn.LayerNorm: "unit"})
 def layer_norm(
-    recorder: Recorder, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    recorder: Observer, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> ScaleShiftSite | None:
     """``F.layer_norm`` over any number of trailing axes."""
     call = bind(("input", "normalized_shape", "weight", "bias", "eps"), args, kwargs)
@@ -98,7 +96,7 @@ def layer_norm(
 
 @rule_for(F.rms_norm, torch.rms_norm, modules={nn.RMSNorm: "diagonal"})
 def rms_norm(
-    recorder: Recorder, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    recorder: Observer, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> ScaleShiftSite | None:
     """``F.rms_norm``: a scale, no shift."""
     call = bind(("input", "normalized_shape", "weight", "eps"), args, kwargs)
@@ -122,7 +120,7 @@ def rms_norm(
     modules={nn.BatchNorm1d: "unit", nn.BatchNorm2d: "unit", nn.BatchNorm3d: "unit", nn.SyncBatchNorm: "unit"},
 )
 def batch_norm(
-    recorder: Recorder, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    recorder: Observer, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> ScaleShiftSite | None:
     """``F.batch_norm``; in train mode examples interact through the batch statistics, as in the model itself."""
     call = bind(("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"), args, kwargs)
@@ -143,7 +141,7 @@ def batch_norm(
 
 @rule_for(F.group_norm, torch.group_norm, modules={nn.GroupNorm: "unit"})
 def group_norm(
-    recorder: Recorder, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    recorder: Observer, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> ScaleShiftSite | None:
     """``F.group_norm``."""
     call = bind(("input", "num_groups", "weight", "bias", "eps"), args, kwargs)
@@ -166,7 +164,7 @@ def group_norm(
     modules={nn.InstanceNorm1d: "unit", nn.InstanceNorm2d: "unit", nn.InstanceNorm3d: "unit"},
 )
 def instance_norm(
-    recorder: Recorder, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    recorder: Observer, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> ScaleShiftSite | None:
     """``F.instance_norm``, with the statistics of the input or running ones."""
     call = bind(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import types
 import weakref
 from collections.abc import Iterable, Mapping
-from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -13,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from curvature.layers import REPLACEMENTS, RULES, Layout, Ref, Site
+from curvature.layers.rules import REPLACEMENTS, RULES
+from curvature.layers.site import Layout, Ref, Site
+from curvature.model.data import tensors_in
 
 
 def _attention_without_dispatch() -> Any:
@@ -207,26 +208,3 @@ class Recorder(TorchFunctionMode):
             return entry[1]
         # Made by something that functions modes do not see (a custom autograd.Function): the shape must tell.
         return self.batch is None or (tensor.dim() > 0 and tensor.shape[0] % self.batch == 0)
-
-
-def tensors_in(tree: Any) -> Iterable[Tensor]:
-    """All tensors in nested tuples, lists, mappings and dataclasses."""
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, (tuple, list)):
-        for item in tree:
-            yield from tensors_in(item)
-    elif isinstance(tree, Mapping):
-        for item in tree.values():
-            yield from tensors_in(item)
-    elif is_dataclass(tree) and not isinstance(tree, type):
-        for field in fields(tree):
-            yield from tensors_in(getattr(tree, field.name))
-
-
-def batch_size(inputs: Any) -> int | None:
-    """Leading dimension of the first tensor among the inputs that has one."""
-    for tensor in tensors_in(inputs):
-        if tensor.dim() > 0:
-            return int(tensor.shape[0])
-    return None

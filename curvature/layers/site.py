@@ -1,22 +1,18 @@
-"""A site: one use of parameters in a forward pass, and the rules that recognise it."""
+"""A site: one use of parameters in a forward pass."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from curvature.layers.block import Block, Part
 from curvature.layers.samples import OneHot, Outer, PerSample
-
-if TYPE_CHECKING:
-    from curvature.layers.recorder import Recorder
 
 
 @dataclass(frozen=True)
@@ -161,6 +157,30 @@ class Site(ABC):
         return None
 
 
+class Observer(Protocol):
+    """What a rule needs of the :class:`~curvature.layers.recorder.Recorder` that watches a forward pass.
+
+    Attributes:
+        batch: Number of examples, the leading dimension of the model's inputs; ``None`` where unknown.
+        examples_interact: Some outputs depend on several examples, or it cannot be told that they do not.
+    """
+
+    batch: int | None
+    examples_interact: bool
+
+    def resolve(self, tensor: Any) -> Ref | None:
+        """The tracked parameter that ``tensor`` is, or is a contiguous segment or the transpose of."""
+        ...
+
+    def layout(self, tensor: Tensor) -> Layout:
+        """How the leading dimensions of ``tensor`` hold examples."""
+        ...
+
+    def add(self, site: Site, output: Tensor) -> None:
+        """Record a use whose result is ``output``."""
+        ...
+
+
 class OuterSite(Site):
     r"""A use of the form :math:`y_{ns} = W a_{ns} + b`."""
 
@@ -237,63 +257,3 @@ class ElementwiseSite(Site):
 
     def keeps_examples(self, examples: int) -> bool:
         return self.layout.batched and self.layout.batch == examples
-
-
-Rule = Callable[["Recorder", Tensor, tuple[Any, ...], Mapping[str, Any]], Site | None]
-
-#: Function -> rule that recognises a use in a call of it.
-RULES: dict[Any, Rule] = {}
-Replacement = Callable[["Recorder", tuple[Any, ...], Mapping[str, Any]], Any]
-
-#: Function -> what runs in its place in a pass that is ours alone.
-REPLACEMENTS: dict[Any, Replacement] = {}
-#: Module type -> what a rule makes of it (for the table of :func:`curvature.coverage` before any forward pass).
-MODULES: dict[type[nn.Module], str] = {}
-
-
-def rule_for(*functions: Any, modules: Mapping[type[nn.Module], str] | None = None) -> Callable[[Rule], Rule]:
-    """Register a rule for the torch functions it recognises.
-
-    A rule is called as ``rule(recorder, output, args, kwargs)`` after the function ran, and returns a :class:`Site` if
-    a tracked parameter was used in a way it covers, else ``None``.
-
-    Args:
-        functions: Functions as ``__torch_function__`` reports them, such as ``torch.nn.functional.linear``.
-        modules: Module types whose parameters the rule covers, with the structure they get.
-    """
-
-    def register(rule: Rule) -> Rule:
-        for function in functions:
-            RULES[function] = rule
-        MODULES.update(modules or {})
-        return rule
-
-    return register
-
-
-def replacement_for(
-    *functions: Any, modules: Mapping[type[nn.Module], str] | None = None
-) -> Callable[[Replacement], Replacement]:
-    """Register an equal computation for fused functions whose inner activations cannot be seen.
-
-    In a pass whose result nobody but us uses (``Recorder(own_pass=True)``), ``replacement(recorder, args, kwargs)`` is
-    called in place of the function. It adds its uses with :meth:`Recorder.add` and returns what the function would, up
-    to rounding; or ``None`` if it does not cover the call, which then runs as it is.
-
-    Args:
-        functions: Functions as ``__torch_function__`` reports them.
-        modules: Module types whose parameters the replacement covers, with the structure they get.
-    """
-
-    def register(replacement: Replacement) -> Replacement:
-        for function in functions:
-            REPLACEMENTS[function] = replacement
-        MODULES.update(modules or {})
-        return replacement
-
-    return register
-
-
-def bind(names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a call by name; absent ones are missing from the result."""
-    return {**dict(zip(names, args, strict=False)), **kwargs}

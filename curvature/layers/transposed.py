@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +11,8 @@ from torch import Tensor, nn
 
 from curvature.layers.block import Part
 from curvature.layers.conv import PatchSite, patches, per_axis
-from curvature.layers.site import Layout, Ref, bind, rule_for
-
-if TYPE_CHECKING:
-    from curvature.layers.recorder import Recorder
+from curvature.layers.rules import bind, rule_for
+from curvature.layers.site import Layout, Observer, Ref
 
 
 class TransposedConvSite(PatchSite):
@@ -80,7 +78,7 @@ _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "output_padding", 
     modules={nn.ConvTranspose1d: "kronecker", nn.ConvTranspose2d: "kronecker", nn.ConvTranspose3d: "kronecker"},
 )
 def transposed_convolution(
-    recorder: Recorder, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    recorder: Observer, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> TransposedConvSite | None:
     """``F.conv_transpose1d``, ``2d``, ``3d`` with any stride, padding, output padding, dilation and groups."""
     call = bind(_ARGUMENTS, args, kwargs)

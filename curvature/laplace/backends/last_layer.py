@@ -17,9 +17,9 @@ from torch.overrides import TorchFunctionMode
 
 from curvature.laplace.factors.sums import OuterSums
 from curvature.layers.block import Block, Part
-from curvature.layers.recorder import tensors_in
 from curvature.layers.samples import gram
 from curvature.losses import Terms
+from curvature.model.data import tensors_in
 from solvers.precision import widen
 
 
