@@ -125,7 +125,8 @@ def estimate(
         loss = over_all_data(loss, model, start, parameters.device, output, class_dim)
     file = None
     if resume is not None:
-        what = {"curvature": repr(curvature), "draws": digest([generator.get_state()])}
+        described = repr(curvature).replace("max_dim=", "max_factor=")  # as files of version 0.1 have it
+        what = {"curvature": described, "draws": digest([generator.get_state()])}
         file = Checkpoint.at(resume).of(problem_identity(model, loss_fn, parameters) | what)
     run = Accumulation(model, collector, generator, curvature.passes, file)
     with torch.inference_mode(False), untouched(model):

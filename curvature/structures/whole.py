@@ -13,7 +13,7 @@ from torch import Tensor
 from curvature.layers.block import Block, Part, Place
 from curvature.layers.samples import Samples
 from curvature.model.parameters import Parameters
-from curvature.structures.estimator import Curvature, CurvatureEstimator, Form
+from curvature.structures.estimator import Curvature, CurvatureEstimator, Form, MeansEstimator
 from curvature.structures.gram import all_finite, formed, gram_of, join, no_average, root, scaled, silent
 from curvature.structures.weighted_mean import WeightedMean
 from solvers import Dense, LinearOperator, LowRank, storable
@@ -168,14 +168,12 @@ class WholeEstimator(CurvatureEstimator):
         return all_finite([r for batch in self._batches for roots in batch.roots.values() for r in roots])
 
 
-class WholeDense(WholeEstimator):
+class WholeDense(WholeEstimator, MeansEstimator):
     r"""The dense matrix of all parameters, :math:`\frac{1}{total} \sum_n g_n g_n^\top`, averaged over steps."""
 
     structure: ClassVar[str] = "dense, whole model"
-
-    def __init__(self, block: Block, parameters: Parameters) -> None:
-        super().__init__(block, parameters)
-        self.mean = WeightedMean()
+    names = ("mean",)
+    mean: WeightedMean
 
     def learn(self, rows: JointRows, weight: Tensor, ema: float) -> None:
         U = rows.formed()
@@ -186,21 +184,8 @@ class WholeDense(WholeEstimator):
     def stored(self) -> int:
         return self.block.numel**2
 
-    @property
-    def ready(self) -> bool:
-        return self.mean.value is not None
-
-    def operator(self) -> LinearOperator:
-        if self.mean.value is None:
-            raise RuntimeError("no statistics yet; run a forward and backward pass first.")
-        return Dense(self.mean.value, is_gram=True)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"mean": self.mean.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.discard()
-        self.mean.load_state_dict(state["mean"])
+    def of_means(self, means: Mapping[str, Tensor]) -> LinearOperator:
+        return Dense(means["mean"], is_gram=True)
 
 
 class WholeGram(WholeEstimator):
@@ -222,7 +207,7 @@ class WholeGram(WholeEstimator):
 
     def operator(self) -> LinearOperator:
         if self.rows is None:
-            raise RuntimeError("no statistics yet; run a forward and backward pass first.")
+            raise self.no_statistics()
         return LowRank(self.rows, self.rows.gram())
 
     def state_dict(self) -> dict[str, Any]:

@@ -95,7 +95,7 @@ class KBFGS(PreconditionedOptimizer):
         super().__init__(
             model,
             loss_fn,
-            curvature=KroneckerBFGS(mu=mu, initial=initial, max_factor=max_factor),
+            curvature=KroneckerBFGS(mu=mu, initial=initial, max_dim=max_factor),
             damping=damping,
             solver=Cholesky(),
             lr=lr,

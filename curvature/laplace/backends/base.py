@@ -241,7 +241,7 @@ class _InBasis(EigenbasisEstimator):
         self.basis = basis
 
     def update(self, samples: Any) -> None:
-        self._project(samples)
+        self.project(samples)
 
 
 class _Ignored(EigenbasisEstimator):

@@ -43,7 +43,7 @@ def test_spectrum_is_the_diagonal_in_the_basis(name: str, kind: str) -> None:
         assert error <= kfac_error * (1 + 1e-9) + 1e-12
 
 
-@pytest.mark.parametrize("options", [{"bias": "separate"}, {"sharing": "reduce"}, {"max_factor": 4}], ids=str)
+@pytest.mark.parametrize("options", [{"bias": "separate"}, {"sharing": "reduce"}, {"max_dim": 4}], ids=str)
 @pytest.mark.parametrize("name", ["mlp_ce", "linear_on_sequences", "cnn", "language_model"])
 def test_options_choose_the_basis_and_leave_the_trace(name: str, options: dict[str, Any]) -> None:
     problem = PROBLEMS[name]()
