@@ -510,7 +510,7 @@ def _valid(sites: list[Site], gradients: Mapping[int, Tensor], mask: Tensor) -> 
     full = bool(mask.all())
     for site in sites:
         gradient = gradients.get(id(site))
-        g = None if gradient is None else site.row_gradients(gradient.reshape(1, *site.output_shape))
+        g = None if gradient is None else site.row_gradients(site.arrived(gradient))
         if g is None:
             continue
         reached = (g != 0).any(-1)[0]  # (n, s)
@@ -533,8 +533,7 @@ def _samples(
         gradient = gradients.get(id(use.site))
         if gradient is None:
             continue
-        given = gradient.reshape(k, *use.site.output_shape)
-        sample = use.site.use(use.piece, given, valid.get(id(use.site)), cache)
+        sample = use.site.use(use.piece, use.site.arrived(gradient, k), valid.get(id(use.site)), cache)
         samples.append(sample.transposed() if use.flipped else sample)
     return samples
 

@@ -127,9 +127,9 @@ class Recorder(TorchFunctionMode):
                 self._record(func, output, tensors, args, kwargs)
         return output
 
-    def add(self, site: Site, output: Tensor) -> None:
-        """Record a use whose result is ``output``."""
-        site.watch(output)
+    def add(self, site: Site, output: Tensor, inputs: Iterable[Tensor] = ()) -> None:
+        """Record a use whose result is ``output``, of a function of these tensors."""
+        site.watch(output, inputs)
         self.sites.append(site)
 
     def _replaced(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -148,7 +148,7 @@ class Recorder(TorchFunctionMode):
         if rule is not None and isinstance(output, Tensor) and output.requires_grad:
             site = rule(self, output, args, kwargs)
             if site is not None:
-                self.add(site, output)
+                self.add(site, output, tensors)
                 names -= {ref.name for ref in site.refs}
                 self._done[id(output)] = weakref.ref(output)
         if not names:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -83,6 +84,59 @@ class Layout:
         return x.reshape(*free, batch, total // batch, d)
 
 
+@dataclass(frozen=True)
+class ViewOfBase:
+    """Where the entries of a view are in its base, which has memory of its own.
+
+    Attributes:
+        shape: Shape of the view.
+        base_shape: Shape of the base.
+        strides: Strides of the view and of the base; ``None`` where the view keeps the order of all entries.
+        start: Place of the first entry in the base's memory.
+    """
+
+    shape: torch.Size
+    base_shape: torch.Size
+    strides: tuple[tuple[int, ...], tuple[int, ...]] | None
+    start: int
+
+    @classmethod
+    def of(cls, view: Tensor, base: Tensor) -> ViewOfBase | None:
+        """The places of a view's entries; ``None`` where they cannot be told apart, or the base is no result."""
+        if base.grad_fn is None or base.dtype != view.dtype or base.is_complex():
+            return None
+        if not (_one_place_each(view) and _one_place_each(base)):
+            return None
+        plain = view.numel() == base.numel() and view.is_contiguous() and base.is_contiguous()
+        start = int(view.storage_offset() - base.storage_offset())
+        return cls(view.shape, base.shape, None if plain else (view.stride(), base.stride()), start)
+
+    def read(self, gradient: Tensor, k: int) -> Tensor:
+        """Gradients of the view, ``(k, *shape)``, from those of the base, ``(k, *base_shape)``."""
+        if self.strides is None:
+            return gradient.reshape(k, *self.shape)
+        strides, base_strides = self.strides
+        size = _reach(self.base_shape, base_strides)
+        memory = gradient.new_empty_strided((k, *self.base_shape), (size, *base_strides))
+        memory.copy_(gradient.reshape(k, *self.base_shape))
+        return memory.as_strided((k, *self.shape), (size, *strides), self.start)
+
+
+def _reach(shape: torch.Size, strides: tuple[int, ...]) -> int:
+    """Numbers from the first entry in memory to the last one."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) if 0 not in shape else 0
+
+
+def _one_place_each(tensor: Tensor) -> bool:
+    """Whether all entries have places of their own in memory, as far as strides that nest tell."""
+    reach = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride < reach:
+            return False
+        reach += (size - 1) * stride
+    return True
+
+
 @dataclass
 class Site(ABC):
     """One use of parameters: where they were used, on what, and where the gradient of the result is found."""
@@ -92,8 +146,8 @@ class Site(ABC):
     layout: Layout
     operation: str
     edge: GradientEdge = field(init=False)
-    edge_shape: torch.Size = field(init=False)
     output_shape: torch.Size = field(init=False)
+    view: ViewOfBase | None = field(default=None, init=False)
     _saved: list[tuple[Tensor, int]] = field(default_factory=list, init=False)
 
     @property
@@ -101,20 +155,22 @@ class Site(ABC):
         """The tracked parameters of this use."""
         return tuple(ref for ref in (self.weight, self.bias) if ref is not None)
 
-    def watch(self, output: Tensor) -> None:
+    def watch(self, output: Tensor, inputs: Iterable[Tensor] = ()) -> None:
         """Remember where the gradient of ``output`` will be found.
 
-        A Linear with bias on a 3-D input returns a view; after an in-place activation only the edge of its base is
-        still in the graph.
+        Many functions return a view of what they computed (a Linear with bias on a 3-D input, an einsum); after an
+        in-place activation only the edge of its base is still in the graph. A view of one of the ``inputs``, whose
+        gradient has other contributions, is found at its own edge, and so is one whose entries share memory.
         """
         base = output._base
-        if base is not None and base.requires_grad and base.numel() == output.numel() and base.is_contiguous():
-            tensor = base
-        else:
-            tensor = output
-        self.edge = get_gradient_edge(tensor)
-        self.edge_shape = tensor.shape
+        if base is not None and not any(base is t or base is t._base for t in inputs):
+            self.view = ViewOfBase.of(output, base)
+        self.edge = get_gradient_edge(output if base is None or self.view is None else base)
         self.output_shape = output.shape
+
+    def arrived(self, gradient: Tensor, k: int = 1) -> Tensor:
+        """Gradients of the output, ``(k, *output_shape)``, from what arrived at the edge under k signals."""
+        return gradient.reshape(k, *self.output_shape) if self.view is None else self.view.read(gradient, k)
 
     def save(self, tensor: Tensor) -> Tensor:
         """Keep a tensor for later, and notice if it is modified in place in between."""
