@@ -13,7 +13,7 @@ from torch import Tensor
 from curvature.estimation import checks, snapshot
 from curvature.estimation.plan import BlockPlan, Group
 from curvature.layers import Site
-from curvature.layers.block import Block, Part, Place
+from curvature.layers.block import Block, BlockPart, BlockPlace
 from curvature.layers.recorder import Recorder
 from curvature.layers.samples import OneHot, Outer, PerSample, Samples
 from curvature.losses.signals import Signals, stacked
@@ -292,11 +292,11 @@ class Collector:
         """All blocks, times ``scale``, on the flat parameter vector; parameters that were never used count zero."""
         sizes = {name: p.numel() for name, p in self.parameters.items()}
         blocks: list[LinearOperator] = []
-        places: list[Place] = []
+        places: list[BlockPlace] = []
         for estimator in sorted(self.estimators.values(), key=lambda e: self.parameters.starts[e.block.parts[0].name]):
             operator = estimator.operator()
             blocks.append(operator if isinstance(scale, float) and scale == 1.0 else operator * scale)
-            places.append(Place.of(estimator.block, self.parameters.starts, sizes))
+            places.append(BlockPlace.of(estimator.block, self.parameters.starts, sizes))
         dtype = blocks[0].dtype if blocks else torch.float32
         for operator in blocks:
             dtype = torch.promote_types(dtype, operator.dtype)
@@ -304,7 +304,7 @@ class Collector:
         for block in self._uncovered():
             zeros = torch.zeros(block.shape, dtype=dtype, device=self.parameters.device)
             blocks.append(Diagonal(zeros))
-            places.append(Place.of(block, self.parameters.starts, sizes))
+            places.append(BlockPlace.of(block, self.parameters.starts, sizes))
         return BlockDiagonal(tuple(blocks), tuple(places), self.parameters.size)
 
     def _uncovered(self) -> list[Block]:
@@ -319,7 +319,7 @@ class Collector:
             for start, stop in [*sorted(spans), (self.parameters[name].numel(),) * 2]:
                 if start > position:
                     n = start - position
-                    gaps.append(Block(f"{name}[{position}:{start}]", (Part(name, position, (n,), (0,), (n,)),)))
+                    gaps.append(Block(f"{name}[{position}:{start}]", (BlockPart(name, position, (n,), (0,), (n,)),)))
                 position = max(position, stop)
         return gaps
 

@@ -14,7 +14,7 @@ from torch import nn
 from curvature.estimation.collector import Collector
 from curvature.estimation.dataset import record, terms_of
 from curvature.layers import MODULES
-from curvature.layers.block import Block, Part
+from curvature.layers.block import Block, BlockPart
 from curvature.losses import Terms, UnknownLossError, loss_for
 from curvature.losses.signals import Signals
 from curvature.model.data import Data, batches, tensors_in, to_device, untouched
@@ -239,11 +239,11 @@ def _kind(module: nn.Module) -> str | None:
     return None
 
 
-def _parts(module: nn.Module, own: Mapping[str, torch.Tensor], kind: str | None) -> tuple[Part, ...]:
+def _parts(module: nn.Module, own: Mapping[str, torch.Tensor], kind: str | None) -> tuple[BlockPart, ...]:
     """The shapes of a block of these parameters."""
 
-    def part(key: str, p: torch.Tensor, shape: tuple[int, ...]) -> Part:
-        return Part(key, 0, (p.numel(),), (0,), shape)
+    def part(key: str, p: torch.Tensor, shape: tuple[int, ...]) -> BlockPart:
+        return BlockPart(key, 0, (p.numel(),), (0,), shape)
 
     if kind is None:
         return tuple(part(key, p, (p.numel(),)) for key, p in own.items())

@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from curvature.layers import OuterSite, Site
-from curvature.layers.block import Block, Part
+from curvature.layers.block import Block, BlockPart
 from curvature.model.parameters import Parameters
 from curvature.structures.estimator import Form
 
@@ -78,7 +78,7 @@ class BlockPlan:
                 group.uses.append(Use(site, piece, flipped))
         for name in self.without_rule.keys() & self.parameters.keys():
             p = self.parameters[name]
-            block = Block(name, (Part(name, 0, (p.numel(),), (0,), (p.numel(),)),))
+            block = Block(name, (BlockPart(name, 0, (p.numel(),), (0,), (p.numel(),)),))
             groups[name] = Group(block, "per_sample")
         return list(groups.values())
 
@@ -178,5 +178,5 @@ class BlockPlan:
         return True
 
 
-def _key(part: Part) -> tuple[str, int, int]:
+def _key(part: BlockPart) -> tuple[str, int, int]:
     return (part.name, part.start, part.numel)

@@ -13,7 +13,7 @@ from curvature.influences.result import Influence
 from curvature.influences.rows import Rows, gradients_of, precondition
 from curvature.influences.scores import Found, scores, walk
 from curvature.influences.store import Store, batches_digest, operator_digest
-from curvature.layers.block import Place
+from curvature.layers.block import BlockPlace
 from curvature.losses import ClassDim
 from curvature.matrices.fisher import WHOLE, Structure
 from curvature.matrices.ggn import ggn
@@ -197,7 +197,7 @@ def _asked(model: nn.Module, loss_fn: Any, group: list[Batch], given: dict[str, 
 def _joint(inverse: LinearOperator) -> bool:
     """Whether weight and bias of a layer are one block."""
     places = inverse.places if isinstance(inverse, BlockDiagonal) else ()
-    parts = [len(place.block.parts) for place in places if isinstance(place, Place)]
+    parts = [len(place.block.parts) for place in places if isinstance(place, BlockPlace)]
     return not parts or max(parts) > 1
 
 

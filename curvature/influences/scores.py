@@ -14,14 +14,14 @@ from curvature.estimation.checkpoint import Checkpoint
 from curvature.estimation.collector import Collector
 from curvature.influences.products import by_example, by_position
 from curvature.influences.rows import Rows
-from curvature.layers.block import Block, Place
+from curvature.layers.block import Block, BlockPlace
 from curvature.layers.samples import Samples
 from curvature.losses.signals import Signals
 from curvature.matrices.per_sample import Examples, KeptSamples
 from curvature.matrices.problem import Evaluation, Problem
 from curvature.model.data import untouched
 from curvature.structures.estimator import Form
-from solvers import Place as AnyPlace
+from solvers import Place
 
 
 class Found:
@@ -134,7 +134,7 @@ def scores(problem: Problem, rows: Rows, positions: bool, joint: bool, file: Che
         examples = Examples.of(evaluation)
         found.begin(evaluation, examples.number)
         for block, parts in kept.samples(examples):
-            place: AnyPlace = Place.of(block, problem.parameters.starts, sizes)
+            place: Place = BlockPlace.of(block, problem.parameters.starts, sizes)
             at = rows.at(place)
             split = _joined([by_position(samples, at) for samples in parts]) if positions else None
             if split is not None:

@@ -16,14 +16,14 @@ from curvature.layers import (
     transposed,
 )
 from curvature.layers.rules import MODULES, REPLACEMENTS, RULES, bind, replacement_for, rule_for
-from curvature.layers.site import ElementwiseSite, Layout, Observer, OuterSite, Ref, Site
+from curvature.layers.site import ElementwiseSite, Observer, OuterSite, Ref, RowLayout, Site
 
 __all__ = [
     "MODULES",
     "REPLACEMENTS",
     "RULES",
     "ElementwiseSite",
-    "Layout",
+    "RowLayout",
     "OuterSite",
     "Ref",
     "Site",

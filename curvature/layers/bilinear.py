@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvature.layers.block import Part
+from curvature.layers.block import BlockPart
 from curvature.layers.rules import bind, rule_for
-from curvature.layers.site import Layout, Observer, OuterSite, Ref
+from curvature.layers.site import Observer, OuterSite, Ref, RowLayout
 
 
 class BilinearSite(OuterSite):
@@ -23,7 +23,7 @@ class BilinearSite(OuterSite):
         weight_shape: tuple[int, ...],
         weight: Ref | None,
         bias: Ref | None,
-        layout: Layout,
+        layout: RowLayout,
     ) -> None:
         super().__init__(weight, bias, layout, "bilinear")
         self.weight_shape = weight_shape
@@ -38,7 +38,7 @@ class BilinearSite(OuterSite):
     def gradients(self, gradient: Tensor) -> Tensor:
         return self.layout.rows(gradient, self.lead)
 
-    def weight_part(self) -> Part:
+    def weight_part(self) -> BlockPart:
         assert self.weight is not None
         d_out, d_left, d_right = self.weight_shape
         return self.weight.part((d_out, d_left * d_right))

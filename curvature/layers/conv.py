@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from curvature.layers.block import Part
+from curvature.layers.block import BlockPart
 from curvature.layers.rules import bind, rule_for
-from curvature.layers.site import Layout, Observer, OuterSite, Ref
+from curvature.layers.site import Observer, OuterSite, Ref, RowLayout
 
 
 def per_axis(value: int | tuple[int, ...], dims: int) -> tuple[int, ...]:
@@ -60,7 +60,7 @@ class PatchSite(OuterSite):
         dims: int,
         weight: Ref | None,
         bias: Ref | None,
-        layout: Layout,
+        layout: RowLayout,
         groups: int,
         operation: str,
     ) -> None:
@@ -97,7 +97,7 @@ class ConvSite(PatchSite):
         weight_shape: tuple[int, ...],
         weight: Ref | None,
         bias: Ref | None,
-        layout: Layout,
+        layout: RowLayout,
         stride: tuple[int, ...],
         padding: tuple[int, ...] | str,
         dilation: tuple[int, ...],
@@ -110,7 +110,7 @@ class ConvSite(PatchSite):
     def patches(self, x: Tensor) -> Tensor:
         return patches(x, self.weight_shape[2:], self.stride, self.padding, self.dilation)
 
-    def weight_part(self) -> Part:
+    def weight_part(self) -> BlockPart:
         assert self.weight is not None
         d_out = self.weight_shape[0]
         d_in = self.weight.numel // d_out

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from curvature.layers.block import Block
 from curvature.layers.rules import rule_for
-from curvature.layers.site import ElementwiseSite, Layout, Observer, Ref
+from curvature.layers.site import ElementwiseSite, Observer, Ref, RowLayout
 
 
 class BroadcastSite(ElementwiseSite):
@@ -22,7 +22,9 @@ class BroadcastSite(ElementwiseSite):
         factor: What multiplies it: another tensor, or a number.
     """
 
-    def __init__(self, weight: Ref, shape: torch.Size, factor: Tensor | float, layout: Layout, operation: str) -> None:
+    def __init__(
+        self, weight: Ref, shape: torch.Size, factor: Tensor | float, layout: RowLayout, operation: str
+    ) -> None:
         super().__init__(weight, None, layout, operation)
         self.shape = shape
         self.factor = self.save(factor) if isinstance(factor, Tensor) else factor
@@ -103,4 +105,4 @@ def expand(
     if any(have not in (1, want) for have, want in zip(padded, output.shape, strict=True)):
         return None  # repeat() of an axis longer than one
     batched = output.dim() > 0 and output.shape[0] == recorder.batch
-    return BroadcastSite(ref, seen, 1.0, Layout(recorder.batch, batched), "expand")
+    return BroadcastSite(ref, seen, 1.0, RowLayout(recorder.batch, batched), "expand")

@@ -9,16 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from curvature.layers.block import Part
+from curvature.layers.block import BlockPart
 from curvature.layers.rules import bind, rule_for
 from curvature.layers.samples import OneHot
-from curvature.layers.site import Layout, Observer, OuterSite, Ref
+from curvature.layers.site import Observer, OuterSite, Ref, RowLayout
 
 
 class EmbeddingSite(OuterSite):
     r"""One look-up :math:`y_{ns} = E^\top e_{id(n, s)}` in a table ``E (V, d)``; the block tensor is ``E^T (d, V)``."""
 
-    def __init__(self, index: Tensor, table: tuple[int, int], weight: Ref, padding_idx: int | None, layout: Layout):
+    def __init__(self, index: Tensor, table: tuple[int, int], weight: Ref, padding_idx: int | None, layout: RowLayout):
         super().__init__(weight, None, layout, "embedding")
         self.index = self.save(index)
         self.size, self.d_out = table
@@ -33,12 +33,12 @@ class EmbeddingSite(OuterSite):
     def gradients(self, gradient: Tensor) -> Tensor:
         return self.layout.rows(gradient, self.index.dim())
 
-    def weight_part(self) -> Part:
+    def weight_part(self) -> BlockPart:
         assert self.weight is not None
         return table_part(self.weight, (self.size, self.d_out))
 
 
-def table_part(weight: Ref, table: tuple[int, int]) -> Part:
+def table_part(weight: Ref, table: tuple[int, int]) -> BlockPart:
     """A table ``(V, d)``, or its transpose, as block columns ``(d, V)``."""
     size, d_out = table
     if weight.transposed:

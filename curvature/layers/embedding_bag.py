@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from curvature.layers.block import Part
+from curvature.layers.block import BlockPart
 from curvature.layers.embedding import table_part
 from curvature.layers.rules import bind, rule_for
-from curvature.layers.site import Layout, Observer, OuterSite, Ref
+from curvature.layers.site import Observer, OuterSite, Ref, RowLayout
 from solvers.precision import working_dtype
 
 
@@ -41,7 +41,7 @@ class EmbeddingBagSite(OuterSite):
         weight: Ref,
         padding_idx: int | None,
         mean: bool,
-        layout: Layout,
+        layout: RowLayout,
         dtype: torch.dtype,
     ) -> None:
         super().__init__(weight, None, layout, "embedding bag")
@@ -62,7 +62,7 @@ class EmbeddingBagSite(OuterSite):
     def gradients(self, gradient: Tensor) -> Tensor:
         return self.layout.rows(gradient, 1)
 
-    def weight_part(self) -> Part:
+    def weight_part(self) -> BlockPart:
         assert self.weight is not None
         return table_part(self.weight, self.table)
 

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from curvature.layers.block import Part
+from curvature.layers.block import BlockPart
 from curvature.layers.rules import bind, rule_for
-from curvature.layers.site import Layout, Observer, OuterSite, Ref
+from curvature.layers.site import Observer, OuterSite, Ref, RowLayout
 
 
 class LinearSite(OuterSite):
@@ -30,7 +30,7 @@ class LinearSite(OuterSite):
         weight_shape: tuple[int, int],
         weight: Ref | None,
         bias: Ref | None,
-        layout: Layout,
+        layout: RowLayout,
         operation: str = "linear",
         columns: bool = False,
     ) -> None:
@@ -47,7 +47,7 @@ class LinearSite(OuterSite):
     def gradients(self, gradient: Tensor) -> Tensor:
         return self.layout.rows(gradient.mT if self.columns else gradient, self.lead)
 
-    def weight_part(self) -> Part:
+    def weight_part(self) -> BlockPart:
         assert self.weight is not None
         if self.weight.transposed:  # stored (d_in, d_out)
             return self.weight.part((self.d_out, self.d_in), (self.d_in, self.d_out), (1, 0))

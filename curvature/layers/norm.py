@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from curvature.layers.block import Block
 from curvature.layers.rules import bind, rule_for
-from curvature.layers.site import ElementwiseSite, Layout, Observer, Ref
+from curvature.layers.site import ElementwiseSite, Observer, Ref, RowLayout
 
 
 class ScaleShiftSite(ElementwiseSite):
@@ -31,7 +31,7 @@ class ScaleShiftSite(ElementwiseSite):
         normalise: Callable[[Tensor], Tensor],
         weight: Ref | None,
         bias: Ref | None,
-        layout: Layout,
+        layout: RowLayout,
         operation: str,
         channel: int | None = None,
         features: int = 1,

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from curvature.layers.rules import REPLACEMENTS, RULES
-from curvature.layers.site import Layout, Ref, Site
+from curvature.layers.site import Ref, RowLayout, Site
 from curvature.model.data import tensors_in
 
 
@@ -103,11 +103,11 @@ class Recorder(TorchFunctionMode):
             return Ref(name, start, tuple(tensor.mT.shape), transposed=True, whole=whole)
         return None
 
-    def layout(self, tensor: Tensor) -> Layout:
+    def layout(self, tensor: Tensor) -> RowLayout:
         """How the leading dimensions of ``tensor`` hold examples."""
         if self._time_major is not None:
-            return Layout(self._time_major, self._depends_on_example(tensor), time_major=True)
-        return Layout(self.batch, self._depends_on_example(tensor))
+            return RowLayout(self._time_major, self._depends_on_example(tensor), time_major=True)
+        return RowLayout(self.batch, self._depends_on_example(tensor))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from curvature.layers.linear import LinearSite
 from curvature.layers.rules import replacement_for
-from curvature.layers.site import Layout, Observer
+from curvature.layers.site import Observer, RowLayout
 
 #: Hidden state, and the cell state of an LSTM.
 State = tuple[Tensor, ...]
@@ -81,7 +81,7 @@ class Unrolled:
         layout: How the rows hold examples.
     """
 
-    def __init__(self, recorder: Observer, step: Step, sizes: list[int] | None, layout: Layout) -> None:
+    def __init__(self, recorder: Observer, step: Step, sizes: list[int] | None, layout: RowLayout) -> None:
         self.recorder, self.step, self.sizes, self.layout = recorder, step, sizes, layout
 
     def run(self, x: Tensor, state: State, weights: Weights, reverse: bool) -> tuple[Tensor, State]:
@@ -174,14 +174,14 @@ def layer(step: Step, recorder: Observer, args: tuple[Any, ...], kwargs: Mapping
         return None
     batched = recorder.layout(x).batched or any(recorder.layout(s).batched for s in state)
     if packed:
-        layout = Layout(None, batched=False)
+        layout = RowLayout(None, batched=False)
     else:
         if not batch_first:
             # The recorder takes the leading axis for the batch. Where time has the same length nothing else would
             # show that it is not.
             recorder.examples_interact |= x.shape[0] == x.shape[1] == recorder.batch and x.shape[1] > 1
             x = x.transpose(0, 1)
-        layout = Layout(x.shape[0], batched)
+        layout = RowLayout(x.shape[0], batched)
     weights = Weights.split(flat, biases, state[0].shape[0])
     unrolled = Unrolled(recorder, step, sizes, layout)
     output, last = _layers(unrolled, x, state, weights, bidirectional, dropout if train else 0.0)
@@ -197,7 +197,7 @@ def cell(step: Step, recorder: Observer, args: tuple[Any, ...], kwargs: Mapping[
     flat = [w for w in flat if w is not None]
     if not _tracked(recorder, flat) or _tracked(recorder, (x, *state)):
         return None
-    layout = Layout(recorder.batch, recorder.layout(x).batched or any(recorder.layout(s).batched for s in state))
+    layout = RowLayout(recorder.batch, recorder.layout(x).batched or any(recorder.layout(s).batched for s in state))
     unrolled = Unrolled(recorder, step, None, layout)
     last = unrolled.run(x.unsqueeze(1), state, Weights(*flat), reverse=False)[1]
     return last if len(last) > 1 else last[0]

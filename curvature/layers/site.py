@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from curvature.layers.block import Block, Part
+from curvature.layers.block import Block, BlockPart
 from curvature.layers.samples import OneHot, Outer, PerSample
 
 
@@ -49,14 +49,14 @@ class Ref:
         """Name for block names and messages."""
         return self.name if self.whole else f"{self.name}[{self.start}:{self.start + self.numel}]"
 
-    def part(self, shape: tuple[int, ...], split: tuple[int, ...] = (), permutation: tuple[int, ...] = ()) -> Part:
-        """The segment as a :class:`Part` of block shape ``shape``."""
+    def part(self, shape: tuple[int, ...], split: tuple[int, ...] = (), permutation: tuple[int, ...] = ()) -> BlockPart:
+        """The segment as a :class:`BlockPart` of block shape ``shape``."""
         split = split or self.shape
-        return Part(self.name, self.start, split, permutation or tuple(range(len(split))), shape)
+        return BlockPart(self.name, self.start, split, permutation or tuple(range(len(split))), shape)
 
 
 @dataclass(frozen=True)
-class Layout:
+class RowLayout:
     """How the leading dimensions of an activation hold examples.
 
     Attributes:
@@ -143,7 +143,7 @@ class Site(ABC):
 
     weight: Ref | None
     bias: Ref | None
-    layout: Layout
+    layout: RowLayout
     operation: str
     edge: GradientEdge = field(init=False)
     output_shape: torch.Size = field(init=False)
@@ -228,7 +228,7 @@ class Observer(Protocol):
         """The tracked parameter that ``tensor`` is, or is a contiguous segment or the transpose of."""
         ...
 
-    def layout(self, tensor: Tensor) -> Layout:
+    def layout(self, tensor: Tensor) -> RowLayout:
         """How the leading dimensions of ``tensor`` hold examples."""
         ...
 
@@ -251,10 +251,10 @@ class OuterSite(Site):
         """Output gradients ``(k, *output_shape)`` as ``(*, k, n, s, o)``."""
 
     @abstractmethod
-    def weight_part(self) -> Part:
+    def weight_part(self) -> BlockPart:
         """The weight (segment) as block columns ``(*, o, i)``."""
 
-    def bias_part(self) -> Part:
+    def bias_part(self) -> BlockPart:
         """The bias as a block column ``(*, o, 1)``."""
         assert self.bias is not None
         d = self.bias.numel

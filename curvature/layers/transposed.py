@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from curvature.layers.block import Part
+from curvature.layers.block import BlockPart
 from curvature.layers.conv import PatchSite, patches, per_axis
 from curvature.layers.rules import bind, rule_for
-from curvature.layers.site import Layout, Observer, Ref
+from curvature.layers.site import Observer, Ref, RowLayout
 
 
 class TransposedConvSite(PatchSite):
@@ -32,7 +32,7 @@ class TransposedConvSite(PatchSite):
         weight_shape: tuple[int, ...],
         weight: Ref | None,
         bias: Ref | None,
-        layout: Layout,
+        layout: RowLayout,
         stride: tuple[int, ...],
         padding: tuple[int, ...],
         output_padding: tuple[int, ...],
@@ -57,7 +57,7 @@ class TransposedConvSite(PatchSite):
         ones, zeros = (1,) * self.dims, (0,) * self.dims
         return patches(stuffed, kernel, ones, zeros, self.dilation).flip(list(range(-self.dims, 0)))
 
-    def weight_part(self) -> Part:
+    def weight_part(self) -> BlockPart:
         assert self.weight is not None
         c_in, c_out, *kernel = self.weight_shape
         size = torch.Size(kernel).numel()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from curvature.estimation.collector import Collector
-from curvature.layers.block import Block, Place
+from curvature.layers.block import Block, BlockPlace
 from curvature.layers.recorder import Recorder
 from curvature.layers.samples import OneHot, Outer, Samples
 from curvature.losses import Terms, WeightedSum, loss_for
@@ -211,7 +211,7 @@ class KeptGradients:
         sizes = {name: parameter.numel() for name, parameter in p.items()}
         total = weights.new_zeros(self.signals, self.examples)
         for block, samples in self.blocks:
-            some = Place.of(block, p.starts, sizes).gather(weights)
+            some = BlockPlace.of(block, p.starts, sizes).gather(weights)
             squares = torch.cat([entry.weighted_squares(some) for entry in samples])
             self._check_rows(len(squares))
             total += squares.reshape(total.shape).to(total.dtype)
@@ -427,7 +427,7 @@ def _moments(problem: Problem, mean: bool) -> tuple[Tensor, Tensor]:
         signal = examples.terms.gradient()
         count += examples.number
         for block, samples in examples.samples([signal]):
-            place, part = Place.of(block, p.starts, sizes), torch.zeros_like(squares)
+            place, part = BlockPlace.of(block, p.starts, sizes), torch.zeros_like(squares)
             for entry in samples:
                 place.scatter(widen(entry.square_sum()), part)
                 squares.add_(part)

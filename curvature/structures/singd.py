@@ -19,9 +19,9 @@ from solvers import Dense, Diagonal, Kronecker, LinearOperator, storable
 FactorStructure = Literal["dense", "diagonal", "block", "triangular"]
 
 
-@storable
+@storable(name="Blocks")
 @dataclass(frozen=True, eq=False, repr=False)
-class Blocks(LinearOperator):
+class DiagonalBlocks(LinearOperator):
     """A block-diagonal matrix on ``(*stack, size)`` with symmetric blocks ``(*stack, count, b, b)``.
 
     Args:
@@ -52,7 +52,7 @@ class Blocks(LinearOperator):
     def symmetric(self) -> bool:
         return True
 
-    def adjoint(self) -> Blocks:
+    def adjoint(self) -> DiagonalBlocks:
         return self
 
     def apply(self, x: Tensor) -> Tensor:
@@ -236,7 +236,7 @@ def _square(factor: Tensor, d: int) -> LinearOperator:
         return Dense(matrix[..., 0, :, :], is_gram=True)
     if matrix.shape[-1] == 1:
         return Diagonal(matrix[..., 0, 0])
-    return Blocks(matrix, d)
+    return DiagonalBlocks(matrix, d)
 
 
 def _aligned(pairs: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:

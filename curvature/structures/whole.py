@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from curvature.layers.block import Block, Part, Place
+from curvature.layers.block import Block, BlockPart, BlockPlace
 from curvature.layers.samples import Samples
 from curvature.model.parameters import Parameters
 from curvature.structures.estimator import Curvature, CurvatureEstimator, Form, MeansEstimator
@@ -32,7 +32,7 @@ class JointRows(LinearOperator):
     """
 
     roots: tuple[LinearOperator, ...]
-    places: tuple[Place, ...]
+    places: tuple[BlockPlace, ...]
     size: int
     transposed: bool = False
 
@@ -80,7 +80,7 @@ class JointRows(LinearOperator):
 
 def whole_block(parameters: Mapping[str, Tensor]) -> Block:
     """All parameters as one vector."""
-    parts = (Part(name, 0, (p.numel(),), (0,), (p.numel(),)) for name, p in parameters.items())
+    parts = (BlockPart(name, 0, (p.numel(),), (0,), (p.numel(),)) for name, p in parameters.items())
     return Block("all parameters", tuple(parts))
 
 
@@ -158,7 +158,7 @@ class WholeEstimator(CurvatureEstimator):
         for r in roots:
             dtype = torch.promote_types(dtype, r.dtype)
         sizes = {name: p.numel() for name, p in self.parameters.items()}
-        places = tuple(Place.of(block, self.parameters.starts, sizes) for block in blocks)
+        places = tuple(BlockPlace.of(block, self.parameters.starts, sizes) for block in blocks)
         return JointRows(tuple(r.to(dtype) for r in roots), places, self.parameters.size)
 
     def discard(self) -> None:

@@ -14,7 +14,7 @@ import curvature
 from curvature.layers import RULES, OuterSite, rule_for
 from curvature.layers.block import Block
 from curvature.layers.linear import LinearSite
-from curvature.layers.site import ElementwiseSite, Layout
+from curvature.layers.site import ElementwiseSite, RowLayout
 from tests.curvature import dense_reference as dense
 from tests.curvature.problems import Problem
 
@@ -50,7 +50,7 @@ class Watched(ElementwiseSite):
     """A site of which only the place of its gradient counts."""
 
     def __init__(self) -> None:
-        super().__init__(None, None, Layout(None), "nothing")
+        super().__init__(None, None, RowLayout(None), "nothing")
 
     def blocks(self, joint: bool) -> list[tuple[str, Block]]:
         return []

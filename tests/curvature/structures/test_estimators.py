@@ -17,7 +17,8 @@ from curvature.estimation import checkpoint
 from curvature.estimation.dataset import estimate
 from curvature.layers.block import Block
 from curvature.structures.estimator import Form
-from solvers import Dense, Kronecker, LinearOperator
+from curvature.structures.singd import DiagonalBlocks
+from solvers import Dense, Kronecker, LinearOperator, from_state, state
 
 LOSS = nn.CrossEntropyLoss()
 
@@ -141,3 +142,12 @@ def test_sums_of_tnt_from_version_0_1_go_on(tmp_path: Path) -> None:
     checkpoint.save(file, saved)
     again = curvature.fisher(net, LOSS, data, kind="empirical", structure="tnt", resume=file)
     assert torch.equal(again.to_dense(), whole)
+
+
+def test_stored_operators_keep_the_names_of_version_0_1() -> None:
+    stored = state(curvature.fisher(model(), LOSS, batch(4), structure="kfac"))
+    assert {place["class"] for place in stored["places"]} == {"Place"}
+    assert {part["class"] for place in stored["places"] for part in place["block"]["parts"]} == {"Part"}
+    blocks = DiagonalBlocks(torch.eye(2).expand(2, 2, 2), 3)
+    assert state(blocks)["class"] == "Blocks"
+    assert torch.equal(from_state(state(blocks)).to_dense(), torch.eye(3))
