@@ -141,7 +141,7 @@ class Collector:
             return self._send(groups, output, signals, all_of_them, counted, scale, cache, mixing)
         together = [g for g in groups if g.block.name not in mixing]
         apart = [g for g in groups if g.block.name in mixing]
-        sent = partial(stacked, signals.one_by_one() if self.exact else self._signed(signals))
+        sent = partial(stacked, signals.one_by_one() if self.exact else self.signed(signals))
         reached = self._send(together, output, signals, all_of_them, counted, scale, cache, set())
         return reached | self._send(apart, output, signals, sent, counted, scale, cache, mixing)
 
@@ -477,7 +477,7 @@ class Collector:
                 group.block.write(tolerance * size.max().expand(group.block.shape), bound)
         return {name for name, g in true.items() if bool(((g - known[name]).abs() > bound[name]).any())}
 
-    def _signed(self, signals: Signals) -> Iterator[Tensor]:
+    def signed(self, signals: Signals) -> Iterator[Tensor]:
         """Signals with a random sign per example: squares of their sums have no cross terms in expectation."""
         generator = signals.generator or torch.Generator(device=signals.terms.output.device).manual_seed(0)
         for signal in signals:

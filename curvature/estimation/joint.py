@@ -21,7 +21,7 @@ class ApartCollector(Collector):
     ) -> None:
         super().__init__(parameters, make, joint=joint, apart="signs")
 
-    def _signed(self, signals: Signals) -> Any:
+    def signed(self, signals: Signals) -> Any:
         # Random signs would do for squares alone.
         return signals.one_by_one()
 

@@ -69,9 +69,20 @@ class ScaleShiftSite(ElementwiseSite):
         return torch.stack(columns, dim=-1)
 
 
-def _refs(recorder: Observer, call: Mapping[str, Any]) -> tuple[Ref | None, Ref | None] | None:
+def _use(
+    recorder: Observer, call: Mapping[str, Any], operation: str, normalise: Callable[[Tensor], Tensor], **axes: int
+) -> ScaleShiftSite | None:
     weight, bias = recorder.resolve(call.get("weight")), recorder.resolve(call.get("bias"))
-    return None if weight is None and bias is None else (weight, bias)
+    if weight is None and bias is None:
+        return None
+    return ScaleShiftSite(call["input"], normalise, weight, bias, recorder.layout(call["input"]), operation, **axes)
+
+
+def _statistics(call: Mapping[str, Any], of_input: bool) -> tuple[Tensor | None, Tensor | None]:
+    """Running mean and variance, or None for those of the input."""
+    if of_input:
+        return None, None
+    return call["running_mean"].detach().clone(), call["running_var"].detach().clone()
 
 
 @rule_for(F.layer_norm, torch.layer_norm, modules={nn.LayerNorm: "unit"})
@@ -80,18 +91,8 @@ def layer_norm(
 ) -> ScaleShiftSite | None:
     """``F.layer_norm`` over any number of trailing axes."""
     call = bind(("input", "normalized_shape", "weight", "bias", "eps"), args, kwargs)
-    refs = _refs(recorder, call)
-    if refs is None:
-        return None
     shape, eps = list(call["normalized_shape"]), call.get("eps", 1e-5)
-    return ScaleShiftSite(
-        call["input"],
-        lambda x: F.layer_norm(x, shape, eps=eps),
-        *refs,
-        recorder.layout(call["input"]),
-        "layer_norm",
-        features=len(shape),
-    )
+    return _use(recorder, call, "layer_norm", lambda x: F.layer_norm(x, shape, eps=eps), features=len(shape))
 
 
 @rule_for(F.rms_norm, torch.rms_norm, modules={nn.RMSNorm: "diagonal"})
@@ -100,18 +101,8 @@ def rms_norm(
 ) -> ScaleShiftSite | None:
     """``F.rms_norm``: a scale, no shift."""
     call = bind(("input", "normalized_shape", "weight", "eps"), args, kwargs)
-    refs = _refs(recorder, call)
-    if refs is None:
-        return None
     shape, eps = list(call["normalized_shape"]), call.get("eps")
-    return ScaleShiftSite(
-        call["input"],
-        lambda x: F.rms_norm(x, shape, eps=eps),
-        *refs,
-        recorder.layout(call["input"]),
-        "rms_norm",
-        features=len(shape),
-    )
+    return _use(recorder, call, "rms_norm", lambda x: F.rms_norm(x, shape, eps=eps), features=len(shape))
 
 
 @rule_for(
@@ -124,19 +115,12 @@ def batch_norm(
 ) -> ScaleShiftSite | None:
     """``F.batch_norm``; in train mode examples interact through the batch statistics, as in the model itself."""
     call = bind(("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"), args, kwargs)
-    refs = _refs(recorder, call)
-    if refs is None:
-        return None
-    eps = call.get("eps", 1e-5)
-    if call.get("training", False):
-        mean = var = None
-    else:
-        mean, var = call["running_mean"].detach().clone(), call["running_var"].detach().clone()
+    eps, (mean, var) = call.get("eps", 1e-5), _statistics(call, of_input=call.get("training", False))
 
     def normalise(x: Tensor) -> Tensor:
         return F.batch_norm(x, mean, var, training=mean is None, momentum=0.0, eps=eps)
 
-    return ScaleShiftSite(call["input"], normalise, *refs, recorder.layout(call["input"]), "batch_norm", channel=1)
+    return _use(recorder, call, "batch_norm", normalise, channel=1)
 
 
 @rule_for(F.group_norm, torch.group_norm, modules={nn.GroupNorm: "unit"})
@@ -145,18 +129,8 @@ def group_norm(
 ) -> ScaleShiftSite | None:
     """``F.group_norm``."""
     call = bind(("input", "num_groups", "weight", "bias", "eps"), args, kwargs)
-    refs = _refs(recorder, call)
-    if refs is None:
-        return None
     groups, eps = call["num_groups"], call.get("eps", 1e-5)
-    return ScaleShiftSite(
-        call["input"],
-        lambda x: F.group_norm(x, groups, eps=eps),
-        *refs,
-        recorder.layout(call["input"]),
-        "group_norm",
-        channel=1,
-    )
+    return _use(recorder, call, "group_norm", lambda x: F.group_norm(x, groups, eps=eps), channel=1)
 
 
 @rule_for(
@@ -170,16 +144,9 @@ def instance_norm(
     call = bind(
         ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps"), args, kwargs
     )
-    refs = _refs(recorder, call)
-    if refs is None:
-        return None
-    eps = call.get("eps", 1e-5)
-    if call.get("use_input_stats", True):
-        mean = var = None
-    else:
-        mean, var = call["running_mean"].detach().clone(), call["running_var"].detach().clone()
+    eps, (mean, var) = call.get("eps", 1e-5), _statistics(call, of_input=call.get("use_input_stats", True))
 
     def normalise(x: Tensor) -> Tensor:
         return F.instance_norm(x, mean, var, use_input_stats=mean is None, momentum=0.0, eps=eps)
 
-    return ScaleShiftSite(call["input"], normalise, *refs, recorder.layout(call["input"]), "instance_norm", channel=1)
+    return _use(recorder, call, "instance_norm", normalise, channel=1)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from curvature.layers.site import Observer, Site
+
+T = TypeVar("T")
 
 #: Recognises a use in ``(recorder, output, args, kwargs)`` of a call.
 Rule = Callable[[Observer, Tensor, tuple[Any, ...], Mapping[str, Any]], Site | None]
@@ -31,14 +33,7 @@ def rule_for(*functions: Any, modules: Mapping[type[nn.Module], str] | None = No
         functions: Functions as ``__torch_function__`` reports them, such as ``torch.nn.functional.linear``.
         modules: Module types whose parameters the rule covers, with the structure they get.
     """
-
-    def register(rule: Rule) -> Rule:
-        for function in functions:
-            RULES[function] = rule
-        MODULES.update(modules or {})
-        return rule
-
-    return register
+    return _registering(RULES, functions, modules)
 
 
 def replacement_for(
@@ -54,12 +49,16 @@ def replacement_for(
         functions: Functions as ``__torch_function__`` reports them.
         modules: Module types whose parameters the replacement covers, with the structure they get.
     """
+    return _registering(REPLACEMENTS, functions, modules)
 
-    def register(replacement: Replacement) -> Replacement:
-        for function in functions:
-            REPLACEMENTS[function] = replacement
+
+def _registering(
+    table: dict[Any, T], functions: tuple[Any, ...], modules: Mapping[type[nn.Module], str] | None
+) -> Callable[[T], T]:
+    def register(entry: T) -> T:
+        table.update(dict.fromkeys(functions, entry))
         MODULES.update(modules or {})
-        return replacement
+        return entry
 
     return register
 
