@@ -80,9 +80,10 @@ def _use(
 
 def _statistics(call: Mapping[str, Any], of_input: bool) -> tuple[Tensor | None, Tensor | None]:
     """Running mean and variance, or None for those of the input."""
-    if of_input:
+    mean, var = call.get("running_mean"), call.get("running_var")
+    if of_input or mean is None or var is None:
         return None, None
-    return call["running_mean"].detach().clone(), call["running_var"].detach().clone()
+    return mean.detach().clone(), var.detach().clone()
 
 
 @rule_for(F.layer_norm, torch.layer_norm, modules={nn.LayerNorm: "unit"})
