@@ -8,8 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from curvature.estimation.checkpoint import Checkpoint, Resume, digest, save
-from curvature.layers.recorder import tensors_in
-from curvature.model.data import Batch
+from curvature.model.data import Batch, tensors_in
 from solvers import LinearOperator, state
 
 

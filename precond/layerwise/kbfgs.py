@@ -95,7 +95,7 @@ class KBFGS(PreconditionedOptimizer):
         super().__init__(
             model,
             loss_fn,
-            curvature=KroneckerBFGS(mu=mu, initial=initial, max_factor=max_factor),
+            curvature=KroneckerBFGS(mu=mu, initial=initial, max_dim=max_factor),
             damping=damping,
             solver=Cholesky(),
             lr=lr,
@@ -122,7 +122,7 @@ class KBFGS(PreconditionedOptimizer):
         # Called before a pass is recorded: parameters that another optimizer moved are where they were moved to.
         self._run_again()
         super()._follow()
-        del self._random[len(self.capture._passes) :]  # of passes that raised
+        del self._random[len(self.capture.passes) :]  # of passes that raised
         self._random.append(_random_state(self.parameters.device))
 
     def _arm(self) -> None:
@@ -130,12 +130,12 @@ class KBFGS(PreconditionedOptimizer):
         super()._arm()
 
     def directions(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
-        passes = list(zip(self.capture._passes, self._random, strict=False)) if self.capture.armed else []
+        passes = list(zip(self.capture.passes, self._random, strict=False)) if self.capture.armed else []
         out = super().directions(gradients)
         if self.capture.batches:
             self._passes = passes
             # How the gradient arrived shows the labels of losses that the model computes inside.
-            self.capture._settled = False
+            self.capture.settled = False
             for _, estimator, weights in self._estimators():
                 estimator.begin(weights)
         return out
@@ -158,7 +158,7 @@ class KBFGS(PreconditionedOptimizer):
         with torch.random.fork_rng(devices=devices):
             for origin, random in passes:
                 _set_random_state(random, self.parameters.device)
-                self.capture._shadow(origin)
+                self.capture.repeat(origin)
         seen = self.capture.batches > 0
         for preconditioner, estimator, weights in self._estimators():
             estimator.end(weights)

@@ -7,8 +7,8 @@ from typing import Any, ClassVar, Literal, get_args
 from torch import Tensor, nn
 
 from curvature import Curvature, DiagonalFisher, LayerFisher, UnitFisher
-from curvature.estimation.joint import WholeFisher
 from curvature.losses.signals import FisherKind
+from curvature.structures.whole import WholeFisher
 from precond.layerwise.whole import WholeModelOptimizer
 from precond.step.methods import Taxonomy
 from precond.step.schedules import Scheduled, ScheduledInt

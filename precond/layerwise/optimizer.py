@@ -254,7 +254,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
     def coverage(self) -> Coverage:
         """Which curvature every parameter has, as far as recorded passes used them; see :func:`curvature.coverage`."""
         collector = self.capture.collector
-        rows = table(self.parameters, collector.estimators, collector.operations)
+        rows = table(self.parameters, collector)
         ignored = self._ignored()
         rows += [ignored_row(ignored[id(p)], p) for p in self._trainable() if id(p) in ignored]
         order = [name for name, _ in unwrapped(self.model).named_parameters()]

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from curvature import Curvature
 from curvature.estimation.coverage import Row
-from curvature.estimation.joint import WholeFisher
 from curvature.structures.mixed import Mixed, Rule, label, nearness
+from curvature.structures.whole import WholeFisher
 
 #: Rule (a module, a class of modules, a name or a glob) -> structure, or options that differ from the default's.
 Rules = Mapping[Any, str | Curvature | Mapping[str, Any]]

@@ -101,7 +101,7 @@ class SINGD(PreconditionedOptimizer):
                 fisher,
                 samples,
                 sharing,
-                max_factor=max_factor,
+                max_dim=max_factor,
                 factor=structure,
                 block_size=block_size,
                 factor_lr=factor_lr,

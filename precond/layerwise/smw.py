@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from curvature import Curvature, CurvatureEstimator
-from curvature.estimation.joint import WholeFisher
 from curvature.losses.signals import FisherKind
 from curvature.structures.gram import GramFisher
+from curvature.structures.whole import WholeFisher
 from precond.layerwise.blocks.preconditioner import Preconditioner
 from precond.layerwise.whole import WholeModelOptimizer
 from precond.step.methods import Taxonomy

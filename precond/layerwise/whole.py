@@ -9,14 +9,15 @@ from torch import Tensor
 
 from curvature import Block, CurvatureEstimator
 from curvature.estimation.collector import Collector
-from curvature.estimation.joint import WholeCollector, WholeEstimator, WholeFisher, whole_block
+from curvature.estimation.joint import WholeCollector
 from curvature.structures.estimator import Form
+from curvature.structures.whole import WholeEstimator, WholeFisher, whole_block
 from precond.layerwise.blocks.preconditioner import Preconditioner
 from precond.layerwise.optimizer import PreconditionedOptimizer
 
 
 class WholeModelOptimizer(PreconditionedOptimizer):
-    """A :class:`PreconditionedOptimizer` that also takes a :class:`~curvature.estimation.joint.WholeFisher`.
+    """A :class:`PreconditionedOptimizer` that also takes a :class:`~curvature.structures.whole.WholeFisher`.
 
     All parameters then share one preconditioner, and so one damping. Where a parameter has no gradient in a step, its
     gradient counts as zero and it does not move. Freezing or adding parameters starts the estimate anew.

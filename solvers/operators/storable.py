@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, TypeVar
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar, overload
 
 from torch import Tensor
 
@@ -44,16 +46,27 @@ _KINDS: dict[str, type] = {
 }
 
 
-def storable(kind: type[T]) -> type[T]:
+@overload
+def storable(kind: type[T]) -> type[T]: ...
+@overload
+def storable(*, name: str) -> Callable[[type[T]], type[T]]: ...
+def storable(kind: type | None = None, *, name: str = "") -> Any:
     """Class decorator: let a frozen dataclass, such as a Place of your own, be part of a stored operator.
 
-    Its fields are tensors, numbers, strings, tuples and other storable objects; it is known by its class name.
+    Its fields are tensors, numbers, strings, tuples and other storable objects.
+
+    Args:
+        kind: The class.
+        name: The name it is stored under; its own by default. A class that is renamed keeps its stored name.
 
     Raises:
         ValueError: If another class has the name.
     """
-    if _KINDS.setdefault(kind.__name__, kind) is not kind:
-        raise ValueError(f"The name {kind.__name__} is taken by {_KINDS[kind.__name__]}.")
+    if kind is None:
+        return partial(storable, name=name)
+    name = name or kind.__name__
+    if _KINDS.setdefault(name, kind) is not kind:
+        raise ValueError(f"The name {name} is taken by {_KINDS[name]}.")
     return kind
 
 
@@ -82,8 +95,8 @@ def _encode(value: Any) -> Any:
         return value
     if isinstance(value, (tuple, list)):
         return [_encode(item) for item in value]
-    name = type(value).__name__
-    if _KINDS.get(name) is not type(value) or not dataclasses.is_dataclass(value):
+    name = next((name for name, kind in _KINDS.items() if kind is type(value)), None)
+    if name is None or not dataclasses.is_dataclass(value):
         raise StructureError(f"{value!r} cannot be stored. Store what it is made of, or mark its class @storable.")
     fields = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
     return {"class": name} | {key: _encode(item) for key, item in fields}

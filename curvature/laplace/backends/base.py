@@ -15,7 +15,7 @@ from curvature.laplace.backends.jacobians import JacobianBackend
 from curvature.laplace.factors.decomposed import BlockKronDecomposed
 from curvature.laplace.factors.kron import BlockKron, Tensors
 from curvature.laplace.factors.sums import SumOptions, read
-from curvature.layers.block import Block, Place
+from curvature.layers.block import Block, BlockPlace
 from curvature.layers.samples import gram
 from curvature.losses import Terms
 from curvature.losses.signals import FisherKind, Signals
@@ -136,7 +136,7 @@ class Backend(JacobianBackend):
             total = widen(run.output.new_zeros(run.parameters.size))
             for estimator in collector.estimators.values():
                 assert isinstance(estimator, DiagonalEstimator)
-                place = Place.of(estimator.block, run.parameters.starts, sizes)
+                place = BlockPlace.of(estimator.block, run.parameters.starts, sizes)
                 place.scatter(estimator.mean.step_sum()[0].to(total.dtype), total)
             diagonal = self._scale() * total
             columns = self._columns(run.parameters)
@@ -241,7 +241,7 @@ class _InBasis(EigenbasisEstimator):
         self.basis = basis
 
     def update(self, samples: Any) -> None:
-        self._project(samples)
+        self.project(samples)
 
 
 class _Ignored(EigenbasisEstimator):

@@ -11,7 +11,7 @@ import torch
 from laplace.utils.matrix import KronDecomposed
 from torch import Tensor
 
-from curvature.layers.block import Block, Part, Place
+from curvature.layers.block import Block, BlockPart, BlockPlace
 from solvers import Eigen, LinearOperator, from_state, state
 from solvers.operators.kronecker import outer
 
@@ -30,7 +30,7 @@ class Eigenpiece:
             shape.
     """
 
-    part: Part
+    part: BlockPart
     basis: LinearOperator
     values: tuple[Tensor, ...]
 
@@ -119,7 +119,7 @@ class BlockKronDecomposed(KronDecomposed):
             left[piece.part.name] -= piece.part.numel
         return {name: count for name, count in left.items() if count}
 
-    def _place(self, piece: Eigenpiece) -> Place:
+    def _place(self, piece: Eigenpiece) -> BlockPlace:
         return self.tensors.place(piece.part)
 
     def logdet(self) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from curvature.laplace.factors.decomposed import BlockKronDecomposed, Eigenpiece
 from curvature.laplace.factors.sums import OuterSums, PartSums, Sums
-from curvature.layers.block import Block, Part, Place
+from curvature.layers.block import Block, BlockPart, BlockPlace
 from solvers import Diagonal, Eigen, Kronecker, LinearOperator, diagonalize
 
 
@@ -58,9 +58,9 @@ class Tensors:
         """Length of the flat vector."""
         return sum(self.sizes.values())
 
-    def place(self, part: Part) -> Place:
+    def place(self, part: BlockPart) -> BlockPlace:
         """Where a part lies in the flat vector."""
-        return Place.of(Block(part.name, (part,)), self.starts, self.sizes)
+        return BlockPlace.of(Block(part.name, (part,)), self.starts, self.sizes)
 
 
 class BlockKron(Kron):
@@ -89,7 +89,7 @@ class BlockKron(Kron):
         self.tensors, self.sums, self.examples, self.size = tensors, dict(sums), examples, size
 
     @property
-    def pieces(self) -> list[tuple[Part, tuple[LinearOperator, ...]]]:
+    def pieces(self) -> list[tuple[BlockPart, tuple[LinearOperator, ...]]]:
         """Every part of a parameter that has curvature, with the factors of its block."""
         share = self.examples / self.size
         found = [p for block, sums in self.sums.items() for p in sums.factors(block, self.tensors.vectors, share)]
@@ -102,12 +102,14 @@ class BlockKron(Kron):
         A parameter that has no such form (several pieces, groups, another order of its entries) is answered by at least
         three tensors, which :class:`laplace.utils.Kron` refuses to work with.
         """
-        found: dict[str, list[tuple[Part, tuple[LinearOperator, ...]]]] = {name: [] for name in self.tensors.shapes}
+        found: dict[str, list[tuple[BlockPart, tuple[LinearOperator, ...]]]] = {
+            name: [] for name in self.tensors.shapes
+        }
         for part, factors in self.pieces:
             found[part.name].append((part, factors))
         return [self._listed(name, pieces) for name, pieces in found.items()]
 
-    def _listed(self, name: str, pieces: list[tuple[Part, tuple[LinearOperator, ...]]]) -> list[Tensor]:
+    def _listed(self, name: str, pieces: list[tuple[BlockPart, tuple[LinearOperator, ...]]]) -> list[Tensor]:
         if not pieces:
             return [torch.zeros(self.tensors.sizes[name], dtype=self.tensors.dtype)]
         matrices = [_matrix(factor).to(self.tensors.dtype) for _, factors in pieces for factor in factors]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from curvature.layers.block import Block, Part
+from curvature.layers.block import Block, BlockPart
 from curvature.layers.samples import Samples, gram
 from curvature.structures.estimator import CurvatureEstimator, Form, MeanEstimator
 from curvature.structures.kfac import KroneckerEstimator, Sharing
@@ -18,7 +18,7 @@ from solvers.precision import widen
 
 Side = tuple[Tensor, Tensor, Tensor | float]
 #: A part of a block, and the matrices whose Kronecker product is its curvature: one or two.
-Factors = tuple[Part, tuple[LinearOperator, ...]]
+Factors = tuple[BlockPart, tuple[LinearOperator, ...]]
 
 
 @dataclass(frozen=True)
@@ -141,10 +141,10 @@ class PartsEstimator(MeanEstimator):
     def of_mean(self, value: Tensor) -> LinearOperator:
         raise NotImplementedError(f"block {self.block.name}: its matrices are read part by part.")
 
-    def _is_dense(self, part: Part) -> bool:
+    def _is_dense(self, part: BlockPart) -> bool:
         return part.numel <= self.max_dense
 
-    def _with_parts(self, tensors: Sequence[Tensor]) -> list[tuple[Part, Tensor]]:
+    def _with_parts(self, tensors: Sequence[Tensor]) -> list[tuple[BlockPart, Tensor]]:
         return list(zip(self.block.parts, tensors, strict=True))
 
 

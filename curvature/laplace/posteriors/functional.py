@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from curvature.laplace.backends.ggn import GGNBackend
-from curvature.layers.recorder import batch_size, tensors_in
 from curvature.losses import AutogradLoss, Terms
-from curvature.model.data import map_tensors
+from curvature.model.data import batch_size, map_tensors, tensors_in
 
 Params = dict[str, Tensor]
 #: ``forward(params, batch)`` gives the output, one row for each example, and auxiliary information.

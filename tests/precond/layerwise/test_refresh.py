@@ -231,7 +231,7 @@ def test_burn_in_is_part_of_a_resumed_run() -> None:
 
 def test_rules_give_parts_other_structures() -> None:
     model, loss_fn = mlp(), nn.CrossEntropyLoss()
-    optimizer = KFAC(model, loss_fn, lr=0.05, rules={"2": "diagonal", "0": {"max_factor": 1}})
+    optimizer = KFAC(model, loss_fn, lr=0.05, rules={"2": "diagonal", "0": {"max_dim": 1}})
     after = train(model, optimizer, BATCHES[:6])
     assert [row.structure for row in optimizer.coverage()] == ["kronecker", "kronecker", "diagonal", "diagonal"]
     assert refresh_cost(optimizer.preconditioners["0.weight+0.bias"].inverse) < 20  # type: ignore[arg-type]
