@@ -1,4 +1,4 @@
-"""What is said and done about gradients that are not finite."""
+"""Detect and explain what is not finite or fails, and how often it may."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
+
+#: Refreshes of one block or parameter that may fail in a row before an error is raised.
+TOLERATED_FAILURES = 3
 
 Name = Callable[[Tensor], str]
 
