@@ -6,8 +6,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from precond.closure.optimizer import ClosureOptimizer, Vectors, rademacher
+from precond.closure.optimizer import ClosureOptimizer
 from precond.gradient.optimizer import GradientOptimizer, Group, State, debiased, state_zeros
+from precond.step.graph import Vectors, rademacher
 from precond.step.methods import Taxonomy
 
 

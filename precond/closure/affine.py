@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from precond.closure.optimizer import jacobian_rows
+from precond.step.graph import jacobian_rows
 from solvers.precision import working_dtype
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from precond.closure.gauss_newton_optimizer import GaussNewtonClosureOptimizer
-from precond.closure.optimizer import flatten, unflatten
 from precond.step.adapt import LevenbergMarquardt
+from precond.step.graph import flatten, unflatten
 from precond.step.methods import Taxonomy
 from precond.step.options import period
 from precond.step.schedules import FIXED

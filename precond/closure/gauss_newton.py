@@ -8,10 +8,10 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from precond.closure.gauss_newton_optimizer import GaussNewtonMatrix, Part
-from precond.closure.optimizer import Closure, ClosureOptimizer, flatten, jacobian_rows, unflatten
+from precond.closure.optimizer import ClosureOptimizer
 from precond.closure.residuals import DenseLeastSquares, LeastSquares, MatrixFreeLeastSquares, PointwiseResidual
 from precond.step.adapt import LevenbergMarquardt
+from precond.step.graph import Closure, CurvedOutput, GaussNewtonMatrix, flatten, jacobian_rows, unflatten
 from precond.step.methods import Taxonomy
 from solvers import CG
 
@@ -222,7 +222,9 @@ class GaussNewton(ClosureOptimizer):
         assert self._residual is not None
         if self.matrix_free:
             solver = self.solver if isinstance(self.solver, CG) else CG(rtol=1e-8, progress=False)
-            return MatrixFreeLeastSquares(GaussNewtonMatrix([Part(self._residual, lambda x: x)], params), solver)
+            return MatrixFreeLeastSquares(
+                GaussNewtonMatrix([CurvedOutput(self._residual, lambda x: x)], params), solver
+            )
         assert self._jacobian is not None
         few = self._jacobian.shape[0] < self._jacobian.shape[1]
         scale = self._scale(params) if self.scaled else None

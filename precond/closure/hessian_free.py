@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from precond.closure.gauss_newton_optimizer import GaussNewtonClosureOptimizer, GaussNewtonMatrix
-from precond.closure.optimizer import flatten, unflatten
+from precond.closure.gauss_newton_optimizer import GaussNewtonClosureOptimizer
 from precond.step.adapt import LevenbergMarquardt
+from precond.step.graph import GaussNewtonMatrix, flatten, unflatten
 from precond.step.methods import Taxonomy
 from precond.step.schedules import FIXED
 from solvers import CG, Diagonal

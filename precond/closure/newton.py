@@ -7,8 +7,9 @@ from typing import Any, ClassVar, Literal, get_args
 from torch import Tensor
 
 from precond.closure.affine import affine_hessian
-from precond.closure.optimizer import ClosureOptimizer, flatten, unflatten
+from precond.closure.optimizer import ClosureOptimizer
 from precond.step.adapt import LevenbergMarquardt
+from precond.step.graph import flatten, unflatten
 from precond.step.methods import Taxonomy
 from solvers import Cholesky, Dense, Eigen, Eigh, LinearOperator, NotPositiveDefiniteError, Tikhonov, power
 

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from precond.step.adapt import LevenbergMarquardt
 from precond.step.base import SecondOrderOptimizer
+from precond.step.graph import (
+    BackwardDoesNothing,
+    Closure,
+    Vectors,
+    jacobian_rows,
+    loss_tensor,
+    parameters_at,
+    unflatten,
+)
 from solvers import SolverError
 from solvers.precision import working_dtype
-
-Vectors = dict[Tensor, Tensor]
-Closure = Callable[[], Any]
 
 
 class ClosureOptimizer(SecondOrderOptimizer):
@@ -98,15 +103,7 @@ class ClosureOptimizer(SecondOrderOptimizer):
         Raises:
             TypeError: If the closure returns something else.
         """
-        loss = self.run(closure)
-        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-            what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise TypeError(
-                f"the closure of {type(self).__name__} must return the loss as a tensor with one number and its graph, "
-                f"not {what} {'without one' if isinstance(loss, Tensor) and loss.numel() == 1 else ''}".rstrip()
-                + ". Return the loss itself, not loss.item() or loss.detach()."
-            )
-        return loss.reshape(()) + self._penalty()
+        return loss_tensor(self.run(closure), type(self).__name__) + self._penalty()
 
     def _penalty(self) -> Tensor | float:
         """The sum of squares that L2 weight decay adds to what is minimised."""
@@ -157,18 +154,10 @@ class ClosureOptimizer(SecondOrderOptimizer):
         with self.moved(moves):
             return self.sign * self.objective(self._required_closure())
 
-    @contextmanager
-    def moved(self, moves: Mapping[Tensor, Tensor]) -> Iterator[None]:
+    @staticmethod
+    def moved(moves: Mapping[Tensor, Tensor]) -> AbstractContextManager[None]:
         """Within the block the parameters are at ``p + move``; afterwards as they were, bit for bit."""
-        own = {p: p.data for p in moves}
-        try:
-            # Not in place: the graph of the last evaluation holds the parameters as they were.
-            for p, move in moves.items():
-                p.data = (own[p] + move).to(p.dtype)
-            yield
-        finally:
-            for p, data in own.items():
-                p.data = data
+        return parameters_at({p: (p.data + move).to(p.dtype) for p, move in moves.items()})
 
     def _required_closure(self) -> Closure:
         assert self._closure is not None
@@ -291,57 +280,3 @@ class ClosureOptimizer(SecondOrderOptimizer):
         """Give all groups the same damping; it is part of the checkpoints."""
         for group in (self.defaults, *self.param_groups):  # also those that are added later
             group["damping"] = damping
-
-
-class BackwardDoesNothing(TorchFunctionMode):
-    """``Tensor.backward`` does nothing inside."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.backward:
-            return None
-        return func(*args, **(kwargs or {}))
-
-
-def jacobian_rows(outputs: Tensor, params: list[Tensor], chunk: int = 64) -> Tensor:
-    """Jacobian of a vector ``(N,)`` with respect to the concatenated parameters, ``(N, P)``, keeping the graph."""
-    blocks = []
-    for start in range(0, outputs.numel(), chunk):
-        stop = min(start + chunk, outputs.numel())
-        seeds = torch.zeros(stop - start, outputs.numel(), dtype=outputs.dtype, device=outputs.device)
-        seeds[:, start:stop].fill_diagonal_(1)
-        columns = _pull_back(outputs, params, seeds)
-        blocks.append(torch.cat([c.reshape(stop - start, -1).to(working_dtype(c)) for c in columns], 1))
-    return torch.cat(blocks)
-
-
-def _pull_back(outputs: Tensor, params: list[Tensor], seeds: Tensor) -> list[Tensor]:
-    def pull(seed: Tensor, batched: bool) -> list[Tensor]:
-        found = torch.autograd.grad(
-            outputs, params, seed, retain_graph=True, allow_unused=True, is_grads_batched=batched
-        )
-        shape = (len(seed),) if batched else ()
-        return [p.new_zeros(*shape, *p.shape) if g is None else g for p, g in zip(params, found, strict=True)]
-
-    try:
-        return pull(seeds, True)
-    except RuntimeError:  # an operation in the graph has no batching rule
-        rows = [pull(seed, False) for seed in seeds]
-        return [torch.stack(column) for column in zip(*rows, strict=True)]
-
-
-def flatten(vectors: Mapping[Tensor, Tensor]) -> Tensor:
-    """Concatenate, each row-major, in the mapping's order, in float32 at least."""
-    return torch.cat([v.reshape(-1).to(working_dtype(v)) for v in vectors.values()])
-
-
-def unflatten(flat: Tensor, params: list[Tensor]) -> Vectors:
-    """Inverse of :func:`flatten`."""
-    parts = flat.split([p.numel() for p in params])
-    return {p: part.reshape(p.shape) for p, part in zip(params, parts, strict=True)}
-
-
-def rademacher(p: Tensor, seed: int, step: int, index: int) -> Tensor:
-    """Random signs of the shape of ``p``, a function of seed, step and index alone."""
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * 1_000_003 + index)
-    signs = torch.randint(0, 2, p.shape, generator=generator) * 2 - 1
-    return signs.to(device=p.device, dtype=p.dtype)

@@ -8,10 +8,11 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from precond.closure.optimizer import ClosureOptimizer, Vectors, rademacher
+from precond.closure.optimizer import ClosureOptimizer
 from precond.gradient.matrices import gram, largest, merged_shape, multiply, unfolded
 from precond.gradient.optimizer import Group, State, debiased, due, state_zeros
 from precond.gradient.stacks import Stack, StackedOptimizer
+from precond.step.graph import Vectors, rademacher
 from precond.step.methods import Taxonomy
 from precond.step.schedules import Scheduled, ScheduledInt
 from solvers.precision import working_dtype

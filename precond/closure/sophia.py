@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from precond.closure.adahessian import hutchinson_diagonal
-from precond.closure.optimizer import ClosureOptimizer, Vectors
+from precond.closure.optimizer import ClosureOptimizer
 from precond.gradient.optimizer import GradientOptimizer, Group, State, state_zeros
+from precond.step.graph import Vectors
 from precond.step.methods import Taxonomy
 from precond.step.schedules import Scheduled, ScheduledInt
 from solvers.precision import working_dtype

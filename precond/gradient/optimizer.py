@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from precond.layerwise.blocks.preconditioner import TOLERATED_FAILURES
 from precond.step.base import SecondOrderOptimizer
+from precond.step.divergence import TOLERATED_FAILURES
 from solvers import SolverError
 from solvers.precision import working_dtype
 

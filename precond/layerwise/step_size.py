@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from curvature.model.settings import random_state
-from precond.closure.optimizer import flatten, unflatten
-from precond.layerwise.replay import ClosureReplay, LoopReplay, Replay, interpretable, parameters_at
+from precond.layerwise.replay import ClosureReplay, LoopReplay, Replay, interpretable
 from precond.step.adapt import LevenbergMarquardt
+from precond.step.graph import flatten, parameters_at, unflatten
 
 if TYPE_CHECKING:
     from precond.layerwise.optimizer import PreconditionedOptimizer

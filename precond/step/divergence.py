@@ -9,6 +9,9 @@ from torch import Tensor
 
 Name = Callable[[Tensor], str]
 
+#: Refreshes of one block that may fail in a row before an error is raised.
+TOLERATED_FAILURES = 3
+
 
 def all_finite(gradients: list[Tensor]) -> bool:
     """Whether all are finite, with one wait for the device."""

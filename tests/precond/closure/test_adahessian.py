@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from precond.closure.adahessian import AdaHessian
-from precond.closure.optimizer import rademacher
+from precond.step.graph import rademacher
 from tests.precond import references as ref
 
 
