@@ -8,7 +8,7 @@ from torch import Tensor
 
 from precond.closure.optimizer import ClosureOptimizer
 from precond.gradient.optimizer import GradientOptimizer, Group, State, debiased, state_zeros
-from precond.step.graph import Vectors, rademacher
+from precond.step.graph import Vectors
 from precond.step.methods import Taxonomy
 
 
@@ -78,7 +78,7 @@ class AdaHessian(ClosureOptimizer, GradientOptimizer):
         return {"exp_avg": state_zeros(p), "exp_avg_sq": state_zeros(p)}
 
     def directions(self, gradients: Vectors) -> Vectors:
-        self._diagonal = hutchinson_diagonal(self, list(gradients), self.seed)
+        self._diagonal = self.hutchinson_diagonal(list(gradients), self.seed)
         return super().directions(gradients)
 
     def direction(self, p: Tensor, g: Tensor, state: State, group: Group) -> Tensor:
@@ -91,11 +91,3 @@ class AdaHessian(ClosureOptimizer, GradientOptimizer):
         second = debiased(state["exp_avg_sq"], beta2, state["step"])
         root = second.sqrt() if group["hessian_power"] == 1 else second ** (group["hessian_power"] / 2)
         return debiased(state["exp_avg"], beta1, state["step"]) / (root + group["eps"])
-
-
-def hutchinson_diagonal(optimizer: ClosureOptimizer, params: list[Tensor], seed: int) -> Vectors:
-    """``z * (H z)`` with random signs z, of what is minimised; the draw depends on the seed and the step alone."""
-    sign = optimizer.sign
-    signs = {p: rademacher(p, seed, int(optimizer.state[p].get("step", 0)), index) for index, p in enumerate(params)}
-    product = optimizer.hessian_product(signs)
-    return {p: sign * signs[p] * product[p] for p in params}

@@ -77,7 +77,7 @@ class CurveBall(GaussNewtonClosureOptimizer):
     def directions(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         params = list(gradients)
         g = self.sign * flatten(gradients)
-        z = flatten({p: self.state[p].get("velocity", torch.zeros_like(p)) for p in params})
+        z = self.remembered("velocity", params)
         matrix, damping = self.matrix(params), float(self.common("damping"))
         image = matrix.product(z) + damping * z
         basis = torch.stack([z, -(image + g)], 1)  # (P, 2)
@@ -93,8 +93,6 @@ class CurveBall(GaussNewtonClosureOptimizer):
         predicted = -float(g @ z + 0.5 * coefficients @ (basis.mT @ images) @ coefficients)
         if self.steps % self.adapt_period == 0:
             change = float(self.value) - float(self.value_at(unflatten(z, params)))
-            ratio = change / predicted if predicted > 0 else float("nan")
-            self.set_damping(self.rule.adapted(damping, ratio))
-        for p, velocity in unflatten(z, params).items():
-            self.state[p]["velocity"] = velocity.clone()
+            self.set_damping(self.rule.judged(damping, change, predicted))
+        self.remember("velocity", z, params)
         return unflatten(-self.sign * z, params)

@@ -164,15 +164,12 @@ class GaussNewton(ClosureOptimizer):
             found = torch.autograd.grad(
                 self._residual, params, self._residual.detach(), retain_graph=True, allow_unused=True
             )
-            self._slopes = {p: g for p, g in zip(params, found, strict=True) if g is not None}
+            slopes = dict(zip(params, found, strict=True))
         else:
             values, rows = zip(*[self._rows(r, params) for r in self._residuals(closure)], strict=True)
             self._residual, self._jacobian = torch.cat(values), torch.cat(rows)
-            self._slopes = unflatten(self._jacobian.mT @ self._residual, params)
-        for p in params:
-            p.grad = self._slopes[p].detach().to(p.dtype).clone() if p in self._slopes else None
-        self._value = 0.5 * self._residual.detach().square().sum()
-        return self._value
+            slopes = unflatten(self._jacobian.mT @ self._residual, params)
+        return self.evaluated(0.5 * self._residual.detach().square().sum(), slopes)
 
     def _rows(self, residual: Tensor | PointwiseResidual, params: list[Tensor]) -> tuple[Tensor, Tensor]:
         if isinstance(residual, PointwiseResidual):
@@ -186,7 +183,7 @@ class GaussNewton(ClosureOptimizer):
             raise ValueError("GaussNewton minimises a sum of squares; maximize=True has no meaning for it.")
         params = list(gradients)
         g, problem, residual = flatten(gradients), self._problem(params), self._now()
-        old = flatten({p: self.state[p].get("direction", torch.zeros_like(p)) for p in params})
+        old = self.remembered("direction", params)
 
         def solve(damping: float) -> Tensor:
             if not self.spring:
@@ -208,11 +205,9 @@ class GaussNewton(ClosureOptimizer):
             direction = self.levenberg_marquardt(
                 self.rule, g, solve, lambda v: problem.push(v).square().sum(), bend if self.acceleration else None
             )
-        out = unflatten(direction, params)
         if self.spring:
-            for p in params:
-                self.state[p]["direction"] = out[p].clone()
-        return out
+            self.remember("direction", direction, params)
+        return unflatten(direction, params)
 
     def _now(self) -> Tensor:
         assert self._residual is not None

@@ -95,20 +95,19 @@ class HessianFree(GaussNewtonClosureOptimizer):
         matrix, damping = self.matrix(params), float(self.common("damping"))
         iterates = self._solve(matrix, damping, g, params)
         step = self._backtrack(g, iterates, params)
-        for p, d in unflatten(iterates[-1], params).items():
-            self.state[p]["solution"] = d.clone()
+        self.remember("solution", iterates[-1], params)
+        for p in params:
             self.state[p]["step"] = self.state[p].get("step", 0) + 1
         predicted = float(g @ step - 0.5 * (step @ matrix.product(step)))
         change = float(self.value) - float(self._value_after(step, params))
-        ratio = change / predicted if predicted > 0 else float("nan")
-        self.set_damping(self.rule.adapted(damping, ratio))
+        self.set_damping(self.rule.judged(damping, change, predicted))
         rate = self._rate(g, step, params)
         return unflatten(self.sign * rate * step, params)
 
     def _solve(self, matrix: GaussNewtonMatrix, damping: float, g: Tensor, params: list[Tensor]) -> list[Tensor]:
         """Iterates of CG on ``(G + lam I) d = g`` at steps ``ceil(1.3^j)``, the last one last."""
         steps = max((self.state[p].get("step", 0) for p in params), default=0)
-        old = flatten({p: self.state[p].get("solution", torch.zeros_like(p)) for p in params})
+        old = self.remembered("solution", params)
         inverse = None
         if self.preconditioner:
             generator = torch.Generator(device=g.device).manual_seed(self.seed * 1_000_003 + steps)

@@ -9,15 +9,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from precond.step.adapt import LevenbergMarquardt
+from precond.step.adapt import LevenbergMarquardt, unseen
 from precond.step.base import SecondOrderOptimizer
 from precond.step.graph import (
     BackwardDoesNothing,
     Closure,
     Vectors,
-    jacobian_rows,
+    flatten,
     loss_tensor,
     parameters_at,
+    rademacher,
+    second_derivatives,
     unflatten,
 )
 from solvers import SolverError
@@ -136,11 +138,20 @@ class ClosureOptimizer(SecondOrderOptimizer):
                 f"the closure of {type(self).__name__} freed the graph of the loss by torch.autograd.backward or "
                 "torch.autograd.grad. Return the loss without differentiating it, or pass retain_graph=True."
             ) from error
-        self._loss, self._value = loss if keep else None, loss.detach()
-        self._slopes = {p: g for p, g in zip(params, slopes, strict=True) if g is not None}
-        for p in params:
-            p.grad = self._slopes[p].detach().clone() if p in self._slopes else None
-        return self._value
+        self._loss = loss if keep else None
+        return self.evaluated(loss.detach(), dict(zip(params, slopes, strict=True)))
+
+    def evaluated(self, value: Tensor, slopes: Mapping[Tensor, Tensor | None]) -> Tensor:
+        """Keep what the closure gave, write the gradients of all parameters, and return the value.
+
+        Args:
+            value: The loss, without graph.
+            slopes: Derivative by parameter, with a graph where it will be differentiated again; ``None`` for none.
+        """
+        self._value, self._slopes = value, {p: g for p, g in slopes.items() if g is not None}
+        for p in slopes:
+            p.grad = self._slopes[p].detach().to(p.dtype).clone() if p in self._slopes else None
+        return value
 
     def _gradients(self) -> Vectors | None:
         gradients = super()._gradients()
@@ -210,16 +221,28 @@ class ClosureOptimizer(SecondOrderOptimizer):
             out = torch.autograd.grad(slopes, params, vectors, retain_graph=True, allow_unused=True)
         return {p: torch.zeros_like(p) if h is None else h.detach() for p, h in zip(params, out, strict=True)}
 
-    @torch.enable_grad()
     def hessian(self, params: list[Tensor], chunk: int = 64) -> Tensor:
         """Dense Hessian on the concatenated parameters, ``(P, P)``, by products with the identity."""
         assert self._slopes is not None
-        slopes = [self._slopes[p] if p in self._slopes else torch.zeros_like(p) for p in params]
-        flat = torch.cat([g.reshape(-1) for g in slopes])
-        if not flat.requires_grad:
-            return flat.new_zeros(flat.numel(), flat.numel())
-        rows = jacobian_rows(flat, params, chunk)
-        return ((rows + rows.mT) / 2).detach()
+        return second_derivatives([self._slopes.get(p) for p in params], params, chunk)
+
+    def hutchinson_diagonal(self, params: list[Tensor], seed: int) -> Vectors:
+        """``z * (H z)`` with random signs z, of what is minimised; the draw depends on the seed and the step alone."""
+        sign, draws = self.sign, enumerate(params)
+        signs = {p: rademacher(p, seed, int(self.state[p].get("step", 0)), index) for index, p in draws}
+        product = self.hessian_product(signs)
+        return {p: sign * signs[p] * product[p] for p in params}
+
+    # Vectors that are kept from step to step
+
+    def remembered(self, name: str, params: list[Tensor]) -> Tensor:
+        """The flat vector that a former step left in the state, zero where there is none."""
+        return flatten({p: self.state[p].get(name, torch.zeros_like(p)) for p in params})
+
+    def remember(self, name: str, vector: Tensor, params: list[Tensor]) -> None:
+        """Leave a flat vector in the state."""
+        for p, part in unflatten(vector, params).items():
+            self.state[p][name] = part.clone()
 
     # Levenberg-Marquardt
 
@@ -265,10 +288,9 @@ class ClosureOptimizer(SecondOrderOptimizer):
                 move = move + correction
                 direction = direction - torch.where(rates > 0, correction / rates, 0.0)
             after, before = float(self.value_at(unflatten(move, params))), float(self.value)
-            if 0 <= predicted <= 10 * torch.finfo(move.dtype).eps * abs(before) and after < float("inf"):
-                return direction  # too small to be seen in the loss
-            ratio = (before - after) / predicted if predicted > 0 else float("nan")
-            self.set_damping(rule.adapted(damping, ratio))
+            if unseen(predicted, before, after, move.dtype):
+                return direction
+            self.set_damping(rule.judged(damping, before - after, predicted))
             if after <= before and predicted > 0:
                 return direction
         return torch.zeros_like(gradient)

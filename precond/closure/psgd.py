@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from precond.closure.optimizer import ClosureOptimizer
-from precond.gradient.matrices import gram, largest, merged_shape, multiply, unfolded
+from precond.gradient.matrices import along, gram, largest, merged_shape, multiply, unfolded
 from precond.gradient.optimizer import Group, State, debiased, due, state_zeros
-from precond.gradient.stacks import Stack, StackedOptimizer
+from precond.gradient.stacks import Stack, StackedOptimizer, entries
 from precond.step.graph import Vectors, rademacher
 from precond.step.methods import Taxonomy
 from precond.step.schedules import Scheduled, ScheduledInt
@@ -171,22 +171,21 @@ class PSGD(ClosureOptimizer, StackedOptimizer):
 
     def _learn(self, stack: Stack, group: Group, h: Tensor, v: Tensor | None) -> None:
         """One descent step on every factor."""
-        state, axes, first = stack.state, range(h.ndim - 1), stack.params[0]
+        state, roots = stack.state, entries(stack.state, "root", h.ndim - 1)
         noise = group["damping"] + group["eps"] * _mean(h.square()).sqrt_()
-        if not self.state[first]["updates"]:
-            if not self.kind(first, h):
+        if not self.state[stack.params[0]]["updates"]:
+            if not self.kind(stack.params[0], h):
                 return
             scale = (_size(h) + noise) ** -0.5 * (1.0 if v is None else _size(v) ** 0.5)
-            for axis in axes:
-                root = state[f"root.{axis}"]
-                root.mul_(_like(scale ** (1 / len(axes)), root))
+            for root in roots.values():
+                root.mul_(_like(scale ** (1 / len(roots)), root))
         for p in stack.params:
             self.state[p]["updates"] += 1
-        metrics = _metrics(state, len(axes))
+        metrics = _metrics(state, len(roots))
         norms = [metric.square().flatten(1).sum(1) for metric in metrics.values()]
         image = _apply(h, metrics)
         for axis, metric in metrics.items():
-            root, bound = state[f"root.{axis}"], state[f"bound.{axis}"]
+            root, bound = roots[axis], state[f"bound.{axis}"]
             others = prod((n for k, n in enumerate(norms) if k != axis), start=noise.flatten() ** 2)
             dense = root.ndim == 3
             # The second term is the mean over the noise.
@@ -205,7 +204,7 @@ class PSGD(ClosureOptimizer, StackedOptimizer):
 
 def _balance(state: State, ndim: int) -> None:
     """Scale the factors to equal size, which leaves P as it is."""
-    roots = [state[f"root.{axis}"] for axis in range(ndim)]
+    roots = list(entries(state, "root", ndim).values())
     sizes = torch.stack([root.abs().flatten(1).amax(1) for root in roots])
     for root, factor in zip(roots, sizes.log().mean(0).exp() / sizes, strict=True):
         root.mul_(_like(factor, root))
@@ -213,14 +212,14 @@ def _balance(state: State, ndim: int) -> None:
 
 def _metrics(state: State, ndim: int) -> dict[int, Tensor]:
     """The factors of P ``(k, n, n)``, or their diagonals ``(k, n)``."""
-    roots = {axis: state[f"root.{axis}"] for axis in range(ndim)}
+    roots = entries(state, "root", ndim)
     return {axis: root.mT @ root if root.ndim == 3 else root.square() for axis, root in roots.items()}
 
 
 def _apply(x: Tensor, metrics: dict[int, Tensor]) -> Tensor:
     for axis, metric in metrics.items():
         if metric.ndim == 2:
-            x = x * metric.reshape([len(x)] + [-1 if k == axis else 1 for k in range(x.ndim - 1)])
+            x = x * along(metric, axis, x.ndim - 1)
     return multiply(x, {axis: metric for axis, metric in metrics.items() if metric.ndim == 3})
 
 

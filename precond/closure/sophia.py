@@ -7,7 +7,6 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from precond.closure.adahessian import hutchinson_diagonal
 from precond.closure.optimizer import ClosureOptimizer
 from precond.gradient.optimizer import GradientOptimizer, Group, State, state_zeros
 from precond.step.graph import Vectors
@@ -133,7 +132,7 @@ class Sophia(ClosureOptimizer, GradientOptimizer):
 
     def directions(self, gradients: Vectors) -> Vectors:
         due = self.second_order()
-        self._estimate = hutchinson_diagonal(self, list(gradients), self.seed) if due else None
+        self._estimate = self.hutchinson_diagonal(list(gradients), self.seed) if due else None
         return super().directions(gradients)
 
     def direction(self, p: Tensor, g: Tensor, state: State, group: Group) -> Tensor:

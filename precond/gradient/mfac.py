@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from precond.gradient.optimizer import GradientOptimizer, Group
+from precond.gradient.optimizer import Group
 from precond.step.base import SecondOrderOptimizer
+from precond.step.divergence import finite_squares
 from precond.step.methods import Taxonomy
 from precond.step.options import period
 from precond.step.schedules import Scheduled
@@ -46,7 +47,6 @@ class MFAC(SecondOrderOptimizer):
         Frantar, Kurtic and Alistarh (2021), section 3.2, https://arxiv.org/abs/2107.03356
     """
 
-    needs: ClassVar[str] = "grad"
     taxonomy: ClassVar = Taxonomy(
         curvature="second moment of the batch gradients of a window of steps",
         structure="Gram matrix, whole model or per group",
@@ -86,7 +86,7 @@ class MFAC(SecondOrderOptimizer):
             raise ValueError(f"damping must be positive: a window of gradients is singular. Got {options['damping']}.")
 
     # A gradient whose squares overflow is one that is not finite.
-    _finite = staticmethod(GradientOptimizer._finite)
+    _finite = staticmethod(finite_squares)
 
     def directions(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         out: dict[Tensor, Tensor] = {}

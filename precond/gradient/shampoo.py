@@ -9,13 +9,13 @@ from torch import Tensor
 
 from precond.gradient.matrices import add_gram, blocks, merged_shape, multiply, rotated_root, spectrum, symmetric_power
 from precond.gradient.optimizer import Group, State, debiased, due, state_zeros
-from precond.gradient.stacks import Stack, StackedOptimizer, write
+from precond.gradient.stacks import Stack, StackedOptimizer, entries, write
 from precond.step.methods import Taxonomy
 from precond.step.schedules import FIXED, Scheduled, ScheduledInt
 
 Grafting = Literal["sgd", "adagrad", "rmsprop", "adam"]
 
-Part = Any  # index of a block in a stack
+Region = Any  # index of a block in a stack
 
 
 class Shampoo(StackedOptimizer):
@@ -168,43 +168,42 @@ class Shampoo(StackedOptimizer):
             out[(slice(None), *region)] = d
         return out
 
-    def _learn(self, stack: Stack, g: Tensor, group: Group, b: int, part: Part) -> None:
+    def _learn(self, stack: Stack, g: Tensor, group: Group, b: int, part: Region) -> None:
         """Fold gradients into the factors of block b and refresh what is due."""
         state, step, beta2 = stack.state, stack.step, group["betas"][1]
         ema = beta2 if group["curvature_ema"] is None else group["curvature_ema"]
-        axes = range(g.ndim - 1)
-        for axis in axes:
-            add_gram(state[f"{b}.factor.{axis}"], g, axis, old=ema, new=1 - ema if ema < 1 else 1)
+        for axis, factor in entries(state, f"{b}.factor", g.ndim - 1).items():
+            add_gram(factor, g, axis, old=ema, new=1 - ema if ema < 1 else 1)
         if due(step, group["inverse_update_period"]) or step == group["start_step"]:
             weight = 1 - ema**step if ema < 1 else 1
             if group["eigenvalue_correction"]:
-                self.renew(stack, lambda state: _new_basis(state, b, axes, part), f"{b}.")
+                self.renew(stack, lambda state: _new_basis(state, b, g.ndim - 1, part), f"{b}.")
             else:
-                self.renew(stack, lambda state: _new_roots(state, group, b, axes, weight), f"{b}.")
+                self.renew(stack, lambda state: _new_roots(state, group, b, g.ndim - 1, weight), f"{b}.")
         if group["eigenvalue_correction"]:
-            squares = multiply(g, _matrices(state, b, axes), transpose=True).square_()
+            squares = multiply(g, entries(state, f"{b}.root", g.ndim - 1), transpose=True).square_()
             state["exp_avg_sq"][part].lerp_(squares, 1 - beta2)
 
 
-def _apply(m: Tensor, state: State, step: int, group: Group, b: int, part: Part) -> Tensor:
-    matrices = _matrices(state, b, range(m.ndim - 1))
+def _apply(m: Tensor, state: State, step: int, group: Group, b: int, part: Region) -> Tensor:
+    matrices = entries(state, f"{b}.root", m.ndim - 1)
     if not group["eigenvalue_correction"]:
         return multiply(m, matrices)
     root = rotated_root(state["exp_avg_sq"][part], 1 - group["betas"][1] ** step, group["eps"])
     return multiply(multiply(m, matrices, transpose=True) / root, matrices)
 
 
-def _new_roots(state: State, group: Group, b: int, axes: range, weight: float) -> None:
-    exponent = -1 / (2 * len(axes)) if group["exponent"] is None else group["exponent"]
-    factors = {axis: state[f"{b}.factor.{axis}"] / weight for axis in axes}
+def _new_roots(state: State, group: Group, b: int, ndim: int, weight: float) -> None:
+    exponent = -1 / (2 * ndim) if group["exponent"] is None else group["exponent"]
+    factors = {axis: factor / weight for axis, factor in entries(state, f"{b}.factor", ndim).items()}
     roots = {axis: symmetric_power(factor, exponent, group["damping"]) for axis, factor in factors.items()}
     write(state, {f"{b}.root.{axis}": root for axis, root in roots.items()})
 
 
-def _new_basis(state: State, b: int, axes: range, part: Part) -> None:
-    old = _matrices(state, b, axes)
-    new = {axis: spectrum(state[f"{b}.factor.{axis}"])[1] for axis in axes}
-    squares = {axis: (old[axis].mT @ new[axis]).square() for axis in axes}
+def _new_basis(state: State, b: int, ndim: int, part: Region) -> None:
+    old, factors = entries(state, f"{b}.root", ndim), entries(state, f"{b}.factor", ndim)
+    new = {axis: spectrum(factor)[1] for axis, factor in factors.items()}
+    squares = {axis: (old[axis].mT @ basis).square() for axis, basis in new.items()}
     # What was learnt along the old axes, seen along the new ones.
     state["exp_avg_sq"][part] = multiply(state["exp_avg_sq"][part], squares, transpose=True)
     write(state, {f"{b}.root.{axis}": basis for axis, basis in new.items()})
@@ -219,10 +218,6 @@ def _graft(g: Tensor, momentum: Tensor, state: State, step: int, group: Group) -
     square.mul_(1 if kind == "adagrad" else beta2).addcmul_(g, g, value=1 if kind == "adagrad" else 1 - beta2)
     second = debiased(square, beta2, step) if kind == "adam" else square
     return momentum / second.sqrt().add_(group["eps"])
-
-
-def _matrices(state: State, b: int, axes: range) -> dict[int, Tensor]:
-    return {axis: state[f"{b}.root.{axis}"] for axis in axes}
 
 
 def _length(x: Tensor) -> Tensor:

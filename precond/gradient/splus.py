@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from precond.gradient.bases import eigenbases
+from precond.gradient.bases import eigenbases, initial_bases
 from precond.gradient.matrices import gram, largest, matrix_shape, multiply
 from precond.gradient.optimizer import Group, State, due, state_zeros
-from precond.gradient.stacks import Stack, StackedOptimizer
+from precond.gradient.stacks import Stack, StackedOptimizer, entries
 from precond.step.averaging import swapped, update_average
 from precond.step.methods import Taxonomy
 from precond.step.schedules import Scheduled, ScheduledInt
@@ -98,25 +98,22 @@ class SPlus(StackedOptimizer):
     def initial_state(self, p: Tensor, group: Group) -> State:
         state: State = {"exp_avg": state_zeros(p), "average": p.detach().to(working_dtype(p), copy=True)}
         if p.ndim >= 2:
-            for axis, n in enumerate(matrix_shape(p.shape)):
-                if n <= group["max_dim"]:
-                    state[f"factor.{axis}"] = state_zeros(p, (n, n))
-                    state[f"basis.{axis}"] = torch.eye(n, dtype=working_dtype(p), device=p.device)
+            sizes = enumerate(matrix_shape(p.shape))
+            state |= initial_bases(p, {axis: n for axis, n in sizes if n <= group["max_dim"]})
         return state
 
     def update(self, stack: Stack, g: Tensor, group: Group) -> Tensor:
         state, (beta1, beta2) = stack.state, group["betas"]
         momentum = state["exp_avg"].lerp_(g, 1 - beta1)
-        axes = [axis for axis in range(2) if f"factor.{axis}" in state]
-        if not axes:
+        bases = entries(state, "basis", 2)
+        if not bases:
             return group["vector_scale"] * momentum.sign()
         rows, columns = matrix_shape(g.shape[1:])
         g, momentum = (x.reshape(-1, rows, columns) for x in (g, momentum))
-        for axis in axes:
-            state[f"factor.{axis}"].lerp_(gram(g, axis), 1 - beta2)
+        for axis, factor in entries(state, "factor", 2).items():
+            factor.lerp_(gram(g, axis), 1 - beta2)
         if due(stack.step, group["inverse_update_period"]):
-            self.renew(stack, lambda state: eigenbases(state, axes))
-        bases = {axis: state[f"basis.{axis}"] for axis in axes}
+            self.renew(stack, lambda state: eigenbases(state, bases))
         return multiply(rotated_sign(multiply(momentum, bases, transpose=True)), bases).mul_(2 / (rows + columns))
 
     def after_step(self) -> None:

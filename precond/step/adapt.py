@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from solvers import Damping
 
 #: What the number is called that says how much a form of damping damps.
@@ -83,6 +85,10 @@ class LevenbergMarquardt:
         """More damping, from the smallest on."""
         return min(max(damping, self.minimum) * self.increase, self.maximum)
 
+    def judged(self, damping: float, decrease: float, predicted: float, mean: float = 0.0) -> float:
+        """The next damping, from the decrease of the loss and what the model had promised; see :meth:`adapted`."""
+        return self.adapted(damping, decrease / predicted if predicted > 0 else float("nan"), mean)
+
     def adapted(self, damping: float, ratio: float, mean: float = 0.0) -> float:
         """The next damping.
 
@@ -96,3 +102,8 @@ class LevenbergMarquardt:
         if ratio >= self.lower:
             return damping
         return self.raised(damping)
+
+
+def unseen(predicted: float, before: float, after: float, dtype: torch.dtype) -> bool:
+    """Whether a promised decrease is too small to be seen in the loss, of a given precision and finite after it."""
+    return 0 <= predicted <= 10 * torch.finfo(dtype).eps * abs(before) and after < float("inf")

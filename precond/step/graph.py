@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -72,6 +72,24 @@ def jacobian_rows(outputs: Tensor, params: list[Tensor], chunk: int = 64) -> Ten
         columns = pull([seeds])
         blocks.append(torch.cat([c.reshape(stop - start, -1).to(working_dtype(c)) for c in columns], 1))
     return torch.cat(blocks)
+
+
+@torch.enable_grad()
+def second_derivatives(slopes: Sequence[Tensor | None], params: list[Tensor], chunk: int = 64) -> Tensor:
+    """Hessian on the concatenated parameters, ``(P, P)``, by products with the identity.
+
+    Args:
+        slopes: First derivatives with their graph, one for each parameter; ``None`` for zero.
+        params: The parameters.
+        chunk: Products at once.
+    """
+    flat = torch.cat(
+        [(torch.zeros_like(p) if g is None else g).reshape(-1) for g, p in zip(slopes, params, strict=True)]
+    )
+    if not flat.requires_grad:
+        return torch.zeros(len(flat), len(flat), dtype=working_dtype(flat), device=flat.device)
+    rows = jacobian_rows(flat, params, chunk).detach()
+    return (rows + rows.mT) / 2
 
 
 def flatten(vectors: Mapping[Tensor, Tensor]) -> Tensor:

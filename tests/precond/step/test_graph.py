@@ -17,6 +17,7 @@ from precond.step.graph import (
     loss_calls,
     loss_tensor,
     parameters_at,
+    second_derivatives,
     unflatten,
 )
 
@@ -56,6 +57,21 @@ def test_rows_of_a_jacobian_where_an_operation_cannot_be_batched():
     unused = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))
     rows = jacobian_rows(Double.apply(p), [p, unused])
     assert torch.equal(rows, torch.cat([2 * torch.eye(3), torch.zeros(3, 1)], 1).double())
+
+
+def test_second_derivatives_equal_those_of_torch_func():
+    a, b, unused = (torch.nn.Parameter(torch.rand(n, dtype=torch.float64)) for n in (3, 2, 2))
+
+    def loss(a, b):
+        return (a.sin() * a.roll(1)).sum() * b.exp().sum()
+
+    slopes = torch.autograd.grad(loss(a, b), [a, b], create_graph=True)
+    found = second_derivatives([*slopes, None], [a, b, unused])
+    rows = torch.func.hessian(loss, (0, 1))(a.detach(), b.detach())
+    expected = torch.zeros(7, 7, dtype=torch.float64)
+    expected[:5, :5] = torch.cat([torch.cat(row, 1) for row in rows])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
+    assert not second_derivatives([None], [unused]).any()
 
 
 def test_flatten_and_back():
