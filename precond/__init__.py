@@ -31,7 +31,9 @@ from precond.layerwise.tnt import TNT
 from precond.step.adapt import LevenbergMarquardt
 from precond.step.averaging import IterateAverage
 from precond.step.base import SecondOrderOptimizer
+from precond.step.loop import Loop
 from precond.step.methods import Method, Taxonomy, methods
+from precond.step.options import Momentum, Refresh, WeightDecay
 from solvers import Cholesky, Eigh, FactoredTikhonov, Tikhonov
 
 __all__ = [
@@ -60,6 +62,11 @@ __all__ = [
     "Sophia",
     "SPlus",
     "TNT",
+    # options that say more than a number
+    "Loop",
+    "Momentum",
+    "Refresh",
+    "WeightDecay",
     # what there is
     "Doubling",
     "IterateAverage",

@@ -11,6 +11,7 @@ from precond.gradient.matrices import matrix_shape
 from precond.gradient.optimizer import Group, State, state_zeros
 from precond.gradient.stacks import Stack, StackedOptimizer
 from precond.step.methods import Taxonomy
+from precond.step.options import Momentum
 from precond.step.schedules import Scheduled
 from solvers.iterative.newton_schulz import polar
 
@@ -85,8 +86,7 @@ class Muon(StackedOptimizer):
         super().__init__(
             params,
             lr=lr,
-            momentum=momentum,
-            nesterov=nesterov,
+            momentum=Momentum(momentum, nesterov),
             weight_decay=weight_decay,
             defaults={
                 "scaling": scaling,

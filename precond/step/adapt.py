@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from precond.step.options import period as check_period
 from solvers import Damping
 
 #: What the number is called that says how much a form of damping damps.
@@ -50,7 +51,9 @@ class LevenbergMarquardt:
             C (layer-based methods). The ratio of a batch that C was estimated from says nothing of other batches: it
             would drive the damping down until the run stalls.
         maximum: Largest damping.
-        attempts: Steps that may be rejected before the parameters stay where they are.
+        attempts: Steps that may be rejected before the parameters stay where they are; of methods with a closure.
+        period: Steps between adaptations, each of which costs a forward pass.
+        reject_steps: Take back a step that raises the loss of its own batch, and forget the momentum.
 
     Raises:
         ValueError: If a value is out of range.
@@ -67,9 +70,11 @@ class LevenbergMarquardt:
     relative_minimum: float = 1e-4
     maximum: float = 1e15
     attempts: int = 12
+    period: int = 1
+    reject_steps: bool = False
 
     def __post_init__(self) -> None:
-        """Check the border."""
+        """Validate the arguments."""
         if not 0 < self.decrease <= 1 <= self.increase:
             raise ValueError(f"need 0 < decrease <= 1 <= increase; got {self.decrease} and {self.increase}.")
         if not 0 < self.minimum <= self.maximum:
@@ -80,6 +85,7 @@ class LevenbergMarquardt:
             raise ValueError(f"need lower <= upper; got {self.lower} and {self.upper}.")
         if self.attempts < 1:
             raise ValueError(f"attempts must be at least 1; got {self.attempts}.")
+        check_period("period", self.period)
 
     def raised(self, damping: float) -> float:
         """More damping, from the smallest on."""

@@ -1,4 +1,4 @@
-"""What is said and done about gradients that are not finite."""
+"""Detect and explain what is not finite or fails, and how often it may."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 
 from solvers.precision import working_dtype
 
-Name = Callable[[Tensor], str]
-
-#: Refreshes of one block that may fail in a row before an error is raised.
+#: Refreshes of one block or parameter that may fail in a row before an error is raised.
 TOLERATED_FAILURES = 3
+
+Name = Callable[[Tensor], str]
 
 
 def all_finite(gradients: list[Tensor]) -> bool:
