@@ -246,6 +246,18 @@ class ClosureOptimizer(SecondOrderOptimizer):
 
     # Levenberg-Marquardt
 
+    def judging(self, rule: LevenbergMarquardt | None) -> LevenbergMarquardt | None:
+        """A rule for :meth:`levenberg_marquardt`, which judges every step and takes back each that raises the loss."""
+        if rule is not None:
+            rule.refuse(type(self).__name__, "period", "reject_steps", "relative_minimum")
+        return rule
+
+    def following(self, rule: LevenbergMarquardt | None) -> LevenbergMarquardt | None:
+        """A rule for a method that takes every step, and adapts the damping by it now and then."""
+        if rule is not None:
+            rule.refuse(type(self).__name__, "attempts", "reject_steps", "relative_minimum")
+        return rule
+
     def levenberg_marquardt(
         self,
         rule: LevenbergMarquardt,

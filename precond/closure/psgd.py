@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import prod
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, Unpack
 
 import torch
 from torch import Tensor
@@ -12,8 +12,10 @@ from precond.closure.optimizer import ClosureOptimizer
 from precond.gradient.matrices import along, gram, largest, merged_shape, multiply, unfolded
 from precond.gradient.optimizer import Group, State, debiased, due, state_zeros
 from precond.gradient.stacks import Stack, StackedOptimizer, entries
+from precond.step.base import MomentumOptions
 from precond.step.graph import Vectors, rademacher
 from precond.step.methods import Taxonomy
+from precond.step.options import choice
 from precond.step.schedules import Scheduled, ScheduledInt
 from solvers.precision import working_dtype
 
@@ -43,6 +45,19 @@ class PSGD(ClosureOptimizer, StackedOptimizer):
     (m^2 n + m n^2)`` for the direction; only products, so it runs on any accelerator. Memory: one moment, a matrix per
     axis; axes beyond ``max_dim`` and vectors keep a diagonal.
 
+    ====================================================== =====================================================
+    Li (2015); Pooladzandi and Li (2024)                   here
+    ====================================================== =====================================================
+    h and v: the gradient, or :math:`H v` and random signs ``update``; ``directions``: ``step.graph.rademacher``
+    :math:`C_k - T_k`, and the step of :math:`Q_k`         ``_learn``
+    :math:`\ell_k`, by the power method                    ``_learn``: ``bound.k``, ``_norm``
+    the noise of damping, by its mean                      ``_learn``: ``noise``
+    the first size of Q                                    ``_learn``: ``_size``
+    the rotation towards a symmetric Q                     ``_turned``
+    factors of equal size                                  ``_balance``
+    :math:`P M = Q^\top Q M`                               ``_metrics``, ``_apply``
+    ====================================================== =====================================================
+
     Args:
         params: Parameters, groups, or named parameters.
         lr: Learning rate; for ``"whitening"`` about AdamW's, for ``"hessian"`` relative to Newton's step.
@@ -52,11 +67,9 @@ class PSGD(ClosureOptimizer, StackedOptimizer):
         damping: Absolute size of the noise, in units of the gradient.
         eps: Relative size of the noise.
         max_rms: Bound of the root mean square of a parameter's direction; ``None`` for none.
-        weight_decay: Weight decay, decoupled unless ``decay`` says otherwise.
         curvature_update_period: Steps between updates of P.
         max_dim: Axes longer than this keep a diagonal.
         merge_dims: Join neighbouring axes up to this size; ``None`` keeps them apart.
-        seed: Of the random signs.
         options: See :class:`SecondOrderOptimizer`.
 
     References:
@@ -75,6 +88,7 @@ class PSGD(ClosureOptimizer, StackedOptimizer):
         paper="https://arxiv.org/abs/1512.04202",
     )
     needs: ClassVar[str] = "grad"
+    loop_settings: ClassVar[frozenset[str]] = ClosureOptimizer.loop_settings | {"seed"}
 
     def __init__(
         self,
@@ -87,20 +101,15 @@ class PSGD(ClosureOptimizer, StackedOptimizer):
         damping: Scheduled = 1e-9,
         eps: Scheduled = 1e-6,
         max_rms: Scheduled | None = 1.1,
-        weight_decay: Scheduled = 0.0,
         curvature_update_period: ScheduledInt = 1,
         max_dim: int = 8192,
         merge_dims: int | None = None,
-        seed: int = 0,
-        **options: Any,
+        **options: Unpack[MomentumOptions],
     ) -> None:
-        if criterion not in get_args(Criterion):
-            raise ValueError(f"criterion is one of {', '.join(get_args(Criterion))}, not {criterion!r}.")
-        self.criterion, self.seed = criterion, seed
+        self.criterion = choice("criterion", criterion, Criterion)
         super().__init__(
             params,
             lr=lr,
-            weight_decay=weight_decay,
             defaults={
                 "betas": (beta,),
                 "preconditioner_lr": preconditioner_lr,
@@ -140,7 +149,7 @@ class PSGD(ClosureOptimizer, StackedOptimizer):
         self._probes: Vectors = {}
         self._products: Vectors = {}
         if self.second_order():
-            self._probes = {p: rademacher(p, self.seed, self.steps, index) for index, p in enumerate(gradients)}
+            self._probes = {p: rademacher(p, self.loop.seed, self.steps, index) for index, p in enumerate(gradients)}
             self._products = self.hessian_product(self._probes)
         return super().directions(gradients)
 

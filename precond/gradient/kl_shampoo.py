@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import prod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from precond.gradient.bases import improve_bases, initial_bases
 from precond.gradient.matrices import add_gram, along, merged_shape, multiply, unfolded
 from precond.gradient.optimizer import Group, State, debiased, due, state_zeros
 from precond.gradient.stacks import Stack, StackedOptimizer, entries
+from precond.step.base import MomentumOptions
 from precond.step.methods import Taxonomy
 from precond.step.schedules import Scheduled, ScheduledInt
 
@@ -34,12 +35,21 @@ class KLShampoo(StackedOptimizer):
     Against SOAP it keeps no second moment, so it needs less memory, and needs no grafting. Learning rates are Adam's.
     A step costs as much as SOAP's; memory: one moment, and two matrices per axis.
 
+    ================================================================ ==================================================
+    Lin et al.                                                       here
+    ================================================================ ==================================================
+    :math:`S_a` and :math:`S_b`, each whitened by the other          ``_update_factors``: ``matrices.add_gram``
+    :math:`\lambda` from the diagonal of :math:`Q^\top \Delta S\, Q` ``_update_factors``: ``eigenvalues.k``
+    :math:`Q \leftarrow \operatorname{QR}(S Q)`                      ``bases.improve_bases``: :class:`solvers.Subspace`
+    :math:`\lambda^{-1/2}`, from a smallest eigenvalue on            ``_root``
+    :math:`S_a^{-1/2} \hat M S_b^{-1/2}`                             ``update``: ``matrices.multiply``
+    ================================================================ ==================================================
+
     Args:
         params: Parameters, groups, or named parameters.
         lr: Learning rate, in Adam's units.
         betas: Decay of the average of gradients, and of the factors.
         eps: For Adam's step, and the smallest eigenvalue of a factor relative to their mean.
-        weight_decay: Weight decay, decoupled unless ``decay`` says otherwise.
         inverse_update_period: Steps between refreshes of the bases.
         max_dim: Axes longer than this have no factor.
         merge_dims: Join neighbouring axes up to this size; ``None`` keeps them apart.
@@ -68,16 +78,14 @@ class KLShampoo(StackedOptimizer):
         *,
         betas: tuple[float, float] = (0.95, 0.95),
         eps: Scheduled = 1e-8,
-        weight_decay: Scheduled = 0.0,
         inverse_update_period: ScheduledInt = 10,
         max_dim: int = 10000,
         merge_dims: int | None = None,
-        **options: Any,
+        **options: Unpack[MomentumOptions],
     ) -> None:
         super().__init__(
             params,
             lr=lr,
-            weight_decay=weight_decay,
             defaults={
                 "betas": betas,
                 "eps": eps,

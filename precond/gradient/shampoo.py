@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, Unpack, get_args
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from precond.gradient.matrices import add_gram, blocks, merged_shape, multiply, rotated_root, spectrum, symmetric_power
 from precond.gradient.optimizer import Group, State, debiased, due, state_zeros
 from precond.gradient.stacks import Stack, StackedOptimizer, entries, write
+from precond.step.base import MomentumOptions
 from precond.step.methods import Taxonomy
 from precond.step.schedules import FIXED, Scheduled, ScheduledInt
 
@@ -39,6 +40,20 @@ class Shampoo(StackedOptimizer):
     and two matrices per axis. If a refresh fails in float32 and in float64 the last root stays; the fourth failure in a
     row raises with the block's name.
 
+    =============================================================== ==============================================
+    paper                                                           here
+    =============================================================== ==============================================
+    Gupta et al.: :math:`L_k \leftarrow L_k + G_{(k)} G_{(k)}^\top` ``_learn``: ``matrices.add_gram``
+    Gupta et al.: :math:`L_k^{-1/(2K)}`                             ``_new_roots``: ``matrices.symmetric_power``
+    Gupta et al.: the product along every axis                      ``_apply``: ``matrices.multiply``
+    Anil et al.: grafting                                           ``_graft``, and its length in ``update``
+    Anil et al.: merged axes, blocks                                ``matrices.merged_shape``, ``matrices.blocks``
+    Shi et al.: averages divided by their weight                    ``_learn``: ``weight``; ``optimizer.debiased``
+    Shi et al.: a failed root keeps the last one                    ``GradientOptimizer.refresh``
+    Eschenhagen et al.: V in the eigenbasis, its root               ``_learn``; ``matrices.rotated_root``
+    Eschenhagen et al.: V when the basis changes                    ``_new_basis``
+    =============================================================== ==============================================
+
     Args:
         params: Parameters, groups, or named parameters.
         lr: Learning rate; in the units of the grafted method, so with ``"adam"`` that of AdamW.
@@ -49,7 +64,6 @@ class Shampoo(StackedOptimizer):
         exponent: Power of each factor in place of ``-1 / (2 K)``.
         grafting: ``"sgd"``, ``"adagrad"``, ``"rmsprop"``, ``"adam"``, or ``None`` for Shampoo's own length.
         eigenvalue_correction: See above; not together with ``exponent``.
-        weight_decay: Weight decay, decoupled unless ``decay`` says otherwise.
         inverse_update_period: Steps between roots.
         start_step: First step that uses the factors; grafting alone before.
         block_size: Largest side of a block.
@@ -60,7 +74,8 @@ class Shampoo(StackedOptimizer):
 
     References:
         Gupta, Koren and Singer (2018), https://arxiv.org/abs/1802.09568; Anil et al. (2020), section 4 (grafting,
-        blocks), https://arxiv.org/abs/2002.09018; Eschenhagen et al. (2025), eigenvalue correction,
+        blocks), https://arxiv.org/abs/2002.09018; Shi et al. (2023), the distributed implementation,
+        https://arxiv.org/abs/2309.06497; Eschenhagen et al. (2025), eigenvalue correction,
         https://arxiv.org/abs/2506.03595
     """
 
@@ -90,16 +105,14 @@ class Shampoo(StackedOptimizer):
         exponent: float | None = None,
         grafting: Grafting | None = "adam",
         eigenvalue_correction: bool = False,
-        weight_decay: Scheduled = 0.0,
         inverse_update_period: ScheduledInt = 10,
         start_step: int = 1,
         block_size: int = 1024,
-        **options: Any,
+        **options: Unpack[MomentumOptions],
     ) -> None:
         super().__init__(
             params,
             lr=lr,
-            weight_decay=weight_decay,
             defaults={
                 "betas": betas,
                 "curvature_ema": curvature_ema,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 from torch import Tensor
 
@@ -10,6 +10,7 @@ from precond.gradient.bases import eigenbases, improve_bases, initial_bases
 from precond.gradient.matrices import add_gram, merged_shape, multiply, rotated_root
 from precond.gradient.optimizer import Group, State, due, state_zeros
 from precond.gradient.stacks import Stack, StackedOptimizer, entries
+from precond.step.base import MomentumOptions
 from precond.step.methods import Taxonomy
 from precond.step.schedules import Scheduled, ScheduledInt
 
@@ -35,13 +36,24 @@ class SOAP(StackedOptimizer):
     a refresh ``O(m^3 + n^3)``. Memory: two moments, two factors, two
     bases.
 
+    ========================================================== =====================================================
+    Vyas et al., algorithm 3                                   here
+    ========================================================== =====================================================
+    :math:`G' = Q_L^\top G\, Q_R`, and the way back            ``update``: ``matrices.multiply``
+    :math:`M' = Q_L^\top M Q_R`, the momentum rotated          ``update``: ``exp_avg``
+    V, and :math:`M' / (\sqrt V + \epsilon)`                   ``update``: ``exp_avg_sq``, ``matrices.rotated_root``
+    :math:`L \leftarrow \beta L + (1 - \beta) G G^\top`, and R ``_update_factors``: ``matrices.add_gram``
+    the first basis: eigenvectors of L and R                   ``bases.eigenbases``
+    :math:`Q_L \leftarrow \operatorname{QR}(L Q_L)`            ``bases.improve_bases``: :class:`solvers.Subspace`
+    Adam where nothing is rotated                              ``gradient.optimizer.adam``
+    ========================================================== =====================================================
+
     Args:
         params: Parameters, groups, or named parameters.
         lr: Learning rate, in Adam's units.
         betas: Decay of first and second moment.
         curvature_ema: Decay of the factors; the second of ``betas`` if ``None``.
         eps: Added to the root of the second moment.
-        weight_decay: Weight decay, decoupled unless ``decay`` says otherwise.
         inverse_update_period: Steps between refreshes of the bases.
         max_dim: Axes longer than this are not rotated.
         merge_dims: Join neighbouring axes up to this size (convolutions); ``None`` keeps them apart.
@@ -72,17 +84,15 @@ class SOAP(StackedOptimizer):
         betas: tuple[float, float] = (0.95, 0.95),
         curvature_ema: Scheduled | None = None,
         eps: Scheduled = 1e-8,
-        weight_decay: Scheduled = 0.0,
         inverse_update_period: ScheduledInt = 10,
         max_dim: int = 10000,
         merge_dims: int | None = None,
         rotate_vectors: bool = False,
-        **options: Any,
+        **options: Unpack[MomentumOptions],
     ) -> None:
         super().__init__(
             params,
             lr=lr,
-            weight_decay=weight_decay,
             defaults={
                 "betas": betas,
                 "curvature_ema": curvature_ema,

@@ -87,6 +87,16 @@ class LevenbergMarquardt:
             raise ValueError(f"attempts must be at least 1; got {self.attempts}.")
         check_period("period", self.period)
 
+    def refuse(self, method: str, *unused: str) -> None:
+        """Refuse settings that a method does not use.
+
+        Raises:
+            ValueError: Naming the setting and the method.
+        """
+        for name in unused:
+            if getattr(self, name) != getattr(type(self), name):
+                raise ValueError(f"{method}: {name}={getattr(self, name)!r} of its damping_rule has no effect on it.")
+
     def raised(self, damping: float) -> float:
         """More damping, from the smallest on."""
         return min(max(damping, self.minimum) * self.increase, self.maximum)
