@@ -1,6 +1,18 @@
 """Second-order optimizers with the interface of ``torch.optim``."""
 
-from curvature import DiagonalFisher, EigenbasisFisher, KroneckerFisher
+from curvature import (
+    DiagonalFisher,
+    EigenbasisFisher,
+    GramFisher,
+    KroneckerBFGS,
+    KroneckerFisher,
+    LayerFisher,
+    SINGDFisher,
+    SketchedFisher,
+    TensorNormal,
+    UnitFisher,
+)
+from curvature.estimation.joint import WholeFisher
 from precond.closure.adahessian import AdaHessian
 from precond.closure.curveball import CurveBall
 from precond.closure.gauss_newton import GaussNewton
@@ -82,7 +94,15 @@ __all__ = [
     "EigenbasisFisher",
     "Eigh",
     "FactoredTikhonov",
+    "GramFisher",
+    "KroneckerBFGS",
     "KroneckerFisher",
+    "LayerFisher",
     "Preconditioner",
+    "SINGDFisher",
+    "SketchedFisher",
+    "TensorNormal",
     "Tikhonov",
+    "UnitFisher",
+    "WholeFisher",
 ]

@@ -45,7 +45,7 @@ class NaturalGradient(WholeModelOptimizer):
         structure: ``"dense"``, ``"layer"``, ``"unit"`` or ``"diagonal"``.
         damping: Shift :math:`\lambda` in units of the curvature, or a :class:`~solvers.Damping`.
         fisher: ``"mc"``, ``"exact"`` or ``"empirical"``; or a
-            :class:`~curvature.estimation.joint.WholeFisher`, ``LayerFisher``, ``UnitFisher`` or ``DiagonalFisher``,
+            :class:`~precond.WholeFisher`, ``LayerFisher``, ``UnitFisher`` or ``DiagonalFisher``,
             which also say the structure and the largest size of a block.
         curvature_ema: Weight of old statistics.
         momentum: Momentum: its strength, or :class:`~precond.Momentum`.

@@ -46,7 +46,7 @@ class SMWNaturalGradient(WholeModelOptimizer):
         structure: ``"dense"`` for one matrix over the whole model, ``"layer"`` for one per layer.
         damping: Shift :math:`\lambda` in units of the curvature; must be positive.
         fisher: ``"empirical"`` (free of extra passes), ``"mc"`` or ``"exact"``; or a
-            :class:`~curvature.estimation.joint.WholeFisher` or :class:`~curvature.GramFisher`, which also
+            :class:`~precond.WholeFisher` or :class:`~curvature.GramFisher`, which also
             say the structure.
         spring: :math:`\mu`, in [0, 1); 0.99 in the paper.
         momentum: Momentum: its strength, or :class:`~precond.Momentum`.

@@ -65,12 +65,12 @@ def fold(method: type, signature: Signature, options: dict[str, Any]) -> dict[st
             if new is not None:
                 folded.setdefault(new, {})[old] = (field, out.pop(old))
     for new, given in folded.items():
-        said = ", ".join(f"{old}={_shown(value)}" for old, (_, value) in given.items())
+        said = ", ".join(f"{old}={spelled(value)}" for old, (_, value) in given.items())
         structure = options.get("structure", known["structure"].default if "structure" in known else None)
         value = _joined(method, new, out.get(new, known[new].default), given, structure, known[new].default)
-        meant = f"{new}={_shown(value)}"
+        meant = f"{new}={spelled(value)}"
         if new in out and _is_whole(new, out[new], given):
-            raise TypeError(f"{method.__name__}: {said} and {new}={_shown(out[new])} say it twice; write {meant}.")
+            raise TypeError(f"{method.__name__}: {said} and {new}={spelled(out[new])} say it twice; write {meant}.")
         verb = "is" if len(given) == 1 else "are"
         warnings.warn(f"{method.__name__}: {said} {verb} {meant} now.", DeprecationWarning, stacklevel=3)
         out[new] = value
@@ -107,7 +107,7 @@ def _joined(
         if any(value != getattr(LevenbergMarquardt, name) for name, value in changes.items()):
             raise ValueError(
                 f"{method.__name__}: {' and '.join(given)} need a rule that changes the damping: "
-                f"damping_rule={_shown(LevenbergMarquardt(**changes))}."
+                f"damping_rule={spelled(LevenbergMarquardt(**changes))}."
             )
         return None
     if new in _PLAIN and not isinstance(start, _PLAIN[new]):
@@ -115,7 +115,7 @@ def _joined(
     return replace(start, **changes)
 
 
-def _shown(value: Any) -> str:
+def spelled(value: Any) -> str:
     """An object as one would write it: without the fields that have their defaults."""
     if not hasattr(value, "__dataclass_fields__") or isinstance(value, type):
         return repr(value)
@@ -123,7 +123,7 @@ def _shown(value: Any) -> str:
     for index, field in enumerate(fields(value)):
         own = getattr(value, field.name)
         if index == 0 and field.name in ("strength", "period"):
-            parts.append(_shown(own))
+            parts.append(spelled(own))
         elif field.default is MISSING or own != field.default:
-            parts.append(f"{field.name}={_shown(own)}")
+            parts.append(f"{field.name}={spelled(own)}")
     return f"{type(value).__name__}({', '.join(parts)})"
