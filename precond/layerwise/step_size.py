@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from curvature.model.settings import random_state
-from precond.closure.optimizer import flatten, unflatten
-from precond.layerwise.replay import ClosureReplay, LoopReplay, Replay, interpretable, parameters_at
-from precond.step.adapt import LevenbergMarquardt
+from precond.layerwise.replay import ClosureReplay, LoopReplay, Replay, interpretable
+from precond.step.adapt import LevenbergMarquardt, unseen
+from precond.step.graph import flatten, parameters_at, unflatten
 from precond.step.loop import Loop
 
 
@@ -207,12 +207,11 @@ class StepModel:
             self._predict(trial, params)
         assert trial.predicted is not None
         after, before = float(self.replay.value() + self._penalty(params)), float(trial.before)
-        if 0 <= trial.predicted <= 10 * torch.finfo(torch.float32).eps * abs(before) and after < float("inf"):
-            return  # too small to be seen in the loss
+        if unseen(trial.predicted, before, after, torch.float32):
+            return
         if self.rule is not None and trial.adapts:
-            ratio = (before - after) / trial.predicted if trial.predicted > 0 else float("nan")
             damping, mean = float(self.optimizer.option("damping")), self.optimizer.mean_eigenvalue()
-            self.optimizer.set_damping(self.rule.adapted(damping, ratio, mean))
+            self.optimizer.set_damping(self.rule.judged(damping, before - after, trial.predicted, mean))
         if self.reject and not after <= before:
             for p, value in trial.own.items():
                 p.copy_(value)

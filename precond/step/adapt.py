@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from precond.step.options import period as check_period
 from solvers import Damping
 
@@ -85,9 +87,23 @@ class LevenbergMarquardt:
             raise ValueError(f"attempts must be at least 1; got {self.attempts}.")
         check_period("period", self.period)
 
+    def refuse(self, method: str, *unused: str) -> None:
+        """Refuse settings that a method does not use.
+
+        Raises:
+            ValueError: Naming the setting and the method.
+        """
+        for name in unused:
+            if getattr(self, name) != getattr(type(self), name):
+                raise ValueError(f"{method}: {name}={getattr(self, name)!r} of its damping_rule has no effect on it.")
+
     def raised(self, damping: float) -> float:
         """More damping, from the smallest on."""
         return min(max(damping, self.minimum) * self.increase, self.maximum)
+
+    def judged(self, damping: float, decrease: float, predicted: float, mean: float = 0.0) -> float:
+        """The next damping, from the decrease of the loss and what the model had promised; see :meth:`adapted`."""
+        return self.adapted(damping, decrease / predicted if predicted > 0 else float("nan"), mean)
 
     def adapted(self, damping: float, ratio: float, mean: float = 0.0) -> float:
         """The next damping.
@@ -102,3 +118,8 @@ class LevenbergMarquardt:
         if ratio >= self.lower:
             return damping
         return self.raised(damping)
+
+
+def unseen(predicted: float, before: float, after: float, dtype: torch.dtype) -> bool:
+    """Whether a promised decrease is too small to be seen in the loss, of a given precision and finite after it."""
+    return 0 <= predicted <= 10 * torch.finfo(dtype).eps * abs(before) and after < float("inf")

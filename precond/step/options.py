@@ -123,6 +123,13 @@ def check_options(options: dict[str, Any]) -> None:
         raise ValueError(f"kl_clip must be positive, or None for no bound; got {clip}.")
 
 
+def choice(name: str, value: Any, of: Any) -> Any:
+    """One of the values of a ``Literal``, checked."""
+    if value not in get_args(of):
+        raise ValueError(f"{name} is one of {', '.join(get_args(of))}, not {value!r}.")
+    return value
+
+
 def period(name: str, value: int) -> int:
     """A period in steps, checked."""
     if not isinstance(value, int) or value < 1:

@@ -22,6 +22,7 @@ RENAMED: dict[str, tuple[tuple[str, ...], str | None]] = {
     "rule": (("damping_rule",), None),
     "adapt": (("damping_rule",), None),
     "adapt_period": (("damping_rule",), "period"),
+    "update_period": (("inverse_update_period",), None),
     "reject_steps": (("damping_rule",), "reject_steps"),
     "rules": (("structures", "curvature"), "rules"),
     "ignore": (("structures", "curvature"), "ignore"),
@@ -66,7 +67,7 @@ def fold(method: type, signature: Signature, options: dict[str, Any]) -> dict[st
     for new, given in folded.items():
         said = ", ".join(f"{old}={spelled(value)}" for old, (_, value) in given.items())
         structure = options.get("structure", known["structure"].default if "structure" in known else None)
-        value = _joined(method, new, out.get(new, known[new].default), given, structure)
+        value = _joined(method, new, out.get(new, known[new].default), given, structure, known[new].default)
         meant = f"{new}={spelled(value)}"
         if new in out and _is_whole(new, out[new], given):
             raise TypeError(f"{method.__name__}: {said} and {new}={spelled(out[new])} say it twice; write {meant}.")
@@ -86,11 +87,13 @@ def _is_whole(new: str, value: Any, given: Mapping[str, Any]) -> bool:
 
 
 def _joined(
-    method: type, new: str, start: Any, given: Mapping[str, tuple[str | None, Any]], structure: str | None
+    method: type, new: str, start: Any, given: Mapping[str, tuple[str | None, Any]], structure: str | None, default: Any
 ) -> Any:
     """The value of an option that says what the old ones said."""
     changes = {field: value for field, value in given.values() if field is not None}
     start = next((value for field, value in given.values() if field is None), start)
+    if new == "damping_rule" and not isinstance(start, LevenbergMarquardt):  # adapt=True or False, rule=None
+        start = None if start is False else default or (LevenbergMarquardt() if start else None)
     if "rules" in changes or "ignore" in changes:
         ignored = changes.get("ignore") or ()
         parts = {**(changes.get("rules") or {}), **dict.fromkeys([ignored] if isinstance(ignored, str) else ignored)}

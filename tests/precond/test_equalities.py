@@ -52,8 +52,8 @@ def test_natural_gradient_its_gram_form_and_gauss_newton_are_one() -> None:
     for make in (
         lambda model: NaturalGradient(model, nn.MSELoss(), curvature_ema=0.0, **options),
         lambda model: SMWNaturalGradient(model, nn.MSELoss(), **options),
-        lambda model: GaussNewton(model, lr=LR, damping=DAMPING, solver="cholesky", adapt=False, scaled=False),
-        lambda model: GaussNewton(model, lr=LR, damping=DAMPING, solver="woodbury", adapt=False, scaled=False),
+        lambda model: GaussNewton(model, lr=LR, damping=DAMPING, solver="cholesky", damping_rule=None, scaled=False),
+        lambda model: GaussNewton(model, lr=LR, damping=DAMPING, solver="woodbury", damping_rule=None, scaled=False),
     ):
         model = network(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
         results.append(trained(model, make(model)))

@@ -39,7 +39,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "Shampoo": {"inverse_update_period": 4, "block_size": 3},
     "KLShampoo": {"inverse_update_period": 4},
     "SPlus": {"inverse_update_period": 4, "vector_scale": 1.0},
-    "GaLore": {"rank": 2, "update_period": 4},
+    "GaLore": {"rank": 2, "inverse_update_period": 4},
     "Sophia": {"curvature_update_period": 4},
     "HessianFree": {"max_steps": 12, "samples": 1},
     "Newton": {"mode": "absolute", "damping": 0.5},

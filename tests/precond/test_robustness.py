@@ -198,7 +198,7 @@ DECOMPOSED = {
     "SOAP": (lambda p: SOAP(p, inverse_update_period=2), "basis.0", "improved_basis"),
     "KLShampoo": (lambda p: KLShampoo(p, inverse_update_period=2), "basis.0", "improved_basis"),
     "SPlus": (lambda p: SPlus(p, inverse_update_period=2), "basis.0", "spectrum"),
-    "GaLore": (lambda p: GaLore(p, rank=2, update_period=2), "projection", "leading_vectors"),
+    "GaLore": (lambda p: GaLore(p, rank=2, inverse_update_period=2), "projection", "leading_vectors"),
 }
 
 

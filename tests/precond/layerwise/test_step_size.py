@@ -337,7 +337,7 @@ def test_the_batch_repeats_itself_and_nothing_changes(way: str) -> None:
     torch.testing.assert_close(replay.value(), value, rtol=1e-12, atol=0)
     parts, again = replay.parts()
     torch.testing.assert_close(again, value, rtol=1e-12, atol=0)
-    outputs = [part.output for part in parts]
+    outputs = [part.value for part in parts]
     gradients = torch.autograd.grad(outputs, list(model.parameters()), outputs)
     assert len(parts) == 2 and all(bool(g.isfinite().all()) for g in gradients)
     assert [part.scale for part in parts] == pytest.approx([0.5 / 20, 0.25 / 20])
