@@ -66,6 +66,7 @@ _NEEDLESS = {
     "accumulation_steps": "is of kfac-pytorch; every backward pass before step() counts by itself",
     "preconditioner_config": "is of Distributed Shampoo; each preconditioner is a class of its own",
     "data_format": "is of SOAP",
+    **dict.fromkeys(("curvature", "solver", "exponent"), "the method decides; PreconditionedOptimizer takes any"),
 }
 
 

@@ -93,6 +93,7 @@ def test_classes_of_users_are_served_alike() -> None:
             lambda: KFAC(model(), nn.MSELoss(), lr=0.1, colour=1, dampin=2),
             "option 'colour'. 'dampin'; did you mean 'da",
         ),
+        (lambda: KFAC(model(), nn.MSELoss(), lr=0.1, exponent=-0.5), "'exponent', which the method decides; Precond"),
         (lambda: SOAP(model().parameters(), precondition_frequency=9), r"\(SOAP\); write 'inverse_update_period' here"),
         (lambda: Muon(model().parameters(), ns_steps=5), r"'ns_steps' \(torch.optim.Muon\); write 'polynomial' here"),
         (lambda: SOAP(model().parameters(), ns_steps=5), "'ns_steps', which is of torch.optim.Muon"),
