@@ -154,6 +154,11 @@ def _own(value: Tensor) -> Tensor:
     return value if whole else value.clone()
 
 
+def entries(state: State, name: str, ndim: int) -> dict[int, Tensor]:
+    """The entries ``name.k`` of a state, by their axis k, for the axes that have one."""
+    return {k: state[f"{name}.{k}"] for k in range(ndim) if f"{name}.{k}" in state}
+
+
 def write(state: State, entries: State) -> None:
     """Write new values into entries of a stacked state, in place."""
     for name, value in entries.items():

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
+from precond.step.options import period as check_period
 from solvers import Damping
 
 #: What the number is called that says how much a form of damping damps.
@@ -48,7 +51,9 @@ class LevenbergMarquardt:
             C (layer-based methods). The ratio of a batch that C was estimated from says nothing of other batches: it
             would drive the damping down until the run stalls.
         maximum: Largest damping.
-        attempts: Steps that may be rejected before the parameters stay where they are.
+        attempts: Steps that may be rejected before the parameters stay where they are; of methods with a closure.
+        period: Steps between adaptations, each of which costs a forward pass.
+        reject_steps: Take back a step that raises the loss of its own batch, and forget the momentum.
 
     Raises:
         ValueError: If a value is out of range.
@@ -65,9 +70,11 @@ class LevenbergMarquardt:
     relative_minimum: float = 1e-4
     maximum: float = 1e15
     attempts: int = 12
+    period: int = 1
+    reject_steps: bool = False
 
     def __post_init__(self) -> None:
-        """Check the border."""
+        """Validate the arguments."""
         if not 0 < self.decrease <= 1 <= self.increase:
             raise ValueError(f"need 0 < decrease <= 1 <= increase; got {self.decrease} and {self.increase}.")
         if not 0 < self.minimum <= self.maximum:
@@ -78,10 +85,25 @@ class LevenbergMarquardt:
             raise ValueError(f"need lower <= upper; got {self.lower} and {self.upper}.")
         if self.attempts < 1:
             raise ValueError(f"attempts must be at least 1; got {self.attempts}.")
+        check_period("period", self.period)
+
+    def refuse(self, method: str, *unused: str) -> None:
+        """Refuse settings that a method does not use.
+
+        Raises:
+            ValueError: Naming the setting and the method.
+        """
+        for name in unused:
+            if getattr(self, name) != getattr(type(self), name):
+                raise ValueError(f"{method}: {name}={getattr(self, name)!r} of its damping_rule has no effect on it.")
 
     def raised(self, damping: float) -> float:
         """More damping, from the smallest on."""
         return min(max(damping, self.minimum) * self.increase, self.maximum)
+
+    def judged(self, damping: float, decrease: float, predicted: float, mean: float = 0.0) -> float:
+        """The next damping, from the decrease of the loss and what the model had promised; see :meth:`adapted`."""
+        return self.adapted(damping, decrease / predicted if predicted > 0 else float("nan"), mean)
 
     def adapted(self, damping: float, ratio: float, mean: float = 0.0) -> float:
         """The next damping.
@@ -96,3 +118,8 @@ class LevenbergMarquardt:
         if ratio >= self.lower:
             return damping
         return self.raised(damping)
+
+
+def unseen(predicted: float, before: float, after: float, dtype: torch.dtype) -> bool:
+    """Whether a promised decrease is too small to be seen in the loss, of a given precision and finite after it."""
+    return 0 <= predicted <= 10 * torch.finfo(dtype).eps * abs(before) and after < float("inf")

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from curvature.structures.estimator import Form
-from precond.layerwise.blocks.by_name import Blocks
+from precond.layerwise.blocks.by_name import Preconditioners
 
 
-def add_blocks(saved: dict[str, Any], blocks: Blocks, numbers: Mapping[str, int], mixing: Iterable[str]) -> None:
+def add_blocks(
+    saved: dict[str, Any], blocks: Preconditioners, numbers: Mapping[str, int], mixing: Iterable[str]
+) -> None:
     """Add the states of blocks to an optimizer's ``state_dict``.
 
     Args:

@@ -10,11 +10,11 @@ from torch import Tensor
 from curvature.layers.block import BlockPart
 from precond.layerwise.blocks.preconditioner import Preconditioner
 from precond.layerwise.blocks.refresh import refresh_cost, slots
-from precond.layerwise.blocks.rows import Rows
+from precond.layerwise.blocks.rows import GradientRows
 from solvers import Kronecker
 
 
-class Blocks(dict[str, Preconditioner]):
+class Preconditioners(dict[str, Preconditioner]):
     """Name of a block -> its preconditioner; what is done to all of them in a step."""
 
     def discard(self) -> None:
@@ -48,7 +48,7 @@ class Blocks(dict[str, Preconditioner]):
         return slots({name: refresh_cost(inverse) for name, inverse in inverses.items()}, period)
 
     def apply(
-        self, gradients: Mapping[str, Tensor], rows: Mapping[str, Rows], results: Mapping[str, Tensor]
+        self, gradients: Mapping[str, Tensor], rows: Mapping[str, GradientRows], results: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """Write ``P g`` for every block that has an inverse and all of its gradients, and the plain ``g`` elsewhere.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from curvature import CurvatureEstimator
 from curvature.structures.estimator import Form
 from curvature.structures.inverse import InverseEstimator
+from precond.step.divergence import TOLERATED_FAILURES
 from solvers import (
     Cholesky,
     Damping,
@@ -26,9 +27,6 @@ from solvers import (
 )
 
 log = logging.getLogger(__name__)
-
-#: Refreshes of one block that may fail in a row before an error is raised.
-TOLERATED_FAILURES = 3
 
 
 class Preconditioner:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from curvature import KroneckerBFGS
 from curvature.structures.kbfgs import KroneckerBFGSEstimator, bfgs, double_damped
 from precond import KBFGS
 from tests.precond import layer_references as ref
@@ -252,7 +253,12 @@ def test_a_loss_on_a_rearranged_output_is_repeated_from_its_gradient(flatten: bo
 
 def test_huge_damping_leaves_the_gradient_divided_by_it() -> None:
     net, plain, data = ref.net(), ref.net(), ref.batches(3)
-    ref.train(net, KBFGS(net, LOSS, lr=1e15, damping=1e16, initial=None, momentum=0.0, kl_clip=None), data, LOSS)
+    ref.train(
+        net,
+        KBFGS(net, LOSS, lr=1e15, damping=1e16, curvature=KroneckerBFGS(initial=None), momentum=0.0, kl_clip=None),
+        data,
+        LOSS,
+    )
     ref.train(plain, torch.optim.SGD(plain.parameters(), lr=0.1), data, LOSS)
     torch.testing.assert_close(ref.flat(net.parameters()), ref.flat(plain.parameters()), rtol=1e-6, atol=1e-7)
 
@@ -263,7 +269,7 @@ def test_refusals() -> None:
     ):
         KBFGS(ref.net(), LOSS, lr=0.1, damping=0.0)
     with pytest.raises(ValueError, match=r"mu must be in \(0, 1\), got 1.5"):
-        KBFGS(ref.net(), LOSS, lr=0.1, mu=1.5)
+        KBFGS(ref.net(), LOSS, lr=0.1, curvature=KroneckerBFGS(mu=1.5))
     with pytest.raises(ValueError, match="KBFGS minimises"):
         KBFGS(ref.net(), LOSS, lr=0.1, maximize=True)
     with pytest.raises(ValueError, match=r"evaluates the loss once more.*Identity is of unknown type"):
