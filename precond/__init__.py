@@ -12,7 +12,7 @@ from curvature import (
     TensorNormal,
     UnitFisher,
 )
-from curvature.estimation.joint import WholeFisher
+from curvature.structures.whole import WholeFisher
 from precond.closure.adahessian import AdaHessian
 from precond.closure.curveball import CurveBall
 from precond.closure.gauss_newton import GaussNewton

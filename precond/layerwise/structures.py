@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from curvature import Curvature, DiagonalFisher
 from curvature.estimation.coverage import Row
-from curvature.estimation.joint import WholeFisher
+from curvature.structures.whole import WholeFisher
 from curvature.structures.by_name import BLOCKS
 from curvature.structures.mixed import Mixed, label
 

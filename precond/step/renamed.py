@@ -28,7 +28,7 @@ RENAMED: dict[str, tuple[tuple[str, ...], str | None]] = {
     "ignore": (("structures", "curvature"), "ignore"),
     "samples": (("fisher",), "samples"),
     "bias": (("fisher",), "bias"),
-    "max_factor": (("fisher", "curvature"), "max_factor"),
+    "max_factor": (("fisher", "curvature"), "max_dim"),
     "max_size": (("fisher",), "max_size"),
     "block_size": (("fisher",), "block_size"),
     "factor_lr": (("fisher",), "factor_lr"),

@@ -59,10 +59,10 @@ CASES: list[tuple[Any, dict[str, Any], dict[str, Any], str]] = [
     (
         KFAC,
         {"samples": 4, "bias": "separate", "max_factor": 99, "fisher": "mc"},
-        {"fisher": KroneckerFisher(samples=4, bias="separate", max_factor=99)},
-        "fisher=KroneckerFisher(samples=4, bias='separate', max_factor=99)",
+        {"fisher": KroneckerFisher(samples=4, bias="separate", max_dim=99)},
+        "fisher=KroneckerFisher(samples=4, bias='separate', max_dim=99)",
     ),
-    (TNT, {"fisher": "exact", "max_factor": 99}, {"fisher": TensorNormal("exact", max_factor=99)}, "kind='exact'"),
+    (TNT, {"fisher": "exact", "max_factor": 99}, {"fisher": TensorNormal("exact", max_dim=99)}, "kind='exact'"),
     (
         SINGD,
         {
@@ -94,8 +94,8 @@ CASES: list[tuple[Any, dict[str, Any], dict[str, Any], str]] = [
     (
         KBFGS,
         {"mu": 0.3, "initial": None, "max_factor": 99},
-        {"curvature": KroneckerBFGS(mu=0.3, initial=None, max_factor=99)},
-        "curvature=KroneckerBFGS(mu=0.3, initial=None, max_factor=99)",
+        {"curvature": KroneckerBFGS(mu=0.3, initial=None, max_dim=99)},
+        "curvature=KroneckerBFGS(mu=0.3, initial=None, max_dim=99)",
     ),
     (
         KFAC,
