@@ -59,6 +59,7 @@ class KBFGS(PreconditionedOptimizer):
     """
 
     needs_damping: ClassVar = True
+    absolute_damping: ClassVar = True
     taxonomy: ClassVar = Taxonomy(
         curvature="Hessian by secant pairs",
         structure="Kronecker, per layer",

@@ -27,7 +27,7 @@ from precond.layerwise.blocks.rows import Rows, RowTaps
 from precond.layerwise.groups import as_groups, members
 from precond.layerwise.rules import Rules, ignored_names, ignored_row, with_rules
 from precond.layerwise.step_size import QuadraticModel, StepModel
-from precond.step.adapt import LevenbergMarquardt, strength, with_strength
+from precond.step.adapt import LevenbergMarquardt
 from precond.step.base import NonFinite, SecondOrderOptimizer
 from precond.step.options import period
 from precond.step.schedules import Scheduled, ScheduledInt, at_start, value_at
@@ -101,6 +101,8 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
     damping_form: ClassVar[type[Tikhonov | FactoredTikhonov]] = Tikhonov
     #: Whether there is no inverse without damping.
     needs_damping: ClassVar[bool] = False
+    #: Whether the damping must be in units of C, as where an inverse is learned and no C is kept.
+    absolute_damping: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -157,8 +159,9 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         self.damping = damping if isinstance(damping, Damping) else type(self).damping_form(at_start(damping))
         self.solver, self.exponent = solver, exponent
         self.stagger, self.burn_in = stagger, burn_in
-        if step_size is not None and not hasattr(self.damping, "lam"):
-            raise ValueError(f"step_size needs a damping in units of C, such as Tikhonov(1e-3), not {self.damping!r}.")
+        for name, absolute in ((type(self).__name__, self.absolute_damping), ("step_size", step_size is not None)):
+            if absolute and self.damping.relative:
+                raise ValueError(f"{name} needs a damping in units of C, such as Tikhonov(1e-3), not {self.damping!r}.")
         self.step_size, self.rule, self.reject_steps = step_size, rule, reject_steps
         self.adapt_period = period("adapt_period", adapt_period)
         self.seed, self.output = seed, output
@@ -182,7 +185,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
             nonfinite=nonfinite,
             max_skips=max_skips,
             defaults={
-                "damping": float(strength(damping)) if isinstance(damping, Damping) else damping,
+                "damping": float(damping.strength) if isinstance(damping, Damping) else damping,
                 "curvature_ema": curvature_ema,
                 "curvature_update_period": curvature_update_period,
                 "inverse_update_period": inverse_update_period,
@@ -377,7 +380,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
 
     def mean_eigenvalue(self) -> float:
         """Mean eigenvalue of C in the units of the damping's strength; 0 where no estimate of C is kept."""
-        if hasattr(self.damping, "fraction"):
+        if self.damping.relative:
             return 1.0
         known = [p.estimator for p in self.preconditioners.values() if p.estimator.ready]
         kept = [e.operator() for e in known if not isinstance(e, InverseEstimator)]
@@ -458,7 +461,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
                 "inverted together. Use one damping for them, or bias='separate'."
             )
         value = values.pop()
-        return self.damping if value == strength(self.damping) else with_strength(self.damping, value)
+        return self.damping if value == float(self.damping.strength) else self.damping.with_strength(value)
 
     def _still(self) -> bool:
         """Whether nothing can move; torch.distributed.checkpoint takes such a step to create the state."""

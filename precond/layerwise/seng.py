@@ -51,6 +51,7 @@ class SENG(PreconditionedOptimizer):
     """
 
     needs_damping: ClassVar = True
+    absolute_damping: ClassVar = True
     taxonomy: ClassVar = Taxonomy(
         curvature="empirical Fisher of one batch",
         structure="sketched Gram matrix, per layer",

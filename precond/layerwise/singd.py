@@ -59,6 +59,7 @@ class SINGD(PreconditionedOptimizer):
         gradient descent", https://arxiv.org/abs/2312.05705
     """
 
+    absolute_damping: ClassVar = True
     taxonomy: ClassVar = Taxonomy(
         curvature="Fisher (exact, mc or empirical)",
         structure="Kronecker, per layer; factors dense, triangular, block or diagonal",

@@ -15,7 +15,7 @@ from precond.layerwise.blocks.preconditioner import Preconditioner
 from precond.layerwise.whole import WholeModelOptimizer
 from precond.step.methods import Taxonomy
 from precond.step.schedules import Scheduled, ScheduledInt
-from solvers import Damping, Solver, Tikhonov, Woodbury
+from solvers import Damping, Solver, Woodbury
 
 
 class SMWNaturalGradient(WholeModelOptimizer):
@@ -61,6 +61,7 @@ class SMWNaturalGradient(WholeModelOptimizer):
     """
 
     needs_damping: ClassVar = True
+    absolute_damping: ClassVar = True  # the pull towards the last solution is weighed by it
     taxonomy: ClassVar = Taxonomy(
         curvature="Fisher (empirical, mc or exact), of one batch",
         structure="Gram matrix: whole model or per layer",
@@ -133,8 +134,7 @@ class SpringPreconditioner(Preconditioner):
         self.previous: Tensor | None = None
 
     def refresh(self, damping: Damping, **options: Any) -> None:
-        assert isinstance(damping, Tikhonov)
-        self.shift = float(damping.lam)
+        self.shift = float(damping.strength)
         super().refresh(damping, **options)
 
     def __matmul__(self, gradient: Tensor) -> Tensor:

@@ -9,9 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from solvers.direct.cholesky import non_finite, require_symmetric
 from solvers.direct.eigh import Eigh
-from solvers.operators.dense import Dense
+from solvers.operators.dense import Dense, non_finite, require_symmetric
 from solvers.operators.eigen import Eigen
 from solvers.operators.linear_operator import LinearOperator
 from solvers.outcome.checks import require

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from math import erf, inf, sqrt
 
 import torch
-from scipy.special import stdtrit
 from torch import Tensor
 
 from solvers.operators.linear_operator import LinearOperator
@@ -83,6 +82,8 @@ class Mean:
 
 def widening(count: int) -> float:
     """Factor for the standard error of ``count`` samples: two of the result hold the truth as two sigma would."""
+    from scipy.special import stdtrit  # heavy, and needed by estimates alone
+
     return float(stdtrit(count - 1, _TWO_SIGMA)) / 2
 
 
