@@ -149,7 +149,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
             raise ValueError(f"burn_in is a whole number of steps, at least 0; got {burn_in!r}.")
         if reject_steps and rule is None:
             raise ValueError("reject_steps=True needs a rule that raises the damping: rule=LevenbergMarquardt().")
-        if rule is not None and callable(damping):
+        if rule is not None and callable(damping) and not isinstance(damping, Damping):
             raise ValueError("damping is both a function of the step count and adapted by a rule; give one of them.")
         if maximize and (rule is not None or step_size is not None):
             raise ValueError("step_size and rule minimise: maximize=True has no meaning for them. Negate the loss.")

@@ -32,7 +32,7 @@ def rule(function: Callable[..., Any], kind: type[LinearOperator]) -> Callable[[
     ... def power_of_signs(op, task):
     ...     return op if task.exponent == -1 else task.leaf(op)
     >>> power(Signs(torch.tensor([1.0, -1.0])), -1)
-    Signs(2)
+    Diagonal(2)
 
     Args:
         function: One of the functions above.
