@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from solvers.operators.bases import Derived, SelfAdjoint
-from solvers.operators.dense import Dense, non_finite, require_symmetric
+from solvers.operators.dense import Dense, non_finite, require_symmetric, symmetric_part
 from solvers.operators.linear_operator import LinearOperator, Shape
 from solvers.operators.storable import storable
 from solvers.outcome.checks import require
@@ -75,7 +75,7 @@ class CholeskyInverse(SelfAdjoint, Derived):
         """The inverse as a matrix, exactly symmetric."""
         inverse = torch.cholesky_inverse(self.factor)
         # LAPACK computes one triangle and torch copies it: symmetric to the last bit on CPU, made so elsewhere.
-        return Dense(inverse if inverse.device.type == "cpu" else (inverse + inverse.mT) / 2, is_gram=True)
+        return Dense(inverse if inverse.device.type == "cpu" else symmetric_part(inverse), is_gram=True)
 
     def to_dense(self) -> Tensor:
         return self.to_explicit().to_dense()

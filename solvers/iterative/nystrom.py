@@ -14,6 +14,7 @@ from torch import Tensor
 from solvers.iterative.base import Iterate, IterativeInverse, IterativeSolver, LinearSystem
 from solvers.operators.compositions import Shifted
 from solvers.operators.congruence import Congruence
+from solvers.operators.dense import symmetric_part
 from solvers.operators.diagonal import Diagonal
 from solvers.operators.linear_operator import LinearOperator
 from solvers.operators.low_rank import LowRank, Rows
@@ -116,7 +117,7 @@ class Nystrom(IterativeSolver):
         nu = torch.finfo(op.dtype).eps * norm  # a shift that keeps the core positive definite, taken back below
         y = y + nu * omega
         core = omega.mT @ y
-        factor, info = torch.linalg.cholesky_ex((core + core.mT) / 2)
+        factor, info = torch.linalg.cholesky_ex(symmetric_part(core))
         if bool(info):
             raise NotPositiveDefiniteError(
                 f"Nystrom needs a positive semi-definite operator, and {op!r} + {float(nu):.1g} I is not. Use "

@@ -41,15 +41,8 @@ class Damping(ABC):
 
 
 @dataclass(frozen=True)
-class Tikhonov(Damping):
-    """Exactly ``C + lam I``; symbolic where the structure cannot absorb it.
-
-    Args:
-        lam: Shift >= 0, a number or a 0-d tensor, in units of C (a GGN doubles when the loss doubles).
-
-    Raises:
-        ValueError: If ``lam`` is negative, not finite, or no scalar.
-    """
+class AbsoluteDamping(Damping):
+    """A damping by ``lam >= 0``, a number or a 0-d tensor in units of the operator."""
 
     lam: Scalar
 
@@ -64,13 +57,25 @@ class Tikhonov(Damping):
     def with_strength(self, value: Scalar) -> Self:
         return replace(self, lam=value)
 
+
+@dataclass(frozen=True)
+class Tikhonov(AbsoluteDamping):
+    """Exactly ``C + lam I``; symbolic where the structure cannot absorb it.
+
+    Args:
+        lam: Shift >= 0, a number or a 0-d tensor, in units of C (a GGN doubles when the loss doubles).
+
+    Raises:
+        ValueError: If ``lam`` is negative, not finite, or no scalar.
+    """
+
     def __call__(self, op: LinearOperator) -> LinearOperator:
         """``op + lam I``; a plain zero leaves ``op`` as it is."""
         return op if _is_plain_zero(self.lam) else op.shift(self.lam)
 
 
 @dataclass(frozen=True)
-class FactoredTikhonov(Damping):
+class FactoredTikhonov(AbsoluteDamping):
     r"""Damp each Kronecker factor so that the product stays a Kronecker product.
 
     .. math:: (B + \tfrac{1}{\pi}\sqrt{\lambda}\, I) \otimes (A + \pi\sqrt{\lambda}\, I), \quad
@@ -91,19 +96,6 @@ class FactoredTikhonov(Damping):
     References:
         Martens and Grosse (2015), section 6.3, https://arxiv.org/abs/1503.05671
     """
-
-    lam: Scalar
-
-    def __post_init__(self) -> None:
-        """Check the border."""
-        _check(self.lam)
-
-    @property
-    def strength(self) -> Scalar:
-        return self.lam
-
-    def with_strength(self, value: Scalar) -> Self:
-        return replace(self, lam=value)
 
     def __call__(self, op: LinearOperator) -> LinearOperator:
         """Damp Kronecker products by factor and block-diagonal operators by block."""

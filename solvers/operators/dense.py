@@ -157,6 +157,11 @@ def require_symmetric(op: Dense) -> None:
         require(torch.isfinite(op.matrix).all(), lambda: non_finite(op))
 
 
+def symmetric_part(matrix: Tensor) -> Tensor:
+    """``(A + A^T) / 2`` of ``A (*stack, n, n)``."""
+    return (matrix + matrix.mT) / 2
+
+
 def non_finite(op: LinearOperator) -> NonFiniteError:
     """The refusal of NaN and infinity."""
     return NonFiniteError(f"{op!r} holds NaN or infinity. Leave the batch that caused it out of the statistics.")
