@@ -49,11 +49,11 @@ class PlainCirculant(LinearOperator):
 
 @storable
 @dataclass(frozen=True, eq=False, repr=False)
-class Circulant(PlainCirculant):
+class SymmetricCirculant(PlainCirculant):
     """A symmetric circulant matrix, in ``n log n``; a shift moves its first entry."""
 
-    def shift(self, lam: Scalar) -> Circulant:
-        return Circulant(self.column + lam * torch.eye(1, self.in_shape[0], dtype=self.dtype)[0])
+    def shift(self, lam: Scalar) -> SymmetricCirculant:
+        return SymmetricCirculant(self.column + lam * torch.eye(1, self.in_shape[0], dtype=self.dtype)[0])
 
     def diagonal(self) -> Tensor:
         return self.column[0].expand(self.in_shape)
@@ -62,14 +62,14 @@ class Circulant(PlainCirculant):
         return torch.fft.fft(self.column).real.log().sum()
 
 
-@rule(power, Circulant)
-def power_of_circulant(op: Circulant, task: PowerTask) -> Circulant:
+@rule(power, SymmetricCirculant)
+def power_of_circulant(op: SymmetricCirculant, task: PowerTask) -> SymmetricCirculant:
     values = task.solver.spectral_power(torch.fft.rfft(op.column).real, task.exponent, op)
-    return Circulant(torch.fft.irfft(values, n=op.in_shape[0]))
+    return SymmetricCirculant(torch.fft.irfft(values, n=op.in_shape[0]))
 
 
-@rule(diagonalize, Circulant)
-def eigen_of_circulant(op: Circulant, task: BasisTask) -> Eigen:
+@rule(diagonalize, SymmetricCirculant)
+def eigen_of_circulant(op: SymmetricCirculant, task: BasisTask) -> Eigen:
     """The real Hartley basis: ``cas(2 pi i j / n) / sqrt(n)``."""
     n = op.in_shape[0]
     angle = 2 * torch.pi * torch.outer(torch.arange(n), torch.arange(n)).to(op.dtype) / n
