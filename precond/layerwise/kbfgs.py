@@ -70,6 +70,7 @@ class KBFGS(LayerwiseMethod):
     """
 
     needs_damping: ClassVar = True
+    absolute_damping: ClassVar = True
     taxonomy: ClassVar = Taxonomy(
         curvature="Hessian by secant pairs",
         structure="Kronecker, per layer",

@@ -26,7 +26,7 @@ from precond.layerwise.blocks.rows import GradientRows, RowTaps
 from precond.layerwise.groups import as_groups, members
 from precond.layerwise.step_size import QuadraticModel, StepModel
 from precond.layerwise.structures import Structures, on_model, plain_row
-from precond.step.adapt import LevenbergMarquardt, strength, with_strength
+from precond.step.adapt import LevenbergMarquardt
 from precond.step.base import SecondOrderOptimizer
 from precond.step.loop import Loop
 from precond.step.options import Momentum, Refresh, WeightDecay
@@ -83,6 +83,8 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
     #: Whether refreshes are spread over their period, where the caller says nothing.
     staggers: ClassVar[bool] = False
     loop_settings: ClassVar = frozenset(field.name for field in fields(Loop))
+    #: Whether the damping must be in units of C, as where an inverse is learned and no C is kept.
+    absolute_damping: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -113,7 +115,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
             )
         if damping_rule is not None:
             damping_rule.refuse(type(self).__name__, "attempts")
-        if damping_rule is not None and callable(damping):
+        if damping_rule is not None and callable(damping) and not isinstance(damping, Damping):
             raise ValueError(
                 "damping is both a function of the step count and adapted by damping_rule; give one of them."
             )
@@ -127,8 +129,9 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         refresh = Refresh.of(inverse_update_period)
         self.stagger = self.staggers if refresh.stagger is None else refresh.stagger
         self.burn_in = refresh.burn_in
-        if step_size is not None and not hasattr(self.damping, "lam"):
-            raise ValueError(f"step_size needs a damping in units of C, such as Tikhonov(1e-3), not {self.damping!r}.")
+        for name, absolute in ((type(self).__name__, self.absolute_damping), ("step_size", step_size is not None)):
+            if absolute and self.damping.relative:
+                raise ValueError(f"{name} needs a damping in units of C, such as Tikhonov(1e-3), not {self.damping!r}.")
         self.step_size, self.damping_rule = step_size, damping_rule
         self.model, self.loss_fn = model, loss_fn
         self.preconditioners = Preconditioners()
@@ -146,7 +149,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
             maximize=maximize,
             loop=loop,
             defaults={
-                "damping": float(strength(damping)) if isinstance(damping, Damping) else damping,
+                "damping": float(damping.strength) if isinstance(damping, Damping) else damping,
                 "curvature_ema": curvature_ema,
                 "curvature_update_period": curvature_update_period,
                 "inverse_update_period": refresh.period,
@@ -344,7 +347,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
 
     def mean_eigenvalue(self) -> float:
         """Mean eigenvalue of C in the units of the damping's strength; 0 where no estimate of C is kept."""
-        if hasattr(self.damping, "fraction"):
+        if self.damping.relative:
             return 1.0
         known = [p.estimator for p in self.preconditioners.values() if p.estimator.ready]
         kept = [e.operator() for e in known if not isinstance(e, InverseEstimator)]
@@ -425,7 +428,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
                 "inverted together. Use one damping for them, or bias='separate'."
             )
         value = values.pop()
-        return self.damping if value == strength(self.damping) else with_strength(self.damping, value)
+        return self.damping if value == float(self.damping.strength) else self.damping.with_strength(value)
 
     def _still(self) -> bool:
         """Whether nothing can move; torch.distributed.checkpoint takes such a step to create the state."""

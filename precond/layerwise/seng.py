@@ -63,6 +63,7 @@ class SENG(LayerwiseMethod):
 
     fisher_types: ClassVar = {None: SketchedFisher}
     needs_damping: ClassVar = True
+    absolute_damping: ClassVar = True
     taxonomy: ClassVar = Taxonomy(
         curvature="empirical Fisher of one batch",
         structure="sketched Gram matrix, per layer",

@@ -65,6 +65,7 @@ class SINGD(LayerwiseMethod):
     """
 
     fisher_types: ClassVar = {None: SINGDFisher}
+    absolute_damping: ClassVar = True
     taxonomy: ClassVar = Taxonomy(
         curvature="Fisher (exact, mc or empirical)",
         structure="Kronecker, per layer; factors dense, triangular, block or diagonal",

@@ -17,7 +17,7 @@ from precond.layerwise.whole import WholeModelOptimizer
 from precond.step.methods import Taxonomy
 from precond.step.options import Momentum, Refresh
 from precond.step.schedules import Scheduled, ScheduledInt
-from solvers import Damping, Solver, Tikhonov, Woodbury
+from solvers import Damping, Solver, Woodbury
 
 
 class SMWNaturalGradient(WholeModelOptimizer):
@@ -75,6 +75,7 @@ class SMWNaturalGradient(WholeModelOptimizer):
 
     fisher_types: ClassVar = {"dense": WholeFisher, "layer": GramFisher}
     needs_damping: ClassVar = True
+    absolute_damping: ClassVar = True  # the pull towards the last solution is weighed by it
     taxonomy: ClassVar = Taxonomy(
         curvature="Fisher (empirical, mc or exact), of one batch",
         structure="Gram matrix: whole model or per layer",
@@ -144,8 +145,7 @@ class SpringPreconditioner(Preconditioner):
         self.previous: Tensor | None = None
 
     def refresh(self, damping: Damping, **options: Any) -> None:
-        assert isinstance(damping, Tikhonov)
-        self.shift = float(damping.lam)
+        self.shift = float(damping.strength)
         super().refresh(damping, **options)
 
     def __matmul__(self, gradient: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from curvature import Curvature, DiagonalFisher
 from curvature.estimation.coverage import Row
-from curvature.structures.whole import WholeFisher
 from curvature.structures.by_name import BLOCKS
 from curvature.structures.mixed import Mixed, label
+from curvature.structures.whole import WholeFisher
 
 #: Layers (a module, a class of modules, a name or a glob) -> structure by name or as an object; a dict of options that
 #: differ from those of the structure of all others (``"*"``); or ``None`` for no curvature.

@@ -1,35 +1,12 @@
-"""The strength of the damping, and its adaptation to how well the quadratic model predicts the loss."""
+"""Adaptation of the damping to how well the quadratic model predicts the loss."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
 from precond.step.options import period as check_period
-from solvers import Damping
-
-#: What the number is called that says how much a form of damping damps.
-_STRENGTHS = ("lam", "fraction")
-
-
-def strength(damping: Damping) -> float:
-    """The number that says how much is damped, which groups hold and schedules give; zero where there is none."""
-    return float(next((getattr(damping, name) for name in _STRENGTHS if hasattr(damping, name)), 0.0))
-
-
-def with_strength(damping: Damping, value: float) -> Damping:
-    """The same form of damping with another strength.
-
-    Raises:
-        ValueError: If the damping has no number to change.
-    """
-    for name in _STRENGTHS:
-        if hasattr(damping, name):
-            form: Any = damping
-            return replace(form, **{name: value})
-    raise ValueError(f"{damping!r} has no strength that could be set to {value:g}; leave damping in the groups at 0.")
 
 
 @dataclass(frozen=True)

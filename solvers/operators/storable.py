@@ -9,41 +9,12 @@ from typing import Any, TypeVar, overload
 
 from torch import Tensor
 
-from solvers.direct.cholesky import CholeskyInverse
-from solvers.operators.block_diagonal import BlockDiagonal, Segment
-from solvers.operators.congruence import Congruence
-from solvers.operators.dense import Dense
-from solvers.operators.diagonal import Diagonal
-from solvers.operators.eigen import Eigen
-from solvers.operators.flattened import Flattened
-from solvers.operators.kronecker import Kronecker
-from solvers.operators.linear_operator import LinearOperator, Product, Scaled, Sum
-from solvers.operators.low_rank import LowRank, Rows
-from solvers.operators.shifted import Shifted
+from solvers.operators.linear_operator import LinearOperator
 from solvers.outcome.errors import StructureError
 
 T = TypeVar("T")
 
-_KINDS: dict[str, type] = {
-    kind.__name__: kind
-    for kind in (
-        BlockDiagonal,
-        CholeskyInverse,
-        Congruence,
-        Dense,
-        Diagonal,
-        Eigen,
-        Flattened,
-        Kronecker,
-        LowRank,
-        Product,
-        Rows,
-        Scaled,
-        Segment,
-        Shifted,
-        Sum,
-    )
-}
+_KINDS: dict[str, type] = {}  # class name -> class
 
 
 @overload

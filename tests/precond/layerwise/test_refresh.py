@@ -31,8 +31,9 @@ from precond import (
     Tikhonov,
 )
 from precond.layerwise.blocks.refresh import Doubling, refresh_cost, slots
-from solvers import Cholesky
+from solvers import Cholesky, Kronecker, rule
 from tests.curvature.loops import batch, mlp
+from tests.solvers.circulant import SymmetricCirculant
 
 BATCHES = [batch(16, seed) for seed in range(12)]
 
@@ -94,6 +95,21 @@ def test_costs_are_cubes_of_the_dense_sides() -> None:
         found = {name: refresh_cost(p.inverse) for name, p in optimizer.preconditioners.items()}  # type: ignore[arg-type]
         assert found == {"0.weight+0.bias": 5**3 + 4**3, "2.weight+2.bias": norm, "3.weight": 2**3 + 5**3}
         optimizer.detach()
+
+
+def test_cost_of_an_operator_defined_outside() -> None:
+    column = torch.tensor([2.0, 0.5, 0.5], dtype=torch.float64)
+    assert refresh_cost(SymmetricCirculant(column)) == 3**3
+
+    class Cheap(SymmetricCirculant):
+        pass
+
+    @rule(refresh_cost, Cheap)
+    def cost(inverse: Cheap) -> int:
+        return 2 * inverse.in_shape[0]
+
+    assert refresh_cost(Cheap(column)) == 6
+    assert refresh_cost(Kronecker(torch.eye(4).double(), Cheap(column))) == 4**3 + 6
 
 
 # When ----------------------------------------------------------------------------------------------------------------
