@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import MISSING, fields, replace
+from dataclasses import MISSING, fields, is_dataclass, replace
 from inspect import Signature
 from typing import Any
 
@@ -97,6 +97,8 @@ def _joined(
     if "rules" in changes or "ignore" in changes:
         ignored = changes.get("ignore") or ()
         parts = {**(changes.get("rules") or {}), **dict.fromkeys([ignored] if isinstance(ignored, str) else ignored)}
+        if isinstance(start, Mapping):
+            return {**start, **parts}
         return parts if new == "structures" else {"*": start, **parts}
     if not changes:
         return start
@@ -117,7 +119,9 @@ def _joined(
 
 def spelled(value: Any) -> str:
     """An object as one would write it: without the fields that have their defaults."""
-    if not hasattr(value, "__dataclass_fields__") or isinstance(value, type):
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{spelled(key)}: {spelled(own)}" for key, own in value.items()) + "}"
+    if not is_dataclass(value) or isinstance(value, type):
         return repr(value)
     parts = []
     for index, field in enumerate(fields(value)):
