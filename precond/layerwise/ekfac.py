@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from curvature import EigenbasisFisher
 from curvature.losses.signals import FisherKind
 from curvature.structures.kfac import Sharing
-from precond.layerwise.method import LayerwiseMethod, LayerwiseOptions, curvature_of
+from precond.layerwise.method import LayerwiseMethod, LayerwiseOptions
 from precond.step.methods import Taxonomy
 from precond.step.options import Momentum, Refresh
 from precond.step.schedules import Scheduled, ScheduledInt
@@ -23,6 +23,15 @@ class EKFAC(LayerwiseMethod):
 
     The spectrum s is renewed on every curvature update, the basis every ``inverse_update_period`` steps, so it serves
     long periods better than K-FAC; damping is exact. An eigendecomposition costs about ten times an inverse.
+
+    ===================================================== ======================================================
+    George et al. (2018)                                  here, in ``curvature`` and ``solvers``
+    ===================================================== ======================================================
+    A and B                                               ``structures.kfac.KroneckerEstimator``
+    :math:`Q_A, Q_B`: eigenvectors of A and B             ``structures.ekfac.EigenbasisEstimator.refresh_basis``
+    s: second moment of :math:`Q_B^\top \nabla_W L\, Q_A` ``structures.ekfac.EigenbasisEstimator.update``
+    :math:`1 / (s + \lambda)` between the rotations       ``Tikhonov`` and ``Eigh`` of an ``Eigen``
+    ===================================================== ======================================================
 
     Args:
         model: The model that is trained.
@@ -76,7 +85,7 @@ class EKFAC(LayerwiseMethod):
         super().__init__(
             model,
             loss_fn,
-            curvature=curvature_of(type(self).__name__, EigenbasisFisher, fisher, sharing=sharing),
+            curvature=self.curvature_of(fisher, sharing=sharing),
             damping=damping,
             solver=Eigh(),
             lr=lr,

@@ -36,6 +36,17 @@ class KBFGS(LayerwiseMethod):
     After :meth:`precondition`, when another optimizer moves the parameters, the second pass runs at the next forward
     pass that is watched; a checkpoint between the two leaves that pair out.
 
+    ==================================== ===================================================
+    Goldfarb, Ren and Bahamou (2020)     here, in ``curvature`` and ``precond``
+    ==================================== ===================================================
+    A: second moment of inputs           ``structures.kfac.KroneckerEstimator``
+    :math:`H_A` by BFGS                  ``structures.kbfgs.KroneckerBFGSEstimator.improve``
+    :math:`H_B` by BFGS, from two passes ``structures.kbfgs.KroneckerBFGSEstimator.end``
+    BFGS update of an inverse            ``structures.kbfgs.bfgs``
+    algorithm 3: double damping          ``structures.kbfgs.double_damped``
+    the second pass over a batch         ``KBFGS.after_move``
+    ==================================== ===================================================
+
     Args:
         model: The model that is trained.
         loss_fn: The loss module the loop calls.

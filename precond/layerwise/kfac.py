@@ -10,7 +10,7 @@ from curvature import KroneckerFisher
 from curvature.losses.signals import FisherKind
 from curvature.structures.kfac import Sharing
 from precond.layerwise.blocks.refresh import DOUBLING_TO_10
-from precond.layerwise.method import LayerwiseMethod, LayerwiseOptions, curvature_of
+from precond.layerwise.method import LayerwiseMethod, LayerwiseOptions
 from precond.step.methods import Taxonomy
 from precond.step.options import Momentum, Refresh
 from precond.step.schedules import Scheduled, ScheduledInt
@@ -29,6 +29,21 @@ class KFAC(LayerwiseMethod):
     A step costs the gradient, two triangular products per layer, and on steps that update the curvature one backward
     pass through the activations plus ``O(rows * d^2)``; an inverse ``O(d^3)`` per factor d. Memory: two factors and
     their inverses per layer.
+
+    ========================================== ================================================================
+    Martens and Grosse (2015)                  here, in ``curvature``, ``solvers`` and ``precond``
+    ========================================== ================================================================
+    section 3: :math:`B \otimes A`             ``structures.kfac.KroneckerEstimator``
+    section 4.2: inverses block by block       ``layerwise.blocks.preconditioner.Preconditioner``, ``Cholesky``
+    section 5: targets drawn by the model      ``losses.signals.Signals`` of kind ``"mc"``
+    section 5: running averages                ``structures.weighted_mean.WeightedMean``
+    section 6.3: factored damping, :math:`\pi` ``FactoredTikhonov``
+    sections 6.4, 7: step length, momentum     ``QuadraticModel``, by ``step_size``
+    section 6.5: adapting :math:`\lambda`      ``LevenbergMarquardt``, by ``damping_rule``
+    Ba et al. (2017), section 5: step bound    ``step.update.kl_scale``
+    Grosse and Martens (2016): convolutions    ``layers.conv``
+    Eschenhagen et al. (2023), section 3       ``structures.kfac.KroneckerEstimator``, by ``sharing``
+    ========================================== ================================================================
 
     Args:
         model: The model that is trained.
@@ -50,7 +65,8 @@ class KFAC(LayerwiseMethod):
 
     References:
         Martens and Grosse (2015), https://arxiv.org/abs/1503.05671; Grosse and Martens (2016),
-        https://arxiv.org/abs/1602.01407; Eschenhagen et al. (2023), https://arxiv.org/abs/2311.00636
+        https://arxiv.org/abs/1602.01407; Ba, Grosse and Martens (2017), https://openreview.net/forum?id=SkkTMpjex;
+        Eschenhagen et al. (2023), https://arxiv.org/abs/2311.00636
     """
 
     damping_form: ClassVar = FactoredTikhonov
@@ -87,7 +103,7 @@ class KFAC(LayerwiseMethod):
         super().__init__(
             model,
             loss_fn,
-            curvature=curvature_of(type(self).__name__, KroneckerFisher, fisher, sharing=sharing),
+            curvature=self.curvature_of(fisher, sharing=sharing),
             damping=damping,
             solver=Cholesky(),
             lr=lr,

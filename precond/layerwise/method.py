@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
-from typing import Any, ClassVar, TypedDict, TypeVar
+from typing import Any, ClassVar, TypedDict
 
 from torch import nn
 
@@ -16,8 +16,6 @@ from precond.step.adapt import LevenbergMarquardt
 from precond.step.loop import Loop
 from precond.step.options import WeightDecay
 from precond.step.schedules import Scheduled
-
-C = TypeVar("C", bound=Curvature)
 
 
 class LayerwiseOptions(TypedDict, total=False):
@@ -63,32 +61,32 @@ class LayerwiseMethod(PreconditionedOptimizer):
     ) -> None:
         super().__init__(model, loss_fn, curvature=with_structures(curvature, structures), **options)
 
+    def curvature_of(self, fisher: str | Curvature, structure: str | None = None, **plain: Any) -> Curvature:
+        """The curvature that ``fisher=`` means.
 
-def curvature_of(method: str, made: type[C], given: str | C, **plain: Any) -> C:
-    """The curvature that ``fisher=`` of a method means.
+        Args:
+            fisher: A kind of Fisher by its name, or an object of the type that the method is made for.
+            structure: One of :attr:`fisher_types`, where that is a choice.
+            plain: Fields that the method has as options of its own; they count where the object has the default.
 
-    Args:
-        method: Name of the method.
-        made: The type that the method is made for.
-        given: A kind of Fisher by its name, or an object of this type.
-        plain: Fields that the method has as options of its own; they count where the object has the default.
-
-    Raises:
-        TypeError: If an object is of another type.
-        ValueError: If the object and an option say different things.
-    """
-    if isinstance(given, str):
-        return made(given, **plain)  # type: ignore[arg-type]
-    if type(given) is not made:
-        raise TypeError(
-            f"{method}: fisher is 'exact', 'mc', 'empirical' or {made.__name__}(...), not {given!r}; "
-            "PreconditionedOptimizer(curvature=...) takes any."
-        )
-    changes = {}
-    for field in fields(made):
-        own, other = getattr(given, field.name), plain.get(field.name, field.default)
-        if field.default not in (own, other) and own != other:
-            raise ValueError(f"{method}: {field.name} is {other!r}, but {own!r} in {given!r}; give one value.")
-        if own == field.default != other:
-            changes[field.name] = other
-    return replace(given, **changes)
+        Raises:
+            TypeError: If an object is of another type.
+            ValueError: If the object and an option say different things.
+        """
+        me, made = type(self).__name__, self.fisher_types[structure]
+        if isinstance(fisher, str):
+            kind: Any = fisher
+            return made(kind, **plain)
+        if type(fisher) is not made:
+            raise TypeError(
+                f"{me}: fisher is 'exact', 'mc', 'empirical' or {made.__name__}(...), not {fisher!r}; "
+                "PreconditionedOptimizer(curvature=...) takes any."
+            )
+        changes = {}
+        for field in fields(made):
+            own, other = getattr(fisher, field.name), plain.get(field.name, field.default)
+            if field.default not in (own, other) and own != other:
+                raise ValueError(f"{me}: {field.name} is {other!r}, but {own!r} in {fisher!r}; give one value.")
+            if own == field.default != other:
+                changes[field.name] = other
+        return replace(fisher, **changes)

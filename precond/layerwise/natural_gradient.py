@@ -38,6 +38,14 @@ class NaturalGradient(WholeModelOptimizer):
     for ``"diagonal"``. Where a block has more than ``max_size`` parameters, 8192 unless ``fisher`` says otherwise, the
     optimizer refuses.
 
+    ============================== ===================================================
+    equation                       here, in ``curvature`` and ``solvers``
+    ============================== ===================================================
+    C of the whole model           ``WholeFisher``
+    C of layers, units, parameters ``LayerFisher``, ``UnitFisher``, ``DiagonalFisher``
+    :math:`(C + \lambda I)^{-1}`   ``Tikhonov``, ``Cholesky``
+    ============================== ===================================================
+
     Args:
         model: The model that is trained.
         loss_fn: The loss module the loop calls.
@@ -103,8 +111,7 @@ class NaturalGradient(WholeModelOptimizer):
                 f"{type(self).__name__} keeps the matrix itself: WholeFisher(gram=False). SMWNaturalGradient works "
                 "with the Gram matrix."
             )
-        period = inverse_update_period
-        period = period.period if isinstance(period, Refresh) else period
+        period = Refresh.of(inverse_update_period).period
         super().__init__(
             model,
             loss_fn,

@@ -111,6 +111,8 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
                 f"{type(self).__name__} learns from the layers of a model: pass the model itself, not "
                 f"{type(model).__name__} (such as model.parameters())."
             )
+        if damping_rule is not None:
+            damping_rule.refuse(type(self).__name__, "attempts")
         if damping_rule is not None and callable(damping):
             raise ValueError(
                 "damping is both a function of the step count and adapted by damping_rule; give one of them."
@@ -122,8 +124,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         self.curvature, self.plain = on_model(curvature, unwrapped(model))
         self.damping = damping if isinstance(damping, Damping) else type(self).damping_form(at_start(damping))
         self.solver, self.exponent = solver, exponent
-        refresh = inverse_update_period
-        refresh = refresh if isinstance(refresh, Refresh) else Refresh(refresh)
+        refresh = Refresh.of(inverse_update_period)
         self.stagger = self.staggers if refresh.stagger is None else refresh.stagger
         self.burn_in = refresh.burn_in
         if step_size is not None and not hasattr(self.damping, "lam"):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from curvature.losses.signals import FisherKind
 from curvature.structures.sketch import SketchedFisher
-from precond.layerwise.method import LayerwiseMethod, LayerwiseOptions, curvature_of
+from precond.layerwise.method import LayerwiseMethod, LayerwiseOptions
 from precond.step.loop import Loop
 from precond.step.methods import Taxonomy
 from precond.step.options import Momentum, Refresh
@@ -29,6 +29,15 @@ class SENG(LayerwiseMethod):
     Prefer it for wide layers and small batches. A refresh costs ``N^2`` inner products of length ``sketch`` (for one
     position per example; else ``N`` sketched gradients) and ``N^3 / 3`` per layer, a step two products with the stored
     activations and output gradients, which are the memory.
+
+    ================================================ ===============================================
+    Yang et al. (2020)                               here, in ``curvature`` and ``solvers``
+    ================================================ ===============================================
+    U: per-sample gradients of a batch               ``structures.gram.GramEstimator``
+    :math:`\Omega`: outputs and inputs that are kept ``structures.sketch.Restriction``
+    :math:`(\lambda I + S S^\top)^{-1} S\, \Omega g` ``structures.sketch.SketchedEstimator.improve``
+    all of them kept: :math:`S = U`                  ``Woodbury``
+    ================================================ ===============================================
 
     Args:
         model: The model that is trained.
@@ -85,7 +94,7 @@ class SENG(LayerwiseMethod):
         super().__init__(
             model,
             loss_fn,
-            curvature=curvature_of(type(self).__name__, SketchedFisher, fisher, size=sketch, seed=seed),
+            curvature=self.curvature_of(fisher, size=sketch, seed=seed),
             damping=damping,
             solver=Woodbury(),
             lr=lr,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from curvature.losses.signals import FisherKind
 from curvature.structures.kfac import Sharing
 from curvature.structures.singd import FactorStructure, SINGDFisher
-from precond.layerwise.method import LayerwiseMethod, LayerwiseOptions, curvature_of
+from precond.layerwise.method import LayerwiseMethod, LayerwiseOptions
 from precond.step.methods import Taxonomy
 from precond.step.options import Momentum, Refresh
 from precond.step.schedules import Scheduled, ScheduledInt
@@ -29,6 +29,15 @@ class SINGD(LayerwiseMethod):
 
     Prefer it in low precision, where decompositions fail, and where factors must be small. An update costs some
     products of a factor's size; a step two products with the gradient.
+
+    ======================================= ============================================
+    Lin et al. (2024), sections 3 and 4     here, in ``curvature``
+    ======================================= ============================================
+    :math:`A, B`: moments, in the structure ``structures.singd.BlockMoments``
+    :math:`m_K` and K, :math:`m_L` and L    ``structures.singd.SINGDEstimator.improve``
+    :math:`L L^\top` and :math:`K K^\top`   ``structures.singd.SINGDEstimator.operator``
+    IKFAC: each factor by itself            ``SINGDFisher``, by ``coupled``
+    ======================================= ============================================
 
     Args:
         model: The model that is trained.
@@ -87,7 +96,7 @@ class SINGD(LayerwiseMethod):
         super().__init__(
             model,
             loss_fn,
-            curvature=curvature_of(type(self).__name__, SINGDFisher, fisher, sharing=sharing, factor=structure),
+            curvature=self.curvature_of(fisher, sharing=sharing, factor=structure),
             damping=damping,
             solver=Cholesky(),
             lr=lr,

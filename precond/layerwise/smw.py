@@ -39,6 +39,15 @@ class SMWNaturalGradient(WholeModelOptimizer):
     and ``N^3 / 3``; memory is that of activations and their gradients, until the next step. ``"exact"`` multiplies N
     by the number of outputs. Where an operation has no rule, or no batch axis, each example costs a backward pass.
 
+    =========================================== ===================================================
+    equation                                    here, in ``curvature``, ``solvers`` and ``precond``
+    =========================================== ===================================================
+    :math:`U`, of the whole model or of a layer ``WholeFisher``, ``structures.gram.GramEstimator``
+    :math:`U U^\top`                            ``structures.gram.gram_of``
+    :math:`(U U^\top + \lambda I)^{-1}` and d   ``Woodbury``
+    SPRING: b, and d of the step before         ``layerwise.smw.SpringPreconditioner``
+    =========================================== ===================================================
+
     Args:
         model: The model that is trained.
         loss_fn: The loss module the loop calls.

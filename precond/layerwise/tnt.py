@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from curvature import TensorNormal
 from curvature.losses.signals import FisherKind
 from precond.layerwise.blocks.refresh import DOUBLING_TO_10
-from precond.layerwise.method import LayerwiseMethod, LayerwiseOptions, curvature_of
+from precond.layerwise.method import LayerwiseMethod, LayerwiseOptions
 from precond.step.methods import Taxonomy
 from precond.step.options import Momentum, Refresh
 from precond.step.schedules import Scheduled, ScheduledInt
@@ -27,6 +27,15 @@ class TNT(LayerwiseMethod):
     mean, and with the inverse instead of a root. Prefer it to K-FAC where a layer is used at many positions, whose
     gradients K-FAC takes for uncorrelated. Costs what K-FAC costs where an example has one position; otherwise
     per-sample gradients are formed, a chunk at a time.
+
+    ================================== =================================================
+    Ren and Goldfarb (2021)            here, in ``curvature`` and ``solvers``
+    ================================== =================================================
+    L and R, from per-sample gradients ``structures.tnt.TensorNormalEstimator.update``
+    C, with the trace of L and R       ``structures.tnt.TensorNormalEstimator.operator``
+    targets drawn by the model         ``losses.signals.Signals`` of kind ``"mc"``
+    damping factor by factor           ``FactoredTikhonov``
+    ================================== =================================================
 
     Args:
         model: The model that is trained.
@@ -79,7 +88,7 @@ class TNT(LayerwiseMethod):
         super().__init__(
             model,
             loss_fn,
-            curvature=curvature_of(type(self).__name__, TensorNormal, fisher),
+            curvature=self.curvature_of(fisher),
             damping=damping,
             solver=Cholesky(),
             lr=lr,

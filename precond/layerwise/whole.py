@@ -13,7 +13,7 @@ from curvature.estimation.collector import Collector
 from curvature.estimation.joint import WholeCollector, WholeEstimator, WholeFisher, whole_block
 from curvature.structures.estimator import Form
 from precond.layerwise.blocks.preconditioner import Preconditioner
-from precond.layerwise.method import LayerwiseMethod, curvature_of
+from precond.layerwise.method import LayerwiseMethod
 
 
 class WholeModelOptimizer(LayerwiseMethod):
@@ -43,7 +43,7 @@ class WholeModelOptimizer(LayerwiseMethod):
             raise ValueError(f"structure must be one of {', '.join(map(str, self.fisher_types))}, got {structure!r}.")
         if structure == default and type(fisher) in self.fisher_types.values():
             return fisher  # type: ignore[return-value]
-        return curvature_of(me, self.fisher_types[structure], fisher)
+        return self.curvature_of(fisher, structure)
 
     def preconditioner(self, estimator: CurvatureEstimator) -> Preconditioner:
         """A preconditioner around an estimate."""

@@ -81,6 +81,11 @@ class Refresh:
         if not isinstance(self.burn_in, int) or self.burn_in < 0:
             raise ValueError(f"burn_in is a whole number of steps, at least 0; got {self.burn_in!r}.")
 
+    @classmethod
+    def of(cls, given: ScheduledInt | Refresh) -> Refresh:
+        """The object itself, or the one that a period stands for."""
+        return given if isinstance(given, Refresh) else cls(given)
+
 
 def in_groups(options: dict[str, Any]) -> dict[str, Any]:
     """The options of a parameter group, objects replaced by the plain entries that groups hold."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import re
 from typing import Any
 
 import pytest
@@ -19,7 +21,19 @@ from curvature import (
     SketchedFisher,
     TensorNormal,
 )
-from precond import EKFAC, KBFGS, KFAC, SENG, SINGD, TNT, Loop, NaturalGradient, SMWNaturalGradient, WholeFisher
+from precond import (
+    EKFAC,
+    KBFGS,
+    KFAC,
+    SENG,
+    SINGD,
+    TNT,
+    Loop,
+    NaturalGradient,
+    SMWNaturalGradient,
+    WholeFisher,
+    methods,
+)
 
 
 def made(cls: Any, **options: Any) -> Curvature:
@@ -100,3 +114,29 @@ def test_the_whole_matrix_is_dense(cls: Any) -> None:
     with pytest.warns(DeprecationWarning, match=rf"^{cls.__name__}: structure='full' is structure='dense' now\.$"):
         old = made(cls, structure="full")
     assert old == made(cls, structure="dense")
+
+
+LAYERWISE = [method.cls for method in methods() if method.needs == "layers"]
+
+
+def found(name: str) -> bool:
+    """Whether there is something of this name, below one of the packages."""
+    for package in ("curvature", "solvers", "precond"):
+        parts = f"{package}.{name}".split(".")
+        for end in range(len(parts), 0, -1):
+            try:
+                value: Any = importlib.import_module(".".join(parts[:end]))
+            except ModuleNotFoundError:
+                continue
+            if all((value := getattr(value, part, None)) is not None for part in parts[end:]):
+                return True
+            break
+    return False
+
+
+@pytest.mark.parametrize("cls", LAYERWISE)
+def test_the_table_beside_the_paper_names_what_exists(cls: Any) -> None:
+    _, _, table, *_ = re.split(r"^ *=+ =+$", cls.__doc__.partition("    Args:")[0][-2500:], flags=re.M)[-4:]
+    names = re.findall(r"``([\w.]*[A-Z.]\w[\w.]*)``", table)
+    assert len(names) > 2
+    assert [name for name in names if not found(name)] == []

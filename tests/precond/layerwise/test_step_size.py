@@ -416,6 +416,8 @@ def test_what_cannot_be_served_is_refused() -> None:
     model, loss_fn = network(), nn.MSELoss()
     with pytest.raises(TypeError, match="step_size needs the loss module that the loop calls, not function"):
         KFAC(model, lambda z, y: 0, lr=1.0, fisher="empirical", step_size=QuadraticModel())
+    with pytest.raises(ValueError, match="KFAC: attempts=3 of its damping_rule has no effect on it"):
+        KFAC(model, loss_fn, lr=1.0, damping_rule=replace(SLOW, attempts=3))
     with pytest.raises(ValueError, match="both a function of the step count and adapted by damping_rule"):
         KFAC(model, loss_fn, lr=1.0, damping_rule=SLOW, damping=lambda step: 1.0)
     with pytest.raises(ValueError, match="step_size and damping_rule minimise"):

@@ -17,6 +17,7 @@ from precond import (
     SOAP,
     TNT,
     EigenbasisFisher,
+    GaLore,
     GramFisher,
     KroneckerBFGS,
     KroneckerFisher,
@@ -115,6 +116,7 @@ CASES: list[tuple[Any, dict[str, Any], dict[str, Any], str]] = [
         {"loop": Loop(abs, 1, "shadow", True, "raise", 3)},
         "loop=Loop(output=<built-in function abs>, class_dim=1, capture='shadow', eval_mode=True, nonfinite='raise'",
     ),
+    (GaLore, {"update_period": 9}, {"inverse_update_period": 9}, "inverse_update_period=9"),
     (SENG, {"seed": 7}, {"loop": Loop(seed=7)}, "loop=Loop(seed=7)"),
 ]
 
@@ -122,7 +124,11 @@ CASES: list[tuple[Any, dict[str, Any], dict[str, Any], str]] = [
 def made(cls: Any, options: dict[str, Any]) -> Any:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
-    return SOAP(model.parameters(), **options) if cls is SOAP else cls(model, nn.CrossEntropyLoss(), lr=0.1, **options)
+    return (
+        cls(model.parameters(), **options)
+        if cls.needs == "grad"
+        else cls(model, nn.CrossEntropyLoss(), lr=0.1, **options)
+    )
 
 
 def said(optimizer: Any) -> dict[str, Any]:
