@@ -18,8 +18,8 @@ from precond.step.graph import second_derivatives
 def affine_hessian(loss: Callable[[], Tensor], params: list[Tensor], value: Tensor) -> Tensor | None:
     r"""Hessian of a generalized linear model, such as logistic regression, from the Hessian in its outputs.
 
-    For :math:`L = \ell(z, \theta)` with :math:`z_n = W x_n + b` and losses :math:`\ell` that couple neither two rows
-    of z nor z with the parameters (a ridge does neither), the block of the outputs i and j is
+    For :math:`L = \ell(z, \theta)` with :math:`z_n = W x_n + b` and losses :math:`\ell` in which the rows of z and
+    the parameters stand in separate terms (as in a ridge), the block of the outputs i and j is
 
     .. math:: \nabla^2_{ij} L = \sum_n \frac{\partial^2 \ell}{\partial z_{ni}\, \partial z_{nj}}
         \tilde x_n \tilde x_n^\top + \nabla^2_{\theta\theta} \ell, \qquad \tilde x = (x, 1)

@@ -58,7 +58,7 @@ class GaussNewton(ClosureOptimizer):
     paper                                                     here
     ========================================================= ==================================================
     Marquardt: :math:`(J^\top J + \lambda D^2)^{-1} J^\top r` ``residuals.DenseLeastSquares.fit``
-    Marquardt: damping by the outcome, rejection              ``levenberg_marquardt``: ``_RULE``
+    Marquardt: damping by the outcome, rejection              ``damped_direction``: ``_RULE``
     Moré, section 4: D                                        ``_scale``
     Transtrum and Sethna, section 2: a                        ``directions``: ``bend``, ``_PROBE``
     Transtrum and Sethna: the bound of a                      ``directions``: ``_BEND``
@@ -134,7 +134,10 @@ class GaussNewton(ClosureOptimizer):
     def check(self, options: dict[str, Any]) -> None:
         super().check(options)
         if options["decay"] == "l2":
-            raise ValueError("decay='l2' is no sum of squared residuals; let the closure also return weight**0.5 * p.")
+            raise ValueError(
+                "L2 weight decay adds a term that the residuals do not hold; let the closure also return "
+                "weight**0.5 * p."
+            )
 
     @property
     def matrix_free(self) -> bool:
@@ -211,12 +214,9 @@ class GaussNewton(ClosureOptimizer):
             out = -0.5 * problem.fit(second, damping)
             return out if problem.size(out) <= 0.5 * _BEND * problem.size(move) else torch.zeros_like(out)
 
-        if self.rule is None:
-            direction = solve(float(self.common("damping")))
-        else:
-            direction = self.levenberg_marquardt(
-                self.rule, g, solve, lambda v: problem.push(v).square().sum(), bend if self.acceleration else None
-            )
+        direction = self.damped_direction(
+            self.rule, g, solve, lambda v: problem.push(v).square().sum(), bend if self.acceleration else None
+        )
         if self.spring:
             self.remember("direction", direction, params)
         return unflatten(direction, params)

@@ -24,7 +24,7 @@ class GaussNewtonClosureOptimizer(ClosureOptimizer):
         options: See :class:`SecondOrderOptimizer`.
 
     Raises:
-        TypeError: If the loss is no module.
+        TypeError: If the loss is not a module.
         UnknownLossError: If it is of unknown type.
     """
 

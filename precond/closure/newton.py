@@ -39,7 +39,7 @@ class Newton(ClosureOptimizer):
     H of a generalized linear model ``affine.affine_hessian``
     :math:`(H + \lambda I)^{-1} g`  ``directions``: :class:`~solvers.Tikhonov`, :class:`~solvers.Cholesky`
     Dauphin et al.: :math:`|H|`     ``directions``: :class:`~solvers.Eigen` of the absolute eigenvalues
-    damping by the ratio, rejection ``levenberg_marquardt``: :class:`LevenbergMarquardt`
+    damping by the ratio, rejection ``damped_direction``: :class:`LevenbergMarquardt`
     =============================== ======================================================================
 
     Args:
@@ -95,10 +95,7 @@ class Newton(ClosureOptimizer):
         def solve(damping: float) -> Tensor:
             return self._inverse(curvature, damping) @ g
 
-        if self.rule is None:
-            direction = solve(float(self.common("damping")))
-        else:
-            direction = self.levenberg_marquardt(self.rule, g, solve, lambda v: v @ (curvature @ v))
+        direction = self.damped_direction(self.rule, g, solve, lambda v: v @ (curvature @ v))
         return unflatten(sign * direction, params)
 
     def _hessian(self, params: list[Tensor]) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -34,7 +34,7 @@ class ClosureOptimizer(SecondOrderOptimizer):
     ``Tensor.backward`` does nothing, and the optimizer differentiates the returned loss. It may be called several times
     in a step, with other values of the parameters, so it should be deterministic.
 
-    With ``decay="l2"`` the penalty is part of the loss: of its value, which ``step`` returns, its gradient and Hessian.
+    L2 weight decay is part of the loss: of its value, which ``step`` returns, its gradient and Hessian.
     """
 
     needs: ClassVar[str] = "closure"
@@ -45,25 +45,25 @@ class ClosureOptimizer(SecondOrderOptimizer):
     _slopes: Vectors | None = None
 
     def step(self, closure: Closure | None = None) -> Any:
-        self._require(closure)
-        try:
+        with self._released(closure):
             return super().step(closure)
-        finally:
-            self.release()
 
     def precondition(self, closure: Closure | None = None) -> Any:
-        self._require(closure)
-        try:
+        with self._released(closure):
             return super().precondition(closure)
-        finally:
-            self.release()
 
-    def _require(self, closure: Closure | None) -> None:
+    @contextmanager
+    def _released(self, closure: Closure | None) -> Iterator[None]:
+        """Within the block the graph of the closure is held; it is refused if one is needed and missing."""
         if closure is None and self.closure_needed():
             raise TypeError(
                 f"{type(self).__name__} needs second derivatives: call step(closure) with a function that computes the "
                 "loss of one batch and returns it."
             )
+        try:
+            yield
+        finally:
+            self.release()
 
     def release(self) -> None:
         """Forget the graph of the last evaluation."""
@@ -88,7 +88,7 @@ class ClosureOptimizer(SecondOrderOptimizer):
         return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
 
     def run(self, closure: Closure) -> Any:
-        """What the closure returns, with its graph; gradients stay, though it may call ``zero_grad()``."""
+        """The closure's result, with its graph; gradients stay, though it may call ``zero_grad()``."""
         own = [(p, p.grad) for p in self.parameters()]
         for p, _ in own:
             p.grad = None
@@ -161,7 +161,7 @@ class ClosureOptimizer(SecondOrderOptimizer):
         return {p: g for p, g in gradients.items() if p in self._slopes}
 
     def value_at(self, moves: Mapping[Tensor, Tensor]) -> Tensor:
-        """What is minimised, at ``p + move``; the parameters stay as they are, bit for bit."""
+        """The value to be minimised, at ``p + move``; the parameters stay as they are, bit for bit."""
         with self.moved(moves):
             return self.sign * self.objective(self._required_closure())
 
@@ -180,7 +180,7 @@ class ClosureOptimizer(SecondOrderOptimizer):
 
     @property
     def value(self) -> Tensor:
-        """What is minimised, at the start of the step."""
+        """The value to be minimised, at the start of the step."""
         assert self._value is not None
         return self.sign * self._value
 
@@ -247,7 +247,7 @@ class ClosureOptimizer(SecondOrderOptimizer):
     # Levenberg-Marquardt
 
     def judging(self, rule: LevenbergMarquardt | None) -> LevenbergMarquardt | None:
-        """A rule for :meth:`levenberg_marquardt`, which judges every step and takes back each that raises the loss."""
+        """A rule for :meth:`damped_direction`, which judges every step and takes back each that raises the loss."""
         if rule is not None:
             rule.refuse(type(self).__name__, "period", "reject_steps", "relative_minimum")
         return rule
@@ -258,22 +258,22 @@ class ClosureOptimizer(SecondOrderOptimizer):
             rule.refuse(type(self).__name__, "attempts", "reject_steps", "relative_minimum")
         return rule
 
-    def levenberg_marquardt(
+    def damped_direction(
         self,
-        rule: LevenbergMarquardt,
+        rule: LevenbergMarquardt | None,
         gradient: Tensor,
         solve: Callable[[float], Tensor],
         quadratic: Callable[[Tensor], Tensor],
         bend: Callable[[Tensor, float], Tensor] | None = None,
     ) -> Tensor:
-        r"""Find a damping whose step lowers the loss, and adapt it.
+        r"""The direction under the damping of the groups, or under one whose step lowers the loss, which is adapted.
 
         With the move :math:`m = -\eta d`, :math:`d = (C + \lambda I)^{-1} g`, the ratio of the change of the loss to
         that of its model :math:`g^\top m + m^\top C m / 2` decides on the next damping; a step that does not lower the
         loss is rejected and tried again with more damping.
 
         Args:
-            rule: When to change the damping, and by how much.
+            rule: When to change the damping, and by how much; ``None`` takes the damping as it is.
             gradient: g of what is minimised, ``(P,)``.
             solve: Damping to direction d.
             quadratic: A vector v to ``v^T C v``.
@@ -282,6 +282,8 @@ class ClosureOptimizer(SecondOrderOptimizer):
         Returns:
             The direction; zero if every attempt was rejected.
         """
+        if rule is None:
+            return solve(float(self.common("damping")))
         params = list(self._slopes or {})
         rates = torch.cat(
             [p.new_full((p.numel(),), float(self._group_of(p)["lr"]), dtype=working_dtype(p)) for p in params]

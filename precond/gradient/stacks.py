@@ -77,7 +77,7 @@ class StackedOptimizer(GradientOptimizer):
         """
 
     def kind(self, p: Tensor, g: Tensor) -> Hashable:
-        """What a parameter must have in common with others to be stacked with them, besides shape and step."""
+        """A key that parameters stacked together share, besides shape and step."""
         return None
 
     def direction(self, p: Tensor, g: Tensor, state: State, group: Group) -> Tensor:
@@ -115,7 +115,7 @@ class StackedOptimizer(GradientOptimizer):
         known = self.__dict__.setdefault("_stacks", {})  # not in __init__, because copies begin without
         states = [self.state[p] for p in params]
         first = states[0]["step"]
-        # Those that have missed a step stay apart, here as in a resumed run.
+        # Parameters that skipped a step get their own stack, also after a resume.
         kinds = [(id(p), self.kind(p, g), s["step"] - first) for p, g, s in zip(params, gradients, states, strict=True)]
         last, stacks = known.get(params[0], (None, []))
         if last == kinds and all(stack.holds([states[i] for i in places]) for places, stack in stacks):
