@@ -15,7 +15,7 @@ from curvature.losses import ClassDim
 from curvature.model.data import Data, Output
 from curvature.reports.document import Plan, Report
 from curvature.reports.results import Matrix
-from curvature.reports.run import SECTIONS, Run
+from curvature.reports.run import SECTIONS, Course
 from curvature.reports.sections.budget import Budget
 from curvature.reports.sections.store import Store
 from curvature.reports.sections.study import MATRICES, Study
@@ -23,29 +23,7 @@ from curvature.structures.by_name import BLOCKS
 
 
 @overload
-def report(
-    model: nn.Module,
-    loss_fn: Any,
-    data: Data,
-    *,
-    budget: float | None = ...,
-    products: int | None = ...,
-    matrix: str | Sequence[str] = ...,
-    sections: str | Sequence[str] | None = ...,
-    k: int = ...,
-    damping: float = ...,
-    structures: str | Sequence[str] = ...,
-    exact: bool | None = ...,
-    rtol: float = ...,
-    params: Any = ...,
-    output: Output | None = ...,
-    class_dim: ClassDim = ...,
-    seed: int = ...,
-    warm_start: Report | None = ...,
-    resume: str | os.PathLike[str] | Checkpoint | None = ...,
-    dry_run: Literal[True],
-    progress: bool | None = ...,
-) -> Plan: ...
+def report(model: nn.Module, loss_fn: Any, data: Data, *, dry_run: Literal[True], **options: Any) -> Plan: ...
 @overload
 def report(
     model: nn.Module,
@@ -70,7 +48,7 @@ def report(
     dry_run: Literal[False] = ...,
     progress: bool | None = ...,
 ) -> Report: ...
-def report(
+def report(  # type: ignore[misc]  # the options of a dry run are those below
     model: nn.Module,
     loss_fn: Any,
     data: Data,
@@ -168,12 +146,12 @@ def report(
             output=output,
             class_dim=class_dim,
         )
-        run = Run(study, matrices, _tuple(SECTIONS if sections is None else sections))
-        run.begin(warm_start)
+        course = Course(study, matrices, _tuple(SECTIONS if sections is None else sections))
+        course.begin(warm_start)
         if dry_run:
-            return run.plan()
-        run.all(progress)
-        return run.result()
+            return course.plan()
+        course.all(progress)
+        return course.result()
 
 
 def _check(

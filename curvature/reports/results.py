@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from curvature.estimation.coverage import Coverage
 
 Matrix = str
 """``"hessian"`` or ``"ggn"``."""
@@ -244,3 +248,77 @@ class Cost:
     predicted: float
     seconds: float
     products: float
+
+
+#: Section -> what it holds.
+RESULTS: dict[str, type] = {
+    "loss": LossResult,
+    "coverage": Coverage,
+    "eigenvalues": EigenvaluesResult,
+    "trace": TraceResult,
+    "noise": NoiseResult,
+    "density": DensityResult,
+    "distances": DistancesResult,
+    "layers": LayersResult,
+}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Findings:
+    """All that was found about the curvature of one loss of one model.
+
+    Attributes:
+        model: Class of the model.
+        loss_fn: The loss.
+        parameters: Number of parameters.
+        layers: Number of parameters of each module that has some of its own.
+        loss: Loss and gradient.
+        coverage: Which curvature every parameter can get.
+        noise: Gradients of single examples.
+        eigenvalues: By matrix.
+        traces: By matrix.
+        densities: By matrix.
+        distances: Of structures to the GGN.
+        layer_eigenvalues: By matrix.
+        formed: Matrices that were formed, so that their numbers are exact.
+        refused: What could not be computed, and why.
+        cut: What the budget did not reach.
+        notes: What else one should know.
+        costs: What was spent on what.
+        budget: The budget in words; None without one.
+        seconds: Time spent in all.
+        peak_memory: Bytes in use at most, of the process or of the accelerator; None if unknown.
+        k: How many of the largest eigenvalues were asked for.
+        damping: The damping that effective dimension and condition belong to.
+        rtol: Relative residual asked for.
+        seed: Of the random vectors.
+        created: Date and time.
+        eigenvectors: Of the largest eigenvalues, ``(k, P)`` by matrix; not in JSON.
+    """
+
+    model: str
+    loss_fn: str
+    parameters: int
+    layers: dict[str, int]
+    loss: LossResult
+    coverage: Coverage | None
+    noise: NoiseResult | None
+    eigenvalues: dict[Matrix, EigenvaluesResult]
+    traces: dict[Matrix, TraceResult]
+    densities: dict[Matrix, DensityResult]
+    distances: DistancesResult | None
+    layer_eigenvalues: dict[Matrix, LayersResult]
+    formed: tuple[Matrix, ...]
+    refused: tuple[Refusal, ...]
+    cut: tuple[str, ...]
+    notes: tuple[str, ...]
+    costs: tuple[Cost, ...]
+    budget: str | None
+    seconds: float
+    peak_memory: int | None
+    k: int
+    damping: float
+    rtol: float
+    seed: int
+    created: str
+    eigenvectors: dict[Matrix, Tensor] = field(default_factory=dict, repr=False)
