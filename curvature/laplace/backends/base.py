@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from curvature.estimation.collector import Collector
-from curvature.laplace.backends.batch import Inputs, Pass
+from curvature.laplace.backends.batch import BatchPass, Inputs
 from curvature.laplace.backends.jacobians import JacobianBackend
 from curvature.laplace.factors.decomposed import BlockKronDecomposed
-from curvature.laplace.factors.kron import BlockKron, Tensors
+from curvature.laplace.factors.kron import BlockKron
 from curvature.laplace.factors.sums import SumOptions, read
+from curvature.laplace.factors.tensors import Tensors
 from curvature.layers.block import Block, Place
 from curvature.layers.samples import gram
 from curvature.losses import Terms
@@ -74,13 +75,13 @@ class Backend(JacobianBackend):
             self._sampled += 1
         return Signals.of(terms, self._kind(), samples or self._samples(), generator, batch)
 
-    def _collect(self, run: Pass, make: Any, joint: bool, samples: int | None) -> Collector:
+    def _collect(self, run: BatchPass, make: Any, joint: bool, samples: int | None) -> Collector:
         """Send the signals of a batch back to estimators."""
         collector = Collector(run.parameters, make, joint=joint, vectorised=True)
         collector.collect(run.recorder, run.output, self._signals(run.loss, run.recorder.batch, samples))
         return collector
 
-    def _rows(self, run: Pass, samples: int | None = None) -> Iterator[Tensor]:
+    def _rows(self, run: BatchPass, samples: int | None = None) -> Iterator[Tensor]:
         """Rows ``(m, P)`` whose outer products sum to the curvature of ``lossfunc``."""
         examples, columns = run.examples(), self._columns(run.parameters)
         signals = self._signals(run.loss, examples.batch, samples)

@@ -23,7 +23,7 @@ Inputs = Tensor | MutableMapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Pass:
+class BatchPass:
     """The model on one batch.
 
     Attributes:
@@ -91,7 +91,7 @@ class BatchBackend(CurvatureInterface):
             features.update(before)
 
     @contextlib.contextmanager
-    def _pass(self, x: Inputs, y: Tensor | None = None) -> Iterator[Pass]:
+    def _pass(self, x: Inputs, y: Tensor | None = None) -> Iterator[BatchPass]:
         """Run the model, as laplace-torch does: on x as its one argument."""
         parameters = self._parameters()
         with self._untouched():
@@ -102,7 +102,7 @@ class BatchBackend(CurvatureInterface):
                     f"the output of {type(self.model).__name__} does not depend on its trainable parameters through "
                     "autograd: it was detached, or made under no_grad. Its curvature would be zero."
                 )
-            yield Pass(output, recorder, parameters, None if y is None else self._terms(output, y))
+            yield BatchPass(output, recorder, parameters, None if y is None else self._terms(output, y))
 
     def _terms(self, output: Tensor, y: Tensor) -> Terms:
         return loss_for(self.lossfunc).terms(output, y, class_dim=self._class_dim(output, y), check=True)

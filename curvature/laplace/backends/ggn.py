@@ -11,8 +11,9 @@ from torch import LongTensor, Tensor, nn
 from curvature.laplace.backends.base import Backend, options
 from curvature.laplace.backends.batch import Inputs
 from curvature.laplace.backends.last_layer import OutputHessians, block_of
-from curvature.laplace.factors.kron import BlockKron, Tensors
+from curvature.laplace.factors.kron import BlockKron
 from curvature.laplace.factors.sums import SumOptions
+from curvature.laplace.factors.tensors import Tensors
 from curvature.losses.signals import FisherKind
 
 

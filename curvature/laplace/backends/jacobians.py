@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.func import functional_call, jacrev
 from torch.overrides import TorchFunctionMode
 
-from curvature.laplace.backends.batch import BatchBackend, Inputs, Pass
+from curvature.laplace.backends.batch import BatchBackend, BatchPass, Inputs
 from curvature.layers.recorder import tensors_in
 from curvature.matrices.per_sample import Examples, KeptGradients
 from curvature.model.data import resolve_output
@@ -91,7 +91,7 @@ class JacobianBackend(BatchBackend):
         if len(chosen) != len(f):
             raise ValueError(f"outputs= has {len(chosen)} rows for a batch of {len(f)}; give one row per example.")
 
-    def _followed(self, run: Pass, examples: Examples, signals: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def _followed(self, run: BatchPass, examples: Examples, signals: list[Tensor]) -> tuple[Tensor, Tensor]:
         rows, columns = examples.gradients(signals).transpose(0, 1), self._columns(run.parameters)
         return (rows if columns is None else rows[..., columns]), run.output.detach()
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from curvature.laplace.factors.decomposed import BlockKronDecomposed
-from curvature.laplace.factors.kron import BlockKron, Tensors
+from curvature.laplace.factors.kron import BlockKron
+from curvature.laplace.factors.tensors import Tensors
 from curvature.laplace.posteriors.functional import (
     Forward,
     FunctionalBackend,
