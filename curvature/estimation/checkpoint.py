@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from curvature.model.parameters import Parameters
+from solvers.tree import pieces, plain
 
 #: Share of the running time that saving may take, at most.
 _SHARE = 0.05
@@ -35,7 +36,8 @@ def save(path: str | os.PathLike[str], state: Any) -> None:
     Raises:
         TypeError: If something else is in the state.
     """
-    _check(state, "state")
+    for where, piece in pieces(state):
+        plain(piece, where)
     write_whole(path, lambda file: torch.save(state, file))
 
 
@@ -218,19 +220,3 @@ def _options(module: nn.Module) -> str:
 def _short(value: Any, most: int = 60) -> str:
     shown = repr(value)
     return shown if len(shown) <= most else f"{shown[: most // 2]} ... {shown[-most // 2 :]}"
-
-
-def _check(value: Any, where: str) -> None:
-    """Refuse what could be saved but not loaded."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            _check(key, f"a key of {where}")
-            _check(item, f"{where}[{key!r}]")
-    elif isinstance(value, (list, tuple)):
-        for index, item in enumerate(value):
-            _check(item, f"{where}[{index}]")
-    elif not (value is None or isinstance(value, Tensor) or type(value) in (bool, int, float, str)):
-        raise TypeError(
-            f"{where} is a {type(value).__name__}. A checkpoint holds tensors, numbers, strings, and dicts, lists and "
-            "tuples of them."
-        )
