@@ -42,13 +42,14 @@ class Backend(JacobianBackend):
         max_factor: Kronecker factors larger than this are kept as their diagonals.
         max_dense: Parameters that are no matrix of a layer get a dense matrix up to this size, else their diagonal.
         low_rank: Largest number of eigenvalues of :meth:`eig_lowrank`; ``None`` for all.
+        sampled: How many batches were sampled so far.
     """
 
     seed: int = 0
     max_factor: int = SumOptions.max_factor
     max_dense: int = SumOptions.max_dense
     low_rank: int | None = None
-    _sampled: int = 0
+    sampled: int = 0
 
     def _configure(self, max_factor: int, max_dense: int, low_rank: int | None) -> None:
         for name, value in (("max_factor", max_factor), ("max_dense", max_dense), ("low_rank", low_rank)):
@@ -71,8 +72,8 @@ class Backend(JacobianBackend):
     def _signals(self, terms: Terms, batch: int | None, samples: int | None) -> Signals:
         generator = None
         if self._kind() == "mc":
-            generator = torch.Generator(terms.output.device).manual_seed(self.seed + self._sampled)
-            self._sampled += 1
+            generator = torch.Generator(terms.output.device).manual_seed(self.seed + self.sampled)
+            self.sampled += 1
         return Signals.of(terms, self._kind(), samples or self._samples(), generator, batch)
 
     def _collect(self, run: BatchPass, make: Any, joint: bool, samples: int | None) -> Collector:
@@ -164,7 +165,7 @@ class Backend(JacobianBackend):
             collector = self._collect(run, sums.estimator, True, chosen.get("mc_samples"))
             found = {e.block: read(e).scaled(self._scale()) for e in collector.estimators.values()}
             tensors = Tensors.of(run.parameters, run.output.dtype)
-            return self._loss(run.loss), BlockKron(tensors, found, self._examples(x), N)
+            return self._loss(run.loss), BlockKron(tensors, found, self.count(x), N)
 
     def eigenvalues(
         self, x: Inputs, y: Tensor, decomposed: BlockKronDecomposed, **kwargs: Any

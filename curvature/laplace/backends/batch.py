@@ -95,7 +95,7 @@ class BatchBackend(CurvatureInterface):
         """Run the model, as laplace-torch does: on x as its one argument."""
         parameters = self._parameters()
         with self._untouched():
-            result, recorder = record(self.model, parameters, (x,), self._examples(x))
+            result, recorder = record(self.model, parameters, (x,), self.count(x))
             output = resolve_output(result)
             if not output.requires_grad:
                 raise ValueError(
@@ -111,7 +111,8 @@ class BatchBackend(CurvatureInterface):
         """laplace-torch takes the last axis for the outputs; so do we, wherever the shapes allow it."""
         return -1 if output.dim() > 2 and y.shape == output.shape[:-1] else None
 
-    def _examples(self, x: Inputs) -> int:
+    def count(self, x: Inputs) -> int:
+        """Number of examples."""
         return int((x[self.dict_key_x] if isinstance(x, MutableMapping) else x).shape[0])
 
     def _loss(self, terms: Terms) -> Tensor:

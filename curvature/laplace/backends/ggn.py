@@ -109,7 +109,7 @@ class GGNBackend(Backend, GGNInterface):
         hessians, names, loss = form
         sums = hessians.sums(self.max_factor, bias=len(names) > 1).scaled(self._scale())
         tensors = Tensors.of(self._parameters(), loss.dtype)
-        return loss, BlockKron(tensors, {block_of(layer, *names): sums}, self._examples(x), N)
+        return loss, BlockKron(tensors, {block_of(layer, *names): sums}, self.count(x), N)
 
     @torch.no_grad()
     def _closed_form(self, x: Inputs, y: Tensor) -> tuple[OutputHessians, list[str], Tensor] | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from curvature.laplace.factors.decomposed import BlockKronDecomposed, Eigenpiece
 from curvature.laplace.factors.sums import OuterSums, PartSums, Sums
 from curvature.laplace.factors.tensors import Tensors
-from curvature.layers.block import Block, Part
+from curvature.layers.block import Block, Part, Place
 from solvers import Diagonal, Eigen, Kronecker, LinearOperator, diagonalize
 
 
@@ -47,6 +47,11 @@ class BlockKron(Kron):
         share = self.examples / self.size
         found = [p for block, sums in self.sums.items() for p in sums.factors(block, self.tensors.vectors, share)]
         return sorted(found, key=lambda piece: self.tensors.starts[piece[0].name] + piece[0].start)
+
+    @property
+    def terms(self) -> list[tuple[Place, LinearOperator]]:
+        """The blocks as operators, with their places in the flat vector."""
+        return [(self.tensors.place(part), _joined(factors)) for part, factors in self.pieces]
 
     @property
     def kfacs(self) -> list[list[Tensor]]:  # type: ignore[override]
@@ -133,9 +138,7 @@ class BlockKron(Kron):
         if exponent != 1:
             raise ValueError(f"only exponent=1 is known before decompose(), got {exponent}.")
         out = torch.zeros_like(W)
-        for part, factors in self.pieces:
-            place = self.tensors.place(part)
-            op = _joined(factors)
+        for place, op in self.terms:
             place.scatter((op @ place.gather(W).to(op.dtype)).to(W.dtype), out)
         return out
 
@@ -149,11 +152,11 @@ class BlockKron(Kron):
     def diag(self) -> Tensor:
         """Diagonal ``(P,)``."""
         out: Tensor | None = None
-        for part, factors in self.pieces:
-            diagonal = _joined(factors).diagonal()
+        for place, op in self.terms:
+            diagonal = op.diagonal()
             if out is None:
                 out = diagonal.new_zeros(self.tensors.size, dtype=self.tensors.dtype)
-            self.tensors.place(part).scatter(diagonal.to(out.dtype), out)
+            place.scatter(diagonal.to(out.dtype), out)
         return torch.zeros(self.tensors.size, dtype=self.tensors.dtype) if out is None else out
 
     def to_matrix(self) -> Tensor:

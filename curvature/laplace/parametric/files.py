@@ -116,7 +116,7 @@ def state_of(la: Any) -> dict[str, Any]:
     return {
         "key": key,
         "likelihood": likelihood,
-        "backend": {"name": la._backend_cls.__name__, "kwargs": kwargs, "drawn": getattr(la.backend, "_sampled", None)},
+        "backend": {"name": la._backend_cls.__name__, "kwargs": kwargs, "drawn": getattr(la.backend, "sampled", None)},
         "parameters": _described(p for p in network.named_parameters() if id(p[1]) in own),
         "others": digest(_others(la)),
         "numbers": {name: getattr(la, name) for name in _NUMBERS},
@@ -153,7 +153,7 @@ def posterior_of(state: Mapping[str, Any], model: nn.Module, backend: type[Curva
     for attribute, value in (state["numbers"] | state["options"]).items():
         setattr(la, attribute, value)
     if state["backend"]["drawn"] is not None:
-        la.backend._sampled = state["backend"]["drawn"]
+        la.backend.sampled = state["backend"]["drawn"]
     la.model.output_size = la.n_outputs  # as laplace-torch has it
     _set_curvature(la, state["curvature"])
     return la

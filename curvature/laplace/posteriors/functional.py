@@ -78,7 +78,8 @@ class FunctionalBackend(GGNBackend):
         """What ``forward`` gave for the last batch besides its output."""
         return self.model.aux
 
-    def _examples(self, x: Any) -> int:
+    def count(self, x: Any) -> int:
+        """Number of examples: the first axis of the first tensor that has one."""
         size = batch_size(x)
         if size is None:
             raise ValueError("the batch holds no tensor with a leading dimension, which would count its examples.")
@@ -86,7 +87,7 @@ class FunctionalBackend(GGNBackend):
 
     def _terms(self, output: Tensor, y: Any) -> Terms:
         """The loss example by example: the log-likelihood of a batch that holds one alone."""
-        size = self._examples(y)
+        size = self.count(y)
 
         def is_row(tensor: Tensor) -> bool:
             return tensor.dim() > 0 and tensor.shape[0] == size
