@@ -84,12 +84,11 @@ class Backend(JacobianBackend):
 
     def _rows(self, run: BatchPass, samples: int | None = None) -> Iterator[Tensor]:
         """Rows ``(m, P)`` whose outer products sum to the curvature of ``lossfunc``."""
-        examples, columns = run.examples(), self._columns(run.parameters)
+        examples = run.examples()
         signals = self._signals(run.loss, examples.batch, samples)
         per_signal = examples.number * run.parameters.size * run.parameters.dtype.itemsize
         for some in chunks(iter(signals), max(1, ROWS // per_signal)):
-            rows = examples.gradients(some).flatten(0, 1)
-            yield rows if columns is None else rows[:, columns]
+            yield self._select(examples.gradients(some).flatten(0, 1), run.parameters)
 
     def full(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Dense matrix of a batch.
@@ -140,9 +139,8 @@ class Backend(JacobianBackend):
                 assert isinstance(estimator, DiagonalEstimator)
                 place = Place.of(estimator.block, run.parameters.starts, sizes)
                 place.scatter(estimator.mean.step_sum()[0].to(total.dtype), total)
-            diagonal = self._scale() * total
-            columns = self._columns(run.parameters)
-            return self._loss(run.loss), (diagonal if columns is None else diagonal[columns]).to(run.output.dtype)
+            diagonal = self._select(self._scale() * total, run.parameters)
+            return self._loss(run.loss), diagonal.to(run.output.dtype)
 
     def kron(self, x: Inputs, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, BlockKron]:
         """Kronecker-factored curvature of a batch: a block for every trainable tensor, see :class:`BlockKron`.

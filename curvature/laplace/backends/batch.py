@@ -78,6 +78,11 @@ class BatchBackend(CurvatureInterface):
                 piece.copy_(torch.arange(start, start + piece.numel(), device=where.device).reshape(piece.shape))
         return where[self.subnetwork_indices.to(where.device)]
 
+    def _select(self, tensor: Tensor, parameters: Parameters) -> Tensor:
+        """The entries of the subnetwork along the last axis; all without one."""
+        columns = self._columns(parameters)
+        return tensor if columns is None else tensor[..., columns]
+
     @contextlib.contextmanager
     def _untouched(self) -> Iterator[None]:
         """Leave the model, its buffers, the random state and the features of the last batch as they were."""

@@ -97,8 +97,7 @@ class GGNBackend(Backend, GGNInterface):
         diagonals = dict(zip(names, hessians.diagonals(), strict=False))
         parameters = self._parameters()
         diagonal = self._scale() * parameters.flatten({name: diagonals[name] for name in parameters})
-        columns = self._columns(parameters)
-        return loss, (diagonal if columns is None else diagonal[columns]).to(loss.dtype)
+        return loss, self._select(diagonal, parameters).to(loss.dtype)
 
     def kron(self, x: Inputs, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, BlockKron]:
         approximation = options(kwargs, "kron", {"mc_samples", "kfac_approx"}).get("kfac_approx", "expand")
