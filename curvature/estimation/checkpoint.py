@@ -20,7 +20,7 @@ _SHARE = 0.05
 
 
 class CheckpointError(ValueError):
-    """A file is no checkpoint, or one of another problem; the message says what differs."""
+    """A file is not a checkpoint, or belongs to another problem; the message says what differs."""
 
 
 def save(path: str | os.PathLike[str], state: Any) -> None:
@@ -65,7 +65,7 @@ def load(path: str | os.PathLike[str]) -> Any:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        CheckpointError: If it is no checkpoint.
+        CheckpointError: If it is not a checkpoint.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=os.name == "posix")
@@ -168,7 +168,7 @@ Resume = str | os.PathLike[str] | Checkpoint
 
 
 def problem_identity(model: nn.Module, loss_fn: Any, params: Any = None) -> dict[str, Any]:
-    """What tells one curvature problem from another before its data are seen.
+    """Names and values that tell one curvature problem from another before its data are seen.
 
     Args:
         model: The model; its parameters and buffers are hashed, which reads each of them once.

@@ -22,7 +22,7 @@ def _fields(piece: Any, path: Path) -> Any:
 
 
 def decode(kind: Any, value: Any) -> Any:
-    """What :func:`encode` gave, as the type it was.
+    """Rebuild a value of type ``kind`` from what :func:`encode` gave.
 
     Raises:
         ValueError: If a field is missing or unknown.

@@ -1,4 +1,4 @@
-"""The report itself: what was found, and how to read, save and load it."""
+"""The report: findings that can be printed, saved and loaded."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Report(Findings):
     VERSION: ClassVar[int] = 1
 
     def __repr__(self) -> str:
-        """What it is about; print it for what it says."""
+        """The subject of the report; print it for its contents."""
         return f"Report({self.model}, {self.loss_fn}, {self.parameters} parameters, {self.created})"
 
     def __str__(self) -> str:
@@ -104,9 +104,9 @@ class PlanRow:
 
     Attributes:
         part: Section and matrix.
-        amount: What it would be given, in units of the budget.
-        wanted: What it would take with no limit.
-        cut: Whether the budget does not reach it.
+        amount: Its share, in units of the budget.
+        wanted: Its cost without a limit.
+        cut: Whether the budget ends before it.
     """
 
     part: str
@@ -117,14 +117,14 @@ class PlanRow:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a report would cost.
+    """Predicted cost of a report.
 
     Attributes:
         unit: "seconds" or "products".
         budget: The limit; infinite without one.
-        spent: What the measurement has cost.
+        spent: Cost of the measurement.
         rows: The sections, the most worthwhile first.
-        refused: What could not be computed.
+        refused: Parts that cannot be computed.
     """
 
     unit: str

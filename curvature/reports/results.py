@@ -1,4 +1,4 @@
-"""What a report holds: plain numbers, each with its error."""
+"""The contents of a report: plain numbers, each with its error."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Number:
 
     @property
     def exact(self) -> bool:
-        """Whether there is no error but rounding."""
+        """Whether rounding is the only error."""
         return self.error == 0
 
 
@@ -151,7 +151,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class DensityResult:
-    r"""The spectral density, and what follows from it.
+    r"""The spectral density, and numbers that follow from it.
 
     Attributes:
         grid: Points, in units of the matrix.
@@ -235,7 +235,7 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a section was predicted to take, and what it took.
+    """Predicted and actual cost of a section.
 
     Attributes:
         part: Section and matrix.
@@ -265,7 +265,7 @@ RESULTS: dict[str, type] = {
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Findings:
-    """All that was found about the curvature of one loss of one model.
+    """The curvature of one loss of one model: the contents of a report.
 
     Attributes:
         model: Class of the model.
@@ -281,10 +281,10 @@ class Findings:
         distances: Of structures to the GGN.
         layer_eigenvalues: By matrix.
         formed: Matrices that were formed, so that their numbers are exact.
-        refused: What could not be computed, and why.
-        cut: What the budget did not reach.
-        notes: What else one should know.
-        costs: What was spent on what.
+        refused: Parts that could not be computed, and why.
+        cut: Parts that the budget did not reach.
+        notes: Other remarks.
+        costs: Cost of each part.
         budget: The budget in words; None without one.
         seconds: Time spent in all.
         peak_memory: Bytes in use at most, of the process or of the accelerator; None if unknown.

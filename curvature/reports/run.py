@@ -88,16 +88,16 @@ class Course:
         self.costs.append(Cost("measuring", study.budget.spent, study.budget.elapsed, study.budget.counted))
 
     def refuse(self, part: str, error: Exception) -> None:
-        """Put down what cannot be done."""
+        """Record a part that cannot be computed."""
         message = " ".join(str(error).split()) or "no reason given"
         self.refused.append(Refusal(part, type(error).__name__, message))
 
     def refuse_structure(self, structure: str, error: Exception) -> None:
-        """Put down that there is no distance of a structure."""
+        """Record that the distance of a structure could not be computed."""
         self.refuse(f"distances ({structure})", error)
 
     def jobs(self) -> list[Job]:
-        """What is to be done, the most worthwhile first."""
+        """The jobs to do, the most worthwhile first."""
         study, wanted = self.study, self.sections
         jobs = [Job("matrix", m, study.form_need(m), partial(study.form, m)) for m in study.to_form]
         return jobs + [job for job in self._sections() if job.section in wanted]
@@ -132,7 +132,7 @@ class Course:
             yield of("layers", m, layers, layers.layers)
 
     def plan(self) -> Plan:
-        """What would be done within the budget."""
+        """What the budget would allow."""
         study, jobs = self.study, self.jobs()
         amounts = allot([job.need for job in jobs], study.budget.left)
         rows = [
@@ -142,7 +142,7 @@ class Course:
         return Plan(study.budget.unit, study.budget.amount, study.budget.spent, tuple(rows), tuple(self.refused))
 
     def all(self, progress: bool | None) -> None:
-        """Do it, and share out anew after each section what is left."""
+        """Do all jobs; after each section the rest of the budget is shared out again."""
         study, jobs = self.study, self.jobs()
         planned = allot([job.need for job in jobs], study.budget.left)
         bar_format = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"

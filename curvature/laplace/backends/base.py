@@ -40,7 +40,7 @@ class Backend(JacobianBackend):
     Attributes:
         seed: Draws of the k-th batch that is sampled start from ``seed + k``.
         max_factor: Kronecker factors larger than this are kept as their diagonals.
-        max_dense: Parameters that are no matrix of a layer get a dense matrix up to this size, else their diagonal.
+        max_dense: Other parameters than matrices of layers get a dense matrix up to this size, else their diagonal.
         low_rank: Largest number of eigenvalues of :meth:`eig_lowrank`; ``None`` for all.
         sampled: How many batches were sampled so far.
     """
@@ -58,7 +58,7 @@ class Backend(JacobianBackend):
         self.max_factor, self.max_dense, self.low_rank = max_factor, max_dense, low_rank
 
     def _kind(self) -> FisherKind:
-        """What is sent back from the outputs."""
+        """Kind of the signals that are sent back from the outputs."""
         raise NotImplementedError
 
     def _samples(self) -> int:
@@ -66,7 +66,7 @@ class Backend(JacobianBackend):
         return 1
 
     def _scale(self) -> float:
-        """What the curvature of ``lossfunc`` is multiplied by."""
+        """Factor of the curvature of ``lossfunc``."""
         return self.factor
 
     def _signals(self, terms: Terms, batch: int | None, samples: int | None) -> Signals:

@@ -33,10 +33,10 @@ class GGNBackend(Backend, GGNInterface):
         dict_key_y: Key of the targets in mappings.
         stochastic: Sample.
         num_samples: Draws per batch.
-        seed: Of the draws; the global random state is neither used nor changed.
+        seed: Of the draws; the global random state is not used.
         max_factor: Kronecker factors larger than this are kept as their diagonals.
-        max_dense: Parameters that are no matrix of a layer (norms, bare parameters) get a dense matrix up to this size,
-            else its diagonal.
+        max_dense: Other parameters than matrices of layers (norms, bare parameters) get a dense matrix up to this
+            size, else its diagonal.
         low_rank: Largest number of eigenvalues of :meth:`eig_lowrank`; all by default.
 
     Raises:
@@ -112,7 +112,7 @@ class GGNBackend(Backend, GGNInterface):
 
     @torch.no_grad()
     def _closed_form(self, x: Inputs, y: Tensor) -> tuple[OutputHessians, list[str], Tensor] | None:
-        """What the last layer's curvature follows from, the names of its parameters, and the loss of the batch.
+        """Output Hessians of the last layer, the names of its parameters, and the loss of the batch.
 
         ``None`` where signals must be sent back.
         """
@@ -128,7 +128,7 @@ class GGNBackend(Backend, GGNInterface):
 class EFBackend(Backend, EFInterface):
     r"""Empirical Fisher :math:`\sum_t g_t g_t^\top` over the terms of the loss, with the targets of the data.
 
-    One backward pass per position, whatever the number of outputs. It is no estimate of the Gauss-Newton matrix: where
+    One backward pass per position, whatever the number of outputs. It does not estimate the Gauss-Newton matrix: where
     the model fits its data the gradients vanish, and so does this curvature.
 
     For **regression** laplace-torch's convention is kept by default: g is the gradient of ``MSELoss(reduction="sum")``

@@ -20,7 +20,7 @@ from curvature.model.settings import differentiable_kernels
 
 
 class JacobianBackend(BatchBackend):
-    """What all backends have in common, whatever their curvature."""
+    """Base of all backends: Jacobians and gradients, which do not depend on the kind of curvature."""
 
     def jacobians(self, x: Inputs, enable_backprop: bool = False) -> tuple[Tensor, Tensor]:
         """Jacobians of the outputs with respect to the parameters.

@@ -48,7 +48,7 @@ def save(la: ParametricLaplace, path: str | os.PathLike[str]) -> None:
         path: The file; its folder must exist. A file of that name is replaced at once, or not at all.
 
     Raises:
-        TypeError: For another kind of posterior, or options that are no numbers or strings.
+        TypeError: For another kind of posterior, or options other than numbers and strings.
         ValueError: If the posterior is not fitted.
     """
     archive.write(path, _KIND, state_of(la))
@@ -209,7 +209,7 @@ def _described(parameters: Any) -> dict[str, tuple[str, str]]:
 
 
 def _subset(la: Any) -> dict[str, Any]:
-    """What the constructor needs to know about the parameters that count."""
+    """Arguments of the constructor that say which parameters count."""
     if isinstance(la, SubnetLaplace):
         return {"subnetwork_indices": la.backend.subnetwork_indices}
     if isinstance(la, LLLaplace):

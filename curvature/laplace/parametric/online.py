@@ -77,7 +77,7 @@ class OnlineLaplace:
         return la.mean if self.tasks else la.prior_mean.expand(la.n_params)
 
     def penalty(self) -> Tensor:
-        """What to add to the **summed** loss of the task at hand, 0-d, with its graph to the model's parameters.
+        """Term to add to the **summed** loss of the task at hand, 0-d, with its graph to the model's parameters.
 
         For the mean over N examples of the task, divide it by N. Exact, with exact derivatives of every order; a
         factor of K-FAC takes one product forwards and one backwards.

@@ -76,7 +76,7 @@ class FromFeatures(Predictions):
         """Outputs and their variances, ``(M, C)`` each."""
         found = self._variances(X, diagonal=True)
         if found is None:
-            raise NotImplementedError("the outputs are no function of two-dimensional features alone.")
+            raise NotImplementedError("the outputs do not follow from two-dimensional features alone.")
         return found
 
     def _variances(self, x: Any, diagonal: bool) -> tuple[Tensor, Tensor] | None:

@@ -69,7 +69,7 @@ def update(
 def sample(
     state: DenseLaplaceState, sample_shape: tuple[int, ...] = (), generator: torch.Generator | None = None
 ) -> F.Params:
-    """Draws ``{name: (*sample_shape, *shape)}``; from the global random state where there is no generator.
+    """Draws ``{name: (*sample_shape, *shape)}``; from the global random state without a generator.
 
     Raises:
         ValueError: If the precision is not positive definite.

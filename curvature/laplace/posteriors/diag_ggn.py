@@ -73,7 +73,7 @@ def update(
         The state, and what ``forward`` gave besides its output.
 
     Raises:
-        ValueError: If the log-likelihood is no sum over the examples.
+        ValueError: If the log-likelihood is not a sum over the examples.
     """
     backend = F.FunctionalBackend(state.params, forward, outer_log_likelihood)
     new = F.unflatten(backend.diag(batch, batch)[1], state.params)
@@ -84,7 +84,7 @@ def update(
 def sample(
     state: DiagLaplaceState, sample_shape: tuple[int, ...] = (), generator: torch.Generator | None = None
 ) -> F.Params:
-    """Draws ``{name: (*sample_shape, *shape)}``; from the global random state where there is no generator.
+    """Draws ``{name: (*sample_shape, *shape)}``; from the global random state without a generator.
 
     Raises:
         ValueError: If some entry of the precision is zero.

@@ -66,7 +66,7 @@ class FunctionalBackend(GGNBackend):
         outer_log_likelihood: See :data:`OuterLogLikelihood`; a sum over examples that do not interact.
 
     Raises:
-        TypeError: If ``params`` is no dict of floating-point tensors.
+        TypeError: If ``params`` is not a dict of floating-point tensors.
     """
 
     def __init__(self, params: Params, forward: Forward, outer_log_likelihood: OuterLogLikelihood) -> None:
@@ -75,7 +75,7 @@ class FunctionalBackend(GGNBackend):
 
     @property
     def aux(self) -> Any:
-        """What ``forward`` gave for the last batch besides its output."""
+        """Auxiliary information that ``forward`` gave for the last batch."""
         return self.model.aux
 
     def count(self, x: Any) -> int:

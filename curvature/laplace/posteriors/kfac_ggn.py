@@ -99,7 +99,7 @@ class Factored(Protocol):
 
 
 def sample(state: Factored, sample_shape: tuple[int, ...] = (), generator: torch.Generator | None = None) -> F.Params:
-    """Draws ``{name: (*sample_shape, *shape)}``; from the global random state where there is no generator.
+    """Draws ``{name: (*sample_shape, *shape)}``; from the global random state without a generator.
 
     Raises:
         ValueError: If the precision is singular.

@@ -1,4 +1,4 @@
-"""What a report says, chapter by chapter, whatever it is written on."""
+"""The contents of a report chapter by chapter, for text and HTML alike."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def chapters(report: Findings) -> list[Chapter]:
 
 
 def facts(report: Findings) -> list[tuple[str, str]]:
-    """What stands at the top: the loss, and what it is a loss of."""
+    """The facts at the top: the loss, and the sizes of model and data."""
     rows = [("loss", plain(report.loss.value)), ("gradient norm", plain(report.loss.gradient_norm))]
     rows.append(("parameters", f"{report.parameters:,}"))
     rows.append(("layers", f"{len(report.layers):,}"))

@@ -45,8 +45,8 @@ def distances(study: Study, allotted: float, refuse: Any) -> DistancesResult:
     cancel in the ratio.
 
     Args:
-        study: What is studied.
-        allotted: What may be spent.
+        study: The study.
+        allotted: The amount to spend.
         refuse: Called with the structure and the exception where one cannot be made.
     """
     begun, rate = study.budget.spent, study.block_rates["ggn"]

@@ -1,4 +1,4 @@
-"""What the sections of a report share: the loss, its matrices, the layers, and the account of what was spent."""
+"""Shared by the sections of a report: the loss, its matrices, the layers, and the account of what was spent."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ class Study:
                 self.to_form.append(matrix)
 
     def form_need(self, matrix: Matrix) -> Need:
-        """What it costs to form and to diagonalise a matrix; the latter is measured on a smaller one."""
+        """Cost of forming and diagonalising a matrix; the latter is measured on a smaller one."""
         products = self.size * self.block_rates[matrix]
         if self.budget.unit == "seconds" and self.size <= SMALL:
             n = min(self.size, _PROBE)
@@ -244,7 +244,7 @@ class Study:
         self.loss = LossResult(loss, norm, batches)
 
     def identity(self) -> dict[str, Any]:
-        """What tells whether stored results belong to this study."""
+        """Names and values by which stored results are recognised as those of this study."""
         assert self.loss is not None
         model, loss_fn, _ = self.given
         return {
