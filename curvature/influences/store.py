@@ -14,7 +14,7 @@ from solvers import LinearOperator, state
 from solvers.tree import pieces
 
 
-class Store:
+class InfluenceStore:
     """Files of one folder, which is made if its parent exists.
 
     Args:

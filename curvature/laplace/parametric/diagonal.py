@@ -11,7 +11,7 @@ from torch import Tensor
 
 from curvature.laplace.backends.last_layer import Features
 from curvature.laplace.parametric.predictions import FromFeatures, InParts
-from curvature.matrices.per_sample import KeptGradients
+from curvature.matrices.examples import KeptGradients
 
 
 class DiagonalPosterior(InParts, DiagLaplace):

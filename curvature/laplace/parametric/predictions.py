@@ -16,7 +16,7 @@ from curvature.laplace.backends.batch import BatchBackend
 from curvature.laplace.backends.ggn import GGNBackend
 from curvature.laplace.backends.jacobians import JacobianBackend
 from curvature.laplace.backends.last_layer import Features
-from curvature.matrices.per_sample import KeptGradients
+from curvature.matrices.examples import KeptGradients
 
 #: Bytes of the Jacobians that are formed at once; a posterior takes a few times as much to multiply them.
 MEMORY = 1 << 29
