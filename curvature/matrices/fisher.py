@@ -19,23 +19,11 @@ from solvers import LinearOperator
 
 @overload
 def fisher(
-    model: nn.Module,
-    loss_fn: Any,
-    data: Data,
-    *,
-    structure: Literal["full"] = ...,
-    kind: FisherKind | None = ...,
-    **options: Unpack[Arguments],
+    model: nn.Module, loss_fn: Any, data: Data, *, structure: Literal["full"] = ..., **options: Unpack[Arguments]
 ) -> GaussNewtonOperator: ...
 @overload
 def fisher(
-    model: nn.Module,
-    loss_fn: Any,
-    data: Data,
-    *,
-    structure: Structure,
-    kind: FisherKind | None = ...,
-    **options: Unpack[Arguments],
+    model: nn.Module, loss_fn: Any, data: Data, *, structure: Structure, **options: Unpack[Arguments]
 ) -> LinearOperator: ...
 def fisher(
     model: nn.Module,

@@ -9,6 +9,7 @@ from torch import nn
 
 from curvature.estimation.checkpoint import Resume
 from curvature.losses import ClassDim
+from curvature.losses.signals import FisherKind
 from curvature.matrices.full import GaussNewtonOperator
 from curvature.matrices.request import Arguments, Request, Structure
 from curvature.model.data import Data, Output
@@ -18,23 +19,11 @@ from solvers import LinearOperator
 
 @overload
 def ggn(
-    model: nn.Module,
-    loss_fn: Any,
-    data: Data,
-    *,
-    structure: Literal["full"] = ...,
-    kind: Literal["exact", "mc"] | None = ...,
-    **options: Unpack[Arguments],
+    model: nn.Module, loss_fn: Any, data: Data, *, structure: Literal["full"] = ..., **options: Unpack[Arguments]
 ) -> GaussNewtonOperator: ...
 @overload
 def ggn(
-    model: nn.Module,
-    loss_fn: Any,
-    data: Data,
-    *,
-    structure: Structure,
-    kind: Literal["exact", "mc"] | None = ...,
-    **options: Unpack[Arguments],
+    model: nn.Module, loss_fn: Any, data: Data, *, structure: Structure, **options: Unpack[Arguments]
 ) -> LinearOperator: ...
 def ggn(
     model: nn.Module,
@@ -42,7 +31,7 @@ def ggn(
     data: Data,
     *,
     structure: Structure = "full",
-    kind: Literal["exact", "mc"] | None = None,
+    kind: FisherKind | None = None,
     samples: int | None = None,
     generator: torch.Generator | None = None,
     params: Any = None,

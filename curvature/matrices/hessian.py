@@ -98,21 +98,11 @@ def second_derivative(gradient: dict[str, Tensor], rows: Parameters, columns: Pa
 
 @overload
 def hessian(
-    model: nn.Module,
-    loss_fn: Any,
-    data: Data,
-    *,
-    structure: Literal["full"] = ...,
-    **options: Unpack[MatrixArguments],
+    model: nn.Module, loss_fn: Any, data: Data, *, structure: Literal["full"] = ..., **options: Unpack[MatrixArguments]
 ) -> Hessian: ...
 @overload
 def hessian(
-    model: nn.Module,
-    loss_fn: Any,
-    data: Data,
-    *,
-    structure: HessianStructure,
-    **options: Unpack[MatrixArguments],
+    model: nn.Module, loss_fn: Any, data: Data, *, structure: HessianStructure, **options: Unpack[MatrixArguments]
 ) -> LinearOperator: ...
 def hessian(
     model: nn.Module,

@@ -141,8 +141,11 @@ class Linearization:
             return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
 
         u, tangent = noise(self.output.detach()), {name: noise(p.detach()) for name, p in self.columns.items()}
-        gradient = gradient_of(self.output, self.columns, u, retain_graph=True)
-        products = [(g * tangent[name]).sum().double() for name, g in gradient.items()]
+        inputs = list(self.columns.values())
+        gradient = torch.autograd.grad(self.output, inputs, u, retain_graph=True, allow_unused=True)
+        products = [
+            (g * tangent[name]).sum().double() for name, g in zip(tangent, gradient, strict=True) if g is not None
+        ]
         primal, derivative = self._dual(tangent)
         tolerance = torch.finfo(self.output.dtype).eps ** 0.5
         scale = (u * derivative).abs().sum().double() + torch.stack(products).abs().sum()

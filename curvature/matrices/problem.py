@@ -190,12 +190,7 @@ class Problem:
 
 
 def gradient_of(
-    value: Tensor,
-    parameters: Mapping[str, Tensor],
-    signal: Tensor | None = None,
-    *,
-    create_graph: bool = False,
-    retain_graph: bool | None = None,
+    value: Tensor, parameters: Mapping[str, Tensor], signal: Tensor | None = None, create_graph: bool = False
 ) -> dict[str, Tensor]:
     """Gradient of a number, or of ``<signal, value>``, by parameter; zeros for those that are not used.
 
@@ -207,14 +202,8 @@ def gradient_of(
             "the loss does not depend on the model's parameters: the model runs under no_grad, or its output is "
             "detached."
         )
-    gradient = torch.autograd.grad(
-        value,
-        list(parameters.values()),
-        signal,
-        create_graph=create_graph,
-        retain_graph=retain_graph,
-        allow_unused=True,
-    )
+    inputs = list(parameters.values())
+    gradient = torch.autograd.grad(value, inputs, signal, create_graph=create_graph, allow_unused=True)
     pairs = zip(parameters.items(), gradient, strict=True)
     return {name: torch.zeros_like(p) if g is None else g for (name, p), g in pairs}
 

@@ -36,8 +36,9 @@ WHOLE: dict[str, Callable[..., LinearOperator]] = {
 
 
 class Arguments(MatrixArguments, total=False):
-    """Keywords of ``ggn`` and ``fisher`` beside kind and structure; from ``mode`` on, options of structures."""
+    """Keywords of ``ggn`` and ``fisher`` beside the structure; from ``mode`` on, options of structures."""
 
+    kind: FisherKind | None
     samples: int | None
     generator: torch.Generator | None
     resume: Resume | None
@@ -73,19 +74,7 @@ class Request:
         resume: Resume | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> LinearOperator:
-        """The matrix in a structure.
-
-        Args:
-            structure: A name, a curvature, or ``{rule: structure}``.
-            kind: ``"exact"``, ``"mc"`` or ``"empirical"``.
-            samples: Draws per batch for ``"mc"``; ``None`` leaves it to the structure.
-            generator: Source of the draws.
-            resume: File of the sums over the batches.
-            options: Options of a structure given by name.
-
-        Raises:
-            ValueError: If the structure is unknown, or keeps no sums to resume.
-        """
+        """The matrix in a structure; arguments as for :func:`curvature.fisher`."""
         options = options or {}
         if isinstance(structure, str) and structure in WHOLE:
             if resume is not None:

@@ -14,16 +14,7 @@ __all__ = ["BLOCKS", "curvature_of", "kind_of"]
 
 
 def kind_of(structure: str | Curvature | Rules, kind: FisherKind | None, default: FisherKind) -> FisherKind:
-    """The kind of curvature that is asked for.
-
-    Args:
-        structure: A name, a curvature, or a mapping to either.
-        kind: What the call says, if anything.
-        default: What a structure given by name gets where the call says nothing.
-
-    Returns:
-        ``kind``, else that of the curvature (the first one in a mapping), else ``default``.
-    """
+    """The kind that a call says, else that of its curvature (the first one in a mapping), else the default."""
     own = _curvatures(structure)
     chosen = kind if kind is not None else own[0].kind if own else default
     check_kind(chosen)

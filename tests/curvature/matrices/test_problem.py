@@ -40,7 +40,7 @@ def test_sums_are_taken_in_the_dtype_that_is_asked_for() -> None:
 def test_gradient_of_a_number_or_along_a_signal() -> None:
     p = {"used": torch.randn(3, dtype=torch.float64, requires_grad=True), "idle": torch.ones(2, requires_grad=True)}
     value = p["used"] ** 2
-    found = gradient_of(value.sum(), p, retain_graph=True)
+    found = gradient_of(value.sum(), p, create_graph=True)
     assert torch.equal(found["used"], 2 * p["used"])
     assert torch.equal(found["idle"], torch.zeros(2))
     signal = torch.tensor([1.0, 0.0, 3.0], dtype=torch.float64)
