@@ -172,6 +172,6 @@ class _Uses(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         used = any(id(t) in self.parameters or id(t._base) in self.parameters for t in tensors_in((args, kwargs)))
-        if used and any(True for _ in tensors_in(result)):  # a look at shape or dtype is no use
+        if used and any(True for _ in tensors_in(result)):  # reading a shape or dtype does not count
             self.count += 1
         return result

@@ -65,7 +65,7 @@ class FunctionalBackend(GGNBackend):
         outer_log_likelihood: See :data:`OuterLogLikelihood`; a sum over examples that do not interact.
 
     Raises:
-        TypeError: If ``params`` is no dict of floating-point tensors.
+        TypeError: If ``params`` is not a dict of floating-point tensors.
     """
 
     def __init__(self, params: Params, forward: Forward, outer_log_likelihood: OuterLogLikelihood) -> None:
@@ -74,10 +74,11 @@ class FunctionalBackend(GGNBackend):
 
     @property
     def aux(self) -> Any:
-        """What ``forward`` gave for the last batch besides its output."""
+        """Auxiliary information that ``forward`` gave for the last batch."""
         return self.model.aux
 
-    def _examples(self, x: Any) -> int:
+    def count(self, x: Any) -> int:
+        """Number of examples: the first axis of the first tensor that has one."""
         size = batch_size(x)
         if size is None:
             raise ValueError("the batch holds no tensor with a leading dimension, which would count its examples.")
@@ -85,7 +86,7 @@ class FunctionalBackend(GGNBackend):
 
     def _terms(self, output: Tensor, y: Any) -> Terms:
         """The loss example by example: the log-likelihood of a batch that holds one alone."""
-        size = self._examples(y)
+        size = self.count(y)
 
         def is_row(tensor: Tensor) -> bool:
             return tensor.dim() > 0 and tensor.shape[0] == size
