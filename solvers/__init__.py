@@ -28,6 +28,7 @@ from solvers.iterative.minres import MINRES
 from solvers.iterative.neumann import Neumann
 from solvers.iterative.newton_schulz import NewtonSchulz, polar
 from solvers.iterative.nystrom import Nystrom
+from solvers.moved import install as install_old_paths
 from solvers.operators.block_diagonal import BlockDiagonal, Place, Segment
 from solvers.operators.congruence import Congruence
 from solvers.operators.damping import Damping, FactoredTikhonov, RelativeTikhonov, Tikhonov
@@ -145,3 +146,5 @@ __all__ = [
     "SolverError",
     "StructureError",
 ]
+
+install_old_paths()
