@@ -125,6 +125,28 @@ def test_a_page_becomes_one_script_that_keeps_its_lines() -> None:
     assert script(page).splitlines() == ["", "", "x = 1", *[""] * 8, "assert x == 1"]
 
 
+# What a page teaches to add is one file: each block that defines something is whole, and short.
+TOYS = ("new-layer", "new-structure", "new-optimizer", "new-loss", "new-solver")
+
+
+def toys(page: str) -> list[str]:
+    """The blocks of a page that define a class or a function."""
+    return [block[1] for block in BLOCK.finditer(page) if re.search(r"^(@|class |def )", block[1], re.MULTILINE)]
+
+
+@pytest.mark.parametrize("page", TOYS)
+def test_a_toy_takes_at_most_forty_lines(page: str) -> None:
+    path = ROOT / "docs" / "how-to" / f"{page}.md"
+    found = toys(path.read_text(encoding="utf-8"))
+    assert path in PAGES_WITH_CODE and found
+    assert [len(toy.splitlines()) for toy in found if len(toy.splitlines()) > 40] == []
+
+
+def test_toys_are_the_blocks_that_define_something() -> None:
+    page = "```python\nx = 1\n```\n```python\nimport torch\n\n\n@torch.no_grad()\ndef f(): ...\n```\n"
+    assert toys(page) == ["import torch\n\n\n@torch.no_grad()\ndef f(): ...\n"]
+
+
 def test_an_example_with_a_wrong_result_is_reported() -> None:
     report: list[str] = []
     example = doctest.DocTestParser().get_doctest(">>> 1 + 1\n3\n", {}, "wrong", None, None)
