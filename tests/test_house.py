@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -354,6 +355,24 @@ def test_no_private_name_is_used_by_another_module(tree: Tree) -> None:
 
 def test_every_folder_says_what_it_holds(tree: Tree) -> None:
     assert folders_without_docstring(tree) == []
+
+
+def rows_of(page: str) -> dict[str, int]:
+    """Room -> row of the page's tree, which is drawn from the ground up."""
+    tree = page.partition("## The tree")[2].partition("\n## ")[0]
+    rows = [line.split("|")[1] for line in tree.splitlines() if line.startswith("|")]
+    paths = [(path, i) for i, row in enumerate(rows) for path in re.findall(r"`([\w/.]+)`", row)]
+    return {path.removesuffix(".py").strip("/").replace("/", "."): i for path, i in paths}
+
+
+def test_the_page_on_the_architecture_draws_this_house() -> None:
+    rows = rows_of((ROOT / "docs" / "architecture.md").read_text(encoding="utf-8"))
+    faces = {"moved", "taxonomy", "__main__"}  # modules beside a package's own names, which the page leaves out
+    drawn = {name: rows[room(name, rows)] for name in HOUSE if name not in PACKAGES and name.split(".")[1] not in faces}
+    assert [name for name in rows if room(name, HOUSE) != name] == []
+    assert set(rows) - set(PACKAGES) == {".".join(name.split(".")[:2]) for name in drawn}
+    upward = [(a, b) for a in drawn for b in below(a, HOUSE) if drawn.get(b, -1) > drawn[a]]
+    assert upward == [], "the page's tree has these the other way round"
 
 
 # The checks themselves, on a small house that stands, and on what brings it down.
