@@ -82,6 +82,13 @@ SHARED_NAMES: dict[str, str] = {
     "Subspace": "curvature.Subspace, leading eigenvectors over training; solvers.Subspace, the iteration",
 }
 
+#: Private names by which other libraries offer something, read of objects of theirs.
+LENT = {
+    "_key": "laplace-torch finds a posterior's class by it",
+    "_fields": "typing.NamedTuple",
+    "_make": "typing.NamedTuple",
+}
+
 
 @dataclass(frozen=True)
 class Import:
@@ -304,7 +311,7 @@ def borrowed_names(tree: Tree) -> list[str]:
     borrowed = set()
     for module, source in tree.sources.items():
         for name, of_self in used_names(source):
-            if not of_self and name not in own[module]:
+            if not of_self and name not in own[module] and name not in LENT:
                 borrowed |= {(module, name, owner) for owner, names in own.items() if name in names}
         for node in ast.walk(source):
             if isinstance(node, ast.ClassDef):
