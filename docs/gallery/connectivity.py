@@ -4,7 +4,7 @@ Three networks learn the digits. A and B begin at the same weights and see other
 straight way from A to B the loss stays as low as at its ends: one basin (Frankle et al., 2020). Between A and C stands
 a barrier. Layer by layer there is none, even there: if one layer alone goes from A to C the loss rises steadily, and
 never above the line between the ends (Adilova et al., 2023). But a layer of C does not fit into A, whose units are in
-another order: at the end of the way the loss is a thousand times as high.
+another order: at the end of the way the loss is many times that of either network.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def main(out: Path) -> None:
     assert max(far.barriers().values()) < 0.01, "layer by layer there is no barrier"
     ends = {layer: float(values["loss"][-1]) for layer, values in far.from_a.items()}
     print("loss of A with one layer of C:", {layer: round(value, 2) for layer, value in ends.items()})
-    assert min(ends.values()) > 1000 * float(far.values[0]), "but a layer of C does not fit into A"
+    own = max(float(far.values[0]), float(far.values[-1]))  # ends near 0.002; the losses of the mixtures from 1 to 10
+    assert min(ends.values()) > 20 * own, "but a layer of C does not fit into A"
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for name, path in paths.items():
