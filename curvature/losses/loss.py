@@ -30,10 +30,9 @@ class Loss(ABC):
     @property
     def reduction(self) -> str:
         """``"mean"``, ``"sum"`` or ``"none"``."""
-        return self.checked_reduction(self.loss_fn.reduction)
+        return self._known(self.loss_fn.reduction)
 
-    def checked_reduction(self, reduction: str) -> str:
-        """The reduction itself, if it is one of the three; a ValueError otherwise."""
+    def _known(self, reduction: str) -> str:
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"{self!r}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}.")
         return reduction
@@ -66,8 +65,7 @@ class Loss(ABC):
             ValueError: If shapes, or with ``check`` values, do not fit the loss.
         """
 
-    def refuse_extra(self, extra: tuple[Tensor, ...]) -> None:
-        """Raise a TypeError if the loss was given more than an output and a target."""
+    def _no_extra(self, extra: tuple[Tensor, ...]) -> None:
         if extra:
             raise TypeError(f"{self!r} takes an output and a target, got {len(extra)} further argument(s).")
 
