@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from argparse import Namespace
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,11 +17,12 @@ from curvature.cli import output
 from curvature.cli.source import Source, UsageError
 from curvature.estimation.checkpoint import Checkpoint, save
 from curvature.estimation.coverage import coverage
+from curvature.matrices.by_name import MATRICES
 from curvature.matrices.dataset_operator import DatasetOperator
-from curvature.matrices.ggn import ggn
-from curvature.matrices.hessian import hessian
 from curvature.matrices.resumable import resumable_eigsh
 from curvature.model.determinism import NondeterministicError, check_deterministic
+from curvature.plots.spectrum import density as plot_density
+from curvature.reports import report
 
 _PICTURES = (".svg", ".png", ".pdf")
 
@@ -61,15 +61,14 @@ def run(source: Source, given: Namespace) -> Answer:
     seconds = time.monotonic() - start
     about = {"source": source.name, "command": given.command, "matrix": given.matrix, "seed": given.seed, **head}
     about |= {"version": version("precond"), "seconds": round(seconds, 3)}
-    top = f"{type(op).__name__} of {head['model']} ({head['parameters']:,} parameters) under {head['loss_fn']}"
+    top = f"{op.title} of {head['model']} ({head['parameters']:,} parameters) under {head['loss_fn']}"
     text = f"{top}, loss {head['loss']:.6g}\n\n{answer.text}\n{answer.content['products']} products, {seconds:.1f} s"
     return Answer(text, about | answer.content, answer.good)
 
 
 def _operator(source: Source, given: Namespace) -> tuple[DatasetOperator, dict[str, Any]]:
     """The matrix, and facts about its loss."""
-    make: Callable[..., DatasetOperator] = hessian if given.matrix == "hessian" else ggn
-    op = make(source.model, source.loss_fn, source.data, progress=False, **source.options)
+    op = MATRICES[given.matrix](source.model, source.loss_fn, source.data, progress=False, **source.options)
     losses: list[Tensor] = []
     divisor = op.problem.visit(lambda evaluation: losses.append(evaluation.loss().detach()), "loss")
     loss = float(sum(losses) / divisor)
@@ -93,8 +92,7 @@ def _eigs(op: DatasetOperator, given: Namespace) -> Answer:
         "rtol": given.rtol,
         "max_products": given.max_products,
         "storage": given.storage,
-        "generator": _generator(op, given),
-        "progress": _progress(given),
+        **_search(op, given),
     }
     k = min(given.k, op.shape[1])
     if given.resume is None:
@@ -115,18 +113,9 @@ def _density(op: DatasetOperator, given: Namespace) -> Answer:
         _folder_of("--out", given.out)
         if Path(given.out).suffix not in _PICTURES:
             raise UsageError(f"--out draws {', '.join(_PICTURES)}, not {given.out!r}; numbers come with --json.")
-    found = solvers.spectral_density(
-        op,
-        given.method,
-        samples=given.samples,
-        steps=given.steps,
-        generator=_generator(op, given),
-        progress=_progress(given),
-    )
+    found = solvers.spectral_density(op, given.method, samples=given.samples, steps=given.steps, **_search(op, given))
     if given.out is not None:
-        from curvature import plots
-
-        plots.density(found).figure.savefig(given.out)  # type: ignore[union-attr]
+        plot_density(found).figure.savefig(given.out)  # type: ignore[union-attr]
     names = ("grid", "density", "stderr", "width", "samples", "products")
     content: dict[str, Any] = {name: getattr(found, name) for name in names}
     content["moments"] = {"value": found.moments.value, "stderr": found.moments.stderr}
@@ -134,22 +123,13 @@ def _density(op: DatasetOperator, given: Namespace) -> Answer:
 
 
 def _trace(op: DatasetOperator, given: Namespace) -> Answer:
-    found = solvers.trace(
-        op,
-        given.method,
-        samples=given.samples,
-        rtol=given.rtol,
-        generator=_generator(op, given),
-        progress=_progress(given),
-    )
+    found = solvers.trace(op, given.method, samples=given.samples, rtol=given.rtol, **_search(op, given))
     good = given.rtol is None or bool(found.stderr <= given.rtol * found.value.abs())
     content = {"value": found.value, "stderr": found.stderr, "samples": found.samples, "products": found.products}
     return Answer(output.estimate("trace", found), content, good)
 
 
 def _report(source: Source, given: Namespace) -> Answer:
-    from curvature.reports import report
-
     for place in given.out:
         _folder_of("--out", place)
         if Path(place).suffix not in (".html", ".json", ".pt"):
@@ -172,8 +152,8 @@ def _report(source: Source, given: Namespace) -> Answer:
     return Answer(str(found), found.to_dict())
 
 
-def _generator(op: DatasetOperator, given: Namespace) -> torch.Generator:
-    return torch.Generator(op.device).manual_seed(given.seed)
+def _search(op: DatasetOperator, given: Namespace) -> dict[str, Any]:
+    return {"generator": torch.Generator(op.device).manual_seed(given.seed), "progress": _progress(given)}
 
 
 def _progress(given: Namespace) -> bool | None:

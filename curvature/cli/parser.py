@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 from typing import Any, get_args
 
+from curvature.matrices.by_name import MATRICES
 from solvers.eigenpairs.result import Which
 from solvers.estimates.spectral_density import DensityMethod
 from solvers.estimates.trace import TraceMethod
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
-MATRICES = ("hessian", "ggn")
 
 _DESCRIPTION = """\
 The curvature of a model's loss: its Hessian, or the Gauss-Newton matrix (GGN), which for cross-entropy and squared

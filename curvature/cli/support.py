@@ -14,9 +14,9 @@ from curvature.losses import NoCurvatureError, SumOfLosses, loss_for
 from curvature.losses.loss import registered
 from curvature.losses.signals import KINDS
 from curvature.matrices.covariance import CENTERED
-from curvature.matrices.fisher import Structure
 from curvature.matrices.hessian import HessianStructure
-from curvature.structures.by_name import BLOCKS
+from curvature.matrices.request import StructureName
+from curvature.structures.blocks import BLOCKS
 from curvature.structures.estimator import Form
 
 _INTRODUCTION = """\
@@ -126,7 +126,7 @@ def _replaced() -> str:
 
 
 def _matrices() -> str:
-    hessian, all_of_them = get_args(HessianStructure), get_args(Structure)
+    hessian, all_of_them = get_args(HessianStructure), get_args(StructureName)
     rows = [["`hessian`", *("yes" if name in hessian else "" for name in all_of_them)]]
     rows += [[f"`fisher`, `{kind}`", *("yes" for _ in all_of_them)] for kind in KINDS]
     rows.append(["`gradient_covariance`", *("yes" if name in CENTERED else "" for name in all_of_them)])

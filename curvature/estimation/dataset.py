@@ -29,6 +29,7 @@ from curvature.model.data import (
 )
 from curvature.model.parameters import Parameters
 from curvature.structures.estimator import Curvature, CurvatureEstimator, Form
+from curvature.structures.inverse import InverseEstimator
 from solvers import BlockDiagonal
 
 
@@ -114,6 +115,8 @@ def estimate(
 
     def make(block: Block, form: Form) -> CurvatureEstimator:
         estimator = curvature.estimator(block, form)
+        if isinstance(estimator, InverseEstimator):
+            raise ValueError(f"{curvature!r} learns an inverse in training; over data no such matrix can be estimated.")
         estimator.begin_passes()
         return estimator
 

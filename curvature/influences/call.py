@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,16 +11,15 @@ from torch import Tensor, nn
 from curvature.estimation.checkpoint import Resume, problem_identity
 from curvature.influences.batching import groups, read
 from curvature.influences.result import Influence
-from curvature.influences.rows import Rows, gradients_of, precondition
+from curvature.influences.rows import QueryRows, gradients_of, precondition
 from curvature.influences.scores import Found, scores, walk
-from curvature.influences.store import Store, batches_digest, operator_digest
+from curvature.influences.store import InfluenceStore, batches_digest, operator_digest
 from curvature.layers.block import Place
 from curvature.losses import ClassDim
-from curvature.matrices.fisher import WHOLE, Structure
-from curvature.matrices.ggn import ggn
-from curvature.matrices.per_sample import refuse_sums
-from curvature.matrices.problem import Evaluation, Problem
+from curvature.matrices.problem import Evaluation, Problem, refuse_sums
+from curvature.matrices.request import WHOLE, Request, Structure
 from curvature.model.data import Batch, Data, Output
+from curvature.structures.by_name import kind_of
 from solvers import BlockDiagonal, Damping, LinearOperator, RelativeTikhonov, Tikhonov
 
 
@@ -58,9 +58,10 @@ def influence(
         loss_fn: The training loss.
         train: One batch ``(x, y)`` or a re-iterable of batches.
         queries: One batch or an iterable of batches.
-        curvature: A structure of :func:`ggn` that is estimated from ``train`` with sampled labels, or any operator on
-            the flat vector of parameters, such as one that was saved by :func:`solvers.state`. With sampled labels the
-            eigenvalues of ``"ekfac"`` are squares of gradients summed over all tokens of a sequence.
+        curvature: A structure of :func:`fisher`, estimated from ``train`` (with sampled labels where it is given by
+            name); or any operator on the flat vector of parameters, such as one that was saved by
+            :func:`solvers.state`. With sampled labels the eigenvalues of ``"ekfac"`` are squares of gradients summed
+            over all tokens of a sequence.
         damping: How to damp it; a number is a shift in units of C. ``None`` takes a tenth of each block's mean
             eigenvalue.
         query_loss: Loss of the queries, where it is not ``loss_fn``.
@@ -90,27 +91,27 @@ def influence(
         Koh and Liang (2017), https://arxiv.org/abs/1703.04730; Bae et al. (2022), https://arxiv.org/abs/2209.05364;
         Grosse et al. (2023), https://arxiv.org/abs/2308.03296, whose section 3.2.2 truncates queries
     """
-    given: dict[str, Any] = {"params": params, "output": output, "class_dim": class_dim, "progress": progress}
-    files = None if store is None else Store(store)
-    matrix, damped = _curvature(model, loss_fn, train, curvature, damping, generator, files, given)
+    request = Request(model, loss_fn, train, params, output, class_dim, progress)
+    files = None if store is None else InfluenceStore(store)
+    matrix, damped = _curvature(request, curvature, damping, generator, files)
     inverse = matrix.inverse(damped)
     _check_rank(query_rank, inverse)
     joint = _joint(inverse)
     identity: dict[str, Any] = {}
     if files is not None:
-        identity = problem_identity(model, loss_fn, Problem(model, loss_fn, train, **given).parameters) | {
+        identity = problem_identity(model, loss_fn, request.problem().parameters) | {
             "curvature": operator_digest(matrix),
             "damping": repr(damped),
             "query loss": None if query_loss is None else problem_identity(model, query_loss)["loss"],
             "by_position": by_position,
             "query_rank": query_rank,
         }
-    found: list[tuple[Rows, Found]] = []
+    found: list[tuple[QueryRows, Found]] = []
     for group in groups(read(queries, model), inverse, query_rank, memory):
-        asked = _asked(model, loss_fn if query_loss is None else query_loss, group, given)
+        asked = _asked(replace(request, loss_fn=loss_fn if query_loss is None else query_loss), group)
         _check(inverse, asked)
         rows = precondition(asked, inverse, query_rank)
-        problem = Problem(model, loss_fn, train, **given)
+        problem = request.problem()
         title = "influence"
         if found:
             problem.random = found[0][1].random  # a loader that shuffles shall come to the same order
@@ -140,11 +141,11 @@ def self_influence(
     Large for examples that the model fits only because it saw them: mislabelled and unusual ones. Arguments as for
     :func:`influence`.
     """
-    given: dict[str, Any] = {"params": params, "output": output, "class_dim": class_dim, "progress": progress}
-    files = None if store is None else Store(store)
-    matrix, damped = _curvature(model, loss_fn, train, curvature, damping, generator, files, given)
+    request = Request(model, loss_fn, train, params, output, class_dim, progress)
+    files = None if store is None else InfluenceStore(store)
+    matrix, damped = _curvature(request, curvature, damping, generator, files)
     inverse = matrix.inverse(damped)
-    problem = Problem(model, loss_fn, train, **given)
+    problem = request.problem()
     _check(inverse, problem)
     file = None
     if files is not None:
@@ -162,14 +163,11 @@ def self_influence(
 
 
 def _curvature(
-    model: nn.Module,
-    loss_fn: Any,
-    train: Data,
+    request: Request,
     curvature: LinearOperator | Structure,
     damping: float | Damping | None,
     generator: torch.Generator | None,
-    files: Store | None,
-    given: dict[str, Any],
+    files: InfluenceStore | None,
 ) -> tuple[LinearOperator, Damping]:
     """The curvature, and how it is damped."""
     damping = RelativeTikhonov(0.1) if damping is None else damping
@@ -177,17 +175,16 @@ def _curvature(
     if isinstance(curvature, LinearOperator):
         return curvature, damping
     keeps = files if not isinstance(curvature, str) or curvature not in WHOLE else None
-    options: dict[str, Any] = {"kind": "mc", "generator": generator, **given}
     resume = None if keeps is None else keeps.factors
-    made = ggn(model, loss_fn, train, structure=curvature, resume=resume, **options)
+    made = request.matrix(curvature, kind_of(curvature, None, "mc"), generator=generator, resume=resume)
     if keeps is not None:
         keeps.keep(made)
     return made, damping
 
 
-def _asked(model: nn.Module, loss_fn: Any, group: list[Batch], given: dict[str, Any]) -> Problem:
+def _asked(request: Request, group: list[Batch]) -> Problem:
     """The losses of a group of queries; a model in train mode draws the same random numbers in every run."""
-    asked = Problem(model, loss_fn, group[0] if len(group) == 1 else group, **given)
+    asked = replace(request, data=group[0] if len(group) == 1 else group).problem()
     asked.random = [torch.Generator().manual_seed(0).get_state()]
     if asked.parameters.device.type == "cuda":
         asked.random.append(torch.Generator(asked.parameters.device).manual_seed(0).get_state())
@@ -235,7 +232,7 @@ def _compare(first: Found, other: Found) -> None:
         )
 
 
-def _result(found: list[tuple[Rows, Found]]) -> Influence:
+def _result(found: list[tuple[QueryRows, Found]]) -> Influence:
     """The groups of queries together."""
     blocks = [part.by_block() for _, part in found]
     positions = [part.by_position() for _, part in found]

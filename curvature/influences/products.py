@@ -10,11 +10,8 @@ import torch
 from torch import Tensor
 
 from curvature.influences.rows import BlockRows, Truncated
-from curvature.layers.samples import OneHot, Outer, Samples
+from curvature.layers.samples import CHUNK_ELEMENTS, OneHot, Outer, Samples
 from solvers.precision import widen
-
-#: Numbers formed at once where positions are kept apart (16 Mi elements: 64 MiB in float32).
-CHUNK_ELEMENTS = 1 << 24
 
 
 def by_example(samples: Samples, rows: BlockRows) -> Tensor:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from curvature.matrices.per_sample import Examples
+from curvature.matrices.examples import Examples
 from curvature.matrices.problem import Evaluation, Problem
 from solvers import BlockDiagonal, LinearOperator, Place
 
@@ -58,7 +58,7 @@ BlockRows = Tensor | Truncated
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class QueryRows:
     """The preconditioned gradients of all queries.
 
     Attributes:
@@ -98,7 +98,7 @@ class Rows:
         return out
 
 
-def precondition(queries: Problem, inverse: LinearOperator, rank: int | None) -> Rows:
+def precondition(queries: Problem, inverse: LinearOperator, rank: int | None) -> QueryRows:
     """The gradients of the queries times the inverse.
 
     Args:
@@ -110,7 +110,7 @@ def precondition(queries: Problem, inverse: LinearOperator, rank: int | None) ->
         rows: list[Tensor] = []
         for_gradients(queries, "queries", lambda gradients: rows.append(inverse @ gradients.to(inverse.dtype)))
         flat = torch.cat(rows)
-        return Rows(len(flat), flat, {}, {}, {})
+        return QueryRows(len(flat), flat, {}, {}, {})
     assert isinstance(inverse, BlockDiagonal)
     kept: dict[Place, list[BlockRows]] = {place: [] for place in inverse.places}
     lost: dict[Place, list[Tensor]] = {place: [] for place in inverse.places}
@@ -127,7 +127,7 @@ def precondition(queries: Problem, inverse: LinearOperator, rank: int | None) ->
 
     for_gradients(queries, "queries", add)
     pieces = {place: _joined(parts) for place, parts in kept.items()}
-    return Rows(
+    return QueryRows(
         number,
         None,
         pieces,
@@ -140,7 +140,7 @@ def precondition(queries: Problem, inverse: LinearOperator, rank: int | None) ->
 
 
 def truncated(rows: Tensor, rank: int) -> BlockRows:
-    """Rows of a block ``(Q, *block)`` by their leading singular vectors, or whole where these would take more."""
+    """QueryRows of a block ``(Q, *block)`` by their leading singular vectors, or whole where these would take more."""
     return Truncated.of(rows, rank) if _gains(tuple(rows.shape[1:]), rank) else rows.clone()
 
 

@@ -11,16 +11,12 @@ from torch import Tensor
 
 from curvature.estimation.accumulation import Accumulation
 from curvature.estimation.checkpoint import Checkpoint
-from curvature.estimation.collector import Collector
 from curvature.influences.products import by_example, by_position
-from curvature.influences.rows import Rows
-from curvature.layers.block import Block, Place
-from curvature.layers.samples import Samples
-from curvature.losses.signals import Signals
-from curvature.matrices.per_sample import Examples, KeptSamples
+from curvature.influences.rows import QueryRows
+from curvature.layers.block import Place
+from curvature.matrices.examples import Examples, Keeper
 from curvature.matrices.problem import Evaluation, Problem
 from curvature.model.data import untouched
-from curvature.structures.estimator import Form
 from solvers import Place as AnyPlace
 
 
@@ -115,7 +111,9 @@ def walk(problem: Problem, found: Found, use: Callable[[Evaluation], Any], title
         run.finish(start)
 
 
-def scores(problem: Problem, rows: Rows, positions: bool, joint: bool, file: Checkpoint | None, title: str) -> Found:
+def scores(
+    problem: Problem, rows: QueryRows, positions: bool, joint: bool, file: Checkpoint | None, title: str
+) -> Found:
     """Inner products of the rows with the gradient of every training example.
 
     Args:
@@ -128,12 +126,12 @@ def scores(problem: Problem, rows: Rows, positions: bool, joint: bool, file: Che
     """
     found = Found(problem)
     sizes = {name: p.numel() for name, p in problem.parameters.items()}
-    kept = _Kept(problem, joint)
+    keeper = Keeper(problem.parameters, joint)
 
     def visit(evaluation: Evaluation) -> None:
         examples = Examples.of(evaluation)
         found.begin(evaluation, examples.number)
-        for block, parts in kept.samples(examples):
+        for block, parts in keeper.samples(examples, [examples.terms.gradient()]):
             place: AnyPlace = Place.of(block, problem.parameters.starts, sizes)
             at = rows.at(place)
             split = _joined([by_position(samples, at) for samples in parts]) if positions else None
@@ -145,27 +143,6 @@ def scores(problem: Problem, rows: Rows, positions: bool, joint: bool, file: Che
 
     walk(problem, found, visit, title, file)
     return found
-
-
-class _Kept:
-    """What the gradients of examples are made of, block by block."""
-
-    def __init__(self, problem: Problem, joint: bool) -> None:
-        self.blocks: list[KeptSamples] = []
-        self.collector = Collector(problem.parameters, self._make, joint=joint)
-
-    def _make(self, block: Block, form: Form) -> KeptSamples:
-        self.blocks.append(KeptSamples(block))
-        return self.blocks[-1]
-
-    def samples(self, examples: Examples) -> list[tuple[Block, list[Samples]]]:
-        """The samples of a batch; their rows are its examples."""
-        signals = Signals.of(examples.terms, "empirical", batch=examples.batch, given=(examples.terms.gradient(),))
-        for entry in self.blocks:
-            entry.discard()
-        self.collector.collect(examples.recorder, examples.output, signals)
-        self.collector.forget()
-        return [(entry.block, entry.samples) for entry in self.blocks if entry.samples]
 
 
 def _joined(parts: list[Tensor | None]) -> Tensor | None:

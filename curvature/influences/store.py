@@ -13,7 +13,7 @@ from curvature.model.data import Batch
 from solvers import LinearOperator, state
 
 
-class Store:
+class InfluenceStore:
     """Files of one folder, which is made if its parent exists.
 
     Args:

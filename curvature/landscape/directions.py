@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from curvature.matrices.dataset_operator import MEMORY
 from curvature.matrices.hessian import Hessian
-from curvature.matrices.problem import Problem
+from curvature.matrices.problem import Problem, gradient
 from curvature.model.parameters import Parameters
 from curvature.model.wrappers import unwrapped
 from solvers import Eigenpairs, eigsh
@@ -120,7 +119,7 @@ def _found(problem: Problem, entries: Sequence[Any], generator: torch.Generator,
     wanted = [i for i, entry in enumerate(entries) if isinstance(entry, str) and entry == "eigenvector"]
     found: dict[int, Direction] = {}
     if wanted:
-        pairs = eigsh(Hessian(problem, problem.parameters, problem.parameters, None, MEMORY), len(wanted))
+        pairs = eigsh(Hessian(problem), len(wanted))
         found = {i: _eigenvector(pairs, rank, problem.parameters) for rank, i in enumerate(wanted)}
     for i, entry in enumerate(entries):
         if i not in found:
@@ -160,19 +159,6 @@ def _direction(
     raise TypeError(
         f"a direction is one of {', '.join(map(repr, KINDS))}, a vector, a model or a state dict; got {entry!r}."
     )
-
-
-def gradient(problem: Problem) -> Tensor:
-    """Gradient of the loss over all data, ``(P,)``."""
-    parameters = problem.parameters
-    total = torch.zeros(parameters.size, dtype=parameters.dtype, device=parameters.device)
-
-    def add(evaluation: Any) -> None:
-        pieces = torch.autograd.grad(evaluation.loss(), list(parameters.values()), allow_unused=True)
-        filled = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters.values(), pieces, strict=True)]
-        total.add_(parameters.flatten(dict(zip(parameters, filled, strict=True))))
-
-    return total / problem.visit(add, "gradient")
 
 
 def matching(

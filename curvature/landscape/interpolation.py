@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from curvature.landscape.directions import matching
-from curvature.landscape.objective import Metrics, Objective
+from curvature.landscape.metrics import ByMetric, Metrics
+from curvature.landscape.objective import Objective
 from curvature.losses import ClassDim
 from curvature.model.data import Data, Output
 from curvature.model.wrappers import unwrapped
@@ -20,7 +21,7 @@ PathBuffers = Literal["interpolate", "recompute", "keep"]
 
 
 @dataclass(frozen=True, eq=False)
-class Interpolation:
+class Interpolation(ByMetric):
     r"""Numbers along the segment between two models.
 
     Attributes:
@@ -38,11 +39,6 @@ class Interpolation:
     metric: str
 
     @property
-    def values(self) -> Tensor:
-        """The numbers of :attr:`metric` along the segment ``(T,)``."""
-        return self.metrics[self.metric]
-
-    @property
     def barrier(self) -> float:
         r"""Barrier :math:`\max_t L(t) - [(1-t) L(0) + t L(1)]` of the segment; at least 0, for t = 0 counts."""
         return barrier(self.t, self.values)
@@ -53,16 +49,6 @@ class Interpolation:
             raise ValueError(f"around must be 'a' or 'b', got {around!r}.")
         curves = self.from_a if around == "a" else self.from_b
         return {layer: barrier(self.t, found[self.metric]) for layer, found in curves.items()}
-
-    def of(self, metric: str) -> Interpolation:
-        """The same path, showing another of its metrics.
-
-        Raises:
-            KeyError: If there is none of that name.
-        """
-        if metric not in self.metrics:
-            raise KeyError(f"there is no metric {metric!r}; there are {', '.join(self.metrics)}.")
-        return replace(self, metric=metric)
 
 
 def barrier(t: Tensor, values: Tensor) -> float:

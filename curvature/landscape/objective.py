@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from curvature.estimation.dataset import terms_of
+from curvature.landscape.metrics import Metric, Metrics, by_name
 from curvature.layers.recorder import batch_size
 from curvature.losses import ClassDim, Terms
 from curvature.matrices.problem import Problem
@@ -19,9 +20,6 @@ from curvature.model.data import Data, Output, call, inspection, to_device
 from curvature.model.parameters import Parameters
 from curvature.model.settings import own_buffers, random_state, set_random_state
 
-#: A number of a model and its data; ``None`` stands for the loss.
-Metric = Callable[[nn.Module, Any], Any]
-Metrics = Metric | Mapping[str, Metric | None] | None
 Buffers = Literal["keep", "recompute"]
 
 
@@ -60,7 +58,7 @@ class Objective:
         class_dim: ClassDim = None,
         buffers: Buffers = "keep",
     ) -> None:
-        self.metrics = _named(metric)
+        self.metrics = by_name(metric)
         if buffers not in ("keep", "recompute"):
             raise ValueError(f"buffers must be 'keep' or 'recompute', got {buffers!r}.")
         self.model, self.data, self.buffers = model, data, buffers
@@ -146,19 +144,6 @@ class Objective:
         if terms.reduction == "mean":
             expected = expected / terms.total
         return bool(torch.isclose(value.double(), expected.double(), rtol=torch.finfo(value.dtype).eps ** 0.5))
-
-
-def _named(metric: Metrics) -> dict[str, Metric | None]:
-    if metric is None:
-        return {"loss": None}
-    found = dict(metric) if isinstance(metric, Mapping) else {getattr(metric, "__name__", "metric"): metric}
-    wrong = {name: value for name, value in found.items() if not (value is None or callable(value))}
-    if wrong or not found:
-        raise TypeError(
-            f"metric must be a function of model and data, or a mapping of such functions (None for the loss), got "
-            f"{wrong or metric!r}."
-        )
-    return {str(name): value for name, value in found.items()}
 
 
 def recompute_statistics(model: nn.Module, problem: Problem, device: torch.device) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from curvature.landscape.directions import span_of
-from curvature.landscape.objective import Buffers, Metrics, Objective
+from curvature.landscape.metrics import ByMetric, Metrics
+from curvature.landscape.objective import Buffers, Objective
 from curvature.losses import ClassDim
 from curvature.model.data import Data, Output
 from curvature.model.wrappers import unwrapped
@@ -18,7 +19,7 @@ from solvers.outcome.progress import progress_bar
 
 
 @dataclass(frozen=True, eq=False)
-class Surface:
+class Surface(ByMetric):
     """Numbers on a grid of points ``theta + alpha u + beta v``.
 
     Attributes:
@@ -40,24 +41,9 @@ class Surface:
     marks: Mapping[str, tuple[float, float]]
 
     @property
-    def values(self) -> Tensor:
-        """The numbers of :attr:`metric`."""
-        return self.metrics[self.metric]
-
-    @property
     def finite(self) -> Tensor:
         """Where the numbers are finite; boolean, shaped as :attr:`values`."""
         return torch.isfinite(self.values)
-
-    def of(self, metric: str) -> Surface:
-        """The same surface, showing another of its metrics.
-
-        Raises:
-            KeyError: If there is none of that name.
-        """
-        if metric not in self.metrics:
-            raise KeyError(f"there is no metric {metric!r}; there are {', '.join(self.metrics)}.")
-        return replace(self, metric=metric)
 
 
 def surface(

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvature.matrices.per_sample import one_batch
-from curvature.matrices.problem import Evaluation
+from curvature.matrices.problem import Evaluation, one_batch
 from curvature.model.data import Batch, Output
 from curvature.model.pullback import Pullback, refuse_differentiated_once
 from curvature.model.settings import settings

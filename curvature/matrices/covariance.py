@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from curvature.losses import ClassDim
-from curvature.matrices.fisher import Structure, fisher
-from curvature.matrices.per_sample import refuse_sums
-from curvature.matrices.problem import Evaluation, Problem
+from curvature.matrices.problem import Evaluation, Problem, gradient_of, refuse_sums
+from curvature.matrices.request import Request, Structure
 from curvature.model.data import Data, Output
+from curvature.structures.blocks import BLOCKS
 from solvers import BlockDiagonal, Dense, Diagonal, Flattened, LinearOperator, LowRank
 from solvers.precision import working_dtype
 
@@ -48,8 +49,9 @@ def gradient_covariance(
         loss_fn: The loss module.
         data: One batch ``(x, y)`` or a re-iterable of batches.
         centered: Subtract the mean gradient.
-        structure: As for :func:`curvature.fisher`; ``"full"``, ``"dense"``, ``"layer"``, ``"unit"`` or ``"diagonal"``
-            where centered, since the others do not hold the rank-one difference.
+        structure: As for :func:`curvature.fisher`, curvatures being of kind ``"empirical"``; ``"full"``, ``"dense"``,
+            ``"layer"``, ``"unit"`` or ``"diagonal"`` where centered, since the others do not hold the rank-one
+            difference.
         params: Names, globs or tensors that restrict the parameters.
         output: Picks the output tensor where the model does not return a tensor.
         class_dim: Class axis of the output where the shapes leave it open; by key for a sum of losses.
@@ -62,28 +64,24 @@ def gradient_covariance(
     Raises:
         ValueError: If the structure cannot be centered.
     """
-    if centered and structure not in CENTERED:
+    if centered and not _can_be_centered(structure):
         raise ValueError(
             f"structure={structure!r} cannot be centered: the difference is no longer of that structure. Pass "
-            "centered=False, or structure='full', 'dense', 'layer', 'unit' or 'diagonal'."
+            f"centered=False, or one of {', '.join(map(repr, CENTERED))}."
         )
-    uncentered = fisher(
-        model,
-        loss_fn,
-        data,
-        kind="empirical",
-        structure=structure,
-        params=params,
-        output=output,
-        class_dim=class_dim,
-        progress=progress,
-        **options,
-    )
+    request = Request(model, loss_fn, data, params, output, class_dim, progress)
+    uncentered = request.matrix(structure, "empirical", options=options)
     if not centered:
         return uncentered
-    problem = Problem(model, loss_fn, data, params=params, output=output, class_dim=class_dim, progress=progress)
+    problem = request.problem()
     refuse_sums(problem)
     return _minus_outer(uncentered, _root_of_mean(problem).to(uncentered.dtype))
+
+
+def _can_be_centered(structure: Any) -> bool:
+    if isinstance(structure, Mapping):
+        return all(map(_can_be_centered, structure.values()))
+    return structure in CENTERED or type(structure) in [BLOCKS[name] for name in CENTERED if name in BLOCKS]
 
 
 def _root_of_mean(problem: Problem) -> Tensor:
@@ -94,10 +92,7 @@ def _root_of_mean(problem: Problem) -> Tensor:
 
     def add(evaluation: Evaluation) -> None:
         assert evaluation.terms is not None
-        signal = evaluation.terms.gradient()
-        gradient = torch.autograd.grad(evaluation.output, list(p.values()), signal, allow_unused=True)
-        pairs = zip(p.items(), gradient, strict=True)
-        total.add_(p.flatten({name: torch.zeros_like(q) if g is None else g for (name, q), g in pairs}))
+        total.add_(p.flatten(gradient_of(evaluation.output, p, evaluation.terms.gradient())))
         terms.add_(evaluation.terms.mask.sum())
 
     divisor = problem.visit(add, "mean gradient")

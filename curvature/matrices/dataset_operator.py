@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self, TypedDict
 
 import torch
 from torch import Tensor
 
+from curvature.losses import ClassDim
 from curvature.matrices.problem import Evaluation, Problem
+from curvature.model.data import Output
 from curvature.model.parameters import Parameters
 from curvature.model.settings import settings
 from solvers import LinearOperator, StructureError
@@ -26,6 +28,17 @@ SMALL = {"cpu": 1 << 21, "cuda": 1 << 26}
 Product = Callable[[Sequence[Tensor], bool], list[Tensor]]
 
 
+class MatrixArguments(TypedDict, total=False):
+    """Keywords that every matrix of a loss over data takes, for editors and type checkers."""
+
+    params: Any
+    output: Output | None
+    class_dim: ClassDim
+    progress: bool | None
+    keep_graph: bool | None
+    memory: int
+
+
 class DatasetOperator(LinearOperator):
     """A matrix between flat parameter vectors: a sum over batches, known by its products.
 
@@ -34,18 +47,21 @@ class DatasetOperator(LinearOperator):
 
     Args:
         problem: The loss over the data.
-        rows: Parameters of the result.
-        columns: Parameters of the vectors it acts on.
         keep_graph: Keep the graphs of all batches between products: a product then costs no forward pass, and the
             memory of the batches' activations stays taken as long as the operator lives. ``None`` keeps the graph
             if the data are one batch.
         memory: Bytes that intermediate results of a block of vectors may take.
+
+    Attributes:
+        rows: Parameters of the result.
+        columns: Parameters of the vectors it acts on.
     """
 
-    def __init__(
-        self, problem: Problem, rows: Parameters, columns: Parameters, keep_graph: bool | None, memory: int
-    ) -> None:
-        self.problem, self.rows, self.columns = problem, rows, columns
+    #: Name of the matrix, as people read it and files of resumable runs hold it.
+    title: ClassVar[str]
+
+    def __init__(self, problem: Problem, *, keep_graph: bool | None = None, memory: int = MEMORY) -> None:
+        self.problem, self.rows, self.columns = problem, problem.parameters, problem.parameters
         self.keep_graph = problem.single if keep_graph is None else keep_graph
         self.memory = memory
         self._kept: list[tuple[Product, int]] | None = None
@@ -164,7 +180,7 @@ class DatasetOperator(LinearOperator):
                 kept.append((product, evaluation.nbytes))
 
         self.begin()
-        self._total = self.problem.visit(visit, type(self).__name__, count=vectorized or self.keep_graph)
+        self._total = self.problem.visit(visit, self.title, count=vectorized or self.keep_graph)
         if self.keep_graph:
             self._kept = kept
 
@@ -179,4 +195,4 @@ class DatasetOperator(LinearOperator):
         return nbytes + 4 * self.columns.size > SMALL.get(self.device.type, SMALL["cuda"])
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.shape[0]}x{self.shape[1]})"
+        return f"{self.title}({self.shape[0]}x{self.shape[1]})"

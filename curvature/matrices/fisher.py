@@ -2,76 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, overload
+from typing import Any, Literal, Unpack, overload
 
 import torch
 from torch import nn
 
 from curvature.estimation.checkpoint import Resume
-from curvature.estimation.dataset import estimate
 from curvature.losses import ClassDim
-from curvature.losses.signals import FisherKind, check_kind
-from curvature.matrices.full import GaussNewton
-from curvature.matrices.low_rank import dense, low_rank
-from curvature.matrices.problem import Problem
+from curvature.losses.signals import FisherKind
+from curvature.matrices.full import GaussNewtonOperator
+from curvature.matrices.request import Arguments, Request, Structure
 from curvature.model.data import Data, Output
-from curvature.structures.by_name import BLOCKS
-from curvature.structures.estimator import Curvature
-from curvature.structures.mixed import Mixed, Rules
+from curvature.structures.by_name import kind_of
 from solvers import LinearOperator
 
-Structure = Literal["full", "dense", "low_rank", "layer", "unit", "diagonal", "kfac", "ekfac", "tnt", "foof"]
-#: Structures of the whole matrix -> what makes them, from the problem, the kind, and the structure's options.
-WHOLE: dict[str, Callable[..., LinearOperator]] = {
-    "full": GaussNewton,
-    "dense": dense,
-    "low_rank": low_rank,
-}
-
 
 @overload
 def fisher(
-    model: nn.Module,
-    loss_fn: Any,
-    data: Data,
-    *,
-    structure: Literal["full"],
-    kind: FisherKind = ...,
-    samples: int = ...,
-    generator: torch.Generator | None = ...,
-    params: Any = ...,
-    output: Output | None = ...,
-    class_dim: ClassDim = ...,
-    resume: Resume | None = ...,
-    progress: bool | None = ...,
-    **options: Any,
-) -> GaussNewton: ...
+    model: nn.Module, loss_fn: Any, data: Data, *, structure: Literal["full"] = ..., **options: Unpack[Arguments]
+) -> GaussNewtonOperator: ...
 @overload
 def fisher(
-    model: nn.Module,
-    loss_fn: Any,
-    data: Data,
-    *,
-    kind: FisherKind = ...,
-    structure: Structure | Rules = ...,
-    samples: int = ...,
-    generator: torch.Generator | None = ...,
-    params: Any = ...,
-    output: Output | None = ...,
-    class_dim: ClassDim = ...,
-    resume: Resume | None = ...,
-    progress: bool | None = ...,
-    **options: Any,
+    model: nn.Module, loss_fn: Any, data: Data, *, structure: Structure, **options: Unpack[Arguments]
 ) -> LinearOperator: ...
 def fisher(
     model: nn.Module,
     loss_fn: Any,
     data: Data,
     *,
-    kind: FisherKind = "mc",
-    structure: Structure | Rules = "kfac",
-    samples: int = 1,
+    structure: Structure = "full",
+    kind: FisherKind | None = None,
+    samples: int | None = None,
     generator: torch.Generator | None = None,
     params: Any = None,
     output: Output | None = None,
@@ -97,9 +58,11 @@ def fisher(
         model: Any module; evaluated in its current mode.
         loss_fn: The loss module.
         data: One batch ``(x, y)`` or a re-iterable of batches.
-        kind: ``"exact"``, ``"mc"`` or ``"empirical"``.
-        structure: See below; or ``{rule: structure}`` for parts of the model, see :class:`curvature.Mixed`.
-        samples: Draws per batch for ``"mc"``.
+        structure: A name of the table below; a curvature, which has options of its own, such as
+            ``KroneckerFisher(sharing="reduce")``; or ``{rule: structure}`` for parts of the model, see
+            :class:`curvature.Mixed`.
+        kind: ``"exact"``, ``"mc"`` or ``"empirical"``; by default that of a curvature, and ``"mc"`` for a name.
+        samples: Draws per batch for ``"mc"``; by default those of a curvature, and 1 for a name.
         generator: Source of the draws; a fresh one seeded with 0 by default.
         params: Names, globs or tensors that restrict the parameters.
         output: Picks the output tensor where the model does not return a tensor.
@@ -128,35 +91,10 @@ def fisher(
         Operator on the flat parameter vector.
 
     Raises:
-        ValueError: If the structure or kind is unknown, the matrix does not fit the memory it may take, or ``resume``
-            is given for a structure of the whole matrix.
+        ValueError: If the structure or kind is unknown, a curvature says another kind or number of samples than the
+            call, the matrix does not fit the memory it may take, or ``resume`` is given for a structure of the whole
+            matrix.
         CheckpointError: If the file of ``resume`` belongs to another problem.
     """
-    check_kind(kind)
-    if isinstance(structure, str) and structure in WHOLE:
-        if resume is not None:
-            raise ValueError(
-                f"structure={structure!r} keeps no sums over the batches, so there is nothing to resume. Leave resume "
-                "out; eigenvalues of a long run are kept by curvature.resumable_eigsh."
-            )
-        problem = Problem(model, loss_fn, data, params=params, output=output, class_dim=class_dim, progress=progress)
-        return WHOLE[structure](problem, kind, samples=samples, generator=generator, **options)
-    curvature: Curvature
-    if isinstance(structure, Mapping):
-        curvature = Mixed(structure, kind, samples, **options)
-    elif structure in BLOCKS:
-        curvature = BLOCKS[structure](kind, samples, **options)
-    else:
-        raise ValueError(f"structure must be one of {sorted([*BLOCKS, *WHOLE])} or rules, got {structure!r}.")
-    return estimate(
-        model,
-        loss_fn,
-        data,
-        curvature,
-        params=params,
-        output=output,
-        class_dim=class_dim,
-        generator=generator,
-        resume=resume,
-        progress=progress,
-    )
+    request = Request(model, loss_fn, data, params, output, class_dim, progress)
+    return request.matrix(structure, kind_of(structure, kind, "mc"), samples, generator, resume, options)

@@ -14,7 +14,7 @@ from curvature.matrices.jacobian import Linearization, Mode, check_mode
 from curvature.matrices.problem import Evaluation, Problem
 
 
-class GaussNewton(DatasetOperator):
+class GaussNewtonOperator(DatasetOperator):
     r"""Matrix-free :math:`w \sum_t J_t^\top B_t J_t` over the terms of the loss; made by ``ggn`` and ``fisher``.
 
     A product costs a Jacobian-vector product, the arithmetic on the outputs, and a vector-Jacobian product: about two
@@ -29,6 +29,8 @@ class GaussNewton(DatasetOperator):
         mode: How Jacobian-vector products are taken: ``"reverse"`` or ``"forward"``; ``"auto"`` before the first.
     """
 
+    title = "GaussNewton"
+
     def __init__(
         self,
         problem: Problem,
@@ -41,7 +43,7 @@ class GaussNewton(DatasetOperator):
         mode: Mode = "auto",
     ) -> None:
         check_mode(mode)
-        super().__init__(problem, problem.parameters, problem.parameters, keep_graph, memory)
+        super().__init__(problem, keep_graph=keep_graph, memory=memory)
         self.kind, self.samples, self.mode = kind, samples, mode
         generator = generator or torch.Generator(device=self.device).manual_seed(0)
         # The draws of every pass start here; whoever draws next from the user's generator gets others.

@@ -2,62 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Any, Literal, Unpack, overload
 
 import torch
 from torch import nn
 
 from curvature.estimation.checkpoint import Resume
 from curvature.losses import ClassDim
-from curvature.matrices.fisher import Structure, fisher
-from curvature.matrices.full import GaussNewton
+from curvature.losses.signals import FisherKind
+from curvature.matrices.full import GaussNewtonOperator
+from curvature.matrices.request import Arguments, Request, Structure
 from curvature.model.data import Data, Output
-from curvature.structures.mixed import Rules
+from curvature.structures.by_name import kind_of
 from solvers import LinearOperator
 
 
 @overload
 def ggn(
-    model: nn.Module,
-    loss_fn: Any,
-    data: Data,
-    *,
-    structure: Literal["full"] = ...,
-    kind: Literal["exact", "mc"] = ...,
-    samples: int = ...,
-    generator: torch.Generator | None = ...,
-    params: Any = ...,
-    output: Output | None = ...,
-    class_dim: ClassDim = ...,
-    resume: Resume | None = ...,
-    progress: bool | None = ...,
-    **options: Any,
-) -> GaussNewton: ...
+    model: nn.Module, loss_fn: Any, data: Data, *, structure: Literal["full"] = ..., **options: Unpack[Arguments]
+) -> GaussNewtonOperator: ...
 @overload
 def ggn(
-    model: nn.Module,
-    loss_fn: Any,
-    data: Data,
-    *,
-    structure: Structure | Rules,
-    kind: Literal["exact", "mc"] = ...,
-    samples: int = ...,
-    generator: torch.Generator | None = ...,
-    params: Any = ...,
-    output: Output | None = ...,
-    class_dim: ClassDim = ...,
-    resume: Resume | None = ...,
-    progress: bool | None = ...,
-    **options: Any,
+    model: nn.Module, loss_fn: Any, data: Data, *, structure: Structure, **options: Unpack[Arguments]
 ) -> LinearOperator: ...
 def ggn(
     model: nn.Module,
     loss_fn: Any,
     data: Data,
     *,
-    structure: Structure | Rules = "full",
-    kind: Literal["exact", "mc"] = "exact",
-    samples: int = 1,
+    structure: Structure = "full",
+    kind: FisherKind | None = None,
+    samples: int | None = None,
     generator: torch.Generator | None = None,
     params: Any = None,
     output: Output | None = None,
@@ -81,8 +56,9 @@ def ggn(
         loss_fn: The loss module.
         data: One batch ``(x, y)`` or a re-iterable of batches.
         structure: ``"full"`` is matrix-free; see :func:`curvature.fisher` for the others.
-        kind: ``"exact"``, or ``"mc"`` for an unbiased estimate from draws of the model's own distribution.
-        samples: Draws per batch for ``"mc"``.
+        kind: ``"exact"``, or ``"mc"`` for an unbiased estimate from draws of the model's own distribution; by default
+            that of a curvature, and ``"exact"`` for a name.
+        samples: Draws per batch for ``"mc"``; by default those of a curvature, and 1 for a name.
         generator: Source of the draws; a fresh one seeded with 0 by default.
         params: Names, globs or tensors that restrict the parameters.
         output: Picks the output tensor where the model does not return a tensor.
@@ -102,23 +78,11 @@ def ggn(
     References:
         Schraudolph (2002), "Fast curvature matrix-vector products"; Martens (2020), https://arxiv.org/abs/1412.1193
     """
-    if kind not in ("exact", "mc"):
+    chosen = kind_of(structure, kind, "exact")
+    if chosen == "empirical":
         raise ValueError(
-            f"kind must be 'exact' or 'mc', got {kind!r}. The empirical Fisher is no Gauss-Newton matrix; it is "
+            "kind must be 'exact' or 'mc', got 'empirical'. The empirical Fisher is no Gauss-Newton matrix; it is "
             "curvature.fisher(..., kind='empirical')."
         )
-    return fisher(
-        model,
-        loss_fn,
-        data,
-        kind=kind,
-        structure=structure,
-        samples=samples,
-        generator=generator,
-        params=params,
-        output=output,
-        class_dim=class_dim,
-        resume=resume,
-        progress=progress,
-        **options,
-    )
+    request = Request(model, loss_fn, data, params, output, class_dim, progress)
+    return request.matrix(structure, chosen, samples, generator, resume, options)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from itertools import groupby
-from typing import Any, Literal, get_args, overload
+from typing import Any, Literal, Unpack, get_args, overload
 
 import torch
 from torch import Tensor, nn
 
 from curvature.losses import ClassDim
-from curvature.matrices.dataset_operator import MEMORY, DatasetOperator, Product
-from curvature.matrices.problem import Evaluation, Problem
+from curvature.matrices.dataset_operator import MEMORY, DatasetOperator, MatrixArguments, Product
+from curvature.matrices.problem import Evaluation, Problem, gradient_of
 from curvature.model.data import Data, Output
 from curvature.model.parameters import Parameters
 from curvature.model.pullback import Pullback, refuse_differentiated_once
@@ -22,22 +22,17 @@ HessianStructure = Literal["full", "dense", "layer", "diagonal"]
 class Hessian(DatasetOperator):
     """Matrix-free Hessian on the flat parameter vector, by reverse over reverse; made by :func:`hessian`."""
 
+    title = "Hessian"
+
     def record(self, evaluation: Evaluation) -> Product:
         return second_derivative(self.gradient(evaluation), self.rows, self.columns)
 
     def gradient(self, evaluation: Evaluation) -> dict[str, Tensor]:
         """Gradient with respect to the columns, with its graph; zeros for parameters the loss does not use."""
-        loss = evaluation.loss()
-        if not loss.requires_grad:
-            raise ValueError(
-                "the loss does not depend on the model's parameters: the model runs under no_grad, or its output is "
-                "detached."
-            )
-        gradient = torch.autograd.grad(loss, list(self.columns.values()), create_graph=True, allow_unused=True)
+        gradient = gradient_of(evaluation.loss(), self.columns, create_graph=True)
         if evaluation.first:
-            refuse_differentiated_once(g for g in gradient if g is not None)
-        pairs = zip(self.columns.items(), gradient, strict=True)
-        return {name: torch.zeros_like(p) if g is None else g for (name, p), g in pairs}
+            refuse_differentiated_once(gradient.values())
+        return gradient
 
     def exact_diagonal(self) -> Tensor:
         """Exact diagonal ``(P,)``, by one product per parameter, each within its tensor.
@@ -103,31 +98,11 @@ def second_derivative(gradient: dict[str, Tensor], rows: Parameters, columns: Pa
 
 @overload
 def hessian(
-    model: nn.Module,
-    loss_fn: Any,
-    data: Data,
-    *,
-    structure: Literal["full"] = ...,
-    params: Any = ...,
-    output: Output | None = ...,
-    class_dim: ClassDim = ...,
-    keep_graph: bool | None = ...,
-    memory: int = ...,
-    progress: bool | None = ...,
+    model: nn.Module, loss_fn: Any, data: Data, *, structure: Literal["full"] = ..., **options: Unpack[MatrixArguments]
 ) -> Hessian: ...
 @overload
 def hessian(
-    model: nn.Module,
-    loss_fn: Any,
-    data: Data,
-    *,
-    structure: HessianStructure,
-    params: Any = ...,
-    output: Output | None = ...,
-    class_dim: ClassDim = ...,
-    keep_graph: bool | None = ...,
-    memory: int = ...,
-    progress: bool | None = ...,
+    model: nn.Module, loss_fn: Any, data: Data, *, structure: HessianStructure, **options: Unpack[MatrixArguments]
 ) -> LinearOperator: ...
 def hessian(
     model: nn.Module,
@@ -187,7 +162,7 @@ def hessian(
     problem = Problem(
         model, loss_fn, data, params=params, output=output, class_dim=class_dim, progress=progress, opaque=True
     )
-    full = Hessian(problem, problem.parameters, problem.parameters, keep_graph, memory)
+    full = Hessian(problem, keep_graph=keep_graph, memory=memory)
     match structure:
         case "full":
             return full

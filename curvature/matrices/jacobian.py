@@ -13,7 +13,8 @@ from torch.func import functional_call, jvp, vmap
 
 from curvature.estimation.dataset import record
 from curvature.layers.recorder import Recorder
-from curvature.matrices.per_sample import Examples
+from curvature.matrices.examples import Examples
+from curvature.matrices.problem import gradient_of
 from curvature.model.data import Output, call, resolve_output, to_device
 from curvature.model.parameters import Parameters
 from curvature.model.pullback import Pullback, refuse_differentiated_once
@@ -95,14 +96,9 @@ class Linearization:
         if self._pushforward is None:
             cotangent = torch.zeros_like(self.output, requires_grad=True)
             with torch.enable_grad():
-                gradient = torch.autograd.grad(
-                    self.output, list(self.columns.values()), cotangent, create_graph=True, allow_unused=True
-                )
-            refuse_differentiated_once(g for g in gradient if g is not None)
-            used = [
-                torch.zeros_like(p) if g is None else g for p, g in zip(self.columns.values(), gradient, strict=True)
-            ]
-            self._pushforward = Pullback(used, [cotangent])
+                gradient = gradient_of(self.output, self.columns, cotangent, create_graph=True)
+            refuse_differentiated_once(gradient.values())
+            self._pushforward = Pullback(list(gradient.values()), [cotangent])
         return self._pushforward(vectors, block)[0]
 
     def _push_forward(self, vectors: Sequence[Tensor], block: bool) -> Tensor:
@@ -145,9 +141,8 @@ class Linearization:
             return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
 
         u, tangent = noise(self.output.detach()), {name: noise(p.detach()) for name, p in self.columns.items()}
-        gradient = torch.autograd.grad(
-            self.output, list(self.columns.values()), u, retain_graph=True, allow_unused=True
-        )
+        inputs = list(self.columns.values())
+        gradient = torch.autograd.grad(self.output, inputs, u, retain_graph=True, allow_unused=True)
         products = [
             (g * tangent[name]).sum().double() for name, g in zip(tangent, gradient, strict=True) if g is not None
         ]

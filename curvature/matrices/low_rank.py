@@ -9,7 +9,7 @@ from torch import Tensor
 
 from curvature.layers.samples import gram
 from curvature.losses.signals import FisherKind, Signals
-from curvature.matrices.per_sample import Examples
+from curvature.matrices.examples import Examples
 from curvature.matrices.problem import Problem
 from solvers import Dense, LinearOperator, LowRank
 from solvers.precision import widen, working_dtype

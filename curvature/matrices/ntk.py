@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from curvature.layers.block import Block
 from curvature.layers.samples import Outer, Samples, gram
+from curvature.matrices.examples import Examples, inner
 from curvature.matrices.jacobian import jacobian
-from curvature.matrices.per_sample import Examples, inner
 from curvature.model.data import Output
 from curvature.model.settings import differentiable_kernels
 from solvers.precision import widen

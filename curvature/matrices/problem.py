@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from curvature.estimation.dataset import over_all_data, record, terms_of
 from curvature.layers.recorder import Recorder
 from curvature.losses import AutogradLoss, ClassDim, Loss, Terms, UnknownLossError, WeightedSum, loss_for
-from curvature.model.data import Data, Output, batches, call, is_one_batch, resolve_output, shown, to_device
+from curvature.model.data import Batch, Data, Output, batches, call, is_one_batch, resolve_output, shown, to_device
 from curvature.model.parameters import Parameters
 from curvature.model.settings import random_state, refuse_changes, settings, versions
 from solvers.precision import working_dtype
@@ -187,6 +187,72 @@ class Problem:
                 "matrix need the same numbers in every pass. curvature.check_deterministic(model, data) says what "
                 "differs (augmentation, a random sampler of a subset, a model that draws its own numbers)."
             )
+
+
+def gradient_of(
+    value: Tensor, parameters: Mapping[str, Tensor], signal: Tensor | None = None, create_graph: bool = False
+) -> dict[str, Tensor]:
+    """Gradient of a number, or of ``<signal, value>``, by parameter; zeros for those that are not used.
+
+    Raises:
+        ValueError: If there is no graph behind the value.
+    """
+    if not value.requires_grad:
+        raise ValueError(
+            "the loss does not depend on the model's parameters: the model runs under no_grad, or its output is "
+            "detached."
+        )
+    inputs = list(parameters.values())
+    gradient = torch.autograd.grad(value, inputs, signal, create_graph=create_graph, allow_unused=True)
+    pairs = zip(parameters.items(), gradient, strict=True)
+    return {name: torch.zeros_like(p) if g is None else g for (name, p), g in pairs}
+
+
+def loss_and_gradient(problem: Problem, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """The loss over all data, and its gradient ``(P,)``; summed in ``dtype``, by default that of the parameters."""
+    p = problem.parameters
+    total = torch.zeros(p.size, dtype=dtype or p.dtype, device=p.device)
+    value = torch.zeros_like(total[0])
+
+    def add(evaluation: Evaluation) -> None:
+        loss = evaluation.loss()
+        total.add_(p.flatten(gradient_of(loss, p)))
+        value.add_(loss.detach())
+
+    divisor = problem.visit(add, "loss and gradient")
+    return value / divisor, total / divisor
+
+
+def gradient(problem: Problem) -> Tensor:
+    """Gradient of the loss over all data, ``(P,)``, in the parameters' dtype."""
+    return loss_and_gradient(problem)[1]
+
+
+def refuse_sums(problem: Problem) -> None:
+    """Refuse sums of losses where the gradients of different terms are added up.
+
+    Raises:
+        TypeError: If the loss is one.
+    """
+    if isinstance(problem.loss, WeightedSum):
+        raise TypeError(
+            "gradients of single examples and their covariance are those of one loss. Take the losses of the sum "
+            f"({', '.join(map(repr, problem.loss.loss_fn.losses))}) one by one, with output= to pick what each sees."
+        )
+
+
+def one_batch(model: nn.Module, loss_fn: Any, batch: Batch, **options: Any) -> Problem:
+    """The problem of a single batch.
+
+    Raises:
+        TypeError: If there is more than one.
+    """
+    if not is_one_batch(batch):
+        raise TypeError(
+            f"expected one batch (x, y), got {type(batch).__name__}: what belongs to single examples is returned for "
+            "one batch at a time. Loop over the batches."
+        )
+    return Problem(model, loss_fn, batch, **options)
 
 
 def _fingerprint(evaluation: Evaluation) -> Tensor:

@@ -5,9 +5,9 @@ is given, or into a new figure. Nothing global is changed: colours, fonts and si
 so a dark style or a style sheet of one's own carries over.
 """
 
+from curvature.plots.history import monitor
 from curvature.plots.landscape import barriers, interpolation, layer_paths, surface, surface_3d
 from curvature.plots.layers import bars, distances, gradient_norms, shares
-from curvature.plots.monitor import monitor
 from curvature.plots.spectrum import density, eigenvalues
 from curvature.plots.training import dynamics, subspace
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from curvature.layers.block import Block
 from curvature.losses.signals import FisherKind
-from curvature.structures.by_name import BLOCKS
+from curvature.structures.blocks import BLOCKS
 from curvature.structures.estimator import Curvature, CurvatureEstimator, Form
 
 #: A module, a class of modules, or a name or glob of modules or parameters.

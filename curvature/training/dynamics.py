@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from curvature.losses import ClassDim
-from curvature.matrices.ggn import ggn
-from curvature.matrices.hessian import hessian
+from curvature.matrices.by_name import Matrix, matrix_of
 from curvature.matrices.jacobian import Jacobian, jacobian
 from curvature.model.data import Data, Output, batches
 from curvature.model.parameters import Parameters
@@ -86,7 +85,7 @@ def dynamics(
     momentum: float = 0.0,
     nesterov: bool = False,
     preconditioner: LinearOperator | None = None,
-    matrix: Literal["hessian", "ggn"] = "hessian",
+    matrix: Matrix = "hessian",
     rtol: float = 1e-3,
     max_products: int = 1000,
     previous: Dynamics | None = None,
@@ -149,8 +148,7 @@ def dynamics(
         raise ValueError("say how steps are made by one of optimizer= and lr= (with momentum=, preconditioner=).")
     if optimizer is not None and (momentum or nesterov or preconditioner is not None):
         raise ValueError("momentum, nesterov and preconditioner go with lr=; those of an optimizer are its own.")
-    if matrix not in ("hessian", "ggn"):
-        raise ValueError(f"matrix must be 'hessian' or 'ggn', got {matrix!r}.")
+    make = matrix_of(matrix)
     model = unwrapped(model)
     parameters = Parameters(model, params)
     if optimizer is not None:
@@ -158,8 +156,7 @@ def dynamics(
     else:
         assert lr is not None
         rule = gradient_descent(parameters, lr, momentum, nesterov, preconditioner)
-    make: Any = hessian if matrix == "hessian" else ggn
-    H: LinearOperator = make(model, loss_fn, data, params=params, output=output, class_dim=class_dim, progress=False)
+    H = make(model, loss_fn, data, params=params, output=output, class_dim=class_dim, progress=False)
 
     def product(x: Tensor) -> Tensor:
         y = rule.root(x)

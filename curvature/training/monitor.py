@@ -15,10 +15,9 @@ from torch import Tensor, nn
 
 import solvers
 from curvature.losses import ClassDim, NonFiniteLossError
+from curvature.matrices.by_name import Matrix, matrix_of
 from curvature.matrices.dataset_operator import DatasetOperator
-from curvature.matrices.ggn import ggn
-from curvature.matrices.hessian import hessian
-from curvature.matrices.problem import Evaluation, Problem
+from curvature.matrices.problem import loss_and_gradient
 from curvature.model.data import Data, Output, inspection
 from curvature.model.wrappers import unwrapped
 from curvature.training.factor_spectra import factor_spectra
@@ -103,7 +102,7 @@ class Monitor:
         *,
         every: int = 100,
         quantities: Sequence[Quantity] | None = None,
-        matrix: Literal["hessian", "ggn"] = "hessian",
+        matrix: Matrix = "hessian",
         k: int = 1,
         rtol: float = 1e-2,
         max_products: int = 200,
@@ -125,8 +124,7 @@ class Monitor:
                 raise ValueError(f"{name} is at least 1, not {number}.")
         if max_fraction is not None and not max_fraction > 0:
             raise ValueError(f"max_fraction is a number above 0, or None for no limit, not {max_fraction}.")
-        if matrix not in ("hessian", "ggn"):
-            raise ValueError(f"matrix must be 'hessian' or 'ggn', got {matrix!r}.")
+        self._make = matrix_of(matrix)
         self.quantities = _quantities(quantities, optimizer)
         self.model, self.loss_fn, self.data = unwrapped(model), loss_fn, data
         self.every, self.matrix, self.k, self.rtol, self.samples = every, matrix, k, rtol, samples
@@ -218,13 +216,12 @@ class Monitor:
         return False
 
     def _of_loss(self) -> Row:
-        make: Callable[..., DatasetOperator] = hessian if self.matrix == "hessian" else ggn
-        op = make(self.model, self.loss_fn, self.data, progress=False, **self._options)
+        op = self._make(self.model, self.loss_fn, self.data, progress=False, **self._options)
         try:
-            loss, gradient = _loss_and_gradient(op.problem)
+            loss, gradient = loss_and_gradient(op.problem, torch.float64)
         except NonFiniteLossError:
             return {"loss": nan}  # the run has diverged; whether to stop it is not for the monitor to say
-        row: Row = {"loss": loss, "gradient_norm": float(torch.linalg.vector_norm(gradient))}
+        row: Row = {"loss": float(loss), "gradient_norm": float(torch.linalg.vector_norm(gradient))}
         products = 0
         if "sharpness" in self.quantities:
             pairs = self._eigenpairs(op)
@@ -305,20 +302,3 @@ def _mode(model: nn.Module, eval_mode: bool) -> Iterator[None]:
     finally:
         for module, training in before:
             module.training = training
-
-
-def _loss_and_gradient(problem: Problem) -> tuple[float, Tensor]:
-    """The loss over the data, and its gradient ``(P,)`` in float64."""
-    parameters = problem.parameters
-    total = torch.zeros(parameters.size, dtype=torch.float64, device=parameters.device)
-    value = torch.zeros_like(total[0])
-
-    def add(evaluation: Evaluation) -> None:
-        loss = evaluation.loss()
-        gradient = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-        pairs = zip(parameters.items(), gradient, strict=True)
-        total.add_(parameters.flatten({n: torch.zeros_like(p) if g is None else g for (n, p), g in pairs}))
-        value.add_(loss.detach())
-
-    divisor = problem.visit(add, "loss and gradient")
-    return float(value / divisor), total / divisor

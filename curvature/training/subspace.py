@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from curvature.landscape.directions import gradient
 from curvature.losses import ClassDim
+from curvature.matrices.by_name import Matrix, matrix_of
 from curvature.matrices.dataset_operator import DatasetOperator
-from curvature.matrices.ggn import ggn
-from curvature.matrices.hessian import hessian
+from curvature.matrices.problem import gradient
 from curvature.model.data import Data, Output
 from solvers import Eigenpairs, NotConvergedWarning, eigsh
 
@@ -136,7 +135,7 @@ class Subspace:
         data: Data,
         k: int = 10,
         *,
-        matrix: Literal["hessian", "ggn"] = "hessian",
+        matrix: Matrix = "hessian",
         rtol: float = 1e-3,
         max_products: int = 1000,
         params: Any = None,
@@ -145,10 +144,9 @@ class Subspace:
         generator: torch.Generator | None = None,
         progress: bool | None = None,
     ) -> None:
-        if matrix not in ("hessian", "ggn"):
-            raise ValueError(f"matrix must be 'hessian' or 'ggn', got {matrix!r}.")
         if not isinstance(k, int) or k < 1:
             raise ValueError(f"k is the dimension of the space, a whole number of at least 1, got {k!r}.")
+        self._make = matrix_of(matrix)
         self.model, self.loss_fn, self.data, self.k, self.matrix = model, loss_fn, data, k, matrix
         self.rtol, self.max_products, self.progress = rtol, max_products, progress
         self.generator = generator or torch.Generator().manual_seed(0)
@@ -167,8 +165,7 @@ class Subspace:
         Raises:
             ValueError: If there are fewer than k parameters.
         """
-        make: Any = hessian if self.matrix == "hessian" else ggn
-        op: DatasetOperator = make(self.model, self.loss_fn, self.data, progress=False, **self._options)
+        op = self._make(self.model, self.loss_fn, self.data, progress=False, **self._options)
         g = gradient(op.problem).double()
         if self.k > len(g):
             raise ValueError(f"k={self.k} is more than the {len(g)} parameters.")

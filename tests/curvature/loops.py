@@ -70,9 +70,9 @@ def silently(function: Callable[[], Any]) -> Any:
         return function()
 
 
-def fisher(*args: Any, **options: Any) -> dict[str, Tensor]:
+def fisher(*args: Any, structure: Any = "kfac", **options: Any) -> dict[str, Tensor]:
     """The dense blocks of :func:`curvature.fisher` by block name."""
-    operator: Any = curvature.fisher(*args, **options)
+    operator: Any = curvature.fisher(*args, structure=structure, **options)
     return {place.block.name: block.to_dense() for place, block in zip(operator.places, operator.blocks, strict=True)}
 
 

@@ -15,7 +15,7 @@ from curvature.estimation.dataset import record
 from curvature.laplace.backends.last_layer import Features
 from curvature.layers.recorder import Recorder
 from curvature.losses import Terms, loss_for
-from curvature.matrices.per_sample import Examples
+from curvature.matrices.examples import Examples
 from curvature.model.data import resolve_output, untouched
 from curvature.model.parameters import Parameters
 

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from curvature.laplace.backends.batch import BatchBackend, Inputs, Pass
 from curvature.layers.recorder import tensors_in
-from curvature.matrices.per_sample import Examples, KeptGradients
+from curvature.matrices.examples import Examples, KeptGradients
 from curvature.model.data import resolve_output
 from curvature.model.parameters import Parameters
 from curvature.model.settings import differentiable_kernels

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from curvature.laplace.matrix_free.likelihood import Likelihood, summed
 from curvature.laplace.matrix_free.prior import Prior
 from curvature.losses.squared_error import SquaredError
-from curvature.matrices.full import GaussNewton
+from curvature.matrices.full import GaussNewtonOperator
 from curvature.matrices.problem import Evaluation, Problem
 from curvature.model.data import Data, Output
 from curvature.model.pullback import Pullback
@@ -81,7 +81,7 @@ class LinearizedLaplace:
         self._factor = 0.5 if self.regression else 1.0  # the squared error is twice the normal log-density
         self._problem = Problem(model, loss, data, params=params, output=output, class_dim=class_dim, progress=progress)
         self.parameters = self._problem.parameters
-        self._ggn = GaussNewton(self._problem, "exact", keep_graph=keep_graph)
+        self._ggn = GaussNewtonOperator(self._problem, "exact", keep_graph=keep_graph)
         self.curvature: LinearOperator = self._factor * self._ggn
         self.mean = self.parameters.flatten({name: p.detach() for name, p in self.parameters.items()}).clone()
         origin = torch.as_tensor(prior_mean, dtype=torch.float64, device=self.mean.device)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from curvature.laplace.backends.ggn import GGNBackend
 from curvature.laplace.parametric.predictions import FromFeatures, InParts
-from curvature.matrices.per_sample import KeptGradients
+from curvature.matrices.examples import KeptGradients
 
 
 class DiagonalPosterior(InParts, DiagLaplace):

@@ -12,7 +12,7 @@ from laplace.utils.enums import Likelihood, LinkApprox
 from torch import Tensor
 
 from curvature.laplace.backends.jacobians import JacobianBackend
-from curvature.matrices.per_sample import KeptGradients
+from curvature.matrices.examples import KeptGradients
 
 #: Bytes of the Jacobians that are formed at once; a posterior takes a few times as much to multiply them.
 MEMORY = 1 << 29

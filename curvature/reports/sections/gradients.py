@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from curvature.losses.signals import Signals
+from curvature.matrices.examples import Examples
 from curvature.matrices.jacobian import Linearization
-from curvature.matrices.per_sample import Examples, refuse_sums
-from curvature.matrices.problem import Evaluation
+from curvature.matrices.problem import Evaluation, refuse_sums
 from curvature.reports.results import NoiseResult, Number
 from curvature.reports.sections.study import Study
 

@@ -12,7 +12,7 @@ from torch import nn
 import curvature
 from curvature.cli import support
 from curvature.layers import MODULES
-from curvature.structures.by_name import BLOCKS
+from curvature.structures.blocks import BLOCKS
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "support.md"
 

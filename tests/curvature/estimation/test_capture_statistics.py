@@ -372,7 +372,7 @@ INSPECTIONS: dict[str, Callable[[nn.Module, nn.Module, Any], Any]] = {
     "ggn": lambda m, f, data: curvature.ggn(m, f, data, structure="full") @ torch.ones(43).double(),
     "empirical": lambda m, f, data: curvature.fisher(m, f, data, kind="empirical", structure="full").to_dense(),
     "ekfac": lambda m, f, data: curvature.fisher(m, f, data, kind="exact", structure="ekfac"),
-    "mc": lambda m, f, data: curvature.fisher(m, f, data, kind="mc"),
+    "mc": lambda m, f, data: curvature.fisher(m, f, data, kind="mc", structure="kfac"),
     "per sample": lambda m, f, data: curvature.per_sample_gradients(m, f, data),
     "jacobian": lambda m, f, data: curvature.jacobian(m, data[0]).to_dense(),
 }

@@ -94,8 +94,8 @@ def test_sums_are_not_taken_in_half_precision() -> None:
     torch.manual_seed(0)
     model = nn.Linear(3, 2).bfloat16()
     x, y = torch.ones(1200, 3).bfloat16(), torch.zeros(1200, 2).bfloat16()
-    many = fisher(model, nn.MSELoss(), (x, y), kind="exact").to_dense()
-    one = fisher(model, nn.MSELoss(), (x[:1], y[:1]), kind="exact").to_dense()
+    many = fisher(model, nn.MSELoss(), (x, y), kind="exact", structure="kfac").to_dense()
+    one = fisher(model, nn.MSELoss(), (x[:1], y[:1]), kind="exact", structure="kfac").to_dense()
     torch.testing.assert_close(many, one, rtol=1e-4, atol=0)
 
 
@@ -104,7 +104,7 @@ def test_one_double_parameter_makes_a_double_operator() -> None:
     model.append(Cast(torch.float64))
     model.append(nn.Linear(2, 2).double())
     data = (torch.ones(2, 3), torch.zeros(2, 2).double())
-    operator = fisher(model, nn.MSELoss(), data, kind="exact")
+    operator = fisher(model, nn.MSELoss(), data, kind="exact", structure="kfac")
     assert operator.dtype == torch.float64
 
 

@@ -38,12 +38,12 @@ MODEL, LOSS, DATA = PROBLEM.model, PROBLEM.loss_fn, PROBLEM.data
 )
 def test_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        fisher(MODEL, LOSS, DATA, **options)
+        fisher(MODEL, LOSS, DATA, **{"structure": "kfac", **options})
 
 
 def test_unknown_option_names_are_python_errors() -> None:
     with pytest.raises(TypeError, match="unexpected keyword argument 'sharng'"):
-        fisher(MODEL, LOSS, DATA, sharng="reduce")
+        fisher(MODEL, LOSS, DATA, sharng="reduce", structure="kfac")
     with pytest.raises(TypeError, match="sharing"):
         fisher(MODEL, LOSS, DATA, structure="diagonal", sharing="reduce")
 
@@ -59,7 +59,7 @@ def test_estimates_check_their_options_when_made(curvature: Callable[..., Any]) 
 def test_data() -> None:
     x, y = DATA[0]
     with pytest.raises(ValueError, match=r"data has no batches: is it an iterator that was consumed before"):
-        fisher(MODEL, LOSS, [])
+        fisher(MODEL, LOSS, [], structure="kfac")
     consumed = iter(DATA)
     list(consumed)
     with pytest.raises(ValueError, match="data has no batches"):
@@ -69,15 +69,15 @@ def test_data() -> None:
     ):
         fisher(MODEL, LOSS, iter(DATA), structure="ekfac")
     with pytest.raises(TypeError, match=r"one batch \(x, y\) or an iterable of batches.*got int"):
-        fisher(MODEL, LOSS, cast(Any, 3))
+        fisher(MODEL, LOSS, cast(Any, 3), structure="kfac")
     with pytest.raises(TypeError, match=r"a pair \(x, y\), got a tuple of length 3"):
-        fisher(MODEL, LOSS, [(x, x, y)])
+        fisher(MODEL, LOSS, [(x, x, y)], structure="kfac")
     with pytest.raises(TypeError, match=r"a pair \(x, y\), got a Tensor"):
-        fisher(MODEL, LOSS, [x])
+        fisher(MODEL, LOSS, [x], structure="kfac")
     with pytest.raises(TypeError, match=r"needs the key 'labels' for the targets, got \['x'\]"):
-        fisher(MODEL, LOSS, {"x": x})
+        fisher(MODEL, LOSS, {"x": x}, structure="kfac")
     with pytest.raises(ValueError, match="no example"):
-        fisher(MODEL, LOSS, (x[:0], y[:0]))
+        fisher(MODEL, LOSS, (x[:0], y[:0]), structure="kfac")
 
 
 def test_one_pass_over_an_iterator_is_enough_for_one_pass() -> None:
@@ -89,29 +89,29 @@ def test_models() -> None:
     with pytest.raises(
         ValueError, match=r"Linear has no trainable parameter: every requires_grad is False.*requires_grad_"
     ):
-        fisher(nn.Linear(4, 3).requires_grad_(False), LOSS, DATA)
+        fisher(nn.Linear(4, 3).requires_grad_(False), LOSS, DATA, structure="kfac")
     double = nn.Linear(4, 3).double()
     with pytest.raises(TypeError, match=r"returned a tuple; say which tensor the loss sees with output="):
-        fisher(nn.Sequential(double, Fn(cast(Any, lambda z: (z, z)))), LOSS, DATA)
+        fisher(nn.Sequential(double, Fn(cast(Any, lambda z: (z, z)))), LOSS, DATA, structure="kfac")
     with pytest.raises(TypeError, match=r"output= must return a tensor, got tuple"):
-        fisher(double, LOSS, DATA, output=lambda z: (z, z))
+        fisher(double, LOSS, DATA, output=lambda z: (z, z), structure="kfac")
     with pytest.raises(ValueError, match=r"does not depend on any of the parameters"):
-        fisher(nn.Sequential(double, Fn(lambda z: z.detach())), LOSS, DATA)
+        fisher(nn.Sequential(double, Fn(lambda z: z.detach())), LOSS, DATA, structure="kfac")
 
 
 def test_losses() -> None:
     x, y = DATA[0]
     with pytest.raises(UnknownLossError, match=r"(?s)No derivatives are known for the loss CTCLoss"):
-        fisher(MODEL, nn.CTCLoss(), DATA)
+        fisher(MODEL, nn.CTCLoss(), DATA, structure="kfac")
     with pytest.raises(ValueError, match=r"reduction='none', so it is no scalar. Use 'mean' or 'sum'"):
-        fisher(MODEL, nn.CrossEntropyLoss(reduction="none"), DATA)
+        fisher(MODEL, nn.CrossEntropyLoss(reduction="none"), DATA, structure="kfac")
     square = nn.Sequential(nn.Linear(4, 3), Fn(lambda z: z.unsqueeze(1).expand(-1, 3, -1))).double()
     with pytest.raises(AmbiguousClassAxisError, match=r"class_dim=1 or class_dim=2"):
-        fisher(square, LOSS, (x, torch.zeros(3, 3, dtype=torch.long)))
+        fisher(square, LOSS, (x, torch.zeros(3, 3, dtype=torch.long)), structure="kfac")
     with pytest.raises(NonFiniteLossError, match=r"3 of 3 terms are not finite.*9 NaN"):
-        fisher(MODEL, LOSS, (x * torch.nan, y), kind="exact")
+        fisher(MODEL, LOSS, (x * torch.nan, y), kind="exact", structure="kfac")
     with pytest.raises(ValueError, match=r"(?i)no term|ignore"):
-        fisher(MODEL, LOSS, (x, torch.full_like(y, -100)), kind="exact")
+        fisher(MODEL, LOSS, (x, torch.full_like(y, -100)), kind="exact", structure="kfac")
 
 
 def test_sampling_without_a_generator() -> None:
@@ -126,7 +126,7 @@ def test_a_dense_input_factor_of_a_large_embedding() -> None:
     with pytest.raises(
         ValueError, match=r"block 0\.weight: sharing='reduce' makes .* dense \(9 x 9\).*sharing='expand'"
     ):
-        fisher(model, LOSS, data, sharing="reduce", max_factor=8)
+        fisher(model, LOSS, data, sharing="reduce", max_factor=8, structure="kfac")
 
 
 @pytest.mark.parametrize("structure", ["kfac", "ekfac"])
@@ -151,7 +151,7 @@ def test_a_layer_that_changes_its_use_between_batches() -> None:
     with pytest.raises(
         RuntimeError, match=r"a\.weight was part of block a\.weight.*no layer rule covers \(exp\).*detach"
     ):
-        fisher(Fickle().double(), LOSS, DATA)
+        fisher(Fickle().double(), LOSS, DATA, structure="kfac")
 
 
 def test_a_bias_that_comes_and_goes() -> None:
@@ -165,9 +165,9 @@ def test_a_bias_that_comes_and_goes() -> None:
 
     joint = r"a\.weight was seen as block a\.weight\+a\.bias.*in different ways in different passes.*bias='separate'"
     with pytest.raises(RuntimeError, match=joint):
-        fisher(Fickle().double(), LOSS, DATA)
-    assert fisher(Fickle().double(), LOSS, DATA[::-1]).trace() > 0  # apart from the start
-    assert fisher(Fickle().double(), LOSS, DATA, bias="separate").trace() > 0
+        fisher(Fickle().double(), LOSS, DATA, structure="kfac")
+    assert fisher(Fickle().double(), LOSS, DATA[::-1], structure="kfac").trace() > 0  # apart from the start
+    assert fisher(Fickle().double(), LOSS, DATA, bias="separate", structure="kfac").trace() > 0
 
 
 class Named(nn.Module):
@@ -192,7 +192,7 @@ def test_how_inputs_and_outputs_are_passed() -> None:
 
 def test_inference_mode_does_not_stand_in_the_way() -> None:
     x, y = normal(3, 4), classes(3, of=3)
-    expected = fisher(MODEL, LOSS, (x, y), kind="exact").to_dense()
+    expected = fisher(MODEL, LOSS, (x, y), kind="exact", structure="kfac").to_dense()
     with torch.inference_mode():
-        got = fisher(MODEL, LOSS, (x * 1, y * 1), kind="exact")
+        got = fisher(MODEL, LOSS, (x * 1, y * 1), kind="exact", structure="kfac")
     assert torch.equal(got.to_dense(), expected)

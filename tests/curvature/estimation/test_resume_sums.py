@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import curvature
 from curvature import Checkpoint, CheckpointError
 from curvature.estimation.checkpoint import load
-from curvature.structures.by_name import BLOCKS
+from curvature.structures.blocks import BLOCKS
 from tests.curvature.problems import PROBLEMS, Problem
 
 
@@ -149,17 +149,17 @@ def test_other_data_are_refused(tmp_path: Path) -> None:
         path = tmp_path / "run.pt"
         with pytest.raises(Killed):
             file = Checkpoint(path, seconds=0)
-            curvature.fisher(made.model, made.loss_fn, Mortal(made.data, 3), resume=file)
+            curvature.fisher(made.model, made.loss_fn, Mortal(made.data, 3), resume=file, structure="kfac")
         changed = [(x + 1e-6, y) if i == 1 else (x, y) for i, (x, y) in enumerate(made.data)]
         labels = [(x, (y + 1) % 3) if i == 0 else (x, y) for i, (x, y) in enumerate(made.data)]
         wrong: list[Any] = [changed, labels, made.data[:2], made.data[::-1]]
         for data in wrong:
             with pytest.raises(CheckpointError, match=r"Different are data \('other batches' there, 'these' here\)"):
-                curvature.fisher(made.model, made.loss_fn, data, resume=path)
-        curvature.fisher(made.model, made.loss_fn, made.data, resume=path)
+                curvature.fisher(made.model, made.loss_fn, data, resume=path, structure="kfac")
+        curvature.fisher(made.model, made.loss_fn, made.data, resume=path, structure="kfac")
         for data in wrong:
             with pytest.raises(CheckpointError, match="Different are data"):
-                curvature.fisher(made.model, made.loss_fn, data, resume=path)
+                curvature.fisher(made.model, made.loss_fn, data, resume=path, structure="kfac")
 
 
 def test_other_problems_are_refused(tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_other_problems_are_refused(tmp_path: Path) -> None:
         made = conv()
         made.model.eval()
         path = tmp_path / "run.pt"
-        curvature.fisher(made.model, made.loss_fn, made.data, resume=path)
+        curvature.fisher(made.model, made.loss_fn, made.data, resume=path, structure="kfac")
         other = copy.deepcopy(made.model)
         with torch.no_grad():
             next(other.parameters()).add_(1e-6)
@@ -181,7 +181,8 @@ def test_other_problems_are_refused(tmp_path: Path) -> None:
             "parameters": {"params": "0.*"},
         }
         for message, change in refused.items():
-            arguments = {"model": made.model, "loss_fn": made.loss_fn, "data": made.data, "resume": path, **change}
+            problem = {"model": made.model, "loss_fn": made.loss_fn, "data": made.data}
+            arguments: dict[str, Any] = {**problem, "structure": "kfac", "resume": path, **change}
             with pytest.raises(CheckpointError, match=f"Different are {message}"):
                 curvature.fisher(**arguments)
         with pytest.raises(ValueError, match=r"structure='full' keeps no sums.*resumable_eigsh"):

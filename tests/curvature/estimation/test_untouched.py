@@ -102,7 +102,7 @@ def test_results_hold_on_to_no_activation_and_to_no_model() -> None:
     """An operator owns its numbers: the model may change or go without changing it."""
     problem = PROBLEMS["mlp_ce"]()
     model = copy.deepcopy(problem.model)
-    operator = fisher(model, problem.loss_fn, problem.data, kind="exact")
+    operator = fisher(model, problem.loss_fn, problem.data, kind="exact", structure="kfac")
     matrix = operator.to_dense().clone()
     assert not matrix.requires_grad
     with torch.no_grad():
@@ -115,7 +115,14 @@ def test_twice_gives_the_same() -> None:
     for name in ("residual_train", "unknown_uses", "language_model"):
         problem: Problem = PROBLEMS[name]()
         one, two = (
-            fisher(problem.model, problem.loss_fn, problem.data, kind="exact", class_dim=problem.class_dim).to_dense()
+            fisher(
+                problem.model,
+                problem.loss_fn,
+                problem.data,
+                kind="exact",
+                class_dim=problem.class_dim,
+                structure="kfac",
+            ).to_dense()
             for _ in range(2)
         )
         assert torch.equal(one, two)

@@ -168,8 +168,8 @@ def test_a_report_that_was_killed_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
             raise Killed
         return genuine(op, x)
 
-    genuine = curvature.matrices.full.GaussNewton.apply
-    monkeypatch.setattr(curvature.matrices.full.GaussNewton, "apply", count)
+    genuine = curvature.matrices.full.GaussNewtonOperator.apply
+    monkeypatch.setattr(curvature.matrices.full.GaussNewtonOperator, "apply", count)
     limit: int | None = 33  # within the search for the eigenvalues of the GGN, those of the Hessian being stored
     with pytest.raises(Killed):
         run(problem, resume=curvature.Checkpoint(file, seconds=0), **options)

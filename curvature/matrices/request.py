@@ -1,0 +1,93 @@
+"""What ``ggn``, ``fisher`` and ``gradient_covariance`` share: the loss over data, and its matrix in a structure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from curvature.estimation.checkpoint import Resume
+from curvature.estimation.dataset import estimate
+from curvature.losses import ClassDim
+from curvature.losses.signals import FisherKind
+from curvature.matrices.dataset_operator import MatrixArguments
+from curvature.matrices.full import GaussNewtonOperator
+from curvature.matrices.jacobian import Mode
+from curvature.matrices.low_rank import dense, low_rank
+from curvature.matrices.problem import Problem
+from curvature.model.data import Data, Output
+from curvature.structures.by_name import BLOCKS, curvature_of
+from curvature.structures.estimator import Curvature
+from curvature.structures.kfac import Sharing
+from curvature.structures.mixed import Rules
+from solvers import LinearOperator
+
+StructureName = Literal["full", "dense", "low_rank", "layer", "unit", "diagonal", "kfac", "ekfac", "tnt", "foof"]
+Structure = StructureName | Curvature | Rules
+#: Structures of the whole matrix -> what makes them, from the problem, the kind, and the structure's options.
+WHOLE: dict[str, Callable[..., LinearOperator]] = {
+    "full": GaussNewtonOperator,
+    "dense": dense,
+    "low_rank": low_rank,
+}
+
+
+class Arguments(MatrixArguments, total=False):
+    """Keywords of ``ggn`` and ``fisher`` beside the structure; from ``mode`` on, options of structures."""
+
+    kind: FisherKind | None
+    samples: int | None
+    generator: torch.Generator | None
+    resume: Resume | None
+    mode: Mode
+    max_size: int
+    sharing: Sharing
+    bias: Literal["joint", "separate"]
+    max_factor: int
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """A loss over data as the user passed it; see :func:`curvature.fisher` for the arguments."""
+
+    model: nn.Module
+    loss_fn: Any
+    data: Data
+    params: Any = None
+    output: Output | None = None
+    class_dim: ClassDim = None
+    progress: bool | None = None
+
+    def problem(self) -> Problem:
+        """The loss as a function of the parameters, for data that can be seen again."""
+        return Problem(**vars(self))
+
+    def matrix(
+        self,
+        structure: Structure,
+        kind: FisherKind,
+        samples: int | None = None,
+        generator: torch.Generator | None = None,
+        resume: Resume | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> LinearOperator:
+        """The matrix in a structure; arguments as for :func:`curvature.fisher`."""
+        options = options or {}
+        if isinstance(structure, str) and structure in WHOLE:
+            if resume is not None:
+                raise ValueError(
+                    f"structure={structure!r} keeps no sums over the batches, so there is nothing to resume. Leave "
+                    "resume out; eigenvalues of a long run are kept by curvature.resumable_eigsh."
+                )
+            samples = 1 if samples is None else samples
+            if samples < 1:
+                raise ValueError(f"samples must be at least 1, got {samples}.")
+            return WHOLE[structure](self.problem(), kind, samples=samples, generator=generator, **options)
+        if isinstance(structure, str) and structure not in BLOCKS:
+            names = sorted([*BLOCKS, *WHOLE])
+            raise ValueError(f"structure must be one of {names}, a Curvature or a mapping, got {structure!r}.")
+        curvature = curvature_of(structure, kind, samples, **options)
+        return estimate(**vars(self), curvature=curvature, generator=generator, resume=resume)
