@@ -28,6 +28,7 @@ from solvers.iterative.minres import MINRES
 from solvers.iterative.neumann import Neumann
 from solvers.iterative.newton_schulz import NewtonSchulz, polar
 from solvers.iterative.nystrom import Nystrom
+from solvers.moved import install as install_old_paths
 from solvers.operators.block_diagonal import BlockDiagonal, Place, Segment
 from solvers.operators.compositions import Product, Scaled, Shifted, Submatrix, Sum
 from solvers.operators.congruence import Congruence
@@ -146,3 +147,5 @@ __all__ = [
     "SolverError",
     "StructureError",
 ]
+
+install_old_paths()

@@ -110,7 +110,7 @@ def test_our_backends_are_right_on_every_model_of_the_support_table(matrix, monk
     pytest.importorskip("peft")
     ours = {name: backend for name, backend in support.BACKENDS[matrix].items() if name == "ours"}
     monkeypatch.setitem(support.BACKENDS, matrix, ours)
-    page = (Path(__file__).parents[1] / "docs" / "laplace-support.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[1] / "docs" / "reference" / "laplace-support.md").read_text(encoding="utf-8")
     for title in support.CASES:
         (words,) = support.row(title, matrix)
         assert set(words.split(", ")) <= {"right", "fits"}, (title, words)

@@ -14,14 +14,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from precond import methods, taxonomy
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "methods.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "reference" / "methods.md"
 M, N, ROWS = 12, 20, 64
 METHODS = {method.name: method for method in methods()}
 
 
 def test_the_page_is_up_to_date() -> None:
     assert PAGE.read_text(encoding="utf-8") == taxonomy.markdown(), (
-        f"run {Path(sys.executable).name} -m precond.taxonomy > docs/methods.md"
+        f"run {Path(sys.executable).name} -m precond.taxonomy > docs/reference/methods.md"
     )
 
 

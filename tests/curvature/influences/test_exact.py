@@ -135,7 +135,7 @@ def digits_mlp() -> tuple[nn.Sequential, Any, Any]:
 def test_ekfac_ranks_examples_as_the_whole_matrix_does(times: float, at_least: dict[str, float]) -> None:
     """The closer, the more is damped, and never closer than the blocks that it approximates.
 
-    Bounds a little below what docs/influence.md states.
+    Bounds a little below what docs/guides/influence.md states.
     """
     model, train, queries = digits_mlp()
     loss_fn = nn.CrossEntropyLoss()
