@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from functools import reduce
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -150,7 +151,7 @@ class MeansEstimator(CurvatureEstimator):
 
     def finite(self) -> Tensor:
         flags = [part.finite() for part in self.parts() if not isinstance(part, WeightedMean) or part.pending]
-        return torch.stack([f.to(flags[-1].device) for f in flags]).all() if flags else torch.tensor(True)
+        return reduce(lambda some, flag: some & flag.to(some.device), flags) if flags else torch.tensor(True)
 
     @property
     def ready(self) -> bool:
