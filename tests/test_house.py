@@ -36,7 +36,7 @@ HOUSE: dict[str, str] = {
     "curvature.cli": ".reports .plots .matrices .estimation .structures .layers .losses .model solvers"
     " solvers.eigenpairs solvers.estimates",
     "curvature.laplace": ".laplace.parametric .laplace.matrix_free .laplace.backends .laplace.factors",
-    "curvature.laplace.posteriors": ".laplace.backends .laplace.factors .layers .losses .model",
+    "curvature.laplace.posteriors": ".laplace.backends .laplace.factors .losses .model",
     "curvature.laplace.parametric": ".laplace.backends .laplace.factors .matrices .estimation solvers",
     "curvature.laplace.matrix_free": ".matrices .losses .model solvers solvers.estimates solvers.outcome"
     " solvers.precision",
@@ -53,11 +53,11 @@ HOUSE: dict[str, str] = {
     "curvature.plots": ".training .landscape solvers",
     "curvature.influences": ".matrices .estimation .structures .layers .losses .model solvers solvers.precision",
     "curvature.training": ".landscape .matrices .structures .layers .losses .model solvers solvers.precision",
-    "curvature.landscape": ".matrices .estimation .layers .losses .model solvers solvers.outcome",
+    "curvature.landscape": ".matrices .estimation .losses .model solvers solvers.outcome",
     "curvature.matrices": ".estimation .structures .layers .losses .model solvers solvers.eigenpairs solvers.precision",
     "curvature.estimation": ".structures .layers .losses .model solvers",
-    "curvature.structures": ".layers .losses solvers solvers.precision",
-    "curvature.layers": "solvers solvers.precision",
+    "curvature.structures": ".layers .losses .model solvers solvers.precision",
+    "curvature.layers": ".model solvers solvers.precision",
     "curvature.losses": "solvers.precision",
     "curvature.model": "",
     "solvers": ".moved .fallback .rules .iterative .direct .solver .eigenpairs .estimates .operators .outcome",

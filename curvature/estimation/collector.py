@@ -20,7 +20,7 @@ from curvature.losses.signals import Signals, stacked
 from curvature.model.data import inspecting
 from curvature.model.parameters import Parameters
 from curvature.model.pullback import Pullback
-from curvature.structures.estimator import CurvatureEstimator, Form
+from curvature.structures.estimator import CurvatureEstimator, Form, MeansEstimator
 from solvers import BlockDiagonal, Diagonal, LinearOperator
 
 Apart = Literal["one by one", "signs"]
@@ -279,9 +279,13 @@ class Collector:
         self._batches = [b.to(device) if isinstance(b, Tensor) else b for b in saved["batches"]]
         self.only = None if saved["only"] is None else set(saved["only"])
         for name, known in saved["estimators"].items():
-            self.estimators[name] = self.make(Block.from_state(name, known["block"]), known["form"])
+            estimator = self.make(Block.from_state(name, known["block"]), known["form"])
             self.operations[name], self._forms[name] = known["operations"], known["form"]
-            snapshot.restore(self.estimators[name], known["sums"], device)
+            sums = dict(known["sums"])
+            if isinstance(estimator, MeansEstimator) and "means" in sums:  # a pair in files of version 0.1
+                sums |= zip(estimator.names, sums.pop("means"), strict=True)
+            snapshot.restore(estimator, sums, device)
+            self.estimators[name] = estimator
 
     def commit(self, ema: float) -> None:
         """Fold the current step into all estimates."""

@@ -43,15 +43,6 @@ class TensorNormalEstimator(MeansEstimator):
         super().__init__(block)
         self.max_dim = max_dim
 
-    @property
-    def means(self) -> tuple[WeightedMean, WeightedMean]:
-        """L and R, which files of version 0.1 keep under this name."""
-        return self.L, self.R
-
-    @means.setter
-    def means(self, pair: tuple[WeightedMean, WeightedMean]) -> None:
-        self.L, self.R = pair
-
     def totals(self, samples: Samples) -> Iterator[dict[str, Tensor]]:
         for left, right in _pairs(samples):
             yield {"L": second_moment(left, self.max_dim), "R": second_moment(right, self.max_dim)}
