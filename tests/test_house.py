@@ -56,7 +56,7 @@ HOUSE: dict[str, str] = {
     "curvature.landscape": ".matrices .estimation .losses .model solvers solvers.outcome",
     "curvature.matrices": ".estimation .structures .layers .losses .model solvers solvers.eigenpairs solvers.precision",
     "curvature.estimation": ".structures .layers .losses .model solvers",
-    "curvature.structures": ".layers .losses .model solvers solvers.precision",
+    "curvature.structures": ".layers .losses .model solvers solvers.operators solvers.precision",
     "curvature.layers": ".model solvers solvers.precision",
     "curvature.losses": "solvers.precision",
     "curvature.model": "",

@@ -13,12 +13,13 @@ from curvature.layers.block import Block
 from curvature.layers.samples import CHUNK_ELEMENTS, OneHot, Outer, Samples
 from curvature.structures.estimator import Curvature, CurvatureEstimator, Form
 from solvers import LinearOperator, LowRank, Rows, storable
+from solvers.operators.bases import Derived
 from solvers.precision import widen
 
 
 @storable
 @dataclass(frozen=True, eq=False, repr=False)
-class OuterRows(LinearOperator):
+class OuterRows(Derived):
     r"""Per-sample gradients :math:`\sum_s l_{ms} r_{ms}^\top` of a layer as the rows of a map, never formed.
 
     Axes: ``*`` stack (groups), ``m`` samples, ``s`` positions, ``o`` and ``i`` the sides of the block.
@@ -46,12 +47,8 @@ class OuterRows(LinearOperator):
         return self.adjoint().in_shape
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.left.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.left.device
+    def source(self) -> Tensor:
+        return self.left
 
     def adjoint(self) -> OuterRows:
         return replace(self, transposed=not self.transposed)

@@ -15,13 +15,14 @@ from curvature.structures.inverse import InverseEstimator
 from curvature.structures.kfac import KroneckerEstimator, KroneckerFisher, Sharing
 from curvature.structures.unit import unit_or_diagonal
 from solvers import Dense, Diagonal, Kronecker, LinearOperator, storable
+from solvers.operators.bases import Derived, SelfAdjoint
 
 FactorStructure = Literal["dense", "diagonal", "block", "triangular"]
 
 
 @storable(name="Blocks")
 @dataclass(frozen=True, eq=False, repr=False)
-class DiagonalBlocks(LinearOperator):
+class DiagonalBlocks(SelfAdjoint, Derived):
     """A block-diagonal matrix on ``(*stack, size)`` with symmetric blocks ``(*stack, count, b, b)``.
 
     Args:
@@ -37,23 +38,8 @@ class DiagonalBlocks(LinearOperator):
         return (*self.matrix.shape[:-3], self.size)
 
     @property
-    def out_shape(self) -> tuple[int, ...]:
-        return self.in_shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.matrix.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.matrix.device
-
-    @property
-    def symmetric(self) -> bool:
-        return True
-
-    def adjoint(self) -> DiagonalBlocks:
-        return self
+    def source(self) -> Tensor:
+        return self.matrix
 
     def apply(self, x: Tensor) -> Tensor:
         pieces = cut(x, self.matrix.shape[-1]).unsqueeze(-1)  # (*, count, b, 1)

@@ -16,11 +16,12 @@ from curvature.structures.estimator import Curvature, CurvatureEstimator, Form
 from curvature.structures.gram import GramEstimator, OuterRows, gram_of
 from curvature.structures.inverse import InverseEstimator
 from solvers import Cholesky, Dense, LinearOperator, LowRank, Shifted, Tikhonov, Woodbury, power, storable
+from solvers.operators.bases import Derived
 
 
 @storable
 @dataclass(frozen=True, eq=False, repr=False)
-class Restriction(LinearOperator):
+class Restriction(Derived):
     """Picks rows and columns of ``(*, o, i)`` tensors and multiplies them by a number.
 
     Args:
@@ -47,12 +48,8 @@ class Restriction(LinearOperator):
         return self.adjoint().in_shape
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.factor.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.factor.device
+    def source(self) -> Tensor:
+        return self.factor
 
     def adjoint(self) -> Restriction:
         return replace(self, transposed=not self.transposed)

@@ -17,11 +17,12 @@ from curvature.structures.estimator import Curvature, CurvatureEstimator, Form, 
 from curvature.structures.gram import all_finite, formed, gram_of, join, no_average, root, scaled, silent
 from curvature.structures.weighted_mean import WeightedMean
 from solvers import Dense, LinearOperator, LowRank, storable
+from solvers.operators.bases import Derived
 
 
 @storable
 @dataclass(frozen=True, eq=False, repr=False)
-class JointRows(LinearOperator):
+class JointRows(Derived):
     """Per-sample gradients of several blocks as the rows of one map on the flat vector.
 
     Args:
@@ -45,12 +46,8 @@ class JointRows(LinearOperator):
         return self.adjoint().in_shape
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.roots[0].dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.roots[0].device
+    def source(self) -> LinearOperator:
+        return self.roots[0]
 
     def adjoint(self) -> JointRows:
         return replace(self, transposed=not self.transposed)
