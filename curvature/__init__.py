@@ -25,7 +25,7 @@ from curvature.model.determinism import NondeterministicError, check_determinist
 from curvature.reports import Report, report
 from curvature.structures.diagonal import DiagonalFisher
 from curvature.structures.ekfac import EigenbasisFisher
-from curvature.structures.estimator import Curvature, CurvatureEstimator
+from curvature.structures.estimator import Curvature, CurvatureEstimator, MeanEstimator, MeansEstimator
 from curvature.structures.foof import InputKronecker
 from curvature.structures.gram import GramFisher
 from curvature.structures.inverse import InverseEstimator
@@ -59,6 +59,8 @@ __all__ = [
     "KroneckerBFGS",
     "KroneckerFisher",
     "LayerFisher",
+    "MeanEstimator",
+    "MeansEstimator",
     "Mixed",
     "Monitor",
     "NondeterministicError",

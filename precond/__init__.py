@@ -1,6 +1,18 @@
 """Second-order optimizers with the interface of ``torch.optim``."""
 
-from curvature import DiagonalFisher, EigenbasisFisher, KroneckerFisher
+from curvature import (
+    DiagonalFisher,
+    EigenbasisFisher,
+    GramFisher,
+    KroneckerBFGS,
+    KroneckerFisher,
+    LayerFisher,
+    SINGDFisher,
+    SketchedFisher,
+    TensorNormal,
+    UnitFisher,
+)
+from curvature.structures.whole import WholeFisher
 from precond.closure.adahessian import AdaHessian
 from precond.closure.curveball import CurveBall
 from precond.closure.gauss_newton import GaussNewton
@@ -31,7 +43,9 @@ from precond.layerwise.tnt import TNT
 from precond.step.adapt import LevenbergMarquardt
 from precond.step.averaging import IterateAverage
 from precond.step.base import SecondOrderOptimizer
+from precond.step.loop import Loop
 from precond.step.methods import Method, Taxonomy, methods
+from precond.step.options import Momentum, Refresh, WeightDecay
 from solvers import Cholesky, Eigh, FactoredTikhonov, Tikhonov
 
 __all__ = [
@@ -60,6 +74,11 @@ __all__ = [
     "Sophia",
     "SPlus",
     "TNT",
+    # options that say more than a number
+    "Loop",
+    "Momentum",
+    "Refresh",
+    "WeightDecay",
     # what there is
     "Doubling",
     "IterateAverage",
@@ -75,7 +94,15 @@ __all__ = [
     "EigenbasisFisher",
     "Eigh",
     "FactoredTikhonov",
+    "GramFisher",
+    "KroneckerBFGS",
     "KroneckerFisher",
+    "LayerFisher",
     "Preconditioner",
+    "SINGDFisher",
+    "SketchedFisher",
+    "TensorNormal",
     "Tikhonov",
+    "UnitFisher",
+    "WholeFisher",
 ]

@@ -30,20 +30,20 @@ from solvers.iterative.newton_schulz import NewtonSchulz, polar
 from solvers.iterative.nystrom import Nystrom
 from solvers.moved import install as install_old_paths
 from solvers.operators.block_diagonal import BlockDiagonal, Place, Segment
+from solvers.operators.compositions import Product, Scaled, Shifted, Submatrix, Sum
 from solvers.operators.congruence import Congruence
 from solvers.operators.damping import Damping, FactoredTikhonov, RelativeTikhonov, Tikhonov
 from solvers.operators.dense import Dense
 from solvers.operators.diagonal import Diagonal, identity
+from solvers.operators.dispatch import rule
 from solvers.operators.eigen import Eigen
 from solvers.operators.flattened import Flattened
 from solvers.operators.function import Function, from_scipy
 from solvers.operators.kronecker import Kronecker
-from solvers.operators.linear_operator import LinearOperator, Product, Scaled, Sum
+from solvers.operators.linear_operator import LinearOperator
 from solvers.operators.low_rank import LowRank, Rows
 from solvers.operators.reshape import Reshape
-from solvers.operators.shifted import Shifted
 from solvers.operators.storable import from_state, state, storable
-from solvers.operators.submatrix import Submatrix
 from solvers.outcome.errors import (
     InexactWarning,
     NonFiniteError,
@@ -117,6 +117,7 @@ __all__ = [
     "diagonalize",
     "polar",
     "power",
+    "rule",
     "solve",
     # Estimates, with their errors
     "Density",

@@ -1,26 +1,33 @@
-"""Powers, eigenbases and solves by structure: only a leaf reaches the solver.
+"""Powers, eigenbases and solves by structure: only a leaf reaches the solver. One rule per operator class.
 
 Block-diagonal goes by block, Kronecker by factor, diagonal by entry, a known eigenbasis by its spectrum, a product by
 its inverses in reverse. A shift is absorbed where a structure can (``Dense + lam I`` is Dense), or goes through the
 eigenbases (Kronecker). What is left goes to the solver, which serves it or refuses; nothing becomes dense unasked.
+An operator class from outside joins by :func:`~solvers.rule`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
 import torch
 from torch import Tensor
 
+from solvers.direct.auto import Auto
 from solvers.direct.eigh import Eigh
 from solvers.iterative.base import IterativeSolver
 from solvers.operators.block_diagonal import BlockDiagonal
+from solvers.operators.compositions import Product, Scaled, Shifted
+from solvers.operators.damping import Tikhonov
 from solvers.operators.dense import Dense
 from solvers.operators.diagonal import Diagonal, identity
+from solvers.operators.dispatch import advice, open_to_rules, rule, rules_of
 from solvers.operators.eigen import Eigen
 from solvers.operators.flattened import Flattened
 from solvers.operators.kronecker import Kronecker, outer
-from solvers.operators.linear_operator import LinearOperator, Product, Scaled
+from solvers.operators.linear_operator import DampingLike, LinearOperator, Scalar, SolverLike, answers
 from solvers.operators.reshape import Reshape
-from solvers.operators.shifted import Shifted
 from solvers.outcome.checks import checked, require, working_on
 from solvers.outcome.errors import SingularMatrixError, StructureError
 from solvers.precision import working_dtype
@@ -61,63 +68,132 @@ def power(
     """
     if op.in_shape != op.out_shape:
         raise StructureError(f"{op!r} is not square: it has no powers. LSMR() solves least squares with rectangles.")
-    if solver is None:
-        from solvers.direct.auto import Auto
-
-        solver = Auto()
-    if not isinstance(solver, IterativeSolver):
-        op = _widened(op)
+    task = PowerTask(exponent, Auto() if solver is None else solver, previous, dense)
     with checked():
-        return _power(op, exponent, solver, previous, dense)
+        return _power(op if task.by_products else _widened(op), task)
 
 
-def _power(
-    op: LinearOperator, exponent: float, solver: Solver, previous: LinearOperator | None, dense: bool
-) -> LinearOperator:
-    def part(op: LinearOperator, previous: LinearOperator | None = None) -> LinearOperator:
-        return _power(op, exponent, solver, previous, dense)
+@dataclass(frozen=True)
+class PowerTask:
+    """What a rule of :func:`power` gets beside the operator.
 
-    match op:
-        case BlockDiagonal():
-            parts = _parts(previous, BlockDiagonal, "blocks", len(op.blocks))
-            blocks = []
-            for index, (block, old) in enumerate(zip(op.blocks, parts, strict=True)):
-                with working_on(op.block_name(index)):
-                    blocks.append(part(block, old))
-            return BlockDiagonal(blocks, op.places, op.size)
-        case Kronecker():
-            return Kronecker(*map(part, op.factors, _parts(previous, Kronecker, "factors", len(op.factors))))
-        case Flattened():
-            return op.wrap(part(op.op, previous.op if isinstance(previous, Flattened) else None))
-        case Diagonal():
-            return Diagonal(solver.spectral_power(op.values, exponent, op))
-        case Eigen():
-            return Eigen(op.basis, solver.spectral_power(op.values, exponent, op))
-        case Scaled() if not isinstance(solver, IterativeSolver):
-            return part(op.op, previous).scale(_positive(op) ** exponent)
-        case Shifted(op=Scaled() as scaled) if not isinstance(solver, IterativeSolver):
-            # c A + lam I = c (A + lam / c I)
-            scalar = _positive(scaled)
-            return part(scaled.op.shift(op.lam / scalar), previous).scale(scalar**exponent)
-        case Product() if exponent == -1 and all(factor.in_shape == factor.out_shape for factor in op.factors):
-            return Product(tuple(part(factor) for factor in reversed(op.factors)))
-        case Shifted(op=Kronecker() as product) if isinstance(solver, BasisSolver):
-            basis, products = _basis(product, solver, previous.basis if isinstance(previous, Eigen) else None)
-            values = (products + op.lam).flatten(len(product.stack))
-            return Eigen(basis, solver.computed_power(values, exponent, op).reshape(products.shape))
-        case Shifted(op=Dense()) if isinstance(solver, IterativeSolver):
-            pass  # products need no sum
-        case Shifted():
-            absorbed = _absorb(op)
-            if not isinstance(absorbed, Shifted):
-                return part(absorbed, previous)
-    try:
-        return _leaf_power(op, exponent, solver, previous)
-    except StructureError:
-        if not dense or isinstance(op, Dense):
-            raise
-    flat = Reshape(op.in_shape, (op.shape[0],), op.dtype, op.device)
-    return flat.adjoint() @ part(Dense(op.to_dense())) @ flat
+    Attributes:
+        exponent: The exponent.
+        solver: Serves the leaves; its ``spectral_power`` raises eigenvalues that are known.
+        previous: An earlier result for a nearby operator, or None.
+        dense: Whether the matrix of a leaf that the solver does not serve may be formed.
+    """
+
+    exponent: float
+    solver: Solver
+    previous: LinearOperator | None = None
+    dense: bool = False
+
+    @property
+    def by_products(self) -> bool:
+        """Whether the solver needs products only, and so takes sums and multiples as they are."""
+        return isinstance(self.solver, IterativeSolver)
+
+    def of(self, op: LinearOperator, previous: LinearOperator | None = None) -> LinearOperator:
+        """The power of a part, by the rule for its class."""
+        return _power(op, replace(self, previous=previous))
+
+    def leaf(self, op: LinearOperator) -> LinearOperator:
+        """The power by the solver itself, or of the dense matrix where it may be formed."""
+        try:
+            return self.solver.power(op, self.exponent, self.previous)
+        except StructureError:
+            if not self.dense or isinstance(op, Dense):
+                raise
+        flat = Reshape(op.in_shape, (op.shape[0],), op.dtype, op.device)
+        return flat.adjoint() @ self.of(Dense(op.to_dense())) @ flat
+
+
+@rules_of(power)
+def _power(op: LinearOperator, task: PowerTask) -> LinearOperator:
+    return task.leaf(op)
+
+
+@rule(power, BlockDiagonal)
+def _power_of_blocks(op: BlockDiagonal, task: PowerTask) -> BlockDiagonal:
+    return _by_block(op, task.of, task.previous)
+
+
+@rule(power, Kronecker)
+def _power_of_factors(op: Kronecker, task: PowerTask) -> Kronecker:
+    return Kronecker(*map(task.of, op.factors, _parts(task.previous, Kronecker, "factors", len(op.factors))))
+
+
+@rule(power, Flattened)
+def _power_of_flattened(op: Flattened, task: PowerTask) -> Flattened:
+    return op.wrap(task.of(op.op, task.previous.op if isinstance(task.previous, Flattened) else None))
+
+
+@rule(power, Diagonal)
+def _power_of_entries(op: Diagonal, task: PowerTask) -> Diagonal:
+    return Diagonal(task.solver.spectral_power(op.values, task.exponent, op))
+
+
+@rule(power, Eigen)
+def _power_of_spectrum(op: Eigen, task: PowerTask) -> Eigen:
+    return Eigen(op.basis, task.solver.spectral_power(op.values, task.exponent, op))
+
+
+@rule(power, Scaled)
+def _power_of_multiple(op: Scaled, task: PowerTask) -> LinearOperator:
+    if task.by_products:
+        return task.leaf(op)
+    return task.of(op.op, task.previous).scale(_positive(op) ** task.exponent)
+
+
+@rule(power, Product)
+def _power_of_product(op: Product, task: PowerTask) -> LinearOperator:
+    if task.exponent != -1 or any(factor.in_shape != factor.out_shape for factor in op.factors):
+        return task.leaf(op)
+    return Product(tuple(task.of(factor) for factor in reversed(op.factors)))
+
+
+@rule(power, Shifted)
+def _power_of_shifted(op: Shifted, task: PowerTask) -> LinearOperator:
+    return shifted_power(op.op, op, task)
+
+
+@open_to_rules
+def shifted_power(inner: LinearOperator, op: Shifted, task: PowerTask) -> LinearOperator:
+    """``op ** task.exponent`` of ``op = inner + lam I``: the power of what absorbs the shift, else a leaf."""
+    absorbed = inner.absorb_shift(op.lam)
+    return task.leaf(op) if isinstance(absorbed, Shifted) else task.of(absorbed, task.previous)
+
+
+@rule(shifted_power, Dense)
+def _power_of_shifted_matrix(inner: Dense, op: Shifted, task: PowerTask) -> LinearOperator:
+    return task.leaf(op) if task.by_products else task.of(inner.absorb_shift(op.lam), task.previous)
+
+
+@rule(shifted_power, Scaled)
+def _power_of_shifted_multiple(inner: Scaled, op: Shifted, task: PowerTask) -> LinearOperator:
+    if task.by_products:
+        return task.leaf(op)
+    scalar = _positive(inner)  # c A + lam I = c (A + lam / c I)
+    return task.of(inner.op.shift(op.lam / scalar), task.previous).scale(scalar**task.exponent)
+
+
+@rule(shifted_power, Kronecker)
+def _power_of_shifted_factors(inner: Kronecker, op: Shifted, task: PowerTask) -> LinearOperator:
+    if isinstance(task.solver, BasisSolver):
+        eigen = _bases(inner, BasisTask(task.solver, _basis_of(task.previous)))
+        values = (eigen.values + op.lam).flatten(len(inner.stack))
+        return Eigen(eigen.basis, task.solver.computed_power(values, task.exponent, op).reshape(eigen.values.shape))
+    absorbed = inner.absorb_shift(op.lam)
+    if not isinstance(absorbed, Shifted):
+        return task.of(absorbed, task.previous)
+    if not (task.dense or isinstance(op, task.solver.needs)):
+        lam = f"{float(op.lam):g}"
+        raise StructureError(
+            f"{type(task.solver).__name__} cannot invert {inner!r} + {lam} I: the sum has no Kronecker inverse. "
+            f"Use Eigh() for the exact inverse or FactoredTikhonov({lam})."
+        )
+    return task.leaf(op)
 
 
 def _positive(op: Scaled) -> Tensor:
@@ -130,16 +206,7 @@ def _positive(op: Scaled) -> Tensor:
     return scalar
 
 
-def _leaf_power(op: LinearOperator, exponent: float, solver: Solver, previous: LinearOperator | None) -> LinearOperator:
-    if isinstance(op, Shifted) and isinstance(op.op, Kronecker) and not isinstance(op, solver.needs):
-        lam = f"{float(op.lam):g}"
-        raise StructureError(
-            f"{type(solver).__name__} cannot invert {op.op!r} + {lam} I: the sum has no Kronecker inverse. "
-            f"Use Eigh() for the exact inverse or FactoredTikhonov({lam})."
-        )
-    return solver.power(op, exponent, previous)
-
-
+@answers("bases")
 def diagonalize(
     op: LinearOperator, solver: BasisSolver | None = None, previous: LinearOperator | None = None
 ) -> LinearOperator:
@@ -159,47 +226,87 @@ def diagonalize(
         NotSymmetricError, NonFiniteError: If the numbers do not allow it.
     """
     with checked():
-        return _diagonalize(_widened(op), Eigh() if solver is None else solver, previous)
+        return _diagonalize(_widened(op), BasisTask(Eigh() if solver is None else solver, _basis_of(previous)))
 
 
-def _diagonalize(op: LinearOperator, solver: BasisSolver, previous: LinearOperator | None) -> LinearOperator:
-    match op:
-        case Eigen():
-            return op
-        case BlockDiagonal():
-            parts = _parts(previous, BlockDiagonal, "blocks", len(op.blocks))
-            blocks = []
-            for index, (block, old) in enumerate(zip(op.blocks, parts, strict=True)):
-                with working_on(op.block_name(index)):
-                    blocks.append(_diagonalize(block, solver, old))
-            return BlockDiagonal(blocks, op.places, op.size)
-        case Scaled():
-            return _diagonalize(op.op, solver, previous).scale(op.scalar)
-        case Shifted():
-            return _diagonalize(op.op, solver, previous).shift(op.lam)
-    return Eigen(*_basis(op, solver, previous.basis if isinstance(previous, Eigen) else None))
+@dataclass(frozen=True)
+class BasisTask:
+    """What a rule of :func:`diagonalize` gets beside the operator.
+
+    Attributes:
+        solver: Finds the bases of matrices.
+        previous: The basis found earlier for a nearby operator (for blocks, the earlier result), or None.
+    """
+
+    solver: BasisSolver
+    previous: LinearOperator | None = None
+
+    def of(self, op: LinearOperator, previous: LinearOperator | None = None) -> LinearOperator:
+        """The eigenvalues and eigenvectors of a part, by the rule for its class; ``previous`` is an earlier result."""
+        return _diagonalize(op, replace(self, previous=_basis_of(previous)))
 
 
-def _basis(op: LinearOperator, solver: BasisSolver, previous: LinearOperator | None) -> tuple[LinearOperator, Tensor]:
-    """Basis and eigenvalues of a matrix, a diagonal, or a Kronecker product of what has a basis."""
-    match op:
-        case Eigen():
-            return op.basis, op.values
-        case Diagonal():
-            return identity(op.in_shape, op.dtype, op.device), op.values
-        case Kronecker():
-            parts = _parts(previous, Kronecker, "factors", len(op.factors))
-            pairs = [_basis(factor, solver, part) for factor, part in zip(op.factors, parts, strict=True)]
-            return Kronecker(*(basis for basis, _ in pairs)), outer(values for _, values in pairs)
-        case Shifted() if not isinstance(absorbed := _absorb(op), Shifted):
-            return _basis(absorbed, solver, previous)
-        case Dense():
-            spectrum, vectors = solver.basis(op, previous.matrix if isinstance(previous, Dense) else None)
-            return Dense(vectors), spectrum
+@rules_of(diagonalize)
+def _diagonalize(op: LinearOperator, task: BasisTask) -> LinearOperator:
     raise StructureError(
         f"{op!r} has no eigenbasis by structure. Use solvers.eigsh(op) for some eigenpairs, or Dense(op.to_dense()) if "
-        "the matrix is small."
+        f"the matrix is small.{advice('diagonalize', op)}"
     )
+
+
+@rule(diagonalize, BlockDiagonal)
+def _eigen_of_blocks(op: BlockDiagonal, task: BasisTask) -> BlockDiagonal:
+    return _by_block(op, task.of, task.previous)
+
+
+@rule(diagonalize, Scaled)
+def _eigen_of_multiple(op: Scaled, task: BasisTask) -> LinearOperator:
+    return _diagonalize(op.op, task).scale(op.scalar)
+
+
+@rule(diagonalize, Shifted)
+def _eigen_of_shifted(op: Shifted, task: BasisTask) -> LinearOperator:
+    return _diagonalize(op.op, task).shift(op.lam)
+
+
+@rule(diagonalize, Eigen)
+def _eigen_of_eigen(op: Eigen, task: BasisTask) -> Eigen:
+    return op
+
+
+@rule(diagonalize, Diagonal)
+def _eigen_of_diagonal(op: Diagonal, task: BasisTask) -> Eigen:
+    return Eigen(identity(op.in_shape, op.dtype, op.device), op.values)
+
+
+@rule(diagonalize, Dense)
+def _eigen_of_matrix(op: Dense, task: BasisTask) -> Eigen:
+    values, vectors = task.solver.basis(op, task.previous.matrix if isinstance(task.previous, Dense) else None)
+    return Eigen(Dense(vectors), values)
+
+
+@rule(diagonalize, Kronecker)
+def _bases(op: Kronecker, task: BasisTask) -> Eigen:
+    parts = _parts(task.previous, Kronecker, "factors", len(op.factors))
+    eigens = [_eigen_of_factor(f, replace(task, previous=part)) for f, part in zip(op.factors, parts, strict=True)]
+    return Eigen(Kronecker(*(eigen.basis for eigen in eigens)), outer(eigen.values for eigen in eigens))
+
+
+def _eigen_of_factor(factor: LinearOperator, task: BasisTask) -> Eigen:
+    eigen = _diagonalize(factor.op.absorb_shift(factor.lam) if isinstance(factor, Shifted) else factor, task)
+    if not isinstance(eigen, Eigen):
+        raise StructureError(f"{factor!r} has no eigenbasis as a whole, which a factor of a Kronecker product needs.")
+    return eigen
+
+
+@answers("inverse")
+def _inverse(
+    op: LinearOperator, damping: Scalar | DampingLike, solver: SolverLike | None, dense: bool
+) -> LinearOperator:
+    if solver is not None and not isinstance(solver, Solver):
+        raise TypeError(f"solver is a solvers.Solver such as Cholesky(), not {solver!r}.")
+    damped = damping(op) if callable(damping) else Tikhonov(damping)(op)
+    return power(damped, -1, solver, dense=dense)
 
 
 def solve(op: LinearOperator, b: Tensor, solver: Solver | None = None, *, dense: bool = False) -> Tensor:
@@ -229,16 +336,24 @@ def _widened(op: LinearOperator) -> LinearOperator:
     return op if op.dtype == working_dtype(op) else op.to(working_dtype(op))
 
 
-def _absorb(op: Shifted) -> LinearOperator:
-    """``A + lam I`` in the structure of A where there is one, else as it is."""
-    if isinstance(op.op, Dense):
-        return op.op.add_diagonal(op.lam)
-    return op.op.shift(op.lam)
+def _basis_of(previous: LinearOperator | None) -> LinearOperator | None:
+    """The basis of an earlier result; blocks as they are, to be taken one by one."""
+    return previous.basis if isinstance(previous, Eigen) else previous if isinstance(previous, BlockDiagonal) else None
 
 
-def absorb_shift(op: Shifted) -> LinearOperator:
-    """``A + lam I`` with an exact structure: as A has it, or through the eigenbases of a Kronecker product."""
-    return diagonalize(op) if isinstance(op.op, Kronecker) else _absorb(op)
+def _by_block(
+    op: BlockDiagonal,
+    function: Callable[[LinearOperator, LinearOperator | None], LinearOperator],
+    previous: LinearOperator | None,
+) -> BlockDiagonal:
+    """The block-diagonal operator of ``function(block, earlier block)``; errors name the block."""
+    blocks = []
+    for index, (block, old) in enumerate(
+        zip(op.blocks, _parts(previous, BlockDiagonal, "blocks", len(op.blocks)), strict=True)
+    ):
+        with working_on(op.block_name(index)):
+            blocks.append(function(block, old))
+    return BlockDiagonal(blocks, op.places, op.size)
 
 
 def _parts(previous: LinearOperator | None, kind: type, field: str, count: int) -> tuple[LinearOperator | None, ...]:

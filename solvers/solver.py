@@ -8,6 +8,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from solvers.operators.dense import Dense
+from solvers.operators.dispatch import advice
+from solvers.operators.eigenvalue_power import computed_power, exact_power
 from solvers.operators.linear_operator import LinearOperator
 from solvers.outcome.errors import StructureError
 
@@ -44,8 +46,6 @@ class Solver(ABC):
         Raises:
             SolverError: If an eigenvalue has no such power.
         """
-        from solvers.operators.eigenvalue_power import exact_power
-
         return exact_power(values, exponent, op)
 
     def check_serves(self, op: LinearOperator, exponent: float) -> None:
@@ -57,7 +57,7 @@ class Solver(ABC):
             needed = " or ".join(kind.__name__ for kind in self.needs)
             raise StructureError(
                 f"{self} needs {needed}, not {op!r}. Use an iterative solver such as CG(), which needs products only, "
-                "or Dense(op.to_dense()) or dense=True if the matrix is small."
+                f"or Dense(op.to_dense()) or dense=True if the matrix is small.{advice('power', op)}"
             )
 
 
@@ -79,6 +79,4 @@ class BasisSolver(Solver):
         Raises:
             SolverError: If an eigenvalue has no such power, or rounding cannot tell.
         """
-        from solvers.operators.eigenvalue_power import computed_power
-
         return computed_power(values, exponent, op, "plain", None)

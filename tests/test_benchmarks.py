@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import precond
-from precond import GaussNewton, Newton
+from precond import GaussNewton, LevenbergMarquardt, Newton
 from tests.benchmarks import autoencoder, convex, pinn, training
 from tests.curvature import dense_reference
 
@@ -23,7 +23,9 @@ def test_newton_solves_logistic_regression_in_fifteen_steps(name):
     problem = convex.load(name)
     reference = convex.dense_newton(problem)
     assert reference.norm < 1e-10
-    found = convex.solve(problem, lambda m: Newton(m.parameters(), damping=1e-3, adapt=True), seconds=60)
+    found = convex.solve(
+        problem, lambda m: Newton(m.parameters(), damping=1e-3, damping_rule=LevenbergMarquardt()), seconds=60
+    )
     assert found.norm < convex.GOAL and found.steps <= 15
     # The smallest eigenvalue of the Hessian is the ridge, so the distance is at most the norm divided by it.
     assert (found.weights - reference.weights).norm() <= (found.norm + reference.norm) / convex.RIDGE

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from solvers import Density, Eigenpairs, Estimate
+from solvers.tree import Path, map_tree
 
 _BAR = 50  # characters of the longest bar
 _ROWS = 24
@@ -17,17 +18,13 @@ _ROWS = 24
 
 def to_json(content: Any) -> str:
     """JSON as its standard has it: what is no finite number becomes null."""
-    return json.dumps(_plain(content), indent=1, allow_nan=False)
+    return json.dumps(map_tree(_finite, content, sequence=list), indent=1, allow_nan=False)
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        value = value.tolist()
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _finite(piece: Any, path: Path) -> Any:
+    if isinstance(piece, Tensor):
+        return map_tree(_finite, piece.tolist())
+    return None if isinstance(piece, float) and not math.isfinite(piece) else NotImplemented
 
 
 def eigenvalues(pairs: Eigenpairs) -> str:

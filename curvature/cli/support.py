@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from curvature.layers import MODULES, REPLACEMENTS, RULES
-from curvature.layers.block import Block, Part
+from curvature.layers.block import Block, BlockPart
 from curvature.losses import NoCurvatureError, SumOfLosses, loss_for
 from curvature.losses.loss import registered
 from curvature.losses.signals import KINDS
@@ -91,7 +91,7 @@ def estimates(shape: tuple[int, ...], parts: int, form: Form) -> tuple[str, ...]
         form: ``"outer"`` for layers ``y = W a``.
     """
     numel = torch.Size(shape).numel()
-    block = Block("block", tuple(Part(f"p{i}", 0, (numel,), (0,), shape) for i in range(parts)))
+    block = Block("block", tuple(BlockPart(f"p{i}", 0, (numel,), (0,), shape) for i in range(parts)))
     return tuple(curvature().estimator(block, form).structure for curvature in BLOCKS.values())
 
 

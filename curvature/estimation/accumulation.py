@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from curvature.estimation.checkpoint import Checkpoint, digest
-from curvature.layers.recorder import tensors_in
-from curvature.model.data import Batch
+from curvature.model.data import Batch, tensors_in
 from curvature.model.parameters import Parameters
 from curvature.model.settings import random_state, set_random_state
 

@@ -15,11 +15,11 @@ from torch.autograd.graph import get_gradient_edge
 
 from curvature.estimation.collector import Collector
 from curvature.estimation.recording import Pass, Recording, Waiting, merged
-from curvature.layers.recorder import Recorder, batch_size, tensors_in
+from curvature.layers.recorder import Recorder
 from curvature.losses import JoinedTerms, Loss, Terms, UnknownLossError, WeightedSum, loss_for
 from curvature.losses.from_gradient import from_output_gradient
 from curvature.losses.signals import Signals
-from curvature.model.data import Output, inspecting, inspection, resolve_output, untouched
+from curvature.model.data import Output, batch_size, inspecting, inspection, resolve_output, tensors_in, untouched
 from curvature.model.hooks import Hook, calling_frame
 from curvature.model.wrappers import is_compiled, plain_checkpoints, unwrapped
 from curvature.structures.estimator import Curvature
@@ -78,12 +78,12 @@ class Capture:
         self.generator = torch.Generator(device=collector.parameters.device)
         self._recordings: list[Recording] = []
         self._waiting: list[Waiting] = []
-        self._passes: list[Pass] = []  # since arming, in case they must be repeated
+        self.passes: list[Pass] = []  # since arming, in case they must be repeated
         self._current: Recorder | None = None
         self._frame: FrameType | None = None  # of the call of the model that is being recorded
         self.compiled = False  # a call of the model ran compiled code
         self._hidden = False  # a pass was seen that hides parts of the model
-        self._settled = False  # a pass was seen that hides none
+        self.settled = False  # a pass was seen that hides none
         self._elsewhere: set[str] = set()  # parameters that are used outside the model's forward pass
         self._handles: list[Any] = []
         self.attach()
@@ -126,7 +126,7 @@ class Capture:
         for waiting in self._waiting:
             waiting.backward.close()
         self._waiting = []
-        self._passes, self.batches, self.reached = [], 0, set()
+        self.passes, self.batches, self.reached = [], 0, set()
         self.collector.forget()
 
     @property
@@ -167,7 +167,7 @@ class Capture:
         edges = tuple(get_gradient_edge(t) for t in tensors_in(result) if t.requires_grad)
         recording = Recording(recorder or self._recorder(None), Pass((args, kwargs)), z, edges)
         self._recordings.append(recording)
-        self._passes.append(recording.origin)
+        self.passes.append(recording.origin)
         several = isinstance(self.loss, WeightedSum)  # whose gradients a hook on an output could not tell apart
         if isinstance(z, Tensor) and z.requires_grad and self.mode != "loss" and not several:
             recording.handles.append(z.register_hook(_OutputHook(self, recording)))
@@ -296,7 +296,7 @@ class Capture:
         if not bool(torch.isfinite(gradient).all()):
             return  # nothing can be read off it, and the step will be skipped
         assert recording.output is not None
-        if self.shadows or not self._settled:
+        if self.shadows or not self.settled:
             recording.origin.output, recording.origin.output_gradient = recording.output.detach(), gradient.detach()
         if self.shadows or recording.used:
             return
@@ -373,14 +373,14 @@ class Capture:
             self._hidden = True
             self._start_again()
         if self.shadows:
-            for origin in self._passes:
-                self._shadow(origin)
+            for origin in self.passes:
+                self.repeat(origin)
         if missing and self.batches:
             self._elsewhere |= self._missing(gradients or {})
             self._hidden = not missing <= self._elsewhere
         self.collector.settle()
-        self._settled = bool(self.batches)
-        self._passes = []
+        self.settled = bool(self.batches)
+        self.passes = []
 
     def _read_gradients(self) -> None:
         """Statistics from the backward passes that were waited for."""
@@ -407,7 +407,7 @@ class Capture:
         self.collector.forget()
         self.batches, self.reached = 0, set()
 
-    def _shadow(self, origin: Pass) -> None:
+    def repeat(self, origin: Pass) -> None:
         """Repeat a forward pass on its stored inputs, eagerly, and collect from that."""
         if not origin.losses and origin.output_gradient is None:
             return

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from curvature.model.parameters import Parameters
+from solvers.tree import pieces, plain
 
 #: Share of the running time that saving may take, at most.
 _SHARE = 0.05
 
 
 class CheckpointError(ValueError):
-    """A file is no checkpoint, or one of another problem; the message says what differs."""
+    """A file is not a checkpoint, or belongs to another problem; the message says what differs."""
 
 
 def save(path: str | os.PathLike[str], state: Any) -> None:
@@ -35,7 +36,8 @@ def save(path: str | os.PathLike[str], state: Any) -> None:
     Raises:
         TypeError: If something else is in the state.
     """
-    _check(state, "state")
+    for where, piece in pieces(state):
+        plain(piece, where)
     write_whole(path, lambda file: torch.save(state, file))
 
 
@@ -63,7 +65,7 @@ def load(path: str | os.PathLike[str]) -> Any:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        CheckpointError: If it is no checkpoint.
+        CheckpointError: If it is not a checkpoint.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=os.name == "posix")
@@ -166,7 +168,7 @@ Resume = str | os.PathLike[str] | Checkpoint
 
 
 def problem_identity(model: nn.Module, loss_fn: Any, params: Any = None) -> dict[str, Any]:
-    """What tells one curvature problem from another before its data are seen.
+    """Names and values that tell one curvature problem from another before its data are seen.
 
     Args:
         model: The model; its parameters and buffers are hashed, which reads each of them once.
@@ -218,19 +220,3 @@ def _options(module: nn.Module) -> str:
 def _short(value: Any, most: int = 60) -> str:
     shown = repr(value)
     return shown if len(shown) <= most else f"{shown[: most // 2]} ... {shown[-most // 2 :]}"
-
-
-def _check(value: Any, where: str) -> None:
-    """Refuse what could be saved but not loaded."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            _check(key, f"a key of {where}")
-            _check(item, f"{where}[{key!r}]")
-    elif isinstance(value, (list, tuple)):
-        for index, item in enumerate(value):
-            _check(item, f"{where}[{index}]")
-    elif not (value is None or isinstance(value, Tensor) or type(value) in (bool, int, float, str)):
-        raise TypeError(
-            f"{where} is a {type(value).__name__}. A checkpoint holds tensors, numbers, strings, and dicts, lists and "
-            "tuples of them."
-        )

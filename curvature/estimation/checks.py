@@ -32,6 +32,19 @@ BY_VALUE = (
     ),
     *("Put", "RepeatInterleave", "Scatter", "SegmentReduce", "Sort", "Take", "Topk", "Unique"),
 )
+_VIEWS = {
+    "T",
+    "Transpose",
+    "Permute",
+    "View",
+    "ReshapeAlias",
+    "Expand",
+    "Slice",
+    "Select",
+    "Squeeze",
+    "Unsqueeze",
+    "ToCopy",
+}
 #: Structures remembered for one set of parameters; inputs of many different shapes make many.
 MOST = 64
 
@@ -73,6 +86,28 @@ def graph(output: Tensor, parameters: Mapping[str, Tensor]) -> tuple[Hashable, d
             )
         )
     return tuple(entries), numbers
+
+
+def custom_functions(output: Tensor, parameter: Tensor) -> list[str]:
+    """Names of the custom ``autograd.Function`` classes that a parameter, or a view of it, goes into."""
+    users: dict[Any, list[Any]] = {}
+    waiting: list[Any] = [output.grad_fn]
+    for node in waiting:  # grows on the way
+        for earlier, _ in node.next_functions:
+            if earlier is not None:
+                if earlier not in users:
+                    waiting.append(earlier)
+                users.setdefault(earlier, []).append(node)
+    seen = [node for node in waiting if getattr(node, "variable", None) is parameter]
+    found: dict[str, None] = {}
+    for node in seen:  # grows as well
+        for user in users.get(node, ()):
+            name = user.name().partition("Backward")[0]
+            if isinstance(user, BackwardCFunction):
+                found[name] = None
+            elif name in _VIEWS and user not in seen:
+                seen.append(user)
+    return list(found)
 
 
 def recall(parameters: Mapping[str, Tensor], key: Hashable | None, look: Callable[[], set[str]]) -> set[str]:

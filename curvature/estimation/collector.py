@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from functools import partial, reduce
 from typing import Any, Literal
@@ -12,14 +11,15 @@ import torch
 from torch import Tensor
 
 from curvature.estimation import checks, snapshot
-from curvature.estimation.plan import Group, Plan
+from curvature.estimation.plan import BlockPlan, Group
 from curvature.layers import Site
-from curvature.layers.block import Block, Part, Place
+from curvature.layers.block import Block, BlockPart, BlockPlace
 from curvature.layers.recorder import Recorder
 from curvature.layers.samples import OneHot, Outer, PerSample, Samples
 from curvature.losses.signals import Signals, stacked
 from curvature.model.data import inspecting
 from curvature.model.parameters import Parameters
+from curvature.model.pullback import Pullback
 from curvature.structures.estimator import CurvatureEstimator, Form
 from solvers import BlockDiagonal, Diagonal, LinearOperator
 
@@ -82,7 +82,7 @@ class Collector:
         self.exact = apart == "one by one"
         self._verified = False
         self.mixed_blocks: set[str] | None = None  # in training: blocks whose first pass mixed the examples
-        self.plan = Plan(parameters, joint)
+        self.plan = BlockPlan(parameters, joint)
         self.estimators: dict[str, CurvatureEstimator] = {}
         self.operations: dict[str, tuple[str, ...]] = {}  # what each block was used by
         self._forms: dict[str, Form] = {}
@@ -125,15 +125,8 @@ class Collector:
         self, recorder: Recorder, output: Tensor, signals: Signals, counted: set[Any], scale: Tensor | None
     ) -> set[str]:
         cache: Cache = {}
-        groups = self.plan.assign(recorder.sites, recorder.unknown)
         structure = self._structure(recorder, output, signals)
-        if not self._verified:
-            self._verified = True
-            unexplained = self._recall(
-                "unexplained", structure, groups, lambda: self._unexplained(groups, output, signals, cache)
-            )
-            if self.plan.distrust(unexplained):
-                groups = self.plan.assign(recorder.sites, recorder.unknown)
+        groups = self._trusted(recorder, output, signals, structure, cache)
         if self.only is not None:
             groups = [group for group in groups if group.block.name in self.only]
         interact = recorder.examples_interact
@@ -148,9 +141,40 @@ class Collector:
             return self._send(groups, output, signals, all_of_them, counted, scale, cache, mixing)
         together = [g for g in groups if g.block.name not in mixing]
         apart = [g for g in groups if g.block.name in mixing]
-        sent = partial(stacked, signals.one_by_one() if self.exact else self._signed(signals))
+        sent = partial(stacked, signals.one_by_one() if self.exact else self.signed(signals))
         reached = self._send(together, output, signals, all_of_them, counted, scale, cache, set())
         return reached | self._send(apart, output, signals, sent, counted, scale, cache, mixing)
+
+    def survey(self, recorder: Recorder, output: Tensor, signals: Signals) -> None:
+        """Make the estimates of the blocks that a pass reaches, without statistics; arguments as :meth:`collect`."""
+        cache: Cache = {}
+        groups = self._trusted(recorder, output, signals, self._structure(recorder, output, signals), cache)
+        for group, uses in self._back(groups, output, signals.probe().unsqueeze(0), cache, {}):
+            if uses:
+                self._estimator(group)
+
+    def _trusted(
+        self, recorder: Recorder, output: Tensor, signals: Signals, structure: Hashable | None, cache: Cache
+    ) -> list[Group]:
+        """The blocks of a pass; uses that do not explain the gradients of the first one are not relied on."""
+        groups = self.plan.assign(recorder.sites, recorder.unknown)
+        if self._verified:
+            return groups
+        self._verified = True
+        unexplained = self._recall(
+            "unexplained", structure, groups, lambda: self._unexplained(groups, output, signals, cache)
+        )
+        if not self.plan.distrust({name: self._doubt(name, groups, output) for name in unexplained}):
+            return groups
+        return self.plan.assign(recorder.sites, recorder.unknown)
+
+    def _doubt(self, name: str, groups: list[Group], output: Tensor) -> str:
+        """Why the recorded uses of a parameter are not relied on."""
+        rules = dict.fromkeys(op for group in groups if name in group.block.names for op in group.operations)
+        unseen = ", ".join(checks.custom_functions(output, self.parameters[name]))
+        if not rules:
+            return f"no rule for {unseen or 'its use'}"
+        return f"rule {', '.join(rules)} does not explain the gradient" + (f", used in {unseen} as well" * bool(unseen))
 
     def _structure(self, recorder: Recorder, output: Tensor, signals: Signals) -> Hashable | None:
         """What equal passes have in common as far as :mod:`.checks` goes; ``None`` for one by itself."""
@@ -268,11 +292,11 @@ class Collector:
         """All blocks, times ``scale``, on the flat parameter vector; parameters that were never used count zero."""
         sizes = {name: p.numel() for name, p in self.parameters.items()}
         blocks: list[LinearOperator] = []
-        places: list[Place] = []
+        places: list[BlockPlace] = []
         for estimator in sorted(self.estimators.values(), key=lambda e: self.parameters.starts[e.block.parts[0].name]):
             operator = estimator.operator()
             blocks.append(operator if isinstance(scale, float) and scale == 1.0 else operator * scale)
-            places.append(Place.of(estimator.block, self.parameters.starts, sizes))
+            places.append(BlockPlace.of(estimator.block, self.parameters.starts, sizes))
         dtype = blocks[0].dtype if blocks else torch.float32
         for operator in blocks:
             dtype = torch.promote_types(dtype, operator.dtype)
@@ -280,7 +304,7 @@ class Collector:
         for block in self._uncovered():
             zeros = torch.zeros(block.shape, dtype=dtype, device=self.parameters.device)
             blocks.append(Diagonal(zeros))
-            places.append(Place.of(block, self.parameters.starts, sizes))
+            places.append(BlockPlace.of(block, self.parameters.starts, sizes))
         return BlockDiagonal(tuple(blocks), tuple(places), self.parameters.size)
 
     def _uncovered(self) -> list[Block]:
@@ -295,7 +319,7 @@ class Collector:
             for start, stop in [*sorted(spans), (self.parameters[name].numel(),) * 2]:
                 if start > position:
                     n = start - position
-                    gaps.append(Block(f"{name}[{position}:{start}]", (Part(name, position, (n,), (0,), (n,)),)))
+                    gaps.append(Block(f"{name}[{position}:{start}]", (BlockPart(name, position, (n,), (0,), (n,)),)))
                 position = max(position, stop)
         return gaps
 
@@ -352,32 +376,17 @@ class Collector:
         targets: list[Any] = [*(site.edge for site in sites), *(self.parameters[name] for name in generic)]
         if not targets:
             return
-        k = len(signal)
-        gradients = self._gradients(output, targets, signal)
+        pullback = Pullback([output], targets, self.vectorised)
+        gradients = pullback.arriving([signal])
+        self.vectorised = pullback.batched
         by_site = {id(site): g for site, g in zip(sites, gradients, strict=False)}
         by_name = dict(zip(generic, gradients[len(sites) :], strict=True))
         for group in groups:
             if group.uses:
-                yield group, _samples(group, by_site, valid, cache, k)
+                yield group, _samples(group, by_site, valid, cache, len(signal))
             else:
                 gradient = by_name[group.block.name]
-                yield group, [] if gradient is None else [PerSample(gradient.reshape(k, 1, -1))]
-
-    def _gradients(self, output: Tensor, targets: list[Any], signal: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of the targets under each of the signals ``(k, *output)``; ``None`` where none arrives."""
-        if len(signal) > 1 and self.vectorised:
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # an operation that can only be looped over is no news to a user
-                    return torch.autograd.grad(
-                        output, targets, signal, retain_graph=True, allow_unused=True, is_grads_batched=True
-                    )
-            except RuntimeError:  # an operation that cannot be vectorised; one by one it works, or says why not
-                self.vectorised = False
-        each = [torch.autograd.grad(output, targets, s, retain_graph=True, allow_unused=True) for s in signal]
-        if len(each) == 1:
-            return each[0]
-        return tuple(_stacked(column) for column in zip(*each, strict=True))
+                yield group, [] if gradient is None else [PerSample(gradient.reshape(len(signal), 1, -1))]
 
     def _valid(self, sites: list[Site], output: Tensor, signals: Signals) -> dict[int, Tensor]:
         """Which positions of each site count.
@@ -468,7 +477,7 @@ class Collector:
                 group.block.write(tolerance * size.max().expand(group.block.shape), bound)
         return {name for name, g in true.items() if bool(((g - known[name]).abs() > bound[name]).any())}
 
-    def _signed(self, signals: Signals) -> Iterator[Tensor]:
+    def signed(self, signals: Signals) -> Iterator[Tensor]:
         """Signals with a random sign per example: squares of their sums have no cross terms in expectation."""
         generator = signals.generator or torch.Generator(device=signals.terms.output.device).manual_seed(0)
         for signal in signals:
@@ -477,8 +486,10 @@ class Collector:
 
     def _estimator(self, group: Group) -> CurvatureEstimator:
         name = group.block.name
-        if name not in self.estimators or self.estimators[name].block != group.block:
+        known = name in self.estimators and self.estimators[name].block == group.block
+        if not known:
             self.estimators[name] = self.make(group.block, group.form)
+        if not known or name not in self.operations:  # an estimate that was there before this collector
             self.operations[name], self._forms[name] = group.operations, group.form
         return self.estimators[name]
 
@@ -510,7 +521,7 @@ def _valid(sites: list[Site], gradients: Mapping[int, Tensor], mask: Tensor) -> 
     full = bool(mask.all())
     for site in sites:
         gradient = gradients.get(id(site))
-        g = None if gradient is None else site.row_gradients(gradient.reshape(1, *site.output_shape))
+        g = None if gradient is None else site.row_gradients(site.arrived(gradient))
         if g is None:
             continue
         reached = (g != 0).any(-1)[0]  # (n, s)
@@ -533,18 +544,9 @@ def _samples(
         gradient = gradients.get(id(use.site))
         if gradient is None:
             continue
-        given = gradient.reshape(k, *use.site.output_shape)
-        sample = use.site.use(use.piece, given, valid.get(id(use.site)), cache)
+        sample = use.site.use(use.piece, use.site.arrived(gradient, k), valid.get(id(use.site)), cache)
         samples.append(sample.transposed() if use.flipped else sample)
     return samples
-
-
-def _stacked(gradients: tuple[Tensor | None, ...]) -> Tensor | None:
-    """Gradients of one target under several signals, ``(k, *)``; ``None`` if none arrived."""
-    arrived = next((g for g in gradients if g is not None), None)
-    if arrived is None:
-        return None
-    return torch.stack([torch.zeros_like(arrived) if g is None else g for g in gradients])
 
 
 def _sum(tensors: Iterator[Tensor]) -> Tensor:

@@ -5,21 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
 
 from curvature.estimation.collector import Collector
-from curvature.estimation.dataset import record
-from curvature.estimation.plan import Plan
+from curvature.estimation.dataset import record, terms_of
 from curvature.layers import MODULES
-from curvature.layers.block import Block, Part
-from curvature.losses import UnknownLossError, loss_for
-from curvature.model.data import Data, batches, to_device, untouched
+from curvature.layers.block import Block, BlockPart
+from curvature.losses import Terms, UnknownLossError, loss_for
+from curvature.losses.signals import Signals
+from curvature.model.data import Data, batches, tensors_in, to_device, untouched
 from curvature.model.parameters import Parameters
 from curvature.structures.estimator import Curvature, CurvatureEstimator
 from curvature.structures.kfac import KroneckerFisher
+
+#: How the reason ends for a parameter whose gradients no rule takes apart.
+BY_AUTOGRAD = ": gradients by autograd"
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Row:
         block: Name of the block it belongs to (several, where segments of it are used apart).
         structure: ``"kronecker"``, ``"eigenbasis"``, ``"unit"``, ``"diagonal"``, ..., or ``"unused"``.
         size: Numbers the structure stores for the block.
-        why: The operations that used it, or why no rule applies.
+        why: The operations that used it, or why no rule serves.
     """
 
     parameter: str
@@ -41,6 +45,11 @@ class Row:
     structure: str
     size: int
     why: str
+
+    @property
+    def ruled(self) -> bool:
+        """Whether its curvature comes from a layer rule."""
+        return self.structure not in ("unused", "ignored") and not self.why.endswith(BY_AUTOGRAD)
 
 
 @dataclass(frozen=True)
@@ -76,7 +85,7 @@ class Coverage:
     def covered(self) -> float:
         """Fraction of the trainable numbers that have a block by a layer rule."""
         total = sum(math.prod(row.shape) for row in self.rows)
-        ruled = sum(math.prod(row.shape) for row in self.rows if not row.why.startswith("no rule"))
+        ruled = sum(math.prod(row.shape) for row in self.rows if row.ruled)
         return ruled / total if total else 1.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -100,6 +109,8 @@ class Coverage:
             for line in [head, tuple("-" * w for w in widths), *body]
         ]
         how = "as used in a recorded pass" if self.seen else "as the module types promise; pass data= to see it used"
+        if self.seen and all(row.structure in ("unused", "ignored") for row in self.rows):
+            how = "nothing seen yet"
         lines.append(f"{len(self.rows)} parameters, {self.covered:.0%} of the numbers by a layer rule ({how}).")
         lines.append(f"Loss: {self.loss}")
         return "\n".join(line.rstrip() for line in lines)
@@ -118,8 +129,9 @@ def coverage(
     Args:
         model: Any module.
         loss_fn: The loss module; the table says which kinds of curvature it allows.
-        data: A batch ``(x, y)`` or batches, of which the first is passed through the model to see how it uses its
-            parameters. Without data the table says what the types of the modules promise.
+        data: A batch ``(x, y)`` or batches, of which the first is passed through the model and back, as an estimate
+            does, to see how it uses its parameters and whether the rules explain their gradients. Without data the
+            table says what the types of the modules promise.
         curvature: What would be estimated; :class:`~curvature.KroneckerFisher` by default.
         params: Restriction of the parameters.
 
@@ -141,14 +153,13 @@ def coverage(
         rows = _promised(model, parameters, spec)
     else:
         collector = Collector(parameters, spec.estimator, joint=spec.joint)
-        with untouched(model):
-            x, _ = next(batches(data)())
-            _, recorder = record(model, parameters, to_device(x, parameters.device))
-        groups = Plan(parameters, spec.joint).assign(recorder.sites, recorder.unknown)
-        for group in groups:
-            collector.estimators[group.block.name] = spec.estimator(group.block, group.form)
-            collector.operations[group.block.name] = group.operations
-        rows = table(parameters, collector.estimators, collector.operations, recorder.unknown)
+        with torch.inference_mode(False), untouched(model):
+            x, y = to_device(next(batches(data)()), parameters.device)
+            result, recorder = record(model, parameters, x)
+            terms = _terms(loss_fn, result, y)
+            if terms is not None:
+                collector.survey(recorder, terms.output, Signals.of(terms, "empirical", batch=recorder.batch))
+        rows = table(parameters, collector)
     return Coverage(tuple(rows), describe_loss(loss_fn), data is not None)
 
 
@@ -162,33 +173,34 @@ def describe_loss(loss_fn: Any) -> str:
     return f"{name}: exact, mc, empirical"
 
 
-def table(
-    parameters: Parameters,
-    estimators: Mapping[str, CurvatureEstimator],
-    operations: Mapping[str, tuple[str, ...]],
-    unknown: Mapping[str, set[str]] | None = None,
-) -> list[Row]:
-    """Rows from the estimates that exist."""
+def table(parameters: Parameters, collector: Collector) -> list[Row]:
+    """Rows from what a collector has seen."""
     rows = []
     for name, p in parameters.items():
-        mine = [e for e in estimators.values() if name in e.block.names]
+        mine = [e for e in collector.estimators.values() if name in e.block.names]
         if not mine:
             rows.append(Row(name, tuple(p.shape), "-", "unused", 0, "no pass used it: no curvature"))
             continue
-        used = dict.fromkeys(op for e in mine for op in operations.get(e.block.name, ()))
-        odd = sorted((unknown or {}).get(name, ()))
-        why = ", ".join(used) or f"no rule for {', '.join(odd) or 'its use'}: gradients by autograd"
-        rows.append(
-            Row(
-                name,
-                tuple(p.shape),
-                ", ".join(e.block.name for e in mine),
-                "/".join(dict.fromkeys(e.structure for e in mine)),
-                sum(_stored(e, operations.get(e.block.name, ())) for e in mine),
-                why,
-            )
-        )
+        used = [collector.operations.get(e.block.name, ("used before it was loaded",)) for e in mine]
+        reason = collector.plan.without_rule.get(name)
+        why = ", ".join(dict.fromkeys(chain(*used))) if reason is None else reason + BY_AUTOGRAD
+        names, structures = ", ".join(e.block.name for e in mine), "/".join(dict.fromkeys(e.structure for e in mine))
+        size = sum(_stored(e, operations) for e, operations in zip(mine, used, strict=True))
+        rows.append(Row(name, tuple(p.shape), names, structures, size, why))
     return rows
+
+
+def _terms(loss_fn: Any, result: Any, y: Any) -> Terms | None:
+    """Terms of the loss; where it is unknown or cannot be told apart here, of all that the model returned."""
+    try:
+        terms = terms_of(loss_for(loss_fn), result, y, None, None)
+    except (TypeError, ValueError):
+        seen = [t.reshape(-1) for t in tensors_in(result) if t.requires_grad]
+        if not seen:
+            return None
+        output = torch.cat(seen).unsqueeze(0)
+        terms = loss_for(nn.MSELoss()).terms(output, torch.zeros_like(output))
+    return terms if terms.output.requires_grad else None
 
 
 # Parameters of a module that one operation uses together.
@@ -227,11 +239,11 @@ def _kind(module: nn.Module) -> str | None:
     return None
 
 
-def _parts(module: nn.Module, own: Mapping[str, torch.Tensor], kind: str | None) -> tuple[Part, ...]:
+def _parts(module: nn.Module, own: Mapping[str, torch.Tensor], kind: str | None) -> tuple[BlockPart, ...]:
     """The shapes of a block of these parameters."""
 
-    def part(key: str, p: torch.Tensor, shape: tuple[int, ...]) -> Part:
-        return Part(key, 0, (p.numel(),), (0,), shape)
+    def part(key: str, p: torch.Tensor, shape: tuple[int, ...]) -> BlockPart:
+        return BlockPart(key, 0, (p.numel(),), (0,), shape)
 
     if kind is None:
         return tuple(part(key, p, (p.numel(),)) for key, p in own.items())

@@ -12,13 +12,14 @@ from curvature.estimation.accumulation import Accumulation
 from curvature.estimation.checkpoint import Checkpoint, Resume, digest, problem_identity
 from curvature.estimation.collector import Collector
 from curvature.layers.block import Block
-from curvature.layers.recorder import Recorder, batch_size
+from curvature.layers.recorder import Recorder
 from curvature.losses import ClassDim, JoinedTerms, Loss, Terms, WeightedSum, loss_for
 from curvature.losses.signals import Signals
 from curvature.model.data import (
     Batch,
     Data,
     Output,
+    batch_size,
     batches,
     call,
     is_one_batch,
@@ -127,7 +128,8 @@ def estimate(
         loss = over_all_data(loss, model, start, parameters.device, output, class_dim)
     file = None
     if resume is not None:
-        what = {"curvature": repr(curvature), "draws": digest([generator.get_state()])}
+        described = repr(curvature).replace("max_dim=", "max_factor=")  # as files of version 0.1 have it
+        what = {"curvature": described, "draws": digest([generator.get_state()])}
         file = Checkpoint.at(resume).of(problem_identity(model, loss_fn, parameters) | what)
     run = Accumulation(model, collector, generator, curvature.passes, file)
     with torch.inference_mode(False), untouched(model):

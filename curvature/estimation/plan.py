@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from curvature.layers import OuterSite, Site
-from curvature.layers.block import Block, Part
+from curvature.layers.block import Block, BlockPart
 from curvature.model.parameters import Parameters
 from curvature.structures.estimator import Form
 
@@ -36,7 +36,7 @@ class Group:
         return tuple(dict.fromkeys(use.site.operation for use in self.uses))
 
 
-class Plan:
+class BlockPlan:
     """Assigns uses to blocks, and keeps the assignment over steps.
 
     Weight and bias of a layer share a block if ``joint`` and neither is used elsewhere without the other. A parameter
@@ -45,13 +45,16 @@ class Plan:
     Args:
         parameters: The tracked parameters.
         joint: Keep weight and bias together.
+
+    Attributes:
+        without_rule: Parameters whose gradients are taken by autograd, and why no rule serves.
     """
 
     def __init__(self, parameters: Parameters, joint: bool) -> None:
         self.parameters = parameters
         self.joint = joint
         self._blocks: dict[tuple[str, int, int], Block] = {}  # segment -> its block
-        self._generic: set[str] = set()
+        self.without_rule: dict[str, str] = {}
 
     def assign(self, sites: Iterable[Site], unknown: Mapping[str, set[str]]) -> list[Group]:
         """Groups of one pass.
@@ -66,26 +69,26 @@ class Plan:
         # A layer fixes the orientation of a matrix before an embedding does.
         for site in sorted(sites, key=lambda s: s.operation == "embedding"):
             for piece, block in site.blocks(joint[id(site)]):
-                if not self._generic.isdisjoint(block.names):
+                if not self.without_rule.keys().isdisjoint(block.names):
                     continue
                 known = self._register(block)
                 flipped = known.parts[0] != block.parts[0]
                 form: Form = "outer" if isinstance(site, OuterSite) else "per_sample"
                 group = groups.setdefault(known.name, Group(known, form))
                 group.uses.append(Use(site, piece, flipped))
-        for name in self._generic & set(self.parameters):
+        for name in self.without_rule.keys() & self.parameters.keys():
             p = self.parameters[name]
-            block = Block(name, (Part(name, 0, (p.numel(),), (0,), (p.numel(),)),))
+            block = Block(name, (BlockPart(name, 0, (p.numel(),), (0,), (p.numel(),)),))
             groups[name] = Group(block, "per_sample")
         return list(groups.values())
 
-    def distrust(self, names: Iterable[str]) -> bool:
-        """From now on take the gradients of these parameters by autograd; whether that is news.
+    def distrust(self, reasons: Mapping[str, str]) -> bool:
+        """From now on take the gradients of these parameters by autograd, and why; whether that is news.
 
         Only before anything was estimated: all blocks are assigned anew.
         """
-        new = set(names) - self._generic
-        self._generic |= new
+        new = {name: reason for name, reason in reasons.items() if name not in self.without_rule}
+        self.without_rule |= new
         if new:
             self._blocks.clear()
         return bool(new)
@@ -93,11 +96,12 @@ class Plan:
     def state(self) -> dict[str, Any]:
         """The assignment so far, as names and numbers."""
         blocks = {block.name: block.state() for block in self._blocks.values()}
-        return {"blocks": blocks, "generic": sorted(self._generic)}
+        return {"blocks": blocks, "generic": sorted(self.without_rule), "reasons": self.without_rule}
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Take up :meth:`state`."""
-        self._generic = set(saved["generic"])
+        reasons = saved.get("reasons", {})  # files of version 0.1 have none
+        self.without_rule = {name: reasons.get(name, "no rule for its use") for name in saved["generic"]}
         self._blocks.clear()
         for name, parts in saved["blocks"].items():
             self._register(Block.from_state(name, parts))
@@ -119,7 +123,8 @@ class Plan:
 
     def _mark_generic(self, sites: list[Site], unknown: Mapping[str, set[str]]) -> None:
         """Parameters with a use no rule covers, with overlapping segments, or with uses of different kinds."""
-        self._generic.update(unknown)
+        for name, operations in unknown.items():
+            self._leave(name, f"no rule for {', '.join(sorted(operations))}")
         segments: dict[str, dict[tuple[int, int], str]] = {}
         for site in sites:
             kind = "outer" if isinstance(site, OuterSite) else type(site).__name__
@@ -128,11 +133,11 @@ class Plan:
                 seen = segments.setdefault(ref.name, {})
                 span = (ref.start, ref.start + ref.numel)
                 if seen.setdefault(span, f"{kind} {role}") != f"{kind} {role}":
-                    self._generic.add(ref.name)
+                    self._leave(ref.name, "uses of different kinds")
         for name, seen in segments.items():
             spans = sorted(seen)
             if any(right[0] < left[1] for left, right in pairwise(spans)):
-                self._generic.add(name)
+                self._leave(name, "uses of segments that overlap")
         # Shapes of one matrix that are neither equal nor transposed (a kernel seen as a matrix, say).
         shapes: dict[tuple[str, int, int], set[tuple[int, ...]]] = {}
         for site in sites:
@@ -142,9 +147,9 @@ class Plan:
         for key, found in shapes.items():
             first = next(iter(found))
             if any(shape not in (first, first[::-1]) for shape in found):
-                self._generic.add(key[0])
+                self._leave(key[0], "uses as matrices of different shapes")
         for (name, _, _), block in self._blocks.items():
-            if name in self._generic:
+            if name in self.without_rule:
                 raise RuntimeError(
                     f"{name} was part of block {block.name} before, and is now used in a way no layer rule covers "
                     f"({', '.join(sorted(unknown.get(name, {'another shape'})))}). If that use takes no part in the "
@@ -152,10 +157,13 @@ class Plan:
                     "with params=."
                 )
 
+    def _leave(self, name: str, reason: str) -> None:
+        self.without_rule.setdefault(name, reason)
+
     def _is_joint(self, site: Site, sites: list[Site]) -> bool:
         if not self.joint or site.weight is None or site.bias is None:
             return False
-        if site.weight.name in self._generic or site.bias.name in self._generic:
+        if not self.without_rule.keys().isdisjoint((site.weight.name, site.bias.name)):
             return False
         known = self._blocks.get(site.weight.key)
         if known is not None:
@@ -170,5 +178,5 @@ class Plan:
         return True
 
 
-def _key(part: Part) -> tuple[str, int, int]:
+def _key(part: BlockPart) -> tuple[str, int, int]:
     return (part.name, part.start, part.numel)

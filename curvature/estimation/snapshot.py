@@ -10,6 +10,7 @@ from torch import Tensor
 from curvature.structures.estimator import CurvatureEstimator
 from curvature.structures.weighted_mean import WeightedMean
 from solvers import LinearOperator, from_state, state
+from solvers.tree import Path, map_inside, plain
 
 
 def take(estimator: CurvatureEstimator) -> dict[str, Any]:
@@ -18,50 +19,43 @@ def take(estimator: CurvatureEstimator) -> dict[str, Any]:
     Raises:
         TypeError: If it holds something that cannot be stored.
     """
-    return {name: _encode(value, name) for name, value in vars(estimator).items() if name != "block"}
+    held = {name: value for name, value in vars(estimator).items() if name != "block"}
+    return map_inside(_stored, held, (type(estimator).__name__,))
+
+
+def _stored(piece: Any, path: Path) -> Any:
+    match piece:
+        case dict():
+            return {"dict": map_inside(_stored, piece, path)}
+        case CurvatureEstimator():
+            return {"estimator": take(piece)}
+        case WeightedMean():
+            return {"mean": map_inside(_stored, vars(piece), path)}
+        case LinearOperator():
+            return {"operator": state(piece)}
+    return plain(piece, path)
 
 
 def restore(estimator: CurvatureEstimator, taken: dict[str, Any], device: torch.device) -> None:
     """Give a fresh estimate of the same block what :func:`take` found."""
-    for name, value in taken.items():
-        setattr(estimator, name, _decode(value, getattr(estimator, name, None), device))
 
+    def restored(piece: Any, path: Path) -> Any:
+        if isinstance(piece, Tensor):
+            return piece.to(device, copy=True)  # not the file's: sums are made in place
+        if not isinstance(piece, dict):
+            return NotImplemented
+        ((kind, content),) = piece.items()
+        match kind:
+            case "dict":
+                return map_inside(restored, content, path)
+            case "estimator":
+                inner = getattr(estimator, path[0])
+                restore(inner, content, device)
+                return inner
+            case "mean":
+                mean = WeightedMean()
+                vars(mean).update(map_inside(restored, content, path))
+                return mean
+        return from_state(content).to(device=device)
 
-def _encode(value: Any, name: str) -> Any:
-    if value is None or isinstance(value, Tensor) or type(value) in (bool, int, float, str):
-        return value
-    if isinstance(value, dict):
-        return {"dict": {key: _encode(item, name) for key, item in value.items()}}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_encode(item, name) for item in value)
-    if isinstance(value, CurvatureEstimator):
-        return {"estimator": take(value)}
-    if isinstance(value, WeightedMean):
-        return {"mean": {key: _encode(item, name) for key, item in vars(value).items()}}
-    if isinstance(value, LinearOperator):
-        return {"operator": state(value)}
-    raise TypeError(
-        f"an estimate holds a {type(value).__name__} as {name}, which a file cannot keep: tensors, numbers, strings, "
-        "means, operators and other estimates can, and dicts, lists and tuples of them."
-    )
-
-
-def _decode(value: Any, current: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device, copy=True)  # not the file's: sums are made in place
-    if isinstance(value, (list, tuple)):
-        return type(value)(_decode(item, None, device) for item in value)
-    if not isinstance(value, dict):
-        return value
-    ((kind, content),) = value.items()
-    match kind:
-        case "dict":
-            return {key: _decode(item, None, device) for key, item in content.items()}
-        case "estimator":
-            restore(current, content, device)
-            return current
-        case "mean":
-            mean = WeightedMean()
-            vars(mean).update({key: _decode(item, None, device) for key, item in content.items()})
-            return mean
-    return from_state(content).to(device=device)
+    vars(estimator).update(map_inside(restored, taken))

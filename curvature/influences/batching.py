@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from curvature.influences.rows import numbers
-from curvature.layers.recorder import batch_size, tensors_in
-from curvature.model.data import Batch, Data, batches, map_tensors, untouched
+from curvature.model.data import Batch, Data, batch_size, batches, map_tensors, tensors_in, untouched
 from solvers import BlockDiagonal, LinearOperator
 
 

@@ -14,7 +14,7 @@ from curvature.influences.result import Influence
 from curvature.influences.rows import QueryRows, gradients_of, precondition
 from curvature.influences.scores import Found, scores, walk
 from curvature.influences.store import InfluenceStore, batches_digest, operator_digest
-from curvature.layers.block import Place
+from curvature.layers.block import BlockPlace
 from curvature.losses import ClassDim
 from curvature.matrices.problem import Evaluation, Problem, refuse_sums
 from curvature.matrices.request import WHOLE, Request, Structure
@@ -194,7 +194,7 @@ def _asked(request: Request, group: list[Batch]) -> Problem:
 def _joint(inverse: LinearOperator) -> bool:
     """Whether weight and bias of a layer are one block."""
     places = inverse.places if isinstance(inverse, BlockDiagonal) else ()
-    parts = [len(place.block.parts) for place in places if isinstance(place, Place)]
+    parts = [len(place.block.parts) for place in places if isinstance(place, BlockPlace)]
     return not parts or max(parts) > 1
 
 

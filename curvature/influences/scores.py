@@ -13,11 +13,11 @@ from curvature.estimation.accumulation import Accumulation
 from curvature.estimation.checkpoint import Checkpoint
 from curvature.influences.products import by_example, by_position
 from curvature.influences.rows import QueryRows
-from curvature.layers.block import Place
+from curvature.layers.block import BlockPlace
 from curvature.matrices.examples import Examples, Keeper
 from curvature.matrices.problem import Evaluation, Problem
 from curvature.model.data import untouched
-from solvers import Place as AnyPlace
+from solvers import Place
 
 
 class Found:
@@ -132,7 +132,7 @@ def scores(
         examples = Examples.of(evaluation)
         found.begin(evaluation, examples.number)
         for block, parts in keeper.samples(examples, [examples.terms.gradient()]):
-            place: AnyPlace = Place.of(block, problem.parameters.starts, sizes)
+            place: Place = BlockPlace.of(block, problem.parameters.starts, sizes)
             at = rows.at(place)
             split = _joined([by_position(samples, at) for samples in parts]) if positions else None
             if split is not None:

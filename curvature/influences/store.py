@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from curvature.estimation.checkpoint import Checkpoint, Resume, digest, save
-from curvature.layers.recorder import tensors_in
-from curvature.model.data import Batch
+from curvature.model.data import Batch, tensors_in
 from solvers import LinearOperator, state
+from solvers.tree import pieces
 
 
 class InfluenceStore:
@@ -52,20 +52,12 @@ def operator_digest(op: LinearOperator) -> str:
     described: list[str] = []
     tensors: list[Tensor] = []
 
-    def look(value: Any) -> None:
-        if isinstance(value, dict):
-            for key, item in value.items():
-                described.append(key)
-                look(item)
-        elif isinstance(value, (list, tuple)):
-            for item in value:
-                look(item)
-        elif isinstance(value, Tensor):
-            tensors.append(value)
-        else:
-            described.append(repr(value))
-
-    look(state(op))
+    for path, piece in pieces(state(op)):
+        described += [key for key in path[-1:] if isinstance(key, str)]
+        if isinstance(piece, Tensor):
+            tensors.append(piece)
+        elif not isinstance(piece, (dict, list)):
+            described.append(repr(piece))
     return digest(tensors, repr(described))
 
 

@@ -13,10 +13,9 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from curvature.estimation.dataset import terms_of
 from curvature.landscape.metrics import Metric, Metrics, by_name
-from curvature.layers.recorder import batch_size
 from curvature.losses import ClassDim, Terms
 from curvature.matrices.problem import Problem
-from curvature.model.data import Data, Output, call, inspection, to_device
+from curvature.model.data import Data, Output, batch_size, call, inspection, to_device
 from curvature.model.parameters import Parameters
 from curvature.model.settings import own_buffers, random_state, set_random_state
 

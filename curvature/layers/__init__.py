@@ -15,29 +15,19 @@ from curvature.layers import (
     recurrent,
     transposed,
 )
-from curvature.layers.site import (
-    MODULES,
-    REPLACEMENTS,
-    RULES,
-    ElementwiseSite,
-    Layout,
-    OuterSite,
-    Ref,
-    Site,
-    bind,
-    replacement_for,
-    rule_for,
-)
+from curvature.layers.rules import MODULES, REPLACEMENTS, RULES, bind, replacement_for, rule_for
+from curvature.layers.site import ElementwiseSite, Observer, OuterSite, Ref, RowLayout, Site
 
 __all__ = [
     "MODULES",
     "REPLACEMENTS",
     "RULES",
     "ElementwiseSite",
-    "Layout",
+    "RowLayout",
     "OuterSite",
     "Ref",
     "Site",
+    "Observer",
     "bilinear",
     "bind",
     "conv",

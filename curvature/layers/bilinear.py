@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from curvature.layers.block import Part
-from curvature.layers.site import Layout, OuterSite, Ref, bind, rule_for
-
-if TYPE_CHECKING:
-    from curvature.layers.recorder import Recorder
+from curvature.layers.block import BlockPart
+from curvature.layers.rules import bind, rule_for
+from curvature.layers.site import Observer, OuterSite, Ref, RowLayout
 
 
 class BilinearSite(OuterSite):
@@ -25,7 +23,7 @@ class BilinearSite(OuterSite):
         weight_shape: tuple[int, ...],
         weight: Ref | None,
         bias: Ref | None,
-        layout: Layout,
+        layout: RowLayout,
     ) -> None:
         super().__init__(weight, bias, layout, "bilinear")
         self.weight_shape = weight_shape
@@ -40,7 +38,7 @@ class BilinearSite(OuterSite):
     def gradients(self, gradient: Tensor) -> Tensor:
         return self.layout.rows(gradient, self.lead)
 
-    def weight_part(self) -> Part:
+    def weight_part(self) -> BlockPart:
         assert self.weight is not None
         d_out, d_left, d_right = self.weight_shape
         return self.weight.part((d_out, d_left * d_right))
@@ -48,7 +46,7 @@ class BilinearSite(OuterSite):
 
 @rule_for(torch.bilinear, modules={nn.Bilinear: "kronecker"})
 def bilinear(
-    recorder: Recorder, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    recorder: Observer, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> BilinearSite | None:
     """``F.bilinear(input1, input2, weight, bias)``."""
     call = bind(("input1", "input2", "weight", "bias"), args, kwargs)

@@ -13,9 +13,9 @@ from torch import Tensor
 from solvers import storable
 
 
-@storable
+@storable(name="Part")
 @dataclass(frozen=True)
-class Part:
+class BlockPart:
     """A contiguous segment of one parameter and its place among a block's columns.
 
     The segment ``flat(parameter)[start : start + prod(split)]`` is reshaped to ``split``, permuted by ``permutation``
@@ -80,7 +80,7 @@ class Block:
     """
 
     name: str
-    parts: tuple[Part, ...]
+    parts: tuple[BlockPart, ...]
 
     @cached_property
     def shape(self) -> tuple[int, ...]:
@@ -125,7 +125,7 @@ class Block:
     @classmethod
     def from_state(cls, name: str, saved: Mapping[str, list[list[int]]]) -> Block:
         """Restore :meth:`state`."""
-        return cls(name, tuple(Part(n, s[0], tuple(a), tuple(b), tuple(c)) for n, (s, a, b, c) in saved.items()))
+        return cls(name, tuple(BlockPart(n, s[0], tuple(a), tuple(b), tuple(c)) for n, (s, a, b, c) in saved.items()))
 
     def split(self, value: Tensor) -> list[Tensor]:
         """Cut ``(*batch, *shape)`` into the parts' pieces."""
@@ -134,9 +134,9 @@ class Block:
         return list(value.split([part.shape[-1] for part in self.parts], dim=-1))
 
 
-@storable
+@storable(name="Place")
 @dataclass(frozen=True)
-class Place:
+class BlockPlace:
     """A block's place in the flat parameter vector (the ``places`` of :class:`solvers.BlockDiagonal`)."""
 
     block: Block
@@ -144,7 +144,7 @@ class Place:
     sizes: tuple[int, ...]
 
     @classmethod
-    def of(cls, block: Block, starts: Mapping[str, int], sizes: Mapping[str, int]) -> Place:
+    def of(cls, block: Block, starts: Mapping[str, int], sizes: Mapping[str, int]) -> BlockPlace:
         """Place of ``block`` where parameter ``name`` starts at ``starts[name]``."""
         return cls(block, tuple(starts[p.name] for p in block.parts), tuple(sizes[p.name] for p in block.parts))
 

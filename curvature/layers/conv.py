@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from curvature.layers.block import Part
-from curvature.layers.site import Layout, OuterSite, Ref, bind, rule_for
-
-if TYPE_CHECKING:
-    from curvature.layers.recorder import Recorder
+from curvature.layers.block import BlockPart
+from curvature.layers.rules import bind, rule_for
+from curvature.layers.site import Observer, OuterSite, Ref, RowLayout
 
 
 def per_axis(value: int | tuple[int, ...], dims: int) -> tuple[int, ...]:
@@ -47,28 +46,62 @@ def patches(
     return x.movedim(1, 1 + dims)
 
 
+@dataclass(frozen=True)
+class Window:
+    """How a kernel moves over the spatial dimensions: one number for each."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] | str
+    dilation: tuple[int, ...]
+    output_padding: tuple[int, ...]
+
+    @classmethod
+    def of(cls, call: Mapping[str, Any], dims: int) -> Window:
+        """From the arguments of a call."""
+        padding = call.get("padding", 0)
+        return cls(
+            per_axis(call.get("stride", 1), dims),
+            padding if isinstance(padding, str) else per_axis(padding, dims),
+            per_axis(call.get("dilation", 1), dims),
+            per_axis(call.get("output_padding", 0), dims),
+        )
+
+
 class PatchSite(OuterSite):
     """One use of a convolution: every output position is a dense layer on its patch, one per group.
 
     Args:
         input: ``(n, c, *space)``, or ``(c, *space)`` without a batch.
-        dims: Number of spatial dimensions.
+        weight_shape: Shape of the weight; all but its first two dimensions are spatial.
+        window: How the kernel moves.
         groups: Number of groups; each is a layer of its own.
     """
+
+    kind: ClassVar[str]
 
     def __init__(
         self,
         input: Tensor,
-        dims: int,
+        weight_shape: tuple[int, ...],
         weight: Ref | None,
         bias: Ref | None,
-        layout: Layout,
+        layout: RowLayout,
+        window: Window,
         groups: int,
-        operation: str,
     ) -> None:
-        super().__init__(weight, bias, layout, operation)
-        self.dims, self.groups = dims, groups
+        super().__init__(weight, bias, layout, self.kind)
+        self.dims, self.weight_shape, self.window, self.groups = len(weight_shape) - 2, weight_shape, window, groups
         self.input = self.save(input) if weight is not None else None
+
+    @classmethod
+    def of_call(cls, recorder: Observer, call: Mapping[str, Any]) -> Self | None:
+        """The use that a call with these arguments is, if a tracked parameter is in it."""
+        weight, bias = recorder.resolve(call["weight"]), recorder.resolve(call.get("bias"))
+        if (weight is None and bias is None) or (weight is not None and weight.transposed):
+            return None
+        x, shape = call["input"], tuple(call["weight"].shape)
+        window = Window.of(call, len(shape) - 2)
+        return cls(x, shape, weight, bias, recorder.layout(x), window, int(call.get("groups", 1)))
 
     @abstractmethod
     def patches(self, x: Tensor) -> Tensor:
@@ -93,26 +126,12 @@ class PatchSite(OuterSite):
 class ConvSite(PatchSite):
     """One use of ``conv1d``, ``conv2d`` or ``conv3d``; the weight is ``(c_out, c_in / groups, *kernel)``."""
 
-    def __init__(
-        self,
-        input: Tensor,
-        weight_shape: tuple[int, ...],
-        weight: Ref | None,
-        bias: Ref | None,
-        layout: Layout,
-        stride: tuple[int, ...],
-        padding: tuple[int, ...] | str,
-        dilation: tuple[int, ...],
-        groups: int,
-    ) -> None:
-        super().__init__(input, len(weight_shape) - 2, weight, bias, layout, groups, "convolution")
-        self.weight_shape = weight_shape
-        self.stride, self.padding, self.dilation = stride, padding, dilation
+    kind = "convolution"
 
     def patches(self, x: Tensor) -> Tensor:
-        return patches(x, self.weight_shape[2:], self.stride, self.padding, self.dilation)
+        return patches(x, self.weight_shape[2:], self.window.stride, self.window.padding, self.window.dilation)
 
-    def weight_part(self) -> Part:
+    def weight_part(self) -> BlockPart:
         assert self.weight is not None
         d_out = self.weight_shape[0]
         d_in = self.weight.numel // d_out
@@ -133,24 +152,7 @@ _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "group
     modules={nn.Conv1d: "kronecker", nn.Conv2d: "kronecker", nn.Conv3d: "kronecker"},
 )
 def convolution(
-    recorder: Recorder, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    recorder: Observer, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> ConvSite | None:
     """``F.conv1d``, ``conv2d``, ``conv3d`` with any stride, padding, dilation and groups."""
-    call = bind(_ARGUMENTS, args, kwargs)
-    weight, bias = recorder.resolve(call["weight"]), recorder.resolve(call.get("bias"))
-    if (weight is None and bias is None) or (weight is not None and weight.transposed):
-        return None
-    shape = tuple(call["weight"].shape)
-    dims = len(shape) - 2
-    padding = call.get("padding", 0)
-    return ConvSite(
-        call["input"],
-        shape,
-        weight,
-        bias,
-        recorder.layout(call["input"]),
-        per_axis(call.get("stride", 1), dims),
-        padding if isinstance(padding, str) else per_axis(padding, dims),
-        per_axis(call.get("dilation", 1), dims),
-        int(call.get("groups", 1)),
-    )
+    return ConvSite.of_call(recorder, bind(_ARGUMENTS, args, kwargs))

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from curvature.layers.block import Block
-from curvature.layers.site import ElementwiseSite, Layout, Ref, rule_for
-
-if TYPE_CHECKING:
-    from curvature.layers.recorder import Recorder
+from curvature.layers.rules import rule_for
+from curvature.layers.site import ElementwiseSite, Observer, Ref, RowLayout
 
 
 class BroadcastSite(ElementwiseSite):
@@ -24,7 +22,9 @@ class BroadcastSite(ElementwiseSite):
         factor: What multiplies it: another tensor, or a number.
     """
 
-    def __init__(self, weight: Ref, shape: torch.Size, factor: Tensor | float, layout: Layout, operation: str) -> None:
+    def __init__(
+        self, weight: Ref, shape: torch.Size, factor: Tensor | float, layout: RowLayout, operation: str
+    ) -> None:
         super().__init__(weight, None, layout, operation)
         self.shape = shape
         self.factor = self.save(factor) if isinstance(factor, Tensor) else factor
@@ -54,7 +54,7 @@ class BroadcastSite(ElementwiseSite):
 
 
 def _broadcast(
-    recorder: Recorder, output: Tensor, args: tuple[Any, ...], operation: str, product: bool, signs: tuple[float, float]
+    recorder: Observer, output: Tensor, args: tuple[Any, ...], operation: str, product: bool, signs: tuple[float, float]
 ) -> BroadcastSite | None:
     if len(args) < 2:
         return None
@@ -71,7 +71,7 @@ def _broadcast(
 
 
 @rule_for(torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__)
-def add(recorder: Recorder, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> BroadcastSite | None:
+def add(recorder: Observer, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> BroadcastSite | None:
     """``x + p``."""
     if kwargs.get("alpha", 1) != 1:
         return None
@@ -79,7 +79,7 @@ def add(recorder: Recorder, output: Tensor, args: tuple[Any, ...], kwargs: Mappi
 
 
 @rule_for(torch.sub, Tensor.sub, Tensor.sub_, Tensor.__sub__, Tensor.__isub__)
-def sub(recorder: Recorder, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> BroadcastSite | None:
+def sub(recorder: Observer, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> BroadcastSite | None:
     """``x - p``."""
     if kwargs.get("alpha", 1) != 1:
         return None
@@ -87,14 +87,14 @@ def sub(recorder: Recorder, output: Tensor, args: tuple[Any, ...], kwargs: Mappi
 
 
 @rule_for(torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
-def mul(recorder: Recorder, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> BroadcastSite | None:
+def mul(recorder: Observer, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> BroadcastSite | None:
     """``x * p``."""
     return _broadcast(recorder, output, args, "mul", True, (1.0, 1.0))
 
 
 @rule_for(Tensor.expand, Tensor.expand_as, Tensor.repeat)
 def expand(
-    recorder: Recorder, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    recorder: Observer, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> BroadcastSite | None:
     """``p.expand(n, ...)``, as class tokens are prepared."""
     ref = recorder.resolve(args[0])
@@ -105,4 +105,4 @@ def expand(
     if any(have not in (1, want) for have, want in zip(padded, output.shape, strict=True)):
         return None  # repeat() of an axis longer than one
     batched = output.dim() > 0 and output.shape[0] == recorder.batch
-    return BroadcastSite(ref, seen, 1.0, Layout(recorder.batch, batched), "expand")
+    return BroadcastSite(ref, seen, 1.0, RowLayout(recorder.batch, batched), "expand")

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from curvature.layers.block import Part
+from curvature.layers.block import BlockPart
+from curvature.layers.rules import bind, rule_for
 from curvature.layers.samples import OneHot
-from curvature.layers.site import Layout, OuterSite, Ref, bind, rule_for
-
-if TYPE_CHECKING:
-    from curvature.layers.recorder import Recorder
+from curvature.layers.site import Observer, OuterSite, Ref, RowLayout
 
 
 class EmbeddingSite(OuterSite):
     r"""One look-up :math:`y_{ns} = E^\top e_{id(n, s)}` in a table ``E (V, d)``; the block tensor is ``E^T (d, V)``."""
 
-    def __init__(self, index: Tensor, table: tuple[int, int], weight: Ref, padding_idx: int | None, layout: Layout):
+    def __init__(self, index: Tensor, table: tuple[int, int], weight: Ref, padding_idx: int | None, layout: RowLayout):
         super().__init__(weight, None, layout, "embedding")
         self.index = self.save(index)
         self.size, self.d_out = table
@@ -35,12 +33,12 @@ class EmbeddingSite(OuterSite):
     def gradients(self, gradient: Tensor) -> Tensor:
         return self.layout.rows(gradient, self.index.dim())
 
-    def weight_part(self) -> Part:
+    def weight_part(self) -> BlockPart:
         assert self.weight is not None
         return table_part(self.weight, (self.size, self.d_out))
 
 
-def table_part(weight: Ref, table: tuple[int, int]) -> Part:
+def table_part(weight: Ref, table: tuple[int, int]) -> BlockPart:
     """A table ``(V, d)``, or its transpose, as block columns ``(d, V)``."""
     size, d_out = table
     if weight.transposed:
@@ -50,7 +48,7 @@ def table_part(weight: Ref, table: tuple[int, int]) -> Part:
 
 @rule_for(F.embedding, modules={nn.Embedding: "kronecker"})
 def embedding(
-    recorder: Recorder, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    recorder: Observer, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> EmbeddingSite | None:
     """``F.embedding``; the scaled-by-frequency gradient is no gradient of a loss and is left to the fallback."""
     call = bind(
@@ -67,7 +65,7 @@ def embedding(
 
 @rule_for(Tensor.__getitem__, Tensor.index_select, torch.index_select)
 def rows_of_table(
-    recorder: Recorder, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    recorder: Observer, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> EmbeddingSite | None:
     """``table[index]`` and ``table.index_select(0, index)`` with a tensor of integers, as relative positions use it."""
     if kwargs or (len(args) == 3 and args[1] != 0):

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from curvature.layers.block import Part
+from curvature.layers.block import BlockPart
 from curvature.layers.embedding import table_part
-from curvature.layers.site import Layout, OuterSite, Ref, bind, rule_for
+from curvature.layers.rules import bind, rule_for
+from curvature.layers.site import Observer, OuterSite, Ref, RowLayout
 from solvers.precision import working_dtype
-
-if TYPE_CHECKING:
-    from curvature.layers.recorder import Recorder
 
 
 class EmbeddingBagSite(OuterSite):
@@ -43,7 +41,7 @@ class EmbeddingBagSite(OuterSite):
         weight: Ref,
         padding_idx: int | None,
         mean: bool,
-        layout: Layout,
+        layout: RowLayout,
         dtype: torch.dtype,
     ) -> None:
         super().__init__(weight, None, layout, "embedding bag")
@@ -64,7 +62,7 @@ class EmbeddingBagSite(OuterSite):
     def gradients(self, gradient: Tensor) -> Tensor:
         return self.layout.rows(gradient, 1)
 
-    def weight_part(self) -> Part:
+    def weight_part(self) -> BlockPart:
         assert self.weight is not None
         return table_part(self.weight, self.table)
 
@@ -77,7 +75,7 @@ _ARGUMENTS = (
 
 @rule_for(F.embedding_bag, modules={nn.EmbeddingBag: "kronecker"})
 def embedding_bag(
-    recorder: Recorder, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    recorder: Observer, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> EmbeddingBagSite | None:
     """``F.embedding_bag`` in modes sum and mean; a maximum is left to the fallback, as are tracked sample weights."""
     call = bind(_ARGUMENTS, args, kwargs)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from curvature.layers.block import Part
-from curvature.layers.site import Layout, OuterSite, Ref, bind, rule_for
-
-if TYPE_CHECKING:
-    from curvature.layers.recorder import Recorder
+from curvature.layers.block import BlockPart
+from curvature.layers.rules import bind, rule_for
+from curvature.layers.site import Observer, OuterSite, Ref, RowLayout
 
 
 class LinearSite(OuterSite):
@@ -32,7 +30,7 @@ class LinearSite(OuterSite):
         weight_shape: tuple[int, int],
         weight: Ref | None,
         bias: Ref | None,
-        layout: Layout,
+        layout: RowLayout,
         operation: str = "linear",
         columns: bool = False,
     ) -> None:
@@ -49,7 +47,7 @@ class LinearSite(OuterSite):
     def gradients(self, gradient: Tensor) -> Tensor:
         return self.layout.rows(gradient.mT if self.columns else gradient, self.lead)
 
-    def weight_part(self) -> Part:
+    def weight_part(self) -> BlockPart:
         assert self.weight is not None
         if self.weight.transposed:  # stored (d_in, d_out)
             return self.weight.part((self.d_out, self.d_in), (self.d_in, self.d_out), (1, 0))
@@ -57,7 +55,7 @@ class LinearSite(OuterSite):
 
 
 @rule_for(F.linear, modules={nn.Linear: "kronecker", nn.modules.linear.NonDynamicallyQuantizableLinear: "kronecker"})
-def linear(recorder: Recorder, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> LinearSite | None:
+def linear(recorder: Observer, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> LinearSite | None:
     """``F.linear(input, weight, bias)``."""
     call = bind(("input", "weight", "bias"), args, kwargs)
     weight, bias = recorder.resolve(call["weight"]), recorder.resolve(call.get("bias"))
@@ -67,7 +65,7 @@ def linear(recorder: Recorder, output: Tensor, args: tuple[Any, ...], kwargs: Ma
 
 
 @rule_for(torch.addmm, Tensor.addmm)
-def addmm(recorder: Recorder, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> LinearSite | None:
+def addmm(recorder: Observer, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> LinearSite | None:
     """``addmm(bias, x, weight)``, as Hugging Face's ``Conv1D`` calls it."""
     call = bind(("input", "mat1", "mat2"), args, kwargs)
     if call.get("alpha", 1) != 1 or call.get("beta", 1) != 1 or recorder.resolve(call["mat1"]) is not None:
@@ -82,7 +80,7 @@ def addmm(recorder: Recorder, output: Tensor, args: tuple[Any, ...], kwargs: Map
 
 
 @rule_for(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
-def matmul(recorder: Recorder, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> LinearSite | None:
+def matmul(recorder: Observer, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> LinearSite | None:
     """``x @ W`` with a 2-D parameter on the right, or ``W @ x`` where ``x`` has leading dimensions."""
     call = bind(("input", "other"), args, kwargs)
     left, right = call["input"], call.get("other", call.get("mat2"))

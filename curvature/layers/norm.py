@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from curvature.layers.block import Block
-from curvature.layers.site import ElementwiseSite, Layout, Ref, bind, rule_for
-
-if TYPE_CHECKING:
-    from curvature.layers.recorder import Recorder
+from curvature.layers.rules import bind, rule_for
+from curvature.layers.site import ElementwiseSite, Observer, Ref, RowLayout
 
 
 class ScaleShiftSite(ElementwiseSite):
@@ -33,7 +31,7 @@ class ScaleShiftSite(ElementwiseSite):
         normalise: Callable[[Tensor], Tensor],
         weight: Ref | None,
         bias: Ref | None,
-        layout: Layout,
+        layout: RowLayout,
         operation: str,
         channel: int | None = None,
         features: int = 1,
@@ -71,49 +69,41 @@ class ScaleShiftSite(ElementwiseSite):
         return torch.stack(columns, dim=-1)
 
 
-def _refs(recorder: Recorder, call: Mapping[str, Any]) -> tuple[Ref | None, Ref | None] | None:
+def _use(
+    recorder: Observer, call: Mapping[str, Any], operation: str, normalise: Callable[[Tensor], Tensor], **axes: int
+) -> ScaleShiftSite | None:
     weight, bias = recorder.resolve(call.get("weight")), recorder.resolve(call.get("bias"))
-    return None if weight is None and bias is None else (weight, bias)
+    if weight is None and bias is None:
+        return None
+    return ScaleShiftSite(call["input"], normalise, weight, bias, recorder.layout(call["input"]), operation, **axes)
+
+
+def _statistics(call: Mapping[str, Any], of_input: bool) -> tuple[Tensor | None, Tensor | None]:
+    """Running mean and variance, or None for those of the input."""
+    mean, var = call.get("running_mean"), call.get("running_var")
+    if of_input or mean is None or var is None:
+        return None, None
+    return mean.detach().clone(), var.detach().clone()
 
 
 @rule_for(F.layer_norm, torch.layer_norm, modules={nn.LayerNorm: "unit"})
 def layer_norm(
-    recorder: Recorder, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    recorder: Observer, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> ScaleShiftSite | None:
     """``F.layer_norm`` over any number of trailing axes."""
     call = bind(("input", "normalized_shape", "weight", "bias", "eps"), args, kwargs)
-    refs = _refs(recorder, call)
-    if refs is None:
-        return None
     shape, eps = list(call["normalized_shape"]), call.get("eps", 1e-5)
-    return ScaleShiftSite(
-        call["input"],
-        lambda x: F.layer_norm(x, shape, eps=eps),
-        *refs,
-        recorder.layout(call["input"]),
-        "layer_norm",
-        features=len(shape),
-    )
+    return _use(recorder, call, "layer_norm", lambda x: F.layer_norm(x, shape, eps=eps), features=len(shape))
 
 
 @rule_for(F.rms_norm, torch.rms_norm, modules={nn.RMSNorm: "diagonal"})
 def rms_norm(
-    recorder: Recorder, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    recorder: Observer, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> ScaleShiftSite | None:
     """``F.rms_norm``: a scale, no shift."""
     call = bind(("input", "normalized_shape", "weight", "eps"), args, kwargs)
-    refs = _refs(recorder, call)
-    if refs is None:
-        return None
     shape, eps = list(call["normalized_shape"]), call.get("eps")
-    return ScaleShiftSite(
-        call["input"],
-        lambda x: F.rms_norm(x, shape, eps=eps),
-        *refs,
-        recorder.layout(call["input"]),
-        "rms_norm",
-        features=len(shape),
-    )
+    return _use(recorder, call, "rms_norm", lambda x: F.rms_norm(x, shape, eps=eps), features=len(shape))
 
 
 @rule_for(
@@ -122,43 +112,26 @@ def rms_norm(
     modules={nn.BatchNorm1d: "unit", nn.BatchNorm2d: "unit", nn.BatchNorm3d: "unit", nn.SyncBatchNorm: "unit"},
 )
 def batch_norm(
-    recorder: Recorder, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    recorder: Observer, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> ScaleShiftSite | None:
     """``F.batch_norm``; in train mode examples interact through the batch statistics, as in the model itself."""
     call = bind(("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"), args, kwargs)
-    refs = _refs(recorder, call)
-    if refs is None:
-        return None
-    eps = call.get("eps", 1e-5)
-    if call.get("training", False):
-        mean = var = None
-    else:
-        mean, var = call["running_mean"].detach().clone(), call["running_var"].detach().clone()
+    eps, (mean, var) = call.get("eps", 1e-5), _statistics(call, of_input=call.get("training", False))
 
     def normalise(x: Tensor) -> Tensor:
         return F.batch_norm(x, mean, var, training=mean is None, momentum=0.0, eps=eps)
 
-    return ScaleShiftSite(call["input"], normalise, *refs, recorder.layout(call["input"]), "batch_norm", channel=1)
+    return _use(recorder, call, "batch_norm", normalise, channel=1)
 
 
 @rule_for(F.group_norm, torch.group_norm, modules={nn.GroupNorm: "unit"})
 def group_norm(
-    recorder: Recorder, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    recorder: Observer, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> ScaleShiftSite | None:
     """``F.group_norm``."""
     call = bind(("input", "num_groups", "weight", "bias", "eps"), args, kwargs)
-    refs = _refs(recorder, call)
-    if refs is None:
-        return None
     groups, eps = call["num_groups"], call.get("eps", 1e-5)
-    return ScaleShiftSite(
-        call["input"],
-        lambda x: F.group_norm(x, groups, eps=eps),
-        *refs,
-        recorder.layout(call["input"]),
-        "group_norm",
-        channel=1,
-    )
+    return _use(recorder, call, "group_norm", lambda x: F.group_norm(x, groups, eps=eps), channel=1)
 
 
 @rule_for(
@@ -166,22 +139,15 @@ def group_norm(
     modules={nn.InstanceNorm1d: "unit", nn.InstanceNorm2d: "unit", nn.InstanceNorm3d: "unit"},
 )
 def instance_norm(
-    recorder: Recorder, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    recorder: Observer, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> ScaleShiftSite | None:
     """``F.instance_norm``, with the statistics of the input or running ones."""
     call = bind(
         ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps"), args, kwargs
     )
-    refs = _refs(recorder, call)
-    if refs is None:
-        return None
-    eps = call.get("eps", 1e-5)
-    if call.get("use_input_stats", True):
-        mean = var = None
-    else:
-        mean, var = call["running_mean"].detach().clone(), call["running_var"].detach().clone()
+    eps, (mean, var) = call.get("eps", 1e-5), _statistics(call, of_input=call.get("use_input_stats", True))
 
     def normalise(x: Tensor) -> Tensor:
         return F.instance_norm(x, mean, var, use_input_stats=mean is None, momentum=0.0, eps=eps)
 
-    return ScaleShiftSite(call["input"], normalise, *refs, recorder.layout(call["input"]), "instance_norm", channel=1)
+    return _use(recorder, call, "instance_norm", normalise, channel=1)

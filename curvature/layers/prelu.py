@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from curvature.layers.elementwise import BroadcastSite
-from curvature.layers.site import bind, rule_for
-
-if TYPE_CHECKING:
-    from curvature.layers.recorder import Recorder
+from curvature.layers.rules import bind, rule_for
+from curvature.layers.site import Observer
 
 
 @rule_for(torch.prelu, modules={nn.PReLU: "diagonal"})
-def prelu(recorder: Recorder, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> BroadcastSite | None:
+def prelu(recorder: Observer, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> BroadcastSite | None:
     r"""``F.prelu(x, p)``, that is :math:`\max(0, x) + p \odot \min(0, x)` with channels on axis 1."""
     call = bind(("input", "weight"), args, kwargs)
     x, ref = call["input"], recorder.resolve(call["weight"])

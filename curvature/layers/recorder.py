@@ -5,7 +5,6 @@ from __future__ import annotations
 import types
 import weakref
 from collections.abc import Iterable, Mapping
-from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -13,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from curvature.layers import REPLACEMENTS, RULES, Layout, Ref, Site
+from curvature.layers.rules import REPLACEMENTS, RULES
+from curvature.layers.site import Ref, RowLayout, Site
+from curvature.model.data import tensors_in
 
 
 def _attention_without_dispatch() -> Any:
@@ -102,11 +103,11 @@ class Recorder(TorchFunctionMode):
             return Ref(name, start, tuple(tensor.mT.shape), transposed=True, whole=whole)
         return None
 
-    def layout(self, tensor: Tensor) -> Layout:
+    def layout(self, tensor: Tensor) -> RowLayout:
         """How the leading dimensions of ``tensor`` hold examples."""
         if self._time_major is not None:
-            return Layout(self._time_major, self._depends_on_example(tensor), time_major=True)
-        return Layout(self.batch, self._depends_on_example(tensor))
+            return RowLayout(self._time_major, self._depends_on_example(tensor), time_major=True)
+        return RowLayout(self.batch, self._depends_on_example(tensor))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -126,9 +127,9 @@ class Recorder(TorchFunctionMode):
                 self._record(func, output, tensors, args, kwargs)
         return output
 
-    def add(self, site: Site, output: Tensor) -> None:
-        """Record a use whose result is ``output``."""
-        site.watch(output)
+    def add(self, site: Site, output: Tensor, inputs: Iterable[Tensor] = ()) -> None:
+        """Record a use whose result is ``output``, of a function of these tensors."""
+        site.watch(output, inputs)
         self.sites.append(site)
 
     def _replaced(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -147,7 +148,7 @@ class Recorder(TorchFunctionMode):
         if rule is not None and isinstance(output, Tensor) and output.requires_grad:
             site = rule(self, output, args, kwargs)
             if site is not None:
-                self.add(site, output)
+                self.add(site, output, tensors)
                 names -= {ref.name for ref in site.refs}
                 self._done[id(output)] = weakref.ref(output)
         if not names:
@@ -207,26 +208,3 @@ class Recorder(TorchFunctionMode):
             return entry[1]
         # Made by something that functions modes do not see (a custom autograd.Function): the shape must tell.
         return self.batch is None or (tensor.dim() > 0 and tensor.shape[0] % self.batch == 0)
-
-
-def tensors_in(tree: Any) -> Iterable[Tensor]:
-    """All tensors in nested tuples, lists, mappings and dataclasses."""
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, (tuple, list)):
-        for item in tree:
-            yield from tensors_in(item)
-    elif isinstance(tree, Mapping):
-        for item in tree.values():
-            yield from tensors_in(item)
-    elif is_dataclass(tree) and not isinstance(tree, type):
-        for field in fields(tree):
-            yield from tensors_in(getattr(tree, field.name))
-
-
-def batch_size(inputs: Any) -> int | None:
-    """Leading dimension of the first tensor among the inputs that has one."""
-    for tensor in tensors_in(inputs):
-        if tensor.dim() > 0:
-            return int(tensor.shape[0])
-    return None

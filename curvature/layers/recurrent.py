@@ -9,17 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from curvature.layers.linear import LinearSite
-from curvature.layers.site import Layout, replacement_for
-
-if TYPE_CHECKING:
-    from curvature.layers.recorder import Recorder
+from curvature.layers.rules import replacement_for
+from curvature.layers.site import Observer, RowLayout
 
 #: Hidden state, and the cell state of an LSTM.
 State = tuple[Tensor, ...]
@@ -83,7 +81,7 @@ class Unrolled:
         layout: How the rows hold examples.
     """
 
-    def __init__(self, recorder: Recorder, step: Step, sizes: list[int] | None, layout: Layout) -> None:
+    def __init__(self, recorder: Observer, step: Step, sizes: list[int] | None, layout: RowLayout) -> None:
         self.recorder, self.step, self.sizes, self.layout = recorder, step, sizes, layout
 
     def run(self, x: Tensor, state: State, weights: Weights, reverse: bool) -> tuple[Tensor, State]:
@@ -153,11 +151,11 @@ def _layers(
     return x, tuple(torch.stack(list(s)) for s in zip(*last, strict=True))
 
 
-def _tracked(recorder: Recorder, tensors: Sequence[Tensor]) -> bool:
+def _tracked(recorder: Observer, tensors: Sequence[Tensor]) -> bool:
     return any(recorder.resolve(t) is not None for t in tensors)
 
 
-def layer(step: Step, recorder: Recorder, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def layer(step: Step, recorder: Observer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """``torch.lstm``, ``gru``, ``rnn_tanh`` and ``rnn_relu`` on padded or packed sequences.
 
     Packed sequences lose the batch axis, so ``exact`` and ``empirical`` signals go through them one example at a time.
@@ -176,21 +174,21 @@ def layer(step: Step, recorder: Recorder, args: tuple[Any, ...], kwargs: Mapping
         return None
     batched = recorder.layout(x).batched or any(recorder.layout(s).batched for s in state)
     if packed:
-        layout = Layout(None, batched=False)
+        layout = RowLayout(None, batched=False)
     else:
         if not batch_first:
             # The recorder takes the leading axis for the batch. Where time has the same length nothing else would
             # show that it is not.
             recorder.examples_interact |= x.shape[0] == x.shape[1] == recorder.batch and x.shape[1] > 1
             x = x.transpose(0, 1)
-        layout = Layout(x.shape[0], batched)
+        layout = RowLayout(x.shape[0], batched)
     weights = Weights.split(flat, biases, state[0].shape[0])
     unrolled = Unrolled(recorder, step, sizes, layout)
     output, last = _layers(unrolled, x, state, weights, bidirectional, dropout if train else 0.0)
     return (output if packed or batch_first else output.transpose(0, 1), *last)
 
 
-def cell(step: Step, recorder: Recorder, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def cell(step: Step, recorder: Observer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """``torch.lstm_cell``, ``gru_cell``, ``rnn_tanh_cell`` and ``rnn_relu_cell``."""
     if kwargs:
         return None
@@ -199,7 +197,7 @@ def cell(step: Step, recorder: Recorder, args: tuple[Any, ...], kwargs: Mapping[
     flat = [w for w in flat if w is not None]
     if not _tracked(recorder, flat) or _tracked(recorder, (x, *state)):
         return None
-    layout = Layout(recorder.batch, recorder.layout(x).batched or any(recorder.layout(s).batched for s in state))
+    layout = RowLayout(recorder.batch, recorder.layout(x).batched or any(recorder.layout(s).batched for s in state))
     unrolled = Unrolled(recorder, step, None, layout)
     last = unrolled.run(x.unsqueeze(1), state, Weights(*flat), reverse=False)[1]
     return last if len(last) > 1 else last[0]

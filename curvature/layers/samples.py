@@ -7,7 +7,7 @@ example (sequence, space, several calls), ``o`` output, ``i`` input.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -236,6 +236,14 @@ class Samples:
                 total = total + use.gradient(start, stop)
             yield total.flatten(0, 1)
 
+    def summed(self, of: Callable[[Tensor], Tensor]) -> Tensor:
+        """The sum of ``of(chunk)`` over the chunks of :meth:`gradients`."""
+        chunks = self.gradients()
+        total = of(next(chunks))
+        for chunk in chunks:
+            total.add_(of(chunk))
+        return total
+
     def square_sum(self) -> Tensor:
         """Sum over signals and examples of the squared per-sample gradients, in block shape."""
         uses = self.aligned()
@@ -247,12 +255,7 @@ class Samples:
                 return right.mT @ left if use.flipped else left.mT @ right
             if isinstance(use.a, OneHot):
                 return _one_hot_square_sum(use.a, use.g, use.flipped)
-        total: Tensor | None = None
-        for chunk in self.gradients():
-            square = chunk.square().sum(0)
-            total = square if total is None else total.add_(square)
-        assert total is not None
-        return total
+        return self.summed(lambda chunk: chunk.square().sum(0))
 
     def weighted_squares(self, weights: Tensor) -> Tensor:
         """Sums of the squared entries of each per-sample gradient times weights of block shape, ``(k * n,)``."""
@@ -298,6 +301,11 @@ def gram(rows: Tensor, out: Tensor | None = None) -> Tensor:
     else:
         _gram_into(rows, out)
     return out
+
+
+def second_moment(rows: Tensor, max_dim: int) -> Tensor:
+    """:func:`gram` of ``rows (*, m, d)``, or its diagonal where d exceeds ``max_dim``."""
+    return rows.square().sum(-2) if rows.shape[-1] > max_dim else gram(rows)
 
 
 # Products up to this size are not split: smaller ones run below the speed of large ones.

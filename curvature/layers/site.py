@@ -1,22 +1,19 @@
-"""A site: one use of parameters in a forward pass, and the rules that recognise it."""
+"""A site: one use of parameters in a forward pass."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from curvature.layers.block import Block, Part
+from curvature.layers.block import Block, BlockPart
 from curvature.layers.samples import OneHot, Outer, PerSample
-
-if TYPE_CHECKING:
-    from curvature.layers.recorder import Recorder
 
 
 @dataclass(frozen=True)
@@ -52,14 +49,14 @@ class Ref:
         """Name for block names and messages."""
         return self.name if self.whole else f"{self.name}[{self.start}:{self.start + self.numel}]"
 
-    def part(self, shape: tuple[int, ...], split: tuple[int, ...] = (), permutation: tuple[int, ...] = ()) -> Part:
-        """The segment as a :class:`Part` of block shape ``shape``."""
+    def part(self, shape: tuple[int, ...], split: tuple[int, ...] = (), permutation: tuple[int, ...] = ()) -> BlockPart:
+        """The segment as a :class:`BlockPart` of block shape ``shape``."""
         split = split or self.shape
-        return Part(self.name, self.start, split, permutation or tuple(range(len(split))), shape)
+        return BlockPart(self.name, self.start, split, permutation or tuple(range(len(split))), shape)
 
 
 @dataclass(frozen=True)
-class Layout:
+class RowLayout:
     """How the leading dimensions of an activation hold examples.
 
     Attributes:
@@ -87,17 +84,70 @@ class Layout:
         return x.reshape(*free, batch, total // batch, d)
 
 
+@dataclass(frozen=True)
+class ViewOfBase:
+    """Where the entries of a view are in its base, which has memory of its own.
+
+    Attributes:
+        shape: Shape of the view.
+        base_shape: Shape of the base.
+        strides: Strides of the view and of the base; ``None`` where the view keeps the order of all entries.
+        start: Place of the first entry in the base's memory.
+    """
+
+    shape: torch.Size
+    base_shape: torch.Size
+    strides: tuple[tuple[int, ...], tuple[int, ...]] | None
+    start: int
+
+    @classmethod
+    def of(cls, view: Tensor, base: Tensor) -> ViewOfBase | None:
+        """The places of a view's entries; ``None`` where they cannot be told apart, or the base is no result."""
+        if base.grad_fn is None or base.dtype != view.dtype or base.is_complex():
+            return None
+        if not (_one_place_each(view) and _one_place_each(base)):
+            return None
+        plain = view.numel() == base.numel() and view.is_contiguous() and base.is_contiguous()
+        start = int(view.storage_offset() - base.storage_offset())
+        return cls(view.shape, base.shape, None if plain else (view.stride(), base.stride()), start)
+
+    def read(self, gradient: Tensor, k: int) -> Tensor:
+        """Gradients of the view, ``(k, *shape)``, from those of the base, ``(k, *base_shape)``."""
+        if self.strides is None:
+            return gradient.reshape(k, *self.shape)
+        strides, base_strides = self.strides
+        size = _reach(self.base_shape, base_strides)
+        memory = gradient.new_empty_strided((k, *self.base_shape), (size, *base_strides))
+        memory.copy_(gradient.reshape(k, *self.base_shape))
+        return memory.as_strided((k, *self.shape), (size, *strides), self.start)
+
+
+def _reach(shape: torch.Size, strides: tuple[int, ...]) -> int:
+    """Numbers from the first entry in memory to the last one."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) if 0 not in shape else 0
+
+
+def _one_place_each(tensor: Tensor) -> bool:
+    """Whether all entries have places of their own in memory, as far as strides that nest tell."""
+    reach = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride < reach:
+            return False
+        reach += (size - 1) * stride
+    return True
+
+
 @dataclass
 class Site(ABC):
     """One use of parameters: where they were used, on what, and where the gradient of the result is found."""
 
     weight: Ref | None
     bias: Ref | None
-    layout: Layout
+    layout: RowLayout
     operation: str
     edge: GradientEdge = field(init=False)
-    edge_shape: torch.Size = field(init=False)
     output_shape: torch.Size = field(init=False)
+    view: ViewOfBase | None = field(default=None, init=False)
     _saved: list[tuple[Tensor, int]] = field(default_factory=list, init=False)
 
     @property
@@ -105,20 +155,22 @@ class Site(ABC):
         """The tracked parameters of this use."""
         return tuple(ref for ref in (self.weight, self.bias) if ref is not None)
 
-    def watch(self, output: Tensor) -> None:
+    def watch(self, output: Tensor, inputs: Iterable[Tensor] = ()) -> None:
         """Remember where the gradient of ``output`` will be found.
 
-        A Linear with bias on a 3-D input returns a view; after an in-place activation only the edge of its base is
-        still in the graph.
+        Many functions return a view of what they computed (a Linear with bias on a 3-D input, an einsum); after an
+        in-place activation only the edge of its base is still in the graph. A view of one of the ``inputs``, whose
+        gradient has other contributions, is found at its own edge, and so is one whose entries share memory.
         """
         base = output._base
-        if base is not None and base.requires_grad and base.numel() == output.numel() and base.is_contiguous():
-            tensor = base
-        else:
-            tensor = output
-        self.edge = get_gradient_edge(tensor)
-        self.edge_shape = tensor.shape
+        if base is not None and not any(base is t or base is t._base for t in inputs):
+            self.view = ViewOfBase.of(output, base)
+        self.edge = get_gradient_edge(output if base is None or self.view is None else base)
         self.output_shape = output.shape
+
+    def arrived(self, gradient: Tensor, k: int = 1) -> Tensor:
+        """Gradients of the output, ``(k, *output_shape)``, from what arrived at the edge under k signals."""
+        return gradient.reshape(k, *self.output_shape) if self.view is None else self.view.read(gradient, k)
 
     def save(self, tensor: Tensor) -> Tensor:
         """Keep a tensor for later, and notice if it is modified in place in between."""
@@ -161,6 +213,30 @@ class Site(ABC):
         return None
 
 
+class Observer(Protocol):
+    """What a rule needs of the :class:`~curvature.layers.recorder.Recorder` that watches a forward pass.
+
+    Attributes:
+        batch: Number of examples, the leading dimension of the model's inputs; ``None`` where unknown.
+        examples_interact: Some outputs depend on several examples, or it cannot be told that they do not.
+    """
+
+    batch: int | None
+    examples_interact: bool
+
+    def resolve(self, tensor: Any) -> Ref | None:
+        """The tracked parameter that ``tensor`` is, or is a contiguous segment or the transpose of."""
+        ...
+
+    def layout(self, tensor: Tensor) -> RowLayout:
+        """How the leading dimensions of ``tensor`` hold examples."""
+        ...
+
+    def add(self, site: Site, output: Tensor) -> None:
+        """Record a use whose result is ``output``."""
+        ...
+
+
 class OuterSite(Site):
     r"""A use of the form :math:`y_{ns} = W a_{ns} + b`."""
 
@@ -175,10 +251,10 @@ class OuterSite(Site):
         """Output gradients ``(k, *output_shape)`` as ``(*, k, n, s, o)``."""
 
     @abstractmethod
-    def weight_part(self) -> Part:
+    def weight_part(self) -> BlockPart:
         """The weight (segment) as block columns ``(*, o, i)``."""
 
-    def bias_part(self) -> Part:
+    def bias_part(self) -> BlockPart:
         """The bias as a block column ``(*, o, 1)``."""
         assert self.bias is not None
         d = self.bias.numel
@@ -237,63 +313,3 @@ class ElementwiseSite(Site):
 
     def keeps_examples(self, examples: int) -> bool:
         return self.layout.batched and self.layout.batch == examples
-
-
-Rule = Callable[["Recorder", Tensor, tuple[Any, ...], Mapping[str, Any]], Site | None]
-
-#: Function -> rule that recognises a use in a call of it.
-RULES: dict[Any, Rule] = {}
-Replacement = Callable[["Recorder", tuple[Any, ...], Mapping[str, Any]], Any]
-
-#: Function -> what runs in its place in a pass that is ours alone.
-REPLACEMENTS: dict[Any, Replacement] = {}
-#: Module type -> what a rule makes of it (for the table of :func:`curvature.coverage` before any forward pass).
-MODULES: dict[type[nn.Module], str] = {}
-
-
-def rule_for(*functions: Any, modules: Mapping[type[nn.Module], str] | None = None) -> Callable[[Rule], Rule]:
-    """Register a rule for the torch functions it recognises.
-
-    A rule is called as ``rule(recorder, output, args, kwargs)`` after the function ran, and returns a :class:`Site` if
-    a tracked parameter was used in a way it covers, else ``None``.
-
-    Args:
-        functions: Functions as ``__torch_function__`` reports them, such as ``torch.nn.functional.linear``.
-        modules: Module types whose parameters the rule covers, with the structure they get.
-    """
-
-    def register(rule: Rule) -> Rule:
-        for function in functions:
-            RULES[function] = rule
-        MODULES.update(modules or {})
-        return rule
-
-    return register
-
-
-def replacement_for(
-    *functions: Any, modules: Mapping[type[nn.Module], str] | None = None
-) -> Callable[[Replacement], Replacement]:
-    """Register an equal computation for fused functions whose inner activations cannot be seen.
-
-    In a pass whose result nobody but us uses (``Recorder(own_pass=True)``), ``replacement(recorder, args, kwargs)`` is
-    called in place of the function. It adds its uses with :meth:`Recorder.add` and returns what the function would, up
-    to rounding; or ``None`` if it does not cover the call, which then runs as it is.
-
-    Args:
-        functions: Functions as ``__torch_function__`` reports them.
-        modules: Module types whose parameters the replacement covers, with the structure they get.
-    """
-
-    def register(replacement: Replacement) -> Replacement:
-        for function in functions:
-            REPLACEMENTS[function] = replacement
-        MODULES.update(modules or {})
-        return replacement
-
-    return register
-
-
-def bind(names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a call by name; absent ones are missing from the result."""
-    return {**dict(zip(names, args, strict=False)), **kwargs}

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from curvature.layers.block import Part
-from curvature.layers.conv import PatchSite, patches, per_axis
-from curvature.layers.site import Layout, Ref, bind, rule_for
-
-if TYPE_CHECKING:
-    from curvature.layers.recorder import Recorder
+from curvature.layers.block import BlockPart
+from curvature.layers.conv import PatchSite, patches
+from curvature.layers.rules import bind, rule_for
+from curvature.layers.site import Observer
 
 
 class TransposedConvSite(PatchSite):
@@ -28,38 +26,24 @@ class TransposedConvSite(PatchSite):
         Dumoulin and Visin (2016), section 4, https://arxiv.org/abs/1603.07285
     """
 
-    def __init__(
-        self,
-        input: Tensor,
-        weight_shape: tuple[int, ...],
-        weight: Ref | None,
-        bias: Ref | None,
-        layout: Layout,
-        stride: tuple[int, ...],
-        padding: tuple[int, ...],
-        output_padding: tuple[int, ...],
-        dilation: tuple[int, ...],
-        groups: int,
-    ) -> None:
-        super().__init__(input, len(weight_shape) - 2, weight, bias, layout, groups, "transposed convolution")
-        self.weight_shape = weight_shape
-        self.stride, self.padding, self.output_padding, self.dilation = stride, padding, output_padding, dilation
+    kind = "transposed convolution"
 
     def patches(self, x: Tensor) -> Tensor:
-        kernel = self.weight_shape[2:]
-        space = [(size - 1) * step + 1 for size, step in zip(x.shape[2:], self.stride, strict=True)]
+        kernel, window = self.weight_shape[2:], self.window
+        assert not isinstance(window.padding, str)
+        space = [(size - 1) * step + 1 for size, step in zip(x.shape[2:], window.stride, strict=True)]
         stuffed = x.new_zeros(*x.shape[:2], *space)
         every = stuffed
-        for axis, step in enumerate(self.stride):
+        for axis, step in enumerate(window.stride):
             every = every.unfold(2 + axis, 1, step).squeeze(-1)
         every.copy_(x)
-        reach = [d * (k - 1) for d, k in zip(self.dilation, kernel, strict=True)]
-        sides = [(r - p, r - p + o) for r, p, o in zip(reach, self.padding, self.output_padding, strict=True)]
+        reach = [d * (k - 1) for d, k in zip(window.dilation, kernel, strict=True)]
+        sides = [(r - p, r - p + o) for r, p, o in zip(reach, window.padding, window.output_padding, strict=True)]
         stuffed = F.pad(stuffed, [side for pair in reversed(sides) for side in pair])
         ones, zeros = (1,) * self.dims, (0,) * self.dims
-        return patches(stuffed, kernel, ones, zeros, self.dilation).flip(list(range(-self.dims, 0)))
+        return patches(stuffed, kernel, ones, zeros, window.dilation).flip(list(range(-self.dims, 0)))
 
-    def weight_part(self) -> Part:
+    def weight_part(self) -> BlockPart:
         assert self.weight is not None
         c_in, c_out, *kernel = self.weight_shape
         size = torch.Size(kernel).numel()
@@ -80,24 +64,7 @@ _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "output_padding", 
     modules={nn.ConvTranspose1d: "kronecker", nn.ConvTranspose2d: "kronecker", nn.ConvTranspose3d: "kronecker"},
 )
 def transposed_convolution(
-    recorder: Recorder, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    recorder: Observer, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> TransposedConvSite | None:
     """``F.conv_transpose1d``, ``2d``, ``3d`` with any stride, padding, output padding, dilation and groups."""
-    call = bind(_ARGUMENTS, args, kwargs)
-    weight, bias = recorder.resolve(call["weight"]), recorder.resolve(call.get("bias"))
-    if (weight is None and bias is None) or (weight is not None and weight.transposed):
-        return None
-    shape = tuple(call["weight"].shape)
-    dims = len(shape) - 2
-    return TransposedConvSite(
-        call["input"],
-        shape,
-        weight,
-        bias,
-        recorder.layout(call["input"]),
-        per_axis(call.get("stride", 1), dims),
-        per_axis(call.get("padding", 0), dims),
-        per_axis(call.get("output_padding", 0), dims),
-        per_axis(call.get("dilation", 1), dims),
-        int(call.get("groups", 1)),
-    )
+    return TransposedConvSite.of_call(recorder, bind(_ARGUMENTS, args, kwargs))

@@ -64,7 +64,7 @@ class AutogradLoss(Loss):
     @property
     def reduction(self) -> str:
         """As given, else as ``loss_fn`` says."""
-        return self._known(self.loss_fn.reduction if self._reduction is None else self._reduction)
+        return self.check_reduction(self.loss_fn.reduction if self._reduction is None else self._reduction)
 
     def terms(
         self,
@@ -177,12 +177,12 @@ class AutogradTerms(Terms):
 
     def sqrt_column(self, c: int) -> Tensor:
         """Eigenvector ``c`` of every Hessian, times the root of its eigenvalue."""
-        return self._out(self._root[..., c])
+        return self.as_output(self._root[..., c])
 
     def sample(self, generator: torch.Generator) -> Tensor:
         """Normal with covariance ``H_t``."""
         normal = noise(self.shape, self._root, generator).normal_(generator=generator).to(self._root.device)
-        return self._out(torch.einsum("nrij,nrj->nri", self._root, normal))
+        return self.as_output(torch.einsum("nrij,nrj->nri", self._root, normal))
 
     @cached_property
     def _root(self) -> Tensor:

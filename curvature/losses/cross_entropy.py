@@ -78,7 +78,7 @@ class CrossEntropyTerms(Terms):
             gradient = gradient - self._spread * self.mask.unsqueeze(-1)
         if self._index is not None and self._peak is not None:
             gradient = gradient.scatter_add(-1, self._index.unsqueeze(-1), -self._peak.unsqueeze(-1))
-        return self._out(gradient)
+        return self.as_output(gradient)
 
     @torch.no_grad()
     def hessian_product(self, v: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ class CrossEntropyTerms(Terms):
         """``sqrt(m p_c) (e_c - p)``."""
         column = -self._p
         column[..., c] += 1
-        return self._out((self._mass * self._p[..., c]).sqrt().unsqueeze(-1) * column)
+        return self.as_output((self._mass * self._p[..., c]).sqrt().unsqueeze(-1) * column)
 
     @property
     def rank(self) -> int:
@@ -129,7 +129,7 @@ class CrossEntropyTerms(Terms):
         uniform = noise((*self.mask.shape, 1), cdf, generator).uniform_(generator=generator).to(cdf.device)
         drawn = torch.searchsorted(cdf, uniform * cdf[..., -1:], right=True).clamp(max=self.columns - 1)
         error = self._p.scatter_add(-1, drawn, torch.full_like(drawn, -1, dtype=self._p.dtype))
-        return self._out(self._mass.sqrt().unsqueeze(-1) * error)
+        return self.as_output(self._mass.sqrt().unsqueeze(-1) * error)
 
     @cached_property
     def _p(self) -> Tensor:
@@ -173,7 +173,7 @@ class CrossEntropy(Loss):
         check: bool = False,
     ) -> CrossEntropyTerms:
         """See :meth:`Loss.terms`."""
-        self._no_extra(extra)
+        self.refuse_extra(extra)
         options: nn.CrossEntropyLoss = self.loss_fn
         layout = class_layout(output, target, class_dim, as_called)
         classes, valid = layout.shape[2], layout.valid(mask, output.device)

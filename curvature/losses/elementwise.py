@@ -56,7 +56,7 @@ class ElementwiseLoss(Loss):
 
     def prepare(self, output: Tensor, *extra: Tensor) -> tuple[Tensor, ...]:
         """Further arguments of the loss, checked and in the output's shape and dtype (float32 at least)."""
-        self._no_extra(extra)
+        self.refuse_extra(extra)
         return ()
 
     def check_values(self, output: Tensor, target: Tensor, *extra: Tensor) -> None:
@@ -142,7 +142,7 @@ class ElementwiseTerms(Terms):
         self._refuse_indefinite()
         column = torch.zeros(self.shape, dtype=self._curvature.dtype, device=self._curvature.device)
         column[..., c] = self.rows(self._curvature)[..., c].sqrt()
-        return self._out(column)
+        return self.as_output(column)
 
     @torch.no_grad()
     def sqrt_product(self, x: Tensor) -> Tensor:

@@ -96,7 +96,7 @@ class NLLTerms(Terms):
     def gradient(self) -> Tensor:
         """``-w_y e_y``."""
         rows = torch.zeros(self.shape, dtype=self.total.dtype, device=self.total.device)
-        return self._out(rows.scatter(-1, self._labels.index.unsqueeze(-1), -self._labels.weight.unsqueeze(-1)))
+        return self.as_output(rows.scatter(-1, self._labels.index.unsqueeze(-1), -self._labels.weight.unsqueeze(-1)))
 
     def hessian_product(self, v: Tensor) -> Tensor:
         """Refused."""
@@ -129,7 +129,7 @@ class NLL(Loss):
         check: bool = False,
     ) -> NLLTerms:
         """See :meth:`Loss.terms`."""
-        self._no_extra(extra)
+        self.refuse_extra(extra)
         if target.is_floating_point():
             raise ValueError(f"nn.NLLLoss takes class indices, got a target of dtype {target.dtype}.")
         layout = class_layout(output, target, class_dim, as_called)

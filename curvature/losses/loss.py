@@ -30,9 +30,10 @@ class Loss(ABC):
     @property
     def reduction(self) -> str:
         """``"mean"``, ``"sum"`` or ``"none"``."""
-        return self._known(self.loss_fn.reduction)
+        return self.check_reduction(self.loss_fn.reduction)
 
-    def _known(self, reduction: str) -> str:
+    def check_reduction(self, reduction: str) -> str:
+        """The reduction itself if it is a known one; a ValueError otherwise."""
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"{self!r}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}.")
         return reduction
@@ -65,7 +66,8 @@ class Loss(ABC):
             ValueError: If shapes, or with ``check`` values, do not fit the loss.
         """
 
-    def _no_extra(self, extra: tuple[Tensor, ...]) -> None:
+    def refuse_extra(self, extra: tuple[Tensor, ...]) -> None:
+        """Raise a TypeError if there are further arguments."""
         if extra:
             raise TypeError(f"{self!r} takes an output and a target, got {len(extra)} further argument(s).")
 

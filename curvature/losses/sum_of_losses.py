@@ -193,7 +193,7 @@ class WeightedSum(Loss):
         check: bool = False,
     ) -> JoinedTerms:
         """See :meth:`Loss.terms`; outputs and targets as :class:`SumOfLosses` takes them, ``class_dim`` by key."""
-        self._no_extra(extra)
+        self.refuse_extra(extra)
         if mask is not None:
             raise TypeError("a sum of losses takes no mask=: use ignore_index or the targets of each loss.")
         found: dict[Any, Terms] = {}

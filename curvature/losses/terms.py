@@ -223,7 +223,7 @@ class Terms(ABC):
     def sample(self, generator: torch.Generator) -> Tensor:
         """Output-shaped draw ``v``, independent between terms, with mean zero and ``E[v_t v_t^T] = H_t``."""
 
-    def _out(self, rows: Tensor) -> Tensor:
+    def as_output(self, rows: Tensor) -> Tensor:
         """Rows of a result, output-shaped and in the output's dtype."""
         return self.unrows(rows).to(self.output.dtype)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from curvature.estimation.collector import Collector
-from curvature.layers.block import Block, Place
+from curvature.layers.block import Block, BlockPlace
 from curvature.layers.recorder import Recorder
 from curvature.layers.samples import OneHot, Outer, Samples
 from curvature.losses import Terms, loss_for
@@ -215,7 +215,7 @@ class KeptGradients:
         sizes = {name: parameter.numel() for name, parameter in p.items()}
         total = weights.new_zeros(self.signals, self.examples)
         for block, samples in self.blocks:
-            some = Place.of(block, p.starts, sizes).gather(weights)
+            some = BlockPlace.of(block, p.starts, sizes).gather(weights)
             squares = torch.cat([entry.weighted_squares(some) for entry in samples])
             total += _by_signal(squares, self.signals, self.examples).to(total.dtype)
         return total

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvature.layers.block import Place
+from curvature.layers.block import BlockPlace
 from curvature.matrices.examples import Examples
 from curvature.matrices.problem import Problem, gradient_of, one_batch, refuse_sums
 from curvature.model.data import Batch, Data, Output
@@ -159,7 +159,7 @@ def _moments(problem: Problem, mean: bool) -> tuple[Tensor, Tensor]:
         signal = examples.terms.gradient()
         count += examples.number
         for block, samples in examples.samples([signal]):
-            place, part = Place.of(block, p.starts, sizes), torch.zeros_like(squares)
+            place, part = BlockPlace.of(block, p.starts, sizes), torch.zeros_like(squares)
             for entry in samples:
                 place.scatter(widen(entry.square_sum()), part)
                 squares.add_(part)

@@ -46,7 +46,7 @@ class Arguments(MatrixArguments, total=False):
     max_size: int
     sharing: Sharing
     bias: Literal["joint", "separate"]
-    max_factor: int
+    max_dim: int
 
 
 @dataclass(frozen=True, eq=False)

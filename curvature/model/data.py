@@ -113,6 +113,29 @@ def map_tensors(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return tree
 
 
+def tensors_in(tree: Any) -> Iterable[Tensor]:
+    """All tensors in nested tuples, lists, mappings and dataclasses."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, (tuple, list)):
+        for item in tree:
+            yield from tensors_in(item)
+    elif isinstance(tree, Mapping):
+        for item in tree.values():
+            yield from tensors_in(item)
+    elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        for field in dataclasses.fields(tree):
+            yield from tensors_in(getattr(tree, field.name))
+
+
+def batch_size(inputs: Any) -> int | None:
+    """Leading dimension of the first tensor among the inputs that has one."""
+    for tensor in tensors_in(inputs):
+        if tensor.dim() > 0:
+            return int(tensor.shape[0])
+    return None
+
+
 def call(model: nn.Module, x: Any) -> Any:
     """Run the model: a tuple as positional inputs, a mapping as keywords where ``forward`` takes those names."""
     with inspection():

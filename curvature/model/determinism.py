@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvature.layers.recorder import tensors_in
-from curvature.model.data import Data, Output, batches, call, resolve_output, to_device
+from curvature.model.data import Data, Output, batches, call, resolve_output, tensors_in, to_device
 from curvature.model.settings import settings
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 
 class Pullback:
@@ -15,17 +16,20 @@ class Pullback:
 
     Args:
         outputs: Tensors with a graph (those without contribute nothing).
-        inputs: Tensors of that graph.
+        inputs: Tensors of that graph, or edges of it.
+        batched: Pull back a block of cotangents at once; becomes False where an operation cannot be vectorised.
     """
 
-    def __init__(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
+    def __init__(
+        self, outputs: Sequence[Tensor], inputs: Sequence[Tensor | GradientEdge], batched: bool = True
+    ) -> None:
         self._live = [i for i, output in enumerate(outputs) if output.requires_grad]
         self._outputs = [outputs[i] for i in self._live]
-        self._inputs = list(inputs)
-        self._batched = True
+        self._inputs: list[Any] = list(inputs)  # torch's annotations ask for either sort
+        self.batched = batched
 
     def __call__(self, cotangents: Sequence[Tensor], block: bool = True) -> list[Tensor]:
-        """Pull back one cotangent per output, or a block of them.
+        """Pull back one cotangent per output, or a block of them, to inputs that are tensors.
 
         Args:
             cotangents: One ``(*output.shape)`` per output; for a block ``(k, *output.shape)``.
@@ -34,29 +38,42 @@ class Pullback:
         Returns:
             One ``(*input.shape)`` per input, or ``(k, *input.shape)``; the graph stays.
         """
-        if not self._live:
-            lead = cotangents[0].shape[:1] if block else ()
-            return [x.new_zeros(*lead, *x.shape) for x in self._inputs]
+        lead = cotangents[0].shape[:1] if block else ()
+        found = self.arriving(cotangents) if block else self._grad([cotangents[i] for i in self._live], False)
+        pairs = [(x, g) for x, g in zip(self._inputs, found, strict=True) if isinstance(x, Tensor)]
+        return [x.new_zeros(*lead, *x.shape) if g is None else g for x, g in pairs]
+
+    def arriving(self, cotangents: Sequence[Tensor]) -> list[Tensor | None]:
+        """What arrives of a block of cotangents, ``(k, *input.shape)`` per input; ``None`` where nothing does."""
         live = [cotangents[i] for i in self._live]
-        if not block:
-            return self._grad(live, False)
-        k = len(live[0])
-        if k > 1 and self._batched:
+        k = len(cotangents[0])
+        if k > 1 and self.batched:
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # an operation that vmap can only loop over is no news to a user
                     return self._grad(live, True)
             except RuntimeError:  # an operation that cannot be vectorised; one by one it works, or says why not
-                self._batched = False
+                self.batched = False
         each = [self._grad([c[i] for c in live], False) for i in range(k)]
-        return [torch.stack(column) if k > 1 else column[0].unsqueeze(0) for column in zip(*each, strict=True)]
+        return [_stacked(column) for column in zip(*each, strict=True)]
 
-    def _grad(self, cotangents: list[Tensor], batched: bool) -> list[Tensor]:
-        gradients = torch.autograd.grad(
+    def _grad(self, cotangents: list[Tensor], batched: bool) -> list[Tensor | None]:
+        if not cotangents:
+            return [None] * len(self._inputs)
+        found: tuple[Tensor | None, ...] = torch.autograd.grad(
             self._outputs, self._inputs, cotangents, retain_graph=True, allow_unused=True, is_grads_batched=batched
         )
-        lead = (len(cotangents[0]),) if batched else ()
-        return [x.new_zeros(*lead, *x.shape) if g is None else g for x, g in zip(self._inputs, gradients, strict=True)]
+        return list(found)
+
+
+def _stacked(gradients: tuple[Tensor | None, ...]) -> Tensor | None:
+    """Gradients of one input under k cotangents, ``(k, *)``; ``None`` if none arrived."""
+    arrived = next((g for g in gradients if g is not None), None)
+    if arrived is None:
+        return None
+    if len(gradients) == 1:
+        return arrived.unsqueeze(0)
+    return torch.stack([torch.zeros_like(arrived) if g is None else g for g in gradients])
 
 
 def refuse_differentiated_once(tensors: Iterable[Tensor]) -> None:

@@ -15,13 +15,16 @@ from curvature.losses import ClassDim
 from curvature.model.data import Data, Output
 from curvature.reports.document import Plan, Report
 from curvature.reports.results import Matrix
-from curvature.reports.run import SECTIONS, Run
+from curvature.reports.run import SECTIONS, Course
 from curvature.reports.sections.budget import Budget
 from curvature.reports.sections.store import Store
 from curvature.reports.sections.study import MATRICES, Study
 from curvature.structures.by_name import BLOCKS
+from curvature.structures.estimator import Curvature
 
 
+@overload
+def report(model: nn.Module, loss_fn: Any, data: Data, *, dry_run: Literal[True], **options: Any) -> Plan: ...
 @overload
 def report(
     model: nn.Module,
@@ -34,31 +37,7 @@ def report(
     sections: str | Sequence[str] | None = ...,
     k: int = ...,
     damping: float = ...,
-    structures: str | Sequence[str] = ...,
-    exact: bool | None = ...,
-    rtol: float = ...,
-    params: Any = ...,
-    output: Output | None = ...,
-    class_dim: ClassDim = ...,
-    seed: int = ...,
-    warm_start: Report | None = ...,
-    resume: str | os.PathLike[str] | Checkpoint | None = ...,
-    dry_run: Literal[True],
-    progress: bool | None = ...,
-) -> Plan: ...
-@overload
-def report(
-    model: nn.Module,
-    loss_fn: Any,
-    data: Data,
-    *,
-    budget: float | None = ...,
-    products: int | None = ...,
-    matrix: str | Sequence[str] = ...,
-    sections: str | Sequence[str] | None = ...,
-    k: int = ...,
-    damping: float = ...,
-    structures: str | Sequence[str] = ...,
+    structures: str | Curvature | Sequence[str | Curvature] = ...,
     exact: bool | None = ...,
     rtol: float = ...,
     params: Any = ...,
@@ -70,7 +49,7 @@ def report(
     dry_run: Literal[False] = ...,
     progress: bool | None = ...,
 ) -> Report: ...
-def report(
+def report(  # type: ignore[misc]  # the options of a dry run are those below
     model: nn.Module,
     loss_fn: Any,
     data: Data,
@@ -81,7 +60,7 @@ def report(
     sections: str | Sequence[str] | None = None,
     k: int = 10,
     damping: float = 1e-3,
-    structures: str | Sequence[str] = ("diagonal", "kfac", "ekfac"),
+    structures: str | Curvature | Sequence[str | Curvature] = ("diagonal", "kfac", "ekfac"),
     exact: bool | None = None,
     rtol: float = 1e-3,
     params: Any = None,
@@ -127,7 +106,8 @@ def report(
         sections: Some of the above; None for all.
         k: How many of the largest eigenvalues.
         damping: :math:`\lambda`, in units of the matrix: what an optimizer or a prior adds to it.
-        structures: Structures of :func:`curvature.fisher` to compare with the GGN.
+        structures: Structures to compare with the GGN: names of :func:`curvature.fisher`, or curvatures with options of
+            their own, such as ``KroneckerFisher(sharing="reduce")``.
         exact: Whether to form the matrices; None does so where they are small.
         rtol: Residual of the eigenvalues, relative to them.
         params: Names, globs or tensors that restrict the parameters.
@@ -168,12 +148,12 @@ def report(
             output=output,
             class_dim=class_dim,
         )
-        run = Run(study, matrices, _tuple(SECTIONS if sections is None else sections))
-        run.begin(warm_start)
+        course = Course(study, matrices, _tuple(SECTIONS if sections is None else sections))
+        course.begin(warm_start)
         if dry_run:
-            return run.plan()
-        run.all(progress)
-        return run.result()
+            return course.plan()
+        course.all(progress)
+        return course.result()
 
 
 def _check(
@@ -195,12 +175,12 @@ def _check(
     if warm_start is not None and not isinstance(warm_start, Report):
         raise TypeError(f"warm_start is an earlier Report, not {type(warm_start).__name__}.")
     matrices, chosen = _tuple(matrix), _tuple(SECTIONS if sections is None else sections)
-    for name, given, known in (
-        ("matrix", matrices, tuple(MATRICES)),
-        ("sections", chosen, SECTIONS),
-        ("structures", _tuple(structures), tuple(BLOCKS)),
+    for name, given, known, kind in (
+        ("matrix", matrices, tuple(MATRICES), ()),
+        ("sections", chosen, SECTIONS, ()),
+        ("structures", _tuple(structures), tuple(BLOCKS), Curvature),
     ):
-        if wrong := [entry for entry in given if entry not in known]:
+        if wrong := [entry for entry in given if entry not in known and not isinstance(entry, kind)]:
             raise ValueError(f"{name} are among {', '.join(known)}; {wrong[0]!r} is not.")
     if sections is not None and "distances" in chosen and "ggn" not in matrices:
         raise ValueError(f"distances are those to the GGN; add it to matrix={matrices}, or leave the section out.")
@@ -212,5 +192,5 @@ def _check(
     return matrices
 
 
-def _tuple(names: str | Sequence[str]) -> tuple[str, ...]:
-    return (names,) if isinstance(names, str) else tuple(names)
+def _tuple(given: Any) -> tuple[Any, ...]:
+    return (given,) if isinstance(given, (str, Curvature)) else tuple(given)

@@ -6,20 +6,23 @@ import dataclasses
 import types
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from solvers.tree import Path, map_inside, map_tree
+
 
 def encode(value: Any) -> Any:
     """Dataclasses and tuples as dictionaries and lists."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: encode(getattr(value, field.name)) for field in dataclasses.fields(value) if field.repr}
-    if isinstance(value, dict):
-        return {key: encode(entry) for key, entry in value.items()}
-    if isinstance(value, (tuple, list)):
-        return [encode(entry) for entry in value]
-    return value
+    return map_tree(_fields, value, sequence=list)
+
+
+def _fields(piece: Any, path: Path) -> Any:
+    if not dataclasses.is_dataclass(piece) or isinstance(piece, type):
+        return NotImplemented
+    fields = {field.name: getattr(piece, field.name) for field in dataclasses.fields(piece) if field.repr}
+    return map_inside(_fields, fields, path, list)
 
 
 def decode(kind: Any, value: Any) -> Any:
-    """What :func:`encode` gave, as the type it was.
+    """Rebuild a value of type ``kind`` from what :func:`encode` gave.
 
     Raises:
         ValueError: If a field is missing or unknown.

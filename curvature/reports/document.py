@@ -1,116 +1,34 @@
-"""The report itself: what was found, and how to read, save and load it."""
+"""The report: findings that can be printed, saved and loaded."""
 
 from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import Tensor
-
 from curvature.estimation.checkpoint import CheckpointError, load, save
-from curvature.estimation.coverage import Coverage
 from curvature.reports.codec import decode, encode
-from curvature.reports.results import (
-    Cost,
-    DensityResult,
-    DistancesResult,
-    EigenvaluesResult,
-    LayersResult,
-    LossResult,
-    Matrix,
-    NoiseResult,
-    Refusal,
-    TraceResult,
-)
-
-#: What each section holds.
-RESULTS: dict[str, type] = {
-    "loss": LossResult,
-    "coverage": Coverage,
-    "eigenvalues": EigenvaluesResult,
-    "trace": TraceResult,
-    "noise": NoiseResult,
-    "density": DensityResult,
-    "distances": DistancesResult,
-    "layers": LayersResult,
-}
+from curvature.reports.pages.page import page
+from curvature.reports.pages.text import text
+from curvature.reports.results import Findings, Refusal
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Report:
-    """The curvature of one loss of one model, made by :func:`curvature.report`.
-
-    Attributes:
-        model: Class of the model.
-        loss_fn: The loss.
-        parameters: Number of parameters.
-        layers: Number of parameters of each module that has some of its own.
-        loss: Loss and gradient.
-        coverage: Which curvature every parameter can get.
-        noise: Gradients of single examples.
-        eigenvalues: By matrix.
-        traces: By matrix.
-        densities: By matrix.
-        distances: Of structures to the GGN.
-        layer_eigenvalues: By matrix.
-        formed: Matrices that were formed, so that their numbers are exact.
-        refused: What could not be computed, and why.
-        cut: What the budget did not reach.
-        notes: What else one should know.
-        costs: What was spent on what.
-        budget: The budget in words; None without one.
-        seconds: Time spent in all.
-        peak_memory: Bytes in use at most, of the process or of the accelerator; None if unknown.
-        k: How many of the largest eigenvalues were asked for.
-        damping: The damping that effective dimension and condition belong to.
-        rtol: Relative residual asked for.
-        seed: Of the random vectors.
-        created: Date and time.
-        eigenvectors: Of the largest eigenvalues, ``(k, P)`` by matrix; not in JSON.
-    """
-
-    model: str
-    loss_fn: str
-    parameters: int
-    layers: dict[str, int]
-    loss: LossResult
-    coverage: Coverage | None
-    noise: NoiseResult | None
-    eigenvalues: dict[Matrix, EigenvaluesResult]
-    traces: dict[Matrix, TraceResult]
-    densities: dict[Matrix, DensityResult]
-    distances: DistancesResult | None
-    layer_eigenvalues: dict[Matrix, LayersResult]
-    formed: tuple[Matrix, ...]
-    refused: tuple[Refusal, ...]
-    cut: tuple[str, ...]
-    notes: tuple[str, ...]
-    costs: tuple[Cost, ...]
-    budget: str | None
-    seconds: float
-    peak_memory: int | None
-    k: int
-    damping: float
-    rtol: float
-    seed: int
-    created: str
-    eigenvectors: dict[Matrix, Tensor] = field(default_factory=dict, repr=False)
+class Report(Findings):
+    """The curvature of one loss of one model, made by :func:`curvature.report`: findings to print, save and load."""
 
     FORMAT: ClassVar[str] = "precond curvature report"
     VERSION: ClassVar[int] = 1
 
     def __repr__(self) -> str:
-        """What it is about; print it for what it says."""
+        """The subject of the report; print it for its contents."""
         return f"Report({self.model}, {self.loss_fn}, {self.parameters} parameters, {self.created})"
 
     def __str__(self) -> str:
         """Tables, 100 columns wide."""
-        from curvature.reports.pages.text import text
-
         return text(self)
 
     def to_dict(self) -> dict[str, Any]:
@@ -141,8 +59,6 @@ class Report:
 
     def to_html(self) -> str:
         """One page that needs nothing else; with plots where matplotlib is installed."""
-        from curvature.reports.pages.page import page
-
         return page(self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -188,9 +104,9 @@ class PlanRow:
 
     Attributes:
         part: Section and matrix.
-        amount: What it would be given, in units of the budget.
-        wanted: What it would take with no limit.
-        cut: Whether the budget does not reach it.
+        amount: Its share, in units of the budget.
+        wanted: Its cost without a limit.
+        cut: Whether the budget ends before it.
     """
 
     part: str
@@ -201,14 +117,14 @@ class PlanRow:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a report would cost.
+    """Predicted cost of a report.
 
     Attributes:
         unit: "seconds" or "products".
         budget: The limit; infinite without one.
-        spent: What the measurement has cost.
+        spent: Cost of the measurement.
         rows: The sections, the most worthwhile first.
-        refused: What could not be computed.
+        refused: Parts that cannot be computed.
     """
 
     unit: str

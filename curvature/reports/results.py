@@ -1,8 +1,12 @@
-"""What a report holds: plain numbers, each with its error."""
+"""The contents of a report: plain numbers, each with its error."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from curvature.estimation.coverage import Coverage
 
 Matrix = str
 """``"hessian"`` or ``"ggn"``."""
@@ -25,7 +29,7 @@ class Number:
 
     @property
     def exact(self) -> bool:
-        """Whether there is no error but rounding."""
+        """Whether rounding is the only error."""
         return self.error == 0
 
 
@@ -147,7 +151,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class DensityResult:
-    r"""The spectral density, and what follows from it.
+    r"""The spectral density, and numbers that follow from it.
 
     Attributes:
         grid: Points, in units of the matrix.
@@ -231,7 +235,7 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a section was predicted to take, and what it took.
+    """Predicted and actual cost of a section.
 
     Attributes:
         part: Section and matrix.
@@ -244,3 +248,77 @@ class Cost:
     predicted: float
     seconds: float
     products: float
+
+
+#: Section -> what it holds.
+RESULTS: dict[str, type] = {
+    "loss": LossResult,
+    "coverage": Coverage,
+    "eigenvalues": EigenvaluesResult,
+    "trace": TraceResult,
+    "noise": NoiseResult,
+    "density": DensityResult,
+    "distances": DistancesResult,
+    "layers": LayersResult,
+}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Findings:
+    """The curvature of one loss of one model: the contents of a report.
+
+    Attributes:
+        model: Class of the model.
+        loss_fn: The loss.
+        parameters: Number of parameters.
+        layers: Number of parameters of each module that has some of its own.
+        loss: Loss and gradient.
+        coverage: Which curvature every parameter can get.
+        noise: Gradients of single examples.
+        eigenvalues: By matrix.
+        traces: By matrix.
+        densities: By matrix.
+        distances: Of structures to the GGN.
+        layer_eigenvalues: By matrix.
+        formed: Matrices that were formed, so that their numbers are exact.
+        refused: Parts that could not be computed, and why.
+        cut: Parts that the budget did not reach.
+        notes: Other remarks.
+        costs: Cost of each part.
+        budget: The budget in words; None without one.
+        seconds: Time spent in all.
+        peak_memory: Bytes in use at most, of the process or of the accelerator; None if unknown.
+        k: How many of the largest eigenvalues were asked for.
+        damping: The damping that effective dimension and condition belong to.
+        rtol: Relative residual asked for.
+        seed: Of the random vectors.
+        created: Date and time.
+        eigenvectors: Of the largest eigenvalues, ``(k, P)`` by matrix; not in JSON.
+    """
+
+    model: str
+    loss_fn: str
+    parameters: int
+    layers: dict[str, int]
+    loss: LossResult
+    coverage: Coverage | None
+    noise: NoiseResult | None
+    eigenvalues: dict[Matrix, EigenvaluesResult]
+    traces: dict[Matrix, TraceResult]
+    densities: dict[Matrix, DensityResult]
+    distances: DistancesResult | None
+    layer_eigenvalues: dict[Matrix, LayersResult]
+    formed: tuple[Matrix, ...]
+    refused: tuple[Refusal, ...]
+    cut: tuple[str, ...]
+    notes: tuple[str, ...]
+    costs: tuple[Cost, ...]
+    budget: str | None
+    seconds: float
+    peak_memory: int | None
+    k: int
+    damping: float
+    rtol: float
+    seed: int
+    created: str
+    eigenvectors: dict[Matrix, Tensor] = field(default_factory=dict, repr=False)

@@ -17,21 +17,20 @@ from tqdm import tqdm
 from curvature.estimation.coverage import Coverage, coverage
 from curvature.model.determinism import NondeterministicError, check_deterministic, dropout_modules
 from curvature.reports.codec import decode, encode
-from curvature.reports.document import RESULTS, Plan, PlanRow, Report
-from curvature.reports.results import Cost, EigenvaluesResult, Matrix, Refusal, TraceResult
+from curvature.reports.document import Plan, PlanRow, Report
+from curvature.reports.results import RESULTS, Cost, EigenvaluesResult, Matrix, Refusal, TraceResult
 from curvature.reports.sections import density as densities
 from curvature.reports.sections import distances, eigenvalues, gradients, layers, traces
 from curvature.reports.sections.budget import Need, allot
 from curvature.reports.sections.study import Study
 
-SECTIONS = ("loss", "coverage", "eigenvalues", "trace", "noise", "density", "distances", "layers")
-
+SECTIONS = tuple(RESULTS)
 
 _OF_MATRICES = {"eigenvalues", "trace", "density", "distances", "layers"}
 
 
 @dataclass(frozen=True)
-class Task:
+class Job:
     """A section, of one matrix or of none.
 
     Attributes:
@@ -52,7 +51,7 @@ class Task:
         return self.section if self.matrix is None else f"{self.section} ({self.matrix})"
 
 
-class Run:
+class Course:
     """The course of a report: what is planned, done, refused and cut."""
 
     def __init__(self, study: Study, matrices: tuple[Matrix, ...], sections: tuple[str, ...]) -> None:
@@ -89,21 +88,21 @@ class Run:
         self.costs.append(Cost("measuring", study.budget.spent, study.budget.elapsed, study.budget.counted))
 
     def refuse(self, part: str, error: Exception) -> None:
-        """Put down what cannot be done."""
+        """Record a part that cannot be computed."""
         message = " ".join(str(error).split()) or "no reason given"
         self.refused.append(Refusal(part, type(error).__name__, message))
 
     def refuse_structure(self, structure: str, error: Exception) -> None:
-        """Put down that there is no distance of a structure."""
+        """Record that the distance of a structure could not be computed."""
         self.refuse(f"distances ({structure})", error)
 
-    def tasks(self) -> list[Task]:
-        """What is to be done, the most worthwhile first."""
+    def jobs(self) -> list[Job]:
+        """The jobs to do, the most worthwhile first."""
         study, wanted = self.study, self.sections
-        tasks = [Task("matrix", m, study.form_need(m), partial(study.form, m)) for m in study.to_form]
-        return tasks + [task for task in self._sections() if task.section in wanted]
+        jobs = [Job("matrix", m, study.form_need(m), partial(study.form, m)) for m in study.to_form]
+        return jobs + [job for job in self._sections() if job.section in wanted]
 
-    def _sections(self) -> Iterator[Task]:
+    def _sections(self) -> Iterator[Job]:
         study = self.study
         model, loss_fn, data = study.given
         known = [m for m in self.matrices if m in study.rates]
@@ -111,93 +110,91 @@ class Run:
         def table(_: float) -> Coverage:
             return coverage(model, loss_fn, data, params=study.options["params"])
 
-        def of(section: str, m: Matrix, module: Any, run: Callable[[Study, Matrix, float], Any]) -> Task:
+        def of(section: str, m: Matrix, module: Any, run: Callable[[Study, Matrix, float], Any]) -> Job:
             least, usual = (0, 0) if m in study.to_form else module.products(study, m)
             block = module in (traces, densities)
-            return Task(section, m, study.need(m, least, usual, block), partial(run, study, m))
+            return Job(section, m, study.need(m, least, usual, block), partial(run, study, m))
 
-        yield Task("coverage", None, study.need(None, 1, 1), table)
+        yield Job("coverage", None, study.need(None, 1, 1), table)
         for m in known:
             yield of("eigenvalues", m, eigenvalues, eigenvalues.eigenvalues)
             yield of("trace", m, traces, traces.traces)
         passes = gradients.passes(study)
-        yield Task("noise", None, study.need(None, passes, passes), lambda _: gradients.noise(study))
+        yield Job("noise", None, study.need(None, passes, passes), lambda _: gradients.noise(study))
         for m in known:
             yield of("density", m, densities, densities.density)
         if "ggn" in known and study.structures:
             least, usual = (0, 0) if "ggn" in study.to_form else distances.products(study)
             fixed = distances.passes(study) * study.pass_cost
             need = Need(fixed + least * study.block_rates["ggn"], fixed + usual * study.block_rates["ggn"])
-            yield Task(
-                "distances", None, need, lambda amount: distances.distances(study, amount, self.refuse_structure)
-            )
+            yield Job("distances", None, need, lambda amount: distances.distances(study, amount, self.refuse_structure))
         for m in known:
             yield of("layers", m, layers, layers.layers)
 
     def plan(self) -> Plan:
-        """What would be done within the budget."""
-        study, tasks = self.study, self.tasks()
-        amounts = allot([task.need for task in tasks], study.budget.left)
+        """What the budget would allow."""
+        study, jobs = self.study, self.jobs()
+        amounts = allot([job.need for job in jobs], study.budget.left)
         rows = [
-            PlanRow(task.name, amount, task.need.wanted, amount < task.need.least)
-            for task, amount in zip(tasks, amounts, strict=True)
+            PlanRow(job.name, amount, job.need.wanted, amount < job.need.least)
+            for job, amount in zip(jobs, amounts, strict=True)
         ]
         return Plan(study.budget.unit, study.budget.amount, study.budget.spent, tuple(rows), tuple(self.refused))
 
     def all(self, progress: bool | None) -> None:
-        """Do it, and share out anew after each section what is left."""
-        study, tasks = self.study, self.tasks()
-        planned = allot([task.need for task in tasks], study.budget.left)
+        """Do all jobs; after each section the rest of the budget is shared out again."""
+        study, jobs = self.study, self.jobs()
+        planned = allot([job.need for job in jobs], study.budget.left)
         bar_format = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
         hidden = None if progress is None else not progress
         with tqdm(
             total=sum(planned), desc="curvature report", bar_format=bar_format, disable=hidden, leave=False
         ) as bar:
-            for i, task in enumerate(tasks):
-                amounts = allot([task.need for task in tasks[i:]], study.budget.left)
+            for i, job in enumerate(jobs):
+                amounts = allot([job.need for job in jobs[i:]], study.budget.left)
                 # What nobody wants serves a search that takes longer than was thought.
                 spare = max(0.0, study.budget.left - sum(amounts)) if study.budget.limited else inf
-                bar.set_postfix_str(task.name)
-                if amounts[0] < task.need.least:
-                    self.cut.append(task.name)
+                bar.set_postfix_str(job.name)
+                if amounts[0] < job.need.least:
+                    self.cut.append(job.name)
                 else:
-                    self.one(task, amounts[0] + spare)
+                    self.one(job, amounts[0] + spare)
                 bar.update(planned[i])
 
-    def one(self, task: Task, amount: float) -> None:
+    def one(self, job: Job, amount: float) -> None:
         """Do a section, or take it from the file."""
         study, stored = self.study, self.study.store.content
-        predicted = min(task.need.wanted, amount)
+        predicted = min(job.need.wanted, amount)
         before, counted = study.budget.elapsed, study.budget.counted
         try:
-            if task.name in stored["sections"]:
-                result = decode(RESULTS[task.section], stored["sections"][task.name])
-                self._take_vectors(task)
+            if job.name in stored["sections"]:
+                result = decode(RESULTS[job.section], stored["sections"][job.name])
+                self._take_vectors(job)
             else:
-                result = task.run(amount)
+                result = job.run(amount)
         except Exception as error:
-            self.refuse(task.name, error)
+            self.refuse(job.name, error)
             return
-        self._keep(task, result)
+        self._keep(job, result)
         seconds = study.budget.elapsed - before
-        self.costs.append(Cost(task.name, predicted, seconds, study.budget.counted - counted))
+        self.costs.append(Cost(job.name, predicted, seconds, study.budget.counted - counted))
 
-    def _take_vectors(self, task: Task) -> None:
-        stored, m = self.study.store.content["vectors"], task.matrix
-        if task.section == "eigenvalues" and m is not None and m in stored:
+    def _take_vectors(self, job: Job) -> None:
+        stored, m = self.study.store.content["vectors"], job.matrix
+        if job.section == "eigenvalues" and m is not None and m in stored:
             self.study.vectors[m] = stored[m].to(self.study.problem.parameters.device)
 
-    def _keep(self, task: Task, result: Any) -> None:
-        if task.section == "matrix":
+    def _keep(self, job: Job, result: Any) -> None:
+        if job.section == "matrix":
             return  # quick to form again
-        study, m = self.study, task.matrix
-        self.found[task.section][m] = result
+        study, m = self.study, job.matrix
+        self.found[job.section][m] = result
         if isinstance(result, EigenvaluesResult) and m is not None:
             study.eigenvalues[m] = result
             study.store.content["vectors"][m] = study.vectors[m]
         if isinstance(result, TraceResult) and m is not None:
             study.traces[m] = result
-        study.store.content["sections"][task.name] = encode(result)
+        study.store.content["sections"][job.name] = encode(result)
         study.store.save()
 
     def result(self) -> Report:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from curvature.layers.block import Block
 from curvature.layers.samples import OneHot, Outer, Samples
-from curvature.structures.estimator import CurvatureEstimator, Form
+from curvature.structures.estimator import CurvatureEstimator, Form, MeansEstimator
 from curvature.structures.kfac import KroneckerEstimator, KroneckerFisher, Sharing
 from curvature.structures.unit import unit_or_diagonal
 from curvature.structures.weighted_mean import WeightedMean
@@ -18,7 +18,7 @@ from solvers import Dense, Diagonal, Eigen, Eigh, Kronecker, LinearOperator, dia
 from solvers.precision import widen
 
 
-class EigenbasisEstimator(CurvatureEstimator):
+class EigenbasisEstimator(MeansEstimator):
     r"""``Q diag(s) Q^T`` with the eigenbasis ``Q = Q_B (x) Q_A`` of the Kronecker factors and the best ``s`` for it.
 
     .. math:: s = \frac{1}{total} \sum_{k,n} \big(Q_B^\top (\textstyle\sum_s g_{kns} a_{ns}^\top) Q_A\big)^2
@@ -31,18 +31,15 @@ class EigenbasisEstimator(CurvatureEstimator):
     """
 
     structure: ClassVar[str] = "eigenbasis"
+    names = ("factors", "spectrum")
+    spectrum: WeightedMean
 
-    def __init__(self, block: Block, sharing: Sharing = "expand", max_factor: int = 16384) -> None:
+    def __init__(self, block: Block, sharing: Sharing = "expand", max_dim: int = 16384) -> None:
         super().__init__(block)
-        self.factors = KroneckerEstimator(block, sharing, max_factor)
+        self.factors = KroneckerEstimator(block, sharing, max_dim)
         self.basis: Kronecker | None = None
-        self.spectrum = WeightedMean()
         self._waiting: list[Samples] = []  # the first step's samples, until there is a basis to see them in
         self._pass: int | None = None  # of a data set that is seen twice; None in training
-
-    @property
-    def averages_positions(self) -> bool:
-        return self.factors.averages_positions
 
     def update(self, samples: Samples) -> None:
         if self._pass != 2:
@@ -52,9 +49,10 @@ class EigenbasisEstimator(CurvatureEstimator):
         if self.basis is None:
             self._waiting.append(samples)
         else:
-            self._project(samples)
+            self.project(samples)
 
-    def _project(self, samples: Samples) -> None:
+    def project(self, samples: Samples) -> None:
+        """Add the samples to the spectrum in the current basis."""
         assert self.basis is not None
         rotated = replace(samples, uses=tuple(self._rotate(use) for use in samples.uses))
         self.spectrum.add(samples.scaled(widen(rotated.square_sum())), samples.weight if samples.first else 0.0)
@@ -89,14 +87,14 @@ class EigenbasisEstimator(CurvatureEstimator):
     def count(self, weight: Tensor | float) -> None:
         self.factors.count(weight)
         if self._pass != 1:
-            self.spectrum.add(None, weight)
+            self.spectrum.count(weight)
 
     def commit(self, ema: float) -> None:
         self.factors.commit(ema)
         if self.basis is None and self.factors.ready:
             self.refresh_basis()
             for samples in self._waiting:
-                self._project(samples)
+                self.project(samples)
         self._waiting = []
         self.spectrum.commit(ema)
 
@@ -113,13 +111,8 @@ class EigenbasisEstimator(CurvatureEstimator):
         return True
 
     def discard(self) -> None:
-        self.factors.discard()
-        self.spectrum.discard()
+        super().discard()
         self._waiting = []
-
-    def finite(self) -> Tensor:
-        flags = self.factors.finite()
-        return flags & self.spectrum.finite().to(flags.device)
 
     @property
     def stored(self) -> int:
@@ -127,22 +120,18 @@ class EigenbasisEstimator(CurvatureEstimator):
 
     @property
     def ready(self) -> bool:
-        return self.basis is not None and self.spectrum.value is not None
+        return self.basis is not None and self.spectrum.ready
 
     def operator(self) -> LinearOperator:
         if self.basis is None or self.spectrum.value is None:
-            raise RuntimeError(f"block {self.block.name}: no statistics yet; run a forward and backward pass first.")
+            raise self.no_statistics()
         return Eigen(self.basis, self.spectrum.value.to(self.basis.dtype))
 
     def state_dict(self) -> dict[str, Any]:
-        out: dict[str, Any] = {"factors": self.factors.state_dict(), "spectrum": self.spectrum.state_dict()}
-        if self.basis is not None:
-            out["basis"] = state(self.basis)
-        return out
+        return super().state_dict() | ({} if self.basis is None else {"basis": state(self.basis)})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.factors.load_state_dict(state["factors"])
-        self.spectrum.load_state_dict(state["spectrum"])
+        super().load_state_dict(state)
         basis = from_state(state["basis"]) if "basis" in state else None
         assert basis is None or isinstance(basis, Kronecker)
         self.basis = basis
@@ -174,5 +163,5 @@ class EigenbasisFisher(KroneckerFisher):
 
     def estimator(self, block: Block, form: Form) -> CurvatureEstimator:
         if form == "outer":
-            return EigenbasisEstimator(block, self.sharing, self.max_factor)
+            return EigenbasisEstimator(block, self.sharing, self.max_dim)
         return unit_or_diagonal(block)

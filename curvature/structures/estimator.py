@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from functools import reduce
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from curvature.layers.block import Block
@@ -69,6 +72,10 @@ class CurvatureEstimator(ABC):
     def ready(self) -> bool:
         """Whether anything was ever committed."""
 
+    def no_statistics(self) -> RuntimeError:
+        """The error for an estimate that is asked for before anything was committed."""
+        return RuntimeError(f"block {self.block.name}: no statistics yet; run a forward and backward pass first.")
+
     @abstractmethod
     def operator(self) -> LinearOperator:
         """The current C, acting on tensors of the block's shape, in float32 or wider."""
@@ -92,12 +99,83 @@ class CurvatureEstimator(ABC):
         return False
 
 
-class MeanEstimator(CurvatureEstimator):
-    """An estimate that is a function of one mean over the examples."""
+class MeansEstimator(CurvatureEstimator):
+    """An estimate made of named means over the examples; a part may also be an estimate of its own.
+
+    A subclass gives :attr:`names` and, for a function of means, :meth:`totals` and :meth:`of_means`. One with other
+    parts makes them in its constructor, and has its own :meth:`update` and :meth:`operator`.
+    """
+
+    #: Names of the parts: attributes of the estimate, and keys of its state.
+    names: ClassVar[tuple[str, ...]]
 
     def __init__(self, block: Block) -> None:
         super().__init__(block)
-        self.mean = WeightedMean()
+        for name in self.names:
+            setattr(self, name, WeightedMean())
+
+    def totals(self, samples: Samples) -> Iterable[Mapping[str, Tensor]]:
+        """What the samples add to the numerators of the means, by name; in one piece or several."""
+        raise NotImplementedError
+
+    def of_means(self, means: Mapping[str, Tensor]) -> LinearOperator:
+        """The estimate for values of the means."""
+        raise NotImplementedError
+
+    def parts(self) -> list[WeightedMean | CurvatureEstimator]:
+        """All means and estimates it is made of."""
+        return [getattr(self, name) for name in self.names]
+
+    @property
+    def averages_positions(self) -> bool:
+        return any(isinstance(part, CurvatureEstimator) and part.averages_positions for part in self.parts())
+
+    def update(self, samples: Samples) -> None:
+        weight = samples.weight if samples.first else 0.0
+        for piece in self.totals(samples):
+            for name, total in piece.items():
+                getattr(self, name).add(samples.scaled(widen(total)), weight)
+            weight = 0.0
+
+    def count(self, weight: Tensor | float) -> None:
+        for part in self.parts():
+            part.count(weight)
+
+    def commit(self, ema: float) -> None:
+        for part in self.parts():
+            part.commit(ema)
+
+    def discard(self) -> None:
+        for part in self.parts():
+            part.discard()
+
+    def finite(self) -> Tensor:
+        flags = [part.finite() for part in self.parts() if not isinstance(part, WeightedMean) or part.pending]
+        return reduce(lambda some, flag: some & flag.to(some.device), flags) if flags else torch.tensor(True)
+
+    @property
+    def ready(self) -> bool:
+        return all(part.ready for part in self.parts())
+
+    def operator(self) -> LinearOperator:
+        if not self.ready:
+            raise self.no_statistics()
+        return self.of_means({name: getattr(self, name).value for name in self.names})
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: part.state_dict() for name, part in zip(self.names, self.parts(), strict=True)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.discard()
+        for name, part in zip(self.names, self.parts(), strict=True):
+            part.load_state_dict(state[name])
+
+
+class MeanEstimator(MeansEstimator):
+    """An estimate that is a function of one mean over the examples."""
+
+    names = ("mean",)
+    mean: WeightedMean
 
     @abstractmethod
     def total(self, samples: Samples) -> Tensor:
@@ -107,35 +185,11 @@ class MeanEstimator(CurvatureEstimator):
     def of_mean(self, value: Tensor) -> LinearOperator:
         """The estimate for a value of the mean."""
 
-    def update(self, samples: Samples) -> None:
-        self.mean.add(samples.scaled(widen(self.total(samples))), samples.weight if samples.first else 0.0)
+    def totals(self, samples: Samples) -> Iterable[Mapping[str, Tensor]]:
+        return [{"mean": self.total(samples)}]
 
-    def count(self, weight: Tensor | float) -> None:
-        self.mean.add(None, weight)
-
-    def commit(self, ema: float) -> None:
-        self.mean.commit(ema)
-
-    def discard(self) -> None:
-        self.mean.discard()
-
-    def finite(self) -> Tensor:
-        return self.mean.finite()
-
-    @property
-    def ready(self) -> bool:
-        return self.mean.value is not None
-
-    def operator(self) -> LinearOperator:
-        if self.mean.value is None:
-            raise RuntimeError(f"block {self.block.name}: no statistics yet; run a forward and backward pass first.")
-        return self.of_mean(self.mean.value)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"mean": self.mean.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.mean.load_state_dict(state["mean"])
+    def of_means(self, means: Mapping[str, Tensor]) -> LinearOperator:
+        return self.of_mean(means["mean"])
 
 
 @dataclass(frozen=True)
@@ -149,6 +203,12 @@ class Curvature(ABC):
 
     kind: FisherKind = "mc"
     samples: int = 1
+
+    def __new__(cls, *args: Any, **options: Any) -> Curvature:
+        """Name the option that was renamed."""
+        if "max_factor" in options and any(field.name == "max_dim" for field in fields(cls)):
+            raise TypeError(f"{cls.__name__} takes max_dim=, which was called max_factor before.")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         """Check the options."""

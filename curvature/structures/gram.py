@@ -191,30 +191,30 @@ class GramEstimator(CurvatureEstimator):
     def __init__(self, block: Block) -> None:
         super().__init__(block)
         self.root: LinearOperator | None = None
-        self._waiting: list[LinearOperator] = []
+        self.waiting: list[LinearOperator] = []
         self._weight: Tensor | float = 0.0
 
     def update(self, samples: Samples) -> None:
-        self._waiting.append(root(samples))
+        self.waiting.append(root(samples))
         if samples.first:
             self._weight = self._weight + samples.weight
 
     def count(self, weight: Tensor | float) -> None:
         """Count examples that did not reach the block."""
-        if self._waiting:
+        if self.waiting:
             self._weight = self._weight + weight
 
     def commit(self, ema: float) -> None:
         no_average(ema, "a Gram matrix")
-        if self._waiting:
-            self.root = scaled(join(self._waiting), torch.as_tensor(self._weight).rsqrt())
+        if self.waiting:
+            self.root = scaled(join(self.waiting), torch.as_tensor(self._weight).rsqrt())
         self.discard()
 
     def discard(self) -> None:
-        self._waiting, self._weight = [], 0.0
+        self.waiting, self._weight = [], 0.0
 
     def finite(self) -> Tensor:
-        return all_finite(self._waiting)
+        return all_finite(self.waiting)
 
     @property
     def ready(self) -> bool:
@@ -222,7 +222,7 @@ class GramEstimator(CurvatureEstimator):
 
     def operator(self) -> LinearOperator:
         if self.root is None:
-            raise RuntimeError(f"block {self.block.name}: no statistics yet; run a forward and backward pass first.")
+            raise self.no_statistics()
         return LowRank(self.root, gram_of(self.root))
 
     def state_dict(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from curvature.layers.block import Block
 from curvature.layers.samples import OneHot, Outer, Samples
 from curvature.losses.signals import FisherKind
 from curvature.structures.diagonal import DiagonalEstimator
-from curvature.structures.estimator import Curvature, CurvatureEstimator, Form
+from curvature.structures.estimator import Curvature, CurvatureEstimator, Form, MeansEstimator
 from curvature.structures.inverse import InverseEstimator
 from curvature.structures.kfac import KroneckerEstimator
 from curvature.structures.unit import unit_or_diagonal
@@ -114,7 +114,7 @@ def _sum_of_rows(use: Outer) -> tuple[Tensor, Tensor | float]:
     return (a * valid.unsqueeze(-1)).sum((-3, -2)), valid.sum()
 
 
-class KroneckerBFGSEstimator(InverseEstimator):
+class KroneckerBFGSEstimator(MeansEstimator, InverseEstimator):
     r"""``H_B (x) H_A`` with BFGS estimates of the inverses of K-FAC's factors.
 
     .. math::
@@ -137,6 +137,9 @@ class KroneckerBFGSEstimator(InverseEstimator):
     """
 
     structure: ClassVar[str] = "kronecker, inverse"
+    names = ("factor", "s", "y")
+    s: WeightedMean
+    y: WeightedMean
 
     def __init__(self, block: Block, mu: float, initial: float | None) -> None:
         super().__init__(block)
@@ -144,7 +147,6 @@ class KroneckerBFGSEstimator(InverseEstimator):
         self.factor = KroneckerEstimator(block, gradient_factor="identity")
         self.HA: Tensor | None = None
         self.HB: Tensor | None = None
-        self.secant = (WeightedMean(), WeightedMean())
         self.shift = 0.0
         self._first, self._second = Means.empty(), Means.empty()
         self._ema = 0.0
@@ -163,21 +165,21 @@ class KroneckerBFGSEstimator(InverseEstimator):
     def count(self, weight: Tensor | float) -> None:
         means = self._first if self._before is None else self._second
         if means.gradients.pending:
-            means.gradients.add(None, weight)
+            means.gradients.count(weight)
 
     def commit(self, ema: float) -> None:
-        self.factor.commit(ema)
+        super().commit(ema)
         self._ema = ema
         if self._first.gradients.pending:
             self._committed = (self._first.inputs.step_mean(), self._first.gradients.step_mean())
         self.discard()
 
     def discard(self) -> None:
-        self.factor.discard()
+        super().discard()
         self._first, self._second = Means.empty(), Means.empty()
 
     def finite(self) -> Tensor:
-        flags = self.factor.finite()
+        flags = super().finite()
         return flags & self._first.gradients.finite().to(flags.device)
 
     def improve(self, damping: float) -> None:
@@ -227,10 +229,10 @@ class KroneckerBFGSEstimator(InverseEstimator):
         y = second.gradients.step_mean() - before[1]
         if not bool(torch.isfinite(s).all() & torch.isfinite(y).all()):
             return  # a step that went astray teaches nothing
-        for mean, value in zip(self.secant, (s, y), strict=True):
+        for mean, value in ((self.s, s), (self.y, y)):
             mean.add(value, 1.0)
             mean.commit(self._ema)
-        s_mean, y_mean = (mean.value for mean in self.secant)
+        s_mean, y_mean = self.s.value, self.y.value
         assert s_mean is not None and y_mean is not None
         new = bfgs(self.HB, *double_damped(self.HB, s_mean, y_mean, self.mu, self.shift))
         self.HB = torch.where(torch.isfinite(new).all(), new, self.HB)  # products of large pairs may overflow
@@ -245,20 +247,15 @@ class KroneckerBFGSEstimator(InverseEstimator):
 
     def operator(self) -> LinearOperator:
         if self.HA is None or self.HB is None:
-            raise RuntimeError(f"block {self.block.name}: no statistics yet; run a forward and backward pass first.")
+            raise self.no_statistics()
         HA = Dense(self.HA, is_gram=True) if self.HA.dim() == len(self.block.shape) else Diagonal(self.HA)
         return Kronecker(Dense(self.HB, is_gram=True), HA)
 
     def state_dict(self) -> dict[str, Any]:
-        out: dict[str, Any] = {"factor": self.factor.state_dict()}
-        out |= {name: mean.state_dict() for name, mean in zip(("s", "y"), self.secant, strict=True)}
-        return out | {name: H for name, H in (("HA", self.HA), ("HB", self.HB)) if H is not None}
+        return super().state_dict() | {name: H for name, H in (("HA", self.HA), ("HB", self.HB)) if H is not None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.discard()
-        self.factor.load_state_dict(state["factor"])
-        for name, mean in zip(("s", "y"), self.secant, strict=True):
-            mean.load_state_dict(state[name])
+        super().load_state_dict(state)
         self.HA, self.HB = state.get("HA"), state.get("HB")
         self._committed = self._before = None
 
@@ -267,20 +264,20 @@ class KroneckerBFGSEstimator(InverseEstimator):
 class KroneckerBFGS(Curvature):
     """Inverses of Kronecker factors by BFGS; needs an optimizer that runs the second pass (:class:`precond.KBFGS`).
 
-    Layers with a side larger than ``max_factor`` get a diagonal; layers of another shape a 2 x 2 matrix per unit (scale
+    Layers with a side larger than ``max_dim`` get a diagonal; layers of another shape a 2 x 2 matrix per unit (scale
     and shift) or a diagonal.
 
     Attributes:
         kind: ``"empirical"``: the pairs are changes of the loss's own gradient.
         mu: Of Powell's damping, in (0, 1).
         initial: Multiple of the identity that the output factor begins with; ``None`` for ``damping ** -0.5``.
-        max_factor: Largest side of a layer.
+        max_dim: Largest side of a layer.
     """
 
     kind: FisherKind = "empirical"
     mu: float = 0.2
     initial: float | None = 1.0
-    max_factor: int = 16384
+    max_dim: int = 16384
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -292,6 +289,6 @@ class KroneckerBFGS(Curvature):
     def estimator(self, block: Block, form: Form) -> CurvatureEstimator:
         if form != "outer":
             return unit_or_diagonal(block)
-        if max(block.shape[-2:]) > self.max_factor:
+        if max(block.shape[-2:]) > self.max_dim:
             return DiagonalEstimator(block)
         return KroneckerBFGSEstimator(block, self.mu, self.initial)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from curvature.layers.block import Block
-from curvature.layers.samples import OneHot, Outer, Samples, gram
-from curvature.structures.estimator import Curvature, CurvatureEstimator, Form
+from curvature.layers.samples import OneHot, Outer, Samples, gram, second_moment
+from curvature.structures.estimator import Curvature, CurvatureEstimator, Form, MeansEstimator
 from curvature.structures.unit import unit_or_diagonal
 from curvature.structures.weighted_mean import WeightedMean
 from solvers import Dense, Diagonal, Kronecker, LinearOperator
@@ -21,7 +21,7 @@ Sharing = Literal["expand", "reduce"]
 GradientFactor = Literal["second moment", "identity"]
 
 
-class KroneckerEstimator(CurvatureEstimator):
+class KroneckerEstimator(MeansEstimator):
     r"""``B (x) A`` for a layer used at S positions of each example.
 
     .. math::
@@ -40,17 +40,18 @@ class KroneckerEstimator(CurvatureEstimator):
     """
 
     structure: ClassVar[str] = "kronecker"
+    names = ()  # the sides come with their uses
 
     def __init__(
         self,
         block: Block,
         sharing: Sharing = "expand",
-        max_factor: int = 16384,
+        max_dim: int = 16384,
         gradient_factor: GradientFactor = "second moment",
     ) -> None:
         super().__init__(block)
         self.sharing = sharing
-        self.max_factor = max_factor
+        self.max_dim = max_dim
         self.gradient_factor = gradient_factor
         # Straight uses give (A, B); flipped uses, if there are any, a second pair.
         self.sides: dict[str, tuple[WeightedMean, WeightedMean]] = {}
@@ -92,7 +93,7 @@ class KroneckerEstimator(CurvatureEstimator):
         else:
             positions = valid.sum(-1)
             rows, count = a.sum(-2) / positions.clamp(min=1).unsqueeze(-1), (positions > 0).sum()
-        return self._moment(rows, count if use.ones else None), count
+        return self.moment(rows, count if use.ones else None), count
 
     def _one_hot_moment(self, a: OneHot, valid: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | float]:
         """Frequencies of the ids: the second moment of one-hot rows is diagonal (but not that of their means)."""
@@ -101,7 +102,7 @@ class KroneckerEstimator(CurvatureEstimator):
         weight = ones if valid is None else valid.to(ones.dtype)
         kept = weight if a.keep is None else weight * a.keep
         if self.sharing == "reduce" and a.index.shape[-1] > 1:
-            if a.size > self.max_factor:
+            if a.size > self.max_dim:
                 raise ValueError(
                     f"block {self.block.name}: sharing='reduce' makes the input factor of an embedding dense "
                     f"({a.size} x {a.size}). Use sharing='expand', where it is diagonal."
@@ -114,21 +115,19 @@ class KroneckerEstimator(CurvatureEstimator):
 
     def _gradient_moment(self, use: Outer) -> Tensor:
         g = widen(use.g)
-        return self._moment(g.sum(-2).flatten(-3, -2) if self.sharing == "reduce" else g.flatten(-4, -2))
+        return self.moment(g.sum(-2).flatten(-3, -2) if self.sharing == "reduce" else g.flatten(-4, -2))
 
-    def _moment(self, rows: Tensor, ones: Tensor | float | None = None) -> Tensor:
-        """Second moment of ``rows (*, m, d)``; its diagonal only where d exceeds ``max_factor``.
+    def moment(self, rows: Tensor, ones: Tensor | float | None = None) -> Tensor:
+        """Second moment of ``rows (*, m, d)``; its diagonal only where d exceeds ``max_dim``.
 
         With ``ones``, the number of rows that count, that of the rows with a one appended (which is never formed).
         """
-        if rows.shape[-1] + (ones is not None) > self.max_factor:
-            diagonal = rows.square().sum(-2)
-            if ones is None:
-                return diagonal
-            return torch.cat([diagonal, torch.as_tensor(ones).to(diagonal).expand(*diagonal.shape[:-1], 1)], dim=-1)
         if ones is None:
-            return gram(rows)
+            return second_moment(rows, self.max_dim)
         d = rows.shape[-1]
+        if d + 1 > self.max_dim:
+            diagonal = rows.square().sum(-2)
+            return torch.cat([diagonal, torch.as_tensor(ones).to(diagonal).expand(*diagonal.shape[:-1], 1)], dim=-1)
         out = rows.new_empty(*rows.shape[:-2], d + 1, d + 1)
         gram(rows, out=out[..., :d, :d])
         out[..., :d, d] = out[..., d, :d] = rows.sum(-2)
@@ -140,33 +139,21 @@ class KroneckerEstimator(CurvatureEstimator):
             if gradients.pending:
                 gradients.add(None, weight)
 
-    def commit(self, ema: float) -> None:
-        for pair in self.sides.values():
-            for mean in pair:
-                mean.commit(ema)
-
-    def discard(self) -> None:
-        for pair in self.sides.values():
-            for mean in pair:
-                mean.discard()
-
-    def finite(self) -> Tensor:
-        flags = [mean.finite() for pair in self.sides.values() for mean in pair]
-        return torch.stack([f.to(flags[-1].device) for f in flags]).all() if flags else torch.tensor(True)
+    def parts(self) -> list[WeightedMean | CurvatureEstimator]:
+        return [mean for pair in self.sides.values() for mean in pair]
 
     @property
     def stored(self) -> int:
-        *stack, d_out, d_in = self.block.shape
-        return math.prod(stack) * sum(d * d if d <= self.max_factor else d for d in (d_out, d_in))
+        return stored_in_factors(self.block, self.max_dim)
 
     @property
     def ready(self) -> bool:
-        return any(a.value is not None for a, _ in self.sides.values())
+        return any(inputs.ready for inputs, _ in self.sides.values())
 
     def operator(self) -> Kronecker:
-        products = [self._product(side) for side in self.sides if self.sides[side][0].value is not None]
+        products = [self._product(side) for side, (inputs, _) in self.sides.items() if inputs.ready]
         if not products:
-            raise RuntimeError(f"block {self.block.name}: no statistics yet; run a forward and backward pass first.")
+            raise self.no_statistics()
         return products[0] if len(products) == 1 else nearest_kronecker(products)
 
     def _product(self, side: str) -> Kronecker:
@@ -195,6 +182,12 @@ class KroneckerEstimator(CurvatureEstimator):
             means[0].load_state_dict(pair["A"])
             means[1].load_state_dict(pair["B"])
             self.sides[side] = means
+
+
+def stored_in_factors(block: Block, max_dim: int) -> int:
+    """Numbers in the Kronecker factors of a block, of which those larger than ``max_dim`` are diagonal."""
+    *stack, d_out, d_in = block.shape
+    return math.prod(stack) * sum(d * d if d <= max_dim else d for d in (d_out, d_in))
 
 
 def nearest_kronecker(products: list[Kronecker]) -> Kronecker:
@@ -254,12 +247,12 @@ class KroneckerFisher(Curvature):
         sharing: ``"expand"`` where each position has a loss of its own (language models), ``"reduce"`` where positions
             are pooled (vision).
         bias: ``"joint"`` (a one appended to the input) or ``"separate"`` blocks.
-        max_factor: Factors larger than this are kept as their diagonals.
+        max_dim: Factors larger than this are kept as their diagonals.
     """
 
     sharing: Sharing = "expand"
     bias: Literal["joint", "separate"] = "joint"
-    max_factor: int = 16384
+    max_dim: int = 16384
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -275,5 +268,5 @@ class KroneckerFisher(Curvature):
 
     def estimator(self, block: Block, form: Form) -> CurvatureEstimator:
         if form == "outer":
-            return KroneckerEstimator(block, self.sharing, self.max_factor)
+            return KroneckerEstimator(block, self.sharing, self.max_dim)
         return unit_or_diagonal(block)

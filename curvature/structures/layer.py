@@ -35,12 +35,7 @@ class DenseEstimator(MeanEstimator):
         super().__init__(block)
 
     def total(self, samples: Samples) -> Tensor:
-        total: Tensor | None = None
-        for chunk in samples.gradients():
-            product = gram(widen(chunk).flatten(1))
-            total = product if total is None else total.add_(product)
-        assert total is not None
-        return total
+        return samples.summed(lambda chunk: gram(widen(chunk).flatten(1)))
 
     def of_mean(self, value: Tensor) -> LinearOperator:
         return Flattened(Dense(value), self.block.shape)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from curvature.layers.block import Block
 from curvature.layers.samples import Samples
-from curvature.structures.estimator import CurvatureEstimator, Form
+from curvature.structures.estimator import CurvatureEstimator, Form, MeansEstimator
 from curvature.structures.inverse import InverseEstimator
 from curvature.structures.kfac import KroneckerEstimator, KroneckerFisher, Sharing
 from curvature.structures.unit import unit_or_diagonal
@@ -19,9 +19,9 @@ from solvers import Dense, Diagonal, Kronecker, LinearOperator, storable
 FactorStructure = Literal["dense", "diagonal", "block", "triangular"]
 
 
-@storable
+@storable(name="Blocks")
 @dataclass(frozen=True, eq=False, repr=False)
-class Blocks(LinearOperator):
+class DiagonalBlocks(LinearOperator):
     """A block-diagonal matrix on ``(*stack, size)`` with symmetric blocks ``(*stack, count, b, b)``.
 
     Args:
@@ -52,7 +52,7 @@ class Blocks(LinearOperator):
     def symmetric(self) -> bool:
         return True
 
-    def adjoint(self) -> Blocks:
+    def adjoint(self) -> DiagonalBlocks:
         return self
 
     def apply(self, x: Tensor) -> Tensor:
@@ -73,19 +73,19 @@ class BlockMoments(KroneckerEstimator):
     Args:
         block: The block.
         sharing: ``"expand"`` or ``"reduce"``.
-        max_factor: Factors larger than this are diagonal.
+        max_dim: Factors larger than this are diagonal.
         size: Size of the blocks; ``None`` for one of all.
     """
 
-    def __init__(self, block: Block, sharing: Sharing, max_factor: int, size: int | None) -> None:
-        super().__init__(block, sharing, max_factor)
+    def __init__(self, block: Block, sharing: Sharing, max_dim: int, size: int | None) -> None:
+        super().__init__(block, sharing, max_dim)
         self.size = size
 
     def block_size(self, d: int) -> int:
         """Size of the blocks of a factor of size d."""
-        return 1 if d > self.max_factor else d if self.size is None else min(self.size, d)
+        return 1 if d > self.max_dim else d if self.size is None else min(self.size, d)
 
-    def _moment(self, rows: Tensor, ones: Tensor | float | None = None) -> Tensor:
+    def moment(self, rows: Tensor, ones: Tensor | float | None = None) -> Tensor:
         d = rows.shape[-1]
         b = self.block_size(d + (ones is not None))
         if ones is not None:
@@ -119,7 +119,7 @@ class BlockMoments(KroneckerEstimator):
         return value
 
 
-class SINGDEstimator(InverseEstimator):
+class SINGDEstimator(MeansEstimator, InverseEstimator):
     r"""``C^{-1} = (L L^T) (x) (K K^T)``, with L and K in a structure and moved by products alone.
 
     For :math:`C = B \otimes A + \lambda I` a step is, for K with :math:`H_K = K^\top A K` and :math:`H_L = L^\top B L`,
@@ -149,6 +149,7 @@ class SINGDEstimator(InverseEstimator):
     """
 
     structure: ClassVar[str] = "kronecker, inverse"
+    names = ("moments",)
 
     def __init__(
         self,
@@ -166,28 +167,8 @@ class SINGDEstimator(InverseEstimator):
         self.factors: tuple[Tensor, Tensor] | None = None  # L, K
         self.velocity: tuple[Tensor, Tensor] | None = None
 
-    @property
-    def averages_positions(self) -> bool:
-        return self.moments.averages_positions
-
     def update(self, samples: Samples) -> None:
         self.moments.update(samples)
-
-    def count(self, weight: Tensor | float) -> None:
-        self.moments.count(weight)
-
-    def commit(self, ema: float) -> None:
-        self.moments.commit(ema)
-
-    def discard(self) -> None:
-        self.moments.discard()
-
-    def finite(self) -> Tensor:
-        return self.moments.finite()
-
-    @property
-    def ready(self) -> bool:
-        return self.moments.ready
 
     def improve(self, damping: float) -> None:
         pairs = self.moments.pairs()
@@ -229,17 +210,17 @@ class SINGDEstimator(InverseEstimator):
 
     def operator(self) -> LinearOperator:
         if self.factors is None:
-            raise RuntimeError(f"block {self.block.name}: no statistics yet; run a forward and backward pass first.")
+            raise self.no_statistics()
         return Kronecker(*(_square(F, d) for F, d in zip(self.factors, self.block.shape[-2:], strict=True)))
 
     def state_dict(self) -> dict[str, Any]:
-        out: dict[str, Any] = {"moments": self.moments.state_dict()}
+        out = super().state_dict()
         if self.factors is not None and self.velocity is not None:
             out |= {"L": self.factors[0], "K": self.factors[1], "mL": self.velocity[0], "mK": self.velocity[1]}
         return out
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.moments.load_state_dict(state["moments"])
+        super().load_state_dict(state)
         self.factors = (state["L"], state["K"]) if "L" in state else None
         self.velocity = (state["mL"], state["mK"]) if "L" in state else None
 
@@ -255,7 +236,7 @@ def _square(factor: Tensor, d: int) -> LinearOperator:
         return Dense(matrix[..., 0, :, :], is_gram=True)
     if matrix.shape[-1] == 1:
         return Diagonal(matrix[..., 0, 0])
-    return Blocks(matrix, d)
+    return DiagonalBlocks(matrix, d)
 
 
 def _aligned(pairs: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
@@ -304,7 +285,7 @@ class SINGDFisher(KroneckerFisher):
         if form != "outer":
             return unit_or_diagonal(block)
         size = {"diagonal": 1, "block": self.block_size}.get(self.factor)
-        moments = BlockMoments(block, self.sharing, self.max_factor, size)
+        moments = BlockMoments(block, self.sharing, self.max_dim, size)
         return SINGDEstimator(
             block,
             moments,

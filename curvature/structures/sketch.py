@@ -100,7 +100,7 @@ class SketchedEstimator(GramEstimator, InverseEstimator):
         self.inverse: LinearOperator | None = None
 
     def commit(self, ema: float) -> None:
-        self.draws += bool(self._waiting)
+        self.draws += bool(self.waiting)
         super().commit(ema)
 
     def improve(self, damping: float) -> None:
@@ -142,7 +142,7 @@ class SketchedEstimator(GramEstimator, InverseEstimator):
 
     def operator(self) -> LinearOperator:
         if self.inverse is None:
-            raise RuntimeError(f"block {self.block.name}: no statistics yet; run a forward and backward pass first.")
+            raise self.no_statistics()
         return self.inverse
 
     def state_dict(self) -> dict[str, Any]:

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from curvature.layers.block import Block
-from curvature.layers.samples import Outer, Samples, gram
-from curvature.structures.estimator import Curvature, CurvatureEstimator, Form
+from curvature.layers.samples import Outer, Samples, second_moment
+from curvature.structures.estimator import Curvature, CurvatureEstimator, Form, MeansEstimator
+from curvature.structures.kfac import stored_in_factors
 from curvature.structures.unit import unit_or_diagonal
 from curvature.structures.weighted_mean import WeightedMean
-from solvers import Dense, Diagonal, Kronecker, LinearOperator
+from solvers import Dense, Diagonal, Kronecker
 from solvers.precision import widen
 
 
-class TensorNormalEstimator(CurvatureEstimator):
+class TensorNormalEstimator(MeansEstimator):
     r"""``L (x) R / tr L`` from the per-sample gradients ``G (d_out, d_in)`` of a layer.
 
     .. math:: L = \frac{1}{total} \sum_{k,n} G_{kn} G_{kn}^\top, \qquad
@@ -35,49 +35,33 @@ class TensorNormalEstimator(CurvatureEstimator):
 
     structure: ClassVar[str] = "tensor normal"
 
-    def __init__(self, block: Block, max_factor: int = 16384) -> None:
+    names = ("L", "R")
+    L: WeightedMean
+    R: WeightedMean
+
+    def __init__(self, block: Block, max_dim: int = 16384) -> None:
         super().__init__(block)
-        self.max_factor = max_factor
-        self.means = (WeightedMean(), WeightedMean())  # L and R
+        self.max_dim = max_dim
 
-    def update(self, samples: Samples) -> None:
-        weight = samples.weight if samples.first else 0.0
-        for index, (left, right) in enumerate(_pairs(samples)):
-            for mean, rows in zip(self.means, (left, right), strict=True):
-                mean.add(samples.scaled(self._moment(rows)), weight if index == 0 else 0.0)
+    @property
+    def means(self) -> tuple[WeightedMean, WeightedMean]:
+        """L and R, which files of version 0.1 keep under this name."""
+        return self.L, self.R
 
-    def _moment(self, rows: Tensor) -> Tensor:
-        """Second moment of ``rows (*, m, d)``; its diagonal only where d exceeds ``max_factor``."""
-        return rows.square().sum(-2) if rows.shape[-1] > self.max_factor else gram(rows)
+    @means.setter
+    def means(self, pair: tuple[WeightedMean, WeightedMean]) -> None:
+        self.L, self.R = pair
 
-    def count(self, weight: Tensor | float) -> None:
-        for mean in self.means:
-            mean.add(None, weight)
-
-    def commit(self, ema: float) -> None:
-        for mean in self.means:
-            mean.commit(ema)
-
-    def discard(self) -> None:
-        for mean in self.means:
-            mean.discard()
-
-    def finite(self) -> Tensor:
-        return self.means[0].finite() & self.means[1].finite()
+    def totals(self, samples: Samples) -> Iterator[dict[str, Tensor]]:
+        for left, right in _pairs(samples):
+            yield {"L": second_moment(left, self.max_dim), "R": second_moment(right, self.max_dim)}
 
     @property
     def stored(self) -> int:
-        *stack, d_out, d_in = self.block.shape
-        return math.prod(stack) * sum(d * d if d <= self.max_factor else d for d in (d_out, d_in))
+        return stored_in_factors(self.block, self.max_dim)
 
-    @property
-    def ready(self) -> bool:
-        return self.means[0].value is not None
-
-    def operator(self) -> LinearOperator:
-        left, right = (mean.value for mean in self.means)
-        if left is None or right is None:
-            raise RuntimeError(f"block {self.block.name}: no statistics yet; run a forward and backward pass first.")
+    def of_means(self, means: Mapping[str, Tensor]) -> Kronecker:
+        left, right = means["L"], means["R"]
         stack = len(self.block.shape) - 2
         diagonal = left.diagonal(dim1=-2, dim2=-1) if left.dim() == stack + 2 else left
         trace = diagonal.sum(-1, keepdim=True).clamp(min=torch.finfo(left.dtype).tiny)
@@ -89,13 +73,6 @@ class TensorNormalEstimator(CurvatureEstimator):
                 for value, scale in ((left, torch.ones_like(trace)), (right, trace))
             )
         )
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"L": self.means[0].state_dict(), "R": self.means[1].state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.means[0].load_state_dict(state["L"])
-        self.means[1].load_state_dict(state["R"])
 
 
 def _pairs(samples: Samples) -> Iterator[tuple[Tensor, Tensor]]:
@@ -128,10 +105,10 @@ class TensorNormal(Curvature):
     Attributes:
         kind: ``"exact"``, ``"mc"`` or ``"empirical"``.
         samples: Draws per batch for ``"mc"``.
-        max_factor: Factors larger than this are kept as their diagonals.
+        max_dim: Factors larger than this are kept as their diagonals.
     """
 
-    max_factor: int = 16384
+    max_dim: int = 16384
 
     def estimator(self, block: Block, form: Form) -> CurvatureEstimator:
-        return TensorNormalEstimator(block, self.max_factor) if form == "outer" else unit_or_diagonal(block)
+        return TensorNormalEstimator(block, self.max_dim) if form == "outer" else unit_or_diagonal(block)

@@ -24,13 +24,11 @@ class UnitEstimator(MeanEstimator):
     structure: ClassVar[str] = "unit"
 
     def total(self, samples: Samples) -> Tensor:
-        total: Tensor | None = None
-        for chunk in samples.gradients():
+        def product(chunk: Tensor) -> Tensor:
             rows = widen(chunk).movedim(0, -2)  # (*, o, kn, i)
-            product = rows.mT @ rows
-            total = product if total is None else total.add_(product)
-        assert total is not None
-        return total
+            return rows.mT @ rows
+
+        return samples.summed(product)
 
     def of_mean(self, value: Tensor) -> LinearOperator:
         return Dense(value)

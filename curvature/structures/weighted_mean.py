@@ -30,6 +30,15 @@ class WeightedMean:
             self._total = total if self._total is None else self._total.add_(total)
         self._count = self._count + weight
 
+    def count(self, weight: Tensor | float) -> None:
+        """Count samples of the step whose statistics are zero."""
+        self.add(None, weight)
+
+    @property
+    def ready(self) -> bool:
+        """Whether anything was ever committed."""
+        return self.value is not None
+
     @property
     def pending(self) -> bool:
         """Whether statistics wait to be committed."""

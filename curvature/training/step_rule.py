@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvature.layers.block import Place
+from curvature.layers.block import BlockPlace
 from curvature.model.parameters import Parameters
 from solvers import Eigh, Kronecker, LinearOperator, SolverError, power
 from solvers.precision import working_dtype
@@ -233,12 +233,12 @@ def _combined(
     return StepRule(product, momentum, nesterov, rate, parameters.flatten(l2).to(wide), decay, clipped, name)
 
 
-def _constant_within(place: Place, scale: Tensor) -> bool:
+def _constant_within(place: BlockPlace, scale: Tensor) -> bool:
     values = place.gather(scale)
     return bool((values == values.flatten()[0]).all())
 
 
-def _places(parameters: Parameters, blocks: Mapping[str, Any]) -> list[tuple[Place, LinearOperator]]:
+def _places(parameters: Parameters, blocks: Mapping[str, Any]) -> list[tuple[BlockPlace, LinearOperator]]:
     """Where the blocks lie whose parameters are asked for, and the roots of their inverses."""
     sizes = {name: p.numel() for name, p in parameters.items()}
     found = []
@@ -251,7 +251,7 @@ def _places(parameters: Parameters, blocks: Mapping[str, Any]) -> list[tuple[Pla
             raise ValueError(f"block {name} joins parameters of which params= leaves some out; ask for all of them.")
         if preconditioner.inverse is None:
             raise ValueError(f"block {name} has no inverse yet; ask again after the optimizer's first step.")
-        found.append((Place.of(block, parameters.starts, sizes), root_of(preconditioner.inverse)))
+        found.append((BlockPlace.of(block, parameters.starts, sizes), root_of(preconditioner.inverse)))
     return found
 
 

@@ -94,7 +94,7 @@ def main(out: Path) -> None:
         "REINFORCE, SGD": lambda policy: torch.optim.SGD(policy.parameters(), lr=3.0),
         "REINFORCE, Adam": lambda policy: torch.optim.Adam(policy.parameters(), lr=0.03),
         "natural gradient": lambda policy: NaturalGradient(
-            policy, likelihood, lr=1.0, structure="full", damping=1e-2, kl_clip=0.02, curvature_ema=0.0
+            policy, likelihood, lr=1.0, structure="dense", damping=1e-2, kl_clip=0.02, curvature_ema=0.0
         ),
         "K-FAC": lambda policy: KFAC(
             policy, likelihood, lr=1.0, momentum=0.0, damping=1e-2, kl_clip=0.02, inverse_update_period=1

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 from torch import Tensor
 
-from precond.closure.optimizer import ClosureOptimizer, Vectors, rademacher
+from precond.closure.optimizer import ClosureOptimizer
 from precond.gradient.optimizer import GradientOptimizer, Group, State, debiased, state_zeros
+from precond.step.base import MomentumOptions
+from precond.step.graph import Vectors
 from precond.step.methods import Taxonomy
 
 
@@ -24,14 +26,20 @@ class AdaHessian(ClosureOptimizer, GradientOptimizer):
 
     A step costs a gradient and a product with the Hessian, about three gradients. Memory: two moments.
 
+    ========================================================= ==================================================
+    Yao et al., algorithm 1                                   here
+    ========================================================= ==================================================
+    :math:`z \odot H z`, with the same signs in a resumed run ``hutchinson_diagonal``: ``step.graph.rademacher``
+    spatial averaging                                         ``direction``: the mean of ``h``
+    M, V, and :math:`\hat V^{\kappa / 2} + \epsilon`          ``direction``
+    ========================================================= ==================================================
+
     Args:
         params: Parameters, groups, or named parameters.
         lr: Learning rate.
         betas: Decay of the moments.
         eps: Added to the denominator.
         hessian_power: :math:`\kappa`, in (0, 1].
-        weight_decay: Decoupled weight decay.
-        seed: Of the random signs.
         options: See :class:`SecondOrderOptimizer`.
 
     References:
@@ -49,6 +57,7 @@ class AdaHessian(ClosureOptimizer, GradientOptimizer):
         memory="mn",
         paper="https://arxiv.org/abs/2006.00719",
     )
+    loop_settings: ClassVar[frozenset[str]] = ClosureOptimizer.loop_settings | {"seed"}
 
     def __init__(
         self,
@@ -58,17 +67,13 @@ class AdaHessian(ClosureOptimizer, GradientOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-4,
         hessian_power: float = 1.0,
-        weight_decay: float = 0.0,
-        seed: int = 0,
-        **options: Any,
+        **options: Unpack[MomentumOptions],
     ) -> None:
         if not 0 < hessian_power <= 1:
             raise ValueError(f"hessian_power is in (0, 1]; got {hessian_power}.")
-        self.seed = seed
         super().__init__(
             params,
             lr=lr,
-            weight_decay=weight_decay,
             defaults={"betas": betas, "eps": eps, "hessian_power": hessian_power},
             **options,
         )
@@ -77,7 +82,7 @@ class AdaHessian(ClosureOptimizer, GradientOptimizer):
         return {"exp_avg": state_zeros(p), "exp_avg_sq": state_zeros(p)}
 
     def directions(self, gradients: Vectors) -> Vectors:
-        self._diagonal = hutchinson_diagonal(self, list(gradients), self.seed)
+        self._diagonal = self.hutchinson_diagonal(list(gradients), self.loop.seed)
         return super().directions(gradients)
 
     def direction(self, p: Tensor, g: Tensor, state: State, group: Group) -> Tensor:
@@ -90,11 +95,3 @@ class AdaHessian(ClosureOptimizer, GradientOptimizer):
         second = debiased(state["exp_avg_sq"], beta2, state["step"])
         root = second.sqrt() if group["hessian_power"] == 1 else second ** (group["hessian_power"] / 2)
         return debiased(state["exp_avg"], beta1, state["step"]) / (root + group["eps"])
-
-
-def hutchinson_diagonal(optimizer: ClosureOptimizer, params: list[Tensor], seed: int) -> Vectors:
-    """``z * (H z)`` with random signs z, of what is minimised; the draw depends on the seed and the step alone."""
-    sign = optimizer.sign
-    signs = {p: rademacher(p, seed, int(optimizer.state[p].get("step", 0)), index) for index, p in enumerate(params)}
-    product = optimizer.hessian_product(signs)
-    return {p: sign * signs[p] * product[p] for p in params}

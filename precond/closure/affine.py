@@ -11,16 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from precond.closure.optimizer import jacobian_rows
-from solvers.precision import working_dtype
+from precond.step.graph import second_derivatives
 
 
 @torch.enable_grad()
 def affine_hessian(loss: Callable[[], Tensor], params: list[Tensor], value: Tensor) -> Tensor | None:
     r"""Hessian of a generalized linear model, such as logistic regression, from the Hessian in its outputs.
 
-    For :math:`L = \ell(z, \theta)` with :math:`z_n = W x_n + b` and losses :math:`\ell` that couple neither two rows
-    of z nor z with the parameters (a ridge does neither), the block of the outputs i and j is
+    For :math:`L = \ell(z, \theta)` with :math:`z_n = W x_n + b` and losses :math:`\ell` in which the rows of z and
+    the parameters stand in separate terms (as in a ridge), the block of the outputs i and j is
 
     .. math:: \nabla^2_{ij} L = \sum_n \frac{\partial^2 \ell}{\partial z_{ni}\, \partial z_{nj}}
         \tilde x_n \tilde x_n^\top + \nabla^2_{\theta\theta} \ell, \qquad \tilde x = (x, 1)
@@ -60,20 +59,9 @@ def affine_hessian(loss: Callable[[], Tensor], params: list[Tensor], value: Tens
     expected = (curvature @ probe.unsqueeze(-1)).squeeze(-1)
     if not torch.allclose(image, expected, rtol=1e-4, atol=1e3 * torch.finfo(z.dtype).eps * float(image.abs().max())):
         return None
-    hessian = _second_derivatives(direct, params)
+    hessian = second_derivatives(direct, params, chunk=512)  # a small graph, so many at once
     affine.add(curvature.reshape(-1, outputs, outputs), params, hessian)
     return hessian
-
-
-def _second_derivatives(slopes: tuple[Tensor | None, ...], params: list[Tensor]) -> Tensor:
-    """Of the part of the loss that sees the parameters directly, ``(P, P)``."""
-    flat = torch.cat(
-        [(torch.zeros_like(p) if g is None else g).reshape(-1) for g, p in zip(slopes, params, strict=True)]
-    )
-    if not flat.requires_grad:
-        return torch.zeros(len(flat), len(flat), dtype=working_dtype(flat), device=flat.device)
-    rows = jacobian_rows(flat, params, chunk=512).detach()  # a small graph, so many at once
-    return (rows + rows.mT) / 2
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor
 
 from precond.closure.gauss_newton_optimizer import GaussNewtonClosureOptimizer
-from precond.closure.optimizer import flatten, unflatten
 from precond.step.adapt import LevenbergMarquardt
+from precond.step.base import MomentumOptions
+from precond.step.graph import flatten, unflatten
 from precond.step.methods import Taxonomy
-from precond.step.options import period
 from precond.step.schedules import FIXED
+
+_RULE = LevenbergMarquardt(decrease=0.999**5, increase=0.999**-5, lower=0.5, upper=1.5, period=5)
 
 
 class CurveBall(GaussNewtonClosureOptimizer):
@@ -23,20 +25,27 @@ class CurveBall(GaussNewtonClosureOptimizer):
 
     with :math:`\rho, \beta` that minimise the damped model :math:`g^\top z' + \tfrac12 z'^\top (G + \lambda I) z'` of
     the new z, by the solution of a 2 x 2 system; only the first is there while z is zero. No learning rate is needed.
-    Every ``adapt_period`` steps, from the first on, the damping is adapted by the change of the loss on the same batch
+    Every fifth step, from the first on, the damping is adapted by the change of the loss on the same batch
     over that of the damped model: multiplied by ``0.999 ** 5`` where the ratio is above 3/2, divided by it below 1/2.
 
     A step costs a gradient and two products with G, and where the damping is adapted one more evaluation of the loss.
     Memory: one vector.
+
+    ========================================== ================================================
+    Henriques et al.                           here
+    ========================================== ================================================
+    :math:`\Delta = (G + \lambda I) z + g`     ``directions``: ``step.graph.GaussNewtonMatrix``
+    :math:`\rho, \beta` from a 2 x 2 system    ``directions``: ``coefficients``
+    :math:`z \leftarrow \rho z - \beta \Delta` ``directions``: ``remember``
+    :math:`\lambda` by the ratio               ``directions``: ``_RULE``
+    ========================================== ================================================
 
     Args:
         model: The model, or parameters, groups, or named parameters.
         loss_fn: The loss module that the closure calls.
         lr: Multiplies the step; 1 is the method's.
         damping: :math:`\lambda` at the start, in units of G.
-        rule: How the damping is adapted; ``None`` for the one above.
-        adapt_period: Steps between adaptations.
-        weight_decay: Decoupled weight decay.
+        damping_rule: How the damping is adapted, by default as above; ``None`` leaves it.
         options: See :class:`GaussNewtonClosureOptimizer`.
 
     References:
@@ -65,19 +74,16 @@ class CurveBall(GaussNewtonClosureOptimizer):
         lr: float | Tensor = 1.0,
         *,
         damping: float = 1.0,
-        rule: LevenbergMarquardt | None = None,
-        adapt_period: int = 5,
-        weight_decay: float = 0.0,
-        **options: Any,
+        damping_rule: LevenbergMarquardt | None = _RULE,
+        **options: Unpack[MomentumOptions],
     ) -> None:
-        self.rule = rule or LevenbergMarquardt(decrease=0.999**5, increase=0.999**-5, lower=0.5, upper=1.5)
-        self.adapt_period = period("adapt_period", adapt_period)
-        super().__init__(model, loss_fn, lr=lr, weight_decay=weight_decay, defaults={"damping": damping}, **options)
+        self.rule = self.following(damping_rule)
+        super().__init__(model, loss_fn, lr=lr, defaults={"damping": damping}, **options)
 
     def directions(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         params = list(gradients)
         g = self.sign * flatten(gradients)
-        z = flatten({p: self.state[p].get("velocity", torch.zeros_like(p)) for p in params})
+        z = self.remembered("velocity", params)
         matrix, damping = self.matrix(params), float(self.common("damping"))
         image = matrix.product(z) + damping * z
         basis = torch.stack([z, -(image + g)], 1)  # (P, 2)
@@ -91,10 +97,8 @@ class CurveBall(GaussNewtonClosureOptimizer):
                 "loss, or train in float64."
             )
         predicted = -float(g @ z + 0.5 * coefficients @ (basis.mT @ images) @ coefficients)
-        if self.steps % self.adapt_period == 0:
+        if self.rule is not None and self.steps % self.rule.period == 0:
             change = float(self.value) - float(self.value_at(unflatten(z, params)))
-            ratio = change / predicted if predicted > 0 else float("nan")
-            self.set_damping(self.rule.adapted(damping, ratio))
-        for p, velocity in unflatten(z, params).items():
-            self.state[p]["velocity"] = velocity.clone()
+            self.set_damping(self.rule.judged(damping, change, predicted))
+        self.remember("velocity", z, params)
         return unflatten(-self.sign * z, params)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, Unpack, get_args
 
 import torch
 from torch import Tensor, nn
 
-from precond.closure.gauss_newton_optimizer import GaussNewtonMatrix, Part
-from precond.closure.optimizer import Closure, ClosureOptimizer, flatten, jacobian_rows, unflatten
+from precond.closure.optimizer import ClosureOptimizer
 from precond.closure.residuals import DenseLeastSquares, LeastSquares, MatrixFreeLeastSquares, PointwiseResidual
 from precond.step.adapt import LevenbergMarquardt
+from precond.step.base import MomentumOptions
+from precond.step.graph import Closure, CurvedOutput, GaussNewtonMatrix, flatten, jacobian_rows, unflatten
 from precond.step.methods import Taxonomy
 from solvers import CG
 
@@ -35,9 +36,9 @@ class GaussNewton(ClosureOptimizer):
     :class:`PointwiseResidual`; scale them so that L is the loss that is meant (``N ** -0.5`` for a mean of squares,
     halved). ``step`` returns L.
 
-    With ``adapt`` a step that does not lower L is rejected and tried again with twice the damping, and any other one
-    divides the damping by five. Narrow curved valleys, which such problems are full of, are then followed along their
-    curvature (``acceleration``): the step is a parabola instead of a line,
+    Under the default ``damping_rule`` a step that does not lower L is rejected and tried again with twice the damping,
+    and any other one divides the damping by five. Narrow curved valleys, which such problems are full of, are then
+    followed along their curvature (``acceleration``): the step is a parabola instead of a line,
 
     .. math:: \theta \leftarrow \theta - d + \tfrac12 a, \qquad
         a = -(J^\top J + \lambda D^2)^{-1} J^\top \frac{\partial^2 r}{\partial d^2}
@@ -53,19 +54,31 @@ class GaussNewton(ClosureOptimizer):
     that of the residuals (Woodbury) if ``R < P``; or some products under CG. Memory ``R P``, or the graph of the
     residuals under CG.
 
+    ========================================================= ==================================================
+    paper                                                     here
+    ========================================================= ==================================================
+    Marquardt: :math:`(J^\top J + \lambda D^2)^{-1} J^\top r` ``residuals.DenseLeastSquares.fit``
+    Marquardt: damping by the outcome, rejection              ``damped_direction``: ``_RULE``
+    Moré, section 4: D                                        ``_scale``
+    Transtrum and Sethna, section 2: a                        ``directions``: ``bend``, ``_PROBE``
+    Transtrum and Sethna: the bound of a                      ``directions``: ``_BEND``
+    Mueller and Zeinhofer: J of a network at points           ``residuals.PointwiseResidual.value_and_jacobian``
+    Goldshlager et al.: SPRING                                ``directions``: ``solve``
+    ========================================================= ==================================================
+
     Args:
         params: The model, or parameters, groups, or named parameters.
         lr: Step length.
         damping: :math:`\lambda`, relative to the diagonal of :math:`J^\top J`, or in its units where not ``scaled``;
-            where it starts, with ``adapt``.
+            where it starts, under a rule.
         solver: ``"cholesky"`` in the size of the parameters, ``"woodbury"`` in that of the residuals, ``"auto"`` for
             the smaller one, ``"cg"`` or a :class:`~solvers.CG` for matrix-free products.
-        adapt: ``True`` for the rule above, another rule, or ``False``.
+        damping_rule: The rule above, another :class:`LevenbergMarquardt`, or ``None`` for a fixed damping and no
+            rejection.
         scaled: Damp relative to the diagonal; ``None`` for wherever J is formed, which is not under CG, but not with
             ``spring``, which has no scaling in its paper and diverges with it on small networks.
-        acceleration: Geodesic acceleration; only with ``adapt``.
+        acceleration: Geodesic acceleration; only under a rule.
         spring: :math:`\mu`, momentum inside the solve (SPRING), in [0, 1).
-        weight_decay: Decoupled weight decay.
         options: See :class:`SecondOrderOptimizer`.
 
     Raises:
@@ -97,12 +110,11 @@ class GaussNewton(ClosureOptimizer):
         *,
         damping: float = 1e-3,
         solver: SolverName | CG = "auto",
-        adapt: bool | LevenbergMarquardt = True,
+        damping_rule: LevenbergMarquardt | None = _RULE,
         scaled: bool | None = None,
         acceleration: bool = True,
         spring: float = 0.0,
-        weight_decay: float = 0.0,
-        **options: Any,
+        **options: Unpack[MomentumOptions],
     ) -> None:
         if not isinstance(solver, CG) and solver not in get_args(SolverName):
             raise ValueError(f"solver is one of {', '.join(get_args(SolverName))}, or a CG; got {solver!r}.")
@@ -112,17 +124,20 @@ class GaussNewton(ClosureOptimizer):
         if scaled and self.matrix_free:
             raise ValueError("scaled=True needs the diagonal of J^T J, which CG never forms; use scaled=False.")
         self.scaled = not (self.matrix_free or spring) if scaled is None else scaled
-        self.rule = _RULE if adapt is True else adapt or None
+        self.rule = self.judging(damping_rule)
         self.acceleration, self.spring = acceleration, spring
         self._jacobian: Tensor | None = None
         self._residual: Tensor | None = None
         params = params.parameters() if isinstance(params, nn.Module) else params
-        super().__init__(params, lr=lr, weight_decay=weight_decay, defaults={"damping": damping}, **options)
+        super().__init__(params, lr=lr, defaults={"damping": damping}, **options)
 
     def check(self, options: dict[str, Any]) -> None:
         super().check(options)
         if options["decay"] == "l2":
-            raise ValueError("decay='l2' is no sum of squared residuals; let the closure also return weight**0.5 * p.")
+            raise ValueError(
+                "L2 weight decay adds a term that the residuals do not hold; let the closure also return "
+                "weight**0.5 * p."
+            )
 
     @property
     def matrix_free(self) -> bool:
@@ -164,15 +179,12 @@ class GaussNewton(ClosureOptimizer):
             found = torch.autograd.grad(
                 self._residual, params, self._residual.detach(), retain_graph=True, allow_unused=True
             )
-            self._slopes = {p: g for p, g in zip(params, found, strict=True) if g is not None}
+            slopes = dict(zip(params, found, strict=True))
         else:
             values, rows = zip(*[self._rows(r, params) for r in self._residuals(closure)], strict=True)
             self._residual, self._jacobian = torch.cat(values), torch.cat(rows)
-            self._slopes = unflatten(self._jacobian.mT @ self._residual, params)
-        for p in params:
-            p.grad = self._slopes[p].detach().to(p.dtype).clone() if p in self._slopes else None
-        self._value = 0.5 * self._residual.detach().square().sum()
-        return self._value
+            slopes = unflatten(self._jacobian.mT @ self._residual, params)
+        return self.evaluated(0.5 * self._residual.detach().square().sum(), slopes)
 
     def _rows(self, residual: Tensor | PointwiseResidual, params: list[Tensor]) -> tuple[Tensor, Tensor]:
         if isinstance(residual, PointwiseResidual):
@@ -186,7 +198,7 @@ class GaussNewton(ClosureOptimizer):
             raise ValueError("GaussNewton minimises a sum of squares; maximize=True has no meaning for it.")
         params = list(gradients)
         g, problem, residual = flatten(gradients), self._problem(params), self._now()
-        old = flatten({p: self.state[p].get("direction", torch.zeros_like(p)) for p in params})
+        old = self.remembered("direction", params)
 
         def solve(damping: float) -> Tensor:
             if not self.spring:
@@ -202,17 +214,12 @@ class GaussNewton(ClosureOptimizer):
             out = -0.5 * problem.fit(second, damping)
             return out if problem.size(out) <= 0.5 * _BEND * problem.size(move) else torch.zeros_like(out)
 
-        if self.rule is None:
-            direction = solve(float(self.common("damping")))
-        else:
-            direction = self.levenberg_marquardt(
-                self.rule, g, solve, lambda v: problem.push(v).square().sum(), bend if self.acceleration else None
-            )
-        out = unflatten(direction, params)
+        direction = self.damped_direction(
+            self.rule, g, solve, lambda v: problem.push(v).square().sum(), bend if self.acceleration else None
+        )
         if self.spring:
-            for p in params:
-                self.state[p]["direction"] = out[p].clone()
-        return out
+            self.remember("direction", direction, params)
+        return unflatten(direction, params)
 
     def _now(self) -> Tensor:
         assert self._residual is not None
@@ -222,7 +229,9 @@ class GaussNewton(ClosureOptimizer):
         assert self._residual is not None
         if self.matrix_free:
             solver = self.solver if isinstance(self.solver, CG) else CG(rtol=1e-8, progress=False)
-            return MatrixFreeLeastSquares(GaussNewtonMatrix([Part(self._residual, lambda x: x)], params), solver)
+            return MatrixFreeLeastSquares(
+                GaussNewtonMatrix([CurvedOutput(self._residual, lambda x: x)], params), solver
+            )
         assert self._jacobian is not None
         few = self._jacobian.shape[0] < self._jacobian.shape[1]
         scale = self._scale(params) if self.scaled else None

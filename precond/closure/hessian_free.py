@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor
 
-from precond.closure.gauss_newton_optimizer import GaussNewtonClosureOptimizer, GaussNewtonMatrix
-from precond.closure.optimizer import flatten, unflatten
+from precond.closure.gauss_newton_optimizer import GaussNewtonClosureOptimizer
 from precond.step.adapt import LevenbergMarquardt
+from precond.step.base import MomentumOptions
+from precond.step.graph import GaussNewtonMatrix, flatten, unflatten
 from precond.step.methods import Taxonomy
 from precond.step.schedules import FIXED
 from solvers import CG, Diagonal
+
+_RULE = LevenbergMarquardt(decrease=2 / 3, increase=3 / 2)
 
 
 class HessianFree(GaussNewtonClosureOptimizer):
@@ -27,12 +30,24 @@ class HessianFree(GaussNewtonClosureOptimizer):
     Prefer it for deep models trained on large batches, such as autoencoders, where few but costly steps pay. A step
     costs about five gradients per CG step. Memory: the graph of the batch, and one vector per stored iterate.
 
+    ============================================ =========================================================
+    Martens (2010)                               here
+    ============================================ =========================================================
+    section 4.1, damping                         ``directions``: :class:`LevenbergMarquardt`
+    section 4.2, products with G                 ``step.graph.GaussNewtonMatrix``
+    section 4.4, when CG stops                   ``_solve``: :class:`~solvers.CG` with ``stop="progress"``
+    section 4.5, starting from the last solution ``_solve``: ``remembered``
+    section 4.6, going back along the iterates   ``_solve``: ``keep``; ``_backtrack``
+    section 4.7, preconditioner                  ``_solve``: ``GaussNewtonMatrix.sampled_diagonal``
+    the line search                              ``_rate``
+    ============================================ =========================================================
+
     Args:
         model: The model, or parameters, groups, or named parameters.
         loss_fn: The loss module that the closure calls.
         lr: Multiplies the step that was found; 1 is the method's.
         damping: :math:`\lambda` at the start, in units of G.
-        rule: How the damping is adapted.
+        damping_rule: How the damping is adapted; ``None`` leaves it.
         max_steps: CG steps at most.
         rtol: Also stop CG at this relative residual.
         min_progress: Gain per step, relative to the model's value, below which CG stops.
@@ -40,8 +55,6 @@ class HessianFree(GaussNewtonClosureOptimizer):
         preconditioner: Precondition CG by ``(diag(G) + lam) ** 0.75``, with the diagonal estimated by ``samples``
             draws.
         samples: Draws for the preconditioner; a backward pass each.
-        weight_decay: Decoupled weight decay.
-        seed: Of the draws.
         options: See :class:`GaussNewtonClosureOptimizer`.
 
     References:
@@ -61,6 +74,7 @@ class HessianFree(GaussNewtonClosureOptimizer):
     )
 
     fixed: ClassVar[frozenset[str]] = FIXED | {"damping"}  # which is adapted
+    loop_settings: ClassVar[frozenset[str]] = GaussNewtonClosureOptimizer.loop_settings | {"seed"}
 
     def __init__(
         self,
@@ -69,25 +83,23 @@ class HessianFree(GaussNewtonClosureOptimizer):
         lr: float | Tensor = 1.0,
         *,
         damping: float = 1.0,
-        rule: LevenbergMarquardt | None = None,
+        damping_rule: LevenbergMarquardt | None = _RULE,
         max_steps: int = 250,
         rtol: float = 1e-10,
         min_progress: float = 5e-4,
         warm_start: float = 0.95,
         preconditioner: bool = True,
         samples: int = 4,
-        weight_decay: float = 0.0,
-        seed: int = 0,
-        **options: Any,
+        **options: Unpack[MomentumOptions],
     ) -> None:
         if not 0 <= warm_start <= 1:
             raise ValueError(f"warm_start is the share of the previous solution, in [0, 1]; got {warm_start}.")
         if samples < 1:
             raise ValueError(f"samples must be at least 1; got {samples}.")
-        self.rule = rule or LevenbergMarquardt(decrease=2 / 3, increase=3 / 2)
+        self.rule = self.following(damping_rule)
         self.max_steps, self.rtol, self.min_progress, self.warm_start = max_steps, rtol, min_progress, warm_start
-        self.preconditioner, self.samples, self.seed = preconditioner, samples, seed
-        super().__init__(model, loss_fn, lr=lr, weight_decay=weight_decay, defaults={"damping": damping}, **options)
+        self.preconditioner, self.samples = preconditioner, samples
+        super().__init__(model, loss_fn, lr=lr, defaults={"damping": damping}, **options)
 
     def directions(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         params = list(gradients)
@@ -95,23 +107,23 @@ class HessianFree(GaussNewtonClosureOptimizer):
         matrix, damping = self.matrix(params), float(self.common("damping"))
         iterates = self._solve(matrix, damping, g, params)
         step = self._backtrack(g, iterates, params)
-        for p, d in unflatten(iterates[-1], params).items():
-            self.state[p]["solution"] = d.clone()
+        self.remember("solution", iterates[-1], params)
+        for p in params:
             self.state[p]["step"] = self.state[p].get("step", 0) + 1
-        predicted = float(g @ step - 0.5 * (step @ matrix.product(step)))
-        change = float(self.value) - float(self._value_after(step, params))
-        ratio = change / predicted if predicted > 0 else float("nan")
-        self.set_damping(self.rule.adapted(damping, ratio))
+        if self.rule is not None and self.steps % self.rule.period == 0:
+            predicted = float(g @ step - 0.5 * (step @ matrix.product(step)))
+            change = float(self.value) - float(self._value_after(step, params))
+            self.set_damping(self.rule.judged(damping, change, predicted))
         rate = self._rate(g, step, params)
         return unflatten(self.sign * rate * step, params)
 
     def _solve(self, matrix: GaussNewtonMatrix, damping: float, g: Tensor, params: list[Tensor]) -> list[Tensor]:
         """Iterates of CG on ``(G + lam I) d = g`` at steps ``ceil(1.3^j)``, the last one last."""
         steps = max((self.state[p].get("step", 0) for p in params), default=0)
-        old = flatten({p: self.state[p].get("solution", torch.zeros_like(p)) for p in params})
+        old = self.remembered("solution", params)
         inverse = None
         if self.preconditioner:
-            generator = torch.Generator(device=g.device).manual_seed(self.seed * 1_000_003 + steps)
+            generator = torch.Generator(device=g.device).manual_seed(self.loop.seed * 1_000_003 + steps)
             inverse = Diagonal((matrix.sampled_diagonal(self.samples, generator) + damping) ** -0.75)
         kept: list[Tensor] = []
         wanted = {math.ceil(1.3**j) for j in range(1, 40)}

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, Unpack
 
 from torch import Tensor
 
 from precond.closure.affine import affine_hessian
-from precond.closure.optimizer import ClosureOptimizer, flatten, unflatten
+from precond.closure.optimizer import ClosureOptimizer
 from precond.step.adapt import LevenbergMarquardt
+from precond.step.base import MomentumOptions
+from precond.step.graph import flatten, unflatten
 from precond.step.methods import Taxonomy
+from precond.step.options import choice
 from solvers import Cholesky, Dense, Eigen, Eigh, LinearOperator, NotPositiveDefiniteError, Tikhonov, power
 
 Mode = Literal["plain", "absolute"]
@@ -29,17 +32,27 @@ class Newton(ClosureOptimizer):
     recognised and cost a fraction: see :func:`precond.closure.affine.affine_hessian`. Use float64: the accuracy of the
     minimiser is that of the gradient.
 
+    =============================== ======================================================================
+    equation                        here
+    =============================== ======================================================================
+    H, dense                        ``hessian``: ``step.graph.second_derivatives``
+    H of a generalized linear model ``affine.affine_hessian``
+    :math:`(H + \lambda I)^{-1} g`  ``directions``: :class:`~solvers.Tikhonov`, :class:`~solvers.Cholesky`
+    Dauphin et al.: :math:`|H|`     ``directions``: :class:`~solvers.Eigen` of the absolute eigenvalues
+    damping by the ratio, rejection ``damped_direction``: :class:`LevenbergMarquardt`
+    =============================== ======================================================================
+
     Args:
         params: Parameters, groups, or named parameters.
         lr: Step length; 1 is Newton's.
         damping: :math:`\lambda`, in units of the Hessian.
         mode: ``"plain"``, or ``"absolute"`` where the Hessian is indefinite.
-        adapt: Adapt the damping, and reject steps that do not lower the loss; ``True`` for the usual rule.
-        weight_decay: Decoupled weight decay.
+        damping_rule: Adapts the damping, and rejects steps that do not lower the loss: :class:`LevenbergMarquardt`, or
+            ``None``.
         options: See :class:`SecondOrderOptimizer`.
 
     Raises:
-        NotPositiveDefiniteError: In ``step``: for ``"plain"`` without ``adapt``, if the damped Hessian is indefinite.
+        NotPositiveDefiniteError: In ``step``: for ``"plain"`` without a rule, if the damped Hessian is indefinite.
 
     References:
         Nocedal and Wright (2006), chapter 3; Dauphin et al. (2014), https://arxiv.org/abs/1406.2572
@@ -64,15 +77,12 @@ class Newton(ClosureOptimizer):
         *,
         damping: float = 0.0,
         mode: Mode = "plain",
-        adapt: bool | LevenbergMarquardt = False,
-        weight_decay: float = 0.0,
-        **options: Any,
+        damping_rule: LevenbergMarquardt | None = None,
+        **options: Unpack[MomentumOptions],
     ) -> None:
-        if mode not in get_args(Mode):
-            raise ValueError(f"mode is one of {', '.join(get_args(Mode))}, not {mode!r}.")
-        self.mode = mode
-        self.rule = LevenbergMarquardt() if adapt is True else adapt or None
-        super().__init__(params, lr=lr, weight_decay=weight_decay, defaults={"damping": damping}, **options)
+        self.mode = choice("mode", mode, Mode)
+        self.rule = self.judging(damping_rule)
+        super().__init__(params, lr=lr, defaults={"damping": damping}, **options)
 
     def directions(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         params = list(gradients)
@@ -85,10 +95,7 @@ class Newton(ClosureOptimizer):
         def solve(damping: float) -> Tensor:
             return self._inverse(curvature, damping) @ g
 
-        if self.rule is None:
-            direction = solve(float(self.common("damping")))
-        else:
-            direction = self.levenberg_marquardt(self.rule, g, solve, lambda v: v @ (curvature @ v))
+        direction = self.damped_direction(self.rule, g, solve, lambda v: v @ (curvature @ v))
         return unflatten(sign * direction, params)
 
     def _hessian(self, params: list[Tensor]) -> Tensor:
@@ -104,5 +111,5 @@ class Newton(ClosureOptimizer):
         except NotPositiveDefiniteError as error:
             raise NotPositiveDefiniteError(
                 f"Newton: the Hessian with a damping of {damping:g} is not positive definite, so the step need not "
-                f"lower the loss. Use mode='absolute', adapt=True, or more damping. {error}"
+                f"lower the loss. Use mode='absolute', damping_rule=LevenbergMarquardt(), or more damping. {error}"
             ) from error

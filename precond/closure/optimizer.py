@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
-from precond.step.adapt import LevenbergMarquardt
+from precond.step.adapt import LevenbergMarquardt, unseen
 from precond.step.base import SecondOrderOptimizer
+from precond.step.graph import (
+    BackwardDoesNothing,
+    Closure,
+    Vectors,
+    flatten,
+    loss_tensor,
+    parameters_at,
+    rademacher,
+    second_derivatives,
+    unflatten,
+)
 from solvers import SolverError
 from solvers.precision import working_dtype
-
-Vectors = dict[Tensor, Tensor]
-Closure = Callable[[], Any]
 
 
 class ClosureOptimizer(SecondOrderOptimizer):
@@ -27,7 +34,7 @@ class ClosureOptimizer(SecondOrderOptimizer):
     ``Tensor.backward`` does nothing, and the optimizer differentiates the returned loss. It may be called several times
     in a step, with other values of the parameters, so it should be deterministic.
 
-    With ``decay="l2"`` the penalty is part of the loss: of its value, which ``step`` returns, its gradient and Hessian.
+    L2 weight decay is part of the loss: of its value, which ``step`` returns, its gradient and Hessian.
     """
 
     needs: ClassVar[str] = "closure"
@@ -38,25 +45,25 @@ class ClosureOptimizer(SecondOrderOptimizer):
     _slopes: Vectors | None = None
 
     def step(self, closure: Closure | None = None) -> Any:
-        self._require(closure)
-        try:
+        with self._released(closure):
             return super().step(closure)
-        finally:
-            self.release()
 
     def precondition(self, closure: Closure | None = None) -> Any:
-        self._require(closure)
-        try:
+        with self._released(closure):
             return super().precondition(closure)
-        finally:
-            self.release()
 
-    def _require(self, closure: Closure | None) -> None:
+    @contextmanager
+    def _released(self, closure: Closure | None) -> Iterator[None]:
+        """Within the block the graph of the closure is held; it is refused if one is needed and missing."""
         if closure is None and self.closure_needed():
             raise TypeError(
                 f"{type(self).__name__} needs second derivatives: call step(closure) with a function that computes the "
                 "loss of one batch and returns it."
             )
+        try:
+            yield
+        finally:
+            self.release()
 
     def release(self) -> None:
         """Forget the graph of the last evaluation."""
@@ -81,7 +88,7 @@ class ClosureOptimizer(SecondOrderOptimizer):
         return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
 
     def run(self, closure: Closure) -> Any:
-        """What the closure returns, with its graph; gradients stay, though it may call ``zero_grad()``."""
+        """The closure's result, with its graph; gradients stay, though it may call ``zero_grad()``."""
         own = [(p, p.grad) for p in self.parameters()]
         for p, _ in own:
             p.grad = None
@@ -98,15 +105,7 @@ class ClosureOptimizer(SecondOrderOptimizer):
         Raises:
             TypeError: If the closure returns something else.
         """
-        loss = self.run(closure)
-        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-            what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise TypeError(
-                f"the closure of {type(self).__name__} must return the loss as a tensor with one number and its graph, "
-                f"not {what} {'without one' if isinstance(loss, Tensor) and loss.numel() == 1 else ''}".rstrip()
-                + ". Return the loss itself, not loss.item() or loss.detach()."
-            )
-        return loss.reshape(()) + self._penalty()
+        return loss_tensor(self.run(closure), type(self).__name__) + self._penalty()
 
     def _penalty(self) -> Tensor | float:
         """The sum of squares that L2 weight decay adds to what is minimised."""
@@ -139,11 +138,20 @@ class ClosureOptimizer(SecondOrderOptimizer):
                 f"the closure of {type(self).__name__} freed the graph of the loss by torch.autograd.backward or "
                 "torch.autograd.grad. Return the loss without differentiating it, or pass retain_graph=True."
             ) from error
-        self._loss, self._value = loss if keep else None, loss.detach()
-        self._slopes = {p: g for p, g in zip(params, slopes, strict=True) if g is not None}
-        for p in params:
-            p.grad = self._slopes[p].detach().clone() if p in self._slopes else None
-        return self._value
+        self._loss = loss if keep else None
+        return self.evaluated(loss.detach(), dict(zip(params, slopes, strict=True)))
+
+    def evaluated(self, value: Tensor, slopes: Mapping[Tensor, Tensor | None]) -> Tensor:
+        """Keep what the closure gave, write the gradients of all parameters, and return the value.
+
+        Args:
+            value: The loss, without graph.
+            slopes: Derivative by parameter, with a graph where it will be differentiated again; ``None`` for none.
+        """
+        self._value, self._slopes = value, {p: g for p, g in slopes.items() if g is not None}
+        for p in slopes:
+            p.grad = self._slopes[p].detach().to(p.dtype).clone() if p in self._slopes else None
+        return value
 
     def _gradients(self) -> Vectors | None:
         gradients = super()._gradients()
@@ -153,22 +161,14 @@ class ClosureOptimizer(SecondOrderOptimizer):
         return {p: g for p, g in gradients.items() if p in self._slopes}
 
     def value_at(self, moves: Mapping[Tensor, Tensor]) -> Tensor:
-        """What is minimised, at ``p + move``; the parameters stay as they are, bit for bit."""
+        """The value to be minimised, at ``p + move``; the parameters stay as they are, bit for bit."""
         with self.moved(moves):
             return self.sign * self.objective(self._required_closure())
 
-    @contextmanager
-    def moved(self, moves: Mapping[Tensor, Tensor]) -> Iterator[None]:
+    @staticmethod
+    def moved(moves: Mapping[Tensor, Tensor]) -> AbstractContextManager[None]:
         """Within the block the parameters are at ``p + move``; afterwards as they were, bit for bit."""
-        own = {p: p.data for p in moves}
-        try:
-            # Not in place: the graph of the last evaluation holds the parameters as they were.
-            for p, move in moves.items():
-                p.data = (own[p] + move).to(p.dtype)
-            yield
-        finally:
-            for p, data in own.items():
-                p.data = data
+        return parameters_at({p: (p.data + move).to(p.dtype) for p, move in moves.items()})
 
     def _required_closure(self) -> Closure:
         assert self._closure is not None
@@ -180,7 +180,7 @@ class ClosureOptimizer(SecondOrderOptimizer):
 
     @property
     def value(self) -> Tensor:
-        """What is minimised, at the start of the step."""
+        """The value to be minimised, at the start of the step."""
         assert self._value is not None
         return self.sign * self._value
 
@@ -221,35 +221,59 @@ class ClosureOptimizer(SecondOrderOptimizer):
             out = torch.autograd.grad(slopes, params, vectors, retain_graph=True, allow_unused=True)
         return {p: torch.zeros_like(p) if h is None else h.detach() for p, h in zip(params, out, strict=True)}
 
-    @torch.enable_grad()
     def hessian(self, params: list[Tensor], chunk: int = 64) -> Tensor:
         """Dense Hessian on the concatenated parameters, ``(P, P)``, by products with the identity."""
         assert self._slopes is not None
-        slopes = [self._slopes[p] if p in self._slopes else torch.zeros_like(p) for p in params]
-        flat = torch.cat([g.reshape(-1) for g in slopes])
-        if not flat.requires_grad:
-            return flat.new_zeros(flat.numel(), flat.numel())
-        rows = jacobian_rows(flat, params, chunk)
-        return ((rows + rows.mT) / 2).detach()
+        return second_derivatives([self._slopes.get(p) for p in params], params, chunk)
+
+    def hutchinson_diagonal(self, params: list[Tensor], seed: int) -> Vectors:
+        """``z * (H z)`` with random signs z, of what is minimised; the draw depends on the seed and the step alone."""
+        sign, draws = self.sign, enumerate(params)
+        signs = {p: rademacher(p, seed, int(self.state[p].get("step", 0)), index) for index, p in draws}
+        product = self.hessian_product(signs)
+        return {p: sign * signs[p] * product[p] for p in params}
+
+    # Vectors that are kept from step to step
+
+    def remembered(self, name: str, params: list[Tensor]) -> Tensor:
+        """The flat vector that a former step left in the state, zero where there is none."""
+        return flatten({p: self.state[p].get(name, torch.zeros_like(p)) for p in params})
+
+    def remember(self, name: str, vector: Tensor, params: list[Tensor]) -> None:
+        """Leave a flat vector in the state."""
+        for p, part in unflatten(vector, params).items():
+            self.state[p][name] = part.clone()
 
     # Levenberg-Marquardt
 
-    def levenberg_marquardt(
+    def judging(self, rule: LevenbergMarquardt | None) -> LevenbergMarquardt | None:
+        """A rule for :meth:`damped_direction`, which judges every step and takes back each that raises the loss."""
+        if rule is not None:
+            rule.refuse(type(self).__name__, "period", "reject_steps", "relative_minimum")
+        return rule
+
+    def following(self, rule: LevenbergMarquardt | None) -> LevenbergMarquardt | None:
+        """A rule for a method that takes every step, and adapts the damping by it now and then."""
+        if rule is not None:
+            rule.refuse(type(self).__name__, "attempts", "reject_steps", "relative_minimum")
+        return rule
+
+    def damped_direction(
         self,
-        rule: LevenbergMarquardt,
+        rule: LevenbergMarquardt | None,
         gradient: Tensor,
         solve: Callable[[float], Tensor],
         quadratic: Callable[[Tensor], Tensor],
         bend: Callable[[Tensor, float], Tensor] | None = None,
     ) -> Tensor:
-        r"""Find a damping whose step lowers the loss, and adapt it.
+        r"""The direction under the damping of the groups, or under one whose step lowers the loss, which is adapted.
 
         With the move :math:`m = -\eta d`, :math:`d = (C + \lambda I)^{-1} g`, the ratio of the change of the loss to
         that of its model :math:`g^\top m + m^\top C m / 2` decides on the next damping; a step that does not lower the
         loss is rejected and tried again with more damping.
 
         Args:
-            rule: When to change the damping, and by how much.
+            rule: When to change the damping, and by how much; ``None`` takes the damping as it is.
             gradient: g of what is minimised, ``(P,)``.
             solve: Damping to direction d.
             quadratic: A vector v to ``v^T C v``.
@@ -258,6 +282,8 @@ class ClosureOptimizer(SecondOrderOptimizer):
         Returns:
             The direction; zero if every attempt was rejected.
         """
+        if rule is None:
+            return solve(float(self.common("damping")))
         params = list(self._slopes or {})
         rates = torch.cat(
             [p.new_full((p.numel(),), float(self._group_of(p)["lr"]), dtype=working_dtype(p)) for p in params]
@@ -276,10 +302,9 @@ class ClosureOptimizer(SecondOrderOptimizer):
                 move = move + correction
                 direction = direction - torch.where(rates > 0, correction / rates, 0.0)
             after, before = float(self.value_at(unflatten(move, params))), float(self.value)
-            if 0 <= predicted <= 10 * torch.finfo(move.dtype).eps * abs(before) and after < float("inf"):
-                return direction  # too small to be seen in the loss
-            ratio = (before - after) / predicted if predicted > 0 else float("nan")
-            self.set_damping(rule.adapted(damping, ratio))
+            if unseen(predicted, before, after, move.dtype):
+                return direction
+            self.set_damping(rule.judged(damping, before - after, predicted))
             if after <= before and predicted > 0:
                 return direction
         return torch.zeros_like(gradient)
@@ -291,57 +316,3 @@ class ClosureOptimizer(SecondOrderOptimizer):
         """Give all groups the same damping; it is part of the checkpoints."""
         for group in (self.defaults, *self.param_groups):  # also those that are added later
             group["damping"] = damping
-
-
-class BackwardDoesNothing(TorchFunctionMode):
-    """``Tensor.backward`` does nothing inside."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.backward:
-            return None
-        return func(*args, **(kwargs or {}))
-
-
-def jacobian_rows(outputs: Tensor, params: list[Tensor], chunk: int = 64) -> Tensor:
-    """Jacobian of a vector ``(N,)`` with respect to the concatenated parameters, ``(N, P)``, keeping the graph."""
-    blocks = []
-    for start in range(0, outputs.numel(), chunk):
-        stop = min(start + chunk, outputs.numel())
-        seeds = torch.zeros(stop - start, outputs.numel(), dtype=outputs.dtype, device=outputs.device)
-        seeds[:, start:stop].fill_diagonal_(1)
-        columns = _pull_back(outputs, params, seeds)
-        blocks.append(torch.cat([c.reshape(stop - start, -1).to(working_dtype(c)) for c in columns], 1))
-    return torch.cat(blocks)
-
-
-def _pull_back(outputs: Tensor, params: list[Tensor], seeds: Tensor) -> list[Tensor]:
-    def pull(seed: Tensor, batched: bool) -> list[Tensor]:
-        found = torch.autograd.grad(
-            outputs, params, seed, retain_graph=True, allow_unused=True, is_grads_batched=batched
-        )
-        shape = (len(seed),) if batched else ()
-        return [p.new_zeros(*shape, *p.shape) if g is None else g for p, g in zip(params, found, strict=True)]
-
-    try:
-        return pull(seeds, True)
-    except RuntimeError:  # an operation in the graph has no batching rule
-        rows = [pull(seed, False) for seed in seeds]
-        return [torch.stack(column) for column in zip(*rows, strict=True)]
-
-
-def flatten(vectors: Mapping[Tensor, Tensor]) -> Tensor:
-    """Concatenate, each row-major, in the mapping's order, in float32 at least."""
-    return torch.cat([v.reshape(-1).to(working_dtype(v)) for v in vectors.values()])
-
-
-def unflatten(flat: Tensor, params: list[Tensor]) -> Vectors:
-    """Inverse of :func:`flatten`."""
-    parts = flat.split([p.numel() for p in params])
-    return {p: part.reshape(p.shape) for p, part in zip(params, parts, strict=True)}
-
-
-def rademacher(p: Tensor, seed: int, step: int, index: int) -> Tensor:
-    """Random signs of the shape of ``p``, a function of seed, step and index alone."""
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * 1_000_003 + index)
-    signs = torch.randint(0, 2, p.shape, generator=generator) * 2 - 1
-    return signs.to(device=p.device, dtype=p.dtype)

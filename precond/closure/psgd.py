@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from math import prod
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, Unpack
 
 import torch
 from torch import Tensor
 
-from precond.closure.optimizer import ClosureOptimizer, Vectors, rademacher
-from precond.gradient.matrices import gram, largest, merged_shape, multiply, unfolded
+from precond.closure.optimizer import ClosureOptimizer
+from precond.gradient.matrices import along, gram, largest, merged_shape, multiply, unfolded
 from precond.gradient.optimizer import Group, State, debiased, due, state_zeros
-from precond.gradient.stacks import Stack, StackedOptimizer
+from precond.gradient.stacks import Stack, StackedOptimizer, entries
+from precond.step.base import MomentumOptions
+from precond.step.graph import Vectors, rademacher
 from precond.step.methods import Taxonomy
+from precond.step.options import choice
 from precond.step.schedules import Scheduled, ScheduledInt
 from solvers.precision import working_dtype
 
@@ -42,6 +45,19 @@ class PSGD(ClosureOptimizer, StackedOptimizer):
     (m^2 n + m n^2)`` for the direction; only products, so it runs on any accelerator. Memory: one moment, a matrix per
     axis; axes beyond ``max_dim`` and vectors keep a diagonal.
 
+    ====================================================== =====================================================
+    Li (2015); Pooladzandi and Li (2024)                   here
+    ====================================================== =====================================================
+    h and v: the gradient, or :math:`H v` and random signs ``update``; ``directions``: ``step.graph.rademacher``
+    :math:`C_k - T_k`, and the step of :math:`Q_k`         ``_learn``
+    :math:`\ell_k`, by the power method                    ``_learn``: ``bound.k``, ``_norm``
+    the noise of damping, by its mean                      ``_learn``: ``noise``
+    the first size of Q                                    ``_learn``: ``_size``
+    the rotation towards a symmetric Q                     ``_turned``
+    factors of equal size                                  ``_balance``
+    :math:`P M = Q^\top Q M`                               ``_metrics``, ``_apply``
+    ====================================================== =====================================================
+
     Args:
         params: Parameters, groups, or named parameters.
         lr: Learning rate; for ``"whitening"`` about AdamW's, for ``"hessian"`` relative to Newton's step.
@@ -51,11 +67,9 @@ class PSGD(ClosureOptimizer, StackedOptimizer):
         damping: Absolute size of the noise, in units of the gradient.
         eps: Relative size of the noise.
         max_rms: Bound of the root mean square of a parameter's direction; ``None`` for none.
-        weight_decay: Weight decay, decoupled unless ``decay`` says otherwise.
         curvature_update_period: Steps between updates of P.
         max_dim: Axes longer than this keep a diagonal.
         merge_dims: Join neighbouring axes up to this size; ``None`` keeps them apart.
-        seed: Of the random signs.
         options: See :class:`SecondOrderOptimizer`.
 
     References:
@@ -74,6 +88,7 @@ class PSGD(ClosureOptimizer, StackedOptimizer):
         paper="https://arxiv.org/abs/1512.04202",
     )
     needs: ClassVar[str] = "grad"
+    loop_settings: ClassVar[frozenset[str]] = ClosureOptimizer.loop_settings | {"seed"}
 
     def __init__(
         self,
@@ -86,20 +101,15 @@ class PSGD(ClosureOptimizer, StackedOptimizer):
         damping: Scheduled = 1e-9,
         eps: Scheduled = 1e-6,
         max_rms: Scheduled | None = 1.1,
-        weight_decay: Scheduled = 0.0,
         curvature_update_period: ScheduledInt = 1,
         max_dim: int = 8192,
         merge_dims: int | None = None,
-        seed: int = 0,
-        **options: Any,
+        **options: Unpack[MomentumOptions],
     ) -> None:
-        if criterion not in get_args(Criterion):
-            raise ValueError(f"criterion is one of {', '.join(get_args(Criterion))}, not {criterion!r}.")
-        self.criterion, self.seed = criterion, seed
+        self.criterion = choice("criterion", criterion, Criterion)
         super().__init__(
             params,
             lr=lr,
-            weight_decay=weight_decay,
             defaults={
                 "betas": (beta,),
                 "preconditioner_lr": preconditioner_lr,
@@ -139,7 +149,7 @@ class PSGD(ClosureOptimizer, StackedOptimizer):
         self._probes: Vectors = {}
         self._products: Vectors = {}
         if self.second_order():
-            self._probes = {p: rademacher(p, self.seed, self.steps, index) for index, p in enumerate(gradients)}
+            self._probes = {p: rademacher(p, self.loop.seed, self.steps, index) for index, p in enumerate(gradients)}
             self._products = self.hessian_product(self._probes)
         return super().directions(gradients)
 
@@ -170,22 +180,21 @@ class PSGD(ClosureOptimizer, StackedOptimizer):
 
     def _learn(self, stack: Stack, group: Group, h: Tensor, v: Tensor | None) -> None:
         """One descent step on every factor."""
-        state, axes, first = stack.state, range(h.ndim - 1), stack.params[0]
+        state, roots = stack.state, entries(stack.state, "root", h.ndim - 1)
         noise = group["damping"] + group["eps"] * _mean(h.square()).sqrt_()
-        if not self.state[first]["updates"]:
-            if not self.kind(first, h):
+        if not self.state[stack.params[0]]["updates"]:
+            if not self.kind(stack.params[0], h):
                 return
             scale = (_size(h) + noise) ** -0.5 * (1.0 if v is None else _size(v) ** 0.5)
-            for axis in axes:
-                root = state[f"root.{axis}"]
-                root.mul_(_like(scale ** (1 / len(axes)), root))
+            for root in roots.values():
+                root.mul_(_like(scale ** (1 / len(roots)), root))
         for p in stack.params:
             self.state[p]["updates"] += 1
-        metrics = _metrics(state, len(axes))
+        metrics = _metrics(state, len(roots))
         norms = [metric.square().flatten(1).sum(1) for metric in metrics.values()]
         image = _apply(h, metrics)
         for axis, metric in metrics.items():
-            root, bound = state[f"root.{axis}"], state[f"bound.{axis}"]
+            root, bound = roots[axis], state[f"bound.{axis}"]
             others = prod((n for k, n in enumerate(norms) if k != axis), start=noise.flatten() ** 2)
             dense = root.ndim == 3
             # The second term is the mean over the noise.
@@ -204,7 +213,7 @@ class PSGD(ClosureOptimizer, StackedOptimizer):
 
 def _balance(state: State, ndim: int) -> None:
     """Scale the factors to equal size, which leaves P as it is."""
-    roots = [state[f"root.{axis}"] for axis in range(ndim)]
+    roots = list(entries(state, "root", ndim).values())
     sizes = torch.stack([root.abs().flatten(1).amax(1) for root in roots])
     for root, factor in zip(roots, sizes.log().mean(0).exp() / sizes, strict=True):
         root.mul_(_like(factor, root))
@@ -212,14 +221,14 @@ def _balance(state: State, ndim: int) -> None:
 
 def _metrics(state: State, ndim: int) -> dict[int, Tensor]:
     """The factors of P ``(k, n, n)``, or their diagonals ``(k, n)``."""
-    roots = {axis: state[f"root.{axis}"] for axis in range(ndim)}
+    roots = entries(state, "root", ndim)
     return {axis: root.mT @ root if root.ndim == 3 else root.square() for axis, root in roots.items()}
 
 
 def _apply(x: Tensor, metrics: dict[int, Tensor]) -> Tensor:
     for axis, metric in metrics.items():
         if metric.ndim == 2:
-            x = x * metric.reshape([len(x)] + [-1 if k == axis else 1 for k in range(x.ndim - 1)])
+            x = x * along(metric, axis, x.ndim - 1)
     return multiply(x, {axis: metric for axis, metric in metrics.items() if metric.ndim == 3})
 
 

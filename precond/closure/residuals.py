@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 
 from curvature.layers.samples import gram
-from precond.closure.gauss_newton_optimizer import GaussNewtonMatrix
+from precond.step.graph import GaussNewtonMatrix
 from solvers import CG, Cholesky, Dense, Tikhonov, power
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, Unpack
 
 import torch
 from torch import Tensor
 
-from precond.closure.adahessian import hutchinson_diagonal
-from precond.closure.optimizer import ClosureOptimizer, Vectors
+from precond.closure.optimizer import ClosureOptimizer
 from precond.gradient.optimizer import GradientOptimizer, Group, State, state_zeros
+from precond.step.base import MomentumOptions
+from precond.step.graph import Vectors
 from precond.step.methods import Taxonomy
+from precond.step.options import choice
 from precond.step.schedules import Scheduled, ScheduledInt
 from solvers.precision import working_dtype
 
@@ -33,6 +35,16 @@ class Sophia(ClosureOptimizer, GradientOptimizer):
     Entries with little or negative curvature move by ``lr`` along the sign, as in Lion; learning rates are AdamW's or
     somewhat below. Parameters added later wait for their first estimate. Memory: two moments.
 
+    ========================================================================= ===========================
+    Liu et al.                                                                here
+    ========================================================================= ===========================
+    algorithm 1, Hutchinson's estimate                                        ``hutchinson_diagonal``
+    algorithm 2, Gauss-Newton-Bartlett                                        ``update_curvature``
+    algorithm 3: M, h                                                         ``direction``, ``_average``
+    algorithm 3: :math:`\operatorname{clip}(M / \max(\gamma h, \epsilon), 1)` ``direction``
+    algorithm 3: every k-th step                                              ``second_order``
+    ========================================================================= ===========================
+
     Args:
         params: Parameters, groups, or named parameters.
         lr: Learning rate; the largest move of an entry per step.
@@ -40,9 +52,7 @@ class Sophia(ClosureOptimizer, GradientOptimizer):
         gamma: :math:`\gamma`; 0.01 suits ``"hutchinson"``, 0.05 ``"gauss_newton"``.
         eps: Smallest denominator.
         estimator: See above.
-        weight_decay: Weight decay, decoupled unless ``decay`` says otherwise.
         curvature_update_period: Steps between Hutchinson's estimates.
-        seed: Of the random signs.
         options: See :class:`SecondOrderOptimizer`.
 
     References:
@@ -60,6 +70,7 @@ class Sophia(ClosureOptimizer, GradientOptimizer):
         memory="mn",
         paper="https://arxiv.org/abs/2305.14342",
     )
+    loop_settings: ClassVar[frozenset[str]] = ClosureOptimizer.loop_settings | {"seed"}
 
     def __init__(
         self,
@@ -70,18 +81,13 @@ class Sophia(ClosureOptimizer, GradientOptimizer):
         gamma: Scheduled = 0.01,
         eps: Scheduled = 1e-12,
         estimator: Estimator = "hutchinson",
-        weight_decay: Scheduled = 0.0,
         curvature_update_period: ScheduledInt = 10,
-        seed: int = 0,
-        **options: Any,
+        **options: Unpack[MomentumOptions],
     ) -> None:
-        if estimator not in get_args(Estimator):
-            raise ValueError(f"estimator is one of {', '.join(get_args(Estimator))}, not {estimator!r}.")
-        self.estimator, self.seed = estimator, seed
+        self.estimator = choice("estimator", estimator, Estimator)
         super().__init__(
             params,
             lr=lr,
-            weight_decay=weight_decay,
             defaults={
                 "betas": betas,
                 "gamma": gamma,
@@ -132,7 +138,7 @@ class Sophia(ClosureOptimizer, GradientOptimizer):
 
     def directions(self, gradients: Vectors) -> Vectors:
         due = self.second_order()
-        self._estimate = hutchinson_diagonal(self, list(gradients), self.seed) if due else None
+        self._estimate = self.hutchinson_diagonal(list(gradients), self.loop.seed) if due else None
         return super().directions(gradients)
 
     def direction(self, p: Tensor, g: Tensor, state: State, group: Group) -> Tensor:

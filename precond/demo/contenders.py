@@ -11,6 +11,7 @@ from torch import nn
 
 from precond.layerwise.ekfac import EKFAC
 from precond.layerwise.kfac import KFAC
+from precond.step.loop import Loop
 
 Settings = dict[str, float]
 
@@ -44,12 +45,12 @@ SECOND_ORDER = {"kl_clip": 1e-3, "momentum": 0.9, "curvature_update_period": 5, 
 
 def kfac(model: nn.Module, loss_fn: nn.Module, lr: float, damping: float) -> torch.optim.Optimizer:
     """K-FAC."""
-    return KFAC(model, loss_fn, lr=lr, damping=damping, nonfinite="raise", **SECOND_ORDER)  # type: ignore[arg-type]
+    return KFAC(model, loss_fn, lr=lr, damping=damping, loop=Loop(nonfinite="raise"), **SECOND_ORDER)  # type: ignore[arg-type]
 
 
 def ekfac(model: nn.Module, loss_fn: nn.Module, lr: float, damping: float) -> torch.optim.Optimizer:
     """EKFAC."""
-    return EKFAC(model, loss_fn, lr=lr, damping=damping, nonfinite="raise", **SECOND_ORDER)  # type: ignore[arg-type]
+    return EKFAC(model, loss_fn, lr=lr, damping=damping, loop=Loop(nonfinite="raise"), **SECOND_ORDER)  # type: ignore[arg-type]
 
 
 def adamw(model: nn.Module, loss_fn: nn.Module, lr: float, beta2: float) -> torch.optim.Optimizer:

@@ -48,14 +48,14 @@ class Run:
         return next((i for i, loss in enumerate(self.losses) if loss <= self.task.target), None)
 
     def summary(self) -> str:
-        """What became of it, in words."""
+        """The outcome in words."""
         if self.reached is not None:
             return f"reaches {self.task.target:g} in {self.steps[self.reached]} steps"
         return "diverges" if self.diverged else f"is at {self.losses[-1]:.3g} after {self.steps[-1]} steps"
 
     @property
     def diverged(self) -> bool:
-        """Whether the loss is no number any more, or far above where it began."""
+        """Whether the loss is NaN, or far above its start."""
         return not self.losses[-1] < 10 * self.losses[0]
 
 
@@ -151,7 +151,7 @@ class Trial:
 
     @property
     def rank(self) -> tuple[float, float]:
-        """What is compared: the steps, then the learning rate; where a target was missed, the loss."""
+        """The key of a comparison: the steps, then the learning rate; where a target was missed, the loss."""
         if math.isfinite(self.steps):
             return self.steps, self.settings["lr"]
         return math.inf, max(math.inf if run.diverged else run.losses[-1] for run in self.runs)

@@ -1,4 +1,4 @@
-"""What is trained: an autoencoder and a classifier on the 1797 handwritten digits of scikit-learn."""
+"""The models to be trained: an autoencoder and a classifier on the 1797 handwritten digits of scikit-learn."""
 
 from __future__ import annotations
 

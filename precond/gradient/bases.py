@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
+from torch import Tensor
 
 from precond.gradient.matrices import improved_basis, multiply, spectrum
-from precond.gradient.optimizer import State
+from precond.gradient.optimizer import State, state_zeros
 from precond.gradient.stacks import write
+
+
+def initial_bases(p: Tensor, sizes: Mapping[int, int]) -> State:
+    """For each axis a factor of zeros and the identity as its basis.
+
+    Args:
+        p: The parameter, for precision and device.
+        sizes: Axis -> size.
+    """
+    state: State = {}
+    for k, n in sizes.items():
+        state[f"factor.{k}"] = state_zeros(p, (n, n))
+        state[f"basis.{k}"] = torch.eye(n, dtype=state[f"factor.{k}"].dtype, device=p.device)
+    return state
 
 
 def eigenbases(state: State, axes: Iterable[int]) -> None:

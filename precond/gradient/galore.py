@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor
 
 from precond.gradient.matrices import leading_vectors, matrix_shape
 from precond.gradient.optimizer import GradientOptimizer, Group, State, due, state_zeros
+from precond.step.base import MomentumOptions
 from precond.step.methods import Taxonomy
 from precond.step.schedules import Scheduled, ScheduledInt
 
@@ -21,25 +22,32 @@ class GaLore(GradientOptimizer):
 
     .. math:: R = P^\top G, \qquad D = \alpha\, P\, \operatorname{inner}(R), \qquad G \approx P \Sigma Q^\top
 
-    with P the first ``rank`` left singular vectors of the gradient every ``update_period`` steps (right ones, from the
-    right, where there are more rows than columns). The inner optimizer's state has the size of R. Tensors are matrices
-    with their first axis as rows; vectors, and matrices whose smaller side is at most ``rank``, are not projected, so
-    full rank is the inner optimizer itself.
+    with P the first ``rank`` left singular vectors of the gradient every ``inverse_update_period`` steps (right ones,
+    from the right, where there are more rows than columns). The inner optimizer's state has the size of R. Tensors are
+    matrices with their first axis as rows; vectors, and matrices whose smaller side is at most ``rank``, are not
+    projected, so full rank is the inner optimizer itself.
 
     The inner optimizer runs with learning rate one; learning rate, weight decay and ``maximize`` are GaLore's own.
 
     A step costs two products with P and the inner step, a refresh an SVD, ``O(m^2 n)``. Memory: ``r (m + 2 n)`` with
     Adam inside, instead of ``2 m n``.
 
+    ============================================ ===========================================
+    Zhao et al., algorithms 1 and 2              here
+    ============================================ ===========================================
+    P from an SVD of the gradient                ``direction``: ``matrices.leading_vectors``
+    :math:`R = P^\top G`, :math:`D = \alpha P N` ``direction``
+    :math:`N = \operatorname{inner}(R)`          ``_step``, on a tensor of R's shape
+    ============================================ ===========================================
+
     Args:
         params: Parameters, groups, or named parameters.
         lr: Learning rate, in the units of the inner optimizer.
         rank: Rank of the projection.
         scale: :math:`\alpha`, on projected parameters.
-        update_period: Steps between projections.
+        inverse_update_period: Steps between projections.
         inner: Makes the inner optimizer: ``inner(list of tensors, lr=1.0, **inner_options)``.
         inner_options: Its options, without ``lr`` and ``weight_decay``.
-        weight_decay: Weight decay, decoupled unless ``decay`` says otherwise.
         options: See :class:`SecondOrderOptimizer`.
 
     Raises:
@@ -68,11 +76,10 @@ class GaLore(GradientOptimizer):
         *,
         rank: int = 128,
         scale: Scheduled = 0.25,
-        update_period: ScheduledInt = 200,
+        inverse_update_period: ScheduledInt = 200,
         inner: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
         inner_options: dict[str, Any] | None = None,
-        weight_decay: Scheduled = 0.0,
-        **options: Any,
+        **options: Unpack[MomentumOptions],
     ) -> None:
         self.inner, self.inner_options = inner, dict(inner_options or {})
         reserved = {"lr", "weight_decay", "maximize"} & set(self.inner_options)
@@ -82,11 +89,10 @@ class GaLore(GradientOptimizer):
         super().__init__(
             params,
             lr=lr,
-            weight_decay=weight_decay,
             defaults={
                 "rank": rank,
                 "scale": scale,
-                "inverse_update_period": update_period,
+                "inverse_update_period": inverse_update_period,
             },
             **options,
         )

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from math import prod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor
 
-from precond.gradient.bases import improve_bases
-from precond.gradient.matrices import add_gram, merged_shape, multiply, unfolded
+from precond.gradient.bases import improve_bases, initial_bases
+from precond.gradient.matrices import add_gram, along, merged_shape, multiply, unfolded
 from precond.gradient.optimizer import Group, State, debiased, due, state_zeros
-from precond.gradient.stacks import Stack, StackedOptimizer
+from precond.gradient.stacks import Stack, StackedOptimizer, entries
+from precond.step.base import MomentumOptions
 from precond.step.methods import Taxonomy
 from precond.step.schedules import Scheduled, ScheduledInt
 
@@ -34,12 +35,21 @@ class KLShampoo(StackedOptimizer):
     Against SOAP it keeps no second moment, so it needs less memory, and needs no grafting. Learning rates are Adam's.
     A step costs as much as SOAP's; memory: one moment, and two matrices per axis.
 
+    ================================================================ ==================================================
+    Lin et al.                                                       here
+    ================================================================ ==================================================
+    :math:`S_a` and :math:`S_b`, each whitened by the other          ``_update_factors``: ``matrices.add_gram``
+    :math:`\lambda` from the diagonal of :math:`Q^\top \Delta S\, Q` ``_update_factors``: ``eigenvalues.k``
+    :math:`Q \leftarrow \operatorname{QR}(S Q)`                      ``bases.improve_bases``: :class:`solvers.Subspace`
+    :math:`\lambda^{-1/2}`, from a smallest eigenvalue on            ``_root``
+    :math:`S_a^{-1/2} \hat M S_b^{-1/2}`                             ``update``: ``matrices.multiply``
+    ================================================================ ==================================================
+
     Args:
         params: Parameters, groups, or named parameters.
         lr: Learning rate, in Adam's units.
         betas: Decay of the average of gradients, and of the factors.
         eps: For Adam's step, and the smallest eigenvalue of a factor relative to their mean.
-        weight_decay: Weight decay, decoupled unless ``decay`` says otherwise.
         inverse_update_period: Steps between refreshes of the bases.
         max_dim: Axes longer than this have no factor.
         merge_dims: Join neighbouring axes up to this size; ``None`` keeps them apart.
@@ -68,16 +78,14 @@ class KLShampoo(StackedOptimizer):
         *,
         betas: tuple[float, float] = (0.95, 0.95),
         eps: Scheduled = 1e-8,
-        weight_decay: Scheduled = 0.0,
         inverse_update_period: ScheduledInt = 10,
         max_dim: int = 10000,
         merge_dims: int | None = None,
-        **options: Any,
+        **options: Unpack[MomentumOptions],
     ) -> None:
         super().__init__(
             params,
             lr=lr,
-            weight_decay=weight_decay,
             defaults={
                 "betas": betas,
                 "eps": eps,
@@ -92,11 +100,8 @@ class KLShampoo(StackedOptimizer):
         shape = merged_shape(p.shape, group["merge_dims"])
         state: State = {"exp_avg": state_zeros(p, shape)}
         axes = [k for k, n in enumerate(shape) if 1 < n <= group["max_dim"]] if len(shape) > 1 else []
-        for axis in axes:
-            n = shape[axis]
-            state[f"factor.{axis}"] = state_zeros(p, (n, n))
-            state[f"eigenvalues.{axis}"] = state_zeros(p, (n,))
-            state[f"basis.{axis}"] = torch.eye(n, dtype=state["exp_avg"].dtype, device=p.device)
+        state |= initial_bases(p, {axis: shape[axis] for axis in axes})
+        state |= {f"eigenvalues.{axis}": state_zeros(p, (shape[axis],)) for axis in axes}
         if not axes:
             state["exp_avg_sq"] = state_zeros(p, shape)
         return state
@@ -107,20 +112,16 @@ class KLShampoo(StackedOptimizer):
     def update(self, stack: Stack, g: Tensor, group: Group) -> Tensor:
         state, step, beta1 = stack.state, stack.step, group["betas"][0]
         g = g.reshape(state["exp_avg"].shape)
-        axes = [axis for axis in range(g.ndim - 1) if f"factor.{axis}" in state]
-        rotated = multiply(g, _bases(state, axes), transpose=True)
+        bases = entries(state, "basis", g.ndim - 1)
+        rotated = multiply(g, bases, transpose=True)
         state["exp_avg"].lerp_(rotated, 1 - beta1)
-        _update_factors(rotated, state, group, axes)
+        _update_factors(rotated, state, group, list(bases))
         if due(step, group["inverse_update_period"]):
-            self.renew(stack, lambda state: improve_bases(state, axes))
+            self.renew(stack, lambda state: improve_bases(state, bases))
         out = debiased(state["exp_avg"], beta1, step)
-        for k in axes:
-            out = out * _root(state, group, k, g.ndim)
-        return multiply(out, _bases(state, axes))
-
-
-def _bases(state: State, axes: list[int]) -> dict[int, Tensor]:
-    return {k: state[f"basis.{k}"] for k in axes}
+        for k in bases:
+            out = out * _root(state, group, k, g.ndim - 1)
+        return multiply(out, bases)
 
 
 def _update_factors(rotated: Tensor, state: State, group: Group, axes: list[int]) -> None:
@@ -132,7 +133,7 @@ def _update_factors(rotated: Tensor, state: State, group: Group, axes: list[int]
         unknown = torch.where(eigenvalues.sum(1, keepdim=True) == 0, first, 0)
         eigenvalues.add_(unknown)
         factor.diagonal(dim1=-2, dim2=-1).add_(unknown)
-    roots = {k: _root(state, group, k, len(shape)) for k in axes}
+    roots = {k: _root(state, group, k, len(shape) - 1) for k in axes}
     for k in axes:
         whitened = rotated
         for j in axes:
@@ -149,5 +150,4 @@ def _root(state: State, group: Group, axis: int, ndim: int) -> Tensor:
     """Inverse roots of a factor's eigenvalues along its axis, zero while nothing is known."""
     eigenvalues = state[f"eigenvalues.{axis}"]
     floor = group["eps"] * eigenvalues.mean(1, keepdim=True)
-    roots = torch.where(floor > 0, torch.maximum(eigenvalues, floor).rsqrt_(), 0)
-    return roots.reshape([len(roots)] + [-1 if k == axis else 1 for k in range(ndim - 1)])
+    return along(torch.where(floor > 0, torch.maximum(eigenvalues, floor).rsqrt_(), 0), axis, ndim)

@@ -90,6 +90,11 @@ def multiply(x: Tensor, matrices: Mapping[int, Tensor], *, transpose: bool = Fal
     return x
 
 
+def along(values: Tensor, axis: int, ndim: int) -> Tensor:
+    """Numbers ``(k, n_axis)`` as factors of a stack ``(k, *shape)`` with ``ndim`` axes in its shape."""
+    return values.reshape([len(values)] + [-1 if k == axis else 1 for k in range(ndim)])
+
+
 def spectrum(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, ascending, and orthonormal eigenvectors in columns; in float64 where the own precision fails.
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor
 
-from precond.gradient.optimizer import GradientOptimizer, Group
-from precond.step.base import SecondOrderOptimizer
+from precond.gradient.optimizer import Group
+from precond.step.base import SecondOrderOptimizer, StepOptions
+from precond.step.divergence import finite_squares
 from precond.step.methods import Taxonomy
-from precond.step.options import period
+from precond.step.options import Momentum, period
 from precond.step.schedules import Scheduled
 from solvers import CholeskyInverse, Dense
 from solvers.direct.cholesky import cholesky_factor
@@ -30,13 +31,21 @@ class MFAC(SecondOrderOptimizer):
     costs one row of the Gram matrix and one combination of the rows, ``O(m P)`` each, and ``m^3 / 3``. Damping below
     the rounding errors of the Gram matrix counts as much as these.
 
+    =========================================== ===============================================
+    Frantar et al., section 3.2                 here
+    =========================================== ===============================================
+    the window W of gradients                   ``_solve``: ``window``, the oldest row replaced
+    :math:`W W^\top`, one row and column a step ``_solve``: ``gram``
+    :math:`m (m \lambda I + W W^\top)^{-1} e_m` ``_weights``, by Cholesky in float64
+    the weights times the gradients             ``_solve``
+    =========================================== ===============================================
+
     Args:
         params: Parameters, groups, or named parameters.
         lr: Learning rate.
         window: m, the number of gradients.
         damping: :math:`\lambda`, in units of squared gradients; must be positive.
-        momentum: Momentum.
-        weight_decay: Decoupled weight decay.
+        momentum: Momentum: its strength, or :class:`~precond.Momentum`.
         options: See :class:`SecondOrderOptimizer`.
 
     Raises:
@@ -46,7 +55,6 @@ class MFAC(SecondOrderOptimizer):
         Frantar, Kurtic and Alistarh (2021), section 3.2, https://arxiv.org/abs/2107.03356
     """
 
-    needs: ClassVar[str] = "grad"
     taxonomy: ClassVar = Taxonomy(
         curvature="second moment of the batch gradients of a window of steps",
         structure="Gram matrix, whole model or per group",
@@ -66,15 +74,13 @@ class MFAC(SecondOrderOptimizer):
         *,
         window: int = 256,
         damping: Scheduled = 1e-4,
-        momentum: Scheduled = 0.9,
-        weight_decay: Scheduled = 0.0,
-        **options: Any,
+        momentum: Scheduled | Momentum = 0.9,
+        **options: Unpack[StepOptions],
     ) -> None:
         super().__init__(
             params,
             lr=lr,
             momentum=momentum,
-            weight_decay=weight_decay,
             defaults={"window": window, "damping": damping},
             **options,
         )
@@ -86,7 +92,7 @@ class MFAC(SecondOrderOptimizer):
             raise ValueError(f"damping must be positive: a window of gradients is singular. Got {options['damping']}.")
 
     # A gradient whose squares overflow is one that is not finite.
-    _finite = staticmethod(GradientOptimizer._finite)
+    _finite = staticmethod(finite_squares)
 
     def directions(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         out: dict[Tensor, Tensor] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, Unpack
 
 import torch
 from torch import Tensor
@@ -10,7 +10,9 @@ from torch import Tensor
 from precond.gradient.matrices import matrix_shape
 from precond.gradient.optimizer import Group, State, state_zeros
 from precond.gradient.stacks import Stack, StackedOptimizer
+from precond.step.base import StepOptions
 from precond.step.methods import Taxonomy
+from precond.step.options import Momentum, choice
 from precond.step.schedules import Scheduled
 from solvers.iterative.newton_schulz import polar
 
@@ -33,12 +35,21 @@ class Muon(StackedOptimizer):
 
     A step costs about ``6 k m^2 n`` multiplications for k iterations, ``m <= n``. Memory: one average.
 
+    ========================================= =========================================
+    paper                                     here
+    ========================================= =========================================
+    Jordan et al.: momentum, Nesterov         ``update``
+    Jordan et al.: Newton-Schulz, quintic     ``orthogonalized``, ``QUINTIC``
+    Jordan et al.: convolutions as matrices   ``matrices.matrix_shape``
+    Amsel et al.: Polar Express               ``solvers.iterative.newton_schulz.polar``
+    Liu et al.: :math:`0.2 \sqrt{\max(m, n)}` ``_scale``
+    AdamW for the others                      ``gradient.optimizer.adam``
+    ========================================= =========================================
+
     Args:
         params: Parameters, groups, or named parameters.
         lr: Learning rate; with ``scaling="adam"`` that of AdamW, for all parameters.
-        momentum: :math:`\mu`, before the orthogonalisation.
-        nesterov: Look ahead along the momentum.
-        weight_decay: Weight decay, decoupled unless ``decay`` says otherwise.
+        momentum: :math:`\mu`, before the orthogonalisation, with Nesterov's look-ahead; ``Momentum(0.95)`` for none.
         scaling: s: ``"adam"`` for ``0.2 sqrt(max(m, n))``, entries as large as AdamW's; ``"spectral"`` for
             ``sqrt(max(1, m / n))``; ``"none"`` for 1, a learning rate in units of spectral norm per step.
         polynomial: Five steps of ``"polar_express"`` (singular values end between 0.85 and 1) or of the first paper's
@@ -71,23 +82,19 @@ class Muon(StackedOptimizer):
         params: Any,
         lr: float | Tensor = 1e-3,
         *,
-        momentum: Scheduled = 0.95,
-        nesterov: bool = True,
-        weight_decay: Scheduled = 0.0,
+        momentum: Scheduled | Momentum = 0.95,
         scaling: Scaling = "adam",
         polynomial: Polynomial = "polar_express",
         orthogonalize: bool = True,
         stacked: bool = False,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: Scheduled = 1e-8,
-        **options: Any,
+        **options: Unpack[StepOptions],
     ) -> None:
         super().__init__(
             params,
             lr=lr,
-            momentum=momentum,
-            nesterov=nesterov,
-            weight_decay=weight_decay,
+            momentum=momentum if isinstance(momentum, Momentum) else Momentum(momentum, nesterov=True),
             defaults={
                 "scaling": scaling,
                 "polynomial": polynomial,
@@ -101,9 +108,8 @@ class Muon(StackedOptimizer):
 
     def check(self, options: Group) -> None:
         super().check(options)
-        for name, known in (("scaling", get_args(Scaling)), ("polynomial", get_args(Polynomial))):
-            if options[name] not in known:
-                raise ValueError(f"{name} is one of {', '.join(known)}, not {options[name]!r}.")
+        choice("scaling", options["scaling"], Scaling)
+        choice("polynomial", options["polynomial"], Polynomial)
         if not options["momentum"] < 1:
             raise ValueError(f"momentum is the weight of old gradients, in [0, 1); got {options['momentum']}.")
 

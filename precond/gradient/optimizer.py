@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from precond.layerwise.blocks.preconditioner import TOLERATED_FAILURES
 from precond.step.base import SecondOrderOptimizer
+from precond.step.divergence import TOLERATED_FAILURES, finite_squares
 from solvers import SolverError
 from solvers.precision import working_dtype
 
@@ -32,8 +32,6 @@ class GradientOptimizer(SecondOrderOptimizer):
     step with zero gradients and zero learning rates, which ``torch.distributed.checkpoint`` takes to create the state,
     leaves all averages as they begin.
     """
-
-    needs: ClassVar[str] = "grad"
 
     @abstractmethod
     def initial_state(self, p: Tensor, group: Group) -> State:
@@ -86,15 +84,7 @@ class GradientOptimizer(SecondOrderOptimizer):
         if "step" not in self.state[p]:
             self.state[p].update(step=0, **(self.initial_state(p, group) if p.numel() else {}))
 
-    @staticmethod
-    def _finite(gradients: list[Tensor]) -> bool:
-        gradients = [g.to(working_dtype(g)) for g in gradients if g.numel()]
-        if not gradients:
-            return True
-        norms, limit = list(torch._foreach_norm(gradients)), min(torch.finfo(g.dtype).max for g in gradients)
-        if any(n.dtype != norms[0].dtype or n.device != norms[0].device for n in norms):
-            norms = [n.to(norms[0].device, torch.float64) for n in norms]
-        return bool((torch.stack(norms).double().square() < limit).all())
+    _finite = staticmethod(finite_squares)
 
     def refresh(self, p: Tensor, compute: Callable[[], State | None], prefix: str = "") -> None:
         """Replace entries of the state by computed ones; after a failure the last good ones stay.

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, Unpack, get_args
 
 import torch
 from torch import Tensor
 
 from precond.gradient.matrices import add_gram, blocks, merged_shape, multiply, rotated_root, spectrum, symmetric_power
 from precond.gradient.optimizer import Group, State, debiased, due, state_zeros
-from precond.gradient.stacks import Stack, StackedOptimizer, write
+from precond.gradient.stacks import Stack, StackedOptimizer, entries, write
+from precond.step.base import MomentumOptions
 from precond.step.methods import Taxonomy
 from precond.step.schedules import FIXED, Scheduled, ScheduledInt
 
 Grafting = Literal["sgd", "adagrad", "rmsprop", "adam"]
 
-Part = Any  # index of a block in a stack
+Region = Any  # index of a block in a stack
 
 
 class Shampoo(StackedOptimizer):
@@ -39,6 +40,20 @@ class Shampoo(StackedOptimizer):
     and two matrices per axis. If a refresh fails in float32 and in float64 the last root stays; the fourth failure in a
     row raises with the block's name.
 
+    =============================================================== ==============================================
+    paper                                                           here
+    =============================================================== ==============================================
+    Gupta et al.: :math:`L_k \leftarrow L_k + G_{(k)} G_{(k)}^\top` ``_learn``: ``matrices.add_gram``
+    Gupta et al.: :math:`L_k^{-1/(2K)}`                             ``_new_roots``: ``matrices.symmetric_power``
+    Gupta et al.: the product along every axis                      ``_apply``: ``matrices.multiply``
+    Anil et al.: grafting                                           ``_graft``, and its length in ``update``
+    Anil et al.: merged axes, blocks                                ``matrices.merged_shape``, ``matrices.blocks``
+    Shi et al.: averages divided by their weight                    ``_learn``: ``weight``; ``optimizer.debiased``
+    Shi et al.: a failed root keeps the last one                    ``GradientOptimizer.refresh``
+    Eschenhagen et al.: V in the eigenbasis, its root               ``_learn``; ``matrices.rotated_root``
+    Eschenhagen et al.: V when the basis changes                    ``_new_basis``
+    =============================================================== ==============================================
+
     Args:
         params: Parameters, groups, or named parameters.
         lr: Learning rate; in the units of the grafted method, so with ``"adam"`` that of AdamW.
@@ -49,7 +64,6 @@ class Shampoo(StackedOptimizer):
         exponent: Power of each factor in place of ``-1 / (2 K)``.
         grafting: ``"sgd"``, ``"adagrad"``, ``"rmsprop"``, ``"adam"``, or ``None`` for Shampoo's own length.
         eigenvalue_correction: See above; not together with ``exponent``.
-        weight_decay: Weight decay, decoupled unless ``decay`` says otherwise.
         inverse_update_period: Steps between roots.
         start_step: First step that uses the factors; grafting alone before.
         block_size: Largest side of a block.
@@ -60,7 +74,8 @@ class Shampoo(StackedOptimizer):
 
     References:
         Gupta, Koren and Singer (2018), https://arxiv.org/abs/1802.09568; Anil et al. (2020), section 4 (grafting,
-        blocks), https://arxiv.org/abs/2002.09018; Eschenhagen et al. (2025), eigenvalue correction,
+        blocks), https://arxiv.org/abs/2002.09018; Shi et al. (2023), the distributed implementation,
+        https://arxiv.org/abs/2309.06497; Eschenhagen et al. (2025), eigenvalue correction,
         https://arxiv.org/abs/2506.03595
     """
 
@@ -90,16 +105,14 @@ class Shampoo(StackedOptimizer):
         exponent: float | None = None,
         grafting: Grafting | None = "adam",
         eigenvalue_correction: bool = False,
-        weight_decay: Scheduled = 0.0,
         inverse_update_period: ScheduledInt = 10,
         start_step: int = 1,
         block_size: int = 1024,
-        **options: Any,
+        **options: Unpack[MomentumOptions],
     ) -> None:
         super().__init__(
             params,
             lr=lr,
-            weight_decay=weight_decay,
             defaults={
                 "betas": betas,
                 "curvature_ema": curvature_ema,
@@ -168,43 +181,42 @@ class Shampoo(StackedOptimizer):
             out[(slice(None), *region)] = d
         return out
 
-    def _learn(self, stack: Stack, g: Tensor, group: Group, b: int, part: Part) -> None:
+    def _learn(self, stack: Stack, g: Tensor, group: Group, b: int, part: Region) -> None:
         """Fold gradients into the factors of block b and refresh what is due."""
         state, step, beta2 = stack.state, stack.step, group["betas"][1]
         ema = beta2 if group["curvature_ema"] is None else group["curvature_ema"]
-        axes = range(g.ndim - 1)
-        for axis in axes:
-            add_gram(state[f"{b}.factor.{axis}"], g, axis, old=ema, new=1 - ema if ema < 1 else 1)
+        for axis, factor in entries(state, f"{b}.factor", g.ndim - 1).items():
+            add_gram(factor, g, axis, old=ema, new=1 - ema if ema < 1 else 1)
         if due(step, group["inverse_update_period"]) or step == group["start_step"]:
             weight = 1 - ema**step if ema < 1 else 1
             if group["eigenvalue_correction"]:
-                self.renew(stack, lambda state: _new_basis(state, b, axes, part), f"{b}.")
+                self.renew(stack, lambda state: _new_basis(state, b, g.ndim - 1, part), f"{b}.")
             else:
-                self.renew(stack, lambda state: _new_roots(state, group, b, axes, weight), f"{b}.")
+                self.renew(stack, lambda state: _new_roots(state, group, b, g.ndim - 1, weight), f"{b}.")
         if group["eigenvalue_correction"]:
-            squares = multiply(g, _matrices(state, b, axes), transpose=True).square_()
+            squares = multiply(g, entries(state, f"{b}.root", g.ndim - 1), transpose=True).square_()
             state["exp_avg_sq"][part].lerp_(squares, 1 - beta2)
 
 
-def _apply(m: Tensor, state: State, step: int, group: Group, b: int, part: Part) -> Tensor:
-    matrices = _matrices(state, b, range(m.ndim - 1))
+def _apply(m: Tensor, state: State, step: int, group: Group, b: int, part: Region) -> Tensor:
+    matrices = entries(state, f"{b}.root", m.ndim - 1)
     if not group["eigenvalue_correction"]:
         return multiply(m, matrices)
     root = rotated_root(state["exp_avg_sq"][part], 1 - group["betas"][1] ** step, group["eps"])
     return multiply(multiply(m, matrices, transpose=True) / root, matrices)
 
 
-def _new_roots(state: State, group: Group, b: int, axes: range, weight: float) -> None:
-    exponent = -1 / (2 * len(axes)) if group["exponent"] is None else group["exponent"]
-    factors = {axis: state[f"{b}.factor.{axis}"] / weight for axis in axes}
+def _new_roots(state: State, group: Group, b: int, ndim: int, weight: float) -> None:
+    exponent = -1 / (2 * ndim) if group["exponent"] is None else group["exponent"]
+    factors = {axis: factor / weight for axis, factor in entries(state, f"{b}.factor", ndim).items()}
     roots = {axis: symmetric_power(factor, exponent, group["damping"]) for axis, factor in factors.items()}
     write(state, {f"{b}.root.{axis}": root for axis, root in roots.items()})
 
 
-def _new_basis(state: State, b: int, axes: range, part: Part) -> None:
-    old = _matrices(state, b, axes)
-    new = {axis: spectrum(state[f"{b}.factor.{axis}"])[1] for axis in axes}
-    squares = {axis: (old[axis].mT @ new[axis]).square() for axis in axes}
+def _new_basis(state: State, b: int, ndim: int, part: Region) -> None:
+    old, factors = entries(state, f"{b}.root", ndim), entries(state, f"{b}.factor", ndim)
+    new = {axis: spectrum(factor)[1] for axis, factor in factors.items()}
+    squares = {axis: (old[axis].mT @ basis).square() for axis, basis in new.items()}
     # What was learnt along the old axes, seen along the new ones.
     state["exp_avg_sq"][part] = multiply(state["exp_avg_sq"][part], squares, transpose=True)
     write(state, {f"{b}.root.{axis}": basis for axis, basis in new.items()})
@@ -219,10 +231,6 @@ def _graft(g: Tensor, momentum: Tensor, state: State, step: int, group: Group) -
     square.mul_(1 if kind == "adagrad" else beta2).addcmul_(g, g, value=1 if kind == "adagrad" else 1 - beta2)
     second = debiased(square, beta2, step) if kind == "adam" else square
     return momentum / second.sqrt().add_(group["eps"])
-
-
-def _matrices(state: State, b: int, axes: range) -> dict[int, Tensor]:
-    return {axis: state[f"{b}.root.{axis}"] for axis in axes}
 
 
 def _length(x: Tensor) -> Tensor:

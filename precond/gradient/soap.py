@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 from torch import Tensor
 
-from precond.gradient.bases import eigenbases, improve_bases
+from precond.gradient.bases import eigenbases, improve_bases, initial_bases
 from precond.gradient.matrices import add_gram, merged_shape, multiply, rotated_root
 from precond.gradient.optimizer import Group, State, due, state_zeros
-from precond.gradient.stacks import Stack, StackedOptimizer
+from precond.gradient.stacks import Stack, StackedOptimizer, entries
+from precond.step.base import MomentumOptions
 from precond.step.methods import Taxonomy
 from precond.step.schedules import Scheduled, ScheduledInt
 
@@ -35,13 +36,24 @@ class SOAP(StackedOptimizer):
     a refresh ``O(m^3 + n^3)``. Memory: two moments, two factors, two
     bases.
 
+    ========================================================== =====================================================
+    Vyas et al., algorithm 3                                   here
+    ========================================================== =====================================================
+    :math:`G' = Q_L^\top G\, Q_R`, and the way back            ``update``: ``matrices.multiply``
+    :math:`M' = Q_L^\top M Q_R`, the momentum rotated          ``update``: ``exp_avg``
+    V, and :math:`M' / (\sqrt V + \epsilon)`                   ``update``: ``exp_avg_sq``, ``matrices.rotated_root``
+    :math:`L \leftarrow \beta L + (1 - \beta) G G^\top`, and R ``_update_factors``: ``matrices.add_gram``
+    the first basis: eigenvectors of L and R                   ``bases.eigenbases``
+    :math:`Q_L \leftarrow \operatorname{QR}(L Q_L)`            ``bases.improve_bases``: :class:`solvers.Subspace`
+    Adam where nothing is rotated                              ``gradient.optimizer.adam``
+    ========================================================== =====================================================
+
     Args:
         params: Parameters, groups, or named parameters.
         lr: Learning rate, in Adam's units.
         betas: Decay of first and second moment.
         curvature_ema: Decay of the factors; the second of ``betas`` if ``None``.
         eps: Added to the root of the second moment.
-        weight_decay: Weight decay, decoupled unless ``decay`` says otherwise.
         inverse_update_period: Steps between refreshes of the bases.
         max_dim: Axes longer than this are not rotated.
         merge_dims: Join neighbouring axes up to this size (convolutions); ``None`` keeps them apart.
@@ -72,17 +84,15 @@ class SOAP(StackedOptimizer):
         betas: tuple[float, float] = (0.95, 0.95),
         curvature_ema: Scheduled | None = None,
         eps: Scheduled = 1e-8,
-        weight_decay: Scheduled = 0.0,
         inverse_update_period: ScheduledInt = 10,
         max_dim: int = 10000,
         merge_dims: int | None = None,
         rotate_vectors: bool = False,
-        **options: Any,
+        **options: Unpack[MomentumOptions],
     ) -> None:
         super().__init__(
             params,
             lr=lr,
-            weight_decay=weight_decay,
             defaults={
                 "betas": betas,
                 "curvature_ema": curvature_ema,
@@ -99,10 +109,7 @@ class SOAP(StackedOptimizer):
         shape = merged_shape(p.shape, group["merge_dims"])
         state: State = {"exp_avg": state_zeros(p, shape), "exp_avg_sq": state_zeros(p, shape)}
         if len(shape) > 1 or group["rotate_vectors"]:
-            for axis, size in enumerate(shape):
-                if 1 < size <= group["max_dim"]:
-                    state[f"factor.{axis}"] = state_zeros(p, (size, size))
-                    state[f"basis.{axis}"] = state_zeros(p, (size, size))
+            state |= initial_bases(p, {axis: n for axis, n in enumerate(shape) if 1 < n <= group["max_dim"]})
         return state
 
     def diagonal(self, state: State) -> bool:
@@ -112,24 +119,23 @@ class SOAP(StackedOptimizer):
         state, step = stack.state, stack.step
         beta1, beta2 = group["betas"]
         g = g.reshape(state["exp_avg"].shape)
-        axes = [axis for axis in range(g.ndim - 1) if f"factor.{axis}" in state]
+        bases = entries(state, "basis", g.ndim - 1)
         if step == 1:
-            _update_factors(state, g, group, axes)
-            self.renew(stack, lambda state: eigenbases(state, axes))
-        bases = {axis: state[f"basis.{axis}"] for axis in axes}
+            _update_factors(state, g, group)
+            self.renew(stack, lambda state: eigenbases(state, bases))
         rotated = multiply(g, bases, transpose=True)
         momentum = state["exp_avg"].lerp_(rotated, 1 - beta1)
         second = state["exp_avg_sq"].mul_(beta2).addcmul_(rotated, rotated, value=1 - beta2)
         root = rotated_root(second, 1 - beta2**step, group["eps"])
         out = multiply(momentum / root.mul_(1 - beta1**step), bases)
         if step > 1:
-            _update_factors(state, g, group, axes)
+            _update_factors(state, g, group)
             if due(step, group["inverse_update_period"]):
-                self.renew(stack, lambda state: improve_bases(state, axes))
+                self.renew(stack, lambda state: improve_bases(state, bases))
         return out
 
 
-def _update_factors(state: State, g: Tensor, group: Group, axes: list[int]) -> None:
+def _update_factors(state: State, g: Tensor, group: Group) -> None:
     ema = group["betas"][1] if group["curvature_ema"] is None else group["curvature_ema"]
-    for axis in axes:
-        add_gram(state[f"factor.{axis}"], g, axis, old=ema, new=1 - ema)
+    for axis, factor in entries(state, "factor", g.ndim - 1).items():
+        add_gram(factor, g, axis, old=ema, new=1 - ema)

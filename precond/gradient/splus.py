@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor
 
-from precond.gradient.bases import eigenbases
+from precond.gradient.bases import eigenbases, initial_bases
 from precond.gradient.matrices import gram, largest, matrix_shape, multiply
 from precond.gradient.optimizer import Group, State, due, state_zeros
-from precond.gradient.stacks import Stack, StackedOptimizer
+from precond.gradient.stacks import Stack, StackedOptimizer, entries
 from precond.step.averaging import swapped, update_average
+from precond.step.base import MomentumOptions
 from precond.step.methods import Taxonomy
 from precond.step.schedules import Scheduled, ScheduledInt
 from solvers.precision import working_dtype
@@ -34,13 +35,23 @@ class SPlus(StackedOptimizer):
     A step costs ``3 (m^2 n + m n^2)`` multiplications, a refresh ``9 (m^3 + n^3)``. Memory: one moment, one average of
     the parameters, two matrices per side.
 
+    ==================================================== =================================================
+    Frans et al.                                         here
+    ==================================================== =================================================
+    M, and L and R of :math:`G G^\top`, :math:`G^\top G` ``update``: ``matrices.gram``
+    eigenvectors of L and R, now and then                ``bases.eigenbases``
+    :math:`\operatorname{sign}(Q_L^\top M Q_R)`          ``rotated_sign``
+    :math:`2 / (m + n)`, the scale that carries over     ``update``
+    the average of the iterates                          ``after_step``: ``step.averaging.update_average``
+    evaluation under it                                  ``averaged``: ``step.averaging.swapped``
+    ==================================================== =================================================
+
     Args:
         params: Parameters, groups, or named parameters.
         lr: Learning rate, as the first paper's, about 100 times that of AdamW.
         betas: Decay of the average of gradients, and of the factors.
         average_decay: Decay of the average of the iterates.
         vector_scale: Scale of parameters without a basis.
-        weight_decay: Weight decay, decoupled unless ``decay`` says otherwise; scaled by the same ``lr``.
         inverse_update_period: Steps between decompositions.
         max_dim: Sides longer than this are not rotated.
         options: See :class:`SecondOrderOptimizer`.
@@ -69,15 +80,13 @@ class SPlus(StackedOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         average_decay: float = 0.999,
         vector_scale: Scheduled = 1e-3,
-        weight_decay: Scheduled = 0.0,
         inverse_update_period: ScheduledInt = 100,
         max_dim: int = 10000,
-        **options: Any,
+        **options: Unpack[MomentumOptions],
     ) -> None:
         super().__init__(
             params,
             lr=lr,
-            weight_decay=weight_decay,
             defaults={
                 "betas": betas,
                 "average_decay": average_decay,
@@ -98,25 +107,22 @@ class SPlus(StackedOptimizer):
     def initial_state(self, p: Tensor, group: Group) -> State:
         state: State = {"exp_avg": state_zeros(p), "average": p.detach().to(working_dtype(p), copy=True)}
         if p.ndim >= 2:
-            for axis, n in enumerate(matrix_shape(p.shape)):
-                if n <= group["max_dim"]:
-                    state[f"factor.{axis}"] = state_zeros(p, (n, n))
-                    state[f"basis.{axis}"] = torch.eye(n, dtype=working_dtype(p), device=p.device)
+            sizes = enumerate(matrix_shape(p.shape))
+            state |= initial_bases(p, {axis: n for axis, n in sizes if n <= group["max_dim"]})
         return state
 
     def update(self, stack: Stack, g: Tensor, group: Group) -> Tensor:
         state, (beta1, beta2) = stack.state, group["betas"]
         momentum = state["exp_avg"].lerp_(g, 1 - beta1)
-        axes = [axis for axis in range(2) if f"factor.{axis}" in state]
-        if not axes:
+        bases = entries(state, "basis", 2)
+        if not bases:
             return group["vector_scale"] * momentum.sign()
         rows, columns = matrix_shape(g.shape[1:])
         g, momentum = (x.reshape(-1, rows, columns) for x in (g, momentum))
-        for axis in axes:
-            state[f"factor.{axis}"].lerp_(gram(g, axis), 1 - beta2)
+        for axis, factor in entries(state, "factor", 2).items():
+            factor.lerp_(gram(g, axis), 1 - beta2)
         if due(stack.step, group["inverse_update_period"]):
-            self.renew(stack, lambda state: eigenbases(state, axes))
-        bases = {axis: state[f"basis.{axis}"] for axis in axes}
+            self.renew(stack, lambda state: eigenbases(state, bases))
         return multiply(rotated_sign(multiply(momentum, bases, transpose=True)), bases).mul_(2 / (rows + columns))
 
     def after_step(self) -> None:

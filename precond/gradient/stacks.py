@@ -77,7 +77,7 @@ class StackedOptimizer(GradientOptimizer):
         """
 
     def kind(self, p: Tensor, g: Tensor) -> Hashable:
-        """What a parameter must have in common with others to be stacked with them, besides shape and step."""
+        """A key that parameters stacked together share, besides shape and step."""
         return None
 
     def direction(self, p: Tensor, g: Tensor, state: State, group: Group) -> Tensor:
@@ -115,7 +115,7 @@ class StackedOptimizer(GradientOptimizer):
         known = self.__dict__.setdefault("_stacks", {})  # not in __init__, because copies begin without
         states = [self.state[p] for p in params]
         first = states[0]["step"]
-        # Those that have missed a step stay apart, here as in a resumed run.
+        # Parameters that skipped a step get their own stack, also after a resume.
         kinds = [(id(p), self.kind(p, g), s["step"] - first) for p, g, s in zip(params, gradients, states, strict=True)]
         last, stacks = known.get(params[0], (None, []))
         if last == kinds and all(stack.holds([states[i] for i in places]) for places, stack in stacks):
@@ -152,6 +152,11 @@ def _own(value: Tensor) -> Tensor:
     """The tensor, in memory of its own."""
     whole = value.untyped_storage().nbytes() == prod(value.shape) * value.itemsize
     return value if whole else value.clone()
+
+
+def entries(state: State, name: str, ndim: int) -> dict[int, Tensor]:
+    """The entries ``name.k`` of a state, by their axis k, for the axes that have one."""
+    return {k: state[f"{name}.{k}"] for k in range(ndim) if f"{name}.{k}" in state}
 
 
 def write(state: State, entries: State) -> None:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Unpack
 
 from torch import Tensor, nn
 
 from curvature import EigenbasisFisher
 from curvature.losses.signals import FisherKind
 from curvature.structures.kfac import Sharing
-from precond.layerwise.optimizer import PreconditionedOptimizer
+from precond.layerwise.method import LayerwiseMethod, LayerwiseOptions
 from precond.step.methods import Taxonomy
+from precond.step.options import Momentum, Refresh
 from precond.step.schedules import Scheduled, ScheduledInt
 from solvers import Damping, Eigh
 
 
-class EKFAC(PreconditionedOptimizer):
+class EKFAC(LayerwiseMethod):
     r"""EKFAC: K-FAC's eigenbasis, with the exact second moment of the gradient in that basis.
 
     .. math:: d = Q_B \frac{Q_B^\top\, \nabla_W L\, Q_A}{s + \lambda} Q_A^\top
@@ -23,29 +24,36 @@ class EKFAC(PreconditionedOptimizer):
     The spectrum s is renewed on every curvature update, the basis every ``inverse_update_period`` steps, so it serves
     long periods better than K-FAC; damping is exact. An eigendecomposition costs about ten times an inverse.
 
+    ===================================================== ======================================================
+    George et al. (2018)                                  here, in ``curvature`` and ``solvers``
+    ===================================================== ======================================================
+    A and B                                               ``structures.kfac.KroneckerEstimator``
+    :math:`Q_A, Q_B`: eigenvectors of A and B             ``structures.ekfac.EigenbasisEstimator.refresh_basis``
+    s: second moment of :math:`Q_B^\top \nabla_W L\, Q_A` ``structures.ekfac.EigenbasisEstimator.update``
+    :math:`1 / (s + \lambda)` between the rotations       ``Tikhonov`` and ``Eigh`` of an ``Eigen``
+    ===================================================== ======================================================
+
     Args:
         model: The model that is trained.
         loss_fn: The loss module the loop calls.
         lr: Learning rate.
         damping: Shift in units of the curvature, or a :class:`~solvers.Damping`.
-        fisher: ``"mc"``, ``"exact"`` or ``"empirical"``.
-        samples: Draws per batch for ``"mc"``.
+        fisher: ``"mc"``, ``"exact"`` or ``"empirical"``; or an :class:`~curvature.EigenbasisFisher`.
         sharing: ``"expand"`` or ``"reduce"``: of the factors whose eigenbasis is taken.
-        bias: ``"joint"`` or ``"separate"``.
-        max_factor: Factors larger than this are kept as diagonals.
         curvature_ema: Weight of old statistics.
-        momentum: Momentum.
-        weight_decay: Decoupled weight decay.
+        momentum: Momentum: its strength, or :class:`~precond.Momentum`.
         kl_clip: Bound on the predicted change of a step, without which large learning rates diverge; ``None`` for none.
         curvature_update_period: Steps between updates of the statistics, see :class:`KFAC`.
-        inverse_update_period: Steps between eigenbases.
-        stagger: Spread the eigenbases of the blocks over the period.
-        options: See :class:`PreconditionedOptimizer`.
+        inverse_update_period: Steps between eigenbases, spread over the blocks; a number, a function of the step
+            count, or :class:`~precond.Refresh`.
+        options: See :class:`LayerwiseMethod` and :class:`PreconditionedOptimizer`.
 
     References:
         George et al. (2018), https://arxiv.org/abs/1806.03884
     """
 
+    fisher_types: ClassVar = {None: EigenbasisFisher}
+    staggers: ClassVar = True
     taxonomy: ClassVar = Taxonomy(
         curvature="Fisher (exact, mc or empirical)",
         structure="diagonal in a Kronecker eigenbasis, per layer",
@@ -65,33 +73,26 @@ class EKFAC(PreconditionedOptimizer):
         *,
         lr: float | Tensor,
         damping: Scheduled | Damping = 3e-2,
-        fisher: FisherKind = "mc",
-        samples: int = 1,
+        fisher: FisherKind | EigenbasisFisher = "mc",
         sharing: Sharing = "expand",
-        bias: Literal["joint", "separate"] = "joint",
-        max_factor: int = 16384,
         curvature_ema: Scheduled = 0.95,
-        momentum: Scheduled = 0.9,
-        weight_decay: Scheduled = 0.0,
+        momentum: Scheduled | Momentum = 0.9,
         kl_clip: Scheduled | None = 1e-3,
         curvature_update_period: ScheduledInt = 1,
-        inverse_update_period: ScheduledInt = 10,
-        stagger: bool = True,
-        **options: Any,
+        inverse_update_period: ScheduledInt | Refresh = 10,
+        **options: Unpack[LayerwiseOptions],
     ) -> None:
         super().__init__(
             model,
             loss_fn,
-            curvature=EigenbasisFisher(fisher, samples, sharing, bias, max_factor),
+            curvature=self.curvature_of(fisher, sharing=sharing),
             damping=damping,
             solver=Eigh(),
             lr=lr,
             curvature_ema=curvature_ema,
             momentum=momentum,
-            weight_decay=weight_decay,
             kl_clip=kl_clip,
             curvature_update_period=curvature_update_period,
             inverse_update_period=inverse_update_period,
-            stagger=stagger,
             **options,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +11,14 @@ from curvature.estimation.collector import Collector
 from curvature.estimation.joint import ApartCollector
 from curvature.structures.kbfgs import KroneckerBFGS, KroneckerBFGSEstimator
 from precond.layerwise.blocks.preconditioner import Preconditioner
-from precond.layerwise.optimizer import PreconditionedOptimizer
+from precond.layerwise.method import LayerwiseMethod, LayerwiseOptions
 from precond.step.methods import Taxonomy
+from precond.step.options import Momentum, Refresh
 from precond.step.schedules import Scheduled, ScheduledInt
 from solvers import Cholesky
 
 
-class KBFGS(PreconditionedOptimizer):
+class KBFGS(LayerwiseMethod):
     r"""K-BFGS: K-FAC's Kronecker structure, with both inverses kept up to date by BFGS.
 
     .. math:: d = H_B\, \nabla_W L\, H_A
@@ -35,21 +36,31 @@ class KBFGS(PreconditionedOptimizer):
     After :meth:`precondition`, when another optimizer moves the parameters, the second pass runs at the next forward
     pass that is watched; a checkpoint between the two leaves that pair out.
 
+    ==================================== ===================================================
+    Goldfarb, Ren and Bahamou (2020)     here, in ``curvature`` and ``precond``
+    ==================================== ===================================================
+    A: second moment of inputs           ``structures.kfac.KroneckerEstimator``
+    :math:`H_A` by BFGS                  ``structures.kbfgs.KroneckerBFGSEstimator.improve``
+    :math:`H_B` by BFGS, from two passes ``structures.kbfgs.KroneckerBFGSEstimator.end``
+    BFGS update of an inverse            ``structures.kbfgs.bfgs``
+    algorithm 3: double damping          ``structures.kbfgs.double_damped``
+    the second pass over a batch         ``KBFGS.after_move``
+    ==================================== ===================================================
+
     Args:
         model: The model that is trained.
         loss_fn: The loss module the loop calls.
         lr: Learning rate.
         damping: :math:`\lambda` in units of the curvature, positive.
-        mu: Of Powell's damping.
-        initial: Multiple of the identity that :math:`H_B` begins with, 1 in the paper; ``None`` for
-            :math:`1 / \sqrt\lambda`, what damping alone would give.
-        max_factor: Layers with a larger side get a diagonal.
+        curvature: A :class:`~curvature.KroneckerBFGS`, which has the ``mu`` of Powell's damping, the multiple of the
+            identity that :math:`H_B` begins with (``initial``), and the largest side of a layer; others get a diagonal.
         curvature_ema: Weight of old statistics and of old pairs.
-        momentum: Momentum.
-        weight_decay: Decoupled weight decay.
+        momentum: Momentum: its strength, or :class:`~precond.Momentum`.
         kl_clip: Bound on the predicted change of a step, without which large learning rates diverge; ``None`` for none.
         curvature_update_period: Steps between updates, each with a second pass.
-        options: See :class:`PreconditionedOptimizer`.
+        inverse_update_period: Of other curvature, which ``structures`` may ask for; and the burn-in, by
+            :class:`~precond.Refresh`.
+        options: See :class:`LayerwiseMethod` and :class:`PreconditionedOptimizer`.
 
     Raises:
         ValueError: If an option is out of range, or ``maximize`` is asked for: BFGS looks for a minimum.
@@ -59,6 +70,7 @@ class KBFGS(PreconditionedOptimizer):
     """
 
     needs_damping: ClassVar = True
+    absolute_damping: ClassVar = True
     taxonomy: ClassVar = Taxonomy(
         curvature="Hessian by secant pairs",
         structure="Kronecker, per layer",
@@ -78,16 +90,16 @@ class KBFGS(PreconditionedOptimizer):
         *,
         lr: float | Tensor,
         damping: Scheduled = 0.1,
-        mu: float = 0.2,
-        initial: float | None = 1.0,
-        max_factor: int = 16384,
+        curvature: KroneckerBFGS = KroneckerBFGS(),
         curvature_ema: Scheduled = 0.9,
-        momentum: Scheduled = 0.9,
-        weight_decay: Scheduled = 0.0,
+        momentum: Scheduled | Momentum = 0.9,
         kl_clip: Scheduled | None = 1e-3,
         curvature_update_period: ScheduledInt = 1,
-        **options: Any,
+        inverse_update_period: ScheduledInt | Refresh = 1,
+        **options: Unpack[LayerwiseOptions],
     ) -> None:
+        if not isinstance(curvature, KroneckerBFGS):
+            raise TypeError(f"{type(self).__name__}: curvature is a KroneckerBFGS(...), not {curvature!r}.")
         if options.get("maximize"):
             raise ValueError("KBFGS minimises: maximize=True has no meaning for it. Negate the loss.")
         self._passes: list[tuple[Any, Any]] = []  # of the last step, to be run again; and their random states
@@ -95,15 +107,15 @@ class KBFGS(PreconditionedOptimizer):
         super().__init__(
             model,
             loss_fn,
-            curvature=KroneckerBFGS(mu=mu, initial=initial, max_factor=max_factor),
+            curvature=curvature,
             damping=damping,
             solver=Cholesky(),
             lr=lr,
             curvature_ema=curvature_ema,
             momentum=momentum,
-            weight_decay=weight_decay,
             kl_clip=kl_clip,
             curvature_update_period=curvature_update_period,
+            inverse_update_period=inverse_update_period,
             **options,
         )
         if self.capture.loss is None:
@@ -122,7 +134,7 @@ class KBFGS(PreconditionedOptimizer):
         # Called before a pass is recorded: parameters that another optimizer moved are where they were moved to.
         self._run_again()
         super()._follow()
-        del self._random[len(self.capture._passes) :]  # of passes that raised
+        del self._random[len(self.capture.passes) :]  # of passes that raised
         self._random.append(_random_state(self.parameters.device))
 
     def _arm(self) -> None:
@@ -130,12 +142,12 @@ class KBFGS(PreconditionedOptimizer):
         super()._arm()
 
     def directions(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
-        passes = list(zip(self.capture._passes, self._random, strict=False)) if self.capture.armed else []
+        passes = list(zip(self.capture.passes, self._random, strict=False)) if self.capture.armed else []
         out = super().directions(gradients)
         if self.capture.batches:
             self._passes = passes
             # How the gradient arrived shows the labels of losses that the model computes inside.
-            self.capture._settled = False
+            self.capture.settled = False
             for _, estimator, weights in self._estimators():
                 estimator.begin(weights)
         return out
@@ -158,7 +170,7 @@ class KBFGS(PreconditionedOptimizer):
         with torch.random.fork_rng(devices=devices):
             for origin, random in passes:
                 _set_random_state(random, self.parameters.device)
-                self.capture._shadow(origin)
+                self.capture.repeat(origin)
         seen = self.capture.batches > 0
         for preconditioner, estimator, weights in self._estimators():
             estimator.end(weights)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Unpack
 
 from torch import Tensor, nn
 
@@ -10,13 +10,14 @@ from curvature import KroneckerFisher
 from curvature.losses.signals import FisherKind
 from curvature.structures.kfac import Sharing
 from precond.layerwise.blocks.refresh import DOUBLING_TO_10
-from precond.layerwise.optimizer import PreconditionedOptimizer
+from precond.layerwise.method import LayerwiseMethod, LayerwiseOptions
 from precond.step.methods import Taxonomy
+from precond.step.options import Momentum, Refresh
 from precond.step.schedules import Scheduled, ScheduledInt
 from solvers import Cholesky, Damping, FactoredTikhonov
 
 
-class KFAC(PreconditionedOptimizer):
+class KFAC(LayerwiseMethod):
     r"""K-FAC: natural gradient with one Kronecker product per layer.
 
     .. math:: d = (B + \tfrac{1}{\pi}\sqrt\lambda I)^{-1}\, \nabla_W L\, (A + \pi\sqrt\lambda I)^{-1}
@@ -29,33 +30,48 @@ class KFAC(PreconditionedOptimizer):
     pass through the activations plus ``O(rows * d^2)``; an inverse ``O(d^3)`` per factor d. Memory: two factors and
     their inverses per layer.
 
+    ========================================== ================================================================
+    Martens and Grosse (2015)                  here, in ``curvature``, ``solvers`` and ``precond``
+    ========================================== ================================================================
+    section 3: :math:`B \otimes A`             ``structures.kfac.KroneckerEstimator``
+    section 4.2: inverses block by block       ``layerwise.blocks.preconditioner.Preconditioner``, ``Cholesky``
+    section 5: targets drawn by the model      ``losses.signals.Signals`` of kind ``"mc"``
+    section 5: running averages                ``structures.weighted_mean.WeightedMean``
+    section 6.3: factored damping, :math:`\pi` ``FactoredTikhonov``
+    sections 6.4, 7: step length, momentum     ``QuadraticModel``, by ``step_size``
+    section 6.5: adapting :math:`\lambda`      ``LevenbergMarquardt``, by ``damping_rule``
+    Ba et al. (2017), section 5: step bound    ``step.update.kl_scale``
+    Grosse and Martens (2016): convolutions    ``layers.conv``
+    Eschenhagen et al. (2023), section 3       ``structures.kfac.KroneckerEstimator``, by ``sharing``
+    ========================================== ================================================================
+
     Args:
         model: The model that is trained.
         loss_fn: The loss module the loop calls.
         lr: Learning rate, in natural-gradient units: 0.01 to 0.3 is common; where ``kl_clip`` binds it has no effect.
         damping: Shift :math:`\lambda` in units of the curvature (it should follow the scale of the loss), or a
             :class:`~solvers.Damping`.
-        fisher: ``"mc"`` (sampled labels, the default), ``"exact"`` (one backward pass per output), ``"empirical"``.
-        samples: Draws per batch for ``"mc"``.
+        fisher: ``"mc"`` (sampled labels, the default), ``"exact"`` (one backward pass per output), ``"empirical"``; or
+            a :class:`~curvature.KroneckerFisher` with its number of samples, its bias and its largest factor.
         sharing: ``"expand"`` or ``"reduce"`` for layers used at several positions.
-        bias: ``"joint"`` or ``"separate"``.
-        max_factor: Factors larger than this are kept as diagonals.
         curvature_ema: Weight of old statistics.
-        momentum: Momentum.
-        weight_decay: Decoupled weight decay.
+        momentum: Momentum: its strength, or :class:`~precond.Momentum`.
         kl_clip: Bound on the predicted change of a step, without which large learning rates diverge; ``None`` for none.
         curvature_update_period: Steps between updates of the statistics; with 4 to 10, or ``Doubling(10)``, a step
             costs about half on small models.
-        inverse_update_period: Steps between inverses; by default at steps 0, 1, 2, 4, 8 and then every 10.
-        stagger: Spread the inverses of the blocks over the period.
-        options: See :class:`PreconditionedOptimizer`.
+        inverse_update_period: Steps between inverses, spread over the blocks; by default at steps 0, 1, 2, 4, 8 and
+            then every 10. A number, a function of the step count, or :class:`~precond.Refresh`.
+        options: See :class:`LayerwiseMethod` and :class:`PreconditionedOptimizer`.
 
     References:
         Martens and Grosse (2015), https://arxiv.org/abs/1503.05671; Grosse and Martens (2016),
-        https://arxiv.org/abs/1602.01407; Eschenhagen et al. (2023), https://arxiv.org/abs/2311.00636
+        https://arxiv.org/abs/1602.01407; Ba, Grosse and Martens (2017), https://openreview.net/forum?id=SkkTMpjex;
+        Eschenhagen et al. (2023), https://arxiv.org/abs/2311.00636
     """
 
     damping_form: ClassVar = FactoredTikhonov
+    fisher_types: ClassVar = {None: KroneckerFisher}
+    staggers: ClassVar = True
     taxonomy: ClassVar = Taxonomy(
         curvature="Fisher (exact, mc or empirical)",
         structure="Kronecker, per layer",
@@ -75,33 +91,26 @@ class KFAC(PreconditionedOptimizer):
         *,
         lr: float | Tensor,
         damping: Scheduled | Damping = 1e-2,
-        fisher: FisherKind = "mc",
-        samples: int = 1,
+        fisher: FisherKind | KroneckerFisher = "mc",
         sharing: Sharing = "expand",
-        bias: Literal["joint", "separate"] = "joint",
-        max_factor: int = 16384,
         curvature_ema: Scheduled = 0.95,
-        momentum: Scheduled = 0.9,
-        weight_decay: Scheduled = 0.0,
+        momentum: Scheduled | Momentum = 0.9,
         kl_clip: Scheduled | None = 1e-3,
         curvature_update_period: ScheduledInt = 1,
-        inverse_update_period: ScheduledInt = DOUBLING_TO_10,
-        stagger: bool = True,
-        **options: Any,
+        inverse_update_period: ScheduledInt | Refresh = DOUBLING_TO_10,
+        **options: Unpack[LayerwiseOptions],
     ) -> None:
         super().__init__(
             model,
             loss_fn,
-            curvature=KroneckerFisher(fisher, samples, sharing, bias, max_factor),
+            curvature=self.curvature_of(fisher, sharing=sharing),
             damping=damping,
             solver=Cholesky(),
             lr=lr,
             curvature_ema=curvature_ema,
             momentum=momentum,
-            weight_decay=weight_decay,
             kl_clip=kl_clip,
             curvature_update_period=curvature_update_period,
             inverse_update_period=inverse_update_period,
-            stagger=stagger,
             **options,
         )

@@ -4,34 +4,33 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import fields
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from curvature import Block, Curvature, CurvatureEstimator
-from curvature.estimation.capture import Capture, Mode
+from curvature.estimation.capture import Capture
 from curvature.estimation.collector import Collector
 from curvature.estimation.coverage import Coverage, describe_loss, table
-from curvature.model.data import Output
 from curvature.model.parameters import Parameters
 from curvature.model.wrappers import unwrapped
 from curvature.structures.estimator import Form
 from curvature.structures.inverse import InverseEstimator
-from curvature.structures.mixed import Rule
 from precond.layerwise.blocks.block_state import add_blocks, copied, saved_form, split_blocks
-from precond.layerwise.blocks.by_name import Blocks
+from precond.layerwise.blocks.by_name import Preconditioners
 from precond.layerwise.blocks.preconditioner import Preconditioner
-from precond.layerwise.blocks.rows import Rows, RowTaps
+from precond.layerwise.blocks.rows import GradientRows, RowTaps
 from precond.layerwise.groups import as_groups, members
-from precond.layerwise.rules import Rules, ignored_names, ignored_row, with_rules
 from precond.layerwise.step_size import QuadraticModel, StepModel
-from precond.step.adapt import LevenbergMarquardt, strength, with_strength
-from precond.step.base import NonFinite, SecondOrderOptimizer
-from precond.step.options import period
+from precond.layerwise.structures import Structures, on_model, plain_row
+from precond.step.adapt import LevenbergMarquardt
+from precond.step.base import SecondOrderOptimizer
+from precond.step.loop import Loop
+from precond.step.options import Momentum, Refresh, WeightDecay
 from precond.step.schedules import Scheduled, ScheduledInt, at_start, value_at
-from precond.step.update import Decay
 from solvers import Damping, FactoredTikhonov, Solver, Tikhonov
 
 
@@ -45,7 +44,9 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
     Args:
         model: The model that is trained.
         loss_fn: The loss module the loop calls, or one that describes the loss computed elsewhere.
-        curvature: What to estimate, such as ``KroneckerFisher("mc")``.
+        curvature: What to estimate, such as ``KroneckerFisher("mc")``; or a mapping of layers to structures, with one
+            for all others, as ``{"*": KroneckerFisher("mc"), "head": "layer", nn.LayerNorm: None}``
+            (:class:`~precond.layerwise.method.LayerwiseMethod` has the rules).
         damping: How to damp, in units of C; a number, or a function of the step count, stands for ``damping_form`` of
             it. The groups hold its strength: what is written there, by a schedule or a rule, counts from the next
             refresh of a block.
@@ -53,43 +54,21 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         exponent: Power of the damped C; -1 for natural gradients.
         lr: Learning rate.
         curvature_ema: Weight of old statistics in the running average, in [0, 1).
-        curvature_update_period: Steps between updates of the statistics.
-        inverse_update_period: Steps between decompositions and inverses, of the statistics at hand. Each may be a
-            function of the step count, such as :class:`~precond.layerwise.blocks.refresh.Doubling`.
-        stagger: Spread the refreshes of the blocks over the period, by their cost, so that no step stalls
-            (:func:`.refresh.slots`); otherwise all are due when the period divides the step count.
-        burn_in: Steps at the start that collect statistics and move nothing, so that the first inverses rest on more
-            than one batch (kfac-jax's ``num_burnin_steps``; Distributed Shampoo moves by a grafted method meanwhile,
-            whose step has another scale). Before another optimizer, :meth:`precondition` gives zeros meanwhile.
-        rules: ``{rule: structure}`` for parts of the model, as for :class:`~curvature.Mixed`; a structure may
-            also be a dict of options that differ from those of ``curvature``, as ``{"head": {"sharing": "reduce"}}``.
-        ignore: Modules, classes of modules, names or globs that get no curvature: their direction is the plain
-            gradient, with the momentum, decay and learning rate of their group (as ``skip_layers`` of kfac-pytorch).
-            Natural-gradient learning rates seldom suit it: give them a group. To train them by AdamW, leave them out
-            by ``params`` and hand them to ``torch.optim.AdamW``.
-        momentum: Momentum on the preconditioned gradient.
-        nesterov: Look ahead along the momentum.
-        weight_decay: Strength of the weight decay.
-        decay: How it acts, see :class:`SecondOrderOptimizer`.
+        curvature_update_period: Steps between updates of the statistics; a number, or a function of the step count.
+        inverse_update_period: Steps between decompositions and inverses, of the statistics at hand: a number, a
+            function of the step count such as :class:`~precond.Doubling`, or :class:`~precond.Refresh`.
+        momentum: Momentum on the preconditioned gradient: its strength, or :class:`~precond.Momentum`.
+        weight_decay: Strength of the weight decay, decoupled; or :class:`~precond.WeightDecay`.
         kl_clip: Bound on the predicted change of a step, see :class:`SecondOrderOptimizer`. After :meth:`precondition`
             :meth:`step` bounds it all the same; another optimizer's step is its own.
         step_size: Learning rate and momentum from the quadratic model of the batch, in place of ``momentum`` and
             ``kl_clip``; ``lr`` then multiplies the move. See :class:`QuadraticModel`.
-        rule: Adapts the damping after each step by how much the loss of its batch has fallen, over how much the
-            undamped quadratic model had promised. All groups share the damping.
-        adapt_period: Steps between adaptations by ``rule``, each of which costs a forward pass.
-        reject_steps: Take back a step that raises the loss of its own batch, and forget the momentum; needs a rule,
-            which raises the damping.
-        maximize: Ascend.
+        damping_rule: Adapts the damping after each step by how much the loss of its batch has fallen, over how much the
+            undamped quadratic model had promised, and may take steps back. All groups share the damping.
         params: Parameters, named parameters, names, globs, or parameter groups of these (dicts with ``params``); all
             trainable ones by default. Frozen ones stay where they are until they are unfrozen.
-        output: Picks the output tensor where the model returns something else and the loss is computed inside.
-        class_dim: Class axis of the output, where it cannot be read off.
-        capture: How statistics are obtained: ``"auto"``, ``"loss"``, ``"gradient"`` or ``"shadow"``.
-        eval_mode: Also learn from forward passes in eval mode.
-        nonfinite: ``"skip"`` or ``"raise"``; see :class:`SecondOrderOptimizer`.
-        max_skips: Steps in a row that may be skipped so.
-        seed: Seed of the draws for ``"mc"``; the global random state is never used.
+        maximize: Ascend.
+        loop: What cannot be seen of the training loop, see :class:`~precond.Loop`.
 
     Raises:
         ValueError: If an option is out of range or there is nothing to train.
@@ -101,70 +80,61 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
     damping_form: ClassVar[type[Tikhonov | FactoredTikhonov]] = Tikhonov
     #: Whether there is no inverse without damping.
     needs_damping: ClassVar[bool] = False
+    #: Whether refreshes are spread over their period, where the caller says nothing.
+    staggers: ClassVar[bool] = False
+    loop_settings: ClassVar = frozenset(field.name for field in fields(Loop))
+    #: Whether the damping must be in units of C, as where an inverse is learned and no C is kept.
+    absolute_damping: ClassVar[bool] = False
 
     def __init__(
         self,
         model: nn.Module,
         loss_fn: Any,
         *,
-        curvature: Curvature,
+        curvature: Curvature | Structures,
         damping: Damping | Scheduled,
         solver: Solver,
         exponent: float = -1.0,
         lr: float | Tensor,
         curvature_ema: Scheduled = 0.95,
         curvature_update_period: ScheduledInt = 1,
-        inverse_update_period: ScheduledInt = 1,
-        stagger: bool = False,
-        burn_in: int = 0,
-        momentum: Scheduled = 0.0,
-        nesterov: bool = False,
-        weight_decay: Scheduled = 0.0,
-        decay: Decay = "decoupled",
+        inverse_update_period: ScheduledInt | Refresh = 1,
+        momentum: Scheduled | Momentum = 0.0,
+        weight_decay: Scheduled | WeightDecay = 0.0,
         kl_clip: Scheduled | None = None,
         step_size: QuadraticModel | None = None,
-        rule: LevenbergMarquardt | None = None,
-        adapt_period: int = 1,
-        reject_steps: bool = False,
-        maximize: bool = False,
+        damping_rule: LevenbergMarquardt | None = None,
         params: Any = None,
-        rules: Rules | None = None,
-        ignore: Sequence[Rule] = (),
-        output: Output | None = None,
-        class_dim: int | None = None,
-        capture: Mode = "auto",
-        eval_mode: bool = False,
-        nonfinite: NonFinite = "skip",
-        max_skips: int = 20,
-        seed: int = 0,
+        maximize: bool = False,
+        loop: Loop = Loop(),
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(
                 f"{type(self).__name__} learns from the layers of a model: pass the model itself, not "
                 f"{type(model).__name__} (such as model.parameters())."
             )
-        if not isinstance(burn_in, int) or burn_in < 0:
-            raise ValueError(f"burn_in is a whole number of steps, at least 0; got {burn_in!r}.")
-        if reject_steps and rule is None:
-            raise ValueError("reject_steps=True needs a rule that raises the damping: rule=LevenbergMarquardt().")
-        if rule is not None and callable(damping):
-            raise ValueError("damping is both a function of the step count and adapted by a rule; give one of them.")
-        if maximize and (rule is not None or step_size is not None):
-            raise ValueError("step_size and rule minimise: maximize=True has no meaning for them. Negate the loss.")
-        inner = unwrapped(model)
-        self.curvature = with_rules(curvature, rules).on(inner)
-        self.ignored = ignored_names(inner, ignore)
+        if damping_rule is not None:
+            damping_rule.refuse(type(self).__name__, "attempts")
+        if damping_rule is not None and callable(damping) and not isinstance(damping, Damping):
+            raise ValueError(
+                "damping is both a function of the step count and adapted by damping_rule; give one of them."
+            )
+        if maximize and (damping_rule is not None or step_size is not None):
+            raise ValueError(
+                "step_size and damping_rule minimise: maximize=True has no meaning for them. Negate the loss."
+            )
+        self.curvature, self.plain = on_model(curvature, unwrapped(model))
         self.damping = damping if isinstance(damping, Damping) else type(self).damping_form(at_start(damping))
         self.solver, self.exponent = solver, exponent
-        self.stagger, self.burn_in = stagger, burn_in
-        if step_size is not None and not hasattr(self.damping, "lam"):
-            raise ValueError(f"step_size needs a damping in units of C, such as Tikhonov(1e-3), not {self.damping!r}.")
-        self.step_size, self.rule, self.reject_steps = step_size, rule, reject_steps
-        self.adapt_period = period("adapt_period", adapt_period)
-        self.seed, self.output = seed, output
+        refresh = Refresh.of(inverse_update_period)
+        self.stagger = self.staggers if refresh.stagger is None else refresh.stagger
+        self.burn_in = refresh.burn_in
+        for name, absolute in ((type(self).__name__, self.absolute_damping), ("step_size", step_size is not None)):
+            if absolute and self.damping.relative:
+                raise ValueError(f"{name} needs a damping in units of C, such as Tikhonov(1e-3), not {self.damping!r}.")
+        self.step_size, self.damping_rule = step_size, damping_rule
         self.model, self.loss_fn = model, loss_fn
-        self._options = {"output": output, "class_dim": class_dim, "mode": capture, "eval_mode": eval_mode}
-        self.preconditioners = Blocks()
+        self.preconditioners = Preconditioners()
         self._capture: Capture | None = None
         self._step_model: StepModel | None = None
         self._reported: set[str] = set()
@@ -174,18 +144,15 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
             as_groups(unwrapped(model), params),
             lr=lr,
             momentum=momentum if step_size is None else 0.0,
-            nesterov=nesterov,
             weight_decay=weight_decay,
-            decay=decay,
             kl_clip=kl_clip if step_size is None else None,
             maximize=maximize,
-            nonfinite=nonfinite,
-            max_skips=max_skips,
+            loop=loop,
             defaults={
-                "damping": float(strength(damping)) if isinstance(damping, Damping) else damping,
+                "damping": float(damping.strength) if isinstance(damping, Damping) else damping,
                 "curvature_ema": curvature_ema,
                 "curvature_update_period": curvature_update_period,
-                "inverse_update_period": inverse_update_period,
+                "inverse_update_period": refresh.period,
             },
         )
         self._connect()
@@ -199,10 +166,13 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
             self._collector(),
             self.curvature,
             before_pass=self._follow,
-            **self._options,  # type: ignore[arg-type]
+            output=self.loop.output,
+            class_dim=self.loop.class_dim,
+            mode=self.loop.capture,
+            eval_mode=self.loop.eval_mode,
         )
-        if self.step_size is not None or self.rule is not None:
-            self._step_model = StepModel(self, self.step_size, self.rule, self.adapt_period, self.reject_steps)
+        if self.step_size is not None or self.damping_rule is not None:
+            self._step_model = StepModel(self, self.step_size, self.damping_rule)
         self._arm()
 
     def name_of(self, parameter: Tensor) -> str:
@@ -214,14 +184,14 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
 
     def _tracked(self) -> list[Tensor]:
         """Parameters that get curvature."""
-        ignored = self._ignored()
-        return [p for p in self._trainable() if id(p) not in ignored]
+        plain = self._plain()
+        return [p for p in self._trainable() if id(p) not in plain]
 
-    def _ignored(self) -> dict[int, str]:
+    def _plain(self) -> dict[int, str]:
         """Parameters that get none, by ``id``, and their names."""
-        if not self.ignored:
+        if not self.plain:
             return {}
-        return {id(p): name for name, p in unwrapped(self.model).named_parameters() if name in self.ignored}
+        return {id(p): name for name, p in unwrapped(self.model).named_parameters() if name in self.plain}
 
     def _collector(self) -> Collector:
         return Collector(self.parameters, self._make, joint=self.curvature.joint, apart="signs")
@@ -254,9 +224,9 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
     def coverage(self) -> Coverage:
         """Which curvature every parameter has, as far as recorded passes used them; see :func:`curvature.coverage`."""
         collector = self.capture.collector
-        rows = table(self.parameters, collector.estimators, collector.operations)
-        ignored = self._ignored()
-        rows += [ignored_row(ignored[id(p)], p) for p in self._trainable() if id(p) in ignored]
+        rows = table(self.parameters, collector)
+        plain = self._plain()
+        rows += [plain_row(plain[id(p)], p) for p in self._trainable() if id(p) in plain]
         order = [name for name, _ in unwrapped(self.model).named_parameters()]
         rows.sort(key=lambda row: order.index(row.parameter))
         return Coverage(tuple(rows), describe_loss(self.loss_fn), True)
@@ -315,7 +285,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
 
     def _arm(self) -> None:
         if self.steps % self.option("curvature_update_period") == 0:
-            words = f"{self.seed},{_rank()},{self.steps}"
+            words = f"{self.loop.seed},{_rank()},{self.steps}"
             self.capture.arm(int.from_bytes(hashlib.sha256(words.encode()).digest()[:7], "big"))
         else:
             self.capture.disarm()
@@ -350,10 +320,10 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         self._refresh(updated)
         out = {p: torch.empty_like(g, memory_format=torch.contiguous_format) for p, g in gradients.items()}
         results = {name: out[p] for name, p in self.parameters.items() if p in gradients}
-        for name, plain in self.preconditioners.apply(by_name, rows, results).items():
-            self._report_plain(name, plain)
-        ignored = self._ignored()
-        return out | {p: g.clone() for p, g in given.items() if id(p) in ignored}
+        for name, rest in self.preconditioners.apply(by_name, rows, results).items():
+            self._report_plain(name, rest)
+        plain = self._plain()
+        return out | {p: g.clone() for p, g in given.items() if id(p) in plain}
 
     def _evaluate(self, closure: Callable[[], Any] | None) -> Any:
         if self._step_model is not None and closure is not None:
@@ -377,7 +347,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
 
     def mean_eigenvalue(self) -> float:
         """Mean eigenvalue of C in the units of the damping's strength; 0 where no estimate of C is kept."""
-        if hasattr(self.damping, "fraction"):
+        if self.damping.relative:
             return 1.0
         known = [p.estimator for p in self.preconditioners.values() if p.estimator.ready]
         kept = [e.operator() for e in known if not isinstance(e, InverseEstimator)]
@@ -391,10 +361,10 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
             preconditioner.unseen += 1
 
     def update_options(self, group: dict[str, Any]) -> dict[str, Any]:
-        # Nothing moves in the burn-in, by weight decay neither.
+        # During burn-in nothing moves, not even by weight decay.
         return {**group, "weight_decay": 0.0} if self._burning else group
 
-    def _rows(self, gradients: dict[str, Tensor]) -> dict[str, Rows]:
+    def _rows(self, gradients: dict[str, Tensor]) -> dict[str, GradientRows]:
         if getattr(self, "grad_scale", None) is not None or _world_size() > 1:
             return {}  # gradients that were scaled or summed over processes after the rows were seen
         return self._taps.rows(gradients, self.preconditioners)
@@ -458,7 +428,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
                 "inverted together. Use one damping for them, or bias='separate'."
             )
         value = values.pop()
-        return self.damping if value == strength(self.damping) else with_strength(self.damping, value)
+        return self.damping if value == float(self.damping.strength) else self.damping.with_strength(value)
 
     def _still(self) -> bool:
         """Whether nothing can move; torch.distributed.checkpoint takes such a step to create the state."""
@@ -475,11 +445,11 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
             + (
                 ""
                 if training
-                else "in train mode (it is in eval mode now: call model.train(), or pass eval_mode=True), "
+                else "in train mode (it is in eval mode now: call model.train(), or pass loop=Loop(eval_mode=True)), "
             )
             + "with gradients enabled; (b) it calls the loss module given to the optimizer, or backward() reaches the "
-            "model's output; (c) step() is called once per backward(). capture='shadow' repeats the forward pass "
-            "instead of watching it."
+            "model's output; (c) step() is called once per backward(). loop=Loop(capture='shadow') repeats the forward "
+            "pass instead of watching it."
         )
 
     # State

@@ -18,8 +18,17 @@ from curvature.model.data import Output, inspecting, inspection, resolve_output
 from curvature.model.hooks import Hook
 from curvature.model.settings import random_state, set_random_state, settings
 from curvature.model.wrappers import is_compiled, plain_checkpoints, unwrapped
-from precond.closure.gauss_newton_optimizer import GaussNewtonMatrix, Part, gram, loss_part
-from precond.closure.optimizer import BackwardDoesNothing, unflatten
+from precond.step.graph import (
+    BackwardDoesNothing,
+    CurvedOutput,
+    GaussNewtonMatrix,
+    curved_output,
+    curved_outputs,
+    gram,
+    loss_calls,
+    loss_tensor,
+    unflatten,
+)
 
 
 class Replay(ABC):
@@ -30,7 +39,7 @@ class Replay(ABC):
     """
 
     @abstractmethod
-    def parts(self, stride: int = 1) -> tuple[list[Part], Tensor]:
+    def parts(self, stride: int = 1) -> tuple[list[CurvedOutput], Tensor]:
         """Outputs with Hessians, whose Gauss-Newton matrix is that of the loss; and the value of the loss.
 
         Args:
@@ -188,7 +197,7 @@ class LoopReplay(Replay):
                         yield call, z
 
     @torch.enable_grad()
-    def parts(self, stride: int = 1) -> tuple[list[Part], Tensor]:
+    def parts(self, stride: int = 1) -> tuple[list[CurvedOutput], Tensor]:
         return [self._part(call, z, stride) for call, z in self._evaluate(stride)], self._seen()
 
     def gram(self, params: list[Tensor], vectors: list[Tensor], stride: int = 1) -> tuple[Tensor, Tensor]:
@@ -203,7 +212,7 @@ class LoopReplay(Replay):
     def _forward_gram(self, params: list[Tensor], vectors: list[Tensor], stride: int) -> Tensor:
         """By forward derivatives: a pass for each vector, and no graph."""
         names: dict[Tensor, str] = {p: name for name, p in self.model.named_parameters()}
-        parts: list[Part] = []
+        parts: list[CurvedOutput] = []
         images: list[list[Tensor]] = []
         for vector in vectors:
             with forward_ad.dual_level():
@@ -215,18 +224,18 @@ class LoopReplay(Replay):
             images.append([torch.zeros_like(z.primal) if z.tangent is None else z.tangent for _, z in pushed])
             parts = parts or [self._part(call, z.primal, stride) for call, z in pushed]
         return gram(
-            parts, [[x.reshape_as(part.output) for part, x in zip(parts, image, strict=True)] for image in images]
+            parts, [[x.reshape_as(part.value) for part, x in zip(parts, image, strict=True)] for image in images]
         )
 
-    def _part(self, call: _Call, z: Tensor, stride: int) -> Part:
+    def _part(self, call: _Call, z: Tensor, stride: int) -> CurvedOutput:
         assert call.weight is not None
         weight = float(call.weight)
         if stride == 1:
-            return loss_part(self.loss_fn, *call.given(z), weight)
+            return curved_output(self.loss_fn, *call.given(z), weight)
         _refuse_unpicked(call, z, stride)
         if getattr(self.loss_fn, "reduction", "mean") == "sum":
             weight *= call.shape[0] / len(z)
-        return loss_part(self.loss_fn, *call.picked(z, stride), weight)
+        return curved_output(self.loss_fn, *call.picked(z, stride), weight)
 
     def _seen(self) -> Tensor:
         """The loss as the loop computed it."""
@@ -270,35 +279,17 @@ class ClosureReplay(Replay):
                 p.grad = gradient
 
     def _loss(self) -> Tensor:
-        loss = self.closure()
-        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-            raise TypeError(
-                "the closure must return the loss as a tensor with one number and its graph, so that it can be "
-                "evaluated again; return the loss itself, not loss.item() or loss.detach()."
-            )
-        return loss.reshape(())
+        return loss_tensor(self.closure(), "the optimizer")
 
-    def parts(self, stride: int = 1) -> tuple[list[Part], Tensor]:
+    def parts(self, stride: int = 1) -> tuple[list[CurvedOutput], Tensor]:
         if stride != 1:
             raise ValueError(
                 "QuadraticModel(fraction=...) picks examples of the batch, and a closure's batch cannot be seen. Run "
                 "the plain loop, or pass fraction=1."
             )
-        calls: list[tuple[tuple[Any, ...], dict[str, Any], Tensor]] = []
-        handle = self.loss_fn.register_forward_hook(
-            lambda module, args, kwargs, value: calls.append((args, kwargs, value)), with_kwargs=True
-        )
-        try:
-            with self._undisturbed():
-                loss = self._loss()
-                weights = torch.autograd.grad(loss, [v for _, _, v in calls], retain_graph=True, allow_unused=True)
-        finally:
-            handle.remove()
-        out = [
-            loss_part(self.loss_fn, args, kwargs, float(weight.sum()))
-            for (args, kwargs, _), weight in zip(calls, weights, strict=True)
-            if weight is not None
-        ]
+        with loss_calls(self.loss_fn) as calls, self._undisturbed():
+            loss = self._loss()
+            out = curved_outputs(self.loss_fn, calls, loss)
         if not out:
             raise RuntimeError("the closure did not call the loss module given to the optimizer.")
         return out, loss.detach().double()
@@ -319,19 +310,6 @@ def interpretable(loss_fn: Any, what: str) -> nn.Module:
         raise TypeError(f"{what} needs the loss module that the loop calls, not {type(loss_fn).__name__}.")
     loss_for(loss_fn)
     return loss_fn
-
-
-@contextmanager
-def parameters_at(values: Mapping[Tensor, Tensor]) -> Iterator[None]:
-    """Within the block the parameters have other values; afterwards their own, bit for bit."""
-    own = {p: p.data for p in values}
-    try:
-        for p, value in values.items():  # not in place: graphs hold the parameters as they were
-            p.data = value
-        yield
-    finally:
-        for p, data in own.items():
-            p.data = data
 
 
 class _Bare(nn.Module):

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 from torch import Tensor, nn
 
 from curvature.losses.signals import FisherKind
 from curvature.structures.sketch import SketchedFisher
-from precond.layerwise.optimizer import PreconditionedOptimizer
+from precond.layerwise.method import LayerwiseMethod, LayerwiseOptions
+from precond.step.loop import Loop
 from precond.step.methods import Taxonomy
+from precond.step.options import Momentum, Refresh
 from precond.step.schedules import Scheduled, ScheduledInt
 from solvers import Woodbury
 
 
-class SENG(PreconditionedOptimizer):
+class SENG(LayerwiseMethod):
     r"""SENG: the empirical Fisher of one batch, layer by layer, inverted in a sketch and used for several steps.
 
     .. math:: d = \tfrac1\lambda \big(g - U^\top (\lambda I + S S^\top)^{-1} S\, \Omega g\big),
@@ -28,19 +30,28 @@ class SENG(PreconditionedOptimizer):
     position per example; else ``N`` sketched gradients) and ``N^3 / 3`` per layer, a step two products with the stored
     activations and output gradients, which are the memory.
 
+    ================================================ ===============================================
+    Yang et al. (2020)                               here, in ``curvature`` and ``solvers``
+    ================================================ ===============================================
+    U: per-sample gradients of a batch               ``structures.gram.GramEstimator``
+    :math:`\Omega`: outputs and inputs that are kept ``structures.sketch.Restriction``
+    :math:`(\lambda I + S S^\top)^{-1} S\, \Omega g` ``structures.sketch.SketchedEstimator.improve``
+    all of them kept: :math:`S = U`                  ``Woodbury``
+    ================================================ ===============================================
+
     Args:
         model: The model that is trained.
         loss_fn: The loss module the loop calls.
         lr: Learning rate; a step is ``lr / damping`` times the gradient where the curvature is small.
         damping: Shift :math:`\lambda` in units of the curvature, positive.
-        fisher: ``"empirical"`` as in the paper, ``"mc"`` or ``"exact"``.
+        fisher: ``"empirical"`` as in the paper, ``"mc"`` or ``"exact"``; or a :class:`~curvature.SketchedFisher`.
         sketch: Coordinates kept of each side of a layer.
-        momentum: Momentum.
-        weight_decay: Decoupled weight decay.
+        momentum: Momentum: its strength, or :class:`~precond.Momentum`.
         kl_clip: Bound on the predicted change of a step, without which large learning rates diverge; ``None`` for none.
         curvature_update_period: Steps for which the curvature of one batch is used.
-        seed: Of the sketch and of draws.
-        options: See :class:`PreconditionedOptimizer`.
+        inverse_update_period: Of other curvature, which ``structures`` may ask for; and the burn-in, by
+            :class:`~precond.Refresh`.
+        options: See :class:`LayerwiseMethod` and :class:`PreconditionedOptimizer`.
 
     Raises:
         ValueError: If the damping is not positive.
@@ -50,7 +61,9 @@ class SENG(PreconditionedOptimizer):
         https://arxiv.org/abs/2006.05924
     """
 
+    fisher_types: ClassVar = {None: SketchedFisher}
     needs_damping: ClassVar = True
+    absolute_damping: ClassVar = True
     taxonomy: ClassVar = Taxonomy(
         curvature="empirical Fisher of one batch",
         structure="sketched Gram matrix, per layer",
@@ -70,27 +83,26 @@ class SENG(PreconditionedOptimizer):
         *,
         lr: float | Tensor,
         damping: Scheduled = 1.0,
-        fisher: FisherKind = "empirical",
+        fisher: FisherKind | SketchedFisher = "empirical",
         sketch: int = 256,
-        momentum: Scheduled = 0.9,
-        weight_decay: Scheduled = 0.0,
+        momentum: Scheduled | Momentum = 0.9,
         kl_clip: Scheduled | None = 1e-3,
         curvature_update_period: ScheduledInt = 10,
-        seed: int = 0,
-        **options: Any,
+        inverse_update_period: ScheduledInt | Refresh = 1,
+        **options: Unpack[LayerwiseOptions],
     ) -> None:
+        seed = options.get("loop", Loop()).seed  # of the sketch too
         super().__init__(
             model,
             loss_fn,
-            curvature=SketchedFisher(fisher, size=sketch, seed=seed),
+            curvature=self.curvature_of(fisher, size=sketch, seed=seed),
             damping=damping,
             solver=Woodbury(),
             lr=lr,
             curvature_ema=0.0,
             momentum=momentum,
-            weight_decay=weight_decay,
             kl_clip=kl_clip,
             curvature_update_period=curvature_update_period,
-            seed=seed,
+            inverse_update_period=inverse_update_period,
             **options,
         )

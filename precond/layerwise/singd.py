@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 from torch import Tensor, nn
 
 from curvature.losses.signals import FisherKind
 from curvature.structures.kfac import Sharing
 from curvature.structures.singd import FactorStructure, SINGDFisher
-from precond.layerwise.optimizer import PreconditionedOptimizer
+from precond.layerwise.method import LayerwiseMethod, LayerwiseOptions
 from precond.step.methods import Taxonomy
+from precond.step.options import Momentum, Refresh
 from precond.step.schedules import Scheduled, ScheduledInt
 from solvers import Cholesky
 
 
-class SINGD(PreconditionedOptimizer):
+class SINGD(LayerwiseMethod):
     r"""SINGD: K-FAC without any inverse, with structured factors of the inverse that move by products.
 
     .. math:: d = L L^\top\, \nabla_W L\, K K^\top, \qquad
@@ -24,32 +25,36 @@ class SINGD(PreconditionedOptimizer):
 
     with :math:`H_K = K^\top A K` from the layer's inputs, and L likewise from its output gradients. ``structure`` keeps
     the factors dense, lower triangular, block-diagonal or diagonal, and with them memory and cost. With
-    ``coupled=False`` it is IKFAC, which follows K-FAC's own damped inverses.
+    ``SINGDFisher(coupled=False)`` it is IKFAC, which follows K-FAC's own damped inverses.
 
     Prefer it in low precision, where decompositions fail, and where factors must be small. An update costs some
     products of a factor's size; a step two products with the gradient.
+
+    ======================================= ============================================
+    Lin et al. (2024), sections 3 and 4     here, in ``curvature``
+    ======================================= ============================================
+    :math:`A, B`: moments, in the structure ``structures.singd.BlockMoments``
+    :math:`m_K` and K, :math:`m_L` and L    ``structures.singd.SINGDEstimator.improve``
+    :math:`L L^\top` and :math:`K K^\top`   ``structures.singd.SINGDEstimator.operator``
+    IKFAC: each factor by itself            ``SINGDFisher``, by ``coupled``
+    ======================================= ============================================
 
     Args:
         model: The model that is trained.
         loss_fn: The loss module the loop calls.
         lr: Learning rate, in natural-gradient units.
         structure: ``"dense"``, ``"triangular"``, ``"block"`` or ``"diagonal"``: of both factors.
-        block_size: Size of the blocks for ``"block"``.
         damping: Shift :math:`\lambda` in units of the curvature.
-        factor_lr: :math:`\beta`, in (0, 1).
-        factor_momentum: :math:`\alpha`, in [0, 1).
-        initial: Multiple of the identity that :math:`C^{-1}` begins with; it moves towards its value at the rate of
-            ``factor_lr``.
-        coupled: False for IKFAC.
-        fisher: ``"mc"``, ``"exact"`` or ``"empirical"``.
-        samples: Draws per batch for ``"mc"``.
+        fisher: ``"mc"``, ``"exact"`` or ``"empirical"``; or a :class:`~curvature.SINGDFisher`, which has :math:`\beta`
+            (``factor_lr``), :math:`\alpha` (``factor_momentum``), the multiple of the identity that :math:`C^{-1}`
+            begins with (``initial``), the size of blocks, and ``coupled``.
         sharing: ``"expand"`` or ``"reduce"`` for layers used at several positions.
-        max_factor: Factors larger than this are diagonal.
-        momentum: Momentum.
-        weight_decay: Decoupled weight decay.
+        momentum: Momentum: its strength, or :class:`~precond.Momentum`.
         kl_clip: Bound on the predicted change of a step, without which large learning rates diverge; ``None`` for none.
         curvature_update_period: Steps between updates of the factors.
-        options: See :class:`PreconditionedOptimizer`.
+        inverse_update_period: Of other curvature, which ``structures`` may ask for; and the burn-in, by
+            :class:`~precond.Refresh`.
+        options: See :class:`LayerwiseMethod` and :class:`PreconditionedOptimizer`.
 
     Raises:
         ValueError: If an option is out of range.
@@ -59,6 +64,8 @@ class SINGD(PreconditionedOptimizer):
         gradient descent", https://arxiv.org/abs/2312.05705
     """
 
+    fisher_types: ClassVar = {None: SINGDFisher}
+    absolute_damping: ClassVar = True
     taxonomy: ClassVar = Taxonomy(
         curvature="Fisher (exact, mc or empirical)",
         structure="Kronecker, per layer; factors dense, triangular, block or diagonal",
@@ -78,44 +85,26 @@ class SINGD(PreconditionedOptimizer):
         *,
         lr: float | Tensor,
         structure: FactorStructure = "dense",
-        block_size: int = 32,
         damping: Scheduled = 1e-3,
-        factor_lr: float = 0.05,
-        factor_momentum: float = 0.5,
-        initial: float = 1.0,
-        coupled: bool = True,
-        fisher: FisherKind = "mc",
-        samples: int = 1,
+        fisher: FisherKind | SINGDFisher = "mc",
         sharing: Sharing = "expand",
-        max_factor: int = 16384,
-        momentum: Scheduled = 0.9,
-        weight_decay: Scheduled = 0.0,
+        momentum: Scheduled | Momentum = 0.9,
         kl_clip: Scheduled | None = 1e-3,
         curvature_update_period: ScheduledInt = 1,
-        **options: Any,
+        inverse_update_period: ScheduledInt | Refresh = 1,
+        **options: Unpack[LayerwiseOptions],
     ) -> None:
         super().__init__(
             model,
             loss_fn,
-            curvature=SINGDFisher(
-                fisher,
-                samples,
-                sharing,
-                max_factor=max_factor,
-                factor=structure,
-                block_size=block_size,
-                factor_lr=factor_lr,
-                factor_momentum=factor_momentum,
-                initial=initial,
-                coupled=coupled,
-            ),
+            curvature=self.curvature_of(fisher, sharing=sharing, factor=structure),
             damping=damping,
             solver=Cholesky(),
             lr=lr,
             curvature_ema=0.0,  # the factors are the memory
             momentum=momentum,
-            weight_decay=weight_decay,
             kl_clip=kl_clip,
             curvature_update_period=curvature_update_period,
+            inverse_update_period=inverse_update_period,
             **options,
         )

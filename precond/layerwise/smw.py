@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from dataclasses import replace
+from typing import Any, ClassVar, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from curvature import Curvature, CurvatureEstimator
-from curvature.estimation.joint import WholeFisher
+from curvature import CurvatureEstimator, GramFisher
 from curvature.losses.signals import FisherKind
-from curvature.structures.gram import GramFisher
+from curvature.structures.whole import WholeFisher
 from precond.layerwise.blocks.preconditioner import Preconditioner
+from precond.layerwise.method import LayerwiseOptions
 from precond.layerwise.whole import WholeModelOptimizer
 from precond.step.methods import Taxonomy
+from precond.step.options import Momentum, Refresh
 from precond.step.schedules import Scheduled, ScheduledInt
-from solvers import Damping, Solver, Tikhonov, Woodbury
+from solvers import Damping, Solver, Woodbury
 
 
 class SMWNaturalGradient(WholeModelOptimizer):
@@ -37,20 +39,31 @@ class SMWNaturalGradient(WholeModelOptimizer):
     and ``N^3 / 3``; memory is that of activations and their gradients, until the next step. ``"exact"`` multiplies N
     by the number of outputs. Where an operation has no rule, or no batch axis, each example costs a backward pass.
 
+    =========================================== ===================================================
+    equation                                    here, in ``curvature``, ``solvers`` and ``precond``
+    =========================================== ===================================================
+    :math:`U`, of the whole model or of a layer ``WholeFisher``, ``structures.gram.GramEstimator``
+    :math:`U U^\top`                            ``structures.gram.gram_of``
+    :math:`(U U^\top + \lambda I)^{-1}` and d   ``Woodbury``
+    SPRING: b, and d of the step before         ``layerwise.smw.SpringPreconditioner``
+    =========================================== ===================================================
+
     Args:
         model: The model that is trained.
         loss_fn: The loss module the loop calls.
         lr: Learning rate, in natural-gradient units.
-        structure: ``"full"`` for one matrix over the whole model, ``"layer"`` for one per layer.
+        structure: ``"dense"`` for one matrix over the whole model, ``"layer"`` for one per layer.
         damping: Shift :math:`\lambda` in units of the curvature; must be positive.
-        fisher: ``"empirical"`` (free of extra passes), ``"mc"`` or ``"exact"``.
-        samples: Draws per batch for ``"mc"``.
+        fisher: ``"empirical"`` (free of extra passes), ``"mc"`` or ``"exact"``; or a
+            :class:`~precond.WholeFisher` or :class:`~curvature.GramFisher`, which also
+            say the structure.
         spring: :math:`\mu`, in [0, 1); 0.99 in the paper.
-        momentum: Momentum on the result.
-        weight_decay: Decoupled weight decay.
+        momentum: Momentum: its strength, or :class:`~precond.Momentum`.
         kl_clip: Bound on the predicted change of a step, without which large learning rates diverge; ``None`` for none.
         curvature_update_period: Steps for which the matrix of one batch is used.
-        options: See :class:`PreconditionedOptimizer`.
+        inverse_update_period: Of other curvature, which ``structures`` may ask for; and the burn-in, by
+            :class:`~precond.Refresh`.
+        options: See :class:`LayerwiseMethod` and :class:`PreconditionedOptimizer`.
 
     Raises:
         ValueError: If an option is out of range.
@@ -60,7 +73,9 @@ class SMWNaturalGradient(WholeModelOptimizer):
         https://arxiv.org/abs/2401.10190
     """
 
+    fisher_types: ClassVar = {"dense": WholeFisher, "layer": GramFisher}
     needs_damping: ClassVar = True
+    absolute_damping: ClassVar = True  # the pull towards the last solution is weighed by it
     taxonomy: ClassVar = Taxonomy(
         curvature="Fisher (empirical, mc or exact), of one batch",
         structure="Gram matrix: whole model or per layer",
@@ -79,25 +94,22 @@ class SMWNaturalGradient(WholeModelOptimizer):
         loss_fn: Any,
         *,
         lr: float | Tensor,
-        structure: Literal["full", "layer"] = "full",
+        structure: Literal["dense", "layer"] = "dense",
         damping: Scheduled = 1e-3,
-        fisher: FisherKind = "empirical",
-        samples: int = 1,
+        fisher: FisherKind | WholeFisher | GramFisher = "empirical",
         spring: float = 0.0,
-        momentum: Scheduled = 0.0,
-        weight_decay: Scheduled = 0.0,
+        momentum: Scheduled | Momentum = 0.0,
         kl_clip: Scheduled | None = 1e-3,
         curvature_update_period: ScheduledInt = 1,
-        **options: Any,
+        inverse_update_period: ScheduledInt | Refresh = 1,
+        **options: Unpack[LayerwiseOptions],
     ) -> None:
-        if structure not in ("full", "layer"):
-            raise ValueError(f"structure must be 'full' or 'layer', got {structure!r}.")
         if not 0 <= spring < 1:
             raise ValueError(f"spring is the weight of the previous step, in [0, 1); got {spring}.")
         self.spring = spring
-        curvature: Curvature = (
-            WholeFisher(fisher, samples, gram=True) if structure == "full" else GramFisher(fisher, samples)
-        )
+        curvature = self.curvature_with(structure, fisher, default="dense")
+        if isinstance(curvature, WholeFisher):
+            curvature = replace(curvature, gram=True)
         super().__init__(
             model,
             loss_fn,
@@ -107,9 +119,9 @@ class SMWNaturalGradient(WholeModelOptimizer):
             lr=lr,
             curvature_ema=0.0,
             momentum=momentum,
-            weight_decay=weight_decay,
             kl_clip=kl_clip,
             curvature_update_period=curvature_update_period,
+            inverse_update_period=inverse_update_period,
             **options,
         )
 
@@ -133,8 +145,7 @@ class SpringPreconditioner(Preconditioner):
         self.previous: Tensor | None = None
 
     def refresh(self, damping: Damping, **options: Any) -> None:
-        assert isinstance(damping, Tikhonov)
-        self.shift = float(damping.lam)
+        self.shift = float(damping.strength)
         super().refresh(damping, **options)
 
     def __matmul__(self, gradient: Tensor) -> Tensor:

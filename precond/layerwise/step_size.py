@@ -4,18 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from curvature.model.settings import random_state
-from precond.closure.optimizer import flatten, unflatten
-from precond.layerwise.replay import ClosureReplay, LoopReplay, Replay, interpretable, parameters_at
-from precond.step.adapt import LevenbergMarquardt
+from precond.layerwise.replay import ClosureReplay, LoopReplay, Replay, interpretable
+from precond.step.adapt import LevenbergMarquardt, unseen
+from precond.step.graph import flatten, parameters_at, unflatten
+from precond.step.loop import Loop
 
-if TYPE_CHECKING:
-    from precond.layerwise.optimizer import PreconditionedOptimizer
+
+class Sized(Protocol):
+    """What a step model needs of the optimizer whose steps it sizes."""
+
+    model: nn.Module
+    loss_fn: Any
+    loop: Loop
+    param_groups: list[dict[str, Any]]
+    state: Any
+
+    @property
+    def steps(self) -> int:
+        """Steps taken."""
+        ...
+
+    def option(self, name: str) -> Any:
+        """The value of an option that all groups share."""
+        ...
+
+    def mean_eigenvalue(self) -> float:
+        """Mean eigenvalue of C, 0 where it is not known."""
+        ...
+
+    def set_damping(self, damping: float) -> None:
+        """Give all groups the same damping."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -87,25 +112,21 @@ class StepModel:
     Args:
         optimizer: Whose steps they are.
         quadratic: Chooses learning rate and momentum; ``None`` leaves those of the groups.
-        rule: Adapts the damping by the reduction ratio; ``None`` leaves it.
-        adapt_period: Steps between adaptations.
-        reject: Take back steps that raise the loss of their own batch.
+        rule: Adapts the damping by the reduction ratio, and may take steps back; ``None`` leaves it.
     """
 
     def __init__(
         self,
-        optimizer: PreconditionedOptimizer,
+        optimizer: Sized,
         quadratic: QuadraticModel | None,
         rule: LevenbergMarquardt | None,
-        adapt_period: int,
-        reject: bool,
     ) -> None:
-        self.optimizer, self.quadratic, self.rule, self.reject = optimizer, quadratic, rule, reject
-        self.adapt_period = adapt_period
-        what = f"{type(optimizer).__name__}'s {'rule' if quadratic is None else 'step_size'}"
+        self.optimizer, self.quadratic, self.rule = optimizer, quadratic, rule
+        self.reject = rule is not None and rule.reject_steps
+        what = f"{type(optimizer).__name__}'s {'damping_rule' if quadratic is None else 'step_size'}"
         self.loss_fn = interpretable(optimizer.loss_fn, what)
         self.coefficients: Tensor | None = None  # learning rate and momentum of the last step
-        self._loop = LoopReplay(optimizer.model, self.loss_fn, optimizer.output)
+        self._loop = LoopReplay(optimizer.model, self.loss_fn, optimizer.loop.output)
         self._closure: ClosureReplay | None = None
         self._trial: _Trial | None = None
 
@@ -145,10 +166,10 @@ class StepModel:
         if getattr(self.optimizer, "found_inf", None) is not None:
             raise RuntimeError(
                 "a GradScaler multiplies the loss by a number that the quadratic model of the batch does not know. "
-                "Train in float32 or bfloat16, or without step_size and rule."
+                "Train in float32 or bfloat16, or without step_size and damping_rule."
             )
         params = list(directions)
-        adapts = self.rule is not None and self.optimizer.steps % self.adapt_period == 0
+        adapts = self.rule is not None and self.optimizer.steps % self.rule.period == 0
         keep = self.reject or (self.quadratic is None and adapts)
         own = {p: p.detach().clone() for p in params} if keep else {}
         self._trial = _Trial(torch.zeros(()), None, own, {p: gradients[p] for p in params}, adapts)
@@ -186,12 +207,11 @@ class StepModel:
             self._predict(trial, params)
         assert trial.predicted is not None
         after, before = float(self.replay.value() + self._penalty(params)), float(trial.before)
-        if 0 <= trial.predicted <= 10 * torch.finfo(torch.float32).eps * abs(before) and after < float("inf"):
-            return  # too small to be seen in the loss
+        if unseen(trial.predicted, before, after, torch.float32):
+            return
         if self.rule is not None and trial.adapts:
-            ratio = (before - after) / trial.predicted if trial.predicted > 0 else float("nan")
             damping, mean = float(self.optimizer.option("damping")), self.optimizer.mean_eigenvalue()
-            self.optimizer.set_damping(self.rule.adapted(damping, ratio, mean))
+            self.optimizer.set_damping(self.rule.judged(damping, before - after, trial.predicted, mean))
         if self.reject and not after <= before:
             for p, value in trial.own.items():
                 p.copy_(value)

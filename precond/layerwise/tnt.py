@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 from torch import Tensor, nn
 
 from curvature import TensorNormal
 from curvature.losses.signals import FisherKind
 from precond.layerwise.blocks.refresh import DOUBLING_TO_10
-from precond.layerwise.optimizer import PreconditionedOptimizer
+from precond.layerwise.method import LayerwiseMethod, LayerwiseOptions
 from precond.step.methods import Taxonomy
+from precond.step.options import Momentum, Refresh
 from precond.step.schedules import Scheduled, ScheduledInt
 from solvers import Cholesky, Damping, FactoredTikhonov
 
 
-class TNT(PreconditionedOptimizer):
+class TNT(LayerwiseMethod):
     r"""TNT: one Kronecker product per layer, from the per-sample gradients as matrices.
 
     .. math::
@@ -27,28 +28,36 @@ class TNT(PreconditionedOptimizer):
     gradients K-FAC takes for uncorrelated. Costs what K-FAC costs where an example has one position; otherwise
     per-sample gradients are formed, a chunk at a time.
 
+    ================================== =================================================
+    Ren and Goldfarb (2021)            here, in ``curvature`` and ``solvers``
+    ================================== =================================================
+    L and R, from per-sample gradients ``structures.tnt.TensorNormalEstimator.update``
+    C, with the trace of L and R       ``structures.tnt.TensorNormalEstimator.operator``
+    targets drawn by the model         ``losses.signals.Signals`` of kind ``"mc"``
+    damping factor by factor           ``FactoredTikhonov``
+    ================================== =================================================
+
     Args:
         model: The model that is trained.
         loss_fn: The loss module the loop calls.
         lr: Learning rate, in natural-gradient units.
         damping: Shift :math:`\lambda` in units of the curvature, or a :class:`~solvers.Damping`.
-        fisher: ``"mc"``, ``"exact"`` or ``"empirical"``.
-        samples: Draws per batch for ``"mc"``.
-        max_factor: Factors larger than this are kept as diagonals.
+        fisher: ``"mc"``, ``"exact"`` or ``"empirical"``; or a :class:`~curvature.TensorNormal`.
         curvature_ema: Weight of old statistics.
-        momentum: Momentum.
-        weight_decay: Decoupled weight decay.
+        momentum: Momentum: its strength, or :class:`~precond.Momentum`.
         kl_clip: Bound on the predicted change of a step, without which large learning rates diverge; ``None`` for none.
         curvature_update_period: Steps between updates of the statistics.
-        inverse_update_period: Steps between inverses; by default at steps 0, 1, 2, 4, 8 and then every 10.
-        stagger: Spread the inverses of the blocks over the period.
-        options: See :class:`PreconditionedOptimizer`.
+        inverse_update_period: Steps between inverses, spread over the blocks; by default at steps 0, 1, 2, 4, 8 and
+            then every 10. A number, a function of the step count, or :class:`~precond.Refresh`.
+        options: See :class:`LayerwiseMethod` and :class:`PreconditionedOptimizer`.
 
     References:
         Ren and Goldfarb (2021), "Tensor normal training for deep learning models", https://arxiv.org/abs/2106.02925
     """
 
     damping_form: ClassVar = FactoredTikhonov
+    fisher_types: ClassVar = {None: TensorNormal}
+    staggers: ClassVar = True
     taxonomy: ClassVar = Taxonomy(
         curvature="Fisher (exact, mc or empirical)",
         structure="Kronecker per dimension (tensor normal), per layer",
@@ -68,31 +77,25 @@ class TNT(PreconditionedOptimizer):
         *,
         lr: float | Tensor,
         damping: Scheduled | Damping = 1e-2,
-        fisher: FisherKind = "mc",
-        samples: int = 1,
-        max_factor: int = 16384,
+        fisher: FisherKind | TensorNormal = "mc",
         curvature_ema: Scheduled = 0.95,
-        momentum: Scheduled = 0.9,
-        weight_decay: Scheduled = 0.0,
+        momentum: Scheduled | Momentum = 0.9,
         kl_clip: Scheduled | None = 1e-3,
         curvature_update_period: ScheduledInt = 1,
-        inverse_update_period: ScheduledInt = DOUBLING_TO_10,
-        stagger: bool = True,
-        **options: Any,
+        inverse_update_period: ScheduledInt | Refresh = DOUBLING_TO_10,
+        **options: Unpack[LayerwiseOptions],
     ) -> None:
         super().__init__(
             model,
             loss_fn,
-            curvature=TensorNormal(fisher, samples, max_factor),
+            curvature=self.curvature_of(fisher),
             damping=damping,
             solver=Cholesky(),
             lr=lr,
             curvature_ema=curvature_ema,
             momentum=momentum,
-            weight_decay=weight_decay,
             kl_clip=kl_clip,
             curvature_update_period=curvature_update_period,
             inverse_update_period=inverse_update_period,
-            stagger=stagger,
             **options,
         )

@@ -2,25 +2,49 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from curvature import Block, CurvatureEstimator
+from curvature import Block, Curvature, CurvatureEstimator
 from curvature.estimation.collector import Collector
-from curvature.estimation.joint import WholeCollector, WholeEstimator, WholeFisher, whole_block
+from curvature.estimation.joint import WholeCollector
 from curvature.structures.estimator import Form
+from curvature.structures.whole import WholeEstimator, WholeFisher, whole_block
 from precond.layerwise.blocks.preconditioner import Preconditioner
-from precond.layerwise.optimizer import PreconditionedOptimizer
+from precond.layerwise.method import LayerwiseMethod
 
 
-class WholeModelOptimizer(PreconditionedOptimizer):
-    """A :class:`PreconditionedOptimizer` that also takes a :class:`~curvature.estimation.joint.WholeFisher`.
+class WholeModelOptimizer(LayerwiseMethod):
+    """A :class:`LayerwiseMethod` that also takes a :class:`~curvature.structures.whole.WholeFisher`.
 
     All parameters then share one preconditioner, and so one damping. Where a parameter has no gradient in a step, its
-    gradient counts as zero and it does not move. Freezing or adding parameters starts the estimate anew.
+    gradient counts as zero and it does not move. Freezing or adding parameters starts the estimate afresh.
     """
+
+    def curvature_with(self, structure: str, fisher: str | Curvature, *, default: str) -> Curvature:
+        """The curvature that ``structure=`` and ``fisher=`` mean together.
+
+        Args:
+            structure: One of those of :attr:`fisher_types`.
+            fisher: A kind of Fisher, or an object; one of another structure counts where ``structure`` is the default.
+            default: What ``structure`` is where the caller says nothing.
+
+        Raises:
+            ValueError: If the structure is unknown.
+            TypeError: If the object is of another structure.
+        """
+        me = type(self).__name__
+        if structure == "full":
+            warnings.warn(f"{me}: structure='full' is structure='dense' now.", DeprecationWarning, stacklevel=4)
+            structure = "dense"
+        if structure not in self.fisher_types:
+            raise ValueError(f"structure must be one of {', '.join(map(str, self.fisher_types))}, got {structure!r}.")
+        if structure == default and type(fisher) in self.fisher_types.values():
+            return fisher  # type: ignore[return-value]
+        return self.curvature_of(fisher, structure)
 
     def preconditioner(self, estimator: CurvatureEstimator) -> Preconditioner:
         """A preconditioner around an estimate."""

@@ -1,32 +1,12 @@
-"""The strength of the damping, and its adaptation to how well the quadratic model predicts the loss."""
+"""Adaptation of the damping to how well the quadratic model predicts the loss."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
-from solvers import Damping
+import torch
 
-#: What the number is called that says how much a form of damping damps.
-_STRENGTHS = ("lam", "fraction")
-
-
-def strength(damping: Damping) -> float:
-    """The number that says how much is damped, which groups hold and schedules give; zero where there is none."""
-    return float(next((getattr(damping, name) for name in _STRENGTHS if hasattr(damping, name)), 0.0))
-
-
-def with_strength(damping: Damping, value: float) -> Damping:
-    """The same form of damping with another strength.
-
-    Raises:
-        ValueError: If the damping has no number to change.
-    """
-    for name in _STRENGTHS:
-        if hasattr(damping, name):
-            form: Any = damping
-            return replace(form, **{name: value})
-    raise ValueError(f"{damping!r} has no strength that could be set to {value:g}; leave damping in the groups at 0.")
+from precond.step.options import period as check_period
 
 
 @dataclass(frozen=True)
@@ -48,7 +28,9 @@ class LevenbergMarquardt:
             C (layer-based methods). The ratio of a batch that C was estimated from says nothing of other batches: it
             would drive the damping down until the run stalls.
         maximum: Largest damping.
-        attempts: Steps that may be rejected before the parameters stay where they are.
+        attempts: Steps that may be rejected before the parameters stay where they are; of methods with a closure.
+        period: Steps between adaptations, each of which costs a forward pass.
+        reject_steps: Take back a step that raises the loss of its own batch, and forget the momentum.
 
     Raises:
         ValueError: If a value is out of range.
@@ -65,9 +47,11 @@ class LevenbergMarquardt:
     relative_minimum: float = 1e-4
     maximum: float = 1e15
     attempts: int = 12
+    period: int = 1
+    reject_steps: bool = False
 
     def __post_init__(self) -> None:
-        """Check the border."""
+        """Validate the arguments."""
         if not 0 < self.decrease <= 1 <= self.increase:
             raise ValueError(f"need 0 < decrease <= 1 <= increase; got {self.decrease} and {self.increase}.")
         if not 0 < self.minimum <= self.maximum:
@@ -78,10 +62,25 @@ class LevenbergMarquardt:
             raise ValueError(f"need lower <= upper; got {self.lower} and {self.upper}.")
         if self.attempts < 1:
             raise ValueError(f"attempts must be at least 1; got {self.attempts}.")
+        check_period("period", self.period)
+
+    def refuse(self, method: str, *unused: str) -> None:
+        """Refuse settings that a method does not use.
+
+        Raises:
+            ValueError: Naming the setting and the method.
+        """
+        for name in unused:
+            if getattr(self, name) != getattr(type(self), name):
+                raise ValueError(f"{method}: {name}={getattr(self, name)!r} of its damping_rule has no effect on it.")
 
     def raised(self, damping: float) -> float:
         """More damping, from the smallest on."""
         return min(max(damping, self.minimum) * self.increase, self.maximum)
+
+    def judged(self, damping: float, decrease: float, predicted: float, mean: float = 0.0) -> float:
+        """The next damping, from the decrease of the loss and what the model had promised; see :meth:`adapted`."""
+        return self.adapted(damping, decrease / predicted if predicted > 0 else float("nan"), mean)
 
     def adapted(self, damping: float, ratio: float, mean: float = 0.0) -> float:
         """The next damping.
@@ -96,3 +95,8 @@ class LevenbergMarquardt:
         if ratio >= self.lower:
             return damping
         return self.raised(damping)
+
+
+def unseen(predicted: float, before: float, after: float, dtype: torch.dtype) -> bool:
+    """Whether a promised decrease is too small to be seen in the loss, of a given precision and finite after it."""
+    return 0 <= predicted <= 10 * torch.finfo(dtype).eps * abs(before) and after < float("inf")

@@ -5,20 +5,36 @@ from __future__ import annotations
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, TypedDict
 
 import torch
 from torch import Tensor
 
 from precond.step.divergence import advice, all_finite, broken_gradients
-from precond.step.options import period
+from precond.step.loop import Loop
+from precond.step.options import Momentum, WeightDecay, in_groups
 from precond.step.scheduled import ScheduledOptimizer
 from precond.step.schedules import Scheduled
-from precond.step.update import Decay, apply_update, kl_scale, regularized
+from precond.step.signature import announced
+from precond.step.update import apply_update, kl_scale, regularized
 
-NonFinite = Literal["skip", "raise"]
+
+class StepOptions(TypedDict, total=False):
+    """Options that every method has; explained at :class:`SecondOrderOptimizer`."""
+
+    weight_decay: Scheduled | WeightDecay
+    kl_clip: Scheduled | None
+    maximize: bool
+    loop: Loop
 
 
+class MomentumOptions(StepOptions, total=False):
+    """:class:`StepOptions`, and ``momentum``, of methods that say nothing about it."""
+
+    momentum: Scheduled | Momentum
+
+
+@announced
 class SecondOrderOptimizer(ScheduledOptimizer):
     """A ``torch.optim.Optimizer`` that owns the order of a step and nothing of the mathematics of C.
 
@@ -32,23 +48,18 @@ class SecondOrderOptimizer(ScheduledOptimizer):
     Args:
         params: Parameters, groups, or named parameters.
         lr: Learning rate, non-negative.
-        momentum: Momentum on the preconditioned gradient.
-        nesterov: Look ahead along the momentum.
-        weight_decay: Strength of the weight decay.
-        decay: How it acts: ``"decoupled"`` multiplies parameters by ``1 - lr * weight_decay``; ``"l2"`` adds
-            ``weight_decay * p`` to the gradient before it is preconditioned; ``"independent"``, ``"corrected"`` and
-            ``"cautious"`` are explained at :func:`precond.step.update.decay_rate`.
+        momentum: Momentum on the preconditioned gradient: its strength, or :class:`Momentum`.
+        weight_decay: Strength of the weight decay, decoupled; or :class:`WeightDecay`.
         kl_clip: Bound c on ``sum lr^2 <d, g>``, the (doubled) predicted KL divergence of a step; ``None`` for none.
         maximize: Ascend.
-        nonfinite: What to do if a gradient holds NaN or inf: ``"skip"`` the step with a warning and leave all
-            statistics as they were, or ``"raise"``.
-        max_skips: Steps in a row that may be skipped so before an error says that training has diverged; those that a
-            ``GradScaler`` skips while it looks for its scale do not count.
+        loop: What cannot be seen of the training loop, see :class:`Loop`.
         defaults: Further options of the parameter groups, of the method's own.
     """
 
     #: What a training step must provide: ``"grad"``, ``"layers"`` or ``"closure"``.
     needs: ClassVar[str] = "grad"
+    #: The settings of :class:`Loop` that have an effect on the method.
+    loop_settings: ClassVar[frozenset[str]] = frozenset({"nonfinite", "max_skips"})
     _step_supports_amp_scaling = True
 
     def __init__(
@@ -56,27 +67,23 @@ class SecondOrderOptimizer(ScheduledOptimizer):
         params: Any,
         *,
         lr: float | Tensor,
-        momentum: Scheduled = 0.0,
-        nesterov: bool = False,
-        weight_decay: Scheduled = 0.0,
-        decay: Decay = "decoupled",
+        momentum: Scheduled | Momentum = 0.0,
+        weight_decay: Scheduled | WeightDecay = 0.0,
         kl_clip: Scheduled | None = None,
         maximize: bool = False,
-        nonfinite: NonFinite = "skip",
-        max_skips: int = 20,
+        loop: Loop = Loop(),
         defaults: dict[str, Any] | None = None,
     ) -> None:
-        if nonfinite not in ("skip", "raise"):
-            raise ValueError(f"nonfinite must be 'skip' or 'raise', got {nonfinite!r}.")
-        self.nonfinite, self.max_skips = nonfinite, period("max_skips", max_skips)
+        if isinstance(params, torch.nn.Module):
+            me = type(self).__name__
+            raise TypeError(f"{me} takes parameters, not the model: {me}(model.parameters(), ...).")
+        loop.require(self.loop_settings, type(self).__name__)
+        self.loop = loop
         self.skipped = 0  # steps skipped because a gradient was not finite
         self.skipped_in_row = 0
         options = {
             "lr": lr,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "weight_decay": weight_decay,
-            "decay": decay,
+            **in_groups({"momentum": momentum, "nesterov": False, "weight_decay": weight_decay, "decay": "decoupled"}),
             "kl_clip": kl_clip,
             "maximize": maximize,
             **(defaults or {}),
@@ -89,6 +96,10 @@ class SecondOrderOptimizer(ScheduledOptimizer):
                 f"every parameter given to {type(self).__name__} is frozen; call requires_grad_(True) on those to be "
                 "trained."
             )
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        announced(cls)
 
     @abstractmethod
     def directions(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
@@ -237,16 +248,16 @@ class SecondOrderOptimizer(ScheduledOptimizer):
         self.skipped_in_row += 1
         self.on_skip()
         me, what = type(self).__name__, broken_gradients(gradients, self.name_of)
-        if self.nonfinite == "raise":
+        if self.loop.nonfinite == "raise":
             raise FloatingPointError(
                 f"{what}. Nothing was changed. Lower the learning rate, raise the damping, or look at the batch; "
-                "nonfinite='skip' goes on without it."
+                "loop=Loop(nonfinite='skip') goes on without it."
             )
-        if self.skipped_in_row >= self.max_skips:
+        if self.skipped_in_row >= self.loop.max_skips:
             params = [p for group in self.param_groups for p in group["params"]]
             raise FloatingPointError(
                 f"{me} skipped {self.skipped_in_row} steps in a row: {what}. Training has diverged: "
-                f"{advice(params, self.name_of)}. max_skips={self.max_skips} sets how many steps may be skipped."
+                f"{advice(params, self.name_of)}. max_skips={self.loop.max_skips} sets how many steps may be skipped."
             )
         warnings.warn(
             f"{me} skips a step ({self.skipped} so far): {what}. Parameters and statistics stay as they are.",

@@ -1,4 +1,4 @@
-"""What is said and done about gradients that are not finite."""
+"""Detect and explain what is not finite or fails, and how often it may."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
+
+from solvers.precision import working_dtype
+
+#: Refreshes of one block or parameter that may fail in a row before an error is raised.
+TOLERATED_FAILURES = 3
 
 Name = Callable[[Tensor], str]
 
@@ -20,6 +25,17 @@ def all_finite(gradients: list[Tensor]) -> bool:
         return True
     # The sum of squares may have overflowed where no entry is infinite.
     return all(bool(torch.isfinite(g).all()) for g in gradients)
+
+
+def finite_squares(gradients: list[Tensor]) -> bool:
+    """Whether all are finite and so is the sum of their squares, in float32 at least."""
+    gradients = [g.to(working_dtype(g)) for g in gradients if g.numel()]
+    if not gradients:
+        return True
+    norms, limit = list(torch._foreach_norm(gradients)), min(torch.finfo(g.dtype).max for g in gradients)
+    if any(n.dtype != norms[0].dtype or n.device != norms[0].device for n in norms):
+        norms = [n.to(norms[0].device, torch.float64) for n in norms]
+    return bool((torch.stack(norms).double().square() < limit).all())
 
 
 def broken_gradients(gradients: Mapping[Tensor, Tensor], name_of: Name) -> str:

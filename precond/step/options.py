@@ -1,12 +1,99 @@
-"""Checks of the options of parameter groups."""
+"""Options that take more than a number to say, and the checks of what the parameter groups hold."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, get_args
 
 from torch import Tensor
 
+from precond.step.schedules import Scheduled, ScheduledInt
 from precond.step.update import Decay
+
+
+@dataclass(frozen=True)
+class Momentum:
+    r"""Momentum on the preconditioned gradient, :math:`v \leftarrow \mu v + d`; a number stands for ``strength``.
+
+    Args:
+        strength: :math:`\mu`.
+        nesterov: Look ahead along the momentum: move along :math:`d + \mu v` in place of v.
+    """
+
+    strength: Scheduled = 0.9
+    nesterov: bool = False
+
+    def in_groups(self) -> dict[str, Any]:
+        """The entries of a parameter group."""
+        return {"momentum": self.strength, "nesterov": self.nesterov}
+
+
+@dataclass(frozen=True)
+class WeightDecay:
+    """Weight decay; a number stands for ``strength``, decoupled.
+
+    Args:
+        strength: How much.
+        form: How it acts: ``"decoupled"`` multiplies parameters by ``1 - lr * strength``; ``"l2"`` adds
+            ``strength * p`` to the gradient before it is preconditioned; ``"independent"``, ``"corrected"`` and
+            ``"cautious"`` are explained at :func:`precond.step.update.decay_rate`.
+
+    Raises:
+        ValueError: If the form is unknown.
+    """
+
+    strength: Scheduled
+    form: Decay = "decoupled"
+
+    def __post_init__(self) -> None:
+        """Validate the form."""
+        _check_form("form", self.form)
+
+    def in_groups(self) -> dict[str, Any]:
+        """The entries of a parameter group."""
+        return {"weight_decay": self.strength, "decay": self.form}
+
+
+@dataclass(frozen=True)
+class Refresh:
+    """When inverses are renewed; a number, or a function of the step count, stands for ``period``.
+
+    Args:
+        period: Steps between decompositions and inverses, of the statistics at hand. May be a function of the step
+            count, such as :class:`~precond.Doubling`.
+        stagger: Spread the refreshes of the blocks over the period, by their cost, so that no step stalls
+            (:func:`precond.layerwise.blocks.refresh.slots`); otherwise all are due when the period divides the step
+            count. ``None`` leaves it to the method.
+        burn_in: Steps at the start that collect statistics and move nothing, so that the first inverses rest on more
+            than one batch (kfac-jax's ``num_burnin_steps``; Distributed Shampoo moves by a grafted method meanwhile,
+            whose step has another scale). Before another optimizer, ``precondition()`` gives zeros meanwhile.
+
+    Raises:
+        ValueError: If ``burn_in`` is not a whole number of steps.
+    """
+
+    period: ScheduledInt
+    stagger: bool | None = None
+    burn_in: int = 0
+
+    def __post_init__(self) -> None:
+        """Validate the burn-in."""
+        if not isinstance(self.burn_in, int) or self.burn_in < 0:
+            raise ValueError(f"burn_in is a whole number of steps, at least 0; got {self.burn_in!r}.")
+
+    @classmethod
+    def of(cls, given: ScheduledInt | Refresh) -> Refresh:
+        """The object itself, or the one that a period stands for."""
+        return given if isinstance(given, Refresh) else cls(given)
+
+
+def in_groups(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a parameter group, objects replaced by the plain entries that groups hold."""
+    out = dict(options)
+    for value in options.values():
+        if isinstance(value, (Momentum, WeightDecay)):
+            out |= value.in_groups()
+    return out
 
 
 def check_options(options: dict[str, Any]) -> None:
@@ -24,8 +111,7 @@ def check_options(options: dict[str, Any]) -> None:
             value = value.item() if value.device.type == "cpu" else 0.0
         if isinstance(value, (int, float)) and not (0 <= value < float("inf")):
             raise ValueError(f"{name} must be a non-negative finite number, got {value}.")
-    if options.get("decay", "decoupled") not in get_args(Decay):
-        raise ValueError(f"decay is one of {', '.join(get_args(Decay))}; got {options['decay']!r}.")
+    _check_form("decay", options.get("decay", "decoupled"))
     betas = options.get("betas", ())
     if not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas are weights of old values, each in [0, 1); got {betas}.")
@@ -42,8 +128,20 @@ def check_options(options: dict[str, Any]) -> None:
         raise ValueError(f"kl_clip must be positive, or None for no bound; got {clip}.")
 
 
+def choice(name: str, value: Any, of: Any) -> Any:
+    """One of the values of a ``Literal``, checked."""
+    if value not in get_args(of):
+        raise ValueError(f"{name} is one of {', '.join(get_args(of))}, not {value!r}.")
+    return value
+
+
 def period(name: str, value: int) -> int:
     """A period in steps, checked."""
     if not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be a whole number of steps, at least 1, got {value!r}.")
     return value
+
+
+def _check_form(name: str, form: Any) -> None:
+    if form not in get_args(Decay):
+        raise ValueError(f"{name} is one of {', '.join(get_args(Decay))}; got {form!r}.")

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from precond.step.options import check_options
+from precond.step.options import check_options, in_groups
 from precond.step.schedules import FIXED, numbers_at, split
 from precond.step.update import SCHEDULED_DECAY
 
@@ -49,7 +49,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         check_options(options)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        plain, schedules = self._resolved({**self.defaults, **param_group})
+        plain, schedules = self._resolved({**self.defaults, **in_groups(param_group)})
         if plain["decay"] in SCHEDULED_DECAY and "initial_lr" not in plain:
             if not float(plain["lr"]) > 0:
                 raise ValueError(

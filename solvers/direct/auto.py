@@ -10,11 +10,11 @@ from torch import Tensor
 from solvers.direct.cholesky import Cholesky
 from solvers.direct.eigh import Eigh
 from solvers.direct.woodbury import Woodbury
+from solvers.operators.compositions import Shifted, Sum
 from solvers.operators.dense import Dense
 from solvers.operators.diagonal import Diagonal
-from solvers.operators.linear_operator import LinearOperator, Sum
+from solvers.operators.linear_operator import LinearOperator
 from solvers.operators.low_rank import LowRank
-from solvers.operators.shifted import Shifted
 from solvers.solver import BasisSolver
 
 

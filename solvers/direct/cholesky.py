@@ -9,10 +9,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from solvers.operators.dense import Dense
+from solvers.operators.bases import Derived, SelfAdjoint
+from solvers.operators.dense import Dense, non_finite, require_symmetric, symmetric_part
 from solvers.operators.linear_operator import LinearOperator, Shape
+from solvers.operators.storable import storable
 from solvers.outcome.checks import require
-from solvers.outcome.errors import NonFiniteError, NotPositiveDefiniteError, NotSymmetricError, SolverError
+from solvers.outcome.errors import NotPositiveDefiniteError, SolverError
 from solvers.precision import widen
 from solvers.solver import Solver
 
@@ -49,8 +51,9 @@ class Cholesky(Solver):
         return factor.to_explicit() if self.explicit else factor
 
 
+@storable
 @dataclass(frozen=True, eq=False, repr=False)
-class CholeskyInverse(LinearOperator):
+class CholeskyInverse(SelfAdjoint, Derived):
     """``(L L^T)^-1`` by the triangular factor ``L (*stack, n, n)``; acts on ``(*stack, n)``."""
 
     factor: Tensor
@@ -60,34 +63,19 @@ class CholeskyInverse(LinearOperator):
         return tuple(self.factor.shape[:-1])
 
     @property
-    def out_shape(self) -> Shape:
-        return self.in_shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.factor.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.factor.device
-
-    @property
-    def symmetric(self) -> bool:
-        return True
+    def source(self) -> Tensor:
+        return self.factor
 
     def apply(self, x: Tensor) -> Tensor:
         batch = x.shape[: x.ndim - len(self.in_shape)]
         columns = x.reshape(prod(batch), *self.in_shape).movedim(0, -1)  # (*stack, n, batch)
         return torch.cholesky_solve(columns, self.factor).movedim(-1, 0).reshape(x.shape)
 
-    def adjoint(self) -> CholeskyInverse:
-        return self
-
     def to_explicit(self) -> Dense:
         """The inverse as a matrix, exactly symmetric."""
         inverse = torch.cholesky_inverse(self.factor)
         # LAPACK computes one triangle and torch copies it: symmetric to the last bit on CPU, made so elsewhere.
-        return Dense(inverse if inverse.device.type == "cpu" else (inverse + inverse.mT) / 2, is_gram=True)
+        return Dense(inverse if inverse.device.type == "cpu" else symmetric_part(inverse), is_gram=True)
 
     def to_dense(self) -> Tensor:
         return self.to_explicit().to_dense()
@@ -111,31 +99,6 @@ def cholesky_factor(op: Dense) -> Tensor:
     pivots = factor.diagonal(dim1=-2, dim2=-1)
     require((info == 0).all() & torch.isfinite(pivots).all(), lambda: _failure(op, matrix))
     return factor
-
-
-def require_symmetric(op: Dense) -> None:
-    """Refuse a matrix that is not square, not finite or not symmetric up to rounding.
-
-    Factorisations read one triangle, so a matrix that nobody vouches for is looked at as a whole.
-    """
-    if op.matrix.shape[-1] != op.matrix.shape[-2]:
-        raise NotSymmetricError(f"{op!r} is not square; a least-squares solver such as LSMR() takes rectangles.")
-    if not op.is_gram:
-        require(op.is_symmetric(), lambda: _asymmetry(op))
-        require(torch.isfinite(op.matrix).all(), lambda: non_finite(op))
-
-
-def non_finite(op: LinearOperator) -> NonFiniteError:
-    """The refusal of NaN and infinity."""
-    return NonFiniteError(f"{op!r} holds NaN or infinity. Leave the batch that caused it out of the statistics.")
-
-
-def _asymmetry(op: Dense) -> NotSymmetricError:
-    skew = float((op.matrix - op.matrix.mT).abs().max())
-    return NotSymmetricError(
-        f"{op!r} is not symmetric: it differs from its transpose by {skew:.3g}. Symmetrise it as (A + A.mT) / 2, "
-        "or use LSMR() if it is meant."
-    )
 
 
 def _failure(op: Dense, matrix: Tensor) -> SolverError:

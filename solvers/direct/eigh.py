@@ -8,8 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from solvers.direct.cholesky import non_finite, require_symmetric
-from solvers.operators.dense import Dense
+from solvers.operators.dense import Dense, non_finite, require_symmetric
 from solvers.operators.eigenvalue_power import MODES, Mode, computed_power
 from solvers.operators.linear_operator import LinearOperator
 from solvers.outcome.checks import require

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from solvers.direct.cholesky import non_finite, require_symmetric
 from solvers.direct.eigh import Eigh
-from solvers.operators.dense import Dense
+from solvers.operators.dense import Dense, non_finite, require_symmetric
 from solvers.operators.eigen import Eigen
 from solvers.operators.linear_operator import LinearOperator
 from solvers.outcome.checks import require
-from solvers.outcome.errors import NotConvergedError, NotConvergedWarning
-from solvers.outcome.solution import OnFailure
+from solvers.outcome.solution import OnFailure, not_converged
 from solvers.precision import widen
 from solvers.solver import BasisSolver
 
@@ -61,13 +58,11 @@ class Subspace(BasisSolver):
         values, basis = self.basis(op, old.matrix if isinstance(old, Dense) else None)
         fraction = off_diagonal_fraction(basis.mT @ widen(op.matrix) @ basis)
         if bool((fraction > self.rtol).any()):
-            message = (
+            not_converged(
                 f"Subspace has not converged on {op!r}: the off-diagonal part is {float(fraction.max()):.3g} of the "
-                f"norm, wanted {self.rtol:g}. Refresh more often, take more steps, or use Eigh()."
+                f"norm, wanted {self.rtol:g}. Refresh more often, take more steps, or use Eigh().",
+                self.on_failure,
             )
-            if self.on_failure == "raise":
-                raise NotConvergedError(message)
-            warnings.warn(message, NotConvergedWarning, stacklevel=2)
         return Eigen(Dense(basis), self.computed_power(values, exponent, op))
 
     def basis(self, matrix: Tensor | Dense, previous: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from solvers.direct.cholesky import CholeskyInverse, cholesky_factor
 from solvers.direct.eigh import Eigh
+from solvers.operators.compositions import Shifted, Sum
 from solvers.operators.congruence import Congruence
 from solvers.operators.dense import Dense
 from solvers.operators.diagonal import Diagonal
 from solvers.operators.eigen import Eigen
-from solvers.operators.linear_operator import LinearOperator, Sum
+from solvers.operators.linear_operator import LinearOperator
 from solvers.operators.low_rank import LowRank, Rows
-from solvers.operators.shifted import Shifted
 from solvers.outcome.checks import require
 from solvers.outcome.errors import SingularMatrixError, StructureError
 from solvers.solver import Solver

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -11,9 +10,9 @@ from torch import Tensor
 
 from solvers.eigenpairs.storage import Storage, orthonormalize, rotate
 from solvers.estimates.probes import FlatProduct, default_batch, norm
+from solvers.operators.dense import symmetric_part
 from solvers.operators.linear_operator import LinearOperator
-from solvers.outcome.errors import NotConvergedError, NotConvergedWarning
-from solvers.outcome.solution import OnFailure
+from solvers.outcome.solution import OnFailure, not_converged
 
 Which = Literal["LA", "SA", "LM", "BE"]
 
@@ -144,8 +143,7 @@ def finish(
     batch = default_batch(op, None)
     for source, target in zip(vectors.split(batch), images.split(batch), strict=True):
         target.copy_(product(source))
-    form = vectors @ images.mT
-    values, rotation = torch.linalg.eigh((form + form.mT) / 2)
+    values, rotation = torch.linalg.eigh(symmetric_part(vectors @ images.mT))
     chosen = wanted.output(values)
     values, rotation = values[chosen], rotation[:, chosen].mT
     for rows in (vectors, images):
@@ -160,13 +158,12 @@ def finish(
         )
         if bool(converged.all()):
             trouble = f"all pairs have converged, but {products} products did not do for the search of repeated ones"
-        message = (
+        not_converged(
             f"eigsh of {op!r}: {trouble}. Go on with eigsh(op, state=pairs.state), or allow more max_products, a "
-            "larger basis_size or a larger rtol."
+            "larger basis_size or a larger rtol.",
+            on_failure,
+            3,
         )
-        if on_failure == "raise":
-            raise NotConvergedError(message)
-        warnings.warn(message, NotConvergedWarning, stacklevel=3)
     return Eigenpairs(
         values,
         vectors.reshape(-1, *op.in_shape),

@@ -12,8 +12,8 @@ from solvers.eigenpairs.eigsh import eigsh
 from solvers.estimates.probes import default_batch, flat_product, norm
 from solvers.operators.function import Function
 from solvers.operators.linear_operator import LinearOperator
-from solvers.outcome.errors import NotConvergedError, NotConvergedWarning
-from solvers.outcome.solution import OnFailure
+from solvers.outcome.errors import NotConvergedWarning
+from solvers.outcome.solution import OnFailure, not_converged
 from solvers.precision import working_dtype
 
 
@@ -114,14 +114,12 @@ def svds(
     converged = residuals <= (rtol * values.double()).clamp(min=floor)
     products = 2 * pairs.products + 2 * k + 1
     if not bool(converged.all()):
-        message = (
+        not_converged(
             f"svds of {op!r}: {int((~converged).sum())} of {k} triplets have not converged in {products} products; the "
             f"largest residual is {float(residuals.max()):.3g}. Allow more max_products, a larger basis_size or a "
-            "larger rtol; singular values below sqrt(eps) of the largest need float64."
+            "larger rtol; singular values below sqrt(eps) of the largest need float64.",
+            on_failure,
         )
-        if on_failure == "raise":
-            raise NotConvergedError(message)
-        warnings.warn(message, NotConvergedWarning, stacklevel=2)
     if wide:
         left, right = right, left
     return SingularTriplets(

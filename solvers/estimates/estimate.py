@@ -5,19 +5,17 @@ Statistics are float64 whatever the operator is: the square of 1e30 is no float3
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import erf, inf, sqrt
 
 import torch
-from scipy.special import stdtrit
 from torch import Tensor
 
 from solvers.operators.linear_operator import LinearOperator
-from solvers.outcome.errors import NonFiniteError, NotConvergedError, NotConvergedWarning
+from solvers.outcome.errors import NonFiniteError
 from solvers.outcome.progress import progress_bar
-from solvers.outcome.solution import OnFailure
+from solvers.outcome.solution import OnFailure, not_converged
 from solvers.precision import working_dtype
 
 # With a tolerance to meet, fewer samples than these are no evidence that it is met.
@@ -83,6 +81,8 @@ class Mean:
 
 def widening(count: int) -> float:
     """Factor for the standard error of ``count`` samples: two of the result hold the truth as two sigma would."""
+    from scipy.special import stdtrit  # heavy, and needed by estimates alone
+
     return float(stdtrit(count - 1, _TWO_SIGMA)) / 2
 
 
@@ -231,13 +231,12 @@ def conclude(
     excess = goal.excess(value, stderr)
     if excess > 1:
         error = float(stderr.double().square().mean().sqrt())
-        message = (
+        not_converged(
             f"{name} of {op!r} has the standard error {error:.3g} after {samples} samples, {excess:.3g} times what was "
-            f"asked for. {mend}"
+            f"asked for. {mend}",
+            goal.on_failure,
+            4,
         )
-        if goal.on_failure == "raise":
-            raise NotConvergedError(message)
-        warnings.warn(message, NotConvergedWarning, stacklevel=4)
     dtype = working_dtype(op)
     return Estimate(value.to(dtype), stderr.to(dtype), samples, products, systematic.to(dtype))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from math import prod
 
@@ -13,8 +12,7 @@ from solvers.estimates.estimate import Estimate, require_finite
 from solvers.estimates.lanczos import Quadrature, quadrature, remaining
 from solvers.estimates.probes import flat_product, norm, require_square, require_symmetric
 from solvers.operators.linear_operator import LinearOperator
-from solvers.outcome.errors import NotConvergedError, NotConvergedWarning
-from solvers.outcome.solution import OnFailure
+from solvers.outcome.solution import OnFailure, not_converged
 from solvers.precision import working_dtype
 
 
@@ -86,12 +84,10 @@ def quadratic_form(
     if rule.steps >= n:
         error, good = torch.zeros_like(error), True  # the whole space
     if not good:
-        message = (
+        not_converged(
             f"quadratic_form with {op!r} has the error {float(error.max()):.3g} after {rule.steps} steps, more than "
-            f"rtol={rtol:g} and atol={atol:g} ask for. Allow more steps, or a larger tolerance."
+            f"rtol={rtol:g} and atol={atol:g} ask for. Allow more steps, or a larger tolerance.",
+            on_failure,
         )
-        if on_failure == "raise":
-            raise NotConvergedError(message)
-        warnings.warn(message, NotConvergedWarning, stacklevel=2)
     value, error = (t.reshape(batch).to(dtype) for t in (value, error))
     return Estimate(value, error, 0, m * rule.steps, error)

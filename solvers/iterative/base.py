@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from solvers.operators.bases import Wrapper
 from solvers.operators.linear_operator import LinearOperator, Shape
 from solvers.outcome.errors import NonFiniteError, StructureError
 from solvers.outcome.progress import progress_bar
@@ -28,7 +29,7 @@ Callback = Callable[[int, Tensor], None]
 
 
 @dataclass(frozen=True, eq=False)
-class Problem:
+class LinearSystem:
     """``A x = b`` for m right-hand sides, flattened; what an iteration works on.
 
     Attributes:
@@ -124,7 +125,7 @@ class IterativeSolver(Solver):
         """True shows a progress bar, False never, None after a second."""
 
     @abstractmethod
-    def iterate(self, problem: Problem) -> Iterate:
+    def iterate(self, system: LinearSystem) -> Iterate:
         """Run the iteration."""
 
     def power(self, op: LinearOperator, exponent: float, previous: LinearOperator | None = None) -> IterativeInverse:
@@ -178,7 +179,7 @@ class IterativeSolver(Solver):
         tolerance = (self.rtol * size).clamp(min=self.atol)
         max_steps = 10 * n if self.max_steps is None else self.max_steps
         with progress_bar(max_steps, type(self).__name__, self.progress) as bar:
-            problem = Problem(
+            system = LinearSystem(
                 op=op,
                 product=_flat_product(op),
                 rproduct=rproduct,
@@ -189,14 +190,14 @@ class IterativeSolver(Solver):
                 max_steps=max_steps,
                 step=_on_step(bar, callback, (*batch, *op.in_shape)),
             )
-            result = self.iterate(problem)
-            residual = self.residual(problem, result.x)
+            result = self.iterate(system)
+            residual = self.residual(system, result.x)
             # The recursions drift from the true residual by rounding; a restart takes them back to it.
             for _ in range(_RESTARTS):
-                if not result.may_restart(problem.max_steps) or not bool((residual > tolerance).any()):
+                if not result.may_restart(system.max_steps) or not bool((residual > tolerance).any()):
                     break
-                result = self.iterate(replace(problem, x=result.x, max_steps=max_steps - result.steps)).after(result)
-                residual = self.residual(problem, result.x)
+                result = self.iterate(replace(system, x=result.x, max_steps=max_steps - result.steps)).after(result)
+                residual = self.residual(system, result.x)
         if not bool(torch.isfinite(residual).all()):
             raise NonFiniteError(
                 f"{type(self).__name__} on {op!r} met NaN or infinity: in the operator, in b, or by overflow. Check "
@@ -215,9 +216,9 @@ class IterativeSolver(Solver):
         )
         return Solution(result.x.reshape(*batch, *op.in_shape), info)
 
-    def residual(self, problem: Problem, x: Tensor) -> Tensor:
+    def residual(self, system: LinearSystem, x: Tensor) -> Tensor:
         """``|b - A x|``, computed anew, ``(m,)``."""
-        return torch.linalg.vector_norm(problem.b - problem.product(x), dim=-1)
+        return torch.linalg.vector_norm(system.b - system.product(x), dim=-1)
 
     def size(self, b: Tensor, rproduct: Callable[[Tensor], Tensor]) -> Tensor:
         """What ``rtol`` is relative to, ``(m,)``: ``|b|``."""
@@ -237,7 +238,7 @@ class IterativeSolver(Solver):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class IterativeInverse(LinearOperator):
+class IterativeInverse(Wrapper):
     """``op^-1``; each product solves ``op @ x = b`` with ``solver``. Linear up to the solver's tolerance."""
 
     op: LinearOperator
@@ -250,18 +251,6 @@ class IterativeInverse(LinearOperator):
     @property
     def out_shape(self) -> Shape:
         return self.op.in_shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.op.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.op.device
-
-    @property
-    def symmetric(self) -> bool:
-        return self.op.symmetric
 
     def apply(self, x: Tensor) -> Tensor:
         return self.solver.solve(self.op, x)

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from solvers.iterative.base import Iterate, IterativeSolver, Problem, divide, dot
+from solvers.iterative.base import Iterate, IterativeSolver, LinearSystem, divide, dot
 from solvers.operators.linear_operator import LinearOperator
 from solvers.outcome.errors import NotPositiveDefiniteError
 from solvers.outcome.solution import OnFailure
@@ -63,34 +63,34 @@ class CG(IterativeSolver):
         if self.negative_curvature not in get_args(NegativeCurvature):
             raise ValueError(f"negative_curvature is 'raise' or 'stop', not {self.negative_curvature!r}.")
 
-    def iterate(self, problem: Problem) -> Iterate:
+    def iterate(self, system: LinearSystem) -> Iterate:
         """Run the iteration; a row that is done keeps its iterate, so that reading it back late does no harm."""
-        x, b = problem.x, problem.b
-        r = b - problem.product(x)
-        z = problem.precondition(r)
+        x, b = system.x, system.b
+        r = b - system.product(x)
+        z = system.precondition(r)
         p, rz = z, dot(r, z)
-        done = torch.linalg.vector_norm(r, dim=-1) <= problem.tolerance
+        done = torch.linalg.vector_norm(r, dim=-1) <= system.tolerance
         stopped = torch.zeros_like(done)
         negative = torch.zeros_like(done)
         direction = torch.zeros_like(x)
         values = [_quadratic(x, b, r)]
         step = 0
-        while step < problem.max_steps and not problem.all_done(done, step):
+        while step < system.max_steps and not system.all_done(done, step):
             step += 1
-            product = problem.product(p)
+            product = system.product(p)
             curvature = dot(p, product)
             bad = ~done & (curvature <= 0)
             if self.negative_curvature == "raise":
-                self._refuse(bad, curvature, p, problem, step)
+                self._refuse(bad, curvature, p, system, step)
             negative, done = negative | bad, done | bad
             direction = torch.where(bad.unsqueeze(-1), p, direction)
             alpha = torch.where(done, 0, divide(rz, curvature)).unsqueeze(-1)  # rz / p^T A p
             x = x + alpha * p
             r = r - alpha * product
-            z = problem.precondition(r)
+            z = system.precondition(r)
             rz, rz_before = dot(r, z), rz
             p = z + divide(rz, rz_before).unsqueeze(-1) * p
-            done = done | ~(torch.linalg.vector_norm(r, dim=-1) > problem.tolerance)  # NaN is done as well
+            done = done | ~(torch.linalg.vector_norm(r, dim=-1) > system.tolerance)  # NaN is done as well
             if self.stop == "progress":
                 values.append(_quadratic(x, b, r))
                 window = max(10, step // 10)
@@ -98,16 +98,16 @@ class CG(IterativeSolver):
                     gain = values[-1] - values[-1 - window]  # negative: phi falls
                     slow = (values[-1] < 0) & (gain > window * self.min_progress * values[-1]) & ~done
                     stopped, done = stopped | slow, done | slow
-            problem.step(step, x)
+            system.step(step, x)
         return Iterate(x, step, stopped, negative, direction)
 
-    def _refuse(self, bad: Tensor, curvature: Tensor, p: Tensor, problem: Problem, step: int) -> None:
+    def _refuse(self, bad: Tensor, curvature: Tensor, p: Tensor, system: LinearSystem, step: int) -> None:
         # Reading this back at every step is the price of stopping at the right one; on an accelerator "stop" is free.
         if bool(bad.any()):
             index = int(bad.nonzero()[0])
             value = float(curvature[index] / dot(p[index], p[index]))
             raise NotPositiveDefiniteError(
-                f"CG met the curvature {value:.3g} in step {step}: {problem.op!r} is not positive definite. Use more "
+                f"CG met the curvature {value:.3g} in step {step}: {system.op!r} is not positive definite. Use more "
                 "damping, MINRES() for an indefinite operator, or negative_curvature='stop' to keep the iterate before."
             )
 

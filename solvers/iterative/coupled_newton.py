@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from solvers.iterative.matrix_iteration import MatrixIteration, distance_to_identity, settled
+from solvers.operators.dense import symmetric_part
 from solvers.operators.linear_operator import LinearOperator
 from solvers.outcome.errors import StructureError
 from solvers.outcome.solution import OnFailure
@@ -55,7 +56,7 @@ class CoupledNewton(MatrixIteration):
         for step in range(self.max_steps):
             before, error = error, distance_to_identity(m)
             if settled(error, before, n):
-                return (x + x.mT) / 2, step
+                return symmetric_part(x), step
             factor = ((p + 1) * identity - m) / p
             x, m = x @ factor, torch.linalg.matrix_power(factor, p) @ m
-        return (x + x.mT) / 2, self.max_steps
+        return symmetric_part(x), self.max_steps

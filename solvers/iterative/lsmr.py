@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from solvers.iterative.base import Iterate, IterativeSolver, Problem, divide
+from solvers.iterative.base import Iterate, IterativeSolver, LinearSystem, divide
 from solvers.operators.linear_operator import LinearOperator
 from solvers.outcome.solution import OnFailure
 
@@ -52,31 +52,31 @@ class LSMR(IterativeSolver):
         """``|A^T b|``, ``(m,)``."""
         return torch.linalg.vector_norm(rproduct(b), dim=-1)
 
-    def residual(self, problem: Problem, x: Tensor) -> Tensor:
+    def residual(self, system: LinearSystem, x: Tensor) -> Tensor:
         """``|A^T (b - A x) - damp^2 x|``, computed anew, ``(m,)``."""
-        normal = problem.rproduct(problem.b - problem.product(x)) - self.damp**2 * x
+        normal = system.rproduct(system.b - system.product(x)) - self.damp**2 * x
         return torch.linalg.vector_norm(normal, dim=-1)
 
-    def iterate(self, problem: Problem) -> Iterate:
+    def iterate(self, system: LinearSystem) -> Iterate:
         """Run the iteration on the stacked operator ``[A; damp I]``; letters as in the paper."""
 
         def product(v: Tensor) -> Tensor:
-            return torch.cat([problem.product(v), self.damp * v], -1)
+            return torch.cat([system.product(v), self.damp * v], -1)
 
         def rproduct(u: Tensor) -> Tensor:
-            top, bottom = u.split([u.shape[-1] - problem.x.shape[-1], problem.x.shape[-1]], -1)
-            return problem.rproduct(top) + self.damp * bottom
+            top, bottom = u.split([u.shape[-1] - system.x.shape[-1], system.x.shape[-1]], -1)
+            return system.rproduct(top) + self.damp * bottom
 
-        x = problem.x
-        u, beta = _normalise(torch.cat([problem.b, torch.zeros_like(x)], -1) - product(x))
+        x = system.x
+        u, beta = _normalise(torch.cat([system.b, torch.zeros_like(x)], -1) - product(x))
         v, alpha = _normalise(rproduct(u))
         alpha_bar, zeta_bar = alpha, alpha * beta  # |zeta_bar| is the residual of the normal equations
         rho, rho_bar, c_bar = torch.ones_like(beta), torch.ones_like(beta), torch.ones_like(beta)
         s_bar = torch.zeros_like(beta)
         h, h_bar = v, torch.zeros_like(v)
-        done = zeta_bar <= problem.tolerance
+        done = zeta_bar <= system.tolerance
         step = 0
-        while step < problem.max_steps and not problem.all_done(done, step):
+        while step < system.max_steps and not system.all_done(done, step):
             step += 1
             u, beta = _normalise(product(v) - alpha.unsqueeze(-1) * u)
             v, alpha = _normalise(rproduct(u) - beta.unsqueeze(-1) * v)
@@ -94,8 +94,8 @@ class LSMR(IterativeSolver):
             change = divide(zeta, rho * rho_bar).unsqueeze(-1) * h_bar
             x = torch.where(done.unsqueeze(-1), x, x + change)
             h = v - divide(theta, rho).unsqueeze(-1) * h
-            done = done | ~(zeta_bar.abs() > problem.tolerance)  # NaN is done as well
-            problem.step(step, x)
+            done = done | ~(zeta_bar.abs() > system.tolerance)  # NaN is done as well
+            system.step(step, x)
         return Iterate(x, step)
 
 

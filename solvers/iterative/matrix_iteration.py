@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import abstractmethod
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from solvers.direct.cholesky import non_finite, require_symmetric
-from solvers.operators.dense import Dense
+from solvers.operators.dense import Dense, non_finite, require_symmetric
 from solvers.operators.linear_operator import LinearOperator
-from solvers.outcome.errors import NotConvergedError, NotConvergedWarning
-from solvers.outcome.solution import OnFailure, Solution, SolveInfo
+from solvers.outcome.solution import OnFailure, Solution, SolveInfo, not_converged
 from solvers.precision import widen
 from solvers.solver import Solver
 
@@ -64,14 +61,12 @@ class MatrixIteration(Solver):
         if bool(info.converged.all()):
             return Dense(solution.x)
         worst = float(info.residual.nan_to_num(float("inf")).max())
-        message = (
+        not_converged(
             f"{type(self).__name__} has not converged on {op!r} ** {exponent:g} in {info.iterations} steps: the "
             f"residual is {worst:.3g}, wanted {float(info.tolerance.min()):.3g}. The matrix must be positive definite "
-            "and not too badly conditioned: use more damping, more max_steps, float64 or Eigh()."
+            "and not too badly conditioned: use more damping, more max_steps, float64 or Eigh().",
+            "raise" if worst == float("inf") else self.on_failure,
         )
-        if self.on_failure == "raise" or worst == float("inf"):
-            raise NotConvergedError(message)
-        warnings.warn(message, NotConvergedWarning, stacklevel=2)
         return Dense(solution.x)
 
     def run(self, op: Dense, exponent: float) -> Solution:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from solvers.iterative.base import Iterate, IterativeSolver, Problem, divide, dot
+from solvers.iterative.base import Iterate, IterativeSolver, LinearSystem, divide, dot
 from solvers.operators.linear_operator import LinearOperator
 from solvers.outcome.solution import OnFailure
 
@@ -39,28 +39,28 @@ class MINRES(IterativeSolver):
 
     exponents: ClassVar[tuple[float, ...] | None] = (-1,)
 
-    def iterate(self, problem: Problem) -> Iterate:
+    def iterate(self, system: LinearSystem) -> Iterate:
         """Run the iteration; letters as in the paper, ``r`` is the true residual by its own recurrence."""
-        x = problem.x
-        r = problem.b - problem.product(x)
+        x = system.x
+        r = system.b - system.product(x)
         v_before, v = torch.zeros_like(r), r  # Lanczos vectors, times beta
-        y = problem.precondition(v)
+        y = system.precondition(v)
         beta = dot(v, y).clamp(min=0).sqrt()
         beta_before = torch.ones_like(beta)
         phi = beta  # norm of the residual in the preconditioner's norm
         cosine, sine = -torch.ones_like(beta), torch.zeros_like(beta)
         delta_bar = epsilon = torch.zeros_like(beta)
         w, w_before = torch.zeros_like(x), torch.zeros_like(x)
-        done = torch.linalg.vector_norm(r, dim=-1) <= problem.tolerance
+        done = torch.linalg.vector_norm(r, dim=-1) <= system.tolerance
         step = 0
-        while step < problem.max_steps and not problem.all_done(done, step):
+        while step < system.max_steps and not system.all_done(done, step):
             step += 1
             q = divide(y, beta.unsqueeze(-1))
-            y = problem.product(q) - divide(beta, beta_before).unsqueeze(-1) * v_before
+            y = system.product(q) - divide(beta, beta_before).unsqueeze(-1) * v_before
             alpha = dot(q, y)
             y = y - divide(alpha, beta).unsqueeze(-1) * v
             v_before, v = v, y
-            y = problem.precondition(v)
+            y = system.precondition(v)
             beta_before, beta = beta, dot(v, y).clamp(min=0).sqrt()
 
             epsilon_before = epsilon
@@ -79,6 +79,6 @@ class MINRES(IterativeSolver):
             x = torch.where(moving, x + tau.unsqueeze(-1) * w, x)
             # r_k = s_k^2 r_(k-1) - phi_k c_k v_(k+1) / beta_(k+1)
             r = sine.square().unsqueeze(-1) * r - divide(phi * cosine, beta).unsqueeze(-1) * v
-            done = done | ~(torch.linalg.vector_norm(r, dim=-1) > problem.tolerance)
-            problem.step(step, x)
+            done = done | ~(torch.linalg.vector_norm(r, dim=-1) > system.tolerance)
+            system.step(step, x)
         return Iterate(x, step)

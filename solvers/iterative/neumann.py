@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from solvers.iterative.base import Iterate, IterativeSolver, Problem, divide
+from solvers.iterative.base import Iterate, IterativeSolver, LinearSystem, divide
 from solvers.operators.linear_operator import LinearOperator
 from solvers.outcome.solution import OnFailure
 
@@ -44,28 +44,28 @@ class Neumann(IterativeSolver):
 
     exponents: ClassVar[tuple[float, ...] | None] = (-1,)
 
-    def iterate(self, problem: Problem) -> Iterate:
+    def iterate(self, system: LinearSystem) -> Iterate:
         """Run the iteration; a diverging row stops and is reported."""
-        scale = self._scale(problem) if self.scale is None else self.scale
-        x = problem.x
-        r = problem.b - problem.product(x)
+        scale = self._scale(system) if self.scale is None else self.scale
+        x = system.x
+        r = system.b - system.product(x)
         norm = start = torch.linalg.vector_norm(r, dim=-1)
-        done = norm <= problem.tolerance
+        done = norm <= system.tolerance
         step = 0
-        while step < problem.max_steps and not problem.all_done(done, step):
+        while step < system.max_steps and not system.all_done(done, step):
             step += 1
-            x = torch.where(done.unsqueeze(-1), x, x + scale * problem.precondition(r))
-            r = problem.b - problem.product(x)
+            x = torch.where(done.unsqueeze(-1), x, x + scale * system.precondition(r))
+            r = system.b - system.product(x)
             norm = torch.linalg.vector_norm(r, dim=-1)
-            done = done | ~(norm > problem.tolerance) | (norm > 1e6 * start)
-            problem.step(step, x)
+            done = done | ~(norm > system.tolerance) | (norm > 1e6 * start)
+            system.step(step, x)
         return Iterate(x, step)
 
-    def _scale(self, problem: Problem) -> Tensor:
+    def _scale(self, system: LinearSystem) -> Tensor:
         # The power method stays below lambda_max; half of it would be enough for convergence.
-        generator = torch.Generator(problem.b.device).manual_seed(0)
-        v = torch.randn(1, *problem.x.shape[1:], generator=generator, dtype=problem.b.dtype, device=problem.b.device)
+        generator = torch.Generator(system.b.device).manual_seed(0)
+        v = torch.randn(1, *system.x.shape[1:], generator=generator, dtype=system.b.dtype, device=system.b.device)
         for _ in range(10):
             v = divide(v, torch.linalg.vector_norm(v))
-            v = problem.precondition(problem.product(v))
+            v = system.precondition(system.product(v))
         return divide(torch.ones_like(v[0, 0]), torch.linalg.vector_norm(v))

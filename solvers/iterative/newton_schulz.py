@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from solvers.iterative.matrix_iteration import MatrixIteration, distance_to_identity, settled
+from solvers.operators.dense import symmetric_part
 from solvers.outcome.errors import NonFiniteError, NotConvergedError
 from solvers.outcome.solution import OnFailure
 
@@ -76,7 +77,7 @@ class NewtonSchulz(MatrixIteration):
             y, z = y @ factor, factor @ z
         root, inverse_root = size.sqrt() * y, z / size.sqrt()
         result = {-1: inverse_root @ inverse_root, -0.5: inverse_root, 0.5: root}[exponent]
-        return (result + result.mT) / 2, step - 1
+        return symmetric_part(result), step - 1
 
 
 def polar(matrix: Tensor, steps: int | None = None) -> Tensor:

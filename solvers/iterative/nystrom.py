@@ -11,12 +11,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from solvers.iterative.base import Iterate, IterativeInverse, IterativeSolver, Problem
+from solvers.iterative.base import Iterate, IterativeInverse, IterativeSolver, LinearSystem
+from solvers.operators.compositions import Shifted
 from solvers.operators.congruence import Congruence
+from solvers.operators.dense import symmetric_part
 from solvers.operators.diagonal import Diagonal
 from solvers.operators.linear_operator import LinearOperator
 from solvers.operators.low_rank import LowRank, Rows
-from solvers.operators.shifted import Shifted
 from solvers.outcome.errors import NonFiniteError, NotPositiveDefiniteError, StructureError
 from solvers.outcome.solution import OnFailure
 
@@ -91,14 +92,14 @@ class Nystrom(IterativeSolver):
         basis, values = self._sketch(inner)
         return _inverse(basis, values, lam, (values[-1] + lam), inner)
 
-    def iterate(self, problem: Problem) -> Iterate:
+    def iterate(self, system: LinearSystem) -> Iterate:
         """Solve with the approximation in one step."""
-        inner, lam = _split(problem.op)
+        inner, lam = _split(system.op)
         basis, values = self._sketch(inner)
         inverse = _inverse(basis, values, lam, torch.as_tensor(lam).to(values), inner)
-        r = problem.b - problem.product(problem.x)
+        r = system.b - system.product(system.x)
         change = (inverse @ r.reshape(-1, *inner.in_shape)).reshape(r.shape)
-        return Iterate(problem.x + change, values.shape[0])
+        return Iterate(system.x + change, values.shape[0])
 
     def _sketch(self, op: LinearOperator) -> tuple[Tensor, Tensor]:
         """Orthonormal rows ``(l, n)`` and eigenvalues ``(l,)``, descending."""
@@ -116,7 +117,7 @@ class Nystrom(IterativeSolver):
         nu = torch.finfo(op.dtype).eps * norm  # a shift that keeps the core positive definite, taken back below
         y = y + nu * omega
         core = omega.mT @ y
-        factor, info = torch.linalg.cholesky_ex((core + core.mT) / 2)
+        factor, info = torch.linalg.cholesky_ex(symmetric_part(core))
         if bool(info):
             raise NotPositiveDefiniteError(
                 f"Nystrom needs a positive semi-definite operator, and {op!r} + {float(nu):.1g} I is not. Use "

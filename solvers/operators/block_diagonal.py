@@ -11,7 +11,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from solvers.operators.bases import Derived
 from solvers.operators.linear_operator import LinearOperator, Scalar, Shape
+from solvers.operators.storable import storable
 
 
 class Place(Protocol):
@@ -29,6 +31,7 @@ class Place(Protocol):
         ...
 
 
+@storable
 @dataclass(frozen=True)
 class Segment:
     """``prod(shape)`` consecutive entries from ``start``, row-major."""
@@ -45,8 +48,9 @@ class Segment:
         out.narrow(-1, self.start, prod(self.shape)).copy_(y.reshape(*out.shape[:-1], prod(self.shape)))
 
 
+@storable
 @dataclass(frozen=True, eq=False, repr=False)
-class BlockDiagonal(LinearOperator):
+class BlockDiagonal(Derived):
     """Square blocks that share out the entries of a flat vector ``(size,)``.
 
     Args:
@@ -91,12 +95,8 @@ class BlockDiagonal(LinearOperator):
         return (self.size,)
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.blocks[0].dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.blocks[0].device
+    def source(self) -> LinearOperator:
+        return self.blocks[0]
 
     @property
     def symmetric(self) -> bool:

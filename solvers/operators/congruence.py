@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from solvers.operators.bases import Derived
 from solvers.operators.linear_operator import LinearOperator, Scalar, Shape
 from solvers.operators.low_rank import Rows
+from solvers.operators.storable import storable
 
 
+@storable
 @dataclass(frozen=True, eq=False, repr=False)
-class Congruence(LinearOperator):
+class Congruence(Derived):
     """``root^T core root``; what powers of low rank plus shift consist of, beside the identity.
 
     Args:
@@ -40,12 +42,8 @@ class Congruence(LinearOperator):
         return self.root.in_shape
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.root.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.root.device
+    def source(self) -> LinearOperator:
+        return self.root
 
     @property
     def symmetric(self) -> bool:

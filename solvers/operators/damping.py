@@ -3,28 +3,63 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from solvers.operators.block_diagonal import BlockDiagonal
 from solvers.operators.dense import Dense
+from solvers.operators.dispatch import open_to_rules, rule
 from solvers.operators.kronecker import Kronecker
 from solvers.operators.linear_operator import LinearOperator, Scalar
 
 
 class Damping(ABC):
-    """Maps an operator to a damped one."""
+    """Maps an operator to a damped one; frozen.
+
+    Attributes:
+        relative: True where the strength is a fraction of the operator's size, False where it is in its units.
+    """
+
+    relative: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, op: LinearOperator) -> LinearOperator:
         """The damped operator."""
 
+    @property
+    @abstractmethod
+    def strength(self) -> Scalar:
+        """The number that says how much is damped; schedules and adaptation set it."""
+
+    @abstractmethod
+    def with_strength(self, value: Scalar) -> Self:
+        """The same damping with another strength."""
+
 
 @dataclass(frozen=True)
-class Tikhonov(Damping):
+class AbsoluteDamping(Damping):
+    """A damping by ``lam >= 0``, a number or a 0-d tensor in units of the operator."""
+
+    lam: Scalar
+
+    def __post_init__(self) -> None:
+        """Check the border."""
+        _check(self.lam)
+
+    @property
+    def strength(self) -> Scalar:
+        return self.lam
+
+    def with_strength(self, value: Scalar) -> Self:
+        return replace(self, lam=value)
+
+
+@dataclass(frozen=True)
+class Tikhonov(AbsoluteDamping):
     """Exactly ``C + lam I``; symbolic where the structure cannot absorb it.
 
     Args:
@@ -34,19 +69,13 @@ class Tikhonov(Damping):
         ValueError: If ``lam`` is negative, not finite, or no scalar.
     """
 
-    lam: Scalar
-
-    def __post_init__(self) -> None:
-        """Check the border."""
-        _check(self.lam)
-
     def __call__(self, op: LinearOperator) -> LinearOperator:
         """``op + lam I``; a plain zero leaves ``op`` as it is."""
         return op if _is_plain_zero(self.lam) else op.shift(self.lam)
 
 
 @dataclass(frozen=True)
-class FactoredTikhonov(Damping):
+class FactoredTikhonov(AbsoluteDamping):
     r"""Damp each Kronecker factor so that the product stays a Kronecker product.
 
     .. math:: (B + \tfrac{1}{\pi}\sqrt{\lambda}\, I) \otimes (A + \pi\sqrt{\lambda}\, I), \quad
@@ -68,22 +97,9 @@ class FactoredTikhonov(Damping):
         Martens and Grosse (2015), section 6.3, https://arxiv.org/abs/1503.05671
     """
 
-    lam: Scalar
-
-    def __post_init__(self) -> None:
-        """Check the border."""
-        _check(self.lam)
-
     def __call__(self, op: LinearOperator) -> LinearOperator:
         """Damp Kronecker products by factor and block-diagonal operators by block."""
-        if _is_plain_zero(self.lam):
-            return op
-        match op:
-            case BlockDiagonal():
-                return op.map(self)
-            case Kronecker():
-                return factored_tikhonov(op, self.lam)
-        return op.shift(self.lam)
+        return op if _is_plain_zero(self.lam) else factored_tikhonov(op, self.lam)
 
 
 @dataclass(frozen=True)
@@ -107,19 +123,37 @@ class RelativeTikhonov(Damping):
 
     fraction: Scalar = 0.1
 
+    relative: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         """Check the border."""
         _check(self.fraction)
 
+    @property
+    def strength(self) -> Scalar:
+        return self.fraction
+
+    def with_strength(self, value: Scalar) -> Self:
+        return replace(self, fraction=value)
+
     def __call__(self, op: LinearOperator) -> LinearOperator:
         """Damp block-diagonal operators by block."""
-        if isinstance(op, BlockDiagonal):
-            return op.map(self)
-        return op if _is_plain_zero(self.fraction) else op.shift(self.fraction * op.trace() / op.shape[1])
+        return op if _is_plain_zero(self.fraction) else relative_tikhonov(op, self.fraction)
 
 
-def factored_tikhonov(op: Kronecker, lam: Scalar) -> Kronecker:
-    """The Kronecker product of the factors damped as :class:`FactoredTikhonov` says."""
+@open_to_rules
+def factored_tikhonov(op: LinearOperator, lam: Scalar) -> LinearOperator:
+    """``op`` damped as :class:`FactoredTikhonov` says: shifted, where its class has no rule."""
+    return op.shift(lam)
+
+
+@rule(factored_tikhonov, BlockDiagonal)
+def _factored_blocks(op: BlockDiagonal, lam: Scalar) -> BlockDiagonal:
+    return op.map(lambda block: factored_tikhonov(block, lam))
+
+
+@rule(factored_tikhonov, Kronecker)
+def _factored_factors(op: Kronecker, lam: Scalar) -> Kronecker:
     means = [factor.diagonal().mean(-1) for factor in op.factors]  # each (*stack,)
     stacked = torch.stack(means)
     usable = (torch.isfinite(stacked) & (stacked > 0)).all(0)
@@ -127,6 +161,17 @@ def factored_tikhonov(op: Kronecker, lam: Scalar) -> Kronecker:
     ratios = (logs - logs.mean(0)).exp()  # mean traces over their geometric mean, free of overflow
     root = lam ** (1 / len(op.factors))
     return Kronecker(*(_shift_blocks(f, root * ratio) for f, ratio in zip(op.factors, ratios, strict=True)))
+
+
+@open_to_rules
+def relative_tikhonov(op: LinearOperator, fraction: Scalar) -> LinearOperator:
+    """``op`` damped as :class:`RelativeTikhonov` says: as one, where its class has no rule."""
+    return op.shift(fraction * op.trace() / op.shape[1])
+
+
+@rule(relative_tikhonov, BlockDiagonal)
+def _relative_blocks(op: BlockDiagonal, fraction: Scalar) -> BlockDiagonal:
+    return op.map(lambda block: relative_tikhonov(block, fraction))
 
 
 def _shift_blocks(factor: LinearOperator, shift: Tensor) -> LinearOperator:

@@ -8,13 +8,16 @@ from math import prod
 import torch
 from torch import Tensor
 
+from solvers.operators.bases import Derived
 from solvers.operators.linear_operator import LinearOperator, Scalar, Shape
+from solvers.operators.storable import storable
 from solvers.outcome.checks import require
-from solvers.outcome.errors import SingularMatrixError
+from solvers.outcome.errors import NonFiniteError, NotSymmetricError, SingularMatrixError
 
 
+@storable
 @dataclass(frozen=True, eq=False, repr=False)
-class Dense(LinearOperator):
+class Dense(Derived):
     """A matrix ``(m, n)``, or a stack ``(*stack, m, n)``: block-diagonal with equal blocks (grouped convolutions).
 
     Acts on tensors ``(*stack, n)``; a batch is one matrix product (one batched product for a stack).
@@ -57,12 +60,8 @@ class Dense(LinearOperator):
         return tuple(self.matrix.shape[:-1])
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.matrix.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.matrix.device
+    def source(self) -> Tensor:
+        return self.matrix
 
     @property
     def symmetric(self) -> bool:
@@ -109,6 +108,9 @@ class Dense(LinearOperator):
         diagonal += values
         return Dense(matrix, self.is_gram)
 
+    def absorb_shift(self, lam: Scalar) -> Dense:
+        return self.add_diagonal(lam)
+
     def plus(self, other: LinearOperator) -> LinearOperator:
         if isinstance(other, Dense) and other.dtype == self.dtype:
             return Dense(self.matrix + other.matrix, self.is_gram and other.is_gram)
@@ -141,3 +143,33 @@ class Dense(LinearOperator):
 
     def __repr__(self) -> str:
         return f"Dense({'x'.join(map(str, self.matrix.shape))})"
+
+
+def require_symmetric(op: Dense) -> None:
+    """Refuse a matrix that is not square, not finite or not symmetric up to rounding.
+
+    Factorisations read one triangle, so a matrix that nobody vouches for is looked at as a whole.
+    """
+    if op.matrix.shape[-1] != op.matrix.shape[-2]:
+        raise NotSymmetricError(f"{op!r} is not square; a least-squares solver such as LSMR() takes rectangles.")
+    if not op.is_gram:
+        require(op.is_symmetric(), lambda: _asymmetry(op))
+        require(torch.isfinite(op.matrix).all(), lambda: non_finite(op))
+
+
+def symmetric_part(matrix: Tensor) -> Tensor:
+    """``(A + A^T) / 2`` of ``A (*stack, n, n)``."""
+    return (matrix + matrix.mT) / 2
+
+
+def non_finite(op: LinearOperator) -> NonFiniteError:
+    """The refusal of NaN and infinity."""
+    return NonFiniteError(f"{op!r} holds NaN or infinity. Leave the batch that caused it out of the statistics.")
+
+
+def _asymmetry(op: Dense) -> NotSymmetricError:
+    skew = float((op.matrix - op.matrix.mT).abs().max())
+    return NotSymmetricError(
+        f"{op!r} is not symmetric: it differs from its transpose by {skew:.3g}. Symmetrise it as (A + A.mT) / 2, "
+        "or use LSMR() if it is meant."
+    )

@@ -7,14 +7,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from solvers.operators.bases import Derived, SelfAdjoint
 from solvers.operators.dense import Dense
 from solvers.operators.linear_operator import LinearOperator, Scalar, Shape
+from solvers.operators.storable import storable
 from solvers.outcome.checks import require
 from solvers.outcome.errors import SingularMatrixError
 
 
+@storable
 @dataclass(frozen=True, eq=False, repr=False)
-class Diagonal(LinearOperator):
+class Diagonal(SelfAdjoint, Derived):
     """Multiplies each entry by its own number.
 
     Args:
@@ -36,26 +39,11 @@ class Diagonal(LinearOperator):
         return tuple(self.values.shape)
 
     @property
-    def out_shape(self) -> Shape:
-        return self.in_shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.values.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.values.device
-
-    @property
-    def symmetric(self) -> bool:
-        return True
+    def source(self) -> Tensor:
+        return self.values
 
     def apply(self, x: Tensor) -> Tensor:
         return self.values * x
-
-    def adjoint(self) -> Diagonal:
-        return self
 
     def to_dense(self) -> Tensor:
         return torch.diag(self.values.flatten())

@@ -7,16 +7,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from solvers.operators.bases import Derived, SelfAdjoint
 from solvers.operators.dense import Dense
 from solvers.operators.diagonal import Diagonal
 from solvers.operators.kronecker import Kronecker
 from solvers.operators.linear_operator import LinearOperator, Scalar, Shape
+from solvers.operators.storable import storable
 from solvers.outcome.checks import require
 from solvers.outcome.errors import SingularMatrixError
 
 
+@storable
 @dataclass(frozen=True, eq=False, repr=False)
-class Eigen(LinearOperator):
+class Eigen(SelfAdjoint, Derived):
     r"""``Q diag(values) Q^T`` with an orthogonal basis ``Q``; the form of EKFAC and SOAP, and of exact damping.
 
     Shifts and powers act on the spectrum alone. With a Kronecker basis the memory is that of its factors and of one
@@ -49,26 +52,11 @@ class Eigen(LinearOperator):
         return self.basis.in_shape
 
     @property
-    def out_shape(self) -> Shape:
-        return self.basis.in_shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.values.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.values.device
-
-    @property
-    def symmetric(self) -> bool:
-        return True
+    def source(self) -> Tensor:
+        return self.values
 
     def apply(self, x: Tensor) -> Tensor:
         return self.basis.apply(self.values * self.basis.adjoint().apply(x))
-
-    def adjoint(self) -> Eigen:
-        return self
 
     def shift(self, lam: Scalar) -> Eigen:
         return Eigen(self.basis, self.values + lam)

@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-import torch
 from torch import Tensor
 
+from solvers.operators.bases import Wrapper
 from solvers.operators.linear_operator import LinearOperator, Scalar, Shape
+from solvers.operators.storable import storable
 
 
+@storable
 @dataclass(frozen=True, eq=False, repr=False)
-class Flattened(LinearOperator):
+class Flattened(Wrapper):
     """Acts on tensors of ``tensor_shape`` as ``op`` on their entries, row-major: a dense block of a layer's matrix.
 
     Args:
@@ -39,18 +41,6 @@ class Flattened(LinearOperator):
     @property
     def out_shape(self) -> Shape:
         return tuple(self.tensor_shape)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.op.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.op.device
-
-    @property
-    def symmetric(self) -> bool:
-        return self.op.symmetric
 
     def wrap(self, op: LinearOperator) -> Flattened:
         """Another operator on the same tensors."""

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import prod
+from typing import TYPE_CHECKING
 
-import scipy.sparse.linalg
 import torch
 from torch import Tensor
 
-from solvers.operators.linear_operator import LinearOperator, Shape
+from solvers.operators.bases import Free
+from solvers.operators.linear_operator import Shape
 from solvers.outcome.errors import StructureError
+
+if TYPE_CHECKING:
+    import scipy.sparse.linalg
 
 Product = Callable[[Tensor], Tensor]
 
 
-class Function(LinearOperator):
+class Function(Free):
     """A linear map given as a function; nothing is known of it but its products.
 
     Args:
@@ -44,31 +48,16 @@ class Function(LinearOperator):
         device: torch.device | str | None = None,
         batched: bool = True,
     ) -> None:
-        """Fill in the defaults and check the border."""
+        super().__init__(
+            tuple(in_shape),
+            tuple(in_shape if out_shape is None else out_shape),
+            torch.get_default_dtype() if dtype is None else dtype,
+            torch.device("cpu" if device is None else device),
+        )
         self.matvec, self.rmatvec = matvec, rmatvec
-        self._in_shape = tuple(in_shape)
-        self._out_shape = self._in_shape if out_shape is None else tuple(out_shape)
         self._symmetric, self.batched = symmetric, batched
-        self._dtype = torch.get_default_dtype() if dtype is None else dtype
-        self._device = torch.device("cpu" if device is None else device)
-        if symmetric and self._in_shape != self._out_shape:
+        if symmetric and self.in_shape != self.out_shape:
             raise ValueError(f"A symmetric map is square, but this one goes from {in_shape} to {out_shape}.")
-
-    @property
-    def in_shape(self) -> Shape:
-        return self._in_shape
-
-    @property
-    def out_shape(self) -> Shape:
-        return self._out_shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self._device
 
     @property
     def symmetric(self) -> bool:

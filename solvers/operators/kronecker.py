@@ -14,13 +14,16 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from solvers.operators.bases import Derived
 from solvers.operators.dense import Dense
 from solvers.operators.diagonal import Diagonal
-from solvers.operators.linear_operator import LinearOperator, Scalar, Shape
+from solvers.operators.linear_operator import LinearOperator, Scalar, Shape, answer
+from solvers.operators.storable import storable
 
 
+@storable
 @dataclass(frozen=True, eq=False, repr=False, init=False)
-class Kronecker(LinearOperator):
+class Kronecker(Derived):
     r"""``F_1 (x) F_2 (x) ... (x) F_k``, acting on tensors ``(*stack, n_1, ..., n_k)``, factor i on dimension i.
 
     Costs one matrix product per factor, :math:`O(\prod_j n_j \sum_i n_i)`, and memory for the factors only.
@@ -74,12 +77,8 @@ class Kronecker(LinearOperator):
         return (*self.stack, *(op.out_shape[-1] for op in self.factors))
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.factors[0].dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.factors[0].device
+    def source(self) -> LinearOperator:
+        return self.factors[0]
 
     @property
     def symmetric(self) -> bool:
@@ -133,6 +132,9 @@ class Kronecker(LinearOperator):
         sizes = [op.in_shape[-1] for op in self.factors]
         total = prod(sizes)
         return reduce(torch.add, (total // max(n, 1) * op.logdet() for n, op in zip(sizes, self.factors, strict=True)))
+
+    def shifted_logdet(self, lam: Scalar) -> Tensor:
+        return answer("bases", self).shift(lam).logdet()
 
     def frobenius_norm(self) -> Tensor:
         if not self.stack:

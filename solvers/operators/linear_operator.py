@@ -1,4 +1,4 @@
-"""The contract of a linear operator, and what sums, multiples and products of operators are.
+"""The contract of a linear operator.
 
 An operator acts on one tensor of ``in_shape``; leading dimensions of what it is given are a batch. Where a matrix is
 meant (``to_dense``, ``to_scipy``, ``submatrix``), tensors are flattened row-major.
@@ -9,25 +9,57 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import reduce
 from math import prod
-from typing import TYPE_CHECKING, Any, Self, overload
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar, overload
 
 import numpy as np
-import scipy.sparse.linalg
 import torch
 from torch import Tensor
 
 from solvers.outcome.errors import StructureError
 
 if TYPE_CHECKING:
-    from solvers.operators.damping import Damping
-    from solvers.solver import Solver
+    import scipy.sparse.linalg
 
 Shape = tuple[int, ...]
 Scalar = float | Tensor
 """A number or a 0-d tensor; tensors are never read back to the host."""
+
+F = TypeVar("F", bound=Callable[..., Any])
+_answers: dict[str, Callable[..., Any]] = {}
+
+
+def answers(question: str) -> Callable[[F], F]:
+    """Decorator: register the class or function that :func:`answer` calls.
+
+    Sums and shifts are operators themselves and inverses need solvers, so both are defined above the contract, whose
+    methods return them: ``compositions.py`` and ``rules.py`` register them when ``solvers`` is imported.
+    """
+
+    def register(function: F) -> F:
+        _answers[question] = function
+        return function
+
+    return register
+
+
+def answer(question: str, *args: Any) -> Any:
+    """Call what is registered for a question: "shift", "plus", "scale", "compose", "submatrix", "inverse", "bases"."""
+    return _answers[question](*args)
+
+
+class DampingLike(Protocol):
+    """A damping as :meth:`LinearOperator.inverse` uses it: any :class:`~solvers.Damping`."""
+
+    def __call__(self, op: LinearOperator, /) -> LinearOperator:
+        """The damped operator."""
+
+
+class SolverLike(Protocol):
+    """A solver as :meth:`LinearOperator.inverse` uses it: any :class:`~solvers.Solver`."""
+
+    def power(self, op: LinearOperator, exponent: float, previous: LinearOperator | None = None) -> LinearOperator:
+        """``op ** exponent``."""
 
 
 class LinearOperator(ABC):
@@ -108,7 +140,7 @@ class LinearOperator(ABC):
 
     def compose(self, other: LinearOperator) -> LinearOperator:
         """``self @ other`` for operators whose shapes fit; overridden where the product keeps a structure."""
-        return Product((self, other))
+        return answer("compose", self, other)
 
     # Views
 
@@ -120,6 +152,7 @@ class LinearOperator(ABC):
 
     def to_scipy(self) -> scipy.sparse.linalg.LinearOperator:
         """The same map on numpy arrays, for SciPy's solvers; products run where the operator lives."""
+        import scipy.sparse.linalg  # heavy, and rarely needed
 
         def on_columns(op: LinearOperator) -> Callable[[np.ndarray], np.ndarray]:
             def product(columns: np.ndarray) -> np.ndarray:
@@ -149,9 +182,7 @@ class LinearOperator(ABC):
         Returns:
             Operator from ``(c,)`` to ``(r,)``.
         """
-        from solvers.operators.submatrix import Submatrix
-
-        return Submatrix(self, rows, rows if columns is None else columns)
+        return answer("submatrix", self, rows, rows if columns is None else columns)
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Self:
         """The same operator with its tensors in another dtype or on another device."""
@@ -178,17 +209,19 @@ class LinearOperator(ABC):
 
     def shift(self, lam: Scalar) -> LinearOperator:
         """``A + lam I``, kept symbolic unless the structure absorbs it."""
-        from solvers.operators.shifted import Shifted
+        return answer("shift", self, lam)
 
-        return Shifted(self, lam)
+    def absorb_shift(self, lam: Scalar) -> LinearOperator:
+        """``A + lam I`` in the structure of A where that can hold it; formed at once where :meth:`shift` would wait."""
+        return self.shift(lam)
 
     def plus(self, other: LinearOperator) -> LinearOperator:
         """``self + other`` for operators of equal shapes; overridden where the sum keeps a structure."""
-        return Sum((self, other))
+        return answer("plus", self, other)
 
     def scale(self, scalar: Scalar) -> LinearOperator:
         """``scalar * self``; overridden where a factor absorbs the number."""
-        return Scaled(self, scalar)
+        return answer("scale", self, scalar)
 
     def __add__(self, other: LinearOperator) -> LinearOperator:
         """Sum of two operators of equal shapes."""
@@ -222,13 +255,13 @@ class LinearOperator(ABC):
         return self * -1.0
 
     def inverse(
-        self, damping: float | Damping = 0.0, solver: Solver | None = None, *, dense: bool = False
+        self, damping: Scalar | DampingLike = 0.0, solver: SolverLike | None = None, *, dense: bool = False
     ) -> LinearOperator:
         """Inverse of the damped operator.
 
         Args:
             damping: A :class:`~solvers.Damping`; a number ``lam`` means ``Tikhonov(lam)``, that is ``A + lam I``.
-            solver: How to invert; by default the exact solver that fits the structure.
+            solver: A :class:`~solvers.Solver`; by default the exact one that fits the structure.
             dense: True to form the dense matrix of a part that has no structural inverse, instead of refusing.
 
         Returns:
@@ -238,11 +271,7 @@ class LinearOperator(ABC):
             StructureError: If the solver does not serve the structure.
             SingularMatrixError: If the damped operator has no inverse.
         """
-        from solvers.operators.damping import Damping, Tikhonov
-        from solvers.rules import power
-
-        damped = (damping if isinstance(damping, Damping) else Tikhonov(damping))(self)
-        return power(damped, -1, solver, dense=dense)
+        return answer("inverse", self, damping, solver, dense)
 
     # Exact scalars, where the structure gives them
 
@@ -261,6 +290,13 @@ class LinearOperator(ABC):
         """Logarithm of the determinant, 0-d; refused unless the structure gives it exactly."""
         raise self.no_exact("logdet", "solvers.logdet(op) for an estimate with its error")
 
+    def shifted_logdet(self, lam: Scalar) -> Tensor:
+        """:meth:`logdet` of ``A + lam I``; refused unless the structure absorbs the shift or overrides this."""
+        absorbed = self.absorb_shift(lam)
+        if type(absorbed) is type(self):
+            return absorbed.logdet()
+        raise absorbed.no_exact("logdet", "solvers.logdet(op) for an estimate with its error")
+
     def frobenius_norm(self) -> Tensor:
         """Root of the sum of the squared entries, 0-d; refused unless the structure gives it exactly."""
         raise self.no_exact("frobenius_norm", "solvers.frobenius_norm(op) for an estimate with its error")
@@ -274,136 +310,3 @@ class LinearOperator(ABC):
     def __repr__(self) -> str:
         """Class and size."""
         return f"{type(self).__name__}({self.shape[0]}x{self.shape[1]})"
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Scaled(LinearOperator):
-    """``scalar * op``."""
-
-    op: LinearOperator
-    scalar: Scalar
-
-    @property
-    def in_shape(self) -> Shape:
-        return self.op.in_shape
-
-    @property
-    def out_shape(self) -> Shape:
-        return self.op.out_shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.op.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.op.device
-
-    @property
-    def symmetric(self) -> bool:
-        return self.op.symmetric
-
-    def apply(self, x: Tensor) -> Tensor:
-        return self.scalar * self.op.apply(x)
-
-    def adjoint(self) -> LinearOperator:
-        return Scaled(self.op.adjoint(), self.scalar)
-
-    def scale(self, scalar: Scalar) -> LinearOperator:
-        return Scaled(self.op, scalar * self.scalar)
-
-    def diagonal(self) -> Tensor:
-        return self.scalar * self.op.diagonal()
-
-    def trace(self) -> Tensor:
-        return self.scalar * self.op.trace()
-
-    def frobenius_norm(self) -> Tensor:
-        return (self.scalar * self.op.frobenius_norm()).abs()
-
-    def __repr__(self) -> str:
-        return f"{float(self.scalar):g} * {self.op!r}"
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Sum(LinearOperator):
-    """Sum of operators of equal shapes."""
-
-    terms: tuple[LinearOperator, ...]
-
-    def __post_init__(self) -> None:
-        if len({(op.in_shape, op.out_shape, op.dtype) for op in self.terms}) != 1:
-            raise ValueError(f"The terms of a sum need equal shapes and dtypes, not {self.terms}.")
-
-    @property
-    def in_shape(self) -> Shape:
-        return self.terms[0].in_shape
-
-    @property
-    def out_shape(self) -> Shape:
-        return self.terms[0].out_shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.terms[0].dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.terms[0].device
-
-    @property
-    def symmetric(self) -> bool:
-        return all(op.symmetric for op in self.terms)
-
-    def apply(self, x: Tensor) -> Tensor:
-        return reduce(torch.add, (op.apply(x) for op in self.terms))
-
-    def adjoint(self) -> LinearOperator:
-        return Sum(tuple(op.adjoint() for op in self.terms))
-
-    def plus(self, other: LinearOperator) -> LinearOperator:
-        return Sum((*self.terms, other))
-
-    def diagonal(self) -> Tensor:
-        return reduce(torch.add, (op.diagonal() for op in self.terms))
-
-    def trace(self) -> Tensor:
-        return reduce(torch.add, (op.trace() for op in self.terms))
-
-    def __repr__(self) -> str:
-        return f"Sum({', '.join(map(repr, self.terms))})"
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Product(LinearOperator):
-    """Composition ``A_1 A_2 ... A_k``; the last acts first."""
-
-    factors: tuple[LinearOperator, ...]
-
-    @property
-    def in_shape(self) -> Shape:
-        return self.factors[-1].in_shape
-
-    @property
-    def out_shape(self) -> Shape:
-        return self.factors[0].out_shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.factors[0].dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.factors[0].device
-
-    def apply(self, x: Tensor) -> Tensor:
-        return reduce(lambda y, op: op.apply(y), reversed(self.factors), x)
-
-    def adjoint(self) -> LinearOperator:
-        return Product(tuple(op.adjoint() for op in reversed(self.factors)))
-
-    def compose(self, other: LinearOperator) -> LinearOperator:
-        return Product((*self.factors, other))
-
-    def __repr__(self) -> str:
-        return f"Product({', '.join(map(repr, self.factors))})"

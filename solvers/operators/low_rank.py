@@ -10,11 +10,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from solvers.operators.bases import Derived, SelfAdjoint
+from solvers.operators.dense import Dense
 from solvers.operators.linear_operator import LinearOperator, Scalar, Shape
+from solvers.operators.storable import storable
 
 
+@storable
 @dataclass(frozen=True, eq=False, repr=False)
-class Rows(LinearOperator):
+class Rows(Derived):
     """A stack of k tensors as a map: inner products with each of them, or (``transposed``) their combinations.
 
     Args:
@@ -34,12 +38,8 @@ class Rows(LinearOperator):
         return self.adjoint().in_shape
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.tensors.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.tensors.device
+    def source(self) -> Tensor:
+        return self.tensors
 
     def apply(self, x: Tensor) -> Tensor:
         count = self.tensors.shape[0]
@@ -59,8 +59,9 @@ class Rows(LinearOperator):
         return torch.linalg.vector_norm(self.tensors)
 
 
+@storable
 @dataclass(frozen=True, eq=False, repr=False)
-class LowRank(LinearOperator):
+class LowRank(SelfAdjoint, Derived):
     r""":math:`U^\top U` from a root U of k rows; positive semi-definite of rank at most k.
 
     Products cost ``O(k n)``. With a shift, :class:`~solvers.Woodbury` needs only the k x k Gram matrix
@@ -98,20 +99,8 @@ class LowRank(LinearOperator):
         return self.factor.in_shape
 
     @property
-    def out_shape(self) -> Shape:
-        return self.factor.in_shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.factor.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.factor.device
-
-    @property
-    def symmetric(self) -> bool:
-        return True
+    def source(self) -> LinearOperator:
+        return self.factor
 
     @property
     def rank(self) -> int:
@@ -124,9 +113,6 @@ class LowRank(LinearOperator):
 
     def apply(self, x: Tensor) -> Tensor:
         return self.factor.adjoint().apply(self.factor.apply(x))
-
-    def adjoint(self) -> LowRank:
-        return self
 
     def plus(self, other: LinearOperator) -> LinearOperator:
         if isinstance(other, LowRank) and isinstance(self.root, Tensor) and isinstance(other.root, Tensor):
@@ -146,6 +132,11 @@ class LowRank(LinearOperator):
 
     def trace(self) -> Tensor:
         return self.gram_matrix().diagonal().sum()
+
+    def shifted_logdet(self, lam: Scalar) -> Tensor:
+        # det(lam I_n + U^T U) = lam^(n - k) det(lam I_k + U U^T)
+        lam = torch.as_tensor(lam, dtype=self.dtype, device=self.device)
+        return (self.shape[0] - self.rank) * lam.log() + Dense(self.gram_matrix()).shifted_logdet(lam)
 
     def frobenius_norm(self) -> Tensor:
         return torch.linalg.vector_norm(self.gram_matrix())

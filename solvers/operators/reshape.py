@@ -7,10 +7,11 @@ from math import prod
 import torch
 from torch import Tensor
 
-from solvers.operators.linear_operator import LinearOperator, Shape
+from solvers.operators.bases import Free
+from solvers.operators.linear_operator import Shape
 
 
-class Reshape(LinearOperator):
+class Reshape(Free):
     """Reads a tensor of ``in_shape`` as one of ``out_shape``, row-major.
 
     Raises:
@@ -18,26 +19,9 @@ class Reshape(LinearOperator):
     """
 
     def __init__(self, in_shape: Shape, out_shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
-        """Check the border."""
         if prod(in_shape) != prod(out_shape):
             raise ValueError(f"{in_shape} and {out_shape} hold different numbers of entries.")
-        self._in_shape, self._out_shape, self._dtype, self._device = in_shape, out_shape, dtype, device
-
-    @property
-    def in_shape(self) -> Shape:
-        return self._in_shape
-
-    @property
-    def out_shape(self) -> Shape:
-        return self._out_shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self._device
+        super().__init__(in_shape, out_shape, dtype, device)
 
     def apply(self, x: Tensor) -> Tensor:
         return x.reshape(*x.shape[: x.ndim - len(self.in_shape)], *self.out_shape)

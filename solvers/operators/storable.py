@@ -3,57 +3,42 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, TypeVar
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar, overload
 
 from torch import Tensor
 
-from solvers.direct.cholesky import CholeskyInverse
-from solvers.operators.block_diagonal import BlockDiagonal, Segment
-from solvers.operators.congruence import Congruence
-from solvers.operators.dense import Dense
-from solvers.operators.diagonal import Diagonal
-from solvers.operators.eigen import Eigen
-from solvers.operators.flattened import Flattened
-from solvers.operators.kronecker import Kronecker
-from solvers.operators.linear_operator import LinearOperator, Product, Scaled, Sum
-from solvers.operators.low_rank import LowRank, Rows
-from solvers.operators.shifted import Shifted
+from solvers.operators.linear_operator import LinearOperator
 from solvers.outcome.errors import StructureError
+from solvers.tree import Path, map_inside, map_tree, place
 
 T = TypeVar("T")
 
-_KINDS: dict[str, type] = {
-    kind.__name__: kind
-    for kind in (
-        BlockDiagonal,
-        CholeskyInverse,
-        Congruence,
-        Dense,
-        Diagonal,
-        Eigen,
-        Flattened,
-        Kronecker,
-        LowRank,
-        Product,
-        Rows,
-        Scaled,
-        Segment,
-        Shifted,
-        Sum,
-    )
-}
+_KINDS: dict[str, type] = {}  # class name -> class
 
 
-def storable(kind: type[T]) -> type[T]:
+@overload
+def storable(kind: type[T]) -> type[T]: ...
+@overload
+def storable(*, name: str) -> Callable[[type[T]], type[T]]: ...
+def storable(kind: type | None = None, *, name: str = "") -> Any:
     """Class decorator: let a frozen dataclass, such as a Place of your own, be part of a stored operator.
 
-    Its fields are tensors, numbers, strings, tuples and other storable objects; it is known by its class name.
+    Its fields are tensors, numbers, strings, tuples and other storable objects.
+
+    Args:
+        kind: The class.
+        name: The name it is stored under; its own by default. A class that is renamed keeps its stored name.
 
     Raises:
         ValueError: If another class has the name.
     """
-    if _KINDS.setdefault(kind.__name__, kind) is not kind:
-        raise ValueError(f"The name {kind.__name__} is taken by {_KINDS[kind.__name__]}.")
+    if kind is None:
+        return partial(storable, name=name)
+    name = name or kind.__name__
+    if _KINDS.setdefault(name, kind) is not kind:
+        raise ValueError(f"The name {name} is taken by {_KINDS[name]}.")
     return kind
 
 
@@ -65,7 +50,7 @@ def state(op: LinearOperator) -> dict[str, Any]:
     Raises:
         StructureError: If a part cannot be stored, such as a Function.
     """
-    return _encode(op)
+    return map_tree(_stored, op, sequence=list)
 
 
 def from_state(state: dict[str, Any]) -> LinearOperator:
@@ -74,29 +59,27 @@ def from_state(state: dict[str, Any]) -> LinearOperator:
     Raises:
         StructureError: If the dict names a class that is not known; import the module that defines it.
     """
-    return _decode(state)
+    return map_tree(_restored, state, sequence=tuple)
 
 
-def _encode(value: Any) -> Any:
-    if value is None or isinstance(value, (Tensor, bool, int, float, str)):
-        return value
-    if isinstance(value, (tuple, list)):
-        return [_encode(item) for item in value]
-    name = type(value).__name__
-    if _KINDS.get(name) is not type(value) or not dataclasses.is_dataclass(value):
-        raise StructureError(f"{value!r} cannot be stored. Store what it is made of, or mark its class @storable.")
-    fields = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
-    return {"class": name} | {key: _encode(item) for key, item in fields}
+def _stored(piece: Any, path: Path) -> Any:
+    if piece is None or isinstance(piece, (Tensor, bool, int, float, str, list, tuple)):
+        return NotImplemented
+    name = next((name for name, kind in _KINDS.items() if kind is type(piece)), None)
+    if name is None or not dataclasses.is_dataclass(piece):
+        raise StructureError(
+            f"{piece!r} at {place(path)} cannot be stored. Store what it is made of, or mark its class @storable."
+        )
+    fields = {field.name: getattr(piece, field.name) for field in dataclasses.fields(piece)}
+    return {"class": name} | map_inside(_stored, fields, path, list)
 
 
-def _decode(value: Any) -> Any:
-    if isinstance(value, list):
-        return tuple(map(_decode, value))
-    if not isinstance(value, dict):
-        return value
-    name = value.get("class")
+def _restored(piece: Any, path: Path) -> Any:
+    if not isinstance(piece, dict):
+        return NotImplemented
+    name = piece.get("class")
     if name not in _KINDS:
         raise StructureError(f"No stored class {name!r}; known are {', '.join(sorted(_KINDS))}.")
     kind = _KINDS[name]
-    fields = {key: _decode(item) for key, item in value.items() if key != "class"}
+    fields = map_inside(_restored, {key: item for key, item in piece.items() if key != "class"}, path, tuple)
     return kind.from_fields(**fields) if issubclass(kind, LinearOperator) else kind(**fields)

@@ -44,6 +44,22 @@ class Solution:
     info: SolveInfo
 
 
+def not_converged(message: str, on_failure: OnFailure, stacklevel: int = 2) -> None:
+    """Raise or warn that an iteration stopped before it reached its tolerance.
+
+    Args:
+        message: How far it came, and what to change.
+        on_failure: Whether to "warn" or to "raise".
+        stacklevel: Where a warning points, counted from the caller as by :func:`warnings.warn`.
+
+    Raises:
+        NotConvergedError: If ``on_failure`` is "raise".
+    """
+    if on_failure == "raise":
+        raise NotConvergedError(message)
+    warnings.warn(message, NotConvergedWarning, stacklevel=stacklevel + 1)
+
+
 def report(info: SolveInfo, name: str, on_failure: OnFailure) -> None:
     """Warn or raise if a right-hand side has not converged.
 
@@ -59,6 +75,4 @@ def report(info: SolveInfo, name: str, on_failure: OnFailure) -> None:
         f"{float(info.tolerance.flatten()[worst]):.3g}. Allow more max_steps, more damping, a preconditioner, or a "
         "larger rtol."
     )
-    if on_failure == "raise":
-        raise NotConvergedError(message)
-    warnings.warn(message, NotConvergedWarning, stacklevel=3)
+    not_converged(message, on_failure, 3)

@@ -39,8 +39,7 @@ MODEL = {
     "curvature_update_period": 5,
     "inverse_update_period": 5,
     "step_size": QuadraticModel(fraction=0.25),
-    "rule": LevenbergMarquardt(),
-    "adapt_period": 5,
+    "damping_rule": LevenbergMarquardt(period=5),
 }
 LAYERS = {"momentum": 0.9, "curvature_update_period": 5}
 GRIDS: dict[str, list[dict[str, Any]]] = {

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from precond import Newton
+from precond import LevenbergMarquardt, Newton
 
 RIDGE = 1e-4
 GOAL = 1e-8
@@ -149,7 +149,9 @@ def lbfgs(model: nn.Linear) -> torch.optim.Optimizer:
 
 
 METHODS: dict[str, Callable[[nn.Linear], torch.optim.Optimizer]] = {
-    "`Newton(damping=1e-3, adapt=True)`": lambda m: Newton(m.parameters(), damping=1e-3, adapt=True),
+    "`Newton(damping=1e-3, damping_rule=LevenbergMarquardt())`": lambda m: Newton(
+        m.parameters(), damping=1e-3, damping_rule=LevenbergMarquardt()
+    ),
     "torch LBFGS, strong Wolfe, 20 iterations a step": lbfgs,
     "torch AdamW, lr 1e-2": lambda m: torch.optim.AdamW(m.parameters(), lr=1e-2, weight_decay=0.0),
     "torch AdamW, lr 1e-1": lambda m: torch.optim.AdamW(m.parameters(), lr=1e-1, weight_decay=0.0),

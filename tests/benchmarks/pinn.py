@@ -189,7 +189,7 @@ METHODS: dict[str, tuple[Callable[..., Any], list[dict[str, Any]]]] = {
         [{}],
     ),
     "GaussNewton, SPRING": (
-        lambda m, **options: GaussNewton(m, adapt=False, **options),
+        lambda m, **options: GaussNewton(m, damping_rule=None, **options),
         [{"lr": lr, "damping": 1e-2, "spring": 0.9} for lr in (0.1, 0.3)],
     ),
     "torch LBFGS, strong Wolfe": (lbfgs, [{}]),

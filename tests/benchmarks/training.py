@@ -23,34 +23,36 @@ from typing import Any
 import torch
 
 import precond
-from precond import IterateAverage
+from precond import IterateAverage, Momentum
+from precond.step.renamed import spelled
 from solvers import CG
 from tests.benchmarks.problems import PROBLEMS, Problem
 
+NESTEROV = Momentum(0.9, nesterov=True)
 # One setting for each method, on all problems; everything else is the library's default. ``average`` is the decay of an
 # average of the iterates, which is then what is measured.
 SETTINGS: dict[str, dict[str, Any]] = {
     "AdaHessian": {"lr": 0.1, "eps": 1e-8},
     "CurveBall": {"damping": 0.1},
-    "EKFAC": {"lr": 0.1, "nesterov": True},
+    "EKFAC": {"lr": 0.1, "momentum": NESTEROV},
     "GaLore": {"lr": 7e-3, "rank": 24, "scale": 1.0},
     "GaussNewton": {"solver": CG(rtol=0.1, progress=False), "damping": 1e-2},
     "HessianFree": {"max_steps": 30},
-    "KBFGS": {"lr": 0.3, "kl_clip": 1e-2, "nesterov": True, "average": 0.9},
-    "KFAC": {"lr": 0.1, "nesterov": True},
+    "KBFGS": {"lr": 0.3, "kl_clip": 1e-2, "momentum": NESTEROV, "average": 0.9},
+    "KFAC": {"lr": 0.1, "momentum": NESTEROV},
     "KLShampoo": {"lr": 1e-2},
-    "MFAC": {"lr": 1.5e-3, "damping": 1e-3, "window": 64, "nesterov": True},
+    "MFAC": {"lr": 1.5e-3, "damping": 1e-3, "window": 64, "momentum": NESTEROV},
     "Muon": {"lr": 1e-2},
-    "NaturalGradient": {"lr": 0.3, "structure": "unit", "damping": 1e-2, "momentum": 0.9, "nesterov": True},
+    "NaturalGradient": {"lr": 0.3, "structure": "unit", "damping": 1e-2, "momentum": NESTEROV},
     "PSGD": {"lr": 1e-2},
-    "SENG": {"lr": 1.0, "damping": 0.3, "kl_clip": 2e-3, "nesterov": True},
-    "SINGD": {"lr": 0.1, "damping": 3e-2, "nesterov": True},
+    "SENG": {"lr": 1.0, "damping": 0.3, "kl_clip": 2e-3, "momentum": NESTEROV},
+    "SINGD": {"lr": 0.1, "damping": 3e-2, "momentum": NESTEROV},
     "SMWNaturalGradient": {"lr": 1.0, "fisher": "mc", "average": 0.95},
     "SOAP": {"lr": 1e-2},
     "SPlus": {"lr": 0.2, "average": 0.95},
     "Shampoo": {"lr": 1e-2},
     "Sophia": {"lr": 3e-3, "gamma": 1.0, "betas": (0.9, 0.99), "average": 0.95},
-    "TNT": {"lr": 0.1, "nesterov": True},
+    "TNT": {"lr": 0.1, "momentum": NESTEROV},
 }
 # Where a method does not apply. Newton and the dense GaussNewton have problems of their own, convex.py and pinn.py.
 ABSENT = {
@@ -179,7 +181,7 @@ class Row:
 
 
 def _shown(value: Any) -> str:
-    return f"CG(rtol={value.rtol:g})" if isinstance(value, CG) else repr(value)
+    return f"CG(rtol={value.rtol:g})" if isinstance(value, CG) else spelled(value)
 
 
 def best_rate(problem: str, name: str, seeds: int) -> Row:

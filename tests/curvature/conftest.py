@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 
 import pytest
 
-from curvature.estimation.plan import Plan
+from curvature.estimation.plan import BlockPlan
 
 # Parameters of `hidden_uses` in problems.py, whose uses no recorder can see.
 HIDDEN = {"only", "also.weight"}
@@ -19,13 +19,12 @@ def _rules_explain_the_gradients(monkeypatch: pytest.MonkeyPatch) -> Iterator[No
     The library then takes that parameter's gradients by autograd, so the result would be right and hide a wrong rule.
     """
     distrusted: set[str] = set()
-    original = Plan.distrust
+    original = BlockPlan.distrust
 
-    def distrust(self: Plan, names: Iterable[str]) -> bool:
-        names = set(names)
-        distrusted.update(names)
-        return original(self, names)
+    def distrust(self: BlockPlan, reasons: Mapping[str, str]) -> bool:
+        distrusted.update(reasons)
+        return original(self, reasons)
 
-    monkeypatch.setattr(Plan, "distrust", distrust)
+    monkeypatch.setattr(BlockPlan, "distrust", distrust)
     yield
     assert distrusted <= HIDDEN, f"the rules do not explain the gradients of {sorted(distrusted - HIDDEN)}"

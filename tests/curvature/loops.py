@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 import curvature
 from curvature import Curvature, DiagonalFisher, EigenbasisFisher, KroneckerFisher
-from precond import Eigh, PreconditionedOptimizer, Tikhonov
+from precond import Eigh, Loop, PreconditionedOptimizer, Tikhonov
 
 STRUCTURES: dict[str, Callable[[str], Curvature]] = {
     "kfac": KroneckerFisher,  # type: ignore[dict-item]
@@ -23,14 +24,17 @@ STRUCTURES: dict[str, Callable[[str], Curvature]] = {
 def watching(
     model: nn.Module, loss_fn: Any, structure: str = "kfac", kind: str = "exact", **options: Any
 ) -> PreconditionedOptimizer:
-    """An optimizer that learns the curvature and moves nothing (lr = 0)."""
+    """An optimizer that learns the curvature and moves nothing (lr = 0); settings of its loop are among the options."""
+    names = {field.name for field in fields(Loop)}
+    loop = Loop(**{name: value for name, value in options.items() if name in names})
     return PreconditionedOptimizer(
         model,
         loss_fn,
         curvature=STRUCTURES[structure](kind),
         damping=Tikhonov(1e-2),
         solver=Eigh(),
-        **{"lr": 0.0, **options},
+        loop=loop,
+        **{"lr": 0.0, **{name: value for name, value in options.items() if name not in names}},
     )
 
 

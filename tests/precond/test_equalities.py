@@ -47,13 +47,13 @@ def trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensor:
 
 def test_natural_gradient_its_gram_form_and_gauss_newton_are_one() -> None:
     """For squared errors the exact Fisher of a batch is the Gauss-Newton matrix of its residuals."""
-    options: dict[str, Any] = {"lr": LR, "structure": "full", "damping": DAMPING, "fisher": "exact", "kl_clip": None}
+    options: dict[str, Any] = {"lr": LR, "structure": "dense", "damping": DAMPING, "fisher": "exact", "kl_clip": None}
     results = []
     for make in (
         lambda model: NaturalGradient(model, nn.MSELoss(), curvature_ema=0.0, **options),
         lambda model: SMWNaturalGradient(model, nn.MSELoss(), **options),
-        lambda model: GaussNewton(model, lr=LR, damping=DAMPING, solver="cholesky", adapt=False, scaled=False),
-        lambda model: GaussNewton(model, lr=LR, damping=DAMPING, solver="woodbury", adapt=False, scaled=False),
+        lambda model: GaussNewton(model, lr=LR, damping=DAMPING, solver="cholesky", damping_rule=None, scaled=False),
+        lambda model: GaussNewton(model, lr=LR, damping=DAMPING, solver="woodbury", damping_rule=None, scaled=False),
     ):
         model = network(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
         results.append(trained(model, make(model)))

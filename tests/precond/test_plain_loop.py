@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler, swa_utils
 
-from precond import EKFAC, KFAC, PreconditionedOptimizer
+from precond import EKFAC, KFAC, Momentum, PreconditionedOptimizer
 from tests.curvature.loops import batch, mlp, run
 from tests.curvature.problems import PROBLEMS
 
@@ -90,7 +90,7 @@ def test_named_parameters_and_globs_choose_parameters() -> None:
 
 
 def test_a_learning_rate_may_be_a_tensor() -> None:
-    for options in ({}, {"weight_decay": 0.1}, {"kl_clip": 1e-3}, {"nesterov": True}):
+    for options in ({}, {"weight_decay": 0.1}, {"kl_clip": 1e-3}, {"momentum": Momentum(0.9, nesterov=True)}):
         for a, b in zip(
             trained(lr=torch.tensor(0.1, dtype=torch.float64), **options), trained(lr=0.1, **options), strict=True
         ):

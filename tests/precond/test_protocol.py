@@ -21,25 +21,25 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import lr_scheduler
 
 import precond
-from precond import methods
+from precond import Loop, SINGDFisher, WeightDecay, methods
 from tests.precond import references as ref
 
 #: Options under which a method that would be idle in a short run is not.
 OPTIONS: dict[str, dict[str, Any]] = {
     "KFAC": {"lr": 0.01},
     "EKFAC": {"lr": 0.01},
-    "NaturalGradient": {"lr": 0.01, "structure": "full", "damping": 0.1, "inverse_update_period": 4},
+    "NaturalGradient": {"lr": 0.01, "structure": "dense", "damping": 0.1, "inverse_update_period": 4},
     "SMWNaturalGradient": {"lr": 0.01, "spring": 0.5, "damping": 0.5, "curvature_update_period": 3},
     "TNT": {"lr": 0.01},
     "KBFGS": {"lr": 0.01, "curvature_update_period": 2},
-    "SINGD": {"lr": 0.01, "structure": "block", "block_size": 2},
+    "SINGD": {"lr": 0.01, "structure": "block", "fisher": SINGDFisher(block_size=2)},
     "MFAC": {"window": 4, "damping": 0.1, "momentum": 0.0},
     "SENG": {"lr": 0.05, "curvature_update_period": 3, "sketch": 3},
     "SOAP": {"inverse_update_period": 4},
     "Shampoo": {"inverse_update_period": 4, "block_size": 3},
     "KLShampoo": {"inverse_update_period": 4},
     "SPlus": {"inverse_update_period": 4, "vector_scale": 1.0},
-    "GaLore": {"rank": 2, "update_period": 4},
+    "GaLore": {"rank": 2, "inverse_update_period": 4},
     "Sophia": {"curvature_update_period": 4},
     "HessianFree": {"max_steps": 12, "samples": 1},
     "Newton": {"mode": "absolute", "damping": 0.5},
@@ -311,7 +311,7 @@ def test_parameters_without_gradient_and_frozen_ones_stay(name):
 @pytest.mark.parametrize("flat", [False, True])
 def test_distributed_checkpoint_resumes_bit_for_bit(name, flat):
     options = StateDictOptions(flatten_optimizer_state_dict=flat)
-    whole, first, second = (Training(name, weight_decay=growing, decay="corrected") for _ in range(3))
+    whole, first, second = (Training(name, weight_decay=WeightDecay(growing, "corrected")) for _ in range(3))
     for step in range(8):
         whole.step(step)
     for step in range(5):
@@ -397,7 +397,7 @@ def test_gradients_that_are_not_finite_or_overflow_are_skipped(name, bad, genera
         p, optimizer = trained(name, [*gradients[:3], broken, *gradients[3:]])
     assert torch.equal(p, clean) and optimizer.skipped == 1
     with pytest.raises(FloatingPointError, match="Nothing was changed"):
-        trained(name, [broken], nonfinite="raise")
+        trained(name, [broken], loop=Loop(nonfinite="raise"))
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -456,12 +456,12 @@ def test_a_gradient_scaler_leaves_the_same_steps(name):
         ({"lr": -1.0}, "lr must be a non-negative finite number, got -1.0"),
         ({"lr": math.nan}, "lr must be a non-negative finite number, got nan"),
         ({"weight_decay": -0.1}, "weight_decay must be a non-negative finite number"),
-        ({"nonfinite": "ignore"}, "nonfinite must be 'skip' or 'raise'"),
+        ({"loop": {"nonfinite": "ignore"}}, "nonfinite must be 'skip' or 'raise'"),
     ],
 )
 def test_refuses_options_out_of_range(name, options, message):
     with pytest.raises(ValueError, match=message):
-        Training(name, **options)
+        Training(name, **{key: Loop(**value) if key == "loop" else value for key, value in options.items()})
 
 
 @pytest.mark.parametrize("name", ["SOAP", "Shampoo", "Muon", "KLShampoo", "SPlus", "AdaHessian", "Sophia"])

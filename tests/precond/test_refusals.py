@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from curvature.losses import AmbiguousClassAxisError, UnknownLossError
-from precond import EKFAC, KFAC
+from precond import EKFAC, KFAC, KroneckerFisher, Loop, Momentum
 from tests.curvature.loops import assert_same, batch, mlp, statistics, watching
 
 X, Y = batch(6)
@@ -39,13 +39,25 @@ def frozen() -> nn.Module:
         (lambda: KFAC(mlp(), nn.CrossEntropyLoss(), lr=0.1, momentum=-0.9), ValueError, "momentum must be a non-neg"),
         (lambda: KFAC(mlp(), nn.CrossEntropyLoss(), lr=0.1, weight_decay=-1), ValueError, "weight_decay must be"),
         (lambda: KFAC(mlp(), nn.CrossEntropyLoss(), lr=0.1, kl_clip=0.0), ValueError, "kl_clip must be positive"),
-        (lambda: KFAC(mlp(), nn.CrossEntropyLoss(), lr=0.1, momentum=0.0, nesterov=True), ValueError, "nesterov"),
+        (
+            lambda: KFAC(mlp(), nn.CrossEntropyLoss(), lr=0.1, momentum=Momentum(0.0, nesterov=True)),
+            ValueError,
+            "nesterov",
+        ),
         (lambda: KFAC(mlp(), nn.CrossEntropyLoss(), lr=0.1, curvature_ema=1.0), ValueError, r"in \[0, 1\)"),
         (lambda: KFAC(mlp(), nn.CrossEntropyLoss(), lr=0.1, inverse_update_period=0), ValueError, "at least 1"),
-        (lambda: KFAC(mlp(), nn.CrossEntropyLoss(), lr=0.1, samples=0), ValueError, "samples must be at least 1"),
+        (
+            lambda: KFAC(mlp(), nn.CrossEntropyLoss(), lr=0.1, fisher=KroneckerFisher(samples=0)),
+            ValueError,
+            "samples must be at least 1",
+        ),
         (lambda: KFAC(mlp(), nn.CrossEntropyLoss(), lr=0.1, fisher="true"), ValueError, "kind must be one of"),  # type: ignore[arg-type]
-        (lambda: KFAC(mlp(), nn.CrossEntropyLoss(), lr=0.1, capture="hooks"), ValueError, "capture must be"),
-        (lambda: KFAC(mlp(), nn.CrossEntropyLoss(), lr=0.1, nonfinite="ignore"), ValueError, "nonfinite must be"),
+        (lambda: KFAC(mlp(), nn.CrossEntropyLoss(), lr=0.1, loop=Loop(capture="hooks")), ValueError, "capture must be"),
+        (
+            lambda: KFAC(mlp(), nn.CrossEntropyLoss(), lr=0.1, loop=Loop(nonfinite="ignore")),
+            ValueError,
+            "nonfinite must be",
+        ),
         (lambda: KFAC(mlp(), nn.CrossEntropyLoss(), lr=0.1, params=[]), ValueError, "params= is empty"),
         (lambda: KFAC(mlp(), nn.CrossEntropyLoss(), lr=0.1, params=["3.*"]), ValueError, "no trainable parameter"),
         (lambda: KFAC(frozen(), nn.CrossEntropyLoss(), lr=0.1), ValueError, "has no trainable parameter"),
@@ -97,8 +109,8 @@ def with_another_loss(model: nn.Module, loss_fn: nn.Module) -> Tensor:
     ("loss", "options", "message"),
     [
         (forget_the_model, {}, "the loop calls the model given to the optimizer"),
-        (in_eval_mode, {}, "eval mode now: call model.train\\(\\), or pass eval_mode=True"),
-        (with_another_loss, {"capture": "loss"}, "it calls the loss module given to the optimizer"),
+        (in_eval_mode, {}, "eval mode now: call model.train\\(\\), or pass loop=Loop\\(eval_mode=True"),
+        (with_another_loss, {"loop": Loop(capture="loss")}, "it calls the loss module given to the optimizer"),
     ],
 )
 def test_a_refresh_without_a_captured_pass(loss: Any, options: dict[str, Any], message: str) -> None:
@@ -127,7 +139,7 @@ def test_a_second_step_on_the_same_gradient() -> None:
 
 def test_eval_mode_is_captured_where_it_is_meant() -> None:
     model, loss_fn = mlp().eval(), nn.CrossEntropyLoss()
-    optimizer = KFAC(model, loss_fn, lr=0.1, eval_mode=True)
+    optimizer = KFAC(model, loss_fn, lr=0.1, loop=Loop(eval_mode=True))
     loss_fn(model(X), Y).backward()
     optimizer.step()
     assert len(optimizer.preconditioners) == 2
@@ -139,7 +151,7 @@ def test_eval_mode_is_captured_where_it_is_meant() -> None:
 def test_gradients_that_are_not_finite(nonfinite: Any, functional: bool, value: float) -> None:
     model, loss_fn = mlp(), nn.CrossEntropyLoss()
     call = F.cross_entropy if functional else loss_fn
-    optimizer = KFAC(model, loss_fn, lr=0.1, nonfinite=nonfinite)
+    optimizer = KFAC(model, loss_fn, lr=0.1, loop=Loop(nonfinite=nonfinite))
     call(model(X), Y).backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -192,7 +204,7 @@ def test_one_block_with_two_dampings() -> None:
     loss_fn(model(X), Y).backward()
     with pytest.raises(ValueError, match=r"groups with different damping \[0.1, 0.2\].*bias='separate'"):
         optimizer.step()
-    separate = KFAC(model, loss_fn, lr=0.1, bias="separate", params=groups)
+    separate = KFAC(model, loss_fn, lr=0.1, fisher=KroneckerFisher(bias="separate"), params=groups)
     loss_fn(model(X), Y).backward()
     separate.step()
 

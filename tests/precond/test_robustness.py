@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import precond.gradient.matrices
 import precond.layerwise.blocks.preconditioner
 from curvature.structures.inverse import InverseEstimator
-from precond import SOAP, GaLore, KLShampoo, Shampoo, SPlus
+from precond import SOAP, GaLore, KLShampoo, Loop, Shampoo, SPlus
 from solvers import SolverError
 from tests.precond.test_torch_checks import METHODS, NAMES, WITHOUT_CLOSURE, Problem, equal
 
@@ -121,7 +121,7 @@ def test_a_bad_batch_never_enters_the_state(name, bad):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_bad_batches_without_end_stop_the_run(name):
-    problem, optimizer = make(name, max_skips=3)
+    problem, optimizer = make(name, loop=Loop(max_skips=3))
     problem.step(optimizer)
     good, problem.x = problem.x, torch.full_like(problem.x, math.nan)
     before = problem.values()
@@ -139,7 +139,7 @@ def test_bad_batches_without_end_stop_the_run(name):
 
 @pytest.mark.parametrize("name", ["SOAP", "KFAC", "Newton"])
 def test_broken_parameters_are_named(name):
-    problem, optimizer = make(name, max_skips=1)
+    problem, optimizer = make(name, loop=Loop(max_skips=1))
     problem.model.bias.data[1] = math.nan
     which = "bias is" if METHODS[name].needs == "layers" else r"parameter 1 of group 0, shape \(4,\) is"
     with pytest.raises(FloatingPointError, match=f"{which} itself not finite, .* go back to a checkpoint"):
@@ -148,7 +148,7 @@ def test_broken_parameters_are_named(name):
 
 def test_what_a_gradient_scaler_skips_is_not_counted():
     p = nn.Parameter(torch.ones(2))
-    optimizer = SOAP([p], max_skips=2)
+    optimizer = SOAP([p], loop=Loop(max_skips=2))
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
     for _ in range(5):
         optimizer.zero_grad()
@@ -198,7 +198,7 @@ DECOMPOSED = {
     "SOAP": (lambda p: SOAP(p, inverse_update_period=2), "basis.0", "improved_basis"),
     "KLShampoo": (lambda p: KLShampoo(p, inverse_update_period=2), "basis.0", "improved_basis"),
     "SPlus": (lambda p: SPlus(p, inverse_update_period=2), "basis.0", "spectrum"),
-    "GaLore": (lambda p: GaLore(p, rank=2, update_period=2), "projection", "leading_vectors"),
+    "GaLore": (lambda p: GaLore(p, rank=2, inverse_update_period=2), "projection", "leading_vectors"),
 }
 
 

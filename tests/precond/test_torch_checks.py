@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from precond import methods
+from precond import WeightDecay, methods
 from tests.precond.test_protocol import OPTIONS
 
 pytest.importorskip("expecttest")
@@ -44,7 +44,7 @@ def inputs(name: str) -> list[OptimizerInput]:
         OptimizerInput(None, {"lr": rate}, "non-default lr"),
         OptimizerInput(None, {"lr": torch.tensor(rate)}, "tensor lr"),
         OptimizerInput(None, {"weight_decay": 0.1}, "weight decay"),
-        OptimizerInput(None, {"weight_decay": 0.1, "decay": "cautious"}, "cautious weight decay"),
+        OptimizerInput(None, {"weight_decay": WeightDecay(0.1, "cautious")}, "cautious weight decay"),
     ]
     if name not in NO_MAXIMIZE:
         found.append(OptimizerInput(None, {"maximize": True}, "maximize"))

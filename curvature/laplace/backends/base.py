@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from curvature.estimation.collector import Collector
-from curvature.laplace.backends.batch import Inputs, Pass
+from curvature.laplace.backends.batch import BatchPass, Inputs
 from curvature.laplace.backends.jacobians import JacobianBackend
 from curvature.laplace.factors.decomposed import BlockKronDecomposed
-from curvature.laplace.factors.kron import BlockKron, Tensors
+from curvature.laplace.factors.kron import BlockKron
 from curvature.laplace.factors.sums import SumOptions, read
-from curvature.layers.block import Block, Place
+from curvature.laplace.factors.tensors import Tensors
+from curvature.layers.block import Block, BlockPlace
 from curvature.layers.samples import gram
 from curvature.losses import Terms
 from curvature.losses.signals import FisherKind, Signals
@@ -39,15 +40,16 @@ class Backend(JacobianBackend):
     Attributes:
         seed: Draws of the k-th batch that is sampled start from ``seed + k``.
         max_factor: Kronecker factors larger than this are kept as their diagonals.
-        max_dense: Parameters that are no matrix of a layer get a dense matrix up to this size, else their diagonal.
+        max_dense: Other parameters than matrices of layers get a dense matrix up to this size, else their diagonal.
         low_rank: Largest number of eigenvalues of :meth:`eig_lowrank`; ``None`` for all.
+        sampled: How many batches were sampled so far.
     """
 
     seed: int = 0
     max_factor: int = SumOptions.max_factor
     max_dense: int = SumOptions.max_dense
     low_rank: int | None = None
-    _sampled: int = 0
+    sampled: int = 0
 
     def _configure(self, max_factor: int, max_dense: int, low_rank: int | None) -> None:
         for name, value in (("max_factor", max_factor), ("max_dense", max_dense), ("low_rank", low_rank)):
@@ -56,7 +58,7 @@ class Backend(JacobianBackend):
         self.max_factor, self.max_dense, self.low_rank = max_factor, max_dense, low_rank
 
     def _kind(self) -> FisherKind:
-        """What is sent back from the outputs."""
+        """Kind of the signals that are sent back from the outputs."""
         raise NotImplementedError
 
     def _samples(self) -> int:
@@ -64,30 +66,29 @@ class Backend(JacobianBackend):
         return 1
 
     def _scale(self) -> float:
-        """What the curvature of ``lossfunc`` is multiplied by."""
+        """Factor of the curvature of ``lossfunc``."""
         return self.factor
 
     def _signals(self, terms: Terms, batch: int | None, samples: int | None) -> Signals:
         generator = None
         if self._kind() == "mc":
-            generator = torch.Generator(terms.output.device).manual_seed(self.seed + self._sampled)
-            self._sampled += 1
+            generator = torch.Generator(terms.output.device).manual_seed(self.seed + self.sampled)
+            self.sampled += 1
         return Signals.of(terms, self._kind(), samples or self._samples(), generator, batch)
 
-    def _collect(self, run: Pass, make: Any, joint: bool, samples: int | None) -> Collector:
+    def _collect(self, run: BatchPass, make: Any, joint: bool, samples: int | None) -> Collector:
         """Send the signals of a batch back to estimators."""
         collector = Collector(run.parameters, make, joint=joint, vectorised=True)
         collector.collect(run.recorder, run.output, self._signals(run.loss, run.recorder.batch, samples))
         return collector
 
-    def _rows(self, run: Pass, samples: int | None = None) -> Iterator[Tensor]:
+    def _rows(self, run: BatchPass, samples: int | None = None) -> Iterator[Tensor]:
         """Rows ``(m, P)`` whose outer products sum to the curvature of ``lossfunc``."""
-        examples, columns = run.examples(), self._columns(run.parameters)
+        examples = run.examples()
         signals = self._signals(run.loss, examples.batch, samples)
         per_signal = examples.number * run.parameters.size * run.parameters.dtype.itemsize
         for some in chunks(iter(signals), max(1, ROWS // per_signal)):
-            rows = examples.gradients(some).flatten(0, 1)
-            yield rows if columns is None else rows[:, columns]
+            yield self._select(examples.gradients(some).flatten(0, 1), run.parameters)
 
     def full(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Dense matrix of a batch.
@@ -136,11 +137,10 @@ class Backend(JacobianBackend):
             total = widen(run.output.new_zeros(run.parameters.size))
             for estimator in collector.estimators.values():
                 assert isinstance(estimator, DiagonalEstimator)
-                place = Place.of(estimator.block, run.parameters.starts, sizes)
+                place = BlockPlace.of(estimator.block, run.parameters.starts, sizes)
                 place.scatter(estimator.mean.step_sum()[0].to(total.dtype), total)
-            diagonal = self._scale() * total
-            columns = self._columns(run.parameters)
-            return self._loss(run.loss), (diagonal if columns is None else diagonal[columns]).to(run.output.dtype)
+            diagonal = self._select(self._scale() * total, run.parameters)
+            return self._loss(run.loss), diagonal.to(run.output.dtype)
 
     def kron(self, x: Inputs, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, BlockKron]:
         """Kronecker-factored curvature of a batch: a block for every trainable tensor, see :class:`BlockKron`.
@@ -163,7 +163,7 @@ class Backend(JacobianBackend):
             collector = self._collect(run, sums.estimator, True, chosen.get("mc_samples"))
             found = {e.block: read(e).scaled(self._scale()) for e in collector.estimators.values()}
             tensors = Tensors.of(run.parameters, run.output.dtype)
-            return self._loss(run.loss), BlockKron(tensors, found, self._examples(x), N)
+            return self._loss(run.loss), BlockKron(tensors, found, self.count(x), N)
 
     def eigenvalues(
         self, x: Inputs, y: Tensor, decomposed: BlockKronDecomposed, **kwargs: Any
@@ -241,7 +241,7 @@ class _InBasis(EigenbasisEstimator):
         self.basis = basis
 
     def update(self, samples: Any) -> None:
-        self._project(samples)
+        self.project(samples)
 
 
 class _Ignored(EigenbasisEstimator):

@@ -23,7 +23,7 @@ Inputs = Tensor | MutableMapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Pass:
+class BatchPass:
     """The model on one batch.
 
     Attributes:
@@ -78,6 +78,11 @@ class BatchBackend(CurvatureInterface):
                 piece.copy_(torch.arange(start, start + piece.numel(), device=where.device).reshape(piece.shape))
         return where[self.subnetwork_indices.to(where.device)]
 
+    def _select(self, tensor: Tensor, parameters: Parameters) -> Tensor:
+        """The entries of the subnetwork along the last axis; all without one."""
+        columns = self._columns(parameters)
+        return tensor if columns is None else tensor[..., columns]
+
     @contextlib.contextmanager
     def _untouched(self) -> Iterator[None]:
         """Leave the model, its buffers, the random state and the features of the last batch as they were."""
@@ -91,18 +96,18 @@ class BatchBackend(CurvatureInterface):
             features.update(before)
 
     @contextlib.contextmanager
-    def _pass(self, x: Inputs, y: Tensor | None = None) -> Iterator[Pass]:
+    def _pass(self, x: Inputs, y: Tensor | None = None) -> Iterator[BatchPass]:
         """Run the model, as laplace-torch does: on x as its one argument."""
         parameters = self._parameters()
         with self._untouched():
-            result, recorder = record(self.model, parameters, (x,), self._examples(x))
+            result, recorder = record(self.model, parameters, (x,), self.count(x))
             output = resolve_output(result)
             if not output.requires_grad:
                 raise ValueError(
                     f"the output of {type(self.model).__name__} does not depend on its trainable parameters through "
                     "autograd: it was detached, or made under no_grad. Its curvature would be zero."
                 )
-            yield Pass(output, recorder, parameters, None if y is None else self._terms(output, y))
+            yield BatchPass(output, recorder, parameters, None if y is None else self._terms(output, y))
 
     def _terms(self, output: Tensor, y: Tensor) -> Terms:
         return loss_for(self.lossfunc).terms(output, y, class_dim=self._class_dim(output, y), check=True)
@@ -111,7 +116,8 @@ class BatchBackend(CurvatureInterface):
         """laplace-torch takes the last axis for the outputs; so do we, wherever the shapes allow it."""
         return -1 if output.dim() > 2 and y.shape == output.shape[:-1] else None
 
-    def _examples(self, x: Inputs) -> int:
+    def count(self, x: Inputs) -> int:
+        """Number of examples."""
         return int((x[self.dict_key_x] if isinstance(x, MutableMapping) else x).shape[0])
 
     def _loss(self, terms: Terms) -> Tensor:

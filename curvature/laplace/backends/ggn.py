@@ -11,8 +11,9 @@ from torch import LongTensor, Tensor, nn
 from curvature.laplace.backends.base import Backend, options
 from curvature.laplace.backends.batch import Inputs
 from curvature.laplace.backends.last_layer import OutputHessians, block_of
-from curvature.laplace.factors.kron import BlockKron, Tensors
+from curvature.laplace.factors.kron import BlockKron
 from curvature.laplace.factors.sums import SumOptions
+from curvature.laplace.factors.tensors import Tensors
 from curvature.losses.signals import FisherKind
 
 
@@ -32,10 +33,10 @@ class GGNBackend(Backend, GGNInterface):
         dict_key_y: Key of the targets in mappings.
         stochastic: Sample.
         num_samples: Draws per batch.
-        seed: Of the draws; the global random state is neither used nor changed.
+        seed: Of the draws; the global random state is not used.
         max_factor: Kronecker factors larger than this are kept as their diagonals.
-        max_dense: Parameters that are no matrix of a layer (norms, bare parameters) get a dense matrix up to this size,
-            else its diagonal.
+        max_dense: Other parameters than matrices of layers (norms, bare parameters) get a dense matrix up to this
+            size, else its diagonal.
         low_rank: Largest number of eigenvalues of :meth:`eig_lowrank`; all by default.
 
     Raises:
@@ -96,8 +97,7 @@ class GGNBackend(Backend, GGNInterface):
         diagonals = dict(zip(names, hessians.diagonals(), strict=False))
         parameters = self._parameters()
         diagonal = self._scale() * parameters.flatten({name: diagonals[name] for name in parameters})
-        columns = self._columns(parameters)
-        return loss, (diagonal if columns is None else diagonal[columns]).to(loss.dtype)
+        return loss, self._select(diagonal, parameters).to(loss.dtype)
 
     def kron(self, x: Inputs, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, BlockKron]:
         approximation = options(kwargs, "kron", {"mc_samples", "kfac_approx"}).get("kfac_approx", "expand")
@@ -108,11 +108,11 @@ class GGNBackend(Backend, GGNInterface):
         hessians, names, loss = form
         sums = hessians.sums(self.max_factor, bias=len(names) > 1).scaled(self._scale())
         tensors = Tensors.of(self._parameters(), loss.dtype)
-        return loss, BlockKron(tensors, {block_of(layer, *names): sums}, self._examples(x), N)
+        return loss, BlockKron(tensors, {block_of(layer, *names): sums}, self.count(x), N)
 
     @torch.no_grad()
     def _closed_form(self, x: Inputs, y: Tensor) -> tuple[OutputHessians, list[str], Tensor] | None:
-        """What the last layer's curvature follows from, the names of its parameters, and the loss of the batch.
+        """Output Hessians of the last layer, the names of its parameters, and the loss of the batch.
 
         ``None`` where signals must be sent back.
         """
@@ -128,7 +128,7 @@ class GGNBackend(Backend, GGNInterface):
 class EFBackend(Backend, EFInterface):
     r"""Empirical Fisher :math:`\sum_t g_t g_t^\top` over the terms of the loss, with the targets of the data.
 
-    One backward pass per position, whatever the number of outputs. It is no estimate of the Gauss-Newton matrix: where
+    One backward pass per position, whatever the number of outputs. It does not estimate the Gauss-Newton matrix: where
     the model fits its data the gradients vanish, and so does this curvature.
 
     For **regression** laplace-torch's convention is kept by default: g is the gradient of ``MSELoss(reduction="sum")``

@@ -59,9 +59,7 @@ class HessianBackend(JacobianBackend):
         """Diagonal of the Hessian, ``(P,)``."""
         options(kwargs, "diag", set())
         loss, H = self._hessian(x, y)
-        columns = self._columns(H.rows)
-        diagonal = self.factor * H.exact_diagonal()
-        return loss, (diagonal if columns is None else diagonal[columns]).to(loss.dtype)
+        return loss, self._select(self.factor * H.exact_diagonal(), H.rows).to(loss.dtype)
 
     def kron(self, x: Inputs, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, BlockKron]:
         """Refused.

@@ -11,16 +11,15 @@ from torch import Tensor
 from torch.func import functional_call, jacrev
 from torch.overrides import TorchFunctionMode
 
-from curvature.laplace.backends.batch import BatchBackend, Inputs, Pass
-from curvature.layers.recorder import tensors_in
+from curvature.laplace.backends.batch import BatchBackend, BatchPass, Inputs
 from curvature.matrices.examples import Examples, KeptGradients
-from curvature.model.data import resolve_output
+from curvature.model.data import resolve_output, tensors_in
 from curvature.model.parameters import Parameters
 from curvature.model.settings import differentiable_kernels
 
 
 class JacobianBackend(BatchBackend):
-    """What all backends have in common, whatever their curvature."""
+    """Base of all backends: Jacobians and gradients, which do not depend on the kind of curvature."""
 
     def jacobians(self, x: Inputs, enable_backprop: bool = False) -> tuple[Tensor, Tensor]:
         """Jacobians of the outputs with respect to the parameters.
@@ -57,8 +56,7 @@ class JacobianBackend(BatchBackend):
         features = self.features(x, enable_backprop)
         if features is None:
             return self._every(x, enable_backprop)
-        Js, columns = features.jacobians(), self._columns(self._parameters())
-        return (Js if columns is None else Js[..., columns]), features.output
+        return self._select(features.jacobians(), self._parameters()), features.output
 
     def selected_output_jacobians(
         self, x: Inputs, outputs: Tensor, enable_backprop: bool = False
@@ -91,9 +89,8 @@ class JacobianBackend(BatchBackend):
         if len(chosen) != len(f):
             raise ValueError(f"outputs= has {len(chosen)} rows for a batch of {len(f)}; give one row per example.")
 
-    def _followed(self, run: Pass, examples: Examples, signals: list[Tensor]) -> tuple[Tensor, Tensor]:
-        rows, columns = examples.gradients(signals).transpose(0, 1), self._columns(run.parameters)
-        return (rows if columns is None else rows[..., columns]), run.output.detach()
+    def _followed(self, run: BatchPass, examples: Examples, signals: list[Tensor]) -> tuple[Tensor, Tensor]:
+        return self._select(examples.gradients(signals).transpose(0, 1), run.parameters), run.output.detach()
 
     def _differentiable_jacobians(self, x: Inputs) -> tuple[Tensor, Tensor]:
         """Jacobians whose graph leads to the inputs, by vectorised backward passes."""
@@ -108,8 +105,7 @@ class JacobianBackend(BatchBackend):
             parts, f = jacrev(run, has_aux=True)(dict(parameters))
             Js = parameters.flatten(parts)
             _check_graph(Js, run(dict(parameters))[0], parameters, [t for t in tensors_in(x) if t.requires_grad])
-        columns = self._columns(parameters)
-        return (Js if columns is None else Js[..., columns]), f
+        return self._select(Js, parameters), f
 
     functorch_jacobians = jacobians
 
@@ -120,9 +116,8 @@ class JacobianBackend(BatchBackend):
             ``(M, P)``, and the summed loss.
         """
         with self._pass(x, y) as run:
-            rows, columns = run.examples().gradients([run.loss.gradient()])[0], self._columns(run.parameters)
-            loss = run.loss.value().detach().to(run.output.dtype)
-            return (rows if columns is None else rows[:, columns]), loss
+            rows = run.examples().gradients([run.loss.gradient()])[0]
+            return self._select(rows, run.parameters), run.loss.value().detach().to(run.output.dtype)
 
 
 class _PlainLayerNorm(TorchFunctionMode):

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from curvature.laplace.factors.sums import OuterSums
-from curvature.layers.block import Block, Part
-from curvature.layers.recorder import tensors_in
+from curvature.layers.block import Block, BlockPart
 from curvature.layers.samples import gram
 from curvature.losses import Terms
+from curvature.model.data import tensors_in
 from solvers.precision import widen
 
 
@@ -155,9 +155,9 @@ class OutputHessians:
 def block_of(layer: nn.Linear, weight: str, bias: str | None = None) -> Block:
     """The block of a linear layer, as recorded passes name it."""
     C, d = layer.weight.shape
-    parts = [Part(weight, 0, (C, d), (0, 1), (C, d))]
+    parts = [BlockPart(weight, 0, (C, d), (0, 1), (C, d))]
     if bias is not None:
-        parts.append(Part(bias, 0, (C,), (0,), (C, 1)))
+        parts.append(BlockPart(bias, 0, (C,), (0,), (C, 1)))
     return Block("+".join(part.name for part in parts), tuple(parts))
 
 
@@ -172,6 +172,6 @@ class _Uses(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         used = any(id(t) in self.parameters or id(t._base) in self.parameters for t in tensors_in((args, kwargs)))
-        if used and any(True for _ in tensors_in(result)):  # a look at shape or dtype is no use
+        if used and any(True for _ in tensors_in(result)):  # reading a shape or dtype does not count
             self.count += 1
         return result

@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 from laplace.utils.matrix import KronDecomposed
 from torch import Tensor
 
-from curvature.layers.block import Block, Part, Place
+from curvature.laplace.factors.tensors import Tensors
+from curvature.layers.block import Block, BlockPart, BlockPlace
 from solvers import Eigen, LinearOperator, from_state, state
 from solvers.operators.kronecker import outer
-
-if TYPE_CHECKING:
-    from curvature.laplace.factors.kron import Tensors
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class Eigenpiece:
             shape.
     """
 
-    part: Part
+    part: BlockPart
     basis: LinearOperator
     values: tuple[Tensor, ...]
 
@@ -119,7 +117,7 @@ class BlockKronDecomposed(KronDecomposed):
             left[piece.part.name] -= piece.part.numel
         return {name: count for name, count in left.items() if count}
 
-    def _place(self, piece: Eigenpiece) -> Place:
+    def _place(self, piece: Eigenpiece) -> BlockPlace:
         return self.tensors.place(piece.part)
 
     def logdet(self) -> Tensor:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,53 +11,9 @@ from torch import Tensor
 
 from curvature.laplace.factors.decomposed import BlockKronDecomposed, Eigenpiece
 from curvature.laplace.factors.sums import OuterSums, PartSums, Sums
-from curvature.layers.block import Block, Part, Place
+from curvature.laplace.factors.tensors import Tensors
+from curvature.layers.block import Block, BlockPart, BlockPlace
 from solvers import Diagonal, Eigen, Kronecker, LinearOperator, diagonalize
-
-
-@dataclass(frozen=True)
-class Tensors:
-    """Shapes of the trainable parameters, in the order of the flat vector.
-
-    Attributes:
-        shapes: By name.
-        dtype: Of the model.
-    """
-
-    shapes: Mapping[str, tuple[int, ...]]
-    dtype: torch.dtype
-
-    @classmethod
-    def of(cls, parameters: Mapping[str, Tensor], dtype: torch.dtype) -> Tensors:
-        """Those of a model's parameters."""
-        return cls({name: tuple(p.shape) for name, p in parameters.items()}, dtype)
-
-    @cached_property
-    def sizes(self) -> dict[str, int]:
-        """Number of entries, by name."""
-        return {name: math.prod(shape) for name, shape in self.shapes.items()}
-
-    @cached_property
-    def starts(self) -> dict[str, int]:
-        """Where each parameter begins, by name."""
-        starts, position = {}, 0
-        for name, size in self.sizes.items():
-            starts[name], position = position, position + size
-        return starts
-
-    @cached_property
-    def vectors(self) -> set[str]:
-        """Names of the parameters with at most one dimension."""
-        return {name for name, shape in self.shapes.items() if len(shape) <= 1}
-
-    @property
-    def size(self) -> int:
-        """Length of the flat vector."""
-        return sum(self.sizes.values())
-
-    def place(self, part: Part) -> Place:
-        """Where a part lies in the flat vector."""
-        return Place.of(Block(part.name, (part,)), self.starts, self.sizes)
 
 
 class BlockKron(Kron):
@@ -89,11 +42,16 @@ class BlockKron(Kron):
         self.tensors, self.sums, self.examples, self.size = tensors, dict(sums), examples, size
 
     @property
-    def pieces(self) -> list[tuple[Part, tuple[LinearOperator, ...]]]:
+    def pieces(self) -> list[tuple[BlockPart, tuple[LinearOperator, ...]]]:
         """Every part of a parameter that has curvature, with the factors of its block."""
         share = self.examples / self.size
         found = [p for block, sums in self.sums.items() for p in sums.factors(block, self.tensors.vectors, share)]
         return sorted(found, key=lambda piece: self.tensors.starts[piece[0].name] + piece[0].start)
+
+    @property
+    def terms(self) -> list[tuple[BlockPlace, LinearOperator]]:
+        """The blocks as operators, with their places in the flat vector."""
+        return [(self.tensors.place(part), _joined(factors)) for part, factors in self.pieces]
 
     @property
     def kfacs(self) -> list[list[Tensor]]:  # type: ignore[override]
@@ -102,12 +60,14 @@ class BlockKron(Kron):
         A parameter that has no such form (several pieces, groups, another order of its entries) is answered by at least
         three tensors, which :class:`laplace.utils.Kron` refuses to work with.
         """
-        found: dict[str, list[tuple[Part, tuple[LinearOperator, ...]]]] = {name: [] for name in self.tensors.shapes}
+        found: dict[str, list[tuple[BlockPart, tuple[LinearOperator, ...]]]] = {
+            name: [] for name in self.tensors.shapes
+        }
         for part, factors in self.pieces:
             found[part.name].append((part, factors))
         return [self._listed(name, pieces) for name, pieces in found.items()]
 
-    def _listed(self, name: str, pieces: list[tuple[Part, tuple[LinearOperator, ...]]]) -> list[Tensor]:
+    def _listed(self, name: str, pieces: list[tuple[BlockPart, tuple[LinearOperator, ...]]]) -> list[Tensor]:
         if not pieces:
             return [torch.zeros(self.tensors.sizes[name], dtype=self.tensors.dtype)]
         matrices = [_matrix(factor).to(self.tensors.dtype) for _, factors in pieces for factor in factors]
@@ -180,9 +140,7 @@ class BlockKron(Kron):
         if exponent != 1:
             raise ValueError(f"only exponent=1 is known before decompose(), got {exponent}.")
         out = torch.zeros_like(W)
-        for part, factors in self.pieces:
-            place = self.tensors.place(part)
-            op = _joined(factors)
+        for place, op in self.terms:
             place.scatter((op @ place.gather(W).to(op.dtype)).to(W.dtype), out)
         return out
 
@@ -196,11 +154,11 @@ class BlockKron(Kron):
     def diag(self) -> Tensor:
         """Diagonal ``(P,)``."""
         out: Tensor | None = None
-        for part, factors in self.pieces:
-            diagonal = _joined(factors).diagonal()
+        for place, op in self.terms:
+            diagonal = op.diagonal()
             if out is None:
                 out = diagonal.new_zeros(self.tensors.size, dtype=self.tensors.dtype)
-            self.tensors.place(part).scatter(diagonal.to(out.dtype), out)
+            place.scatter(diagonal.to(out.dtype), out)
         return torch.zeros(self.tensors.size, dtype=self.tensors.dtype) if out is None else out
 
     def to_matrix(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""What batches add to the curvature of a block, kept so that the order and the split of the data do not matter."""
+"""Sums over batches for the curvature of a block; the order and the split of the data do not matter."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from curvature.layers.block import Block, Part
+from curvature.layers.block import Block, BlockPart
 from curvature.layers.samples import Samples, gram
 from curvature.structures.estimator import CurvatureEstimator, Form, MeanEstimator
 from curvature.structures.kfac import KroneckerEstimator, Sharing
@@ -18,7 +18,7 @@ from solvers.precision import widen
 
 Side = tuple[Tensor, Tensor, Tensor | float]
 #: A part of a block, and the matrices whose Kronecker product is its curvature: one or two.
-Factors = tuple[Part, tuple[LinearOperator, ...]]
+Factors = tuple[BlockPart, tuple[LinearOperator, ...]]
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class OuterSums:
 
     @classmethod
     def read(cls, estimator: KroneckerEstimator) -> OuterSums:
-        """What an estimator has seen and not yet averaged."""
+        """The sums of an estimator that has not averaged them yet."""
         return cls({side: (g.step_sum()[0], *a.step_sum()) for side, (a, g) in estimator.sides.items()})
 
     def __add__(self, other: OuterSums) -> OuterSums:
@@ -76,7 +76,7 @@ class OuterSums:
 
 @dataclass(frozen=True)
 class PartSums:
-    """Sums for parameters that are no layer ``y = W a``.
+    """Sums for parameters outside layers ``y = W a``.
 
     Attributes:
         totals: For each part of the block the exact matrix ``(p, p)``, or its diagonal ``(p,)``.
@@ -86,7 +86,7 @@ class PartSums:
 
     @classmethod
     def read(cls, estimator: PartsEstimator) -> PartSums:
-        """What an estimator has seen and not yet averaged."""
+        """The sums of an estimator that has not averaged them yet."""
         return cls(estimator.split(estimator.mean.step_sum()[0]))
 
     def __add__(self, other: PartSums) -> PartSums:
@@ -141,21 +141,21 @@ class PartsEstimator(MeanEstimator):
     def of_mean(self, value: Tensor) -> LinearOperator:
         raise NotImplementedError(f"block {self.block.name}: its matrices are read part by part.")
 
-    def _is_dense(self, part: Part) -> bool:
+    def _is_dense(self, part: BlockPart) -> bool:
         return part.numel <= self.max_dense
 
-    def _with_parts(self, tensors: Sequence[Tensor]) -> list[tuple[Part, Tensor]]:
+    def _with_parts(self, tensors: Sequence[Tensor]) -> list[tuple[BlockPart, Tensor]]:
         return list(zip(self.block.parts, tensors, strict=True))
 
 
 @dataclass(frozen=True)
 class SumOptions:
-    """What is summed for a block.
+    """Which sums are kept for a block.
 
     Attributes:
         sharing: ``"expand"`` or ``"reduce"``, see :class:`curvature.KroneckerFisher`.
         max_factor: Kronecker factors larger than this are kept as their diagonals.
-        max_dense: Parameters that are no matrix of a layer get a dense matrix up to this size, else its diagonal.
+        max_dense: Other parameters than matrices of layers get a dense matrix up to this size, else its diagonal.
     """
 
     sharing: Sharing = "expand"
@@ -163,7 +163,7 @@ class SumOptions:
     max_dense: int = 1024
 
     def estimator(self, block: Block, form: Form) -> CurvatureEstimator:
-        """What sees the samples of a block."""
+        """The estimator that is given the samples of a block."""
         if form == "outer":
             return KroneckerEstimator(block, self.sharing, self.max_factor)
         return PartsEstimator(block, self.max_dense)

@@ -1,4 +1,4 @@
-"""What a Laplace posterior takes for a likelihood."""
+"""The likelihoods of a Laplace posterior."""
 
 from __future__ import annotations
 

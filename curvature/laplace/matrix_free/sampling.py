@@ -85,7 +85,7 @@ class PosteriorSamples:
         if not torch.equal(parameters.flatten({name: p.detach() for name, p in parameters.items()}), self.mean):
             raise RuntimeError(
                 "the model's parameters are not those that the posterior was made at. Load the parameters of then, or "
-                "sample anew."
+                "sample again."
             )
         J = jacobian(self.model, x, params=list(self.names), output=self.output)
         return Predictive(J.linearization.output.detach(), (J @ self.deviations.to(J.dtype)).detach())

@@ -27,7 +27,7 @@ SKETCH = Nystrom(rank=50)
 
 @dataclass(frozen=True, eq=False)
 class Known:
-    r"""What a sketch :math:`U \operatorname{diag}(s) U^\top` of the curvature knows of the random vectors.
+    r"""Random vectors seen through a sketch :math:`U \operatorname{diag}(s) U^\top` of the curvature.
 
     The quadratic form of a function of the sketch has the trace of that function for its mean. Where the sketch has
     most of the curvature, subtracting its deviation from the mean leaves little of the variance (Persson, Cortinovis
@@ -65,7 +65,7 @@ class WhitenedTraces:
         steps: Products per vector at most.
         sketch: Reduces the variance, for as many products as its rank; or ``None``.
         batch_size: Vectors per product; ``None`` takes what fits in 256 MiB.
-        seed: Of the random vectors, which are drawn anew for each run: they are as large as the model.
+        seed: Of the random vectors, which are drawn again for each run: they are as large as the model.
 
     Attributes:
         products: Products with the curvature that were spent, counted in vectors.

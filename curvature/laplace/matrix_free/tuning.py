@@ -73,7 +73,7 @@ def optimize_evidence(
 
     Each iteration goes half of the way there in logarithms, which at least halves the distance to the solution near it;
     full steps may oscillate. One number for all parameters costs one run of Lanczos whatever the number of iterations
-    (:class:`StochasticEvidence`); several take their dimensions from posterior samples, anew for each iteration, with
+    (:class:`StochasticEvidence`); several take their dimensions from new posterior samples in each iteration, with
     the same noise and from the solutions before (:class:`PosteriorSampler`).
 
     Args:

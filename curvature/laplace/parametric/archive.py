@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from curvature.estimation.checkpoint import CheckpointError, write_whole
+from solvers.tree import Path, map_tree, plain
 
 _VERSION = 1
 
@@ -32,7 +33,7 @@ def write(path: str | os.PathLike[str], kind: str, state: Mapping[str, Any]) -> 
         TypeError: If something else is in the state.
     """
     tensors: dict[str, Tensor] = {}
-    tree = _encode(state, "", tensors)
+    tree = _encode(state, tensors)
     metadata = {"format": "curvature.laplace", "kind": kind, "version": str(_VERSION), "state": json.dumps(tree)}
     content = _safetensors().torch.save(tensors, metadata)
     write_whole(path, lambda file: file.write(content))
@@ -85,37 +86,36 @@ def _safetensors() -> Any:
     return safetensors
 
 
-def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    if value is None or type(value) in (bool, int, float, str):
-        return value
-    if isinstance(value, Tensor):
-        # A transposed matrix comes back as one: products may differ in their last bits by the order in memory.
-        order = sorted(range(value.dim()), key=value.stride, reverse=True)
-        tensors[path] = value.detach().permute(order).cpu().contiguous().clone()
-        return {"$tensor": path} | ({} if order == sorted(order) else {"order": order})
-    if isinstance(value, torch.dtype):
-        return {"$dtype": str(value).removeprefix("torch.")}
-    if isinstance(value, Mapping):
-        if not all(isinstance(key, str) and not key.startswith("$") for key in value):
-            raise TypeError(f"{path or 'state'} has keys {list(value)}; they must be strings, without '$' in front.")
-        return {key: _encode(item, f"{path}/{key}" if path else key, tensors) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_encode(item, f"{path}/{index}", tensors) for index, item in enumerate(value)]
-    raise TypeError(
-        f"{path} is a {type(value).__name__}, which such a file cannot hold: tensors, dtypes, numbers, strings, and "
-        "dicts, lists and tuples of them can."
-    )
+def _encode(state: Mapping[str, Any], tensors: dict[str, Tensor]) -> Any:
+    def stored(piece: Any, path: Path) -> Any:
+        if isinstance(piece, Tensor):
+            # A transposed matrix comes back as one: products may differ in their last bits by the order in memory.
+            order = sorted(range(piece.dim()), key=piece.stride, reverse=True)
+            tensors[_name(path)] = piece.detach().permute(order).cpu().contiguous().clone()
+            return {"$tensor": _name(path)} | ({} if order == sorted(order) else {"order": order})
+        if isinstance(piece, torch.dtype):
+            return {"$dtype": str(piece).removeprefix("torch.")}
+        if not isinstance(piece, Mapping):
+            return plain(piece, path, _name)
+        if not all(isinstance(key, str) and not key.startswith("$") for key in piece):
+            raise TypeError(f"{_name(path)} has keys {list(piece)}; they must be strings, without '$' in front.")
+        return NotImplemented
+
+    return map_tree(stored, state, sequence=list)
 
 
-def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if isinstance(value, list):
-        return [_decode(item, tensors) for item in value]
-    if not isinstance(value, dict):
-        return value
-    if "$tensor" in value:
-        tensor = tensors[value["$tensor"]]
-        order = value.get("order", range(tensor.dim()))
-        return tensor.permute(sorted(range(tensor.dim()), key=lambda axis: order[axis]))
-    if "$dtype" in value:
-        return getattr(torch, value["$dtype"])
-    return {key: _decode(item, tensors) for key, item in value.items()}
+def _name(path: Path) -> str:
+    return "/".join(map(str, path)) or "state"
+
+
+def _decode(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
+    def restored(piece: Any, path: Path) -> Any:
+        if isinstance(piece, dict) and "$tensor" in piece:
+            tensor = tensors[piece["$tensor"]]
+            order = piece.get("order", range(tensor.dim()))
+            return tensor.permute(sorted(range(tensor.dim()), key=lambda axis: order[axis]))
+        if isinstance(piece, dict) and "$dtype" in piece:
+            return getattr(torch, piece["$dtype"])
+        return NotImplemented
+
+    return map_tree(restored, tree)

@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 from laplace import DiagLaplace
-from laplace.curvature import CurvatureInterface
 from laplace.lllaplace import DiagLLLaplace
 from torch import Tensor
 
-from curvature.laplace.backends.ggn import GGNBackend
+from curvature.laplace.backends.last_layer import Features
 from curvature.laplace.parametric.predictions import FromFeatures, InParts
 from curvature.matrices.examples import KeptGradients
 
@@ -28,9 +27,6 @@ class DiagonalPosterior(InParts, DiagLaplace):
     """
 
     _key = ("all", "diagonal")
-
-    def __init__(self, *args: Any, backend: type[CurvatureInterface] | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **(kwargs | {"backend": GGNBackend if backend is None else backend}))
 
     def functional_variance(self, Js: Tensor) -> Tensor:
         """Covariances ``(M, C, C)`` of the outputs with Jacobians ``(M, C, P)``."""
@@ -50,19 +46,11 @@ class LastLayerDiagonalPosterior(FromFeatures, DiagLLLaplace):
 
     _key = ("last_layer", "diagonal")
 
-    def __init__(self, *args: Any, backend: type[CurvatureInterface] | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **(kwargs | {"backend": GGNBackend if backend is None else backend}))
-
-    def _variances(self, x: Any, diagonal: bool) -> tuple[Tensor, Tensor] | None:
-        r"""Outputs and their variances :math:`\sum_j \phi_j^2 v_{cj} + v_c`; they are independent of each other."""
-        backend: Any = self.backend
-        features = backend.features(x, self.enable_backprop) if hasattr(backend, "features") else None
-        if features is None or features.phi.dim() != 2:
-            return None
+    def _of_features(self, features: Features, diagonal: bool) -> Tensor:
+        r"""The outputs are independent of each other, with variances :math:`\sum_j \phi_j^2 v_{cj} + v_c`."""
         counted = [p for p in features.parameters if p.requires_grad]
         total: Any = 0.0
         for p, variance in zip(counted, self.posterior_variance.split([p.numel() for p in counted]), strict=True):
             total = total + (features.phi.square() @ variance.reshape(p.shape).mT if p.dim() == 2 else variance)
-        f, variances = features.output, total.expand_as(features.output)
-        variances = variances if diagonal else torch.diag_embed(variances)
-        return (f, variances) if self.enable_backprop else (f.detach(), variances.detach())
+        variances = total.expand_as(features.output)
+        return variances if diagonal else torch.diag_embed(variances)

@@ -48,7 +48,7 @@ def save(la: ParametricLaplace, path: str | os.PathLike[str]) -> None:
         path: The file; its folder must exist. A file of that name is replaced at once, or not at all.
 
     Raises:
-        TypeError: For another kind of posterior, or options that are no numbers or strings.
+        TypeError: For another kind of posterior, or options other than numbers and strings.
         ValueError: If the posterior is not fitted.
     """
     archive.write(path, _KIND, state_of(la))
@@ -116,7 +116,7 @@ def state_of(la: Any) -> dict[str, Any]:
     return {
         "key": key,
         "likelihood": likelihood,
-        "backend": {"name": la._backend_cls.__name__, "kwargs": kwargs, "drawn": getattr(la.backend, "_sampled", None)},
+        "backend": {"name": la._backend_cls.__name__, "kwargs": kwargs, "drawn": getattr(la.backend, "sampled", None)},
         "parameters": _described(p for p in network.named_parameters() if id(p[1]) in own),
         "others": digest(_others(la)),
         "numbers": {name: getattr(la, name) for name in _NUMBERS},
@@ -153,7 +153,7 @@ def posterior_of(state: Mapping[str, Any], model: nn.Module, backend: type[Curva
     for attribute, value in (state["numbers"] | state["options"]).items():
         setattr(la, attribute, value)
     if state["backend"]["drawn"] is not None:
-        la.backend._sampled = state["backend"]["drawn"]
+        la.backend.sampled = state["backend"]["drawn"]
     la.model.output_size = la.n_outputs  # as laplace-torch has it
     _set_curvature(la, state["curvature"])
     return la
@@ -209,7 +209,7 @@ def _described(parameters: Any) -> dict[str, tuple[str, str]]:
 
 
 def _subset(la: Any) -> dict[str, Any]:
-    """What the constructor needs to know about the parameters that count."""
+    """Arguments of the constructor that say which parameters count."""
     if isinstance(la, SubnetLaplace):
         return {"subnetwork_indices": la.backend.subnetwork_indices}
     if isinstance(la, LLLaplace):

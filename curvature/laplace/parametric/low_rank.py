@@ -7,12 +7,10 @@ from typing import Any
 
 import torch
 from laplace.baselaplace import ParametricLaplace
-from laplace.curvature import CurvatureInterface
 from laplace.lllaplace import LLLaplace
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
-from curvature.laplace.backends.ggn import GGNBackend
 from curvature.laplace.parametric.posterior import LowRankPosterior
 from solvers import LowRank, Woodbury
 
@@ -81,11 +79,6 @@ class LowRankDiagPosterior(LowRankPosterior):
     H: Any
     mean: Any
 
-    def __init__(
-        self, model: nn.Module, likelihood: str, backend: type[CurvatureInterface] | None = None, **kwargs: Any
-    ) -> None:
-        super().__init__(model, likelihood, backend or GGNBackend, **kwargs)
-
     def _init_H(self) -> None:
         """Where the diagonal is added up; a fitted posterior has a :class:`LowRankDiagonal`."""
         self.H = torch.zeros(self.n_params, device=self._device, dtype=self._dtype)
@@ -115,10 +108,10 @@ class LowRankDiagPosterior(LowRankPosterior):
                 "eigenvectors. Fit it to all of them, or use hessian_structure='kfac'."
             )
         backend: Any = self.backend
-        drawn = getattr(backend, "_sampled", None)
+        drawn = getattr(backend, "sampled", None)
         ParametricLaplace.fit(self, train_loader, progress_bar=progress_bar)  # adds up the diagonal
         if drawn is not None:
-            backend._sampled = drawn  # the same draws, else the diagonal would be that of another matrix
+            backend.sampled = drawn  # the same draws, else the diagonal would be that of another matrix
         vectors, values, _ = backend.eig_lowrank(train_loader)
         self.H = LowRankDiagonal.of(vectors, values, self.H)
 

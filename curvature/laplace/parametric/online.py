@@ -19,7 +19,6 @@ from curvature.laplace.factors.sums import OuterSums, Sums
 from curvature.laplace.parametric import archive
 from curvature.laplace.parametric.files import posterior_of, state_of
 from curvature.laplace.parametric.posterior import EKFACLaplace
-from solvers import Kronecker, LinearOperator
 
 _KIND = "an online posterior"
 
@@ -78,7 +77,7 @@ class OnlineLaplace:
         return la.mean if self.tasks else la.prior_mean.expand(la.n_params)
 
     def penalty(self) -> Tensor:
-        """What to add to the **summed** loss of the task at hand, 0-d, with its graph to the model's parameters.
+        """Term to add to the **summed** loss of the task at hand, 0-d, with its graph to the model's parameters.
 
         For the mean over N examples of the task, divide it by N. Exact, with exact derivatives of every order; a
         factor of K-FAC takes one product forwards and one backwards.
@@ -199,10 +198,7 @@ def _quadratic_form(la: Any) -> Any:
         H = la.H
         return lambda x: x @ (H @ x) if H.dim() == 2 else (H * x.square()).sum()
     kron: Any = la.H_facs
-    terms: list[tuple[Any, LinearOperator]] = [
-        (kron.tensors.place(part), factors[0] if len(factors) == 1 else Kronecker(*factors))
-        for part, factors in kron.pieces
-    ]
+    terms = kron.terms
 
     def form(x: Tensor) -> Tensor:
         total = x.new_zeros(())

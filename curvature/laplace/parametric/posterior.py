@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from curvature.laplace.backends.base import Backend
 from curvature.laplace.backends.ggn import GGNBackend
+from curvature.laplace.backends.last_layer import Features
 from curvature.laplace.factors.decomposed import BlockKronDecomposed
 from curvature.laplace.factors.kron import BlockKron
 from curvature.laplace.parametric.predictions import FromFeatures, InParts
@@ -49,7 +50,7 @@ class KFACLaplace(InParts, KronLaplace):
                 f"hessian_structure={self._key[1]!r} needs the factors of GGNBackend or EFBackend from "
                 f"curvature.laplace, got backend={backend!r}. Other backends serve hessian_structure='kron'."
             )
-        super().__init__(*args, **(kwargs | {"backend": backend}))
+        super().__init__(*args, backend=backend, **kwargs)
 
     def _init_H(self) -> None:
         self.H = None
@@ -135,23 +136,13 @@ class LastLayerKFACLaplace(FromFeatures, KronLLLaplace, KFACLaplace):
     def _init_H(self) -> None:
         KFACLaplace._init_H(self)
 
-    def _variances(self, x: Any, diagonal: bool) -> tuple[Tensor, Tensor] | None:
-        r"""Outputs and their covariances.
+    def _of_features(self, features: Features, diagonal: bool) -> Tensor:
+        r"""From the posterior of the weight in its eigenbasis, :math:`U, V` with eigenvalues :math:`s`.
 
-        With the posterior of the weight in its eigenbasis, :math:`U, V` and eigenvalues :math:`s`, the covariance is
-        :math:`U \operatorname{diag}_c(\sum_j (V^\top \phi)_j^2 / s_{cj}) U^\top`, plus that of the bias.
+        .. math:: U \operatorname{diag}_c\bigl(\textstyle\sum_j (V^\top \phi)_j^2 / s_{cj}\bigr) U^\top,
 
-        Args:
-            x: Inputs.
-            diagonal: The variances only.
-
-        Returns:
-            ``(M, C)`` and ``(M, C, C)`` or ``(M, C)``; ``None`` where the outputs are no function of features alone.
+        plus the covariance of the bias.
         """
-        backend: Any = self.backend
-        features = backend.features(x, self.enable_backprop)
-        if features is None or features.phi.dim() != 2:
-            return None
         precision: Any = self.posterior_precision
         total: Any = 0.0
         for piece in precision.pieces:
@@ -164,8 +155,7 @@ class LastLayerKFACLaplace(FromFeatures, KronLLLaplace, KFACLaplace):
                 outputs, scales = basis, variance.expand(len(features.phi), -1)
             Q = outputs.to_dense()
             total = total + (scales @ Q.square().mT if diagonal else (Q * scales.unsqueeze(1)) @ Q.mT)
-        f, variances = features.output, total.to(features.output.dtype)
-        return (f, variances) if self.enable_backprop else (f.detach(), variances.detach())
+        return total
 
 
 class LastLayerEKFACLaplace(LastLayerKFACLaplace, EKFACLaplace):
@@ -190,10 +180,10 @@ class LowRankPosterior(InParts, LowRankLaplace):
     _key = ("all", "low_rank")
 
     def __init__(
-        self, model: nn.Module, likelihood: str, backend: type[CurvatureInterface] = GGNBackend, **kwargs: Any
+        self, model: nn.Module, likelihood: str, backend: type[CurvatureInterface] | None = None, **kwargs: Any
     ) -> None:
         # LowRankLaplace.__init__ does no more than to look for a package that is not needed here.
-        ParametricLaplace.__init__(self, model, likelihood, backend=backend, **kwargs)
+        ParametricLaplace.__init__(self, model, likelihood, backend=backend or GGNBackend, **kwargs)
 
     def fit(self, train_loader: DataLoader, override: bool = True, progress_bar: bool = False) -> None:
         """Fit to the data; more data cannot be added later."""

@@ -8,10 +8,14 @@ from typing import Any
 
 import torch
 from laplace.baselaplace import ParametricLaplace
+from laplace.curvature import CurvatureInterface
 from laplace.utils.enums import Likelihood, LinkApprox
 from torch import Tensor
 
+from curvature.laplace.backends.batch import BatchBackend
+from curvature.laplace.backends.ggn import GGNBackend
 from curvature.laplace.backends.jacobians import JacobianBackend
+from curvature.laplace.backends.last_layer import Features
 from curvature.matrices.examples import KeptGradients
 
 #: Bytes of the Jacobians that are formed at once; a posterior takes a few times as much to multiply them.
@@ -24,6 +28,9 @@ class Predictions(ParametricLaplace):
     Predictions that need no more than variances (the probit approximation, ``diagonal_output=True`` in regression)
     compute no more.
     """
+
+    def __init__(self, *args: Any, backend: type[CurvatureInterface] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **(kwargs | {"backend": GGNBackend if backend is None else backend}))
 
     @abstractmethod
     def _variances(self, x: Any, diagonal: bool) -> tuple[Tensor, Tensor] | None:
@@ -69,8 +76,20 @@ class FromFeatures(Predictions):
         """Outputs and their variances, ``(M, C)`` each."""
         found = self._variances(X, diagonal=True)
         if found is None:
-            raise NotImplementedError("the outputs are no function of two-dimensional features alone.")
+            raise NotImplementedError("the outputs do not follow from two-dimensional features alone.")
         return found
+
+    def _variances(self, x: Any, diagonal: bool) -> tuple[Tensor, Tensor] | None:
+        backend: Any = self.backend
+        features = backend.features(x, self.enable_backprop) if isinstance(backend, BatchBackend) else None
+        if features is None or features.phi.dim() != 2:
+            return None
+        f, variances = features.output, self._of_features(features, diagonal).to(features.output.dtype)
+        return (f, variances) if self.enable_backprop else (f.detach(), variances.detach())
+
+    @abstractmethod
+    def _of_features(self, features: Features, diagonal: bool) -> Tensor:
+        """Covariances of the outputs ``(M, C, C)``, or their variances ``(M, C)``, from features ``(M, D)``."""
 
 
 class InParts(Predictions):

@@ -9,20 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvature.laplace.posteriors.functional import (
-    Forward,
-    FunctionalBackend,
-    OuterLogLikelihood,
-    Params,
-    Transform,
-    advance,
-    around,
-    check_params,
-    flatten,
-)
+from curvature.laplace.posteriors import functional as F
 
 
-def build(forward: Forward, outer_log_likelihood: OuterLogLikelihood, init_prec: Tensor | float = 0.0) -> Transform:
+def build(
+    forward: F.Forward, outer_log_likelihood: F.OuterLogLikelihood, init_prec: Tensor | float = 0.0
+) -> F.Transform:
     """``init`` and ``update`` of a dense approximation; arguments as for :func:`diag_ggn.build`.
 
     Args:
@@ -30,7 +22,7 @@ def build(forward: Forward, outer_log_likelihood: OuterLogLikelihood, init_prec:
         outer_log_likelihood: A scalar, the sum over the examples.
         init_prec: Precision to start from: a matrix ``(P, P)``, or a number times the unit matrix.
     """
-    return Transform(
+    return F.Transform(
         partial(init, init_prec=init_prec),
         partial(update, forward=forward, outer_log_likelihood=outer_log_likelihood),
     )
@@ -46,14 +38,14 @@ class DenseLaplaceState:
         step: Number of batches, 0-d.
     """
 
-    params: Params
+    params: F.Params
     prec: Tensor
     step: Tensor = field(default_factory=lambda: torch.tensor(0))
 
 
-def init(params: Params, init_prec: Tensor | float = 0.0) -> DenseLaplaceState:
+def init(params: F.Params, init_prec: Tensor | float = 0.0) -> DenseLaplaceState:
     """The state before any data, in the dtype of the parameters."""
-    mean = flatten(check_params(params))
+    mean = F.flatten(F.check_params(params))
     if isinstance(init_prec, Tensor) and init_prec.dim():
         if init_prec.shape != (len(mean), len(mean)):
             raise ValueError(f"init_prec must be {len(mean)} x {len(mean)} or a number, got {tuple(init_prec.shape)}.")
@@ -64,20 +56,20 @@ def init(params: Params, init_prec: Tensor | float = 0.0) -> DenseLaplaceState:
 def update(
     state: DenseLaplaceState,
     batch: Any,
-    forward: Forward,
-    outer_log_likelihood: OuterLogLikelihood,
+    forward: F.Forward,
+    outer_log_likelihood: F.OuterLogLikelihood,
     inplace: bool = False,
 ) -> tuple[DenseLaplaceState, Any]:
     """Add the matrix of a batch; as :func:`diag_ggn.update`."""
-    backend = FunctionalBackend(state.params, forward, outer_log_likelihood)
+    backend = F.FunctionalBackend(state.params, forward, outer_log_likelihood)
     new = backend.full(batch, batch)[1]
-    return advance(state, inplace, prec=state.prec.add_(new) if inplace else state.prec + new), backend.aux
+    return F.advance(state, inplace, prec=state.prec.add_(new) if inplace else state.prec + new), backend.aux
 
 
 def sample(
     state: DenseLaplaceState, sample_shape: tuple[int, ...] = (), generator: torch.Generator | None = None
-) -> Params:
-    """Draws ``{name: (*sample_shape, *shape)}``; from the global random state where there is no generator.
+) -> F.Params:
+    """Draws ``{name: (*sample_shape, *shape)}``; from the global random state without a generator.
 
     Raises:
         ValueError: If the precision is not positive definite.
@@ -85,7 +77,7 @@ def sample(
     factor, info = torch.linalg.cholesky_ex(state.prec)
     if bool(info):
         raise ValueError("the precision is not positive definite, so there is no Gaussian. Pass init_prec > 0.")
-    return around(
+    return F.around(
         state.params,
         sample_shape,
         generator,

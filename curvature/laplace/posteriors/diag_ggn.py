@@ -9,23 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvature.laplace.posteriors.functional import (
-    Forward,
-    FunctionalBackend,
-    OuterLogLikelihood,
-    Params,
-    Transform,
-    advance,
-    around,
-    check_params,
-    flatten,
-    unflatten,
-)
+from curvature.laplace.posteriors import functional as F
 
 
 def build(
-    forward: Forward, outer_log_likelihood: OuterLogLikelihood, init_prec_diag: Params | float = 0.0
-) -> Transform:
+    forward: F.Forward, outer_log_likelihood: F.OuterLogLikelihood, init_prec_diag: F.Params | float = 0.0
+) -> F.Transform:
     """``init`` and ``update`` of a diagonal approximation.
 
     Costs one backward pass per output for a batch, and the memory of one; Jacobians of single examples are not formed.
@@ -35,7 +24,7 @@ def build(
         outer_log_likelihood: ``outer_log_likelihood(output, batch)``, a scalar, the sum over the examples.
         init_prec_diag: Precision to start from: a number, or tensors like the parameters.
     """
-    return Transform(
+    return F.Transform(
         partial(init, init_prec_diag=init_prec_diag),
         partial(update, forward=forward, outer_log_likelihood=outer_log_likelihood),
     )
@@ -51,14 +40,14 @@ class DiagLaplaceState:
         step: Number of batches, 0-d.
     """
 
-    params: Params
-    prec_diag: Params
+    params: F.Params
+    prec_diag: F.Params
     step: Tensor = field(default_factory=lambda: torch.tensor(0))
 
 
-def init(params: Params, init_prec_diag: Params | float = 0.0) -> DiagLaplaceState:
+def init(params: F.Params, init_prec_diag: F.Params | float = 0.0) -> DiagLaplaceState:
     """The state before any data."""
-    check_params(params)
+    F.check_params(params)
     if isinstance(init_prec_diag, dict):
         return DiagLaplaceState(params, {name: init_prec_diag[name].clone() for name in params})
     return DiagLaplaceState(params, {name: torch.full_like(p, init_prec_diag) for name, p in params.items()})
@@ -67,8 +56,8 @@ def init(params: Params, init_prec_diag: Params | float = 0.0) -> DiagLaplaceSta
 def update(
     state: DiagLaplaceState,
     batch: Any,
-    forward: Forward,
-    outer_log_likelihood: OuterLogLikelihood,
+    forward: F.Forward,
+    outer_log_likelihood: F.OuterLogLikelihood,
     inplace: bool = False,
 ) -> tuple[DiagLaplaceState, Any]:
     """Add the diagonal of a batch.
@@ -84,23 +73,23 @@ def update(
         The state, and what ``forward`` gave besides its output.
 
     Raises:
-        ValueError: If the log-likelihood is no sum over the examples.
+        ValueError: If the log-likelihood is not a sum over the examples.
     """
-    backend = FunctionalBackend(state.params, forward, outer_log_likelihood)
-    new = unflatten(backend.diag(batch, batch)[1], state.params)
+    backend = F.FunctionalBackend(state.params, forward, outer_log_likelihood)
+    new = F.unflatten(backend.diag(batch, batch)[1], state.params)
     total = {name: old.add_(new[name]) if inplace else old + new[name] for name, old in state.prec_diag.items()}
-    return advance(state, inplace, prec_diag=total), backend.aux
+    return F.advance(state, inplace, prec_diag=total), backend.aux
 
 
 def sample(
     state: DiagLaplaceState, sample_shape: tuple[int, ...] = (), generator: torch.Generator | None = None
-) -> Params:
-    """Draws ``{name: (*sample_shape, *shape)}``; from the global random state where there is no generator.
+) -> F.Params:
+    """Draws ``{name: (*sample_shape, *shape)}``; from the global random state without a generator.
 
     Raises:
         ValueError: If some entry of the precision is zero.
     """
-    precision = flatten(state.prec_diag)
+    precision = F.flatten(state.prec_diag)
     if not bool((precision > 0).all()):
         raise ValueError("the precision is not positive everywhere, so there is no Gaussian. Pass init_prec_diag > 0.")
-    return around(state.params, sample_shape, generator, lambda noise: noise * precision.rsqrt())
+    return F.around(state.params, sample_shape, generator, lambda noise: noise * precision.rsqrt())

@@ -10,18 +10,13 @@ import torch
 from torch import Tensor
 
 from curvature.laplace.factors.decomposed import BlockKronDecomposed
-from curvature.laplace.posteriors.functional import (
-    Forward,
-    FunctionalBackend,
-    OuterLogLikelihood,
-    Params,
-    Transform,
-    advance,
-)
-from curvature.laplace.posteriors.kfac_ggn import KFACLaplaceState, draw
+from curvature.laplace.posteriors import functional as F
+from curvature.laplace.posteriors.kfac_ggn import KFACLaplaceState, sample
+
+__all__ = ["EKFACLaplaceState", "build", "init", "sample", "update"]
 
 
-def build(forward: Forward, outer_log_likelihood: OuterLogLikelihood, kfac: KFACLaplaceState) -> Transform:
+def build(forward: F.Forward, outer_log_likelihood: F.OuterLogLikelihood, kfac: KFACLaplaceState) -> F.Transform:
     """``init`` and ``update`` of an approximation with the eigenvectors of another one, and eigenvalues of its own.
 
     Args:
@@ -33,7 +28,7 @@ def build(forward: Forward, outer_log_likelihood: OuterLogLikelihood, kfac: KFAC
     References:
         George et al. (2018), https://arxiv.org/abs/1806.03884
     """
-    return Transform(
+    return F.Transform(
         partial(init, kfac=kfac), partial(update, forward=forward, outer_log_likelihood=outer_log_likelihood)
     )
 
@@ -50,7 +45,7 @@ class EKFACLaplaceState:
         step: Number of batches of this pass, 0-d.
     """
 
-    params: Params
+    params: F.Params
     basis: BlockKronDecomposed
     prec_diag: Tensor
     spectra: dict[tuple[str, int], Tensor] = field(default_factory=dict)
@@ -62,7 +57,7 @@ class EKFACLaplaceState:
         return BlockKronDecomposed(self.basis.tensors, pieces, deltas=self.prec_diag)
 
 
-def init(params: Params, kfac: KFACLaplaceState) -> EKFACLaplaceState:
+def init(params: F.Params, kfac: KFACLaplaceState) -> EKFACLaplaceState:
     """The state before the second pass.
 
     Raises:
@@ -80,23 +75,12 @@ def init(params: Params, kfac: KFACLaplaceState) -> EKFACLaplaceState:
 def update(
     state: EKFACLaplaceState,
     batch: Any,
-    forward: Forward,
-    outer_log_likelihood: OuterLogLikelihood,
+    forward: F.Forward,
+    outer_log_likelihood: F.OuterLogLikelihood,
     inplace: bool = False,
 ) -> tuple[EKFACLaplaceState, Any]:
     """Add the eigenvalues of a batch; as :func:`kfac_ggn.update`."""
-    backend = FunctionalBackend(state.params, forward, outer_log_likelihood)
+    backend = F.FunctionalBackend(state.params, forward, outer_log_likelihood)
     new = backend.eigenvalues(batch, batch, state.basis)
     spectra = {key: state.spectra[key] + values if key in state.spectra else values for key, values in new.items()}
-    return advance(state, inplace, spectra=state.spectra | spectra), backend.aux
-
-
-def sample(
-    state: EKFACLaplaceState, sample_shape: tuple[int, ...] = (), generator: torch.Generator | None = None
-) -> Params:
-    """Draws ``{name: (*sample_shape, *shape)}``; as :func:`kfac_ggn.sample`.
-
-    Raises:
-        ValueError: If the precision is singular.
-    """
-    return draw(state.params, state.precision(), sample_shape, generator)
+    return F.advance(state, inplace, spectra=state.spectra | spectra), backend.aux

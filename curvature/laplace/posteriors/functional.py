@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from curvature.laplace.backends.ggn import GGNBackend
-from curvature.layers.recorder import batch_size, tensors_in
 from curvature.losses import AutogradLoss, Terms
-from curvature.model.data import map_tensors
+from curvature.model.data import batch_size, map_tensors, tensors_in
 
 Params = dict[str, Tensor]
 #: ``forward(params, batch)`` gives the output, one row for each example, and auxiliary information.
@@ -66,7 +65,7 @@ class FunctionalBackend(GGNBackend):
         outer_log_likelihood: See :data:`OuterLogLikelihood`; a sum over examples that do not interact.
 
     Raises:
-        TypeError: If ``params`` is no dict of floating-point tensors.
+        TypeError: If ``params`` is not a dict of floating-point tensors.
     """
 
     def __init__(self, params: Params, forward: Forward, outer_log_likelihood: OuterLogLikelihood) -> None:
@@ -75,10 +74,11 @@ class FunctionalBackend(GGNBackend):
 
     @property
     def aux(self) -> Any:
-        """What ``forward`` gave for the last batch besides its output."""
+        """Auxiliary information that ``forward`` gave for the last batch."""
         return self.model.aux
 
-    def _examples(self, x: Any) -> int:
+    def count(self, x: Any) -> int:
+        """Number of examples: the first axis of the first tensor that has one."""
         size = batch_size(x)
         if size is None:
             raise ValueError("the batch holds no tensor with a leading dimension, which would count its examples.")
@@ -86,7 +86,7 @@ class FunctionalBackend(GGNBackend):
 
     def _terms(self, output: Tensor, y: Any) -> Terms:
         """The loss example by example: the log-likelihood of a batch that holds one alone."""
-        size = self._examples(y)
+        size = self.count(y)
 
         def is_row(tensor: Tensor) -> bool:
             return tensor.dim() > 0 and tensor.shape[0] == size

@@ -5,31 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from curvature.laplace.factors.decomposed import BlockKronDecomposed
-from curvature.laplace.factors.kron import BlockKron, Tensors
-from curvature.laplace.posteriors.functional import (
-    Forward,
-    FunctionalBackend,
-    OuterLogLikelihood,
-    Params,
-    Transform,
-    advance,
-    around,
-    check_params,
-)
+from curvature.laplace.factors.kron import BlockKron
+from curvature.laplace.factors.tensors import Tensors
+from curvature.laplace.posteriors import functional as F
 
 
 def build(
-    forward: Forward,
-    outer_log_likelihood: OuterLogLikelihood,
+    forward: F.Forward,
+    outer_log_likelihood: F.OuterLogLikelihood,
     init_prec_diag: Mapping[str, float] | float = 0.0,
     sharing: Literal["expand", "reduce"] = "expand",
-) -> Transform:
+) -> F.Transform:
     """``init`` and ``update`` of a Kronecker-factored approximation.
 
     A weight of a layer has two factors, other parameters a dense matrix or a diagonal: :class:`BlockKron`.
@@ -41,7 +33,7 @@ def build(
         init_prec_diag: Precision to start from: a number, or one for each parameter, by name.
         sharing: How positions that share weights are treated, see :class:`curvature.KroneckerFisher`.
     """
-    return Transform(
+    return F.Transform(
         partial(init, init_prec_diag=init_prec_diag),
         partial(update, forward=forward, outer_log_likelihood=outer_log_likelihood, sharing=sharing),
     )
@@ -58,7 +50,7 @@ class KFACLaplaceState:
         step: Number of batches, 0-d.
     """
 
-    params: Params
+    params: F.Params
     factors: BlockKron
     prec_diag: Tensor
     step: Tensor = field(default_factory=lambda: torch.tensor(0))
@@ -71,9 +63,9 @@ class KFACLaplaceState:
         return BlockKronDecomposed(self.factors.tensors, self.factors.decompose().pieces, deltas=self.prec_diag)
 
 
-def init(params: Params, init_prec_diag: Mapping[str, float] | float = 0.0) -> KFACLaplaceState:
+def init(params: F.Params, init_prec_diag: Mapping[str, float] | float = 0.0) -> KFACLaplaceState:
     """The state before any data."""
-    check_params(params)
+    F.check_params(params)
     names = sorted(params)
     first = params[names[0]]
     tensors = Tensors.of({name: params[name] for name in names}, first.dtype)
@@ -85,33 +77,34 @@ def init(params: Params, init_prec_diag: Mapping[str, float] | float = 0.0) -> K
 def update(
     state: KFACLaplaceState,
     batch: Any,
-    forward: Forward,
-    outer_log_likelihood: OuterLogLikelihood,
+    forward: F.Forward,
+    outer_log_likelihood: F.OuterLogLikelihood,
     sharing: Literal["expand", "reduce"] = "expand",
     inplace: bool = False,
 ) -> tuple[KFACLaplaceState, Any]:
     """Add the factors of a batch; as :func:`diag_ggn.update`. With ``inplace`` the state is changed, no tensor is."""
-    backend = FunctionalBackend(state.params, forward, outer_log_likelihood)
-    _, new = backend.kron(batch, batch, N=backend._examples(batch), kfac_approx=sharing)
+    backend = F.FunctionalBackend(state.params, forward, outer_log_likelihood)
+    _, new = backend.kron(batch, batch, N=backend.count(batch), kfac_approx=sharing)
     factors = state.factors + new if state.factors.sums else new
-    return advance(state, inplace, factors=factors), backend.aux
+    return F.advance(state, inplace, factors=factors), backend.aux
 
 
-def sample(
-    state: KFACLaplaceState, sample_shape: tuple[int, ...] = (), generator: torch.Generator | None = None
-) -> Params:
-    """Draws ``{name: (*sample_shape, *shape)}``; from the global random state where there is no generator.
+class Factored(Protocol):
+    """A state whose precision is known by its eigenvectors."""
+
+    params: F.Params
+
+    def precision(self) -> BlockKronDecomposed:
+        """The precision."""
+
+
+def sample(state: Factored, sample_shape: tuple[int, ...] = (), generator: torch.Generator | None = None) -> F.Params:
+    """Draws ``{name: (*sample_shape, *shape)}``; from the global random state without a generator.
 
     Raises:
         ValueError: If the precision is singular.
     """
-    return draw(state.params, state.precision(), sample_shape, generator)
-
-
-def draw(
-    params: Params, precision: BlockKronDecomposed, sample_shape: tuple[int, ...], generator: torch.Generator | None
-) -> Params:
-    """Draws from the Gaussian with that mean and that precision."""
+    precision = state.precision()
     if not bool(torch.isfinite(precision.logdet())):
         raise ValueError("the precision is not positive definite, so there is no Gaussian. Pass init_prec_diag > 0.")
-    return around(params, sample_shape, generator, lambda noise: precision.bmm(noise, exponent=-0.5))
+    return F.around(state.params, sample_shape, generator, lambda noise: precision.bmm(noise, exponent=-0.5))

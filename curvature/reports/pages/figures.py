@@ -13,9 +13,8 @@ import torch
 
 from curvature import plots
 from curvature.plots.style import colour, ink, library, prepare
-from curvature.reports.document import Report
 from curvature.reports.pages.view import NAMES
-from curvature.reports.results import DensityResult, EigenvaluesResult, NoiseResult, Number
+from curvature.reports.results import DensityResult, EigenvaluesResult, Findings, NoiseResult, Number
 from solvers import Density, Eigenpairs, Estimate
 
 if TYPE_CHECKING:
@@ -57,9 +56,9 @@ def available() -> bool:
     return True
 
 
-def figures(report: Report, name: str) -> list[Plot]:
+def figures(report: Findings, name: str) -> list[Plot]:
     """The plots that a chapter calls by this name: none, or one for each matrix."""
-    makers: dict[str, Callable[[Report], Iterator[Drawing]]] = {
+    makers: dict[str, Callable[[Findings], Iterator[Drawing]]] = {
         "density": _densities,
         "eigenvalues": _eigenvalues,
         "shares": _shares,
@@ -129,7 +128,7 @@ def _escape(text: str) -> str:
 # The plots ------------------------------------------------------------------------------------------------------------
 
 
-def _densities(report: Report) -> Iterator[Drawing]:
+def _densities(report: Findings) -> Iterator[Drawing]:
     for matrix, found in report.densities.items():
         plain = (
             "How many directions have which curvature: most are near zero, and the few far to the right are the steep "
@@ -145,7 +144,7 @@ def _density(found: DensityResult, ax: Axes) -> None:
     plots.density(Density(grid, density, stderr, moments, found.width, found.samples, found.products), ax)
 
 
-def _eigenvalues(report: Report) -> Iterator[Drawing]:
+def _eigenvalues(report: Findings) -> Iterator[Drawing]:
     for matrix, found in report.eigenvalues.items():
         plain = (
             "The steepest directions, one dot each; bars show how far off a value can be, most of them too short to "
@@ -160,7 +159,7 @@ def _ranked(found: EigenvaluesResult, ax: Axes) -> None:
     plots.eigenvalues(Eigenpairs(columns[0], torch.empty(0), columns[1], done, found.complete, found.products, {}), ax)
 
 
-def _shares(report: Report) -> Iterator[Drawing]:
+def _shares(report: Findings) -> Iterator[Drawing]:
     names = _short(report)
     for matrix, found in report.traces.items():
         if sum(part.value for part in found.layers.values()) <= 0:
@@ -171,7 +170,7 @@ def _shares(report: Report) -> Iterator[Drawing]:
         yield f"{NAMES[matrix]}: share of each layer", plain, _height(len(values)), draw
 
 
-def _distances(report: Report) -> Iterator[Drawing]:
+def _distances(report: Findings) -> Iterator[Drawing]:
     assert report.distances is not None
     names, found = _short(report), report.distances.structures
     values: dict[str, dict[str, Estimate | torch.Tensor | float]] = {
@@ -185,7 +184,7 @@ def _distances(report: Report) -> Iterator[Drawing]:
     yield "Distance of each structure to the GGN", plain, 0.5 + _height(len(values)), draw
 
 
-def _norms(report: Report) -> Iterator[Drawing]:
+def _norms(report: Findings) -> Iterator[Drawing]:
     if report.noise is not None:
         plain = (
             "All examples in order of the length of their gradient: a steep rise at the right end means that a few of "
@@ -222,7 +221,7 @@ def _height(rows: int) -> float:
     return 0.8 + 0.26 * min(rows, _MOST)
 
 
-def _short(report: Report) -> dict[str, str]:
+def _short(report: Findings) -> dict[str, str]:
     """Names of layers that fit beside a plot, all different; the index of the layer where nothing else tells."""
     names = {layer: _fitting(layer) for layer in report.layers}
     if len(set(names.values())) < len(names):

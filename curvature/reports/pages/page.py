@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from html import escape
 
-from curvature.reports.document import Report
 from curvature.reports.pages.figures import Plot, available, figures
 from curvature.reports.pages.style import STYLE
 from curvature.reports.pages.view import Chapter, Table, chapters, facts
+from curvature.reports.results import Findings
 
 _LONG = 12  # rows of a long table that are shown at once
 
 
-def page(report: Report) -> str:
+def page(report: Findings) -> str:
     """The page."""
     parts, plots = chapters(report), available()
     title = f"Curvature of {report.model}"
@@ -50,7 +50,7 @@ def _anchor(chapter: Chapter) -> str:
     return chapter.title.lower().replace(" ", "-")
 
 
-def _chapter(report: Report, chapter: Chapter, plots: bool) -> str:
+def _chapter(report: Findings, chapter: Chapter, plots: bool) -> str:
     anchor = _anchor(chapter)
     parts = [f'<section aria-labelledby="{anchor}">', f'<h2 id="{anchor}">{escape(chapter.title)}</h2>']
     parts.append(f'<p class="plain">{escape(chapter.plain)}</p>')

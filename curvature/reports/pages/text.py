@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from textwrap import wrap
 
-from curvature.reports.document import Report
 from curvature.reports.pages.view import Chapter, Table, chapters, facts
+from curvature.reports.results import Findings
 
 WIDTH = 100
 _LONG = 12  # rows of a long table that are shown
 
 
-def text(report: Report) -> str:
+def text(report: Findings) -> str:
     """All chapters, one after the other."""
     lines = [f"Curvature of {report.model} under {report.loss_fn}", "=" * WIDTH]
     lines += wrap("   ".join(f"{name} {value}" for name, value in facts(report)), WIDTH)

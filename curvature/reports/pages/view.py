@@ -1,4 +1,4 @@
-"""What a report says, chapter by chapter, whatever it is written on."""
+"""The contents of a report chapter by chapter, for text and HTML alike."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
-from curvature.reports.document import Report
 from curvature.reports.pages.formats import DASH, condition, eigenvalue, memory, number, plain, seconds, share
-from curvature.reports.results import Eigenvalue, Matrix, Number
+from curvature.reports.results import Eigenvalue, Findings, Matrix, Number
 
 NAMES = {"hessian": "Hessian", "ggn": "GGN"}
 
@@ -61,14 +60,14 @@ class Chapter:
     expert: tuple[str, ...] = ()
 
 
-def chapters(report: Report) -> list[Chapter]:
+def chapters(report: Findings) -> list[Chapter]:
     """All that has something to say."""
     made = [_glance, _spectrum, _layers, _structures, _examples, _coverage, _missing, _cost]
     return [chapter for make in made if (chapter := make(report)) is not None]
 
 
-def facts(report: Report) -> list[tuple[str, str]]:
-    """What stands at the top: the loss, and what it is a loss of."""
+def facts(report: Findings) -> list[tuple[str, str]]:
+    """The facts at the top: the loss, and the sizes of model and data."""
     rows = [("loss", plain(report.loss.value)), ("gradient norm", plain(report.loss.gradient_norm))]
     rows.append(("parameters", f"{report.parameters:,}"))
     rows.append(("layers", f"{len(report.layers):,}"))
@@ -78,12 +77,12 @@ def facts(report: Report) -> list[tuple[str, str]]:
     return rows
 
 
-def _matrices(report: Report) -> list[Matrix]:
+def _matrices(report: Findings) -> list[Matrix]:
     known = {*report.eigenvalues, *report.traces, *report.densities, *report.layer_eigenvalues}
     return [matrix for matrix in NAMES if matrix in known]
 
 
-def _glance(report: Report) -> Chapter | None:
+def _glance(report: Findings) -> Chapter | None:
     matrices = _matrices(report)
     if not matrices:
         return None
@@ -138,7 +137,7 @@ def _aligned(x: Number | None) -> str:
     return "undetermined" if x.error >= 0.5 else share(x.value, x.error)
 
 
-def _findings(report: Report) -> Iterator[str]:
+def _findings(report: Findings) -> Iterator[str]:
     hessian = report.eigenvalues.get("hessian")
     if hessian is not None:
         top = hessian.largest[0]
@@ -168,7 +167,7 @@ def _findings(report: Report) -> Iterator[str]:
         yield f"Of the structures compared, {name} is nearest to the GGN: {share(best.whole.value)} of it is left out."
 
 
-def _spectrum(report: Report) -> Chapter | None:
+def _spectrum(report: Findings) -> Chapter | None:
     if not report.eigenvalues and not report.densities:
         return None
     tables = []
@@ -197,7 +196,7 @@ def _spectrum(report: Report) -> Chapter | None:
     )
 
 
-def _layers(report: Report) -> Chapter | None:
+def _layers(report: Findings) -> Chapter | None:
     if not report.traces and not report.layer_eigenvalues:
         return None
     matrices = _matrices(report)
@@ -230,13 +229,13 @@ def _layers(report: Report) -> Chapter | None:
     )
 
 
-def _weights(report: Report) -> tuple[float, ...]:
+def _weights(report: Findings) -> tuple[float, ...]:
     """Layers with the largest trace matter most, or the largest ones where it is not known."""
     found = report.traces.get("ggn") or report.traces.get("hessian")
     return tuple(report.layers.values() if found is None else (abs(x.value) for x in found.layers.values()))
 
 
-def trace_share(report: Report, matrix: Matrix, layer: str) -> str:
+def trace_share(report: Findings, matrix: Matrix, layer: str) -> str:
     """Share of a layer in the trace; a dash where the trace may be zero."""
     found = report.traces[matrix]
     whole, part = found.trace, found.layers[layer]
@@ -245,7 +244,7 @@ def trace_share(report: Report, matrix: Matrix, layer: str) -> str:
     return share(part.value / whole.value, part.error / abs(whole.value))
 
 
-def _dominant(report: Report) -> str | None:
+def _dominant(report: Findings) -> str | None:
     found = report.traces.get("ggn") or report.traces.get("hessian")
     if found is None or not found.trace.value > 2 * found.trace.error or len(found.layers) < 2:
         return None
@@ -256,7 +255,7 @@ def _dominant(report: Report) -> str | None:
     return f"{name} holds {held} of the trace of the {of}, with {small} of the parameters."
 
 
-def _structures(report: Report) -> Chapter | None:
+def _structures(report: Findings) -> Chapter | None:
     found = report.distances
     if found is None or not found.structures:
         return None
@@ -291,7 +290,7 @@ def _distance(x: Number | None) -> str:
     return DASH if x is None else share(x.value, x.error)
 
 
-def _examples(report: Report) -> Chapter | None:
+def _examples(report: Findings) -> Chapter | None:
     noise = report.noise
     if noise is None:
         return None
@@ -339,7 +338,7 @@ def _examples(report: Report) -> Chapter | None:
     )
 
 
-def _coverage(report: Report) -> Chapter | None:
+def _coverage(report: Findings) -> Chapter | None:
     table = report.coverage
     if table is None:
         return None
@@ -362,7 +361,7 @@ def _coverage(report: Report) -> Chapter | None:
     )
 
 
-def _missing(report: Report) -> Chapter | None:
+def _missing(report: Findings) -> Chapter | None:
     rows = [(refusal.part, refusal.message) for refusal in report.refused]
     rows += [(part, "left out: the budget did not reach it") for part in report.cut]
     short = [
@@ -381,7 +380,7 @@ def _missing(report: Report) -> Chapter | None:
     )
 
 
-def _cost(report: Report) -> Chapter:
+def _cost(report: Findings) -> Chapter:
     in_products = report.budget is not None and report.budget.endswith("products")
     head = ("section", "time", "products", "predicted " + ("products" if in_products else "time"))
     rows = tuple(

@@ -1,4 +1,4 @@
-"""What a report may spend, and who gets how much of it.
+"""The budget of a report, and how it is shared out among the sections.
 
 A budget is in seconds or in products with a matrix; everything below is in that one unit.
 """
@@ -37,7 +37,7 @@ class Budget:
 
     @property
     def unit(self) -> str:
-        """What is limited."""
+        """The unit of the limit."""
         return "products" if self.products is not None else "seconds"
 
     @property
@@ -58,12 +58,12 @@ class Budget:
 
     @property
     def spent(self) -> float:
-        """What was used so far."""
+        """The amount used so far."""
         return self.counted if self.products is not None else self.elapsed
 
     @property
     def left(self) -> float:
-        """What may still be used."""
+        """The amount left."""
         return max(0.0, self.amount - self.spent)
 
     def count(self, products: float) -> None:
@@ -73,7 +73,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Need:
-    """What a section asks for.
+    """The request of a section.
 
     Attributes:
         least: Below this it is not worth beginning.
@@ -85,11 +85,11 @@ class Need:
 
 
 def allot(needs: Sequence[Need], available: float) -> list[float]:
-    """Share out what there is: the least to each in its turn as far as it goes, then the rest in proportion.
+    """Share out an amount: the least to each in turn as far as it goes, then the rest in proportion.
 
     Args:
         needs: The most worthwhile first.
-        available: What there is.
+        available: The amount to share out.
 
     Returns:
         An amount for each; 0 for those that are cut.

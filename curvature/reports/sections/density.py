@@ -86,7 +86,7 @@ def _effective_dimension(study: Study, rules: list[Quadrature]) -> Number:
 
 
 def _condition(study: Study, matrix: Matrix, nodes: Tensor, exact: bool) -> Condition:
-    """Ritz values lie within the spectrum, so the condition is no less; the smallest eigenvalue is at least zero."""
+    """Bounds: Ritz values lie within the spectrum, and the smallest eigenvalue of a GGN is at least zero."""
     low, high, lam = max(0.0, float(nodes.min())), float(nodes.max()), study.damping
     if matrix in study.eigenvalues:
         top = study.eigenvalues[matrix].largest[0]

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvature.losses.signals import FisherKind
 from curvature.matrices.fisher import fisher
 from curvature.reports.results import Distance, DistancesResult, Number
 from curvature.reports.sections.study import BLOCK, Study, names_of
+from curvature.structures.estimator import Curvature
 from solvers import LinearOperator
 from solvers.estimates.estimate import Mean
 from solvers.estimates.probes import signs
@@ -21,15 +23,21 @@ _COLUMNS = 64  # backward passes per batch that an exact structure may take; bey
 _DRAWS = 16
 
 
-def kind(study: Study) -> str:
-    """Whether the structures are exact."""
-    return "exact" if study.columns <= _COLUMNS else "mc"
+def kind(study: Study, name: str) -> FisherKind:
+    """The kind of a structure: its own, or exact where the size of the outputs allows it."""
+    own = study.structures[name]
+    return own.kind if isinstance(own, Curvature) else "exact" if study.columns <= _COLUMNS else "mc"
 
 
 def passes(study: Study) -> float:
     """Cost of the structures, in gradients."""
-    each = study.columns if kind(study) == "exact" else _DRAWS
-    return len(study.structures) * (2.0 + each)
+    return sum(_passes(study, name) for name in study.structures)
+
+
+def _passes(study: Study, name: str) -> float:
+    own = study.structures[name]
+    draws = own.samples if isinstance(own, Curvature) else _DRAWS
+    return 2.0 + {"exact": study.columns, "mc": draws, "empirical": 1}[kind(study, name)]
 
 
 def products(study: Study) -> tuple[int, int]:
@@ -45,8 +53,8 @@ def distances(study: Study, allotted: float, refuse: Any) -> DistancesResult:
     cancel in the ratio.
 
     Args:
-        study: What is studied.
-        allotted: What may be spent.
+        study: The study.
+        allotted: The amount to spend.
         refuse: Called with the structure and the exception where one cannot be made.
     """
     begun, rate = study.budget.spent, study.block_rates["ggn"]
@@ -76,10 +84,12 @@ def distances(study: Study, allotted: float, refuse: Any) -> DistancesResult:
     return _collect(study, whole, layers, spent)
 
 
-def _build(study: Study, structure: str) -> LinearOperator:
-    options: dict[str, Any] = {"generator": study.generator("distances", structure), "samples": _DRAWS}
-    op = fisher(*study.given, kind=kind(study), structure=structure, **options, **study.options)  # type: ignore[call-overload]
-    study.budget.count(passes(study) / len(study.structures))
+def _build(study: Study, name: str) -> LinearOperator:
+    structure, generator = study.structures[name], study.generator("distances", name)
+    samples = None if isinstance(structure, Curvature) else _DRAWS
+    options: dict[str, Any] = {"kind": kind(study, name), "samples": samples, "generator": generator, **study.options}
+    op = fisher(*study.given, structure=structure, **options)  # type: ignore[arg-type]
+    study.budget.count(_passes(study, name))
     return op
 
 
@@ -150,7 +160,7 @@ def _collect(
 ) -> DistancesResult:
     structures = {
         structure: Distance(
-            kind(study), value, {name: layers[name][structure] for name in study.layers if layers.get(name)}
+            kind(study, structure), value, {name: layers[name][structure] for name in study.layers if layers.get(name)}
         )
         for structure, value in whole.items()
     }

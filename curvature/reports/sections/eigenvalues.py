@@ -69,11 +69,11 @@ def _from_dense(study: Study, matrix: Matrix, top: int) -> tuple[Eigenpairs, Eig
 
 
 class _Stop(Exception):
-    """What was allotted has been spent."""
+    """The allotted amount has been spent."""
 
 
 def _search(study: Study, matrix: Matrix, k: int, which: str, atol: float, allotted: float) -> Eigenpairs:
-    """Lanczos within what was allotted; its state is stored, and taken up where it was stored before."""
+    """Lanczos within the allotted amount; its state is stored, and a stored one is continued."""
     op = study.counted(study.operator(matrix))
     name = f"{matrix} {which}"
     running: dict[str, Any] = study.store.content["running"]

@@ -1,7 +1,8 @@
-"""What the sections of a report share: the loss, its matrices, the layers, and the account of what was spent."""
+"""Shared by the sections of a report: the loss, its matrices, the layers, and the account of what was spent."""
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
@@ -20,6 +21,7 @@ from curvature.model.data import Data, Output
 from curvature.reports.results import EigenvaluesResult, LossResult, Matrix, TraceResult
 from curvature.reports.sections.budget import Budget, Need
 from curvature.reports.sections.store import Store
+from curvature.structures.estimator import Curvature
 from solvers import Function, LinearOperator
 
 MATRICES: dict[Matrix, Callable[..., DatasetOperator]] = {"hessian": hessian, "ggn": ggn}
@@ -41,6 +43,7 @@ class Study:
         problem: The loss over the data.
         layers: Segment of the flat vector of each module that has parameters of its own.
         budget: What may be spent.
+        structures: Structures to compare with the GGN, by their labels.
         gradient: Gradient of the loss over all data ``(P,)``, float64, once it is known.
         loss: The loss over all data, once it is known.
         columns: Backward passes per batch that an exact structure takes.
@@ -68,7 +71,7 @@ class Study:
         damping: float,
         rtol: float,
         seed: int,
-        structures: Sequence[str],
+        structures: Sequence[str | Curvature],
         exact: bool | None,
         params: Any = None,
         output: Output | None = None,
@@ -79,7 +82,8 @@ class Study:
         self.problem = Problem(*self.given, **self.options, opaque=True)
         self.budget, self.store = budget, store
         self.k, self.damping, self.rtol, self.seed = min(k, self.size), damping, rtol, seed
-        self.structures, self.exact = tuple(structures), exact
+        self.structures = {label(structure): structure for structure in structures}
+        self.exact = exact
         self.layers = layers_of(self.problem)
         self.gradient: Tensor | None = None
         self.loss: LossResult | None = None
@@ -171,7 +175,7 @@ class Study:
                 self.to_form.append(matrix)
 
     def form_need(self, matrix: Matrix) -> Need:
-        """What it costs to form and to diagonalise a matrix; the latter is measured on a smaller one."""
+        """Cost of forming and diagonalising a matrix; the latter is measured on a smaller one."""
         products = self.size * self.block_rates[matrix]
         if self.budget.unit == "seconds" and self.size <= SMALL:
             n = min(self.size, _PROBE)
@@ -244,7 +248,7 @@ class Study:
         self.loss = LossResult(loss, norm, batches)
 
     def identity(self) -> dict[str, Any]:
-        """What tells whether stored results belong to this study."""
+        """Names and values by which stored results are recognised as those of this study."""
         assert self.loss is not None
         model, loss_fn, _ = self.given
         return {
@@ -270,6 +274,15 @@ def layers_of(problem: Problem) -> dict[str, slice]:
             label = own[0]
         out[label] = slice(start, parameters.starts[last] + parameters[last].numel())
     return out
+
+
+def label(structure: str | Curvature) -> str:
+    """A structure's name, or a curvature with the options that are not the default."""
+    if isinstance(structure, str):
+        return structure
+    fields = [(field, getattr(structure, field.name)) for field in dataclasses.fields(structure)]
+    shown = (f"{field.name}={value!r}" for field, value in fields if value != field.default)
+    return f"{type(structure).__name__}({', '.join(shown)})"
 
 
 def names_of(study: Study, layer: slice) -> list[str]:

@@ -7,13 +7,15 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from curvature.model.data import to_device
 from curvature.structures.estimator import Form
-from precond.layerwise.blocks.by_name import Blocks
+from precond.layerwise.blocks.by_name import Preconditioners
 
 
-def add_blocks(saved: dict[str, Any], blocks: Blocks, numbers: Mapping[str, int], mixing: Iterable[str]) -> None:
+def add_blocks(
+    saved: dict[str, Any], blocks: Preconditioners, numbers: Mapping[str, int], mixing: Iterable[str]
+) -> None:
     """Add the states of blocks to an optimizer's ``state_dict``.
 
     Args:
@@ -50,12 +52,4 @@ def saved_form(block: dict[str, Any]) -> Form:
 
 def copied(blocks: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """A copy of saved blocks on a device."""
-    return {name: _to(block, device) for name, block in copy.deepcopy(blocks).items()}
-
-
-def _to(tree: Any, device: torch.device) -> Any:
-    if isinstance(tree, Tensor):
-        return tree.to(device)
-    if isinstance(tree, dict):
-        return {key: _to(value, device) for key, value in tree.items()}
-    return [_to(value, device) for value in tree] if isinstance(tree, list) else tree
+    return to_device(copy.deepcopy(blocks), device)

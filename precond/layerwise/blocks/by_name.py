@@ -7,14 +7,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from curvature.layers.block import Part
+from curvature.layers.block import BlockPart
 from precond.layerwise.blocks.preconditioner import Preconditioner
 from precond.layerwise.blocks.refresh import refresh_cost, slots
-from precond.layerwise.blocks.rows import Rows
+from precond.layerwise.blocks.rows import GradientRows
 from solvers import Kronecker
 
 
-class Blocks(dict[str, Preconditioner]):
+class Preconditioners(dict[str, Preconditioner]):
     """Name of a block -> its preconditioner; what is done to all of them in a step."""
 
     def discard(self) -> None:
@@ -48,7 +48,7 @@ class Blocks(dict[str, Preconditioner]):
         return slots({name: refresh_cost(inverse) for name, inverse in inverses.items()}, period)
 
     def apply(
-        self, gradients: Mapping[str, Tensor], rows: Mapping[str, Rows], results: Mapping[str, Tensor]
+        self, gradients: Mapping[str, Tensor], rows: Mapping[str, GradientRows], results: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """Write ``P g`` for every block that has an inverse and all of its gradients, and the plain ``g`` elsewhere.
 
@@ -60,7 +60,7 @@ class Blocks(dict[str, Preconditioner]):
         Returns:
             Parameter's name -> what of its gradient went through as it is, zero elsewhere; where there is such a part.
         """
-        written: dict[str, list[Part]] = {name: [] for name in gradients}
+        written: dict[str, list[BlockPart]] = {name: [] for name in gradients}
         for key, preconditioner in self.items():
             block, inverse = preconditioner.estimator.block, preconditioner.inverse
             if inverse is None or not all(name in gradients for name in block.names):
@@ -76,7 +76,7 @@ class Blocks(dict[str, Preconditioner]):
         return {name: _fill(results[name], gradients[name], written[name]) for name in plain}
 
 
-def _fill(result: Tensor, gradient: Tensor, written: list[Part]) -> Tensor:
+def _fill(result: Tensor, gradient: Tensor, written: list[BlockPart]) -> Tensor:
     """Write a gradient where none of these parts was written; returns it with zeros in these parts."""
     rest = gradient.clone(memory_format=torch.contiguous_format)
     for part in written:

@@ -11,6 +11,7 @@ from torch import Tensor
 from curvature import CurvatureEstimator
 from curvature.structures.estimator import Form
 from curvature.structures.inverse import InverseEstimator
+from precond.step.divergence import TOLERATED_FAILURES
 from solvers import (
     Cholesky,
     Damping,
@@ -26,9 +27,6 @@ from solvers import (
 )
 
 log = logging.getLogger(__name__)
-
-#: Refreshes of one block that may fail in a row before an error is raised.
-TOLERATED_FAILURES = 3
 
 
 class Preconditioner:
@@ -77,7 +75,12 @@ class Preconditioner:
             if basis and (self.inverse is not None or self.unseen > 1):  # the first update finds its own basis
                 self.estimator.refresh_basis()
             if isinstance(self.estimator, InverseEstimator):
-                self.estimator.improve(float(getattr(damping, "lam", 0.0)))
+                if damping.relative:
+                    raise ValueError(
+                        f"block {self.estimator.block.name} learns its inverse and keeps no C: give a damping in units "
+                        f"of C, such as Tikhonov(1e-3), not {damping!r}."
+                    )
+                self.estimator.improve(float(damping.strength))
                 self.inverse, self.failures, self.unseen = self.estimator.operator(), 0, 0
                 return
             operator = self.estimator.operator()

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 
-from solvers import Diagonal, Eigen, Kronecker, LinearOperator
-from solvers.operators.flattened import Flattened
+from solvers import Diagonal, Eigen, Flattened, Kronecker, LinearOperator, rule
+from solvers.operators.dispatch import open_to_rules
 
 
 @dataclass(frozen=True)
@@ -75,19 +75,33 @@ def _slots(costs: tuple[tuple[str, int], ...], period: int) -> tuple[tuple[str, 
     return tuple(out)
 
 
+@open_to_rules
 def refresh_cost(inverse: LinearOperator) -> int:
     """Operations of an inverse or eigendecomposition, up to a constant: the sum of ``d^3`` over its dense factors.
+
+    A class of your own joins by ``solvers.rule(refresh_cost, MyOperator)``.
 
     Args:
         inverse: The inverse as it is; its shapes alone count.
     """
-    match inverse:
-        case Kronecker():
-            return sum(refresh_cost(factor) for factor in inverse.factors)
-        case Eigen():
-            return refresh_cost(inverse.basis)
-        case Diagonal():
-            return prod(inverse.in_shape)
-        case Flattened():
-            return prod(inverse.in_shape) ** 3
     return prod(inverse.in_shape[:-1]) * inverse.in_shape[-1] ** 3
+
+
+@rule(refresh_cost, Kronecker)
+def _cost_of_factors(inverse: Kronecker) -> int:
+    return sum(map(refresh_cost, inverse.factors))
+
+
+@rule(refresh_cost, Eigen)
+def _cost_of_basis(inverse: Eigen) -> int:
+    return refresh_cost(inverse.basis)
+
+
+@rule(refresh_cost, Diagonal)
+def _cost_of_entries(inverse: Diagonal) -> int:
+    return prod(inverse.in_shape)
+
+
+@rule(refresh_cost, Flattened)
+def _cost_of_flattened(inverse: Flattened) -> int:
+    return prod(inverse.in_shape) ** 3

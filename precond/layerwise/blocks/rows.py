@@ -18,7 +18,7 @@ from solvers import Kronecker, LinearOperator
 
 
 @dataclass
-class Rows:
+class GradientRows:
     """Inputs ``a (m, d_in)`` and output gradients ``g (m, d_out)`` of one backward pass: ``grad = g^T a``."""
 
     a: Tensor
@@ -107,7 +107,7 @@ class RowTap:
         assert p.grad is not None
         self._written[id(p)] = (p.grad, p.grad._version if id(p) not in self._written else -1)
 
-    def rows(self, gradients: Mapping[str, Tensor]) -> Rows | None:
+    def rows(self, gradients: Mapping[str, Tensor]) -> GradientRows | None:
         """The rows, if they stand for these gradients."""
         self.count = 0
         if self._passes != 1 or self._input is None or self._gradient is None:
@@ -119,7 +119,7 @@ class RowTap:
         a, version = self._input
         if a._version != version:
             return None
-        rows = Rows(
+        rows = GradientRows(
             a.reshape(-1, a.shape[-1]), self._gradient.reshape(-1, self._gradient.shape[-1]), len(self.params) > 1
         )
         self.count = len(rows.a)
@@ -180,8 +180,10 @@ class RowTaps:
         """How many rows made the last gradient of a block, if they did."""
         return self.taps[name].count or None if name in self.taps else None
 
-    def rows(self, gradients: Mapping[str, Tensor], preconditioners: Mapping[str, Preconditioner]) -> dict[str, Rows]:
-        """Blocks whose gradient is at hand as a product of few rows, checked against the gradient itself."""
+    def rows(
+        self, gradients: Mapping[str, Tensor], preconditioners: Mapping[str, Preconditioner]
+    ) -> dict[str, GradientRows]:
+        """Preconditioners whose gradient is at hand as a product of few rows, checked against the gradient itself."""
         found = {name: rows for name, tap in self.taps.items() if (rows := tap.rows(gradients)) is not None}
         if not found:
             return {}

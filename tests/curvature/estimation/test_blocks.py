@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from curvature import Block
-from curvature.layers.block import Part
+from curvature.layers.block import BlockPart
 from curvature.model.parameters import Parameters
 from solvers import Dense, Diagonal, Eigen, Kronecker
 from tests.curvature import dense_reference as dense
@@ -139,7 +139,7 @@ def test_block_form_is_the_layers_matrix() -> None:
 def test_reading_a_segment_and_writing_it_back(permutation: list[int], start: int, batch: int) -> None:
     split = (2, 3, 4)
     shape = tuple(split[p] for p in permutation)
-    part = Part("p", start, split, tuple(permutation), (shape[0], shape[1] * shape[2]))
+    part = BlockPart("p", start, split, tuple(permutation), (shape[0], shape[1] * shape[2]))
     flat = torch.arange(batch * 30.0).reshape(batch, 30)
     read = part.read(flat)
     expected = flat[:, start : start + 24].reshape(batch, *split).permute(0, *(1 + p for p in permutation))
@@ -151,7 +151,7 @@ def test_reading_a_segment_and_writing_it_back(permutation: list[int], start: in
 
 
 def test_block_joins_the_columns_of_its_parts() -> None:
-    block = Block("w+b", (Part("w", 0, (2, 3), (0, 1), (2, 3)), Part("b", 0, (2,), (0,), (2, 1))))
+    block = Block("w+b", (BlockPart("w", 0, (2, 3), (0, 1), (2, 3)), BlockPart("b", 0, (2,), (0,), (2, 1))))
     tensors = {"w": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([10.0, 20.0])}
     joined = block.read(tensors)
     assert torch.equal(joined, torch.tensor([[0.0, 1, 2, 10], [3, 4, 5, 20]]))

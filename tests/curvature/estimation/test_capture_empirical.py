@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import curvature
-from precond import EKFAC, KFAC
+from precond import EKFAC, KFAC, KroneckerFisher
 
 Backward = Callable[[nn.Module, nn.Module, Tensor, Tensor], None]
 
@@ -97,7 +97,8 @@ def test_two_losses_on_one_pass_are_kept_apart() -> None:
     """The curvature of a sum of two losses is the sum of theirs; their gradients would arrive as one."""
     net, (x, y) = model(), batch()
     other = (y + 1) % 4
-    optimizer = KFAC(net, loss_fn := nn.CrossEntropyLoss(), lr=0.1, fisher="empirical", bias="separate")
+    separate = KroneckerFisher("empirical", bias="separate")
+    optimizer = KFAC(net, loss_fn := nn.CrossEntropyLoss(), lr=0.1, fisher=separate)
     optimizer.curvature_ema = 0.0
     for _ in range(2):
         optimizer.zero_grad()

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import curvature
-from precond import KFAC
+from precond import KFAC, Loop
 from tests.curvature.loops import (
     STRUCTURES,
     assert_same,
@@ -416,7 +416,7 @@ def test_draws_differ_from_step_to_step_and_repeat_with_the_seed() -> None:
 
     def two_steps(seed: int) -> list[Tensor]:
         model, loss_fn = mlp(), nn.CrossEntropyLoss()
-        optimizer = KFAC(model, loss_fn, lr=0.0, curvature_ema=0.0, seed=seed)
+        optimizer = KFAC(model, loss_fn, lr=0.0, curvature_ema=0.0, loop=Loop(seed=seed))
         return [step(optimizer, [lambda: loss_fn(model(x), y)])["2.weight+2.bias"] for _ in range(2)]
 
     runs = [two_steps(seed) for seed in (0, 0, 1)]

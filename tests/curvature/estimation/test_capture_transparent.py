@@ -250,4 +250,4 @@ def test_nothing_is_kept_between_steps() -> None:
         optimizer.step()
     gc.collect()
     assert node() is None
-    assert not optimizer.capture._recordings and not optimizer.capture._passes
+    assert not optimizer.capture._recordings and not optimizer.capture.passes

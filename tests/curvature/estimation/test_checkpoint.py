@@ -18,7 +18,11 @@ import curvature
 import solvers
 from curvature.estimation import checkpoint
 from curvature.estimation.checkpoint import Checkpoint, CheckpointError, digest, load, problem_identity, save
-from solvers import Function
+from curvature.estimation.snapshot import restore, take
+from curvature.layers.block import Block, BlockPart
+from curvature.structures.diagonal import DiagonalEstimator
+from curvature.structures.weighted_mean import WeightedMean
+from solvers import Dense, Function
 
 F64 = torch.float64
 
@@ -53,6 +57,34 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"state\['model'\]\[1\] is a Linear. A checkpoint holds tensors"):
         save(tmp_path / "state.pt", {"model": [1, nn.Linear(2, 2)]})
     assert not any(tmp_path.iterdir())
+
+
+def estimate() -> Any:
+    part = BlockPart("p", 0, (3,), (0,), (3,))
+    return DiagonalEstimator(Block("p", (part,)))
+
+
+def test_estimates_come_back_from_a_file_with_all_they_hold(tmp_path: Path) -> None:
+    before, after = estimate(), estimate()
+    mean = WeightedMean()
+    mean.add(torch.arange(3.0), 2.0)  # waits to be committed
+    before.held = {"rows": [torch.ones(2), (1, "a", None)], (0, 1): {"mean": mean}}
+    before.op, before.inner, after.inner = Dense(torch.eye(2)), estimate(), estimate()
+    before.inner.mean.add(torch.ones(3), 1.0)
+    save(tmp_path / "taken.pt", take(before))
+    restore(after, load(tmp_path / "taken.pt"), torch.device("cpu"))
+    assert same(after.held["rows"], before.held["rows"]) and after.inner is not before.inner
+    assert torch.equal(after.op.matrix, before.op.matrix)
+    assert same(take(after), take(before)) and after.held[0, 1]["mean"].step_sum()[1] == 2.0
+    after.held["rows"][0].zero_()
+    assert bool(before.held["rows"][0].all()), "a copy"
+
+
+def test_what_an_estimate_cannot_store_is_named() -> None:
+    odd = estimate()
+    odd.held = {"hooks": [print]}
+    with pytest.raises(TypeError, match=r"state\['DiagonalEstimator'\]\['held'\]\['hooks'\]\[0\] is a builtin"):
+        take(odd)
 
 
 def test_a_save_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

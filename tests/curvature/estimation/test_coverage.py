@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 import curvature
+from curvature.estimation.plan import BlockPlan
+from curvature.model.parameters import Parameters
 from precond import KFAC
 
 
@@ -97,3 +102,119 @@ def test_model_is_left_alone() -> None:
 def test_an_unknown_name_is_refused() -> None:
     with pytest.raises(KeyError, match="no trainable parameter 'nope'; there are weight, bias"):
         curvature.coverage(nn.Linear(2, 2), nn.MSELoss())["nope"]
+
+
+class Kernel(torch.autograd.Function):
+    """A product that function modes do not see."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, w)
+        return x @ w.mT
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x, w = ctx.saved_tensors
+        return grads[0] @ w, grads[0].mT @ x
+
+
+class Hidden(nn.Module):
+    """``also.weight`` goes into a layer and, in one of several views, into a kernel; ``only`` into the kernel alone."""
+
+    def __init__(self, view: Callable[[torch.Tensor], torch.Tensor] = lambda w: w) -> None:
+        super().__init__()
+        self.view = view
+        self.also, self.only, self.head = nn.Linear(4, 4, bias=False), nn.Parameter(torch.eye(4)), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = Kernel.apply(self.also(x).tanh(), self.view(self.also.weight))  # type: ignore[no-untyped-call]
+        return self.head(Kernel.apply(h, self.only).tanh())  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize(
+    "view", [lambda w: w, lambda w: w.t(), lambda w: w.view(16).view(4, 4)], ids=["plain", "t", "view"]
+)
+def test_a_rule_that_is_not_relied_on_is_told_with_the_reason(view: Any) -> None:
+    torch.manual_seed(0)
+    model, loss_fn, data = Hidden(view), nn.CrossEntropyLoss(), (torch.randn(8, 4), torch.randint(3, (8,)))
+    told = curvature.coverage(model, loss_fn, data)
+    assert told["also.weight"].why == (
+        "rule linear does not explain the gradient, used in Kernel as well: gradients by autograd"
+    )
+    assert told["only"].why == "no rule for Kernel: gradients by autograd"
+    assert [row.structure for row in told] == ["diagonal", "diagonal", "kronecker", "kronecker"]
+    assert told.covered == 15 / 47
+    optimizer = KFAC(model, loss_fn, lr=0.1)
+    loss_fn(model(data[0]), data[1]).backward()
+    optimizer.step()
+    assert optimizer.coverage().rows == told.rows
+    estimated = curvature.fisher(model, loss_fn, data, structure="kfac").blocks
+    assert sorted(type(block).__name__ for block in estimated) == ["Diagonal", "Diagonal", "Kronecker"]
+
+
+@pytest.mark.parametrize(
+    ("use", "why"),
+    [
+        (lambda x, w: x @ w[:3] + x @ w[1:4], "uses of segments that overlap"),
+        (lambda x, w: x @ w[:3] * w[:3].sum(), "no rule for sum"),
+        (lambda x, w: x @ w[:3] + (w[:3] * 2).sum(0), "uses of different kinds"),
+        (lambda x, w: x @ w[:3] + x.repeat(1, 2) @ w[:3].reshape(6, 2).repeat(1, 2), "no rule for repeat"),
+    ],
+)
+def test_uses_that_fit_no_block_are_told(use: Any, why: str) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(5, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return use(x, self.w)
+
+    row = curvature.coverage(Model(), nn.MSELoss(), (torch.randn(6, 3), torch.randn(6, 4)))["w"]
+    assert row.structure == "diagonal" and row.why == f"{why}: gradients by autograd" and not row.ruled
+
+
+def test_before_a_step_nothing_was_seen() -> None:
+    optimizer = KFAC(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)), nn.CrossEntropyLoss(), lr=0.1)
+    table = optimizer.coverage()
+    assert {row.structure for row in table} == {"unused"} and table.covered == 0
+    assert "4 parameters, 0% of the numbers by a layer rule (nothing seen yet)." in str(table)
+
+
+def test_what_the_loss_does_not_reach_is_unused() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 2), nn.Linear(3, 2)
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"logits": self.first(x), "other": self.second(x)}
+
+    data = torch.randn(5, 3), torch.randint(2, (5,))
+    table = curvature.coverage(Two(), nn.CrossEntropyLoss(), data)
+    assert [row.structure for row in table] == ["kronecker"] * 2 + ["unused"] * 2
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_losses_that_are_not_known_and_targets_that_do_not_fit_leave_the_model_to_be_seen(frozen: bool) -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 2), nn.Linear(3, 4)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            out = self.first(x), self.second(x)
+            return (out[0].detach(), out[1].detach()) if frozen else out
+
+    table = curvature.coverage(Pair(), lambda z, y: z[0].sum(), (torch.randn(5, 3), None))
+    assert {row.structure for row in table} == {"unused" if frozen else "kronecker"}
+
+
+def test_reasons_are_part_of_the_state() -> None:
+    parameters = Parameters(nn.Linear(2, 2))
+    plan, again, old = (BlockPlan(parameters, joint=True) for _ in range(3))
+    plan.assign([], {"weight": {"exp"}})
+    again.restore(plan.state())
+    assert again.without_rule == {"weight": "no rule for exp"}
+    old.restore({name: value for name, value in plan.state().items() if name != "reasons"})
+    assert old.without_rule == {"weight": "no rule for its use"}

@@ -126,7 +126,7 @@ def test_a_dense_input_factor_of_a_large_embedding() -> None:
     with pytest.raises(
         ValueError, match=r"block 0\.weight: sharing='reduce' makes .* dense \(9 x 9\).*sharing='expand'"
     ):
-        fisher(model, LOSS, data, sharing="reduce", max_factor=8, structure="kfac")
+        fisher(model, LOSS, data, sharing="reduce", max_dim=8, structure="kfac")
 
 
 @pytest.mark.parametrize("structure", ["kfac", "ekfac"])

@@ -168,7 +168,7 @@ def test_a_sampled_fisher_draws_once() -> None:
     la = fitted("classification", rank=None, backend_kwargs={"stochastic": True, "num_samples": 2})
     diagonal = la.H.vectors.square() @ la.H.values
     assert la.H.rest.max() < 1e-9 * diagonal.max()
-    assert la.backend._sampled == 3  # batches, not twice as many
+    assert la.backend.sampled == 3  # batches, not twice as many
 
 
 def test_hessian() -> None:

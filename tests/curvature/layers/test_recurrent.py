@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from curvature.estimation.collector import Collector
 from curvature.estimation.dataset import record
-from curvature.layers.recorder import Recorder, tensors_in
+from curvature.layers.recorder import Recorder
 from curvature.losses import loss_for
 from curvature.losses.signals import Signals
+from curvature.model.data import tensors_in
 from curvature.model.parameters import Parameters
 from curvature.structures.diagonal import DiagonalEstimator
 from tests.curvature import dense_reference as dense

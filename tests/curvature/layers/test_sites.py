@@ -251,3 +251,24 @@ def test_models_run_under_autocast(kind: Any) -> None:
     plain = fisher(model.inner, nn.CrossEntropyLoss(), data, kind=kind, structure="kfac")
     assert got.dtype == torch.float32
     assert torch.dist(got.to_dense(), plain.to_dense()) < (0.05 if kind != "mc" else 0.5) * plain.to_dense().norm()
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_torch_batch_norm_called_by_itself_is_left_to_autograd(affine: bool) -> None:
+    """Its arguments have another order than those of ``F.batch_norm``."""
+
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.ones(3)), nn.Parameter(torch.zeros(3))
+            self.register_buffer("mean", torch.zeros(3))
+            self.register_buffer("var", torch.ones(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            w, b = (self.weight, self.bias) if affine else (None, None)
+            y = torch.batch_norm(x, w, b, self.mean, self.var, False, 0.1, 1e-5, False)
+            return y if affine else y * self.weight + self.bias
+
+    operations, unknown = seen(Plain(), torch.randn(4, 3))
+    assert unknown == ({"weight", "bias"} if affine else set())
+    assert operations == ({} if affine else {"weight": "mul", "bias": "add"})

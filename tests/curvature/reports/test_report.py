@@ -99,6 +99,30 @@ def test_small_matrices_are_exact(name: str) -> None:
     assert report.densities["hessian"].effective_dimension is None
 
 
+def test_structures_are_names_or_curvatures() -> None:
+    made, true = known("report_cnn")
+    reduced, empirical = curvature.KroneckerFisher("exact", sharing="reduce"), curvature.DiagonalFisher("empirical")
+    options: dict[str, Any] = {"matrix": "ggn", "sections": ("loss", "distances")}
+
+    def distances(*structures: Any) -> dict[str, Any]:
+        found = curvature.report(made.model, made.loss_fn, made.data, structures=structures, **options)
+        assert not found.refused and Report.from_json(found.to_json()).distances == found.distances
+        assert found.distances is not None
+        return found.distances.structures
+
+    found = distances("kfac", reduced, empirical, curvature.KroneckerFisher("exact"))
+    labels = ["KroneckerFisher(kind='exact', sharing='reduce')", "DiagonalFisher(kind='empirical')"]
+    assert list(found) == ["kfac", *labels, "KroneckerFisher(kind='exact')"]
+    assert found["KroneckerFisher(kind='exact')"] == found["kfac"] == distances("kfac")["kfac"]
+    assert [found[name].kind for name in labels] == ["exact", "empirical"]
+    for name, structure in zip(labels, (reduced, empirical), strict=True):
+        S = curvature.fisher(made.model, made.loss_fn, made.data, structure=structure).to_dense()
+        expected = float((S - true.matrices["ggn"]).norm() / true.matrices["ggn"].norm())
+        assert found[name].whole.value == pytest.approx(expected, rel=1e-9)
+    one = curvature.report(made.model, made.loss_fn, made.data, structures=reduced, **options)
+    assert one.distances is not None and list(one.distances.structures) == labels[:1]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_distances_are_those_of_the_dense_matrices(name: str) -> None:
     report, (made, true) = reported(name), known(name)

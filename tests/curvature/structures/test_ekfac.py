@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from curvature.layers.block import Place
+from curvature.layers.block import BlockPlace
 from solvers import Eigen, Kronecker
 from tests.curvature import dense_reference as dense
 from tests.curvature.estimates import estimate
@@ -43,7 +43,7 @@ def test_spectrum_is_the_diagonal_in_the_basis(name: str, kind: str) -> None:
         assert error <= kfac_error * (1 + 1e-9) + 1e-12
 
 
-@pytest.mark.parametrize("options", [{"bias": "separate"}, {"sharing": "reduce"}, {"max_factor": 4}], ids=str)
+@pytest.mark.parametrize("options", [{"bias": "separate"}, {"sharing": "reduce"}, {"max_dim": 4}], ids=str)
 @pytest.mark.parametrize("name", ["mlp_ce", "linear_on_sequences", "cnn", "language_model"])
 def test_options_choose_the_basis_and_leave_the_trace(name: str, options: dict[str, Any]) -> None:
     problem = PROBLEMS[name]()
@@ -53,7 +53,7 @@ def test_options_choose_the_basis_and_leave_the_trace(name: str, options: dict[s
     for block, place in zip(got.blocks, got.places, strict=True):
         if isinstance(block, Eigen):
             Q = block.basis.to_dense()
-            assert isinstance(place, Place)
+            assert isinstance(place, BlockPlace)
             expected = (Q.T @ sub_block(full, place) @ Q).diagonal()
             torch.testing.assert_close(block.values.flatten(), expected, rtol=1e-9, atol=1e-12)
 

@@ -234,7 +234,7 @@ def test_expand_and_reduce_agree_without_sharing() -> None:
 def test_factors_above_the_limit_keep_their_diagonal() -> None:
     problem = PROBLEMS["mlp_ce"]()
     full = estimate(problem, "kfac", "exact")
-    cut = estimate(problem, "kfac", "exact", max_factor=4)
+    cut = estimate(problem, "kfac", "exact", max_dim=4)
     first, second = cut.blocks
     assert isinstance(first, Kronecker) and isinstance(second, Kronecker)
     assert [type(f).__name__ for f in first.factors + second.factors] == ["Diagonal", "Diagonal", "Dense", "Diagonal"]

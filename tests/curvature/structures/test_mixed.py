@@ -100,9 +100,9 @@ def test_a_module_goes_before_a_class_a_class_before_a_name_a_name_before_the_de
 
 
 def test_structures_with_options(model: Net) -> None:
-    given = {"*": KroneckerFisher(max_factor=4), "encoder.*": EigenbasisFisher(sharing="reduce")}
+    given = {"*": KroneckerFisher(max_dim=4), "encoder.*": EigenbasisFisher(sharing="reduce")}
     operator: Any = curvature.fisher(model, LOSS, batch(5), structure=given)
-    alone: Any = curvature.fisher(model, LOSS, batch(5), structure="kfac", max_factor=4)
+    alone: Any = curvature.fisher(model, LOSS, batch(5), structure="kfac", max_dim=4)
     assert isinstance(operator, BlockDiagonal)
     torch.testing.assert_close(operator.to_dense()[-35:, -35:], alone.to_dense()[-35:, -35:])
 

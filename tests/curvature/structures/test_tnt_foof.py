@@ -60,7 +60,7 @@ def test_sampled_tnt_sees_the_draws_of_the_dense_blocks() -> None:
 
 def test_tnt_keeps_large_factors_as_diagonals() -> None:
     problem = PROBLEMS["mlp_ce"]()
-    full, cut = make(problem, "exact", "tnt"), make(problem, "exact", "tnt", max_factor=4)
+    full, cut = make(problem, "exact", "tnt"), make(problem, "exact", "tnt", max_dim=4)
     for whole, block in zip(full.blocks, cut.blocks, strict=True):
         for dense, factor in zip(whole.factors, block.factors, strict=True):
             if dense.in_shape[-1] > 4:

@@ -189,7 +189,9 @@ OPTIMIZERS: dict[str, Callable[[nn.Module, nn.Module], Any]] = {
     "SGD": lambda model, loss_fn: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
     "KFAC": lambda model, loss_fn: precond.KFAC(model, loss_fn, lr=0.02, damping=1e-2),
     "EKFAC empirical": lambda model, loss_fn: precond.EKFAC(model, loss_fn, lr=0.02, damping=1e-2, fisher="empirical"),
-    "KFAC shadow": lambda model, loss_fn: precond.KFAC(model, loss_fn, lr=0.02, damping=1e-2, capture="shadow"),
+    "KFAC shadow": lambda model, loss_fn: precond.KFAC(
+        model, loss_fn, lr=0.02, damping=1e-2, loop=precond.Loop(capture="shadow")
+    ),
     "KBFGS": lambda model, loss_fn: precond.KBFGS(model, loss_fn, lr=0.01),
     "SOAP": lambda model, loss_fn: precond.SOAP(model.parameters(), lr=0.01),
 }

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from precond.closure.adahessian import AdaHessian
-from precond.closure.optimizer import rademacher
+from precond.step.graph import rademacher
+from precond.step.loop import Loop
 from tests.precond import references as ref
 
 
@@ -42,7 +43,13 @@ def test_equals_dense_algebra(power):
 
     ref.assert_steps_equal(
         lambda model: AdaHessian(
-            model.parameters(), lr=0.05, betas=(0.9, 0.8), eps=1e-3, hessian_power=power, weight_decay=0.1, seed=4
+            model.parameters(),
+            lr=0.05,
+            betas=(0.9, 0.8),
+            eps=1e-3,
+            hessian_power=power,
+            weight_decay=0.1,
+            loop=Loop(seed=4),
         ),
         expected,
     )

@@ -6,17 +6,18 @@ import pytest
 import torch
 
 from precond.closure.newton import Newton
+from precond.step.adapt import LevenbergMarquardt
 
 
 def parameter():
     return torch.nn.Parameter(torch.tensor([1.0, 2.0], dtype=torch.float64))
 
 
-@pytest.mark.parametrize("adapt", [False, True])
+@pytest.mark.parametrize("rule", [None, LevenbergMarquardt()])
 @pytest.mark.parametrize("set_to_none", [False, True])
-def test_a_closure_may_call_zero_grad_and_backward_as_for_lbfgs(adapt, set_to_none):
+def test_a_closure_may_call_zero_grad_and_backward_as_for_lbfgs(rule, set_to_none):
     p = parameter()
-    optimizer = Newton([p], adapt=adapt)  # adapt evaluates the closure again
+    optimizer = Newton([p], damping_rule=rule)  # a rule evaluates the closure again
 
     def closure():
         optimizer.zero_grad(set_to_none)

@@ -20,7 +20,7 @@ def residual(model, step):
 def test_equals_the_normal_equations(solver):
     model = ref.SmallModel()
     optimizer = GaussNewton(
-        model.parameters(), lr=0.5, damping=0.1, solver=solver, adapt=False, scaled=False, weight_decay=0.01
+        model.parameters(), lr=0.5, damping=0.1, solver=solver, damping_rule=None, scaled=False, weight_decay=0.01
     )
     tolerance = 1e-7 if solver == "cg" else 1e-10
     for step in range(20):
@@ -41,7 +41,7 @@ def test_auto_takes_the_smaller_size_and_both_agree(rows, generator):
     solutions = []
     for solver in ("auto", "cholesky", "woodbury"):
         p = torch.nn.Parameter(torch.zeros(6, dtype=torch.float64))
-        optimizer = GaussNewton([p], damping=1e-3, solver=solver, adapt=False, scaled=False)
+        optimizer = GaussNewton([p], damping=1e-3, solver=solver, damping_rule=None, scaled=False)
         optimizer.step(lambda p=p: torch.tanh(matrix @ p) - target)
         solutions.append(p.detach())
     expected = torch.linalg.solve(matrix.mT @ matrix + 1e-3 * torch.eye(6, dtype=torch.float64), matrix.mT @ target)
@@ -52,7 +52,9 @@ def test_auto_takes_the_smaller_size_and_both_agree(rows, generator):
 def test_a_huge_damping_scales_the_gradient():
     model = ref.SmallModel()
     before = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
-    GaussNewton(model.parameters(), lr=1e12, damping=1e12, adapt=False, scaled=False).step(lambda: residual(model, 0))
+    GaussNewton(model.parameters(), lr=1e12, damping=1e12, damping_rule=None, scaled=False).step(
+        lambda: residual(model, 0)
+    )
     gradient = torch.cat([p.grad.reshape(-1) for p in model.parameters()])
     after = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
     torch.testing.assert_close(after, before - gradient, rtol=0, atol=1e-10)
@@ -69,7 +71,7 @@ def test_several_residuals_are_stacked(generator):
 def test_spring_adds_damped_momentum(generator):
     matrix = torch.randn(3, 5, generator=generator, dtype=torch.float64)
     p = torch.nn.Parameter(torch.zeros(5, dtype=torch.float64))
-    optimizer = GaussNewton([p], damping=0.5, spring=0.9, adapt=False)
+    optimizer = GaussNewton([p], damping=0.5, spring=0.9, damping_rule=None)
     theta = old = torch.zeros(5, dtype=torch.float64)
     for step in range(20):
         target = torch.randn(3, generator=generator, dtype=torch.float64)
@@ -118,7 +120,7 @@ def test_scaled_damps_by_the_largest_diagonal_so_far(rows, spring, generator):
         return torch.tanh(weights @ x) + 0.1 * x[0] ** 2
 
     p = torch.nn.Parameter(torch.randn(6, generator=generator, dtype=torch.float64))
-    optimizer = GaussNewton([p], lr=0.7, damping=0.3, spring=spring, adapt=False, scaled=True)
+    optimizer = GaussNewton([p], lr=0.7, damping=0.3, spring=spring, damping_rule=None, scaled=True)
     theta, old, largest = p.detach().clone(), torch.zeros(6, dtype=torch.float64), torch.zeros(6, dtype=torch.float64)
     for step in range(10):
         optimizer.step(lambda: residual(p))
@@ -189,7 +191,7 @@ def test_a_tiny_damping_loses_no_accuracy_in_the_size_of_the_residuals(generator
     weights = torch.randn(4, 9, generator=generator, dtype=torch.float64)
     target = torch.randn(4, generator=generator, dtype=torch.float64)
     p = torch.nn.Parameter(torch.zeros(9, dtype=torch.float64))
-    GaussNewton([p], damping=1e-15, adapt=False, scaled=False).step(lambda: weights @ p - target)
+    GaussNewton([p], damping=1e-15, damping_rule=None, scaled=False).step(lambda: weights @ p - target)
     torch.testing.assert_close(p.detach(), torch.linalg.pinv(weights) @ target, rtol=0, atol=1e-13)
 
 

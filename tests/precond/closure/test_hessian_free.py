@@ -7,9 +7,8 @@ import torch
 from torch import nn
 
 from precond.closure.curveball import CurveBall
-from precond.closure.gauss_newton_optimizer import GaussNewtonMatrix, Part
 from precond.closure.hessian_free import HessianFree
-from precond.closure.optimizer import unflatten
+from precond.step.graph import CurvedOutput, GaussNewtonMatrix, unflatten
 from tests.precond import references as ref
 
 
@@ -86,7 +85,7 @@ def test_products_sum_over_outputs_with_their_weights_in_the_loss(generator):
 
 def test_an_output_that_a_parameter_does_not_reach_has_zero_columns():
     a, b = (nn.Parameter(torch.ones(2, dtype=torch.float64)) for _ in range(2))
-    matrix = GaussNewtonMatrix([Part(a * 3, lambda x: x)], [a, b])
+    matrix = GaussNewtonMatrix([CurvedOutput(a * 3, lambda x: x)], [a, b])
     assert matrix.product(torch.ones(4, dtype=torch.float64)).tolist() == [9.0, 9.0, 0.0, 0.0]
 
 

@@ -69,7 +69,7 @@ def test_adapted_newton_solves_logistic_regression_to_rounding(generator):
     model = torch.nn.Linear(4, 3, dtype=torch.float64)
     torch.nn.init.zeros_(model.weight)
     torch.nn.init.zeros_(model.bias)
-    optimizer = Newton(model.parameters(), damping=1e-3, adapt=True)
+    optimizer = Newton(model.parameters(), damping=1e-3, damping_rule=LevenbergMarquardt())
 
     def closure():
         ridge = sum(p.square().sum() for p in model.parameters())
@@ -86,7 +86,7 @@ def test_adapted_newton_solves_logistic_regression_to_rounding(generator):
 
 def test_rejects_steps_and_raises_the_damping():
     p = torch.nn.Parameter(torch.tensor([3.0], dtype=torch.float64))
-    optimizer = Newton([p], mode="absolute", adapt=LevenbergMarquardt(increase=2.0), damping=1e-3)
+    optimizer = Newton([p], mode="absolute", damping_rule=LevenbergMarquardt(increase=2.0), damping=1e-3)
 
     def closure():  # Newton's steps diverge for |x| > 1.09
         return (1 + p.square()).sqrt().sum()
@@ -103,7 +103,7 @@ def test_rejects_steps_and_raises_the_damping():
 
 def test_a_nan_loss_of_a_trial_is_a_rejection():
     p = torch.nn.Parameter(torch.tensor([0.1], dtype=torch.float64))
-    optimizer = Newton([p], lr=3.0, adapt=True, damping=1e-6)
+    optimizer = Newton([p], lr=3.0, damping_rule=LevenbergMarquardt(), damping=1e-6)
     for _ in range(20):
         optimizer.step(lambda: (p - p.log()).sum())  # a full step of three Newton's leaves the domain
     assert 0 < p.item() < 2
@@ -111,7 +111,7 @@ def test_a_nan_loss_of_a_trial_is_a_rejection():
 
 def test_plain_refuses_an_indefinite_hessian():
     p = torch.nn.Parameter(torch.tensor([1.0, 1.0], dtype=torch.float64))
-    with pytest.raises(NotPositiveDefiniteError, match="Use mode='absolute', adapt=True, or more damping"):
+    with pytest.raises(NotPositiveDefiniteError, match=r"Use mode='absolute', damping_rule=Leven.*\(\), or"):
         Newton([p]).step(lambda: p[0] ** 2 - p[1] ** 2)
     assert p.tolist() == [1.0, 1.0]
 

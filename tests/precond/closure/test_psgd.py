@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from precond.closure.psgd import PSGD
+from precond.step.loop import Loop
 from tests.precond import references as ref
 from tests.precond.closure.test_adahessian import signs
 
@@ -43,7 +44,7 @@ def test_hessian_equals_the_reference():
         return theta - 0.05 * torch.cat(moves)
 
     def make(model):
-        options = {"preconditioner_lr": 0.3, "damping": 1e-4, "eps": 1e-3, "max_rms": None, "seed": 2}
+        options = {"preconditioner_lr": 0.3, "damping": 1e-4, "eps": 1e-3, "max_rms": None, "loop": Loop(seed=2)}
         return PSGD(model.parameters(), lr=0.05, beta=0.0, criterion="hessian", **options)
 
     ref.assert_steps_equal(make, expected)

@@ -38,7 +38,13 @@ def test_equals_the_reference():
 
     def make(model):
         return GaLore(
-            model.parameters(), lr=0.02, rank=2, scale=0.5, update_period=3, weight_decay=0.1, inner_options=options
+            model.parameters(),
+            lr=0.02,
+            rank=2,
+            scale=0.5,
+            inverse_update_period=3,
+            weight_decay=0.1,
+            inner_options=options,
         )
 
     given = {"lr": 0.02, "rank": 2, "scale": 0.5, "period": 3, "decay": 0.1}

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from precond.gradient.muon import QUINTIC, Muon
+from precond.step.options import Momentum
 from tests.precond import references as ref
 
 SCALES = {
@@ -18,12 +19,26 @@ SCALES = {
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("scaling", ["adam", "spectral", "none"])
 def test_equals_the_reference(nesterov, scaling):
-    options = {"lr": 0.02, "momentum": 0.8, "nesterov": nesterov, "betas": (0.9, 0.8), "eps": 1e-6}
+    options = {"lr": 0.02, "betas": (0.9, 0.8), "eps": 1e-6}
+    momentum = 0.8 if nesterov else Momentum(0.8)  # a number stands for the method's own, with Nesterov's look-ahead
 
     def make(model):
-        return Muon(model.parameters(), scaling=scaling, polynomial="quintic", weight_decay=0.1, **options)
+        return Muon(
+            model.parameters(),
+            momentum=momentum,
+            scaling=scaling,
+            polynomial="quintic",
+            weight_decay=0.1,
+            **options,
+        )
 
-    extra = {"scale": SCALES[scaling], "coefficients": list(QUINTIC), "decay": 0.1}
+    extra = {
+        "scale": SCALES[scaling],
+        "coefficients": list(QUINTIC),
+        "decay": 0.1,
+        "momentum": 0.8,
+        "nesterov": nesterov,
+    }
     ref.assert_equals_reference(make, ref.muon, {**options, **extra})
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from precond import EKFAC, KFAC, PreconditionedOptimizer
+from precond import EKFAC, KFAC, Loop, Momentum, PreconditionedOptimizer, Refresh
 from tests.curvature.loops import assert_same, batch, mlp, statistics
 
 LR, MOMENTUM, DECAY, DAMPING, EMA = 0.2, 0.8, 0.05, 3e-2, 0.7
@@ -144,8 +144,7 @@ def test_ten_steps_are_those_of_the_formulas(
         curvature_ema=EMA,
         kl_clip=kl_clip,
         curvature_update_period=statistics_period,
-        inverse_update_period=inverse_period,
-        stagger=False,
+        inverse_update_period=Refresh(inverse_period, stagger=False),
     )
     train(model, optimizer, loss_fn)
     close(model.parameters(), expected)
@@ -156,7 +155,7 @@ def test_nesterov_and_maximize_are_those_of_sgd() -> None:
     model, other, loss_fn = mlp(), mlp(), nn.CrossEntropyLoss()
     lam = 1e16
     optimizer = KFAC(
-        model, loss_fn, lr=0.1 * lam, damping=lam, momentum=0.9, nesterov=True, maximize=True, kl_clip=None
+        model, loss_fn, lr=0.1 * lam, damping=lam, momentum=Momentum(0.9, nesterov=True), maximize=True, kl_clip=None
     )
     train(model, optimizer, loss_fn)
     train(other, torch.optim.SGD(other.parameters(), 0.1, 0.9, nesterov=True, maximize=True), loss_fn)
@@ -192,7 +191,7 @@ def factors(optimizer: PreconditionedOptimizer, name: str) -> list[Tensor]:
 @pytest.mark.parametrize("capture", ["auto", "shadow"])
 def test_only_every_third_step_is_recorded(capture: Any) -> None:
     model, loss_fn = mlp(), nn.CrossEntropyLoss()
-    optimizer = KFAC(model, loss_fn, lr=0.01, curvature_update_period=3, capture=capture)
+    optimizer = KFAC(model, loss_fn, lr=0.01, curvature_update_period=3, loop=Loop(capture=capture))
     passes, changed = [], []
     before: dict[str, Tensor] = {}
     for pair in BATCHES[:7]:
@@ -215,7 +214,7 @@ def test_only_every_third_step_is_recorded(capture: Any) -> None:
 
 def test_inverses_change_with_their_own_period() -> None:
     model, loss_fn = mlp(), nn.CrossEntropyLoss()
-    optimizer = KFAC(model, loss_fn, lr=0.01, inverse_update_period=3, stagger=False)
+    optimizer = KFAC(model, loss_fn, lr=0.01, inverse_update_period=Refresh(3, stagger=False))
     seen = []
     for pair in BATCHES[:7]:
         train(model, optimizer, loss_fn, [pair])

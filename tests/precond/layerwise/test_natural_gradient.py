@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from precond import NaturalGradient
+from precond import NaturalGradient, WholeFisher
 from tests.precond import layer_references as ref
 
-STRUCTURES = ["full", "layer", "unit", "diagonal"]
+STRUCTURES = ["dense", "layer", "unit", "diagonal"]
 DAMPING, EMA, LR = 3e-2, 0.8, 0.2
 LOSS = nn.CrossEntropyLoss()
 
@@ -20,7 +20,7 @@ LOSS = nn.CrossEntropyLoss()
 def blocks(structure: str, model: ref.Net) -> list[list[int]]:
     """Groups of flat indices that share a dense matrix."""
     where = {name: list(range(span.start, span.stop)) for name, span in ref.spans(model).items()}
-    if structure == "full":
+    if structure == "dense":
         return [[i for span in where.values() for i in span]]
     if structure == "diagonal":
         return [[i] for span in where.values() for i in span]
@@ -84,7 +84,8 @@ def test_sampled_curvature_tends_to_the_exact_one(structure: Any) -> None:
     for kind, samples in (("exact", 1), ("mc", 1500)):
         model = ref.mlp(6, 2, 3)
         start = ref.flat(model.parameters())
-        optimizer = NaturalGradient(model, LOSS, lr=1.0, structure=structure, damping=0.1, fisher=kind, samples=samples)
+        made: Any = NaturalGradient.fisher_types[structure]
+        optimizer = NaturalGradient(model, LOSS, lr=1.0, structure=structure, damping=0.1, fisher=made(kind, samples))
         ref.train(model, optimizer, data, LOSS)
         found[kind] = ref.flat(model.parameters()) - start
     assert (found["mc"] - found["exact"]).norm() < 0.08 * found["exact"].norm()
@@ -137,7 +138,7 @@ def test_accumulated_batches_are_one_batch() -> None:
     results = []
     for parts in ([slice(0, 12)], [slice(0, 4), slice(4, 9), slice(9, 12)]):
         model = ref.net()
-        optimizer = NaturalGradient(model, LOSS, lr=0.5, structure="full", fisher="empirical")
+        optimizer = NaturalGradient(model, LOSS, lr=0.5, structure="dense", fisher="empirical")
         for part in parts:
             (LOSS(model(x[part]), y[part]) * len(y[part]) / len(y)).backward()
         optimizer.step()
@@ -163,7 +164,7 @@ def test_a_layer_that_one_batch_leaves_out_counts_as_zero_there() -> None:
     torch.manual_seed(0)
     model = Branches()
     (x, y), (other, labels) = ref.batches(2)
-    optimizer = NaturalGradient(model, LOSS, lr=0.0, structure="full", fisher="empirical")
+    optimizer = NaturalGradient(model, LOSS, lr=0.0, structure="dense", fisher="empirical")
     rows = []
     for model.side, pair in (("left", (x, y)), ("right", (other, labels))):
         LOSS(model(pair[0]), pair[1]).backward()
@@ -178,14 +179,14 @@ def test_a_layer_without_gradient_stays_where_it_is() -> None:
     torch.manual_seed(0)
     model = Branches()
     before = model.right.weight.clone()
-    optimizer = NaturalGradient(model, LOSS, lr=0.5, structure="full", fisher="empirical", damping=0.1)
+    optimizer = NaturalGradient(model, LOSS, lr=0.5, structure="dense", fisher="empirical", damping=0.1)
     ref.train(model, optimizer, ref.batches(1), LOSS)
     assert torch.equal(model.right.weight, before) and not torch.equal(model.left.weight, before)
 
 
 def test_freezing_a_layer_starts_anew_without_it() -> None:
     model, data = ref.net(), ref.batches(4)
-    optimizer = NaturalGradient(model, LOSS, lr=0.1, structure="full", fisher="empirical")
+    optimizer = NaturalGradient(model, LOSS, lr=0.1, structure="dense", fisher="empirical")
     ref.train(model, optimizer, data[:2], LOSS)
     model.norm.requires_grad_(False)
     before, moving = model.norm.weight.clone(), model.out.weight.clone()
@@ -209,7 +210,7 @@ class Scaled(nn.Module):
 def test_uses_without_a_rule_are_joined_example_by_example() -> None:
     torch.manual_seed(0)
     model, ((x, y), *_) = Scaled(), ref.batches(1)
-    optimizer = NaturalGradient(model, LOSS, lr=0.0, structure="full", fisher="empirical")
+    optimizer = NaturalGradient(model, LOSS, lr=0.0, structure="dense", fisher="empirical")
     ref.train(model, optimizer, [(x, y)], LOSS)
     U = ref.rows(model, x, y, "empirical")
     found = optimizer.preconditioners["all parameters"].estimator.operator().to_dense()
@@ -218,13 +219,13 @@ def test_uses_without_a_rule_are_joined_example_by_example() -> None:
 
 def test_sampled_gradients_of_uses_without_a_rule_are_refused() -> None:
     model, data = Scaled(), ref.batches(1)
-    optimizer = NaturalGradient(model, LOSS, lr=0.1, structure="full", fisher="mc")
+    optimizer = NaturalGradient(model, LOSS, lr=0.1, structure="dense", fisher="mc")
     with pytest.raises(ValueError, match=r"odd do not tell the 12 examples of a batch apart.*structure='layer'"):
         ref.train(model, optimizer, data, LOSS)
 
 
 def test_refusals() -> None:
-    with pytest.raises(ValueError, match="structure must be one of full, layer, unit, diagonal, got 'kfac'"):
+    with pytest.raises(ValueError, match="structure must be one of dense, layer, unit, diagonal, got 'kfac'"):
         NaturalGradient(ref.net(), LOSS, lr=0.1, structure="kfac")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="dense matrix of all 28 parameters has 784 entries; max_size=20"):
-        NaturalGradient(ref.net(), LOSS, lr=0.1, structure="full", max_size=20)
+        NaturalGradient(ref.net(), LOSS, lr=0.1, fisher=WholeFisher(max_size=20))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from precond import EKFAC, KFAC
+from precond import EKFAC, KFAC, Loop
 from tests.curvature.loops import assert_same, batch, fisher, mlp, statistics
 
 X, Y = batch(8)
@@ -228,7 +228,9 @@ def test_unfreezing_with_add_param_group() -> None:
 def test_freezing_and_unfreezing_in_the_middle(period: int, capture: Any) -> None:
     """Blocks follow: a weight and its bias are one block again when both are trained again."""
     model, loss_fn = mlp(), nn.CrossEntropyLoss()
-    optimizer = KFAC(model, loss_fn, lr=0.05, capture=capture, curvature_update_period=period, fisher="exact")
+    optimizer = KFAC(
+        model, loss_fn, lr=0.05, loop=Loop(capture=capture), curvature_update_period=period, fisher="exact"
+    )
     train(model, optimizer, loss_fn)
     for weight, bias, blocks in [
         (False, True, {"0.bias"}),

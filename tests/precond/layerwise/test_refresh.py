@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,10 +16,24 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from curvature.structures.mixed import Mixed
-from precond import EKFAC, KFAC, SENG, SINGD, TNT, PreconditionedOptimizer, SMWNaturalGradient, Tikhonov
+from precond import (
+    EKFAC,
+    KFAC,
+    SENG,
+    SINGD,
+    TNT,
+    DiagonalFisher,
+    LayerFisher,
+    NaturalGradient,
+    PreconditionedOptimizer,
+    Refresh,
+    SMWNaturalGradient,
+    Tikhonov,
+)
 from precond.layerwise.blocks.refresh import Doubling, refresh_cost, slots
-from solvers import Cholesky
+from solvers import Cholesky, Kronecker, rule
 from tests.curvature.loops import batch, mlp
+from tests.solvers.circulant import SymmetricCirculant
 
 BATCHES = [batch(16, seed) for seed in range(12)]
 
@@ -81,6 +97,21 @@ def test_costs_are_cubes_of_the_dense_sides() -> None:
         optimizer.detach()
 
 
+def test_cost_of_an_operator_defined_outside() -> None:
+    column = torch.tensor([2.0, 0.5, 0.5], dtype=torch.float64)
+    assert refresh_cost(SymmetricCirculant(column)) == 3**3
+
+    class Cheap(SymmetricCirculant):
+        pass
+
+    @rule(refresh_cost, Cheap)
+    def cost(inverse: Cheap) -> int:
+        return 2 * inverse.in_shape[0]
+
+    assert refresh_cost(Cheap(column)) == 6
+    assert refresh_cost(Kronecker(torch.eye(4).double(), Cheap(column))) == 4**3 + 6
+
+
 # When ----------------------------------------------------------------------------------------------------------------
 
 
@@ -111,8 +142,10 @@ def refreshes(optimizer: PreconditionedOptimizer, model: nn.Module, batches: Any
 @pytest.mark.parametrize("stagger", [False, True])
 def test_every_block_is_renewed_at_its_slot(stagger: bool, period: Any, statistics: int) -> None:
     model = mlp()
-    options: dict[str, Any] = {"curvature_update_period": statistics, "inverse_update_period": period}
-    optimizer = KFAC(model, nn.CrossEntropyLoss(), lr=0.01, stagger=stagger, **options)
+    refresh = Refresh(period, stagger)
+    optimizer = KFAC(
+        model, nn.CrossEntropyLoss(), lr=0.01, curvature_update_period=statistics, inverse_update_period=refresh
+    )
     found = refreshes(optimizer, model)
     sizes = {name: p.estimator.block.shape for name, p in optimizer.preconditioners.items()}
     costs = {name: sum(n**3 for n in shape) for name, shape in sizes.items()}
@@ -133,9 +166,8 @@ def test_every_block_is_renewed_at_its_slot(stagger: bool, period: Any, statisti
 def test_a_refresh_waits_for_its_step_even_without_new_statistics() -> None:
     """Statistics at 0, 4, 8; inverses at multiples of 3: of statistics that are some steps old."""
     model = mlp()
-    optimizer = KFAC(
-        model, nn.CrossEntropyLoss(), lr=0.01, curvature_update_period=4, inverse_update_period=3, stagger=False
-    )
+    refresh = Refresh(3, stagger=False)
+    optimizer = KFAC(model, nn.CrossEntropyLoss(), lr=0.01, curvature_update_period=4, inverse_update_period=refresh)
     assert set(map(tuple, refreshes(optimizer, model).values())) == {(0, 6, 9)}
 
 
@@ -158,11 +190,12 @@ def resumed(make: Callable[[nn.Module], Any], stop: int) -> tuple[list[Tensor], 
 @pytest.mark.parametrize("stop", [3, 5, 6])
 @pytest.mark.parametrize("cls", [KFAC, EKFAC])
 def test_a_staggered_run_resumes_bit_for_bit(cls: Any, stop: int) -> None:
-    options: dict[str, Any] = {"curvature_update_period": 2, "inverse_update_period": Doubling(3), "stagger": True}
+    options: dict[str, Any] = {"curvature_update_period": 2, "inverse_update_period": Refresh(Doubling(3), True)}
     expected, found = resumed(lambda m: cls(m, nn.CrossEntropyLoss(), lr=0.05, **options), stop)
     assert equal(expected, found)
-    other = mlp()
-    assert not equal(expected, train(other, cls(other, nn.CrossEntropyLoss(), lr=0.05, stagger=False), BATCHES))
+    other, period = mlp(), inspect.signature(cls).parameters["inverse_update_period"].default
+    together = cls(other, nn.CrossEntropyLoss(), lr=0.05, inverse_update_period=Refresh(period, stagger=False))
+    assert not equal(expected, train(other, together, BATCHES))
 
 
 # Schedules -----------------------------------------------------------------------------------------------------------
@@ -205,11 +238,12 @@ def test_what_a_schedule_gives_is_checked() -> None:
 def test_burn_in_collects_statistics_and_moves_nothing(cls: Any) -> None:
     model, still, loss_fn = mlp(), mlp(), nn.CrossEntropyLoss()
     start = [p.detach().clone() for p in model.parameters()]
-    options: dict[str, Any] = {"fisher": "exact", "weight_decay": 0.1, "inverse_update_period": 50, "stagger": False}
-    optimizer = cls(model, loss_fn, lr=0.1, burn_in=4, **options)
+    options: dict[str, Any] = {"fisher": "exact", "weight_decay": 0.1}
+    refresh = Refresh(50, stagger=False)
+    optimizer = cls(model, loss_fn, lr=0.1, inverse_update_period=replace(refresh, burn_in=4), **options)
     assert equal(start, train(model, optimizer, BATCHES[:4]))
     assert all(p.inverse is None for p in optimizer.preconditioners.values())
-    watching = cls(still, loss_fn, lr=0.0, **options)
+    watching = cls(still, loss_fn, lr=0.0, inverse_update_period=refresh, **options)
     train(still, watching, BATCHES[:4])
     for name, preconditioner in optimizer.preconditioners.items():
         expected = watching.preconditioners[name].estimator.operator().to_dense()
@@ -220,18 +254,19 @@ def test_burn_in_collects_statistics_and_moves_nothing(cls: Any) -> None:
 
 
 def test_burn_in_is_part_of_a_resumed_run() -> None:
-    expected, found = resumed(lambda m: KFAC(m, nn.CrossEntropyLoss(), lr=0.05, burn_in=5), 3)
+    refresh = Refresh(Doubling(10), burn_in=5)
+    expected, found = resumed(lambda m: KFAC(m, nn.CrossEntropyLoss(), lr=0.05, inverse_update_period=refresh), 3)
     assert equal(expected, found)
     with pytest.raises(ValueError, match="burn_in is a whole number of steps, at least 0; got -1"):
-        KFAC(mlp(), nn.CrossEntropyLoss(), lr=0.05, burn_in=-1)
+        Refresh(10, burn_in=-1)
 
 
-# Rules ---------------------------------------------------------------------------------------------------------------
+# Structures ----------------------------------------------------------------------------------------------------------
 
 
-def test_rules_give_parts_other_structures() -> None:
+def test_parts_have_other_structures() -> None:
     model, loss_fn = mlp(), nn.CrossEntropyLoss()
-    optimizer = KFAC(model, loss_fn, lr=0.05, rules={"2": "diagonal", "0": {"max_factor": 1}})
+    optimizer = KFAC(model, loss_fn, lr=0.05, structures={"2": "diagonal", "0": {"max_dim": 1}})
     after = train(model, optimizer, BATCHES[:6])
     assert [row.structure for row in optimizer.coverage()] == ["kronecker", "kronecker", "diagonal", "diagonal"]
     assert refresh_cost(optimizer.preconditioners["0.weight+0.bias"].inverse) < 20  # type: ignore[arg-type]
@@ -246,17 +281,16 @@ def test_rules_give_parts_other_structures() -> None:
         lr=0.05,
         momentum=0.9,
         kl_clip=1e-3,
-        inverse_update_period=Doubling(10),
-        stagger=True,
+        inverse_update_period=Refresh(Doubling(10), stagger=True),
     )
     assert equal(after, train(other, same, BATCHES[:6]))
 
 
-def test_ignored_parameters_move_by_their_plain_gradient() -> None:
+def test_parameters_without_curvature_move_by_their_plain_gradient() -> None:
     """As one step of SGD; the others as if they were alone."""
     model, other, loss_fn = mlp(), mlp(), nn.CrossEntropyLoss()
     options: dict[str, Any] = {"momentum": 0.9, "kl_clip": None, "fisher": "exact"}
-    optimizer = KFAC(model, loss_fn, lr=0.05, ignore=["0.*"], **options)
+    optimizer = KFAC(model, loss_fn, lr=0.05, structures={"0.*": None}, **options)
     alone = KFAC(other, loss_fn, lr=0.05, params=["2.*"], **options)
     sgd = torch.optim.SGD(other[0].parameters(), lr=0.05, momentum=0.9)
     for x, y in BATCHES[:5]:
@@ -272,18 +306,38 @@ def test_ignored_parameters_move_by_their_plain_gradient() -> None:
     assert set(optimizer.preconditioners) == {"2.weight+2.bias"}
 
 
-def test_ignore_takes_modules_classes_and_globs() -> None:
+def test_no_curvature_for_modules_classes_and_globs() -> None:
     model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 3), nn.LayerNorm(3))
-    for ignore in ([nn.Embedding], [model[0]], ["0"], ["0.*"], ["0.weight"]):
-        optimizer = KFAC(model, nn.MSELoss(), lr=0.1, ignore=ignore)
+    for layers in (nn.Embedding, model[0], "0", "0.*", "0.weight"):
+        optimizer = KFAC(model, nn.MSELoss(), lr=0.1, structures={layers: None})
         assert list(optimizer.parameters) == ["1.weight", "1.bias", "2.weight", "2.bias"]
         optimizer.detach()
-    with pytest.raises(ValueError, match="ignore= holds 'head', but nothing in Sequential fits it"):
-        KFAC(model, nn.MSELoss(), lr=0.1, ignore=["head"])
-    with pytest.raises(ValueError, match=r"ignore= is a list of rules: ignore=\['0'\]"):
-        KFAC(model, nn.MSELoss(), lr=0.1, ignore="0")
-    with pytest.raises(ValueError, match=r"rule '1' gives \['colour'\], but these are not options of KroneckerFisher"):
-        KFAC(model, nn.MSELoss(), lr=0.1, rules={"1": {"colour": 3}})
+    with pytest.raises(ValueError, match="nothing in Sequential fits 'head'"):
+        KFAC(model, nn.MSELoss(), lr=0.1, structures={"head": None})
+    with pytest.raises(ValueError, match=r"has \['colour'\] for '1', but these are not options of KroneckerFisher"):
+        KFAC(model, nn.MSELoss(), lr=0.1, structures={"1": {"colour": 3}})
+
+
+def test_the_nearest_layers_decide_and_all_others_may_have_none() -> None:
+    model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 3), nn.LayerNorm(3))
+    for structures in (
+        {"*": None, "1": {}},
+        {"*": None, nn.Linear: "layer"},
+        {"*.weight": None, "2": None, model[1]: {}},
+    ):
+        optimizer = KFAC(model, nn.MSELoss(), lr=0.1, structures={**structures, nn.Embedding: None})
+        assert list(optimizer.parameters) == ["1.weight", "1.bias"]
+        optimizer.detach()
+    own = PreconditionedOptimizer(
+        model, nn.MSELoss(), curvature={"*": "diagonal", "0": None, nn.Linear: "layer"}, damping=0.1,
+        solver=Cholesky(), lr=0.1,
+    )  # fmt: skip
+    assert [row.structure for row in own.coverage()] == ["ignored", *["unused"] * 4]
+    assert own.curvature.chosen["1.bias"] == LayerFisher() and own.curvature.chosen["2.bias"] == DiagonalFisher()  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="structures for its parts"):
+        NaturalGradient(model, nn.MSELoss(), lr=0.1, structure="dense", structures={"1": "kfac"})
+    with pytest.raises(ValueError, match="needs a structure for the layers that it does not name"):
+        PreconditionedOptimizer(model, nn.MSELoss(), curvature={"0": None}, damping=0.1, solver=Cholesky(), lr=0.1)
 
 
 def test_a_number_stands_for_the_damping_of_the_method() -> None:

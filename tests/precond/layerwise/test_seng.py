@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from precond import SENG, SMWNaturalGradient
+from precond import SENG, Loop, SMWNaturalGradient
 from tests.precond import layer_references as ref
 
 DAMPING, LR, SKETCH, SEED = 0.3, 0.1, 4, 5
@@ -64,7 +64,7 @@ def test_twenty_steps_are_those_of_the_sketched_problem(period: int) -> None:
         damping=DAMPING,
         kl_clip=None,
         sketch=SKETCH,
-        seed=SEED,
+        loop=Loop(seed=SEED),
         momentum=0.0,
         curvature_update_period=period,
     )

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from precond import SINGD
+from precond import SINGD, SINGDFisher
 from tests.precond import layer_references as ref
 
 DAMPING, LR, BETA, ALPHA = 0.05, 0.05, 0.2, 0.6
@@ -93,12 +93,8 @@ def test_twenty_steps_are_those_of_the_formulas(structure: Any, coupled: bool) -
         lr=LR,
         kl_clip=None,
         structure=structure,
-        block_size=3,
         damping=DAMPING,
-        factor_lr=BETA,
-        factor_momentum=ALPHA,
-        coupled=coupled,
-        fisher="empirical",
+        fisher=SINGDFisher("empirical", block_size=3, factor_lr=BETA, factor_momentum=ALPHA, coupled=coupled),
         momentum=0.0,
     )
     ref.assert_follows(net, optimizer, by_the_book(data, structure, coupled), data, LOSS)
@@ -107,9 +103,8 @@ def test_twenty_steps_are_those_of_the_formulas(structure: Any, coupled: bool) -
 @pytest.mark.parametrize("structure", ["dense", "triangular"])
 def test_ikfac_tends_to_the_damped_inverses_of_kfac(structure: Any) -> None:
     net, data = ref.mlp(6, 3), ref.batches(1) * 400
-    optimizer = SINGD(
-        net, LOSS, lr=0.0, structure=structure, damping=0.3, coupled=False, fisher="empirical", factor_lr=0.3
-    )
+    fisher = SINGDFisher("empirical", coupled=False, factor_lr=0.3)
+    optimizer = SINGD(net, LOSS, lr=0.0, structure=structure, damping=0.3, fisher=fisher)
     ref.train(net, optimizer, data, LOSS)
     (estimator,) = (p.estimator for p in optimizer.preconditioners.values())
     inverse: Any = estimator.operator()
@@ -121,7 +116,8 @@ def test_ikfac_tends_to_the_damped_inverses_of_kfac(structure: Any) -> None:
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_huge_damping_tends_to_the_inverse_of_the_damping(structure: Any) -> None:
     net, data = ref.net(), ref.batches(1) * 60
-    optimizer = SINGD(net, LOSS, lr=0.0, structure=structure, block_size=2, damping=1e8, initial=1e-7, factor_lr=0.5)
+    fisher = SINGDFisher(block_size=2, initial=1e-7, factor_lr=0.5)
+    optimizer = SINGD(net, LOSS, lr=0.0, structure=structure, damping=1e8, fisher=fisher)
     ref.train(net, optimizer, data, LOSS)
     for name in ("inner", "out"):
         P = optimizer.preconditioners[f"{name}.weight+{name}.bias"].inverse
@@ -133,7 +129,7 @@ def test_smaller_structures_keep_fewer_numbers() -> None:
     sizes = {}
     for structure in STRUCTURES:
         net = ref.mlp(6, 5, 3)
-        optimizer = SINGD(net, LOSS, lr=0.1, structure=structure, block_size=3)  # type: ignore[arg-type]
+        optimizer = SINGD(net, LOSS, lr=0.1, structure=structure, fisher=SINGDFisher(block_size=3))  # type: ignore[arg-type]
         ref.train(net, optimizer, ref.batches(1), LOSS)
         estimator: Any = optimizer.preconditioners["0.weight+0.bias"].estimator
         sizes[structure] = sum(factor.numel() for factor in estimator.factors)
@@ -158,7 +154,8 @@ class Tied(nn.Module):
 def test_both_sides_of_a_tied_matrix_count(structure: Any) -> None:
     torch.manual_seed(0)
     net = Tied()
-    optimizer = SINGD(net, LOSS, lr=0.0, structure=structure, block_size=2, fisher="empirical", factor_lr=0.1)
+    fisher = SINGDFisher("empirical", block_size=2, factor_lr=0.1)
+    optimizer = SINGD(net, LOSS, lr=0.0, structure=structure, fisher=fisher)
     x, y = torch.arange(10) % 7, (torch.arange(10) * 3) % 7
     LOSS(net(x), y).backward()
     optimizer.step()
@@ -187,7 +184,7 @@ def test_grouped_convolutions_have_factors_for_each_group() -> None:
     x = torch.randn(5, 4, 6, dtype=torch.float64)
     y = torch.arange(5) % 3
     for structure in STRUCTURES:
-        optimizer = SINGD(net, LOSS, lr=0.01, structure=structure, block_size=4)  # type: ignore[arg-type]
+        optimizer = SINGD(net, LOSS, lr=0.01, structure=structure, fisher=SINGDFisher(block_size=4))  # type: ignore[arg-type]
         ref.train(net, optimizer, [(x, y)] * 3, LOSS)
         inverse = optimizer.preconditioners["0.weight+0.bias"].inverse
         assert inverse is not None and inverse.in_shape == (2, 3, 7)
@@ -203,7 +200,8 @@ def test_a_resumed_run_continues_bit_for_bit(structure: Any, stop: int) -> None:
     data = ref.batches(9)
 
     def make(model: nn.Module) -> SINGD:
-        return SINGD(model, LOSS, lr=0.05, structure=structure, block_size=2, curvature_update_period=2)
+        fisher = SINGDFisher(block_size=2)
+        return SINGD(model, LOSS, lr=0.05, structure=structure, fisher=fisher, curvature_update_period=2)
 
     whole = ref.net()
     ref.train(whole, make(whole), data, LOSS)
@@ -228,8 +226,8 @@ def test_refusals() -> None:
     ):
         SINGD(ref.net(), LOSS, lr=0.1, structure="toeplitz")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"factor_lr must be in \(0, 1\), or a factor may become singular; got 1.0"):
-        SINGD(ref.net(), LOSS, lr=0.1, factor_lr=1.0)
+        SINGD(ref.net(), LOSS, lr=0.1, fisher=SINGDFisher(factor_lr=1.0))
     net = Tied()
-    optimizer = SINGD(net, LOSS, lr=0.1, coupled=False)
+    optimizer = SINGD(net, LOSS, lr=0.1, fisher=SINGDFisher(coupled=False))
     with pytest.raises(ValueError, match=r"table.weight is used from both sides.*Use SINGD with coupled=True"):
         ref.train(net, optimizer, [(torch.arange(5), torch.arange(5))], LOSS)

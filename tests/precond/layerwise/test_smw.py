@@ -46,7 +46,7 @@ def by_the_book(data: list[ref.Batch], structure: str, kind: str, spring: float,
 
 @pytest.mark.parametrize("spring", [0.0, 0.9])
 @pytest.mark.parametrize("kind", ["exact", "empirical"])
-@pytest.mark.parametrize("structure", ["full", "layer"])
+@pytest.mark.parametrize("structure", ["dense", "layer"])
 def test_twenty_steps_are_those_of_the_formula(structure: Any, kind: Any, spring: float) -> None:
     model, data = ref.net(), ref.batches(20, n=7)
     optimizer = SMWNaturalGradient(
@@ -60,10 +60,10 @@ def test_a_matrix_serves_for_several_steps() -> None:
     optimizer = SMWNaturalGradient(
         model, LOSS, lr=LR, damping=DAMPING, kl_clip=None, spring=0.5, curvature_update_period=3
     )
-    ref.assert_follows(model, optimizer, by_the_book(data, "full", "empirical", 0.5, 3), data, LOSS)
+    ref.assert_follows(model, optimizer, by_the_book(data, "dense", "empirical", 0.5, 3), data, LOSS)
 
 
-@pytest.mark.parametrize("structure", ["full", "layer"])
+@pytest.mark.parametrize("structure", ["dense", "layer"])
 def test_it_is_the_dense_natural_gradient_of_the_batch(structure: Any) -> None:
     data, results = ref.batches(20), []
     for cls, options in ((SMWNaturalGradient, {}), (NaturalGradient, {"curvature_ema": 0.0})):
@@ -104,7 +104,7 @@ def test_rows_of_a_layer_are_the_sums_over_its_positions(stack: tuple, m: int, s
     torch.testing.assert_close(gram_of(root), gram_of(rows))
 
 
-@pytest.mark.parametrize("structure", ["full", "layer"])
+@pytest.mark.parametrize("structure", ["dense", "layer"])
 @pytest.mark.parametrize("stop", [3, 4])
 def test_a_resumed_run_continues_bit_for_bit(structure: Any, stop: int) -> None:
     data = ref.batches(8)
@@ -130,7 +130,7 @@ def test_a_resumed_run_continues_bit_for_bit(structure: Any, stop: int) -> None:
     assert torch.equal(ref.flat(second.parameters()), ref.flat(whole.parameters()))
 
 
-@pytest.mark.parametrize("structure", ["full", "layer"])
+@pytest.mark.parametrize("structure", ["dense", "layer"])
 def test_huge_damping_leaves_the_gradient_divided_by_it(structure: Any) -> None:
     model, plain, data = ref.net(), ref.net(), ref.batches(3)
     ref.train(
@@ -171,7 +171,7 @@ def test_refusals() -> None:
         SMWNaturalGradient(model, LOSS, lr=0.1, damping=0.0)
     with pytest.raises(ValueError, match=r"spring is the weight of the previous step, in \[0, 1\); got 1.0"):
         SMWNaturalGradient(model, LOSS, lr=0.1, spring=1.0)
-    with pytest.raises(ValueError, match="structure must be 'full' or 'layer', got 'unit'"):
+    with pytest.raises(ValueError, match="structure must be one of dense, layer, got 'unit'"):
         SMWNaturalGradient(model, LOSS, lr=0.1, structure="unit")  # type: ignore[arg-type]
     from curvature.structures.gram import GramFisher
 

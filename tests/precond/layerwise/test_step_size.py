@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from precond import EKFAC, KFAC, LevenbergMarquardt, QuadraticModel
+from precond import EKFAC, KFAC, LevenbergMarquardt, QuadraticModel, WeightDecay
 from precond.layerwise.replay import ClosureReplay, LoopReplay
 from precond.layerwise.step_size import minimiser
 from solvers import FactoredTikhonov, RelativeTikhonov
@@ -74,10 +75,10 @@ def step(model: nn.Module, optimizer: Any, x: Tensor, y: Tensor, closure: bool =
 
 
 @pytest.mark.parametrize("closure", [False, True])
-@pytest.mark.parametrize("decay", [{}, {"weight_decay": 0.3, "decay": "l2"}])
+@pytest.mark.parametrize("decay", [{}, {"weight_decay": WeightDecay(0.3, "l2")}])
 @pytest.mark.parametrize("make", [network, linear])
 def test_the_move_minimises_the_damped_model_over_two_directions(make: Any, decay: Any, closure: bool) -> None:
-    model, lam, eta = make(), 0.05, decay.get("weight_decay", 0.0)
+    model, lam, eta = make(), 0.05, 0.3 if decay else 0.0
     optimizer: Any = KFAC(model, nn.MSELoss(), lr=1.0, damping=lam, step_size=QuadraticModel(), **decay)
     previous, used = None, []
     for k in range(5):
@@ -209,9 +210,9 @@ def test_the_trust_region_bounds_the_predicted_divergence(bound: float) -> None:
 def test_damping_follows_the_reduction_ratio(every: int, sized: bool, closure: bool) -> None:
     """Whatever moved the parameters: momentum and a fixed learning rate, or the model itself."""
     model, lam = network(), 0.1
-    rule = LevenbergMarquardt(decrease=0.8, increase=1.25, lower=0.9, upper=1.05)
+    rule = LevenbergMarquardt(decrease=0.8, increase=1.25, lower=0.9, upper=1.05, period=every)
     options: Any = {"lr": 1.0, "step_size": QuadraticModel()} if sized else {"lr": 0.6, "momentum": 0.9}
-    optimizer: Any = KFAC(model, nn.MSELoss(), damping=lam, rule=rule, kl_clip=None, adapt_period=every, **options)
+    optimizer: Any = KFAC(model, nn.MSELoss(), damping=lam, damping_rule=rule, kl_clip=None, **options)
     factors = set()
     for k in range(8):
         x, y = data(k % 3)
@@ -233,7 +234,7 @@ def test_damping_follows_the_reduction_ratio(every: int, sized: bool, closure: b
 
 def test_the_adapted_damping_is_the_one_of_the_next_inverse() -> None:
     model = network()
-    optimizer: Any = KFAC(model, nn.MSELoss(), lr=0.1, damping=0.5, rule=SLOW, inverse_update_period=1)
+    optimizer: Any = KFAC(model, nn.MSELoss(), lr=0.1, damping=0.5, damping_rule=SLOW, inverse_update_period=1)
     for k in range(3):
         step(model, optimizer, *data(k))
     lam = optimizer.param_groups[0]["damping"]
@@ -249,7 +250,9 @@ def test_the_damping_stops_at_a_fraction_of_the_mean_eigenvalue() -> None:
     """A model that promises too little at every step would drive the damping to nothing."""
     model, (x, y) = linear(), data(0)
     rule = LevenbergMarquardt(decrease=0.1, upper=-10.0, lower=-20.0, relative_minimum=0.01)
-    optimizer: Any = EKFAC(model, nn.MSELoss(), lr=0.01, damping=0.1, rule=rule, curvature_ema=0.0, fisher="exact")
+    optimizer: Any = EKFAC(
+        model, nn.MSELoss(), lr=0.01, damping=0.1, damping_rule=rule, curvature_ema=0.0, fisher="exact"
+    )
     for _ in range(6):
         step(model, optimizer, x, y, False)
     _, C, _ = dense(model, x, y)  # the Gauss-Newton matrix of a linear model is the same everywhere
@@ -262,7 +265,8 @@ def test_the_damping_stops_at_a_fraction_of_the_mean_eigenvalue() -> None:
 def test_a_step_that_raises_the_loss_is_taken_back() -> None:
     model, other = network(), network()
     for net, reject in ((model, True), (other, False)):
-        optimizer: Any = KFAC(net, nn.MSELoss(), lr=80.0, kl_clip=None, rule=SLOW, reject_steps=reject, damping=0.1)
+        rule = replace(SLOW, reject_steps=reject)
+        optimizer: Any = KFAC(net, nn.MSELoss(), lr=80.0, kl_clip=None, damping_rule=rule, damping=0.1)
         before, (x, y) = flat(net.parameters()), data(0)
         step(net, optimizer, x, y)
         assert torch.equal(flat(net.parameters()), before) == reject
@@ -273,7 +277,7 @@ def test_a_step_that_raises_the_loss_is_taken_back() -> None:
 
 def test_a_resumed_run_continues_bit_for_bit() -> None:
     def make(net: nn.Module) -> KFAC:
-        return KFAC(net, nn.MSELoss(), lr=1.0, damping=0.3, step_size=QuadraticModel(), rule=SLOW)
+        return KFAC(net, nn.MSELoss(), lr=1.0, damping=0.3, step_size=QuadraticModel(), damping_rule=SLOW)
 
     whole, first, second = network(), network(), network(1)
     optimizers = make(whole), make(first), make(second)
@@ -333,7 +337,7 @@ def test_the_batch_repeats_itself_and_nothing_changes(way: str) -> None:
     torch.testing.assert_close(replay.value(), value, rtol=1e-12, atol=0)
     parts, again = replay.parts()
     torch.testing.assert_close(again, value, rtol=1e-12, atol=0)
-    outputs = [part.output for part in parts]
+    outputs = [part.value for part in parts]
     gradients = torch.autograd.grad(outputs, list(model.parameters()), outputs)
     assert len(parts) == 2 and all(bool(g.isfinite().all()) for g in gradients)
     assert [part.scale for part in parts] == pytest.approx([0.5 / 20, 0.25 / 20])
@@ -404,20 +408,20 @@ def test_examples_that_cannot_be_picked_are_refused() -> None:
         step(optimizer.model, optimizer, x, y, closure=True)
     with pytest.raises(ValueError, match="fraction"):
         QuadraticModel(fraction=0.0)
-    with pytest.raises(ValueError, match="adapt_period"):
-        KFAC(network(), nn.MSELoss(), lr=1.0, rule=SLOW, adapt_period=0)
+    with pytest.raises(ValueError, match="period must be a whole number of steps, at least 1, got 0"):
+        LevenbergMarquardt(period=0)
 
 
 def test_what_cannot_be_served_is_refused() -> None:
     model, loss_fn = network(), nn.MSELoss()
     with pytest.raises(TypeError, match="step_size needs the loss module that the loop calls, not function"):
         KFAC(model, lambda z, y: 0, lr=1.0, fisher="empirical", step_size=QuadraticModel())
-    with pytest.raises(ValueError, match="reject_steps=True needs a rule"):
-        KFAC(model, loss_fn, lr=1.0, reject_steps=True)
-    with pytest.raises(ValueError, match="both a function of the step count and adapted by a rule"):
-        KFAC(model, loss_fn, lr=1.0, rule=SLOW, damping=lambda step: 1.0)
-    with pytest.raises(ValueError, match="step_size and rule minimise"):
-        KFAC(model, loss_fn, lr=1.0, rule=SLOW, maximize=True)
+    with pytest.raises(ValueError, match="KFAC: attempts=3 of its damping_rule has no effect on it"):
+        KFAC(model, loss_fn, lr=1.0, damping_rule=replace(SLOW, attempts=3))
+    with pytest.raises(ValueError, match="both a function of the step count and adapted by damping_rule"):
+        KFAC(model, loss_fn, lr=1.0, damping_rule=SLOW, damping=lambda step: 1.0)
+    with pytest.raises(ValueError, match="step_size and damping_rule minimise"):
+        KFAC(model, loss_fn, lr=1.0, damping_rule=SLOW, maximize=True)
     with pytest.raises(ValueError, match="needs a damping in units of C"):
         EKFAC(model, loss_fn, lr=1.0, damping=RelativeTikhonov(0.1), step_size=QuadraticModel())
     with pytest.raises(ValueError, match="max_kl must be positive"):
@@ -431,7 +435,7 @@ def test_what_cannot_be_served_is_refused() -> None:
 
 def test_precondition_leaves_the_step_to_others_and_forgets_the_batch() -> None:
     model = network()
-    optimizer: Any = KFAC(model, nn.MSELoss(), lr=1.0, step_size=QuadraticModel(), rule=SLOW, damping=0.1)
+    optimizer: Any = KFAC(model, nn.MSELoss(), lr=1.0, step_size=QuadraticModel(), damping_rule=SLOW, damping=0.1)
     plain: Any = KFAC(copy.deepcopy(model), nn.MSELoss(), lr=1.0, damping=0.1)
     for k in range(3):
         for opt in (optimizer, plain):

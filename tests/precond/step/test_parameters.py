@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from precond import KFAC, SOAP
+from precond import KFAC, SOAP, Loop
 from tests.precond.test_torch_checks import METHODS, NAMES, Problem, equal
 
 STEPS = 3
@@ -161,7 +161,7 @@ def test_a_parameter_of_another_model_is_refused_also_later():
 
 def test_names_are_used_in_messages():
     weight = nn.Parameter(torch.ones(2))
-    optimizer = SOAP([("encoder.weight", weight)], nonfinite="raise")
+    optimizer = SOAP([("encoder.weight", weight)], loop=Loop(nonfinite="raise"))
     weight.grad = torch.full((2,), math.nan)
     with pytest.raises(FloatingPointError, match=r"1 of 1 parameters, the first: encoder.weight"):
         optimizer.step()

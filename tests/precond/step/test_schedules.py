@@ -56,7 +56,10 @@ def run(make, steps: int = 8, start: int = 0, state=None, p=None) -> tuple[nn.Pa
         (lambda p: SOAP(p, inverse_update_period=3), lambda p: SOAP(p, inverse_update_period=lambda step: 3)),
         (lambda p: Shampoo(p, damping=0.1), lambda p: Shampoo(p, damping=lambda step: 0.1)),
         (lambda p: MFAC(p, damping=0.1), lambda p: MFAC(p, damping=lambda step: 0.1)),
-        (lambda p: GaLore(p, rank=2, update_period=3), lambda p: GaLore(p, rank=2, update_period=lambda step: 3)),
+        (
+            lambda p: GaLore(p, rank=2, inverse_update_period=3),
+            lambda p: GaLore(p, rank=2, inverse_update_period=lambda step: 3),
+        ),
         (
             lambda p: Muon(p, momentum=0.8),
             lambda p: Muon(p, momentum=lambda step: torch.tensor(0.8, dtype=torch.float64)),

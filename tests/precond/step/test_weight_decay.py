@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
-from precond import KFAC, SOAP, AdaHessian, CurveBall, GaLore, GaussNewton, Newton, Sophia
+from precond import KFAC, SOAP, AdaHessian, CurveBall, GaLore, GaussNewton, Momentum, Newton, Sophia, WeightDecay
 from precond.step.base import SecondOrderOptimizer
 from tests.precond import references as ref
 from tests.precond.test_protocol import Training, same
@@ -49,7 +49,9 @@ def gradient(step: int) -> Tensor:
 @pytest.mark.parametrize("kind", [float, lambda lr: torch.tensor(lr, dtype=torch.float64)], ids=["number", "tensor"])
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}, {"maximize": True}])
 def test_l2_is_that_of_sgd(options, kind):
-    ours = trajectory(lambda p: Plain(p, lr=kind(LR), weight_decay=WEIGHT, decay="l2", **options))
+    momentum = Momentum(options.get("momentum", 0.0), options.get("nesterov", False))
+    own = {"momentum": momentum, "maximize": options.get("maximize", False)}
+    ours = trajectory(lambda p: Plain(p, lr=kind(LR), weight_decay=WeightDecay(WEIGHT, "l2"), **own))
     theirs = trajectory(lambda p: torch.optim.SGD(p, lr=kind(LR), weight_decay=WEIGHT, **options))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-15)
 
@@ -65,7 +67,7 @@ def test_l2_is_that_of_sgd(options, kind):
 )
 @pytest.mark.parametrize("decay", ["l2", "decoupled"])
 def test_adam_and_adamw(make, twin, decay, maximize):
-    ours = trajectory(lambda p: make(p, lr=LR, weight_decay=WEIGHT, decay=decay, maximize=maximize))
+    ours = trajectory(lambda p: make(p, lr=LR, weight_decay=WeightDecay(WEIGHT, decay), maximize=maximize))
     cls = torch.optim.Adam if decay == "l2" else torch.optim.AdamW
     theirs = trajectory(lambda p: cls(p, lr=LR, betas=(0.8, 0.9), weight_decay=WEIGHT, maximize=maximize))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-13)
@@ -99,7 +101,7 @@ COSINE = [LR * (1 + math.cos(math.pi * t / STEPS)) / 2 for t in range(STEPS)]
 @pytest.mark.parametrize("decay", ["decoupled", "independent", "corrected", "cautious"])
 def test_the_definition_under_a_schedule(decay, momentum, kind):
     ours = trajectory(
-        lambda p: Plain(p, lr=kind(LR), momentum=momentum, weight_decay=WEIGHT, decay=decay),
+        lambda p: Plain(p, lr=kind(LR), momentum=momentum, weight_decay=WeightDecay(WEIGHT, decay)),
         lambda o: lr_scheduler.CosineAnnealingLR(o, STEPS),
     )
     torch.testing.assert_close(ours, naive(decay, COSINE, LR, momentum), rtol=0, atol=1e-14)
@@ -114,7 +116,7 @@ def test_the_peak_is_the_largest_rate_of_the_scheduler(decay):
         optimizer.register_step_pre_hook(lambda o, *_: rates.append(o.param_groups[0]["lr"]))
         return scheduler
 
-    ours = trajectory(lambda p: Plain(p, lr=1e-3, weight_decay=WEIGHT, decay=decay), schedule)
+    ours = trajectory(lambda p: Plain(p, lr=1e-3, weight_decay=WeightDecay(WEIGHT, decay)), schedule)
     assert max(rates) > 0.9 * LR > rates[0] * 10
     torch.testing.assert_close(ours, naive(decay, rates, LR), rtol=0, atol=1e-14)
 
@@ -129,18 +131,18 @@ def test_without_a_scheduler_the_peak_is_the_first_rate_also_after_a_checkpoint(
         return Halve()
 
     rates = [LR / 2**t for t in range(STEPS)]
-    ours = trajectory(lambda p: Plain(p, lr=LR, weight_decay=WEIGHT, decay=decay), changed)
+    ours = trajectory(lambda p: Plain(p, lr=LR, weight_decay=WeightDecay(WEIGHT, decay)), changed)
     torch.testing.assert_close(ours, naive(decay, rates, LR), rtol=0, atol=1e-14)
 
     p = nn.Parameter(torch.ones(2))
-    first, second = (Plain([p], lr=lr, weight_decay=WEIGHT, decay=decay) for lr in (LR, 1.0))
+    first, second = (Plain([p], lr=lr, weight_decay=WeightDecay(WEIGHT, decay)) for lr in (LR, 1.0))
     first.param_groups[0]["lr"] = LR / 8
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     assert second.param_groups[0]["initial_lr"] == LR and second.param_groups[0]["lr"] == LR / 8
 
 
 def test_cautious_decay_ascends_with_the_step_that_is_taken():
-    ours = trajectory(lambda p: Plain(p, lr=LR, weight_decay=WEIGHT, decay="cautious", maximize=True), steps=1)
+    ours = trajectory(lambda p: Plain(p, lr=LR, weight_decay=WeightDecay(WEIGHT, "cautious"), maximize=True), steps=1)
     p, g = torch.linspace(-1, 1, 6, dtype=torch.float64), gradient(0)
     agree = (-g * p >= 0).double()
     assert 0 < agree.sum() < 6
@@ -156,7 +158,7 @@ def test_the_ways_may_differ_from_group_to_group():
         p.grad = gradient(0)
     optimizer.step()
     for p, way in zip(params, ways, strict=True):
-        alone = trajectory(lambda q, way=way: Plain(q, lr=LR, weight_decay=WEIGHT, decay=way), steps=1)
+        alone = trajectory(lambda q, way=way: Plain(q, lr=LR, weight_decay=WeightDecay(WEIGHT, way)), steps=1)
         assert torch.equal(p.detach(), alone[0]), way
 
 
@@ -169,7 +171,7 @@ def penalty(params) -> Tensor:
 
 @pytest.mark.parametrize("name", ["KFAC", "EKFAC", "NaturalGradient", "SOAP", "Shampoo", "Muon", "MFAC"])
 def test_l2_is_the_gradient_of_the_penalty(name):
-    ours, by_hand = Training(name, weight_decay=WEIGHT, decay="l2"), Training(name)
+    ours, by_hand = Training(name, weight_decay=WeightDecay(WEIGHT, "l2")), Training(name)
     for step in range(5):
         ours.step(step)
         by_hand.optimizer.zero_grad()
@@ -205,7 +207,7 @@ def test_l2_does_not_go_through_the_rows_of_a_layer():
 
     plain, seen, _ = run()
     assert seen == {0, 1}, "the rows are never used, so this test shows nothing"
-    decayed, _, _ = run(weight_decay=WEIGHT, decay="l2")
+    decayed, _, _ = run(weight_decay=WeightDecay(WEIGHT, "l2"))
     expected, _, _ = run(by_hand=True)
     for a, b, c in zip(decayed, expected, plain, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
@@ -226,7 +228,7 @@ def test_l2_is_part_of_the_loss_of_a_closure(name):
     runs = []
     for inside in (False, True):
         model = ref.SmallModel()
-        options = {} if inside else {"weight_decay": WEIGHT, "decay": "l2"}
+        options = {} if inside else {"weight_decay": WeightDecay(WEIGHT, "l2")}
         optimizer = CLOSED[name](model.parameters(), **options)
         loss_fn = getattr(optimizer, "loss_fn", nn.MSELoss())
 
@@ -245,7 +247,7 @@ def test_newton_solves_ridge_regression_in_one_step():
     x, y = ref.batch(0)
     x = x.flatten(1)
     weight = nn.Parameter(torch.zeros(4, 32, dtype=torch.float64))
-    optimizer = Newton([weight], lr=1.0, weight_decay=WEIGHT, decay="l2")
+    optimizer = Newton([weight], lr=1.0, weight_decay=WeightDecay(WEIGHT, "l2"))
     optimizer.step(lambda: 0.5 * (x @ weight.mT - y).square().sum())
     expected = torch.linalg.solve(x.mT @ x + WEIGHT * torch.eye(32, dtype=torch.float64), x.mT @ y).mT
     torch.testing.assert_close(weight.detach(), expected, rtol=0, atol=1e-12)
@@ -256,11 +258,13 @@ def test_newton_solves_ridge_regression_in_one_step():
 
 def test_refusals():
     p = [nn.Parameter(torch.ones(2))]
+    with pytest.raises(ValueError, match=r"form is one of decoupled, l2, .*; got 'adamw'"):
+        SOAP(p, weight_decay=WeightDecay(0.1, "adamw"))
     with pytest.raises(ValueError, match=r"decay is one of decoupled, l2, .*; got 'adamw'"):
-        SOAP(p, decay="adamw")
+        SOAP([{"params": p, "decay": "adamw"}])
     with pytest.raises(ValueError, match=r"decay='corrected' compares lr with the value it begins with, .* got 0.0"):
-        SOAP(p, lr=0.0, decay="corrected")
+        SOAP(p, lr=0.0, weight_decay=WeightDecay(0.0, "corrected"))
     with pytest.raises(ValueError, match=r"let the closure also return weight\*\*0.5 \* p"):
-        GaussNewton(p, weight_decay=0.1, decay="l2")
-    with pytest.raises(TypeError, match="unexpected keyword argument 'weigth_decay'"):
+        GaussNewton(p, weight_decay=WeightDecay(0.1, "l2"))
+    with pytest.raises(TypeError, match="SOAP has no option 'weigth_decay'; did you mean 'weight_decay'"):
         SOAP(p, weigth_decay=0.1)

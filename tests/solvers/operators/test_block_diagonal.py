@@ -72,6 +72,29 @@ def test_storable_classes_are_known_by_name() -> None:
         solvers.from_state({"class": "Unheard"})
 
 
+def test_a_renamed_class_keeps_the_name_it_is_stored_under() -> None:
+    @solvers.storable(name="Formerly")
+    @dataclass(frozen=True)
+    class Now:
+        size: int
+
+        @property
+        def shape(self) -> tuple[int, ...]:
+            return (self.size,)
+
+        def gather(self, x: Tensor) -> Tensor:
+            return x
+
+        def scatter(self, y: Tensor, out: Tensor) -> None:
+            out.copy_(y)
+
+    op = BlockDiagonal([Dense(positive(3))], [Now(3)], 3)
+    stored = solvers.state(op)
+    assert stored["places"] == [{"class": "Formerly", "size": 3}]
+    again = solvers.from_state(stored)
+    assert isinstance(again, BlockDiagonal) and again.places == op.places
+
+
 def test_sums_and_products_go_by_block() -> None:
     op = joint()
     assert (

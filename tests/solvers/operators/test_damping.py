@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from solvers import (
     Diagonal,
     FactoredTikhonov,
     Kronecker,
+    LinearOperator,
     RelativeTikhonov,
     Segment,
     Shifted,
@@ -117,3 +120,25 @@ def test_relative_tikhonov_shifts_each_block_by_its_own_mean_eigenvalue() -> Non
 def test_relative_tikhonov_refuses_what_is_no_fraction() -> None:
     with pytest.raises(ValueError, match="at least 0"):
         RelativeTikhonov(-0.1)
+
+
+@pytest.mark.parametrize("kind", [Tikhonov, FactoredTikhonov, RelativeTikhonov])
+def test_strength_is_the_number_and_can_be_replaced(kind: Callable[[float], Damping]) -> None:
+    damping = kind(0.25)
+    assert damping.strength == 0.25
+    other = damping.with_strength(0.5)
+    assert type(other) is type(damping) and other == kind(0.5) and damping.strength == 0.25
+    assert damping.relative is (kind is RelativeTikhonov)
+    with pytest.raises(ValueError, match="at least 0"):
+        damping.with_strength(-1.0)
+    op = Dense(positive(4))
+    torch.testing.assert_close(other(op).to_dense(), kind(0.5)(op).to_dense())
+
+
+def test_a_damping_must_say_how_strong_it_is() -> None:
+    class Silent(Damping):
+        def __call__(self, op: LinearOperator) -> LinearOperator:
+            return op
+
+    with pytest.raises(TypeError, match=r"abstract method"):
+        Silent()  # type: ignore[abstract]

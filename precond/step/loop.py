@@ -1,0 +1,68 @@
+"""What an optimizer cannot see of the training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from curvature.estimation.capture import Mode
+from curvature.model.data import Output
+from precond.step.options import period
+
+NonFinite = Literal["skip", "raise"]
+
+
+@dataclass(frozen=True)
+class Loop:
+    """The training loop around an optimizer, where it is not the plain one.
+
+    Methods that look at gradients alone use ``nonfinite`` and ``max_skips``, and refuse the others.
+
+    Args:
+        output: Picks the output tensor where the model returns something else and the loss is computed inside.
+        class_dim: Class axis of the output, where it cannot be read off.
+        capture: How statistics are obtained: ``"auto"``, ``"loss"`` (from the loss module), ``"gradient"`` (from the
+            gradient at the model's output) or ``"shadow"`` (from a repeated forward pass).
+        eval_mode: Also learn from forward passes in eval mode.
+        nonfinite: What to do if a gradient holds NaN or inf: ``"skip"`` the step with a warning and leave all
+            statistics as they were, or ``"raise"``.
+        max_skips: Steps in a row that may be skipped so before an error says that training has diverged; those that a
+            ``GradScaler`` skips while it looks for its scale do not count.
+        seed: Seed of the method's own draws; the global random state is never used.
+
+    Raises:
+        ValueError: If a value is out of range.
+    """
+
+    output: Output | None = None
+    class_dim: int | None = None
+    capture: Mode = "auto"
+    eval_mode: bool = False
+    nonfinite: NonFinite = "skip"
+    max_skips: int = 20
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Validate the values that no other place looks at."""
+        if self.nonfinite not in ("skip", "raise"):
+            raise ValueError(f"nonfinite must be 'skip' or 'raise', got {self.nonfinite!r}.")
+        period("max_skips", self.max_skips)
+
+    def require(self, used: Iterable[str], method: str) -> None:
+        """Refuse settings that a method does not use.
+
+        Args:
+            used: Names of the settings that it uses.
+            method: Its name.
+
+        Raises:
+            ValueError: Naming the setting, the method and what it uses.
+        """
+        given = [field.name for field in fields(self) if getattr(self, field.name) != field.default]
+        for name in given:
+            if name not in used:
+                raise ValueError(
+                    f"{method}: loop=Loop({name}={getattr(self, name)!r}) has no effect on it; of Loop it uses "
+                    f"{', '.join(sorted(used))}."
+                )

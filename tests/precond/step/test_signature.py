@@ -1,0 +1,130 @@
+"""Do signatures show all parameters, with types and documentation, and do calls refuse others by name?"""
+
+from __future__ import annotations
+
+import inspect
+import pydoc
+import re
+from typing import Any
+
+import pytest
+from torch import nn
+
+from precond import KFAC, SINGD, SOAP, Muon, PreconditionedOptimizer, SecondOrderOptimizer, SMWNaturalGradient, methods
+from precond.step.other_names import counterpart
+from precond.step.signature import refusal
+
+CLASSES: dict[str, Any] = {method.name: method.cls for method in methods()}
+ALL = {**CLASSES, "PreconditionedOptimizer": PreconditionedOptimizer}
+
+
+def model() -> nn.Module:
+    return nn.Linear(3, 2)
+
+
+def documented(text: str) -> set[str]:
+    """Names of the parameters in a docstring."""
+    return set(re.findall(r"^ {4,8}(\w+): ", inspect.cleandoc(text).replace("\n    ", "\n        "), re.M))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_parameter_is_shown_typed_and_documented(name: str) -> None:
+    cls = ALL[name]
+    parameters = inspect.signature(cls).parameters
+    assert len(parameters) <= 18
+    assert not any(p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in parameters.values())
+    assert [p.name for p in parameters.values() if p.annotation is p.empty] == []
+    named, text = {cls}, cls.__doc__
+    for base in cls.__mro__:  # a docstring names the class that says the rest
+        if f":class:`{base.__name__}`" in text:
+            named, text = named | {base}, text + base.__doc__
+    assert set(parameters) - {name for base in named for name in documented(base.__doc__)} == set()
+
+
+def test_shared_options_have_the_defaults_of_the_base() -> None:
+    own, base = inspect.signature(KFAC).parameters, inspect.signature(PreconditionedOptimizer).parameters
+    for name in ("weight_decay", "step_size", "damping_rule", "params", "maximize", "loop"):
+        assert (own[name].default, own[name].annotation) == (base[name].default, base[name].annotation)
+    assert own["momentum"].default == 0.9 and base["momentum"].default == 0.0
+    assert own["structures"].default is None
+
+
+def test_help_shows_them() -> None:
+    page = pydoc.render_doc(KFAC, renderer=pydoc.plaintext)
+    head = page[: page.index("K-FAC: natural gradient")]
+    for text in ("lr: 'float | Tensor'", "weight_decay: 'Scheduled | WeightDecay' = 0.0", "damping_rule: 'Levenberg"):
+        assert text in head
+
+
+class Mine(KFAC):
+    """A method of a user."""
+
+    def __init__(self, model: nn.Module, loss_fn: Any, *, colour: str = "red", **options: Any) -> None:
+        super().__init__(model, loss_fn, lr=0.1, **options)
+        self.colour = colour
+
+
+class Inherited(KFAC):
+    """One that has no constructor of its own."""
+
+
+def test_classes_of_users_are_served_alike() -> None:
+    parameters = inspect.signature(Mine).parameters
+    assert list(parameters)[:3] == ["model", "loss_fn", "colour"] and "damping" in parameters
+    assert Mine(model(), nn.MSELoss(), colour="blue", damping=0.1).colour == "blue"
+    with pytest.raises(TypeError, match=r"^Mine has no option 'dampin'; did you mean 'damping'\?"):
+        Mine(model(), nn.MSELoss(), dampin=0.1)
+    with pytest.raises(TypeError, match=r"^Inherited has no option 'colour'\. Its parameters are model, loss_fn, lr, "):
+        Inherited(model(), nn.MSELoss(), lr=0.1, colour="blue")  # type: ignore[call-arg]
+    assert SecondOrderOptimizer.__init__.__name__ == "__init__"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: KFAC(model(), nn.MSELoss(), lr=0.1, betas=(0.9, 0.9)), r"'betas' \(torch.optim.AdamW\); write 'curv"),
+        (lambda: KFAC(model(), nn.MSELoss(), lr=0.1, inv_update_steps=9), r"\(kfac-pytorch\); write 'inverse_update_p"),
+        (
+            lambda: KFAC(model(), nn.MSELoss(), lr=0.1, l2_reg=0.1),
+            r"\(kfac-jax\); write \"weight_decay=WeightDecay\(1e",
+        ),
+        (lambda: KFAC(model(), nn.MSELoss(), lr=0.1, fused=True), "'fused', which says how torch.optim runs its kern"),
+        (
+            lambda: KFAC(model(), nn.MSELoss(), lr=0.1, colour=1, dampin=2),
+            "option 'colour'. 'dampin'; did you mean 'da",
+        ),
+        (lambda: KFAC(model(), nn.MSELoss(), lr=0.1, exponent=-0.5), "'exponent', which the method decides; Precond"),
+        (lambda: SOAP(model().parameters(), precondition_frequency=9), r"\(SOAP\); write 'inverse_update_period' here"),
+        (lambda: Muon(model().parameters(), ns_steps=5), r"'ns_steps' \(torch.optim.Muon\); write 'polynomial' here"),
+        (lambda: SOAP(model().parameters(), ns_steps=5), "'ns_steps', which is of torch.optim.Muon"),
+        (
+            lambda: KFAC(model().parameters(), lr=0.1),
+            r"missing a required argument: 'loss_fn'\. Call KFAC\(model, loss_fn",
+        ),
+        (
+            lambda: KFAC(model().parameters(), lr=0.1),
+            r"with the model itself, not generator \(such as model.parameters",
+        ),
+        (lambda: KFAC(model().parameters(), nn.MSELoss(), lr=0.1), "learns from the layers of a model: pass the model"),
+        (
+            lambda: KFAC(model(), nn.MSELoss()),
+            r"missing a required argument: 'lr'\. Call KFAC\(model, loss_fn, lr=\.\.\.\)",
+        ),
+        (lambda: KFAC(model(), nn.MSELoss(), 0.1), "too many positional arguments.*options are given by name"),
+        (lambda: SOAP(model()), r"takes parameters, not the model: SOAP\(model\.parameters\(\), \.\.\.\)"),
+        (lambda: SINGD(model(), nn.MSELoss(), lr=0.1, curvature_ema=0.9), "no option 'curvature_ema'; did you mean"),
+        (lambda: SMWNaturalGradient(model(), nn.MSELoss(), lr=0.1, stager=1), "no option 'stager'"),
+    ],
+)
+def test_a_call_is_refused_by_the_class_that_was_called(make: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=rf"^(KFAC|SOAP|Muon|SINGD|SMWNaturalGradient)\b.*{message}"):
+        make()
+
+
+def test_names_of_others_point_to_options_that_exist() -> None:
+    known = {name for cls in ALL.values() for name in inspect.signature(cls).parameters}
+    for name in ("betas", "precondition_frequency", "ns_steps", "skip_layers", "norm_constraint", "learning_rate"):
+        hint = counterpart(name, known)
+        assert hint is not None and "write" in hint
+        assert "write" in refusal("KFAC", [name], known)
+    assert counterpart("colour", known) is None
