@@ -46,11 +46,13 @@ HOUSE: dict[str, str] = {
     "curvature": ".reports .plots .influences .training .landscape .matrices .estimation .structures .layers .model",
     "curvature.reports": ".reports.sections .reports.pages .reports.results .estimation .structures .losses .model"
     " solvers.tree",
-    "curvature.reports.sections": ".reports.results .matrices .estimation .structures .losses .model solvers solvers.estimates",
+    "curvature.reports.sections": ".reports.results .matrices .estimation .structures .losses .model solvers"
+    " solvers.estimates",
     "curvature.reports.pages": ".reports.results .plots solvers",
     "curvature.reports.results": ".estimation",
     "curvature.plots": ".training .landscape solvers",
-    "curvature.influences": ".matrices .estimation .structures .layers .losses .model solvers solvers.precision solvers.tree",
+    "curvature.influences": ".matrices .estimation .structures .layers .losses .model solvers"
+    " solvers.precision solvers.tree",
     "curvature.training": ".matrices .structures .layers .losses .model solvers solvers.precision",
     "curvature.landscape": ".matrices .estimation .losses .model solvers solvers.outcome",
     "curvature.matrices": ".estimation .structures .layers .losses .model solvers solvers.eigenpairs solvers.precision",
