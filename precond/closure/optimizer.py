@@ -153,8 +153,8 @@ class ClosureOptimizer(SecondOrderOptimizer):
             p.grad = self._slopes[p].detach().to(p.dtype).clone() if p in self._slopes else None
         return value
 
-    def _gradients(self) -> Vectors | None:
-        gradients = super()._gradients()
+    def true_gradients(self) -> Vectors | None:
+        gradients = super().true_gradients()
         if gradients is None or self._slopes is None:
             return gradients
         # Without those that the loss does not reach, whose grad is left from elsewhere.

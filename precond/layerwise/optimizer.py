@@ -313,7 +313,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         if self.capture.armed:
             self.capture.finish(by_name)
             updated = self._update_curvature(gradients)
-        self._idle = self._idle and self.capture.batches == 0
+        self.idle = self.idle and self.capture.batches == 0
         self._burning = self.steps < self.burn_in
         if self._burning:
             return {p: torch.zeros_like(g) for p, g in given.items()}
