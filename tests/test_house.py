@@ -6,7 +6,7 @@ import ast
 import importlib
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,54 +22,56 @@ PACKAGES = ("solvers", "curvature", "precond")
 #: of the same package. Every arrow is used, so that a new one is written down here on purpose.
 HOUSE: dict[str, str] = {
     "precond.__main__": ".demo",
-    "precond.demo": ".layerwise solvers",
+    "precond.demo": ".layerwise .step solvers",
     "precond.taxonomy": ".step",
-    "precond": ".layerwise .layerwise.blocks .closure .gradient .step curvature solvers",
-    "precond.layerwise": ".layerwise.blocks .closure .step curvature curvature.estimation curvature.structures"
+    "precond": ".layerwise .layerwise.blocks .closure .gradient .step curvature curvature.structures solvers",
+    "precond.layerwise": ".layerwise.blocks .step curvature curvature.estimation curvature.structures"
     " curvature.losses curvature.model solvers",
-    "precond.layerwise.blocks": "curvature curvature.structures curvature.layers curvature.model solvers"
+    "precond.layerwise.blocks": ".step curvature curvature.structures curvature.layers curvature.model solvers"
     " solvers.operators",
     "precond.closure": ".gradient .step curvature.layers curvature.losses solvers solvers.precision",
     "precond.gradient": ".step solvers solvers.iterative solvers.direct solvers.precision",
-    "precond.step": "solvers solvers.precision",
+    "precond.step": "curvature.estimation curvature.losses curvature.model solvers solvers.precision",
     "curvature.__main__": ".cli",
     "curvature.cli": ".reports .plots .matrices .estimation .structures .layers .losses .model solvers"
-    " solvers.eigenpairs solvers.estimates",
+    " solvers.eigenpairs solvers.estimates solvers.tree",
     "curvature.laplace": ".laplace.parametric .laplace.matrix_free .laplace.backends .laplace.factors",
-    "curvature.laplace.posteriors": ".laplace.backends .laplace.factors .layers .losses .model",
-    "curvature.laplace.parametric": ".laplace.backends .laplace.factors .matrices .estimation solvers",
+    "curvature.laplace.posteriors": ".laplace.backends .laplace.factors .losses .model",
+    "curvature.laplace.parametric": ".laplace.backends .laplace.factors .matrices .estimation solvers solvers.tree",
     "curvature.laplace.matrix_free": ".matrices .losses .model solvers solvers.estimates solvers.outcome"
     " solvers.precision",
     "curvature.laplace.backends": ".laplace.factors .matrices .estimation .structures .layers .losses .model solvers"
     " solvers.operators solvers.precision",
     "curvature.laplace.factors": ".structures .layers solvers solvers.operators solvers.precision",
     "curvature": ".reports .plots .influences .training .landscape .matrices .estimation .structures .layers .model",
-    "curvature.reports": ".reports.sections .reports.pages .reports.run .reports.results .estimation .structures"
-    " .losses .model",
-    "curvature.reports.sections": ".reports.results .matrices .estimation .losses .model solvers solvers.estimates",
+    "curvature.reports": ".reports.sections .reports.pages .reports.results .estimation .structures .losses .model"
+    " solvers.tree",
+    "curvature.reports.sections": ".reports.results .matrices .estimation .structures .losses .model solvers"
+    " solvers.estimates",
     "curvature.reports.pages": ".reports.results .plots solvers",
-    "curvature.reports.run": ".reports.results .estimation .model",
-    "curvature.reports.results": "",
+    "curvature.reports.results": ".estimation",
     "curvature.plots": ".training .landscape solvers",
-    "curvature.influences": ".matrices .estimation .structures .layers .losses .model solvers solvers.precision",
-    "curvature.training": ".landscape .matrices .structures .layers .losses .model solvers solvers.precision",
-    "curvature.landscape": ".matrices .estimation .layers .losses .model solvers solvers.outcome",
+    "curvature.influences": ".matrices .estimation .structures .layers .losses .model solvers solvers.tree"
+    " solvers.precision",
+    "curvature.training": ".matrices .structures .layers .losses .model solvers solvers.precision",
+    "curvature.landscape": ".matrices .estimation .losses .model solvers solvers.outcome",
     "curvature.matrices": ".estimation .structures .layers .losses .model solvers solvers.eigenpairs solvers.precision",
-    "curvature.estimation": ".structures .layers .losses .model solvers",
-    "curvature.structures": ".layers .losses solvers solvers.precision",
-    "curvature.layers": "solvers solvers.precision",
+    "curvature.estimation": ".structures .layers .losses .model solvers solvers.tree",
+    "curvature.structures": ".layers .losses .model solvers solvers.precision",
+    "curvature.layers": ".model solvers solvers.precision",
     "curvature.losses": "solvers.precision",
     "curvature.model": "",
     "solvers": ".moved .fallback .rules .iterative .direct .solver .eigenpairs .estimates .operators .outcome",
     "solvers.moved": "",
     "solvers.fallback": ".rules .direct .solver .operators .outcome",
     "solvers.rules": ".iterative .direct .solver .operators .outcome .precision",
-    "solvers.iterative": ".direct .solver .operators .outcome .precision",
+    "solvers.iterative": ".solver .operators .outcome .precision",
     "solvers.direct": ".solver .operators .outcome .precision",
     "solvers.solver": ".operators .outcome",
     "solvers.eigenpairs": ".estimates .operators .outcome .precision",
     "solvers.estimates": ".operators .outcome .precision",
-    "solvers.operators": ".outcome",
+    "solvers.operators": ".tree .outcome",
+    "solvers.tree": "",
     "solvers.outcome": "",
     "solvers.precision": "",
 }
@@ -160,7 +162,7 @@ def functions(source: ast.AST) -> Iterator[ast.AST]:
     return (node for node in ast.walk(source) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)))
 
 
-def room(module: str, house: Mapping[str, str]) -> str:
+def room(module: str, house: Collection[str]) -> str:
     """The row a module belongs to: the longest that begins its name."""
     parts = module.split(".")
     names = (".".join(parts[:i]) for i in range(len(parts), 0, -1))

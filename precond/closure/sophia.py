@@ -128,7 +128,7 @@ class Sophia(ClosureOptimizer, GradientOptimizer):
             raise ValueError("update_curvature() is for Sophia(..., estimator='gauss_newton').")
         if not terms > 0:
             raise ValueError(f"terms is the number of terms in the mean loss, positive; got {terms}.")
-        gradients = self._gradients()
+        gradients = self.true_gradients()
         for group in self.param_groups:
             for p in group["params"]:
                 if gradients is not None and p in gradients and p.numel():

@@ -98,9 +98,9 @@ class MFAC(SecondOrderOptimizer):
         out: dict[Tensor, Tensor] = {}
         for group in self.param_groups:
             present = {p: gradients[p] for p in group["params"] if p in gradients}
-            if not any(p.numel() for p in present) or self._idle:
+            if not any(p.numel() for p in present) or self.idle:
                 out |= {p: torch.zeros_like(g, dtype=working_dtype(g)) for p, g in present.items()}
-                if self._idle:
+                if self.idle:
                     self._begin(group)
             else:
                 out |= self._solve(group, present)

@@ -61,7 +61,7 @@ class GradientOptimizer(SecondOrderOptimizer):
                 if p not in gradients:
                     continue
                 self.begin(p, group)
-                if self._idle or not p.numel():
+                if self.idle or not p.numel():
                     out[p] = torch.zeros_like(gradients[p])
                     continue
                 self.state[p]["step"] += 1

@@ -89,7 +89,8 @@ class SecondOrderOptimizer(ScheduledOptimizer):
             **(defaults or {}),
         }
         self._prepared: dict[int, tuple[Tensor, int, Tensor]] = {}  # what precondition() wrote: d, version, <d, g>
-        self._idle = False  # the step could move nothing and saw nothing, so it does not count
+        #: The step can move nothing and sees nothing, so it does not count.
+        self.idle = False
         super().__init__(params, options)
         if not any(p.requires_grad for group in self.param_groups for p in group["params"]):
             raise ValueError(
@@ -135,10 +136,10 @@ class SecondOrderOptimizer(ScheduledOptimizer):
         """
         self.apply_schedules()
         loss = self._evaluate(closure)
-        gradients = self._gradients()
+        gradients = self.true_gradients()
         if gradients is None:
             return loss
-        self._idle = self._stands_still(gradients)
+        self.idle = self._stands_still(gradients)
         gradients = self.regularized(gradients)
         directions = self.directions(gradients)
         zero = torch.zeros(())
@@ -164,11 +165,11 @@ class SecondOrderOptimizer(ScheduledOptimizer):
         if closure is not None or not self._is_prepared():
             self.apply_schedules()
         loss = self._evaluate(closure)
-        gradients = self._gradients()
+        gradients = self.true_gradients()
         if gradients is None:
             return loss
         prepared = self._is_prepared()
-        self._idle = self._stands_still(gradients)
+        self.idle = self._stands_still(gradients)
         if not prepared:
             gradients = self.regularized(gradients)
         directions = dict(gradients) if prepared else self.directions(gradients)
@@ -186,7 +187,7 @@ class SecondOrderOptimizer(ScheduledOptimizer):
 
     def _count(self) -> None:
         for group in self.param_groups:
-            group["steps"] += not self._idle
+            group["steps"] += not self.idle
         self.after_step()
 
     def _stands_still(self, gradients: dict[Tensor, Tensor]) -> bool:
@@ -200,7 +201,7 @@ class SecondOrderOptimizer(ScheduledOptimizer):
     def __getstate__(self) -> dict[str, Any]:
         # A learning rate scheduler puts a wrapper of `step`, bound to this very object, among the attributes.
         own = {key: value for key, value in self.__dict__.items() if not key.startswith("_") and key != "step"}
-        return {**own, "_prepared": {}, "_idle": False}
+        return {**own, "_prepared": {}, "idle": False}
 
     def _evaluate(self, closure: Callable[[], Any] | None) -> Any:
         if closure is None:
@@ -213,7 +214,7 @@ class SecondOrderOptimizer(ScheduledOptimizer):
         params = (p for group in self.param_groups for p in group["params"])
         return [p for p in params if p.grad is not None and p.requires_grad]
 
-    def _gradients(self) -> dict[Tensor, Tensor] | None:
+    def true_gradients(self) -> dict[Tensor, Tensor] | None:
         """Gradients in their true scale, or ``None`` if the step is to be skipped."""
         found_inf = getattr(self, "found_inf", None)
         scale = getattr(self, "grad_scale", None)
