@@ -11,7 +11,7 @@ import torch
 
 from curvature.cli.commands import run
 from curvature.cli.output import to_json
-from curvature.cli.parser import new_parser
+from curvature.cli.parser import make_parser
 from curvature.cli.source import UsageError, load
 
 __all__ = ["main"]
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 if all is well; 1 if the computation was refused, failed or is not as exact as was asked for; 2 if the command
         line or the source makes no sense.
     """
-    given = new_parser().parse_args(argv)
+    given = make_parser().parse_args(argv)
     try:
         with _warnings_in_one_line():
             source = load(given.source).to(given.device, None if given.dtype is None else getattr(torch, given.dtype))

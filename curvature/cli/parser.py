@@ -40,7 +40,7 @@ _COMMANDS = {
 _NO_CHECK = "go on where dropout, batch statistics or shuffled data leave the loss to chance; one draw is held fixed"
 
 
-def new_parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     top = argparse.ArgumentParser(
         prog="python -m curvature",

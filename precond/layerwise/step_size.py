@@ -17,7 +17,7 @@ from precond.step.loop import Loop
 
 
 class Sized(Protocol):
-    """What a step model needs of the optimizer whose steps it sizes."""
+    """The part of an optimizer that a step model uses."""
 
     model: nn.Module
     loss_fn: Any
@@ -76,7 +76,7 @@ class QuadraticModel:
     fraction: float = 1.0
 
     def __post_init__(self) -> None:
-        """Check the border."""
+        """Validate the arguments."""
         if self.max_kl is not None and not self.max_kl > 0:
             raise ValueError(f"max_kl must be positive, or None for no bound; got {self.max_kl}.")
         if not 0 < self.fraction <= 1:
@@ -97,7 +97,7 @@ def minimiser(gram: Tensor, slopes: Tensor) -> Tensor:
 
 @dataclass
 class _Trial:
-    """A move that is on its way."""
+    """A step that was taken but not yet judged."""
 
     before: Tensor  # value of what is minimised
     predicted: float | None  # decrease that the undamped model promises
@@ -219,7 +219,7 @@ class StepModel:
                 self.optimizer.state[p].pop("move", None)
 
     def _predict(self, trial: _Trial, params: list[Tensor]) -> None:
-        """What the model had promised for the move that was made."""
+        """Compute the decrease that the model had promised for the move that was made."""
         own = {p: trial.own[p] for p in params}
         m = flatten({p: p - value for p, value in own.items()})
         with parameters_at(own):
@@ -242,7 +242,7 @@ class StepModel:
         return (V * torch.cat(each)) @ V.mT
 
     def _penalty(self, params: list[Tensor]) -> Tensor:
-        """What L2 weight decay adds to the loss; a closure's loss and that of the loop do not hold it."""
+        """The term that L2 weight decay adds to the loss; a closure's loss and that of the loop do not hold it."""
         if not any(_penalty(group) for group in self.optimizer.param_groups):
             return torch.zeros((), dtype=torch.float64)
         theta = flatten({p: p.detach() for p in params}).double()

@@ -62,7 +62,7 @@ def on_model(curvature: Curvature | Structures, model: nn.Module) -> tuple[Curva
 
 
 def _default(structures: Structures) -> Curvature:
-    """What holds for layers that are not named, and what dicts of options refer to."""
+    """The curvature of layers that are not named, which dicts of options refer to."""
     given = [structures.get("*"), *structures.values()]
     found = next((value for value in given if isinstance(value, (str, Curvature))), None)
     if isinstance(found, str):

@@ -89,8 +89,7 @@ class SecondOrderOptimizer(ScheduledOptimizer):
             **(defaults or {}),
         }
         self._prepared: dict[int, tuple[Tensor, int, Tensor]] = {}  # what precondition() wrote: d, version, <d, g>
-        #: The step can move nothing and sees nothing, so it does not count.
-        self.idle = False
+        self.idle = False  # the step could move nothing and saw nothing, so it does not count
         super().__init__(params, options)
         if not any(p.requires_grad for group in self.param_groups for p in group["params"]):
             raise ValueError(

@@ -46,7 +46,7 @@ def broken_gradients(gradients: Mapping[Tensor, Tensor], name_of: Name) -> str:
 
 
 def advice(params: Iterable[Tensor], name_of: Name) -> str:
-    """What to do about a run that goes nowhere, by whether its parameters are still finite."""
+    """Advice about a run that goes nowhere, by whether its parameters are still finite."""
     broken = next((p for p in params if not torch.isfinite(p).all()), None)
     if broken is not None:
         return (

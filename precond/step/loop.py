@@ -1,4 +1,4 @@
-"""What an optimizer cannot see of the training loop."""
+"""Settings for what an optimizer cannot see of the training loop."""
 
 from __future__ import annotations
 

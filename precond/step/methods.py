@@ -1,4 +1,4 @@
-"""What every optimizer here is, on three axes: curvature, structure, solver; and what it costs."""
+"""Every optimizer on three axes (curvature, structure, solver), with its costs."""
 
 from __future__ import annotations
 

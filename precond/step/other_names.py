@@ -1,4 +1,4 @@
-"""What other libraries call the options that we have, so that an error can name ours."""
+"""Other libraries' names for our options, so that an error can name ours."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ _NEEDLESS = {
 
 
 def counterpart(name: str, known: Iterable[str]) -> str | None:
-    """What a keyword of another library is here, as the rest of a sentence; ``None`` if it is not known.
+    """Our spelling of another library's keyword, as the rest of a sentence; ``None`` if it is unknown.
 
     Args:
         name: The keyword.

@@ -18,8 +18,8 @@ class ScheduledOptimizer(torch.optim.Optimizer):
 
     Every numeric option but ``lr``, of the optimizer or of one group, may be a function of the number of steps taken
     before, such as ``damping=lambda step: max(0.1 * 0.99**step, 1e-4)``. The groups hold numbers at all times; before a
-    step the functions give them anew. They are copied and pickled with the optimizer (a lambda cannot be pickled), but
-    are no part of ``state_dict``: that holds the number of steps, from which a resumed run goes on.
+    step the functions write them. They are copied and pickled with the optimizer (a lambda cannot be pickled), but
+    stay out of ``state_dict``, which holds the number of steps, from which a resumed run goes on.
 
     Args:
         params: Parameters, groups, or named parameters.
@@ -41,7 +41,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         return int(groups[0]["steps"]) if groups else 0
 
     def check(self, options: dict[str, Any]) -> None:
-        """Refuse options of a group outside their range; given anew whenever a schedule changes one.
+        """Refuse options of a group outside their range; called again whenever a schedule changes one.
 
         Raises:
             ValueError: Naming the option, its value and the range.

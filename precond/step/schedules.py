@@ -43,7 +43,7 @@ def split(
 
 
 def value_at(name: str, schedule: Callable[[int], Any], step: int) -> Any:
-    """What a schedule gives at a step: a number, a tuple of numbers, or ``None``.
+    """The value of a schedule at a step: a number, a tuple of numbers, or ``None``.
 
     Raises:
         TypeError: If it gives something else.
@@ -66,7 +66,7 @@ def numbers_at(
     step: int,
     check: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
-    """What the schedules of a group give at a step, checked beside its other options.
+    """The values of a group's schedules at a step, checked beside its other options.
 
     Raises:
         ValueError: If ``check`` does.

@@ -1,4 +1,4 @@
-"""What happens to a preconditioned gradient before it moves the parameters."""
+"""From a preconditioned gradient to the move: bound, momentum, weight decay."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class Doubling:
     period: int
 
     def __post_init__(self) -> None:
-        """Check the border."""
+        """Validate the period."""
         if not isinstance(self.period, int) or self.period < 1:
             raise ValueError(f"a period is a whole number of steps, at least 1; got {self.period!r}.")
 
