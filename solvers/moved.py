@@ -24,23 +24,22 @@ FOLDERS = {
         " diagonal_estimate=diagonal frobenius=frobenius_norm",
         "iterative": "cg coupled_newton lsmr matrix_iteration minres neumann newton_schulz nystrom",
         "operators": "congruence damping dense diagonal eigen flattened function kronecker linear_operator reshape"
-        " blocks=block_diagonal lowrank=low_rank shifted=linear_operator spectrum=eigenvalue_power state=storable"
-        " submatrix=linear_operator",
+        " blocks=block_diagonal lowrank=low_rank shifted=compositions spectrum=eigenvalue_power state=storable"
+        " submatrix=compositions",
         "outcome": "checks errors progress info=solution",
         "": "power=rules",
     },
     "curvature": {
         "cli": "support",
-        "estimation": "accumulation capture checkpoint checks collector coverage dataset plan recording snapshot"
-        " whole=joint",
+        "estimation": "accumulation capture checkpoint checks collector coverage dataset plan recording snapshot",
         "landscape": "directions interpolation objective surface",
         "layers": "block recorder samples",
         "losses": "signals inference=from_gradient",
         "matrices": "activation covariance fisher ggn hessian jacobian ntk problem eigenpairs=resumable"
         " gaussnewton=full lowrank=low_rank persample=per_sample products=dataset_operator",
         "model": "data determinism hooks parameters pullback settings wrappers",
-        "structures": "diagonal estimator foof gram inverse mixed singd sketch tnt average=weighted_mean dense=layer"
-        " eigenbasis=ekfac kronbfgs=kbfgs kronecker=kfac unitwise=unit",
+        "structures": "diagonal estimator foof gram inverse mixed singd sketch tnt whole average=weighted_mean"
+        " dense=layer eigenbasis=ekfac kronbfgs=kbfgs kronecker=kfac unitwise=unit",
         "training": "dynamics history monitor step_rule subspace factors=factor_spectra",
         "": "influence=influences report=reports",
     },
@@ -54,7 +53,8 @@ FOLDERS = {
         "closure": "adahessian affine curveball gauss_newton hessian_free newton psgd residuals sophia"
         " products=gauss_newton_optimizer",
         "gradient": "bases galore kl_shampoo matrices mfac muon shampoo soap splus stacks",
-        "layerwise": "ekfac groups kbfgs kfac natural_gradient replay rules seng singd smw step_size tnt whole",
+        "layerwise": "ekfac groups kbfgs kfac natural_gradient replay seng singd smw step_size tnt whole"
+        " rules=structures",
         "layerwise.blocks": "block_state preconditioner refresh rows blocks=by_name",
         "step": "adapt averaging base divergence methods options scheduled schedules update",
     },

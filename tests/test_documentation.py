@@ -126,7 +126,7 @@ def test_a_page_becomes_one_script_that_keeps_its_lines() -> None:
 
 
 # What a page teaches to add is one file: each block that defines something is whole, and short.
-TOYS = ("new-layer", "new-structure", "new-optimizer", "new-loss", "new-solver")
+TOYS = ("new-layer", "new-loss", "new-structure", "new-operator", "new-solver", "new-optimizer")
 
 
 def toys(page: str) -> list[str]:

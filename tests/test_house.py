@@ -6,7 +6,7 @@ import ast
 import importlib
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -51,8 +51,8 @@ HOUSE: dict[str, str] = {
     "curvature.reports.pages": ".reports.results .plots solvers",
     "curvature.reports.results": ".estimation",
     "curvature.plots": ".training .landscape solvers",
-    "curvature.influences": ".matrices .estimation .structures .layers .losses .model solvers"
-    " solvers.precision solvers.tree",
+    "curvature.influences": ".matrices .estimation .structures .layers .losses .model solvers solvers.tree"
+    " solvers.precision",
     "curvature.training": ".matrices .structures .layers .losses .model solvers solvers.precision",
     "curvature.landscape": ".matrices .estimation .losses .model solvers solvers.outcome",
     "curvature.matrices": ".estimation .structures .layers .losses .model solvers solvers.eigenpairs solvers.precision",
@@ -70,9 +70,9 @@ HOUSE: dict[str, str] = {
     "solvers.solver": ".operators .outcome",
     "solvers.eigenpairs": ".estimates .operators .outcome .precision",
     "solvers.estimates": ".operators .outcome .precision",
-    "solvers.operators": ".outcome .tree",
-    "solvers.outcome": "",
+    "solvers.operators": ".tree .outcome",
     "solvers.tree": "",
+    "solvers.outcome": "",
     "solvers.precision": "",
 }
 
@@ -162,7 +162,7 @@ def functions(source: ast.AST) -> Iterator[ast.AST]:
     return (node for node in ast.walk(source) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)))
 
 
-def room(module: str, house: Mapping[str, str]) -> str:
+def room(module: str, house: Collection[str]) -> str:
     """The row a module belongs to: the longest that begins its name."""
     parts = module.split(".")
     names = (".".join(parts[:i]) for i in range(len(parts), 0, -1))
@@ -290,15 +290,10 @@ def used_names(node: ast.AST) -> Iterator[tuple[str, bool]]:
                     yield name, is_self(value)
 
 
-def near(one: str, other: str) -> bool:
-    """Whether two modules are in one folder."""
-    return one.rpartition(".")[0] == other.rpartition(".")[0]
-
-
 def borrowed_names(tree: Tree) -> list[str]:
-    """Private names of one module of ours that another uses; on ``self``, those of a base class in another folder.
+    """Private names of one module of ours that another uses, on ``self`` if a base class of ours has them.
 
-    Classes of one folder are one family, and those of other libraries are theirs to lend.
+    Those of other libraries are theirs to lend.
     """
     classes: dict[str, list[tuple[str, ast.ClassDef]]] = defaultdict(list)
     own = {module: own_names(source) for module, source in tree.sources.items()}
@@ -322,8 +317,7 @@ def borrowed_names(tree: Tree) -> list[str]:
                 borrowed |= {(module, name, owner) for owner, names in own.items() if name in names}
         for node in ast.walk(source):
             if isinstance(node, ast.ClassDef):
-                strangers = [(owner, base) for owner, base in ancestors(node) if not near(owner, module)]
-                lent = {(name, owner) for owner, base in strangers for name in own_names(base)}
+                lent = {(name, owner) for owner, base in ancestors(node) for name in own_names(base)}
                 names = {name for name, of_self in used_names(node) if of_self} - own[module]
                 borrowed |= {(module, name, owner) for name, owner in lent if name in names}
     return [f"{module} uses {name} of {owner}" for module, name, owner in sorted(borrowed)]
@@ -495,7 +489,7 @@ def test_a_repeated_class_is_seen(tmp_path: Path) -> None:
         ("getattr(object(), '_size', None)", ["upper.floor.new uses _size of upper.ground.base"]),
         (
             "from upper.floor.work import Work\nclass C(Work):\n    def f(self): self._go()",
-            [],  # of a neighbour's class
+            ["upper.floor.new uses _go of upper.floor.work"],
         ),
         (
             "from upper.floor.work import Work\nclass C(Work):\n    def f(self): super()._size",

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import curvature
-from precond import KFAC
+from precond import KFAC, SOAP, LevenbergMarquardt, Newton
 
 ROOT = Path(__file__).resolve().parents[1]
 CONCEPTS = ROOT / "docs" / "concepts"
@@ -34,11 +34,16 @@ def code_of(qualified: str, file: str) -> CodeType:
     return code
 
 
-def rows(page: str, tables: int) -> list[tuple[str, str]]:
-    """Name and file of the first link of each row, from the first tables of a page."""
-    found = re.findall(r"(?:^\|.*\n)+", page, re.MULTILINE)[:tables]
+def rows(page: str, *tables: int) -> list[tuple[str, str]]:
+    """Name and file of the first link of each row, from some tables of a page, counted from 0."""
+    every = re.findall(r"(?:^\|.*\n)+", page, re.MULTILINE)
+    found = [every[i] for i in tables]
     matches = [WHO.search(line) for table in found for line in table.splitlines()[2:]]
     return [(match[1], match[2]) for match in matches if match is not None]
+
+
+def codes_of(page: str, *tables: int) -> list[CodeType]:
+    return [code_of(*row) for row in rows((CONCEPTS / page).read_text(encoding="utf-8"), *tables)]
 
 
 def order(run: Callable[[], Any], codes: list[CodeType]) -> list[CodeType]:
@@ -75,10 +80,24 @@ def test_a_step_is_as_its_page_says() -> None:
         optimizer.step()
 
     step()  # the first one has no inverses and no rows yet
-    page = rows((CONCEPTS / "life-of-a-step.md").read_text(encoding="utf-8"), tables=1)
-    codes = [code_of(*row) for row in page]
+    codes = codes_of("life-of-a-step.md", 0)
     assert names(order(step, codes)) == names(codes)
     optimizer.detach()
+
+
+def test_a_step_from_gradients_alone_is_as_its_page_says() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    optimizer = SOAP(model.parameters(), lr=0.1)
+    model(torch.randn(4, 3)).square().mean().backward()
+    codes = codes_of("life-of-a-step.md", 2)
+    assert names(order(optimizer.step, codes)) == names(codes)
+
+
+def test_a_step_with_a_closure_is_as_its_page_says() -> None:
+    model, x = nn.Linear(3, 1), torch.randn(4, 3)
+    optimizer = Newton(model.parameters(), damping_rule=LevenbergMarquardt())
+    codes = codes_of("life-of-a-step.md", 3)
+    assert names(order(lambda: optimizer.step(lambda: model(x).exp().mean()), codes)) == names(codes)
 
 
 def test_a_ggn_is_as_its_page_says() -> None:
@@ -89,7 +108,7 @@ def test_a_ggn_is_as_its_page_says() -> None:
     def run() -> None:
         curvature.ggn(model, nn.CrossEntropyLoss(), data, structure="kfac").inverse(damping=1e-2)
 
-    codes = [code_of(*row) for row in rows((CONCEPTS / "life-of-a-ggn.md").read_text(encoding="utf-8"), tables=2)]
+    codes = codes_of("life-of-a-ggn.md", 0, 1)
     assert names(order(run, codes)) == names(codes)
 
 
@@ -108,4 +127,4 @@ def test_the_order_of_calls_is_seen() -> None:
 
     codes = [first.__code__, second.__code__]
     assert names(order(second, codes)) == [second.__qualname__, first.__qualname__]
-    assert rows("| a | b |\n| --- | --- |\n| x | [`A.b`](../../c/d.py) |\n| y | |\n", 1) == [("A.b", "c/d")]
+    assert rows("| a | b |\n| --- | --- |\n| x | [`A.b`](../../c/d.py) |\n| y | |\n", 0) == [("A.b", "c/d")]

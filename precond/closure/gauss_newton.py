@@ -209,7 +209,7 @@ class GaussNewton(ClosureOptimizer):
         def bend(move: Tensor, damping: float) -> Tensor:
             probe = _PROBE * move
             with self.moved(unflatten(probe, params)):
-                there = torch.cat([r.detach().reshape(-1) for r in self._tensors(self._required_closure())])
+                there = torch.cat([r.detach().reshape(-1) for r in self._tensors(self.required_closure())])
             second = 2 / _PROBE**2 * (there.to(g.dtype) - residual - problem.push(probe))
             out = -0.5 * problem.fit(second, damping)
             return out if problem.size(out) <= 0.5 * _BEND * problem.size(move) else torch.zeros_like(out)

@@ -58,7 +58,9 @@ class GaussNewtonClosureOptimizer(ClosureOptimizer):
 
     def matrix(self, params: list[Tensor]) -> GaussNewtonMatrix:
         """The Gauss-Newton matrix of what is minimised, at the last evaluation."""
-        outputs = [] if self._loss is None else curved_outputs(self.loss_fn, self._calls, self._loss, self.sign)
+        outputs = (
+            [] if self.loss_graph is None else curved_outputs(self.loss_fn, self._calls, self.loss_graph, self.sign)
+        )
         if not outputs:
             raise RuntimeError(
                 f"the closure of {type(self).__name__} did not call the loss module given to the optimizer, "

@@ -99,9 +99,9 @@ class Newton(ClosureOptimizer):
         return unflatten(sign * direction, params)
 
     def _hessian(self, params: list[Tensor]) -> Tensor:
-        closure = self._required_closure()
-        assert self._value is not None
-        structured = affine_hessian(lambda: self.loss(closure), params, self._value)
+        closure = self.required_closure()
+        assert self.loss_value is not None
+        structured = affine_hessian(lambda: self.loss(closure), params, self.loss_value)
         return self.hessian(params) if structured is None else structured
 
     def _inverse(self, curvature: LinearOperator, damping: float) -> LinearOperator:

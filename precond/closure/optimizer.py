@@ -40,8 +40,10 @@ class ClosureOptimizer(SecondOrderOptimizer):
     needs: ClassVar[str] = "closure"
 
     _closure: Closure | None = None
-    _loss: Tensor | None = None
-    _value: Tensor | None = None
+    #: The loss of the step with its graph, where the step goes back through it again.
+    loss_graph: Tensor | None = None
+    #: Its value.
+    loss_value: Tensor | None = None
     _slopes: Vectors | None = None
 
     def step(self, closure: Closure | None = None) -> Any:
@@ -67,7 +69,7 @@ class ClosureOptimizer(SecondOrderOptimizer):
 
     def release(self) -> None:
         """Forget the graph of the last evaluation."""
-        self._closure = self._loss = self._value = self._slopes = None
+        self._closure = self.loss_graph = self.loss_value = self._slopes = None
 
     # Evaluation
 
@@ -138,7 +140,7 @@ class ClosureOptimizer(SecondOrderOptimizer):
                 f"the closure of {type(self).__name__} freed the graph of the loss by torch.autograd.backward or "
                 "torch.autograd.grad. Return the loss without differentiating it, or pass retain_graph=True."
             ) from error
-        self._loss = loss if keep else None
+        self.loss_graph = loss if keep else None
         return self.evaluated(loss.detach(), dict(zip(params, slopes, strict=True)))
 
     def evaluated(self, value: Tensor, slopes: Mapping[Tensor, Tensor | None]) -> Tensor:
@@ -148,7 +150,7 @@ class ClosureOptimizer(SecondOrderOptimizer):
             value: The loss, without graph.
             slopes: Derivative by parameter, with a graph where it will be differentiated again; ``None`` for none.
         """
-        self._value, self._slopes = value, {p: g for p, g in slopes.items() if g is not None}
+        self.loss_value, self._slopes = value, {p: g for p, g in slopes.items() if g is not None}
         for p in slopes:
             p.grad = self._slopes[p].detach().to(p.dtype).clone() if p in self._slopes else None
         return value
@@ -163,14 +165,15 @@ class ClosureOptimizer(SecondOrderOptimizer):
     def value_at(self, moves: Mapping[Tensor, Tensor]) -> Tensor:
         """The value to be minimised, at ``p + move``; the parameters stay as they are, bit for bit."""
         with self.moved(moves):
-            return self.sign * self.objective(self._required_closure())
+            return self.sign * self.objective(self.required_closure())
 
     @staticmethod
     def moved(moves: Mapping[Tensor, Tensor]) -> AbstractContextManager[None]:
         """Within the block the parameters are at ``p + move``; afterwards as they were, bit for bit."""
         return parameters_at({p: (p.data + move).to(p.dtype) for p, move in moves.items()})
 
-    def _required_closure(self) -> Closure:
+    def required_closure(self) -> Closure:
+        """The closure of the step."""
         assert self._closure is not None
         return self._closure
 
@@ -181,8 +184,8 @@ class ClosureOptimizer(SecondOrderOptimizer):
     @property
     def value(self) -> Tensor:
         """The value to be minimised, at the start of the step."""
-        assert self._value is not None
-        return self.sign * self._value
+        assert self.loss_value is not None
+        return self.sign * self.loss_value
 
     @property
     def sign(self) -> int:

@@ -128,7 +128,7 @@ class KBFGS(LayerwiseMethod):
         self._run_again()
 
     def _collector(self) -> Collector:
-        return ApartCollector(self.parameters, self._make, self.curvature.joint)
+        return ApartCollector(self.parameters, self.begin_block, self.curvature.joint)
 
     def _follow(self) -> None:
         # Called before a pass is recorded: parameters that another optimizer moved are where they were moved to.

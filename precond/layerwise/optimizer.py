@@ -194,7 +194,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         return {id(p): name for name, p in unwrapped(self.model).named_parameters() if name in self.plain}
 
     def _collector(self) -> Collector:
-        return Collector(self.parameters, self._make, joint=self.curvature.joint, apart="signs")
+        return Collector(self.parameters, self.begin_block, joint=self.curvature.joint, apart="signs")
 
     def _follow(self) -> None:
         """Notice parameters that were added, frozen or unfrozen; blocks that stay whole keep their statistics."""
@@ -239,7 +239,8 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
             self._step_model.close()
         self._taps.close()
 
-    def _make(self, block: Block, form: Form) -> CurvatureEstimator:
+    def begin_block(self, block: Block, form: Form) -> CurvatureEstimator:
+        """The estimate and the preconditioner of a block that is seen for the first time, or loaded."""
         for name, old in list(self.preconditioners.items()):
             if old.estimator.block.overlaps(block):  # its parameters were in another block before one was (un)frozen
                 self._drop(name)
@@ -471,7 +472,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         estimators.clear()
         self.preconditioners.clear()
         for name, saved in copied(blocks, self.parameters.device).items():
-            estimators[name] = self._make(Block.from_state(name, saved["parts"]), saved_form(saved))
+            estimators[name] = self.begin_block(Block.from_state(name, saved["parts"]), saved_form(saved))
             self.preconditioners[name].load_state_dict(saved)
             self.capture.collector.mixed_blocks = set(saved.get("mixing", ()))
         self._taps.watch(unwrapped(self.model), self.preconditioners)

@@ -55,7 +55,7 @@ class WholeModelOptimizer(LayerwiseMethod):
             return super()._collector()
         block = whole_block(self.parameters)
         if set(self.preconditioners) != {block.name} or self._whole.block != block:
-            self._make(block, "outer")
+            self.begin_block(block, "outer")
         self._whole.parameters = self.parameters
         return WholeCollector(self.parameters, self._whole)
 
@@ -65,12 +65,12 @@ class WholeModelOptimizer(LayerwiseMethod):
         assert isinstance(preconditioner.estimator, WholeEstimator)
         return preconditioner.estimator
 
-    def _make(self, block: Block, form: Form) -> CurvatureEstimator:
+    def begin_block(self, block: Block, form: Form) -> CurvatureEstimator:
         if isinstance(self.curvature, WholeFisher):
             estimator: CurvatureEstimator = self.curvature.whole(self.parameters)
             self.preconditioners.clear()
         else:
-            estimator = super()._make(block, form)
+            estimator = super().begin_block(block, form)
         self.preconditioners[block.name] = self.preconditioner(estimator)
         self.preconditioners[block.name].form = form
         return estimator

@@ -51,7 +51,8 @@ class Backend(JacobianBackend):
     low_rank: int | None = None
     sampled: int = 0
 
-    def _configure(self, max_factor: int, max_dense: int, low_rank: int | None) -> None:
+    def configure(self, max_factor: int, max_dense: int, low_rank: int | None) -> None:
+        """Validate and keep the options of the structures."""
         for name, value in (("max_factor", max_factor), ("max_dense", max_dense), ("low_rank", low_rank)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
@@ -88,7 +89,7 @@ class Backend(JacobianBackend):
         signals = self._signals(run.loss, examples.batch, samples)
         per_signal = examples.number * run.parameters.size * run.parameters.dtype.itemsize
         for some in chunks(iter(signals), max(1, ROWS // per_signal)):
-            yield self._select(examples.gradients(some).flatten(0, 1), run.parameters)
+            yield self.of_subnetwork(examples.gradients(some).flatten(0, 1), run.parameters)
 
     def full(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Dense matrix of a batch.
@@ -105,16 +106,16 @@ class Backend(JacobianBackend):
             ValueError: If the matrix is larger than the memory of the device.
         """
         samples = options(kwargs, "full", {"mc_samples"}).get("mc_samples")
-        self._refuse_large()
-        with self._pass(x, y) as run:
+        self.refuse_large()
+        with self.run_on(x, y) as run:
             total: Tensor | None = None
             for rows in self._rows(run, samples):
                 product = gram(widen(rows))
                 total = product if total is None else total.add_(product)
             assert total is not None
-            return self._loss(run.loss), (self._scale() * total).to(run.output.dtype)
+            return self.scaled_loss(run.loss), (self._scale() * total).to(run.output.dtype)
 
-    def _refuse_large(self) -> None:
+    def refuse_large(self) -> None:
         """Refuse dense matrices beyond the memory of the device."""
         P = sum(p.numel() for p in self.params) if self.subnetwork_indices is None else len(self.subnetwork_indices)
         nbytes, device = P * P * self.params[0].element_size(), self.params[0].device
@@ -131,7 +132,7 @@ class Backend(JacobianBackend):
         Costs one backward pass per output (GGN) or one in all (empirical, sampled), and the memory of one.
         """
         samples = options(kwargs, "diag", {"mc_samples"}).get("mc_samples")
-        with self._pass(x, y) as run:
+        with self.run_on(x, y) as run:
             collector = self._collect(run, lambda block, form: DiagonalEstimator(block), False, samples)
             sizes = {name: p.numel() for name, p in run.parameters.items()}
             total = widen(run.output.new_zeros(run.parameters.size))
@@ -139,8 +140,8 @@ class Backend(JacobianBackend):
                 assert isinstance(estimator, DiagonalEstimator)
                 place = BlockPlace.of(estimator.block, run.parameters.starts, sizes)
                 place.scatter(estimator.mean.step_sum()[0].to(total.dtype), total)
-            diagonal = self._select(self._scale() * total, run.parameters)
-            return self._loss(run.loss), diagonal.to(run.output.dtype)
+            diagonal = self.of_subnetwork(self._scale() * total, run.parameters)
+            return self.scaled_loss(run.loss), diagonal.to(run.output.dtype)
 
     def kron(self, x: Inputs, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, BlockKron]:
         """Kronecker-factored curvature of a batch: a block for every trainable tensor, see :class:`BlockKron`.
@@ -158,12 +159,12 @@ class Backend(JacobianBackend):
         chosen = options(kwargs, "kron", {"mc_samples", "kfac_approx"})
         if self.subnetwork_indices is not None:
             raise ValueError("a subnetwork has no Kronecker factors; use hessian_structure='full' or 'diag'.")
-        with self._pass(x, y) as run:
+        with self.run_on(x, y) as run:
             sums = SumOptions(chosen.get("kfac_approx", "expand"), self.max_factor, self.max_dense)
             collector = self._collect(run, sums.estimator, True, chosen.get("mc_samples"))
             found = {e.block: read(e).scaled(self._scale()) for e in collector.estimators.values()}
             tensors = Tensors.of(run.parameters, run.output.dtype)
-            return self._loss(run.loss), BlockKron(tensors, found, self.count(x), N)
+            return self.scaled_loss(run.loss), BlockKron(tensors, found, self.count(x), N)
 
     def eigenvalues(
         self, x: Inputs, y: Tensor, decomposed: BlockKronDecomposed, **kwargs: Any
@@ -190,7 +191,7 @@ class Backend(JacobianBackend):
                 basis = Kronecker(basis, identity((*block.shape[:-2], 1), basis.dtype, basis.device))
             return _InBasis(block, basis)
 
-        with self._pass(x, y) as run:
+        with self.run_on(x, y) as run:
             estimators = self._collect(run, make, False, samples).estimators.values()
             return {
                 (e.block.parts[0].name, e.block.parts[0].start): self._scale() * e.spectrum.step_sum()[0]
@@ -213,8 +214,8 @@ class Backend(JacobianBackend):
         """
         found: list[Tensor] = []
         loss: Tensor | None = None
-        for x, y in map(self._batch, data_loader):
-            with self._pass(x, y) as run:
+        for x, y in map(self.on_device, data_loader):
+            with self.run_on(x, y) as run:
                 for rows in self._rows(run):
                     found.append(widen(rows))
                     if sum(part.nbytes for part in found) > STORED:
@@ -223,7 +224,7 @@ class Backend(JacobianBackend):
                             f"{found[0].shape[1]} entries) take more than 4 GiB. Take fewer data, stochastic=True, or "
                             "hessian_structure='kron'."
                         )
-                one = self._loss(run.loss)
+                one = self.scaled_loss(run.loss)
                 loss = one if loss is None else loss + one
         if loss is None:
             raise ValueError("data_loader has no batches.")

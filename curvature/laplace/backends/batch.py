@@ -52,7 +52,7 @@ class BatchPass:
 class BatchBackend(CurvatureInterface):
     """Runs the model on batches; nothing of the model is changed."""
 
-    def _parameters(self) -> Parameters:
+    def trainable(self) -> Parameters:
         """The trainable parameters; with a subnetwork those that it touches."""
         if not self.params:
             what = "the last layer" if self.last_layer else type(self.model).__name__
@@ -66,7 +66,7 @@ class BatchBackend(CurvatureInterface):
         touched[self.subnetwork_indices.cpu()] = True
         return Parameters(self.model, [n for n, part in everything.unflatten(touched).items() if bool(part.any())])
 
-    def _columns(self, parameters: Parameters) -> Tensor | None:
+    def columns_of(self, parameters: Parameters) -> Tensor | None:
         """Where the entries of the subnetwork lie among the parameters; ``None`` for all of them."""
         if self.subnetwork_indices is None:
             return None
@@ -78,13 +78,13 @@ class BatchBackend(CurvatureInterface):
                 piece.copy_(torch.arange(start, start + piece.numel(), device=where.device).reshape(piece.shape))
         return where[self.subnetwork_indices.to(where.device)]
 
-    def _select(self, tensor: Tensor, parameters: Parameters) -> Tensor:
+    def of_subnetwork(self, tensor: Tensor, parameters: Parameters) -> Tensor:
         """The entries of the subnetwork along the last axis; all without one."""
-        columns = self._columns(parameters)
+        columns = self.columns_of(parameters)
         return tensor if columns is None else tensor[..., columns]
 
     @contextlib.contextmanager
-    def _untouched(self) -> Iterator[None]:
+    def leaving_all(self) -> Iterator[None]:
         """Leave the model, its buffers, the random state and the features of the last batch as they were."""
         features: Any = self.model._features if self.last_layer else {}
         before = dict(features)
@@ -96,10 +96,10 @@ class BatchBackend(CurvatureInterface):
             features.update(before)
 
     @contextlib.contextmanager
-    def _pass(self, x: Inputs, y: Tensor | None = None) -> Iterator[BatchPass]:
+    def run_on(self, x: Inputs, y: Tensor | None = None) -> Iterator[BatchPass]:
         """Run the model, as laplace-torch does: on x as its one argument."""
-        parameters = self._parameters()
-        with self._untouched():
+        parameters = self.trainable()
+        with self.leaving_all():
             result, recorder = record(self.model, parameters, (x,), self.count(x))
             output = resolve_output(result)
             if not output.requires_grad:
@@ -107,12 +107,13 @@ class BatchBackend(CurvatureInterface):
                     f"the output of {type(self.model).__name__} does not depend on its trainable parameters through "
                     "autograd: it was detached, or made under no_grad. Its curvature would be zero."
                 )
-            yield BatchPass(output, recorder, parameters, None if y is None else self._terms(output, y))
+            yield BatchPass(output, recorder, parameters, None if y is None else self.terms_of(output, y))
 
-    def _terms(self, output: Tensor, y: Tensor) -> Terms:
-        return loss_for(self.lossfunc).terms(output, y, class_dim=self._class_dim(output, y), check=True)
+    def terms_of(self, output: Tensor, y: Tensor) -> Terms:
+        """The loss of a batch, term by term."""
+        return loss_for(self.lossfunc).terms(output, y, class_dim=self.class_dim_of(output, y), check=True)
 
-    def _class_dim(self, output: Tensor, y: Tensor) -> int | None:
+    def class_dim_of(self, output: Tensor, y: Tensor) -> int | None:
         """laplace-torch takes the last axis for the outputs; so do we, wherever the shapes allow it."""
         return -1 if output.dim() > 2 and y.shape == output.shape[:-1] else None
 
@@ -120,10 +121,11 @@ class BatchBackend(CurvatureInterface):
         """Number of examples."""
         return int((x[self.dict_key_x] if isinstance(x, MutableMapping) else x).shape[0])
 
-    def _loss(self, terms: Terms) -> Tensor:
+    def scaled_loss(self, terms: Terms) -> Tensor:
+        """The value of the loss in the units of laplace-torch, detached."""
         return (self.factor * terms.value()).detach().to(terms.output.dtype)
 
-    def _batch(self, batch: Any) -> tuple[Inputs, Tensor]:
+    def on_device(self, batch: Any) -> tuple[Inputs, Tensor]:
         """Inputs and targets of what a loader gives; mappings are for the model to move."""
         device = self.params[0].device
         if isinstance(batch, MutableMapping):
@@ -141,5 +143,5 @@ class BatchBackend(CurvatureInterface):
         Returns:
             ``None`` where the outputs are not what the last layer makes of features that it has no part in.
         """
-        with self._untouched(), torch.set_grad_enabled(enable_backprop):
+        with self.leaving_all(), torch.set_grad_enabled(enable_backprop):
             return Features.find(self.model, x)

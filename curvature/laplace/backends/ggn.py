@@ -65,7 +65,7 @@ class GGNBackend(Backend, GGNInterface):
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
         self.seed = seed
-        self._configure(max_factor, max_dense, low_rank)
+        self.configure(max_factor, max_dense, low_rank)
 
     def _kind(self) -> FisherKind:
         return "mc" if self.stochastic else "exact"
@@ -75,7 +75,7 @@ class GGNBackend(Backend, GGNInterface):
 
     def full(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         options(kwargs, "full", {"mc_samples"})
-        self._refuse_large()
+        self.refuse_large()
         form = None if self._partly() else self._closed_form(x, y)
         if form is None:
             return super().full(x, y, **kwargs)
@@ -95,9 +95,9 @@ class GGNBackend(Backend, GGNInterface):
             return super().diag(x, y, **kwargs)
         hessians, names, loss = form
         diagonals = dict(zip(names, hessians.diagonals(), strict=False))
-        parameters = self._parameters()
+        parameters = self.trainable()
         diagonal = self._scale() * parameters.flatten({name: diagonals[name] for name in parameters})
-        return loss, self._select(diagonal, parameters).to(loss.dtype)
+        return loss, self.of_subnetwork(diagonal, parameters).to(loss.dtype)
 
     def kron(self, x: Inputs, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, BlockKron]:
         approximation = options(kwargs, "kron", {"mc_samples", "kfac_approx"}).get("kfac_approx", "expand")
@@ -107,7 +107,7 @@ class GGNBackend(Backend, GGNInterface):
             return super().kron(x, y, N, **kwargs)
         hessians, names, loss = form
         sums = hessians.sums(self.max_factor, bias=len(names) > 1).scaled(self._scale())
-        tensors = Tensors.of(self._parameters(), loss.dtype)
+        tensors = Tensors.of(self.trainable(), loss.dtype)
         return loss, BlockKron(tensors, {block_of(layer, *names): sums}, self.count(x), N)
 
     @torch.no_grad()
@@ -119,10 +119,14 @@ class GGNBackend(Backend, GGNInterface):
         features = self.features(x) if self.last_layer and not self.stochastic else None
         if features is None:
             return None
-        terms = self._terms(features.output, y)
+        terms = self.terms_of(features.output, y)
         hessians = OutputHessians.of(features, self.lossfunc, terms)
         names = {id(p): name for name, p in self.model.named_parameters()}
-        return None if hessians is None else (hessians, [names[id(p)] for p in features.parameters], self._loss(terms))
+        return (
+            None
+            if hessians is None
+            else (hessians, [names[id(p)] for p in features.parameters], self.scaled_loss(terms))
+        )
 
 
 class EFBackend(Backend, EFInterface):
@@ -166,7 +170,7 @@ class EFBackend(Backend, EFInterface):
     ) -> None:
         EFInterface.__init__(self, model, likelihood, last_layer, subnetwork_indices, dict_key_x, dict_key_y)
         self.unit_noise = unit_noise
-        self._configure(max_factor, max_dense, low_rank)
+        self.configure(max_factor, max_dense, low_rank)
 
     def _kind(self) -> FisherKind:
         return "empirical"

@@ -51,7 +51,7 @@ class HessianBackend(JacobianBackend):
     def full(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         options(kwargs, "full", set())
         loss, H = self._hessian(x, y)
-        columns = self._columns(H.rows)
+        columns = self.columns_of(H.rows)
         matrix = self.factor * H.to_dense()
         return loss, (matrix if columns is None else matrix[columns][:, columns]).to(loss.dtype)
 
@@ -59,7 +59,7 @@ class HessianBackend(JacobianBackend):
         """Diagonal of the Hessian, ``(P,)``."""
         options(kwargs, "diag", set())
         loss, H = self._hessian(x, y)
-        return loss, self._select(self.factor * H.exact_diagonal(), H.rows).to(loss.dtype)
+        return loss, self.of_subnetwork(self.factor * H.exact_diagonal(), H.rows).to(loss.dtype)
 
     def kron(self, x: Inputs, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, BlockKron]:
         """Refused.
@@ -73,13 +73,13 @@ class HessianBackend(JacobianBackend):
         )
 
     def _hessian(self, x: Inputs, y: Tensor) -> tuple[Tensor, Hessian]:
-        with self._pass(x, y) as run:
-            loss, class_dim = self._loss(run.loss), self._class_dim(run.output, y)
+        with self.run_on(x, y) as run:
+            loss, class_dim = self.scaled_loss(run.loss), self.class_dim_of(run.output, y)
         return loss, self._operator(((x,), y), class_dim)
 
     def _operator(self, data: Any, class_dim: int | None) -> Hessian:
-        tensors = list(self._parameters().values())
-        with self._untouched():
+        tensors = list(self.trainable().values())
+        with self.leaving_all():
             return hessian(self.model, self.lossfunc, data, params=tensors, class_dim=class_dim)
 
     def eig_lowrank(self, data_loader: Iterable[Any]) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,15 +93,15 @@ class HessianBackend(JacobianBackend):
             and the loss.
         """
         losses, data, class_dim = [], [], None
-        for x, y in map(self._batch, data_loader):
-            with self._pass(x, y) as run:
-                losses.append(self._loss(run.loss))
-                class_dim = self._class_dim(run.output, y)
+        for x, y in map(self.on_device, data_loader):
+            with self.run_on(x, y) as run:
+                losses.append(self.scaled_loss(run.loss))
+                class_dim = self.class_dim_of(run.output, y)
             data.append(((x,), y))
         if not losses:
             raise ValueError("data_loader has no batches.")
         H = self._operator(data, class_dim)
-        with self._untouched():
+        with self.leaving_all():
             pairs = eigsh(H, min(self.low_rank, H.shape[0]), which="LA")
         values = self.factor * pairs.values
         keep = values > SMALLEST

@@ -37,7 +37,7 @@ class JacobianBackend(BatchBackend):
         """Jacobians by backward passes, one per output."""
         if enable_backprop:
             return self._differentiable_jacobians(x)
-        with self._pass(x) as run:
+        with self.run_on(x) as run:
             examples = Examples.along(run.output, run.parameters, run.recorder)
             return self._followed(run, examples, examples.unit_signals())
 
@@ -47,7 +47,7 @@ class JacobianBackend(BatchBackend):
         Args:
             x: Inputs.
         """
-        with self._pass(x) as run:
+        with self.run_on(x) as run:
             examples = Examples.along(run.output, run.parameters, run.recorder)
             return examples.kept(examples.unit_signals()), run.output.detach()
 
@@ -56,7 +56,7 @@ class JacobianBackend(BatchBackend):
         features = self.features(x, enable_backprop)
         if features is None:
             return self._every(x, enable_backprop)
-        return self._select(features.jacobians(), self._parameters()), features.output
+        return self.of_subnetwork(features.jacobians(), self.trainable()), features.output
 
     def selected_output_jacobians(
         self, x: Inputs, outputs: Tensor, enable_backprop: bool = False
@@ -76,7 +76,7 @@ class JacobianBackend(BatchBackend):
             Js, f = self._differentiable_jacobians(x)
             self._check_selection(chosen, f)
             return Js.gather(1, chosen.to(Js.device).unsqueeze(-1).expand(-1, -1, Js.shape[-1])), f
-        with self._pass(x) as run:
+        with self.run_on(x) as run:
             self._check_selection(chosen, run.output)
             signals = []
             for column in chosen.to(run.output.device).unbind(1):
@@ -90,22 +90,22 @@ class JacobianBackend(BatchBackend):
             raise ValueError(f"outputs= has {len(chosen)} rows for a batch of {len(f)}; give one row per example.")
 
     def _followed(self, run: BatchPass, examples: Examples, signals: list[Tensor]) -> tuple[Tensor, Tensor]:
-        return self._select(examples.gradients(signals).transpose(0, 1), run.parameters), run.output.detach()
+        return self.of_subnetwork(examples.gradients(signals).transpose(0, 1), run.parameters), run.output.detach()
 
     def _differentiable_jacobians(self, x: Inputs) -> tuple[Tensor, Tensor]:
         """Jacobians whose graph leads to the inputs, by vectorised backward passes."""
-        parameters = self._parameters()
+        parameters = self.trainable()
 
         def run(values: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
             buffers = {name: b.clone() for name, b in self.model.named_buffers()}  # some are updated in train mode
             output = resolve_output(functional_call(self.model, buffers | values, (x,)))
             return output.flatten(1), output
 
-        with self._untouched(), torch.enable_grad(), differentiable_kernels(self.model), _PlainLayerNorm():
+        with self.leaving_all(), torch.enable_grad(), differentiable_kernels(self.model), _PlainLayerNorm():
             parts, f = jacrev(run, has_aux=True)(dict(parameters))
             Js = parameters.flatten(parts)
             _check_graph(Js, run(dict(parameters))[0], parameters, [t for t in tensors_in(x) if t.requires_grad])
-        return self._select(Js, parameters), f
+        return self.of_subnetwork(Js, parameters), f
 
     functorch_jacobians = jacobians
 
@@ -115,9 +115,9 @@ class JacobianBackend(BatchBackend):
         Returns:
             ``(M, P)``, and the summed loss.
         """
-        with self._pass(x, y) as run:
+        with self.run_on(x, y) as run:
             rows = run.examples().gradients([run.loss.gradient()])[0]
-            return self._select(rows, run.parameters), run.loss.value().detach().to(run.output.dtype)
+            return self.of_subnetwork(rows, run.parameters), run.loss.value().detach().to(run.output.dtype)
 
 
 class _PlainLayerNorm(TorchFunctionMode):

@@ -84,7 +84,7 @@ class FunctionalBackend(GGNBackend):
             raise ValueError("the batch holds no tensor with a leading dimension, which would count its examples.")
         return size
 
-    def _terms(self, output: Tensor, y: Any) -> Terms:
+    def terms_of(self, output: Tensor, y: Any) -> Terms:
         """The loss example by example: the log-likelihood of a batch that holds one alone."""
         size = self.count(y)
 
