@@ -59,6 +59,6 @@ def test_fractions_damp_where_c_is_kept() -> None:
 
 def test_the_groups_hold_the_strength_whatever_the_form_and_a_rule_adapts_it() -> None:
     model = nn.Linear(2, 2).double()
-    optimizer = EKFAC(model, nn.MSELoss(), lr=0.0, damping=RelativeTikhonov(0.2), rule=LevenbergMarquardt())
+    optimizer = EKFAC(model, nn.MSELoss(), lr=0.0, damping=RelativeTikhonov(0.2), damping_rule=LevenbergMarquardt())
     assert [group["damping"] for group in optimizer.param_groups] == [0.2]
     assert optimizer.mean_eigenvalue() == 1.0  # in the units of a fraction
