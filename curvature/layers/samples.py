@@ -1,4 +1,4 @@
-"""The canonical samples of a block: what a structure is estimated from.
+"""The canonical samples of a block, from which structures are estimated.
 
 Axes: ``*`` stack (groups of a grouped layer), ``k`` backward signals, ``n`` examples, ``s`` positions within an
 example (sequence, space, several calls), ``o`` output, ``i`` input.
@@ -189,7 +189,7 @@ class Samples:
         first: Whether this is the first backward pass of its batch; inputs and weights count once per batch.
         merge: The examples count as one in per-sample gradients: what each signal reached belongs to a single example,
             wherever it was found, or has no cross terms in expectation.
-        factor: What products of two gradients are multiplied by, 0-d; ``None`` for one.
+        factor: Multiplier of products of two gradients, 0-d; ``None`` for one.
     """
 
     uses: tuple[Outer | PerSample, ...]
@@ -308,7 +308,7 @@ def second_moment(rows: Tensor, max_dim: int) -> Tensor:
     return rows.square().sum(-2) if rows.shape[-1] > max_dim else gram(rows)
 
 
-# Products up to this size are not split: smaller ones run below the speed of large ones.
+# Only products above this size are split: smaller ones run below the speed of large ones.
 _WHOLE = 256
 
 

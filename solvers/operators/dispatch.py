@@ -53,7 +53,7 @@ def rule(function: Callable[..., Any], kind: type[LinearOperator]) -> Callable[[
 
 
 def rules_of(function: Callable[..., Any]) -> Callable[[Callable[..., T]], Callable[..., T]]:
-    """Decorator: open a function to rules; its body serves the classes without a rule."""
+    """Decorator: the default of an open function, for classes without a rule; calls go to the rule that fits."""
 
     def register(default: Callable[..., T]) -> Callable[..., T]:
         _rules[function] = singledispatch(default)
