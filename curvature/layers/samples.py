@@ -189,7 +189,7 @@ class Samples:
         first: Whether this is the first backward pass of its batch; inputs and weights count once per batch.
         merge: The examples count as one in per-sample gradients: what each signal reached belongs to a single example,
             wherever it was found, or has no cross terms in expectation.
-        factor: Multiplier of products of two gradients, 0-d; ``None`` for one.
+        factor: What products of two gradients are multiplied by, 0-d; ``None`` for one.
     """
 
     uses: tuple[Outer | PerSample, ...]

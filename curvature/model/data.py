@@ -183,12 +183,12 @@ def resolve_output(result: Any, output: Output | None = None) -> Tensor:
     )
 
 
-# Depth of nested passes of our own. Not a context variable: autograd runs hooks in threads of the device.
+# How deep we are in passes of our own. Not a context variable: autograd runs hooks in threads of the device.
 _depth = 0
 
 
 def inspecting() -> bool:
-    """Whether a forward or backward pass is the library's own, so that optimizers do not count it as training."""
+    """Whether a forward or backward pass is the library's own, which no optimizer must take for a training step."""
     return _depth > 0
 
 

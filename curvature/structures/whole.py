@@ -121,7 +121,7 @@ class WholeEstimator(CurvatureEstimator):
         self.receive(self.block, samples)
 
     def count(self, weight: Tensor | float) -> None:
-        """Does nothing: all examples of a batch count, whichever blocks they reach."""
+        """Nothing: all examples of a batch count, whichever blocks they reach."""
 
     def commit(self, ema: float) -> None:
         batches = [batch for batch in self._batches if batch.roots]
