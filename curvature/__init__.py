@@ -1,4 +1,4 @@
-"""Curvature of a model's loss: what it is, estimated in the structures that can be inverted."""
+"""Hessian, Gauss-Newton and Fisher matrices of a loss: exact, or in structures that are cheap to invert."""
 
 from curvature import plots
 from curvature.estimation.checkpoint import Checkpoint, CheckpointError

@@ -74,12 +74,12 @@ __all__ = [
     "Sophia",
     "SPlus",
     "TNT",
-    # options that say more than a number
+    # options as objects
     "Loop",
     "Momentum",
     "Refresh",
     "WeightDecay",
-    # what there is
+    # the list of methods
     "Doubling",
     "IterateAverage",
     "LevenbergMarquardt",

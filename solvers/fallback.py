@@ -28,7 +28,7 @@ T = TypeVar("T")
 class Fallback(Solver):
     """The first solver that succeeds, leaf by leaf: ``Fallback(Cholesky(), Eigh())``.
 
-    Each attempt is checked by itself, one host synchronisation each. Failures are logged, and listed together if all
+    Each attempt is checked separately, with one host synchronisation. Failures are logged, and listed together if all
     fail.
 
     Args:
@@ -50,7 +50,7 @@ class Fallback(Solver):
         """``op ** exponent`` by the first solver that serves and succeeds.
 
         Raises:
-            SolverError: If none does, of the class of the first failure, with what each of them said.
+            SolverError: If all fail; has the class of the first failure and the messages of all.
         """
         return self._first(lambda solver: power(op, exponent, solver, previous))
 
@@ -147,7 +147,7 @@ class Previous(Solver):
         """``previous``.
 
         Raises:
-            SolverError: If there is none, or it has another shape.
+            SolverError: If ``previous`` is missing or has another shape.
         """
         if previous is None or previous.in_shape != op.in_shape:
             raise SolverError(f"There is no earlier power of {op!r} to keep.")

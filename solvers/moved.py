@@ -1,8 +1,8 @@
-"""Modules under the paths they had before they moved into folders, with a warning that names the new one.
+"""Old import paths of modules that moved into folders, with a warning that names the new path.
 
-One finder for the three packages, asked only where nothing else finds a module. The old path gives the very module that
-lies at the new one. Where a public function has the name of the old module (``curvature.hessian``), importing the
-module would hide the function, so the new path is told in an error instead.
+One finder for the three packages, asked only where nothing else finds a module. The old path gives the same module
+object as the new one. Where a public function has the name of the old module (``curvature.hessian``), importing the
+module would hide the function, so an error names the new path instead.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ MOVED = {
 
 
 class OldPath(Loader):
-    """Gives a module of :data:`MOVED` that is asked for by its old path, which is ``spec.name``."""
+    """Loads a module of :data:`MOVED` by its old path ``spec.name``."""
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         """The module at its new path.
@@ -87,7 +87,7 @@ class OldPath(Loader):
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        """Nothing is left to run; the import system has written the old path into ``__spec__``."""
+        """Restore ``__spec__``, into which the import system has written the old path."""
         module.__spec__ = self.spec
 
 
@@ -102,6 +102,6 @@ class OldPaths(MetaPathFinder):
 
 
 def install() -> None:
-    """Have old paths found, after all that others find."""
+    """Install the finder for old paths, after all other finders."""
     if not any(isinstance(finder, OldPaths) for finder in sys.meta_path):
         sys.meta_path.append(OldPaths())

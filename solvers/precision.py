@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class HasDtype(Protocol):
-    """A tensor, an operator, a set of parameters: what has a dtype."""
+    """Anything with a dtype: a tensor, an operator, a set of parameters."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -22,5 +22,5 @@ def working_dtype(of: HasDtype | torch.dtype) -> torch.dtype:
 
 
 def widen(x: Tensor) -> Tensor:
-    """The tensor in its :func:`working_dtype`; itself if it is in that already."""
+    """The tensor in its :func:`working_dtype`; itself if that is its dtype."""
     return x.to(working_dtype(x))

@@ -2,7 +2,7 @@
 
 Block-diagonal goes by block, Kronecker by factor, diagonal by entry, a known eigenbasis by its spectrum, a product by
 its inverses in reverse. A shift is absorbed where a structure can (``Dense + lam I`` is Dense), or goes through the
-eigenbases (Kronecker). What is left goes to the solver, which serves it or refuses; nothing becomes dense unasked.
+eigenbases (Kronecker). The solver serves or refuses the rest; a matrix becomes dense only on request.
 An operator class from outside joins by :func:`~solvers.rule`.
 """
 
@@ -63,7 +63,7 @@ def power(
         Operator of the same shapes. Half precision is answered in float32.
 
     Raises:
-        StructureError: If there is no rule for the structure.
+        StructureError: If the structure has no rule.
         SolverError: If the numbers do not allow a right answer; each subclass says why.
     """
     if op.in_shape != op.out_shape:
@@ -75,7 +75,7 @@ def power(
 
 @dataclass(frozen=True)
 class PowerTask:
-    """What a rule of :func:`power` gets beside the operator.
+    """Argument of a rule of :func:`power`, beside the operator.
 
     Attributes:
         exponent: The exponent.
@@ -197,7 +197,7 @@ def _power_of_shifted_factors(inner: Kronecker, op: Shifted, task: PowerTask) ->
 
 
 def _positive(op: Scaled) -> Tensor:
-    """The scalar of a multiple, which must be positive: only then are the powers and modes of the parts those of it."""
+    """The scalar of a multiple, which must be positive so that powers and modes carry over to the parts."""
     scalar = torch.as_tensor(op.scalar, dtype=op.dtype, device=op.device)
     require(
         (scalar > 0) & torch.isfinite(scalar),
@@ -222,7 +222,7 @@ def diagonalize(
         product keep their own basis, in the order of the factors; eigenvalues ascend within a matrix.
 
     Raises:
-        StructureError: If there is no rule for the structure.
+        StructureError: If the structure has no rule.
         NotSymmetricError, NonFiniteError: If the numbers do not allow it.
     """
     with checked():
@@ -231,7 +231,7 @@ def diagonalize(
 
 @dataclass(frozen=True)
 class BasisTask:
-    """What a rule of :func:`diagonalize` gets beside the operator.
+    """Argument of a rule of :func:`diagonalize`, beside the operator.
 
     Attributes:
         solver: Finds the bases of matrices.
@@ -337,7 +337,7 @@ def _widened(op: LinearOperator) -> LinearOperator:
 
 
 def _basis_of(previous: LinearOperator | None) -> LinearOperator | None:
-    """The basis of an earlier result; blocks as they are, to be taken one by one."""
+    """The basis of an earlier result; blocks are returned as they are, for use one by one."""
     return previous.basis if isinstance(previous, Eigen) else previous if isinstance(previous, BlockDiagonal) else None
 
 

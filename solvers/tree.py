@@ -1,6 +1,6 @@
 """Nested values (dicts, lists and tuples of tensors, numbers and strings): changed, walked and checked piece by piece.
 
-Every state that is stored is encoded and decoded here. Who stores something only says what becomes of single pieces.
+Every stored state is encoded and decoded here. Callers only say how single pieces change.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def place(path: Path) -> str:
 
 
 def plain(piece: Any, path: Path, place: Callable[[Path], str] = place) -> Any:
-    """A change that makes none: refuse what ``torch.load(weights_only=True)`` does not read.
+    """A change that keeps every piece, and refuses those that ``torch.load(weights_only=True)`` cannot read.
 
     Args:
         piece: What stands at ``path``.

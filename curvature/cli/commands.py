@@ -1,4 +1,4 @@
-"""What the commands do with a source."""
+"""The commands, as functions of a source."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _PICTURES = (".svg", ".png", ".pdf")
 
 @dataclass(frozen=True)
 class Answer:
-    """What a command prints.
+    """The output of a command.
 
     Attributes:
         text: For people.

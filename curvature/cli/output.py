@@ -17,7 +17,7 @@ _ROWS = 24
 
 
 def to_json(content: Any) -> str:
-    """JSON as its standard has it: what is no finite number becomes null."""
+    """JSON by its standard: numbers that are not finite become null."""
     return json.dumps(map_tree(_finite, content, sequence=list), indent=1, allow_nan=False)
 
 
@@ -77,7 +77,7 @@ def estimate(name: str, found: Estimate) -> str:
 
 
 def number(value: float, error: float) -> str:
-    """A number with as many digits as its error leaves."""
+    """A number, with the digits that its error leaves."""
     if not (error > 0 and math.isfinite(error) and math.isfinite(value)):
         return f"{value:.6g}" if error == 0 else f"{value:.6g} +- {error:.2g}"
     digits = max(2, min(12, math.floor(math.log10(max(abs(value), error) / error)) + 2))

@@ -1,4 +1,4 @@
-"""The command line: what it understands, and what it says about itself."""
+"""The arguments of the command line, and their help."""
 
 from __future__ import annotations
 

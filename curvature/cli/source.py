@@ -1,4 +1,4 @@
-"""What a command works on: a model, a loss and data, from a function of the user's."""
+"""The input of a command: a model, a loss and data, from a function of the user's."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _EXPECTED = (
 
 
 class UsageError(Exception):
-    """What was asked for makes no sense; the message says what does."""
+    """The request makes no sense; the message says what does."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def load(place: str) -> Source:
         place: ``module:function`` or ``path/to/file.py:function``; modules are looked for in the current folder first.
 
     Raises:
-        UsageError: If there is no such function, it raises, or it returns something else.
+        UsageError: If the function is missing, raises, or returns something else.
     """
     where, colon, name = place.rpartition(":")
     if not (colon and where and name.isidentifier()):
@@ -137,8 +137,8 @@ def _from_file(place: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"_source_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # classes of the file look themselves up there
-    sys.path.insert(0, str(path.parent.resolve()))  # for what lies beside it
+    sys.modules[spec.name] = module  # classes of the file look up their module there
+    sys.path.insert(0, str(path.parent.resolve()))  # for modules beside it
     try:
         spec.loader.exec_module(module)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""What is supported, read off the code: ``python -m curvature.cli.support`` prints the page ``docs/support.md``."""
+"""Supported features, read off the code: ``python -m curvature.cli.support`` prints the page ``docs/support.md``."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def markdown() -> str:
 
 
 def estimates(shape: tuple[int, ...], parts: int, form: Form) -> tuple[str, ...]:
-    """What each structure estimates for a block of this shape.
+    """The estimate of each structure for a block of this shape.
 
     Args:
         shape: Of each part.

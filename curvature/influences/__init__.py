@@ -1,4 +1,4 @@
-"""Influence functions: what each training example did to a prediction."""
+"""Influence functions: the effect of each training example on a prediction."""
 
 from curvature.influences.call import influence, self_influence
 from curvature.influences.result import Influence

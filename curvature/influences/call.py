@@ -51,7 +51,7 @@ def influence(
     proximal step of Bae et al. (2022), which stays meaningful.
 
     Queries are preconditioned, Q vectors as long as the parameters; training examples are streamed, in chunks of
-    gradients that are formed layer by layer. Masked targets (``ignore_index``) take no part, in the curvature too.
+    gradients that are formed layer by layer. Masked targets (``ignore_index``) are left out, also of the curvature.
 
     Args:
         model: The trained model; evaluated in its current mode.
@@ -114,7 +114,7 @@ def influence(
         problem = request.problem()
         title = "influence"
         if found:
-            problem.random = found[0][1].random  # a loader that shuffles shall come to the same order
+            problem.random = found[0][1].random  # a loader that shuffles must give the same order
             title = f"influence, queries from {sum(rows.number for rows, _ in found) + 1}"
         file = None if files is None else files.results("scores", identity | {"queries": batches_digest(group)})
         found.append((rows, scores(problem, rows, by_position, joint, file, title)))

@@ -43,7 +43,7 @@ def by_position(samples: Samples, rows: BlockRows) -> Tensor | None:
 
 
 def _positions_are_cheaper(samples: Samples, rows: BlockRows) -> bool:
-    """Than forming gradients: those of an embedding are whole tables, and rows of low rank would become matrices."""
+    """Whether products cost less than gradients, which are whole tables for embeddings and undo a low rank."""
     outer = [use for use in samples.uses if isinstance(use, Outer)]
     if any(isinstance(use.a, OneHot) for use in outer):
         return True

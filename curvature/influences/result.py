@@ -1,4 +1,4 @@
-"""What an influence computation returns."""
+"""The result of an influence computation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Influence:
         by_block: The same, split by block (a layer's weight and bias), ``{name: (Q, N)}``; they add up to ``scores``.
         by_position: If asked for, the blocks of matrices split further by the positions s (tokens) of the training
             example at which the layer was used, ``{name: (Q, N, S)}``.
-        total: What the training loss divides by: the number of terms of a mean loss, 1 for a sum.
+        total: Divisor of the training loss: the number of terms of a mean loss, 1 for a sum.
         dropped: With ``query_rank``: norms of what truncation took from the preconditioned gradient of each query,
             ``{name: (Q,)}``; zero for blocks that were kept whole. No score is off by more than
             :math:`\sum_b \text{dropped}_{bq} \|g_{nb}\|` over the blocks b, with the norms that
@@ -42,7 +42,7 @@ class Influence:
     def by_token(self) -> Tensor:
         """Influence of each token of the training examples, ``(Q, N, S)``: the blocks of :attr:`by_position` added up.
 
-        What a layer without matrices (scale and shift of a norm, a table of positions) brings is in ``scores`` alone.
+        Layers without matrices (scale and shift of a norm, a table of positions) contribute to ``scores`` alone.
 
         Raises:
             ValueError: If ``by_position`` was not asked for, or the layers count different positions.

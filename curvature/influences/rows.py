@@ -90,7 +90,7 @@ class QueryRows:
         return place.gather(self._whole() if self.flat is None else self.flat)
 
     def _whole(self) -> Tensor:
-        """All rows ``(Q, P)`` from their pieces: for a pass whose blocks are not those of the curvature."""
+        """All rows ``(Q, P)`` from their pieces: for a pass whose blocks differ from those of the curvature."""
         pieces = {place: rows if isinstance(rows, Tensor) else rows.dense() for place, rows in self.pieces.items()}
         out = self.like.new_zeros(self.number, sum(rows[0].numel() for rows in pieces.values()))
         for place, rows in pieces.items():

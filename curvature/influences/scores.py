@@ -1,4 +1,4 @@
-"""One pass over the training examples: what they did to the queries, kept in a file as it grows."""
+"""One pass over the training examples: their scores for the queries, kept in a file as they grow."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from solvers import Place
 
 
 class Found:
-    """What a pass over the training examples has found so far.
+    """The scores found so far in a pass over the training examples.
 
     Args:
         problem: The training loss.
@@ -29,7 +29,7 @@ class Found:
     Attributes:
         counts: Examples of each batch.
         losses: Loss of each batch, which tells whether another pass saw the same.
-        total: What the loss divides by.
+        total: Divisor of the loss.
         random: Random state at the start of the pass, on which the order of a shuffling loader depends.
         blocks: ``{block: [(Q, n) of each batch]}``.
         positions: ``{block: [(Q, n, s) of each batch]}``.
@@ -49,14 +49,14 @@ class Found:
         return {name: value for name, value in vars(self).items() if name != "parameters"}
 
     def restore(self, saved: Mapping[str, Any]) -> None:
-        """Take up :meth:`state`; the tensors move to the parameters' device."""
+        """Restore :meth:`state`; the tensors move to the parameters' device."""
         vars(self).update(saved)
         for parts in (self.blocks, self.positions):
             for name, tensors in parts.items():
                 parts[name] = [tensor.to(self.parameters.device) for tensor in tensors]
 
     def begin(self, evaluation: Evaluation, examples: int) -> None:
-        """A batch follows."""
+        """Begin a batch: record its loss."""
         assert evaluation.terms is not None
         with torch.no_grad():
             self.losses.append(float(evaluation.terms.value()))
@@ -90,13 +90,13 @@ class Found:
 
 
 def walk(problem: Problem, found: Found, use: Callable[[Evaluation], Any], title: str, file: Checkpoint | None) -> None:
-    """Visit every batch of the problem that is still to be visited.
+    """Visit every remaining batch of the problem.
 
     Args:
         problem: The training loss.
         found: Where ``use`` puts what it finds.
         use: Called with each evaluation.
-        title: What the progress bar says.
+        title: Text of the progress bar.
         file: Where all this is kept.
     """
     run = Accumulation(problem.model, found, torch.Generator(), 1, file)
@@ -122,7 +122,7 @@ def scores(
         positions: Split them by position, too.
         joint: Whether weight and bias of a layer form one block.
         file: Where the scores are kept as they grow.
-        title: What the progress bar says.
+        title: Text of the progress bar.
     """
     found = Found(problem)
     sizes = {name: p.numel() for name, p in problem.parameters.items()}
@@ -146,7 +146,7 @@ def scores(
 
 
 def _joined(parts: list[Tensor | None]) -> Tensor | None:
-    """Examples that came apart, together again."""
+    """Parts joined along the examples; ``None`` if one is missing."""
     found = [part for part in parts if part is not None]
     return torch.cat(found, dim=1) if len(found) == len(parts) else None
 

@@ -1,4 +1,4 @@
-"""Directions in parameter space: what a line or a plane through a model is spanned by."""
+"""Directions in parameter space, which span a line or a plane through a model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Direction:
 
     Attributes:
         vector: ``(P,)``, what one unit of the coordinate adds to the parameters.
-        label: What it is, with the unit of its coordinate.
+        label: Its name, with the unit of its coordinate.
         end: Coordinates ``(alpha, beta)`` of the checkpoint it leads to, if it leads to one.
     """
 
@@ -47,7 +47,7 @@ def random_direction(
 
     Args:
         model: Module of the parameters.
-        parameters: What moves.
+        parameters: The parameters that move.
         generator: Source of the draws.
         biases: Whether biases, scales and shifts (one axis or none) move, each as a whole in proportion to its norm.
             By default they stay, as in the paper.
@@ -86,7 +86,7 @@ def _ratio(w: Tensor, d: Tensor, dim: tuple[int, ...]) -> Tensor:
 
 
 def span_of(problem: Problem, entries: Any, generator: torch.Generator, *, biases: bool = False) -> list[Direction]:
-    """One or two directions from what the user named.
+    """One or two directions from the user's argument.
 
     Args:
         problem: The loss, for gradients and eigenvectors.
@@ -97,7 +97,7 @@ def span_of(problem: Problem, entries: Any, generator: torch.Generator, *, biase
         biases: See :func:`random_direction`.
 
     Raises:
-        TypeError: If an entry is none of these.
+        TypeError: If an entry is of another kind.
         ValueError: If there are not one or two, or a vector does not fit, is zero, not finite or parallel to the other.
     """
     if isinstance(entries, Eigenpairs):

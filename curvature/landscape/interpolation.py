@@ -103,7 +103,7 @@ def interpolation(
         layerwise: Whether each layer (the parameters that are a module's own) goes alone as well.
         metric: Instead of the loss, a function of model and data that returns a number; or ``{name: function}``, where
             ``None`` stands for the loss.
-        buffers: What becomes of running statistics. ``"interpolate"`` takes them along as if they were parameters
+        buffers: Treatment of running statistics. ``"interpolate"`` takes them along as if they were parameters
             (buffers of whole numbers change over at the middle); ``"recompute"`` takes those of batch norms from the
             data at each point, at the ends too, in one more pass; ``"keep"`` leaves those of A.
         params: Names, globs or tensors that restrict the parameters that go; the others stay those of A.

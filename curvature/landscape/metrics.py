@@ -1,4 +1,4 @@
-"""What is computed at each point: the loss, or other numbers of a model and its data, by name."""
+"""The numbers computed at each point: the loss, or others of a model and its data, by name."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ByMetric:
         """The same result, showing another of its metrics.
 
         Raises:
-            KeyError: If there is none of that name.
+            KeyError: If the name is unknown.
         """
         if metric not in self.metrics:
             raise KeyError(f"there is no metric {metric!r}; there are {', '.join(self.metrics)}.")
@@ -39,7 +39,7 @@ def by_name(metric: Metrics) -> dict[str, Metric | None]:
     """The metrics of an argument ``metric=``.
 
     Raises:
-        TypeError: If it holds something that cannot be called, or nothing.
+        TypeError: If it is empty or holds something that cannot be called.
     """
     if metric is None:
         return {"loss": None}

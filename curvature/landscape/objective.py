@@ -33,16 +33,16 @@ class Objective:
         model: Any module; evaluated in its current mode.
         loss_fn: The loss.
         data: One batch or a re-iterable of batches.
-        metric: What is computed: the loss (``None``), a function of model and data that returns a number, or a mapping
-            of several, in which ``None`` stands for the loss.
+        metric: The numbers to compute: the loss (``None``), a function of model and data that returns a number, or a
+            mapping of several, in which ``None`` stands for the loss.
         params: Restriction of the parameters that move.
         output: Picks the output tensor.
         class_dim: Class axis of the output where the shapes leave it open.
-        buffers: ``"recompute"`` takes the running statistics of batch norms anew from the data before each evaluation.
+        buffers: ``"recompute"`` recomputes the running statistics of batch norms from the data before each evaluation.
 
     Attributes:
-        names: What the numbers are called.
-        parameters: What moves.
+        names: Names of the numbers.
+        parameters: The parameters that move.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Objective:
     def elsewhere(self) -> Iterator[Callable[[Mapping[str, Tensor]], Tensor]]:
         """Inside, a function from values of parameters and buffers, by name, to the numbers ``(M,)``, float64.
 
-        What is not named keeps its own value.
+        Unnamed ones keep their own values.
         """
         own = {name: p.data for name, p in self.parameters.items()}
         modes = [(module, module.training) for module in self.model.modules()]  # a metric may change them
@@ -113,7 +113,7 @@ class Objective:
         return float(value)
 
     def _loss(self) -> float:
-        """The loss of all data; what is not finite stays so."""
+        """The loss of all data; a value that is not finite is returned as it is."""
         problem, device = self.problem, self.parameters.device
         first, problem_loss = self._as_called is None, problem.loss
         total, size, mean = 0.0, 0.0, False
@@ -127,7 +127,7 @@ class Objective:
                 raise ValueError("the loss has reduction='none', so it is no scalar. Use 'mean' or 'sum'.")
             total += float(torch.where(terms.mask, terms.values(), 0.0).double().sum())
             size, mean = size + float(terms.total), terms.reduction == "mean"
-            if first and problem.single and math.isfinite(total):  # what is not finite tells nothing
+            if first and problem.single and math.isfinite(total):  # a comparison needs finite values
                 self._as_called = self._agrees(terms, y)
                 if self._as_called:
                     return float(problem.loss_fn(terms.output, y))
@@ -146,7 +146,7 @@ class Objective:
 
 
 def recompute_statistics(model: nn.Module, problem: Problem, device: torch.device) -> None:
-    """Take the running statistics of normalisations anew: the mean over the batches, weighted by their examples.
+    """Recompute the running statistics of normalisations: the mean over the batches, weighted by their examples.
 
     Only these modules run in train mode meanwhile; all modes are as before afterwards.
     """

@@ -28,7 +28,7 @@ class Surface(ByMetric):
         metrics: ``{name: (A, B) or (A,)}``, float64; NaN and infinities as they came.
         metric: Name of the one that :attr:`values` shows.
         directions: u and v as rows ``(2, P)`` or ``(1, P)``.
-        labels: What the directions are, with the unit of their coordinates.
+        labels: Names of the directions, with the unit of their coordinates.
         marks: ``{name: (alpha, beta)}`` of the model and of given checkpoints.
     """
 

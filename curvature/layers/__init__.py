@@ -1,4 +1,4 @@
-"""Layer rules: what a call of a torch function with a parameter means for the curvature.
+"""Layer rules: how calls of torch functions use parameters.
 
 One file per family; importing this package registers them.
 """

@@ -1,4 +1,4 @@
-"""A block: parameters that share one piece of curvature, seen as one tensor."""
+"""A block: parameters that share one piece of curvature, viewed as one tensor."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class BlockPart:
     permutation: tuple[int, ...]
     shape: tuple[int, ...]
 
-    # Blocks are read and written in every step, so what their shapes imply is worked out once.
+    # Blocks are read and written in every step, so the facts about their shapes are computed once.
 
     @cached_property
     def numel(self) -> int:

@@ -74,7 +74,7 @@ class PatchSite(OuterSite):
         input: ``(n, c, *space)``, or ``(c, *space)`` without a batch.
         weight_shape: Shape of the weight; all but its first two dimensions are spatial.
         window: How the kernel moves.
-        groups: Number of groups; each is a layer of its own.
+        groups: Number of groups; each is a separate layer.
     """
 
     kind: ClassVar[str]
@@ -105,7 +105,7 @@ class PatchSite(OuterSite):
 
     @abstractmethod
     def patches(self, x: Tensor) -> Tensor:
-        """What each output position sees of ``x (n, c, *space)``: ``(n, *out, c, *kernel)``."""
+        """The patch of each output position in ``x (n, c, *space)``: ``(n, *out, c, *kernel)``."""
 
     def inputs(self) -> Tensor:
         assert self.input is not None

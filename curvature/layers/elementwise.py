@@ -19,7 +19,7 @@ class BroadcastSite(ElementwiseSite):
     Args:
         weight: The parameter.
         shape: Shape in which the operation saw it.
-        factor: What multiplies it: another tensor, or a number.
+        factor: Its multiplier: another tensor, or a number.
     """
 
     def __init__(
@@ -59,10 +59,10 @@ def _broadcast(
     if len(args) < 2:
         return None
     if output is args[0] and output._base is not None:
-        return None  # in place on a view: what comes after may use its base, where this output is no node of the graph
+        return None  # in place on a view: later calls may use its base, whose graph lacks this output
     refs = [recorder.resolve(arg) if isinstance(arg, Tensor) else None for arg in args[:2]]
     if (refs[0] is None) == (refs[1] is None):
-        return None  # no parameter, or two: the product of two parameters is not linear in either
+        return None  # without a parameter, or with two, whose product is not linear in either
     which = 0 if refs[0] is not None else 1
     ref, other = refs[which], args[1 - which]
     assert ref is not None

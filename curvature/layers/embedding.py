@@ -26,7 +26,7 @@ class EmbeddingSite(OuterSite):
 
     def inputs(self) -> OneHot:
         index = self.layout.rows(self.index.unsqueeze(-1), self.index.dim()).squeeze(-1)
-        # The gradient of the padding row is cut by embedding itself: it takes no part in the curvature.
+        # The gradient of the padding row is cut by embedding itself: it is left out of the curvature.
         keep = None if self.padding_idx is None else index != self.padding_idx
         return OneHot(index, self.size, keep)
 
@@ -50,7 +50,7 @@ def table_part(weight: Ref, table: tuple[int, int]) -> BlockPart:
 def embedding(
     recorder: Observer, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> EmbeddingSite | None:
-    """``F.embedding``; the scaled-by-frequency gradient is no gradient of a loss and is left to the fallback."""
+    """``F.embedding``; a gradient scaled by frequency does not belong to a loss and is left to the fallback."""
     call = bind(
         ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"), args, kwargs
     )

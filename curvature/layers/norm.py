@@ -18,7 +18,7 @@ class ScaleShiftSite(ElementwiseSite):
     r"""One use of :math:`y_{ns} = \gamma \odot \hat x_{ns} + \beta`.
 
     Args:
-        input: What the normalisation saw.
+        input: Input of the normalisation.
         normalise: Recomputes :math:`\hat x` from it, without scale and shift.
         channel: Axis of the scaled channels (1 for batch norms), or ``None`` where the last ``features`` axes are
             scaled (layer norms).

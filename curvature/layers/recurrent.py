@@ -1,7 +1,7 @@
 """Recurrent layers and cells, as dense layers on the inputs and on the states before each step.
 
-The layers are fused: a forward pass shows neither the states between the steps nor the gates. In a pass of our own they
-run step by step in their place. Axes: ``n`` examples, ``t`` steps.
+The layers are fused: a forward pass hides the states between the steps and the gates. In a pass of our own they run
+step by step. Axes: ``n`` examples, ``t`` steps.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Unrolled:
     """Runs recurrent layers step by step and records the uses of their parameters.
 
     The rows of all steps are kept together as ``(n, t, d)``; for packed sequences as ``(rows, d)``, step after step,
-    where the examples are not kept apart.
+    where the examples are mixed.
 
     Args:
         recorder: Takes the uses.
@@ -177,8 +177,8 @@ def layer(step: Step, recorder: Observer, args: tuple[Any, ...], kwargs: Mapping
         layout = RowLayout(None, batched=False)
     else:
         if not batch_first:
-            # The recorder takes the leading axis for the batch. Where time has the same length nothing else would
-            # show that it is not.
+            # The recorder takes the leading axis for the batch. Where time is as long as the batch, only
+            # this flag shows the mix-up.
             recorder.examples_interact |= x.shape[0] == x.shape[1] == recorder.batch and x.shape[1] > 1
             x = x.transpose(0, 1)
         layout = RowLayout(x.shape[0], batched)

@@ -17,9 +17,9 @@ Rule = Callable[[Observer, Tensor, tuple[Any, ...], Mapping[str, Any]], Site | N
 RULES: dict[Any, Rule] = {}
 #: Runs in the place of a call, on ``(recorder, args, kwargs)``.
 Replacement = Callable[[Observer, tuple[Any, ...], Mapping[str, Any]], Any]
-#: Function -> what runs in its place in a pass that is ours alone.
+#: Function -> its replacement in a pass of our own.
 REPLACEMENTS: dict[Any, Replacement] = {}
-#: Module type -> what a rule makes of it (for the table of :func:`curvature.coverage` before any forward pass).
+#: Module type -> the result of a rule for it (for the table of :func:`curvature.coverage` before any forward pass).
 MODULES: dict[type[nn.Module], str] = {}
 
 
@@ -41,9 +41,9 @@ def replacement_for(
 ) -> Callable[[Replacement], Replacement]:
     """Register an equal computation for fused functions whose inner activations cannot be seen.
 
-    In a pass whose result nobody but us uses (``Recorder(own_pass=True)``), ``replacement(recorder, args, kwargs)`` is
-    called in place of the function. It adds its uses with :meth:`Observer.add` and returns what the function would, up
-    to rounding; or ``None`` if it does not cover the call, which then runs as it is.
+    In a pass of our own, whose result only we use (``Recorder(own_pass=True)``), ``replacement(recorder, args,
+    kwargs)`` is called in place of the function. It adds its uses with :meth:`Observer.add` and returns the function's
+    result up to rounding; or ``None`` if it does not cover the call, which then runs as it is.
 
     Args:
         functions: Functions as ``__torch_function__`` reports them.

@@ -1,4 +1,4 @@
-"""The canonical samples of a block: what a structure is estimated from.
+"""The canonical samples of a block, from which structures are estimated.
 
 Axes: ``*`` stack (groups of a grouped layer), ``k`` backward signals, ``n`` examples, ``s`` positions within an
 example (sequence, space, several calls), ``o`` output, ``i`` input.
@@ -308,7 +308,7 @@ def second_moment(rows: Tensor, max_dim: int) -> Tensor:
     return rows.square().sum(-2) if rows.shape[-1] > max_dim else gram(rows)
 
 
-# Products up to this size are not split: smaller ones run below the speed of large ones.
+# Only products above this size are split: smaller ones run below the speed of large ones.
 _WHOLE = 256
 
 

@@ -15,7 +15,7 @@ from curvature.losses.sum_of_losses import ClassDim, JoinedTerms, SumOfLosses, W
 from curvature.losses.terms import Layout, Terms
 
 __all__ = [
-    # what a loss is, and how one is found
+    # the loss contract and its registry
     "Loss",
     "Terms",
     "Layout",
@@ -43,7 +43,7 @@ __all__ = [
     # write your own
     "ElementwiseLoss",
     "AutogradLoss",
-    # what can be wrong
+    # errors
     "AmbiguousClassAxisError",
     "NoCurvatureError",
     "NonFiniteLossError",

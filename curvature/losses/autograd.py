@@ -22,7 +22,7 @@ from solvers.precision import widen
 class AutogradLoss(Loss):
     r"""A loss written by the user, as a sum or mean of per-example losses.
 
-    The loss of one term is what ``loss_fn`` says about a batch that holds this term alone. Terms are the examples;
+    The loss of one term is that of a batch that holds this term alone. Terms are the examples;
     with ``class_dim`` they are the positions, and ``loss_fn`` is called on outputs ``(1, C)``.
 
     Prefer a registered loss where there is one: values, gradients and Hessian products cost about two and four calls of
@@ -36,7 +36,7 @@ class AutogradLoss(Loss):
         max_entries: Largest ``T C^2`` for which roots are formed.
 
     Raises:
-        ValueError: If the reduction is neither given nor found.
+        ValueError: If the reduction is missing and cannot be found.
 
     Example:
         >>> import torch
@@ -78,7 +78,7 @@ class AutogradLoss(Loss):
     ) -> AutogradTerms:
         """See :meth:`Loss.terms`; targets and further arguments have one entry per term along their first axes.
 
-        With ``check``, a batch without mask must give what its terms give one by one.
+        With ``check``, a batch without mask must equal the sum of its terms one by one.
         """
         if output.numel() == 0 or output.ndim == 0:
             raise ValueError(f"The output has shape {tuple(output.shape)}: there is no example. Skip empty batches.")

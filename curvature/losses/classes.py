@@ -20,7 +20,7 @@ def class_layout(output: Tensor, target: Tensor, class_dim: int | None, as_calle
 
     Raises:
         AmbiguousClassAxisError: If both axes fit.
-        ValueError: If none does.
+        ValueError: If no axis fits.
     """
     shape, rank = output.shape, output.ndim
     if output.numel() == 0 or rank == 0:

@@ -122,9 +122,9 @@ class CrossEntropyTerms(Terms):
     @torch.no_grad()
     def sample(self, generator: torch.Generator) -> Tensor:
         """``sqrt(m) (p - e_y)`` with labels ``y`` drawn from the model."""
-        # Inverse distribution function: one random number per term, and unlike torch.multinomial it neither waits for
-        # the device nor stumbles over rows outside the mask (p = 0). In float64, since a sum close to one would leave
-        # float32 no digits for the many rare classes of a vocabulary.
+        # Inverse distribution function: one random number per term; unlike torch.multinomial it works without
+        # waiting for the device and accepts rows outside the mask (p = 0). In float64, since a sum close to one would
+        # leave float32 no digits for the many rare classes of a vocabulary.
         cdf = self._p.cumsum(-1, dtype=torch.float64)
         uniform = noise((*self.mask.shape, 1), cdf, generator).uniform_(generator=generator).to(cdf.device)
         drawn = torch.searchsorted(cdf, uniform * cdf[..., -1:], right=True).clamp(max=self.columns - 1)
@@ -133,7 +133,7 @@ class CrossEntropyTerms(Terms):
 
     @cached_property
     def _p(self) -> Tensor:
-        """Probabilities ``(N, R, C)``, zero outside the mask: whatever the model outputs on padding is dropped here."""
+        """Probabilities ``(N, R, C)``, zero outside the mask: the model's outputs on padding are dropped here."""
         with torch.no_grad():
             p = self.rows(widen(self.output.detach())).softmax(-1)
             return p.masked_fill(~self.mask.unsqueeze(-1), 0)

@@ -43,10 +43,10 @@ class ElementwiseLoss(Loss):
 
     @abstractmethod
     def curvature(self, z: Tensor, y: Tensor, *extra: Tensor) -> Tensor:
-        r""":math:`\partial^2 \ell / \partial z^2`; raises NoCurvatureError for losses that have none."""
+        r""":math:`\partial^2 \ell / \partial z^2`; raises NoCurvatureError for losses without curvature."""
 
     def draw(self, z: Tensor, y: Tensor, *extra: Tensor, generator: torch.Generator) -> Tensor:
-        """A draw per entry with mean zero and variance :meth:`curvature`; normal unless the likelihood is another."""
+        """A draw per entry with mean zero and variance :meth:`curvature`; normal unless overridden."""
         normal = noise(z.shape, z, generator).normal_(generator=generator).to(z.device)
         return self.curvature(z, y, *extra).sqrt() * normal
 
@@ -60,7 +60,7 @@ class ElementwiseLoss(Loss):
         return ()
 
     def check_values(self, output: Tensor, target: Tensor, *extra: Tensor) -> None:
-        """Refuse values that the loss is not made for. May wait for the device."""
+        """Refuse values outside the loss's domain. May wait for the device."""
 
     def terms(
         self,

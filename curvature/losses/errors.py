@@ -1,10 +1,10 @@
-"""What can be wrong with a loss, its outputs or its targets."""
+"""Errors about a loss, its outputs or its targets."""
 
 from __future__ import annotations
 
 
 class UnknownLossError(TypeError):
-    """The loss function is of no registered type."""
+    """The loss function's type is not registered."""
 
 
 class AmbiguousClassAxisError(ValueError):

@@ -18,7 +18,7 @@ class GaussianNLL(ElementwiseLoss):
 
     The variance is the third argument, of the output's shape, with a last axis of size one, or without the last axis.
     It is held fixed. A variance that the model predicts is refused: the loss is not convex in mean and variance
-    together, and the curvature in the mean alone would leave the variance head out without a word.
+    together, and the curvature in the mean alone would silently leave out the variance head.
     """
 
     convex = True

@@ -1,8 +1,7 @@
 """Losses that are linear in the model's output: value and gradient, but no curvature to take a Gauss-Newton step with.
 
-Their Hessian with respect to the output is zero, so the Gauss-Newton matrix would be zero whatever the model does. That
-is never what a user wants; every question about it is refused with the way out. The empirical Fisher needs gradients
-only and works.
+Their Hessian with respect to the output is zero, so the Gauss-Newton matrix is zero for every model. That is never
+useful, so every request for it is refused with advice. The empirical Fisher needs gradients only and works.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a loss must tell about itself, and the registry that finds it for the user's loss function."""
+"""The contract of a loss, and the registry that finds it for the user's loss function."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ class Loss(ABC):
 
         Args:
             output: The model's output.
-            target: What it is compared with.
+            target: The target of the loss.
             extra: Further arguments of the loss (the variance of ``nn.GaussianNLLLoss``).
             class_dim: Axis of the output that holds the outputs of one term. None: found from the shapes.
             mask: Which terms count; boolean, of the output's shape without its class axis.
             as_called: The arguments are exactly those the loss module was called with, so the class axis is the one
-                PyTorch takes and none is searched for.
+                PyTorch takes, without a search.
             check: Also look at the values (targets out of range, no term that counts). Waits for the device.
 
         Raises:

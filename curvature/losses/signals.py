@@ -1,4 +1,4 @@
-"""Backward signals: what is sent back from the outputs so that outer products of gradients sum to a curvature."""
+"""Backward signals: cotangents of the outputs whose gradients' outer products sum to a curvature."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class Signals:
     def stacks(self, size: int) -> Iterator[Tensor]:
         """All signals, up to ``size`` of them at once: ``(k, *output)``; of the shortest root where there are columns.
 
-        Which root is taken makes no difference where examples and their positions do not interact.
+        Valid where examples and their positions are independent: every root then gives the same curvature.
         """
         if self.kind != "exact" or self.given is not None or self.positions > 1:
             yield from stacked(iter(self), size)
@@ -140,7 +140,7 @@ class Signals:
         return [] if bool(self.mask.all()) else [(self.mask, self.probe())]
 
     def tags(self) -> Iterator[Tensor]:
-        """Weights ``(examples,)`` that tell examples apart: no two examples have all of theirs in common.
+        """Weights ``(examples,)`` that tell examples apart: any two examples differ in some of theirs.
 
         Powers of two, so that a backward pass that keeps examples apart scales with them exactly; as many sets of
         weights as the number of the last example has digits to the base 32.
@@ -177,7 +177,7 @@ class JointSignals(Signals):
     """The signals of a sum of losses, on the vector that joins their outputs.
 
     Draws of all losses are sent together, since they are independent; other signals loss by loss, so that C is the
-    weighted sum of the losses' own.
+    weighted sum of theirs.
     """
 
     @property

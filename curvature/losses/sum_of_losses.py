@@ -31,7 +31,7 @@ class SumOfLosses(nn.Module):
             take more than a target find a tuple in the targets.
 
     Raises:
-        ValueError: If there is no loss, a weight is negative or not finite, or the reductions differ.
+        ValueError: If losses are missing, a weight is negative or not finite, or the reductions differ.
         UnknownLossError: If the derivatives of a loss are not known.
 
     Example:
@@ -77,7 +77,7 @@ class SumOfLosses(nn.Module):
         return total
 
     def each(self, outputs: Any, targets: Any) -> Iterator[tuple[Any, Loss, Tensor, tuple[Any, ...]]]:
-        """Key, loss, output, and target with what else the loss is given."""
+        """Key, loss, output, and target with the loss's further arguments."""
         for key, loss in self.losses.items():
             given = _pick(targets, key, "targets")
             yield key, loss, _pick(outputs, key, "outputs"), given if isinstance(given, tuple) else (given,)
@@ -95,7 +95,7 @@ class JoinedTerms(Terms):
     def __init__(self, parts: Mapping[Any, tuple[Tensor, Terms]], reduction: str) -> None:
         self.parts = dict(parts)
         each = [terms for _, terms in parts.values()]
-        with torch.enable_grad():  # the outputs have a graph even where nothing else is to get one
+        with torch.enable_grad():  # the outputs have a graph even under no_grad
             output = torch.cat([terms.output.reshape(-1) for terms in each])
         mask = torch.cat([terms.mask.reshape(1, -1) for terms in each], dim=1)
         super().__init__(output, Layout(output.shape, ()), mask, each[0].total, reduction)
@@ -166,7 +166,7 @@ class WeightedSum(Loss):
     """:class:`SumOfLosses` as a loss with derivatives.
 
     Attributes:
-        divisors: What each loss divides by over all the data; ``None`` for a batch that is all of it.
+        divisors: Divisor of each loss over all the data; ``None`` for a batch that is all of it.
     """
 
     loss_fn: SumOfLosses
@@ -210,7 +210,7 @@ class WeightedSum(Loss):
 
 
 def _pick(tree: Any, key: Any, what: str) -> Any:
-    """What a loss sees of the outputs or targets."""
+    """The part of the outputs or targets that a loss sees."""
     if isinstance(tree, Tensor):
         return tree
     try:

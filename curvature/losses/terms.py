@@ -109,17 +109,17 @@ class Terms(ABC):
     .. math:: L_\text{sum} = \sum_t l_t(z_t), \qquad L_\text{mean} = L_\text{sum} / \text{total}.
 
     Everything below is in the scale of :math:`L_\text{sum}`; divide by ``total`` for the mean loss. Terms outside the
-    mask contribute zero everywhere. Nothing here forms a matrix per term unless the class says so, and nothing but
-    :meth:`value` and :meth:`check` waits for the device.
+    mask contribute zero everywhere. Matrices per term are formed only where the class says so, and only
+    :meth:`value` and :meth:`check` wait for the device.
 
     Attributes:
         output: The model's output as given (not detached), of any shape.
         layout: Which axes of the output belong to one term.
         mask: ``(N, R)`` bool, the terms that count.
         total: 0-d, divisor of a mean loss: the number of valid terms or entries, or the sum of their class weights.
-        reduction: What the user's loss does with its terms: ``"mean"``, ``"sum"`` or ``"none"``.
+        reduction: How the user's loss joins its terms: ``"mean"``, ``"sum"`` or ``"none"``.
         hessian_is_fisher: Whether ``H_t`` is the Fisher information of the outputs under the loss's likelihood
-            (weights count as multiplicities of a term). False for losses that are no negative log-likelihood in a
+            (weights count as multiplicities of a term). False for losses that are not a negative log-likelihood in a
             natural parameter: their ``H_t`` depends on the target.
     """
 

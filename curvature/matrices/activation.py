@@ -23,7 +23,7 @@ def activation_hessian(
     output: Output | None = None,
     class_dim: int | None = None,
 ) -> Function:
-    r"""Hessian of the loss of a batch with respect to what a module returns, at fixed parameters.
+    r"""Hessian of the loss of a batch with respect to the output of a module, at fixed parameters.
 
     .. math:: H = \nabla_h^2 L(h), \qquad h = \text{the module's output on the batch}
 
@@ -42,7 +42,7 @@ def activation_hessian(
         Symmetric operator on tensors of the activation's shape.
 
     Raises:
-        ValueError: If there is no such module, it is called several times or not at all, or the loss does not depend
+        ValueError: If the module is missing, is called several times or not at all, or the loss does not depend
             on what it returns.
         TypeError: If it does not return a tensor.
     """
@@ -59,7 +59,7 @@ def activation_hessian(
                 "module inside it."
             )
         leaves.append(result.detach().requires_grad_())
-        return leaves[-1].clone()  # what follows may work in place, which a leaf does not allow
+        return leaves[-1].clone()  # later calls may work in place, which a leaf forbids
 
     found: list[Pullback] = []
 

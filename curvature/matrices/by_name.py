@@ -10,15 +10,15 @@ from curvature.matrices.ggn import ggn
 from curvature.matrices.hessian import hessian
 
 Matrix = Literal["hessian", "ggn"]
-#: Name -> what makes the matrix-free operator of a loss over data.
+#: Name -> maker of the matrix-free operator of a loss over data.
 MATRICES: dict[Matrix, Callable[..., DatasetOperator]] = {"hessian": hessian, "ggn": ggn}
 
 
 def matrix_of(name: Matrix) -> Callable[..., DatasetOperator]:
-    """What makes the matrix of that name.
+    """The maker of the matrix of that name.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If the name is unknown.
     """
     if name not in MATRICES:
         raise ValueError(f"matrix must be {' or '.join(map(repr, MATRICES))}, got {name!r}.")

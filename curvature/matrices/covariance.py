@@ -85,7 +85,7 @@ def _can_be_centered(structure: Any) -> bool:
 
 
 def _root_of_mean(problem: Problem) -> Tensor:
-    r"""The vector :math:`\sqrt{w T}\, \bar g` ``(P,)``, whose outer product is what centering takes away."""
+    r"""The vector :math:`\sqrt{w T}\, \bar g` ``(P,)``, whose outer product is subtracted by centering."""
     p = problem.parameters
     total = torch.zeros(p.size, dtype=working_dtype(p), device=p.device)
     terms = torch.zeros((), dtype=total.dtype, device=p.device)

@@ -1,4 +1,4 @@
-"""Products with a matrix over a data set: passes over the batches, blocks of vectors, and what is kept between them."""
+"""Products with a matrix over a data set: passes over the batches, blocks of vectors, and kept graphs."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class DatasetOperator(LinearOperator):
         columns: Parameters of the vectors it acts on.
     """
 
-    #: Name of the matrix, as people read it and files of resumable runs hold it.
+    #: Name of the matrix, for people and for files of resumable runs.
     title: ClassVar[str]
 
     def __init__(self, problem: Problem, *, keep_graph: bool | None = None, memory: int = MEMORY) -> None:
@@ -89,7 +89,7 @@ class DatasetOperator(LinearOperator):
 
     @property
     def block_size(self) -> int | None:
-        """One where nothing is shared: kept graphs need no pass, and a large model takes the vectors one by one."""
+        """One where vectors share no work: with kept graphs, in a large model that takes them one by one."""
         return 1 if self.keep_graph and self._large(0) else None
 
     def adjoint(self) -> LinearOperator:
@@ -141,7 +141,7 @@ class DatasetOperator(LinearOperator):
         out = torch.empty(len(vectors), self.rows.size, dtype=self.dtype, device=self.device)
         split = self.columns.unflatten(vectors)
         pieces = [split[name].to(p.dtype) for name, p in self.columns.items()]
-        into = list(self.rows.unflatten(out).values())  # products are written where they belong, without a copy between
+        into = list(self.rows.unflatten(out).values())  # products are written in place
         single = len(vectors) == 1
         if single:
             pieces, into = [t[0] for t in pieces], [t[0] for t in into]
@@ -185,10 +185,10 @@ class DatasetOperator(LinearOperator):
             self._kept = kept
 
     def chunk(self, nbytes: int) -> int:
-        """How many vectors go through a pass at once that made ``nbytes``."""
+        """Number of vectors that go at once through a pass that saves ``nbytes``."""
         if nbytes == 0 or self._large(nbytes):
             return 1
-        # A second derivative makes a few times what the forward pass made.
+        # A second derivative takes a few times the memory of the forward pass.
         return max(1, self.memory // (4 * (nbytes + 4 * self.columns.size)))
 
     def _large(self, nbytes: int) -> bool:

@@ -36,10 +36,10 @@ class KeptSamples(CurvatureEstimator):
         self.samples.append(samples)
 
     def count(self, weight: Tensor | float) -> None:
-        """Nothing is averaged."""
+        """Does nothing: samples are kept, not averaged."""
 
     def commit(self, ema: float) -> None:
-        """Nothing is averaged."""
+        """Does nothing: samples are kept, not averaged."""
 
     def discard(self) -> None:
         self.samples = []
@@ -58,7 +58,7 @@ class KeptSamples(CurvatureEstimator):
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """There is no state."""
+        """Does nothing: the state is empty."""
 
 
 class Keeper:
@@ -79,7 +79,7 @@ class Keeper:
         return self._kept[-1]
 
     def samples(self, examples: Examples, signals: Sequence[Tensor]) -> list[tuple[Block, list[Samples]]]:
-        """What each block's gradients are made of; in each, the rows are signals, and examples within a signal."""
+        """The factors of each block's gradients; in each, the rows are signals, and examples within a signal."""
         given = Signals.of(examples.terms, "empirical", batch=examples.batch, given=tuple(signals))
         for entry in self._kept:
             entry.discard()
@@ -120,7 +120,7 @@ class Examples:
         if output.dim() == 0:
             raise ValueError("the output is a single number: it needs a first axis that counts examples.")
         rows = output.detach()
-        terms = loss_for(nn.MSELoss()).terms(output, rows)  # says which entries belong together, nothing else
+        terms = loss_for(nn.MSELoss()).terms(output, rows)  # only says which entries belong together
         return cls(parameters, recorder, output, terms, None)
 
     @property
@@ -129,7 +129,7 @@ class Examples:
         return Signals.of(self.terms, "empirical", batch=self.batch).examples
 
     def unit_signals(self) -> list[Tensor]:
-        """One for each output of an example, in row-major order: one there, zero elsewhere."""
+        """Unit signals, one for each output of an example, in row-major order."""
         signals = []
         for k in range(self.output[0].numel()):
             signal = torch.zeros_like(self.output.detach(), memory_format=torch.contiguous_format)
@@ -138,7 +138,7 @@ class Examples:
         return signals
 
     def samples(self, signals: Sequence[Tensor], vectorised: bool = False) -> list[tuple[Block, list[Samples]]]:
-        """What each block's gradients under some output-shaped signals are made of; see :class:`Keeper`."""
+        """The factors of each block's gradients under some output-shaped signals; see :class:`Keeper`."""
         return Keeper(self.parameters, vectorised=vectorised).samples(self, signals)
 
     def gradients(self, signals: Sequence[Tensor]) -> Tensor:
@@ -150,7 +150,7 @@ class Examples:
         return self.kept(signals).by_parameter(slice(0, len(signals)), slice(0, self.number))
 
     def kept(self, signals: Sequence[Tensor]) -> KeptGradients:
-        """The factors of all per-sample gradients, from which any of them can be formed."""
+        """The factors of all per-sample gradients, which can form any of them."""
         blocks = self.samples(signals, vectorised=True)
         return KeptGradients(self.parameters, blocks, len(signals), self.number)
 
@@ -172,7 +172,7 @@ class KeptGradients:
 
     Attributes:
         parameters: The tracked parameters.
-        blocks: What the gradients of each block are made of; rows are signals, and examples within a signal.
+        blocks: The factors of the gradients of each block; rows are signals, and examples within a signal.
         signals: Number of signals.
         examples: Number of examples.
     """

@@ -58,7 +58,7 @@ def fisher(
         model: Any module; evaluated in its current mode.
         loss_fn: The loss module.
         data: One batch ``(x, y)`` or a re-iterable of batches.
-        structure: A name of the table below; a curvature, which has options of its own, such as
+        structure: A name of the table below; a curvature object, with its options, such as
             ``KroneckerFisher(sharing="reduce")``; or ``{rule: structure}`` for parts of the model, see
             :class:`curvature.Mixed`.
         kind: ``"exact"``, ``"mc"`` or ``"empirical"``; by default that of a curvature, and ``"mc"`` for a name.
@@ -68,8 +68,8 @@ def fisher(
         output: Picks the output tensor where the model does not return a tensor.
         class_dim: Class axis of the output where the shapes leave it open; by key for a sum of losses.
         resume: File in which the sums over the batches are kept as they grow, and from which a run that was killed
-            goes on at the batch where it was, to the identical result. A path, or a :class:`curvature.Checkpoint`, that
-            says how often to save.
+            continues at its batch, with the identical result. A path, or a :class:`curvature.Checkpoint`, that says how
+            often to save.
         progress: Show a progress bar.
         options: Further options of the structure, in brackets in this table:
 

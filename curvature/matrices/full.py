@@ -46,7 +46,7 @@ class GaussNewtonOperator(DatasetOperator):
         super().__init__(problem, keep_graph=keep_graph, memory=memory)
         self.kind, self.samples, self.mode = kind, samples, mode
         generator = generator or torch.Generator(device=self.device).manual_seed(0)
-        # The draws of every pass start here; whoever draws next from the user's generator gets others.
+        # The draws of every pass start here; later draws from the user's generator differ.
         self._start = generator.get_state()
         self._draws = torch.Generator(device=generator.device)
         if kind == "mc":

@@ -64,8 +64,8 @@ def ggn(
         output: Picks the output tensor where the model does not return a tensor.
         class_dim: Class axis of the output where the shapes leave it open; by key for a sum of losses.
         resume: File in which the sums over the batches are kept as they grow, and from which a run that was killed
-            goes on at the batch where it was, to the identical result. A path, or a :class:`curvature.Checkpoint`, that
-            says how often to save.
+            continues at its batch, with the identical result. A path, or a :class:`curvature.Checkpoint`, that says how
+            often to save.
         progress: Show a progress bar.
         options: Options of the structure.
 

@@ -46,7 +46,7 @@ class Hessian(DatasetOperator):
     def blocks(self) -> dict[str, Tensor]:
         """Dense diagonal blocks of the modules, ``{module name: (n, n)}``; costs P products within the modules.
 
-        A block holds the parameters that are a module's own, in the order of the flat vector.
+        A block holds the parameters that a module owns, in the order of the flat vector.
         """
         modules = {
             module: Parameters(self.problem.model, list(names))
@@ -121,7 +121,7 @@ def hessian(
 
     .. math:: H = \nabla^2_\theta L, \qquad L = \text{the loss of all data as one batch}
 
-    Batches are weighted by what they bring to the divisor of a mean loss (valid tokens, class weights), so the result
+    Batches are weighted by their share of the divisor of a mean loss (valid tokens, class weights), so the result
     does not depend on how the data are split. The model is evaluated in its current mode; in train mode a batch norm
     makes examples of a batch interact, and dropout is held at one draw of its masks.
 
@@ -150,7 +150,7 @@ def hessian(
     Raises:
         ValueError: If the structure is unknown or the loss does not depend on the parameters.
         TypeError: If the data can be seen only once.
-        UnknownLossError: If the loss is unknown and says nothing about how it joins batches.
+        UnknownLossError: If the loss is unknown and does not say how it joins batches.
         RuntimeError: In products, if parameters changed since, the data differ between passes, or the model has no
             second derivative.
 

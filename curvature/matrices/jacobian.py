@@ -130,9 +130,9 @@ class Linearization:
         return self.pick(functional_call(_Caller(self.model), changed, (self.x,)))
 
     def _check_forward(self) -> None:
-        """Hold forward mode to reverse mode in a random direction.
+        """Compare forward mode with reverse mode in a random direction.
 
-        It reaches parameters by replacing them by name, and does not stop at ``detach`` or at an embedding's
+        Forward mode replaces parameters by name, and goes through ``detach`` and an embedding's
         ``padding_idx``, so it may count too little or too much.
         """
         generator = torch.Generator().manual_seed(0)
@@ -282,6 +282,6 @@ def jacobian(
 
 
 def check_mode(mode: str) -> None:
-    """Refuse a mode that does not exist."""
+    """Refuse an unknown mode."""
     if mode not in get_args(Mode):
         raise ValueError(f"mode must be one of {get_args(Mode)}, got {mode!r}.")

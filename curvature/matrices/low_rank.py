@@ -95,7 +95,7 @@ def each_rows(
     """Call ``use`` with rows ``(m, P)`` whose outer products sum to the matrix, in the scale of a sum over terms.
 
     Returns:
-        What the sum is divided by.
+        The divisor of the sum.
     """
     draws = generator or torch.Generator(device=problem.parameters.device).manual_seed(0)
 

@@ -24,10 +24,10 @@ class Evaluation:
     """The model on one batch: its output, attached to the graph, and the loss there.
 
     Attributes:
-        problem: What is evaluated.
+        problem: The problem that is evaluated.
         x: Inputs, on the device of the parameters.
-        output: What the loss saw.
-        terms: The loss as a sum of terms; ``None`` where nothing but the loss function itself is known.
+        output: The output that the loss saw.
+        terms: The loss as a sum of terms; ``None`` where only the loss function itself is known.
         first: Whether this is the first pass, in which what holds for all is checked.
         random: State of torch's random generators before the model ran.
         nbytes: Size of what the pass made, where it was counted.
@@ -61,7 +61,7 @@ class Evaluation:
 
     @property
     def total(self) -> Tensor | float:
-        """What this batch brings to the divisor of the loss."""
+        """The share of this batch in the divisor of the loss."""
         if self.terms is None:
             return 1.0
         return self.terms.total if self.terms.reduction == "mean" else 1.0
@@ -125,7 +125,7 @@ class Problem:
             return loss_for(self.loss_fn)
         except UnknownLossError:
             if opaque and self.single:
-                return None  # whatever the loss does with its batch, this batch is all of the data
+                return None  # one batch holds all data, however the loss joins examples
             if isinstance(getattr(self.loss_fn, "reduction", None), str):
                 return AutogradLoss(self.loss_fn)  # compares the batch with its examples, and refuses other sums
             raise
@@ -143,12 +143,12 @@ class Problem:
 
         Args:
             use: Called with each evaluation, inside the pass's settings.
-            title: What the progress bar says.
+            title: Text of the progress bar.
             count: Count the bytes each evaluation makes.
             recorded: Record the uses of the parameters.
 
         Returns:
-            What sums over terms are divided by, 1 for a loss that is a sum.
+            The divisor of sums over terms, 1 for a loss that is a sum.
 
         Raises:
             RuntimeError: If parameters changed since the matrix was made, or the data are others than before.
@@ -195,7 +195,7 @@ def gradient_of(
     """Gradient of a number, or of ``<signal, value>``, by parameter; zeros for those that are not used.
 
     Raises:
-        ValueError: If there is no graph behind the value.
+        ValueError: If the value has no graph.
     """
     if not value.requires_grad:
         raise ValueError(
@@ -257,7 +257,7 @@ def one_batch(model: nn.Module, loss_fn: Any, batch: Batch, **options: Any) -> P
 
 def _fingerprint(evaluation: Evaluation) -> Tensor:
     """Sum of the loss terms of a batch, and of their sizes."""
-    assert evaluation.terms is not None  # only a single batch does without
+    assert evaluation.terms is not None  # only a single batch may lack terms
     with torch.no_grad():
         values = torch.where(evaluation.terms.mask, evaluation.terms.values(), 0.0).double()
         return torch.stack([values.sum(), values.abs().sum()])

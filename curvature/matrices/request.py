@@ -1,4 +1,4 @@
-"""What ``ggn``, ``fisher`` and ``gradient_covariance`` share: the loss over data, and its matrix in a structure."""
+"""Base of ``ggn``, ``fisher`` and ``gradient_covariance``: the loss over data, and its matrix in a structure."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from solvers import LinearOperator
 
 StructureName = Literal["full", "dense", "low_rank", "layer", "unit", "diagonal", "kfac", "ekfac", "tnt", "foof"]
 Structure = StructureName | Curvature | Rules
-#: Structures of the whole matrix -> what makes them, from the problem, the kind, and the structure's options.
+#: Structures of the whole matrix -> their makers, from the problem, the kind, and the structure's options.
 WHOLE: dict[str, Callable[..., LinearOperator]] = {
     "full": GaussNewtonOperator,
     "dense": dense,

@@ -1,4 +1,4 @@
-"""Eigenpairs of operators that take long: a run that was killed goes on from its file to the identical result."""
+"""Eigenpairs of operators that take long: a killed run continues from its file, with the identical result."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def resumable_eigsh(
     which: Which = "LA",
     **options: Any,
 ) -> Eigenpairs:
-    """Eigenpairs as by :func:`solvers.eigsh`, the run being kept in a file.
+    """Eigenpairs as by :func:`solvers.eigsh`, with the run kept in a file.
 
-    If the file exists, the run goes on from there, to the result it would have had without the interruption: bit for
+    If the file exists, the run continues from it, with the result of an uninterrupted run: bit for
     bit where products are. The file says which problem it belongs to: the parameters' names, shapes and values, the
     loss, the options, and the product with one vector, in which the data and all else show. A finished run stays in the
-    file; to call this again costs ``k + 1`` products.
+    file; calling this again costs ``k + 1`` products.
 
     Args:
         op: Symmetric operator.
@@ -88,7 +88,7 @@ def _refuse_other_products(file: Checkpoint, old: Tensor, new: Tensor) -> None:
 
 
 def _shown(option: Any) -> str:
-    """An option as a string that is equal where the option is."""
+    """An option as a string that is equal exactly where the option is."""
     if isinstance(option, Tensor):
         return digest([option])
     if isinstance(option, torch.Generator):

@@ -1,4 +1,4 @@
-"""Data as users have it: one batch or many, tensors, tuples or mappings."""
+"""The user's data: one batch or many, tensors, tuples or mappings."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ def batches(data: Data, passes: int = 1) -> Callable[[], Iterator[Batch]]:
 
 
 def shown(stream: Iterator[Batch], title: str, progress: bool | None) -> Iterator[Batch]:
-    """The stream behind a progress bar; without a wish (``None``) the bar waits, so that short passes print nothing."""
+    """The stream behind a progress bar; under ``None`` the bar waits, so that short passes print nothing."""
     if progress is False:
         return stream
     return iter(tqdm(stream, desc=title, delay=0 if progress else 5, leave=False))
 
 
 def split_batch(batch: Any) -> Batch:
-    """A batch as ``(x, y)``; a mapping gives up its ``labels``."""
+    """A batch as ``(x, y)``; y are the ``labels`` of a mapping."""
     if isinstance(batch, Mapping):
         if "labels" not in batch:
             raise TypeError(
@@ -152,12 +152,12 @@ def _takes(model: nn.Module, x: Mapping[str, Any]) -> bool:
     named = {p.name for p in parameters.values() if p.kind not in catch_all}
     any_name = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     known = [key for key in x if key in named]
-    # A wrapper that hands everything on, forward(*args, **kwargs), names nothing itself.
+    # A wrapper that passes everything on, forward(*args, **kwargs), has no names itself.
     return len(known) == len(x) or (any_name and (bool(known) or not named))
 
 
 def resolve_output(result: Any, output: Output | None = None) -> Tensor:
-    """The tensor the loss sees, from what the model returned.
+    """The tensor that the loss sees, from the model's return value.
 
     Args:
         result: Result of the model.
@@ -205,7 +205,7 @@ def inspection() -> Iterator[None]:
 
 @contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Whatever happens inside, buffers and random states are afterwards what they were before."""
+    """Restore buffers and random states afterwards, exceptions included."""
     buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     with inspection(), torch.random.fork_rng(devices=devices):

@@ -14,7 +14,7 @@ from curvature.model.settings import settings
 
 
 class NondeterministicError(RuntimeError):
-    """A model or its data give other numbers each time; the message names what does."""
+    """A model or its data give other numbers each time; the message names the cause."""
 
 
 def check_deterministic(model: nn.Module, data: Data, *, output: Output | None = None) -> None:

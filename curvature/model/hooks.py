@@ -1,4 +1,4 @@
-"""Hooks that hold nothing alive and stay behind when a model is copied."""
+"""Hooks that keep their owner collectable and stay behind when a model is copied."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Hook:
             self.run(*args)
 
     def run(self, *args: Any, compiled: bool = False) -> None:
-        """Do what the hook is for."""
+        """Run the hook."""
         owner = self._owner()
         if owner is not None:
             owner.compiled |= compiled
@@ -38,7 +38,7 @@ class Hook:
         return inert, ()
 
 
-# What torch's own optimizers use: torch.compiler.disable would import the compiler together with this module.
+# As torch's own optimizers do: torch.compiler.disable would import the compiler together with this module.
 @torch._disable_dynamo  # type: ignore[attr-defined]
 def _outside_of_the_graph(hook: Hook, *args: Any) -> None:
     """Run a hook that is being compiled together with its module: a graph break keeps it."""
@@ -57,9 +57,9 @@ def calling_frame() -> FrameType:
 
 
 def nothing(*args: Any, **kwargs: Any) -> None:
-    """What a copied hook does."""
+    """Do nothing: the call of a copied hook."""
 
 
 def inert() -> Callable[..., None]:
-    """What a pickled hook is rebuilt as."""
+    """A hook as it is rebuilt from a pickle."""
     return nothing

@@ -22,7 +22,7 @@ class Parameters(Mapping[str, nn.Parameter]):
             trainable parameter. Frozen parameters never count.
 
     Raises:
-        ValueError: If nothing is left, or an entry of ``params`` matches no trainable parameter.
+        ValueError: If no parameter is left, or an entry of ``params`` matches no trainable parameter.
     """
 
     def __init__(self, model: nn.Module, params: str | Tensor | Iterable[str | Tensor] | None = None) -> None:

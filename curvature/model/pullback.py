@@ -44,15 +44,15 @@ class Pullback:
         return [x.new_zeros(*lead, *x.shape) if g is None else g for x, g in pairs]
 
     def arriving(self, cotangents: Sequence[Tensor]) -> list[Tensor | None]:
-        """What arrives of a block of cotangents, ``(k, *input.shape)`` per input; ``None`` where nothing does."""
+        """Gradients under a block of cotangents, ``(k, *input.shape)`` per input; ``None`` for inputs not reached."""
         live = [cotangents[i] for i in self._live]
         k = len(cotangents[0])
         if k > 1 and self.batched:
             try:
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # an operation that vmap can only loop over is no news to a user
+                    warnings.simplefilter("ignore")  # users need no warning about operations that vmap loops over
                     return self._grad(live, True)
-            except RuntimeError:  # an operation that cannot be vectorised; one by one it works, or says why not
+            except RuntimeError:  # an operation that cannot be vectorised; one by one it works, or raises its own error
                 self.batched = False
         each = [self._grad([c[i] for c in live], False) for i in range(k)]
         return [_stacked(column) for column in zip(*each, strict=True)]

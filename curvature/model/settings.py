@@ -14,10 +14,10 @@ from torch.overrides import TorchFunctionMode
 
 @contextlib.contextmanager
 def settings(model: nn.Module, random: list[Tensor], device: torch.device) -> Iterator[None]:
-    """What holds while a model is evaluated for products: all of it is as before afterwards, exceptions included.
+    """The settings under which a model is evaluated for products; restored afterwards, exceptions included.
 
-    Random numbers start from ``random``; buffers are copies, so running statistics stay what they are and graphs that
-    are kept refer to values nobody changes; kernels are those that can be differentiated twice.
+    Random numbers start from ``random``; buffers are copies, so running statistics stay the same and kept
+    graphs refer to constant values; kernels are those that can be differentiated twice.
     """
     devices = [device.index or 0] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), own_buffers(model), differentiable_kernels(model):
@@ -29,8 +29,8 @@ def settings(model: nn.Module, random: list[Tensor], device: torch.device) -> It
 def differentiable_kernels(model: nn.Module) -> Iterator[None]:
     """Use kernels that have a second derivative.
 
-    Fused attention and cuDNN's recurrence have none, the fast path of encoder layers in eval mode has no derivative at
-    all, and that of the fused weight norm is wrong.
+    Fused attention and cuDNN's recurrence lack one, the fast path of encoder layers in eval mode lacks derivatives
+    altogether, and that of the fused weight norm is wrong.
     """
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     fast = torch.backends.mha.get_fastpath_enabled()
@@ -61,7 +61,7 @@ def own_buffers(model: nn.Module) -> Iterator[None]:
 
 
 def versions(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """What tells whether a parameter was written since, frozen ones included."""
+    """Versions of the parameters, frozen ones included, which tell whether one was written since."""
     return {name: (p._version, p.data_ptr()) for name, p in model.named_parameters()}
 
 

@@ -1,4 +1,4 @@
-"""What may lie around a model or inside it: compilers, data parallelism, checkpoints."""
+"""Wrappers around a model or inside it: compilers, data parallelism, checkpoints."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def is_compiled(model: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def plain_checkpoints() -> Iterator[None]:
-    """Reentrant checkpoints run as plain calls inside, so that what they hide is recorded."""
+    """Reentrant checkpoints run as plain calls inside, so that their contents are recorded."""
 
     def call(function: Any, preserve: bool, *args: Any) -> Any:
         return function(*args)
@@ -37,4 +37,4 @@ def plain_checkpoints() -> Iterator[None]:
     try:
         yield
     finally:
-        delattr(checkpoint.CheckpointFunction, "apply")  # the inherited one shows again
+        delattr(checkpoint.CheckpointFunction, "apply")  # the inherited one is visible again

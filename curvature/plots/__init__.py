@@ -2,7 +2,7 @@
 
 Needs the extra ``plot`` (matplotlib), which is imported when a picture is made. Every function draws into the axes it
 is given, or into a new figure. Nothing global is changed: colours, fonts and sizes come from ``matplotlib.rcParams``,
-so a dark style or a style sheet of one's own carries over.
+so a dark style or your own style sheet carries over.
 """
 
 from curvature.plots.history import monitor

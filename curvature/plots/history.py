@@ -33,8 +33,8 @@ def monitor(
     """A quantity over the training steps, with its error.
 
     The sharpness comes with the other eigenvalues that were measured, each with its residual, and, where the learning
-    rate is known, with the edge of stability ``2 / lr`` of plain gradient descent. What has not converged is hollow.
-    The trace comes with two standard errors.
+    rate is known, with the edge of stability ``2 / lr`` of plain gradient descent. Unconverged values are
+    hollow. The trace comes with two standard errors.
 
     Args:
         result: A monitor, or its ``history`` (read from its CSV file, say).
@@ -43,7 +43,7 @@ def monitor(
         log: Logarithmic vertical axis.
 
     Raises:
-        KeyError: If there is no such column.
+        KeyError: If the column is missing.
     """
     history = result.history if isinstance(result, Monitor) else result
     if quantity not in history:

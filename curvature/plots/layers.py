@@ -25,18 +25,18 @@ def bars(values: Mapping[str, Number], ax: Axes | None = None, *, label: str = "
     Args:
         values: ``{name: Estimate or number}``, drawn from top to bottom.
         ax: Axes to draw into.
-        label: What the numbers are, with their unit.
+        label: Name of the numbers, with their unit.
         most: Bars at most: where there are more, the largest in magnitude are drawn and the rest are counted.
 
     Raises:
-        ValueError: If there is nothing to draw.
+        ValueError: If the data are empty.
     """
     pairs = {name: value_and_error(entry) for name, entry in values.items()}
     return _bars(pairs, ax, label, most)
 
 
 def shares(values: Mapping[str, Number], ax: Axes | None = None, *, label: str = "share", most: int = 30) -> Axes:
-    """What each layer contributes to a total, such as a trace, in per cent with two standard errors.
+    """The share of each layer in a total, such as a trace, in per cent with two standard errors.
 
     The total is taken as exact: errors are those of the parts.
 
@@ -93,11 +93,11 @@ def distances(
     Args:
         values: ``{layer: {structure: Estimate or number}}``; a layer need not have every structure.
         ax: Axes to draw into.
-        label: What the numbers are.
+        label: Name of the numbers.
         most: Layers at most: those with the largest distances are drawn, the rest counted.
 
     Raises:
-        ValueError: If there is nothing to draw.
+        ValueError: If the data are empty.
     """
     pairs = {
         layer: {name: value_and_error(entry) for name, entry in entries.items()} for layer, entries in values.items()
@@ -158,7 +158,7 @@ def gradient_norms(
         label: Of the horizontal axis.
 
     Raises:
-        ValueError: If there is no example, or a square is negative or not finite.
+        ValueError: If examples are missing, or a square is negative or not finite.
     """
     parts = [numbers(v) for v in squares.values()] if isinstance(squares, Mapping) else [numbers(squares)]
     total = np.sum(parts, axis=0) if parts else np.zeros(0)

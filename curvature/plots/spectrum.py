@@ -19,7 +19,7 @@ def density(result: Density, ax: Axes | None = None, *, log: bool = True, label:
     Args:
         result: From :func:`solvers.spectral_density`.
         ax: Axes to draw into.
-        log: Logarithmic density. The few outliers of a model with many parameters weigh next to nothing, and are seen
+        log: Logarithmic density. The few outliers of a model with many parameters have little weight, and are seen
             on this scale only. It begins a decade below the lowest peak.
         label: Of the horizontal axis.
     """

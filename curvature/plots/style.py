@@ -12,7 +12,7 @@ from solvers import Estimate
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-#: How far standard errors reach to both sides in a picture: about 95 % of what would be seen again.
+#: How far standard errors reach to both sides in a picture: about 95 % of repetitions.
 ERRORS = 2.0
 
 
@@ -41,7 +41,7 @@ def prepare(ax: Axes | None, *, grid: str = "both", size: tuple[float, float] = 
         size: Of a new figure, in inches.
 
     Raises:
-        TypeError: If ``ax`` is no axes.
+        TypeError: If ``ax`` is not an axes.
     """
     plt = library()
     if ax is None:

@@ -1,4 +1,4 @@
-"""Pictures of what was measured along training."""
+"""Pictures of measurements along training."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def subspace(result: Subspace | Sequence[SubspaceRecord], ax: Axes | None = None
         ax: Axes to draw into.
 
     Raises:
-        ValueError: If there is no measurement.
+        ValueError: If measurements are missing.
     """
     records = result.history if isinstance(result, Subspace) else list(result)
     if not records:
@@ -58,7 +58,7 @@ def dynamics(result: Mapping[int, Dynamics] | Sequence[Dynamics], ax: Axes | Non
         ax: Axes to draw into.
 
     Raises:
-        ValueError: If there is no measurement.
+        ValueError: If measurements are missing.
     """
     items = list(result.items()) if isinstance(result, Mapping) else list(enumerate(result))
     if not items:

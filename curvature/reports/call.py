@@ -116,7 +116,7 @@ def report(  # type: ignore[misc]  # the options of a dry run are those below
         seed: Of the random vectors; each section has its own.
         warm_start: An earlier report on the same model: the search for eigenvalues starts from its eigenvectors.
         resume: A file (or :class:`~curvature.Checkpoint`) that keeps finished sections and the running
-            search, to be taken up after a crash.
+            search, to be resumed after a crash.
         dry_run: Predict costs instead, after two products with each matrix.
         progress: True shows a progress bar, False never, None on a terminal.
 
@@ -167,7 +167,7 @@ def _check(
     rtol: Any,
     warm_start: Any,
 ) -> tuple[Matrix, ...]:
-    """Refuse what makes no sense before anything is computed; returns the matrices."""
+    """Validate the arguments before anything is computed; returns the matrices."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a torch.nn.Module, not {type(model).__name__}.")
     if not callable(loss_fn):

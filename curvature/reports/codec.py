@@ -22,7 +22,7 @@ def _fields(piece: Any, path: Path) -> Any:
 
 
 def decode(kind: Any, value: Any) -> Any:
-    """Rebuild a value of type ``kind`` from what :func:`encode` gave.
+    """Rebuild a value of type ``kind`` from the result of :func:`encode`.
 
     Raises:
         ValueError: If a field is missing or unknown.

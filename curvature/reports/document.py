@@ -32,7 +32,7 @@ class Report(Findings):
         return text(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """Numbers, strings, lists and dictionaries; everything but the eigenvectors."""
+        """Everything but the eigenvectors, as numbers, strings, lists and dictionaries."""
         return {"format": self.FORMAT, "version": self.VERSION, **encode(self)}
 
     @classmethod
@@ -135,7 +135,7 @@ class Plan:
 
     @property
     def total(self) -> float:
-        """Predicted cost of all that would be done, measurement included."""
+        """Predicted cost of the whole report, measurement included."""
         return self.spent + sum(row.amount for row in self.rows)
 
     def __str__(self) -> str:

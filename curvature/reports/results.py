@@ -20,7 +20,7 @@ class Number:
         value: The number.
         error: Standard error: the truth lies within ``value +- 2 error`` in 95 % of runs. 0 where the value is exact
             up to rounding.
-        samples: Random vectors, or examples, it rests on; 0 where nothing is random.
+        samples: Random vectors, or examples, it rests on; 0 for exact numbers.
     """
 
     value: float
@@ -111,7 +111,7 @@ class EigenvaluesResult:
 
     @property
     def converged(self) -> bool:
-        """Whether all that is shown has converged and nothing larger was missed."""
+        """Whether all pairs have converged and the searches at both ends are complete."""
         return (
             self.complete and self.smallest_complete and all(pair.converged for pair in (*self.largest, *self.smallest))
         )
@@ -225,7 +225,7 @@ class Refusal:
     Attributes:
         part: Section, and matrix or structure.
         error: Class of the error.
-        message: What it said.
+        message: Its message.
     """
 
     part: str
@@ -239,7 +239,7 @@ class Cost:
 
     Attributes:
         part: Section and matrix.
-        predicted: In the unit of the budget, seconds where there is none.
+        predicted: In the unit of the budget, by default seconds.
         seconds: Seconds.
         products: Products, counted in vectors.
     """
@@ -250,7 +250,7 @@ class Cost:
     products: float
 
 
-#: Section -> what it holds.
+#: Section -> its contents.
 RESULTS: dict[str, type] = {
     "loss": LossResult,
     "coverage": Coverage,
@@ -271,7 +271,7 @@ class Findings:
         model: Class of the model.
         loss_fn: The loss.
         parameters: Number of parameters.
-        layers: Number of parameters of each module that has some of its own.
+        layers: Number of parameters of each module that owns some.
         loss: Loss and gradient.
         coverage: Which curvature every parameter can get.
         noise: Gradients of single examples.

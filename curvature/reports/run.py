@@ -1,4 +1,4 @@
-"""The course of a report: its sections in the order of their worth, each with its share of the budget."""
+"""The run of a report: its sections in the order of their worth, each with its share of the budget."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ _OF_MATRICES = {"eigenvalues", "trace", "density", "distances", "layers"}
 
 @dataclass(frozen=True)
 class Job:
-    """A section, of one matrix or of none.
+    """A section, of one matrix or without one.
 
     Attributes:
         section: One of :data:`SECTIONS`.
         matrix: The matrix it is about, or None.
-        need: What it costs, in units of the budget.
+        need: Its cost, in units of the budget.
         run: Computes it with what it was allotted.
     """
 
@@ -52,7 +52,7 @@ class Job:
 
 
 class Course:
-    """The course of a report: what is planned, done, refused and cut."""
+    """The run of a report: jobs planned, done, refused and cut."""
 
     def __init__(self, study: Study, matrices: tuple[Matrix, ...], sections: tuple[str, ...]) -> None:
         self.study, self.matrices, self.sections = study, matrices, sections
@@ -63,7 +63,7 @@ class Course:
         self.found: dict[str, dict[Matrix | None, Any]] = {section: {} for section in SECTIONS}
 
     def begin(self, warm_start: Report | None) -> None:
-        """Look at the model and the data, and measure what things cost."""
+        """Inspect the model and the data, and measure costs."""
         study = self.study
         model, _, data = study.given
         if names := ", ".join(dropout_modules(model)):
@@ -132,7 +132,7 @@ class Course:
             yield of("layers", m, layers, layers.layers)
 
     def plan(self) -> Plan:
-        """What the budget would allow."""
+        """The plan under the budget."""
         study, jobs = self.study, self.jobs()
         amounts = allot([job.need for job in jobs], study.budget.left)
         rows = [
@@ -152,7 +152,7 @@ class Course:
         ) as bar:
             for i, job in enumerate(jobs):
                 amounts = allot([job.need for job in jobs[i:]], study.budget.left)
-                # What nobody wants serves a search that takes longer than was thought.
+                # The remainder serves a search that takes longer than predicted.
                 spare = max(0.0, study.budget.left - sum(amounts)) if study.budget.limited else inf
                 bar.set_postfix_str(job.name)
                 if amounts[0] < job.need.least:
@@ -198,7 +198,7 @@ class Course:
         study.store.save()
 
     def result(self) -> Report:
-        """All that was found."""
+        """All findings."""
         study, found = self.study, self.found
         model, loss_fn, _ = study.given
         loss = study.loss

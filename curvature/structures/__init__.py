@@ -1,1 +1,1 @@
-"""What is kept of a curvature matrix: one file for each structure, named as the string that chooses it."""
+"""Structures of curvature matrices: one file for each, named as the string that chooses it."""

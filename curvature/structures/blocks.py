@@ -11,7 +11,7 @@ from curvature.structures.layer import LayerFisher
 from curvature.structures.tnt import TensorNormal
 from curvature.structures.unit import UnitFisher
 
-#: Name -> what estimates it, on data sets and in training. A new structure is one estimator file and one line here.
+#: Name -> its estimator, on data sets and in training. A new structure is one estimator file and one line here.
 BLOCKS: dict[str, type[Curvature]] = {
     "layer": LayerFisher,
     "unit": UnitFisher,

@@ -1,4 +1,4 @@
-"""What a ``structure=`` argument stands for: a name, a curvature object, or a structure for each part of a model."""
+"""The argument ``structure=``: a name, a curvature object, or a structure for each part of a model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["BLOCKS", "curvature_of", "kind_of"]
 
 
 def kind_of(structure: str | Curvature | Rules, kind: FisherKind | None, default: FisherKind) -> FisherKind:
-    """The kind that a call says, else that of its curvature (the first one in a mapping), else the default."""
+    """The kind given in a call, else that of its curvature (the first one in a mapping), else the default."""
     own = _curvatures(structure)
     chosen = kind if kind is not None else own[0].kind if own else default
     check_kind(chosen)
@@ -69,6 +69,6 @@ def curvature_of(
 
 
 def _curvatures(structure: str | Curvature | Rules) -> list[Curvature]:
-    """The curvature objects among what was given."""
+    """The curvature objects in an argument."""
     given = structure.values() if isinstance(structure, Mapping) else [structure]
     return [entry for entry in given if isinstance(entry, Curvature)]

@@ -38,7 +38,7 @@ class EigenbasisEstimator(MeansEstimator):
         super().__init__(block)
         self.factors = KroneckerEstimator(block, sharing, max_dim)
         self.basis: Kronecker | None = None
-        self._waiting: list[Samples] = []  # the first step's samples, until there is a basis to see them in
+        self._waiting: list[Samples] = []  # the first step's samples, until there is a basis
         self._pass: int | None = None  # of a data set that is seen twice; None in training
 
     def update(self, samples: Samples) -> None:

@@ -1,4 +1,4 @@
-"""The contracts of curvature: what to estimate, and the estimate of one block."""
+"""The contracts of curvature: the choice of an estimate, and the estimate of one block."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class CurvatureEstimator(ABC):
 
     @property
     def averages_positions(self) -> bool:
-        """Whether the positions of an example are averaged, so that it must be known which belong to one example."""
+        """Whether the positions of an example are averaged, so that samples must say which belong to one example."""
         return False
 
     def __init__(self, block: Block) -> None:
@@ -60,7 +60,7 @@ class CurvatureEstimator(ABC):
 
     @abstractmethod
     def finite(self) -> Tensor:
-        """0-d bool tensor: the current step has neither NaN nor inf."""
+        """0-d bool tensor: the current step is free of NaN and inf."""
 
     @property
     def stored(self) -> int:
@@ -73,7 +73,7 @@ class CurvatureEstimator(ABC):
         """Whether anything was ever committed."""
 
     def no_statistics(self) -> RuntimeError:
-        """The error for an estimate that is asked for before anything was committed."""
+        """The error for an estimate that is read before the first commit."""
         return RuntimeError(f"block {self.block.name}: no statistics yet; run a forward and backward pass first.")
 
     @abstractmethod
@@ -100,7 +100,7 @@ class CurvatureEstimator(ABC):
 
 
 class MeansEstimator(CurvatureEstimator):
-    """An estimate made of named means over the examples; a part may also be an estimate of its own.
+    """An estimate made of named means over the examples; a part may also be a whole estimate.
 
     A subclass gives :attr:`names` and, for a function of means, :meth:`totals` and :meth:`of_means`. One with other
     parts makes them in its constructor, and has its own :meth:`update` and :meth:`operator`.
@@ -115,7 +115,7 @@ class MeansEstimator(CurvatureEstimator):
             setattr(self, name, WeightedMean())
 
     def totals(self, samples: Samples) -> Iterable[Mapping[str, Tensor]]:
-        """What the samples add to the numerators of the means, by name; in one piece or several."""
+        """Contributions of the samples to the numerators of the means, by name; in one piece or several."""
         raise NotImplementedError
 
     def of_means(self, means: Mapping[str, Tensor]) -> LinearOperator:
@@ -179,7 +179,7 @@ class MeanEstimator(MeansEstimator):
 
     @abstractmethod
     def total(self, samples: Samples) -> Tensor:
-        """What the samples add to the mean's numerator."""
+        """Contribution of the samples to the mean's numerator."""
 
     @abstractmethod
     def of_mean(self, value: Tensor) -> LinearOperator:
@@ -194,7 +194,7 @@ class MeanEstimator(MeansEstimator):
 
 @dataclass(frozen=True)
 class Curvature(ABC):
-    """What is to be estimated: the matrix and its structure. One object serves all blocks.
+    """The choice of an estimate: the matrix and its structure. One object serves all blocks.
 
     Attributes:
         kind: ``"exact"``, ``"mc"`` (sampled from the model) or ``"empirical"`` (from the targets).
@@ -205,7 +205,7 @@ class Curvature(ABC):
     samples: int = 1
 
     def __new__(cls, *args: Any, **options: Any) -> Curvature:
-        """Name the option that was renamed."""
+        """Refuse an old name of an option, naming the new one."""
         if "max_factor" in options and any(field.name == "max_dim" for field in fields(cls)):
             raise TypeError(f"{cls.__name__} takes max_dim=, which was called max_factor before.")
         return super().__new__(cls)

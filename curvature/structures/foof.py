@@ -16,7 +16,7 @@ from solvers import Diagonal, LinearOperator
 
 
 class IdentityEstimator(MeanEstimator):
-    """The identity, for blocks about which nothing is assumed: their step is the plain gradient's."""
+    """The identity, for blocks without structure: their step is the plain gradient's."""
 
     structure: ClassVar[str] = "identity"
 
@@ -36,10 +36,10 @@ class InputKronecker(KroneckerFisher):
     is the Hessian of :math:`\tfrac12 \mathbb E |W a - t|^2` for any targets t of the layer's outputs, so a step with
     its inverse moves every layer's outputs along their own gradient: gradient descent on neurons. It does not scale
     with the loss: A is the mean over inputs, so damping is in units of squared inputs and the learning rate in units of
-    gradient descent on outputs. (A summed loss counts as many means as a mean loss would divide by.) Blocks that are
-    no layers get the identity.
+    gradient descent on outputs. (A summed loss counts as many means as a mean loss would divide by.) Blocks other than
+    layers get the identity.
 
-    In training ``kind="empirical"`` costs no backward pass of its own. Options as for :class:`KroneckerFisher`, which
+    In training ``kind="empirical"`` costs no extra backward pass. Options as for :class:`KroneckerFisher`, which
     takes the gradients in as well.
 
     References:

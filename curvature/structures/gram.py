@@ -91,7 +91,7 @@ class OuterRows(Derived):
 def root(samples: Samples) -> LinearOperator:
     """The per-sample gradients of one pass as the rows of an operator from the block's shape to ``(m,)``.
 
-    Copies what it keeps: activations may change once the step is over.
+    Copies its tensors: activations may change after the step.
     """
     uses = samples.aligned()
     scale = None if samples.factor is None else samples.factor.sqrt()
@@ -167,7 +167,7 @@ def gram_of(r: LinearOperator) -> Tensor:
 
 
 def no_average(ema: float, what: str) -> None:
-    """Refuse to average what is not averaged."""
+    """Refuse an average over steps."""
     if ema:
         raise ValueError(
             f"{what} holds the gradients of one step, whose number would grow with every step in an average. Set "
@@ -223,7 +223,7 @@ class GramEstimator(CurvatureEstimator):
         return LowRank(self.root, gram_of(self.root))
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: the next step replaces it all, and what is applied until then is part of the inverse."""
+        """Empty: the next step replaces all of it, and the inverse keeps the part that is applied until then."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -231,7 +231,7 @@ class GramEstimator(CurvatureEstimator):
 
 
 def all_finite(roots: list[LinearOperator]) -> Tensor:
-    """0-d bool: the rows have neither NaN nor inf (one sum per tensor, no wait for the device)."""
+    """0-d bool: the rows are free of NaN and inf (one sum per tensor, no wait for the device)."""
     sums = [t.sum() for r in roots for t in r.fields().values() if isinstance(t, Tensor)]
     return torch.isfinite(torch.stack(sums)).all() if sums else torch.tensor(True)
 
@@ -241,7 +241,7 @@ class GramFisher(Curvature):
     """Block-diagonal Fisher or GGN of one step, each block by the Gram matrix of its per-sample gradients.
 
     Exact like :class:`LayerFisher`, at a cost that grows with the examples squared instead of the parameters squared.
-    In training it takes ``curvature_ema=0``: there is no average over steps. Not for data sets.
+    In training only, and with ``curvature_ema=0``, since steps are not averaged.
     """
 
     def estimator(self, block: Block, form: Form) -> CurvatureEstimator:

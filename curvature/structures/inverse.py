@@ -1,4 +1,4 @@
-"""The contract of estimates of the inverse: nothing is inverted afterwards."""
+"""The contract of estimates of the inverse, which are applied as they are."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class InverseEstimator(CurvatureEstimator):
     r"""An estimate of :math:`(C + \lambda I)^{-1}` itself, learned step by step or solved in a sketch.
 
     A step calls :meth:`update` and :meth:`commit` as for any estimate, then :meth:`improve`. :meth:`operator` is the
-    current inverse, to be applied as it is: neither damped nor inverted again.
+    current inverse, to be applied as it is, without further damping or inversion.
     """
 
     @abstractmethod

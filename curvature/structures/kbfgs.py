@@ -27,7 +27,7 @@ def bfgs(H: Tensor, s: Tensor, y: Tensor) -> Tensor:
     Args:
         H: ``(*, d, d)``, symmetric.
         s: Change of the point ``(*, d)``.
-        y: Change of the gradient ``(*, d)``; where :math:`s^\top y \le 0` nothing changes.
+        y: Change of the gradient ``(*, d)``; where :math:`s^\top y \le 0` the inverse stays the same.
 
     Returns:
         ``(*, d, d)``, symmetric to the last bit.
@@ -133,7 +133,7 @@ class KroneckerBFGSEstimator(MeansEstimator, InverseEstimator):
     Args:
         block: The block.
         mu: Of Powell's damping.
-        initial: What multiple of the identity :math:`H_B` begins with; ``None`` for :math:`1 / \nu`.
+        initial: Multiple of the identity that :math:`H_B` starts from; ``None`` for :math:`1 / \nu`.
     """
 
     structure: ClassVar[str] = "kronecker, inverse"
@@ -228,7 +228,7 @@ class KroneckerBFGSEstimator(MeansEstimator, InverseEstimator):
         s = self._output(weights, second.inputs.step_mean()) - before[0]
         y = second.gradients.step_mean() - before[1]
         if not bool(torch.isfinite(s).all() & torch.isfinite(y).all()):
-            return  # a step that went astray teaches nothing
+            return  # a diverging step is not used
         for mean, value in ((self.s, s), (self.y, y)):
             mean.add(value, 1.0)
             mean.commit(self._ema)

@@ -53,7 +53,7 @@ class KroneckerEstimator(MeansEstimator):
         self.sharing = sharing
         self.max_dim = max_dim
         self.gradient_factor = gradient_factor
-        # Straight uses give (A, B); flipped uses, if there are any, a second pair.
+        # Straight uses give (A, B); flipped uses a second pair.
         self.sides: dict[str, tuple[WeightedMean, WeightedMean]] = {}
 
     @property
@@ -74,7 +74,7 @@ class KroneckerEstimator(MeansEstimator):
                 if self.gradient_factor == "second moment":
                     gradients.add(samples.scaled(self._gradient_moment(use)), weight if index == 0 else 0.0)
             if self.gradient_factor == "identity" and samples.first:
-                g = uses[0].g  # of which only size and dtype count
+                g = uses[0].g  # only its size and dtype count
                 gradients.add(widen(g.new_zeros((*self.block.shape[:-2], g.shape[-1]))), weight)
 
     def _input_moment(self, use: Outer) -> tuple[Tensor, Tensor | float]:

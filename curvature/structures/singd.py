@@ -163,7 +163,7 @@ class SINGDEstimator(MeansEstimator, InverseEstimator):
                 f"block {self.block.name} is used from both sides (an embedding tied to a head), so its curvature is a "
                 "sum of two Kronecker products, which IKFAC does not define. Use SINGD with coupled=True."
             )
-        # One block size for each side: that of ids, which are diagonal, gives way.
+        # One block size for each side: the other one replaces that of ids, which are diagonal.
         pairs = _aligned(pairs)
         if self.factors is None:
             scale = self.initial**0.25
@@ -187,7 +187,7 @@ class SINGDEstimator(MeansEstimator, InverseEstimator):
         self.factors, self.velocity = (moved[0], moved[1]), (velocity[0], velocity[1])
 
     def _diagonal(self, like: Tensor, side: int, value: float) -> Tensor:
-        """A multiple of the identity in blocks like others; what pads the last block is zero, and stays so."""
+        """A multiple of the identity in blocks like others; the padding of the last block is zero and stays zero."""
         entries = like.new_full((*like.shape[:-3], self.block.shape[side - 2]), value)
         return torch.diag_embed(cut(entries, like.shape[-1]))
 

@@ -76,7 +76,7 @@ class SketchedEstimator(GramEstimator, InverseEstimator):
 
     Args:
         block: The block.
-        size: Coordinates that are kept of each side of a layer; sides that are no larger are kept whole.
+        size: Number of coordinates kept of each side of a layer; sides up to this size are kept whole.
         seed: Of the choice.
 
     The authors' code (https://github.com/yangorwell/SENG) picks coordinates in the same way, also without replacement,
@@ -143,7 +143,7 @@ class SketchedEstimator(GramEstimator, InverseEstimator):
         return self.inverse
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of draws: the next step replaces the rest."""
+        """The number of draws alone: the next step replaces the rest."""
         return {"draws": self.draws}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -39,7 +39,7 @@ class UnitEstimator(MeanEstimator):
 
 
 def unit_or_diagonal(block: Block) -> CurvatureEstimator:
-    """For blocks that are no layer ``y = W a``: a 2 x 2 matrix per unit for scale and shift, or a diagonal."""
+    """For blocks other than layers ``y = W a``: a 2 x 2 matrix per unit for scale and shift, or a diagonal."""
     return UnitEstimator(block) if len(block.parts) == 2 else DiagonalEstimator(block)
 
 
@@ -47,7 +47,7 @@ def unit_or_diagonal(block: Block) -> CurvatureEstimator:
 class UnitFisher(Curvature):
     """A dense matrix per output unit: its incoming weights and its bias; 2 x 2 for scale and shift.
 
-    Parameters that are no rows of a layer (bare ones, those without a rule) get their diagonal.
+    Parameters other than rows of a layer (bare ones, those without a rule) get their diagonal.
 
     Attributes:
         kind: ``"exact"``, ``"mc"`` or ``"empirical"``.

@@ -41,25 +41,25 @@ class WeightedMean:
 
     @property
     def pending(self) -> bool:
-        """Whether statistics wait to be committed."""
+        """Whether there are uncommitted statistics."""
         return self._total is not None
 
     def step_sum(self) -> tuple[Tensor, Tensor | float]:
-        """Sum of what was added since the last commit, and its weight: what adds up over parts of the data."""
+        """Sum added since the last commit, and its weight; both add up over parts of the data."""
         if self._total is None:
             raise RuntimeError("nothing was added since the last commit.")
         return self._total, self._count
 
     def step_mean(self) -> Tensor:
-        """Mean of what was added since the last commit."""
+        """Mean of the statistics added since the last commit."""
         total, count = self.step_sum()
         return total / count
 
     def finite(self) -> Tensor:
-        """0-d bool tensor: what waits to be committed has neither NaN nor inf (no host sync)."""
+        """0-d bool tensor: the uncommitted statistics are free of NaN and inf (no host sync)."""
         if self._total is None:
             return torch.tensor(True)
-        # One pass that forms nothing: NaN and inf survive a sum.
+        # One pass without temporaries: NaN and inf survive a sum.
         return torch.isfinite(self._total.sum() / self._count)
 
     def commit(self, ema: float) -> None:
@@ -73,11 +73,11 @@ class WeightedMean:
         self.discard()
 
     def discard(self) -> None:
-        """Forget what waits to be committed."""
+        """Forget the uncommitted statistics."""
         self._total, self._count = None, 0.0
 
     def state_dict(self) -> dict[str, Tensor | float]:
-        """Tensors and numbers; what waits to be committed is not part of the state."""
+        """Tensors and numbers, without the uncommitted statistics."""
         return {"weight": self.weight} if self.value is None else {"weight": self.weight, "value": self.value}
 
     def load_state_dict(self, state: dict[str, Tensor | float]) -> None:

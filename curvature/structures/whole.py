@@ -107,7 +107,7 @@ class WholeEstimator(CurvatureEstimator):
         """Fold the gradients of a step into the estimate; rows are in the scale of a sum over examples."""
 
     def next_batch(self) -> None:
-        """What follows belongs to another batch."""
+        """Begin another batch."""
         self._batches.append(BatchRoots())
 
     def receive(self, block: Block, samples: Samples) -> None:
@@ -208,7 +208,7 @@ class WholeGram(WholeEstimator):
         return LowRank(self.rows, self.rows.gram())
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: the next step replaces it all, and what is applied until then is part of the inverse."""
+        """Empty: the next step replaces all of it, and the inverse keeps the part that is applied until then."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -217,7 +217,7 @@ class WholeGram(WholeEstimator):
 
 
 class Share(CurvatureEstimator):
-    """A block's part of an estimate for all parameters: it hands everything on."""
+    """A block's part of an estimate for all parameters, to which it hands everything."""
 
     def __init__(self, block: Block, whole: WholeEstimator) -> None:
         super().__init__(block)
@@ -232,10 +232,10 @@ class Share(CurvatureEstimator):
         self.whole.receive(self.block, samples)
 
     def count(self, weight: Tensor | float) -> None:
-        """Nothing: the whole counts."""
+        """Does nothing: the whole counts."""
 
     def commit(self, ema: float) -> None:
-        """Nothing: the whole is committed once."""
+        """Does nothing: the whole is committed once."""
 
     def discard(self) -> None:
         self.whole.discard()

@@ -1,1 +1,1 @@
-"""What happens to curvature while a model trains."""
+"""Curvature along the training of a model."""

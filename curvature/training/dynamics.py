@@ -106,7 +106,7 @@ def dynamics(
     the Hessian of the loss: the outputs, linearised, move by :math:`I - \eta K H_L`, which is the training-dynamics
     matrix of the kernel view (without the model's own curvature).
 
-    The optimizer is read, not stepped. What is measured belongs to the data given here: with small batches training
+    The optimizer is read, not stepped. The measurement holds for the data given here: with small batches training
     becomes unstable earlier, from their noise.
 
     >>> model = nn.Linear(2, 1, bias=False)
@@ -137,7 +137,7 @@ def dynamics(
 
     Raises:
         TypeError: If the optimizer's steps are not known.
-        ValueError: If neither or both of optimizer and lr are given, or the optimizer has not been stepped where its
+        ValueError: Unless exactly one of optimizer and lr is given, or if the optimizer has not been stepped where its
             state matters.
 
     References:

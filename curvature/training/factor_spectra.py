@@ -14,8 +14,8 @@ from solvers import Dense, Diagonal, Eigen, Flattened, Kronecker, LinearOperator
 def factor_spectra(optimizer: Any, damping: float) -> dict[str, float]:
     """Trace, largest eigenvalue and condition number of the curvature of each block; no pass over data.
 
-    A decomposition of the Kronecker factors is the cost. Blocks whose estimate is one of the inverse, or was not fed
-    yet, are left out, and the eigenvalues of those whose form does not give them.
+    A decomposition of the Kronecker factors is the cost. Blocks that estimate the inverse, or have no estimate
+    yet, are left out, as are eigenvalues that the form of a block does not give.
 
     Args:
         optimizer: Has ``preconditioners``, ``{name: object}`` whose ``estimator.operator()`` is a block's curvature.

@@ -13,8 +13,8 @@ Row = dict[str, float]
 class History:
     """Rows of named numbers over the steps of a run.
 
-    With a file, each row is written as it comes, and a history that exists there is gone on with: rows from its own
-    step on are replaced, since they belong to a run that went on beyond its checkpoint.
+    With a file, each row is written as it comes, and an existing history is continued: rows from the new row's
+    step on are replaced, since they belong to a run that continued beyond its checkpoint.
 
     Args:
         path: CSV file with a header; ``None`` keeps rows in memory only.
@@ -54,7 +54,7 @@ class History:
         if fits:
             with open(self.path, "a", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerow([_written(row, name) for name in columns])
-        else:  # a new column, or rows that no longer hold
+        else:  # a new column, or outdated rows
             draft = self.path.with_name(f"{self.path.name}.tmp")
             with open(draft, "w", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerows(
@@ -74,7 +74,7 @@ def _read(path: Path) -> list[Row]:
     if "step" not in columns:
         raise ValueError(f"{path} is no history: it has no column 'step'. Name another file.")
     try:
-        # A process that was killed while it wrote leaves half a line.
+        # A process killed while writing leaves half a line.
         return [
             {name: _number(cell) for name, cell in zip(columns, line, strict=True) if cell}
             for line in body

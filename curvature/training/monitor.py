@@ -28,14 +28,14 @@ Quantity = Literal["sharpness", "alignment", "trace", "factors"]
 
 
 class Writer(Protocol):
-    """What numbers are written to; ``torch.utils.tensorboard.SummaryWriter`` is one."""
+    """A receiver of numbers, such as ``torch.utils.tensorboard.SummaryWriter``."""
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> Any:
         """Write one number."""
 
 
 class Monitor:
-    r"""Measures curvature every so many training steps, and changes nothing of the training.
+    r"""Measures curvature at regular training steps, and leaves the training unchanged.
 
     Call :meth:`step` once in every step of the loop, after ``optimizer.step()``. A measurement is a row of numbers:
 
@@ -50,10 +50,10 @@ class Monitor:
                             changes are seen below that error
     ``B/largest``, ...      for each block B of the optimizer: largest eigenvalue, ``B/trace`` and ``B/condition`` of
                             the curvature it holds, the last of ``C + damping I``; no pass over data
-    ``seconds``             what the row took; ``products`` and ``lr`` and ``damping`` of the optimizer stand beside it
+    ``seconds``             time for the row; ``products`` and ``lr`` and ``damping`` of the optimizer stand beside it
     ======================  ========================================================================================
 
-    The search for eigenvalues starts from the vectors found last, and a bit of chance. Parameters, gradients, buffers,
+    The search for eigenvalues starts from the vectors found last, and a little noise. Parameters, gradients, buffers,
     modes and random states are afterwards what they were, and optimizers of ``precond`` do not see these passes: the
     run is the same, bit for bit, with the monitor and without.
 
@@ -154,7 +154,7 @@ class Monitor:
             step: Its number; counted from 0 by default.
 
         Returns:
-            The measurement, or None if none was due.
+            The measurement, or None if it was not due.
         """
         step = self._steps if step is None else step
         self._steps = step + 1
@@ -169,7 +169,7 @@ class Monitor:
             step: Number of the step, for the row; by default that of the last one counted.
 
         Returns:
-            The row. Where the loss is not finite there is no curvature, and ``loss`` is NaN.
+            The row. Where the loss is not finite, ``loss`` is NaN and the row holds no curvature.
         """
         step = max(0, self._steps - 1) if step is None else step
         start = time.monotonic()
@@ -220,7 +220,7 @@ class Monitor:
         try:
             loss, gradient = loss_and_gradient(op.problem, torch.float64)
         except NonFiniteLossError:
-            return {"loss": nan}  # the run has diverged; whether to stop it is not for the monitor to say
+            return {"loss": nan}  # the run has diverged; the monitor does not stop it
         row: Row = {"loss": float(loss), "gradient_norm": float(torch.linalg.vector_norm(gradient))}
         products = 0
         if "sharpness" in self.quantities:
@@ -245,7 +245,7 @@ class Monitor:
         start = torch.randn(op.shape[1], generator=self._random(op), dtype=op.dtype, device=op.device)
         vectors = self._vectors
         if vectors is not None and tuple(vectors.shape) == (k, *op.in_shape):
-            # With a bit of chance no eigenvector that grew since is out of reach; it costs next to nothing.
+            # A little noise lets the search reach every eigenvector that grew since; it costs almost nothing.
             start = torch.cat([vectors.to(start), 0.1 * start.unsqueeze(0) / torch.linalg.vector_norm(start)])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NotConvergedWarning)  # the row says it
@@ -293,7 +293,7 @@ def _quantities(wanted: Sequence[Quantity] | None, optimizer: Any) -> tuple[str,
 
 @contextlib.contextmanager
 def _mode(model: nn.Module, eval_mode: bool) -> Iterator[None]:
-    """Modules in eval mode, if so wished, and afterwards each in the mode it was in."""
+    """Modules in eval mode on request, and afterwards each in its former mode."""
     before = [(module, module.training) for module in model.modules()]
     try:
         for module, _ in before if eval_mode else ():

@@ -1,4 +1,4 @@
-"""What an optimizer does with a gradient, as a linear map and a momentum: what tells where steps become unstable."""
+"""The step of an optimizer as a linear map and a momentum, which tell where steps become unstable."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class StepRule:
 
 @dataclass(frozen=True)
 class _Group:
-    """What the rule of one group of parameters is; ``scale`` are the entries of S, parameter by parameter."""
+    """The rule of one group of parameters; ``scale`` are the entries of S, parameter by parameter."""
 
     scale: Mapping[str, Tensor]
     lr: float
@@ -105,11 +105,11 @@ def rule_of(optimizer: torch.optim.Optimizer, model: nn.Module, parameters: Para
 
     Args:
         optimizer: The optimizer; what is preconditioned must have been stepped at least once.
-        model: What it trains.
+        model: The model that it trains.
         parameters: Those of the model that are asked for.
 
     Raises:
-        TypeError: If the optimizer is of another kind, or its steps are no linear map of the gradient.
+        TypeError: If the optimizer is of another kind, or its steps are not a linear map of the gradient.
         ValueError: If groups differ in momentum, a parameter is in no group, or the state is missing.
     """
     known = {id(p): name for name, p in parameters.items()}

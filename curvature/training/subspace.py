@@ -74,7 +74,7 @@ class SubspaceRecord:
         values: The k largest eigenvalues ``(k,)``.
         residuals: Of the pairs ``(k,)``: an eigenvalue lies within.
         gradient_norm: Norm of the gradient.
-        shares: What part of the squared norm of the gradient lies along each eigenvector ``(k,)``.
+        shares: Share of the squared norm of the gradient along each eigenvector ``(k,)``.
         previous: Overlap with the space of the measurement before; ``None`` for the first.
         first: Overlap with the space of the first measurement.
         error: Bound on the sine of the largest angle between this space and the true one, residual over gap (Davis and
@@ -96,15 +96,15 @@ class SubspaceRecord:
 
     @property
     def share(self) -> float:
-        """What part of the squared norm of the gradient lies in the space; 0 for a gradient of zero."""
+        """Share of the squared norm of the gradient in the space; 0 for a gradient of zero."""
         return float(self.shares.sum())
 
 
 class Subspace:
     """The space of the k largest eigenvalues of a model's Hessian or GGN, followed while the model is trained.
 
-    Each :meth:`update` looks for it anew at the parameters of the moment, starting from the vectors found before. The
-    model is left as it is, and its random state: training goes on as if nobody had looked.
+    Each :meth:`update` searches for it at the present parameters, starting from the vectors found before. The model and
+    its random state are left as they are, so training continues unchanged.
 
     Args:
         model: Any module; evaluated in its current mode.
@@ -153,7 +153,7 @@ class Subspace:
         self.history: list[SubspaceRecord] = []
         self.vectors: Tensor | None = None
         self._first: Tensor | None = None
-        self._start: Tensor | None = None  # what the next search starts from
+        self._start: Tensor | None = None  # start of the next search
         self._options = {"params": params, "output": output, "class_dim": class_dim}
 
     def update(self, step: int | None = None) -> SubspaceRecord:
@@ -196,7 +196,7 @@ class Subspace:
         noise = torch.randn(1, n, generator=self.generator, dtype=torch.float64, device=self.generator.device)
         start = (noise / torch.linalg.vector_norm(noise)).to(op.device, op.dtype)
         if self._start is not None:
-            # A bit of chance, so that a direction that has grown since is not out of reach.
+            # A little noise, so that the search can reach directions that have grown since.
             start = torch.cat([self._start.to(start), 0.1 * start])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NotConvergedWarning)  # the record says it
@@ -214,7 +214,7 @@ class Subspace:
 
 def _error(pairs: Eigenpairs, k: int) -> float:
     if len(pairs.values) == k:
-        return 0.0  # all there is
+        return 0.0  # the whole space
     residual = float(torch.linalg.vector_norm(pairs.residuals[:k].double()))
     gap = float(pairs.values[k - 1] - pairs.values[k] - pairs.residuals[k])
     rounding = 40 * torch.finfo(pairs.values.dtype).eps * float(pairs.values.abs().max())

@@ -24,7 +24,7 @@ class CurveBall(GaussNewtonClosureOptimizer):
         \Delta = (G + \lambda I) z + g, \qquad z \leftarrow \rho z - \beta \Delta, \qquad \theta \leftarrow \theta + z
 
     with :math:`\rho, \beta` that minimise the damped model :math:`g^\top z' + \tfrac12 z'^\top (G + \lambda I) z'` of
-    the new z, by the solution of a 2 x 2 system; only the first is there while z is zero. No learning rate is needed.
+    the new z, by the solution of a 2 x 2 system; while z is zero only :math:`\beta` counts. No learning rate is needed.
     Every fifth step, from the first on, the damping is adapted by the change of the loss on the same batch
     over that of the damped model: multiplied by ``0.999 ** 5`` where the ratio is above 3/2, divided by it below 1/2.
 
@@ -65,7 +65,7 @@ class CurveBall(GaussNewtonClosureOptimizer):
         paper="https://arxiv.org/abs/1805.08095",
     )
 
-    fixed: ClassVar[frozenset[str]] = FIXED | {"damping"}  # which is adapted
+    fixed: ClassVar[frozenset[str]] = FIXED | {"damping"}  # it is adapted
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class CurveBall(GaussNewtonClosureOptimizer):
         image = matrix.product(z) + damping * z
         basis = torch.stack([z, -(image + g)], 1)  # (P, 2)
         images = torch.stack([image, matrix.product(basis[:, 1]) + damping * basis[:, 1]], 1)
-        # By pseudo-inverse, because z is zero at first and may become parallel to the slope.
+        # By pseudo-inverse, because z starts at zero and may become parallel to the slope.
         coefficients = -(torch.linalg.pinv(basis.mT @ images, hermitian=True) @ (basis.mT @ g))
         z = basis @ coefficients
         if not bool(torch.isfinite(z).all()):

@@ -33,11 +33,11 @@ class GaussNewton(ClosureOptimizer):
     .. math:: d = (J^\top J + \lambda D^2)^{-1} (J^\top r + \lambda \mu D^2 d_{previous})
 
     The closure returns the *residuals*, a tensor or a list of tensors of any shapes and of
-    :class:`PointwiseResidual`; scale them so that L is the loss that is meant (``N ** -0.5`` for a mean of squares,
+    :class:`PointwiseResidual`; scale them so that L is the intended loss (``N ** -0.5`` for a mean of squares,
     halved). ``step`` returns L.
 
     Under the default ``damping_rule`` a step that does not lower L is rejected and tried again with twice the damping,
-    and any other one divides the damping by five. Narrow curved valleys, which such problems are full of, are then
+    and any other one divides the damping by five. Narrow curved valleys, frequent in such problems, are then
     followed along their curvature (``acceleration``): the step is a parabola instead of a line,
 
     .. math:: \theta \leftarrow \theta - d + \tfrac12 a, \qquad
@@ -48,7 +48,7 @@ class GaussNewton(ClosureOptimizer):
     :math:`J^\top J` seen so far, which makes the method blind to the units of single parameters and :math:`\lambda` a
     plain number; otherwise D = I.
 
-    Prefer it for smooth deterministic problems that are wanted to high accuracy, with up to some thousands of
+    Prefer it for smooth deterministic problems solved to high accuracy, with up to some thousands of
     parameters or residuals, and in float64. With R residuals a step costs the Jacobian, and ``R P min(R, P)``, and
     ``min(R, P)^3 / 3`` for each damping that is tried: by Cholesky, in the size of the parameters if ``P <= R`` and in
     that of the residuals (Woodbury) if ``R < P``; or some products under CG. Memory ``R P``, or the graph of the
@@ -75,7 +75,7 @@ class GaussNewton(ClosureOptimizer):
             the smaller one, ``"cg"`` or a :class:`~solvers.CG` for matrix-free products.
         damping_rule: The rule above, another :class:`LevenbergMarquardt`, or ``None`` for a fixed damping and no
             rejection.
-        scaled: Damp relative to the diagonal; ``None`` for wherever J is formed, which is not under CG, but not with
+        scaled: Damp relative to the diagonal; ``None`` for wherever J is formed (CG does not form it), but not with
             ``spring``, which has no scaling in its paper and diverges with it on small networks.
         acceleration: Geodesic acceleration; only under a rule.
         spring: :math:`\mu`, momentum inside the solve (SPRING), in [0, 1).

@@ -37,7 +37,7 @@ class GaussNewtonClosureOptimizer(ClosureOptimizer):
                 f"closure calls, such as nn.MSELoss(), not {type(loss_fn).__name__}."
             )
         self.loss_fn = loss_fn
-        loss_for(loss_fn)  # refuses unknown losses now rather than in the first step
+        loss_for(loss_fn)  # refuses unknown losses now, before the first step
         super().__init__(model.parameters() if isinstance(model, nn.Module) else model, **options)
 
     def second_order(self) -> bool:
@@ -57,7 +57,7 @@ class GaussNewtonClosureOptimizer(ClosureOptimizer):
         return loss
 
     def matrix(self, params: list[Tensor]) -> GaussNewtonMatrix:
-        """The Gauss-Newton matrix of what is minimised, at the last evaluation."""
+        """The Gauss-Newton matrix of the objective, at the last evaluation."""
         outputs = (
             [] if self.loss_graph is None else curved_outputs(self.loss_fn, self._calls, self.loss_graph, self.sign)
         )

@@ -73,7 +73,7 @@ class HessianFree(GaussNewtonClosureOptimizer):
         paper="https://www.cs.toronto.edu/~jmartens/docs/Deep_HessianFree.pdf",
     )
 
-    fixed: ClassVar[frozenset[str]] = FIXED | {"damping"}  # which is adapted
+    fixed: ClassVar[frozenset[str]] = FIXED | {"damping"}  # it is adapted
     loop_settings: ClassVar[frozenset[str]] = GaussNewtonClosureOptimizer.loop_settings | {"seed"}
 
     def __init__(

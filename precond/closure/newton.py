@@ -26,7 +26,7 @@ class Newton(ClosureOptimizer):
 
     where :math:`|H|` has the absolute eigenvalues: saddle-free Newton. All parameters are solved for together.
 
-    Prefer it for small smooth problems that are wanted to high accuracy, such as convex ones with up to a few thousand
+    Prefer it for small smooth problems solved to high accuracy, such as convex ones with up to a few thousand
     parameters. A step costs P products with the Hessian (each about two gradients), and ``P^3 / 3`` (plain) or ``9
     P^3`` (absolute); memory ``P^2``. Generalized linear models, such as logistic regression with a ridge, are
     recognised and cost a fraction: see :func:`precond.closure.affine.affine_hessian`. Use float64: the accuracy of the

@@ -40,7 +40,7 @@ class ClosureOptimizer(SecondOrderOptimizer):
     needs: ClassVar[str] = "closure"
 
     _closure: Closure | None = None
-    #: The loss of the step with its graph, where the step goes back through it again.
+    #: The loss of the step with its graph, where the step runs backward through it again.
     loss_graph: Tensor | None = None
     #: Its value.
     loss_value: Tensor | None = None
@@ -74,7 +74,7 @@ class ClosureOptimizer(SecondOrderOptimizer):
     # Evaluation
 
     def closure_needed(self) -> bool:
-        """Whether the steps cannot do with the gradients that a plain loop leaves."""
+        """Whether the steps need more than the gradients of a plain loop."""
         return True
 
     def second_order(self) -> bool:
@@ -82,7 +82,7 @@ class ClosureOptimizer(SecondOrderOptimizer):
         return True
 
     def keeps_graph(self) -> bool:
-        """Whether this step goes back through the graph of the loss again, without second derivatives of it."""
+        """Whether this step runs backward through the loss's graph again, without second derivatives."""
         return False
 
     def parameters(self) -> list[Tensor]:
@@ -110,7 +110,7 @@ class ClosureOptimizer(SecondOrderOptimizer):
         return loss_tensor(self.run(closure), type(self).__name__) + self._penalty()
 
     def _penalty(self) -> Tensor | float:
-        """The sum of squares that L2 weight decay adds to what is minimised."""
+        """The sum of squares that L2 weight decay adds to the objective."""
         total: Tensor | float = 0.0
         for group in self.param_groups:
             if group["decay"] == "l2" and group["weight_decay"]:
@@ -120,7 +120,7 @@ class ClosureOptimizer(SecondOrderOptimizer):
         return total
 
     def regularized(self, gradients: Vectors) -> Vectors:
-        """Gradients with the L2 part of the weight decay, which those of a closure have already."""
+        """Gradients with the L2 part of the weight decay; those of a closure include it already."""
         return super().regularized(gradients) if self._slopes is None else gradients
 
     @torch.enable_grad()
@@ -144,7 +144,7 @@ class ClosureOptimizer(SecondOrderOptimizer):
         return self.evaluated(loss.detach(), dict(zip(params, slopes, strict=True)))
 
     def evaluated(self, value: Tensor, slopes: Mapping[Tensor, Tensor | None]) -> Tensor:
-        """Keep what the closure gave, write the gradients of all parameters, and return the value.
+        """Keep the closure's result, write the gradients of all parameters, and return the value.
 
         Args:
             value: The loss, without graph.
@@ -159,11 +159,11 @@ class ClosureOptimizer(SecondOrderOptimizer):
         gradients = super().true_gradients()
         if gradients is None or self._slopes is None:
             return gradients
-        # Without those that the loss does not reach, whose grad is left from elsewhere.
+        # Without those that the loss does not reach, whose grad comes from elsewhere.
         return {p: g for p, g in gradients.items() if p in self._slopes}
 
     def value_at(self, moves: Mapping[Tensor, Tensor]) -> Tensor:
-        """The value to be minimised, at ``p + move``; the parameters stay as they are, bit for bit."""
+        """The objective at ``p + move``; the parameters stay as they are, bit for bit."""
         with self.moved(moves):
             return self.sign * self.objective(self.required_closure())
 
@@ -183,7 +183,7 @@ class ClosureOptimizer(SecondOrderOptimizer):
 
     @property
     def value(self) -> Tensor:
-        """The value to be minimised, at the start of the step."""
+        """The objective at the start of the step."""
         assert self.loss_value is not None
         return self.sign * self.loss_value
 
@@ -230,7 +230,7 @@ class ClosureOptimizer(SecondOrderOptimizer):
         return second_derivatives([self._slopes.get(p) for p in params], params, chunk)
 
     def hutchinson_diagonal(self, params: list[Tensor], seed: int) -> Vectors:
-        """``z * (H z)`` with random signs z, of what is minimised; the draw depends on the seed and the step alone."""
+        """``z * (H z)`` of the objective with random signs z, which depend on the seed and the step alone."""
         sign, draws = self.sign, enumerate(params)
         signs = {p: rademacher(p, seed, int(self.state[p].get("step", 0)), index) for index, p in draws}
         product = self.hessian_product(signs)
@@ -239,7 +239,7 @@ class ClosureOptimizer(SecondOrderOptimizer):
     # Vectors that are kept from step to step
 
     def remembered(self, name: str, params: list[Tensor]) -> Tensor:
-        """The flat vector that a former step left in the state, zero where there is none."""
+        """The flat vector that a former step left in the state, or zero."""
         return flatten({p: self.state[p].get(name, torch.zeros_like(p)) for p in params})
 
     def remember(self, name: str, vector: Tensor, params: list[Tensor]) -> None:
@@ -256,7 +256,7 @@ class ClosureOptimizer(SecondOrderOptimizer):
         return rule
 
     def following(self, rule: LevenbergMarquardt | None) -> LevenbergMarquardt | None:
-        """A rule for a method that takes every step, and adapts the damping by it now and then."""
+        """A rule for a method that takes every step, and adapts the damping by it periodically."""
         if rule is not None:
             rule.refuse(type(self).__name__, "attempts", "reject_steps", "relative_minimum")
         return rule
@@ -317,5 +317,5 @@ class ClosureOptimizer(SecondOrderOptimizer):
 
     def set_damping(self, damping: float) -> None:
         """Give all groups the same damping; it is part of the checkpoints."""
-        for group in (self.defaults, *self.param_groups):  # also those that are added later
+        for group in (self.defaults, *self.param_groups):  # also for groups added later
             group["damping"] = damping

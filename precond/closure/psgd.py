@@ -37,7 +37,7 @@ class PSGD(ClosureOptimizer, StackedOptimizer):
     .. math:: Q_k \leftarrow Q_k - \frac{\mu}{\ell_k} (C_k - T_k) Q_k
 
     with :math:`\ell_k` a running bound of the norm of :math:`C_k + T_k`, and is then turned towards a symmetric matrix,
-    which changes P no more than the turn's second-order formula is off from a rotation. Gradients are fitted as if
+    which changes P only by the error of the turn's second-order formula for a rotation. Gradients are fitted as if
     noise of size :math:`\delta = ` ``damping + eps * rms(h)`` were added, by its mean, so no random numbers are drawn
     for it. Every 100 steps the factors are scaled to equal size.
 
@@ -154,7 +154,7 @@ class PSGD(ClosureOptimizer, StackedOptimizer):
         return super().directions(gradients)
 
     def kind(self, p: Tensor, g: Tensor) -> int:
-        """Whether the size of P is known (2), can be read off now (1), or not yet, because all is zero (0)."""
+        """State of the size of P: known (2), can be read off now (1), or unknown, because all is zero (0)."""
         if self.state[p]["updates"]:
             return 2
         h = g if self.criterion == "whitening" else self._products.get(p)
@@ -212,7 +212,7 @@ class PSGD(ClosureOptimizer, StackedOptimizer):
 
 
 def _balance(state: State, ndim: int) -> None:
-    """Scale the factors to equal size, which leaves P as it is."""
+    """Scale the factors to equal size; P stays the same."""
     roots = list(entries(state, "root", ndim).values())
     sizes = torch.stack([root.abs().flatten(1).amax(1) for root in roots])
     for root, factor in zip(roots, sizes.log().mean(0).exp() / sizes, strict=True):
@@ -257,7 +257,7 @@ def _norm(matrix: Tensor) -> Tensor:
     if matrix.ndim == 2:
         return matrix.amax(1)
     column = matrix.diagonal(dim1=-2, dim2=-1).argmax(1)
-    x = matrix.gather(1, column[:, None, None].expand(len(matrix), 1, matrix.shape[2]))  # rows, as these are symmetric
+    x = matrix.gather(1, column[:, None, None].expand(len(matrix), 1, matrix.shape[2]))  # rows: it is symmetric
     for _ in range(2):
         x = x / torch.linalg.vector_norm(x, dim=2, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
         x = (matrix * x).sum(2)[:, None]
@@ -265,7 +265,7 @@ def _norm(matrix: Tensor) -> Tensor:
 
 
 def _turned(root: Tensor) -> Tensor:
-    r"""Q after a small rotation that makes it more symmetric, which leaves :math:`Q^\top Q` as it is.
+    r"""Q after a small rotation that makes it more symmetric; :math:`Q^\top Q` stays the same.
 
     For skew R, :math:`\operatorname{tr}(e^{aR} Q) \approx \operatorname{tr} Q + a \operatorname{tr}(R Q) + \tfrac12 a^2
     \operatorname{tr}(R^2 Q)` is largest at symmetric positive definite Q; the gradient direction is

@@ -22,7 +22,7 @@ class PointwiseResidual:
 
     .. math:: r_n = w\, f(u, x_n), \qquad u(x) = \text{model}(x)
 
-    Costs one Jacobian of f per point under ``vmap``, where a residual that is only known as a tensor costs a backward
+    Costs one Jacobian of f per point under ``vmap``, while a residual given as a tensor costs a backward
     pass over all points for each row.
 
     Args:

@@ -113,7 +113,7 @@ class Sophia(ClosureOptimizer, GradientOptimizer):
 
     @torch.no_grad()
     def update_curvature(self, terms: float) -> None:
-        r"""Sophia-G's estimate from the gradients that are in place now: :math:`\hat h = B\, g \odot g`.
+        r"""Sophia-G's estimate from the present gradients: :math:`\hat h = B\, g \odot g`.
 
         Draw labels from the model's predictions, take the mean loss on them, call ``backward()``, then this, then
         ``zero_grad()``.

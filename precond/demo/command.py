@@ -19,7 +19,7 @@ from precond.demo.report import table, verdict
 from precond.demo.tasks import TASKS
 
 QUICK_STEPS = 10
-# What is shown starts elsewhere than what the settings were chosen on.
+# The shown runs start elsewhere than the runs that chose the settings.
 TUNING_SEEDS, DEMO_SEED = (0, 1), 2
 
 
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Matrices this small gain nothing by more threads, and sums do not depend on the machine."""
+    """One thread inside: as fast for matrices this small, and sums do not depend on the machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

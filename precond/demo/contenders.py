@@ -1,4 +1,4 @@
-"""Who competes: the optimizers, their grids, and the best settings found there."""
+"""The contenders: optimizers, their grids, and the best settings found there."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def sgd(model: nn.Module, loss_fn: nn.Module, lr: float, momentum: float) -> tor
     return torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
 
 
-# Fifteen points for everyone: five learning rates, each about three times the next, and three values of what matters
-# most beside it. Large learning rates come first: they diverge or set a mark that ends slower runs early.
+# Fifteen points for everyone: five learning rates, each about three times the next, and three values of the next most
+# important option. Large learning rates come first: they diverge or set a mark that ends slower runs early.
 CONTENDERS = (
     Contender("K-FAC", kfac, {"lr": (1.0, 0.3, 0.1, 0.03, 0.01), "damping": (1e-3, 3e-3, 1e-2)}),
     Contender("EKFAC", ekfac, {"lr": (1.0, 0.3, 0.1, 0.03, 0.01), "damping": (1e-3, 3e-3, 1e-2)}),

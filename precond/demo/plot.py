@@ -7,7 +7,7 @@ from pathlib import Path
 
 from precond.demo.race import Run
 
-# Colours of Okabe and Ito, told apart with any colour vision; the line style says the same once more.
+# Colours of Okabe and Ito, told apart with any colour vision; line styles repeat the distinction.
 STYLES = {
     "K-FAC": ("#d55e00", "-"),
     "EKFAC": ("#cc79a7", "--"),
@@ -21,7 +21,7 @@ def plot(runs: Sequence[Run], path: Path) -> None:
     """Training loss against steps and against seconds, one row per task.
 
     Args:
-        runs: What to show.
+        runs: The runs to show.
         path: Where the figure goes; the suffix says the format.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -29,7 +29,7 @@ def plot(runs: Sequence[Run], path: Path) -> None:
 
     tasks = list({run.task.name: run.task for run in runs}.values())
     figure = Figure(figsize=(10, 3.6 * len(tasks)), layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)  # no window, whatever matplotlib is set to
+    FigureCanvasAgg(figure)  # no window, for every matplotlib backend
     axes = figure.subplots(len(tasks), 2, squeeze=False, sharey="row")
     for row, task in zip(axes, tasks, strict=True):
         for axis, (unit, label) in zip(row, UNITS.items(), strict=True):

@@ -1,6 +1,6 @@
 """Training one model with one optimizer, with the clock running for its steps only.
 
-The clock is that of the process: with one thread it shows what a wall clock would on an idle machine.
+The clock is that of the process: with one thread it equals a wall clock on an idle machine.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from solvers import SolverError
 
 @dataclass
 class Run:
-    """How one training went.
+    """The outcome of one training.
 
     Attributes:
-        task: What was trained.
+        task: The task.
         contender: Name of the optimizer.
         settings: Its settings.
         steps: Steps at which the loss was evaluated.
@@ -76,7 +76,7 @@ def train(
     The learning rate falls linearly, to zero after the task's number of steps.
 
     Args:
-        task: What to train.
+        task: The task.
         contender: With which optimizer.
         settings: Settings of the optimizer.
         seed: Seed of the initialisation and of the batches.
@@ -111,7 +111,7 @@ def train(
                 loss.backward()
                 optimizer.step()
                 schedule.step()
-            except (FloatingPointError, SolverError):  # a preconditioner refuses numbers that are none
+            except (FloatingPointError, SolverError):  # a preconditioner refuses numbers that are not finite
                 run.steps.append(step)
                 run.seconds.append(seconds)
                 run.losses.append(math.inf)
@@ -146,7 +146,7 @@ class Trial:
 
     @property
     def steps(self) -> float:
-        """Steps to the target, summed over the seeds; infinite if one did not get there."""
+        """Steps to the target, summed over the seeds; infinite if one missed it."""
         return sum(math.inf if run.reached is None else run.steps[run.reached] for run in self.runs)
 
     @property
@@ -163,7 +163,7 @@ def tune(task: Task, contender: Contender, *, seeds: Sequence[int], steps: int) 
     A point that has used more steps than the best so far cannot win and is ended.
 
     Args:
-        task: What to train.
+        task: The task.
         contender: With which optimizer.
         seeds: Seeds of initialisation and batches.
         steps: Steps at most, for each seed.
@@ -175,7 +175,7 @@ def tune(task: Task, contender: Contender, *, seeds: Sequence[int], steps: int) 
         for seed in seeds:
             limit = min(steps, best - trial.steps)
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", RuntimeWarning)  # divergence is what a grid is there to find
+                warnings.simplefilter("ignore", RuntimeWarning)  # grids are meant to find divergence
                 trial.runs.append(train(task, contender, settings, seed=seed, steps=int(limit), until_target=True))
             if trial.runs[-1].reached is None:
                 break

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from precond.demo.race import Run
 
 SECOND_ORDER = ("K-FAC", "EKFAC")
-NOISE = 0.1  # relative gaps that mean nothing: seconds differ by as much from run to run
+NOISE = 0.1  # smaller relative gaps are noise: seconds differ by as much from run to run
 
 
 def table(runs: Sequence[Run]) -> str:

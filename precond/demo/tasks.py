@@ -25,7 +25,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Task:
-    """A model, a loss, and when it counts as trained.
+    """A model, a loss, and the target at which it counts as trained.
 
     Attributes:
         name: Name in tables and figures.

@@ -27,7 +27,7 @@ class GaLore(GradientOptimizer):
     matrices with their first axis as rows; vectors, and matrices whose smaller side is at most ``rank``, are not
     projected, so full rank is the inner optimizer itself.
 
-    The inner optimizer runs with learning rate one; learning rate, weight decay and ``maximize`` are GaLore's own.
+    The inner optimizer runs with learning rate one; learning rate, weight decay and ``maximize`` belong to GaLore.
 
     A step costs two products with P and the inner step, a refresh an SVD, ``O(m^2 n)``. Memory: ``r (m + 2 n)`` with
     Adam inside, instead of ``2 m n``.
@@ -111,7 +111,7 @@ class GaLore(GradientOptimizer):
         if _projected(p, group):
             state["projection"] = state_zeros(p, (min(matrix_shape(shape)), group["rank"]))
             shape = (group["rank"], max(matrix_shape(shape)))
-        # Flat checkpoints restore entries that are there already; the inner optimizer begins without looking at these.
+        # Flat checkpoints restore existing entries only; the inner optimizer starts without reading them.
         optimizer, proxy = self._make_inner(state_zeros(p, shape))
         proxy.grad = torch.zeros_like(proxy)
         _bare_step(optimizer)
@@ -123,7 +123,7 @@ class GaLore(GradientOptimizer):
         rows, columns = matrix_shape(g.shape)
         matrix = g.reshape(rows, columns)
         if rows > columns:
-            matrix = matrix.mT  # from now on the first side is the smaller one
+            matrix = matrix.mT  # below, the first side is the smaller one
         if due(state["step"], group["inverse_update_period"]):
             self.refresh(p, lambda: {"projection": leading_vectors(matrix, group["rank"])})
         projection = state["projection"]
@@ -131,7 +131,7 @@ class GaLore(GradientOptimizer):
         return (out.mT if rows > columns else out).reshape(g.shape)
 
     def _step(self, p: Tensor, g: Tensor, state: State) -> Tensor:
-        """Direction of the inner optimizer, found as its move away from zero."""
+        """Direction of the inner optimizer: its move from zero."""
         optimizer, proxy = self._inner_of(p, g, state)
         with torch.no_grad():
             proxy.zero_()
@@ -154,12 +154,12 @@ class GaLore(GradientOptimizer):
         optimizer = self.inner([proxy.requires_grad_()], lr=1.0, **self.inner_options)
         for group in optimizer.param_groups:
             if "weight_decay" in group:
-                group["weight_decay"] = 0.0  # of the proxy it would be none
+                group["weight_decay"] = 0.0  # the proxy's would have no effect
         return optimizer, proxy
 
 
 def _bare_step(optimizer: torch.optim.Optimizer) -> None:
-    """A step without the hooks that torch runs around those of all optimizers: the user's step is GaLore's."""
+    """A step without torch's hooks around the steps of all optimizers: the user's step is GaLore's."""
     step = type(optimizer).step
     (step.__wrapped__ if getattr(step, "hooked", False) else step)(optimizer)  # type: ignore[attr-defined]
 

@@ -128,7 +128,7 @@ def _update_factors(rotated: Tensor, state: State, group: Group, axes: list[int]
     beta2, shape = group["betas"][1], rotated.shape
     first = rotated.square().flatten(1).mean(1, keepdim=True).pow(1 / len(axes))
     for k in axes:
-        # Nothing is known until a gradient is not zero; this is the first one, or the average stays at zero.
+        # Averages stay at zero until the first nonzero gradient, which may be this one.
         factor, eigenvalues = state[f"factor.{k}"], state[f"eigenvalues.{k}"]
         unknown = torch.where(eigenvalues.sum(1, keepdim=True) == 0, first, 0)
         eigenvalues.add_(unknown)
@@ -147,7 +147,7 @@ def _update_factors(rotated: Tensor, state: State, group: Group, axes: list[int]
 
 
 def _root(state: State, group: Group, axis: int, ndim: int) -> Tensor:
-    """Inverse roots of a factor's eigenvalues along its axis, zero while nothing is known."""
+    """Inverse roots of a factor's eigenvalues along its axis, zero before the first nonzero gradient."""
     eigenvalues = state[f"eigenvalues.{axis}"]
     floor = group["eps"] * eigenvalues.mean(1, keepdim=True)
     return along(torch.where(floor > 0, torch.maximum(eigenvalues, floor).rsqrt_(), 0), axis, ndim)

@@ -96,7 +96,7 @@ def along(values: Tensor, axis: int, ndim: int) -> Tensor:
 
 
 def spectrum(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, ascending, and orthonormal eigenvectors in columns; in float64 where the own precision fails.
+    """Eigenvalues, ascending, and orthonormal eigenvectors in columns; in float64 where their own precision fails.
 
     Raises:
         SolverError: If both fail.
@@ -109,7 +109,7 @@ def spectrum(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def leading_vectors(matrix: Tensor, rank: int) -> Tensor:
-    """Left singular vectors, each with its largest entry positive, so that no sign depends on the routine.
+    """Left singular vectors, each with its largest entry positive, so that signs do not depend on the routine.
 
     Raises:
         SolverError: If the decomposition fails, in float64, too.
@@ -126,7 +126,7 @@ def leading_vectors(matrix: Tensor, rank: int) -> Tensor:
 
 def improved_basis(matrix: Tensor, basis: Tensor) -> Tensor:
     """One step of orthogonal iteration from the bases of nearby matrices ``(k, n, n)``, columns in their old order."""
-    # Gradients of extreme size have factors whose norm leaves the floating range; a basis knows no size.
+    # Gradients of extreme size have factors whose norm leaves the floating range; a basis does not depend on the size.
     size = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
     return Subspace().basis(Dense(matrix / torch.where(size == 0, 1, size), is_gram=True), basis)[1]
 
@@ -141,7 +141,7 @@ def rotated_root(second_moment: Tensor, weight: float, eps: float) -> Tensor:
     r""":math:`\sqrt{V / w} + \epsilon` for second moments ``(k, *shape)`` in a rotated basis, above rounding errors.
 
     A gradient of low rank has entries of zero in its own basis, which come out as rounding errors; divided by
-    themselves they would be steps in random directions.
+    themselves they would become steps in random directions.
 
     Args:
         second_moment: V, an average that began at zero.

@@ -25,11 +25,11 @@ class MFAC(SecondOrderOptimizer):
               = m\, W^\top (m \lambda I + W W^\top)^{-1} e_m
 
     with the gradients of the last m steps as the rows of W, the present one the last of them. The parameters of a group
-    share one matrix; groups of their own give blocks. Before m steps were taken the sum runs over those that were.
+    share one matrix; separate groups give blocks. In the first m steps the sum runs over those taken.
 
     Prefer it where only gradients are at hand and memory is plentiful: it keeps m copies of the parameters. A step
     costs one row of the Gram matrix and one combination of the rows, ``O(m P)`` each, and ``m^3 / 3``. Damping below
-    the rounding errors of the Gram matrix counts as much as these.
+    the rounding errors of the Gram matrix acts as if it were of their size.
 
     =========================================== ===============================================
     Frantar et al., section 3.2                 here
@@ -91,7 +91,7 @@ class MFAC(SecondOrderOptimizer):
         if not options["damping"] > 0:
             raise ValueError(f"damping must be positive: a window of gradients is singular. Got {options['damping']}.")
 
-    # A gradient whose squares overflow is one that is not finite.
+    # A gradient whose squares overflow counts as not finite.
     _finite = staticmethod(finite_squares)
 
     def directions(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:

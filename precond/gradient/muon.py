@@ -114,7 +114,7 @@ class Muon(StackedOptimizer):
             raise ValueError(f"momentum is the weight of old gradients, in [0, 1); got {options['momentum']}.")
 
     def update_options(self, group: Group) -> Group:
-        return {**group, "momentum": 0.0}  # it is in the direction already
+        return {**group, "momentum": 0.0}  # the direction includes it already
 
     def initial_state(self, p: Tensor, group: Group) -> State:
         if _is_matrix(p, group):

@@ -22,15 +22,15 @@ Group = dict[str, Any]
 
 
 class GradientOptimizer(SecondOrderOptimizer):
-    """Base of the methods that take parameters and look at nothing but their gradients.
+    """Base of the methods that take parameters and use only their gradients.
 
-    A method says how the state of one parameter begins and how a gradient becomes a direction. The state holds tensors
+    A method defines the first state of a parameter and the direction for a gradient. The state holds tensors
     and numbers only, all floating tensors in float32 at least, under flat names, so that ``torch``'s own checkpoints
     keep it and a resumed run continues bit for bit.
 
-    A gradient whose squares overflow is treated as one that is not finite, because every method here squares it. A
+    A gradient whose squares overflow is treated as not finite, because every method here squares it. A
     step with zero gradients and zero learning rates, which ``torch.distributed.checkpoint`` takes to create the state,
-    leaves all averages as they begin.
+    leaves all averages at their start.
     """
 
     @abstractmethod
@@ -80,7 +80,7 @@ class GradientOptimizer(SecondOrderOptimizer):
         return adam(gradients, [self.state[p] for p in params], group["betas"], group["eps"])
 
     def begin(self, p: Tensor, group: Group) -> None:
-        """Create the state of a parameter, unless it is there."""
+        """Create the state of a parameter, unless it exists."""
         if "step" not in self.state[p]:
             self.state[p].update(step=0, **(self.initial_state(p, group) if p.numel() else {}))
 
@@ -116,7 +116,7 @@ def state_zeros(p: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
 
 
 def due(step: int, period: int) -> bool:
-    """Whether something of this period happens at a step: at the first one, and then every ``period`` steps."""
+    """Whether an event of this period is due at a step: at the first one, and then every ``period`` steps."""
     return step == 1 or step % period == 0
 
 
@@ -126,7 +126,7 @@ def debiased(average: Tensor, beta: float, step: int) -> Tensor:
 
 
 def adam(gradients: list[Tensor], states: list[State], betas: tuple[float, float], eps: float) -> list[Tensor]:
-    r"""Adam's directions, :math:`\hat m / (\sqrt{\hat v} + \epsilon)`, for what has no matrix structure.
+    r"""Adam's directions, :math:`\hat m / (\sqrt{\hat v} + \epsilon)`, for parameters without matrix structure.
 
     All parameters at once, because there may be many small ones. States may have another shape of the same size.
     """

@@ -182,7 +182,7 @@ class Shampoo(StackedOptimizer):
         return out
 
     def _learn(self, stack: Stack, g: Tensor, group: Group, b: int, part: Region) -> None:
-        """Fold gradients into the factors of block b and refresh what is due."""
+        """Fold gradients into the factors of block b and refresh them when due."""
         state, step, beta2 = stack.state, stack.step, group["betas"][1]
         ema = beta2 if group["curvature_ema"] is None else group["curvature_ema"]
         for axis, factor in entries(state, f"{b}.factor", g.ndim - 1).items():
@@ -217,7 +217,7 @@ def _new_basis(state: State, b: int, ndim: int, part: Region) -> None:
     old, factors = entries(state, f"{b}.root", ndim), entries(state, f"{b}.factor", ndim)
     new = {axis: spectrum(factor)[1] for axis, factor in factors.items()}
     squares = {axis: (old[axis].mT @ basis).square() for axis, basis in new.items()}
-    # What was learnt along the old axes, seen along the new ones.
+    # The average along the old axes, expressed in the new ones.
     state["exp_avg_sq"][part] = multiply(state["exp_avg_sq"][part], squares, transpose=True)
     write(state, {f"{b}.root.{axis}": basis for axis, basis in new.items()})
 

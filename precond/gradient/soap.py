@@ -26,8 +26,8 @@ class SOAP(StackedOptimizer):
     then :math:`L \leftarrow \beta L + (1 - \beta) G G^\top` and likewise R; every ``inverse_update_period`` steps,
     after the move, one step of orthogonal iteration, :math:`Q_L \leftarrow \operatorname{QR}(L Q_L)`, by
     :class:`solvers.Subspace`, whose columns keep their order, so that V stays valid. The momentum is kept rotated,
-    which is the same between refreshes, and turns along with the bases. These begin with the eigenvectors of the first
-    gradient's factors, and the first step is taken.
+    which is equivalent between refreshes, and turns along with the bases. The first bases are the eigenvectors of the
+    first gradient's factors; the first step already moves.
 
     Prefer it as the replacement for AdamW where matrices are not too large: learning rates carry over. Tensors of any
     order have one basis per axis; vectors and axes beyond ``max_dim`` are not rotated, which leaves Adam.

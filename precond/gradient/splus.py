@@ -27,7 +27,7 @@ class SPlus(StackedOptimizer):
 
     with M the average of gradients, :math:`Q_L` and :math:`Q_R` the eigenvectors of the averages L of
     :math:`G G^\top` and R of :math:`G^\top G`, computed every ``inverse_update_period`` steps. The sign bounds the step
-    whatever the age of the basis. Tensors are matrices with their first axis as rows; vectors, and matrices with both
+    for a basis of any age. Tensors are matrices with their first axis as rows; vectors, and matrices with both
     sides beyond ``max_dim``, move by ``vector_scale * sign(M)``.
 
     The iterates themselves are noisy: evaluate under :meth:`averaged`.

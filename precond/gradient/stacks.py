@@ -17,8 +17,8 @@ from solvers import SolverError
 class Stack:
     """Parameters of one shape, whose states are the slices of joint tensors.
 
-    What is written into an entry of :attr:`state` is thereby written into the state of each parameter, so that
-    checkpoints know nothing of stacks. A stack of one parameter has its state as it is.
+    Writing into an entry of :attr:`state` writes into the state of each parameter, so checkpoints do not depend on
+    stacks. A stack of one parameter uses its state directly.
 
     Attributes:
         params: The parameters.
@@ -29,7 +29,7 @@ class Stack:
         self.params, self._states = params, states
         names = [name for name, value in states[0].items() if isinstance(value, Tensor)]
         if len(states) == 1:
-            # A slice of a former stack may lie where products round in another way than in memory of its own.
+            # A slice of a former stack may be aligned so that products round otherwise than in separate memory.
             states[0].update({name: _own(states[0][name]) for name in names})
             self._slices = [{name: states[0][name] for name in names}]
             self.state = {name: value[None] for name, value in self._slices[0].items()}
@@ -45,7 +45,7 @@ class Stack:
         return int(self._states[0]["step"])
 
     def holds(self, states: Sequence[State]) -> bool:
-        """Whether these are still the states, and nothing in them was replaced."""
+        """Whether these are still the states, with the same entries."""
         return all(
             state is own and all(state[name] is value for name, value in slices.items())
             for state, own, slices in zip(states, self._states, self._slices, strict=True)
@@ -63,7 +63,7 @@ class Stack:
 class StackedOptimizer(GradientOptimizer):
     """A :class:`GradientOptimizer` that is written for stacks of parameters of one shape.
 
-    Many small matrices cost as many small operations one by one; together they cost one operation of each kind.
+    Many small matrices take many small operations one by one; together they take one operation of each kind.
     """
 
     @abstractmethod
@@ -91,7 +91,7 @@ class StackedOptimizer(GradientOptimizer):
         return [out[i] for i in range(len(params))]
 
     def renew(self, stack: Stack, compute: Callable[[State], None], prefix: str = "") -> None:
-        """Refresh what needs a decomposition; where one fails, that parameter alone keeps its last good one.
+        """Refresh what needs a decomposition; where one fails, only that parameter keeps its last good one.
 
         Args:
             stack: The parameters.
@@ -112,7 +112,7 @@ class StackedOptimizer(GradientOptimizer):
 
     def _stacked(self, params: list[Tensor], gradients: list[Tensor]) -> list[tuple[list[int], Stack]]:
         """Places of parameters that go together, and their stacks; those of the last step if nothing has changed."""
-        known = self.__dict__.setdefault("_stacks", {})  # not in __init__, because copies begin without
+        known = self.__dict__.setdefault("_stacks", {})  # not in __init__, because copies start without it
         states = [self.state[p] for p in params]
         first = states[0]["step"]
         # Parameters that skipped a step get their own stack, also after a resume.
@@ -132,7 +132,7 @@ class StackedOptimizer(GradientOptimizer):
 def alike(keys: Sequence[Hashable], sizes: Sequence[int], limit: int = 2**18) -> list[list[int]]:
     """Places with equal keys, up to a sum of sizes per stack.
 
-    Stacks save the overhead of many small products; large matrices have none to save, and a stack is a copy.
+    Stacks save the overhead of many small products; large matrices have little to save, and a stack is a copy.
     """
     stacks: dict[Hashable, list[list[int]]] = {}
     for place, (key, size) in enumerate(zip(keys, sizes, strict=True)):
@@ -149,7 +149,7 @@ def _layout(state: State) -> Hashable:
 
 
 def _own(value: Tensor) -> Tensor:
-    """The tensor, in memory of its own."""
+    """The tensor, in separate memory."""
     whole = value.untyped_storage().nbytes() == prod(value.shape) * value.itemsize
     return value if whole else value.clone()
 

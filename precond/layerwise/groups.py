@@ -1,4 +1,4 @@
-"""Parameters of a model, as people pass them to an optimizer: tensors, named ones, names, globs, groups."""
+"""Parameters of a model as arguments of an optimizer: tensors, named ones, names, globs, groups."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from curvature.model.parameters import Parameters
 
 
 def as_groups(model: nn.Module, params: Any) -> list[dict[str, Any]]:
-    """Parameter groups as ``torch.optim`` wants them; whatever else they hold is left as it is.
+    """Parameter groups as ``torch.optim`` wants them; other entries are left as they are.
 
     Args:
         model: Whose parameters are meant.
@@ -26,7 +26,7 @@ def as_groups(model: nn.Module, params: Any) -> list[dict[str, Any]]:
 def members(model: nn.Module, params: Any) -> list[Any]:
     """The tensors, or ``(name, tensor)`` pairs, of one group.
 
-    Frozen tensors are taken: they stay where they are until they are unfrozen. Names and globs mean trainable ones.
+    Frozen tensors are accepted, and move once they are unfrozen. Names and globs mean trainable ones.
 
     Raises:
         ValueError: If there are none, or one is not of the model.

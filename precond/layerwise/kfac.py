@@ -24,7 +24,7 @@ class KFAC(LayerwiseMethod):
 
     Prefer it for deterministic or large-batch problems, autoencoders and regression, and wherever AdamW needs many
     steps. Parameters outside linear, convolutional and embedding layers get small exact blocks (norms) or a diagonal
-    (everything else); none is left out.
+    (everything else), so that all are covered.
 
     A step costs the gradient, two triangular products per layer, and on steps that update the curvature one backward
     pass through the activations plus ``O(rows * d^2)``; an inverse ``O(d^3)`` per factor d. Memory: two factors and

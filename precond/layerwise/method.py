@@ -47,7 +47,7 @@ class LayerwiseMethod(PreconditionedOptimizer):
         options: See :class:`PreconditionedOptimizer`.
     """
 
-    #: What a name as ``fisher`` stands for; by ``structure`` where that is a choice.
+    #: Meaning of a name as ``fisher``; by ``structure`` where that is a choice.
     fisher_types: ClassVar[Mapping[str | None, type[Curvature]]] = {}
 
     def __init__(
@@ -67,7 +67,7 @@ class LayerwiseMethod(PreconditionedOptimizer):
         Args:
             fisher: A kind of Fisher by its name, or an object of the type that the method is made for.
             structure: One of :attr:`fisher_types`, where that is a choice.
-            plain: Fields that the method has as options of its own; they count where the object has the default.
+            plain: Fields that are also options of the method; those options apply where the object has the default.
 
         Raises:
             TypeError: If an object is of another type.

@@ -20,7 +20,7 @@ Structure = Literal["dense", "layer", "unit", "diagonal"]
 
 
 class NaturalGradient(WholeModelOptimizer):
-    r"""Natural gradient with exact dense blocks of the Fisher, of a size to choose.
+    r"""Natural gradient with exact dense blocks of the Fisher, of a chosen size.
 
     .. math:: d = (C + \lambda I)^{-1}\, \nabla L
 

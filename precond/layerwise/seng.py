@@ -91,7 +91,7 @@ class SENG(LayerwiseMethod):
         inverse_update_period: ScheduledInt | Refresh = 1,
         **options: Unpack[LayerwiseOptions],
     ) -> None:
-        seed = options.get("loop", Loop()).seed  # of the sketch too
+        seed = options.get("loop", Loop()).seed  # also of the sketch
         super().__init__(
             model,
             loss_fn,

@@ -17,7 +17,7 @@ from solvers import Cholesky
 
 
 class SINGD(LayerwiseMethod):
-    r"""SINGD: K-FAC without any inverse, with structured factors of the inverse that move by products.
+    r"""SINGD: K-FAC without matrix inversions, with structured factors of the inverse updated by products.
 
     .. math:: d = L L^\top\, \nabla_W L\, K K^\top, \qquad
         K \leftarrow K (I - \beta m_K),\quad m_K \leftarrow \alpha m_K + \tfrac12 \Pi\Big(

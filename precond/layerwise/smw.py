@@ -31,8 +31,8 @@ class SMWNaturalGradient(WholeModelOptimizer):
 
     by the formula of Sherman, Morrison and Woodbury. The Gram matrix of a layer with one position per example is
     :math:`(a a^\top) \circ (g g^\top)`, so its per-sample gradients are never formed. With ``spring`` :math:`\mu > 0`
-    the solution of a step is pulled towards that of the step before (SPRING), which carries information over batches
-    where the curvature itself has no memory.
+    the solution of a step is pulled towards that of the step before (SPRING), which carries information over batches,
+    while the curvature itself has no memory.
 
     Prefer it where the batch is smaller than the model and the curvature is wanted exactly: physics-informed networks,
     variational Monte Carlo, regression. A step costs ``N^2`` inner products of layer inputs and of output gradients
@@ -75,7 +75,7 @@ class SMWNaturalGradient(WholeModelOptimizer):
 
     fisher_types: ClassVar = {"dense": WholeFisher, "layer": GramFisher}
     needs_damping: ClassVar = True
-    absolute_damping: ClassVar = True  # the pull towards the last solution is weighed by it
+    absolute_damping: ClassVar = True  # it weighs the pull towards the last solution
     taxonomy: ClassVar = Taxonomy(
         curvature="Fisher (empirical, mc or exact), of one batch",
         structure="Gram matrix: whole model or per layer",
@@ -130,7 +130,7 @@ class SMWNaturalGradient(WholeModelOptimizer):
 
 
 class SpringPreconditioner(Preconditioner):
-    r"""Solves with the previous solution in mind: :math:`d = (C + \lambda I)^{-1} (g + \lambda \mu\, d_{previous})`.
+    r"""Solves pulled towards the previous solution: :math:`d = (C + \lambda I)^{-1} (g + \lambda \mu\, d_{previous})`.
 
     Args:
         estimator: Estimate of C.

@@ -1,4 +1,4 @@
-"""Which structure, or none, the curvature has in each part of a model."""
+"""The structure of the curvature in each part of a model, or none."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from curvature.structures.mixed import Mixed, label
 from curvature.structures.whole import WholeFisher
 
 #: Layers (a module, a class of modules, a name or a glob) -> structure by name or as an object; a dict of options that
-#: differ from those of the structure of all others (``"*"``); or ``None`` for no curvature.
+#: differ from those of the structure of all others (``"*"``); or ``None`` for plain gradients.
 Structures = Mapping[Any, str | Curvature | Mapping[str, Any] | None]
 
 
@@ -25,7 +25,7 @@ class _NoCurvature(DiagonalFisher):
 
 
 def with_structures(curvature: Curvature, structures: Structures | None) -> Curvature | Structures:
-    """The curvature of a method, and what parts of the model have in its place.
+    """The curvature of a method, and its replacements in parts of the model.
 
     Raises:
         ValueError: If an option is not one of the curvature.

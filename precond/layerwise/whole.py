@@ -30,7 +30,7 @@ class WholeModelOptimizer(LayerwiseMethod):
         Args:
             structure: One of those of :attr:`fisher_types`.
             fisher: A kind of Fisher, or an object; one of another structure counts where ``structure`` is the default.
-            default: What ``structure`` is where the caller says nothing.
+            default: Default of ``structure``.
 
         Raises:
             ValueError: If the structure is unknown.

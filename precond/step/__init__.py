@@ -1,1 +1,1 @@
-"""The order of a step, schedules, options, and what moves parameters."""
+"""The order of a step, schedules, options, and the move of parameters."""

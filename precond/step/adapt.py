@@ -25,7 +25,7 @@ class LevenbergMarquardt:
         upper: Ratio above which it is lowered.
         minimum: Smallest damping, in units of C.
         relative_minimum: The same as a fraction of the mean eigenvalue of C, where the optimizer keeps an estimate of
-            C (layer-based methods). The ratio of a batch that C was estimated from says nothing of other batches: it
+            C (layer-based methods). The ratio of a batch that C was estimated from does not carry over to others: it
             would drive the damping down until the run stalls.
         maximum: Largest damping.
         attempts: Steps that may be rejected before the parameters stay where they are; of methods with a closure.
@@ -75,11 +75,11 @@ class LevenbergMarquardt:
                 raise ValueError(f"{method}: {name}={getattr(self, name)!r} of its damping_rule has no effect on it.")
 
     def raised(self, damping: float) -> float:
-        """More damping, from the smallest on."""
+        """More damping, at least the smallest one."""
         return min(max(damping, self.minimum) * self.increase, self.maximum)
 
     def judged(self, damping: float, decrease: float, predicted: float, mean: float = 0.0) -> float:
-        """The next damping, from the decrease of the loss and what the model had promised; see :meth:`adapted`."""
+        """The next damping, from the decrease of the loss and the predicted one; see :meth:`adapted`."""
         return self.adapted(damping, decrease / predicted if predicted > 0 else float("nan"), mean)
 
     def adapted(self, damping: float, ratio: float, mean: float = 0.0) -> float:

@@ -23,7 +23,7 @@ def update_average(average: Tensor, value: Tensor, decay: float, step: int) -> N
 
 @contextmanager
 def swapped(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """Within the block each parameter holds the value beside it; afterwards, exceptions included, its own again."""
+    """Within the block each parameter holds the value beside it; its own afterwards, exceptions included."""
     pairs = list(pairs)
     own = [p.detach().clone() for p, _ in pairs]
     try:
@@ -42,7 +42,7 @@ class IterateAverage:
 
     .. math:: \bar\theta_t = \frac{(1 - \beta) \sum_{s \le t} \beta^{t - s} \theta_s}{1 - \beta^t}
 
-    The average is often better than the last iterate, by what a decayed learning rate would have gained. Watches
+    The average is often better than the last iterate, by as much as a decayed learning rate would gain. Watches
     ``optimizer.step()``; costs one pass over the parameters and one copy of them, in float32 at least.
 
     Example:
@@ -80,7 +80,7 @@ class IterateAverage:
     def _update(self, *_: Any) -> None:
         self.steps += 1
         for p in self._params():
-            if p not in self._averages:  # the first step, or a parameter that came later
+            if p not in self._averages:  # the first step, or a parameter added later
                 self._averages[p] = p.detach().to(working_dtype(p), copy=True)
             update_average(self._averages[p], p.detach(), self.decay, self.steps)
 

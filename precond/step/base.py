@@ -29,18 +29,18 @@ class StepOptions(TypedDict, total=False):
 
 
 class MomentumOptions(StepOptions, total=False):
-    """:class:`StepOptions`, and ``momentum``, of methods that say nothing about it."""
+    """:class:`StepOptions`, and ``momentum`` for methods with the default one."""
 
     momentum: Scheduled | Momentum
 
 
 @announced
 class SecondOrderOptimizer(ScheduledOptimizer):
-    """A ``torch.optim.Optimizer`` that owns the order of a step and nothing of the mathematics of C.
+    """A ``torch.optim.Optimizer`` that owns the order of a step, not the mathematics of C.
 
     A step is: evaluate the closure if there is one; skip (or raise) if a gradient is not finite; add L2 weight decay;
     precondition; bound the step; momentum; other weight decay; move. :meth:`precondition` is the first half alone: it
-    rewrites ``p.grad`` and moves nothing, so that any ``torch.optim`` optimizer can do the second half.
+    rewrites ``p.grad`` only, so that any ``torch.optim`` optimizer can do the second half.
 
     Every numeric option but ``lr`` may be a function of the number of steps taken before, see
     :class:`~precond.step.scheduled.ScheduledOptimizer`.
@@ -52,13 +52,13 @@ class SecondOrderOptimizer(ScheduledOptimizer):
         weight_decay: Strength of the weight decay, decoupled; or :class:`WeightDecay`.
         kl_clip: Bound c on ``sum lr^2 <d, g>``, the (doubled) predicted KL divergence of a step; ``None`` for none.
         maximize: Ascend.
-        loop: What cannot be seen of the training loop, see :class:`Loop`.
+        loop: The parts of the training loop that cannot be seen, see :class:`Loop`.
         defaults: Further options of the parameter groups, of the method's own.
     """
 
     #: What a training step must provide: ``"grad"``, ``"layers"`` or ``"closure"``.
     needs: ClassVar[str] = "grad"
-    #: The settings of :class:`Loop` that have an effect on the method.
+    #: The settings of :class:`Loop` that affect the method.
     loop_settings: ClassVar[frozenset[str]] = frozenset({"nonfinite", "max_skips"})
     _step_supports_amp_scaling = True
 
@@ -88,8 +88,8 @@ class SecondOrderOptimizer(ScheduledOptimizer):
             "maximize": maximize,
             **(defaults or {}),
         }
-        self._prepared: dict[int, tuple[Tensor, int, Tensor]] = {}  # what precondition() wrote: d, version, <d, g>
-        self.idle = False  # the step could move nothing and saw nothing, so it does not count
+        self._prepared: dict[int, tuple[Tensor, int, Tensor]] = {}  # result of precondition(): d, version, <d, g>
+        self.idle = False  # the step saw only zero gradients and zero rates, so it does not count
         super().__init__(params, options)
         if not any(p.requires_grad for group in self.param_groups for p in group["params"]):
             raise ValueError(
@@ -114,11 +114,11 @@ class SecondOrderOptimizer(ScheduledOptimizer):
         return regularized(gradients, self.param_groups)
 
     def update_options(self, group: dict[str, Any]) -> dict[str, Any]:
-        """Options of a group as the second half of the step shall see them."""
+        """Options of a group for the second half of the step."""
         return group
 
     def on_skip(self) -> None:
-        """A step is skipped: forget whatever was collected for it."""
+        """A step is skipped: forget its statistics."""
 
     def after_step(self) -> None:
         """A step was taken, or its first half: prepare the next one."""
@@ -146,7 +146,7 @@ class SecondOrderOptimizer(ScheduledOptimizer):
         for p, d in directions.items():
             if p.grad is not None and d is not p.grad:
                 p.grad.copy_(d)
-        # The products are for the bound, which belongs to the second half.
+        # The products serve the bound, which belongs to the second half.
         self._prepared = {id(p): (p.grad, p.grad._version, dg) for p, dg in products.items() if p.grad is not None}
         self._count()
         return loss
@@ -190,7 +190,7 @@ class SecondOrderOptimizer(ScheduledOptimizer):
         self.after_step()
 
     def _stands_still(self, gradients: dict[Tensor, Tensor]) -> bool:
-        """Whether nothing can move and nothing is seen, as in torch.distributed.checkpoint's step to create a state."""
+        """Whether gradients and rates are all zero, as in torch.distributed.checkpoint's step to create a state."""
         if any(float(group["lr"]) != 0 for group in self.param_groups):
             return False
         return not any(bool(g.any()) for g in gradients.values())
@@ -198,7 +198,7 @@ class SecondOrderOptimizer(ScheduledOptimizer):
     # State
 
     def __getstate__(self) -> dict[str, Any]:
-        # A learning rate scheduler puts a wrapper of `step`, bound to this very object, among the attributes.
+        # A learning rate scheduler stores a wrapper of `step`, bound to this very object, as an attribute.
         own = {key: value for key, value in self.__dict__.items() if not key.startswith("_") and key != "step"}
         return {**own, "_prepared": {}, "idle": False}
 
@@ -209,7 +209,7 @@ class SecondOrderOptimizer(ScheduledOptimizer):
             return closure()
 
     def _with_gradient(self) -> list[Tensor]:
-        # A parameter that was frozen in the middle may still have the gradient of the step before.
+        # A parameter that was frozen during training may still have the gradient of the step before.
         params = (p for group in self.param_groups for p in group["params"])
         return [p for p in params if p.grad is not None and p.requires_grad]
 
@@ -221,7 +221,7 @@ class SecondOrderOptimizer(ScheduledOptimizer):
             self.on_skip()
             return None
         gradients = {p: p.grad for p in self._with_gradient() if p.grad is not None}
-        if not gradients:  # nothing to learn from, so this is no step
+        if not gradients:  # without gradients this does not count as a step
             self.on_skip()
             return None
         for p, g in gradients.items():
@@ -239,7 +239,7 @@ class SecondOrderOptimizer(ScheduledOptimizer):
         return gradients
 
     def _skip(self, gradients: dict[Tensor, Tensor]) -> None:
-        """Leave everything as it is, because a gradient is not finite, and say so.
+        """Skip the step, because a gradient is not finite, and warn.
 
         Raises:
             FloatingPointError: If that is asked for, or after too many such steps in a row.

@@ -1,4 +1,4 @@
-"""Detect and explain what is not finite or fails, and how often it may."""
+"""Detect and explain values that are not finite and failing refreshes, with their limits."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def all_finite(gradients: list[Tensor]) -> bool:
     norms = torch._foreach_norm(gradients)
     if bool(torch.isfinite(torch.stack([n.to(norms[0].device, torch.float32) for n in norms])).all()):
         return True
-    # The sum of squares may have overflowed where no entry is infinite.
+    # The sum of squares may have overflowed while all entries are finite.
     return all(bool(torch.isfinite(g).all()) for g in gradients)
 
 
@@ -46,7 +46,7 @@ def broken_gradients(gradients: Mapping[Tensor, Tensor], name_of: Name) -> str:
 
 
 def advice(params: Iterable[Tensor], name_of: Name) -> str:
-    """Advice about a run that goes nowhere, by whether its parameters are still finite."""
+    """Advice about a stuck run, by whether its parameters are still finite."""
     broken = next((p for p in params if not torch.isfinite(p).all()), None)
     if broken is not None:
         return (

@@ -33,7 +33,7 @@ def loss_tensor(loss: Any, whose: str) -> Tensor:
     """The loss that a closure returned, as a number with its graph.
 
     Args:
-        loss: What it returned.
+        loss: The closure's result.
         whose: Class that called the closure, for the error.
 
     Raises:
@@ -54,7 +54,7 @@ def parameters_at(values: Mapping[Tensor, Tensor]) -> Iterator[None]:
     """Within the block the parameters have other values; afterwards their own, bit for bit."""
     own = {p: p.data for p in values}
     try:
-        for p, value in values.items():  # not in place: graphs hold the parameters as they were
+        for p, value in values.items():  # not in place: graphs refer to the former values
             p.data = value
         yield
     finally:
@@ -222,7 +222,7 @@ def loss_calls(loss_fn: nn.Module) -> Iterator[list[LossCall]]:
 
 
 def curved_outputs(loss_fn: nn.Module, calls: list[LossCall], loss: Tensor, sign: int = 1) -> list[CurvedOutput]:
-    """The outputs that a loss module was called on, with the Hessians of what is minimised in them.
+    """The outputs that a loss module was called on, with the Hessians of the objective in them.
 
     Args:
         loss_fn: The module.

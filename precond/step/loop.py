@@ -1,4 +1,4 @@
-"""Settings for what an optimizer cannot see of the training loop."""
+"""Settings for the parts of the training loop that an optimizer cannot see."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ NonFinite = Literal["skip", "raise"]
 
 @dataclass(frozen=True)
 class Loop:
-    """The training loop around an optimizer, where it is not the plain one.
+    """The training loop around an optimizer, where it differs from the plain one.
 
-    Methods that look at gradients alone use ``nonfinite`` and ``max_skips``, and refuse the others.
+    Methods that use gradients alone take ``nonfinite`` and ``max_skips``, and refuse the others.
 
     Args:
         output: Picks the output tensor where the model returns something else and the loss is computed inside.
@@ -44,7 +44,7 @@ class Loop:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Validate the values that no other place looks at."""
+        """Validate the values that are not validated elsewhere."""
         if self.nonfinite not in ("skip", "raise"):
             raise ValueError(f"nonfinite must be 'skip' or 'raise', got {self.nonfinite!r}.")
         period("max_skips", self.max_skips)

@@ -14,7 +14,7 @@ Form = Literal["dense", "low rank", "Kronecker", "Kronecker eigenbasis", "diagon
 
 @dataclass(frozen=True)
 class Taxonomy:
-    """Where a method stands among the others, and its costs; the class attribute ``taxonomy`` of each.
+    """Place of a method among the others, and its costs; the class attribute ``taxonomy`` of each.
 
     Costs are leading terms for a weight of m outputs and n inputs; B is the number of rows that a layer sees in a batch
     (examples times positions), P that of all parameters.

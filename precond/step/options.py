@@ -1,4 +1,4 @@
-"""Options that take more than a number to say, and the checks of what the parameter groups hold."""
+"""Options that are objects, and the checks of the entries of parameter groups."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class WeightDecay:
 
 @dataclass(frozen=True)
 class Refresh:
-    """When inverses are renewed; a number, or a function of the step count, stands for ``period``.
+    """Times at which inverses are renewed; a number, or a function of the step count, stands for ``period``.
 
     Args:
         period: Steps between decompositions and inverses, of the statistics at hand. May be a function of the step
@@ -64,7 +64,7 @@ class Refresh:
         stagger: Spread the refreshes of the blocks over the period, by their cost, so that no step stalls
             (:func:`precond.layerwise.blocks.refresh.slots`); otherwise all are due when the period divides the step
             count. ``None`` leaves it to the method.
-        burn_in: Steps at the start that collect statistics and move nothing, so that the first inverses rest on more
+        burn_in: Steps at the start that only collect statistics, so that the first inverses rest on more
             than one batch (kfac-jax's ``num_burnin_steps``; Distributed Shampoo moves by a grafted method meanwhile,
             whose step has another scale). Before another optimizer, ``precondition()`` gives zeros meanwhile.
 
@@ -83,7 +83,7 @@ class Refresh:
 
     @classmethod
     def of(cls, given: ScheduledInt | Refresh) -> Refresh:
-        """The object itself, or the one that a period stands for."""
+        """The object itself, or the one made from a period."""
         return given if isinstance(given, Refresh) else cls(given)
 
 

@@ -1,10 +1,10 @@
-"""Other libraries' names for our options, so that an error can name ours."""
+"""Other libraries' names for our options, so that errors can name ours."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-#: Name -> where it is from, and how it is said here: our option, and its value where that takes more than the name.
+#: Name -> its library, and our spelling: the option, with its value where the name alone is not enough.
 #: Several spellings where methods differ; the first whose option the method has is shown.
 _OTHERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "learning_rate": ("kfac-jax", ("lr",)),

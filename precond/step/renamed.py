@@ -1,4 +1,4 @@
-"""Options under the names they had before 0.2, which are still taken, with a warning that shows the new spelling."""
+"""Option names from before 0.2, which are still accepted with a warning that shows the new spelling."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from precond.step.adapt import LevenbergMarquardt
 from precond.step.loop import Loop
 from precond.step.options import Momentum, Refresh, WeightDecay
 
-#: Old name -> the options whose place it may be in now, and the field of the object that says it there; none where the
-#: option itself has another name.
+#: Old name -> the options that may hold it now, and the field of their object; no field where the option itself was
+#: renamed.
 RENAMED: dict[str, tuple[tuple[str, ...], str | None]] = {
     "nesterov": (("momentum",), "nesterov"),
     "decay": (("weight_decay",), "form"),
@@ -39,14 +39,14 @@ RENAMED: dict[str, tuple[tuple[str, ...], str | None]] = {
     **{name: (("loop",), name) for name in (field.name for field in fields(Loop))},
 }
 
-#: What a number stands for as one of these options.
+#: Object that a number means as one of these options.
 _PLAIN: dict[str, type] = {"momentum": Momentum, "weight_decay": WeightDecay, "inverse_update_period": Refresh}
-#: Values beside which no old name may stand.
+#: Values that exclude old names.
 _OBJECTS = {**_PLAIN, "loop": Loop, "damping_rule": LevenbergMarquardt, "structures": Mapping}
 
 
 def fold(method: type, signature: Signature, options: dict[str, Any]) -> dict[str, Any]:
-    """Options in today's spelling.
+    """Options in the present spelling.
 
     Args:
         method: The class that is called; says what a ``fisher`` is there by ``fisher_types``.
@@ -78,7 +78,7 @@ def fold(method: type, signature: Signature, options: dict[str, Any]) -> dict[st
 
 
 def _is_whole(new: str, value: Any, given: Mapping[str, Any]) -> bool:
-    """Whether the value of an option has a place for what the old names say."""
+    """Whether the value of an option can hold the old names' values."""
     if new == "fisher":
         return not isinstance(value, str)
     if new == "curvature":
@@ -89,7 +89,7 @@ def _is_whole(new: str, value: Any, given: Mapping[str, Any]) -> bool:
 def _joined(
     method: type, new: str, start: Any, given: Mapping[str, tuple[str | None, Any]], structure: str | None, default: Any
 ) -> Any:
-    """The value of an option that says what the old ones said."""
+    """The value of an option, equivalent to the old ones."""
     changes = {field: value for field, value in given.values() if field is not None}
     start = next((value for field, value in given.values() if field is None), start)
     if new == "damping_rule" and not isinstance(start, LevenbergMarquardt):  # adapt=True or False, rule=None

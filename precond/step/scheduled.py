@@ -19,7 +19,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
     Every numeric option but ``lr``, of the optimizer or of one group, may be a function of the number of steps taken
     before, such as ``damping=lambda step: max(0.1 * 0.99**step, 1e-4)``. The groups hold numbers at all times; before a
     step the functions write them. They are copied and pickled with the optimizer (a lambda cannot be pickled), but
-    stay out of ``state_dict``, which holds the number of steps, from which a resumed run goes on.
+    stay out of ``state_dict``, which holds the number of steps, from which a resumed run continues.
 
     Args:
         params: Parameters, groups, or named parameters.
@@ -87,7 +87,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         return {**plain, **numbers_at(plain, schedules, self.steps, self.check)}, schedules
 
     def name_of(self, parameter: Tensor) -> str:
-        """The name a parameter was given with, or its place and shape."""
+        """The name given with a parameter, or its place and shape."""
         for index, group in enumerate(self.param_groups):
             for i, p in enumerate(group["params"]):
                 if p is parameter:

@@ -11,7 +11,7 @@ Scheduled = float | Callable[[int], float]
 #: A whole number, or a function of the count of steps taken before.
 ScheduledInt = int | Callable[[int], int]
 
-#: Options that decide what an update is, the shape of the state, or the weight that an average is divided by.
+#: Options that decide the kind of an update, the shape of the state, or the divisor of an average.
 FIXED = frozenset(
     {
         *("maximize", "nesterov", "decay", "grafting", "scaling", "polynomial", "orthogonalize", "stacked"),
@@ -53,7 +53,7 @@ def value_at(name: str, schedule: Callable[[int], Any], step: int) -> Any:
     except Exception as error:
         error.add_note(f"(in the schedule of {name}, at step {step})")
         raise
-    value = value.item() if hasattr(value, "item") else value  # numbers of torch and numpy are no plain numbers
+    value = value.item() if hasattr(value, "item") else value  # converts numbers of torch and numpy
     entries = value if isinstance(value, (tuple, list)) else (value,)
     if value is None or all(isinstance(entry, (int, float)) and not isinstance(entry, bool) for entry in entries):
         return value

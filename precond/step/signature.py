@@ -1,4 +1,4 @@
-"""Constructors that editors complete, ``help()`` shows whole, and that refuse what they do not know by name."""
+"""Constructors that editors complete and ``help()`` shows whole, and that refuse unknown options by name."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def kl_scale(products: list[tuple[Tensor, float]], bound: float) -> Tensor:
     """
     first = products[0][0]
     total = torch.stack([product.to(first) * lr**2 for product, lr in products]).sum()
-    # A direction that does not descend has no such bound; it is left alone.
+    # A direction that does not descend has no such bound and stays the same.
     return torch.where(total > bound, (bound / total.clamp(min=torch.finfo(total.dtype).tiny)).sqrt(), 1.0)
 
 
@@ -63,7 +63,7 @@ def decay_rate(group: dict[str, Any]) -> float | Tensor:
 def regularized(gradients: dict[Tensor, Tensor], groups: list[dict[str, Any]]) -> dict[Tensor, Tensor]:
     r"""Gradients of :math:`L + \tfrac{\lambda}{2} \lVert p \rVert^2` in groups with L2 decay; the others as they are.
 
-    Under ``maximize`` the penalty is subtracted. Nothing given is altered.
+    Under ``maximize`` the penalty is subtracted. The input stays unchanged.
     """
     out = dict(gradients)
     for group in groups:

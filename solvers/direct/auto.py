@@ -22,7 +22,7 @@ from solvers.solver import BasisSolver
 class Auto(BasisSolver):
     """Cholesky for the inverse of a matrix, Woodbury for low rank plus shift, Eigh for the rest.
 
-    Serves no operator that is known by its products alone: an iteration has tolerances that only the user can choose.
+    Refuses operators that are known by their products alone: only the user can choose the tolerances of an iteration.
     """
 
     exponents: ClassVar[tuple[float, ...] | None] = None

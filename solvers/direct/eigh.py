@@ -41,7 +41,7 @@ class Eigh(BasisSolver):
     needs: ClassVar[tuple[type[LinearOperator], ...]] = (Dense,)
 
     def __post_init__(self) -> None:
-        """Check the border."""
+        """Validate the arguments."""
         if self.mode not in MODES:
             raise ValueError(f"mode is one of {', '.join(MODES)}, not {self.mode!r}.")
         if self.floor is not None and (self.mode != "clamped" or not self.floor > 0):
@@ -53,7 +53,7 @@ class Eigh(BasisSolver):
         Raises:
             StructureError: For another structure.
             SingularMatrixError: In "plain" mode, if the exponent is negative and an eigenvalue is zero up to rounding.
-            NotPositiveDefiniteError: In "plain" mode, if the exponent is no integer and an eigenvalue is negative.
+            NotPositiveDefiniteError: In "plain" mode, if the exponent is not an integer and an eigenvalue is negative.
             NotSymmetricError: If the matrix is not symmetric.
             NonFiniteError: If it holds NaN or infinity.
         """
@@ -68,7 +68,7 @@ class Eigh(BasisSolver):
 
         Args:
             matrix: Symmetric ``(*stack, n, n)``.
-            previous: A basis of a nearby matrix; a full decomposition has no use for it.
+            previous: A basis of a nearby matrix; ignored by a full decomposition.
         """
         op = matrix if isinstance(matrix, Dense) else Dense(matrix)
         require_symmetric(op)

@@ -46,8 +46,8 @@ def eigsh(
     r"""Eigenpairs at the ends of the spectrum, with true residuals.
 
     * "lanczos": thick-restart Lanczos with full reorthogonalisation; one product per step, memory for
-      ``basis_size + 1`` vectors. Repeated eigenvalues are found as often as they occur: it ends with a search, from a
-      random vector, for what the first run may have missed.
+      ``basis_size + 1`` vectors. Repeated eigenvalues are found as often as they occur: a final search from a
+      random vector finds what the first run may have missed.
     * "lobpcg": for the smallest ones with a ``preconditioner`` near the inverse; memory for about ``10 k`` vectors.
       With a good one the number of products does not grow with the condition.
 
@@ -88,7 +88,7 @@ def eigsh(
         NonFiniteError: If a product holds NaN or infinity.
         NotPositiveDefiniteError: If the preconditioner is seen not to be positive definite.
         NotConvergedError: If a pair misses its tolerance and ``on_failure`` is "raise".
-        OSError: If ``storage`` is no folder, or has no room.
+        OSError: If ``storage`` is not a folder or lacks room.
 
     References:
         Wu and Simon (2000), https://doi.org/10.1137/S0895479898334605; Knyazev (2001),

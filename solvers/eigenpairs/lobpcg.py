@@ -26,7 +26,7 @@ class LOBPCG:
         op: The operator, for error messages.
         product: Products with it.
         precondition: Products with the approximate inverse.
-        wanted: The smallest ("SA"), so and so many.
+        wanted: Which pairs are wanted: a number of the smallest ("SA").
         x: Current vectors ``(b, n)``, orthonormal; b is a few more than are wanted.
         ax: Their images.
         p: Directions of the step before ``(c, n)``, orthonormal and orthogonal to x.
@@ -79,12 +79,12 @@ class LOBPCG:
         wanted: Wanted,
         state: dict[str, Tensor],
     ) -> LOBPCG:
-        """Take up what :meth:`state` stored."""
+        """Restore :meth:`state`."""
         tensors = {name: state[name].to(op.device) for name in ("x", "ax", "p", "ap", "values", "size")}
         return cls(op, product, precondition, wanted, **tensors, products=int(state["products"]))
 
     def settled(self) -> bool:
-        """Whether a run that is taken up is known to be at its end; the next step tells, at no cost."""
+        """Whether a resumed run is known to have finished; the next step finds out at no cost."""
         return False
 
     def step(self) -> bool:

@@ -1,4 +1,4 @@
-"""What an eigensolver returns, what it was asked for, and how it judges a pair."""
+"""The result of an eigensolver, its request, and the test that a pair has converged."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Eigenpairs:
         residuals: ``|A v - lam v|`` of each pair, by a product made for it at the end ``(k,)``. An eigenvalue lies
             within this distance of ``lam``.
         converged: Which residuals meet the tolerance, boolean ``(k,)``.
-        complete: Whether the iteration came to its end, with the search for repeated eigenvalues. If not, the pairs are
-            pairs, but others may belong in their place.
+        complete: Whether the iteration finished, including the search for repeated eigenvalues. Otherwise the pairs are
+            valid, but others may belong in their place.
         products: Products with the operator, counted in vectors.
         state: Tensors from which ``eigsh(op, state=...)`` goes on as if it had never stopped.
     """
@@ -65,7 +65,7 @@ class Wanted:
     eps: float
 
     def __post_init__(self) -> None:
-        """Check the border."""
+        """Validate the arguments."""
         if self.which not in get_args(Which):
             raise ValueError(
                 f"which is one of {', '.join(get_args(Which))}, not {self.which!r}. For eigenvalues near zero take "
@@ -86,7 +86,7 @@ class Wanted:
         return torch.stack([ascending.flip(0), ascending], 1).flatten()[: len(values)]
 
     def merit(self, values: Tensor) -> Tensor:
-        """What eigenvalues on one side of the selection are compared by."""
+        """Key by which eigenvalues on one side of the selection are compared."""
         return values.abs() if self.which == "LM" else values
 
     def rivals(self, order: Tensor) -> list[tuple[int, Tensor]]:
@@ -132,7 +132,7 @@ def finish(
         size: Norm of the operator, for its rounding errors.
         products: Products spent before.
         state: How to go on.
-        complete: Whether the iteration came to its end.
+        complete: Whether the iteration finished.
         on_failure: Whether to "warn" or to "raise" if a pair misses its tolerance.
 
     Raises:

@@ -22,11 +22,11 @@ class Storage:
         n: Length of a row.
         dtype: Type of the numbers.
         device: Where rows in memory live; rows in files are CPU tensors.
-        folder: Folder for the files; None keeps rows in memory. A file has no name: it vanishes with its tensor,
-            whatever ends the process.
+        folder: Folder for the files; None keeps rows in memory. A file is unlinked: it vanishes with its tensor,
+            however the process ends.
 
     Raises:
-        NotADirectoryError: If there is no such folder.
+        NotADirectoryError: If the folder does not exist.
     """
 
     n: int
@@ -35,7 +35,7 @@ class Storage:
     folder: Path | None = None
 
     def __post_init__(self) -> None:
-        """Check the border."""
+        """Validate the arguments."""
         if self.folder is not None and not self.folder.is_dir():
             raise NotADirectoryError(f"storage={str(self.folder)!r} is no folder; name one on a disk with room.")
 
@@ -56,7 +56,7 @@ class Storage:
         nbytes = size * self.dtype.itemsize
         handle, name = tempfile.mkstemp(prefix="vectors-", dir=self.folder)
         try:
-            # Room is taken now: a disk that fills up under a mapped file would kill the process without a word.
+            # Room is taken now: a disk that fills up under a mapped file would kill the process without a message.
             (os.posix_fallocate if hasattr(os, "posix_fallocate") else _truncate)(handle, 0, nbytes)
             return torch.from_file(name, shared=True, size=size, dtype=self.dtype).reshape(count, self.n)
         except OSError as error:
@@ -65,7 +65,7 @@ class Storage:
             ) from error
         finally:
             os.close(handle)
-            with contextlib.suppress(OSError):  # some systems do not let go of the name of a mapped file
+            with contextlib.suppress(OSError):  # some systems cannot unlink a mapped file
                 os.unlink(name)
 
 

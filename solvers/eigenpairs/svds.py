@@ -84,7 +84,7 @@ def svds(
     outer, inner = (op, op.adjoint()) if wide else (op.adjoint(), op)  # the Gram matrix is outer inner
     batch, dtype = default_batch(op, None), working_dtype(op)
     onto, back = flat_product(inner, batch), flat_product(outer, batch)
-    # Products of A^T A square the scale: taken in units of the first one, they neither over- nor underflow.
+    # Products of A^T A square the scale: in units of the first product they stay in range.
     size = norm(onto(torch.ones(1, inner.shape[1], dtype=dtype, device=op.device))).to(dtype)
     scale = torch.where(torch.isfinite(size) & (size > 0), size, 1) / inner.shape[1] ** 0.5
     eps = torch.finfo(op.dtype).eps

@@ -1,12 +1,12 @@
 r"""Thick-restart Lanczos with full reorthogonalisation.
 
 The basis grows by one product per step. When it is full it shrinks to the Ritz vectors nearest to what is wanted, and
-goes on from where it was: as good as a basis that never restarts, nearly. Wu and Simon (2000),
+continues from there, nearly as well as a basis that never restarts. Wu and Simon (2000),
 https://doi.org/10.1137/S0895479898334605.
 
 Lanczos from one vector sees one copy of a repeated eigenvalue; the others come by rounding, late. So once all pairs
 have converged, a random vector orthogonal to them starts again, until a copy that had been missed would have come up:
-it then intrudes among the wanted ones, converges, and the search begins anew.
+it then enters the wanted ones, converges, and the search starts again.
 
 The basis is ``(rows, n)``; the projected matrix and all decisions on it are float64.
 """
@@ -28,12 +28,12 @@ from solvers.outcome.errors import NonFiniteError
 # Share of a vector that a pass of orthogonalisation leaves where it need not be repeated: Daniel, Gragg, Kaufman and
 # Stewart (1976), https://doi.org/10.1090/S0025-5718-1976-0431641-8.
 _KEPT = 0.5**0.5
-_LOOKS = 40  # how often to look at the projected matrix while a basis fills, at most
+_LOOKS = 40  # most checks of the projected matrix while a basis fills
 
 
 @dataclass
 class ThickRestart:
-    """State of the iteration; every step leaves it such that it can be stored.
+    """State of the iteration; it can be stored after every step.
 
     Attributes:
         op: The operator, for error messages.
@@ -50,9 +50,9 @@ class ThickRestart:
         products: Products spent.
         found: Eigenvalues, scaled, that had converged when a search for missed copies began; empty before.
         searched: Products spent on that search.
-        needed: Products that it takes, as far as the spectrum was known when it began.
-        complete: Whether everything had converged when last looked at.
-        search: Whether to make it.
+        needed: Products that the search takes, by the spectrum as known when it began.
+        complete: Whether everything had converged at the last check.
+        search: Whether to search for missed copies.
     """
 
     op: LinearOperator
@@ -121,7 +121,7 @@ class ThickRestart:
         storage: Storage,
         state: dict[str, Tensor],
     ) -> ThickRestart:
-        """Take up what :meth:`state` stored, perhaps for another tolerance."""
+        """Restore :meth:`state`, possibly with another tolerance."""
         rows, home = state["basis"], storage.home
         matrix = state["matrix"].to(home).clone()
         basis = storage.rows(len(matrix) + 1)
@@ -134,7 +134,7 @@ class ThickRestart:
         run = cls(op, product, wanted, storage, generator, basis, matrix, count, beta, scale, *numbers, complete)
         rtol, atol = state["tolerance"].tolist()
         if len(found) and (wanted.rtol < rtol or wanted.atol < atol):
-            # The search has cut off the vectors it found from what they lacked: they must be improved from anew.
+            # The search removed the residuals of the vectors it found: their improvement must start again.
             run.begin(run.result()[0].sum(0))
         return run
 
@@ -159,7 +159,7 @@ class ThickRestart:
         return vector
 
     def step(self) -> bool:
-        """Multiply once; at times look, and restart. Returns whether everything has converged."""
+        """Multiply once; check and restart when due. Returns whether everything has converged."""
         self.expand()
         full = self.count == self.size
         due = full or self.count % (1 + self.size // _LOOKS) == 0
@@ -167,7 +167,7 @@ class ThickRestart:
         return self.complete
 
     def settled(self) -> bool:
-        """Whether a run that is taken up had come to its end, by the tolerances of now; costs no product."""
+        """Whether a resumed run had finished by the present tolerances; costs no product."""
         self.complete = self.complete and self.look(self.count == self.size)
         return self.complete
 
@@ -201,7 +201,7 @@ class ThickRestart:
         self.products += 1
         self.searched += 1
         if self.count == self.basis.shape[1]:
-            self.beta = torch.zeros_like(self.beta)  # nothing is outside the whole space
+            self.beta = torch.zeros_like(self.beta)  # the basis spans the whole space
             return
         self.basis[i + 1] = self.random(basis) if exhausted else image / self.beta.to(image.dtype)
 
@@ -217,11 +217,11 @@ class ThickRestart:
         return values, vectors, beta * vectors[-1].abs()
 
     def look(self, full: bool) -> bool:
-        """Judge the Ritz pairs, and restart if there is reason to. Returns whether everything has converged."""
+        """Check the Ritz pairs, and restart if needed. Returns whether everything has converged."""
         values, vectors, residuals = self.ritz()
         order = self.wanted.order(values)
         chosen, size = order[: self.wanted.k], float(values.abs().max())
-        # Half of the tolerance is left for what later rotations and rounding add.
+        # Half of the tolerance is reserved for later rotations and rounding.
         tolerance = self.scaled().tolerance(values, size) / 2
         if bool((residuals <= tolerance)[chosen].all()):
             if self.count == self.basis.shape[1] or not self.search:
@@ -239,13 +239,13 @@ class ThickRestart:
             if self.searched >= max(needed, self.needed):
                 return True
         if full:
-            # Ritz vectors beside the wanted ones carry what has been learned of the gap.
+            # Ritz vectors beside the wanted ones keep the information about the gap.
             keep = min(self.wanted.k + (self.size - self.wanted.k) // 2, self.size - 1)
             self.restart(values, vectors, order[:keep])
         return False
 
     def search_length(self, values: Tensor, order: Tensor, tolerance: Tensor) -> float:
-        r"""Products after which a copy that is missing would have shown.
+        r"""Number of products after which a missing copy would have appeared.
 
         A copy counts if it lies beyond the last eigenvalue selected. Its share in a random vector is about
         :math:`n^{-1/2}`, and j products multiply that, in comparison with the rest of the spectrum, by the Chebyshev

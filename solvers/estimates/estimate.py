@@ -1,6 +1,6 @@
-"""What an estimator returns, and when it has seen enough: means, standard errors and tolerances.
+"""Results of estimators and the rule that stops them: means, standard errors and tolerances.
 
-Statistics are float64 whatever the operator is: the square of 1e30 is no float32.
+Statistics are float64 for every operator: the square of 1e30 overflows float32.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from solvers.outcome.progress import progress_bar
 from solvers.outcome.solution import OnFailure, not_converged
 from solvers.precision import working_dtype
 
-# With a tolerance to meet, fewer samples than these are no evidence that it is met.
+# Fewer samples than these cannot show that a tolerance is met.
 _FEWEST = 20
 _TWO_SIGMA = (1 + erf(sqrt(2))) / 2  # the normal distribution below two standard deviations
 
@@ -31,7 +31,7 @@ class Estimate:
         value: The estimate, 0-d (or shaped as what is estimated).
         stderr: Standard error of ``value``, shaped alike; 0 where it is exact. For few samples it is widened as
             Student's t is, so that the truth lies within ``value +- 2 stderr`` in 95 % of runs, however many the
-            samples. Infinite for a single sample, which tells nothing of its error.
+            samples. Infinite for a single sample, which has no error estimate.
         samples: Random samples that were spent, as the estimator counts them; 0 where the value is exact.
         products: Products with the operator that were spent, counted in vectors.
         systematic: The part of ``stderr`` that more samples do not reduce (quadrature); 0 for unbiased estimates.
@@ -108,7 +108,7 @@ class Goal:
     on_failure: OnFailure = "warn"
 
     def __post_init__(self) -> None:
-        """Check the border."""
+        """Validate the arguments."""
         if self.samples < 1:
             raise ValueError(f"samples is at least 1, not {self.samples}.")
         for name, tolerance in (("rtol", self.rtol), ("atol", self.atol)):
@@ -129,7 +129,7 @@ class Goal:
 
     @property
     def first(self) -> int:
-        """Samples to take before the error is looked at."""
+        """Samples to take before the first check of the error."""
         return max(self.samples, _FEWEST) if self.has_tolerance else self.samples
 
     @property
@@ -154,11 +154,11 @@ class Goal:
         return error / tolerance if tolerance > 0 else inf
 
     def next_count(self, count: int, value: Tensor, stderr: Tensor) -> int:
-        """Number of samples at which to look again; ``count`` if they are good enough, or not finite."""
+        """Number of samples at the next check; ``count`` if they are good enough, or not finite."""
         excess = self.excess(value, stderr)
         if not excess > 1:
             return count
-        # Looking often would stop on a lucky low error. The error falls as the root of the number of samples.
+        # Frequent checks would stop on a lucky low error. The error falls as the root of the number of samples.
         wanted = min(max(1.25, 1.05 * excess**2), 4.0) * count
         return min(int(wanted) + 1, self.most)
 
@@ -173,7 +173,7 @@ def average(
 ) -> Mean:
     """Mean of independent samples, as many as the goal asks for.
 
-    The error is looked at, and read back from an accelerator, only at numbers of samples that grow geometrically.
+    The error is checked, and read back from an accelerator, only at geometrically growing numbers of samples.
 
     Args:
         draw: Gives that many samples ``(count, *shape)``.
@@ -181,7 +181,7 @@ def average(
         batch: Samples to draw at once.
         description: What is running, for the progress bar.
         progress: True shows a progress bar, False never, None after a second.
-        read: What is wanted, and its error, from the mean; by default these of the mean itself.
+        read: Gives the result and its error from the mean; by default the mean's own.
     """
     mean = Mean()
     count = goal.first
@@ -219,7 +219,7 @@ def conclude(
         samples: Samples spent.
         products: Products spent.
         systematic: Error beside the statistical one, added in quadrature.
-        mend: What helps if the tolerance is not met.
+        mend: Advice for the case that the tolerance is missed.
 
     Raises:
         NonFiniteError: If the estimate is NaN or infinite.

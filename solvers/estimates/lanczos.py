@@ -41,7 +41,7 @@ class Quadrature:
         return self.nodes.shape[1]
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """Integral of an entrywise function for each starting vector, and how it came about.
+        """Integral of an entrywise function for each starting vector, and how it was reached.
 
         Returns:
             Integrals ``(m, *shape)`` where ``function`` maps ``(m, k)`` to ``(m, k, *shape)``; and what the third and
@@ -98,7 +98,7 @@ def quadrature(
     for step in range(1, min(steps, v.shape[1]) + 1):
         w = torch.addcmul(product(v), before, beta.to(v.dtype).unsqueeze(-1), value=-1)  # may be v itself: a new tensor
         alpha = (v * w).sum(-1).double()
-        # A space that is exhausted goes on with zero vectors. They carry no weight; the eigenvalue shown for them is
+        # An exhausted space continues with zero vectors. They carry no weight; the eigenvalue shown for them is
         # one of the spectrum's hull, where functions are defined.
         alphas.append(torch.where(size > 0, alpha, alphas[0] if alphas else alpha))
         w.addcmul_(v, alpha.to(v.dtype).unsqueeze(-1), value=-1)

@@ -1,4 +1,4 @@
-r"""What XTrace and XDiag share: a basis from m test vectors, and the m bases that leave one of them out.
+r"""The common part of XTrace and XDiag: a basis from m test vectors, and the m bases that leave one of them out.
 
 With test vectors :math:`\omega_i`, products :math:`y_i = A \omega_i` and ``Y = Q R`` (columns), the basis without
 :math:`y_i` spans what Q does but the direction :math:`Q s_i`, where :math:`s_i \propto R^{-\top} e_i`. So
@@ -72,7 +72,7 @@ class LeaveOneOut:
     def directions(self) -> Tensor:
         """The unit vectors ``s_i`` in columns, float64."""
         r = self.r.double()
-        size = r.abs().amax(0)  # columns on one scale: s_i does not depend on it, and 1 / 1e-300 is no number
+        size = r.abs().amax(0)  # columns on one scale: s_i does not depend on it, and 1 / 1e-300 overflows
         inverse = torch.linalg.solve_triangular(
             r / size, torch.eye(self.count, dtype=r.dtype, device=r.device), upper=True
         )
@@ -138,7 +138,7 @@ class LeaveOneOut:
         return values.mean(0), _stderr(values, products)
 
     def _angles(self, s: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines between the directions, ``(m, m)``; the diagonal, which nothing reads, has sine one."""
+        """Cosines and sines between the directions, ``(m, m)``; the unused diagonal has sine one."""
         cosine = s.mT @ s
         eps = torch.finfo(s.dtype).eps
         return cosine, (1 - cosine.square()).clamp(min=eps).sqrt().fill_diagonal_(1)

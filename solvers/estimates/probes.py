@@ -1,4 +1,4 @@
-"""Random vectors, products with them, and what estimators ask of an operator.
+"""Random vectors, products with them, and the requirements of estimators on an operator.
 
 Vectors are rows: m vectors of an operator with n unknowns are ``(m, n)``.
 """
@@ -22,7 +22,7 @@ _BLOCK = 1 << 25
 
 
 def own_generator(op: LinearOperator, generator: torch.Generator | None) -> torch.Generator:
-    """The user's generator, or one of our own, seeded 0; torch's global random state is never touched."""
+    """The user's generator, or a new one seeded 0; torch's global random state is never used."""
     return torch.Generator(op.device).manual_seed(0) if generator is None else generator
 
 
@@ -76,7 +76,7 @@ def default_batch(op: LinearOperator, batch_size: int | None) -> int:
 
 
 def norm(x: Tensor) -> Tensor:
-    """Euclidean norm of each row; summed in float64, where the squares of float32 numbers neither over- nor underflow.
+    """Euclidean norm of each row; summed in float64, which holds the squares of float32 numbers.
 
     Returns:
         ``(m,)``, float64.

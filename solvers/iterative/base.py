@@ -1,4 +1,4 @@
-"""What iterative solvers share: batches, tolerances, warm starts, the true residual and the report.
+"""Base of iterative solvers: batches, tolerances, warm starts, the true residual and the report.
 
 Axis letters: m right-hand sides, n entries of ``in_shape``.
 """
@@ -30,13 +30,13 @@ Callback = Callable[[int, Tensor], None]
 
 @dataclass(frozen=True, eq=False)
 class LinearSystem:
-    """``A x = b`` for m right-hand sides, flattened; what an iteration works on.
+    """``A x = b`` for m flattened right-hand sides: the input of an iteration.
 
     Attributes:
         op: The operator, for error messages.
         product: ``(m, n)`` to ``(m, n')``.
         rproduct: The adjoint's product.
-        precondition: Product with the preconditioner, the identity if there is none.
+        precondition: Product with the preconditioner, by default the identity.
         b: Right-hand sides ``(m, n')``.
         x: Initial guess ``(m, n)``.
         tolerance: Norm that each residual has to reach, ``(m,)``.
@@ -61,12 +61,12 @@ class LinearSystem:
 
 @dataclass(frozen=True, eq=False)
 class Iterate:
-    """What an iteration returns, for m right-hand sides.
+    """Result of an iteration, for m right-hand sides.
 
     Attributes:
         x: Solutions ``(m, n)``.
         steps: Steps taken.
-        stopped: Which ones met a stopping rule of their own beside the residual's, ``(m,)``.
+        stopped: Which ones met a stopping rule other than the residual's, ``(m,)``.
         negative: Which ones met negative curvature, ``(m,)``.
         direction: The direction of it, ``(m, n)``.
     """
@@ -78,7 +78,7 @@ class Iterate:
     direction: Tensor | None = None
 
     def may_restart(self, max_steps: int) -> bool:
-        """Whether steps are left and no row stopped by a rule of its own."""
+        """Whether steps are left and every row obeys the residual's rule alone."""
         flags = [flag for flag in (self.stopped, self.negative) if flag is not None]
         return self.steps < max_steps and not any(bool(flag.any()) for flag in flags)
 
@@ -153,7 +153,7 @@ class IterativeSolver(Solver):
     def run(
         self, op: LinearOperator, b: Tensor, x0: Tensor | None = None, callback: Callback | None = None
     ) -> Solution:
-        """As :meth:`solve`, with the report handed over instead of judged.
+        """As :meth:`solve`, but returns the report without judging it.
 
         Args:
             op: The operator.
@@ -175,7 +175,7 @@ class IterativeSolver(Solver):
             x = x0.reshape(m, n)
         rproduct = _flat_product(op if self.needs_symmetric else op.adjoint())
         size = self.size(flat_b, rproduct)
-        x = torch.where(size.unsqueeze(-1) == 0, 0, x)  # A x = 0 is solved at once, whatever the guess
+        x = torch.where(size.unsqueeze(-1) == 0, 0, x)  # A x = 0 has the solution 0, whatever the guess
         tolerance = (self.rtol * size).clamp(min=self.atol)
         max_steps = 10 * n if self.max_steps is None else self.max_steps
         with progress_bar(max_steps, type(self).__name__, self.progress) as bar:
@@ -192,7 +192,7 @@ class IterativeSolver(Solver):
             )
             result = self.iterate(system)
             residual = self.residual(system, result.x)
-            # The recursions drift from the true residual by rounding; a restart takes them back to it.
+            # The recursions drift from the true residual by rounding; a restart corrects this.
             for _ in range(_RESTARTS):
                 if not result.may_restart(system.max_steps) or not bool((residual > tolerance).any()):
                     break
@@ -217,11 +217,11 @@ class IterativeSolver(Solver):
         return Solution(result.x.reshape(*batch, *op.in_shape), info)
 
     def residual(self, system: LinearSystem, x: Tensor) -> Tensor:
-        """``|b - A x|``, computed anew, ``(m,)``."""
+        """``|b - A x|``, recomputed, ``(m,)``."""
         return torch.linalg.vector_norm(system.b - system.product(x), dim=-1)
 
     def size(self, b: Tensor, rproduct: Callable[[Tensor], Tensor]) -> Tensor:
-        """What ``rtol`` is relative to, ``(m,)``: ``|b|``."""
+        """The size that ``rtol`` is relative to, ``(m,)``: ``|b|``."""
         return torch.linalg.vector_norm(b, dim=-1)
 
     def _check(self, op: LinearOperator) -> None:

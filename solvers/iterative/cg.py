@@ -57,14 +57,14 @@ class CG(IterativeSolver):
     exponents: ClassVar[tuple[float, ...] | None] = (-1,)
 
     def __post_init__(self) -> None:
-        """Check the border."""
+        """Validate the arguments."""
         if self.stop not in ("residual", "progress"):
             raise ValueError(f"stop is 'residual' or 'progress', not {self.stop!r}.")
         if self.negative_curvature not in get_args(NegativeCurvature):
             raise ValueError(f"negative_curvature is 'raise' or 'stop', not {self.negative_curvature!r}.")
 
     def iterate(self, system: LinearSystem) -> Iterate:
-        """Run the iteration; a row that is done keeps its iterate, so that reading it back late does no harm."""
+        """Run the iteration; a finished row keeps its iterate, so a late read returns the same one."""
         x, b = system.x, system.b
         r = b - system.product(x)
         z = system.precondition(r)

@@ -53,7 +53,7 @@ class LSMR(IterativeSolver):
         return torch.linalg.vector_norm(rproduct(b), dim=-1)
 
     def residual(self, system: LinearSystem, x: Tensor) -> Tensor:
-        """``|A^T (b - A x) - damp^2 x|``, computed anew, ``(m,)``."""
+        """``|A^T (b - A x) - damp^2 x|``, recomputed, ``(m,)``."""
         normal = system.rproduct(system.b - system.product(x)) - self.damp**2 * x
         return torch.linalg.vector_norm(normal, dim=-1)
 

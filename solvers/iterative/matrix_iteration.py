@@ -1,4 +1,4 @@
-"""What iterations for matrix roots share: scaling aside, they are products of matrices, checked at the end."""
+"""Base of iterations for matrix roots: matrix products after a scaling, checked at the end."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class MatrixIteration(Solver):
         return Dense(solution.x)
 
     def run(self, op: Dense, exponent: float) -> Solution:
-        """As :meth:`power`, with the report handed over instead of judged; ``x`` is the matrix."""
+        """As :meth:`power`, but returns the report without judging it; ``x`` is the matrix."""
         require_symmetric(op)
         matrix = widen(op.matrix)
         if not bool(torch.isfinite(matrix).all()):

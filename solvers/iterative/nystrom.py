@@ -28,7 +28,7 @@ class Nystrom(IterativeSolver):
 
     As a preconditioner, :meth:`precondition`, it leaves CG with a condition near
     :math:`(\lambda_l(A) + \lambda) / \lambda`: the choice when the spectrum falls fast and A is known by its products.
-    As a solver it is right where the rank covers the spectrum down to lam; the true residual is looked at each time.
+    As a solver it is right where the rank covers the spectrum down to lam; the true residual is checked each time.
 
     Args:
         rank: Columns of the sketch l; memory ``l n``.
@@ -56,7 +56,7 @@ class Nystrom(IterativeSolver):
     needs: ClassVar[tuple[type[LinearOperator], ...]] = (Shifted,)
 
     def __post_init__(self) -> None:
-        """Check the border."""
+        """Validate the arguments."""
         if self.rank < 1:
             raise ValueError(f"rank is at least 1, not {self.rank}.")
 
@@ -67,11 +67,11 @@ class Nystrom(IterativeSolver):
 
     @property
     def preconditioner(self) -> LinearOperator | None:
-        """None: it is one itself."""
+        """None: it is a preconditioner itself."""
         return None
 
     def power(self, op: LinearOperator, exponent: float, previous: LinearOperator | None = None) -> IterativeInverse:
-        """The approximate inverse; each product sketches anew and checks its residual. See :meth:`precondition`."""
+        """The approximate inverse; each product sketches again and checks its residual. See :meth:`precondition`."""
         _split(op)
         return super().power(op, exponent, previous)
 

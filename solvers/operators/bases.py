@@ -1,4 +1,4 @@
-"""Bases for operators that take what they are from a tensor or from another operator."""
+"""Base classes of operators that take shapes, dtype and device from a tensor or from another operator."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from solvers.operators.storable import storable
 
 
 class Place(Protocol):
-    """Where a block's tensor lies in the flat vector: which entries, in which order; no arithmetic.
+    """The entries of a block's tensor in the flat vector and their order; no arithmetic.
 
     A place may have a ``name``, which errors about its block then give.
     """
@@ -67,7 +67,7 @@ class BlockDiagonal(Derived):
     size: int
 
     def __post_init__(self) -> None:
-        """Check the border."""
+        """Validate the arguments."""
         object.__setattr__(self, "blocks", tuple(self.blocks))
         object.__setattr__(self, "places", tuple(self.places))
         if not self.blocks or len(self.blocks) != len(self.places):
@@ -113,7 +113,7 @@ class BlockDiagonal(Derived):
         return BlockDiagonal(tuple(map(function, self.blocks)), self.places, self.size)
 
     def block_name(self, index: int) -> str:
-        """What errors call a block: the name of its place if it has one, else its number."""
+        """Label of a block in errors: the name of its place, else its number."""
         return str(getattr(self.places[index], "name", f"block {index}"))
 
     def adjoint(self) -> BlockDiagonal:

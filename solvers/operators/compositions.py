@@ -126,21 +126,21 @@ class Product(Derived):
 @storable
 @dataclass(frozen=True, eq=False, repr=False)
 class Shifted(Wrapper):
-    """``op + lam I``. A shift destroys most structures, so it has its own place until a solver decides.
+    """``op + lam I``. A shift destroys most structures, so it stays symbolic until a solver decides.
 
     Args:
         op: Square operator.
         lam: Number or 0-d tensor, in units of ``op``.
 
     Raises:
-        ValueError: If ``op`` is not square or ``lam`` is no scalar.
+        ValueError: If ``op`` is not square or ``lam`` is not a scalar.
     """
 
     op: LinearOperator
     lam: Scalar
 
     def __post_init__(self) -> None:
-        """Check the border."""
+        """Validate the arguments."""
         if self.op.in_shape != self.op.out_shape:
             raise ValueError(f"Only a square operator has a shift; {self.op!r} goes to {self.op.out_shape}.")
         if isinstance(self.lam, Tensor) and self.lam.ndim:
@@ -199,7 +199,7 @@ class Submatrix(Wrapper):
     columns: Tensor
 
     def __post_init__(self) -> None:
-        """Check the border."""
+        """Validate the arguments."""
         for name, index in (("rows", self.rows), ("columns", self.columns)):
             if index.ndim != 1 or index.dtype != torch.int64:
                 raise ValueError(f"{name} are flat int64 indices (k,), not {index.dtype} {tuple(index.shape)}.")

@@ -15,7 +15,7 @@ from solvers.operators.storable import storable
 @storable
 @dataclass(frozen=True, eq=False, repr=False)
 class Congruence(Derived):
-    """``root^T core root``; what powers of low rank plus shift consist of, beside the identity.
+    """``root^T core root``; powers of low rank plus shift are such an operator plus a multiple of the identity.
 
     Args:
         root: Operator from ``in_shape`` to ``(k,)``.
@@ -29,7 +29,7 @@ class Congruence(Derived):
     core: LinearOperator
 
     def __post_init__(self) -> None:
-        """Check the border."""
+        """Validate the arguments."""
         if not self.core.in_shape == self.core.out_shape == self.root.out_shape:
             raise ValueError(f"The core {self.core!r} must act on {self.root.out_shape}, where {self.root!r} leads.")
 

@@ -33,7 +33,7 @@ class Damping(ABC):
     @property
     @abstractmethod
     def strength(self) -> Scalar:
-        """The number that says how much is damped; schedules and adaptation set it."""
+        """The strength of the damping, which schedules and adaptation set."""
 
     @abstractmethod
     def with_strength(self, value: Scalar) -> Self:
@@ -47,7 +47,7 @@ class AbsoluteDamping(Damping):
     lam: Scalar
 
     def __post_init__(self) -> None:
-        """Check the border."""
+        """Validate the arguments."""
         _check(self.lam)
 
     @property
@@ -109,7 +109,7 @@ class RelativeTikhonov(Damping):
     .. math:: C_b + \varphi\, \tfrac{\operatorname{tr} C_b}{n_b}\, I
 
     so that the damping follows the scale of the loss and of each layer. Block-diagonal operators are damped block by
-    block, all others as one. It needs a trace that the structure gives exactly.
+    block, all others as one. Needs an exact trace from the structure.
 
     Args:
         fraction: :math:`\varphi \ge 0`, a number or a 0-d tensor, without unit.
@@ -126,7 +126,7 @@ class RelativeTikhonov(Damping):
     relative: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        """Check the border."""
+        """Validate the arguments."""
         _check(self.fraction)
 
     @property

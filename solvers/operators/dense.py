@@ -35,7 +35,7 @@ class Dense(Derived):
     is_gram: bool = False
 
     def __post_init__(self) -> None:
-        """Check the border."""
+        """Validate the arguments."""
         if self.matrix.ndim < 2:
             raise ValueError(
                 f"Dense takes a matrix (*stack, m, n), not shape {tuple(self.matrix.shape)}. "
@@ -71,7 +71,7 @@ class Dense(Derived):
     def is_symmetric(self) -> Tensor:
         """0-d boolean: ``max |A - A^T| <= sqrt(eps) max |A|``, without a host synchronisation.
 
-        NaN and infinity pass: they are no asymmetry, and have their own error.
+        NaN and infinity pass here and have their own error.
         """
         if self.matrix.numel() == 0:
             return torch.ones((), dtype=torch.bool, device=self.device)
@@ -148,7 +148,7 @@ class Dense(Derived):
 def require_symmetric(op: Dense) -> None:
     """Refuse a matrix that is not square, not finite or not symmetric up to rounding.
 
-    Factorisations read one triangle, so a matrix that nobody vouches for is looked at as a whole.
+    Factorisations read one triangle, so a matrix not known to be symmetric is checked as a whole.
     """
     if op.matrix.shape[-1] != op.matrix.shape[-2]:
         raise NotSymmetricError(f"{op!r} is not square; a least-squares solver such as LSMR() takes rectangles.")

@@ -30,7 +30,7 @@ class Diagonal(SelfAdjoint, Derived):
     values: Tensor
 
     def __post_init__(self) -> None:
-        """Check the border."""
+        """Validate the arguments."""
         if not self.values.is_floating_point():
             raise TypeError(f"Diagonal takes real floating-point values, not {self.values.dtype}.")
 

@@ -14,7 +14,7 @@ _rules: dict[Callable[..., Any], Any] = {}  # open function -> the singledispatc
 
 
 def rule(function: Callable[..., Any], kind: type[LinearOperator]) -> Callable[[F], F]:
-    """Decorator: what an open function does with operators of a class, and of its subclasses.
+    """Decorator: add the rule of an open function for a class of operators and its subclasses.
 
     | function | the rule takes | and returns |
     | --- | --- | --- |
@@ -40,7 +40,7 @@ def rule(function: Callable[..., Any], kind: type[LinearOperator]) -> Callable[[
 
     Raises:
         ValueError: If the function takes no rules, or has one for the class.
-        TypeError: If ``kind`` is no class of operators.
+        TypeError: If ``kind`` is not a class of operators.
     """
     if function not in _rules:
         raise ValueError(f"{function!r} takes no rules; {', '.join(f.__name__ for f in _rules)} do.")
@@ -53,7 +53,7 @@ def rule(function: Callable[..., Any], kind: type[LinearOperator]) -> Callable[[
 
 
 def rules_of(function: Callable[..., Any]) -> Callable[[Callable[..., T]], Callable[..., T]]:
-    """Decorator: what an open function does with classes that have no rule; calls go to the rule that fits."""
+    """Decorator: the default of an open function, for classes without a rule; calls go to the rule that fits."""
 
     def register(default: Callable[..., T]) -> Callable[..., T]:
         _rules[function] = singledispatch(default)

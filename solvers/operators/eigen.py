@@ -37,7 +37,7 @@ class Eigen(SelfAdjoint, Derived):
     values: Tensor
 
     def __post_init__(self) -> None:
-        """Check the border."""
+        """Validate the arguments."""
         if self.basis.in_shape != self.basis.out_shape:
             raise ValueError(f"An eigenbasis is square; {self.basis!r} is not.")
         if tuple(self.values.shape) != self.basis.in_shape:

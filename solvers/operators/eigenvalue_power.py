@@ -1,4 +1,4 @@
-"""Powers of eigenvalues: what is done with negative ones, and with those that rounding cannot tell from zero."""
+"""Powers of eigenvalues, with the treatment of negative ones and of those that rounding cannot tell from zero."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ class Flattened(Wrapper):
     tensor_shape: Shape
 
     def __post_init__(self) -> None:
-        """Check the border."""
+        """Validate the arguments."""
         size = (prod(self.tensor_shape),)
         if self.op.in_shape != size or self.op.out_shape != size:
             raise ValueError(f"Tensors {self.tensor_shape} need an operator on vectors {size}, not {self.op!r}.")

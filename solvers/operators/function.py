@@ -20,7 +20,7 @@ Product = Callable[[Tensor], Tensor]
 
 
 class Function(Free):
-    """A linear map given as a function; nothing is known of it but its products.
+    """A linear map given as a function, known by its products alone.
 
     Args:
         matvec: Maps ``(*batch, *in_shape)`` to ``(*batch, *out_shape)``; linear, which is not checked.

@@ -39,7 +39,7 @@ class Kronecker(Derived):
             (a stack is block-diagonal: one Kronecker product per group of a grouped convolution).
 
     Raises:
-        ValueError: If there is no factor, or stacks or dtypes differ.
+        ValueError: If factors are missing, or stacks or dtypes differ.
     """
 
     factors: tuple[LinearOperator, ...]

@@ -1,6 +1,6 @@
 """The contract of a linear operator.
 
-An operator acts on one tensor of ``in_shape``; leading dimensions of what it is given are a batch. Where a matrix is
+An operator acts on one tensor of ``in_shape``; leading dimensions of its input are a batch. Where a matrix is
 meant (``to_dense``, ``to_scipy``, ``submatrix``), tensors are flattened row-major.
 """
 
@@ -44,7 +44,7 @@ def answers(question: str) -> Callable[[F], F]:
 
 
 def answer(question: str, *args: Any) -> Any:
-    """Call what is registered for a question: "shift", "plus", "scale", "compose", "submatrix", "inverse", "bases"."""
+    """Call the function registered for "shift", "plus", "scale", "compose", "submatrix", "inverse" or "bases"."""
     return _answers[question](*args)
 
 
@@ -65,8 +65,8 @@ class SolverLike(Protocol):
 class LinearOperator(ABC):
     """A linear map from tensors of ``in_shape`` to tensors of ``out_shape``; immutable.
 
-    A new operator defines the four abstract members and ``apply``; everything else works through them, and is
-    overridden where the structure allows something exact or cheaper.
+    A new operator defines the four abstract members and ``apply``; everything else works through them;
+    override it where the structure allows something exact or cheaper.
     """
 
     @property
@@ -87,7 +87,7 @@ class LinearOperator(ABC):
     @property
     @abstractmethod
     def device(self) -> torch.device:
-        """Where it lives."""
+        """Device of its numbers."""
 
     @abstractmethod
     def apply(self, x: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ class LinearOperator(ABC):
 
     @property
     def block_size(self) -> int | None:
-        """Vectors beyond which a product gains nothing from taking more at once; None where more are always better."""
+        """Largest useful number of vectors in one product; None where more are always better."""
         return None
 
     @property
@@ -197,12 +197,12 @@ class LinearOperator(ABC):
         return self.from_fields(**{name: convert(value) for name, value in self.fields().items()})
 
     def fields(self) -> dict[str, Any]:
-        """What the operator is made of: tensors, numbers, operators and tuples of them, by name."""
+        """The parts of the operator by name: tensors, numbers, operators and tuples of them."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
 
     @classmethod
     def from_fields(cls, **fields: Any) -> Self:
-        """Build the operator from what :meth:`fields` gave."""
+        """Build the operator from the result of :meth:`fields`."""
         return cls(**fields)
 
     # Arithmetic
@@ -212,7 +212,7 @@ class LinearOperator(ABC):
         return answer("shift", self, lam)
 
     def absorb_shift(self, lam: Scalar) -> LinearOperator:
-        """``A + lam I`` in the structure of A where that can hold it; formed at once where :meth:`shift` would wait."""
+        """``A + lam I`` in the structure of A where that can hold it; formed where :meth:`shift` stays symbolic."""
         return self.shift(lam)
 
     def plus(self, other: LinearOperator) -> LinearOperator:

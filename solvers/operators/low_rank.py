@@ -80,7 +80,7 @@ class LowRank(SelfAdjoint, Derived):
     gram: Tensor | None = None
 
     def __post_init__(self) -> None:
-        """Check the border."""
+        """Validate the arguments."""
         if isinstance(self.root, Tensor) and self.root.ndim == 0:
             raise ValueError("The root of LowRank is a tensor (k, *in_shape), not 0-d.")
         out_shape = self.factor.out_shape

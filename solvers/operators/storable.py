@@ -23,7 +23,7 @@ def storable(kind: type[T]) -> type[T]: ...
 @overload
 def storable(*, name: str) -> Callable[[type[T]], type[T]]: ...
 def storable(kind: type | None = None, *, name: str = "") -> Any:
-    """Class decorator: let a frozen dataclass, such as a Place of your own, be part of a stored operator.
+    """Class decorator: let a frozen dataclass, such as your own Place, be part of a stored operator.
 
     Its fields are tensors, numbers, strings, tuples and other storable objects.
 

@@ -1,4 +1,4 @@
-"""Checks whose verdict is read once: a hundred blocks cost one host synchronisation, and none slips through."""
+"""Checks that are read together: a hundred blocks cost one host synchronisation, and every block is checked."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def working_on(part: str) -> Iterator[None]:
 
 @contextmanager
 def checked() -> Iterator[None]:
-    """Gather every :func:`require` inside the block and look at all of them once, when the block ends.
+    """Gather every :func:`require` inside the block and evaluate all of them once, when the block ends.
 
     Raises:
         Exception: The error of the first check that fails.
@@ -58,7 +58,7 @@ def checked() -> Iterator[None]:
     try:
         yield
     except RuntimeError:
-        # Torch may stumble over what a check has already found; the check explains it better.
+        # Torch may fail on what a check has already found; the check explains it better.
         _raise_first_failure(checks)
         raise
     finally:

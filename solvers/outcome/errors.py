@@ -1,4 +1,4 @@
-"""What can go wrong in a solve; every message says what was wrong, what was expected and how to mend it."""
+"""Errors of a solve; every message says what was wrong, what was expected and how to mend it."""
 
 from __future__ import annotations
 

@@ -13,5 +13,5 @@ def progress_bar(total: int | None, description: str, progress: bool | None) -> 
         description: What is running.
         progress: True shows the bar, False never; None shows it on a terminal once a second has passed.
     """
-    disable = None if progress is None else not progress  # tqdm takes None as "where it is no terminal"
+    disable = None if progress is None else not progress  # tqdm takes None as "off unless it is a terminal"
     return tqdm(total=total, desc=description, disable=disable, delay=1.0 if progress is None else 0.0, leave=False)

@@ -1,4 +1,4 @@
-"""What a solve reports, and what happens when it has not converged."""
+"""The report of a solve, and the warning or error when it has not converged."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class SolveInfo:
 
     Attributes:
         iterations: Steps taken; all right-hand sides take them together.
-        residual: True norm ``|b - A x|``, computed anew at the end, for each right-hand side ``(*batch,)``. For least
+        residual: True norm ``|b - A x|``, recomputed at the end, for each right-hand side ``(*batch,)``. For least
             squares that of the normal equations.
         tolerance: What the norm had to reach, ``max(rtol |b|, atol)``, ``(*batch,)``.
         converged: Which right-hand sides met the stopping rule, boolean ``(*batch,)``.

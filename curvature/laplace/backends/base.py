@@ -78,7 +78,7 @@ class Backend(JacobianBackend):
         return Signals.of(terms, self._kind(), samples or self._samples(), generator, batch)
 
     def _collect(self, run: BatchPass, make: Any, joint: bool, samples: int | None) -> Collector:
-        """Send the signals of a batch back to estimators."""
+        """Feed estimators with the signals of a batch, sent back through the model."""
         collector = Collector(run.parameters, make, joint=joint, vectorised=True)
         collector.collect(run.recorder, run.output, self._signals(run.loss, run.recorder.batch, samples))
         return collector

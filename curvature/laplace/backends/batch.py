@@ -1,4 +1,4 @@
-"""One batch as laplace-torch hands it over, seen by this package."""
+"""One batch of laplace-torch, in the form of this package."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class BatchPass:
 
 
 class BatchBackend(CurvatureInterface):
-    """Runs the model on batches; nothing of the model is changed."""
+    """Runs the model on batches and leaves the model unchanged."""
 
     def trainable(self) -> Parameters:
         """The trainable parameters; with a subnetwork those that it touches."""

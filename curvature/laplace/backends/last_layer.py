@@ -1,8 +1,8 @@
 r"""The last layer in closed form: curvature and Jacobians from its inputs alone.
 
 Where the outputs are :math:`f_n = W \phi_n + b` and the features do not depend on W and b, the Gauss-Newton matrix is
-:math:`\sum_n H_n \otimes \phi_n \phi_n^\top` with the Hessian :math:`H_n` of the loss in the outputs, so nothing has to
-be sent back through the model, output by output.
+:math:`\sum_n H_n \otimes \phi_n \phi_n^\top` with the Hessian :math:`H_n` of the loss in the outputs, without
+backward passes through the model, output by output.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Features:
 
     @classmethod
     def find(cls, model: Any, x: Any) -> Features | None:
-        """Run the model; ``None`` unless its outputs are what the last layer makes of features that are independent.
+        """Run the model; ``None`` unless its outputs come from the last layer on features independent of it.
 
         Args:
             model: laplace-torch's ``FeatureExtractor``.

@@ -1,4 +1,4 @@
-"""Kronecker-factored curvature by eigenvectors: what a posterior is read from."""
+"""Kronecker-factored curvature by eigenvectors, from which posteriors are computed."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class BlockKronDecomposed(KronDecomposed):
             :math:`(\sqrt{s}\, l_B + \sqrt{\delta}) \otimes (\sqrt{s}\, l_A + \sqrt{\delta})`.
     """
 
-    # KronDecomposed.__init__ is left out on purpose: all it stores is kept in the pieces.
+    # KronDecomposed.__init__ is left out on purpose: the pieces keep all that it stores.
     def __init__(
         self,
         tensors: Tensors,
@@ -127,7 +127,7 @@ class BlockKronDecomposed(KronDecomposed):
         return torch.stack(parts).sum()
 
     def _start(self, exponent: float) -> Tensor:
-        """The matrix's power where there is no curvature: ``delta ** exponent``; ``(P,)``, to be overwritten."""
+        """The matrix's power without curvature, ``delta ** exponent``; ``(P,)``, to be overwritten."""
         return torch.cat(
             [
                 (self._delta(name) ** exponent if name in self._bare else self.deltas.new_zeros(())).expand(size)

@@ -32,7 +32,7 @@ class BlockKron(Kron):
 
     Args:
         tensors: The parameters.
-        sums: What was summed, by block.
+        sums: The sums, by block.
         examples: Number of examples seen, M.
         size: Size of the data set, N.
     """
@@ -57,7 +57,7 @@ class BlockKron(Kron):
     def kfacs(self) -> list[list[Tensor]]:  # type: ignore[override]
         """Factors in the form of laplace-torch: ``[B, A]`` or ``[H]`` for each parameter; copies, diagonals as vectors.
 
-        A parameter that has no such form (several pieces, groups, another order of its entries) is answered by at least
+        A parameter that lacks such a form (several pieces, groups, another order of its entries) gives at least
         three tensors, which :class:`laplace.utils.Kron` refuses to work with.
         """
         found: dict[str, list[tuple[BlockPart, tuple[LinearOperator, ...]]]] = {
@@ -85,7 +85,7 @@ class BlockKron(Kron):
     def __add__(self, other: Any) -> BlockKron:
         """The curvature of both sets of data.
 
-        Batches of one pass share its N; what goes beyond a pass (a second call of ``fit`` with ``override=False``)
+        Batches of one pass share its N; a further pass (a second call of ``fit`` with ``override=False``)
         adds its own.
         """
         if other is None or (type(other) is Kron and not any(factor.any() for F in other.kfacs for factor in F)):

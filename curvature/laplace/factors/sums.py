@@ -35,7 +35,7 @@ class OuterSums:
 
     @classmethod
     def read(cls, estimator: KroneckerEstimator) -> OuterSums:
-        """The sums of an estimator that has not averaged them yet."""
+        """The sums of an estimator, before averaging."""
         return cls({side: (g.step_sum()[0], *a.step_sum()) for side, (a, g) in estimator.sides.items()})
 
     def __add__(self, other: OuterSums) -> OuterSums:
@@ -58,7 +58,7 @@ class OuterSums:
         Args:
             block: The block.
             vectors: Names of the parameters with at most one dimension.
-            share: What the second factor is multiplied by.
+            share: Multiplier of the second factor.
         """
         estimator = KroneckerEstimator(block)
         for side, (g, a, count) in self.sides.items():
@@ -86,7 +86,7 @@ class PartSums:
 
     @classmethod
     def read(cls, estimator: PartsEstimator) -> PartSums:
-        """The sums of an estimator that has not averaged them yet."""
+        """The sums of an estimator, before averaging."""
         return cls(estimator.split(estimator.mean.step_sum()[0]))
 
     def __add__(self, other: PartSums) -> PartSums:
@@ -150,7 +150,7 @@ class PartsEstimator(MeanEstimator):
 
 @dataclass(frozen=True)
 class SumOptions:
-    """Which sums are kept for a block.
+    """The choice of sums for a block.
 
     Attributes:
         sharing: ``"expand"`` or ``"reduce"``, see :class:`curvature.KroneckerFisher`.

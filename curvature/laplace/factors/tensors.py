@@ -37,7 +37,7 @@ class Tensors:
 
     @cached_property
     def starts(self) -> dict[str, int]:
-        """Where each parameter begins, by name."""
+        """Start of each parameter in the flat vector, by name."""
         starts, position = {}, 0
         for name, size in self.sizes.items():
             starts[name], position = position, position + size
@@ -54,5 +54,5 @@ class Tensors:
         return sum(self.sizes.values())
 
     def place(self, part: BlockPart) -> BlockPlace:
-        """Where a part lies in the flat vector."""
+        """Place of a part in the flat vector."""
         return BlockPlace.of(Block(part.name, (part,)), self.starts, self.sizes)

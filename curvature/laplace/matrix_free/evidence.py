@@ -34,7 +34,7 @@ class Evidence:
         effective_dimension: :math:`\gamma = \operatorname{tr} a H (a H + P)^{-1}`: how many parameters the data
             determine.
         prior_gradient: Derivative of the value in the logarithm of a factor common to all prior precisions.
-        noise_gradient: Derivative in the logarithm of the noise; ``None`` where there is none.
+        noise_gradient: Derivative in the logarithm of the noise; ``None`` without noise.
     """
 
     value: Estimate
@@ -59,8 +59,8 @@ class StochasticEvidence:
         samples: Random vectors; the whole space is taken, without statistical error, if it has no more dimensions.
         steps: Products per vector at most. They grow as the root of ``1 + |H^|``, so a larger prior precision makes the
             estimate cheap; what a quadrature lacks is part of the standard error.
-        sketch: What the data determine best, for as many products as its rank, as a control variate: the random vectors
-            then estimate what it leaves out. ``None`` saves its memory, of as many vectors as its rank.
+        sketch: The best determined directions, for as many products as its rank, as a control variate: the random
+            vectors then estimate what it leaves out. ``None`` saves its memory, of as many vectors as its rank.
         batch_size: Vectors per product; ``None`` takes what fits in 256 MiB.
         generator: Where the vectors are drawn from; ``None`` draws the same ones each time.
 

@@ -1,4 +1,4 @@
-"""The Laplace posterior of a model that is too large for any factor: what is known of it by products alone."""
+"""The Laplace posterior of a model too large for any factor, by products alone."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class LinearizedLaplace:
         sigma_noise, temperature: As given.
 
     Raises:
-        ValueError: If a hyperparameter is out of range, noise is given for a likelihood that has none, or the
+        ValueError: If a hyperparameter is out of range, noise is given for a likelihood without noise, or the
             likelihood is a sum of losses.
         UnknownLossError: If the derivatives of the loss are not known.
 
@@ -119,7 +119,7 @@ class LinearizedLaplace:
 
     @property
     def scale(self) -> float:
-        """``a``: what H is multiplied by."""
+        """``a``, the multiplier of H."""
         return 1 / (self.sigma_noise**2 * self.temperature)
 
     @property
@@ -145,7 +145,7 @@ class LinearizedLaplace:
 
     @property
     def observations(self) -> int:
-        """How many numbers the likelihood compares with outputs."""
+        """Number of observations: the numbers that the likelihood compares with outputs."""
         return sum(number for _, number in self._seen())
 
     def scatter(self) -> Tensor:
@@ -165,7 +165,7 @@ class LinearizedLaplace:
         return moved(effective_dimension, 0.5, -0.5 * (pull if effective_dimension.value.dim() else pull.sum()))
 
     def noise_gradient(self, effective_dimension: Estimate) -> Estimate | None:
-        r"""Derivative of the log evidence in the logarithm of the noise; ``None`` where there is none.
+        r"""Derivative of the log evidence in the logarithm of the noise; ``None`` without noise.
 
         It is :math:`2 a \ell - N + \gamma` with the loss :math:`\ell` at unit noise and N observations.
 

@@ -39,7 +39,7 @@ class Predictive:
     def average(self, function: Callable[[Tensor], Tensor]) -> Estimate:
         """Mean of a function of the outputs, with its standard error.
 
-        Each sample counts with its mirror image, which is as probable: what is odd in it adds no error.
+        Each sample counts with its mirror image, which is as probable, so the odd part adds no error.
 
         Args:
             function: Acts on outputs ``(S, *output)``, each alone.

@@ -22,7 +22,7 @@ class Prior:
 
     @classmethod
     def of(cls, value: float | Tensor, tensors: tuple[int, ...], device: torch.device) -> Prior:
-        """Read what the user gave, as laplace-torch does.
+        """Read the user's argument, as laplace-torch does.
 
         Args:
             value: A number, ``(tensors,)`` or ``(P,)``.
@@ -30,7 +30,7 @@ class Prior:
             device: Where the numbers go.
 
         Raises:
-            ValueError: If the shape fits none, or a number is not positive.
+            ValueError: If the shape fits none of these, or a number is not positive.
         """
         values = torch.as_tensor(value, dtype=torch.float64, device=device).detach().reshape(-1)
         total = sum(tensors)

@@ -79,7 +79,7 @@ class PosteriorSamples:
         r"""Outputs of the linearised model, :math:`f(x) + J(x) (\theta_s - \theta^*)`, by one product for each sample.
 
         Raises:
-            RuntimeError: If the parameters are no longer those of the posterior.
+            RuntimeError: If the parameters have changed since the posterior was made.
         """
         parameters = Parameters(self.model, list(self.names))
         if not torch.equal(parameters.flatten({name: p.detach() for name, p in parameters.items()}), self.mean):
@@ -199,7 +199,7 @@ class PosteriorSampler:
         )
 
     def _preconditioner(self, posterior: LinearizedLaplace, precision: Tensor) -> LinearOperator | None:
-        """Something near ``(I + H^)^-1``."""
+        """An operator near ``(I + H^)^-1``."""
         near, a = self._near, posterior.scale
         if near is None:
             return None

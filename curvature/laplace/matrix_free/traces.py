@@ -21,7 +21,7 @@ from solvers.estimates.lanczos import Quadrature, quadrature, remaining
 from solvers.estimates.probes import default_batch, flat_product, signs
 
 _CHUNK = 1 << 18
-#: Sketches what the data determine best; a product for each of its rows, once.
+#: Sketches the best determined directions; a product for each of its rows, once.
 SKETCH = Nystrom(rank=50)
 
 
@@ -150,14 +150,14 @@ class WhitenedTraces:
         return rules
 
     def _settled(self, rule: Quadrature, known: Known | None, factor: float, share: float) -> bool:
-        """Whether what more steps would change is at most this share of what the random vectors leave open."""
+        """Whether the error of the steps is at most this share of the error of the random vectors."""
         values, changes = self._integrals(rule, known, factor)
         spread = values.std(0) * self.samples**-0.5 if len(values) > 1 else torch.zeros_like(values[0])
         floor = self._eps**0.5 * values.mean(0).abs()
         return bool((remaining(changes.mean(1)) <= torch.maximum(share * spread, floor)).all())
 
     def _integrals(self, rule: Quadrature, known: Known | None, factor: float) -> tuple[Tensor, Tensor]:
-        """Both quadratic forms for each vector ``(m, 2)``, and what the steps changed ``(2, m, 2)``."""
+        """Both quadratic forms for each vector ``(m, 2)``, and their changes by the steps ``(2, m, 2)``."""
         lowest = factor * rule.nodes.min()
         if not bool(lowest > -1):
             raise NotPositiveDefiniteError(

@@ -92,7 +92,7 @@ def optimize_evidence(
         The values, their errors, and the posterior with them.
 
     Raises:
-        ValueError: If noise is to be tuned where there is none, or the model explains all observations.
+        ValueError: If noise is to be tuned for a likelihood without noise, or the model explains all observations.
         NotConvergedError: If the tolerance is not met, or a solve has not converged.
 
     References:

@@ -1,4 +1,4 @@
-"""Nested states as one safetensors file: plain tensors, and JSON for everything else. No pickle."""
+"""Nested states as one safetensors file: plain tensors, and JSON for everything else, without pickle."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def write(path: str | os.PathLike[str], kind: str, state: Mapping[str, Any]) -> 
 
     Args:
         path: The file; its folder must exist.
-        kind: What the state describes; :func:`read` compares it.
+        kind: Kind of the state; :func:`read` compares it.
         state: Nested dicts (keyed by strings), lists and tuples of tensors, dtypes, numbers, strings, booleans and
             ``None``. Tuples come back as lists.
 
@@ -40,15 +40,15 @@ def write(path: str | os.PathLike[str], kind: str, state: Mapping[str, Any]) -> 
 
 
 def read(path: str | os.PathLike[str], kind: str, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read what :func:`write` wrote; every tensor has its values, dtype and order of dimensions in memory.
+    """Read a file of :func:`write`; every tensor has its values, dtype and order of dimensions in memory.
 
     Args:
         path: The file.
-        kind: What it must describe.
+        kind: The expected kind.
         device: Where the tensors go.
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        FileNotFoundError: If the file does not exist.
         CheckpointError: If the file is damaged, or something else.
     """
     safetensors = _safetensors()

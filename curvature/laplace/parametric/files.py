@@ -31,7 +31,7 @@ _KIND = "a posterior"
 _BACKENDS: dict[str, type[CurvatureInterface]] = {
     kind.__name__: kind for kind in (GGNBackend, EFBackend, HessianBackend)
 }
-#: What is copied as it is.
+#: Attributes that are copied as they are.
 _NUMBERS = ("mean", "loss", "_prior_mean", "_prior_precision", "_sigma_noise", "n_data", "n_outputs")
 _OPTIONS = ("temperature", "enable_backprop", "dict_key_x", "dict_key_y", "_asdl_fisher_kwargs", "damping")
 
@@ -39,8 +39,8 @@ _OPTIONS = ("temperature", "enable_backprop", "dict_key_x", "dict_key_y", "_asdl
 def save(la: ParametricLaplace, path: str | os.PathLike[str]) -> None:
     """Write a fitted posterior to a safetensors file: tensors, and JSON for its structure and hyperparameters.
 
-    The file has no weights but those that the posterior is over (its mean); keep the model's own file for the rest. It
-    has all that was summed, so that what can be fitted to more data still can after :func:`load`.
+    The file holds only the weights that the posterior is over (its mean); keep the model's own file for the rest. It
+    holds all sums, so a posterior that can be fitted to more data still can after :func:`load`.
 
     Args:
         la: Fitted posterior: ``"full"``, ``"diag"``, ``"kron"``, ``"kfac"``, ``"ekfac"``, ``"low_rank"``,
@@ -61,7 +61,7 @@ def load(
     *,
     restore: bool = False,
 ) -> Any:
-    """Read what :func:`save` wrote: a posterior that predicts the same, bit for bit, on the same kind of machine.
+    """Read a file of :func:`save`: a posterior that predicts the same, bit for bit, on the same kind of machine.
 
     As after ``fit``, the model is in evaluation mode. Nothing in the file is executed.
 
@@ -199,7 +199,7 @@ def _of_last_layer(la: Any) -> bool:
 
 
 def _others(la: Any) -> list[Tensor]:
-    """Parameters and buffers that the posterior takes as they are."""
+    """Parameters and buffers outside the posterior."""
     own = {id(p) for p in _own(la)}
     return [t for t in (*_network(la).parameters(), *_network(la).buffers()) if id(t) not in own]
 

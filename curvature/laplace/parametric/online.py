@@ -92,7 +92,7 @@ class OnlineLaplace:
         return 0.5 * (prior if self._form is None else prior + factor * self._form(delta))
 
     def update(self, loader: DataLoader, progress_bar: bool = False) -> None:
-        """Take the model's parameters for the optimum of a task, and add the task's curvature there.
+        """Add a task's curvature at the model's parameters, taken as the task's optimum.
 
         The model is in evaluation mode afterwards, as after ``fit``. If something fails, the posterior is as before.
 
@@ -126,7 +126,7 @@ class OnlineLaplace:
     def load(
         cls, path: str | os.PathLike[str], model: nn.Module, backend: type[CurvatureInterface] | None = None
     ) -> OnlineLaplace:
-        """Read what :meth:`save` wrote.
+        """Read a file of :meth:`save`.
 
         Args:
             path: The file.
@@ -173,7 +173,7 @@ def _check(la: Any) -> None:
 
 
 def _discount(la: Any, weight: float) -> None:
-    """Let each example count for ``weight`` examples. What was there is not changed in place."""
+    """Let each example count for ``weight`` examples; existing tensors stay unchanged."""
     if isinstance(la, KronLaplace):
         kron: Any = la.H_facs
         sums = {block: _discounted(s, weight) for block, s in kron.sums.items()}
@@ -191,7 +191,7 @@ def _discounted(sums: Sums, weight: float) -> Sums:
 
 
 def _quadratic_form(la: Any) -> Any:
-    """The function of vectors ``(P,)`` that is ``x^T H x``; ``None`` where there is no curvature yet."""
+    """The function ``x^T H x`` of vectors ``(P,)``; ``None`` before the first curvature."""
     if not la.n_data:
         return None
     if not isinstance(la, KronLaplace):

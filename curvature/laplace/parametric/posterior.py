@@ -26,8 +26,8 @@ class KFACLaplace(InParts, KronLaplace):
     """Kronecker-factored posterior of all parameters: ``hessian_structure="kfac"`` with ``subset_of_weights="all"``.
 
     As ``"kron"`` with a backend of this package, with two differences. Nothing is allocated before the data are seen,
-    so models with parameters of any shape are served (scalars, Conv3d, large embeddings). What is saved is all that was
-    summed, so a loaded posterior is the one that was saved and can be fitted to more data.
+    so models with parameters of any shape are served (scalars, Conv3d, large embeddings). All sums
+    are saved, so a loaded posterior equals the saved one and can be fitted to more data.
 
     Args:
         args: As for :class:`laplace.KronLaplace`.
@@ -126,8 +126,8 @@ class EKFACLaplace(KFACLaplace):
 class LastLayerKFACLaplace(FromFeatures, KronLLLaplace, KFACLaplace):
     """Kronecker-factored posterior of the last layer: ``hessian_structure="kfac"``, predictions without Jacobians.
 
-    The covariance of the outputs follows from the features, and predictions that need no more than its diagonal (the
-    probit approximation, ``diagonal_output=True`` in regression) compute no more. Arguments and errors are those of
+    The covariance of the outputs follows from the features, and predictions that need its diagonal alone (the
+    probit approximation, ``diagonal_output=True`` in regression) compute only that. Arguments and errors are those of
     :class:`laplace.KronLLLaplace` and :class:`KFACLaplace`.
     """
 
@@ -182,7 +182,7 @@ class LowRankPosterior(InParts, LowRankLaplace):
     def __init__(
         self, model: nn.Module, likelihood: str, backend: type[CurvatureInterface] | None = None, **kwargs: Any
     ) -> None:
-        # LowRankLaplace.__init__ does no more than to look for a package that is not needed here.
+        # LowRankLaplace.__init__ only looks for a package that is not needed here.
         ParametricLaplace.__init__(self, model, likelihood, backend=backend or GGNBackend, **kwargs)
 
     def fit(self, train_loader: DataLoader, override: bool = True, progress_bar: bool = False) -> None:

@@ -25,8 +25,8 @@ MEMORY = 1 << 29
 class Predictions(ParametricLaplace):
     """A posterior that knows the covariances of the outputs, and their variances at a lower price.
 
-    Predictions that need no more than variances (the probit approximation, ``diagonal_output=True`` in regression)
-    compute no more.
+    Predictions that need variances alone (the probit approximation, ``diagonal_output=True`` in regression)
+    compute only those.
     """
 
     def __init__(self, *args: Any, backend: type[CurvatureInterface] | None = None, **kwargs: Any) -> None:
@@ -41,7 +41,7 @@ class Predictions(ParametricLaplace):
             diagonal: The variances only.
 
         Returns:
-            ``(M, C)`` and ``(M, C, C)`` or ``(M, C)``; ``None`` where laplace-torch's way is to be taken.
+            ``(M, C)`` and ``(M, C, C)`` or ``(M, C)``; ``None`` where laplace-torch's own method is used.
         """
 
     def _glm_predictive_distribution(
@@ -59,7 +59,7 @@ class Predictions(ParametricLaplace):
         n_samples: int = 100,
         diagonal_output: bool = False,
     ) -> Any:
-        # Two predictions need no more than variances, which spares (M, C, C) numbers.
+        # Two predictions need variances alone, which spares (M, C, C) numbers.
         probit = likelihood != Likelihood.REGRESSION and link_approx == LinkApprox.PROBIT
         if probit or (likelihood == Likelihood.REGRESSION and diagonal_output and not joint):
             found = self._variances(x, diagonal=True)
@@ -117,7 +117,7 @@ class InParts(Predictions):
             rows = []
             for block in _parts(kept.signals, MEMORY // _nbytes(kept, 1)):
                 Js = kept.rows(block, examples)
-                # Each output for itself, as if it were an example with one.
+                # Each output separately, as if it were an example with one.
                 rows.append(self.functional_variance(Js.flatten(0, 1).unsqueeze(1)).reshape(Js.shape[:2]))
             out.append(torch.cat(rows).mT)
         return torch.cat(out)
@@ -152,6 +152,6 @@ def _nbytes(kept: KeptGradients, outputs: int) -> int:
 
 
 def _parts(number: int, size: int) -> list[slice]:
-    """Consecutive slices of a size, of one at least."""
+    """Consecutive slices of a size, at least one."""
     size = max(1, size)
     return [slice(start, min(number, start + size)) for start in range(0, number, size)]

@@ -64,7 +64,7 @@ def update(
 
     Args:
         state: So far.
-        batch: What ``forward`` takes; tensors with the leading dimension of its first one are split into examples.
+        batch: Argument of ``forward``; tensors with the leading dimension of its first one are split into examples.
         forward: See :func:`build`.
         outer_log_likelihood: See :func:`build`.
         inplace: Change the state and its tensors in place of making others.

@@ -17,7 +17,7 @@ __all__ = ["EKFACLaplaceState", "build", "init", "sample", "update"]
 
 
 def build(forward: F.Forward, outer_log_likelihood: F.OuterLogLikelihood, kfac: KFACLaplaceState) -> F.Transform:
-    """``init`` and ``update`` of an approximation with the eigenvectors of another one, and eigenvalues of its own.
+    """``init`` and ``update`` of an approximation with the eigenvectors of another one and corrected eigenvalues.
 
     Args:
         forward: As for :func:`kfac_ggn.build`.

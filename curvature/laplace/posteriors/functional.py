@@ -85,7 +85,7 @@ class FunctionalBackend(GGNBackend):
         return size
 
     def terms_of(self, output: Tensor, y: Any) -> Terms:
-        """The loss example by example: the log-likelihood of a batch that holds one alone."""
+        """The loss example by example: the log-likelihood of a batch of one."""
         size = self.count(y)
 
         def is_row(tensor: Tensor) -> bool:

@@ -45,7 +45,7 @@ class KFACLaplaceState:
 
     Attributes:
         params: Its mean.
-        factors: What the data say; sums, so that states of several batches add up.
+        factors: The curvature of the data, as sums, so that states of several batches add up.
         prec_diag: The numbers on the diagonal, ``(number of parameters,)``, in sorted order of the names.
         step: Number of batches, 0-d.
     """
@@ -82,7 +82,7 @@ def update(
     sharing: Literal["expand", "reduce"] = "expand",
     inplace: bool = False,
 ) -> tuple[KFACLaplaceState, Any]:
-    """Add the factors of a batch; as :func:`diag_ggn.update`. With ``inplace`` the state is changed, no tensor is."""
+    """Add the factors of a batch; as :func:`diag_ggn.update`. ``inplace`` changes the state, not its tensors."""
     backend = F.FunctionalBackend(state.params, forward, outer_log_likelihood)
     _, new = backend.kron(batch, batch, N=backend.count(batch), kfac_approx=sharing)
     factors = state.factors + new if state.factors.sums else new

@@ -1,1 +1,1 @@
-"""How a report is shown: text, page, figures."""
+"""Views of a report: text, page, figures."""

@@ -20,7 +20,7 @@ from solvers import Density, Eigenpairs, Estimate
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Colours that stand for those of the page until the SVG is written. No shape has them by chance.
+# Colours that stand for those of the page until the SVG is written. Shapes do not use them otherwise.
 _INK = "#010203"
 _CYCLE = ("#0a0b0c", "#0d0e0f", "#1a1b1c", "#1d1e1f")
 _WIDTH = 4.6  # inches: at the width of a phone, letters keep about their size
@@ -28,7 +28,7 @@ _MOST = 12  # layers in a plot
 _LONGEST = 22  # letters of a layer's name
 
 
-#: Title, sentence, height in inches, and what draws it.
+#: Title, sentence, height in inches, and the drawing function.
 Drawing = tuple[str, str, float, Callable[["Axes"], object]]
 
 
@@ -37,8 +37,8 @@ class Plot:
     """A plot.
 
     Attributes:
-        title: What it shows.
-        plain: One sentence for people who know none of it.
+        title: Its subject.
+        plain: One sentence for newcomers.
         svg: The picture.
     """
 
@@ -72,12 +72,12 @@ def figures(report: Findings, name: str) -> list[Plot]:
 
 
 def svg(draw: Callable[[Axes], object], name: str, title: str, height: float) -> str:
-    """Draw into new axes and return SVG to be put into a page.
+    """Draw into new axes and return SVG for a page.
 
     Args:
         draw: Draws.
         name: Makes the identifiers in the SVG those of this plot.
-        title: What a screen reader says.
+        title: Text for screen readers.
         height: In inches.
     """
     library()
@@ -95,7 +95,7 @@ def svg(draw: Callable[[Axes], object], name: str, title: str, height: float) ->
         "svg.hashsalt": name,
         "font.size": 9.5,
     }
-    # Styles of the user's own have no say in a page, and are as they were afterwards.
+    # The user's own styles do not apply to a page, and are restored afterwards.
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(style)
@@ -222,7 +222,7 @@ def _height(rows: int) -> float:
 
 
 def _short(report: Findings) -> dict[str, str]:
-    """Names of layers that fit beside a plot, all different; the index of the layer where nothing else tells."""
+    """Names of layers that fit beside a plot, all different; the index of the layer where names leave it open."""
     names = {layer: _fitting(layer) for layer in report.layers}
     if len(set(names.values())) < len(names):
         names = {layer: f"{i}: {name[: _LONGEST - 5]}" for i, (layer, name) in enumerate(names.items())}
@@ -230,7 +230,7 @@ def _short(report: Findings) -> dict[str, str]:
 
 
 def _fitting(name: str) -> str:
-    """A dotted name with its parts shortened to a letter and their number, from the left, as far as it takes."""
+    """A dotted name with its parts shortened to a letter and their number, from the left, as far as needed."""
     parts = name.split(".")
     for i, part in enumerate(parts[:-1]):
         if len(".".join(parts)) > _LONGEST and not part.isdigit():

@@ -1,4 +1,4 @@
-"""Numbers as people read them: no more digits than are known."""
+"""Numbers for readers: only the digits that are known."""
 
 from __future__ import annotations
 

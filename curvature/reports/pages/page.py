@@ -67,7 +67,7 @@ def _chapter(report: Findings, chapter: Chapter, plots: bool) -> str:
 
 
 def _figure(plots: list[Plot]) -> str:
-    """Plots of one kind side by side, with what all of them show."""
+    """Plots of one kind side by side, with their common description."""
     drawn = "".join(f"<div><h3>{escape(plot.title)}</h3>{plot.svg}</div>" for plot in plots)
     return f'<figure><div class="pair">{drawn}</div><figcaption>{escape(plots[0].plain)}</figcaption></figure>'
 

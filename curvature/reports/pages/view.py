@@ -17,7 +17,7 @@ class Table:
     """A table.
 
     Attributes:
-        caption: What it shows.
+        caption: Its description.
         head: Names of the columns.
         rows: Cells, as many as there are names.
         words: How many columns, from the left, hold words; the others hold numbers.
@@ -45,8 +45,8 @@ class Chapter:
 
     Attributes:
         title: Its title.
-        plain: What it is about, for people who know none of it.
-        findings: What this report says, in sentences.
+        plain: Its subject, for newcomers.
+        findings: The results of this report, in sentences.
         tables: Its tables.
         plots: Names of its plots in ``curvature.reports.pages.figures``.
         expert: Definitions and methods.
@@ -61,7 +61,7 @@ class Chapter:
 
 
 def chapters(report: Findings) -> list[Chapter]:
-    """All that has something to say."""
+    """The chapters with contents."""
     made = [_glance, _spectrum, _layers, _structures, _examples, _coverage, _missing, _cost]
     return [chapter for make in made if (chapter := make(report)) is not None]
 

@@ -70,10 +70,10 @@ def density(study: Study, matrix: Matrix, allotted: float) -> DensityResult:
 
 
 def _effective_dimension(study: Study, rules: list[Quadrature]) -> Number:
-    """Mean over the random vectors; what the steps leave out is added to its error."""
+    """Mean over the random vectors; its error includes the truncation of the steps."""
 
     def share(eigenvalues: Tensor) -> Tensor:
-        positive = eigenvalues.clamp(min=0)  # a GGN has no other, but for rounding
+        positive = eigenvalues.clamp(min=0)  # those of a GGN are, up to rounding
         return positive / (positive + study.damping)
 
     values, changes = Mean(), Mean()

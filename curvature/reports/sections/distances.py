@@ -102,7 +102,7 @@ def _ratios(
     affordable: float,
     name: str,
 ) -> tuple[dict[str, Number], int]:
-    """Distances within one block of the GGN, none where it is zero; and the products they took."""
+    """Distances within one block of the GGN, empty where it is zero; and the products they took."""
     size = part.stop - part.start
     if size <= samples or size <= min(_SMALL, affordable):
         unit = torch.eye(size, dtype=block.dtype, device=block.device)

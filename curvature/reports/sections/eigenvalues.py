@@ -12,7 +12,7 @@ from curvature.reports.results import Eigenvalue, EigenvaluesResult, Matrix, Num
 from curvature.reports.sections.study import Study
 from solvers import Eigenpairs, NotConvergedWarning, eigsh
 
-_MOST = 2000  # products for one end of the spectrum, where nothing else limits them
+_MOST = 2000  # products for one end of the spectrum, without another limit
 _SMALLEST = 3  # how many of the lowest eigenvalues are shown; what matters is whether there are negative ones
 
 
@@ -23,7 +23,7 @@ def products(study: Study, matrix: Matrix) -> tuple[int, int]:
 
 
 def _counts(study: Study, matrix: Matrix) -> tuple[int, int]:
-    """Pairs at the upper end, with one more that tells the gap, and at the lower end: a GGN has nothing below zero."""
+    """Pairs at the upper end, with one more that tells the gap, and at the lower end: a GGN has none below zero."""
     top = min(study.k + 1, study.size)
     return top, min(_SMALLEST, study.k, study.size) if matrix == "hessian" else 0
 
@@ -69,7 +69,7 @@ def _from_dense(study: Study, matrix: Matrix, top: int) -> tuple[Eigenpairs, Eig
 
 
 class _Stop(Exception):
-    """The allotted amount has been spent."""
+    """Raised when the allotted amount is spent."""
 
 
 def _search(study: Study, matrix: Matrix, k: int, which: str, atol: float, allotted: float) -> Eigenpairs:

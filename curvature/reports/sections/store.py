@@ -1,4 +1,4 @@
-"""Finished sections and a running search for eigenvalues, which outlive the process where there is a file."""
+"""Finished sections and a running search for eigenvalues, kept in a file if there is one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from curvature.estimation.checkpoint import Checkpoint
 
 
 class Store:
-    """Results by name, and the state of what is running.
+    """Results by name, and the state of the running search.
 
     Args:
         place: The file, or None to keep all in memory.
@@ -24,7 +24,7 @@ class Store:
         self.content: dict[str, dict[str, Any]] = {"sections": {}, "vectors": {}, "running": {}}
 
     def open(self, identity: Mapping[str, Any]) -> None:
-        """Take up the file if there is one.
+        """Load the file if it exists.
 
         Raises:
             CheckpointError: If it belongs to another model, data or options.

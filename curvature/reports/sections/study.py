@@ -1,4 +1,4 @@
-"""Shared by the sections of a report: the loss, its matrices, the layers, and the account of what was spent."""
+"""Shared by the sections of a report: the loss, its matrices, the layers, and the account of the budget."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from solvers import Function, LinearOperator
 
 MATRICES: dict[Matrix, Callable[..., DatasetOperator]] = {"hessian": hessian, "ggn": ggn}
 
-# Where a matrix has no more rows than this, it is formed and nothing is estimated.
+# A matrix of up to this many rows is formed, which makes every result exact.
 SMALL = 2000
-#: Where it has more rows, it is not formed even if the user asks for it: it would take more than 3 GiB.
+#: A larger matrix is never formed, even on request: it would take more than 3 GiB.
 LARGE = 20_000
 #: Vectors that are multiplied at once.
 BLOCK = 8
@@ -41,8 +41,8 @@ class Study:
 
     Attributes:
         problem: The loss over the data.
-        layers: Segment of the flat vector of each module that has parameters of its own.
-        budget: What may be spent.
+        layers: Segment of the flat vector of each module that owns parameters.
+        budget: The budget.
         structures: Structures to compare with the GGN, by their labels.
         gradient: Gradient of the loss over all data ``(P,)``, float64, once it is known.
         loss: The loss over all data, once it is known.
@@ -55,8 +55,8 @@ class Study:
         spectrum: Their eigenvalues, ascending, and eigenvectors, in columns.
         vectors: Approximate eigenvectors ``(k, P)`` of the largest eigenvalues, by matrix.
         start: Vectors to start the search for eigenvectors from, by matrix.
-        eigenvalues: What is known of them, by matrix.
-        traces: What is known of them, by matrix.
+        eigenvalues: Those found so far, by matrix.
+        traces: Those found so far, by matrix.
     """
 
     def __init__(
@@ -112,12 +112,12 @@ class Study:
         return sorted(self.layers, key=lambda name: self.layers[name].start - self.layers[name].stop)
 
     def generator(self, *names: str) -> torch.Generator:
-        """A source of random numbers of its own for each purpose, so that no section changes another."""
+        """A separate source of random numbers for each purpose, so that sections do not change each other."""
         seed = zlib.crc32("/".join((str(self.seed), *names)).encode())
         return torch.Generator(self.problem.parameters.device).manual_seed(seed)
 
     def operator(self, matrix: Matrix) -> DatasetOperator:
-        """The matrix itself, whose products nobody counts."""
+        """The matrix itself, whose products are not counted."""
         if matrix not in self._operators:
             self._operators[matrix] = MATRICES[matrix](*self.given, **self.options)
         return self._operators[matrix]
@@ -133,7 +133,7 @@ class Study:
         return Function(product, op.in_shape, symmetric=True, dtype=op.dtype, device=op.device)
 
     def measure(self, matrix: Matrix) -> None:
-        """Find out what a product costs, alone and in a block.
+        """Measure the cost of a product, alone and in a block.
 
         The first one may record graphs that are kept, so it is not timed; where products are slow, blocks of vectors
         take as long as the vectors one by one.
@@ -203,12 +203,12 @@ class Study:
                     f"warm_start is a report on {rows.shape[1]:,} parameters; here there are {self.size:,}."
                 )
             rows = rows.to(self.problem.parameters.device)
-            # Lanczos starts from the sum; a little noise lets it see what has come up since.
+            # Lanczos starts from the sum; a little noise lets it see new directions.
             noise = torch.randn(rows[:1].shape, generator=self.generator("start", matrix), device=rows.device)
             self.start[matrix] = torch.cat([rows, 0.1 / self.size**0.5 * noise.to(rows)])
 
     def first_pass(self) -> None:
-        """The loss and its gradient over the data, and what a pass costs.
+        """The loss and its gradient over the data, and the cost of a pass.
 
         Raises:
             ValueError: If the loss is not finite.

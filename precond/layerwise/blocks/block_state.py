@@ -22,7 +22,7 @@ def add_blocks(
         saved: The ``state_dict``, in torch's layout; changed.
         blocks: The blocks.
         numbers: Parameter's name -> its number in the ``state_dict``.
-        mixing: Blocks whose rows do not belong to single examples. What the first pass found out is not found again: a
+        mixing: Blocks whose rows do not belong to single examples. The findings of the first pass are kept: a
             resumed run looks at its passes as this one does.
     """
     for name, preconditioner in blocks.items():

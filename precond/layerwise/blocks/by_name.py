@@ -15,7 +15,7 @@ from solvers import Kronecker
 
 
 class Preconditioners(dict[str, Preconditioner]):
-    """Name of a block -> its preconditioner; what is done to all of them in a step."""
+    """Name of a block -> its preconditioner; with the operations of a step on all of them."""
 
     def discard(self) -> None:
         """Forget the statistics of the step."""
@@ -77,7 +77,7 @@ class Preconditioners(dict[str, Preconditioner]):
 
 
 def _fill(result: Tensor, gradient: Tensor, written: list[BlockPart]) -> Tensor:
-    """Write a gradient where none of these parts was written; returns it with zeros in these parts."""
+    """Write a gradient outside these parts; returns it with zeros in them."""
     rest = gradient.clone(memory_format=torch.contiguous_format)
     for part in written:
         part.write(torch.zeros_like(part.read(rest.view(-1))), rest.view(-1))

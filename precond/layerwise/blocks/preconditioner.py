@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 class Preconditioner:
-    """``P = (damped C)^exponent`` of one block, refreshed now and then.
+    """``P = (damped C)^exponent`` of one block, refreshed periodically.
 
     If a refresh fails (a factor that is not positive definite, say) the last good inverse stays, the failure is
     counted, and after three in a row an error names the block.
@@ -45,7 +45,7 @@ class Preconditioner:
         self.estimator, self.solver, self.exponent = estimator, solver, exponent
         self.form: Form = "outer"  # how samples reach the estimate
         self.inverse: LinearOperator | None = None
-        self.unseen = 0  # updates that the inverse does not know
+        self.unseen = 0  # updates that the inverse does not include yet
         self.failures = 0
 
     def commit(self, ema: float) -> None:
@@ -67,7 +67,7 @@ class Preconditioner:
                 known basis are inverted again, entry by entry.
 
         Raises:
-            SolverError: If there is no inverse, and there was none before or too many refreshes failed.
+            SolverError: If a refresh fails without an earlier inverse, or too many fail in a row.
         """
         if not self.estimator.ready:
             return
@@ -97,7 +97,7 @@ class Preconditioner:
             log.warning("block %s keeps its last inverse: %s", self.estimator.block.name, error)
 
     def _power(self, damped: LinearOperator, rows: int | None, applications: int | None) -> LinearOperator:
-        """P, by triangular factors where these are applied so rarely that an explicit inverse would not pay."""
+        """P, by triangular factors where they are applied too rarely for an explicit inverse to pay."""
         pair = isinstance(damped, Kronecker) and not damped.stack and len(damped.factors) == 2
         if not (pair and isinstance(self.solver, Cholesky) and self.solver.explicit and applications):
             return power(damped, self.exponent, self.solver, previous=self.inverse)

@@ -1,4 +1,4 @@
-"""When the inverses of the blocks are renewed: densely at first, and spread over the period."""
+"""Times of the refreshes of the blocks: dense at first, and spread over the period."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from solvers.operators.dispatch import open_to_rules
 class Doubling:
     """A period that doubles with the steps taken up to its final length: due at steps 0, 1, 2, 4, 8, ...
 
-    The first statistics are poor and change fast, the later ones are good and change slowly; a handful of early
-    refreshes costs what a handful of periods does. A schedule for ``inverse_update_period``.
+    The first statistics are poor and change fast, the later ones are good and change slowly; a few early
+    refreshes cost as much as a few periods. A schedule for ``inverse_update_period``.
 
     >>> [step for step in range(50) if step % Doubling(10)(step) == 0]
     [0, 1, 2, 4, 8, 10, 20, 30, 40]
@@ -36,11 +36,11 @@ class Doubling:
             raise ValueError(f"a period is a whole number of steps, at least 1; got {self.period!r}.")
 
     def __call__(self, step: int) -> int:
-        """The period that counts at a step: the largest power of two not beyond it, and in the end the final one."""
+        """The period at a step: the largest power of two not beyond it, and in the end the final one."""
         return self.period if step >= self.period else 1 << (max(step, 1).bit_length() - 1)
 
 
-#: What layer-based methods refresh by, unless told otherwise.
+#: Default period of layer-based methods.
 DOUBLING_TO_10 = Doubling(10)
 
 

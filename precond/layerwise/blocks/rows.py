@@ -1,4 +1,4 @@
-"""The rows behind a dense layer's gradient, while the gradient is exactly what they make."""
+"""The rows behind a dense layer's gradient, while the gradient is exactly their product."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class RowTap:
     """Watches one ``nn.Linear`` and offers the rows of its gradient.
 
     The rows stand for the gradient only if one forward pass used the layer since the last step, the gradient was empty
-    before its backward pass, nothing touched it afterwards (judged by its version, and by a random combination, which
+    before its backward pass, it was not changed afterwards (judged by its version, and by a random combination, which
     also notices changes through ``.data``), and it was not summed over processes.
     """
 
@@ -80,7 +80,7 @@ class RowTap:
         self._passes, self._input, self._gradient, self._written = 0, None, None, {}
 
     def forward(self, module: nn.Linear, x: Tensor, output: Tensor) -> None:
-        """Note a forward pass, unless the library made it to look at the model."""
+        """Note a forward pass, unless it is the library's own."""
         if not output.requires_grad or torch.compiler.is_compiling() or inspecting():
             return
         self._passes += 1
@@ -177,7 +177,7 @@ class RowTaps:
             tap.clear()
 
     def count(self, name: str) -> int | None:
-        """How many rows made the last gradient of a block, if they did."""
+        """The number of rows whose product is the last gradient of a block, if known."""
         return self.taps[name].count or None if name in self.taps else None
 
     def rows(
@@ -193,7 +193,7 @@ class RowTaps:
 
 
 class _WeakHook:
-    """Forward hook that neither keeps its tap alive nor travels with copies of the model."""
+    """Forward hook that lets its tap be collected and stays behind when the model is copied."""
 
     def __init__(self, tap: RowTap) -> None:
         self._tap = weakref.ref(tap)
