@@ -31,7 +31,8 @@ FOLDERS = {
     },
     "curvature": {
         "cli": "support",
-        "estimation": "accumulation capture checkpoint checks collector coverage dataset plan recording snapshot",
+        "estimation": "accumulation checkpoint checks collector coverage dataset plan snapshot capture=tape"
+        " recording=tape",
         "landscape": "directions interpolation objective surface",
         "layers": "block recorder samples",
         "losses": "signals inference=from_gradient",

@@ -58,7 +58,7 @@ HOUSE: dict[str, str] = {
     "curvature.matrices": ".estimation .structures .layers .losses .model solvers solvers.eigenpairs solvers.precision",
     "curvature.estimation": ".structures .layers .losses .model solvers solvers.tree",
     "curvature.structures": ".layers .losses .model solvers solvers.operators solvers.precision",
-    "curvature.layers": ".model solvers solvers.precision",
+    "curvature.layers": ".losses .model solvers solvers.precision",
     "curvature.losses": "solvers.precision",
     "curvature.model": "",
     "solvers": ".moved .fallback .rules .iterative .direct .solver .eigenpairs .estimates .operators .outcome",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -64,14 +64,17 @@ class Accumulation:
         self._began: list[Tensor] = []  # random state when that pass began; a loader may draw its order from it
         self._random: list[Tensor] = []  # random state after the last batch that the file knows of
 
-    def resume(self) -> None:
+    def resume(self, reasons: Iterable[str] = ()) -> None:
         """Take up what the file holds, if it exists.
+
+        Args:
+            reasons: Parameters that are taken by autograd from the first batch on; sums without these are of no use.
 
         Raises:
             CheckpointError: If the file belongs to another computation.
         """
         saved = None if self.file is None else self.file.load()
-        if saved is None:
+        if saved is None or not set(reasons) <= set(saved["collector"].get("plan", {}).get("generic", reasons)):
             return
         self.number, self._count, self._seen = saved["number"], saved["count"], saved["seen"]
         self._began, self._random = saved["began"], saved["random"]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from functools import partial, reduce
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,13 +17,11 @@ from curvature.layers.block import Block, BlockPart, BlockPlace
 from curvature.layers.recorder import Recorder
 from curvature.layers.samples import OneHot, Outer, PerSample, Samples
 from curvature.losses.signals import Signals, stacked
-from curvature.model.data import inspecting
 from curvature.model.parameters import Parameters
 from curvature.model.pullback import Pullback
 from curvature.structures.estimator import CurvatureEstimator, Form, MeansEstimator
 from solvers import BlockDiagonal, Diagonal, LinearOperator
 
-Apart = Literal["one by one", "signs"]
 #: Inputs of the uses in one pass, prepared once for all signals: by site and piece.
 Cache = dict[tuple[int, str], Tensor | OneHot]
 #: Bytes of output gradients that a vectorised backward pass of several signals may bring back, by type of device. It
@@ -31,26 +29,16 @@ Cache = dict[tuple[int, str], Tensor | OneHot]
 VECTORISED = {"cpu": 1 << 22, "cuda": 1 << 28}
 
 
-class Backward:
-    """The gradients of all uses in a backward pass that somebody else runs."""
+class StartAgain(RuntimeError):
+    """A batch showed that the gradients of some parameters must be taken by autograd from the first batch on."""
 
-    def __init__(self, groups: list[Group], signals: Signals) -> None:
-        self.groups, self.signals = groups, signals
-        self.gradients: dict[int, Tensor] = {}
-        self._handles = []
-        for site in _sites(groups):
-            hook = partial(self._note, id(site), site.edge.output_nr)
-            self._handles.append(site.edge.node.register_prehook(hook))
-
-    def _note(self, key: int, number: int, gradients: tuple[Tensor | None, ...]) -> None:
-        gradient = gradients[number]
-        if gradient is not None and not inspecting():
-            self.gradients[key] = gradient.detach()
-
-    def close(self) -> None:
-        """Stop listening."""
-        for handle in self._handles:
-            handle.remove()
+    def __init__(self, blocks: Iterable[str], reasons: Mapping[str, str]) -> None:
+        super().__init__(
+            f"{', '.join(sorted(blocks))} was estimated by the rule of its layer before, and a later batch uses it in "
+            "a way that no layer rule covers. If that use takes no part in the loss, put it under torch.no_grad() or "
+            "detach the parameter; otherwise put the data in one batch, or leave this parameter out with params=."
+        )
+        self.reasons = dict(reasons)
 
 
 class Collector:
@@ -60,9 +48,6 @@ class Collector:
         parameters: The tracked parameters.
         make: Called once per block, when it is first seen, for its estimate.
         joint: Keep weight and bias of a layer in one block.
-        apart: How uses that do not keep the examples apart (a table of positions, an operation without a rule) get
-            per-sample gradients for ``exact`` and ``empirical`` signals: ``"one by one"``, exact, a backward pass per
-            example; or ``"signs"``: one pass with random signs, unbiased. Sampled signals need neither.
         vectorised: Send several signals through one vectorised pass where they are small; the estimates get samples of
             several signals at once.
     """
@@ -73,100 +58,54 @@ class Collector:
         make: Callable[[Block, Form], CurvatureEstimator],
         *,
         joint: bool = True,
-        apart: Apart = "one by one",
         vectorised: bool = False,
     ) -> None:
         self.parameters = parameters
         self.vectorised = vectorised
         self.make = make
-        self.exact = apart == "one by one"
-        self._verified = False
-        self.mixed_blocks: set[str] | None = None  # in training: blocks whose first pass mixed the examples
         self.plan = BlockPlan(parameters, joint)
         self.estimators: dict[str, CurvatureEstimator] = {}
         self.operations: dict[str, tuple[str, ...]] = {}  # what each block was used by
-        self._forms: dict[str, Form] = {}
+        self.forms: dict[str, Form] = {}
+        self._verified = False  # the rules explained the gradients of a pass
         self._batches: list[Tensor | float] = []  # weights of the step's batches so far
         self._seen: dict[str, list[int]] = {}  # which of them reached a block
         self.only: set[str] | None = None  # blocks that still learn, in later passes over a data set
 
-    def collect(
-        self,
-        recorder: Recorder,
-        output: Tensor,
-        signals: Signals,
-        counted: set[Any] | None = None,
-        scale: Tensor | None = None,
-        weight: Tensor | None = None,
-    ) -> set[str]:
+    def collect(self, recorder: Recorder, output: Tensor, signals: Signals) -> set[str]:
         """Send the signals of one batch back and update the estimates of the blocks they reach.
 
         Args:
             recorder: Uses in the forward pass that led to ``output``.
             output: What the loss saw, attached to its graph.
             signals: What is sent back.
-            counted: Uses whose inputs and weight counted before, because another loss saw the same pass; extended.
-            scale: Factor for all signals (the divisors of several losses differ).
-            weight: Weight of the batch; by default what the loss divides by.
 
         Returns:
             Names of the blocks that were reached.
         """
-        counted = set() if counted is None else counted
-        new = not counted
-        if new:
-            self._batches.append(signals.terms.total if weight is None else weight)
-        reached = self._collect(recorder, output, signals, counted, scale)
-        if new and not reached and not self.exact:
-            self._batches.pop()  # in training a loss of something else
-        return reached
-
-    def _collect(
-        self, recorder: Recorder, output: Tensor, signals: Signals, counted: set[Any], scale: Tensor | None
-    ) -> set[str]:
+        self._batches.append(signals.terms.total)
         cache: Cache = {}
-        structure = self._structure(recorder, output, signals)
-        groups = self._trusted(recorder, output, signals, structure, cache)
+        groups = self.groups(recorder, output, signals, cache)
         if self.only is not None:
             groups = [group for group in groups if group.block.name in self.only]
-        interact = recorder.examples_interact
-        mixing = self._recall(
-            "mixing", structure, groups, lambda: self._mixing(groups, output, signals, cache, interact)
-        )
-        if self.exact and not recorder.examples_interact:
+        mixing = self.mixing(recorder, groups, output, signals, cache)
+        if not recorder.examples_interact:
             self._refuse_averages([g for g in groups if g.block.name in mixing], signals.examples)
-        # In training examples may interact (a batch norm), and then it matters which root of the Hessian is sent.
-        all_of_them = signals.stacks if self.exact else partial(stacked, iter(signals))
         if signals.kind == "mc" or not mixing:
-            return self._send(groups, output, signals, all_of_them, counted, scale, cache, mixing)
+            return self.send(groups, output, signals, signals.stacks, None, cache, mixing)
         together = [g for g in groups if g.block.name not in mixing]
         apart = [g for g in groups if g.block.name in mixing]
-        sent = partial(stacked, signals.one_by_one() if self.exact else self.signed(signals))
-        reached = self._send(together, output, signals, all_of_them, counted, scale, cache, set())
-        return reached | self._send(apart, output, signals, sent, counted, scale, cache, mixing)
+        reached = self.send(together, output, signals, signals.stacks, None, cache, set())
+        sent = partial(stacked, signals.one_by_one())
+        return reached | self.send(apart, output, signals, sent, None, cache, mixing)
 
     def survey(self, recorder: Recorder, output: Tensor, signals: Signals) -> None:
         """Make the estimates of the blocks that a pass reaches, without statistics; arguments as :meth:`collect`."""
         cache: Cache = {}
-        groups = self._trusted(recorder, output, signals, self._structure(recorder, output, signals), cache)
+        groups = self.groups(recorder, output, signals, cache)
         for group, uses in self._back(groups, output, signals.probe().unsqueeze(0), cache, {}):
             if uses:
-                self._estimator(group)
-
-    def _trusted(
-        self, recorder: Recorder, output: Tensor, signals: Signals, structure: Hashable | None, cache: Cache
-    ) -> list[Group]:
-        """The blocks of a pass; uses that do not explain the gradients of the first one are not relied on."""
-        groups = self.plan.assign(recorder.sites, recorder.unknown)
-        if self._verified:
-            return groups
-        self._verified = True
-        unexplained = self._recall(
-            "unexplained", structure, groups, lambda: self._unexplained(groups, output, signals, cache)
-        )
-        if not self.plan.distrust({name: self._doubt(name, groups, output) for name in unexplained}):
-            return groups
-        return self.plan.assign(recorder.sites, recorder.unknown)
+                self.estimator_of(group)
 
     def _doubt(self, name: str, groups: list[Group], output: Tensor) -> str:
         """Why the recorded uses of a parameter are not relied on."""
@@ -176,69 +115,45 @@ class Collector:
             return f"no rule for {unseen or 'its use'}"
         return f"rule {', '.join(rules)} does not explain the gradient" + (f", used in {unseen} as well" * bool(unseen))
 
-    def _structure(self, recorder: Recorder, output: Tensor, signals: Signals) -> Hashable | None:
-        """What equal passes have in common as far as :mod:`.checks` goes; ``None`` for one by itself."""
-        if not self.exact or type(signals) is not Signals or not bool(signals.mask.any(1).all()):
-            return None
+    def groups(self, recorder: Recorder, output: Tensor, signals: Signals, cache: Cache) -> list[Group]:
+        """The blocks of a pass with their uses; parameters with uses that nobody saw are taken by autograd."""
+        groups = self.plan.assign(recorder.sites, recorder.unknown)
+        if not self._verified:
+            self._verified = bool(torch.isfinite(output.detach().sum()))
+            proves = self._verified and type(signals) is Signals and bool(signals.mask.any(1).all())
+            key = self._structure(recorder, groups, output) if proves else None
+            look = lambda: self._unexplained(groups, output, signals, cache)  # noqa: E731
+            self._distrust(checks.recall(self.parameters, key, look), groups, output)
+        self._distrust(recorder.explained.unexplained([output], self.parameters), groups, output)
+        if self.plan.changed:
+            groups = self.plan.assign(recorder.sites, recorder.unknown)
+        self.give_up({name for name in self.plan.lost() if name in self.estimators})
+        return groups
+
+    def _structure(self, recorder: Recorder, groups: list[Group], output: Tensor) -> Hashable | None:
+        """What passes have in common in which the same rules serve the same operations."""
         found = checks.graph(output, self.parameters)
         if found is None:
             return None
         graph, numbers = found
         sites = tuple(
-            (s.operation, s.refs, s.layout, s.output_shape, numbers.get(s.edge.node), s.edge.output_nr)
-            for s in recorder.sites
+            (s.operation, s.refs, s.output_shape, numbers.get(s.edge.node), s.edge.output_nr) for s in recorder.sites
         )
-        terms = (type(signals.terms), signals.terms.shape, tuple(output.shape), signals.examples)
-        return graph, sites, tuple(sorted(recorder.unknown)), recorder.examples_interact, terms
-
-    def _recall(
-        self, what: str, structure: Hashable | None, groups: list[Group], look: Callable[[], set[str]]
-    ) -> set[str]:
-        """What was found in a pass of this structure, or is found now."""
-        if structure is None:
-            return look()
         blocks = tuple((g.block.name, tuple((u.piece, u.flipped) for u in g.uses)) for g in groups)
-        return checks.recall(self.parameters, (what, tuple(self.parameters), blocks, structure), look)
+        return tuple(self.parameters), blocks, graph, sites, tuple(sorted(recorder.unknown))
 
-    def await_backward(self, recorder: Recorder, signals: Signals) -> Backward | None:
-        """Wait for the user's own backward pass in place of sending a signal, where that tells as much.
+    def _distrust(self, names: Iterable[str], groups: list[Group], output: Tensor) -> None:
+        new = [name for name in names if name not in self.plan.without_rule]
+        self.plan.distrust({name: self._doubt(name, groups, output) for name in new})
 
-        Returns:
-            What will hold the gradients of all uses, or ``None`` if some block needs signals of its own.
+    def give_up(self, blocks: set[str]) -> None:
+        """Blocks that a later pass uses in a way that no rule covers have statistics of earlier passes.
+
+        Raises:
+            StartAgain: Naming the parameters that are to be taken by autograd from the first batch on.
         """
-        groups = self.plan.assign(recorder.sites, recorder.unknown)
-        if signals.kind != "empirical" or self.mixed_blocks is None:
-            return None  # the first pass is looked at closely
-        if any(_mixes(group, signals.examples) or group.block.name in self.mixed_blocks for group in groups):
-            return None
-        return Backward(groups, signals)
-
-    def collect_backward(self, backward: Backward, factor: Tensor | float, counted: set[Any]) -> set[str]:
-        """Update the estimates from the gradients of a backward pass that was waited for.
-
-        Args:
-            backward: What :meth:`await_backward` returned, after the pass.
-            factor: Turns its gradients into those of the sum of all terms.
-            counted: See :meth:`collect`.
-
-        Returns:
-            Names of the blocks that were reached.
-        """
-        square = torch.as_tensor(factor).square()
-        if not counted:
-            self._batches.append(backward.signals.terms.total)
-        reached: set[str] = set()
-        cache: Cache = {}
-        mask = backward.signals.mask
-        valid = {} if bool(mask.all()) else _valid(_sites(backward.groups), backward.gradients, mask)
-        for group in backward.groups:
-            uses = _samples(group, backward.gradients, valid, cache)
-            if uses:
-                first = not _keys(group) <= counted
-                self._update(group, uses, first, factor=square)
-                reached.add(group.block.name)
-                counted |= _keys(group)
-        return reached
+        if blocks:
+            raise StartAgain(blocks, self.plan.without_rule)
 
     def settle(self) -> None:
         """The step's last batch was seen: blocks that some of its batches did not reach count those as well."""
@@ -256,14 +171,14 @@ class Collector:
         """Everything that the next batch of a data set depends on, as tensors, numbers and strings."""
         return {
             "plan": self.plan.state(),
-            "verified": self._verified,
+            "verified": True,
             "batches": self._batches,
             "seen": self._seen,
             "only": None if self.only is None else sorted(self.only),
             "estimators": {
                 name: {
                     "block": estimator.block.state(),
-                    "form": self._forms[name],
+                    "form": self.forms[name],
                     "operations": self.operations[name],
                     "sums": snapshot.take(estimator),
                 }
@@ -275,12 +190,12 @@ class Collector:
         """Take up :meth:`state`; the tensors move to the parameters' device."""
         device = self.parameters.device
         self.plan.restore(saved["plan"])
-        self._verified, self._seen = saved["verified"], saved["seen"]
+        self._seen = saved["seen"]
         self._batches = [b.to(device) if isinstance(b, Tensor) else b for b in saved["batches"]]
         self.only = None if saved["only"] is None else set(saved["only"])
         for name, known in saved["estimators"].items():
             estimator = self.make(Block.from_state(name, known["block"]), known["form"])
-            self.operations[name], self._forms[name] = known["operations"], known["form"]
+            self.operations[name], self.forms[name] = known["operations"], known["form"]
             sums = dict(known["sums"])
             if isinstance(estimator, MeansEstimator) and "means" in sums:  # a pair in files of version 0.1
                 sums |= zip(estimator.names, sums.pop("means"), strict=True)
@@ -327,33 +242,29 @@ class Collector:
                 position = max(position, stop)
         return gaps
 
-    def _send(
+    def send(
         self,
         groups: list[Group],
         output: Tensor,
         signals: Signals,
         sent: Callable[[int], Iterator[Tensor]],
-        counted: set[Any],
         scale: Tensor | None,
         cache: Cache,
         merged: set[str],
     ) -> set[str]:
         if not groups:
             return set()
-        valid = self._valid(_sites(groups), output, signals)
+        valid = self._valid(sites_of(groups), output, signals)
         reached: set[str] = set()
-        new = {group.block.name for group in groups if not _keys(group) <= counted}
         first = True
         for signal in sent(self._together(groups)):
             signal = signal if scale is None else signal * scale.to(signal.dtype)
             for group, uses in self._back(groups, output, signal, cache, valid):
                 if not uses:
                     continue
-                name = group.block.name
-                self._update(group, uses, first and name in new, merge=name in merged)
+                self._update(group, uses, first, merge=group.block.name in merged)
                 if first:
-                    reached.add(name)
-                    counted |= _keys(group)
+                    reached.add(group.block.name)
             first = False
         return reached
 
@@ -361,7 +272,7 @@ class Collector:
         """How many signals are sent together."""
         if not self.vectorised:
             return 1
-        numbers = sum(math.prod(site.output_shape) for site in _sites(groups))
+        numbers = sum(math.prod(site.output_shape) for site in sites_of(groups))
         numbers += sum(group.block.numel for group in groups if not group.uses)
         budget = VECTORISED.get(self.parameters.device.type, VECTORISED["cuda"])
         return max(1, budget // max(1, numbers * self.parameters.dtype.itemsize))
@@ -369,13 +280,13 @@ class Collector:
     def _update(self, group: Group, uses: list[Outer | PerSample], first: bool, **options: Any) -> None:
         if first:
             self._seen.setdefault(group.block.name, []).append(len(self._batches) - 1)
-        self._estimator(group).update(Samples(tuple(uses), self._batches[-1], first, **options))
+        self.estimator_of(group).update(Samples(tuple(uses), self._batches[-1], first, **options))
 
     def _back(
         self, groups: list[Group], output: Tensor, signal: Tensor, cache: Cache, valid: Mapping[int, Tensor]
     ) -> Iterator[tuple[Group, list[Outer | PerSample]]]:
         """Send signals ``(k, *output)`` back; every group with the samples of those of its uses that they reached."""
-        sites = _sites(groups)
+        sites = sites_of(groups)
         generic = [g.block.name for g in groups if not g.uses]
         targets: list[Any] = [*(site.edge for site in sites), *(self.parameters[name] for name in generic)]
         if not targets:
@@ -387,7 +298,7 @@ class Collector:
         by_name = dict(zip(generic, gradients[len(sites) :], strict=True))
         for group in groups:
             if group.uses:
-                yield group, _samples(group, by_site, valid, cache, len(signal))
+                yield group, samples_of(group, by_site, valid, cache, len(signal))
             else:
                 gradient = by_name[group.block.name]
                 yield group, [] if gradient is None else [PerSample(gradient.reshape(len(signal), 1, -1))]
@@ -409,25 +320,26 @@ class Collector:
             # Zeros everywhere: this loss is one of another part of the model.
             pairs = zip(sites, gradients, strict=True)
             arrived = {id(s): g for s, g in pairs if g is not None and (len(probes) == 1 or bool(g.any()))}
-            for key, counts in _valid(sites, arrived, mask).items():
+            for key, counts in valid_positions(sites, arrived, mask).items():
                 out[key] = out[key] | counts if key in out else counts
         return out
 
-    def _mixing(self, groups: list[Group], output: Tensor, signals: Signals, cache: Cache, interact: bool) -> set[str]:
+    def mixing(
+        self, recorder: Recorder, groups: list[Group], output: Tensor, signals: Signals, cache: Cache
+    ) -> set[str]:
         """Blocks with a use that does not keep the examples apart.
 
-        Shapes tell where a use has no row, or several, for an example. Where the numbers must be exact, weights on the
-        examples tell the rest (statistics over the batch, attention along the axis that was taken for the examples,
-        tokens sent to experts): what arrives in the rows of an example must grow by the weight of that example.
-        Training looks at its first pass only, and takes batch norms in train mode as if their statistics were fixed.
+        Shapes tell where a use has no row, or several, for an example, and the operations of the pass where it is
+        certain to keep them apart. Weights on the examples tell the rest (statistics over the batch, attention along
+        the axis that was taken for the examples, tokens sent to experts), each pass for itself: what arrives in the
+        rows of an example must grow by the weight of that example.
         """
         if signals.examples <= 1:
             return set()
-        mixing = {group.block.name for group in groups if _mixes(group, signals.examples)}
+        mixing = {group.block.name for group in groups if mixes(group, signals.examples)}
         rest = [group for group in groups if group.block.name not in mixing]
-        if not self.exact and (self.mixed_blocks is not None or interact):
-            self.mixed_blocks = self.mixed_blocks or set()
-            return mixing | self.mixed_blocks
+        if not self._may_meet(recorder, rest, signals):
+            return mixing
         back = self._back(rest, output, signals.probe().unsqueeze(0), cache, {})
         plain = {group.block.name: [_by_example(use) for use in uses] for group, uses in back}
         for weights in signals.tags():
@@ -438,14 +350,21 @@ class Collector:
                     tolerance = torch.finfo(rows.dtype).eps ** 0.5
                     if not (off <= tolerance * torch.linalg.vector_norm(expected, dim=1)).all():
                         mixing.add(group.block.name)
-        if not self.exact:
-            self.mixed_blocks = mixing
         return mixing
+
+    def _may_meet(self, recorder: Recorder, groups: list[Group], signals: Signals) -> bool:
+        """Whether examples may meet in these blocks, as far as the operations of the pass tell."""
+        if recorder.examples_interact:
+            return True
+        output = getattr(signals.terms, "whole", signals.terms.output)
+        return not all(g.uses for g in groups) or not recorder.keeps_examples(
+            sites_of(groups), output, signals.examples
+        )
 
     def _refuse_averages(self, mixing: list[Group], examples: int) -> None:
         """Averages over the positions of an example need to know them; a table that no example has is one itself."""
         for group in mixing:
-            if any(use.site.layout.batched for use in group.uses) and self._estimator(group).averages_positions:
+            if any(use.site.layout.batched for use in group.uses) and self.estimator_of(group).averages_positions:
                 raise ValueError(
                     f"block {group.block.name}: sharing='reduce' averages over the positions of each example, but the "
                     f"rows of this layer do not fall into the {examples} examples along the leading axis (a model with "
@@ -459,7 +378,7 @@ class Collector:
         A kernel written as a ``torch.autograd.Function`` is not seen by function modes; its parameters must be found
         by what autograd knows.
         """
-        sites, items = _sites(groups), self.parameters.items()
+        sites, items = sites_of(groups), self.parameters.items()
         targets: list[Any] = [*(site.edge for site in sites), *(p for _, p in items)]
         found: tuple[Tensor | None, ...] = torch.autograd.grad(
             output, targets, signals.probe(), retain_graph=True, allow_unused=True
@@ -473,42 +392,31 @@ class Collector:
         for group in groups:
             if not group.uses:
                 known[group.block.name] = true.get(group.block.name, known[group.block.name])
-            elif uses := _samples(group, arrived, {}, cache):
+            elif uses := samples_of(group, arrived, {}, cache):
                 total = _sum(use.total() for use in uses)
                 group.block.write(total, known)
                 tolerance = torch.finfo(total.dtype).eps ** 0.5
-                size = _sum(use.abs().total().abs() for use in _samples(group, sizes, {}, cache))
+                size = _sum(use.abs().total().abs() for use in samples_of(group, sizes, {}, cache))
                 group.block.write(tolerance * size.max().expand(group.block.shape), bound)
         return {name for name, g in true.items() if bool(((g - known[name]).abs() > bound[name]).any())}
 
-    def signed(self, signals: Signals) -> Iterator[Tensor]:
-        """Signals with a random sign per example: squares of their sums have no cross terms in expectation."""
-        generator = signals.generator or torch.Generator(device=signals.terms.output.device).manual_seed(0)
-        for signal in signals:
-            sign = torch.randint(0, 2, (signals.examples,), generator=generator, device=generator.device) * 2 - 1
-            yield signals.weighted(signal, sign)
-
-    def _estimator(self, group: Group) -> CurvatureEstimator:
+    def estimator_of(self, group: Group) -> CurvatureEstimator:
         name = group.block.name
         known = name in self.estimators and self.estimators[name].block == group.block
         if not known:
             self.estimators[name] = self.make(group.block, group.form)
         if not known or name not in self.operations:  # an estimate that was there before this collector
-            self.operations[name], self._forms[name] = group.operations, group.form
+            self.operations[name], self.forms[name] = group.operations, group.form
         return self.estimators[name]
 
 
-def _keys(group: Group) -> set[Any]:
-    """What tells whether the uses of a group were counted before."""
-    return {id(use.site) for use in group.uses} or {group.block.name}
-
-
-def _sites(groups: list[Group]) -> list[Site]:
+def sites_of(groups: list[Group]) -> list[Site]:
     """All sites of the groups, once each."""
     return list({id(use.site): use.site for group in groups for use in group.uses}.values())
 
 
-def _mixes(group: Group, examples: int) -> bool:
+def mixes(group: Group, examples: int) -> bool:
+    """Whether the rows of a use do not fall into the examples, as far as shapes tell."""
     return not group.uses or any(not use.site.keeps_examples(examples) for use in group.uses)
 
 
@@ -519,7 +427,7 @@ def _by_example(use: Outer | PerSample) -> Tensor:
     return use.gradients.movedim(1, 0).flatten(1)
 
 
-def _valid(sites: list[Site], gradients: Mapping[int, Tensor], mask: Tensor) -> dict[int, Tensor]:
+def valid_positions(sites: list[Site], gradients: Mapping[int, Tensor], mask: Tensor) -> dict[int, Tensor]:
     """Positions of each site that count: not masked out, or reached by the gradients all the same."""
     out: dict[int, Tensor] = {}
     full = bool(mask.all())
@@ -539,7 +447,7 @@ def _valid(sites: list[Site], gradients: Mapping[int, Tensor], mask: Tensor) -> 
     return out
 
 
-def _samples(
+def samples_of(
     group: Group, gradients: Mapping[int, Tensor | None], valid: Mapping[int, Tensor], cache: Cache, k: int = 1
 ) -> list[Outer | PerSample]:
     """Samples of the group's uses, from the gradients of their outputs under k signals."""

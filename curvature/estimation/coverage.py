@@ -155,7 +155,7 @@ def coverage(
         collector = Collector(parameters, spec.estimator, joint=spec.joint)
         with torch.inference_mode(False), untouched(model):
             x, y = to_device(next(batches(data)()), parameters.device)
-            result, recorder = record(model, parameters, x)
+            result, recorder = record(model, parameters, x, y)
             terms = _terms(loss_fn, result, y)
             if terms is not None:
                 collector.survey(recorder, terms.output, Signals.of(terms, "empirical", batch=recorder.batch))

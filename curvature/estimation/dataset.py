@@ -10,7 +10,7 @@ from torch import nn
 
 from curvature.estimation.accumulation import Accumulation
 from curvature.estimation.checkpoint import Checkpoint, Resume, digest, problem_identity
-from curvature.estimation.collector import Collector
+from curvature.estimation.collector import Collector, StartAgain
 from curvature.layers.block import Block
 from curvature.layers.recorder import Recorder
 from curvature.losses import ClassDim, JoinedTerms, Loss, Terms, WeightedSum, loss_for
@@ -19,9 +19,9 @@ from curvature.model.data import (
     Batch,
     Data,
     Output,
-    batch_size,
     batches,
     call,
+    examples_of,
     is_one_batch,
     resolve_output,
     shown,
@@ -34,13 +34,17 @@ from curvature.structures.inverse import InverseEstimator
 from solvers import BlockDiagonal
 
 
-def record(model: nn.Module, parameters: Parameters, x: Any, examples: int | None = None) -> tuple[Any, Recorder]:
-    """Run the model on ``x``, which holds that many examples, and record the uses of its parameters."""
-    constants = [b for b in model.buffers()] + [p for p in model.parameters() if not p.requires_grad]
-    recorder = Recorder(parameters, constants, batch_size(x) if examples is None else examples, own_pass=True)
+def record(
+    model: nn.Module, parameters: Parameters, x: Any, y: Any = None, examples: int | None = None
+) -> tuple[Any, Recorder]:
+    """Run the model on ``x``, with targets ``y`` or that many examples, and record the uses of its parameters."""
+    tracked = {id(p) for p in parameters.values()}
+    constants = [*model.buffers(), *(p for p in model.parameters() if id(p) not in tracked)]
+    recorder = Recorder(parameters, constants, examples or examples_of(x, y), own_pass=True)
     recorder.mark_inputs(x)
     with torch.enable_grad(), recorder:
         result = call(model, x)
+    recorder.returned(result)
     return result, recorder
 
 
@@ -121,7 +125,6 @@ def estimate(
         estimator.begin_passes()
         return estimator
 
-    collector = Collector(parameters, make, joint=curvature.joint)
     divisors = isinstance(loss, WeightedSum) and not is_one_batch(data)
     start = batches(data, curvature.passes + divisors)
     if divisors:
@@ -131,30 +134,45 @@ def estimate(
         described = repr(curvature).replace("max_dim=", "max_factor=")  # as files of version 0.1 have it
         what = {"curvature": described, "draws": digest([generator.get_state()])}
         file = Checkpoint.at(resume).of(problem_identity(model, loss_fn, parameters) | what)
-    run = Accumulation(model, collector, generator, curvature.passes, file)
-    with torch.inference_mode(False), untouched(model):
-        run.resume()
-        for number in range(run.number, curvature.passes):
-            for x, y in shown(run.batches(start), f"curvature, pass {number + 1}", progress):
-                x, y = to_device(x, parameters.device), to_device(y, parameters.device)
-                result, recorder = record(model, parameters, x)
-                terms = terms_of(loss, result, y, output, class_dim, check=True)
-                if not terms.output.requires_grad:
-                    raise ValueError(
-                        f"the output of {type(model).__name__} does not depend on any of the parameters through "
-                        "autograd: it was detached, or made under no_grad. Its curvature would be zero."
-                    )
-                terms.value()  # refuses losses that are not finite
-                signals = Signals.of(terms, curvature.kind, curvature.samples, generator, recorder.batch)
-                if number == 0:
-                    run.total = run.total + terms.total
-                collector.collect(recorder, terms.output, signals)
-            collector.settle()
-            again = {name for name, estimator in collector.estimators.items() if estimator.next_pass()}
-            collector.only = again
-            run.end_pass()
-            if not again:
-                break
-        run.finish(start)
-    collector.commit(ema=0.0)
-    return collector.operator(scale=1.0 if loss.reduction == "mean" else run.total)
+
+    def sums(reasons: dict[str, str]) -> BlockDiagonal:
+        """One run over the data, with some parameters taken by autograd from the first batch on."""
+        collector = Collector(parameters, make, joint=curvature.joint)
+        collector.plan.without_rule |= reasons
+        run = Accumulation(model, collector, generator, curvature.passes, file)
+        with torch.inference_mode(False), untouched(model):
+            run.resume(reasons)
+            for number in range(run.number, curvature.passes):
+                for x, y in shown(run.batches(start), f"curvature, pass {number + 1}", progress):
+                    x, y = to_device(x, parameters.device), to_device(y, parameters.device)
+                    result, recorder = record(model, parameters, x, y)
+                    terms = terms_of(loss, result, y, output, class_dim, check=True)
+                    if not terms.output.requires_grad:
+                        raise ValueError(
+                            f"the output of {type(model).__name__} does not depend on any of the parameters through "
+                            "autograd: it was detached, or made under no_grad. Its curvature would be zero."
+                        )
+                    terms.value()  # refuses losses that are not finite
+                    signals = Signals.of(terms, curvature.kind, curvature.samples, generator, recorder.batch)
+                    if number == 0:
+                        run.total = run.total + terms.total
+                    collector.collect(recorder, terms.output, signals)
+                collector.settle()
+                again = {name for name, estimator in collector.estimators.items() if estimator.next_pass()}
+                collector.only = again
+                run.end_pass()
+                if not again:
+                    break
+            run.finish(start)
+        collector.commit(ema=0.0)
+        return collector.operator(scale=1.0 if loss.reduction == "mean" else run.total)
+
+    draws, reasons = generator.get_state(), dict[str, str]()
+    while True:
+        try:
+            return sums(reasons)
+        except StartAgain as again:
+            if isinstance(data, Iterator):
+                raise
+            reasons = again.reasons
+            generator.set_state(draws)

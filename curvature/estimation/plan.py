@@ -55,6 +55,8 @@ class BlockPlan:
         self.joint = joint
         self._blocks: dict[tuple[str, int, int], Block] = {}  # segment -> its block
         self.without_rule: dict[str, str] = {}
+        self._lost: set[str] = set()
+        self.changed = False  # since the last assignment
 
     def assign(self, sites: Iterable[Site], unknown: Mapping[str, set[str]]) -> list[Group]:
         """Groups of one pass.
@@ -62,7 +64,7 @@ class BlockPlan:
         Raises:
             RuntimeError: If a layer is used in a way that contradicts its block from an earlier pass.
         """
-        sites = list(sites)
+        sites, self.changed = list(sites), False
         self._mark_generic(sites, unknown)
         joint = {id(site): self._is_joint(site, sites) for site in sites}
         groups: dict[str, Group] = {}
@@ -82,16 +84,34 @@ class BlockPlan:
             groups[name] = Group(block, "per_sample")
         return list(groups.values())
 
-    def distrust(self, reasons: Mapping[str, str]) -> bool:
-        """From now on take the gradients of these parameters by autograd, and why; whether that is news.
+    def distrust(self, reasons: Mapping[str, str]) -> None:
+        """From now on take the gradients of these parameters by autograd, and why."""
+        for name, reason in reasons.items():
+            self._leave(name, reason)
+            self.changed = True
+        self._part()
 
-        Only before anything was estimated: all blocks are assigned anew.
-        """
-        new = {name: reason for name, reason in reasons.items() if name not in self.without_rule}
-        self.without_rule |= new
-        if new:
-            self._blocks.clear()
-        return bool(new)
+    def lost(self) -> set[str]:
+        """Names of the blocks that were given up since the last call: a later pass used their parameters otherwise."""
+        lost, self._lost = self._lost, set()
+        return lost
+
+    def mark(self) -> Any:
+        """The assignment as it is now, for :meth:`back_to`."""
+        return dict(self._blocks), dict(self.without_rule)
+
+    def back_to(self, mark: Any) -> None:
+        """Forget what was assigned since a mark."""
+        self._blocks, self.without_rule = mark
+
+    def _part(self) -> None:
+        """Give up the blocks of parameters that are taken by autograd now."""
+        given_up = {
+            block.name for block in self._blocks.values() if any(name in self.without_rule for name in block.names)
+        }
+        if given_up:
+            self._blocks = {key: block for key, block in self._blocks.items() if block.name not in given_up}
+            self._lost |= given_up
 
     def state(self) -> dict[str, Any]:
         """The assignment so far, as names and numbers."""
@@ -148,14 +168,7 @@ class BlockPlan:
             first = next(iter(found))
             if any(shape not in (first, first[::-1]) for shape in found):
                 self._leave(key[0], "uses as matrices of different shapes")
-        for (name, _, _), block in self._blocks.items():
-            if name in self.without_rule:
-                raise RuntimeError(
-                    f"{name} was part of block {block.name} before, and is now used in a way no layer rule covers "
-                    f"({', '.join(sorted(unknown.get(name, {'another shape'})))}). If that use takes no part in the "
-                    "loss, put it under torch.no_grad() or detach the parameter; otherwise leave this parameter out "
-                    "with params=."
-                )
+        self._part()
 
     def _leave(self, name: str, reason: str) -> None:
         self.without_rule.setdefault(name, reason)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,8 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from curvature.layers.axes import ExampleAxes, Resolved
+from curvature.layers.axis_rules import Axis, Handle
+from curvature.layers.explained import Explained, now
 from curvature.layers.rules import REPLACEMENTS, RULES
 from curvature.layers.site import Ref, RowLayout, Site
+from curvature.losses.loss import FUNCTIONS as LOSS_FUNCTIONS
+from curvature.losses.picked import in_order
 from curvature.model.data import tensors_in
 
 
@@ -53,6 +58,8 @@ class Recorder(TorchFunctionMode):
         sites: Recognised uses, in order of execution.
         unknown: For parameters used in a way no rule covers, the operations that did.
         examples_interact: A batch norm in train mode was seen: every output depends on every example.
+        parts: The recorders of several passes that led to one loss, if this one stands for them.
+        on_loss: Called with function, arguments and result of every call of one of torch's loss functions.
     """
 
     def __init__(
@@ -66,6 +73,7 @@ class Recorder(TorchFunctionMode):
         super().__init__()
         self.batch = batch
         self.own_pass = own_pass
+        self.on_loss: Callable[[Any, Any, Any, Any], None] | None = None
         self.sites: list[Site] = []
         self.unknown: dict[str, set[str]] = {}
         self.examples_interact = False
@@ -76,15 +84,21 @@ class Recorder(TorchFunctionMode):
         self._done: dict[int, weakref.ref[Tensor]] = {}
         # Which tensors depend on the example, by identity. A tensor no recorded function made is not in here.
         self._depends: dict[int, tuple[weakref.ref[Tensor], bool]] = {}
-        for tensor in constants:
+        fixed = [*constants, *parameters.values()]
+        for tensor in fixed:
             self._mark(tensor, False)
-        for p in parameters.values():
-            self._mark(p, False)
+        self.parts: list[Recorder] = []
+        self._returned: list[tuple[weakref.ref[Tensor], Handle]] = []
+        self._resolved: Resolved | None = None
+        self.axes = ExampleAxes({id(tensor): tensor for tensor in fixed})
+        self.explained = Explained()
 
     def mark_inputs(self, inputs: Any) -> None:
         """Declare the model's inputs: tensors whose leading dimension is the batch depend on the example."""
         for tensor in tensors_in(inputs):
-            self._mark(tensor, self.batch is None or (tensor.dim() > 0 and tensor.shape[0] == self.batch))
+            depends = self.batch is None or (tensor.dim() > 0 and tensor.shape[0] == self.batch)
+            self._mark(tensor, depends)
+            self.axes.start(tensor, 0 if depends and tensor.dim() else None)
 
     def resolve(self, tensor: Any) -> Ref | None:
         """The tracked parameter that ``tensor`` is, or is a contiguous segment or the transpose of."""
@@ -116,21 +130,64 @@ class Recorder(TorchFunctionMode):
         if func is F.batch_norm and (kwargs.get("training") or (len(args) > 5 and args[5])):
             self.examples_interact = True
         tensors = list(tensors_in((args, kwargs)))
+        since = now()
         output, replaced = self._replaced(func, args, kwargs), True
         if output is None:
             output, replaced = func(*args, **kwargs), False
+        self.axes.call(func, args, kwargs, output)
+        if func in LOSS_FUNCTIONS and self.on_loss is not None:
+            self.on_loss(func, args, kwargs, output)
         if isinstance(output, (Tensor, tuple, list)):
             depends = any(self._depends_on_example(t) for t in tensors) or self._gives_batch(func, args, output)
             for result in tensors_in(output):
                 self._mark(result, depends)
             if torch.is_grad_enabled() and not replaced:
-                self._record(func, output, tensors, args, kwargs)
+                self._record(func, output, tensors, args, kwargs, since)
+            elif replaced:
+                for result in tensors_in(output):
+                    self.explained.add_use(result, since)
         return output
 
     def add(self, site: Site, output: Tensor, inputs: Iterable[Tensor] = ()) -> None:
         """Record a use whose result is ``output``, of a function of these tensors."""
         site.watch(output, inputs)
+        site.place = self.axes.handle(output)
+        if site.layout.batched:
+            self.axes.claim(site.place, int(site.layout.time_major))
         self.sites.append(site)
+
+    def returned(self, result: Any) -> None:
+        """Declare what the model returned."""
+        self._returned = [(weakref.ref(t), self.axes.handle(t)) for t in tensors_in(result) if t.requires_grad]
+
+    def keeps_examples(self, sites: Iterable[Site], output: Tensor, number: int) -> bool:
+        """Whether each row of some uses is certain to hear of the example it is counted to, and of that alone.
+
+        Certain from the operations alone, whatever the values: not so where values pick or move rows, or where
+        something ran that function modes do not see.
+
+        Args:
+            sites: Of :attr:`sites`.
+            output: What the loss saw.
+            number: Number of examples.
+        """
+        if self.parts:
+            return all(p.keeps_examples([s for s in sites if s in p.sites], output, number) for p in self.parts)
+        if self.batch != number:
+            return False
+        if self._resolved is None:
+            self._resolved = self.axes.resolve()
+        leads = any((t := ref()) is not None and in_order(output, t) and self._apart(h) for ref, h in self._returned)
+        return leads and all(
+            site.layout.batched and site.place is not None and self._apart(site.place, int(site.layout.time_major))
+            for site in sites
+        )
+
+    def _apart(self, place: Handle, axis: int = 0) -> bool:
+        """Whether the examples lie along an axis, the outermost number of it."""
+        assert self._resolved is not None
+        state = self._resolved.of(place)
+        return isinstance(state, Axis) and state.axis == axis and state.outer == 1
 
     def _replaced(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Result of the replacement of a fused function; ``None`` where it is to run as it is."""
@@ -138,7 +195,7 @@ class Recorder(TorchFunctionMode):
             return None
         return REPLACEMENTS[func](self, args, kwargs)
 
-    def _record(self, func: Any, output: Any, tensors: list[Tensor], args: Any, kwargs: Any) -> None:
+    def _record(self, func: Any, output: Any, tensors: list[Tensor], args: Any, kwargs: Any, since: int) -> None:
         tracked = [t for t in tensors if self._is_tracked(t)]
         if not tracked:
             self._inherit(tensors, output)
@@ -149,13 +206,16 @@ class Recorder(TorchFunctionMode):
             site = rule(self, output, args, kwargs)
             if site is not None:
                 self.add(site, output, tensors)
+                self.explained.add_use(output, since)
                 names -= {ref.name for ref in site.refs}
                 self._done[id(output)] = weakref.ref(output)
         if not names:
             return
         results = [t for t in tensors_in(output) if t.requires_grad and t.is_floating_point()]
         if all(self.resolve(t) is not None for t in results):
-            return  # only looked at, or cut into views that are followed further
+            for result in results:  # only looked at, or cut into views that are followed further
+                self.explained.add_view(result, since)
+            return
         for name in names:
             self.unknown.setdefault(name, set()).add(getattr(func, "__name__", str(func)))
 

@@ -55,6 +55,7 @@ class Outer:
         ones: The block holds a bias: a one is appended to every input, in mind only until :attr:`rows` is asked for.
         repeats: Number of examples that each row stands for: all of them for a table of positions, which is looked up
             once per batch.
+        source: What tells the uses of a pass apart.
     """
 
     a: Tensor | OneHot
@@ -63,6 +64,7 @@ class Outer:
     flipped: bool = False
     ones: bool = False
     repeats: int = 1
+    source: int = 0
 
     @property
     def examples(self) -> int:
@@ -190,6 +192,7 @@ class Samples:
         merge: The examples count as one in per-sample gradients: what each signal reached belongs to a single example,
             wherever it was found, or has no cross terms in expectation.
         factor: What products of two gradients are multiplied by, 0-d; ``None`` for one.
+        linear: What makes a gradient that of the loss of the step; ``None`` where its terms have weights of their own.
     """
 
     uses: tuple[Outer | PerSample, ...]
@@ -197,6 +200,7 @@ class Samples:
     first: bool = True
     merge: bool = False
     factor: Tensor | None = None
+    linear: Tensor | float | None = 1.0
 
     def scaled(self, total: Tensor) -> Tensor:
         """A sum of products of two gradients in its true scale; may work in place."""

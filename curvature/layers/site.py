@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from curvature.layers.axis_rules import Handle
 from curvature.layers.block import Block, BlockPart
 from curvature.layers.samples import OneHot, Outer, PerSample
 
@@ -148,6 +149,7 @@ class Site(ABC):
     edge: GradientEdge = field(init=False)
     output_shape: torch.Size = field(init=False)
     view: ViewOfBase | None = field(default=None, init=False)
+    place: Handle | None = field(default=None, init=False)  # of the output among the activations of the pass
     _saved: list[tuple[Tensor, int]] = field(default_factory=list, init=False)
 
     @property
@@ -280,7 +282,7 @@ class OuterSite(Site):
         if key not in cache:
             cache[key] = self._prepared(piece, g)
         repeats = 1 if self.layout.batched else self.layout.batch or 1
-        return Outer(cache[key], g, valid, ones=piece == "joint", repeats=repeats)
+        return Outer(cache[key], g, valid, ones=piece == "joint", repeats=repeats, source=id(self))
 
     def _prepared(self, piece: str, g: Tensor) -> Tensor | OneHot:
         if piece == "bias":

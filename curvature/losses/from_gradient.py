@@ -12,8 +12,10 @@ from solvers.precision import working_dtype
 class GradientTerms(Terms):
     """The terms of a loss known by its gradient alone: enough for an empirical Fisher, for nothing else."""
 
-    def __init__(self, output: Tensor, layout: Layout, mask: Tensor, total: Tensor, gradient: Tensor) -> None:
-        super().__init__(output, layout, mask, total, "mean")
+    def __init__(
+        self, output: Tensor, layout: Layout, mask: Tensor, total: Tensor, gradient: Tensor, reduction: str
+    ) -> None:
+        super().__init__(output, layout, mask, total, reduction)
         self._gradient = gradient
 
     def gradient(self) -> Tensor:
@@ -44,8 +46,8 @@ def from_output_gradient(
     class_dim: int | None,
     empirical: bool = False,
     arrived_at: Tensor | None = None,
-) -> Terms:
-    """The terms of a loss from ``dL/dz``.
+) -> tuple[Terms, Tensor | None]:
+    """The terms of a loss from ``dL/dz``, and their weights in L.
 
     Rows that are exactly zero are masked. For cross-entropy the class axis is the one along which the gradient sums to
     zero, and the label is where it is smallest. Labels are only relied on where class weights or an empirical Fisher
@@ -61,12 +63,15 @@ def from_output_gradient(
         empirical: The gradients of the terms are needed, not only their curvature.
         arrived_at: The output at which the gradient arrived, if ``output`` is a repetition of it with other dropout.
 
+    Returns:
+        The terms, and what each of them is multiplied by in L, ``(N, R)``; ``None`` where only their mean can be meant.
+
     Raises:
         AmbiguousClassAxisError: If not exactly one axis of a cross-entropy's gradient sums to zero.
         TypeError: If the targets are needed but cannot be read off.
     """
     if loss is None:
-        return _gradient_terms(output, gradient, scale, reduction)
+        return _gradient_terms(output, gradient, scale, reduction), None
     options = loss.loss_fn
     if isinstance(options, nn.CrossEntropyLoss):
         class_dim = _class_axis(gradient, class_dim)
@@ -82,11 +87,10 @@ def from_output_gradient(
             raise _needs_targets(options)
         mask = (terms.rows(gradient) != 0).any(-1).reshape(terms.layout.term_shape)
         labelled = empirical or (binary and options.pos_weight is not None)
-    if labelled:
-        seen = loss.terms(output if arrived_at is None else arrived_at, target, class_dim=class_dim, mask=mask)
-        if not _proportional(seen.gradient(), gradient):
-            raise _needs_targets(options)
-    return loss.terms(output, target, class_dim=class_dim, mask=mask)
+    seen = loss.terms(output if arrived_at is None else arrived_at, target, class_dim=class_dim, mask=mask)
+    if labelled and not _proportional(seen.gradient(), gradient):
+        raise _needs_targets(options)
+    return loss.terms(output, target, class_dim=class_dim, mask=mask), _weights(seen, gradient)
 
 
 def _gradient_terms(output: Tensor, gradient: Tensor, scale: Tensor | None, reduction: str) -> GradientTerms:
@@ -94,7 +98,17 @@ def _gradient_terms(output: Tensor, gradient: Tensor, scale: Tensor | None, redu
     mask = (layout.rows(gradient) != 0).any(-1)
     total = mask.sum().to(working_dtype(gradient))
     unscaled = gradient.detach() if scale is None else gradient.detach() / scale
-    return GradientTerms(output, layout, mask, total, unscaled * total if reduction == "mean" else unscaled)
+    return GradientTerms(output, layout, mask, total, unscaled * total if reduction == "mean" else unscaled, reduction)
+
+
+def _weights(terms: Terms, gradient: Tensor) -> Tensor | None:
+    """What each term is multiplied by, if the gradients of the terms, so multiplied, are the one that arrived."""
+    own, arrived = (terms.rows(g).to(working_dtype(gradient)) for g in (terms.gradient(), gradient))
+    weights = (own * arrived).sum(-1) / own.square().sum(-1).clamp(min=torch.finfo(own.dtype).tiny)
+    slack = torch.finfo(gradient.dtype).eps ** 0.5
+    off = torch.linalg.vector_norm(own * weights.unsqueeze(-1) - arrived, dim=-1)
+    explained = (off <= slack * torch.linalg.vector_norm(arrived, dim=-1)).all()
+    return weights.clamp(min=0) if bool(explained) and bool((weights >= 0).all()) else None
 
 
 def _needs_targets(loss_fn: nn.Module) -> TypeError:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, TypeVar
 
@@ -77,8 +78,8 @@ class Loss(ABC):
 
 _REGISTRY: dict[type[nn.Module], type[Loss]] = {}
 
-# The functional forms stand for the module with the same keyword options.
-_FUNCTIONAL: dict[Any, type[nn.Module]] = {
+#: The functional forms stand for the module with the same keyword options.
+FUNCTIONS: dict[Any, type[nn.Module]] = {
     functional.cross_entropy: nn.CrossEntropyLoss,
     functional.nll_loss: nn.NLLLoss,
     functional.binary_cross_entropy: nn.BCELoss,
@@ -173,6 +174,27 @@ def _module_of(function: Any) -> nn.Module | None:
     if isinstance(function, partial) and not function.args:
         function, options = function.func, function.keywords
     try:
-        return _FUNCTIONAL[function](**options)
+        return FUNCTIONS[function](**options)
     except (KeyError, TypeError):  # not a functional loss, not hashable, or an option the module does not have
         return None
+
+
+def called(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[nn.Module, tuple[Any, ...]] | None:
+    """What a call of one of PyTorch's functional losses did, as a loss module and the arguments of its call.
+
+    Args:
+        function: The function, such as ``torch.nn.functional.cross_entropy``.
+        args: Positional arguments.
+        kwargs: Named arguments.
+
+    Returns:
+        The module and the tensors it compares, output first; ``None`` for any other function.
+    """
+    kind = FUNCTIONS.get(function)
+    if kind is None:
+        return None
+    given = inspect.signature(function).bind(*args, **kwargs).arguments
+    known = inspect.signature(kind).parameters
+    options = {name: value for name, value in given.items() if name in known}
+    rest = tuple(value for name, value in given.items() if name not in known and value is not None)
+    return kind(**options), rest

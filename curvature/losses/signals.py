@@ -57,8 +57,18 @@ class Signals:
 
     @property
     def examples(self) -> int:
-        """Number of examples."""
+        """Number of examples.
+
+        Raises:
+            ValueError: If the output has them along its second axis.
+        """
         n, r, _ = self.terms.shape
+        if self.batch and self.batch == r != n and r > 1:
+            raise ValueError(
+                f"the inputs hold {self.batch} examples along their first axis, but the output, of shape "
+                f"{tuple(self.terms.output.shape)}, has {n} rows there, and the examples seem to lie along its second "
+                "axis. Return outputs with the examples first, and transpose the targets alike."
+            )
         return self.batch if self.batch and (n * r) % self.batch == 0 and n % self.batch == 0 else n
 
     @property

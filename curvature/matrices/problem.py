@@ -41,7 +41,7 @@ class Evaluation:
         counter = _BytesMade() if count else None
         with torch.enable_grad(), counter or contextlib.nullcontext():
             if recorded:
-                result, self.recorder = record(problem.model, problem.parameters, x)
+                result, self.recorder = record(problem.model, problem.parameters, x, y)
             else:
                 result = call(problem.model, x)
         self.nbytes = counter.total if counter else 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -136,6 +137,22 @@ def batch_size(inputs: Any) -> int | None:
     return None
 
 
+def examples_of(inputs: Any, seen: Any = None) -> int | None:
+    """Number of examples of a batch: as its targets or outputs count them, where an input has as many rows.
+
+    The first input may be a mask, a context or an edge list. Where no input has that many rows, examples and positions
+    were flattened, and the rows of the first input count.
+
+    Args:
+        inputs: Of the model.
+        seen: Targets, or what the loss saw.
+    """
+    number = batch_size(seen)
+    if number is not None and any(tensor.shape[:1] == (number,) for tensor in tensors_in(inputs)):
+        return number
+    return batch_size(inputs)
+
+
 def call(model: nn.Module, x: Any) -> Any:
     """Run the model: a tuple as positional inputs, a mapping as keywords where ``forward`` takes those names."""
     with inspection():
@@ -183,24 +200,28 @@ def resolve_output(result: Any, output: Output | None = None) -> Tensor:
     )
 
 
-# How deep we are in passes of our own. Not a context variable: autograd runs hooks in threads of the device.
-_depth = 0
+class _Depth(threading.local):
+    """How deep this thread is in passes of our own."""
+
+    value = 0
+
+
+_depth = _Depth()
 
 
 def inspecting() -> bool:
     """Whether a forward or backward pass is the library's own, which no optimizer must take for a training step."""
-    return _depth > 0
+    return _depth.value > 0
 
 
 @contextlib.contextmanager
 def inspection() -> Iterator[None]:
-    """Passes inside are the library's own."""
-    global _depth
-    _depth += 1
+    """Passes inside, in this thread, are the library's own."""
+    _depth.value += 1
     try:
         yield
     finally:
-        _depth -= 1
+        _depth.value -= 1
 
 
 @contextlib.contextmanager

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -23,7 +24,47 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def is_compiled(model: nn.Module) -> bool:
     """Whether calls of the model run compiled code."""
-    return hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
+    call = getattr(model, "_compiled_call_impl", None)
+    return hasattr(model, "_orig_mod") or not (call is None or isinstance(call, CallGuard))
+
+
+class CallGuard:
+    """Runs a function whenever the outermost call of a module ends, whichever way.
+
+    Hooks do not see a keyboard interrupt. It stands where ``module.compile()`` puts compiled code, which copies and
+    pickles of a module leave behind.
+
+    Args:
+        module: The module.
+        after: The function.
+    """
+
+    def __init__(self, module: nn.Module, after: Callable[[], None]) -> None:
+        self._module, self._after = weakref.ref(module), after
+        self._depth = 0  # a module may call itself
+        self._inner: CallGuard | None = module.__dict__.get("_compiled_call_impl") if not is_compiled(module) else None
+        if not is_compiled(module):
+            module._compiled_call_impl = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module = self._module()
+        assert module is not None
+        self._depth += 1
+        try:
+            return (self._inner or module._call_impl)(*args, **kwargs)
+        finally:
+            self._depth -= 1
+            if not self._depth:
+                self._after()
+
+    def remove(self) -> None:
+        """Let the module be called as before."""
+        self._after = lambda: None  # another guard may still call this one
+        module = self._module()
+        if module is not None and module.__dict__.get("_compiled_call_impl") is self:
+            del module._compiled_call_impl
+            if self._inner is not None:
+                module._compiled_call_impl = self._inner
 
 
 @contextlib.contextmanager

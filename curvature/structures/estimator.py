@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import reduce
 from typing import Any, ClassVar, Literal
 
@@ -58,6 +58,15 @@ class CurvatureEstimator(ABC):
     def discard(self) -> None:
         """Forget the current step."""
 
+    def mark(self) -> Any:
+        """The current step as it is now, for :meth:`back_to`."""
+        return {name: _marked(value) for name, value in vars(self).items()}
+
+    def back_to(self, mark: Any) -> None:
+        """Forget whatever the step has added since a mark."""
+        vars(self).clear()
+        vars(self).update({name: back() for name, back in mark.items()})
+
     @abstractmethod
     def finite(self) -> Tensor:
         """0-d bool tensor: the current step is free of NaN and inf."""
@@ -97,6 +106,29 @@ class CurvatureEstimator(ABC):
     def next_pass(self) -> bool:
         """After a pass over a data set: prepare another one over the same data; False when one was enough."""
         return False
+
+
+def _marked(value: Any) -> Callable[[], Any]:
+    """A function that gives the value as it is now, whatever happens to means and containers in between."""
+    match value:
+        case WeightedMean() | CurvatureEstimator():
+            mark = value.mark()
+
+            def back() -> Any:
+                value.back_to(mark)
+                return value
+
+            return back
+        case list() | tuple():
+            items, kind = [_marked(item) for item in value], type(value)
+            return lambda: kind(item() for item in items)
+        case dict():
+            entries = {key: _marked(item) for key, item in value.items()}
+            return lambda: {key: item() for key, item in entries.items()}
+        case _ if is_dataclass(value) and not isinstance(value, type) and not value.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+            parts = {key: _marked(item) for key, item in vars(value).items()}
+            return lambda: replace(value, **{key: item() for key, item in parts.items()})
+    return lambda: value
 
 
 class MeansEstimator(CurvatureEstimator):

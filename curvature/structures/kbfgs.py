@@ -98,11 +98,14 @@ class Means:
     def add(self, samples: Samples, uses: list[Outer]) -> None:
         """Add the samples of a backward pass."""
         weight = samples.weight if samples.first else 0.0
-        scale = 1.0 if samples.factor is None else samples.factor.sqrt()
+        if samples.linear is None:
+            raise ValueError(
+                "K-BFGS learns from mean gradients, which weights of single terms do not leave. Weigh batches instead."
+            )
         for index, use in enumerate(uses):
             if samples.first:
                 self.inputs.add(*_sum_of_rows(use))
-            total = widen(use.g).sum((-4, -3, -2)) * scale
+            total = widen(use.g).sum((-4, -3, -2)) * samples.linear
             self.gradients.add(total, weight if index == 0 else 0.0)
 
 
@@ -166,6 +169,8 @@ class KroneckerBFGSEstimator(MeansEstimator, InverseEstimator):
         means = self._first if self._before is None else self._second
         if means.gradients.pending:
             means.gradients.count(weight)
+        if self._before is None:
+            self.factor.count(weight)
 
     def commit(self, ema: float) -> None:
         super().commit(ema)

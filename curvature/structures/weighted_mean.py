@@ -17,6 +17,9 @@ class WeightedMean:
     With this weight the mean is unbiased from the first step on and has no memory of an initial value.
     """
 
+    #: Whether a mark holds the sum of the step.
+    _marked = False
+
     def __init__(self) -> None:
         self.value: Tensor | None = None
         self.weight = 0.0
@@ -26,9 +29,21 @@ class WeightedMean:
     def add(self, total: Tensor | None, weight: Tensor | float) -> None:
         """Add a sum over some of the step's samples (``None``: only the weight) and the weight of those samples."""
         if total is not None:
-            # A fresh buffer is owned by this mean, so later additions may be made in place.
-            self._total = total if self._total is None else self._total.add_(total)
+            if self._total is None:
+                self._total = total
+            else:  # in place, unless a mark holds the buffer
+                self._total = self._total + total if self._marked else self._total.add_(total)
+            self._marked = False
         self._count = self._count + weight
+
+    def mark(self) -> tuple[Tensor | None, Tensor | float]:
+        """What waits to be committed now, for :meth:`back_to`."""
+        self._marked = True
+        return self._total, self._count
+
+    def back_to(self, mark: tuple[Tensor | None, Tensor | float]) -> None:
+        """Forget what was added since a mark."""
+        self._total, self._count = mark
 
     def count(self, weight: Tensor | float) -> None:
         """Count samples of the step whose statistics are zero."""

@@ -85,7 +85,6 @@ def whole_block(parameters: Mapping[str, Tensor]) -> Block:
 class BatchRoots:
     """Roots of the blocks that one batch reached."""
 
-    weight: Tensor | float = 0.0
     roots: dict[Block, list[LinearOperator]] = field(default_factory=dict)
 
 
@@ -101,6 +100,7 @@ class WholeEstimator(CurvatureEstimator):
         super().__init__(block)
         self.parameters = parameters
         self._batches: list[BatchRoots] = []
+        self._weight: Tensor | float = 0.0
 
     @abstractmethod
     def learn(self, rows: JointRows, weight: Tensor, ema: float) -> None:
@@ -114,20 +114,17 @@ class WholeEstimator(CurvatureEstimator):
         """Take the samples of a block."""
         batch = self._batches[-1]
         batch.roots.setdefault(block, []).append(root(samples))
-        if samples.first:
-            batch.weight = samples.weight
 
     def update(self, samples: Samples) -> None:
         self.receive(self.block, samples)
 
     def count(self, weight: Tensor | float) -> None:
-        """Nothing: all examples of a batch count, whichever blocks they reach."""
+        self._weight = self._weight + weight
 
     def commit(self, ema: float) -> None:
         batches = [batch for batch in self._batches if batch.roots]
         if batches:
-            weight = torch.as_tensor(sum(batch.weight for batch in batches))
-            self.learn(self._joined(batches), weight, ema)
+            self.learn(self._joined(batches), torch.as_tensor(self._weight), ema)
         self.discard()
 
     def _joined(self, batches: list[BatchRoots]) -> JointRows:
@@ -159,7 +156,7 @@ class WholeEstimator(CurvatureEstimator):
         return JointRows(tuple(r.to(dtype) for r in roots), places, self.parameters.size)
 
     def discard(self) -> None:
-        self._batches = []
+        self._batches, self._weight = [], 0.0
 
     def finite(self) -> Tensor:
         return all_finite([r for batch in self._batches for roots in batch.roots.values() for r in roots])

@@ -22,6 +22,7 @@ from precond.step.graph import (
     second_derivatives,
     unflatten,
 )
+from precond.step.uncompiled import uncompiled
 from solvers import SolverError
 from solvers.precision import working_dtype
 
@@ -46,10 +47,12 @@ class ClosureOptimizer(SecondOrderOptimizer):
     loss_value: Tensor | None = None
     _slopes: Vectors | None = None
 
+    @uncompiled
     def step(self, closure: Closure | None = None) -> Any:
         with self._released(closure):
             return super().step(closure)
 
+    @uncompiled
     def precondition(self, closure: Closure | None = None) -> Any:
         with self._released(closure):
             return super().precondition(closure)
@@ -128,7 +131,14 @@ class ClosureOptimizer(SecondOrderOptimizer):
         if closure is None:
             return None
         self._closure, params = closure, self.parameters()
-        loss = self.loss(closure)
+        if not self.closure_needed():
+            before = {p: (p.grad, p.grad._version) for p in params if p.grad is not None}
+            result = closure()
+            if any(p.grad is not None and not _same(p.grad, before.get(p)) for p in params):
+                return result  # it ran the backward pass, as in a plain loop
+            loss = loss_tensor(result, type(self).__name__) + self._penalty()
+        else:
+            loss = self.loss(closure)
         twice = self.second_order()
         keep = twice or self.keeps_graph()
         try:
@@ -319,3 +329,8 @@ class ClosureOptimizer(SecondOrderOptimizer):
         """Give all groups the same damping; it is part of the checkpoints."""
         for group in (self.defaults, *self.param_groups):  # also for groups added later
             group["damping"] = damping
+
+
+def _same(gradient: Tensor, before: tuple[Tensor, int] | None) -> bool:
+    """Whether a gradient is what it was, and nothing was written to it."""
+    return before is not None and gradient is before[0] and gradient._version == before[1]

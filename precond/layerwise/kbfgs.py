@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Unpack
 
-import torch
 from torch import Tensor, nn
 
-from curvature.estimation.collector import Collector
-from curvature.estimation.joint import ApartCollector
+from curvature.estimation.step_collector import ApartCollector, StepCollector
+from curvature.estimation.tape import Pass
 from curvature.structures.kbfgs import KroneckerBFGS, KroneckerBFGSEstimator
 from precond.layerwise.blocks.preconditioner import Preconditioner
 from precond.layerwise.method import LayerwiseMethod, LayerwiseOptions
@@ -102,8 +101,8 @@ class KBFGS(LayerwiseMethod):
             raise TypeError(f"{type(self).__name__}: curvature is a KroneckerBFGS(...), not {curvature!r}.")
         if options.get("maximize"):
             raise ValueError("KBFGS minimises: maximize=True has no meaning for it. Negate the loss.")
-        self._passes: list[tuple[Any, Any]] = []  # of the last step, to be run again; and their random states
-        self._random: list[Any] = []
+        self._passes: list[Pass] = []  # of the last step, to be run again
+        self._scale: Tensor | float = 1.0  # of a GradScaler in them
         super().__init__(
             model,
             loss_fn,
@@ -118,36 +117,29 @@ class KBFGS(LayerwiseMethod):
             inverse_update_period=inverse_update_period,
             **options,
         )
-        if self.capture.loss is None:
+        if self.statistics.loss is None:
             raise ValueError(
                 f"KBFGS evaluates the loss once more after a step, and {type(loss_fn).__name__} is of unknown type. "
                 "Register it (curvature.losses.register_loss)."
             )
+        self.tape.repeats = True
 
     def after_move(self) -> None:
         self._run_again()
 
-    def _collector(self) -> Collector:
-        return ApartCollector(self.parameters, self.begin_block, self.curvature.joint)
+    def _collector(self) -> StepCollector:
+        return ApartCollector(self.parameters, self.begin_block, joint=self.curvature.joint, forget=self.drop_block)
 
     def _follow(self) -> None:
         # Called before a pass is recorded: parameters that another optimizer moved are where they were moved to.
         self._run_again()
         super()._follow()
-        del self._random[len(self.capture.passes) :]  # of passes that raised
-        self._random.append(_random_state(self.parameters.device))
-
-    def _arm(self) -> None:
-        self._random = []
-        super()._arm()
 
     def directions(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
-        passes = list(zip(self.capture.passes, self._random, strict=False)) if self.capture.armed else []
+        passes = self.tape.passes if self.statistics.armed else []
         out = super().directions(gradients)
-        if self.capture.batches:
-            self._passes = passes
-            # How the gradient arrived shows the labels of losses that the model computes inside.
-            self.capture.settled = False
+        if self.statistics.batches:
+            self._passes, self._scale = passes, self.loss_scale()
             for _, estimator, weights in self._estimators():
                 estimator.begin(weights)
         return out
@@ -166,12 +158,7 @@ class KBFGS(LayerwiseMethod):
         if not self._passes:
             return
         passes, self._passes = self._passes, []
-        devices = [self.parameters.device] if self.parameters.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            for origin, random in passes:
-                _set_random_state(random, self.parameters.device)
-                self.capture.repeat(origin)
-        seen = self.capture.batches > 0
+        seen = self.statistics.again(passes, self._scale)
         for preconditioner, estimator, weights in self._estimators():
             estimator.end(weights)
             if preconditioner.inverse is not None:
@@ -184,14 +171,4 @@ class KBFGS(LayerwiseMethod):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_passes": [], "_random": []}
-
-
-def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-
-def _set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state(state[1], device)
+        return {**super().__getstate__(), "_passes": []}

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import fields
+from types import FrameType
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from curvature import Block, Curvature, CurvatureEstimator
-from curvature.estimation.capture import Capture
-from curvature.estimation.collector import Collector
 from curvature.estimation.coverage import Coverage, describe_loss, table
+from curvature.estimation.statistics import Statistics
+from curvature.estimation.step_collector import StepCollector
+from curvature.estimation.tape import Tape
 from curvature.model.parameters import Parameters
 from curvature.model.wrappers import unwrapped
 from curvature.structures.estimator import Form
@@ -135,7 +138,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         self.step_size, self.damping_rule = step_size, damping_rule
         self.model, self.loss_fn = model, loss_fn
         self.preconditioners = Preconditioners()
-        self._capture: Capture | None = None
+        self._statistics: Statistics | None = None
         self._step_model: StepModel | None = None
         self._reported: set[str] = set()
         self._burning = False  # the step is one of the burn-in
@@ -160,19 +163,19 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
     def _connect(self) -> None:
         """Track the parameters of the groups, and hook the model."""
         self.parameters = Parameters(unwrapped(self.model), self._tracked())
-        self._capture = Capture(
+        self.tape = Tape(
             self.model,
             self.loss_fn,
-            self._collector(),
-            self.curvature,
-            before_pass=self._follow,
+            lambda: self.parameters,
             output=self.loop.output,
-            class_dim=self.loop.class_dim,
             mode=self.loop.capture,
             eval_mode=self.loop.eval_mode,
+            before_pass=self._follow,
         )
+        self._statistics = Statistics(self.tape, self.loss_fn, self._collector(), self.curvature, self.loop.class_dim)
         if self.step_size is not None or self.damping_rule is not None:
             self._step_model = StepModel(self, self.step_size, self.damping_rule)
+            self.tape.repeats = True
         self._arm()
 
     def name_of(self, parameter: Tensor) -> str:
@@ -193,8 +196,8 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
             return {}
         return {id(p): name for name, p in unwrapped(self.model).named_parameters() if name in self.plain}
 
-    def _collector(self) -> Collector:
-        return Collector(self.parameters, self.begin_block, joint=self.curvature.joint, apart="signs")
+    def _collector(self) -> StepCollector:
+        return StepCollector(self.parameters, self.begin_block, joint=self.curvature.joint, forget=self.drop_block)
 
     def _follow(self) -> None:
         """Notice parameters that were added, frozen or unfrozen; blocks that stay whole keep their statistics."""
@@ -205,25 +208,26 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         self.parameters = Parameters(unwrapped(self.model), trainable)
         for name, preconditioner in list(self.preconditioners.items()):
             if not all(part in self.parameters for part in preconditioner.estimator.block.names):
-                self._drop(name)
+                self.drop_block(name)
         collector = self._collector()
-        collector.estimators = self.capture.collector.estimators
-        self.capture.collector = collector
+        collector.estimators = self.statistics.collector.estimators
+        self.statistics.collector = collector
 
-    def _drop(self, name: str) -> None:
+    def drop_block(self, name: str) -> None:
+        """Forget the statistics and the preconditioner of a block."""
         self._taps.close()
-        del self.preconditioners[name]
-        self.capture.collector.estimators.pop(name, None)
+        self.preconditioners.pop(name, None)
+        self.statistics.collector.estimators.pop(name, None)
 
     @property
-    def capture(self) -> Capture:
-        """The hooks on the model."""
-        assert self._capture is not None
-        return self._capture
+    def statistics(self) -> Statistics:
+        """What the passes of the current step have brought."""
+        assert self._statistics is not None
+        return self._statistics
 
     def coverage(self) -> Coverage:
         """Which curvature every parameter has, as far as recorded passes used them; see :func:`curvature.coverage`."""
-        collector = self.capture.collector
+        collector = self.statistics.collector
         rows = table(self.parameters, collector)
         plain = self._plain()
         rows += [plain_row(plain[id(p)], p) for p in self._trainable() if id(p) in plain]
@@ -233,17 +237,15 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
 
     def detach(self) -> None:
         """Remove every hook from model and loss; the optimizer keeps its last inverses."""
-        self.capture.disarm()
-        self.capture.close()
-        if self._step_model is not None:
-            self._step_model.close()
+        self.statistics.disarm()
+        self.tape.close()
         self._taps.close()
 
     def begin_block(self, block: Block, form: Form) -> CurvatureEstimator:
         """The estimate and the preconditioner of a block that is seen for the first time, or loaded."""
         for name, old in list(self.preconditioners.items()):
             if old.estimator.block.overlaps(block):  # its parameters were in another block before one was (un)frozen
-                self._drop(name)
+                self.drop_block(name)
         estimator = self.curvature.estimator(block, form)
         self.preconditioners[block.name] = Preconditioner(estimator, self.solver, self.exponent)
         self.preconditioners[block.name].form = form
@@ -251,7 +253,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group({**param_group, "params": members(unwrapped(self.model), param_group["params"])})
-        if self._capture is not None:
+        if self._statistics is not None:
             self._follow()
 
     # The step
@@ -287,9 +289,9 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
     def _arm(self) -> None:
         if self.steps % self.option("curvature_update_period") == 0:
             words = f"{self.loop.seed},{_rank()},{self.steps}"
-            self.capture.arm(int.from_bytes(hashlib.sha256(words.encode()).digest()[:7], "big"))
+            self.statistics.arm(int.from_bytes(hashlib.sha256(words.encode()).digest()[:7], "big"))
         else:
-            self.capture.disarm()
+            self.statistics.disarm()
 
     def on_skip(self) -> None:
         self.preconditioners.discard()
@@ -311,10 +313,10 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         gradients = {self.parameters[name]: g for name, g in by_name.items()}
         rows = self._rows(by_name)
         updated = False
-        if self.capture.armed:
-            self.capture.finish(by_name)
+        if self.statistics.armed:
+            self.statistics.finish(by_name, self.loss_scale())
             updated = self._update_curvature(gradients)
-        self.idle = self.idle and self.capture.batches == 0
+        self.idle = self.idle and self.statistics.batches == 0
         self._burning = self.steps < self.burn_in
         if self._burning:
             return {p: torch.zeros_like(g) for p, g in given.items()}
@@ -327,9 +329,9 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         return out | {p: g.clone() for p, g in given.items() if id(p) in plain}
 
     def _evaluate(self, closure: Callable[[], Any] | None) -> Any:
-        if self._step_model is not None and closure is not None:
-            self._step_model.use(closure)
-        return super()._evaluate(closure)
+        if self._step_model is None or closure is None:
+            return super()._evaluate(closure)
+        return self._step_model.evaluated(closure)
 
     def _bound(self, directions: dict[Tensor, Tensor], gradients: dict[Tensor, Tensor], prepared: bool) -> None:
         super()._bound(directions, gradients, prepared)
@@ -365,6 +367,13 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         # During burn-in nothing moves, not even by weight decay.
         return {**group, "weight_decay": 0.0} if self._burning else group
 
+    def loss_scale(self) -> Tensor | float:
+        """What a GradScaler multiplied the loss by."""
+        scale = getattr(self, "grad_scale", None)
+        if scale is None and getattr(self, "found_inf", None) is not None:  # the gradients were unscaled before
+            return scale_in_use()
+        return 1.0 if scale is None else scale
+
     def _rows(self, gradients: dict[str, Tensor]) -> dict[str, GradientRows]:
         if getattr(self, "grad_scale", None) is not None or _world_size() > 1:
             return {}  # gradients that were scaled or summed over processes after the rows were seen
@@ -383,7 +392,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
 
     def _update_curvature(self, gradients: dict[Tensor, Tensor]) -> bool:
         """Fold the statistics of the step into the averages, if there are any."""
-        if self.capture.batches == 0:
+        if self.statistics.batches == 0:
             self._explain_missing(gradients)
             return False
         if _world_size() > 1 and "processes" not in self._reported:
@@ -460,7 +469,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         out = super().state_dict()
         index = {id(p): i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
         first = {name: index[id(p)] for name, p in self.parameters.items()}
-        add_blocks(out, self.preconditioners, first, self.capture.collector.mixed_blocks or ())
+        add_blocks(out, self.preconditioners, first, ())
         return out
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -468,31 +477,35 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         plain, blocks = split_blocks(state_dict)
         super().load_state_dict(plain)
         self._taps.close()
-        estimators = self.capture.collector.estimators
+        estimators = self.statistics.collector.estimators
         estimators.clear()
         self.preconditioners.clear()
         for name, saved in copied(blocks, self.parameters.device).items():
             estimators[name] = self.begin_block(Block.from_state(name, saved["parts"]), saved_form(saved))
             self.preconditioners[name].load_state_dict(saved)
-            self.capture.collector.mixed_blocks = set(saved.get("mixing", ()))
         self._taps.watch(unwrapped(self.model), self.preconditioners)
         self._arm()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {**self.__dict__, "_capture": None, "_step_model": None, "_prepared": {}, "_taps": RowTaps()}
+        own = {
+            **self.__dict__,
+            "_statistics": None,
+            "tape": None,
+            "_step_model": None,
+            "_prepared": {},
+            "_taps": RowTaps(),
+        }
         own.pop("step", None)  # a learning rate scheduler's wrapper, bound to this very object
-        return {**own, "_mixing": self.capture.collector.mixed_blocks}
+        return own
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
         if "model" not in saved:  # the base class restores groups and state in this way
             super().__setstate__(saved)
             return
-        mixing = saved["_mixing"]
-        self.__dict__.update({key: value for key, value in saved.items() if key != "_mixing"})
+        self.__dict__.update(saved)
         estimators = {name: p.estimator for name, p in self.preconditioners.items()}
         self._connect()
-        self.capture.collector.estimators = estimators
-        self.capture.collector.mixed_blocks = mixing
+        self.statistics.collector.estimators = estimators
         self._taps.watch(unwrapped(self.model), self.preconditioners)
 
 
@@ -504,3 +517,14 @@ def _rank() -> int:
 def _world_size() -> int:
     ready = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_world_size() if ready else 1
+
+
+def scale_in_use() -> Tensor | float:
+    """The scale of the GradScaler whose ``step()`` is running."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        scaler = frame.f_locals.get("self")
+        if isinstance(scaler, torch.amp.GradScaler):
+            return scaler.get_scale()
+        frame = frame.f_back
+    return 1.0

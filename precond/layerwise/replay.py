@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,11 +12,11 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
 
+from curvature.estimation.tape import Pass, Tape, TapedLoss
 from curvature.losses import loss_for
-from curvature.model.data import Output, inspecting, inspection, resolve_output
-from curvature.model.hooks import Hook
-from curvature.model.settings import random_state, set_random_state, settings
-from curvature.model.wrappers import is_compiled, plain_checkpoints, unwrapped
+from curvature.model.data import inspection
+from curvature.model.settings import set_random_state, settings
+from curvature.model.wrappers import plain_checkpoints, unwrapped
 from precond.step.graph import (
     BackwardDoesNothing,
     CurvedOutput,
@@ -59,139 +58,57 @@ class Replay(ABC):
         return GaussNewtonMatrix(parts, params).gram(vectors), value
 
 
-@dataclass
-class _Call:
-    """A call of the loss on the output of a pass."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    shape: torch.Size  # of the output as the loss saw it
-    value: Tensor  # what it returned
-    weight: Tensor | None = None  # derivative of what backward() was called on
-
-    def given(self, z: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments, with an output in the place of the one that was seen."""
-        return self._filled(z.reshape(self.shape), lambda value: value)
-
-    def picked(self, z: Tensor, stride: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of every ``stride``-th example, with the output of these."""
-        return self._filled(z, lambda value: _every(value, self.shape[0], stride))
-
-    def _filled(self, z: Tensor, other: Callable[[Any], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        fill = lambda value: z if value is _OUTPUT else other(value)  # noqa: E731
-        return tuple(map(fill, self.args)), {key: fill(value) for key, value in self.kwargs.items()}
-
-
-_OUTPUT = object()
-
-
-@dataclass
-class _Pass:
-    """A forward pass of the model."""
-
-    inputs: tuple[Any, Any]
-    random: list[Tensor]
-    output: Tensor | None = None
-    calls: list[_Call] = field(default_factory=list)
-
-    def picked(self, stride: int) -> tuple[Any, Any]:
-        """The inputs of every ``stride``-th example."""
-        number = len(self.output) if self.output is not None and self.output.dim() else -1
-        args, kwargs = self.inputs
-        return (
-            tuple(_every(value, number, stride) for value in args),
-            {key: _every(value, number, stride) for key, value in kwargs.items()},
-        )
-
-
 class LoopReplay(Replay):
-    """Watches a plain loop: inputs of the model, arguments of the loss, and what the loss was multiplied by.
+    """The batch of a plain loop, from the tape.
 
     The loss module must be called on the model's output, or on a reshaped view of it.
 
     Args:
-        model: The model that the loop calls; compiled ones are run eagerly again.
+        tape: Has the passes of the step.
         loss_fn: The loss module that the loop calls.
-        output: Picks the output tensor where the model returns something else.
     """
 
-    def __init__(self, model: nn.Module, loss_fn: nn.Module, output: Output | None = None) -> None:
-        self.model, self.loss_fn, self.output = unwrapped(model), loss_fn, output
+    def __init__(self, tape: Tape, loss_fn: nn.Module) -> None:
+        self.tape, self.model, self.loss_fn = tape, tape.model, loss_fn
         self.device = next(self.model.parameters()).device
-        self.compiled = False
         self.forward_mode = True  # until an operation of the model turns out to have no forward derivative
-        self._passes: list[_Pass] = []
-        self._elsewhere: list[_Call] = []  # calls of the loss on something else
-        target = model if is_compiled(model) else self.model
-        self._handles = [
-            target.register_forward_pre_hook(Hook(self, "_before_forward"), with_kwargs=True),
-            target.register_forward_hook(Hook(self, "_after_forward"), with_kwargs=True),
-            loss_fn.register_forward_hook(Hook(self, "_after_loss"), with_kwargs=True),
-        ]
+        self._passes: list[Pass] = []
+        self._elsewhere: list[TapedLoss] = []  # calls of the loss on something else
 
-    def close(self) -> None:
-        """Remove the hooks."""
-        for handle in self._handles:
-            handle.remove()
-        self.clear()
+    def take(self) -> None:
+        """Take the batch of the step that is under way."""
+        self._passes, self._elsewhere = self.tape.passes, self.tape.outside
 
     def clear(self) -> None:
         """Forget the batch."""
         self._passes, self._elsewhere = [], []
 
-    def _before_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if torch.is_grad_enabled() and not inspecting():
-            self._passes.append(_Pass((args, kwargs), random_state(self.device)))
-
-    def _after_forward(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
-        if torch.is_grad_enabled() and not inspecting() and self._passes:
-            try:
-                self._passes[-1].output = resolve_output(result, self.output)
-            except TypeError:
-                if self.output is not None:
-                    raise
-
-    def _after_loss(self, module: nn.Module, args: Any, kwargs: Any, value: Any) -> None:
-        if not isinstance(value, Tensor) or not value.requires_grad or inspecting():
-            return
-        z = args[0] if args else kwargs.get("input")
-        origin = next((p for p in self._passes if _same(p.output, z)), None)
-        call = _Call(
-            tuple(_OUTPUT if a is z else a for a in args),
-            {key: _OUTPUT if a is z else a for key, a in kwargs.items()},
-            z.shape if isinstance(z, Tensor) else torch.Size(),
-            value.detach(),
-        )
-        (self._elsewhere if origin is None else origin.calls).append(call)
-
-        def note(gradient: Tensor) -> None:
-            if not inspecting():
-                call.weight = gradient.detach().sum()
-
-        value.register_hook(note)
-
-    def _evaluate(self, stride: int = 1, values: Mapping[str, Tensor] | None = None) -> Iterator[tuple[_Call, Tensor]]:
+    def _evaluate(
+        self, stride: int = 1, values: Mapping[str, Tensor] | None = None
+    ) -> Iterator[tuple[TapedLoss, Tensor]]:
         """Every call of the loss that counted, and the output it sees.
 
         Args:
             stride: Of every so many examples only.
             values: In the places of parameters.
         """
-        seen = [p for p in self._passes if any(call.weight is not None for call in p.calls)]
-        if not seen or any(call.weight is not None for call in self._elsewhere):
+        calls = [call for p in self._passes for call in p.calls if call.weight is not None]
+        if not calls or any(not c.whole for c in calls) or any(c.weight is not None for c in self._elsewhere):
             raise RuntimeError(
                 "the batch of this step cannot be run again, because the loss module given to the optimizer was not "
                 "called on the model's output as it is or as a view of it. Call loss_fn(model(x), y), name the output "
-                "with output=, or call step(closure)."
+                "with loop=Loop(output=...), or call step(closure)."
             )
+        seen = [p for p in self._passes if any(call in calls for call in p.calls)]
         for origin in seen:
-            args, kwargs = origin.inputs if stride == 1 else origin.picked(stride)
+            args, kwargs = origin.inputs if stride == 1 else _picked(origin, stride)
+            assert origin.random is not None
             with settings(self.model, origin.random, self.device), inspection(), plain_checkpoints():
                 if values is None:
                     result = self.model.forward(*args, **kwargs)
                 else:
                     result = functional_call(_Bare(self.model), dict(values), args, kwargs)
-                z = resolve_output(result, self.output)
+                z = self.tape.seen_by_the_loss(result)
                 for call in origin.calls:
                     if call.weight is not None:
                         yield call, z
@@ -227,29 +144,29 @@ class LoopReplay(Replay):
             parts, [[x.reshape_as(part.value) for part, x in zip(parts, image, strict=True)] for image in images]
         )
 
-    def _part(self, call: _Call, z: Tensor, stride: int) -> CurvedOutput:
+    def _part(self, call: TapedLoss, z: Tensor, stride: int) -> CurvedOutput:
         assert call.weight is not None
-        weight = float(call.weight)
+        weight = float(call.weight.sum())
         if stride == 1:
-            return curved_output(self.loss_fn, *call.given(z), weight)
+            return curved_output(self.loss_fn, *_given(call, z), weight)
         _refuse_unpicked(call, z, stride)
         if getattr(self.loss_fn, "reduction", "mean") == "sum":
             weight *= call.shape[0] / len(z)
-        return curved_output(self.loss_fn, *call.picked(z, stride), weight)
+        return curved_output(self.loss_fn, *_picked_arguments(call, z, stride), weight)
 
     def _seen(self) -> Tensor:
         """The loss as the loop computed it."""
         seen = [(call.weight, call.value) for p in self._passes for call in p.calls]
-        terms = [weight.double() * value.double() for weight, value in seen if weight is not None]
+        terms = [(weight.double() * value.double()).sum() for weight, value in seen if weight is not None]
         return torch.stack(terms).sum().cpu()
 
     @torch.no_grad()
     def value(self) -> Tensor:
         total = torch.zeros((), dtype=torch.float64)
         for call, z in self._evaluate():
-            args, kwargs = call.given(z)
+            args, kwargs = _given(call, z)
             assert call.weight is not None
-            total += float(call.weight) * self.loss_fn.forward(*args, **kwargs)
+            total += (call.weight * self.loss_fn.forward(*args, **kwargs)).sum().double().cpu()
         return total
 
 
@@ -328,7 +245,7 @@ def _every(value: Any, number: int, stride: int) -> Any:
     return value[::stride] if isinstance(value, Tensor) and value.dim() and len(value) == number else value
 
 
-def _refuse_unpicked(call: _Call, z: Tensor, stride: int) -> None:
+def _refuse_unpicked(call: TapedLoss, z: Tensor, stride: int) -> None:
     expected = (-(-call.shape[0] // stride), *call.shape[1:]) if call.shape else ()
     if z.shape != expected:
         raise ValueError(
@@ -338,11 +255,21 @@ def _refuse_unpicked(call: _Call, z: Tensor, stride: int) -> None:
         )
 
 
-def _same(output: Tensor | None, z: Any) -> bool:
-    """Whether the loss sees the output, or a view of all of it in its order."""
-    if output is None or not isinstance(z, Tensor):
-        return False
-    if z is output:
-        return True
-    whole = z.numel() == output.numel() and z.is_contiguous() and output.is_contiguous()
-    return whole and z.data_ptr() == output.data_ptr()
+def _given(call: TapedLoss, z: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call of the loss, with an output in the place of the one that was seen."""
+    return call.arguments(z.reshape(call.shape))
+
+
+def _picked_arguments(call: TapedLoss, z: Tensor, stride: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments for every ``stride``-th example, with the output of these."""
+    return call.arguments(z, lambda value: _every(value, call.shape[0], stride))
+
+
+def _picked(origin: Pass, stride: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The inputs of every ``stride``-th example."""
+    args, kwargs = origin.inputs
+    number = origin.examples
+    return (
+        tuple(_every(value, number, stride) for value in args),
+        {key: _every(value, number, stride) for key, value in kwargs.items()},
+    )

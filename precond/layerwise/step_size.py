@@ -9,11 +9,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from curvature.estimation.tape import Tape
 from curvature.model.settings import random_state
 from precond.layerwise.replay import ClosureReplay, LoopReplay, Replay, interpretable
 from precond.step.adapt import LevenbergMarquardt, unseen
 from precond.step.graph import flatten, parameters_at, unflatten
-from precond.step.loop import Loop
 
 
 class Sized(Protocol):
@@ -21,7 +21,7 @@ class Sized(Protocol):
 
     model: nn.Module
     loss_fn: Any
-    loop: Loop
+    tape: Tape
     param_groups: list[dict[str, Any]]
     state: Any
 
@@ -126,25 +126,27 @@ class StepModel:
         what = f"{type(optimizer).__name__}'s {'damping_rule' if quadratic is None else 'step_size'}"
         self.loss_fn = interpretable(optimizer.loss_fn, what)
         self.coefficients: Tensor | None = None  # learning rate and momentum of the last step
-        self._loop = LoopReplay(optimizer.model, self.loss_fn, optimizer.loop.output)
+        self._loop = LoopReplay(optimizer.tape, self.loss_fn)
         self._closure: ClosureReplay | None = None
         self._trial: _Trial | None = None
-
-    def close(self) -> None:
-        """Remove the hooks."""
-        self.clear()
-        self._loop.close()
 
     def clear(self) -> None:
         """Forget the batch of the step."""
         self._loop.clear()
         self._closure = self._trial = None
 
-    def use(self, closure: Callable[[], Any]) -> None:
-        """The batch is that of a closure, which is about to be called."""
+    def evaluated(self, closure: Callable[[], Any]) -> Any:
+        """Call the closure of a step, and take its batch again where its result has a graph.
+
+        One that ran the backward pass and returns a detached loss, as trainers do, is a plain loop.
+        """
         model: nn.Module = self.optimizer.model
-        device = next(model.parameters()).device
-        self._closure = ClosureReplay(closure, model, self.loss_fn, random_state(device))
+        random = random_state(next(model.parameters()).device)
+        with torch.enable_grad():
+            loss = closure()
+        if isinstance(loss, Tensor) and loss.requires_grad:
+            self._closure = ClosureReplay(closure, model, self.loss_fn, random)
+        return loss
 
     @property
     def replay(self) -> Replay:
@@ -168,6 +170,7 @@ class StepModel:
                 "a GradScaler multiplies the loss by a number that the quadratic model of the batch does not know. "
                 "Train in float32 or bfloat16, or without step_size and damping_rule."
             )
+        self._loop.take()
         params = list(directions)
         adapts = self.rule is not None and self.optimizer.steps % self.rule.period == 0
         keep = self.reject or (self.quadratic is None and adapts)

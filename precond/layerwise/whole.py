@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from curvature import Block, Curvature, CurvatureEstimator
-from curvature.estimation.collector import Collector
-from curvature.estimation.joint import WholeCollector
+from curvature.estimation.step_collector import StepCollector, WholeCollector
 from curvature.structures.estimator import Form
 from curvature.structures.whole import WholeEstimator, WholeFisher, whole_block
 from precond.layerwise.blocks.preconditioner import Preconditioner
@@ -50,7 +49,7 @@ class WholeModelOptimizer(LayerwiseMethod):
         """A preconditioner around an estimate."""
         return Preconditioner(estimator, self.solver, self.exponent)
 
-    def _collector(self) -> Collector:
+    def _collector(self) -> StepCollector:
         if not isinstance(self.curvature, WholeFisher):
             return super()._collector()
         block = whole_block(self.parameters)
@@ -79,7 +78,7 @@ class WholeModelOptimizer(LayerwiseMethod):
         before = self.parameters
         super()._follow()
         if isinstance(self.curvature, WholeFisher) and self.parameters is not before:
-            self.capture.collector.estimators = {}
+            self.statistics.collector.estimators = {}
 
     def directions(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         if not isinstance(self.curvature, WholeFisher) or not gradients:
@@ -103,5 +102,4 @@ class WholeModelOptimizer(LayerwiseMethod):
 
     def _reconnect(self) -> None:
         """Let the blocks hand their samples to the estimate that was restored."""
-        old, self.capture.collector = self.capture.collector, self._collector()
-        self.capture.collector.mixed_blocks = old.mixed_blocks
+        self.statistics.collector = self._collector()

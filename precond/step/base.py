@@ -16,6 +16,7 @@ from precond.step.options import Momentum, WeightDecay, in_groups
 from precond.step.scheduled import ScheduledOptimizer
 from precond.step.schedules import Scheduled
 from precond.step.signature import announced
+from precond.step.uncompiled import uncompiled
 from precond.step.update import apply_update, kl_scale, regularized
 
 
@@ -126,6 +127,7 @@ class SecondOrderOptimizer(ScheduledOptimizer):
     def after_move(self) -> None:
         """The parameters are where the step has taken them."""
 
+    @uncompiled
     @torch.no_grad()
     def precondition(self, closure: Callable[[], Any] | None = None) -> Any:
         """First half of :meth:`step`: replace every ``p.grad`` by ``P g``; no parameter moves.
@@ -151,6 +153,7 @@ class SecondOrderOptimizer(ScheduledOptimizer):
         self._count()
         return loss
 
+    @uncompiled
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; see the class for its order.

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from curvature.estimation.capture import Mode
+from curvature.estimation.tape import Mode
 from curvature.model.data import Output
 from precond.step.options import period
 

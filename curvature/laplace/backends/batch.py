@@ -100,7 +100,7 @@ class BatchBackend(CurvatureInterface):
         """Run the model, as laplace-torch does: on x as its one argument."""
         parameters = self.trainable()
         with self.leaving_all():
-            result, recorder = record(self.model, parameters, (x,), self.count(x))
+            result, recorder = record(self.model, parameters, (x,), examples=self.count(x))
             output = resolve_output(result)
             if not output.requires_grad:
                 raise ValueError(

@@ -79,7 +79,7 @@ def test_the_same_draws_give_the_same_fisher(name: str, structure: str) -> None:
     problem = PROBLEMS[name]()
     x, y = problem.data[0]
     optimizer = watching(problem.model, problem.loss_fn, structure, "mc", eval_mode=True)
-    generator = torch.Generator().manual_seed(optimizer.capture.generator.initial_seed())
+    generator = torch.Generator().manual_seed(optimizer.statistics.generator.initial_seed())
     actual = step(optimizer, [lambda: flat_loss(problem, run(problem.model, x), y)])
     assert_same(actual, reference(problem, structure, "mc", generator=generator))
 
@@ -150,7 +150,7 @@ def functional(model: nn.Module, loss_fn: nn.Module, ids: Tensor, y: Tensor) -> 
 
 
 def functional_sum(model: nn.Module, loss_fn: nn.Module, ids: Tensor, y: Tensor) -> Tensor:
-    return 3 * F.cross_entropy(model(ids).mT, y, ignore_index=0, reduction="sum")
+    return F.cross_entropy(model(ids).mT, y, ignore_index=0, reduction="sum")
 
 
 @pytest.mark.parametrize("options", [{}, {"capture": "shadow"}], ids=["watched", "shadow"])
@@ -215,10 +215,15 @@ def whole(model: nn.Module, loss_fn: Any) -> list[Callable[[], Tensor]]:
     return [lambda: loss_fn(model(X), Y)]
 
 
-def split(sizes: list[int], factor: float = 1.0) -> Callable[[nn.Module, Any], list[Callable[[], Tensor]]]:
+def split(sizes: list[int], reduction: str = "mean") -> Callable[[nn.Module, Any], list[Callable[[], Tensor]]]:
+    """The loss of all examples as that of micro-batches, each with the weight of its examples."""
+
     def losses(model: nn.Module, loss_fn: Any) -> list[Callable[[], Tensor]]:
-        parts = zip(X.split(sizes), Y.split(sizes), strict=True)
-        return [lambda x=x, y=y: factor * loss_fn(model(x), y) for x, y in parts]  # type: ignore[misc]
+        classes = getattr(loss_fn, "weight", None)
+        counts = torch.ones(3).double() if classes is None else classes
+        shares = [counts[y].sum() / counts[Y].sum() if reduction == "mean" else 1.0 for y in Y.split(sizes)]
+        parts = zip(X.split(sizes), Y.split(sizes), shares, strict=True)
+        return [lambda x=x, y=y, s=s: s * loss_fn(model(x), y) for x, y, s in parts]  # type: ignore[misc]
 
     return losses
 
@@ -230,20 +235,20 @@ def split(sizes: list[int], factor: float = 1.0) -> Callable[[nn.Module, Any], l
     ("losses", "reduction"),
     [
         (whole, "sum"),
+        (lambda model, loss_fn: [lambda: loss_fn(model(X), Y) / 32], "sum"),
         (split([8] * 4), "mean"),
-        (split([8] * 4, 0.25), "mean"),
-        (split([8] * 4), "sum"),
-        (split([1, 20, 11], 1 / 3), "mean"),
-        (split([32], 1024.0), "mean"),
+        (split([8] * 4, "sum"), "sum"),
+        (split([1, 20, 11]), "mean"),
+        (split([1, 20, 11], "sum"), "sum"),
     ],
-    ids=["sum", "4x8", "4x8 / 4", "4x8 sum", "unequal", "x 1024"],
+    ids=["sum", "sum / 32", "4x8", "4x8 sum", "unequal", "unequal sum"],
 )
-def test_reduction_accumulation_and_scale_do_not_matter(kind: Any, losses: Any, reduction: str) -> None:
+def test_reduction_and_accumulation_do_not_matter(kind: Any, losses: Any, reduction: str) -> None:
     expected = with_loss(kind, whole)
     assert_same(with_loss(lambda: kind(reduction=reduction), losses), expected)
 
 
-@pytest.mark.parametrize("losses", [whole, split([8] * 4, 0.25), split([1, 20, 11], 7.0)])
+@pytest.mark.parametrize("losses", [whole, split([8] * 4), split([1, 20, 11])])
 @pytest.mark.parametrize("capture", ["auto", "shadow"])
 def test_they_do_not_matter_for_functional_losses(capture: str, losses: Any) -> None:
     expected = with_loss(nn.CrossEntropyLoss, whole)
@@ -253,12 +258,13 @@ def test_they_do_not_matter_for_functional_losses(capture: str, losses: Any) -> 
 
 
 @pytest.mark.parametrize("loss_fn", [nn.CrossEntropyLoss(), nn.MSELoss()])
-def test_an_empirical_fisher_is_that_of_the_terms_whatever_the_scale(loss_fn: nn.Module) -> None:
+def test_an_empirical_fisher_has_the_weight_of_the_loss(loss_fn: nn.Module) -> None:
     x, y = batch(6)
     target = y if isinstance(loss_fn, nn.CrossEntropyLoss) else F.one_hot(y, 3).double()
     model = mlp()
     expected = fisher(model, loss_fn, (x, target), kind="empirical")
-    assert_same(step(watching(model, loss_fn, kind="empirical"), [lambda: 64 * loss_fn(model(x), target)]), expected)
+    actual = step(watching(model, loss_fn, kind="empirical"), [lambda: 64 * loss_fn(model(x), target)])
+    assert_same({name: block / 64 for name, block in actual.items()}, expected)
 
 
 class Unknown(nn.Module):
@@ -281,7 +287,8 @@ def test_an_empirical_fisher_of_an_unknown_loss_is_read_off_its_gradient(reducti
     a = torch.cat([model[:2](x).detach(), torch.ones(6, 1).double()], 1)
     loss_fn = Unknown(reduction)
     actual = step(watching(model, loss_fn, kind="empirical"), [lambda: scale * loss_fn(model(x), target)])
-    assert_same({"h": actual["2.weight+2.bias"]}, {"h": torch.kron(g.T @ g / 6, a.T @ a / 6)})
+    weight = scale if reduction == "mean" else 1.0  # a sum stands for its mean
+    assert_same({"h": actual["2.weight+2.bias"]}, {"h": weight * torch.kron(g.T @ g / 6, a.T @ a / 6)})
 
 
 # Several passes, several losses --------------------------------------------------------------------------------------
@@ -313,7 +320,7 @@ def test_two_passes_with_a_loss_each_are_micro_batches(make: Any) -> None:
 
     def loss() -> Tensor:
         outputs = make((model(X[:20]), Y[:20]), (model(X[20:]), Y[20:]))
-        return sum(loss_fn(z, y) for z, y in outputs)
+        return sum(len(y) / 32 * loss_fn(z, y) for z, y in outputs)
 
     assert_same(step(watching(model, loss_fn), [loss]), expected)
 

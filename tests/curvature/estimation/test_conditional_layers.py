@@ -56,7 +56,7 @@ def test_accumulated_batches_that_miss_a_layer_count(structure: str) -> None:
     model, data = conditional()
     optimizer = watching(model, LOSS, structure)
     for x, y in data:
-        LOSS(model(x), y).backward()
+        (LOSS(model(x), y) / len(data)).backward()
     silently(optimizer.step)
     expected = fisher(model, LOSS, data, kind="exact", structure=structure)
     assert_same(statistics(optimizer), expected)

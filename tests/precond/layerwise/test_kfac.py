@@ -198,7 +198,7 @@ def test_only_every_third_step_is_recorded(capture: Any) -> None:
         count: list[int] = []
         handle = model[0].register_forward_hook(lambda *_, count=count: count.append(1))
         loss = loss_fn(model(pair[0]), pair[1])
-        recorded = bool(optimizer.capture._recordings)
+        recorded = bool(optimizer.tape.passes)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

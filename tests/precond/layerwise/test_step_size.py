@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from curvature.estimation.tape import Tape
 from precond import EKFAC, KFAC, LevenbergMarquardt, QuadraticModel, WeightDecay
 from precond.layerwise.replay import ClosureReplay, LoopReplay
 from precond.layerwise.step_size import minimiser
@@ -328,12 +329,15 @@ def test_the_batch_repeats_itself_and_nothing_changes(way: str) -> None:
         loss.backward()
         return loss
 
-    loop = LoopReplay(model, loss_fn)
+    tape = Tape(model, loss_fn, lambda: dict(model.named_parameters()))
+    tape.repeats = True
+    loop = LoopReplay(tape, loss_fn)
     replay = loop if way == "loop" else ClosureReplay(evaluate, model, loss_fn, [state])
     torch.set_rng_state(state)
     value = evaluate().detach()
     kept = [p.grad for p in model.parameters()]
     before = torch.get_rng_state(), copy.deepcopy(model.state_dict()), [g.clone() for g in kept]  # type: ignore[union-attr]
+    loop.take()
     torch.testing.assert_close(replay.value(), value, rtol=1e-12, atol=0)
     parts, again = replay.parts()
     torch.testing.assert_close(again, value, rtol=1e-12, atol=0)
@@ -347,7 +351,7 @@ def test_the_batch_repeats_itself_and_nothing_changes(way: str) -> None:
         p.grad is g and torch.equal(g, old)  # type: ignore[arg-type]
         for p, g, old in zip(model.parameters(), kept, before[2], strict=True)
     )
-    loop.close()
+    tape.close()
     assert not model._forward_hooks and not loss_fn._forward_hooks and not model._forward_pre_hooks
 
 

@@ -16,7 +16,7 @@ def test_values_out_of_range() -> None:
         Loop(nonfinite="ignore")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="max_skips must be a whole number of steps, at least 1, got 0"):
         Loop(max_skips=0)
-    with pytest.raises(ValueError, match="capture must be 'auto', 'loss', 'gradient' or 'shadow', got 'hooks'"):
+    with pytest.raises(ValueError, match="capture must be one of 'auto', 'loss', 'gradient', 'shadow', got 'hooks'"):
         KFAC(nn.Linear(2, 2), nn.MSELoss(), lr=0.1, loop=Loop(capture="hooks"))  # type: ignore[arg-type]
 
 
@@ -36,8 +36,8 @@ def test_settings_reach_what_they_are_for() -> None:
     layer = nn.Linear(2, 2)
     loop = Loop(output=lambda result: result[0], class_dim=1, capture="gradient", eval_mode=True, seed=5, max_skips=2)
     optimizer = KFAC(layer, nn.CrossEntropyLoss(), lr=0.1, loop=loop)
-    capture: Any = optimizer.capture
-    assert (capture.class_dim, capture.mode, capture.eval_mode) == (1, "gradient", True)
+    tape = optimizer.tape
+    assert (optimizer.statistics.class_dim, tape.mode, tape.eval_mode) == (1, "gradient", True)
     assert optimizer.loop is loop
     sketched: Any = SENG(layer, nn.CrossEntropyLoss(), lr=0.1, loop=loop)
     assert sketched.curvature.seed == 5

@@ -1,0 +1,471 @@
+"""Statistics out of a plain training loop, computed while the user's gradients arrive."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvature.estimation.step_collector import Backward, Counted, StepCollector
+from curvature.estimation.tape import Pass, Tape, TapedLoss
+from curvature.layers.recorder import Recorder
+from curvature.losses import JoinedTerms, Loss, NoCurvatureError, Terms, UnknownLossError, loss_for
+from curvature.losses.from_gradient import from_output_gradient
+from curvature.losses.picked import PickedTerms, in_order, picked_rows
+from curvature.losses.signals import Signals
+from curvature.structures.estimator import Curvature
+
+
+@dataclass
+class Weight:
+    """How a loss enters what ``backward()`` was called on.
+
+    Attributes:
+        factor: What the sum of its terms is multiplied by, 0-d.
+        entries: Or a factor for each entry of its output.
+        signs: The signs of all factors.
+    """
+
+    factor: Tensor | None
+    entries: Tensor | None = None
+    negative: Tensor | None = None
+
+
+@dataclass
+class SummedWeights:
+    """Total weight of the sums of a step, by the output of a pass that they are on."""
+
+    totals: dict[int, Tensor] = field(default_factory=dict)
+
+    def add(self, place: int, weight: Tensor) -> None:
+        """Count a sum over terms."""
+        self.totals[place] = self.totals[place] + weight if place in self.totals else weight
+
+    def divisor(self) -> Tensor:
+        """What makes the sums of the step one mean: the weight of their terms, on the output that has most."""
+        return torch.stack([total.abs() for total in self.totals.values()]).max()
+
+
+class Statistics:
+    r"""Feeds a collector from a tape.
+
+    A training step's C is the curvature of the very loss whose gradient stands in ``p.grad``:
+
+    .. math:: C = \sum_c w_c \tfrac{1}{T_c} \sum_{t \in c} J_t^\top H_t J_t
+
+    over all calls c of the loss, with the number of terms :math:`T_c` of a mean and the weight :math:`w_c` that the
+    value of the call had in what ``backward()`` was called on. Weights of single terms (``reduction="none"``) are kept;
+    the scale of a GradScaler is divided out; and the sums of a step (``reduction="sum"``) are divided by their total
+    weight, so that they stand for the mean over all of their terms and damping keeps its meaning.
+
+    Args:
+        tape: The record of the loop.
+        loss_fn: The loss module the user calls, or one that describes what is computed elsewhere.
+        collector: Receives the statistics.
+        curvature: What is estimated.
+        class_dim: Class axis of the output, where it cannot be read off.
+
+    Attributes:
+        loss: The loss as an object; ``None`` where it is unknown and the curvature empirical.
+        armed: Whether passes are collected.
+        batches: Calls of the loss that count by now.
+        reached: Names of the blocks they reached.
+        generator: Source of the draws of this step.
+    """
+
+    def __init__(
+        self, tape: Tape, loss_fn: Any, collector: StepCollector, curvature: Curvature, class_dim: int | None = None
+    ) -> None:
+        self.tape, self.collector, self.curvature, self.class_dim = tape, collector, curvature, class_dim
+        self.loss = _interpreted(loss_fn, curvature)
+        self.generator = torch.Generator(device=collector.parameters.device)
+        self.armed = False
+        self.hidden = False  # a pass was seen that hides parts of the model
+        self.settled = False  # a pass was seen that hides none
+        self._elsewhere: set[str] = set()  # parameters that are used outside the model's forward pass
+        self._step = Step()
+        self._mark: tuple[Step, Any] | None = None  # the step when the backward pass under way began
+        self._waiting: list[Waiting] = []
+        tape.reader = self
+
+    @property
+    def batches(self) -> int:
+        return self._step.batches
+
+    @property
+    def reached(self) -> set[str]:
+        return self._step.reached
+
+    def arm(self, seed: int) -> None:
+        """Collect from the passes that follow; ``seed`` starts the draws of this step."""
+        self.armed = self.tape.records = True
+        self.tape.cautious = self.hidden or not self.settled
+        self.generator.manual_seed(seed)
+        self.forget()
+
+    def disarm(self) -> None:
+        """Stop collecting."""
+        self.armed = self.tape.records = self.tape.cautious = False
+        self.forget()
+
+    def forget(self) -> None:
+        """A new step begins."""
+        self._stop_waiting()
+        self._step, self._mark = Step(), None
+        self.collector.forget()
+        self.tape.clear()
+
+    # Events of the tape
+
+    def called(self, call: TapedLoss) -> None:
+        if self._loss_of(call) is None and isinstance(call.output, Tensor):
+            for origin in call.passes:
+                origin.handles.append(call.output.register_hook(self.tape.at_input(call)))
+
+    def begin(self) -> None:
+        self._mark = self._step.copy(), self.collector.mark()
+
+    def arrived(self, call: TapedLoss, gradient: Tensor) -> None:
+        passes = [origin for origin in call.passes if origin.recorder is not None]
+        loss = self._loss_of(call)
+        if not passes or loss is None:
+            return
+        try:
+            terms = self._terms(loss, call)
+        except NoCurvatureError:
+            if call.module is self.tape.loss_module:
+                raise
+            return  # something the model computes by the way
+        self._take(passes, terms, self._share(terms, gradient, call.place), call)
+
+    def arrived_at_input(self, call: TapedLoss, gradient: Tensor) -> None:
+        """A gradient arrived at what a loss of unknown type was called on."""
+        passes = [origin for origin in call.passes if origin.recorder is not None]
+        if not passes or call.arriving is None:
+            return
+        if call.arriving.dim() > 0:
+            raise ValueError(
+                "an empirical Fisher of a loss of unknown type needs the loss as one number: use reduction='mean' or "
+                f"'sum', not a result of shape {tuple(call.arriving.shape)}."
+            )
+        reduction = getattr(call.module, "reduction", "mean")
+        terms, _ = from_output_gradient(None, call.output, gradient, call.arriving, reduction, self.class_dim)
+        self._take(passes, terms, self._share(terms, call.arriving, call.place), call)
+
+    def arrived_at_output(self, origin: Pass, gradient: Tensor) -> None:
+        if not bool(torch.isfinite(gradient).all()):
+            return  # nothing can be read off it, and the step will be skipped
+        if origin.recorder is not None:
+            terms, share = self._from_gradient(origin.output, gradient)
+            self._take([origin], terms, share, None)
+
+    def keep(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for item in waiting:
+            item.backward.close()
+            reached = self.collector.collect_backward(item.backward, item.share, self._step.counted_in(item.passes))
+            self._step.note(reached)
+        self._mark = None
+
+    def drop(self) -> None:
+        self._stop_waiting()
+        if self._mark is not None:
+            self._step, mark = self._mark
+            self.collector.back_to(mark)
+            self._mark = None
+
+    def clear(self) -> None:
+        self._stop_waiting()
+        self._start_again()
+        self._mark = None
+
+    # From a loss to the collector
+
+    def _loss_of(self, call: TapedLoss) -> Loss | None:
+        if call.module is self.tape.loss_module:
+            return self.loss
+        return _interpreted(call.module, self.curvature)
+
+    def _terms(self, loss: Loss, call: TapedLoss) -> Terms:
+        args, kwargs = call.arguments(call.output)
+        rest = [a for a in (*args, *kwargs.values()) if a is not call.output]
+        return loss.terms(call.output, *rest, as_called=True)
+
+    def _share(self, terms: Terms, gradient: Tensor, place: int) -> Weight:
+        """How a loss enters, from the gradient that arrived at its value."""
+        self._step.signs.append(torch.stack([(gradient < 0).any(), (gradient > 0).any()]))
+        size = gradient.abs()
+        if terms.reduction == "mean":
+            self._step.absolute = True
+            return Weight(size / terms.total)
+        if terms.reduction == "sum":
+            self._step.sums.add(place, size * terms.total)
+            return Weight(size)
+        self._step.absolute = True
+        if size.shape != terms.output.shape:
+            n, r, c = terms.shape
+            size = terms.unrows(size.reshape(n, r, 1).expand(n, r, c))
+        return Weight(None, size)
+
+    def _take(self, passes: list[Pass], terms: Terms, share: Weight, call: TapedLoss | None) -> None:
+        recorder = merged([origin.recorder for origin in passes if origin.recorder is not None])
+        with self._open_graph():
+            if call is not None and self._waits(passes, recorder, terms, share, call):
+                return
+            terms = _in_their_places(terms, passes)
+            signals = Signals.of(
+                terms, self.curvature.kind, self.curvature.samples, self.generator, recorder.batch, together=True
+            )
+            scale = None if share.entries is None else share.entries.sqrt()
+            counted = self._step.counted_in(passes)
+            reached = self.collector.collect(
+                recorder, terms.output, signals, counted=counted, scale=scale, factor=share.factor
+            )
+            self._step.note(reached)
+
+    def _waits(self, passes: list[Pass], recorder: Recorder, terms: Terms, share: Weight, call: TapedLoss) -> bool:
+        """Whether the user's own backward pass brings empirical statistics, so that none of ours is needed."""
+        if self.curvature.kind != "empirical" or share.factor is None or isinstance(terms, JoinedTerms):
+            return False
+        if any(origin.calls != [call] for origin in passes):
+            return False  # the gradients of several losses arrive as one
+        signals = Signals(_in_their_places(terms, passes), "empirical", batch=recorder.batch, together=True)
+        backward = self.collector.await_backward(recorder, signals, lambda: not self.tape.inside)
+        if backward is None:
+            return False
+        self._waiting.append(Waiting(backward, passes, share.factor))
+        return True
+
+    def _stop_waiting(self) -> None:
+        for item in self._waiting:
+            item.backward.close()
+        self._waiting = []
+
+    def _from_gradient(self, z: Tensor, gradient: Tensor, arrived_at: Tensor | None = None) -> tuple[Terms, Weight]:
+        if self.loss is None and self.tape.mode == "auto":
+            raise TypeError(
+                "an empirical Fisher from the gradient at the model's output has the scale of whatever backward() is "
+                "called on, which a loss of unknown type does not tell. Give the optimizer the loss module that the "
+                "loop calls, or set capture='gradient' for a mean loss that is neither accumulated nor scaled."
+            )
+        empirical = self.curvature.kind == "empirical"
+        terms, weights = from_output_gradient(
+            self.loss, z, gradient, None, "mean", self.class_dim, empirical=empirical, arrived_at=arrived_at
+        )
+        if weights is None:
+            self._step.unscaled = True
+            return terms, Weight(1 / terms.total)
+        self._step.absolute = True
+        counted = weights[terms.mask]
+        if counted.numel() and bool(counted.max() - counted.min() <= torch.finfo(z.dtype).eps ** 0.5 * counted.max()):
+            self._step.seen.append(torch.stack([counted.mean(), terms.total.to(counted)]))
+            return terms, Weight(counted.mean())
+        n, r, c = terms.shape
+        return terms, Weight(None, terms.unrows(weights.reshape(n, r, 1).expand(n, r, c)))
+
+    @contextlib.contextmanager
+    def _open_graph(self) -> Iterator[None]:
+        """For passes of our own through the user's graph, which a reentrant checkpoint refuses."""
+        try:
+            with self.tape.own_pass():
+                yield
+        except RuntimeError as error:
+            if self.tape.mode != "auto" or "use_reentrant" not in str(error):
+                raise
+            self.hidden = self.tape.cautious = True
+            self._start_again()
+
+    # The end of the step
+
+    def finish(self, gradients: Mapping[str, Tensor] | None = None, scale: Tensor | float = 1.0) -> None:
+        """Close the step: leave what counts, repeat passes that hide something, and divide by the total weight.
+
+        Args:
+            gradients: Gradients of the step by name. If one is nonzero although no recorded pass reached its
+                parameter, the pass hides parts of the model, and is repeated in the open, now and from now on.
+            scale: Of a GradScaler, in the gradients of the backward passes.
+
+        Raises:
+            ValueError: If sums and means were mixed, or losses of both signs.
+        """
+        self.tape.settle()
+        self._stop_waiting()
+        for origin in self.tape.passes:
+            if origin.again and not self.shadows:
+                self._repeat(origin)
+        missing = set() if self.shadows or self.tape.mode != "auto" else self._missing(gradients or {})
+        if missing:
+            self.hidden = True
+            self._start_again()
+        if self.shadows:
+            for origin in self.tape.passes:
+                self._repeat(origin)
+        if missing and self.batches:
+            self._elsewhere |= self._missing(gradients or {})
+            self.hidden = not missing <= self._elsewhere
+        if self.batches:
+            self.collector.settle(self._step.divisor(scale), self.reached)
+        self.settled = bool(self.batches)
+
+    def again(self, passes: list[Pass], scale: Tensor | float) -> bool:
+        """Collect from passes of an earlier step, at the parameters' present values; whether there was anything.
+
+        Args:
+            passes: As the tape had them.
+            scale: Of a GradScaler, in the gradients of their backward passes.
+        """
+        self._step = Step()
+        for origin in passes:
+            self._repeat(origin)
+        if self.batches:
+            self.collector.settle(self._step.divisor(scale), self.reached)
+        return self.batches > 0
+
+    @property
+    def shadows(self) -> bool:
+        """Whether statistics come from passes that are repeated."""
+        return self.tape.shadows or (self.tape.mode == "auto" and (self.hidden or self.tape.is_compiled()))
+
+    def _repeat(self, origin: Pass) -> None:
+        """Collect from a pass that is run again."""
+        calls = [call for call in origin.calls if call.weight is not None and call.whole]
+        if not calls and origin.gradient is None:
+            return
+        with self.tape.repeat(origin) as again:
+            for call in calls:
+                assert call.weight is not None
+                z = again.output
+                z = z.reshape(call.shape) if isinstance(z, Tensor) else z
+                other = TapedLoss(call.module, call.args, call.kwargs, z, [again], call.place, call.value)
+                self.arrived(other, call.weight)
+            if origin.gradient is not None and not calls:
+                terms, share = self._from_gradient(again.output, origin.gradient, origin.seen)
+                self._take([again], terms, share, None)
+
+    def _missing(self, gradients: Mapping[str, Tensor]) -> set[str]:
+        """Parameters with a gradient that no statistics explain."""
+        estimators = self.collector.estimators
+        found = {part.name for name in self.reached for part in estimators[name].block.parts}
+        return {n for n, g in gradients.items() if n not in found | self._elsewhere and bool(g.any())}
+
+    def _start_again(self) -> None:
+        self.collector.discard()
+        self.collector.forget()
+        self._step = Step()
+
+
+@dataclass
+class Step:
+    """What the statistics of a step consist of so far."""
+
+    batches: int = 0
+    reached: set[str] = field(default_factory=set)
+    sums: SummedWeights = field(default_factory=SummedWeights)
+    absolute: bool = False  # a mean, or weights of single terms, was among the losses
+    unscaled: bool = False  # a loss whose weight nobody knows, which counts as a plain mean
+    signs: list[Tensor] = field(default_factory=list)
+    seen: list[Tensor] = field(default_factory=list)  # weight and number of terms that gradients at outputs showed
+    counted: dict[Pass, Counted] = field(default_factory=dict)  # uses whose inputs were counted
+
+    def copy(self) -> Step:
+        """An independent one."""
+        counted = {origin: dict(uses) for origin, uses in self.counted.items()}
+        sums = SummedWeights(dict(self.sums.totals))
+        signs, seen = list(self.signs), list(self.seen)
+        return replace(self, reached=set(self.reached), sums=sums, signs=signs, seen=seen, counted=counted)
+
+    def note(self, reached: set[str]) -> None:
+        """A call of the loss was collected."""
+        self.batches += bool(reached)
+        self.reached |= reached
+
+    def counted_in(self, passes: list[Pass]) -> Counted:
+        """Uses of these passes whose inputs were counted; may be extended."""
+        known = self.counted.setdefault(passes[0], {})
+        for origin in passes[1:]:
+            known |= self.counted.setdefault(origin, known)
+            self.counted[origin] = known
+        return known
+
+    def divisor(self, scale: Tensor | float) -> Tensor | float:
+        """What the sums over all terms are divided by."""
+        if self.signs and bool(torch.stack(self.signs).any(0).all()):
+            raise ValueError(
+                "what backward() was called on holds positive and negative multiples of the loss, so its curvature is "
+                "not positive semi-definite. Leave the negative part out of the statistics: compute it under "
+                "torch.func.functional_call, or with another loss function than the optimizer's."
+            )
+        if self.sums.totals and self.absolute:
+            raise ValueError(
+                "some losses of this step are sums and others means, or weights of single terms, so their curvatures "
+                "have no common scale. Use one reduction for all."
+            )
+        if self.sums.totals:
+            return self.sums.divisor()
+        if self.unscaled:
+            return 1.0
+        if self.seen:  # a weight of one for every term is a sum, whatever it was written as
+            weights, totals = torch.stack(self.seen).unbind(1)
+            if bool(((weights / scale - 1).abs() < 1e-3).all() & (totals.sum() > 1)):
+                return (weights * totals).sum()
+        return scale
+
+
+@dataclass
+class Waiting:
+    """Statistics that the user's backward pass will bring."""
+
+    backward: Backward
+    passes: list[Pass]
+    share: Tensor  # what the loss's sum of terms is multiplied by
+
+
+def merged(recorders: list[Recorder]) -> Recorder:
+    """Several forward passes that led to one loss, as one."""
+    first = recorders[0]
+    if len(recorders) == 1:
+        return first
+    out = Recorder({}, (), first.batch)
+    out.parts = recorders
+    for recorder in recorders:
+        out.explained.join(recorder.explained)
+        out.sites += recorder.sites
+        out.examples_interact |= recorder.examples_interact
+        for name, operations in recorder.unknown.items():
+            out.unknown.setdefault(name, set()).update(operations)
+    return out
+
+
+def _in_their_places(terms: Terms, passes: list[Pass]) -> Terms:
+    """Terms on rows that were picked from the model's output, as terms of all of its rows."""
+    whole = passes[0].output
+    if len(passes) > 1 or not isinstance(whole, Tensor) or isinstance(terms, JoinedTerms):
+        return terms
+    z = terms.output
+    if in_order(z, whole):
+        return terms
+
+    def pull(sent: Tensor) -> Tensor | None:
+        found: Tensor | None = torch.autograd.grad(z, whole, sent, retain_graph=True, allow_unused=True)[0]
+        return found
+
+    picked = picked_rows(pull, terms, whole)
+    if picked is None:
+        return terms
+    rows, axes = picked
+    return PickedTerms(terms, rows, (prod(axes[:1]), prod(axes[1:])), whole)
+
+
+def _interpreted(loss_fn: Any, curvature: Curvature) -> Loss | None:
+    """The loss as an object; an empirical Fisher does without."""
+    try:
+        return loss_for(loss_fn)
+    except UnknownLossError:
+        if curvature.kind == "empirical":
+            return None
+        raise

@@ -1,0 +1,251 @@
+"""The estimates of all blocks in a training step: fed by arriving gradients, in transactions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvature.estimation.collector import Cache, Collector, samples_of, sites_of, valid_positions
+from curvature.estimation.plan import Group
+from curvature.layers import Site
+from curvature.layers.block import Block
+from curvature.layers.recorder import Recorder
+from curvature.layers.samples import Outer, PerSample, Samples
+from curvature.losses.signals import Signals, stacked
+from curvature.model.parameters import Parameters
+from curvature.structures.estimator import CurvatureEstimator, Form
+from curvature.structures.whole import Share, WholeEstimator
+
+#: Block and use -> positions of it whose inputs were counted; ``None`` for all.
+Counted = dict[Any, Tensor | None]
+
+
+class Backward:
+    """The gradients of all uses in a backward pass that the user runs."""
+
+    def __init__(self, groups: list[Group], signals: Signals, listens: Callable[[], bool]) -> None:
+        self.groups, self.signals, self._listens = groups, signals, listens
+        self.gradients: dict[int, Tensor] = {}
+        self._handles = []
+        for site in sites_of(groups):
+            hook = partial(self._note, id(site), site)
+            self._handles.append(site.edge.node.register_prehook(hook))
+
+    def _note(self, key: int, site: Site, gradients: tuple[Tensor | None, ...]) -> None:
+        gradient = gradients[site.edge.output_nr]
+        if gradient is not None and self._listens():
+            self.gradients[key] = gradient.detach()
+
+    def close(self) -> None:
+        """Stop listening."""
+        for handle in self._handles:
+            handle.remove()
+
+
+class StepCollector(Collector):
+    """Feeds estimates from the passes of a training step.
+
+    Every call of the loss adds ``factor * sum over its terms``; :meth:`settle` divides by what the step asks for. What
+    was added since :meth:`mark` can be taken back.
+
+    Args:
+        parameters: The tracked parameters.
+        make: Called once per block, when it is first seen, for its estimate.
+        joint: Keep weight and bias of a layer in one block.
+        forget: Called with the name of a block whose first statistics were taken back.
+    """
+
+    def __init__(
+        self,
+        parameters: Parameters,
+        make: Callable[[Block, Form], CurvatureEstimator],
+        *,
+        joint: bool = True,
+        forget: Callable[[str], None] = lambda name: None,
+    ) -> None:
+        super().__init__(parameters, make, joint=joint)
+        self.forget_block = forget
+        self._factor: Tensor | None = None
+        self._linear: Tensor | float | None = None
+        self._counted: Counted = {}
+
+    # Transactions
+
+    def mark(self) -> Any:
+        """The step as it is now, for :meth:`back_to`."""
+        return self.plan.mark(), {name: e.mark() for name, e in self.estimators.items()}
+
+    def back_to(self, mark: Any) -> None:
+        """Forget whatever was collected since a mark, new blocks included."""
+        plan, marks = mark
+        self.plan.back_to(plan)
+        for name, estimator in list(self.estimators.items()):
+            if name in marks:
+                estimator.back_to(marks[name])
+            else:
+                self.give_up({name})
+
+    def discard(self) -> None:
+        """Forget the step."""
+        for estimator in self.estimators.values():
+            estimator.discard()
+
+    def give_up(self, blocks: set[str]) -> None:
+        for name in blocks:
+            del self.estimators[name], self.operations[name], self.forms[name]
+            self.forget_block(name)
+
+    def settle(self, weight: Tensor | float, reached: set[str]) -> None:  # type: ignore[override]
+        """The step's last loss was seen: divide by its weight."""
+        for name in reached:
+            self.estimators[name].count(weight)
+
+    # Statistics
+
+    def collect(  # type: ignore[override]
+        self,
+        recorder: Recorder,
+        output: Tensor,
+        signals: Signals,
+        *,
+        counted: Counted,
+        factor: Tensor | None = None,
+        scale: Tensor | None = None,
+    ) -> set[str]:
+        """Send the signals of one call of the loss back and update the estimates of the blocks they reach.
+
+        Args:
+            recorder: Uses in the forward pass that led to ``output``.
+            output: What the loss saw, attached to its graph.
+            signals: What is sent back.
+            counted: Uses whose inputs counted before, because another loss saw the same pass; extended.
+            factor: What the sum of the terms is multiplied by in what is minimised.
+            scale: Or the root of that for each entry of the output.
+
+        Returns:
+            Names of the blocks that were reached.
+        """
+        cache: Cache = {}
+        groups = self.groups(recorder, output, signals, cache)
+        mixing = self.mixing(recorder, groups, output, signals, cache)
+        self._factor, self._linear, self._counted = factor, factor, counted
+        plain = partial(stacked, iter(signals))
+        if signals.kind == "mc" or not mixing:
+            return self.send(groups, output, signals, plain, scale, cache, mixing)
+        together = [group for group in groups if group.block.name not in mixing]
+        apart = [group for group in groups if group.block.name in mixing]
+        reached = self.send(together, output, signals, plain, scale, cache, set())
+        return reached | self.send(apart, output, signals, partial(stacked, self.apart(signals)), scale, cache, mixing)
+
+    def _may_meet(self, recorder: Recorder, groups: list[Group], signals: Signals) -> bool:
+        """In training, statistics over the batch are taken as given, as every K-FAC does."""
+        return not recorder.examples_interact and super()._may_meet(recorder, groups, signals)
+
+    def apart(self, signals: Signals) -> Iterator[Tensor]:
+        """Signals for blocks in which examples meet: with a random sign for each example.
+
+        Squares of their sums have no cross terms in expectation.
+        """
+        generator = signals.generator or torch.Generator(device=signals.terms.output.device).manual_seed(0)
+        for signal in signals:
+            sign = torch.randint(0, 2, (signals.examples,), generator=generator, device=generator.device) * 2 - 1
+            yield signals.weighted(signal, sign)
+
+    def await_backward(self, recorder: Recorder, signals: Signals, listens: Callable[[], bool]) -> Backward | None:
+        """Wait for the user's own backward pass in place of sending a signal, where that tells as much.
+
+        Returns:
+            What will hold the gradients of all uses, or ``None`` if some block needs signals of its own.
+        """
+        output = signals.terms.output
+        groups = self.groups(recorder, output, signals, {})
+        if self.mixing(recorder, groups, output, signals, {}):
+            return None
+        return Backward(groups, signals, listens)
+
+    def collect_backward(self, backward: Backward, share: Tensor, counted: Counted) -> set[str]:
+        """Update the estimates from the gradients of a backward pass that was waited for.
+
+        Args:
+            backward: What :meth:`await_backward` returned, after the pass.
+            share: What the sum of the terms was multiplied by in it.
+            counted: See :meth:`collect`.
+
+        Returns:
+            Names of the blocks that were reached.
+        """
+        reached: set[str] = set()
+        cache: Cache = {}
+        mask = backward.signals.mask
+        self._factor, self._linear, self._counted = 1 / share, 1.0, counted
+        valid = {} if bool(mask.all()) else valid_positions(sites_of(backward.groups), backward.gradients, mask)
+        for group in backward.groups:
+            uses = samples_of(group, backward.gradients, valid, cache)
+            if uses:
+                self._update(group, uses, True)
+                reached.add(group.block.name)
+        return reached
+
+    def _update(self, group: Group, uses: list[Outer | PerSample], first: bool, **options: Any) -> None:
+        if first:
+            uses, first = self._new(group, uses)
+        samples = Samples(tuple(uses), 0.0, first, factor=self._factor, linear=self._linear, **options)
+        self.estimator_of(group).update(samples)
+
+    def _new(self, group: Group, uses: list[Outer | PerSample]) -> tuple[list[Outer | PerSample], bool]:
+        """The uses with those positions alone that count and did not before; whether there are any."""
+        out: list[Outer | PerSample] = []
+        new = False
+        for index, use in enumerate(uses):
+            key = group.block.name, use.source if isinstance(use, Outer) else index
+            valid = use.valid if isinstance(use, Outer) else None
+            if key not in self._counted:
+                self._counted[key], fresh, new = valid, valid, True
+            elif (before := self._counted[key]) is None:
+                fresh = None if valid is None else torch.zeros_like(valid)
+            else:
+                fresh = ~before if valid is None else valid & ~before
+                self._counted[key], new = None if valid is None else valid | before, True
+            out.append(replace(use, valid=fresh) if isinstance(use, Outer) else use)
+        return out, new
+
+
+class ApartCollector(StepCollector):
+    """For estimates that need gradients of true sign, of one example at a time, in all blocks."""
+
+    def apart(self, signals: Signals) -> Iterator[Tensor]:
+        return signals.one_by_one()
+
+
+class WholeCollector(ApartCollector):
+    """Hands the samples of all blocks to one estimate."""
+
+    def __init__(self, parameters: Parameters, whole: WholeEstimator) -> None:
+        super().__init__(parameters, lambda block, form: Share(block, self.whole))
+        self.whole = whole
+
+    def mark(self) -> Any:
+        return super().mark(), self.whole.mark()
+
+    def back_to(self, mark: Any) -> None:
+        super().back_to(mark[0])
+        self.whole.back_to(mark[1])
+
+    def discard(self) -> None:
+        self.whole.discard()
+
+    def settle(self, weight: Tensor | float, reached: set[str]) -> None:  # type: ignore[override]
+        self.whole.count(weight)
+
+    def collect(self, *args: Any, **kwargs: Any) -> set[str]:
+        self.whole.next_batch()
+        return super().collect(*args, **kwargs)
+
+    def collect_backward(self, *args: Any, **kwargs: Any) -> set[str]:
+        self.whole.next_batch()
+        return super().collect_backward(*args, **kwargs)

@@ -1,0 +1,585 @@
+"""The record of a training step: forward passes, calls of the loss, and the gradients that arrive at them.
+
+There is one set of hooks on a model. Recording a pass, seeing the loss, and the arrival of the user's gradient are
+events of one record; whoever needs inputs, uses of parameters, or the batch once more reads it here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from curvature.layers.recorder import Recorder
+from curvature.losses.loss import called
+from curvature.losses.sum_of_losses import SumOfLosses
+from curvature.model.data import Output, batch_size, examples_of, inspecting, resolve_output, tensors_in, untouched
+from curvature.model.hooks import Hook, calling_frame
+from curvature.model.settings import random_state, set_random_state
+from curvature.model.wrappers import CallGuard, is_compiled, plain_checkpoints, unwrapped
+
+Mode = Literal["auto", "loss", "gradient", "shadow"]
+MODES: tuple[Mode, ...] = ("auto", "loss", "gradient", "shadow")
+
+#: Model -> depth of backward passes of the library's own. Hooks may run in threads of the device.
+_OWN_PASSES: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+
+#: Stands for the model's output among the arguments of a loss.
+OUTPUT = object()
+
+
+@dataclass(eq=False)
+class TapedLoss:
+    """A call of the loss.
+
+    Attributes:
+        module: The loss module that was called, or one that does what the called function did.
+        args: Positional arguments; :data:`OUTPUT` stands for the tensor the loss saw.
+        kwargs: Named arguments likewise.
+        output: What the loss saw, with its graph, until the backward pass has ended.
+        passes: The forward passes that led to it.
+        place: Which output of its pass it is on: 0 for the first that a loss was called on, and so on.
+        value: What the loss returned, without its graph.
+        weight: Derivative of what ``backward()`` was called on by the value, over all backward passes that ended;
+            ``None`` as long as none did.
+    """
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+    passes: list[Pass]
+    place: int
+    value: Tensor
+    weight: Tensor | None = None
+    shape: tuple[int, ...] = ()  # of the output as the loss saw it
+    whole: bool = False  # that is all of the model's output in its order
+    arriving: Tensor | None = None  # the weight over the backward pass under way
+    alive: Callable[[], Any] = lambda: None  # a hook that lives as long as a gradient may arrive at the value
+
+    def arguments(self, output: Any, other: Callable[[Any], Any] = lambda value: value) -> tuple[tuple[Any, ...], dict]:
+        """The arguments with ``output`` in the place of what the loss saw, and others changed by a function."""
+        fill = lambda value: output if value is OUTPUT else other(value)  # noqa: E731
+        return tuple(map(fill, self.args)), {key: fill(value) for key, value in self.kwargs.items()}
+
+
+@dataclass(eq=False)
+class Pass:
+    """A forward pass of the model.
+
+    Attributes:
+        inputs: Positional and named arguments of the model.
+        random: Random states at its beginning, where somebody may repeat it.
+        recorder: The uses of parameters in it; ``None`` if none were recorded.
+        output: What the loss is expected to see; ``None`` where the model's result does not tell.
+        edges: Where gradients of the tensors that the model returned arrive.
+        calls: Calls of the loss that it led to.
+    """
+
+    inputs: tuple[tuple[Any, ...], dict[str, Any]]
+    random: list[Tensor] | None = None
+    recorder: Recorder | None = None
+    output: Any = None
+    edges: tuple[GradientEdge, ...] = ()
+    calls: list[TapedLoss] = field(default_factory=list)
+    examples: int = -1  # size of the first axis of the output
+    gradient: Tensor | None = None  # that arrived at ``output``, where the loss was not called on all of it
+    arriving: Tensor | None = None  # the same over the backward pass under way
+    seen: Tensor | None = None  # the output itself, without its graph
+    handles: list[Any] = field(default_factory=list)  # of hooks on tensors
+    again: bool = False  # the examples turned out to be counted by another input than was thought: to be repeated
+
+
+class Reader(Protocol):
+    """Whoever computes something while gradients arrive: for good once their backward pass has ended."""
+
+    def called(self, call: TapedLoss) -> None:
+        """The loss was called."""
+
+    def begin(self) -> None:
+        """A backward pass begins that may count."""
+
+    def arrived(self, call: TapedLoss, gradient: Tensor) -> None:
+        """A gradient arrived at the value of a loss; the graph below still stands."""
+
+    def arrived_at_input(self, call: TapedLoss, gradient: Tensor) -> None:
+        """A gradient arrived at what the loss was called on, where the reader asked for it."""
+
+    def arrived_at_output(self, origin: Pass, gradient: Tensor) -> None:
+        """A gradient arrived at the output of a pass on which no loss was seen."""
+
+    def keep(self) -> None:
+        """The backward pass has ended, and its gradients are in ``p.grad``."""
+
+    def drop(self) -> None:
+        """It raised, or brought nothing to the parameters: whatever it began is to be forgotten."""
+
+    def clear(self) -> None:
+        """Whatever was kept is to be forgotten as well: its gradients are gone from ``p.grad``."""
+
+
+class Tape:
+    """Records what a training loop does with a model and its loss, without changing anything that it computes.
+
+    A pass counts when, and only when, its gradient arrived: in a backward pass that ended, which wrote to ``p.grad``,
+    where the gradient still stands when the optimizer steps. Everything before that is taken back whole.
+
+    Args:
+        model: The module the user calls; wrappers of ``torch.compile`` and DDP are looked through.
+        loss_fn: The loss module the user calls, or one that describes what is computed elsewhere.
+        parameters: The tracked parameters at this moment, by name.
+        output: Picks the output tensor where the model returns something else.
+        mode: How the loss is found: ``"auto"``, or only by its call (``"loss"``), by the gradient at the model's output
+            (``"gradient"``), or from passes that are repeated after the step's backward passes (``"shadow"``).
+        eval_mode: Record passes in eval mode too.
+        before_pass: Called before a pass is recorded.
+
+    Attributes:
+        passes: The forward passes since the last :meth:`clear` that may still count.
+        reader: Computes statistics while gradients arrive.
+        records: Whether the uses of parameters are recorded.
+        repeats: Whether passes will be repeated, so that inputs and random states are kept.
+        cautious: The same for passes of which nobody knows yet whether they hide anything.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Any,
+        parameters: Callable[[], Mapping[str, Tensor]],
+        *,
+        output: Output | None = None,
+        mode: Mode = "auto",
+        eval_mode: bool = False,
+        before_pass: Callable[[], None] | None = None,
+    ) -> None:
+        if mode not in MODES:
+            raise ValueError(f"capture must be one of {', '.join(map(repr, MODES))}, got {mode!r}.")
+        self.called, self.model, self.parameters = model, unwrapped(model), parameters
+        self.loss_module = loss_fn if isinstance(loss_fn, nn.Module) else None
+        self.output, self.mode, self.eval_mode, self.before_pass = output, mode, eval_mode, before_pass
+        self.reader: Reader | None = None
+        self.records = self.repeats = self.cautious = False
+        self.compiled = False  # a call of the model ran compiled code
+        self.shadows = mode == "shadow"  # nothing but inputs is recorded
+        self.passes: list[Pass] = []
+        self.outside: list[TapedLoss] = []  # calls of the loss that no pass led to
+        self._pass: Pass | None = None  # whose forward runs
+        self._open: Recorder | None = None  # that is active in it
+        self._frame: FrameType | None = None  # of that call of the model
+        self._counting = 0  # which of the input tensors counts the examples
+        self._latest: Callable[[], Tensor | None] = lambda: None  # value of the last call of the loss
+        self._task: int | None = None  # the user's backward pass under way
+        self._before: dict[str, tuple[int, int]] = {}  # gradients when it began
+        self._marks: dict[str, tuple[int, int]] = {}  # gradients when the last one ended
+        self._handles: list[Any] = []
+        self.attach()
+
+    # Life
+
+    def attach(self) -> None:
+        """Register the hooks (done at construction)."""
+        self.close()
+        target = self.called if is_compiled(self.called) else self.model
+        self._handles = [
+            target.register_forward_pre_hook(Hook(self, "_before_forward"), with_kwargs=True),
+            target.register_forward_hook(Hook(self, "_after_forward"), with_kwargs=True, always_call=True),
+            guard := CallGuard(target, Hook(self, "_leave")),
+        ]
+        weakref.finalize(self, guard.remove)
+        if self.loss_module is not None:
+            self._handles.append(self.loss_module.register_forward_hook(Hook(self, "_after_loss"), with_kwargs=True))
+
+    def close(self) -> None:
+        """Remove every hook and forget everything."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self.clear()
+
+    def clear(self) -> None:
+        """A new step begins: forget all passes."""
+        self._leave()
+        for origin in self.passes:
+            release(origin)
+        self.passes, self.outside = [], []
+        self._task, self._marks = None, {}
+
+    @property
+    def active(self) -> bool:
+        """Whether anybody reads."""
+        return self.records or self.repeats
+
+    @property
+    def inside(self) -> bool:
+        """Whether a backward pass of the library's own runs through the model."""
+        return _OWN_PASSES.get(self.model, 0) > 0
+
+    # Forward passes
+
+    def _before_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not self._wants(module) or self._runs():
+            return
+        self._leave()
+        if self.before_pass is not None:
+            self.before_pass()
+        self._prune()
+        device = next(iter(self.parameters().values())).device
+        random = random_state(device) if self.keeps_inputs else None
+        self._pass = Pass((args, kwargs), random)
+        self._frame = calling_frame()
+        if self.records and not self.shadows and not self.is_compiled():
+            self._pass.recorder = self.recorder((args, kwargs))
+            self._pass.recorder.on_loss = self._after_function
+            self._pass.recorder.__enter__()
+            self._open = self._pass.recorder
+
+    def _after_forward(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+        if self._pass is None or (self._open is not None and self._frame is not calling_frame()):
+            return
+        origin = self._pass
+        self._leave()
+        if result is None or not self._wants(module):
+            return  # it raised
+        try:
+            origin.output = self.seen_by_the_loss(result)
+        except TypeError:
+            if self.output is not None:
+                raise
+        if isinstance(origin.output, Tensor) and origin.output.dim():
+            origin.examples = len(origin.output)
+        if origin.recorder is not None:
+            origin.recorder.returned(result)
+            self._count_by(origin)
+        origin.edges = tuple(get_gradient_edge(t) for t in tensors_in(result) if t.requires_grad)
+        self.passes.append(origin)
+        if isinstance(origin.output, Tensor) and origin.output.requires_grad and self.mode != "loss":
+            origin.handles.append(origin.output.register_hook(_At(self, "_gradient_at_output", origin)))
+
+    def _count_by(self, origin: Pass) -> None:
+        """See whether the output has as many rows as another input than the one that counted the examples."""
+        assert origin.recorder is not None
+        number = examples_of(origin.inputs, origin.output)
+        if isinstance(origin.output, Tensor) and number is not None and number != origin.recorder.batch:
+            sizes = [t.shape[0] for t in tensors_in(origin.inputs) if t.dim()]
+            self._counting = sizes.index(number)
+            origin.recorder, origin.again = None, True
+
+    def seen_by_the_loss(self, result: Any) -> Any:
+        """What the loss is called on: a tensor, or several where it is a sum of losses."""
+        if self.output is None and isinstance(self.loss_module, SumOfLosses):
+            return result
+        return resolve_output(result, self.output)
+
+    def _leave(self, *_: Any) -> None:
+        """Leave the recorder: the forward pass ended, whichever way."""
+        recorder, self._open, self._pass, self._frame = self._open, None, None, None
+        if recorder is not None:
+            recorder.on_loss = None
+            recorder.__exit__(None, None, None)
+
+    def _runs(self) -> bool:
+        """Whether the call that is being recorded has not returned: the model calls itself."""
+        frame: FrameType | None = sys._getframe()
+        while frame is not None and frame is not self._frame:
+            frame = frame.f_back
+        return self._pass is not None and frame is not None
+
+    def is_compiled(self) -> bool:
+        """Whether calls of the model run compiled code, in which no use of a parameter is seen."""
+        return self.compiled or is_compiled(self.called)
+
+    @property
+    def keeps_inputs(self) -> bool:
+        """Whether passes are kept until the step, so that they can be repeated."""
+        return self.repeats or self.cautious or self.shadows or self.is_compiled()
+
+    # Calls of the loss
+
+    def _after_loss(self, module: nn.Module, args: Any, kwargs: Any, value: Any) -> None:
+        """The loss module was called, by the loop or inside the model's own forward."""
+        if self._pass is not None and self._latest() is value:
+            return  # it called one of torch's functions, which was seen already
+        self._called(module, args, kwargs, value)
+
+    def _after_function(self, func: Any, args: Any, kwargs: Any, value: Any) -> None:
+        """One of torch's loss functions was called inside the model's forward."""
+        found = called(func, args, kwargs)
+        if found is not None and isinstance(value, Tensor):
+            self._called(found[0], found[1], {}, value)
+
+    def _called(self, module: nn.Module, args: Any, kwargs: Any, value: Any) -> None:
+        if not self.active or self.mode == "gradient" or inspecting() or self.inside:
+            return
+        if not isinstance(value, Tensor) or not value.requires_grad:
+            return
+        z = args[0] if args else kwargs.get("input", next(iter(kwargs.values()), None))
+        if not any(t.requires_grad for t in tensors_in(z)):
+            return
+        passes = [self._pass] if self._pass is not None else self._leading_to(z)
+        call = TapedLoss(
+            module,
+            tuple(OUTPUT if a is z else a for a in args),
+            {key: OUTPUT if a is z else a for key, a in kwargs.items()},
+            z,
+            passes,
+            _place(passes, z),
+            value.detach(),
+            shape=tuple(z.shape) if isinstance(z, Tensor) else (),
+            whole=any(_same(origin.output, z) for origin in passes),
+        )
+        hook = _At(self, "_gradient_at_loss", call)
+        value.register_hook(hook)
+        call.alive, self._latest = weakref.ref(hook), weakref.ref(value)
+        for origin in passes:
+            origin.calls.append(call)
+        if not passes:
+            self.outside.append(call)
+        if self.reader is not None and self.records:
+            self.reader.called(call)
+
+    def _leading_to(self, z: Any) -> list[Pass]:
+        """The recorded passes that a tensor was computed from."""
+        if len(self.passes) <= 1 or not isinstance(z, Tensor):
+            return list(self.passes)
+        direct = [origin for origin in self.passes if origin.output is z]
+        if direct:
+            return direct
+        edges = [edge for origin in self.passes for edge in origin.edges]
+        if not edges:
+            return list(self.passes)
+        with self.own_pass():
+            found = torch.autograd.grad(z, edges, torch.ones_like(z), retain_graph=True, allow_unused=True)
+        reached = {edge for edge, gradient in zip(edges, found, strict=True) if gradient is not None}
+        return [origin for origin in self.passes if not origin.edges or not reached.isdisjoint(origin.edges)]
+
+    # Gradients
+
+    def _gradient_at_loss(self, call: TapedLoss, gradient: Tensor) -> None:
+        if self.inside or not self.active:
+            return
+        self._enter()
+        gradient = gradient.detach()
+        call.arriving = gradient if call.arriving is None else call.arriving + gradient
+        if self.reader is not None and self.records:
+            self.reader.arrived(call, gradient)
+
+    def _gradient_at_output(self, origin: Pass, gradient: Tensor) -> None:
+        if self.inside or not self.active:
+            return
+        seen = [call for call in origin.calls if call.arriving is not None]
+        if any(call.whole for call in seen):
+            return
+        self._enter()
+        if self.keeps_inputs or origin.again:
+            gradient = gradient.detach()
+            origin.seen = origin.output.detach()
+            origin.arriving = gradient if origin.arriving is None else origin.arriving + gradient
+        if seen and origin.recorder is not None:
+            return  # the calls of the loss have told already
+        if self.reader is not None and self.records:
+            self.reader.arrived_at_output(origin, gradient.detach())
+
+    def _enter(self) -> None:
+        """A gradient of the user's backward pass arrived: the first one begins a transaction."""
+        task = torch._C._current_graph_task_id()
+        if task == self._task:
+            return
+        self.settle()
+        self._task, self._before = task, self._gradients()
+        torch.autograd.Variable._execution_engine.queue_callback(_At(self, "_ended", task))
+        if self.reader is not None:
+            self.reader.begin()
+
+    def _ended(self, task: int) -> None:
+        """The backward pass came to its end: what it brought counts if it wrote to ``p.grad``."""
+        if task != self._task:
+            return
+        after = self._gradients()
+        if after == self._before:  # torch.autograd.grad, for a penalty or an adversarial example
+            self._abandon()
+            return
+        self._task, self._marks = None, after
+        for origin in self.passes:
+            if origin.arriving is not None:
+                origin.gradient = origin.arriving if origin.gradient is None else origin.gradient + origin.arriving
+                origin.arriving = None
+        for call in self._calls():
+            if call.arriving is not None:
+                call.weight = call.arriving if call.weight is None else call.weight + call.arriving
+                call.arriving = None
+        if self.reader is not None:
+            self.reader.keep()
+
+    def _abandon(self) -> None:
+        """Forget what the backward pass under way has brought so far."""
+        if self._task is None:
+            return
+        self._task = None
+        for origin in self.passes:
+            origin.arriving = None
+        for call in self._calls():
+            call.arriving = None
+        if self.reader is not None:
+            self.reader.drop()
+
+    def settle(self) -> None:
+        """Leave what counts by now: nothing of a backward pass that raised, or whose gradient is gone from ``p.grad``.
+
+        A gradient is gone if it was set to ``None`` or to zeros.
+        """
+        self._abandon()
+        if self._marks and not any(self._stands(name, mark) for name, mark in self._marks.items()):
+            self._marks = {}
+            for origin in self.passes:
+                origin.gradient = None
+            for call in self._calls():
+                call.weight = None
+            if self.reader is not None:
+                self.reader.clear()
+
+    def _stands(self, name: str, mark: tuple[int, int]) -> bool:
+        parameter = self.parameters().get(name)
+        gradient = None if parameter is None else parameter.grad
+        if gradient is None:
+            return False
+        return mark == _mark(gradient) or bool(gradient.any())
+
+    def _gradients(self) -> dict[str, tuple[int, int]]:
+        """What tells whether a gradient was written since."""
+        return {name: _mark(p.grad) for name, p in self.parameters().items() if p.grad is not None}
+
+    def _calls(self) -> list[TapedLoss]:
+        return [*self.outside, *dict.fromkeys(call for origin in self.passes for call in origin.calls)]
+
+    @contextlib.contextmanager
+    def own_pass(self) -> Iterator[None]:
+        """For backward passes of our own through the user's graph: what arrives in them does not count."""
+        _OWN_PASSES[self.model] = _OWN_PASSES.get(self.model, 0) + 1
+        try:
+            with torch.enable_grad():
+                yield
+        finally:
+            _OWN_PASSES[self.model] -= 1
+
+    # Once more
+
+    @contextlib.contextmanager
+    def repeat(self, origin: Pass, *, record: bool = True) -> Iterator[Pass]:
+        """Run a pass of this step again, eagerly, with the random numbers it had.
+
+        Buffers, random states and hooks see nothing of it. Reentrant checkpoints run as plain calls, so that what they
+        hide is recorded.
+
+        Args:
+            origin: One of :attr:`passes`.
+            record: Whether the uses of parameters are recorded.
+
+        Yields:
+            The pass, with its output and its graph.
+        """
+        args, kwargs = origin.inputs
+        device = next(iter(self.parameters().values())).device
+        with untouched(self.model), plain_checkpoints(), torch.enable_grad():
+            if origin.random is not None:
+                set_random_state(origin.random, device)
+            again = Pass(origin.inputs, origin.random)
+            again.recorder = self.recorder((args, kwargs)) if record else None
+            with again.recorder or contextlib.nullcontext():
+                result = self.model.forward(*args, **kwargs)  # neither hooks nor a compiled call
+            if again.recorder is not None:
+                again.recorder.returned(result)
+            again.output = self.seen_by_the_loss(result)
+            yield again
+
+    def at_input(self, call: TapedLoss) -> Callable[[Tensor], None]:
+        """A hook for what a loss was called on, which tells the reader of the gradient that arrives there."""
+        return _At(self, "_gradient_at_input", call)
+
+    def _gradient_at_input(self, call: TapedLoss, gradient: Tensor) -> None:
+        if self.reader is not None and self.records and not self.inside:
+            self.reader.arrived_at_input(call, gradient.detach())
+
+    # What is kept how long
+
+    def _wants(self, module: nn.Module) -> bool:
+        if not self.active or inspecting() or self.inside or not torch.is_grad_enabled():
+            return False
+        return module.training or self.eval_mode
+
+    def _prune(self) -> None:
+        """Let go of passes that nothing will arrive at any more."""
+        kept = []
+        for origin in self.passes:
+            waits = any(call.alive() is not None for call in origin.calls) or not origin.calls
+            counts = any(call.weight is not None for call in origin.calls) or origin.gradient is not None
+            if waits and not counts:
+                kept.append(origin)
+            else:
+                release(origin)
+                if counts and (self.keeps_inputs or origin.again):
+                    kept.append(origin)
+        self.passes = kept
+
+    def recorder(self, inputs: Any, *, own_pass: bool = False) -> Recorder:
+        """A recorder of the uses of the tracked parameters in one pass on these inputs."""
+        parameters = self.parameters()
+        tracked = {id(p) for p in parameters.values()}
+        constants = [*self.model.buffers(), *(p for p in self.model.parameters() if id(p) not in tracked)]
+        sizes = [t.shape[0] for t in tensors_in(inputs) if t.dim()]
+        number = sizes[self._counting] if self._counting < len(sizes) else batch_size(inputs)
+        recorder = Recorder(parameters, constants, number, own_pass=own_pass)
+        recorder.mark_inputs(inputs)
+        return recorder
+
+
+def release(origin: Pass) -> None:
+    """Let go of the graph of a pass: cycles through autograd are invisible to Python's garbage collector."""
+    for handle in origin.handles:
+        handle.remove()
+    origin.handles, origin.recorder, origin.output, origin.edges = [], None, None, ()
+    for call in origin.calls:
+        call.output = None
+
+
+def _place(passes: list[Pass], z: Any) -> int:
+    """Which output of its pass a loss is called on: a number for each tensor."""
+    if not passes:
+        return 0
+    known = {call.place for call in passes[0].calls if call.output is z}
+    return known.pop() if known else len({call.place for call in passes[0].calls})
+
+
+def _same(output: Any, z: Any) -> bool:
+    """Whether the loss sees the output, or a view of all of it in its order."""
+    if z is output:
+        return True
+    if not isinstance(output, Tensor) or not isinstance(z, Tensor):
+        return False
+    plain = z.numel() == output.numel() and z.is_contiguous() and output.is_contiguous()
+    return plain and z.data_ptr() == output.data_ptr()
+
+
+def _mark(gradient: Tensor) -> tuple[int, int]:
+    return id(gradient), gradient._version
+
+
+class _At:
+    """Calls a method of the tape about a pass, a call or a backward pass, and keeps none of them alive."""
+
+    def __init__(self, owner: Tape, method: str, about: Any) -> None:
+        self._owner, self._method = weakref.ref(owner), method
+        self._about: Callable[[], Any] = weakref.ref(about) if isinstance(about, (Pass, TapedLoss)) else lambda: about
+
+    def __call__(self, *args: Any) -> None:
+        owner, about = self._owner(), self._about()
+        if owner is not None and about is not None:
+            getattr(owner, self._method)(about, *args)

@@ -1,0 +1,148 @@
+"""A loss that saw some rows of the model's output, in the places that they have there.
+
+Slicing positions away, picking rows by a mask, and ignoring their targets are one loss: here the first two become the
+third.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvature.losses.terms import Terms
+
+
+class PickedTerms(Terms):
+    """The terms of a loss on picked rows, as terms of all rows of which the others do not count.
+
+    Args:
+        inner: The terms as the loss saw them.
+        rows: For every term of them, ``(T,)``, its row among the ``N * R`` of the model's output.
+        shape: ``(N, R)``: examples and positions there.
+        whole: The model's output.
+    """
+
+    def __init__(self, inner: Terms, rows: Tensor, shape: tuple[int, int], whole: Tensor) -> None:
+        mask = torch.zeros(prod(shape), dtype=torch.bool, device=rows.device)
+        mask[rows] = inner.mask.reshape(-1)
+        super().__init__(inner.output, inner.layout, mask.reshape(shape), inner.total, inner.reduction)
+        self.inner, self.picked, self.whole = inner, rows, whole
+        self.hessian_is_fisher = inner.hessian_is_fisher
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        n, r = self.mask.shape
+        return n, r, self.inner.shape[2]
+
+    @property
+    def columns(self) -> int:
+        return self.inner.columns
+
+    @property
+    def rank(self) -> int:
+        return self.inner.rank
+
+    def rows(self, x: Tensor) -> Tensor:
+        seen = self.inner.rows(x).flatten(-3, -2)  # (..., T, C)
+        out = seen.new_zeros(*seen.shape[:-2], self.mask.numel(), seen.shape[-1])
+        out[..., self.picked, :] = seen
+        return out.reshape(*seen.shape[:-2], *self.mask.shape, seen.shape[-1])
+
+    def unrows(self, rows: Tensor) -> Tensor:
+        seen = rows.flatten(-3, -2)[..., self.picked, :]
+        return self.inner.unrows(seen.reshape(*rows.shape[:-3], *self.inner.shape[:2], rows.shape[-1]))
+
+    def values(self) -> Tensor:
+        seen = self.inner.values().reshape(-1)
+        out = seen.new_zeros(self.mask.numel())
+        out[self.picked] = seen
+        return out.reshape(self.mask.shape)
+
+    def gradient(self) -> Tensor:
+        return self.inner.gradient()
+
+    def hessian_product(self, v: Tensor) -> Tensor:
+        return self.inner.hessian_product(v)
+
+    def sqrt_column(self, c: int) -> Tensor:
+        return self.inner.sqrt_column(c)
+
+    def root(self, start: int, stop: int) -> Tensor:
+        return self.inner.root(start, stop)
+
+    def sample(self, generator: torch.Generator) -> Tensor:
+        return self.inner.sample(generator)
+
+
+def picked_rows(
+    pull: Callable[[Tensor], Tensor | None], terms: Terms, whole: Tensor
+) -> tuple[Tensor, tuple[int, ...]] | None:
+    """Which rows of a model's output the terms of a loss are on.
+
+    What the loss saw may be a slice of the output, its rows in another order, or those that a mask picks. Numbers sent
+    back from the terms tell: they must arrive unchanged, each at a row of its own.
+
+    Args:
+        pull: Takes a tensor like the one the loss saw back to the output; ``None`` where nothing arrives.
+        terms: The terms of the loss.
+        whole: The model's output.
+
+    Returns:
+        For every term its row, ``(T,)``, among the rows of the output, and the sizes of the axes that count these;
+        ``None`` where what the loss saw is something else, such as a mean over positions.
+    """
+    n, r, c = terms.shape
+    number = n * r
+    tags = torch.arange(1, number + 1, device=terms.output.device)
+    base = 128  # exact in bfloat16
+    found: Tensor | None = None
+    unit = 1
+    while unit <= number:
+        digit = (tags // unit % base).to(terms.output.dtype)
+        sent = terms.unrows(digit.reshape(n, r, 1).expand(n, r, c))
+        arrived = pull(sent.contiguous())
+        if arrived is None or arrived.shape != whole.shape:
+            return None
+        whole_digits = arrived.detach().to(torch.float64)
+        found = whole_digits * unit if found is None else found + whole_digits * unit
+        unit *= base
+    if found is None:
+        return None
+    axes: list[int | None] = [axis for axis in reversed(range(found.dim())) if found.shape[axis] == c]
+    for axis in axes or [None] if c == 1 else axes:
+        one = found if axis is None else found.select(axis, 0)
+        if axis is not None and not bool((found == one.unsqueeze(axis)).all()):
+            continue
+        flat = one.reshape(-1)
+        rows = torch.nonzero(flat).squeeze(-1)
+        order = flat[rows].round().long() - 1
+        whole_numbers = len(rows) == number and bool((flat[rows] == order + 1).all())
+        if whole_numbers and torch.equal(order.sort().values, tags - 1):
+            place = torch.empty_like(rows)
+            place[order] = rows
+            return place, tuple(one.shape)
+    return None
+
+
+#: Nodes between a tensor and a view of all of it in its order, possibly in another dtype.
+_KEEP_ORDER = ("View", "UnsafeView", "ReshapeAlias", "ToCopy", "Clone", "Alias", "Squeeze", "Unsqueeze")
+
+
+def in_order(z: Tensor, whole: Tensor) -> bool:
+    """Whether ``z`` holds all of another tensor, its examples along the first axis, or its rows in their order."""
+    if z is whole:
+        return True
+    if z.numel() != whole.numel() or z.grad_fn is None:
+        return False
+    transposed = z.dim() == whole.dim() and z.shape[:1] == whole.shape[:1]
+    known = (*_KEEP_ORDER, "Transpose", "Permute", "T") if transposed else _KEEP_ORDER
+    node: Any = z.grad_fn
+    while node is not None and node is not whole.grad_fn:
+        if not node.name().startswith(known) or len(node.next_functions) != 1:
+            return False
+        node = node.next_functions[0][0]
+    return node is not None

@@ -1,0 +1,402 @@
+"""C of a training step is the curvature of the loss whose gradient stands in ``p.grad``, whatever the loop did.
+
+Every loop runs on every model; what it asks for is written down as ``(x, y, weights of the terms)`` and summed up by
+one backward pass for each number of the output.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from precond import PreconditionedOptimizer
+from tests.curvature.loops import assert_same, statistics, watching
+from tests.curvature.problems import classes, normal
+
+MEAN = nn.CrossEntropyLoss()
+EACH = nn.CrossEntropyLoss(reduction="none")
+
+#: What counts: inputs, targets, and the weight of every term.
+Counts = list[tuple[Tensor, Tensor, Tensor]]
+Loop = Callable[[nn.Module, nn.Module, PreconditionedOptimizer], Counts]
+
+
+class Gated(nn.Module):
+    """A branch that is closed at first: a gate that starts at zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.main, self.branch, self.gate = nn.Linear(4, 3), nn.Linear(4, 3), nn.Parameter(torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.main(x) + self.gate * self.branch(x).tanh()
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.norm, self.last = nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.norm(x + self.inner(x).tanh()))
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "mlp": lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)),
+    "in place": lambda: nn.Sequential(nn.Linear(4, 5), nn.ReLU(inplace=True), nn.Linear(5, 3)),
+    "residual": Residual,
+    "gated": Gated,
+    "convolution": lambda: nn.Sequential(nn.Unflatten(1, (1, 4)), nn.Conv1d(1, 2, 2), nn.Flatten(), nn.Linear(6, 3)),
+}
+
+
+def batch(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(seed)
+    return normal(n, 4), classes(n, of=3)
+
+
+def mean(x: Tensor, y: Tensor, weight: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    return x, y, torch.full((len(x),), weight / len(x), dtype=torch.float64)
+
+
+# Loops; each ends where step() is to be called ----------------------------------------------------------------------
+
+
+def plain(model: nn.Module, loss_fn: nn.Module, optimizer: PreconditionedOptimizer) -> Counts:
+    x, y = batch(6)
+    loss_fn(model(x), y).backward()
+    return [mean(x, y)]
+
+
+def unequal_micro_batches(model: nn.Module, loss_fn: nn.Module, optimizer: PreconditionedOptimizer) -> Counts:
+    x, y = batch(8)
+    for part in (slice(0, 1), slice(1, 4), slice(4, 8)):
+        (loss_fn(model(x[part]), y[part]) * len(x[part]) / 8).backward()
+    return [mean(x, y)]
+
+
+def mixed_targets(model: nn.Module, loss_fn: nn.Module, optimizer: PreconditionedOptimizer) -> Counts:
+    """Mixup."""
+    x, y = batch(6)
+    other = y.flip(0)
+    z = model(x)
+    (0.3 * loss_fn(z, y) + 0.7 * loss_fn(z, other)).backward()
+    return [mean(x, y, 0.3), mean(x, other, 0.7)]
+
+
+def dropped_batch(model: nn.Module, loss_fn: nn.Module, optimizer: PreconditionedOptimizer) -> Counts:
+    """A guard against spikes: no backward pass."""
+    x, y = batch(5, seed=1)
+    loss_fn(model(1e3 * x), y)
+    return plain(model, loss_fn, optimizer)
+
+
+def not_finite_batch(model: nn.Module, loss_fn: nn.Module, optimizer: PreconditionedOptimizer) -> Counts:
+    x, y = batch(5, seed=1)
+    loss = loss_fn(model(x * float("nan")), y)
+    assert not loss.isfinite()
+    return plain(model, loss_fn, optimizer)
+
+
+def logged_only(model: nn.Module, loss_fn: nn.Module, optimizer: PreconditionedOptimizer) -> Counts:
+    """A further loss that is computed on the same pass, for a log."""
+    x, y = batch(6)
+    z = model(x)
+    loss_fn(z, y).backward()
+    loss_fn(2 * z.detach(), y)
+    loss_fn(2 * z, y)
+    return [mean(x, y)]
+
+
+def cleared_gradients(model: nn.Module, loss_fn: nn.Module, optimizer: PreconditionedOptimizer) -> Counts:
+    """A batch whose gradients are thrown away."""
+    x, y = batch(5, seed=1)
+    loss_fn(model(x), y).backward()
+    optimizer.zero_grad()
+    return plain(model, loss_fn, optimizer)
+
+
+def gradients_set_to_zero(model: nn.Module, loss_fn: nn.Module, optimizer: PreconditionedOptimizer) -> Counts:
+    x, y = batch(5, seed=1)
+    loss_fn(model(x), y).backward()
+    optimizer.zero_grad(set_to_none=False)
+    return plain(model, loss_fn, optimizer)
+
+
+def retried(where: str) -> Loop:
+    """The batch again, after memory ran out in its backward pass."""
+
+    def loop(model: nn.Module, loss_fn: nn.Module, optimizer: PreconditionedOptimizer) -> Counts:
+        x, y = batch(6)
+        target = list(model.parameters())[0 if where == "at the end" else -1]
+        handle = target.register_hook(fail)
+        with contextlib.suppress(torch.OutOfMemoryError):
+            loss_fn(model(x), y).backward()
+        handle.remove()
+        optimizer.zero_grad()
+        loss_fn(model(x), y).backward()
+        return [mean(x, y)]
+
+    return loop
+
+
+def fail(gradient: Tensor) -> None:
+    raise torch.OutOfMemoryError("simulated")
+
+
+def interrupted_forward(model: nn.Module, loss_fn: nn.Module, optimizer: PreconditionedOptimizer) -> Counts:
+    """As in a notebook."""
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = list(model.modules())[-1].register_forward_pre_hook(stop)
+    with contextlib.suppress(KeyboardInterrupt):
+        model(batch(5, seed=1)[0])
+    handle.remove()
+    return plain(model, loss_fn, optimizer)
+
+
+def penalty_on_the_input(model: nn.Module, loss_fn: nn.Module, optimizer: PreconditionedOptimizer) -> Counts:
+    """torch.autograd.grad through the pass, for a number that is only looked at."""
+    x, y = batch(6)
+    x.requires_grad_()
+    loss = loss_fn(model(x), y)
+    torch.autograd.grad(loss, x, retain_graph=True)
+    loss.backward()
+    return [mean(x.detach(), y)]
+
+
+def adversarial_examples(model: nn.Module, loss_fn: nn.Module, optimizer: PreconditionedOptimizer) -> Counts:
+    x, y = batch(6)
+    x.requires_grad_()
+    (slope,) = torch.autograd.grad(loss_fn(model(x), y), x)
+    x = (x + 0.1 * slope.sign()).detach()
+    loss_fn(model(x), y).backward()
+    return [mean(x, y)]
+
+
+def weights_of_examples(model: nn.Module, loss_fn: nn.Module, optimizer: PreconditionedOptimizer) -> Counts:
+    x, y = batch(6)
+    weights = torch.tensor([0.0, 0.5, 1.0, 2.0, 0.0, 3.0]).double()
+    (EACH(model(x), y) * weights).mean().backward()
+    return [(x, y, weights / 6)]
+
+
+def hardest_examples(model: nn.Module, loss_fn: nn.Module, optimizer: PreconditionedOptimizer) -> Counts:
+    x, y = batch(6)
+    losses = EACH(model(x), y)
+    hardest = losses.detach().topk(3).indices
+    losses[hardest].mean().backward()
+    return [mean(x[hardest], y[hardest])]
+
+
+def picked_outputs(model: nn.Module, loss_fn: nn.Module, optimizer: PreconditionedOptimizer) -> Counts:
+    """Only some rows of the output have a label."""
+    x, y = batch(6)
+    labelled = torch.tensor([True, False, True, True, False, True])
+    loss_fn(model(x)[labelled], y[labelled]).backward()
+    return [mean(x[labelled], y[labelled])]
+
+
+def sliced_outputs(model: nn.Module, loss_fn: nn.Module, optimizer: PreconditionedOptimizer) -> Counts:
+    x, y = batch(6)
+    loss_fn(model(x)[:-2], y[:-2]).backward()
+    return [mean(x[:-2], y[:-2])]
+
+
+def two_passes_in_the_other_order(model: nn.Module, loss_fn: nn.Module, optimizer: PreconditionedOptimizer) -> Counts:
+    (x, y), (u, v) = batch(4), batch(3, seed=1)
+    z, w = model(x), model(u)
+    second = loss_fn(w, v)
+    (loss_fn(z, y) + 0.25 * second).backward()
+    return [mean(x, y), mean(u, v, 0.25)]
+
+
+def two_backward_passes(model: nn.Module, loss_fn: nn.Module, optimizer: PreconditionedOptimizer) -> Counts:
+    x, y = batch(6)
+    loss = loss_fn(model(x), y)
+    loss.backward(retain_graph=True)
+    (0.5 * loss).backward()
+    return [mean(x, y, 1.5)]
+
+
+def power_of_the_loss(model: nn.Module, loss_fn: nn.Module, optimizer: PreconditionedOptimizer) -> Counts:
+    """Flooding and the like: the weight of the loss is a derivative."""
+    x, y = batch(6)
+    loss = loss_fn(model(x), y)
+    loss.square().backward()
+    return [mean(x, y, 2 * float(loss.detach()))]
+
+
+def evaluated_in_between(model: nn.Module, loss_fn: nn.Module, optimizer: PreconditionedOptimizer) -> Counts:
+    x, y = batch(6)
+    loss = loss_fn(model(x), y)
+    model.eval()
+    with torch.no_grad():
+        loss_fn(model(batch(5, seed=1)[0]), batch(5, seed=1)[1])
+    model.train()
+    loss.backward()
+    return [mean(x, y)]
+
+
+MEANS: dict[str, Loop] = {
+    "plain": plain,
+    "unequal micro-batches": unequal_micro_batches,
+    "mixed targets": mixed_targets,
+    "a dropped batch": dropped_batch,
+    "a batch that is not finite": not_finite_batch,
+    "a loss for the log": logged_only,
+    "cleared gradients": cleared_gradients,
+    "gradients set to zero": gradients_set_to_zero,
+    "retried, out of memory at the end": retried("at the end"),
+    "retried, out of memory at the start": retried("at the start"),
+    "interrupted forward": interrupted_forward,
+    "a slope in the input": penalty_on_the_input,
+    "adversarial examples": adversarial_examples,
+    "picked outputs": picked_outputs,
+    "sliced outputs": sliced_outputs,
+    "two passes in the other order": two_passes_in_the_other_order,
+    "two backward passes": two_backward_passes,
+    "a power of the loss": power_of_the_loss,
+    "evaluated in between": evaluated_in_between,
+}
+SINGLE: dict[str, Loop] = {"weights of examples": weights_of_examples, "hardest examples": hardest_examples}
+LOOPS = {**MEANS, **SINGLE}
+
+
+def reference(model: nn.Module, counts: Counts, kind: str) -> dict[str, Tensor]:
+    """Diagonal of ``sum_t w_t J_t^T H_t J_t`` or of ``sum_t w_t g_t g_t^T``, by parameter."""
+    named = dict(model.named_parameters())
+    out = {name: torch.zeros_like(p) for name, p in named.items()}
+    for x, y, weights in counts:
+        for row, target, weight in zip(x, y, weights, strict=True):
+            z = model(row.unsqueeze(0))[0]
+            p = z.softmax(0).detach()
+            directions = (p - F.one_hot(target, 3)).unsqueeze(0)
+            if kind == "exact":
+                directions = p.sqrt().unsqueeze(1) * (torch.eye(3, dtype=p.dtype) - p)  # columns of a root of H
+            for v in directions:
+                slopes = torch.autograd.grad(z, list(named.values()), v, retain_graph=True, allow_unused=True)
+                for name, g in zip(named, slopes, strict=True):
+                    if g is not None:
+                        out[name] += weight * g.square()
+    return out
+
+
+def diagonals(optimizer: PreconditionedOptimizer, model: nn.Module) -> dict[str, Tensor]:
+    """The diagonals of the blocks, by parameter."""
+    named, out = dict(model.named_parameters()), {}
+    for block, C in statistics(optimizer).items():
+        names = block.split("+")
+        weight = named[names[0]]
+        if len(names) == 2:
+            rows = C.diagonal().reshape(len(named[names[1]]), -1)
+            out[names[0]], out[names[1]] = rows[:, :-1].reshape(weight.shape), rows[:, -1]
+        else:
+            out[names[0]] = C.diagonal().reshape(weight.shape)
+    return out
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("kind", ["exact", "empirical"])
+def test_c_is_the_curvature_of_what_was_minimised(loop: str, name: str, kind: str) -> None:
+    torch.manual_seed(0)
+    model = MODELS[name]().double()
+    loss_fn = EACH if loop in SINGLE else MEAN
+    optimizer = watching(model, loss_fn, "diagonal", kind, curvature_ema=0.0)
+    for _ in range(2):  # the second time nothing is new
+        optimizer.zero_grad()
+        counts = LOOPS[loop](model, loss_fn, optimizer)
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        optimizer.step()
+        expected = reference(model, counts, kind)
+        found = diagonals(optimizer, model)
+        for parameter, block in expected.items():
+            torch.testing.assert_close(found[parameter], block, rtol=1e-9, atol=1e-13)
+        for n, p in model.named_parameters():
+            assert p.grad is None or torch.equal(p.grad, gradients[n])
+    optimizer.detach()
+
+
+@pytest.mark.parametrize("loop", MEANS)
+def test_the_users_own_run_is_bit_identical(loop: str) -> None:
+    found = []
+    for watched in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 5), nn.Dropout(0.3), nn.Tanh(), nn.Linear(5, 3)).double()
+        optimizer = watching(model, MEAN, "kfac", "mc")
+        if not watched:
+            optimizer.detach()
+        MEANS[loop](model, MEAN, optimizer)
+        found.append([p.grad.clone() for p in model.parameters() if p.grad is not None] + [torch.get_rng_state()])
+        optimizer.detach()
+    for plain_value, watched_value in zip(*found, strict=True):
+        assert torch.equal(plain_value, watched_value)
+
+
+def test_threads_with_a_model_each_are_independent() -> None:
+    expected, found, failures = {}, {}, []
+
+    def train(seed: int, out: dict[int, Any]) -> None:
+        try:
+            model = MODELS["mlp"]().double()
+            with torch.no_grad():
+                for k, p in enumerate(model.parameters()):
+                    p.copy_(torch.linspace(-1, 1, p.numel(), dtype=p.dtype).sin().reshape(p.shape) / (k + seed))
+            loss_fn = nn.CrossEntropyLoss()
+            optimizer = watching(model, loss_fn)
+            generator = torch.Generator().manual_seed(seed)
+            for _ in range(20):
+                optimizer.zero_grad()
+                x = torch.randn(6, 4, generator=generator, dtype=torch.float64)
+                loss_fn(model(x), torch.randint(3, (6,), generator=generator)).backward()
+                optimizer.step()
+            out[seed] = statistics(optimizer)
+        except Exception as error:  # a thread's own would be lost
+            failures.append(error)
+
+    for seed in (1, 2):
+        train(seed, expected)
+    threads = [threading.Thread(target=train, args=(seed, found)) for seed in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    for seed in (1, 2):
+        assert_same(found[seed], expected[seed])
+
+
+@pytest.mark.parametrize("unscale", [False, True])
+def test_the_scale_of_a_scaler_is_no_weight(unscale: bool) -> None:
+    found = []
+    for scale in (1.0, 1024.0):
+        torch.manual_seed(0)
+        model = MODELS["mlp"]().double()
+        optimizer = watching(model, MEAN, "diagonal")
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        x, y = batch(6)
+        scaler.scale(MEAN(model(x), y)).backward()
+        if unscale:
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        found.append(statistics(optimizer))
+    assert_same(*found)
+
+
+def test_signs_and_reductions_that_have_no_common_scale_are_refused() -> None:
+    model = MODELS["mlp"]().double()
+    optimizer = watching(model, MEAN)
+    x, y = batch(6)
+    (MEAN(model(x), y) - 0.5 * MEAN(model(x), y.flip(0))).backward()
+    with pytest.raises(ValueError, match="positive and negative multiples of the loss"):
+        optimizer.step()
