@@ -9,12 +9,13 @@ IS_SUPPORTED := import sys; sys.exit(sys.version_info < (3, 11))
 PACKAGES := precond curvature solvers
 JOBS ?= 2
 
-.PHONY: help install demo test lint types format
+.PHONY: help install demo test test-long lint types format
 
 help:
 	@echo "make install   create $(VENV) and install precond with pinned versions"
 	@echo "make demo      train the demo models and print what came out"
 	@echo "make test      run the tests (MARK='not slow' for some of them)"
+	@echo "make test-long run the tests that take minutes each"
 	@echo "make lint      check style and format"
 	@echo "make types     check types"
 	@echo "make format    mend style and format"
@@ -26,7 +27,10 @@ demo: install
 
 # One thread for each of the processes: more of them would only wait for each other.
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(if $(MARK),-m "$(MARK)") $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(if $(MARK),-m "not long and ($(MARK))") $(ARGS)
+
+test-long: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m long $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -89,7 +89,8 @@ class Statistics:
         self.settled = False  # a pass was seen that hides none
         self._elsewhere: set[str] = set()  # parameters that are used outside the model's forward pass
         self._step = Step()
-        self._mark: tuple[Step, Any] | None = None  # the step when the backward pass under way began
+        self._mark: tuple[Any, Any] | None = None  # the step when the backward pass under way began
+        self._seed = 0  # of the draws of this step
         self._waiting: list[Waiting] = []
         tape.reader = self
 
@@ -104,6 +105,7 @@ class Statistics:
     def arm(self, seed: int) -> None:
         """Collect from the passes that follow; ``seed`` starts the draws of this step."""
         self.armed = self.tape.records = True
+        self._seed = seed
         self.tape.cautious = self.hidden or not self.settled
         self.generator.manual_seed(seed)
         self.forget()
@@ -127,8 +129,17 @@ class Statistics:
             for origin in call.passes:
                 origin.handles.append(call.output.register_hook(self.tape.at_input(call)))
 
+    def mark(self) -> Any:
+        """The step as it is now, but for the estimates, for :meth:`back_to`."""
+        return self._step.copy(), self.generator.get_state()
+
+    def back_to(self, mark: Any) -> None:
+        """Undo what has changed since a mark, draws included."""
+        self._step, state = mark
+        self.generator.set_state(state)
+
     def begin(self) -> None:
-        self._mark = self._step.copy(), self.collector.mark()
+        self._mark = self.mark(), self.collector.mark()
 
     def arrived(self, call: TapedLoss, gradient: Tensor) -> None:
         passes = [origin for origin in call.passes if origin.recorder is not None]
@@ -175,8 +186,9 @@ class Statistics:
     def drop(self) -> None:
         self._stop_waiting()
         if self._mark is not None:
-            self._step, mark = self._mark
-            self.collector.back_to(mark)
+            step, estimates = self._mark
+            self.back_to(step)
+            self.collector.back_to(estimates)
             self._mark = None
 
     def clear(self) -> None:
@@ -357,6 +369,7 @@ class Statistics:
         self.collector.discard()
         self.collector.forget()
         self._step = Step()
+        self.generator.manual_seed(self._seed)
 
 
 @dataclass

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -36,14 +38,15 @@ class WeightedMean:
             self._marked = False
         self._count = self._count + weight
 
-    def mark(self) -> tuple[Tensor | None, Tensor | float]:
-        """What waits to be committed now, for :meth:`back_to`."""
+    def mark(self) -> Any:
+        """The mean and what waits to be committed, as they are now, for :meth:`back_to`."""
         self._marked = True
-        return self._total, self._count
+        return self.value, self.weight, self._total, self._count
 
-    def back_to(self, mark: tuple[Tensor | None, Tensor | float]) -> None:
-        """Forget what was added since a mark."""
-        self._total, self._count = mark
+    def back_to(self, mark: Any) -> None:
+        """Forget what was added or committed since a mark."""
+        self.value, self.weight, self._total, self._count = mark
+        self._marked = True
 
     def count(self, weight: Tensor | float) -> None:
         """Count samples of the step whose statistics are zero."""

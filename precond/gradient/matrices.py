@@ -116,6 +116,8 @@ def leading_vectors(matrix: Tensor, rank: int) -> Tensor:
     """
     try:
         vectors = torch.linalg.svd(matrix, full_matrices=False).U[:, :rank]
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         if matrix.dtype == torch.float64:
             raise SolverError(f"no singular vectors of a matrix of shape {tuple(matrix.shape)}: {error}") from error

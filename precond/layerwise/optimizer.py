@@ -306,6 +306,23 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         self._taps.watch(unwrapped(self.model), self.preconditioners)
         self._arm()
 
+    def mark(self) -> Any:
+        blocks = {}
+        if self.statistics.armed or self.stagger:
+            blocks = {name: p.mark() for name, p in self.preconditioners.items()}
+        return self.statistics.mark(), blocks, None if self._step_model is None else self._step_model.mark()
+
+    def back_to(self, mark: Any) -> None:
+        statistics, blocks, step_model = mark
+        self.statistics.back_to(statistics)
+        if self._step_model is not None:
+            self._step_model.back_to(step_model)
+        for name, preconditioner in list(self.preconditioners.items()):
+            if name in blocks:
+                preconditioner.back_to(blocks[name])
+            elif self.statistics.armed:
+                self.statistics.collector.give_up({name})
+
     def directions(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         self._follow()
         by_name = {name: gradients[p] for name, p in self.parameters.items() if p in gradients}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar, TypedDict
 
 import torch
@@ -127,6 +128,22 @@ class SecondOrderOptimizer(ScheduledOptimizer):
     def after_move(self) -> None:
         """The parameters are where the step has taken them."""
 
+    def mark(self) -> Any:
+        """What a step changes before the parameters move, as it is now, for :meth:`back_to`."""
+
+    def back_to(self, mark: Any) -> None:
+        """Undo the part of a step since :meth:`mark`, which raised."""
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """Within the block everything happens or nothing, whatever raises."""
+        mark = self.mark()
+        try:
+            yield
+        except BaseException:
+            self.back_to(mark)
+            raise
+
     @uncompiled
     @torch.no_grad()
     def precondition(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -141,8 +158,9 @@ class SecondOrderOptimizer(ScheduledOptimizer):
         if gradients is None:
             return loss
         self.idle = self._stands_still(gradients)
-        gradients = self.regularized(gradients)
-        directions = self.directions(gradients)
+        with self._all_or_nothing():
+            gradients = self.regularized(gradients)
+            directions = self.directions(gradients)
         zero = torch.zeros(())
         products = {p: (directions[p] * g).sum() if p in directions else zero for p, g in gradients.items()}
         for p, d in directions.items():
@@ -172,16 +190,17 @@ class SecondOrderOptimizer(ScheduledOptimizer):
             return loss
         prepared = self._is_prepared()
         self.idle = self._stands_still(gradients)
-        if not prepared:
-            gradients = self.regularized(gradients)
-        directions = dict(gradients) if prepared else self.directions(gradients)
-        self._bound(directions, gradients, prepared)
+        with self._all_or_nothing():
+            if not prepared:
+                gradients = self.regularized(gradients)
+            directions = dict(gradients) if prepared else self.directions(gradients)
+            self._bound(directions, gradients, prepared)
+            for group in self.param_groups:
+                params = [p for p in group["params"] if p in directions]
+                if params:
+                    options = self.update_options(group)
+                    apply_update(params, [directions[p] for p in params], [self.state[p] for p in params], options)
         self._prepared = {}
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p in directions]
-            if params:
-                options = self.update_options(group)
-                apply_update(params, [directions[p] for p in params], [self.state[p] for p in params], options)
         if not prepared:
             self._count()
         self.after_move()

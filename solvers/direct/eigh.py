@@ -74,6 +74,8 @@ class Eigh(BasisSolver):
         require_symmetric(op)
         try:
             values, basis = torch.linalg.eigh(widen(op.matrix))
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             if not torch.isfinite(op.matrix).all():
                 raise non_finite(op) from None

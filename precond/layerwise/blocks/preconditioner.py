@@ -48,6 +48,15 @@ class Preconditioner:
         self.unseen = 0  # updates that the inverse does not include yet
         self.failures = 0
 
+    def mark(self) -> Any:
+        """Estimate and inverse as they are now, for :meth:`back_to`."""
+        return self.estimator.mark(), self.inverse, self.unseen, self.failures
+
+    def back_to(self, mark: Any) -> None:
+        """Undo what has changed since a mark."""
+        estimate, self.inverse, self.unseen, self.failures = mark
+        self.estimator.back_to(estimate)
+
     def commit(self, ema: float) -> None:
         """Fold the statistics of the step into the estimate."""
         self.estimator.commit(ema)
