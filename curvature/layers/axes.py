@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from curvature.layers.axis_rules import (
+from curvature.layers.axis_calls import (
     ASSIGNING,
     CONSTANT,
     COPYING,
@@ -40,8 +40,8 @@ from curvature.layers.axis_rules import (
     Opaque,
     State,
     handles,
-    in_training,
 )
+from curvature.layers.axis_rules import in_training
 
 _PLAIN = frozenset(
     (int, float, bool, str, complex, type(None), type(Ellipsis), torch.dtype, torch.device, torch.memory_format)

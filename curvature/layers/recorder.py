@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from curvature.layers.axes import ExampleAxes, Resolved
-from curvature.layers.axis_rules import Axis, Handle
+from curvature.layers.axis_calls import Axis, Handle
 from curvature.layers.explained import Explained, now
 from curvature.layers.rules import REPLACEMENTS, RULES
 from curvature.layers.site import Ref, RowLayout, Site

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from curvature.layers.axes import ExampleAxes, Resolved
-from curvature.layers.axis_rules import CONSTANT, MIXED, Axis, State
+from curvature.layers.axis_calls import CONSTANT, MIXED, Axis, State
 from curvature.layers.recorder import tensors_in
 
 N = 3
