@@ -4,51 +4,23 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from curvature.estimation.step_collector import Backward, Counted, StepCollector
-from curvature.estimation.tape import Pass, Tape, TapedLoss
+from curvature.estimation.passes import Pass, TapedLoss
+from curvature.estimation.step import Step, Weight
+from curvature.estimation.step_collector import Backward, StepCollector
+from curvature.estimation.tape import Tape
 from curvature.layers.recorder import Recorder
 from curvature.losses import JoinedTerms, Loss, NoCurvatureError, Terms, UnknownLossError, loss_for
 from curvature.losses.from_gradient import from_output_gradient
 from curvature.losses.picked import PickedTerms, in_order, picked_rows
 from curvature.losses.signals import Signals
 from curvature.structures.estimator import Curvature
-
-
-@dataclass
-class Weight:
-    """How a loss enters what ``backward()`` was called on.
-
-    Attributes:
-        factor: What the sum of its terms is multiplied by, 0-d.
-        entries: Or a factor for each entry of its output.
-        signs: The signs of all factors.
-    """
-
-    factor: Tensor | None
-    entries: Tensor | None = None
-    negative: Tensor | None = None
-
-
-@dataclass
-class SummedWeights:
-    """Total weight of the sums of a step, by the output of a pass that they are on."""
-
-    totals: dict[int, Tensor] = field(default_factory=dict)
-
-    def add(self, place: int, weight: Tensor) -> None:
-        """Count a sum over terms."""
-        self.totals[place] = self.totals[place] + weight if place in self.totals else weight
-
-    def divisor(self) -> Tensor:
-        """What makes the sums of the step one mean: the weight of their terms, on the output that has most."""
-        return torch.stack([total.abs() for total in self.totals.values()]).max()
 
 
 class Statistics:
@@ -216,7 +188,7 @@ class Statistics:
             self._step.absolute = True
             return Weight(size / terms.total)
         if terms.reduction == "sum":
-            self._step.sums.add(place, size * terms.total)
+            self._step.add_sum(place, size * terms.total)
             return Weight(size)
         self._step.absolute = True
         if size.shape != terms.output.shape:
@@ -370,63 +342,6 @@ class Statistics:
         self.collector.forget()
         self._step = Step()
         self.generator.manual_seed(self._seed)
-
-
-@dataclass
-class Step:
-    """What the statistics of a step consist of so far."""
-
-    batches: int = 0
-    reached: set[str] = field(default_factory=set)
-    sums: SummedWeights = field(default_factory=SummedWeights)
-    absolute: bool = False  # a mean, or weights of single terms, was among the losses
-    unscaled: bool = False  # a loss whose weight nobody knows, which counts as a plain mean
-    signs: list[Tensor] = field(default_factory=list)
-    seen: list[Tensor] = field(default_factory=list)  # weight and number of terms that gradients at outputs showed
-    counted: dict[Pass, Counted] = field(default_factory=dict)  # uses whose inputs were counted
-
-    def copy(self) -> Step:
-        """An independent one."""
-        counted = {origin: dict(uses) for origin, uses in self.counted.items()}
-        sums = SummedWeights(dict(self.sums.totals))
-        signs, seen = list(self.signs), list(self.seen)
-        return replace(self, reached=set(self.reached), sums=sums, signs=signs, seen=seen, counted=counted)
-
-    def note(self, reached: set[str]) -> None:
-        """A call of the loss was collected."""
-        self.batches += bool(reached)
-        self.reached |= reached
-
-    def counted_in(self, passes: list[Pass]) -> Counted:
-        """Uses of these passes whose inputs were counted; may be extended."""
-        known = self.counted.setdefault(passes[0], {})
-        for origin in passes[1:]:
-            known |= self.counted.setdefault(origin, known)
-            self.counted[origin] = known
-        return known
-
-    def divisor(self, scale: Tensor | float) -> Tensor | float:
-        """What the sums over all terms are divided by."""
-        if self.signs and bool(torch.stack(self.signs).any(0).all()):
-            raise ValueError(
-                "what backward() was called on holds positive and negative multiples of the loss, so its curvature is "
-                "not positive semi-definite. Leave the negative part out of the statistics: compute it under "
-                "torch.func.functional_call, or with another loss function than the optimizer's."
-            )
-        if self.sums.totals and self.absolute:
-            raise ValueError(
-                "some losses of this step are sums and others means, or weights of single terms, so their curvatures "
-                "have no common scale. Use one reduction for all."
-            )
-        if self.sums.totals:
-            return self.sums.divisor()
-        if self.unscaled:
-            return 1.0
-        if self.seen:  # a weight of one for every term is a sum, whatever it was written as
-            weights, totals = torch.stack(self.seen).unbind(1)
-            if bool(((weights / scale - 1).abs() < 1e-3).all() & (totals.sum() > 1)):
-                return (weights * totals).sum()
-        return scale
 
 
 @dataclass

@@ -10,14 +10,14 @@ import contextlib
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 
+from curvature.estimation.passes import OUTPUT, Pass, Reader, TapedLoss, release
 from curvature.layers.recorder import Recorder
 from curvature.losses.loss import called
 from curvature.losses.sum_of_losses import SumOfLosses
@@ -31,99 +31,6 @@ MODES: tuple[Mode, ...] = ("auto", "loss", "gradient", "shadow")
 
 #: Model -> depth of backward passes of the library's own. Hooks may run in threads of the device.
 _OWN_PASSES: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
-
-#: Stands for the model's output among the arguments of a loss.
-OUTPUT = object()
-
-
-@dataclass(eq=False)
-class TapedLoss:
-    """A call of the loss.
-
-    Attributes:
-        module: The loss module that was called, or one that does what the called function did.
-        args: Positional arguments; :data:`OUTPUT` stands for the tensor the loss saw.
-        kwargs: Named arguments likewise.
-        output: What the loss saw, with its graph, until the backward pass has ended.
-        passes: The forward passes that led to it.
-        place: Which output of its pass it is on: 0 for the first that a loss was called on, and so on.
-        value: What the loss returned, without its graph.
-        weight: Derivative of what ``backward()`` was called on by the value, over all backward passes that ended;
-            ``None`` as long as none did.
-    """
-
-    module: nn.Module
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    output: Any
-    passes: list[Pass]
-    place: int
-    value: Tensor
-    weight: Tensor | None = None
-    shape: tuple[int, ...] = ()  # of the output as the loss saw it
-    whole: bool = False  # that is all of the model's output in its order
-    arriving: Tensor | None = None  # the weight over the backward pass under way
-    alive: Callable[[], Any] = lambda: None  # a hook that lives as long as a gradient may arrive at the value
-
-    def arguments(self, output: Any, other: Callable[[Any], Any] = lambda value: value) -> tuple[tuple[Any, ...], dict]:
-        """The arguments with ``output`` in the place of what the loss saw, and others changed by a function."""
-        fill = lambda value: output if value is OUTPUT else other(value)  # noqa: E731
-        return tuple(map(fill, self.args)), {key: fill(value) for key, value in self.kwargs.items()}
-
-
-@dataclass(eq=False)
-class Pass:
-    """A forward pass of the model.
-
-    Attributes:
-        inputs: Positional and named arguments of the model.
-        random: Random states at its beginning, where somebody may repeat it.
-        recorder: The uses of parameters in it; ``None`` if none were recorded.
-        output: What the loss is expected to see; ``None`` where the model's result does not tell.
-        edges: Where gradients of the tensors that the model returned arrive.
-        calls: Calls of the loss that it led to.
-    """
-
-    inputs: tuple[tuple[Any, ...], dict[str, Any]]
-    random: list[Tensor] | None = None
-    recorder: Recorder | None = None
-    output: Any = None
-    edges: tuple[GradientEdge, ...] = ()
-    calls: list[TapedLoss] = field(default_factory=list)
-    examples: int = -1  # size of the first axis of the output
-    gradient: Tensor | None = None  # that arrived at ``output``, where the loss was not called on all of it
-    arriving: Tensor | None = None  # the same over the backward pass under way
-    seen: Tensor | None = None  # the output itself, without its graph
-    handles: list[Any] = field(default_factory=list)  # of hooks on tensors
-    again: bool = False  # the examples turned out to be counted by another input than was thought: to be repeated
-
-
-class Reader(Protocol):
-    """Whoever computes something while gradients arrive: for good once their backward pass has ended."""
-
-    def called(self, call: TapedLoss) -> None:
-        """The loss was called."""
-
-    def begin(self) -> None:
-        """A backward pass begins that may count."""
-
-    def arrived(self, call: TapedLoss, gradient: Tensor) -> None:
-        """A gradient arrived at the value of a loss; the graph below still stands."""
-
-    def arrived_at_input(self, call: TapedLoss, gradient: Tensor) -> None:
-        """A gradient arrived at what the loss was called on, where the reader asked for it."""
-
-    def arrived_at_output(self, origin: Pass, gradient: Tensor) -> None:
-        """A gradient arrived at the output of a pass on which no loss was seen."""
-
-    def keep(self) -> None:
-        """The backward pass has ended, and its gradients are in ``p.grad``."""
-
-    def drop(self) -> None:
-        """It raised, or brought nothing to the parameters: whatever it began is to be forgotten."""
-
-    def clear(self) -> None:
-        """Whatever was kept is to be forgotten as well: its gradients are gone from ``p.grad``."""
 
 
 class Tape:
@@ -539,15 +446,6 @@ class Tape:
         recorder = Recorder(parameters, constants, number, own_pass=own_pass)
         recorder.mark_inputs(inputs)
         return recorder
-
-
-def release(origin: Pass) -> None:
-    """Let go of the graph of a pass: cycles through autograd are invisible to Python's garbage collector."""
-    for handle in origin.handles:
-        handle.remove()
-    origin.handles, origin.recorder, origin.output, origin.edges = [], None, None, ()
-    for call in origin.calls:
-        call.output = None
 
 
 def _place(passes: list[Pass], z: Any) -> int:

@@ -6,8 +6,8 @@ from typing import Any, ClassVar, Unpack
 
 from torch import Tensor, nn
 
+from curvature.estimation.passes import Pass
 from curvature.estimation.step_collector import ApartCollector, StepCollector
-from curvature.estimation.tape import Pass
 from curvature.structures.kbfgs import KroneckerBFGS, KroneckerBFGSEstimator
 from precond.layerwise.blocks.preconditioner import Preconditioner
 from precond.layerwise.method import LayerwiseMethod, LayerwiseOptions

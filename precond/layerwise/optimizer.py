@@ -307,14 +307,15 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         self._arm()
 
     def mark(self) -> Any:
-        blocks = {}
+        blocks, statistics = {}, self.statistics.mark() if self.statistics.armed else None
         if self.statistics.armed or self.stagger:
             blocks = {name: p.mark() for name, p in self.preconditioners.items()}
-        return self.statistics.mark(), blocks, None if self._step_model is None else self._step_model.mark()
+        return statistics, blocks, None if self._step_model is None else self._step_model.mark()
 
     def back_to(self, mark: Any) -> None:
         statistics, blocks, step_model = mark
-        self.statistics.back_to(statistics)
+        if statistics is not None:
+            self.statistics.back_to(statistics)
         if self._step_model is not None:
             self._step_model.back_to(step_model)
         for name, preconditioner in list(self.preconditioners.items()):

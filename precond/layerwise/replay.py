@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
 
-from curvature.estimation.tape import Pass, Tape, TapedLoss
+from curvature.estimation.passes import Pass, TapedLoss
+from curvature.estimation.tape import Tape
 from curvature.losses import loss_for
 from curvature.model.data import inspection
 from curvature.model.settings import set_random_state, settings

@@ -1,0 +1,84 @@
+"""The losses of a training step: how each enters what is minimised, and what their sum is divided by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from curvature.estimation.passes import Pass
+from curvature.estimation.step_collector import Counted
+
+
+@dataclass
+class Weight:
+    """How a loss enters what ``backward()`` was called on.
+
+    Attributes:
+        factor: What the sum of its terms is multiplied by, 0-d.
+        entries: Or a factor for each entry of its output.
+    """
+
+    factor: Tensor | None
+    entries: Tensor | None = None
+
+
+@dataclass
+class Step:
+    """What the statistics of a step consist of so far."""
+
+    batches: int = 0
+    reached: set[str] = field(default_factory=set)
+    sums: dict[int, Tensor] = field(default_factory=dict)  # total weight of sums, by the output that they are on
+    absolute: bool = False  # a mean, or weights of single terms, was among the losses
+    unscaled: bool = False  # a loss whose weight nobody knows, which counts as a plain mean
+    signs: list[Tensor] = field(default_factory=list)
+    seen: list[Tensor] = field(default_factory=list)  # weight and number of terms that gradients at outputs showed
+    counted: dict[Pass, Counted] = field(default_factory=dict)  # uses whose inputs were counted
+
+    def copy(self) -> Step:
+        """An independent one."""
+        counted = {origin: dict(uses) for origin, uses in self.counted.items()}
+        signs, seen, sums = list(self.signs), list(self.seen), dict(self.sums)
+        return replace(self, reached=set(self.reached), sums=sums, signs=signs, seen=seen, counted=counted)
+
+    def note(self, reached: set[str]) -> None:
+        """A call of the loss was collected."""
+        self.batches += bool(reached)
+        self.reached |= reached
+
+    def add_sum(self, place: int, weight: Tensor) -> None:
+        """Count a sum over terms of this total weight."""
+        self.sums[place] = self.sums[place] + weight if place in self.sums else weight
+
+    def counted_in(self, passes: list[Pass]) -> Counted:
+        """Uses of these passes whose inputs were counted; may be extended."""
+        known = self.counted.setdefault(passes[0], {})
+        for origin in passes[1:]:
+            known |= self.counted.setdefault(origin, known)
+            self.counted[origin] = known
+        return known
+
+    def divisor(self, scale: Tensor | float) -> Tensor | float:
+        """What the sums over all terms are divided by."""
+        if self.signs and bool(torch.stack(self.signs).any(0).all()):
+            raise ValueError(
+                "what backward() was called on holds positive and negative multiples of the loss, so its curvature is "
+                "not positive semi-definite. Leave the negative part out of the statistics: compute it under "
+                "torch.func.functional_call, or with another loss function than the optimizer's."
+            )
+        if self.sums and self.absolute:
+            raise ValueError(
+                "some losses of this step are sums and others means, or weights of single terms, so their curvatures "
+                "have no common scale. Use one reduction for all."
+            )
+        if self.sums:  # the weight of their terms, on the output that has most
+            return torch.stack(list(self.sums.values())).max()
+        if self.unscaled:
+            return 1.0
+        if self.seen:  # a weight of one for every term is a sum, whatever it was written as
+            weights, totals = torch.stack(self.seen).unbind(1)
+            if bool(((weights / scale - 1).abs() < 1e-3).all() & (totals.sum() > 1)):
+                return (weights * totals).sum()
+        return scale
