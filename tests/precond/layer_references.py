@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
@@ -59,6 +60,27 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, data: list[Batch],
         optimizer.zero_grad()
         loss_fn(model(x), y).backward()
         optimizer.step()
+
+
+def assert_resumes(
+    make: Callable[[nn.Module], torch.optim.Optimizer], data: list[Batch], loss_fn: nn.Module, stop: int
+) -> None:
+    """A run that is saved after some batches, loaded into another model and gone on with, ends bit for bit alike."""
+    whole = net()
+    train(whole, make(whole), data, loss_fn)
+    first = net()
+    optimizer = make(first)
+    train(first, optimizer, data[:stop], loss_fn)
+    buffer = io.BytesIO()
+    torch.save({"model": first.state_dict(), "optimizer": optimizer.state_dict()}, buffer)
+    buffer.seek(0)
+    saved = torch.load(buffer, weights_only=True)
+    second = net(seed=1)
+    again = make(second)
+    second.load_state_dict(saved["model"])
+    again.load_state_dict(saved["optimizer"])
+    train(second, again, data[stop:], loss_fn)
+    assert torch.equal(flat(second.parameters()), flat(whole.parameters()))
 
 
 def flat(tensors: Any) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import pytest
@@ -186,21 +185,7 @@ def test_a_resumed_run_continues_bit_for_bit(stop: int) -> None:
     def make(model: nn.Module) -> KBFGS:
         return KBFGS(model, LOSS, lr=0.05, curvature_update_period=2)
 
-    whole = ref.net()
-    ref.train(whole, make(whole), data, LOSS)
-    first = ref.net()
-    optimizer = make(first)
-    ref.train(first, optimizer, data[:stop], LOSS)
-    buffer = io.BytesIO()
-    torch.save({"model": first.state_dict(), "optimizer": optimizer.state_dict()}, buffer)
-    buffer.seek(0)
-    saved = torch.load(buffer, weights_only=True)
-    second = ref.net(seed=1)
-    again = make(second)
-    second.load_state_dict(saved["model"])
-    again.load_state_dict(saved["optimizer"])
-    ref.train(second, again, data[stop:], LOSS)
-    assert torch.equal(ref.flat(second.parameters()), ref.flat(whole.parameters()))
+    ref.assert_resumes(make, data, LOSS, stop)
 
 
 def test_another_optimizer_may_move_the_parameters() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import pytest
@@ -113,21 +112,7 @@ def test_a_resumed_run_continues_bit_for_bit(structure: Any, stop: int) -> None:
         options: Any = {"structure": structure, "spring": 0.9, "curvature_update_period": 3, "damping": 0.1}
         return SMWNaturalGradient(model, LOSS, lr=0.1, **options)
 
-    whole = ref.net()
-    ref.train(whole, make(whole), data, LOSS)
-    first = ref.net()
-    optimizer = make(first)
-    ref.train(first, optimizer, data[:stop], LOSS)
-    buffer = io.BytesIO()
-    torch.save({"model": first.state_dict(), "optimizer": optimizer.state_dict()}, buffer)
-    buffer.seek(0)
-    saved = torch.load(buffer, weights_only=True)
-    second = ref.net(seed=1)
-    again = make(second)
-    second.load_state_dict(saved["model"])
-    again.load_state_dict(saved["optimizer"])
-    ref.train(second, again, data[stop:], LOSS)
-    assert torch.equal(ref.flat(second.parameters()), ref.flat(whole.parameters()))
+    ref.assert_resumes(make, data, LOSS, stop)
 
 
 @pytest.mark.parametrize("structure", ["dense", "layer"])
