@@ -45,7 +45,7 @@ from precond.step.averaging import IterateAverage
 from precond.step.base import SecondOrderOptimizer
 from precond.step.loop import Loop
 from precond.step.methods import Method, Taxonomy, methods
-from precond.step.options import Momentum, Refresh, WeightDecay
+from precond.step.options import Momentum, Refresh, TrustRegion, WeightDecay
 from solvers import Cholesky, Eigh, FactoredTikhonov, Tikhonov
 
 __all__ = [
@@ -78,6 +78,7 @@ __all__ = [
     "Loop",
     "Momentum",
     "Refresh",
+    "TrustRegion",
     "WeightDecay",
     # the list of methods
     "Doubling",

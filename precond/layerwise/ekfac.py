@@ -11,7 +11,7 @@ from curvature.losses.signals import FisherKind
 from curvature.structures.kfac import Sharing
 from precond.layerwise.method import LayerwiseMethod, LayerwiseOptions
 from precond.step.methods import Taxonomy
-from precond.step.options import Momentum, Refresh
+from precond.step.options import TRUST_REGION, Momentum, Refresh, TrustRegion
 from precond.step.schedules import Scheduled, ScheduledInt
 from solvers import Damping, Eigh
 
@@ -42,7 +42,9 @@ class EKFAC(LayerwiseMethod):
         sharing: ``"expand"`` or ``"reduce"``: of the factors whose eigenbasis is taken.
         curvature_ema: Weight of old statistics.
         momentum: Momentum: its strength, or :class:`~precond.Momentum`.
-        kl_clip: Bound on the predicted change of a step, without which large learning rates diverge; ``None`` for none.
+        kl_clip: Bound on twice the predicted divergence of a move, momentum included, without which large learning
+            rates diverge: a number, the bound at the learning rate to begin with; or a :class:`~precond.TrustRegion`,
+            by default one whose bound is proportional to ``lr ** 2``; ``None`` for none.
         curvature_update_period: Steps between updates of the statistics, see :class:`KFAC`.
         inverse_update_period: Steps between eigenbases, spread over the blocks; a number, a function of the step
             count, or :class:`~precond.Refresh`.
@@ -77,7 +79,7 @@ class EKFAC(LayerwiseMethod):
         sharing: Sharing = "expand",
         curvature_ema: Scheduled = 0.95,
         momentum: Scheduled | Momentum = 0.9,
-        kl_clip: Scheduled | None = 1e-3,
+        kl_clip: Scheduled | TrustRegion | None = TRUST_REGION,
         curvature_update_period: ScheduledInt = 1,
         inverse_update_period: ScheduledInt | Refresh = 10,
         **options: Unpack[LayerwiseOptions],

@@ -12,7 +12,7 @@ from curvature.structures.kbfgs import KroneckerBFGS, KroneckerBFGSEstimator
 from precond.layerwise.blocks.preconditioner import Preconditioner
 from precond.layerwise.method import LayerwiseMethod, LayerwiseOptions
 from precond.step.methods import Taxonomy
-from precond.step.options import Momentum, Refresh
+from precond.step.options import TRUST_REGION, Momentum, Refresh, TrustRegion
 from precond.step.schedules import Scheduled, ScheduledInt
 from solvers import Cholesky
 
@@ -55,7 +55,9 @@ class KBFGS(LayerwiseMethod):
             identity that :math:`H_B` begins with (``initial``), and the largest side of a layer; others get a diagonal.
         curvature_ema: Weight of old statistics and of old pairs.
         momentum: Momentum: its strength, or :class:`~precond.Momentum`.
-        kl_clip: Bound on the predicted change of a step, without which large learning rates diverge; ``None`` for none.
+        kl_clip: Bound on twice the predicted divergence of a move, momentum included, without which large learning
+            rates diverge: a number, the bound at the learning rate to begin with; or a :class:`~precond.TrustRegion`,
+            by default one whose bound is proportional to ``lr ** 2``; ``None`` for none.
         curvature_update_period: Steps between updates, each with a second pass.
         inverse_update_period: Of other curvature, which ``structures`` may ask for; and the burn-in, by
             :class:`~precond.Refresh`.
@@ -92,7 +94,7 @@ class KBFGS(LayerwiseMethod):
         curvature: KroneckerBFGS = KroneckerBFGS(),
         curvature_ema: Scheduled = 0.9,
         momentum: Scheduled | Momentum = 0.9,
-        kl_clip: Scheduled | None = 1e-3,
+        kl_clip: Scheduled | TrustRegion | None = TRUST_REGION,
         curvature_update_period: ScheduledInt = 1,
         inverse_update_period: ScheduledInt | Refresh = 1,
         **options: Unpack[LayerwiseOptions],

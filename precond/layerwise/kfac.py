@@ -12,7 +12,7 @@ from curvature.structures.kfac import Sharing
 from precond.layerwise.blocks.refresh import DOUBLING_TO_10
 from precond.layerwise.method import LayerwiseMethod, LayerwiseOptions
 from precond.step.methods import Taxonomy
-from precond.step.options import Momentum, Refresh
+from precond.step.options import TRUST_REGION, Momentum, Refresh, TrustRegion
 from precond.step.schedules import Scheduled, ScheduledInt
 from solvers import Cholesky, Damping, FactoredTikhonov
 
@@ -40,7 +40,7 @@ class KFAC(LayerwiseMethod):
     section 6.3: factored damping, :math:`\pi` ``FactoredTikhonov``
     sections 6.4, 7: step length, momentum     ``QuadraticModel``, by ``step_size``
     section 6.5: adapting :math:`\lambda`      ``LevenbergMarquardt``, by ``damping_rule``
-    Ba et al. (2017), section 5: step bound    ``step.update.kl_scale``
+    Ba et al. (2017), section 5: step bound    ``step.trust_region.bounded_move``
     Grosse and Martens (2016): convolutions    ``layers.conv``
     Eschenhagen et al. (2023), section 3       ``structures.kfac.KroneckerEstimator``, by ``sharing``
     ========================================== ================================================================
@@ -48,7 +48,7 @@ class KFAC(LayerwiseMethod):
     Args:
         model: The model that is trained.
         loss_fn: The loss module the loop calls.
-        lr: Learning rate, in natural-gradient units: 0.01 to 0.3 is common; where ``kl_clip`` binds it has no effect.
+        lr: Learning rate, in natural-gradient units: 0.01 to 0.3 is common; proportional where ``kl_clip`` binds, too.
         damping: Shift :math:`\lambda` in units of the curvature (it should follow the scale of the loss), or a
             :class:`~solvers.Damping`.
         fisher: ``"mc"`` (sampled labels, the default), ``"exact"`` (one backward pass per output), ``"empirical"``; or
@@ -56,7 +56,9 @@ class KFAC(LayerwiseMethod):
         sharing: ``"expand"`` or ``"reduce"`` for layers used at several positions.
         curvature_ema: Weight of old statistics.
         momentum: Momentum: its strength, or :class:`~precond.Momentum`.
-        kl_clip: Bound on the predicted change of a step, without which large learning rates diverge; ``None`` for none.
+        kl_clip: Bound on twice the predicted divergence of a move, momentum included, without which large learning
+            rates diverge: a number, the bound at the learning rate to begin with; or a :class:`~precond.TrustRegion`,
+            by default one whose bound is proportional to ``lr ** 2``; ``None`` for none.
         curvature_update_period: Steps between updates of the statistics; with 4 to 10, or ``Doubling(10)``, a step
             costs about half on small models.
         inverse_update_period: Steps between inverses, spread over the blocks; by default at steps 0, 1, 2, 4, 8 and
@@ -95,7 +97,7 @@ class KFAC(LayerwiseMethod):
         sharing: Sharing = "expand",
         curvature_ema: Scheduled = 0.95,
         momentum: Scheduled | Momentum = 0.9,
-        kl_clip: Scheduled | None = 1e-3,
+        kl_clip: Scheduled | TrustRegion | None = TRUST_REGION,
         curvature_update_period: ScheduledInt = 1,
         inverse_update_period: ScheduledInt | Refresh = DOUBLING_TO_10,
         **options: Unpack[LayerwiseOptions],

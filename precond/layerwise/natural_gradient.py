@@ -12,7 +12,7 @@ from curvature.structures.whole import WholeFisher
 from precond.layerwise.method import LayerwiseOptions
 from precond.layerwise.whole import WholeModelOptimizer
 from precond.step.methods import Taxonomy
-from precond.step.options import Momentum, Refresh
+from precond.step.options import TRUST_REGION, Momentum, Refresh, TrustRegion
 from precond.step.schedules import Scheduled, ScheduledInt
 from solvers import Cholesky, Damping
 
@@ -57,7 +57,9 @@ class NaturalGradient(WholeModelOptimizer):
             which also say the structure and the largest size of a block.
         curvature_ema: Weight of old statistics.
         momentum: Momentum: its strength, or :class:`~precond.Momentum`.
-        kl_clip: Bound on the predicted change of a step, without which large learning rates diverge; ``None`` for none.
+        kl_clip: Bound on twice the predicted divergence of a move, momentum included, without which large learning
+            rates diverge: a number, the bound at the learning rate to begin with; or a :class:`~precond.TrustRegion`,
+            by default one whose bound is proportional to ``lr ** 2``; ``None`` for none.
         curvature_update_period: Steps between updates of the statistics.
         inverse_update_period: Steps between inverses; a number, a function of the step count, or
             :class:`~precond.Refresh`.
@@ -100,7 +102,7 @@ class NaturalGradient(WholeModelOptimizer):
         fisher: FisherKind | WholeFisher | LayerFisher | UnitFisher | DiagonalFisher = "mc",
         curvature_ema: Scheduled = 0.95,
         momentum: Scheduled | Momentum = 0.0,
-        kl_clip: Scheduled | None = 1e-3,
+        kl_clip: Scheduled | TrustRegion | None = TRUST_REGION,
         curvature_update_period: ScheduledInt = 1,
         inverse_update_period: ScheduledInt | Refresh = 1,
         **options: Unpack[LayerwiseOptions],

@@ -32,8 +32,9 @@ from precond.layerwise.structures import Structures, on_model, plain_row
 from precond.step.adapt import LevenbergMarquardt
 from precond.step.base import SecondOrderOptimizer
 from precond.step.loop import Loop
-from precond.step.options import Momentum, Refresh, WeightDecay
+from precond.step.options import Momentum, Refresh, TrustRegion, WeightDecay
 from precond.step.schedules import Scheduled, ScheduledInt, at_start, value_at
+from precond.step.trust_region import BoundRecord, Move
 from solvers import Damping, FactoredTikhonov, Solver, Tikhonov
 
 
@@ -62,8 +63,9 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
             function of the step count such as :class:`~precond.Doubling`, or :class:`~precond.Refresh`.
         momentum: Momentum on the preconditioned gradient: its strength, or :class:`~precond.Momentum`.
         weight_decay: Strength of the weight decay, decoupled; or :class:`~precond.WeightDecay`.
-        kl_clip: Bound on the predicted change of a step, see :class:`SecondOrderOptimizer`. After :meth:`precondition`
-            :meth:`step` bounds it all the same; another optimizer's step is its own.
+        kl_clip: Bound on twice the predicted KL divergence of a step, momentum included: a number, the bound at the
+            learning rate to begin with, or a :class:`~precond.TrustRegion`; ``None`` for none. After
+            :meth:`precondition` :meth:`step` bounds it all the same; another optimizer's step is its own.
         step_size: Learning rate and momentum from the quadratic model of the batch, in place of ``momentum`` and
             ``kl_clip``; ``lr`` then multiplies the move. See :class:`QuadraticModel`.
         damping_rule: Adapts the damping after each step by how much the loss of its batch has fallen, over how much the
@@ -104,7 +106,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         inverse_update_period: ScheduledInt | Refresh = 1,
         momentum: Scheduled | Momentum = 0.0,
         weight_decay: Scheduled | WeightDecay = 0.0,
-        kl_clip: Scheduled | None = None,
+        kl_clip: Scheduled | TrustRegion | None = None,
         step_size: QuadraticModel | None = None,
         damping_rule: LevenbergMarquardt | None = None,
         params: Any = None,
@@ -351,10 +353,11 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
             return super()._evaluate(closure)
         return self._step_model.evaluated(closure)
 
-    def _bound(self, directions: dict[Tensor, Tensor], gradients: dict[Tensor, Tensor], prepared: bool) -> None:
-        super()._bound(directions, gradients, prepared)
+    def _bound(self, directions: dict[Tensor, Tensor], gradients: dict[Tensor, Tensor], prepared: bool) -> Move | None:
+        move = super()._bound(directions, gradients, prepared)
         if self._step_model is not None and directions and not prepared and not self._burning:
             directions.update(self._step_model.size(directions, gradients))
+        return move
 
     def after_move(self) -> None:
         if self._step_model is not None:
@@ -435,17 +438,48 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         """Renew the inverses that are due, and after new statistics those that come at no cost."""
         period = self.option("inverse_update_period")
         slot = self.preconditioners.slots(period) if self.stagger else {}
+        renewed = set()
         for name, preconditioner in self.preconditioners.items():
             due = preconditioner.unseen > 0 and (self.steps - slot.get(name, 0)) % period == 0
             due = due or preconditioner.inverse is None
             if not due and not updated:
                 continue
+            before = preconditioner.inverse
             preconditioner.refresh(
                 self._damping(preconditioner.estimator.block),
                 basis=due,
                 rows=self._taps.count(name),
                 applications=max(period, self.option("curvature_update_period")),
             )
+            if preconditioner.inverse is not before:
+                renewed |= set(preconditioner.estimator.block.names)
+        self._measured = self._lengths(renewed)
+
+    def _lengths(self, renewed: set[str]) -> dict[Tensor, Tensor]:
+        """Each parameter's share of ``v^T M v`` of the momentum v, in the metric M of preconditioners that are new."""
+        if all(group["kl_clip"] is None for group in self.param_groups):
+            return {}
+        buffers = {
+            name: self.state[p]["momentum_buffer"]
+            for name, p in self.parameters.items()
+            if p in self.state and "momentum_buffer" in self.state[p]
+        }
+        wanted = {name for name in buffers if name in renewed or "length" not in self.state[self.parameters[name]]}
+        images = {name: buffers[name].clone(memory_format=torch.contiguous_format) for name in wanted}
+        for preconditioner in self.preconditioners.values():
+            block = preconditioner.estimator.block
+            if preconditioner.inverse is None or wanted.isdisjoint(block.names):
+                continue
+            v = {name: buffers.get(name, self.parameters[name].new_zeros(())) for name in block.names}
+            v = {name: x.expand_as(self.parameters[name]) for name, x in v.items()}
+            image = preconditioner.undone(self._damping(block), block.read(v))
+            if image is None:  # carried on from the step before
+                images = {name: x for name, x in images.items() if name not in block.names}
+                wanted -= set(block.names)
+            else:
+                found = {name: images.get(name, torch.empty_like(v[name]).contiguous()) for name in block.names}
+                block.write(image.to(found[block.names[0]].dtype), found)
+        return {self.parameters[name]: (x * buffers[name]).sum() for name, x in images.items()}
 
     def _damping(self, block: Block) -> Damping:
         group_of = {p: group for group in self.param_groups for p in group["params"]}
@@ -511,6 +545,8 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
             "tape": None,
             "_step_model": None,
             "_prepared": {},
+            "_measured": {},
+            "_bounds": BoundRecord(),
             "_taps": RowTaps(),
         }
         own.pop("step", None)  # a learning rate scheduler's wrapper, bound to this very object

@@ -11,7 +11,7 @@ from curvature.structures.sketch import SketchedFisher
 from precond.layerwise.method import LayerwiseMethod, LayerwiseOptions
 from precond.step.loop import Loop
 from precond.step.methods import Taxonomy
-from precond.step.options import Momentum, Refresh
+from precond.step.options import TRUST_REGION, Momentum, Refresh, TrustRegion
 from precond.step.schedules import Scheduled, ScheduledInt
 from solvers import Woodbury
 
@@ -47,7 +47,9 @@ class SENG(LayerwiseMethod):
         fisher: ``"empirical"`` as in the paper, ``"mc"`` or ``"exact"``; or a :class:`~curvature.SketchedFisher`.
         sketch: Coordinates kept of each side of a layer.
         momentum: Momentum: its strength, or :class:`~precond.Momentum`.
-        kl_clip: Bound on the predicted change of a step, without which large learning rates diverge; ``None`` for none.
+        kl_clip: Bound on twice the predicted divergence of a move, momentum included, without which large learning
+            rates diverge: a number, the bound at the learning rate to begin with; or a :class:`~precond.TrustRegion`,
+            by default one whose bound is proportional to ``lr ** 2``; ``None`` for none.
         curvature_update_period: Steps for which the curvature of one batch is used.
         inverse_update_period: Of other curvature, which ``structures`` may ask for; and the burn-in, by
             :class:`~precond.Refresh`.
@@ -86,7 +88,7 @@ class SENG(LayerwiseMethod):
         fisher: FisherKind | SketchedFisher = "empirical",
         sketch: int = 256,
         momentum: Scheduled | Momentum = 0.9,
-        kl_clip: Scheduled | None = 1e-3,
+        kl_clip: Scheduled | TrustRegion | None = TRUST_REGION,
         curvature_update_period: ScheduledInt = 10,
         inverse_update_period: ScheduledInt | Refresh = 1,
         **options: Unpack[LayerwiseOptions],

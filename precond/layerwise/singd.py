@@ -11,7 +11,7 @@ from curvature.structures.kfac import Sharing
 from curvature.structures.singd import FactorStructure, SINGDFisher
 from precond.layerwise.method import LayerwiseMethod, LayerwiseOptions
 from precond.step.methods import Taxonomy
-from precond.step.options import Momentum, Refresh
+from precond.step.options import TRUST_REGION, Momentum, Refresh, TrustRegion
 from precond.step.schedules import Scheduled, ScheduledInt
 from solvers import Cholesky
 
@@ -50,7 +50,9 @@ class SINGD(LayerwiseMethod):
             begins with (``initial``), the size of blocks, and ``coupled``.
         sharing: ``"expand"`` or ``"reduce"`` for layers used at several positions.
         momentum: Momentum: its strength, or :class:`~precond.Momentum`.
-        kl_clip: Bound on the predicted change of a step, without which large learning rates diverge; ``None`` for none.
+        kl_clip: Bound on twice the predicted divergence of a move, momentum included, without which large learning
+            rates diverge: a number, the bound at the learning rate to begin with; or a :class:`~precond.TrustRegion`,
+            by default one whose bound is proportional to ``lr ** 2``; ``None`` for none.
         curvature_update_period: Steps between updates of the factors.
         inverse_update_period: Of other curvature, which ``structures`` may ask for; and the burn-in, by
             :class:`~precond.Refresh`.
@@ -89,7 +91,7 @@ class SINGD(LayerwiseMethod):
         fisher: FisherKind | SINGDFisher = "mc",
         sharing: Sharing = "expand",
         momentum: Scheduled | Momentum = 0.9,
-        kl_clip: Scheduled | None = 1e-3,
+        kl_clip: Scheduled | TrustRegion | None = TRUST_REGION,
         curvature_update_period: ScheduledInt = 1,
         inverse_update_period: ScheduledInt | Refresh = 1,
         **options: Unpack[LayerwiseOptions],

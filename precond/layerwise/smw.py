@@ -15,7 +15,7 @@ from precond.layerwise.blocks.preconditioner import Preconditioner
 from precond.layerwise.method import LayerwiseOptions
 from precond.layerwise.whole import WholeModelOptimizer
 from precond.step.methods import Taxonomy
-from precond.step.options import Momentum, Refresh
+from precond.step.options import TRUST_REGION, Momentum, Refresh, TrustRegion
 from precond.step.schedules import Scheduled, ScheduledInt
 from solvers import Damping, Solver, Woodbury
 
@@ -59,7 +59,9 @@ class SMWNaturalGradient(WholeModelOptimizer):
             say the structure.
         spring: :math:`\mu`, in [0, 1); 0.99 in the paper.
         momentum: Momentum: its strength, or :class:`~precond.Momentum`.
-        kl_clip: Bound on the predicted change of a step, without which large learning rates diverge; ``None`` for none.
+        kl_clip: Bound on twice the predicted divergence of a move, momentum included, without which large learning
+            rates diverge: a number, the bound at the learning rate to begin with; or a :class:`~precond.TrustRegion`,
+            by default one whose bound is proportional to ``lr ** 2``; ``None`` for none.
         curvature_update_period: Steps for which the matrix of one batch is used.
         inverse_update_period: Of other curvature, which ``structures`` may ask for; and the burn-in, by
             :class:`~precond.Refresh`.
@@ -99,7 +101,7 @@ class SMWNaturalGradient(WholeModelOptimizer):
         fisher: FisherKind | WholeFisher | GramFisher = "empirical",
         spring: float = 0.0,
         momentum: Scheduled | Momentum = 0.0,
-        kl_clip: Scheduled | None = 1e-3,
+        kl_clip: Scheduled | TrustRegion | None = TRUST_REGION,
         curvature_update_period: ScheduledInt = 1,
         inverse_update_period: ScheduledInt | Refresh = 1,
         **options: Unpack[LayerwiseOptions],
@@ -125,6 +127,18 @@ class SMWNaturalGradient(WholeModelOptimizer):
             **options,
         )
 
+    def images(self, directions: dict[Tensor, Tensor], gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        if not self.spring:
+            return gradients
+        out = dict(gradients)
+        for preconditioner in self.preconditioners.values():
+            if isinstance(preconditioner, SpringPreconditioner) and preconditioner.image is not None:
+                block = preconditioner.estimator.block
+                parts = {name: torch.empty_like(self.parameters[name]) for name in block.names}
+                block.write(preconditioner.image, parts)
+                out |= {p: parts[name] for name in block.names if (p := self.parameters[name]) in gradients}
+        return out
+
     def preconditioner(self, estimator: CurvatureEstimator) -> Preconditioner:
         return SpringPreconditioner(estimator, self.solver, self.spring)
 
@@ -143,6 +157,7 @@ class SpringPreconditioner(Preconditioner):
         self.spring = spring
         self.shift = 0.0
         self.previous: Tensor | None = None
+        self.image: Tensor | None = None  # what the last solution is the solution for
 
     def refresh(self, damping: Damping, **options: Any) -> None:
         self.shift = float(damping.strength)
@@ -154,7 +169,7 @@ class SpringPreconditioner(Preconditioner):
         b = gradient.to(torch.promote_types(gradient.dtype, self.inverse.dtype))
         if self.previous is not None:
             b = b + self.shift * self.spring * self.previous
-        self.previous = super().__matmul__(b)
+        self.image, self.previous = b, super().__matmul__(b)
         return self.previous.to(gradient.dtype)
 
     def state_dict(self) -> dict[str, Any]:

@@ -233,6 +233,7 @@ class StepModel:
             for p, value in trial.own.items():
                 p.copy_(value)
                 self.optimizer.state[p].pop("momentum_buffer", None)
+                self.optimizer.state[p].pop("length", None)
                 self.optimizer.state[p].pop("move", None)
 
     def _predict(self, trial: _Trial, params: list[Tensor]) -> None:

@@ -11,7 +11,7 @@ from curvature.losses.signals import FisherKind
 from precond.layerwise.blocks.refresh import DOUBLING_TO_10
 from precond.layerwise.method import LayerwiseMethod, LayerwiseOptions
 from precond.step.methods import Taxonomy
-from precond.step.options import Momentum, Refresh
+from precond.step.options import TRUST_REGION, Momentum, Refresh, TrustRegion
 from precond.step.schedules import Scheduled, ScheduledInt
 from solvers import Cholesky, Damping, FactoredTikhonov
 
@@ -45,7 +45,9 @@ class TNT(LayerwiseMethod):
         fisher: ``"mc"``, ``"exact"`` or ``"empirical"``; or a :class:`~curvature.TensorNormal`.
         curvature_ema: Weight of old statistics.
         momentum: Momentum: its strength, or :class:`~precond.Momentum`.
-        kl_clip: Bound on the predicted change of a step, without which large learning rates diverge; ``None`` for none.
+        kl_clip: Bound on twice the predicted divergence of a move, momentum included, without which large learning
+            rates diverge: a number, the bound at the learning rate to begin with; or a :class:`~precond.TrustRegion`,
+            by default one whose bound is proportional to ``lr ** 2``; ``None`` for none.
         curvature_update_period: Steps between updates of the statistics.
         inverse_update_period: Steps between inverses, spread over the blocks; by default at steps 0, 1, 2, 4, 8 and
             then every 10. A number, a function of the step count, or :class:`~precond.Refresh`.
@@ -80,7 +82,7 @@ class TNT(LayerwiseMethod):
         fisher: FisherKind | TensorNormal = "mc",
         curvature_ema: Scheduled = 0.95,
         momentum: Scheduled | Momentum = 0.9,
-        kl_clip: Scheduled | None = 1e-3,
+        kl_clip: Scheduled | TrustRegion | None = TRUST_REGION,
         curvature_update_period: ScheduledInt = 1,
         inverse_update_period: ScheduledInt | Refresh = DOUBLING_TO_10,
         **options: Unpack[LayerwiseOptions],

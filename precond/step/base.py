@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
@@ -13,19 +14,22 @@ from torch import Tensor
 
 from precond.step.divergence import advice, all_finite, broken_gradients
 from precond.step.loop import Loop
-from precond.step.options import Momentum, WeightDecay, in_groups
+from precond.step.options import Momentum, TrustRegion, WeightDecay, in_groups
 from precond.step.scheduled import ScheduledOptimizer
 from precond.step.schedules import Scheduled
 from precond.step.signature import announced
+from precond.step.trust_region import BoundRecord, Move, Slopes, bounded_move, reference_lr
 from precond.step.uncompiled import uncompiled
-from precond.step.update import apply_update, kl_scale, regularized
+from precond.step.update import apply_update, regularized
+
+log = logging.getLogger(__name__)
 
 
 class StepOptions(TypedDict, total=False):
     """Options that every method has; explained at :class:`SecondOrderOptimizer`."""
 
     weight_decay: Scheduled | WeightDecay
-    kl_clip: Scheduled | None
+    kl_clip: Scheduled | TrustRegion | None
     maximize: bool
     loop: Loop
 
@@ -52,7 +56,8 @@ class SecondOrderOptimizer(ScheduledOptimizer):
         lr: Learning rate, non-negative.
         momentum: Momentum on the preconditioned gradient: its strength, or :class:`Momentum`.
         weight_decay: Strength of the weight decay, decoupled; or :class:`WeightDecay`.
-        kl_clip: Bound c on ``sum lr^2 <d, g>``, the (doubled) predicted KL divergence of a step; ``None`` for none.
+        kl_clip: Bound on twice the predicted KL divergence of a step, momentum included: a number, the bound at the
+            learning rate to begin with, or a :class:`TrustRegion`; ``None`` for none.
         maximize: Ascend.
         loop: The parts of the training loop that cannot be seen, see :class:`Loop`.
         defaults: Further options of the parameter groups, of the method's own.
@@ -71,7 +76,7 @@ class SecondOrderOptimizer(ScheduledOptimizer):
         lr: float | Tensor,
         momentum: Scheduled | Momentum = 0.0,
         weight_decay: Scheduled | WeightDecay = 0.0,
-        kl_clip: Scheduled | None = None,
+        kl_clip: Scheduled | TrustRegion | None = None,
         maximize: bool = False,
         loop: Loop = Loop(),
         defaults: dict[str, Any] | None = None,
@@ -86,11 +91,13 @@ class SecondOrderOptimizer(ScheduledOptimizer):
         options = {
             "lr": lr,
             **in_groups({"momentum": momentum, "nesterov": False, "weight_decay": weight_decay, "decay": "decoupled"}),
-            "kl_clip": kl_clip,
+            **in_groups({"kl_clip": kl_clip}),
             "maximize": maximize,
             **(defaults or {}),
         }
-        self._prepared: dict[int, tuple[Tensor, int, Tensor]] = {}  # result of precondition(): d, version, <d, g>
+        self._prepared: dict[int, tuple[Tensor, int, Slopes]] = {}  # result of precondition(): d, its version
+        self._measured: dict[Tensor, Tensor] = {}  # squared lengths of momenta in a metric that is new
+        self._bounds = BoundRecord()
         self.idle = False  # the step saw only zero gradients and zero rates, so it does not count
         super().__init__(params, options)
         if not any(p.requires_grad for group in self.param_groups for p in group["params"]):
@@ -161,13 +168,12 @@ class SecondOrderOptimizer(ScheduledOptimizer):
         with self._all_or_nothing():
             gradients = self.regularized(gradients)
             directions = self.directions(gradients)
-        zero = torch.zeros(())
-        products = {p: (directions[p] * g).sum() if p in directions else zero for p, g in gradients.items()}
+        slopes = self._slopes_of(directions, gradients)
         for p, d in directions.items():
             if p.grad is not None and d is not p.grad:
                 p.grad.copy_(d)
-        # The products serve the bound, which belongs to the second half.
-        self._prepared = {id(p): (p.grad, p.grad._version, dg) for p, dg in products.items() if p.grad is not None}
+        # The slopes serve the bound, which belongs to the second half.
+        self._prepared = {id(p): (p.grad, p.grad._version, s) for p, s in slopes.items() if p.grad is not None}
         self._count()
         return loss
 
@@ -194,13 +200,15 @@ class SecondOrderOptimizer(ScheduledOptimizer):
             if not prepared:
                 gradients = self.regularized(gradients)
             directions = dict(gradients) if prepared else self.directions(gradients)
-            self._bound(directions, gradients, prepared)
+            move = self._bound(directions, gradients, prepared)
+            scale = None if move is None else move.whole
             for group in self.param_groups:
                 params = [p for p in group["params"] if p in directions]
                 if params:
-                    options = self.update_options(group)
-                    apply_update(params, [directions[p] for p in params], [self.state[p] for p in params], options)
-        self._prepared = {}
+                    states, options = [self.state[p] for p in params], self.update_options(group)
+                    apply_update(params, [directions[p] for p in params], states, options, scale)
+        self._note(move)
+        self._prepared, self._measured = {}, {}
         if not prepared:
             self._count()
         self.after_move()
@@ -222,7 +230,7 @@ class SecondOrderOptimizer(ScheduledOptimizer):
     def __getstate__(self) -> dict[str, Any]:
         # A learning rate scheduler stores a wrapper of `step`, bound to this very object, as an attribute.
         own = {key: value for key, value in self.__dict__.items() if not key.startswith("_") and key != "step"}
-        return {**own, "_prepared": {}, "idle": False}
+        return {**own, "_prepared": {}, "_measured": {}, "_bounds": BoundRecord(), "idle": False}
 
     def _evaluate(self, closure: Callable[[], Any] | None) -> Any:
         if closure is None:
@@ -300,16 +308,76 @@ class SecondOrderOptimizer(ScheduledOptimizer):
                 return False
         return True
 
-    def _bound(self, directions: dict[Tensor, Tensor], gradients: dict[Tensor, Tensor], prepared: bool) -> None:
-        bounds = {group["kl_clip"] for group in self.param_groups} - {None}
-        if not bounds or not directions:
+    # The trust region
+
+    def images(self, directions: dict[Tensor, Tensor], gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        """``P^-1 d`` of every direction d; the gradient, unless there is more in d."""
+        return gradients
+
+    def _slopes_of(self, directions: dict[Tensor, Tensor], gradients: dict[Tensor, Tensor]) -> dict[Tensor, Slopes]:
+        images, out = self.images(directions, gradients), {}
+        for p in gradients:
+            if p not in directions:
+                out[p] = Slopes(torch.zeros(()), None)
+                continue
+            v = self.state[p].get("momentum_buffer") if p in self.state else None
+            out[p] = Slopes((directions[p] * images[p]).sum(), None if v is None else (v * images[p]).sum())
+        return out
+
+    def _bound(self, directions: dict[Tensor, Tensor], gradients: dict[Tensor, Tensor], prepared: bool) -> Move | None:
+        """Shorten the directions, and say by how much the whole move is to be shortened."""
+        groups = [self.update_options(group) for group in self.param_groups]
+        if not directions or all(group["kl_clip"] is None for group in groups):
+            return None
+        if prepared:
+            slopes = {p: self._prepared[id(p)][2] for p in directions}
+        else:
+            slopes = self._slopes_of(directions, gradients)
+        lengths = {p: state["length"] for p in directions if "length" in (state := self.state.get(p, {}))}
+        move = bounded_move(groups, slopes, lengths | self._measured)
+        if move is not None:
+            for p, d in directions.items():
+                directions[p] = d * move.directions.to(d.dtype)
+        return move
+
+    def _note(self, move: Move | None) -> None:
+        """Keep the lengths of the momenta, and tell once of a bound that is active most of the time."""
+        lengths = {} if move is None else move.lengths
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state.get(p)
+                if state is not None and p in lengths:
+                    if "length" in state:
+                        state["length"].copy_(lengths[p])
+                    else:
+                        state["length"] = lengths[p].clone()
+                elif state is not None and move is None:
+                    state.pop("length", None)  # the momentum goes on without being measured
+        if move is None:
             return
-        products = [
-            (self._prepared[id(p)][2] if prepared else (directions[p] * gradients[p]).sum(), float(group["lr"]))
-            for group in self.param_groups
-            for p in group["params"]
-            if p in directions
-        ]
-        scale = kl_scale(products, min(bounds))
-        for p, d in directions.items():
-            directions[p] = d * scale.to(d.dtype)
+        self._bounds.add(move)
+        if self._bounds.worth_telling():
+            group = self.param_groups[0]
+            log.warning(
+                "%s: kl_clip=%g has shortened %.0f%% of the steps so far. The length of these is set by kl_clip and by "
+                "lr over %s, whatever the gradient%s. If that is not meant, raise kl_clip or the damping; metrics() has "
+                "the share.",
+                type(self).__name__,
+                group["kl_clip"],
+                100 * self._bounds.share,
+                f"{reference_lr(group):g}",
+                "" if group["kl_lr"] else " and the lr to begin with: TrustRegion(kl, lr=...) gives that an effect",
+            )
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers for a logger: ``lr`` and ``damping`` of the first group, ``steps``, ``skipped`` ones.
+
+        With a bound (``kl_clip``) also ``bound``, the share of steps since the optimizer was made in which it was
+        active, and ``kl``, the divergence that is predicted for the last move.
+        """
+        group = self.param_groups[0]
+        out = {name: float(group[name]) for name in ("lr", "damping") if group.get(name) is not None}
+        out |= {"steps": float(self.steps), "skipped": float(self.skipped)}
+        if self._bounds.steps:
+            out |= {"bound": self._bounds.share, "kl": self._bounds.kl}
+        return out

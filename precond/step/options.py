@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
@@ -54,6 +54,56 @@ class WeightDecay:
         return {"weight_decay": self.strength, "decay": self.form}
 
 
+Bounded = Literal["move", "direction"]
+
+
+@dataclass(frozen=True)
+class TrustRegion:
+    r"""Bound on the move m of a step; a number c as ``kl_clip`` stands for ``TrustRegion(c)``.
+
+    .. math:: m^\top C m \le c\, (\eta / \bar\eta)^2
+
+    with the learning rate :math:`\eta` and a reference :math:`\bar\eta`: the left side is twice the divergence (KL)
+    that the curvature C predicts for the whole move, momentum and learning rate included, with C as it was damped and
+    inverted last. Decoupled weight decay comes on top; decay in the gradient (``"l2"``) is within. A learning rate that
+    decays, or warms up, shortens bound steps as it does others.
+
+    Methods that learn an inverse and keep no C (``SINGD``, ``KBFGS``, ``SENG``), or have none (gradient-only methods,
+    closures), carry the length of the momentum on from step to step as if their preconditioner were the same.
+
+    Args:
+        kl: c.
+        lr: :math:`\bar\eta`. ``None`` for the learning rate that the group began with (the peak, as schedulers of
+            ``torch`` write it as ``initial_lr`` or ``max_lr``): c is then the bound of the first step whatever the
+            learning rate is, so that another one to begin with changes nothing where the bound is active. A number lets
+            the learning rate keep its effect there.
+        of: ``"move"``; or ``"direction"`` for the bound that other libraries have, of :math:`\eta^2 \langle d, g
+            \rangle` before momentum, which may exceed it up to :math:`(1 - \mu)^{-2}` times.
+
+    Raises:
+        ValueError: If a value is out of range.
+
+    References:
+        Ba, Grosse and Martens (2017), section 5, https://openreview.net/forum?id=SkkTMpjex
+    """
+
+    kl: Scheduled
+    lr: float | None = None
+    of: Bounded = "move"
+
+    def __post_init__(self) -> None:
+        """Validate what is not validated in the groups."""
+        choice("of", self.of, Bounded)
+        if self.lr is not None and not 0 < self.lr < float("inf"):
+            raise ValueError(f"lr of a TrustRegion is a positive number, or None for the first one; got {self.lr}.")
+        if self.lr is not None and self.of == "direction":
+            raise ValueError("TrustRegion(of='direction') bounds by the learning rate at hand; leave lr out.")
+
+    def in_groups(self) -> dict[str, Any]:
+        """The entries of a parameter group."""
+        return {"kl_clip": self.kl, "kl_lr": self.lr, "kl_of": self.of}
+
+
 @dataclass(frozen=True)
 class Refresh:
     """Times at which inverses are renewed; a number, or a function of the step count, stands for ``period``.
@@ -90,8 +140,11 @@ class Refresh:
 def in_groups(options: dict[str, Any]) -> dict[str, Any]:
     """The options of a parameter group, objects replaced by the plain entries that groups hold."""
     out = dict(options)
+    clip = options.get("kl_clip")
+    if "kl_clip" in options and "kl_lr" not in options and not isinstance(clip, TrustRegion):
+        out |= TrustRegion(clip).in_groups()
     for value in options.values():
-        if isinstance(value, (Momentum, WeightDecay)):
+        if isinstance(value, (Momentum, WeightDecay, TrustRegion)):
             out |= value.in_groups()
     return out
 
@@ -145,3 +198,7 @@ def period(name: str, value: int) -> int:
 def _check_form(name: str, form: Any) -> None:
     if form not in get_args(Decay):
         raise ValueError(f"{name} is one of {', '.join(get_args(Decay))}; got {form!r}.")
+
+
+#: Default of the layer-based methods.
+TRUST_REGION = TrustRegion(1e-2, lr=0.1)

@@ -57,6 +57,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
                     f"got {plain['lr']}. Begin with the peak and lower it by a scheduler."
                 )
             plain["initial_lr"] = float(plain["lr"])
+        plain.setdefault("first_lr", float(plain["lr"]))
         super().add_param_group({**plain, "steps": self.steps})
         self.schedules.append(schedules)
         for p in self.param_groups[-1]["params"]:

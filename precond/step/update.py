@@ -1,4 +1,4 @@
-"""From a preconditioned gradient to the move: bound, momentum, weight decay."""
+"""From a preconditioned gradient to the move: momentum, weight decay."""
 
 from __future__ import annotations
 
@@ -11,26 +11,6 @@ Decay = Literal["decoupled", "l2", "independent", "corrected", "cautious"]
 
 #: Ways that compare the learning rate with its largest value.
 SCHEDULED_DECAY = ("independent", "corrected")
-
-
-def kl_scale(products: list[tuple[Tensor, float]], bound: float) -> Tensor:
-    r"""Factor that keeps the predicted KL divergence of a step below a bound.
-
-    .. math:: \nu = \min\Big(1, \sqrt{c / \textstyle\sum_p \eta_p^2\, \langle d_p, g_p \rangle}\Big)
-
-    where :math:`\langle d, g \rangle = d^\top C d` if :math:`d = C^{-1} g`.
-
-    Args:
-        products: Inner product of direction and gradient, and the learning rate, of every parameter.
-        bound: c.
-
-    References:
-        Ba, Grosse and Martens (2017), section 5, https://openreview.net/forum?id=SkkTMpjex
-    """
-    first = products[0][0]
-    total = torch.stack([product.to(first) * lr**2 for product, lr in products]).sum()
-    # A direction that does not descend has no such bound and stays the same.
-    return torch.where(total > bound, (bound / total.clamp(min=torch.finfo(total.dtype).tiny)).sqrt(), 1.0)
 
 
 def decay_rate(group: dict[str, Any]) -> float | Tensor:
@@ -74,19 +54,24 @@ def regularized(gradients: dict[Tensor, Tensor], groups: list[dict[str, Any]]) -
 
 
 def apply_update(
-    params: list[Tensor], directions: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]
+    params: list[Tensor],
+    directions: list[Tensor],
+    states: list[dict[str, Any]],
+    group: dict[str, Any],
+    scale: Tensor | None = None,
 ) -> None:
     r"""Weight decay, momentum, and the move itself, in the arithmetic of ``torch.optim.SGD``.
 
-    .. math:: v \leftarrow \mu v + d, \qquad p \leftarrow (1 - r) p - \eta v
+    .. math:: v \leftarrow \mu v + d, \qquad p \leftarrow (1 - r) p - \eta \nu v
 
-    with the rate r of :func:`decay_rate`.
+    with the rate r of :func:`decay_rate` and the factor :math:`\nu` of a trust region.
 
     Args:
         params: Parameters, changed in place.
         directions: Preconditioned gradients; overwritten.
         states: State of each parameter; holds ``momentum_buffer`` where there is momentum.
         group: Options ``lr``, ``momentum``, ``nesterov``, ``weight_decay``, ``decay``, ``maximize``.
+        scale: :math:`\nu`, 0-d; 1 if ``None``.
     """
     lr, momentum = group["lr"], group["momentum"]
     lr = lr.reshape(()) if isinstance(lr, Tensor) else lr
@@ -112,6 +97,8 @@ def apply_update(
             torch._foreach_mul_(params, [1 - rate * mask for mask in agree])
         else:
             torch._foreach_mul_(params, 1 - rate)
+    if scale is not None:
+        directions = [d * scale.to(d.device, d.dtype) for d in directions]
     if isinstance(lr, Tensor):
         torch._foreach_sub_(params, list(torch._foreach_mul(directions, lr)))
     else:

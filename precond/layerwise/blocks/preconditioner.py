@@ -126,6 +126,13 @@ class Preconditioner:
             return gradient
         return (self.inverse @ gradient.to(self.inverse.dtype)).to(gradient.dtype)
 
+    def undone(self, damping: Damping, v: Tensor) -> Tensor | None:
+        """``P^-1 v`` by the damped C, which a refresh has just inverted; ``None`` where there is no C."""
+        if self.exponent != -1 or isinstance(self.estimator, InverseEstimator):
+            return None
+        damped = damping(self.estimator.operator())
+        return (damped @ v.to(damped.dtype)).to(v.dtype)
+
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers: the estimate and the inverse, which a refresh at load time could not reproduce."""
         out: dict[str, Any] = {

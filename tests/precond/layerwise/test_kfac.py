@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from precond import EKFAC, KFAC, Loop, Momentum, PreconditionedOptimizer, Refresh
+from precond import EKFAC, KFAC, Loop, Momentum, PreconditionedOptimizer, Refresh, TrustRegion
 from tests.curvature.loops import assert_same, batch, mlp, statistics
 
 LR, MOMENTUM, DECAY, DAMPING, EMA = 0.2, 0.8, 0.05, 3e-2, 0.7
@@ -51,16 +51,22 @@ class Layer:
         self.QA, self.QB = QA, QB
 
 
-def kfac_inverse(layer: Layer) -> Callable[[Tensor], Tensor]:
+Pair = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]  # the inverse, and what it inverts
+
+
+def kfac_inverse(layer: Layer) -> Pair:
     pi = ((layer.A.trace() / len(layer.A)) / (layer.B.trace() / len(layer.B))).sqrt()
     A = layer.A + pi * DAMPING**0.5 * torch.eye(len(layer.A)).double()
     B = layer.B + DAMPING**0.5 / pi * torch.eye(len(layer.B)).double()
-    return lambda G: torch.linalg.inv(B) @ G @ torch.linalg.inv(A)
+    return lambda G: torch.linalg.inv(B) @ G @ torch.linalg.inv(A), lambda V: B @ V @ A
 
 
-def ekfac_inverse(layer: Layer) -> Callable[[Tensor], Tensor]:
+def ekfac_inverse(layer: Layer) -> Pair:
     QA, QB, s = layer.QA, layer.QB, layer.s.clone()
-    return lambda G: QB @ ((QB.T @ G @ QA) / (s + DAMPING)) @ QA.T
+    return (
+        lambda G: QB @ ((QB.T @ G @ QA) / (s + DAMPING)) @ QA.T,
+        lambda V: QB @ ((QB.T @ V @ QA) * (s + DAMPING)) @ QA.T,
+    )
 
 
 def by_the_book(
@@ -69,6 +75,7 @@ def by_the_book(
     statistics_period: int,
     inverse_period: int,
     kl_clip: float | None,
+    of: str = "move",
 ) -> list[Tensor]:
     model = mlp()
     first, last = model[0], model[2]
@@ -95,16 +102,23 @@ def by_the_book(
                         layer.turn()
                     inverses[i] = ekfac_inverse(layer)
         directions = []
-        for i, inverse in enumerate(inverses):
+        for i, (inverse, _) in enumerate(inverses):
             D = inverse(torch.cat([grads[2 * i], grads[2 * i + 1].unsqueeze(1)], 1))
             directions += [D[:, :-1], D[:, -1]]
         if kl_clip is not None:
             total = LR**2 * sum((d * g).sum() for d, g in zip(directions, grads, strict=True))
             directions = [d * min(1.0, (kl_clip / total) ** 0.5) for d in directions]
+        buffers = [d if v is None else MOMENTUM * v + d for v, d in zip(buffers, directions, strict=True)]
+        scale = 1.0
+        if kl_clip is not None and of == "move":
+            length = 0.0
+            for i, (_, metric) in enumerate(inverses):
+                V = torch.cat([buffers[2 * i], buffers[2 * i + 1].unsqueeze(1)], 1)
+                length += LR**2 * float((V * metric(V)).sum())
+            scale = min(1.0, (kl_clip / length) ** 0.5)
         with torch.no_grad():
-            for i, (p, d) in enumerate(zip(params, directions, strict=True)):
-                buffers[i] = d if buffers[i] is None else MOMENTUM * buffers[i] + d
-                p.copy_((1 - LR * DECAY) * p - LR * buffers[i])
+            for p, v in zip(params, buffers, strict=True):
+                p.copy_((1 - LR * DECAY) * p - LR * scale * v)
     return params
 
 
@@ -123,15 +137,17 @@ def close(actual: Any, expected: Any, rtol: float = 1e-9) -> None:
         assert (p - q).abs().max() < rtol * q.abs().max()
 
 
-@pytest.mark.parametrize("kl_clip", [None, 1e-3], ids=["free", "bounded"])
+@pytest.mark.parametrize(
+    ("kl_clip", "of"), [(None, "move"), (1e-3, "move"), (1e-3, "direction")], ids=["free", "bounded", "direction"]
+)
 @pytest.mark.parametrize(("statistics_period", "inverse_period"), [(1, 1), (1, 4), (2, 4)])
 @pytest.mark.parametrize("method", ["kfac", "ekfac"])
 def test_ten_steps_are_those_of_the_formulas(
-    method: str, statistics_period: int, inverse_period: int, kl_clip: float | None
+    method: str, statistics_period: int, inverse_period: int, kl_clip: float | None, of: Any
 ) -> None:
-    expected = by_the_book(method, BATCHES, statistics_period, inverse_period, kl_clip)
+    expected = by_the_book(method, BATCHES, statistics_period, inverse_period, kl_clip, of)
     start = list(mlp().parameters())
-    assert all((p - q).abs().max() > 1e-2 for p, q in zip(expected, start, strict=True))
+    assert all((p - q).abs().max() > 1e-3 for p, q in zip(expected, start, strict=True))
     model, loss_fn = mlp(), nn.CrossEntropyLoss()
     optimizer = {"kfac": KFAC, "ekfac": EKFAC}[method](
         model,
@@ -142,7 +158,7 @@ def test_ten_steps_are_those_of_the_formulas(
         momentum=MOMENTUM,
         weight_decay=DECAY,
         curvature_ema=EMA,
-        kl_clip=kl_clip,
+        kl_clip=None if kl_clip is None else TrustRegion(kl_clip, of=of),
         curvature_update_period=statistics_period,
         inverse_update_period=Refresh(inverse_period, stagger=False),
     )
