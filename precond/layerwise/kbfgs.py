@@ -127,6 +127,11 @@ class KBFGS(LayerwiseMethod):
         self.tape.repeats = True
 
     def after_move(self) -> None:
+        super().after_move()  # a step that is shortened or taken back ends here
+        if self.taken_back:  # it teaches nothing
+            self._passes = []
+            for _, estimator, weights in self._estimators():
+                estimator.end(weights)
         self._run_again()
 
     def _collector(self) -> StepCollector:

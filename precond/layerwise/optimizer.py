@@ -66,8 +66,9 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         kl_clip: Bound on twice the predicted KL divergence of a step, momentum included: a number, the bound at the
             learning rate to begin with, or a :class:`~precond.TrustRegion`; ``None`` for none. After
             :meth:`precondition` :meth:`step` bounds it all the same; another optimizer's step is its own.
-        step_size: Learning rate and momentum from the quadratic model of the batch, in place of ``momentum`` and
-            ``kl_clip``; ``lr`` then multiplies the move. See :class:`QuadraticModel`.
+        step_size: Learning rate and momentum from the quadratic model of the batch, in place of ``momentum``; ``lr``
+            then multiplies the move, and ``kl_clip``, if given, bounds it in the exact curvature of the batch. See
+            :class:`QuadraticModel`.
         damping_rule: Adapts the damping after each step by how much the loss of its batch has fallen, over how much the
             undamped quadratic model had promised, and may take steps back. All groups share the damping.
         params: Parameters, named parameters, names, globs, or parameter groups of these (dicts with ``params``); all
@@ -128,6 +129,8 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
             raise ValueError(
                 "step_size and damping_rule minimise: maximize=True has no meaning for them. Negate the loss."
             )
+        if step_size is not None:
+            self._refuse_beside(step_size, momentum, kl_clip)
         self.curvature, self.plain = on_model(curvature, unwrapped(model))
         self.damping = damping if isinstance(damping, Damping) else type(self).damping_form(at_start(damping))
         self.solver, self.exponent = solver, exponent
@@ -150,10 +153,11 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
             lr=lr,
             momentum=momentum if step_size is None else 0.0,
             weight_decay=weight_decay,
-            kl_clip=kl_clip if step_size is None else None,
+            kl_clip=kl_clip if step_size is None or "kl_clip" in self.given else None,
             maximize=maximize,
             loop=loop,
             defaults={
+                **({} if step_size is None else {"region": None}),
                 "damping": float(damping.strength) if isinstance(damping, Damping) else damping,
                 "curvature_ema": curvature_ema,
                 "curvature_update_period": curvature_update_period,
@@ -161,6 +165,25 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
             },
         )
         self._connect()
+
+    def _refuse_beside(self, step_size: QuadraticModel, momentum: Any, kl_clip: Any) -> None:
+        """Refuse options that were given and that the quadratic model overrides.
+
+        Raises:
+            ValueError: Naming the option, and what to give in its place.
+        """
+        me = type(self).__name__
+        if "momentum" in self.given and momentum != 0:
+            raise ValueError(
+                f"{me}: momentum={momentum!r} has no effect with step_size=QuadraticModel(), which finds the momentum "
+                "of each step itself. Leave it out; QuadraticModel(momentum=False) takes none."
+            )
+        if "kl_clip" in self.given and kl_clip is not None and step_size.max_kl is not None:
+            raise ValueError(f"{me}: kl_clip={kl_clip!r} and {step_size!r} both bound the move; give one of them.")
+        if isinstance(kl_clip, TrustRegion) and kl_clip.of == "direction":
+            raise ValueError(
+                f"{me}: step_size=QuadraticModel() has no bound before momentum; give kl_clip as a number."
+            )
 
     def _connect(self) -> None:
         """Track the parameters of the groups, and hook the model."""
@@ -176,7 +199,8 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         )
         self._statistics = Statistics(self.tape, self.loss_fn, self._collector(), self.curvature, self.loop.class_dim)
         if self.step_size is not None or self.damping_rule is not None:
-            self._step_model = StepModel(self, self.step_size, self.damping_rule)
+            guarded = "kl_clip" not in self.given or self.param_groups[0]["kl_clip"] is not None
+            self._step_model = StepModel(self, self.step_size, self.damping_rule, guarded)
             self.tape.repeats = True
         self._arm()
 
@@ -354,10 +378,12 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         return self._step_model.evaluated(closure)
 
     def _bound(self, directions: dict[Tensor, Tensor], gradients: dict[Tensor, Tensor], prepared: bool) -> Move | None:
-        move = super()._bound(directions, gradients, prepared)
-        if self._step_model is not None and directions and not prepared and not self._burning:
-            directions.update(self._step_model.size(directions, gradients))
-        return move
+        sized = self._step_model is not None and directions and not prepared and not self._burning
+        if self._step_model is None or not sized:
+            return super()._bound(directions, gradients, prepared)
+        move = None if self.step_size is not None else super()._bound(directions, gradients, prepared)
+        directions.update(self._step_model.size(directions, gradients))
+        return move or self._step_model.bounded
 
     def after_move(self) -> None:
         if self._step_model is not None:
@@ -368,6 +394,11 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
     def coefficients(self) -> Tensor | None:
         """Learning rate and momentum that ``step_size`` chose for the last step, ``(1,)`` or ``(2,)``."""
         return None if self._step_model is None else self._step_model.coefficients
+
+    @property
+    def taken_back(self) -> bool:
+        """Whether the last step was taken back, by ``damping_rule`` or ``step_size``."""
+        return self._step_model is not None and self._step_model.taken_back
 
     def mean_eigenvalue(self) -> float:
         """Mean eigenvalue of C in the units of the damping's strength; 0 where no estimate of C is kept."""

@@ -14,6 +14,12 @@ from curvature.model.settings import random_state
 from precond.layerwise.replay import ClosureReplay, LoopReplay, Replay, interpretable
 from precond.step.adapt import LevenbergMarquardt, unseen
 from precond.step.graph import flatten, parameters_at, unflatten
+from precond.step.trust_region import Move, kl_scale, reference_lr
+
+# A step that raises the loss is halved so often; the last time it is taken back.
+_HALVINGS = 10
+# Share of the promised decrease from which on a trust region grows.
+_KEPT = 0.75
 
 
 class Sized(Protocol):
@@ -54,12 +60,16 @@ class QuadraticModel:
     :math:`\lambda` of the groups and the strength :math:`\eta` of L2 weight decay. At the first step, and where the two
     vectors are parallel, the shortest solution is taken. The optimizer's ``lr`` multiplies the move; 1 is the method's.
 
-    Costs one more forward pass of the batch, two backward passes, and one more for each vector.
+    A step that raises the loss of its own batch is halved until it does not, at most ten times; the length that is left
+    (:math:`m^\top C m`) is the trust region of the next steps, and grows by two, in length, when one that it bounds
+    keeps three quarters of its promise. ``kl_clip=None`` leaves this out.
+
+    Costs two more forward passes of the batch, two backward passes, and one more for each vector.
 
     Args:
         momentum: Whether the previous move takes part.
-        max_kl: Trust region: an upper bound on :math:`m^\top C m`, twice the predicted KL divergence; the move is
-            shortened to it.
+        max_kl: An upper bound on :math:`m^\top C m` before ``lr``, in place of the optimizer's ``kl_clip``, which
+            bounds it otherwise; the move is shortened to it.
         fraction: Share of the batch that C is taken from, every ``round(1 / fraction)``-th example; the gradient is
             that of all. A quarter is the paper's (section 8). Needs a plain loop, with the examples along the first
             axis.
@@ -104,6 +114,7 @@ class _Trial:
     own: dict[Tensor, Tensor]  # parameters before it; empty where nobody will ask
     gradients: dict[Tensor, Tensor]
     adapts: bool  # the damping is adapted by it
+    length: float = 0.0  # m^T C m before the learning rate
 
 
 class StepModel:
@@ -113,6 +124,7 @@ class StepModel:
         optimizer: Whose steps they are.
         quadratic: Chooses learning rate and momentum; ``None`` leaves those of the groups.
         rule: Adapts the damping by the reduction ratio, and may take steps back; ``None`` leaves it.
+        guarded: Whether a step of the quadratic model that raises the loss is shortened.
     """
 
     def __init__(
@@ -120,12 +132,16 @@ class StepModel:
         optimizer: Sized,
         quadratic: QuadraticModel | None,
         rule: LevenbergMarquardt | None,
+        guarded: bool = False,
     ) -> None:
         self.optimizer, self.quadratic, self.rule = optimizer, quadratic, rule
         self.reject = rule is not None and rule.reject_steps
+        self.guarded = guarded and quadratic is not None and not self.reject
         what = f"{type(optimizer).__name__}'s {'damping_rule' if quadratic is None else 'step_size'}"
         self.loss_fn = interpretable(optimizer.loss_fn, what)
         self.coefficients: Tensor | None = None  # learning rate and momentum of the last step
+        self.bounded: Move | None = None  # what the trust region did to it
+        self.taken_back = False  # whether the last step was
         self._loop = LoopReplay(optimizer.tape, self.loss_fn)
         self._closure: ClosureReplay | None = None
         self._trial: _Trial | None = None
@@ -187,7 +203,7 @@ class StepModel:
         self._loop.take()
         params = list(directions)
         adapts = self.rule is not None and self.optimizer.steps % self.rule.period == 0
-        keep = self.reject or (self.quadratic is None and adapts)
+        keep = self.reject or self.guarded or (self.quadratic is None and adapts)
         own = {p: p.detach().clone() for p in params} if keep else {}
         self._trial = _Trial(torch.zeros(()), None, own, {p: gradients[p] for p in params}, adapts)
         if self.quadratic is None:
@@ -203,10 +219,13 @@ class StepModel:
         slopes = V @ g
         c = minimiser(curved + self._gram(V, params, _damping), slopes)
         length = float(c @ curved @ c)
-        if self.quadratic.max_kl is not None and length > self.quadratic.max_kl:
-            c = c * (self.quadratic.max_kl / length) ** 0.5
-        self.coefficients = c
         lr = float(self.optimizer.option("lr"))
+        limit = self._limit()
+        if limit is not None:
+            scale = kl_scale(c.new_tensor(length), limit)
+            c, length = scale * c, float(scale) ** 2 * length
+            self.bounded = Move(scale, None, {}, c.new_tensor(lr**2 * length), scale < 1)
+        self.coefficients, self._trial.length = c, length
         self._trial.predicted = -float(lr * (slopes @ c) + 0.5 * lr**2 * (c @ curved @ c))
         self._trial.before = value + self._penalty(params)
         found = unflatten((c @ V).to(vectors[0]), params)
@@ -214,10 +233,18 @@ class StepModel:
             self.optimizer.state[p]["move"] = (lr * move).to(p.dtype)
         return {p: -move.to(p.dtype) for p, move in found.items()}
 
+    def _limit(self) -> float | None:
+        """Largest ``m^T C m`` of a move before the learning rate."""
+        assert self.quadratic is not None
+        clip, region = self.optimizer.option("kl_clip"), self.optimizer.option("region")
+        reference = min(reference_lr(group) for group in self.optimizer.param_groups)
+        given = [None if clip is None else clip / reference**2, self.quadratic.max_kl, region]
+        return min((float(limit) for limit in given if limit is not None), default=None)
+
     def judge(self) -> None:
         """The parameters have moved: adapt the damping by what became of the loss, or take the move back."""
-        trial = self._trial
-        if trial is None or not (trial.adapts or self.reject):
+        trial, self.taken_back = self._trial, False
+        if trial is None or not (trial.adapts or self.reject or self.guarded):
             return
         params = list(trial.gradients)
         if trial.predicted is None:
@@ -230,11 +257,40 @@ class StepModel:
             damping, mean = float(self.optimizer.option("damping")), self.optimizer.mean_eigenvalue()
             self.optimizer.set_damping(self.rule.judged(damping, before - after, trial.predicted, mean))
         if self.reject and not after <= before:
+            self.taken_back = True
             for p, value in trial.own.items():
                 p.copy_(value)
                 self.optimizer.state[p].pop("momentum_buffer", None)
                 self.optimizer.state[p].pop("length", None)
                 self.optimizer.state[p].pop("move", None)
+        if self.guarded:
+            self._guard(trial, params, before, after)
+
+    def _guard(self, trial: _Trial, params: list[Tensor], before: float, after: float) -> None:
+        """Halve a step that raised the loss until it does not, and set the trust region by what is left of it."""
+        assert trial.predicted is not None
+        region = self.optimizer.option("region")
+        if after <= before:
+            kept = before - after > _KEPT * trial.predicted
+            if region is not None and kept and trial.length > 0.99 * region:
+                self._set_region(4 * region)
+            return
+        moves, scale = {p: p - trial.own[p] for p in params}, 1.0
+        for attempt in range(1, _HALVINGS + 1):
+            scale = 0.5**attempt if attempt < _HALVINGS else 0.0
+            for p, move in moves.items():
+                p.copy_(trial.own[p] + scale * move if scale else trial.own[p])
+            if not scale or float(self.replay.value() + self._penalty(params)) <= before:
+                break
+        for p in params:
+            if "move" in self.optimizer.state[p]:
+                self.optimizer.state[p]["move"].mul_(scale)
+        self.taken_back = not scale
+        self._set_region((scale or 0.5**_HALVINGS) ** 2 * trial.length)
+
+    def _set_region(self, region: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["region"] = region
 
     def _predict(self, trial: _Trial, params: list[Tensor]) -> None:
         """Compute the decrease that the model had promised for the move that was made."""

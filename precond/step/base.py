@@ -67,6 +67,8 @@ class SecondOrderOptimizer(ScheduledOptimizer):
     needs: ClassVar[str] = "grad"
     #: The settings of :class:`Loop` that affect the method.
     loop_settings: ClassVar[frozenset[str]] = frozenset({"nonfinite", "max_skips"})
+    #: Names of the options that the constructor was given, so that one without effect is refused and a default is not.
+    given: frozenset[str] = frozenset()
     _step_supports_amp_scaling = True
 
     def __init__(
@@ -359,9 +361,8 @@ class SecondOrderOptimizer(ScheduledOptimizer):
         if self._bounds.worth_telling():
             group = self.param_groups[0]
             log.warning(
-                "%s: kl_clip=%g has shortened %.0f%% of the steps so far. The length of these is set by kl_clip and by "
-                "lr over %s, whatever the gradient%s. If that is not meant, raise kl_clip or the damping; metrics() has "
-                "the share.",
+                "%s: kl_clip=%g has shortened %.0f%% of the steps so far. It sets their length, with lr over %s, "
+                "whatever the gradient%s. If that is not meant, raise kl_clip or the damping; metrics() has the share.",
                 type(self).__name__,
                 group["kl_clip"],
                 100 * self._bounds.share,

@@ -20,6 +20,9 @@ def announced(cls: type) -> type:
 
     ``**options: Unpack[SomeTypedDict]`` stands for the keys of the dictionary, with the defaults that a base class has
     for them; ``**options`` of any other type for all keywords of the base class.
+
+    The names of the options that a user gives are kept as ``given``: one that another overrides is refused, a default
+    is not.
     """
     init = vars(cls).get("__init__")
     if init is None:
@@ -35,6 +38,8 @@ def announced(cls: type) -> type:
             own.bind(self, *args, **options)
         except TypeError as error:
             raise TypeError(f"{type(self).__name__}: {error}. {_usage(type(self).__name__, own, args)}") from None
+        if "given" not in vars(self):  # the outermost constructor, which the user calls
+            self.given = frozenset(options)
         init(self, *args, **options)
 
     this = Parameter("self", Parameter.POSITIONAL_OR_KEYWORD)

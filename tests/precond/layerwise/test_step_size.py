@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from curvature.estimation.tape import Tape
-from precond import EKFAC, KFAC, LevenbergMarquardt, QuadraticModel, WeightDecay
+from precond import EKFAC, KBFGS, KFAC, LevenbergMarquardt, QuadraticModel, TrustRegion, WeightDecay
 from precond.layerwise.replay import ClosureReplay, LoopReplay
 from precond.layerwise.step_size import minimiser
 from solvers import FactoredTikhonov, RelativeTikhonov
@@ -174,6 +174,83 @@ def test_operations_without_forward_derivatives_are_differentiated_twice() -> No
         assert optimizer._step_model.replay.forward_mode is isinstance(cubes, Power)
         moved.append(flat(model.parameters()))
     assert torch.allclose(*moved, rtol=1e-12, atol=1e-14)
+
+
+ACTIVATIONS = [nn.ReLU, nn.GELU, nn.Softplus, nn.Tanh]
+
+
+@pytest.mark.parametrize("closure", [False, True])
+@pytest.mark.parametrize("rule", [None, SLOW, LevenbergMarquardt(period=3)], ids=["fixed", "every", "third"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_no_step_raises_the_loss_of_its_batch(activation: Any, rule: Any, closure: bool) -> None:
+    """Where the quadratic model promises too much the step is halved, and so are the next ones."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(8, 24), activation(), nn.Linear(24, 24), activation(), nn.Linear(24, 3)]
+    model, loss_fn = nn.Sequential(*layers).double(), nn.CrossEntropyLoss()
+    x = torch.randn(60, 8).double().exp()
+    y = torch.arange(60) % 3
+    quadratic = QuadraticModel(fraction=1.0 if closure else 0.5)
+    optimizer: Any = KFAC(model, loss_fn, lr=1.0, damping=1e-4, step_size=quadratic, damping_rule=rule)
+    before, last, regions = flat(model.parameters()), loss_fn(model(x), y).item(), []
+    start = last
+    for _ in range(12):
+        step(model, optimizer, x, y, closure)
+        now, loss = flat(model.parameters()), loss_fn(model(x), y).item()
+        assert loss <= last
+        kept = flat(optimizer.state[p]["move"] for p in model.parameters())
+        torch.testing.assert_close(kept, now - before, rtol=1e-6, atol=1e-12)
+        before, last = now, loss
+        regions.append(optimizer.param_groups[0]["region"])
+    assert last < 0.5 * start
+    if activation is nn.ReLU:
+        assert any(region is not None for region in regions), "no step was shortened, so the test says little"
+
+
+def test_a_shortened_step_bounds_the_next_ones_until_the_model_holds() -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)).double()
+    with torch.no_grad():
+        for k, p in enumerate(model.parameters()):
+            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(k)))
+    optimizer: Any = KFAC(model, nn.MSELoss(), lr=1.0, fisher="exact", step_size=QuadraticModel(momentum=False))
+    optimizer.param_groups[0]["region"] = region = 1e-3
+    for k in range(4):
+        x, y = data(k % 2)
+        _, C, _ = dense(model, x, y)
+        before = flat(model.parameters())
+        step(model, optimizer, x, y)
+        m = flat(model.parameters()) - before
+        assert m @ C @ m == pytest.approx(region, rel=1e-9)
+        assert optimizer.param_groups[0]["region"] == 4 * region  # so short that the model is right
+        region *= 4
+    assert optimizer.metrics()["bound"] == 1 and optimizer.metrics()["kl"] == pytest.approx(region / 8)
+
+
+def test_a_bound_that_is_given_holds_for_the_model_too() -> None:
+    for given in ({"kl_clip": 1e-3}, {"step_size": QuadraticModel(max_kl=1e-3)}, {"kl_clip": TrustRegion(1e-3, lr=1)}):
+        options: dict[str, Any] = {"step_size": QuadraticModel(), **given}
+        model, (x, y) = network(), data(0)
+        optimizer: Any = KFAC(model, nn.MSELoss(), lr=1.0, fisher="exact", **options)
+        _, C, _ = dense(model, x, y)
+        before = flat(model.parameters())
+        step(model, optimizer, x, y)
+        m = flat(model.parameters()) - before
+        assert m @ C @ m == pytest.approx(1e-3, rel=1e-9)
+
+
+@pytest.mark.parametrize("options", [{"step_size": QuadraticModel()}, {}])
+def test_kbfgs_is_judged_as_the_others(options: Any) -> None:
+    model, (x, y) = network(), data(0)
+    rule = LevenbergMarquardt(decrease=0.5, upper=-2.0, lower=-3.0)  # every step lowers the damping
+    optimizer: Any = KBFGS(model, nn.MSELoss(), lr=0.1, damping=0.5, damping_rule=rule, **options)
+    for k in range(3):
+        step(model, optimizer, x, y)
+        assert optimizer.param_groups[0]["damping"] == 0.5 ** (k + 2)
+    away = KBFGS(network(), nn.MSELoss(), lr=1e4, kl_clip=None, damping_rule=replace(SLOW, reject_steps=True))
+    before = flat(away.model.parameters())
+    step(away.model, away, x, y)
+    assert torch.equal(flat(away.model.parameters()), before)
+    learned = [p.estimator for p in away.preconditioners.values()]
+    assert all(e.s.value is None for e in learned), "it learned from a step that was taken back"
 
 
 def test_without_momentum_and_with_lr_the_move_is_a_multiple() -> None:
@@ -428,6 +505,14 @@ def test_what_cannot_be_served_is_refused() -> None:
         KFAC(model, loss_fn, lr=1.0, damping_rule=SLOW, maximize=True)
     with pytest.raises(ValueError, match="needs a damping in units of C"):
         EKFAC(model, loss_fn, lr=1.0, damping=RelativeTikhonov(0.1), step_size=QuadraticModel())
+    sized: Any = {"lr": 1.0, "step_size": QuadraticModel()}
+    with pytest.raises(ValueError, match=r"KFAC: momentum=0\.9 has no effect with step_size=QuadraticModel\(\)"):
+        KFAC(model, loss_fn, momentum=0.9, **sized)
+    with pytest.raises(ValueError, match=r"kl_clip=0\.1 and QuadraticModel\(.*\) both bound the move"):
+        KFAC(model, loss_fn, kl_clip=0.1, lr=1.0, step_size=QuadraticModel(max_kl=0.1))
+    with pytest.raises(ValueError, match="no bound before momentum"):
+        KFAC(model, loss_fn, kl_clip=TrustRegion(0.1, of="direction"), **sized)
+    KFAC(model, loss_fn, momentum=0.0, kl_clip=None, **sized).detach()  # these say what is so
     with pytest.raises(ValueError, match="max_kl must be positive"):
         QuadraticModel(max_kl=0.0)
     optimizer: Any = KFAC(model, loss_fn, lr=1.0, step_size=QuadraticModel())

@@ -104,7 +104,7 @@ def test_the_bound_before_momentum_promises_too_little() -> None:
     for of in ("move", "direction"):
         model = network()
         optimizer: Any = DENSE["natural"](model, lr=0.5, momentum=0.9, kl_clip=TrustRegion(1e-3, of=of))
-        for k in range(12):
+        for _ in range(12):
             F, before = fisher(model, *data(0)), flat(model)
             step(model, optimizer, 0)
             m = flat(model) - before
