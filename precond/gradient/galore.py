@@ -27,7 +27,8 @@ class GaLore(GradientOptimizer):
     matrices with their first axis as rows; vectors, and matrices whose smaller side is at most ``rank``, are not
     projected, so full rank is the inner optimizer itself.
 
-    The inner optimizer runs with learning rate one; learning rate, weight decay and ``maximize`` belong to GaLore.
+    The inner optimizer runs with learning rate one; learning rate, weight decay and ``maximize`` belong to GaLore. Its
+    ``betas``, if it has any, are entries of GaLore's groups, where schedulers cycle them (``OneCycleLR``).
 
     A step costs two products with P and the inner step, a refresh an SVD, ``O(m^2 n)``. Memory: ``r (m + 2 n)`` with
     Adam inside, instead of ``2 m n``.
@@ -86,6 +87,7 @@ class GaLore(GradientOptimizer):
         if reserved:
             raise ValueError(f"give {', '.join(sorted(reserved))} to GaLore, not in inner_options.")
         self._inner: dict[Tensor, tuple[torch.optim.Optimizer, Tensor]] = {}
+        own = self._make_inner(torch.zeros(1))[0].defaults
         super().__init__(
             params,
             lr=lr,
@@ -93,6 +95,7 @@ class GaLore(GradientOptimizer):
                 "rank": rank,
                 "scale": scale,
                 "inverse_update_period": inverse_update_period,
+                **({"betas": own["betas"]} if "betas" in own else {}),
             },
             **options,
         )
@@ -119,7 +122,7 @@ class GaLore(GradientOptimizer):
 
     def direction(self, p: Tensor, g: Tensor, state: State, group: Group) -> Tensor:
         if "projection" not in state:
-            return self._step(p, g, state)
+            return self._step(p, g, state, group)
         rows, columns = matrix_shape(g.shape)
         matrix = g.reshape(rows, columns)
         if rows > columns:
@@ -127,12 +130,14 @@ class GaLore(GradientOptimizer):
         if due(state["step"], group["inverse_update_period"]):
             self.refresh(p, lambda: {"projection": leading_vectors(matrix, group["rank"])})
         projection = state["projection"]
-        out = group["scale"] * projection @ self._step(p, projection.mT @ matrix, state)
+        out = group["scale"] * projection @ self._step(p, projection.mT @ matrix, state, group)
         return (out.mT if rows > columns else out).reshape(g.shape)
 
-    def _step(self, p: Tensor, g: Tensor, state: State) -> Tensor:
+    def _step(self, p: Tensor, g: Tensor, state: State, group: Group) -> Tensor:
         """Direction of the inner optimizer: its move from zero."""
         optimizer, proxy = self._inner_of(p, g, state)
+        if "betas" in group:
+            optimizer.param_groups[0]["betas"] = group["betas"]
         with torch.no_grad():
             proxy.zero_()
         proxy.grad = g.contiguous()

@@ -65,6 +65,7 @@ class Muon(StackedOptimizer):
         https://arxiv.org/abs/2502.16982; Amsel et al. (2025), Polar Express, https://arxiv.org/abs/2505.16932
     """
 
+    uncycled: ClassVar[frozenset[str]] = frozenset({"betas"})  # of AdamW; the method's momentum is `momentum`
     taxonomy: ClassVar = Taxonomy(
         curvature="gradient second moment, of the momentum alone",
         structure="one-sided matrix",

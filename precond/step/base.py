@@ -65,6 +65,8 @@ class SecondOrderOptimizer(ScheduledOptimizer):
 
     #: What a training step must provide: ``"grad"``, ``"layers"`` or ``"closure"``.
     needs: ClassVar[str] = "grad"
+    #: Options that schedulers of torch must not take for the momentum of the method (``OneCycleLR``, ``CyclicLR``).
+    uncycled: ClassVar[frozenset[str]] = frozenset()
     #: The settings of :class:`Loop` that affect the method.
     loop_settings: ClassVar[frozenset[str]] = frozenset({"nonfinite", "max_skips"})
     #: Names of the options that the constructor was given, so that one without effect is refused and a default is not.
@@ -102,6 +104,9 @@ class SecondOrderOptimizer(ScheduledOptimizer):
         self._bounds = BoundRecord()
         self.idle = False  # the step saw only zero gradients and zero rates, so it does not count
         super().__init__(params, options)
+        # A scheduler that cycles momentum writes it wherever `defaults` has it, also into a method without momentum.
+        hidden = self.uncycled if options["momentum"] else self.uncycled | {"momentum"}
+        self.reserved = {name: self.defaults.pop(name) for name in sorted(hidden)}
         if not any(p.requires_grad for group in self.param_groups for p in group["params"]):
             raise ValueError(
                 f"every parameter given to {type(self).__name__} is frozen; call requires_grad_(True) on those to be "

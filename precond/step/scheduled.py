@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -28,6 +29,8 @@ class ScheduledOptimizer(torch.optim.Optimizer):
 
     #: Options that must not change from step to step.
     fixed: ClassVar[frozenset[str]] = FIXED
+    #: Options of groups that are not in ``defaults``, from which torch's schedulers tell what a method has.
+    reserved: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         self.schedules: list[dict[str, Callable[[int], Any]]] = []  # of each group
@@ -49,7 +52,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         check_options(options)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        plain, schedules = self._resolved({**self.defaults, **in_groups(param_group)})
+        plain, schedules = self._resolved({**self.reserved, **self.defaults, **in_groups(param_group)})
         if plain["decay"] in SCHEDULED_DECAY and "initial_lr" not in plain:
             if not float(plain["lr"]) > 0:
                 raise ValueError(
