@@ -19,6 +19,7 @@ from precond.step.graph import (
     loss_tensor,
     parameters_at,
     rademacher,
+    reached,
     second_derivatives,
     unflatten,
 )
@@ -81,8 +82,16 @@ class ClosureOptimizer(SecondOrderOptimizer):
         return True
 
     def second_order(self) -> bool:
-        """Whether this step needs second derivatives."""
+        """Whether steps need second derivatives at all; :meth:`probed` says of which parameters."""
         return True
+
+    def probed(self, params: list[Tensor]) -> list[Tensor]:
+        """Those of some parameters whose second derivatives a step needs, if the loss reaches them.
+
+        Work that is due every so many steps follows the parameter's own clock: one that is absent in some steps, as
+        the heads of several tasks that are used in turn, would else miss all of it.
+        """
+        return params if self.second_order() else []
 
     def keeps_graph(self) -> bool:
         """Whether this step runs backward through the loss's graph again, without second derivatives."""
@@ -139,7 +148,8 @@ class ClosureOptimizer(SecondOrderOptimizer):
             loss = loss_tensor(result, type(self).__name__) + self._penalty()
         else:
             loss = self.loss(closure)
-        twice = self.second_order()
+        probed = self.probed(params)
+        twice = bool(probed) and (len(probed) == len(params) or bool(reached(loss, probed)))
         keep = twice or self.keeps_graph()
         try:
             slopes = torch.autograd.grad(loss, params, create_graph=twice, retain_graph=keep or None, allow_unused=True)

@@ -143,13 +143,23 @@ class PSGD(ClosureOptimizer, StackedOptimizer):
         return self.criterion == "hessian"
 
     def second_order(self) -> bool:
-        return self.criterion == "hessian" and due(self.steps + 1, self.common("curvature_update_period"))
+        return self.criterion == "hessian"
+
+    def probed(self, params: list[Tensor]) -> list[Tensor]:
+        if not self.second_order():
+            return []
+        group_of = {p: group for group in self.param_groups for p in group["params"]}
+        return [
+            p
+            for p in params
+            if due(self.state.get(p, {}).get("step", 0) + 1, group_of[p]["curvature_update_period"]) and p.numel()
+        ]
 
     def directions(self, gradients: Vectors) -> Vectors:
         self._probes: Vectors = {}
         self._products: Vectors = {}
-        if self.second_order():
-            self._probes = {p: rademacher(p, self.loop.seed, self.steps, index) for index, p in enumerate(gradients)}
+        if probed := self.probed(list(gradients)):
+            self._probes = {p: rademacher(p, self.loop.seed, self.steps, index) for index, p in enumerate(probed)}
             self._products = self.hessian_product(self._probes)
         return super().directions(gradients)
 

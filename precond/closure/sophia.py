@@ -27,13 +27,13 @@ class Sophia(ClosureOptimizer, GradientOptimizer):
 
     where :math:`\hat h` is
 
-    * ``"hutchinson"`` (Sophia-H): :math:`z \odot H z` with random signs z, every ``curvature_update_period`` steps.
-      These steps differentiate twice, so ``step`` needs a closure;
+    * ``"hutchinson"`` (Sophia-H): :math:`z \odot H z` with random signs z, every ``curvature_update_period`` steps of
+      the parameter, from its first one on. These steps differentiate twice, so ``step`` needs a closure;
     * ``"gauss_newton"`` (Sophia-G): given by :meth:`update_curvature`, from gradients of the loss on labels that were
       drawn from the model's own predictions; ``step`` then runs in the plain loop.
 
     Entries with little or negative curvature move by ``lr`` along the sign, as in Lion; learning rates are AdamW's or
-    somewhat below. Parameters added later wait for their first estimate. Memory: two moments.
+    somewhat below. Memory: two moments.
 
     ========================================================================= ===========================
     Liu et al.                                                                here
@@ -42,7 +42,7 @@ class Sophia(ClosureOptimizer, GradientOptimizer):
     algorithm 2, Gauss-Newton-Bartlett                                        ``update_curvature``
     algorithm 3: M, h                                                         ``direction``, ``_average``
     algorithm 3: :math:`\operatorname{clip}(M / \max(\gamma h, \epsilon), 1)` ``direction``
-    algorithm 3: every k-th step                                              ``second_order``
+    algorithm 3: every k-th step                                              ``probed``
     ========================================================================= ===========================
 
     Args:
@@ -52,7 +52,7 @@ class Sophia(ClosureOptimizer, GradientOptimizer):
         gamma: :math:`\gamma`; 0.01 suits ``"hutchinson"``, 0.05 ``"gauss_newton"``.
         eps: Smallest denominator.
         estimator: See above.
-        curvature_update_period: Steps between Hutchinson's estimates.
+        curvature_update_period: Steps of a parameter between Hutchinson's estimates.
         options: See :class:`SecondOrderOptimizer`.
 
     References:
@@ -109,7 +109,17 @@ class Sophia(ClosureOptimizer, GradientOptimizer):
         return self.estimator == "hutchinson"
 
     def second_order(self) -> bool:
-        return self.estimator == "hutchinson" and self.steps % self.common("curvature_update_period") == 0
+        return self.estimator == "hutchinson"
+
+    def probed(self, params: list[Tensor]) -> list[Tensor]:
+        if not self.second_order():
+            return []
+        group_of = {p: group for group in self.param_groups for p in group["params"]}
+        return [
+            p
+            for p in params
+            if self.state.get(p, {}).get("step", 0) % group_of[p]["curvature_update_period"] == 0 and p.numel()
+        ]
 
     @torch.no_grad()
     def update_curvature(self, terms: float) -> None:
@@ -137,12 +147,12 @@ class Sophia(ClosureOptimizer, GradientOptimizer):
                     self._average(p, terms * g.square(), group)
 
     def directions(self, gradients: Vectors) -> Vectors:
-        due = self.second_order()
-        self._estimate = self.hutchinson_diagonal(list(gradients), self.loop.seed) if due else None
+        due = self.probed(list(gradients))
+        self._estimate = self.hutchinson_diagonal(due, self.loop.seed) if due else {}
         return super().directions(gradients)
 
     def direction(self, p: Tensor, g: Tensor, state: State, group: Group) -> Tensor:
-        if self._estimate is not None:
+        if p in self._estimate:
             self._average(p, self._estimate[p], group)
         if not state["updates"] and self.estimator == "hutchinson":
             return torch.zeros_like(g)

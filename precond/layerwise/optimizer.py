@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from types import FrameType
 from typing import Any, ClassVar
@@ -58,7 +58,8 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         exponent: Power of the damped C; -1 for natural gradients.
         lr: Learning rate.
         curvature_ema: Weight of old statistics in the running average, in [0, 1).
-        curvature_update_period: Steps between updates of the statistics; a number, or a function of the step count.
+        curvature_update_period: Steps between updates of the statistics; a number, or a function of the step count. A
+            parameter that had no gradient when they were due gets its own in one of its next steps.
         inverse_update_period: Steps between decompositions and inverses, of the statistics at hand: a number, a
             function of the step count such as :class:`~precond.Doubling`, or :class:`~precond.Refresh`.
         momentum: Momentum on the preconditioned gradient: its strength, or :class:`~precond.Momentum`.
@@ -313,11 +314,29 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         return values.pop()
 
     def _arm(self) -> None:
-        if self.steps % self.option("curvature_update_period") == 0:
+        period = self.option("curvature_update_period")
+        if self.steps % period == 0 or self._overdue(period):
             words = f"{self.loop.seed},{_rank()},{self.steps}"
             self.statistics.arm(int.from_bytes(hashlib.sha256(words.encode()).digest()[:7], "big"))
         else:
             self.statistics.disarm()
+
+    def _keep_time(self, present: Mapping[str, Tensor]) -> None:
+        """Count the own steps of parameters that were absent when statistics were due, since they had theirs."""
+        for name, p in self.parameters.items():
+            late = p in self.state and "waited" in self.state[p]
+            if self.statistics.armed and (late or name not in present):
+                self.state[p]["waited"] = 0 if name in present else self.state[p].get("waited", 0)
+            elif late and name in present:
+                self.state[p]["waited"] += 1
+
+    def _overdue(self, period: int) -> bool:
+        """Whether a parameter waits for statistics by its own clock: a head, say, that is used in every other step."""
+        late = {n: self.state[p]["waited"] for n, p in self.parameters.items() if self.state.get(p, {}).get("waited")}
+        if not late:
+            return False
+        known = {name for p in self.preconditioners.values() for name in p.estimator.block.names}
+        return any(waited >= (period if name in known else 1) for name, waited in late.items())
 
     def on_skip(self) -> None:
         self.preconditioners.discard()
@@ -360,6 +379,8 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         if self.statistics.armed:
             self.statistics.finish(by_name, self.loss_scale())
             updated = self._update_curvature(gradients)
+        if not self.idle:
+            self._keep_time(by_name)
         self.idle = self.idle and self.statistics.batches == 0
         self._burning = self.steps < self.burn_in
         if self._burning:

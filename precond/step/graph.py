@@ -62,6 +62,22 @@ def parameters_at(values: Mapping[Tensor, Tensor]) -> Iterator[None]:
             p.data = data
 
 
+def reached(loss: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
+    """Those of some parameters that the graph of a loss leads to."""
+    wanted, found = {id(p) for p in params}, set[int]()
+    seen, open_nodes = set[Any](), [loss.grad_fn]
+    while open_nodes and len(found) < len(wanted):
+        node = open_nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None and id(variable) in wanted:
+            found.add(id(variable))
+        open_nodes += [following for following, _ in node.next_functions]
+    return [p for p in params if id(p) in found]
+
+
 def jacobian_rows(outputs: Tensor, params: list[Tensor], chunk: int = 64) -> Tensor:
     """Jacobian of a vector ``(N,)`` with respect to the concatenated parameters, ``(N, P)``, keeping the graph."""
     pull, blocks = Pullback([outputs], params), []
