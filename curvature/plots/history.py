@@ -17,7 +17,7 @@ _LABELS = {
     "sharpness": "largest eigenvalue",
     "trace": "trace",
     "alignment": "share of the squared gradient",
-    "stability": "lr x sharpness / 2",
+    "stability": "share of the edge of stability",
     "loss": "loss",
     "gradient_norm": "norm of the gradient",
 }

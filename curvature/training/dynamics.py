@@ -157,6 +157,19 @@ def dynamics(
         assert lr is not None
         rule = gradient_descent(parameters, lr, momentum, nesterov, preconditioner)
     H = make(model, loss_fn, data, params=params, output=output, class_dim=class_dim, progress=False)
+    start = None if previous is None else previous.start
+    options: dict[str, Any] = {"rtol": rtol, "max_products": max_products, "generator": generator, "progress": progress}
+    return _judged(rule, largest_of_step(H, rule, v0=start, **options), matrix)
+
+
+def largest_of_step(H: LinearOperator, rule: StepRule, **options: Any) -> Eigenpairs:
+    """Largest eigenvalue of ``S^(1/2) (H + w I) S^(1/2)``, to be compared with the threshold of the rule.
+
+    Args:
+        H: Hessian or Gauss-Newton matrix on the flat vector.
+        rule: S, and the weight decay w that is part of the gradient.
+        options: Of :func:`solvers.eigsh`.
+    """
 
     def product(x: Tensor) -> Tensor:
         y = rule.root(x)
@@ -165,17 +178,7 @@ def dynamics(
     op = Function(product, H.in_shape, symmetric=True, dtype=H.dtype, device=H.device)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NotConvergedWarning)  # the result says it
-        pairs = eigsh(
-            op,
-            1,
-            rtol=rtol,
-            max_products=max_products,
-            search_copies=False,
-            v0=None if previous is None else previous.start,
-            generator=generator,
-            progress=progress,
-        )
-    return _judged(rule, pairs, matrix)
+        return eigsh(op, 1, search_copies=False, **options)
 
 
 def _judged(rule: StepRule, pairs: Eigenpairs, matrix: str) -> Dynamics:

@@ -19,9 +19,12 @@ from curvature.matrices.by_name import Matrix, matrix_of
 from curvature.matrices.dataset_operator import DatasetOperator
 from curvature.matrices.problem import loss_and_gradient
 from curvature.model.data import Data, Output, inspection
+from curvature.model.parameters import Parameters
 from curvature.model.wrappers import unwrapped
+from curvature.training.dynamics import largest_of_step
 from curvature.training.factor_spectra import factor_spectra
 from curvature.training.history import History, Row
+from curvature.training.step_rule import rule_of
 from solvers import NotConvergedWarning
 
 Quantity = Literal["sharpness", "alignment", "trace", "factors"]
@@ -43,8 +46,10 @@ class Monitor:
     ``loss``                loss on ``data``, and ``gradient_norm``, the norm of its gradient
     ``sharpness``           the largest eigenvalue, and ``sharpness_residual``: an eigenvalue lies within it;
                             ``eigenvalue_2``, ... likewise, and ``converged``, 1 if all of them meet ``rtol``
-    ``stability``           ``lr sharpness / 2``: plain gradient descent oscillates where it exceeds 1 (with momentum
-                            m, ``1 + m``). A preconditioned step has another limit
+    ``stability``           share of the optimizer's edge of stability, above which its steps diverge on a quadratic:
+                            for gradient descent ``lr sharpness / 2``, with momentum m divided by ``1 + m``; for others
+                            that of :func:`curvature.dynamics`, which takes as many products again. NaN where their
+                            steps are not known, and while averages of squares or momentum build up
     ``alignment``           share of the squared gradient within the space of the ``k`` largest eigenvalues
     ``trace``               its estimate, and ``trace_stderr``; the random vectors are the same ones each time, so
                             changes are seen below that error
@@ -136,6 +141,7 @@ class Monitor:
         self._last: int | None = None  # step that was measured last
         self._ended, self._cost = 0.0, 0.0  # when that ended, and the seconds it took
         self._vectors: Tensor | None = None
+        self._direction: Tensor | None = None  # that in which the optimizer's steps diverge first
         self._warned = False
 
     @property
@@ -175,8 +181,6 @@ class Monitor:
         start = time.monotonic()
         with inspection(), torch.inference_mode(False), _mode(self.model, self.eval_mode):
             row = {"step": step, "seconds": 0.0, **self._of_loss(), **self._of_optimizer()}
-        if "lr" in row and "sharpness" in row:
-            row["stability"] = row["lr"] * row["sharpness"] / 2
         self._ended = time.monotonic()
         self._last, self._cost = step, self._ended - start
         row["seconds"] = self._cost
@@ -191,11 +195,17 @@ class Monitor:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers with which a resumed run measures as this one would have; rows are kept by ``csv``."""
-        return {"steps": self._steps, "last": self._last, "vectors": self._vectors}
+        return {
+            "steps": self._steps,
+            "last": self._last,
+            "vectors": self._vectors,
+            "direction": self._direction,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`."""
         self._steps, self._last, self._vectors = state["steps"], state["last"], state["vectors"]
+        self._direction = state.get("direction")
         self._ended = time.monotonic()
 
     def _affordable(self, step: int) -> bool:
@@ -230,6 +240,9 @@ class Monitor:
                 name = "sharpness" if i == 1 else f"eigenvalue_{i}"
                 row |= {name: value, f"{name}_residual": residual}
             row["converged"] = int(pairs.complete and bool(pairs.converged.all()))
+            if self.optimizer is not None:
+                row["stability"], more = self._stability(op, row["sharpness"])
+                products += more
             if "alignment" in self.quantities and row["gradient_norm"] > 0:
                 inside = pairs.vectors.double() @ gradient
                 row["alignment"] = float(inside.square().sum() / gradient.square().sum())
@@ -261,6 +274,26 @@ class Monitor:
             )
         self._vectors = pairs.vectors
         return pairs
+
+    def _stability(self, op: DatasetOperator, sharpness: float) -> tuple[float, int]:
+        """The largest eigenvalue of the optimizer's step over its threshold, and the products it took."""
+        try:
+            rule = rule_of(self.optimizer, self.model, Parameters(self.model, self._options["params"]))
+        except (TypeError, ValueError, AttributeError):
+            return nan, 0
+        if not rule.settled:
+            return nan, 0
+        l2 = float(rule.l2[0])
+        if rule.plain is not None and bool((rule.l2 == l2).all()):
+            return rule.plain * (sharpness + l2) / rule.threshold, 0
+        start = self._direction
+        if start is None or start.shape != op.in_shape:
+            start = torch.randn(op.shape[1], generator=self._random(op), dtype=op.dtype, device=op.device)
+        pairs = largest_of_step(
+            op, rule, v0=start.to(op.device, op.dtype), rtol=self.rtol, max_products=self.max_products, progress=False
+        )
+        self._direction = pairs.vectors[0]
+        return float(pairs.values[0]) / rule.threshold, pairs.products
 
     def _random(self, op: DatasetOperator) -> torch.Generator:
         return torch.Generator(op.device).manual_seed(self.seed)

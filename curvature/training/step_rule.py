@@ -17,6 +17,8 @@ from solvers.precision import working_dtype
 
 # Largest block whose root is taken densely, where its structure has none.
 _DENSE = 4096
+# Share of an average's weight that may be missing.
+_UNSETTLED = 0.01
 
 Root = Callable[[Tensor], Tensor]
 
@@ -34,6 +36,8 @@ class StepRule:
         decay: r, share of the parameters that decoupled weight decay takes away in a step.
         clipped: Whether the optimizer may shorten its steps (``kl_clip``), so that they are stabler than S says.
         name: Of the optimizer.
+        plain: The factor of the whole gradient, where S is a multiple of the identity, else ``None``.
+        settled: Whether averages that began at zero hold 99 % of their weight; before, S is about to change.
     """
 
     root: Root
@@ -44,6 +48,8 @@ class StepRule:
     decay: float
     clipped: bool
     name: str
+    plain: float | None = None
+    settled: bool = True
 
     @property
     def threshold(self) -> float:
@@ -66,6 +72,7 @@ class _Group:
     nesterov: bool = False
     l2: float = 0.0
     decay: float = 0.0
+    settled: bool = True
 
 
 def gradient_descent(
@@ -91,7 +98,7 @@ def gradient_descent(
             f"preconditioner must act on ({parameters.size},), the flat vector; {preconditioner!r} does not."
         )
     root = root_of(preconditioner)
-    return replace(rule, root=lambda x: math.sqrt(lr) * (root @ x.to(root.dtype)).to(x.dtype))
+    return replace(rule, plain=None, root=lambda x: math.sqrt(lr) * (root @ x.to(root.dtype)).to(x.dtype))
 
 
 def rule_of(optimizer: torch.optim.Optimizer, model: nn.Module, parameters: Parameters) -> StepRule:
@@ -152,22 +159,25 @@ def _group(optimizer: Any, group: Mapping[str, Any], parameters: Parameters, nam
             return _Group(scales, lr, momentum, bool(group["nesterov"]), decay)
         case torch.optim.Adam():  # AdamW is one
             beta1, beta2 = (float(beta) for beta in group["betas"])
-            scales = {}
+            scales, settled = {}, True
             for name in names:
                 state = _state(optimizer, parameters[name], name)
                 step = float(state["step"]) + 1
+                settled &= beta1**step < _UNSETTLED
                 square = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
                 divisor = (square / (1 - beta2**step)).sqrt() + float(group["eps"])
                 scales[name] = lr * (1 - beta1) / ((1 - beta1**step) * divisor)
             decoupled = isinstance(optimizer, torch.optim.AdamW) or bool(group.get("decoupled_weight_decay"))
-            return _Group(scales, lr, beta1, False, 0.0 if decoupled else decay, lr * decay if decoupled else 0.0)
+            l2, shrinking = (0.0, lr * decay) if decoupled else (decay, 0.0)
+            return _Group(scales, lr, beta1, False, l2, shrinking, settled)
         case torch.optim.RMSprop():
-            scales = {}
+            scales, settled = {}, True
             for name in names:
                 state = _state(optimizer, parameters[name], name)
+                settled &= float(group["alpha"]) ** float(state["step"]) < _UNSETTLED
                 square = state["square_avg"] - (state["grad_avg"].square() if group["centered"] else 0)
                 scales[name] = lr / (square.sqrt() + float(group["eps"]))
-            return _Group(scales, lr, momentum, False, decay)
+            return _Group(scales, lr, momentum, False, decay, 0.0, settled)
     raise TypeError(
         f"the steps of {kind} are not known; those of SGD, Adam, AdamW, RMSprop and of optimizers of precond that hold "
         "preconditioners are. Pass lr=, momentum= and preconditioner= (an operator P^-1 on the flat vector) instead."
@@ -230,7 +240,9 @@ def _combined(
             f"{name} has blocks whose parameters have different learning rates; S has no simple root there."
         )
     rate = lrs.pop() if len(lrs) == 1 else None
-    return StepRule(product, momentum, nesterov, rate, parameters.flatten(l2).to(wide), decay, clipped, name)
+    plain = float(scale[0]) if not places and bool((scale == scale[0]).all()) else None
+    l2_all, settled = parameters.flatten(l2).to(wide), all(group.settled for group in groups)
+    return StepRule(product, momentum, nesterov, rate, l2_all, decay, clipped, name, plain, settled)
 
 
 def _constant_within(place: BlockPlace, scale: Tensor) -> bool:

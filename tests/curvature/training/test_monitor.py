@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import math
 import time
@@ -96,6 +97,54 @@ def test_every_number_is_that_of_the_dense_matrix(k: int) -> None:
         assert abs(row["trace"] - matrix.trace().item()) <= 4 * row["trace_stderr"]
         assert row["seconds"] > 0 and row["lr"] == 0.3
     assert "eigenvalue_4" not in history and "damping" not in history
+
+
+def test_stability_is_that_of_the_optimizers_own_step() -> None:
+    """Gradient descent with momentum, AdamW and K-FAC by their formulas; NaN for steps that are no linear map."""
+
+    def adamw(model: nn.Module, optimizer: Any, H: Tensor) -> float:
+        states = [optimizer.state[p] for p in model.parameters()]
+        v = torch.cat([s["exp_avg_sq"].reshape(-1) for s in states])
+        step = float(states[0]["step"]) + 1
+        D = ((v / (1 - 0.99**step)).sqrt() + 1e-8) * (1 - 0.3**step)
+        S = (0.03 * 0.7 / D).sqrt()
+        return float(torch.linalg.eigvalsh(S[:, None] * H * S)[-1]) / (1.3 * (2 - 0.03 * 0.1))
+
+    def sgd(model: nn.Module, optimizer: Any, H: Tensor) -> float:
+        return 0.1 * float(torch.linalg.eigvalsh(H + 0.2 * torch.eye(len(H)).to(F64))[-1]) / (2 * 1.6)
+
+    def kfac(model: nn.Module, optimizer: Any, H: Tensor) -> float:
+        P = torch.block_diag(*(p.inverse.to_dense() for p in optimizer.preconditioners.values()))
+        order = torch.cat([torch.arange(24).reshape(6, 4), torch.arange(24, 30)[:, None]], 1).reshape(-1)
+        last = 30 + torch.cat([torch.arange(18).reshape(3, 6), torch.arange(18, 21)[:, None]], 1).reshape(-1)
+        order = torch.cat([order, last])
+        return float(torch.linalg.eigvals(0.05 * P @ H[order][:, order]).real.max()) / (2 * 1.9)
+
+    for make, expected in (
+        (lambda m: torch.optim.AdamW(m.parameters(), lr=0.03, betas=(0.3, 0.99), weight_decay=0.1), adamw),
+        (lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.6, weight_decay=0.2), sgd),
+        (lambda m: precond.KFAC(m, nn.CrossEntropyLoss(), lr=0.05, momentum=0.9), kfac),
+        (lambda m: precond.SOAP(m.parameters()), None),
+    ):
+        model, data = run()
+        optimizer: Any = make(model)
+        options: dict[str, Any] = {"quantities": "sharpness", "rtol": 1e-8, "every": 2, "max_fraction": None}
+        monitor = Monitor(model, nn.CrossEntropyLoss(), data, optimizer=optimizer, **options)
+        wanted = []
+
+        def after(step: int, **_: Any) -> None:
+            if monitor.step() is not None:  # noqa: B023
+                H = dense(copy.deepcopy(model), data)[2]  # noqa: B023, without the hooks of the optimizer
+                wanted.append(math.nan if expected is None else expected(model, optimizer, H))  # noqa: B023
+
+        if expected is adamw:  # whose momentum builds up in the first steps
+            steps(model, data, optimizer, 1, monitor.step)
+            assert math.isnan(monitor.history["stability"][0])
+        monitor.measure(0)  # before a step there is nothing to go by but gradient descent's rate
+        assert math.isnan(monitor.history["stability"][0]) == (expected is not sgd)
+        steps(model, data, optimizer, 5, after)
+        assert monitor.history["stability"][-len(wanted) :] == pytest.approx(wanted, rel=1e-6, nan_ok=True)
+        assert len(wanted) == 2
 
 
 def test_ggn_and_exact_trace() -> None:
