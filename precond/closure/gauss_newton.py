@@ -125,6 +125,8 @@ class GaussNewton(ClosureOptimizer):
             raise ValueError("scaled=True needs the diagonal of J^T J, which CG never forms; use scaled=False.")
         self.scaled = not (self.matrix_free or spring) if scaled is None else scaled
         self.rule = self.judging(damping_rule)
+        if damping_rule is None and acceleration and "acceleration" in self.given:
+            raise ValueError("acceleration=True needs a damping_rule, which judges the bent step; leave it out.")
         self.acceleration, self.spring = acceleration, spring
         self._jacobian: Tensor | None = None
         self._residual: Tensor | None = None

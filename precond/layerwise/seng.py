@@ -13,7 +13,7 @@ from precond.step.loop import Loop
 from precond.step.methods import Taxonomy
 from precond.step.options import TRUST_REGION, Momentum, Refresh, TrustRegion
 from precond.step.schedules import Scheduled, ScheduledInt
-from solvers import Woodbury
+from solvers import Auto
 
 
 class SENG(LayerwiseMethod):
@@ -99,7 +99,7 @@ class SENG(LayerwiseMethod):
             loss_fn,
             curvature=self.curvature_of(fisher, size=sketch, seed=seed),
             damping=damping,
-            solver=Woodbury(),
+            solver=Auto(),  # Woodbury, and what fits other structures
             lr=lr,
             curvature_ema=0.0,
             momentum=momentum,

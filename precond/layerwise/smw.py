@@ -17,7 +17,7 @@ from precond.layerwise.whole import WholeModelOptimizer
 from precond.step.methods import Taxonomy
 from precond.step.options import TRUST_REGION, Momentum, Refresh, TrustRegion
 from precond.step.schedules import Scheduled, ScheduledInt
-from solvers import Damping, Solver, Woodbury
+from solvers import Auto, Damping, Solver
 
 
 class SMWNaturalGradient(WholeModelOptimizer):
@@ -117,7 +117,7 @@ class SMWNaturalGradient(WholeModelOptimizer):
             loss_fn,
             curvature=curvature,
             damping=damping,
-            solver=Woodbury(),
+            solver=Auto(),  # Woodbury, and what fits other structures
             lr=lr,
             curvature_ema=0.0,
             momentum=momentum,

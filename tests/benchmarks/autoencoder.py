@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from precond import IterateAverage, LevenbergMarquardt, QuadraticModel
+from precond import IterateAverage, LevenbergMarquardt, QuadraticModel, TrustRegion
 from tests.benchmarks.pinn import MuonAndAdamW
 from tests.benchmarks.problems import Problem, autoencoder, digits, squared_error
 from tests.benchmarks.training import build
@@ -45,8 +45,14 @@ LAYERS = {"momentum": 0.9, "curvature_update_period": 5}
 GRIDS: dict[str, list[dict[str, Any]]] = {
     "KFAC, quadratic model": [{"damping": damping, **MODEL} for damping in (1e-3, 1e-2)],
     "EKFAC, quadratic model": [{"damping": damping, **MODEL} for damping in (1e-3, 1e-2)],
-    "KFAC": [{"lr": lr, "damping": 1e-3, "kl_clip": clip, **LAYERS} for lr, clip in ((0.1, 1e-3), (0.3, 1e-3))],
-    "EKFAC": [{"lr": lr, "damping": 3e-3, "kl_clip": clip, **LAYERS} for lr, clip in ((0.1, 1e-3), (0.3, 1e-3))],
+    "KFAC": [
+        {"lr": lr, "damping": 1e-3, "kl_clip": TrustRegion(clip, of="direction"), **LAYERS}
+        for lr, clip in ((0.1, 1e-3), (0.3, 1e-3))
+    ],
+    "EKFAC": [
+        {"lr": lr, "damping": 3e-3, "kl_clip": TrustRegion(clip, of="direction"), **LAYERS}
+        for lr, clip in ((0.1, 1e-3), (0.3, 1e-3))
+    ],
     "SOAP": [{"lr": lr} for lr in (3e-3, 1e-2, 2e-2)],
     "KLShampoo": [{"lr": lr} for lr in (3e-3, 1e-2)],
     "Shampoo": [{"lr": lr} for lr in (3e-3, 1e-2)],

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 import precond
-from precond import IterateAverage, Momentum
+from precond import IterateAverage, Momentum, TrustRegion
 from precond.step.renamed import spelled
 from solvers import CG
 from tests.benchmarks.problems import PROBLEMS, Problem
@@ -98,6 +98,8 @@ def build(problem: Problem, name: str, settings: dict[str, Any]) -> tuple[torch.
     else:
         method = next(m for m in precond.methods() if m.name == name)
         needs = method.needs
+        if needs == "layers":  # the settings were found with this bound
+            settings = {**settings, "kl_clip": TrustRegion(settings.get("kl_clip", 1e-3), of="direction")}
         takes_loss = needs == "layers" or name in ("CurveBall", "HessianFree")
         optimizer = method.cls(model, loss_fn, **settings) if takes_loss else method.cls(params, **settings)
 
