@@ -140,7 +140,7 @@ class Refresh:
 def in_groups(options: dict[str, Any]) -> dict[str, Any]:
     """The options of a parameter group, objects replaced by the plain entries that groups hold."""
     out = dict(options)
-    clip = options.get("kl_clip")
+    clip: Any = options.get("kl_clip")
     if "kl_clip" in options and "kl_lr" not in options and not isinstance(clip, TrustRegion):
         out |= TrustRegion(clip).in_groups()
     for value in options.values():

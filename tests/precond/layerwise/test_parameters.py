@@ -134,7 +134,7 @@ class Outside(nn.Module):
 def test_a_parameter_nothing_is_known_of_takes_its_plain_gradient_and_is_reported_once() -> None:
     torch.manual_seed(0)
     model, loss_fn = Outside().double(), nn.CrossEntropyLoss()
-    optimizer = KFAC(model, loss_fn, lr=0.01, momentum=0.0)
+    optimizer = KFAC(model, loss_fn, lr=0.01, momentum=0.0, kl_clip=None)
     before = copies(model)
     (loss_fn(model(X), Y) + model.weight.square().sum()).backward()
     with pytest.warns(UserWarning, match="^KFAC: weight has a gradient but no curvature.*plain gradient") as caught:

@@ -29,6 +29,7 @@ from precond import (
     Refresh,
     SMWNaturalGradient,
     Tikhonov,
+    TrustRegion,
 )
 from precond.layerwise.blocks.refresh import Doubling, refresh_cost, slots
 from solvers import Cholesky, Kronecker, rule
@@ -280,7 +281,7 @@ def test_parts_have_other_structures() -> None:
         solver=Cholesky(),
         lr=0.05,
         momentum=0.9,
-        kl_clip=1e-3,
+        kl_clip=TrustRegion(1e-2, lr=0.1),
         inverse_update_period=Refresh(Doubling(10), stagger=True),
     )
     assert equal(after, train(other, same, BATCHES[:6]))
