@@ -34,7 +34,7 @@ from precond.step.base import SecondOrderOptimizer
 from precond.step.loop import Loop
 from precond.step.options import Momentum, Refresh, TrustRegion, WeightDecay
 from precond.step.schedules import Scheduled, ScheduledInt, at_start, value_at
-from precond.step.trust_region import BoundRecord, Move
+from precond.step.trust_region import BoundRecord, Move, inner
 from solvers import Damping, FactoredTikhonov, Solver, Tikhonov
 
 
@@ -531,7 +531,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
             else:
                 found = {name: images.get(name, torch.empty_like(v[name]).contiguous()) for name in block.names}
                 block.write(image.to(found[block.names[0]].dtype), found)
-        return {self.parameters[name]: (x * buffers[name]).sum() for name, x in images.items()}
+        return {self.parameters[name]: inner(x, buffers[name]) for name, x in images.items()}
 
     def _damping(self, block: Block) -> Damping:
         group_of = {p: group for group in self.param_groups for p in group["params"]}

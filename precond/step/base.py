@@ -18,7 +18,7 @@ from precond.step.options import Momentum, TrustRegion, WeightDecay, in_groups
 from precond.step.scheduled import ScheduledOptimizer
 from precond.step.schedules import Scheduled
 from precond.step.signature import announced
-from precond.step.trust_region import BoundRecord, Move, Slopes, bounded_move, reference_lr
+from precond.step.trust_region import BoundRecord, Move, Slopes, bounded_move, inner, reference_lr
 from precond.step.uncompiled import uncompiled
 from precond.step.update import apply_update, regularized
 
@@ -328,7 +328,7 @@ class SecondOrderOptimizer(ScheduledOptimizer):
                 out[p] = Slopes(torch.zeros(()), None)
                 continue
             v = self.state[p].get("momentum_buffer") if p in self.state else None
-            out[p] = Slopes((directions[p] * images[p]).sum(), None if v is None else (v * images[p]).sum())
+            out[p] = Slopes(inner(directions[p], images[p]), None if v is None else inner(v, images[p]))
         return out
 
     def _bound(self, directions: dict[Tensor, Tensor], gradients: dict[Tensor, Tensor], prepared: bool) -> Move | None:

@@ -117,5 +117,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
                 if isinstance(value, Tensor) and value.is_floating_point() and narrow:
                     self.state[p][key] = value.detach().clone().to(p.device)
         for group, own in zip(self.param_groups, before, strict=True):
+            if "kl_of" not in group:  # until 0.1 every bound was one before momentum, with which the run goes on
+                group.update({"kl_lr": None, "kl_of": "direction"})
             group.update({name: value for name, value in own.items() if name not in group})
         self.apply_schedules()

@@ -45,6 +45,13 @@ class Move:
     active: Tensor
 
 
+def inner(a: Tensor, b: Tensor) -> Tensor:
+    """Inner product in float64, since squares of large gradients leave float32; in their dtype where there is none."""
+    if a.device.type == "mps":
+        return (a * b).sum()
+    return (a.double() * b.double()).sum()
+
+
 def reference_lr(group: Mapping[str, Any]) -> float:
     """The learning rate at which a move may have the whole bound; see :class:`~precond.TrustRegion`."""
     if group["kl_of"] == "direction":
