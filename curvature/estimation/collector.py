@@ -18,7 +18,7 @@ from curvature.layers.recorder import Recorder
 from curvature.layers.samples import OneHot, Outer, PerSample, Samples
 from curvature.losses.signals import Signals, stacked
 from curvature.model.parameters import Parameters
-from curvature.model.pullback import Pullback
+from curvature.model.pullback import Pullback, pull_back
 from curvature.structures.estimator import CurvatureEstimator, Form, MeansEstimator
 from solvers import BlockDiagonal, Diagonal, LinearOperator
 
@@ -314,9 +314,7 @@ class Collector:
             return {}
         out: dict[int, Tensor] = {}
         for mask, probe in probes:
-            gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
-                output, [site.edge for site in sites], probe, retain_graph=True, allow_unused=True
-            )
+            gradients = pull_back([output], [site.edge for site in sites], [probe])
             # Zeros everywhere: this loss is one of another part of the model.
             pairs = zip(sites, gradients, strict=True)
             arrived = {id(s): g for s, g in pairs if g is not None and (len(probes) == 1 or bool(g.any()))}
@@ -380,9 +378,7 @@ class Collector:
         """
         sites, items = sites_of(groups), self.parameters.items()
         targets: list[Any] = [*(site.edge for site in sites), *(p for _, p in items)]
-        found: tuple[Tensor | None, ...] = torch.autograd.grad(
-            output, targets, signals.probe(), retain_graph=True, allow_unused=True
-        )
+        found = pull_back([output], targets, [signals.probe()])
         arrived = {id(site): g for site, g in zip(sites, found, strict=False)}
         # Rounding is relative to the sizes of the terms, which may cancel.
         sizes = {key: None if g is None else g.abs() for key, g in arrived.items()}

@@ -202,7 +202,7 @@ class Recorder(TorchFunctionMode):
             return
         names = {name for t in tracked if (name := self._name(t)) is not None}
         rule = RULES.get(func)
-        if rule is not None and isinstance(output, Tensor) and output.requires_grad:
+        if rule is not None and isinstance(output, Tensor) and output.requires_grad and not output.is_complex():
             site = rule(self, output, args, kwargs)
             if site is not None:
                 self.add(site, output, tensors)
@@ -211,7 +211,7 @@ class Recorder(TorchFunctionMode):
                 self._done[id(output)] = weakref.ref(output)
         if not names:
             return
-        results = [t for t in tensors_in(output) if t.requires_grad and t.is_floating_point()]
+        results = [t for t in tensors_in(output) if t.requires_grad]
         if all(self.resolve(t) is not None for t in results):
             for result in results:  # only looked at, or cut into views that are followed further
                 self.explained.add_view(result, since)

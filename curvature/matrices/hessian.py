@@ -13,7 +13,7 @@ from curvature.matrices.dataset_operator import MEMORY, DatasetOperator, MatrixA
 from curvature.matrices.problem import Evaluation, Problem, gradient_of
 from curvature.model.data import Data, Output
 from curvature.model.parameters import Parameters
-from curvature.model.pullback import Pullback, refuse_differentiated_once
+from curvature.model.pullback import Pullback, refuse_differentiated_once, refuse_outside_of_autograd
 from solvers import BlockDiagonal, Dense, Diagonal, LinearOperator, Segment
 
 HessianStructure = Literal["full", "dense", "layer", "diagonal"]
@@ -29,7 +29,10 @@ class Hessian(DatasetOperator):
 
     def gradient(self, evaluation: Evaluation) -> dict[str, Tensor]:
         """Gradient with respect to the columns, with its graph; zeros for parameters the loss does not use."""
-        gradient = gradient_of(evaluation.loss(), self.columns, create_graph=True)
+        loss = evaluation.loss()
+        if evaluation.first:
+            refuse_outside_of_autograd(loss, list(self.columns.values()))
+        gradient = gradient_of(loss, self.columns, create_graph=True)
         if evaluation.first:
             refuse_differentiated_once(gradient.values())
         return gradient

@@ -16,8 +16,14 @@ from curvature.layers.recorder import Recorder
 from curvature.matrices.examples import Examples
 from curvature.matrices.problem import gradient_of
 from curvature.model.data import Output, call, resolve_output, to_device
-from curvature.model.parameters import Parameters
-from curvature.model.pullback import Pullback, refuse_differentiated_once
+from curvature.model.parameters import Parameters, tensor_of_its_own
+from curvature.model.pullback import (
+    NoSecondDerivativeError,
+    Pullback,
+    pull_back,
+    refuse_differentiated_once,
+    refuse_outside_of_autograd,
+)
 from curvature.model.settings import random_state, refuse_changes, set_random_state, settings, versions
 from solvers import LinearOperator, StructureError
 from solvers.precision import working_dtype
@@ -80,20 +86,30 @@ class Linearization:
 
     def jvp(self, vectors: Sequence[Tensor], block: bool) -> Tensor:
         """:meth:`push` of one vector or a block of them, given as a tensor per parameter."""
+        vectors = [tensor_of_its_own(v) for v in vectors]
         if self.mode == "forward":
             return self._push_forward(vectors, block)
         try:
             result = self._push_reverse(vectors, block)
-        except RuntimeError:
+        except RuntimeError as error:
             if self.mode == "reverse" or self._checked:
                 raise
             self.mode = "forward"
-            return self._push_forward(vectors, block)
+            try:
+                return self._push_forward(vectors, block)
+            except RuntimeError as second:
+                self.mode = "auto"
+                raise NoSecondDerivativeError(
+                    f"Jacobian-vector products of this model cannot be taken. (a) By two backward passes: {error} "
+                    f"(b) By dual numbers: {second}"
+                ) from second
         self.mode, self._checked = "reverse", True
         return result
 
     def _push_reverse(self, vectors: Sequence[Tensor], block: bool) -> Tensor:
         if self._pushforward is None:
+            if not self._checked:
+                refuse_outside_of_autograd(self.output, list(self.columns.values()))
             cotangent = torch.zeros_like(self.output, requires_grad=True)
             with torch.enable_grad():
                 gradient = gradient_of(self.output, self.columns, cotangent, create_graph=True)
@@ -141,8 +157,7 @@ class Linearization:
             return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
 
         u, tangent = noise(self.output.detach()), {name: noise(p.detach()) for name, p in self.columns.items()}
-        inputs = list(self.columns.values())
-        gradient = torch.autograd.grad(self.output, inputs, u, retain_graph=True, allow_unused=True)
+        gradient = pull_back([self.output], list(self.columns.values()), [u])
         products = [
             (g * tangent[name]).sum().double() for name, g in zip(tangent, gradient, strict=True) if g is not None
         ]

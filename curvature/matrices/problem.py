@@ -16,6 +16,7 @@ from curvature.layers.recorder import Recorder
 from curvature.losses import AutogradLoss, ClassDim, Loss, Terms, UnknownLossError, WeightedSum, loss_for
 from curvature.model.data import Batch, Data, Output, batches, call, is_one_batch, resolve_output, shown, to_device
 from curvature.model.parameters import Parameters
+from curvature.model.pullback import pull_back
 from curvature.model.settings import random_state, refuse_changes, settings, versions
 from solvers.precision import working_dtype
 
@@ -202,8 +203,9 @@ def gradient_of(
             "the loss does not depend on the model's parameters: the model runs under no_grad, or its output is "
             "detached."
         )
+    given = torch.ones_like(value) if signal is None else signal
     inputs = list(parameters.values())
-    gradient = torch.autograd.grad(value, inputs, signal, create_graph=create_graph, allow_unused=True)
+    gradient = pull_back([value], inputs, [given], create_graph=create_graph, retain_graph=create_graph)
     pairs = zip(parameters.items(), gradient, strict=True)
     return {name: torch.zeros_like(p) if g is None else g for (name, p), g in pairs}
 
@@ -277,8 +279,13 @@ class _BytesMade(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        self.total += sum(leaf.nbytes for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
+        self.total += sum(map(_nbytes, tree_leaves(result)))
         return result
+
+
+def _nbytes(leaf: Any) -> int:
+    """Size of a tensor; a sparse one counts as the parts that made it do."""
+    return leaf.nbytes if isinstance(leaf, Tensor) and leaf.layout == torch.strided else 0
 
 
 def _refuse_sparse(model: nn.Module) -> None:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from curvature.model.wrappers import as_written
+
 Batch = tuple[Any, Any]
 Data = Batch | Mapping[str, Any] | Iterable[Any]
 Output = Callable[[Any], Any]
@@ -226,14 +228,31 @@ def inspection() -> Iterator[None]:
 
 @contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Restore buffers and random states afterwards, exceptions included."""
+    """Restore buffers and random states afterwards, exceptions included; nothing is compiled inside."""
     buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    with inspection(), torch.random.fork_rng(devices=devices):
+    with inspection(), as_written(model), torch.random.fork_rng(devices=devices):
         try:
             yield
         finally:
             with torch.no_grad():
                 for name, b in model.named_buffers():
-                    if name in buffers and not torch.equal(b, buffers[name]):
+                    if name in buffers and not _equal(b, buffers[name]):
                         b.copy_(buffers[name])
+
+
+#: Layout of a sparse tensor -> the methods that give its dense parts.
+_PARTS = {
+    torch.sparse_coo: ("_indices", "_values"),
+    **dict.fromkeys((torch.sparse_csr, torch.sparse_bsr), ("crow_indices", "col_indices", "values")),
+    **dict.fromkeys((torch.sparse_csc, torch.sparse_bsc), ("ccol_indices", "row_indices", "values")),
+}
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same, sparse ones included."""
+    if a.layout != b.layout or a.shape != b.shape:
+        return False
+    if a.layout not in _PARTS:
+        return torch.equal(a, b)
+    return all(torch.equal(getattr(a, part)(), getattr(b, part)()) for part in _PARTS[a.layout])

@@ -28,6 +28,27 @@ def is_compiled(model: nn.Module) -> bool:
     return hasattr(model, "_orig_mod") or not (call is None or isinstance(call, CallGuard))
 
 
+@contextlib.contextmanager
+def as_written(model: nn.Module) -> Iterator[None]:
+    """Within the block compiled parts of a model run as they are written.
+
+    Compiled code has no second derivative, and what watches its calls would be compiled with it.
+    """
+    before: list[tuple[dict[str, Any], str, Any]] = []
+    for module in model.modules():
+        if is_compiled(module):
+            own = vars(module)
+            name = "forward" if hasattr(module, "_orig_mod") else "_compiled_call_impl"
+            before.append((own, name, own[name]))
+    try:
+        for own, name, _ in before:
+            own[name] = own["_modules"]["_orig_mod"].__call__ if name == "forward" else None
+        yield
+    finally:
+        for own, name, value in before:
+            own[name] = value
+
+
 class CallGuard:
     """Runs a function whenever the outermost call of a module ends, whichever way.
 

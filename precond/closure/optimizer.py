@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from curvature.model.kernels import differentiable_kernels
+from curvature.model.pullback import pull_back
 from precond.step.adapt import LevenbergMarquardt, unseen
 from precond.step.base import SecondOrderOptimizer
 from precond.step.graph import (
@@ -59,14 +61,20 @@ class ClosureOptimizer(SecondOrderOptimizer):
 
     @contextmanager
     def _released(self, closure: Closure | None) -> Iterator[None]:
-        """Within the block the graph of the closure is held; it is refused if one is needed and missing."""
+        """Within the block the graph of the closure is held, of kernels that can be differentiated as often as needed.
+
+        Raises:
+            TypeError: If a closure is needed and missing.
+        """
         if closure is None and self.closure_needed():
             raise TypeError(
                 f"{type(self).__name__} needs second derivatives: call step(closure) with a function that computes the "
                 "loss of one batch and returns it."
             )
         try:
-            yield
+            # For the whole step: a checkpointed layer runs again while the graph is differentiated.
+            with differentiable_kernels() if self.second_order() or self.keeps_graph() else nullcontext():
+                yield
         finally:
             self.release()
 
@@ -231,7 +239,7 @@ class ClosureOptimizer(SecondOrderOptimizer):
         out: tuple[Tensor | None, ...] = (None,) * len(params)
         if pairs:
             slopes, vectors = zip(*pairs, strict=True)
-            out = torch.autograd.grad(slopes, params, vectors, retain_graph=True, allow_unused=True)
+            out = tuple(pull_back(slopes, params, vectors))
         return {p: torch.zeros_like(p) if h is None else h.detach() for p, h in zip(params, out, strict=True)}
 
     def hessian(self, params: list[Tensor], chunk: int = 64) -> Tensor:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from curvature.losses import Terms, loss_for
-from curvature.model.pullback import Pullback
+from curvature.model.parameters import tensor_of_its_own
+from curvature.model.pullback import Pullback, pull_back
 from solvers import Function
 from solvers.precision import working_dtype
 
@@ -100,7 +101,7 @@ def flatten(vectors: Mapping[Tensor, Tensor]) -> Tensor:
 def unflatten(flat: Tensor, params: list[Tensor]) -> Vectors:
     """Inverse of :func:`flatten`."""
     parts = flat.split([p.numel() for p in params])
-    return {p: part.reshape(p.shape) for p, part in zip(params, parts, strict=True)}
+    return {p: tensor_of_its_own(part.reshape(p.shape)) for p, part in zip(params, parts, strict=True)}
 
 
 def rademacher(p: Tensor, seed: int, step: int, index: int) -> Tensor:
@@ -144,20 +145,14 @@ class GaussNewtonMatrix:
         values = [output.value for output in outputs]
         self._pullback = Pullback(values, params)
         with torch.enable_grad():
-            found = torch.autograd.grad(values, params, self._seeds, create_graph=True, allow_unused=True)
+            found = pull_back(values, params, self._seeds, create_graph=True)
         self._images = {p: image for p, image in zip(params, found, strict=True) if image is not None}
 
     def push(self, v: Tensor) -> list[Tensor]:
         """``J_i v`` for each output."""
         vectors = unflatten(v, self.params)
         images = list(self._images)
-        found = torch.autograd.grad(
-            [self._images[p] for p in images],
-            self._seeds,
-            [vectors[p].to(p.dtype) for p in images],
-            retain_graph=True,
-            allow_unused=True,
-        )
+        found = pull_back([self._images[p] for p in images], self._seeds, [vectors[p].to(p.dtype) for p in images])
         return [torch.zeros_like(s) if x is None else x for s, x in zip(self._seeds, found, strict=True)]
 
     def pull(self, cotangents: list[Tensor]) -> Tensor:
