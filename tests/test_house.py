@@ -29,7 +29,8 @@ HOUSE: dict[str, str] = {
     " curvature.losses curvature.model solvers",
     "precond.layerwise.blocks": ".step curvature curvature.structures curvature.layers curvature.model solvers"
     " solvers.operators",
-    "precond.closure": ".gradient .step curvature.layers curvature.losses curvature.model solvers solvers.precision",
+    "precond.closure": ".gradient .step curvature.estimation curvature.layers curvature.losses curvature.model solvers"
+    " solvers.precision",
     "precond.gradient": ".step solvers solvers.iterative solvers.direct solvers.precision",
     "precond.step": "curvature.estimation curvature.losses curvature.model solvers solvers.precision",
     "curvature.__main__": ".cli",

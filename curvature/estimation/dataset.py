@@ -11,9 +11,10 @@ from torch import nn
 from curvature.estimation.accumulation import Accumulation
 from curvature.estimation.checkpoint import Checkpoint, Resume, digest, problem_identity
 from curvature.estimation.collector import Collector, StartAgain
+from curvature.estimation.finite import words
 from curvature.layers.block import Block
 from curvature.layers.recorder import Recorder
-from curvature.losses import ClassDim, JoinedTerms, Loss, Terms, WeightedSum, loss_for
+from curvature.losses import ClassDim, JoinedTerms, Loss, NonFiniteCurvatureError, Terms, WeightedSum, loss_for
 from curvature.losses.signals import Signals
 from curvature.model.data import (
     Batch,
@@ -49,9 +50,10 @@ def record(
 
 
 def terms_of(loss: Loss, result: Any, y: Any, output: Output | None, class_dim: ClassDim, check: bool = False) -> Terms:
-    """The terms of a loss, from what the model returned: a tensor picked from it, or all that a sum of losses sees."""
-    if isinstance(loss, WeightedSum):
-        return loss.terms(result if output is None else output(result), y, class_dim=class_dim, check=check)
+    """The terms of a loss, from what the model returned: a tensor picked from it, or all that the loss reads."""
+    picked = result if output is None else output(result)
+    if loss.reads(picked):
+        return loss.terms(picked, y, class_dim=class_dim, check=check)
     if isinstance(class_dim, Mapping):
         raise TypeError(f"class_dim={class_dim!r} is for sums of losses; for {loss!r} pass one axis.")
     return loss.terms(resolve_output(result, output), y, class_dim=class_dim, check=check)
@@ -93,6 +95,7 @@ def estimate(
     generator: torch.Generator | None = None,
     resume: Resume | None = None,
     progress: bool | None = None,
+    fisher: bool | None = False,
 ) -> BlockDiagonal:
     """Structured curvature of the loss over all the data, at the model's current parameters and mode.
 
@@ -107,6 +110,7 @@ def estimate(
         generator: Source of the draws for ``kind="mc"``; a fresh one seeded with 0 by default.
         resume: File in which the sums are kept, and from which they go on if it exists; see :func:`curvature.fisher`.
         progress: Show a progress bar; ``None`` shows one only where there are many batches.
+        fisher: See :class:`~curvature.matrices.problem.Problem`.
 
     Returns:
         Block-diagonal operator on the flat parameter vector, in the scale of the loss over all data as one batch.
@@ -153,6 +157,10 @@ def estimate(
                             "autograd: it was detached, or made under no_grad. Its curvature would be zero."
                         )
                     terms.value()  # refuses losses that are not finite
+                    if curvature.kind != "empirical" and fisher is not False:
+                        terms = terms.fisher(strict=bool(fisher))
+                    if curvature.kind != "empirical":
+                        terms.refuse_undefined()
                     signals = Signals.of(terms, curvature.kind, curvature.samples, generator, recorder.batch)
                     if number == 0:
                         run.total = run.total + terms.total
@@ -164,6 +172,8 @@ def estimate(
                 if not again:
                     break
             run.finish(start)
+        if bad := [name for name, estimator in collector.estimators.items() if not bool(estimator.finite())]:
+            raise NonFiniteCurvatureError(words("the curvature", bad))
         collector.commit(ema=0.0)
         return collector.operator(scale=1.0 if loss.reduction == "mean" else run.total)
 

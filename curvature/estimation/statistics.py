@@ -202,6 +202,8 @@ class Statistics:
             if call is not None and self._waits(passes, recorder, terms, share, call):
                 return
             terms = _in_their_places(terms, passes)
+            if self.curvature.kind != "empirical":
+                terms = terms.fisher(strict=False)
             signals = Signals.of(
                 terms, self.curvature.kind, self.curvature.samples, self.generator, recorder.batch, together=True
             )

@@ -176,7 +176,8 @@ def _curvature(
         return curvature, damping
     keeps = files if not isinstance(curvature, str) or curvature not in WHOLE else None
     resume = None if keeps is None else keeps.factors
-    made = request.matrix(curvature, kind_of(curvature, None, "mc"), generator=generator, resume=resume)
+    kind = kind_of(curvature, None, "mc")
+    made = request.matrix(curvature, kind, generator=generator, resume=resume, fisher=None)
     if keeps is not None:
         keeps.keep(made)
     return made, damping

@@ -4,7 +4,14 @@ from curvature.losses.autograd import AutogradLoss
 from curvature.losses.binary import BinaryCrossEntropy, BinaryCrossEntropyOnProbabilities
 from curvature.losses.cross_entropy import CrossEntropy
 from curvature.losses.elementwise import ElementwiseLoss
-from curvature.losses.errors import AmbiguousClassAxisError, NoCurvatureError, NonFiniteLossError, UnknownLossError
+from curvature.losses.errors import (
+    AmbiguousClassAxisError,
+    NoCurvatureError,
+    NoLikelihoodError,
+    NonFiniteCurvatureError,
+    NonFiniteLossError,
+    UnknownLossError,
+)
 from curvature.losses.gaussian import GaussianNLL
 from curvature.losses.linear import L1, NLL, KLDivergence
 from curvature.losses.loss import Loss, loss_for, register_loss
@@ -46,6 +53,8 @@ __all__ = [
     # errors
     "AmbiguousClassAxisError",
     "NoCurvatureError",
+    "NoLikelihoodError",
+    "NonFiniteCurvatureError",
     "NonFiniteLossError",
     "UnknownLossError",
 ]

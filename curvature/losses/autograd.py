@@ -5,7 +5,9 @@ Axis letters: ``T = N R`` terms, ``C`` outputs of one term.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
 
@@ -169,11 +171,29 @@ class AutogradTerms(Terms):
             return grad(lambda z: (grad(self._one)(z, *given) * direction).sum())(z)
 
         lead = self.rows(v).shape[:-3]
-        products = [
-            self._masked_out(_each(product, self._z, self.batch(direction), *self._given))
-            for direction in v.detach().reshape((-1, *self.output.shape))
-        ]
+        with _differentiable(self._loss_fn):
+            products = [
+                self._masked_out(_each(product, self._z, self.batch(direction), *self._given))
+                for direction in v.detach().reshape((-1, *self.output.shape))
+            ]
         return torch.stack(products).reshape((*lead, *self.output.shape)).to(v.dtype)
+
+    def indefinite(self) -> bool:
+        """By eigenvalues where they are cheap, else by random directions, which may miss it."""
+        if self.mask.numel() * self.shape[2] ** 2 <= 2**20:
+            values = torch.linalg.eigvalsh(self._hessians())
+            return bool(values.min() < -self._rounding(values))
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(4):
+            v = torch.randn(self.output.shape, generator=generator, dtype=torch.float64).to(self.output.detach())
+            bend = self.rows(self.hessian_product(v) * v)
+            if bool((bend.sum(-1) < -(torch.finfo(v.dtype).eps ** 0.5) * bend.abs().sum(-1)).any()):
+                return True
+        return False
+
+    @property
+    def loss_name(self) -> str:
+        return repr(self._loss_fn)
 
     def sqrt_column(self, c: int) -> Tensor:
         """Eigenvector ``c`` of every Hessian, times the root of its eigenvalue."""
@@ -195,17 +215,17 @@ class AutogradTerms(Terms):
                 "fisher='empirical', smaller batches, class_dim= if positions are independent terms, or raise "
                 "max_entries."
             )
-        H = _each(jacrev(grad(self._one)), self._z, *self._given).reshape(N, R, C, C)
-        H = torch.where(self.mask[..., None, None], H, 0.0)
-        values, vectors = torch.linalg.eigh(0.5 * (H + H.mT).double())
+        H = self._hessians()
+        if not bool(torch.isfinite(H).all()):
+            self.refuse_undefined()
+        values, vectors = torch.linalg.eigh(H)
         largest, smallest = values.abs().max(), values.min()
         if largest == 0:
             raise NoCurvatureError(
                 f"The Hessian of {self._loss_fn!r} is zero for every term: the loss is linear in the output here, and "
                 "a Gauss-Newton matrix would be zero too. Use fisher='empirical', which needs gradients only."
             )
-        # Rounding leaves eigenvalues of this size where there should be zeros; "not >=" also catches NaN.
-        if not smallest >= -10 * C * torch.finfo(H.dtype).eps * largest:
+        if not smallest >= -self._rounding(values):  # catches NaN as well
             raise NoCurvatureError(
                 f"The Hessian of {self._loss_fn!r} with respect to the output is indefinite (eigenvalues from "
                 f"{smallest.item():.3g} to {largest.item():.3g}), so its Gauss-Newton matrix is not positive "
@@ -213,6 +233,18 @@ class AutogradTerms(Terms):
                 "fisher='empirical' works."
             )
         return vectors * values.clamp(min=0).sqrt().unsqueeze(-2)
+
+    def _hessians(self) -> Tensor:
+        """``H_t (N, R, C, C)`` in float64, zero outside the mask."""
+        N, R, C = self.shape
+        with _differentiable(self._loss_fn):
+            H = _each(jacrev(grad(self._one)), self._z, *self._given).reshape(N, R, C, C)
+        H = torch.where(self.mask[..., None, None], H, 0.0)
+        return 0.5 * (H + H.mT).double()
+
+    def _rounding(self, values: Tensor) -> Tensor:
+        """Size of the eigenvalues that rounding leaves where there should be zeros."""
+        return 10 * self.shape[2] * torch.finfo(self._z.dtype).eps * values.abs().max()
 
     @property
     def _z(self) -> Tensor:
@@ -227,10 +259,26 @@ class AutogradTerms(Terms):
         return self.unrows(torch.where(self.mask.unsqueeze(-1), x.detach().reshape(self.shape), 0.0))
 
 
+@contextlib.contextmanager
+def _differentiable(loss_fn: Any) -> Iterator[None]:
+    """Say in words that a loss has no second derivative."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "is not implemented" not in str(error):
+            raise
+        raise NoCurvatureError(
+            f"PyTorch can differentiate {loss_fn!r} only once ({error}). Write it in plain torch operations, or use "
+            "fisher='empirical', which needs gradients only."
+        ) from error
+
+
 def _each(function: Callable[..., Any], *batches: Tensor) -> Tensor:
     """``function`` of every entry along the first axes, by ``vmap`` or, where that cannot trace it, one by one."""
     try:
-        result: Tensor = vmap(function)(*batches)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # users need no warning about operations that vmap loops over
+            result: Tensor = vmap(function)(*batches)
     except RuntimeError:  # data-dependent control flow, .item(), an operation without batching rule
         result = torch.stack([function(*entries) for entries in zip(*batches, strict=True)])
     return result

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from curvature.losses.errors import AmbiguousClassAxisError
-from curvature.losses.terms import Layout
+from curvature.losses.terms import Layout, noise
 
 
 def class_layout(output: Tensor, target: Tensor, class_dim: int | None, as_called: bool) -> Layout:
@@ -83,6 +83,16 @@ def read_labels(
     # gather, not indexing: it refuses negative indices, where indexing would wrap around
     weight = class_weight.gather(0, index.flatten()).reshape(mask.shape)
     return Labels(index, weight.masked_fill(~mask, 0), mask)
+
+
+def drawn_classes(p: Tensor, generator: torch.Generator) -> Tensor:
+    """A class per row, drawn with probabilities ``p (N, R, C)``; ``(N, R, 1)``."""
+    # Inverse distribution function: one random number per term; unlike torch.multinomial it works without waiting for
+    # the device and accepts rows outside the mask (p = 0). In float64, since a sum close to one would leave float32 no
+    # digits for the many rare classes of a vocabulary.
+    cdf = p.cumsum(-1, dtype=torch.float64)
+    uniform = noise((*p.shape[:-1], 1), cdf, generator).uniform_(generator=generator).to(cdf.device)
+    return torch.searchsorted(cdf, uniform * cdf[..., -1:], right=True).clamp(max=p.shape[-1] - 1)
 
 
 def class_weights(weight: Tensor | None, classes: int, like: Tensor, check: bool) -> Tensor:

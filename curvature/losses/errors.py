@@ -15,5 +15,13 @@ class NoCurvatureError(ValueError):
     """The loss has no positive semi-definite Hessian with respect to the model's output."""
 
 
+class NoLikelihoodError(NoCurvatureError):
+    """The loss is no negative log-likelihood, so the model's outputs have no Fisher information under it."""
+
+
+class NonFiniteCurvatureError(ArithmeticError):
+    """The loss is finite, but its derivatives are infinite or not numbers."""
+
+
 class NonFiniteLossError(ArithmeticError):
     """The value of the loss is infinite or not a number."""

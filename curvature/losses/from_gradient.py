@@ -80,10 +80,12 @@ def from_output_gradient(
         labelled = empirical or options.weight is not None
     else:
         # A binary label is one where the loss pulls its logit up; the curvature of the others below ignores targets.
+        if isinstance(options, nn.NLLLoss):
+            raise _needs_targets(options)
         binary = isinstance(options, nn.BCEWithLogitsLoss)
         target = (gradient < 0).to(output.dtype) if binary else output.detach()
         terms = loss.terms(output, target, class_dim=class_dim)
-        if not terms.hessian_is_fisher:
+        if not terms.fisher(strict=False).hessian_is_fisher:
             raise _needs_targets(options)
         mask = (terms.rows(gradient) != 0).any(-1).reshape(terms.layout.term_shape)
         labelled = empirical or (binary and options.pos_weight is not None)

@@ -67,6 +67,19 @@ class Loss(ABC):
             ValueError: If shapes, or with ``check`` values, do not fit the loss.
         """
 
+    def evaluate(self, output: Any, *given: Any) -> Tensor:
+        """The user's loss itself, on what it takes as its output, a target, and further arguments."""
+        value: Tensor = self.loss_fn(output, *given)
+        return value
+
+    def reads(self, result: Any) -> bool:
+        """Whether the loss takes as its output what a model returned, in the place of one tensor of it."""
+        return False
+
+    def joined(self, result: Any) -> Tensor:
+        """Where :meth:`reads`, all of it as one tensor, as the loss's terms have it."""
+        raise NotImplementedError
+
     def refuse_extra(self, extra: tuple[Tensor, ...]) -> None:
         """Raise a TypeError if there are further arguments."""
         if extra:
@@ -154,6 +167,7 @@ def loss_for(loss_fn: nn.Module | Loss | Callable[..., Tensor]) -> Loss:
     for base in kind.__mro__:
         if base in _REGISTRY and kind.forward is base.forward:
             return _REGISTRY[base](module)
+    refuse_more_arguments(loss_fn)
     name = type(loss_fn).__name__ if isinstance(loss_fn, nn.Module) else repr(loss_fn)
     raise UnknownLossError(
         f"No derivatives are known for the loss {name}. (a) With fisher='empirical' none are needed. (b) Any "
@@ -166,6 +180,28 @@ def loss_for(loss_fn: nn.Module | Loss | Callable[..., Tensor]) -> Loss:
         "        def curvature(self, z, y): ...  # d2l/dz2\n"
         "A subclass of a known loss that overrides forward counts as unknown, since its terms may differ."
     )
+
+
+def refuse_more_arguments(loss_fn: Any) -> None:
+    """Refuse a loss that cannot be called with an output and a target.
+
+    Raises:
+        UnknownLossError: If it needs more arguments.
+    """
+    try:
+        parameters = inspect.signature(loss_fn.forward if isinstance(loss_fn, nn.Module) else loss_fn).parameters
+    except (TypeError, ValueError):  # no function, or one that does not tell
+        return
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    needed = [name for name, p in parameters.items() if p.kind in positional and p.default is p.empty]
+    if len(needed) > 2:
+        name = type(loss_fn).__name__ if isinstance(loss_fn, nn.Module) else getattr(loss_fn, "__name__", repr(loss_fn))
+        raise UnknownLossError(
+            f"{name} takes {', '.join(needed)}, where an output of the model and a target are compared. Write a "
+            "function of these two, such as lambda output, target: loss_fn(*output, target) for a model that returns "
+            "several tensors, and pass output=lambda result: result, so that it gets all of them. Its Hessian on one "
+            "batch, and optimizers that need a gradient or a closure, take it."
+        )
 
 
 def _module_of(function: Any) -> nn.Module | None:

@@ -6,6 +6,7 @@ third.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from math import prod
 from typing import Any
@@ -70,6 +71,13 @@ class PickedTerms(Terms):
 
     def sqrt_column(self, c: int) -> Tensor:
         return self.inner.sqrt_column(c)
+
+    def fisher(self, strict: bool = True) -> PickedTerms:
+        """Of the rows that the loss saw, see :meth:`Terms.fisher`."""
+        other = copy.copy(self)
+        other.inner = self.inner.fisher(strict)
+        other.hessian_is_fisher = other.inner.hessian_is_fisher
+        return other
 
     def root(self, start: int, stop: int) -> Tensor:
         return self.inner.root(start, stop)

@@ -73,7 +73,7 @@ class SumOfLosses(nn.Module):
         """The sum, 0-d."""
         total: Any = 0.0
         for key, loss, output, given in self.each(outputs, targets):
-            total = total + self.weights[key] * loss.loss_fn(output, *given)
+            total = total + self.weights[key] * loss.evaluate(output, *given)
         return total
 
     def each(self, outputs: Any, targets: Any) -> Iterator[tuple[Any, Loss, Tensor, tuple[Any, ...]]]:
@@ -118,6 +118,20 @@ class JoinedTerms(Terms):
         """A signal of one loss, zero on the outputs of the others."""
         zeros = [piece if k == key else torch.zeros_like(terms.output.detach()) for k, (_, terms) in self.parts.items()]
         return self.join(zeros)
+
+    def refuse_undefined(self) -> None:
+        for _, terms in self.parts.values():
+            terms.refuse_undefined()
+
+    def indefinite(self) -> bool:
+        return any(terms.indefinite() for _, terms in self.parts.values())
+
+    def fisher(self, strict: bool = True) -> JoinedTerms:
+        """Loss by loss, see :meth:`Terms.fisher`."""
+        other = copy.copy(self)
+        other.parts = {key: (scale, terms.fisher(strict)) for key, (scale, terms) in self.parts.items()}
+        other.hessian_is_fisher = all(terms.hessian_is_fisher for _, terms in other.parts.values())
+        return other
 
     def value(self) -> Tensor:
         return torch.stack([scale * terms.value() for scale, terms in self.parts.values()]).sum()
@@ -178,9 +192,14 @@ class WeightedSum(Loss):
         other.divisors = divisors
         return other
 
+    def reads(self, result: Any) -> bool:
+        """Always: each loss picks its part."""
+        return True
+
     def joined(self, output: Any) -> Tensor:
         """The vector of all outputs, as in :class:`JoinedTerms`."""
-        return torch.cat([_pick(output, key, "outputs").reshape(-1) for key in self.loss_fn.losses])
+        parts = [(loss, _pick(output, key, "outputs")) for key, loss in self.loss_fn.losses.items()]
+        return torch.cat([(loss.joined(z) if loss.reads(z) else z).reshape(-1) for loss, z in parts])
 
     def terms(
         self,

@@ -8,6 +8,7 @@ from typing import Any, Literal, Unpack, get_args, overload
 import torch
 from torch import Tensor, nn
 
+from curvature.estimation.finite import refuse_nonfinite
 from curvature.losses import ClassDim
 from curvature.matrices.dataset_operator import MEMORY, DatasetOperator, MatrixArguments, Product
 from curvature.matrices.problem import Evaluation, Problem, gradient_of
@@ -31,6 +32,8 @@ class Hessian(DatasetOperator):
         """Gradient with respect to the columns, with its graph; zeros for parameters the loss does not use."""
         loss = evaluation.loss()
         if evaluation.first:
+            if evaluation.terms is not None:
+                evaluation.terms.refuse_undefined()
             refuse_outside_of_autograd(loss, list(self.columns.values()))
         gradient = gradient_of(loss, self.columns, create_graph=True)
         if evaluation.first:
@@ -82,6 +85,8 @@ class Hessian(DatasetOperator):
                     result[start:stop] += columns.diagonal(start) if diagonal else columns
 
         total = self.problem.visit(visit, "Hessian within blocks", count=True)
+        for result, group in zip(out, groups, strict=True):
+            refuse_nonfinite(result, "the Hessian", group, self.again)
         return [result / total for result in out]
 
 

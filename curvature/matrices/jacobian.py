@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp, vmap
 
 from curvature.estimation.dataset import record
+from curvature.estimation.finite import refuse_nonfinite
 from curvature.layers.recorder import Recorder
 from curvature.matrices.examples import Examples
 from curvature.matrices.problem import gradient_of
@@ -235,6 +236,8 @@ class Jacobian(LinearOperator):
                 result = line.pull(x.reshape(math.prod(batch), *self.in_shape).to(line.output.dtype))
             else:
                 result = line.push(x.reshape(math.prod(batch), *self.in_shape))
+        if not bool(torch.isfinite(result).all()) and bool(torch.isfinite(x).all()):
+            refuse_nonfinite(result, "a product with the Jacobian")
         return result.to(self.dtype).reshape(*batch, *self.out_shape)
 
     def to_dense(self) -> Tensor:

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from curvature.estimation.dataset import over_all_data, record, terms_of
 from curvature.layers.recorder import Recorder
 from curvature.losses import AutogradLoss, ClassDim, Loss, Terms, UnknownLossError, WeightedSum, loss_for
+from curvature.losses.loss import refuse_more_arguments
 from curvature.model.data import Batch, Data, Output, batches, call, is_one_batch, resolve_output, shown, to_device
 from curvature.model.parameters import Parameters
 from curvature.model.pullback import pull_back
@@ -51,6 +52,8 @@ class Evaluation:
             self.output = problem.pick(result)
         else:
             self.terms = terms_of(problem.loss, result, y, problem.output, problem.class_dim, check=first)
+            if problem.fisher is not False:
+                self.terms = self.terms.fisher(strict=bool(problem.fisher))
             self.output = self.terms.output
             if self.terms.reduction == "none":
                 raise ValueError("the loss has reduction='none', so it is no scalar. Use 'mean' or 'sum'.")
@@ -89,6 +92,8 @@ class Problem:
         class_dim: Class axis of the output where the shapes leave it open.
         progress: Show a progress bar; ``None`` shows one on long passes.
         opaque: Allow a loss of which only the value is known.
+        fisher: Put the Fisher information of the outputs in the place of the Hessian of the loss in them. ``None``
+            leaves a loss that is no likelihood as it is, which True refuses.
 
     Raises:
         TypeError: If the data can be seen only once.
@@ -106,13 +111,14 @@ class Problem:
         class_dim: ClassDim = None,
         progress: bool | None = None,
         opaque: bool = False,
+        fisher: bool | None = False,
     ) -> None:
         _refuse_sparse(model)
         self.model, self.loss_fn = model, loss_fn
         self.parameters = Parameters(model, params)
         self.output, self.class_dim = output, class_dim
         self.start = batches(data, passes=2)
-        self.single = is_one_batch(data)
+        self.single, self.fisher = is_one_batch(data), fisher
         self.progress = False if progress is None and self.single else progress
         self.loss = self._loss(opaque)
         if self.loss is not None and not self.single:
@@ -125,6 +131,7 @@ class Problem:
         try:
             return loss_for(self.loss_fn)
         except UnknownLossError:
+            refuse_more_arguments(self.loss_fn)
             if opaque and self.single:
                 return None  # one batch holds all data, however the loss joins examples
             if isinstance(getattr(self.loss_fn, "reduction", None), str):
@@ -133,9 +140,10 @@ class Problem:
 
     def pick(self, result: Any) -> Any:
         """The tensor that the loss sees, or whatever an opaque loss is called with."""
-        if isinstance(self.loss, WeightedSum):
-            return self.loss.joined(result if self.output is None else self.output(result))
-        return resolve_output(result) if self.output is None else self.output(result)
+        picked = result if self.output is None else self.output(result)
+        if self.loss is not None and self.loss.reads(picked):
+            return self.loss.joined(picked)
+        return resolve_output(result) if self.output is None else picked
 
     def visit(
         self, use: Callable[[Evaluation], Any], title: str, *, count: bool = False, recorded: bool = False

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from curvature.estimation.finite import refuse_nonfinite
 from curvature.model.kernels import differentiable_kernels
 from curvature.model.pullback import pull_back
 from precond.step.adapt import LevenbergMarquardt, unseen
@@ -245,13 +246,16 @@ class ClosureOptimizer(SecondOrderOptimizer):
     def hessian(self, params: list[Tensor], chunk: int = 64) -> Tensor:
         """Dense Hessian on the concatenated parameters, ``(P, P)``, by products with the identity."""
         assert self._slopes is not None
-        return second_derivatives([self._slopes.get(p) for p in params], params, chunk)
+        matrix = second_derivatives([self._slopes.get(p) for p in params], params, chunk)
+        refuse_nonfinite(matrix, "the Hessian")
+        return matrix
 
     def hutchinson_diagonal(self, params: list[Tensor], seed: int) -> Vectors:
         """``z * (H z)`` of the objective with random signs z, which depend on the seed and the step alone."""
         sign, draws = self.sign, enumerate(params)
         signs = {p: rademacher(p, seed, int(self.state[p].get("step", 0)), index) for index, p in draws}
         product = self.hessian_product(signs)
+        refuse_nonfinite(flatten(product), "a product with the Hessian")
         return {p: sign * signs[p] * product[p] for p in params}
 
     # Vectors that are kept from step to step

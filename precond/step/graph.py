@@ -249,6 +249,7 @@ def curved_output(loss_fn: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     terms = loss_for(loss_fn).terms(*given, as_called=True)
     if terms.reduction == "none":
         raise ValueError(f"{loss_fn!r} returned one value per term, but its Hessian needs reduction='mean' or 'sum'.")
+    terms.refuse_undefined()
     scale = weight / (float(terms.total) if terms.reduction == "mean" else 1.0)
     if scale < 0:
         raise ValueError(
