@@ -63,6 +63,13 @@ _LOSSES = """\
 An error says what to do where a kind is missing. Weighted sums of these, on one or several outputs, are
 `curvature.losses.SumOfLosses`; any twice-differentiable loss per example is `curvature.losses.AutogradLoss`; a loss of
 unknown type has its empirical Fisher in training, and its Hessian on one batch.
+
+The Fisher is that of the model's own distribution, whatever the targets: another matrix than `ggn` for `BCELoss`, for
+rates under `PoissonNLLLoss`, and for variances that the model returns beside its means under `GaussianNLLLoss`; all
+there is for `NLLLoss` (of log-probabilities) and `L1Loss`, which are linear in the output. A loss that is no likelihood
+has none, and optimizers take its Gauss-Newton matrix. Under `GaussianNLLLoss` the Gauss-Newton matrix in mean and
+variance is indefinite: products are there, with a warning, and structures are refused. Where a loss is finite and its
+second derivative is not (a probability that is exactly 0 or 1 under `BCELoss`, a norm at 0), the error names it.
 """
 
 
@@ -137,18 +144,20 @@ def _losses() -> str:
     rows = []
     for module in sorted(registered(), key=lambda m: m.__name__):
         if module is not SumOfLosses and module.__module__.startswith("torch.nn"):
-            exact = _has_curvature(module)
-            rows.append([f"`{module.__name__}`", *("yes" if exact or kind == "empirical" else "" for kind in KINDS)])
-    return _table(["", *(f"`{kind}`" for kind in KINDS)], rows)
+            known = {kind: kind == "empirical" or _has(module, fisher=True) for kind in KINDS}
+            found = [_has(module, fisher=False), *known.values()]
+            rows.append([f"`{module.__name__}`", *("yes" if there else "" for there in found)])
+    return _table(["", "`ggn`", *(f"`fisher`, `{kind}`" for kind in KINDS)], rows)
 
 
-def _has_curvature(module: type[nn.Module]) -> bool:
-    """Whether a loss has a second derivative, asked on outputs that suit all of them."""
+def _has(module: type[nn.Module], fisher: bool) -> bool:
+    """Whether a loss has a second derivative, or a Fisher information, asked on outputs that suit all of them."""
     z = torch.full((2, 3), 0.5)
     given: tuple[Any, ...] = (torch.tensor([0, 1]),) if module in (nn.CrossEntropyLoss, nn.NLLLoss) else (z,)
     given = (*given, z) if module is nn.GaussianNLLLoss else given
     try:
-        loss_for(module()).terms(z, *given).sqrt_column(0)
+        terms = loss_for(module()).terms(z.log_softmax(-1) if module is nn.NLLLoss else z, *given)
+        (terms.fisher() if fisher else terms).sqrt_column(0)
     except NoCurvatureError:
         return False
     return True

@@ -167,10 +167,10 @@ def loss_for(loss_fn: nn.Module | Loss | Callable[..., Tensor]) -> Loss:
     for base in kind.__mro__:
         if base in _REGISTRY and kind.forward is base.forward:
             return _REGISTRY[base](module)
-    refuse_more_arguments(loss_fn)
     name = type(loss_fn).__name__ if isinstance(loss_fn, nn.Module) else repr(loss_fn)
     raise UnknownLossError(
-        f"No derivatives are known for the loss {name}. (a) With fisher='empirical' none are needed. (b) Any "
+        f"No derivatives are known for the loss {name}. {more_arguments(loss_fn)}"
+        "(a) With fisher='empirical' none are needed. (b) Any "
         "twice-differentiable loss per example works as curvature.losses.AutogradLoss(loss_fn, reduction='mean'). "
         "(c) Register it with one small class:\n"
         f"    @curvature.losses.register_loss({name if isinstance(loss_fn, nn.Module) else 'MyLossModule'})\n"
@@ -182,26 +182,21 @@ def loss_for(loss_fn: nn.Module | Loss | Callable[..., Tensor]) -> Loss:
     )
 
 
-def refuse_more_arguments(loss_fn: Any) -> None:
-    """Refuse a loss that cannot be called with an output and a target.
-
-    Raises:
-        UnknownLossError: If it needs more arguments.
-    """
+def more_arguments(loss_fn: Any) -> str:
+    """What to do with a loss that cannot be called with an output and a target; empty where it can."""
     try:
         parameters = inspect.signature(loss_fn.forward if isinstance(loss_fn, nn.Module) else loss_fn).parameters
     except (TypeError, ValueError):  # no function, or one that does not tell
-        return
+        return ""
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     needed = [name for name, p in parameters.items() if p.kind in positional and p.default is p.empty]
-    if len(needed) > 2:
-        name = type(loss_fn).__name__ if isinstance(loss_fn, nn.Module) else getattr(loss_fn, "__name__", repr(loss_fn))
-        raise UnknownLossError(
-            f"{name} takes {', '.join(needed)}, where an output of the model and a target are compared. Write a "
-            "function of these two, such as lambda output, target: loss_fn(*output, target) for a model that returns "
-            "several tensors, and pass output=lambda result: result, so that it gets all of them. Its Hessian on one "
-            "batch, and optimizers that need a gradient or a closure, take it."
-        )
+    if len(needed) <= 2:
+        return ""
+    return (
+        f"It takes {', '.join(needed)}, where an output of the model and a target are compared: write a function of "
+        "these two, such as lambda output, target: loss_fn(*output, target) for a model that returns several tensors, "
+        "and pass output=lambda result: result, so that it gets all of them; its Hessian on one batch takes it. "
+    )
 
 
 def _module_of(function: Any) -> nn.Module | None:

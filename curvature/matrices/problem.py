@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from curvature.estimation.dataset import over_all_data, record, terms_of
 from curvature.layers.recorder import Recorder
 from curvature.losses import AutogradLoss, ClassDim, Loss, Terms, UnknownLossError, WeightedSum, loss_for
-from curvature.losses.loss import refuse_more_arguments
+from curvature.losses.loss import more_arguments
 from curvature.model.data import Batch, Data, Output, batches, call, is_one_batch, resolve_output, shown, to_device
 from curvature.model.parameters import Parameters
 from curvature.model.pullback import pull_back
@@ -131,7 +131,8 @@ class Problem:
         try:
             return loss_for(self.loss_fn)
         except UnknownLossError:
-            refuse_more_arguments(self.loss_fn)
+            if more_arguments(self.loss_fn):
+                raise
             if opaque and self.single:
                 return None  # one batch holds all data, however the loss joins examples
             if isinstance(getattr(self.loss_fn, "reduction", None), str):
