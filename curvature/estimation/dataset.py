@@ -52,11 +52,12 @@ def record(
 def terms_of(loss: Loss, result: Any, y: Any, output: Output | None, class_dim: ClassDim, check: bool = False) -> Terms:
     """The terms of a loss, from what the model returned: a tensor picked from it, or all that the loss reads."""
     picked = result if output is None else output(result)
-    if loss.reads(picked):
+    if isinstance(loss, WeightedSum):
         return loss.terms(picked, y, class_dim=class_dim, check=check)
     if isinstance(class_dim, Mapping):
         raise TypeError(f"class_dim={class_dim!r} is for sums of losses; for {loss!r} pass one axis.")
-    return loss.terms(resolve_output(result, output), y, class_dim=class_dim, check=check)
+    z = picked if loss.reads(picked) else resolve_output(result, output)
+    return loss.terms(z, y, class_dim=class_dim, check=check)
 
 
 def over_all_data(

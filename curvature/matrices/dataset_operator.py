@@ -171,7 +171,11 @@ class DatasetOperator(LinearOperator):
         ones = [torch.ones_like(p.detach()) for p in self.columns.values()]
         fresh = copy.copy(self)
         fresh.keep_graph, fresh._kept = False, None
-        fresh.each(lambda product, nbytes: product(ones, False), vectorized=False)
+
+        def use(product: Product, nbytes: int) -> None:
+            product(ones, False)
+
+        fresh.each(use, vectorized=False)
 
     def each(self, use: Callable[[Product, int], None], vectorized: bool = True) -> None:
         """Call ``use(product, bytes of one vector)`` for every batch; afterwards the divisor is known."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import re
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._vmap_internals import _vmap
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, _engine_run_backward
 
@@ -30,21 +30,31 @@ def pull_back(
 ) -> list[Tensor | None]:
     """What ``torch.autograd.grad`` gives, ``None`` where nothing arrives, for cotangents of the outputs' shapes.
 
-    To compare the shapes, torch would load a package for symbolic mathematics, which takes most of a second.
+    To compare the shapes, torch loads a package for symbolic mathematics, which takes most of a second: while nothing
+    else has loaded it, its engine is called without the comparison.
 
     Raises:
         NoSecondDerivativeError: If an operation cannot be differentiated once more.
     """
     given = tuple(tensor_of_its_own(c) for c in cotangents)
 
-    def run(given: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-        found: tuple[Tensor | None, ...] = _engine_run_backward(
-            tuple(outputs), given, retain_graph, create_graph, tuple(inputs), True, accumulate_grad=False
-        )
-        return found
-
+    found: tuple[Tensor | None, ...]
     with differentiated_twice():
-        return list(_vmap(run, 0, 0, allow_none_pass_through=True)(given) if batched else run(given))
+        if batched or "torch.fx.experimental.symbolic_shapes" in sys.modules:
+            found = torch.autograd.grad(
+                list(outputs),
+                list(inputs),
+                list(given),
+                retain_graph=retain_graph,
+                create_graph=create_graph,
+                allow_unused=True,
+                is_grads_batched=batched,
+            )
+        else:
+            found = _engine_run_backward(
+                tuple(outputs), given, retain_graph, create_graph, tuple(inputs), True, accumulate_grad=False
+            )
+    return list(found)
 
 
 class Pullback:

@@ -90,7 +90,7 @@ def _build(study: Study, name: str) -> LinearOperator:
     samples = None if isinstance(structure, Curvature) else _DRAWS
     options: dict[str, Any] = {"kind": kind(study, name), "samples": samples, "generator": generator, **study.options}
     matrix = fisher if options["kind"] == "empirical" else ggn
-    op = matrix(*study.given, structure=structure, **options)  # type: ignore[operator]
+    op = matrix(*study.given, structure=structure, **options)  # type: ignore[arg-type]
     study.budget.count(_passes(study, name))
     return op
 
