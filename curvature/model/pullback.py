@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
-from torch.autograd.graph import GradientEdge, _engine_run_backward
+from torch.autograd.graph import GradientEdge
 
 from curvature.model.parameters import tensor_of_its_own
 
@@ -51,7 +51,7 @@ def pull_back(
                 is_grads_batched=batched,
             )
         else:
-            found = _engine_run_backward(
+            found = torch.autograd._engine_run_backward(  # type: ignore[attr-defined]
                 tuple(outputs), given, retain_graph, create_graph, tuple(inputs), True, accumulate_grad=False
             )
     return list(found)
