@@ -53,6 +53,21 @@ def class_layout(output: Tensor, target: Tensor, class_dim: int | None, as_calle
     return Layout(shape, (fits[0],))
 
 
+def refuse_one_class(loss: object, layout: Layout) -> None:
+    """Refuse a choice among one class: its probability is one and its loss zero, whatever the model says.
+
+    Raises:
+        ValueError: If the class axis has one entry.
+    """
+    if layout.shape[2] == 1:
+        raise ValueError(
+            f"{loss!r} chooses among the entries of axis {layout.class_axes[0]} of an output of shape "
+            f"{tuple(layout.output_shape)}, which has one: the probability of a single class is 1 and its curvature 0, "
+            "whatever the model says. A yes or no in one logit is nn.BCEWithLogitsLoss() with targets 0. and 1. of the "
+            "output's shape; for cross-entropy give the model one output per class, two for yes and no."
+        )
+
+
 @dataclass(frozen=True)
 class Labels:
     """Class indices of all terms.

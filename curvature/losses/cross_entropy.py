@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from curvature.losses.classes import class_layout, class_weights, drawn_classes, read_labels
+from curvature.losses.classes import class_layout, class_weights, drawn_classes, read_labels, refuse_one_class
 from curvature.losses.loss import Loss, register_loss
 from curvature.losses.terms import Layout, Terms
 from solvers.precision import widen
@@ -171,6 +171,7 @@ class CrossEntropy(Loss):
         self.refuse_extra(extra)
         options: nn.CrossEntropyLoss = self.loss_fn
         layout = class_layout(output, target, class_dim, as_called)
+        refuse_one_class(self, layout)
         classes, valid = layout.shape[2], layout.valid(mask, output.device)
         logits = widen(output.new_empty(0))  # dtype and device of the arithmetic
         weight, smoothing = class_weights(options.weight, classes, logits, check), options.label_smoothing

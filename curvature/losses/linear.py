@@ -12,7 +12,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
-from curvature.losses.classes import Labels, class_layout, class_weights, drawn_classes, read_labels
+from curvature.losses.classes import Labels, class_layout, class_weights, drawn_classes, read_labels, refuse_one_class
 from curvature.losses.elementwise import ElementwiseLoss
 from curvature.losses.errors import NoCurvatureError, NoLikelihoodError
 from curvature.losses.loss import Loss, register_loss
@@ -205,6 +205,7 @@ class NLL(Loss):
         if target.is_floating_point():
             raise ValueError(f"nn.NLLLoss takes class indices, got a target of dtype {target.dtype}.")
         layout = class_layout(output, target, class_dim, as_called)
+        refuse_one_class(self, layout)
         valid = layout.valid(mask, output.device)
         weight = class_weights(self.loss_fn.weight, layout.shape[2], widen(output.new_empty(0)), check)
         labels = read_labels(target, layout, valid, weight, self.loss_fn.ignore_index, check)
