@@ -38,12 +38,14 @@ HOUSE: dict[str, str] = {
     " solvers.eigenpairs solvers.estimates solvers.tree",
     "curvature.laplace": ".laplace.parametric .laplace.matrix_free .laplace.backends .laplace.factors",
     "curvature.laplace.posteriors": ".laplace.backends .laplace.factors .losses .model",
-    "curvature.laplace.parametric": ".laplace.backends .laplace.factors .matrices .estimation solvers solvers.tree",
-    "curvature.laplace.matrix_free": ".matrices .losses .model solvers solvers.estimates solvers.outcome"
-    " solvers.precision",
-    "curvature.laplace.backends": ".laplace.factors .matrices .estimation .structures .layers .losses .model solvers"
-    " solvers.operators solvers.precision",
+    "curvature.laplace.parametric": ".laplace.backends .laplace.factors .matrices .estimation .losses solvers"
+    " solvers.tree",
+    "curvature.laplace.matrix_free": ".laplace.likelihoods .matrices .losses .model solvers solvers.estimates"
+    " solvers.outcome solvers.precision",
+    "curvature.laplace.backends": ".laplace.factors .laplace.likelihoods .matrices .estimation .structures"
+    " .layers .losses .model solvers solvers.operators solvers.precision",
     "curvature.laplace.factors": ".structures .layers solvers solvers.operators solvers.precision",
+    "curvature.laplace.likelihoods": ".losses",
     "curvature": ".reports .plots .influences .training .landscape .matrices .estimation .structures .layers .model",
     "curvature.reports": ".reports.sections .reports.pages .reports.results .estimation .structures .losses .model"
     " solvers.tree",

@@ -139,7 +139,7 @@ def test_structures_that_add_not_say_so_after_loading(tmp_path: Path) -> None:
 
 def test_options_of_backends_come_back(tmp_path: Path) -> None:
     """Draws go on where they were, so saving and loading between two fits changes nothing."""
-    kwargs = {"stochastic": True, "num_samples": 2, "seed": 5, "max_factor": 3}
+    kwargs = {"stochastic": True, "num_samples": 2, "seed": 5, "max_dim": 3}
     model, x, y = toy()
     la = Laplace(
         model,
@@ -154,7 +154,7 @@ def test_options_of_backends_come_back(tmp_path: Path) -> None:
     la.fit(loader_of(x[:7], y[:7]))
     save(la, tmp_path / "la.safetensors")
     loaded = load(tmp_path / "la.safetensors", model)
-    assert loaded.damping and loaded.backend.seed == 5 and loaded.backend.max_factor == 3
+    assert loaded.damping and loaded.backend.seed == 5 and loaded.backend.max_dim == 3
     assert_same(la, loaded, x)
     for posterior in (la, loaded):
         posterior.fit(loader_of(x[7:], y[7:]), override=False)
