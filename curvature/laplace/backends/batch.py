@@ -125,8 +125,9 @@ class BatchBackend(CurvatureInterface):
             AmbiguousClassAxisError: If the classes may lie on two axes.
             ValueError: If outputs and targets do not fit the likelihood.
         """
+        lossfunc: Any = self.lossfunc
         try:
-            terms = likelihood_for(self.lossfunc).terms(output, y, class_dim=self.class_dim_of(output, y), check=True)
+            terms = likelihood_for(lossfunc).terms(output, y, class_dim=self.class_dim_of(output, y), check=True)
         except AmbiguousClassAxisError as error:
             first, last = 1, output.dim() - 1
             raise AmbiguousClassAxisError(

@@ -104,9 +104,10 @@ class PosteriorSamples:
     def from_state_dict(cls, model: nn.Module, state: dict[str, Any], output: Output | None = None) -> PosteriorSamples:
         """Samples from :meth:`state_dict`, for the same model at the same parameters."""
         device = Parameters(model, list(state["names"])).device
-        moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in state.items()}
-        read = {"names": tuple(state["names"]), "observation": Observation.from_state(state.get("observation"))}
-        return cls(model, output, **(moved | read))
+        read: dict[str, Any] = {key: v.to(device) if isinstance(v, Tensor) else v for key, v in state.items()}
+        read["names"] = tuple(state["names"])
+        read["observation"] = Observation.from_state(state.get("observation"))
+        return cls(model, output, **read)
 
 
 class PosteriorSampler:

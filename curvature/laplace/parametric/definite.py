@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from laplace import DiagLaplace, FullLaplace
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # torch makes it without a stub
 
 from curvature.laplace.parametric.adopted import in_front_of
 from solvers import NotPositiveDefiniteError
@@ -15,7 +16,7 @@ from solvers import NotPositiveDefiniteError
 Read = Callable[[], Tensor]
 
 
-class IndefinitePosteriorError(NotPositiveDefiniteError, torch.linalg.LinAlgError):
+class IndefinitePosteriorError(NotPositiveDefiniteError, LinAlgError):
     """Curvature plus prior has an eigenvalue that is not positive. A grid of priors passes over those."""
 
 

@@ -51,10 +51,10 @@ def note_outputs(la: Any) -> None:
         la.model.output_size = la.n_outputs
 
 
-def class_axis(la: Any) -> int | None:
-    """Where the classes lie in outputs with more than two axes; ``None`` for others."""
+def class_axis(la: Any) -> int:
+    """Where the classes lie in outputs with more than two axes; on the last axis of others."""
     axis: int | None = getattr(la, "class_axis", None)
-    return axis
+    return -1 if axis is None else axis
 
 
 def many_axes(la: Any) -> bool:
@@ -104,7 +104,7 @@ def __call__(
     known = pred_type in (PredType.GLM, PredType.NN) and link_approx in list(LinkApprox)
     drawn = (pred_type == PredType.NN or categorical) and link_approx == LinkApprox.MC
     owned = generator is not None and drawn and not model_kwargs and la.likelihood != Likelihood.REWARD_MODELING
-    shaped = categorical and class_axis(la) is not None and (drawn or pred_type == PredType.GLM)
+    shaped = categorical and many_axes(la) and (drawn or pred_type == PredType.GLM)
     if not (known and (owned or shaped)):
         return plain(x, pred_type, joint, link_approx, n_samples, diagonal_output, generator, fitting, **model_kwargs)
     if drawn:
@@ -145,11 +145,19 @@ def predictive_samples(
     diagonal_output: bool = False,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Probabilities under draws of the parameters, or outputs in regression, ``(S, *output)``."""
+    """Probabilities under draws of the parameters, or outputs in regression, ``(S, *output)``.
+
+    The score of a reward model is an output as well: its softmax over one score would be 1.
+    """
+    if la.likelihood == Likelihood.REWARD_MODELING and pred_type == PredType.GLM:
+        return la.functional_samples(x, pred_type, n_samples, diagonal_output, generator)
     if not many_axes(la) or pred_type not in (PredType.GLM, PredType.NN):
         return plain(x, pred_type, n_samples, diagonal_output, generator)
     samples = la.functional_samples(x, pred_type, n_samples, diagonal_output, generator)
-    return samples if la.likelihood == Likelihood.REGRESSION else samples.softmax(class_axis(la) + 1)
+    if la.likelihood == Likelihood.REGRESSION:
+        return samples
+    axis = class_axis(la)
+    return samples.softmax(axis + 1 if axis >= 0 else axis)
 
 
 @in_front_of(ParametricLaplace)
@@ -184,7 +192,6 @@ class _NegativeLogProbability:
         self.axis = class_axis(la)
 
     def __call__(self, probabilities: Tensor, labels: Tensor) -> Tensor:
-        assert self.axis is not None
         return torch.nn.functional.nll_loss(probabilities.movedim(self.axis, 1).log(), labels)
 
 
@@ -202,7 +209,7 @@ def output_variances(la: Any, x: Any) -> tuple[Tensor, Tensor]:
 def bridged(la: Any, x: Any, link_approx: str) -> Tensor:
     """laplace-torch's other approximations of the link, with a row for each position."""
     Js, f = la.backend.jacobians(x, enable_backprop=la.enable_backprop)
-    layout = Layout.along(f.shape, class_axis(la) or -1)
+    layout = Layout.along(f.shape, class_axis(la))
     by_output = Js.unflatten(1, f.shape[1:]).movedim(-1, 0)  # (P, M, *output)
     rows = layout.rows(by_output).flatten(1, 2).movedim(0, -1)  # (M R, C, P)
     out = of_moments(la, layout.rows(f).flatten(0, 1).clone(), la.functional_variance(rows), link_approx)
@@ -229,13 +236,14 @@ def linearised_samples(
 
 def outputs_of_networks(la: Any, x: Any, n_samples: int, generator: torch.Generator | None) -> Tensor:
     """Outputs of networks with drawn parameters; those of the model are put back, whatever happens."""
-    own = list(la.model.last_layer.parameters()) if isinstance(la, LLLaplace) else la.params
+    model: Any = la.model
+    own = list(model.last_layer.parameters()) if isinstance(la, LLLaplace) else la.params
     x = x.to(la.mean.device) if isinstance(x, Tensor) else x
     samples = []
     try:
         for sample in la.sample(n_samples, generator):
             vector_to_parameters(sample, own)
-            f = la.model(x)
+            f = model(x)
             samples.append(f if la.enable_backprop else f.detach())
     finally:
         vector_to_parameters(la.mean, own)

@@ -81,7 +81,7 @@ def of_moments(la: Any, mean: Tensor, covariance: Tensor, link_approx: str) -> T
     """
     given: Any = copy.copy(la)
     given._glm_predictive_distribution = lambda *args, **kwargs: (mean, covariance)
-    probabilities: Tensor = BaseLaplace._glm_forward_call(given, mean, la.likelihood, link_approx=link_approx)
+    probabilities: Any = BaseLaplace._glm_forward_call(given, mean, la.likelihood, link_approx=link_approx)
     return probabilities
 
 
