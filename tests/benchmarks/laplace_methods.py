@@ -1,8 +1,9 @@
 """Every method of laplace-torch's posteriors with our backends: ``python -m tests.benchmarks.laplace_methods``.
 
-Each is called on every structure, subset of weights, backend and likelihood: on a posterior that was just fitted, on
-one that took back its ``state_dict``, and on one from a file. A number counts as right if it equals what follows from
-the dense matrix of the precision; that of ``"full"`` and ``"diag"`` is compared with its definition.
+Each is called on every structure, subset of weights, backend and likelihood: on a posterior that was just fitted, and
+with the Gauss-Newton matrix on one that took back its ``state_dict``, and on one from a file. A number counts as right
+if it equals what follows from the dense matrix of the precision; that of ``"full"`` and ``"diag"`` is compared with its
+definition.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 
 import torch
 from laplace import Laplace
+from laplace.curvature import CurvlinopsGGN
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -538,7 +540,7 @@ def verdicts(subset: str, structure: str, titles: Iterable[str] = ()) -> dict[st
     found: dict[str, dict[str, Verdict]] = {MADE: {}} | {title: {} for title in titles or METHODS}
     for likelihood in LIKELIHOODS:
         for backend in BACKENDS:
-            for stage in STAGES:
+            for stage in STAGES if backend == "GGN" else STAGES[:1]:
                 key, made = f"{likelihood}, {backend}, {stage}", list[Subject]()
 
                 def fit(
@@ -561,6 +563,7 @@ def where(keys: Iterable[str]) -> str:
     """Which likelihoods, backends and stages, as far as they are not all."""
     columns = [list(dict.fromkeys(column)) for column in zip(*(key.split(", ") for key in keys), strict=True)]
     known = (list(LIKELIHOODS), list(BACKENDS), list(STAGES))
+    columns[2] = known[2] if "GGN" not in columns[1] else columns[2]  # others are only fitted
     said = [" and ".join(column) for column, every in zip(columns, known, strict=True) if column != every]
     return ", ".join(said) or "all"
 
@@ -599,15 +602,74 @@ def table(subset: str, notes: Notes, structures: Iterable[str] = ()) -> str:
     return "\n".join(lines)
 
 
+#: Posteriors over functions, ``hessian_structure="gp"``, with their arguments.
+FUNCTIONAL: dict[str, dict[str, Any]] = {
+    "sod": {"n_subset": 6},
+    "nystrom": {"subsample_size": 6, "n_eigenvalues": 4},
+    "variational": {"inducing_locations": data_of("regression", 3, 4)[0]},
+}
+
+
+def function_space(kind: str, likelihood: str, backend: Any, x: Tensor) -> dict[str, Callable[[], Any]]:
+    """What can be asked of a posterior over functions, with the same draws for any backend."""
+    torch.manual_seed(0)
+    model = model_of(likelihood)
+    la: Any = Laplace(
+        model, likelihood, "all", "gp", functional_approximation=kind, backend=backend, **FUNCTIONAL[kind]
+    )
+    la.fit(loader(*data_of(likelihood, 1, 10)))
+    other = copy.copy(la)
+    other.load_state_dict(la.state_dict())
+    grid = {"val_loader": loader(*data_of(likelihood, 2, 6))}
+    return {
+        "`la(x)`": lambda: la(x),
+        '`la(x, link_approx="mc")`': lambda: la(x, link_approx="mc", n_samples=8, generator=seeded()),
+        "`predictive_moments(joint=True)`": lambda: la.predictive_moments(x, joint=True),
+        "`functional_samples`": lambda: la.functional_samples(x, n_samples=4, generator=seeded()),
+        "`predictive_samples`": lambda: la.predictive_samples(x, n_samples=4, generator=seeded()),
+        "`state_dict`, `load_state_dict`": lambda: other(x),
+        "`log_marginal_likelihood`": lambda: la.log_marginal_likelihood(),
+        "`optimize_prior_precision`": lambda: (la.optimize_prior_precision(**grid), la.prior_precision)[1],
+    }
+
+
+def functional_table(notes: Notes) -> str:
+    """Markdown, compared with ``CurvlinopsGGN``; both likelihoods must agree for a word."""
+    x = data_of("regression", 2, 3)[0]
+    columns: dict[str, dict[str, dict[str, Verdict]]] = {}
+    for kind in FUNCTIONAL:
+        for likelihood in ("regression", "classification"):
+            ours, theirs = dict[str, Any](), dict[str, Any]()
+            args = kind, likelihood
+            made = verdict(lambda a=args, o=ours: o.update(function_space(*a, GGNBackend, x)))
+            theirs = function_space(*args, CurvlinopsGGN, x)
+            cells = columns.setdefault(kind, {})
+            cells.setdefault(MADE, {})[f"{likelihood}, GGN, fitted"] = made
+            for title in ours:
+
+                def compare(a: Any = ours[title], b: Any = theirs[title]) -> None:
+                    pair = [value if isinstance(value, tuple) else (value,) for value in (a(), b())]
+                    for got, expected in zip(*pair, strict=True):
+                        same(got.detach(), expected.detach(), 1e-6)
+
+                cells.setdefault(title, {})[f"{likelihood}, GGN, fitted"] = verdict(compare)
+    titles = list(dict.fromkeys(title for cells in columns.values() for title in cells))
+    lines = [f"| {' | '.join(['', *(f'`{kind}`' for kind in columns)])} |", "| --- |" + " --- |" * len(columns)]
+    lines += [f"| {' | '.join([t, *(notes.cell(cells.get(t, {})) for cells in columns.values())])} |" for t in titles]
+    return "\n".join(lines)
+
+
 def main() -> None:
-    """Print a table for each subset of weights, and the notes."""
+    """Print a table for each subset of weights, with its notes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--subsets", nargs="+", choices=STRUCTURES, default=list(STRUCTURES))
+    tables: dict[str, Callable[[Notes], str]] = {s: lambda notes, s=s: table(s, notes) for s in STRUCTURES}
+    tables["functions"] = functional_table
+    parser.add_argument("--tables", nargs="+", choices=tables, default=list(tables))
     warnings.filterwarnings("ignore")
-    notes = Notes()
-    for subset in parser.parse_args().subsets:
-        print(f"\n### {subset}\n\n{table(subset, notes)}", flush=True)
-    print("\n### Notes\n\n" + "\n".join(notes.lines()))
+    for title in parser.parse_args().tables:
+        notes = Notes()
+        print(f"\n## {title}\n\n{tables[title](notes)}\n")
+        print("\n".join(notes.lines()), flush=True)
 
 
 if __name__ == "__main__":
