@@ -24,7 +24,6 @@ from curvature.laplace.matrix_free.tuning import Tuned, optimize_evidence
 from curvature.laplace.parametric.definite import IndefinitePosteriorError
 from curvature.laplace.parametric.diagonal import DiagonalPosterior, LastLayerDiagonalPosterior
 from curvature.laplace.parametric.files import load, save
-from curvature.laplace.parametric.functional import fit as _functional_fit  # noqa: F401  # puts itself in place
 from curvature.laplace.parametric.low_rank import LastLayerLowRankDiagPosterior, LowRankDiagPosterior
 from curvature.laplace.parametric.online import OnlineLaplace
 from curvature.laplace.parametric.posterior import (

@@ -308,3 +308,27 @@ def test_other_backends_are_left_alone() -> None:
     own.fit(loader_of(x, y))
     torch.testing.assert_close(own.log_det_posterior_precision, own.posterior_precision.logdet(), equal_nan=True)
     assert "class_axis" not in own.state_dict()
+
+
+def test_posteriors_over_functions_refuse_one_class() -> None:
+    x, y = normal(8, 4), torch.zeros(8, dtype=torch.long)
+    model = build(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1))
+    options: Any = {"backend": GGNBackend, "functional_approximation": "nystrom", "subsample_size": 4}
+    la = Laplace(model, "classification", "all", "gp", n_eigenvalues=2, **options)
+    with pytest.raises(ValueError, match="which has one"):
+        la.fit(loader_of(x, y))
+
+
+@pytest.mark.parametrize("structure", ["full", "diag"])
+def test_densities_of_a_subnetwork(structure: str) -> None:
+    model, x, y = toy("regression")
+    chosen = torch.tensor([0, 3, 17, 30])
+    la: Any = Laplace(model, "regression", "subnetwork", structure, subnetwork_indices=chosen, backend=GGNBackend)
+    la.fit(loader_of(x, y))
+    value = la.mean + torch.arange(len(la.mean)).double().sin()
+    P = la.posterior_precision if structure == "full" else torch.diag(la.posterior_precision)
+    normal_one = torch.distributions.MultivariateNormal(la.mean[chosen], precision_matrix=P)
+    torch.testing.assert_close(la.log_prob(value), normal_one.log_prob(value[chosen]))
+    squared = (value - la.mean)[chosen] @ P @ (value - la.mean)[chosen]
+    torch.testing.assert_close(la.square_norm(value), squared)
+    torch.testing.assert_close(la.log_prob(value, normalized=False), -squared / 2)
