@@ -125,7 +125,7 @@ def laplace_methods() -> Any:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("subset,structure", [("all", "kron"), ("last_layer", "diag"), ("subnetwork", "full")])
+@pytest.mark.parametrize("subset,structure", [("all", "kfac"), ("last_layer", "full"), ("subnetwork", "full")])
 def test_methods_of_laplace_torch_do_what_their_table_says(subset, structure):
     methods = laplace_methods()
     page = (Path(__file__).parents[1] / "docs" / "reference" / "laplace-methods.md").read_text(encoding="utf-8")

@@ -530,6 +530,8 @@ def verdict(run: Callable[[], Any]) -> Verdict:
         raised = (last.line or "").startswith(("raise", "assert")) or isinstance(error, NotImplementedError)
         if "site-packages" not in folder and {"curvature", "solvers"} & set(folder) and "tests" not in folder:
             return Verdict("refused" if raised else "error", message)
+        if "FeatureExtractor" in message:  # what pickle says of laplace-torch's hooks
+            return Verdict("laplace-torch refuses", f"{type(error).__name__}: {message}")
         of_laplace = any("laplace" in Path(f.filename).parts and "site-packages" in f.filename for f in frames)
         return Verdict("laplace-torch refuses" if of_laplace else "error", f"{type(error).__name__}: {message}")
     return Verdict("works")

@@ -49,7 +49,10 @@ class Features:
             model(x)  # an extractor finds its layer in its first pass
         layer: nn.Linear = model.last_layer
         with _Uses(layer) as uses:
-            output, phi = model.forward_with_features(x)
+            try:
+                output, phi = model.forward_with_features(x)
+            except KeyError:  # a copied extractor, whose hook still writes to the one it was copied from
+                return None
         if uses.count != 1 or not isinstance(output, Tensor) or output.shape[:-1] != phi.shape[:-1]:
             return None
         with torch.no_grad():
