@@ -46,9 +46,9 @@ _ELSEWHERE = """\
 **Anything else falls back to autograd**, and is right: parameters used by other functions (`einsum`, `exp`, custom
 kernels), used in two ways that do not fit one block, or by operations on several of them at once (spectral norm,
 parametrisations). They get the estimate of the last row, from gradients that autograd gives: one backward pass per
-batch for `mc`, one per example for `exact` and `empirical` on data sets, one with random signs in training. Operations
-that mix examples (batch norm in train mode, tables looked up once for all) take the same way. Matrix-free products need
-no rule at all.
+batch for `mc`, one per example for `exact` and `empirical` on data sets, in training too where that takes no more than
+32, and otherwise one with random signs. Operations that mix examples (batch norm in train mode, tables looked up once
+for all) take the same way. Matrix-free products need no rule at all.
 """
 
 _MATRICES = """\

@@ -64,6 +64,7 @@ class Statistics:
         self._mark: tuple[Any, Any] | None = None  # the step when the backward pass under way began
         self._seed = 0  # of the draws of this step
         self._waiting: list[Waiting] = []
+        self._refusal: Exception | None = None  # of what a gradient brought, if it turns out to count
         tape.reader = self
 
     @property
@@ -111,7 +112,7 @@ class Statistics:
         self.generator.set_state(state)
 
     def begin(self) -> None:
-        self._mark = self.mark(), self.collector.mark()
+        self._mark, self._refusal = (self.mark(), self.collector.mark()), None
 
     def arrived(self, call: TapedLoss, gradient: Tensor) -> None:
         passes = [origin for origin in call.passes if origin.recorder is not None]
@@ -143,11 +144,18 @@ class Statistics:
     def arrived_at_output(self, origin: Pass, gradient: Tensor) -> None:
         if not bool(torch.isfinite(gradient).all()):
             return  # nothing can be read off it, and the step will be skipped
-        if origin.recorder is not None:
+        if origin.recorder is None:
+            return
+        try:
             terms, share = self._from_gradient(origin.output, gradient)
-            self._take([origin], terms, share, None)
+        except (TypeError, ValueError) as error:
+            self._refusal = error  # no matter for a gradient that is not for the parameters
+            return
+        self._take([origin], terms, share, None)
 
     def keep(self) -> None:
+        if self._refusal is not None:
+            raise self._refusal
         waiting, self._waiting = self._waiting, []
         for item in waiting:
             item.backward.close()

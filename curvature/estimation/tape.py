@@ -314,6 +314,12 @@ class Tape:
         if after == self._before:  # torch.autograd.grad, for a penalty or an adversarial example
             self._abandon()
             return
+        if self.reader is not None:
+            try:
+                self.reader.keep()
+            except BaseException:
+                self._abandon()
+                raise
         self._task, self._marks = None, after
         for origin in self.passes:
             if origin.arriving is not None:
@@ -323,8 +329,6 @@ class Tape:
             if call.arriving is not None:
                 call.weight = call.arriving if call.weight is None else call.weight + call.arriving
                 call.arriving = None
-        if self.reader is not None:
-            self.reader.keep()
 
     def _abandon(self) -> None:
         """Forget what the backward pass under way has brought so far."""

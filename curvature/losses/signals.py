@@ -14,6 +14,8 @@ from curvature.losses import JoinedTerms, Terms
 
 FisherKind = Literal["exact", "mc", "empirical"]
 KINDS: tuple[FisherKind, ...] = ("exact", "mc", "empirical")
+#: Weights that tell examples apart are powers of two with exponents below this: half the range of float32 is left.
+TAG_BASE = 32
 
 
 def check_kind(kind: str) -> FisherKind:
@@ -153,12 +155,12 @@ class Signals:
         """Weights ``(examples,)`` that tell examples apart: any two examples differ in some of theirs.
 
         Powers of two, so that a backward pass that keeps examples apart scales with them exactly; as many sets of
-        weights as the number of the last example has digits to the base 32.
+        weights as the number of the last example has digits to the base :data:`TAG_BASE`.
         """
         number = torch.arange(self.examples)
         while True:
-            yield 2.0 ** (number % 32)
-            number = number // 32
+            yield 2.0 ** (number % TAG_BASE)
+            number = number // TAG_BASE
             if not number.any():
                 return
 
