@@ -17,7 +17,8 @@ from curvature.layers.block import Block, BlockPart, BlockPlace
 from curvature.layers.recorder import Recorder
 from curvature.layers.samples import OneHot, Outer, PerSample, Samples
 from curvature.layers.site import ElementwiseSite, OuterSite
-from curvature.losses.signals import Signals, stacked
+from curvature.losses.picked import ExampleTerms
+from curvature.losses.signals import SAY_WHICH, Signals, stacked
 from curvature.model.parameters import Parameters
 from curvature.model.pullback import Pullback, pull_back
 from curvature.structures.estimator import CurvatureEstimator, Form, MeansEstimator
@@ -373,9 +374,15 @@ class Collector:
         if recorder.examples_interact:
             return True
         output = getattr(signals.terms, "whole", signals.terms.output)
-        return not all(g.uses for g in groups) or not recorder.keeps_examples(
-            sites_of(groups), output, signals.examples
-        )
+        apart = recorder.keeps_examples(sites_of(groups), output, signals.examples)
+        if not apart and not isinstance(signals.terms, ExampleTerms) and recorder.lie_elsewhere(output):
+            averages = [g.block.name for g in groups if self.estimator_of(g).averages_positions]
+            if signals.together or signals.given is not None or averages:
+                raise ValueError(
+                    f"the terms of an example add up here, but those of the output, of shape {tuple(output.shape)}, "
+                    f"do not have their examples along its first axis. {SAY_WHICH}"
+                )
+        return not apart or not all(g.uses for g in groups)
 
     def refuse_averages(self, mixing: list[Group], examples: int) -> None:
         """Averages over the positions of an example need to know them; a table that no example has is one itself.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from curvature.estimation.accumulation import Accumulation
 from curvature.estimation.checkpoint import Checkpoint, Resume, digest, problem_identity
@@ -15,6 +15,7 @@ from curvature.estimation.finite import words
 from curvature.layers.block import Block
 from curvature.layers.recorder import Recorder
 from curvature.losses import ClassDim, JoinedTerms, Loss, NonFiniteCurvatureError, Terms, WeightedSum, loss_for
+from curvature.losses.picked import along
 from curvature.losses.signals import Signals
 from curvature.model.data import (
     Batch,
@@ -36,9 +37,20 @@ from solvers import BlockDiagonal
 
 
 def record(
-    model: nn.Module, parameters: Parameters, x: Any, y: Any = None, examples: int | None = None
+    model: nn.Module,
+    parameters: Parameters,
+    x: Any,
+    y: Any = None,
+    examples: int | None = None,
+    batch_dim: int | None = None,
 ) -> tuple[Any, Recorder]:
-    """Run the model on ``x``, with targets ``y`` or that many examples, and record the uses of its parameters."""
+    """Run the model on ``x``, with targets ``y`` or that many examples, and record the uses of its parameters.
+
+    Where examples lie along another axis of the output, the targets are taken to have them there as well; if not, the
+    uses are only found not to keep them apart.
+    """
+    if batch_dim and isinstance(y, Tensor) and -y.dim() <= batch_dim < y.dim():
+        examples = y.shape[batch_dim]
     tracked = {id(p) for p in parameters.values()}
     constants = [*model.buffers(), *(p for p in model.parameters() if id(p) not in tracked)]
     recorder = Recorder(parameters, constants, examples or examples_of(x, y), own_pass=True)
@@ -49,15 +61,29 @@ def record(
     return result, recorder
 
 
-def terms_of(loss: Loss, result: Any, y: Any, output: Output | None, class_dim: ClassDim, check: bool = False) -> Terms:
+def terms_of(
+    loss: Loss,
+    result: Any,
+    y: Any,
+    output: Output | None,
+    class_dim: ClassDim,
+    check: bool = False,
+    batch_dim: int | None = None,
+) -> Terms:
     """The terms of a loss, from what the model returned: a tensor picked from it, or all that the loss reads."""
     picked = result if output is None else output(result)
     if isinstance(loss, WeightedSum):
+        if batch_dim is not None:
+            raise TypeError(
+                f"batch_dim={batch_dim} names an axis of one output; the outputs of a sum of losses must have the "
+                "examples first."
+            )
         return loss.terms(picked, y, class_dim=class_dim, check=check)
     if isinstance(class_dim, Mapping):
         raise TypeError(f"class_dim={class_dim!r} is for sums of losses; for {loss!r} pass one axis.")
     z = picked if loss.reads(picked) else resolve_output(result, output)
-    return loss.terms(z, y, class_dim=class_dim, check=check)
+    terms = loss.terms(z, y, class_dim=class_dim, check=check)
+    return terms if batch_dim is None else along(terms, batch_dim)
 
 
 def over_all_data(
@@ -93,6 +119,7 @@ def estimate(
     params: Any = None,
     output: Output | None = None,
     class_dim: ClassDim = None,
+    batch_dim: int | None = None,
     generator: torch.Generator | None = None,
     resume: Resume | None = None,
     progress: bool | None = None,
@@ -108,6 +135,7 @@ def estimate(
         params: Restriction of the parameters, see :class:`~curvature.model.parameters.Parameters`.
         output: Picks the output tensor.
         class_dim: Class axis of the output, where shapes leave it open.
+        batch_dim: Axis of the output that counts the examples, where it is not the first.
         generator: Source of the draws for ``kind="mc"``; a fresh one seeded with 0 by default.
         resume: File in which the sums are kept, and from which they go on if it exists; see :func:`curvature.fisher`.
         progress: Show a progress bar; ``None`` shows one only where there are many batches.
@@ -150,8 +178,8 @@ def estimate(
             for number in range(run.number, curvature.passes):
                 for x, y in shown(run.batches(start), f"curvature, pass {number + 1}", progress):
                     x, y = to_device(x, parameters.device), to_device(y, parameters.device)
-                    result, recorder = record(model, parameters, x, y)
-                    terms = terms_of(loss, result, y, output, class_dim, check=True)
+                    result, recorder = record(model, parameters, x, y, batch_dim=batch_dim)
+                    terms = terms_of(loss, result, y, output, class_dim, check=True, batch_dim=batch_dim)
                     if not terms.output.requires_grad:
                         raise ValueError(
                             f"the output of {type(model).__name__} does not depend on any of the parameters through "

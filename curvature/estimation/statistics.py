@@ -18,7 +18,7 @@ from curvature.estimation.tape import Tape
 from curvature.layers.recorder import Recorder
 from curvature.losses import JoinedTerms, Loss, NoCurvatureError, Terms, UnknownLossError, loss_for
 from curvature.losses.from_gradient import from_output_gradient
-from curvature.losses.picked import PickedTerms, in_order, picked_rows
+from curvature.losses.picked import PickedTerms, along, by_examples, checked_axis, in_order, picked_rows
 from curvature.losses.signals import Signals
 from curvature.structures.estimator import Curvature
 
@@ -41,6 +41,7 @@ class Statistics:
         collector: Receives the statistics.
         curvature: What is estimated.
         class_dim: Class axis of the output, where it cannot be read off.
+        batch_dim: Axis of the model's output that counts the examples, where it is not the first.
 
     Attributes:
         loss: The loss as an object; ``None`` where it is unknown and the curvature empirical.
@@ -51,9 +52,16 @@ class Statistics:
     """
 
     def __init__(
-        self, tape: Tape, loss_fn: Any, collector: StepCollector, curvature: Curvature, class_dim: int | None = None
+        self,
+        tape: Tape,
+        loss_fn: Any,
+        collector: StepCollector,
+        curvature: Curvature,
+        class_dim: int | None = None,
+        batch_dim: int | None = None,
     ) -> None:
-        self.tape, self.collector, self.curvature, self.class_dim = tape, collector, curvature, class_dim
+        self.tape, self.collector, self.curvature = tape, collector, curvature
+        self.class_dim, self.batch_dim = class_dim, batch_dim
         self.loss = _interpreted(loss_fn, curvature)
         self.generator = torch.Generator(device=collector.parameters.device)
         self.armed = False
@@ -209,7 +217,7 @@ class Statistics:
         with self._open_graph():
             if call is not None and self._waits(passes, recorder, terms, share, call):
                 return
-            terms = _in_their_places(terms, passes)
+            terms = _in_their_places(terms, passes, self.batch_dim)
             if self.curvature.kind != "empirical":
                 terms = terms.fisher(strict=False)
             signals = Signals.of(
@@ -228,7 +236,9 @@ class Statistics:
             return False
         if any(origin.calls != [call] for origin in passes):
             return False  # the gradients of several losses arrive as one
-        signals = Signals(_in_their_places(terms, passes), "empirical", batch=recorder.batch, together=True)
+        signals = Signals(
+            _in_their_places(terms, passes, self.batch_dim), "empirical", batch=recorder.batch, together=True
+        )
         backward = self.collector.await_backward(recorder, signals, lambda: not self.tape.inside)
         if backward is None:
             return False
@@ -379,13 +389,21 @@ def merged(recorders: list[Recorder]) -> Recorder:
     return out
 
 
-def _in_their_places(terms: Terms, passes: list[Pass]) -> Terms:
-    """Terms on rows that were picked from the model's output, as terms of all of its rows."""
+def _in_their_places(terms: Terms, passes: list[Pass], batch_dim: int | None) -> Terms:
+    """Terms on rows that were picked from the model's output, as terms of all of its rows.
+
+    Raises:
+        ValueError: If ``batch_dim`` is given, and the terms are not on rows of one output.
+    """
     whole = passes[0].output
     if len(passes) > 1 or not isinstance(whole, Tensor) or isinstance(terms, JoinedTerms):
+        if batch_dim is not None:
+            raise ValueError(f"batch_dim={batch_dim} names an axis of the output of one pass; the loss sees several.")
         return terms
     z = terms.output
-    if in_order(z, whole):
+    if z is whole:
+        return terms if batch_dim is None else along(terms, batch_dim)
+    if batch_dim is None and in_order(z, whole):
         return terms
 
     def pull(sent: Tensor) -> Tensor | None:
@@ -394,9 +412,19 @@ def _in_their_places(terms: Terms, passes: list[Pass]) -> Terms:
 
     picked = picked_rows(pull, terms, whole)
     if picked is None:
+        if batch_dim is not None:
+            raise ValueError(
+                f"batch_dim={batch_dim}: what the loss sees, of shape {tuple(z.shape)}, is no choice of rows of the "
+                f"model's output, of shape {tuple(whole.shape)}. Leave batch_dim out and return outputs with the "
+                "examples first."
+            )
         return terms
     rows, axes = picked
-    return PickedTerms(terms, rows, (prod(axes[:1]), prod(axes[1:])), whole)
+    terms = PickedTerms(terms, rows, (prod(axes[:1]), prod(axes[1:])), whole)
+    if batch_dim is None:
+        return terms
+    axis = min(checked_axis(batch_dim, whole.dim()), len(axes) - 1)  # behind the class axis, if that was taken away
+    return by_examples(terms, axes, axis, whole)
 
 
 def _interpreted(loss_fn: Any, curvature: Curvature) -> Loss | None:

@@ -183,6 +183,13 @@ class Recorder(TorchFunctionMode):
             for site in sites
         )
 
+    def lie_elsewhere(self, output: Tensor) -> bool:
+        """Whether the examples are certain not to be the entries along the first axis of an output, or runs of them."""
+        if self._resolved is None:
+            return False
+        states = [self._resolved.of(h) for ref, h in self._returned if (t := ref()) is not None and in_order(output, t)]
+        return any(isinstance(state, Axis) and (state.axis, state.outer) != (0, 1) for state in states)
+
     def _apart(self, place: Handle, axis: int = 0) -> bool:
         """Whether the examples lie along an axis, the outermost number of it."""
         assert self._resolved is not None

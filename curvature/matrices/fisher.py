@@ -37,6 +37,7 @@ def fisher(
     params: Any = None,
     output: Output | None = None,
     class_dim: ClassDim = None,
+    batch_dim: int | None = None,
     resume: Resume | None = None,
     progress: bool | None = None,
     **options: Any,
@@ -72,6 +73,7 @@ def fisher(
         params: Names, globs or tensors that restrict the parameters.
         output: Picks the output tensor where the model does not return a tensor.
         class_dim: Class axis of the output where the shapes leave it open; by key for a sum of losses.
+        batch_dim: Axis of the output that counts the examples, where it is not the first.
         resume: File in which the sums over the batches are kept as they grow, and from which a run that was killed
             continues at its batch, with the identical result. A path, or a :class:`curvature.Checkpoint`, that says how
             often to save.
@@ -102,5 +104,5 @@ def fisher(
         NoLikelihoodError: For ``exact`` and ``mc``, if the loss is no likelihood; :func:`curvature.ggn` needs none.
         CheckpointError: If the file of ``resume`` belongs to another problem.
     """
-    request = Request(model, loss_fn, data, params, output, class_dim, progress)
+    request = Request(model, loss_fn, data, params, output, class_dim, progress, batch_dim)
     return request.matrix(structure, kind_of(structure, kind, "mc"), samples, generator, resume, options, fisher=True)

@@ -43,7 +43,7 @@ class Evaluation:
         counter = _BytesMade() if count else None
         with torch.enable_grad(), counter or contextlib.nullcontext():
             if recorded:
-                result, self.recorder = record(problem.model, problem.parameters, x, y)
+                result, self.recorder = record(problem.model, problem.parameters, x, y, batch_dim=problem.batch_dim)
             else:
                 result = call(problem.model, x)
         self.nbytes = counter.total if counter else 0
@@ -51,7 +51,8 @@ class Evaluation:
         if problem.loss is None:
             self.output = problem.pick(result)
         else:
-            self.terms = terms_of(problem.loss, result, y, problem.output, problem.class_dim, check=first)
+            axes = problem.class_dim, first, problem.batch_dim
+            self.terms = terms_of(problem.loss, result, y, problem.output, *axes)
             if problem.fisher is not False:
                 self.terms = self.terms.fisher(strict=bool(problem.fisher))
             self.output = self.terms.output
@@ -90,6 +91,7 @@ class Problem:
         params: Restriction of the parameters.
         output: Picks the output tensor.
         class_dim: Class axis of the output where the shapes leave it open.
+        batch_dim: Axis of the output that counts the examples, where it is not the first.
         progress: Show a progress bar; ``None`` shows one on long passes.
         opaque: Allow a loss of which only the value is known.
         fisher: Put the Fisher information of the outputs in the place of the Hessian of the loss in them. ``None``
@@ -109,6 +111,7 @@ class Problem:
         params: Any = None,
         output: Output | None = None,
         class_dim: ClassDim = None,
+        batch_dim: int | None = None,
         progress: bool | None = None,
         opaque: bool = False,
         fisher: bool | None = False,
@@ -116,7 +119,7 @@ class Problem:
         _refuse_sparse(model)
         self.model, self.loss_fn = model, loss_fn
         self.parameters = Parameters(model, params)
-        self.output, self.class_dim = output, class_dim
+        self.output, self.class_dim, self.batch_dim = output, class_dim, batch_dim
         self.start = batches(data, passes=2)
         self.single, self.fisher = is_one_batch(data), fisher
         self.progress = False if progress is None and self.single else progress

@@ -38,6 +38,7 @@ WHOLE: dict[str, Callable[..., LinearOperator]] = {
 class Arguments(MatrixArguments, total=False):
     """Keywords of ``ggn`` and ``fisher`` beside the structure; from ``mode`` on, options of structures."""
 
+    batch_dim: int | None
     kind: FisherKind | None
     samples: int | None
     generator: torch.Generator | None
@@ -60,6 +61,7 @@ class Request:
     output: Output | None = None
     class_dim: ClassDim = None
     progress: bool | None = None
+    batch_dim: int | None = None
 
     def problem(self, fisher: bool | None = False) -> Problem:
         """The loss as a function of the parameters, for data that can be seen again; see :class:`Problem`."""

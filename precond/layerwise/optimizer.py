@@ -172,7 +172,10 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
             eval_mode=self.loop.eval_mode,
             before_pass=self._follow,
         )
-        self._statistics = Statistics(self.tape, self.loss_fn, self._collector(), self.curvature, self.loop.class_dim)
+        loop = self.loop
+        self._statistics = Statistics(
+            self.tape, self.loss_fn, self._collector(), self.curvature, loop.class_dim, loop.batch_dim
+        )
         if self.step_size is not None or self.damping_rule is not None:
             self._step_model = StepModel(self, self.step_size, self.damping_rule)
             self.tape.repeats = True

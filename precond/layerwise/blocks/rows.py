@@ -70,8 +70,8 @@ class RowTap:
     """Watches one ``nn.Linear`` and offers the rows of its gradient.
 
     The rows stand for the gradient only if one forward pass used the layer since the last step, the gradient was empty
-    before its backward pass, it was not changed afterwards (judged by its version, and by a random combination that must
-    be what it was, bit by bit, which also notices changes through ``.data``), and it was not summed over processes.
+    before its backward pass, it was not changed afterwards (judged by its version, and by a random combination, bit by
+    bit, which also notices changes through ``.data``), and it was not summed over processes.
     """
 
     def __init__(self, module: nn.Linear, params: Mapping[str, nn.Parameter]) -> None:
@@ -217,9 +217,7 @@ class RowTaps:
         if not found:
             return {}
         blocks = {name: preconditioners[name].estimator.block for name in found}
-        agree = [
-            self.taps[name].unchanged() & rows.agree(blocks[name].read(gradients)) for name, rows in found.items()
-        ]
+        agree = [self.taps[name].unchanged() & rows.agree(blocks[name].read(gradients)) for name, rows in found.items()]
         same = dict(zip(found, torch.stack(agree).tolist(), strict=True))
         for name in found:
             self.taps[name].count *= same[name]
