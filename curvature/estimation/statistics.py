@@ -123,7 +123,7 @@ class Statistics:
         self._mark, self._refusal = (self.mark(), self.collector.mark()), None
 
     def arrived(self, call: TapedLoss, gradient: Tensor) -> None:
-        passes = [origin for origin in call.passes if origin.recorder is not None]
+        passes = self._open(call.passes)
         loss = self._loss_of(call)
         if not passes or loss is None:
             return
@@ -137,7 +137,7 @@ class Statistics:
 
     def arrived_at_input(self, call: TapedLoss, gradient: Tensor) -> None:
         """A gradient arrived at what a loss of unknown type was called on."""
-        passes = [origin for origin in call.passes if origin.recorder is not None]
+        passes = self._open(call.passes)
         if not passes or call.arriving is None:
             return
         if call.arriving.dim() > 0:
@@ -152,7 +152,7 @@ class Statistics:
     def arrived_at_output(self, origin: Pass, gradient: Tensor) -> None:
         if not bool(torch.isfinite(gradient).all()):
             return  # nothing can be read off it, and the step will be skipped
-        if origin.recorder is None:
+        if not self._open([origin]):
             return
         try:
             terms, share = self._from_gradient(origin.output, gradient)
@@ -186,6 +186,14 @@ class Statistics:
 
     # From a loss to the collector
 
+    def _open(self, passes: list[Pass]) -> list[Pass]:
+        """Those to collect from now; where passes hide something, they are repeated at the end of the step instead."""
+        if self.shadows:
+            for origin in passes:
+                if origin in self.tape.passes:
+                    origin.recorder, origin.again = None, True
+        return [origin for origin in passes if origin.recorder is not None]
+
     def _loss_of(self, call: TapedLoss) -> Loss | None:
         if call.module is self.tape.loss_module:
             return self.loss
@@ -216,7 +224,7 @@ class Statistics:
         recorder = merged([origin.recorder for origin in passes if origin.recorder is not None])
         with self._open_graph():
             if call is not None and self._waits(passes, recorder, terms, share, call):
-                return
+                return self._refuse_hidden(recorder)
             terms = _in_their_places(terms, passes, self.batch_dim)
             if self.curvature.kind != "empirical":
                 terms = terms.fisher(strict=False)
@@ -228,7 +236,14 @@ class Statistics:
             reached = self.collector.collect(
                 recorder, terms.output, signals, counted=counted, scale=scale, factor=share.factor
             )
+            self._refuse_hidden(recorder)
             self._step.note(reached)
+
+    def _refuse_hidden(self, recorder: Recorder) -> None:
+        """Raise what a reentrant checkpoint raises where a signal passes through it; one may also end there."""
+        hides = "CheckpointFunctionBackward" in recorder.explained.custom
+        if hides and self.tape.mode == "auto" and self._mark is not None:
+            raise RuntimeError("a checkpoint with use_reentrant=True hides parameters")
 
     def _waits(self, passes: list[Pass], recorder: Recorder, terms: Terms, share: Weight, call: TapedLoss) -> bool:
         """Whether the user's own backward pass brings empirical statistics, so that none of ours is needed."""
@@ -274,15 +289,23 @@ class Statistics:
 
     @contextlib.contextmanager
     def _open_graph(self) -> Iterator[None]:
-        """For passes of our own through the user's graph, which a reentrant checkpoint refuses."""
+        """For passes of our own through the user's graph, which a reentrant checkpoint refuses.
+
+        What the user's backward pass has brought so far is taken back then, and its passes are repeated at the end of
+        the step; earlier ones of the step keep their part.
+        """
         try:
             with self.tape.own_pass():
                 yield
         except RuntimeError as error:
-            if self.tape.mode != "auto" or "use_reentrant" not in str(error):
+            if self.tape.mode != "auto" or "use_reentrant" not in str(error) or self._mark is None:
                 raise
             self.hidden = self.tape.cautious = True
-            self._start_again()
+            self.drop()
+            self.begin()
+            for origin in self.tape.passes:
+                if origin.arriving is not None or any(call.arriving is not None for call in origin.calls):
+                    origin.recorder, origin.again = None, True
 
     # The end of the step
 
@@ -300,13 +323,12 @@ class Statistics:
         self.tape.settle()
         self._stop_waiting()
         for origin in self.tape.passes:
-            if origin.again and not self.shadows:
+            if origin.again:
                 self._repeat(origin)
         missing = set() if self.shadows or self.tape.mode != "auto" else self._missing(gradients or {})
         if missing:
             self.hidden = True
             self._start_again()
-        if self.shadows:
             for origin in self.tape.passes:
                 self._repeat(origin)
         if missing and self.batches:

@@ -140,7 +140,7 @@ class Tape:
             self.before_pass()
         self._prune()
         device = next(iter(self.parameters().values())).device
-        random = random_state(device) if self.keeps_inputs else None
+        random = random_state(device)
         self._pass = Pass((args, kwargs), random)
         self._frame = calling_frame()
         if self.records and not self.shadows and not self.is_compiled():
