@@ -29,10 +29,10 @@ HOUSE: dict[str, str] = {
     " curvature.losses curvature.model solvers",
     "precond.layerwise.blocks": ".step curvature curvature.structures curvature.layers curvature.model solvers"
     " solvers.operators",
-    "precond.closure": ".gradient .step curvature.estimation curvature.layers curvature.losses curvature.model solvers"
-    " solvers.precision",
-    "precond.gradient": ".step solvers solvers.iterative solvers.direct solvers.precision",
-    "precond.step": "curvature.estimation curvature.losses curvature.model solvers solvers.precision",
+    "precond.closure": ".gradient .step curvature.estimation curvature.layers curvature.losses curvature.model"
+    " solvers solvers.precision",
+    "precond.gradient": ".step solvers solvers.iterative solvers.direct solvers.precision solvers.operators",
+    "precond.step": "curvature.estimation curvature.losses curvature.model solvers solvers.precision solvers.outcome",
     "curvature.__main__": ".cli",
     "curvature.cli": ".reports .plots .matrices .estimation .structures .layers .losses .model solvers"
     " solvers.eigenpairs solvers.estimates solvers.tree",
@@ -41,24 +41,25 @@ HOUSE: dict[str, str] = {
     "curvature.laplace.parametric": ".laplace.backends .laplace.factors .matrices .estimation .losses solvers"
     " solvers.tree",
     "curvature.laplace.matrix_free": ".laplace.likelihoods .matrices .losses .model solvers solvers.estimates"
-    " solvers.outcome solvers.precision",
-    "curvature.laplace.backends": ".laplace.factors .laplace.likelihoods .matrices .estimation .structures"
-    " .layers .losses .model solvers solvers.operators solvers.precision",
+    " solvers.outcome solvers.precision solvers.operators",
+    "curvature.laplace.backends": ".laplace.factors .laplace.likelihoods .matrices .estimation .structures .layers"
+    " .losses .model solvers solvers.operators solvers.precision",
     "curvature.laplace.factors": ".structures .layers solvers solvers.operators solvers.precision",
     "curvature.laplace.likelihoods": ".losses",
     "curvature": ".reports .plots .influences .training .landscape .matrices .estimation .structures .layers .model",
     "curvature.reports": ".reports.sections .reports.pages .reports.results .estimation .structures .losses .model"
     " solvers.tree",
     "curvature.reports.sections": ".reports.results .matrices .estimation .structures .losses .model solvers"
-    " solvers.estimates",
+    " solvers.estimates solvers.operators",
     "curvature.reports.pages": ".reports.results .plots solvers",
     "curvature.reports.results": ".estimation",
     "curvature.plots": ".training .landscape solvers",
     "curvature.influences": ".matrices .estimation .structures .layers .losses .model solvers solvers.tree"
-    " solvers.precision",
-    "curvature.training": ".matrices .structures .layers .losses .model solvers solvers.precision",
+    " solvers.precision solvers.operators",
+    "curvature.training": ".matrices .structures .layers .losses .model solvers solvers.precision solvers.operators",
     "curvature.landscape": ".matrices .estimation .losses .model solvers solvers.outcome",
-    "curvature.matrices": ".estimation .structures .layers .losses .model solvers solvers.eigenpairs solvers.precision",
+    "curvature.matrices": ".estimation .structures .layers .losses .model solvers solvers.eigenpairs"
+    " solvers.precision",
     "curvature.estimation": ".structures .layers .losses .model solvers solvers.tree",
     "curvature.structures": ".layers .losses .model solvers solvers.operators solvers.precision",
     "curvature.layers": ".losses .model solvers solvers.precision",

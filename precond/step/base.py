@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, TypedDict
@@ -19,6 +20,7 @@ from precond.step.schedules import Scheduled
 from precond.step.signature import announced
 from precond.step.uncompiled import uncompiled
 from precond.step.update import apply_update, kl_scale, regularized
+from solvers.outcome.remedies import FLOAT64, PERTURBED, remedies
 
 
 class StepOptions(TypedDict, total=False):
@@ -83,6 +85,7 @@ class SecondOrderOptimizer(ScheduledOptimizer):
         self.loop = loop
         self.skipped = 0  # steps skipped because a gradient was not finite
         self.skipped_in_row = 0
+        self.remedies: Counter[str] = Counter()  # of decompositions, see solvers.outcome.remedies
         options = {
             "lr": lr,
             **in_groups({"momentum": momentum, "nesterov": False, "weight_decay": weight_decay, "decay": "decoupled"}),
@@ -134,12 +137,23 @@ class SecondOrderOptimizer(ScheduledOptimizer):
     def back_to(self, mark: Any) -> None:
         """Undo the part of a step since :meth:`mark`, which raised."""
 
+    def metrics(self) -> dict[str, float]:
+        """What the run has met so far, as a flat dict of floats for any logger.
+
+        ``steps`` and ``skipped`` are those taken and skipped; ``decompositions_in_float64`` and
+        ``decompositions_perturbed`` count eigendecompositions and the like that failed in their own precision, and
+        succeeded in float64 or only after a perturbation of the size of rounding errors.
+        """
+        counts = {name: self.remedies[name] for name in (FLOAT64, PERTURBED)}
+        return {name: float(count) for name, count in {"steps": self.steps, "skipped": self.skipped, **counts}.items()}
+
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
         """Within the block everything happens or nothing, whatever raises."""
         mark = self.mark()
         try:
-            yield
+            with remedies(self.remedies):
+                yield
         except BaseException:
             self.back_to(mark)
             raise

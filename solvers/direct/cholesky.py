@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from solvers.operators.bases import Derived, SelfAdjoint
+from solvers.operators.decompositions import eigenvalues
 from solvers.operators.dense import Dense, non_finite, require_symmetric, symmetric_part
 from solvers.operators.linear_operator import LinearOperator, Shape
 from solvers.operators.storable import storable
 from solvers.outcome.checks import require
-from solvers.outcome.errors import NotPositiveDefiniteError, SolverError
+from solvers.outcome.errors import NonFiniteError, NotPositiveDefiniteError, SolverError
 from solvers.precision import widen
 from solvers.solver import Solver
 
@@ -43,11 +44,16 @@ class Cholesky(Solver):
             StructureError: For another structure or exponent.
             NotPositiveDefiniteError: If a pivot is not positive.
             NotSymmetricError: If the matrix is not symmetric.
-            NonFiniteError: If it holds NaN or infinity.
+            NonFiniteError: If it holds NaN or infinity, or the inverse overflows.
         """
         self.check_serves(op, exponent)
         assert isinstance(op, Dense)
         factor = CholeskyInverse(cholesky_factor(op))
+        pivots = factor.factor.diagonal(dim1=-2, dim2=-1)
+        require(
+            torch.isfinite(pivots**-2).all(),  # the diagonal of the inverse is at least these
+            lambda: NonFiniteError(f"{op!r} ** -1 overflows {pivots.dtype}. Use float64 or more damping."),
+        )
         return factor.to_explicit() if self.explicit else factor
 
 
@@ -104,7 +110,7 @@ def cholesky_factor(op: Dense) -> Tensor:
 def _failure(op: Dense, matrix: Tensor) -> SolverError:
     if not torch.isfinite(matrix).all():
         return non_finite(op)
-    smallest = float(torch.linalg.eigvalsh(matrix.double()).min())
+    smallest = float(eigenvalues(matrix.double()).min())
     return NotPositiveDefiniteError(
         f"Cholesky cannot invert {op!r}: it is not positive definite in {matrix.dtype}, its smallest eigenvalue is "
         f"{smallest:.3g}. Use more damping, Eigh('clamped') or float64."

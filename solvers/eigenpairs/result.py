@@ -10,6 +10,7 @@ from torch import Tensor
 
 from solvers.eigenpairs.storage import Storage, orthonormalize, rotate
 from solvers.estimates.probes import FlatProduct, default_batch, norm
+from solvers.operators.decompositions import eigendecomposition
 from solvers.operators.dense import symmetric_part
 from solvers.operators.linear_operator import LinearOperator
 from solvers.outcome.solution import OnFailure, not_converged
@@ -143,7 +144,7 @@ def finish(
     batch = default_batch(op, None)
     for source, target in zip(vectors.split(batch), images.split(batch), strict=True):
         target.copy_(product(source))
-    values, rotation = torch.linalg.eigh(symmetric_part(vectors @ images.mT))
+    values, rotation = eigendecomposition(symmetric_part(vectors @ images.mT))
     chosen = wanted.output(values)
     values, rotation = values[chosen], rotation[:, chosen].mT
     for rows in (vectors, images):

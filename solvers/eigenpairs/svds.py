@@ -10,6 +10,7 @@ from torch import Tensor
 
 from solvers.eigenpairs.eigsh import eigsh
 from solvers.estimates.probes import default_batch, flat_product, norm
+from solvers.operators.decompositions import singular_value_decomposition
 from solvers.operators.function import Function
 from solvers.operators.linear_operator import LinearOperator
 from solvers.outcome.errors import NotConvergedWarning
@@ -105,7 +106,7 @@ def svds(
             progress=progress,
         )
     images = onto(pairs.vectors)  # A v, (k, .)
-    left, values, rotation = torch.linalg.svd(images.mT, full_matrices=False)
+    left, values, rotation = singular_value_decomposition(images.mT)
     left, right = left.mT, rotation @ pairs.vectors
     residuals = torch.hypot(
         norm(rotation @ images - values.unsqueeze(1) * left), norm(back(left) - values.unsqueeze(1) * right)

@@ -26,6 +26,7 @@ from curvature.structures.diagonal import DiagonalEstimator
 from curvature.structures.ekfac import EigenbasisEstimator
 from curvature.structures.estimator import CurvatureEstimator, Form
 from solvers import Kronecker
+from solvers.operators.decompositions import singular_value_decomposition
 from solvers.operators.diagonal import identity
 from solvers.precision import widen
 
@@ -241,7 +242,7 @@ class Backend(JacobianBackend):
                 loss = one if loss is None else loss + one
         if loss is None:
             raise ValueError("data_loader has no batches.")
-        _, s, V = torch.linalg.svd(torch.cat(found), full_matrices=False)
+        _, s, V = singular_value_decomposition(torch.cat(found))
         values = self._scale() * s.square()
         keep = values > SMALLEST
         return largest(values[keep], V.mT[:, keep], loss, self.low_rank)

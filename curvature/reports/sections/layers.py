@@ -9,6 +9,7 @@ import torch
 from curvature.reports.results import Eigenvalue, LayersResult, Matrix
 from curvature.reports.sections.study import Study, names_of
 from solvers import NotConvergedWarning, eigsh
+from solvers.operators.decompositions import eigendecomposition
 
 _PRODUCTS = (8, 30)  # for one layer
 
@@ -63,7 +64,7 @@ def _largest(study: Study, matrix: Matrix, name: str, limit: float) -> tuple[Eig
             )
             return value, pairs.products
         block, spent = op.to_dense().double(), size
-    values, vectors = torch.linalg.eigh((block + block.mT) / 2)
+    values, vectors = eigendecomposition((block + block.mT) / 2)
     rounding = torch.finfo(whole.dtype).eps * float(values.abs().max())
     return Eigenvalue(float(values[-1]), rounding, True, _share(study, name, vectors[:, -1])), spent
 

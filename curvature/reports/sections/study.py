@@ -23,6 +23,7 @@ from curvature.reports.sections.budget import Budget, Need
 from curvature.reports.sections.store import Store
 from curvature.structures.estimator import Curvature
 from solvers import Function, LinearOperator
+from solvers.operators.decompositions import eigendecomposition
 
 MATRICES: dict[Matrix, Callable[..., DatasetOperator]] = {"hessian": hessian, "ggn": ggn}
 
@@ -189,7 +190,7 @@ class Study:
         dense = self.operator(matrix).to_dense().double()
         self.budget.count(self.size)
         self.dense[matrix] = (dense + dense.mT) / 2
-        self.spectrum[matrix] = torch.linalg.eigh(self.dense[matrix])
+        self.spectrum[matrix] = eigendecomposition(self.dense[matrix])
 
     def start_from(self, vectors: Mapping[Matrix, Tensor]) -> None:
         """Take eigenvectors of an earlier report as a start.
