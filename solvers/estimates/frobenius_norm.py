@@ -7,6 +7,7 @@ from torch import Tensor
 
 from solvers.estimates.estimate import Estimate, Goal, Mean, average, conclude, exact
 from solvers.estimates.probes import default_batch, flat_product, norm, own_generator, signs
+from solvers.operators.decompositions import power_of_two
 from solvers.operators.linear_operator import LinearOperator
 from solvers.outcome.errors import StructureError
 from solvers.outcome.solution import OnFailure
@@ -56,11 +57,21 @@ def frobenius_norm(
     goal = Goal(samples, rtol, atol, max_samples, on_failure)
     batch, product, generator = default_batch(op, batch_size), flat_product(op), own_generator(op, generator)
 
-    def draw(count: int) -> Tensor:
-        return norm(product(signs(op, count, generator))).square()
+    unit = torch.ones((), dtype=torch.float64, device=op.device)  # of the first norms, whose squares may overflow
 
-    mean = average(draw, goal, batch, "frobenius_norm", progress, read=_root)
-    value, stderr = _root(mean)
+    def draw(count: int) -> Tensor:
+        nonlocal unit
+        norms = norm(product(signs(op, count, generator)))
+        if unit == 1:
+            unit = power_of_two(norms[None])[0, 0]
+        return (norms / unit).square()
+
+    def root(mean: Mean) -> tuple[Tensor, Tensor]:
+        value, stderr = _root(mean)
+        return value * unit, stderr * unit
+
+    mean = average(draw, goal, batch, "frobenius_norm", progress, read=root)
+    value, stderr = root(mean)
     return conclude("frobenius_norm", op, goal, value, stderr, samples=mean.count, products=mean.count)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from solvers.operators.decompositions import power_of_two
 from solvers.operators.linear_operator import LinearOperator
 from solvers.outcome.errors import NotSymmetricError
 from solvers.precision import working_dtype
@@ -19,6 +20,9 @@ FlatProduct = Callable[[Tensor], Tensor]
 
 # Numbers in one block of vectors, where the user sets no batch_size: 256 MiB in float64.
 _BLOCK = 1 << 25
+
+# The squares of float64 numbers within this and its inverse are in range, and have all their digits.
+_SMALL = 1e-140
 
 
 def own_generator(op: LinearOperator, generator: torch.Generator | None) -> torch.Generator:
@@ -81,7 +85,11 @@ def norm(x: Tensor) -> Tensor:
     Returns:
         ``(m,)``, float64.
     """
-    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64)
+    size = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64)
+    if x.dtype == torch.float64 and bool(((size < _SMALL) | ~(size < 1 / _SMALL)).any()):
+        unit = power_of_two(x.unsqueeze(-2)).squeeze(-1)
+        return torch.linalg.vector_norm(x / unit, dim=-1) * unit.squeeze(-1)
+    return size
 
 
 def orthonormal(x: Tensor) -> Tensor:

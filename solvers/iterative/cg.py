@@ -105,7 +105,7 @@ class CG(IterativeSolver):
         # Reading this back at every step is the price of stopping at the right one; on an accelerator "stop" is free.
         if bool(bad.any()):
             index = int(bad.nonzero()[0])
-            value = float(curvature[index] / dot(p[index], p[index]))
+            value = float(curvature[index] / dot(p[index], p[index])) * system.size
             raise NotPositiveDefiniteError(
                 f"CG met the curvature {value:.3g} in step {step}: {system.op!r} is not positive definite. Use more "
                 "damping, MINRES() for an indefinite operator, or negative_curvature='stop' to keep the iterate before."

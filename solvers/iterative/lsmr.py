@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -47,6 +47,14 @@ class LSMR(IterativeSolver):
     def preconditioner(self) -> LinearOperator | None:
         """None: scale the columns of A instead."""
         return None
+
+    def rescaled(self, size: float) -> LSMR:
+        """The same term for ``A / size``."""
+        return self if size == 1 else replace(self, damp=self.damp / size)
+
+    def residual_units(self, size: float) -> float:
+        """The residual is that of the normal equations, with a factor ``A^T``."""
+        return size
 
     def size(self, b: Tensor, rproduct: Callable[[Tensor], Tensor]) -> Tensor:
         """``|A^T b|``, ``(m,)``."""

@@ -46,7 +46,9 @@ class Neumann(IterativeSolver):
 
     def iterate(self, system: LinearSystem) -> Iterate:
         """Run the iteration; a diverging row stops and is reported."""
-        scale = self._scale(system) if self.scale is None else self.scale
+        # The user's step is for A itself, and a preconditioner is scaled already.
+        own = 1.0 if self.preconditioner is not None else system.size
+        scale = self._scale(system) if self.scale is None else self.scale * own
         x = system.x
         r = system.b - system.product(x)
         norm = start = torch.linalg.vector_norm(r, dim=-1)
