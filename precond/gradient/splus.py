@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from precond.gradient.bases import eigenbases, initial_bases
-from precond.gradient.matrices import gram, largest, matrix_shape, multiply
+from precond.gradient.matrices import gram, largest, matrix_shape, multiply, worth_a_matrix
 from precond.gradient.optimizer import Group, State, due, state_zeros
 from precond.gradient.stacks import Stack, StackedOptimizer, entries
 from precond.step.averaging import swapped, update_average
@@ -28,7 +28,8 @@ class SPlus(StackedOptimizer):
     with M the average of gradients, :math:`Q_L` and :math:`Q_R` the eigenvectors of the averages L of
     :math:`G G^\top` and R of :math:`G^\top G`, computed every ``inverse_update_period`` steps. The sign bounds the step
     for a basis of any age. Tensors are matrices with their first axis as rows; vectors, and matrices with both
-    sides beyond ``max_dim``, move by ``vector_scale * sign(M)``.
+    sides beyond ``max_dim``, move by ``vector_scale * sign(M)``. A side far longer than the other
+    (:func:`~precond.gradient.matrices.worth_a_matrix`) is not rotated.
 
     The iterates themselves are noisy: evaluate under :meth:`averaged`.
 
@@ -108,7 +109,7 @@ class SPlus(StackedOptimizer):
         state: State = {"exp_avg": state_zeros(p), "average": p.detach().to(working_dtype(p), copy=True)}
         if p.ndim >= 2:
             sizes = enumerate(matrix_shape(p.shape))
-            state |= initial_bases(p, {axis: n for axis, n in sizes if n <= group["max_dim"]})
+            state |= initial_bases(p, {k: n for k, n in sizes if worth_a_matrix(n, p.numel(), group["max_dim"])})
         return state
 
     def update(self, stack: Stack, g: Tensor, group: Group) -> Tensor:
