@@ -32,7 +32,8 @@ class Estimate:
         value: The estimate, 0-d (or shaped as what is estimated).
         stderr: Standard error of ``value``, shaped alike; 0 where it is exact. For few samples it is widened as
             Student's t is, so that the truth lies within ``value +- 2 stderr`` in 95 % of runs, however many the
-            samples. Infinite for a single sample, which has no error estimate.
+            samples. Where a single eigenvalue makes up the number, the estimates are skewed, and ten samples cover some
+            87 %, a hundred 95 %. Infinite for a single sample, which has no error estimate.
         samples: Random samples that were spent, as the estimator counts them; 0 where the value is exact.
         products: Products with the operator that were spent, counted in vectors.
         systematic: The part of ``stderr`` that more samples do not reduce (quadrature); 0 for unbiased estimates.
