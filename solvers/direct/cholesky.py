@@ -14,6 +14,7 @@ from solvers.operators.decompositions import eigenvalues
 from solvers.operators.dense import Dense, non_finite, require_symmetric, symmetric_part
 from solvers.operators.linear_operator import LinearOperator, Shape
 from solvers.operators.storable import storable
+from solvers.outcome.arguments import flag, real_tensor
 from solvers.outcome.checks import require
 from solvers.outcome.errors import NonFiniteError, NotPositiveDefiniteError, SolverError
 from solvers.precision import widen
@@ -33,6 +34,10 @@ class Cholesky(Solver):
     """
 
     explicit: bool = True
+
+    def __post_init__(self) -> None:
+        """Validate the arguments."""
+        flag("explicit", self.explicit)
 
     exponents: ClassVar[tuple[float, ...]] = (-1,)
     needs: ClassVar[tuple[type[LinearOperator], ...]] = (Dense,)
@@ -63,6 +68,12 @@ class CholeskyInverse(SelfAdjoint, Derived):
     """``(L L^T)^-1`` by the triangular factor ``L (*stack, n, n)``; acts on ``(*stack, n)``."""
 
     factor: Tensor
+
+    def __post_init__(self) -> None:
+        """Validate the arguments."""
+        real_tensor("factor", self.factor)
+        if self.factor.ndim < 2 or self.factor.shape[-1] != self.factor.shape[-2]:
+            raise ValueError(f"factor is a triangle (*stack, n, n), not {tuple(self.factor.shape)}.")
 
     @property
     def in_shape(self) -> Shape:

@@ -11,6 +11,7 @@ from solvers.operators.decompositions import eigendecomposition
 from solvers.operators.dense import Dense, require_symmetric
 from solvers.operators.eigenvalue_power import MODES, Mode, computed_power
 from solvers.operators.linear_operator import LinearOperator
+from solvers.outcome.arguments import choice, number
 from solvers.precision import widen
 from solvers.solver import BasisSolver
 
@@ -40,8 +41,8 @@ class Eigh(BasisSolver):
 
     def __post_init__(self) -> None:
         """Validate the arguments."""
-        if self.mode not in MODES:
-            raise ValueError(f"mode is one of {', '.join(MODES)}, not {self.mode!r}.")
+        choice("mode", self.mode, MODES)
+        number("floor", self.floor, optional=True)
         if self.floor is not None and (self.mode != "clamped" or not self.floor > 0):
             raise ValueError(f"floor is a positive number for mode='clamped', not {self.floor} for {self.mode!r}.")
 

@@ -13,6 +13,7 @@ from solvers.operators.decompositions import power_of_two
 from solvers.operators.dense import Dense, non_finite, require_symmetric
 from solvers.operators.eigen import Eigen
 from solvers.operators.linear_operator import LinearOperator
+from solvers.outcome.arguments import choice, number, whole
 from solvers.outcome.checks import require
 from solvers.outcome.solution import OnFailure, not_converged
 from solvers.precision import widen
@@ -42,6 +43,13 @@ class Subspace(BasisSolver):
     tolerance: float = 0.0
     rtol: float = 1e-2
     on_failure: OnFailure = "warn"
+
+    def __post_init__(self) -> None:
+        """Validate the arguments."""
+        whole("steps", self.steps)
+        number("tolerance", self.tolerance, low=0)
+        number("rtol", self.rtol, low=0)
+        choice("on_failure", self.on_failure, OnFailure)
 
     exponents: ClassVar[tuple[float, ...] | None] = None
     needs: ClassVar[tuple[type[LinearOperator], ...]] = (Dense,)

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from solvers.eigenpairs.eigsh import eigsh
-from solvers.estimates.probes import default_batch, flat_product, norm
+from solvers.eigenpairs.result import check_search
+from solvers.estimates.probes import default_batch, flat_product, norm, require_operator
 from solvers.operators.decompositions import singular_value_decomposition
 from solvers.operators.function import Function
 from solvers.operators.linear_operator import LinearOperator
+from solvers.outcome.arguments import whole
 from solvers.outcome.errors import NotConvergedWarning
 from solvers.outcome.solution import OnFailure, not_converged
 from solvers.precision import working_dtype
@@ -78,6 +80,9 @@ def svds(
         NonFiniteError: If a product holds NaN or infinity.
         NotConvergedError: If a triplet misses its tolerance and ``on_failure`` is "raise".
     """
+    require_operator(op)
+    whole("k", k)
+    check_search(rtol, atol, max_products, basis_size, generator, on_failure, progress)
     rows, columns = op.shape
     if not 1 <= k <= min(rows, columns):
         raise ValueError(f"{op!r} has {min(rows, columns)} singular values; k={k} is not between 1 and that.")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from solvers.operators.decompositions import power_of_two
 from solvers.operators.linear_operator import LinearOperator
+from solvers.outcome.arguments import choice, number, whole
 from solvers.outcome.errors import NonFiniteError
 from solvers.outcome.progress import progress_bar
 from solvers.outcome.solution import OnFailure, not_converged
@@ -124,18 +125,16 @@ class Goal:
 
     def __post_init__(self) -> None:
         """Validate the arguments."""
-        if self.samples < 1:
-            raise ValueError(f"samples is at least 1, not {self.samples}.")
-        for name, tolerance in (("rtol", self.rtol), ("atol", self.atol)):
-            if tolerance is not None and not 0 <= tolerance < inf:
-                raise ValueError(f"{name} is a number >= 0, not {tolerance}.")
+        whole("samples", self.samples)
+        number("rtol", self.rtol, low=0, optional=True)
+        number("atol", self.atol, low=0, optional=True)
+        whole("max_samples", self.max_samples)
         if self.has_tolerance and self.max_samples < self.first:
             raise ValueError(
                 f"max_samples={self.max_samples} is below the {self.first} samples that are taken before the tolerance "
                 "is looked at. Allow more, or ask for fewer samples."
             )
-        if self.on_failure not in ("warn", "raise"):
-            raise ValueError(f"on_failure is 'warn' or 'raise', not {self.on_failure!r}.")
+        choice("on_failure", self.on_failure, OnFailure)
 
     @property
     def has_tolerance(self) -> bool:

@@ -15,6 +15,7 @@ from solvers.estimates.estimate import Estimate, Mean
 from solvers.estimates.lanczos import Quadrature, quadrature
 from solvers.estimates.probes import default_batch, flat_product, norm, own_generator, require_symmetric, signs
 from solvers.operators.linear_operator import LinearOperator
+from solvers.outcome.arguments import choice, flag, number, whole
 from solvers.outcome.progress import progress_bar
 
 DensityMethod = Literal["slq", "kpm"]
@@ -97,13 +98,18 @@ def spectral_density(
     require_symmetric(op, "spectral_density")
     if op.shape[1] == 0:
         raise ValueError(f"{op!r} is empty and has no spectrum.")
-    for name, number in (("samples", samples), ("steps", steps)):
-        if number < 1:
-            raise ValueError(f"{name} is at least 1, not {number}.")
+    choice("method", method, DensityMethod)
+    whole("samples", samples)
+    whole("steps", steps)
+    number("width", width, optional=True)
+    flag("progress", progress, optional=True)
     if width is not None and (method == "kpm" or not width > 0):
         raise ValueError(f"width is a positive number for method='slq', not {width} for {method!r}.")
-    if isinstance(grid, int) and grid < 2:
-        raise ValueError(f"grid is at least 2 points, not {grid}.")
+    if isinstance(grid, Tensor):
+        if grid.ndim != 1 or grid.is_complex() or not bool(torch.isfinite(grid).all()):
+            raise ValueError(f"grid is a number of points or finite points (g,), not a tensor {tuple(grid.shape)}.")
+    else:
+        whole("grid", grid, low=2)
     batch, generator = default_batch(op, batch_size), own_generator(op, generator)
     parts = [min(batch, samples - done) for done in range(0, samples, batch)]
     with progress_bar(samples, f"spectral density ({method})", progress) as bar:

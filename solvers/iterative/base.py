@@ -18,6 +18,7 @@ from tqdm import tqdm
 from solvers.operators.bases import Wrapper
 from solvers.operators.decompositions import power_of_two
 from solvers.operators.linear_operator import LinearOperator, Shape
+from solvers.outcome.arguments import choice, flag, instance, number, whole
 from solvers.outcome.errors import NonFiniteError, StructureError
 from solvers.outcome.progress import progress_bar
 from solvers.outcome.solution import OnFailure, Solution, SolveInfo, report
@@ -97,6 +98,15 @@ class IterativeSolver(Solver):
     needs: ClassVar[tuple[type[LinearOperator], ...]] = (LinearOperator,)
     needs_symmetric: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        """Validate the arguments that all have; subclasses go on with their own."""
+        number("rtol", self.rtol, low=0)
+        number("atol", self.atol, low=0)
+        whole("max_steps", self.max_steps, optional=True)
+        instance("preconditioner", self.preconditioner, LinearOperator, "a LinearOperator", optional=True)
+        choice("on_failure", self.on_failure, OnFailure)
+        flag("progress", self.progress, optional=True)
+
     @property
     @abstractmethod
     def rtol(self) -> float:
@@ -164,6 +174,8 @@ class IterativeSolver(Solver):
             x0: Initial guess ``(*batch, *in_shape)``; zero if left out.
             callback: Sees each iterate.
         """
+        instance("op", op, LinearOperator, "a LinearOperator such as Dense(matrix)")
+        instance("b", b, Tensor, "a tensor")
         self._check(op)
         batch = _batch_shape(b, op.out_shape, "b", op)
         if b.dtype != op.dtype:
@@ -278,6 +290,11 @@ class IterativeInverse(Wrapper):
 
     op: LinearOperator
     solver: IterativeSolver
+
+    def __post_init__(self) -> None:
+        """Validate the arguments."""
+        instance("op", self.op, LinearOperator, "a LinearOperator such as Dense(matrix)")
+        instance("solver", self.solver, IterativeSolver, "an iterative solver such as CG()")
 
     @property
     def in_shape(self) -> Shape:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from solvers.iterative.base import Iterate, IterativeSolver, LinearSystem, divide
 from solvers.operators.linear_operator import LinearOperator
+from solvers.outcome.arguments import number
 from solvers.outcome.solution import OnFailure
 
 
@@ -39,6 +40,11 @@ class LSMR(IterativeSolver):
     damp: float = 0.0
     on_failure: OnFailure = "warn"
     progress: bool | None = None
+
+    def __post_init__(self) -> None:
+        """Validate the arguments."""
+        super().__post_init__()
+        number("damp", self.damp, low=0)
 
     exponents: ClassVar[tuple[float, ...] | None] = (-1,)
     needs_symmetric: ClassVar[bool] = False

@@ -11,6 +11,7 @@ from torch import Tensor
 from solvers.operators.decompositions import power_of_two
 from solvers.operators.dense import Dense, non_finite, require_symmetric
 from solvers.operators.linear_operator import LinearOperator
+from solvers.outcome.arguments import choice, number, whole
 from solvers.outcome.solution import OnFailure, Solution, SolveInfo, not_converged
 from solvers.precision import widen
 from solvers.solver import Solver
@@ -27,6 +28,12 @@ class MatrixIteration(Solver):
     """
 
     needs: ClassVar[tuple[type[LinearOperator], ...]] = (Dense,)
+
+    def __post_init__(self) -> None:
+        """Validate the arguments."""
+        number("rtol", self.rtol, low=0, optional=True)
+        whole("max_steps", self.max_steps)
+        choice("on_failure", self.on_failure, OnFailure)
 
     @property
     @abstractmethod

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from solvers.iterative.base import Iterate, IterativeSolver, LinearSystem, divide
 from solvers.operators.linear_operator import LinearOperator
+from solvers.outcome.arguments import number
 from solvers.outcome.solution import OnFailure
 
 
@@ -41,6 +42,11 @@ class Neumann(IterativeSolver):
     preconditioner: LinearOperator | None = None
     on_failure: OnFailure = "warn"
     progress: bool | None = None
+
+    def __post_init__(self) -> None:
+        """Validate the arguments."""
+        super().__post_init__()
+        number("scale", self.scale, low=0, open_low=True, optional=True)
 
     exponents: ClassVar[tuple[float, ...] | None] = (-1,)
 

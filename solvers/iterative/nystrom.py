@@ -19,6 +19,7 @@ from solvers.operators.dense import symmetric_part
 from solvers.operators.diagonal import Diagonal
 from solvers.operators.linear_operator import LinearOperator
 from solvers.operators.low_rank import LowRank, Rows
+from solvers.outcome.arguments import instance, whole
 from solvers.outcome.errors import NonFiniteError, NotPositiveDefiniteError, StructureError
 from solvers.outcome.solution import OnFailure
 
@@ -58,8 +59,9 @@ class Nystrom(IterativeSolver):
 
     def __post_init__(self) -> None:
         """Validate the arguments."""
-        if self.rank < 1:
-            raise ValueError(f"rank is at least 1, not {self.rank}.")
+        whole("rank", self.rank)
+        super().__post_init__()
+        instance("generator", self.generator, torch.Generator, "a torch.Generator", optional=True)
 
     @property
     def max_steps(self) -> int | None:
@@ -112,8 +114,8 @@ class Nystrom(IterativeSolver):
         y = (op @ omega.mT.reshape(-1, *op.in_shape)).reshape(-1, n).mT
         if not bool(torch.isfinite(y).all()):
             raise NonFiniteError(f"Nystrom met NaN or infinity in the products of {op!r}.")
-        size = power_of_two(y)  # squares of norms leave the floating range before the entries do
-        y = y / size
+        unit = power_of_two(y)  # squares of norms leave the floating range before the entries do
+        y = y / unit
         norm = torch.linalg.vector_norm(y)
         if not bool(norm > 0):
             return omega.mT, torch.zeros_like(omega[0])
@@ -123,12 +125,12 @@ class Nystrom(IterativeSolver):
         factor, info = torch.linalg.cholesky_ex(symmetric_part(core))
         if bool(info):
             raise NotPositiveDefiniteError(
-                f"Nystrom needs a positive semi-definite operator, and {op!r} + {float(nu * size):.1g} I is not. Use "
+                f"Nystrom needs a positive semi-definite operator, and {op!r} + {float(nu * unit):.1g} I is not. Use "
                 "MINRES() for an indefinite one."
             )
         b = torch.linalg.solve_triangular(factor, y.mT, upper=False)  # (l, n)
         _, singular, basis = singular_value_decomposition(b)
-        return basis, (singular.square() - nu).clamp(min=0) * size.squeeze()
+        return basis, (singular.square() - nu).clamp(min=0) * unit.squeeze()
 
 
 def _split(op: LinearOperator) -> tuple[LinearOperator, float | Tensor]:

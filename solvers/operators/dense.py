@@ -11,6 +11,7 @@ from torch import Tensor
 from solvers.operators.bases import Derived
 from solvers.operators.linear_operator import LinearOperator, Scalar, Shape
 from solvers.operators.storable import storable
+from solvers.outcome.arguments import flag, instance
 from solvers.outcome.checks import require
 from solvers.outcome.errors import NonFiniteError, NotSymmetricError, SingularMatrixError
 
@@ -36,6 +37,8 @@ class Dense(Derived):
 
     def __post_init__(self) -> None:
         """Validate the arguments."""
+        instance("matrix", self.matrix, Tensor, "a tensor")
+        flag("is_gram", self.is_gram)
         if self.matrix.ndim < 2:
             raise ValueError(
                 f"Dense takes a matrix (*stack, m, n), not shape {tuple(self.matrix.shape)}. "
