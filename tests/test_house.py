@@ -26,12 +26,13 @@ HOUSE: dict[str, str] = {
     "precond.taxonomy": ".step",
     "precond": ".layerwise .layerwise.blocks .closure .gradient .step curvature curvature.structures solvers",
     "precond.layerwise": ".layerwise.blocks .step curvature curvature.estimation curvature.structures"
-    " curvature.losses curvature.model solvers",
+    " curvature.losses curvature.model solvers solvers.outcome",
     "precond.layerwise.blocks": ".step curvature curvature.structures curvature.layers curvature.model solvers"
     " solvers.operators",
     "precond.closure": ".gradient .step curvature.estimation curvature.layers curvature.losses curvature.model"
-    " solvers solvers.precision",
-    "precond.gradient": ".step solvers solvers.iterative solvers.direct solvers.precision solvers.operators",
+    " solvers solvers.precision solvers.outcome",
+    "precond.gradient": ".step solvers solvers.iterative solvers.direct solvers.precision solvers.operators"
+    " solvers.outcome",
     "precond.step": "curvature.estimation curvature.losses curvature.model solvers solvers.precision solvers.outcome",
     "curvature.__main__": ".cli",
     "curvature.cli": ".reports .plots .matrices .estimation .structures .layers .losses .model solvers"
@@ -61,7 +62,7 @@ HOUSE: dict[str, str] = {
     "curvature.matrices": ".estimation .structures .layers .losses .model solvers solvers.eigenpairs"
     " solvers.precision",
     "curvature.estimation": ".structures .layers .losses .model solvers solvers.tree",
-    "curvature.structures": ".layers .losses .model solvers solvers.operators solvers.precision",
+    "curvature.structures": ".layers .losses .model solvers solvers.operators solvers.precision solvers.outcome",
     "curvature.layers": ".losses .model solvers solvers.precision",
     "curvature.losses": "solvers.precision",
     "curvature.model": "",

@@ -27,6 +27,7 @@ from precond.step.graph import (
 )
 from precond.step.uncompiled import uncompiled
 from solvers import SolverError
+from solvers.outcome.arguments import instance
 from solvers.precision import working_dtype
 
 
@@ -273,12 +274,14 @@ class ClosureOptimizer(SecondOrderOptimizer):
 
     def judging(self, rule: LevenbergMarquardt | None) -> LevenbergMarquardt | None:
         """A rule for :meth:`damped_direction`, which judges every step and takes back each that raises the loss."""
+        instance("damping_rule", rule, LevenbergMarquardt, "a LevenbergMarquardt", optional=True)
         if rule is not None:
             rule.refuse(type(self).__name__, "period", "reject_steps", "relative_minimum")
         return rule
 
     def following(self, rule: LevenbergMarquardt | None) -> LevenbergMarquardt | None:
         """A rule for a method that takes every step, and adapts the damping by it periodically."""
+        instance("damping_rule", rule, LevenbergMarquardt, "a LevenbergMarquardt", optional=True)
         if rule is not None:
             rule.refuse(type(self).__name__, "attempts", "reject_steps", "relative_minimum")
         return rule

@@ -15,6 +15,7 @@ from precond.step.methods import Taxonomy
 from precond.step.options import Momentum, choice
 from precond.step.schedules import Scheduled
 from solvers.iterative.newton_schulz import polar
+from solvers.outcome.arguments import number
 
 Scaling = Literal["adam", "spectral", "none"]
 Polynomial = Literal["quintic", "polar_express"]
@@ -91,6 +92,8 @@ class Muon(StackedOptimizer):
         eps: Scheduled = 1e-8,
         **options: Unpack[StepOptions],
     ) -> None:
+        if not (isinstance(momentum, Momentum) or callable(momentum)):
+            number("momentum", momentum)
         super().__init__(
             params,
             lr=lr,

@@ -99,7 +99,7 @@ class KBFGS(LayerwiseMethod):
     ) -> None:
         if not isinstance(curvature, KroneckerBFGS):
             raise TypeError(f"{type(self).__name__}: curvature is a KroneckerBFGS(...), not {curvature!r}.")
-        if options.get("maximize"):
+        if options.get("maximize") is True:
             raise ValueError("KBFGS minimises: maximize=True has no meaning for it. Negate the loss.")
         self._passes: list[Pass] = []  # of the last step, to be run again
         self._scale: Tensor | float = 1.0  # of a GradScaler in them

@@ -35,6 +35,7 @@ from precond.step.loop import Loop
 from precond.step.options import Momentum, Refresh, WeightDecay
 from precond.step.schedules import Scheduled, ScheduledInt, at_start, value_at
 from solvers import Damping, FactoredTikhonov, Solver, Tikhonov
+from solvers.outcome.arguments import flag, instance, number
 
 
 class PreconditionedOptimizer(SecondOrderOptimizer):
@@ -116,6 +117,10 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
                 f"{type(self).__name__} learns from the layers of a model: pass the model itself, not "
                 f"{type(model).__name__} (such as model.parameters())."
             )
+        instance("damping_rule", damping_rule, LevenbergMarquardt, "a LevenbergMarquardt", optional=True)
+        instance("step_size", step_size, QuadraticModel, "a QuadraticModel", optional=True)
+        instance("solver", solver, Solver, "a solvers.Solver such as Cholesky()")
+        flag("maximize", maximize)
         if damping_rule is not None:
             damping_rule.refuse(type(self).__name__, "attempts")
         if damping_rule is not None and callable(damping) and not isinstance(damping, Damping):
@@ -264,6 +269,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
     def check(self, options: dict[str, Any]) -> None:
         super().check(options)
         ema = options["curvature_ema"]
+        number("curvature_ema", ema)
         if not 0 <= ema < 1:
             raise ValueError(f"curvature_ema is the weight of old statistics, in [0, 1); got {ema}.")
         if self.needs_damping and not options["damping"] > 0:

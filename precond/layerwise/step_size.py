@@ -14,6 +14,7 @@ from curvature.model.settings import random_state
 from precond.layerwise.replay import ClosureReplay, LoopReplay, Replay, interpretable
 from precond.step.adapt import LevenbergMarquardt, unseen
 from precond.step.graph import flatten, parameters_at, unflatten
+from solvers.outcome.arguments import fields_of
 
 
 class Sized(Protocol):
@@ -77,6 +78,7 @@ class QuadraticModel:
 
     def __post_init__(self) -> None:
         """Validate the arguments."""
+        fields_of(self)
         if self.max_kl is not None and not self.max_kl > 0:
             raise ValueError(f"max_kl must be positive, or None for no bound; got {self.max_kl}.")
         if not 0 < self.fraction <= 1:

@@ -20,6 +20,7 @@ from precond.step.schedules import Scheduled
 from precond.step.signature import announced
 from precond.step.uncompiled import uncompiled
 from precond.step.update import apply_update, kl_scale, regularized
+from solvers.outcome.arguments import flag, instance
 from solvers.outcome.remedies import FLOAT64, PERTURBED, remedies
 
 
@@ -81,6 +82,8 @@ class SecondOrderOptimizer(ScheduledOptimizer):
         if isinstance(params, torch.nn.Module):
             me = type(self).__name__
             raise TypeError(f"{me} takes parameters, not the model: {me}(model.parameters(), ...).")
+        instance("loop", loop, Loop, "a precond.Loop")
+        flag("maximize", maximize)
         loop.require(self.loop_settings, type(self).__name__)
         self.loop = loop
         self.skipped = 0  # steps skipped because a gradient was not finite

@@ -9,6 +9,7 @@ from typing import Literal
 from curvature.estimation.tape import Mode
 from curvature.model.data import Output
 from precond.step.options import period
+from solvers.outcome.arguments import fields_of, function
 
 NonFinite = Literal["skip", "raise"]
 
@@ -47,6 +48,8 @@ class Loop:
 
     def __post_init__(self) -> None:
         """Validate the values that are not validated elsewhere."""
+        fields_of(self)
+        function("output", self.output, optional=True)
         if self.nonfinite not in ("skip", "raise"):
             raise ValueError(f"nonfinite must be 'skip' or 'raise', got {self.nonfinite!r}.")
         period("max_skips", self.max_skips)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from math import inf
 from typing import ClassVar, Self
 
 import torch
@@ -182,6 +183,8 @@ def _shift_blocks(factor: LinearOperator, shift: Tensor) -> LinearOperator:
 
 
 def _check(lam: Scalar) -> None:
+    if isinstance(lam, float) and not 0 <= lam < inf:
+        raise ValueError(f"damping must be finite and at least 0, not {lam:g}. It is in units of the matrix.")
     number("damping", lam, low=0, tensor=True, unit="It is in units of the matrix.")
 
 

@@ -137,7 +137,8 @@ def _attempt(routine: Routine, matrix: Tensor) -> tuple[Tensor, ...] | None:
 def _gave_up(error: RuntimeError) -> bool:
     # cuSOLVER says some of its failures to converge in a plain RuntimeError, and those of memory likewise.
     text = str(error)
-    return isinstance(error, torch._C._LinAlgError) or ("CUSOLVER_STATUS" in text and "ALLOC" not in text)
+    numerical = torch.linalg.LinAlgError  # type: ignore[attr-defined]  # torch does not list it among its exports
+    return isinstance(error, numerical) or ("CUSOLVER_STATUS" in text and "ALLOC" not in text)
 
 
 def _remedied(routine: Routine, matrix: Tensor, name: str, like: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:

@@ -6,6 +6,7 @@ out of range a ``ValueError``; True and False are no numbers.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from math import inf, isfinite
 from numbers import Integral, Real
@@ -211,6 +212,31 @@ def all_of(name: str, values: Any, check: Callable[[str, Any], T]) -> tuple[T, .
     if not isinstance(values, Iterable) or isinstance(values, (str, Tensor)):
         raise TypeError(_message(name, "a sequence", values))
     return tuple(check(f"each of {name}", value) for value in values)
+
+
+def fields_of(made: Any) -> None:
+    """Check the fields of a dataclass whose annotation is a plain type: numbers, whole numbers, flags and words.
+
+    Ranges are the class's own to check.
+
+    Args:
+        made: An instance, as it is made.
+    """
+    for field in dataclasses.fields(made):
+        value, kinds = getattr(made, field.name), [kind.strip() for kind in str(field.type).split("|")]
+        if value is None and "None" in kinds:
+            continue
+        match kinds[0]:
+            case "Scheduled" | "ScheduledInt" if callable(value):
+                pass
+            case "float" | "Scheduled":
+                number(field.name, value)
+            case "int" | "ScheduledInt":
+                whole(field.name, value, low=-_MOST)
+            case "bool":
+                flag(field.name, value)
+            case _ if isinstance(field.default, str):
+                instance(field.name, value, str, "a string")
 
 
 def _sort(low: float, high: float, open_low: bool, open_high: bool, optional: bool, tensor: bool) -> str:
