@@ -23,6 +23,7 @@ from curvature.matrices.resumable import resumable_eigsh
 from curvature.model.determinism import NondeterministicError, check_deterministic
 from curvature.plots.spectrum import density as plot_density
 from curvature.reports import report
+from solvers.files import save_figure
 
 _PICTURES = (".svg", ".png", ".pdf")
 
@@ -115,7 +116,7 @@ def _density(op: DatasetOperator, given: Namespace) -> Answer:
             raise UsageError(f"--out draws {', '.join(_PICTURES)}, not {given.out!r}; numbers come with --json.")
     found = solvers.spectral_density(op, given.method, samples=given.samples, steps=given.steps, **_search(op, given))
     if given.out is not None:
-        plot_density(found).figure.savefig(given.out)  # type: ignore[union-attr]
+        save_figure(plot_density(found).figure, given.out)
     names = ("grid", "density", "stderr", "width", "samples", "products")
     content: dict[str, Any] = {name: getattr(found, name) for name in names}
     content["moments"] = {"value": found.moments.value, "stderr": found.moments.stderr}

@@ -168,11 +168,14 @@ def estimate(
         what = {"curvature": described, "draws": digest([generator.get_state()])}
         file = Checkpoint.at(resume).of(problem_identity(model, loss_fn, parameters) | what)
 
+    def look(x: Any, y: Any) -> Terms:
+        return terms_of(loss, call(model, x), y, output, class_dim)
+
     def sums(reasons: dict[str, str]) -> BlockDiagonal:
         """One run over the data, with some parameters taken by autograd from the first batch on."""
         collector = Collector(parameters, make, joint=curvature.joint)
         collector.plan.without_rule |= reasons
-        run = Accumulation(model, collector, generator, curvature.passes, file)
+        run = Accumulation(model, collector, generator, curvature.passes, file, look)
         with torch.inference_mode(False), untouched(model):
             run.resume(reasons)
             for number in range(run.number, curvature.passes):

@@ -117,7 +117,7 @@ def influence(
             problem.random = found[0][1].random  # a loader that shuffles must give the same order
             title = f"influence, queries from {sum(rows.number for rows, _ in found) + 1}"
         file = None if files is None else files.results("scores", identity | {"queries": batches_digest(group)})
-        found.append((rows, scores(problem, rows, by_position, joint, file, title)))
+        found.append((rows, scores(problem, asked, rows, by_position, joint, file, title)))
         _compare(found[0][1], found[-1][1])
     return _result(found)
 

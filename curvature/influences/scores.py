@@ -11,6 +11,7 @@ from torch import Tensor
 
 from curvature.estimation.accumulation import Accumulation
 from curvature.estimation.checkpoint import Checkpoint
+from curvature.estimation.probe import Sketches, sketches
 from curvature.influences.products import by_example, by_position
 from curvature.influences.rows import QueryRows
 from curvature.layers.block import BlockPlace
@@ -89,7 +90,14 @@ class Found:
         known += [like.new_zeros(len(like), n) for n in self.counts[len(known) : batches]]
 
 
-def walk(problem: Problem, found: Found, use: Callable[[Evaluation], Any], title: str, file: Checkpoint | None) -> None:
+def walk(
+    problem: Problem,
+    found: Found,
+    use: Callable[[Evaluation], Any],
+    title: str,
+    file: Checkpoint | None,
+    asked: Problem | None = None,
+) -> None:
     """Visit every remaining batch of the problem.
 
     Args:
@@ -98,8 +106,13 @@ def walk(problem: Problem, found: Found, use: Callable[[Evaluation], Any], title
         use: Called with each evaluation.
         title: Text of the progress bar.
         file: Where all this is kept.
+        asked: The queries, where there are some.
     """
-    run = Accumulation(problem.model, found, torch.Generator(), 1, file)
+
+    def also() -> dict[str, Sketches]:
+        return {} if asked is None else {"queries": seen_in(asked)}
+
+    run = Accumulation(problem.model, found, torch.Generator(), 1, file, problem.terms, also)
     start = problem.start
     problem.start = lambda: run.batches(start)
     with untouched(problem.model):
@@ -112,12 +125,19 @@ def walk(problem: Problem, found: Found, use: Callable[[Evaluation], Any], title
 
 
 def scores(
-    problem: Problem, rows: QueryRows, positions: bool, joint: bool, file: Checkpoint | None, title: str
+    problem: Problem,
+    asked: Problem,
+    rows: QueryRows,
+    positions: bool,
+    joint: bool,
+    file: Checkpoint | None,
+    title: str,
 ) -> Found:
     """Inner products of the rows with the gradient of every training example.
 
     Args:
         problem: The training loss.
+        asked: The loss of the queries.
         rows: Preconditioned gradients of the queries.
         positions: Split them by position, too.
         joint: Whether weight and bias of a layer form one block.
@@ -141,8 +161,21 @@ def scores(
             else:
                 found.add(block.name, torch.cat([by_example(samples, at) for samples in parts], dim=1))
 
-    walk(problem, found, visit, title, file)
+    walk(problem, found, visit, title, file, asked)
     return found
+
+
+def seen_in(problem: Problem) -> Sketches:
+    """What is computed on the first batch."""
+    found: list[Sketches] = []
+
+    def look(evaluation: Evaluation) -> None:
+        if not found:
+            assert evaluation.terms is not None
+            found.append(sketches(evaluation.terms, problem.parameters))
+
+    problem.visit(look, "queries")
+    return found[0]
 
 
 def _joined(parts: list[Tensor | None]) -> Tensor | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from curvature.estimation.checkpoint import Checkpoint, Resume, digest, save
+from curvature.estimation.checkpoint import LATER, Checkpoint, Resume, digest, save
 from curvature.model.data import Batch, tensors_in
 from solvers import LinearOperator, state
 from solvers.tree import pieces
@@ -39,7 +39,7 @@ class InfluenceStore:
 
     def results(self, name: str, identity: Mapping[str, Any]) -> Checkpoint:
         """The file of results that depend on all this, one for each such identity."""
-        known = digest([], repr(sorted(identity.items())))
+        known = digest([], repr(sorted(item for item in identity.items() if item[0] not in LATER)))
         return Checkpoint(self.folder / f"{name}-{known}.pt", self.seconds).of(identity)
 
 

@@ -142,6 +142,11 @@ class Problem:
                 return AutogradLoss(self.loss_fn)  # compares the batch with its examples, and refuses other sums
             raise
 
+    def terms(self, x: Any, y: Any) -> Terms:
+        """The loss on a batch, attached to the graph."""
+        assert self.loss is not None
+        return terms_of(self.loss, call(self.model, x), y, self.output, self.class_dim)
+
     def pick(self, result: Any) -> Any:
         """The tensor that the loss sees, or whatever an opaque loss is called with."""
         picked = result if self.output is None else self.output(result)

@@ -39,7 +39,7 @@ def check_deterministic(model: nn.Module, data: Data, *, output: Output | None =
     found = []
     passes = []
     for seed in range(2):
-        with settings(model, _seeded(seed, device), device):
+        with settings(model, seeded(seed, device), device):
             passes.append([_checksum(batch) for batch in start()])
     if not _same(sorted(passes[0]), sorted(passes[1])):
         if _same([math.fsum(passes[0])], [math.fsum(passes[1])]):
@@ -48,11 +48,11 @@ def check_deterministic(model: nn.Module, data: Data, *, output: Output | None =
             found.append("the data differ between two passes (random augmentation, or a sampler that leaves some out)")
     elif not _same(*passes):
         found.append("the loader shuffles: the batches come in another order in each pass (shuffle=False)")
-    with settings(model, _seeded(0, device), device):  # a shuffling loader draws, too
+    with settings(model, seeded(0, device), device):  # a shuffling loader draws, too
         x, _ = next(start())
     outputs = []
     for seed in range(2):
-        with settings(model, _seeded(seed, device), device), torch.no_grad():
+        with settings(model, seeded(seed, device), device), torch.no_grad():
             outputs.append(resolve_output(call(model, to_device(x, device)), output))
     if not torch.equal(outputs[0], outputs[1]):
         names = ", ".join(dropout_modules(model))
@@ -84,7 +84,8 @@ def batch_statistics_modules(model: nn.Module) -> Iterator[str]:
             yield name or type(module).__name__
 
 
-def _seeded(seed: int, device: torch.device) -> list[Tensor]:
+def seeded(seed: int, device: torch.device) -> list[Tensor]:
+    """Random states as those of :func:`curvature.model.settings.random_state`, from a seed."""
     devices = [torch.device("cpu")] + ([device] if device.type == "cuda" else [])
     return [torch.Generator(device=d).manual_seed(seed).get_state() for d in devices]
 
