@@ -51,17 +51,16 @@ HOUSE: dict[str, str] = {
     "curvature.reports": ".reports.sections .reports.pages .reports.results .estimation .structures .losses .model"
     " solvers.tree solvers.files",
     "curvature.reports.sections": ".reports.results .matrices .estimation .structures .losses .model solvers"
-    " solvers.estimates solvers.operators",
+    " solvers.estimates solvers.operators solvers.outcome",
     "curvature.reports.pages": ".reports.results .plots solvers",
     "curvature.reports.results": ".estimation",
     "curvature.plots": ".training .landscape solvers",
     "curvature.influences": ".matrices .estimation .structures .layers .losses .model solvers solvers.tree"
     " solvers.precision solvers.operators",
     "curvature.training": ".matrices .structures .layers .losses .model solvers solvers.precision solvers.operators"
-    " solvers.files",
+    " solvers.files solvers.outcome",
     "curvature.landscape": ".matrices .estimation .losses .model solvers solvers.outcome",
-    "curvature.matrices": ".estimation .structures .layers .losses .model solvers solvers.eigenpairs"
-    " solvers.precision",
+    "curvature.matrices": ".estimation .structures .layers .losses .model solvers solvers.eigenpairs solvers.precision",
     "curvature.estimation": ".structures .layers .losses .model solvers solvers.tree solvers.files solvers.precision",
     "curvature.structures": ".layers .losses .model solvers solvers.operators solvers.precision solvers.outcome",
     "curvature.layers": ".losses .model solvers solvers.precision",

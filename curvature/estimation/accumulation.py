@@ -15,7 +15,8 @@ from curvature.losses import Terms
 from curvature.model.data import Batch, inspection, tensors_in, to_device
 from curvature.model.determinism import seeded
 from curvature.model.parameters import Parameters
-from curvature.model.settings import random_state, set_random_state, settings
+from curvature.model.settings import settings
+from curvature.model.streams import random_state, set_random_state
 from curvature.model.wrappers import plain_checkpoints
 
 

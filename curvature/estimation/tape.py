@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
@@ -23,7 +24,7 @@ from curvature.losses.loss import called
 from curvature.losses.sum_of_losses import SumOfLosses
 from curvature.model.data import Output, batch_size, examples_of, inspecting, resolve_output, tensors_in, untouched
 from curvature.model.hooks import Hook, calling_frame
-from curvature.model.settings import random_state, set_random_state
+from curvature.model.streams import random_state, set_random_state
 from curvature.model.wrappers import CallGuard, is_compiled, plain_checkpoints, unwrapped
 
 Mode = Literal["auto", "loss", "gradient", "shadow"]
@@ -31,6 +32,7 @@ MODES: tuple[Mode, ...] = ("auto", "loss", "gradient", "shadow")
 
 #: Model -> depth of backward passes of the library's own. Hooks may run in threads of the device.
 _OWN_PASSES: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+_LOCK = threading.Lock()
 
 
 class Tape:
@@ -374,12 +376,14 @@ class Tape:
     @contextlib.contextmanager
     def own_pass(self) -> Iterator[None]:
         """For backward passes of our own through the user's graph: what arrives in them does not count."""
-        _OWN_PASSES[self.model] = _OWN_PASSES.get(self.model, 0) + 1
+        with _LOCK:
+            _OWN_PASSES[self.model] = _OWN_PASSES.get(self.model, 0) + 1
         try:
             with torch.enable_grad():
                 yield
         finally:
-            _OWN_PASSES[self.model] -= 1
+            with _LOCK:
+                _OWN_PASSES[self.model] -= 1
 
     # Once more
 

@@ -17,7 +17,8 @@ from curvature.losses import ClassDim, Terms
 from curvature.matrices.problem import Problem
 from curvature.model.data import Data, Output, batch_size, call, inspection, to_device
 from curvature.model.parameters import Parameters
-from curvature.model.settings import own_buffers, random_state, set_random_state
+from curvature.model.settings import own_buffers
+from curvature.model.streams import own_stream, random_state, set_random_state
 
 Buffers = Literal["keep", "recompute"]
 
@@ -78,7 +79,6 @@ class Objective:
         own = {name: p.data for name, p in self.parameters.items()}
         modes = [(module, module.training) for module in self.model.modules()]  # a metric may change them
         device = self.parameters.device
-        devices = [device.index or 0] if device.type == "cuda" else []
 
         def evaluate(values: Mapping[str, Tensor]) -> Tensor:
             for name, p in self.parameters.items():
@@ -95,7 +95,7 @@ class Objective:
                     set_random_state(self._random, device)
                 return torch.tensor([self._number(metric) for metric in self.metrics.values()], dtype=torch.float64)
 
-        with torch.no_grad(), inspection(), torch.random.fork_rng(devices=devices):
+        with torch.no_grad(), inspection(), own_stream(self.model, device):
             try:
                 yield evaluate
             finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import types
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -20,23 +19,7 @@ from curvature.layers.site import Ref, RowLayout, Site
 from curvature.losses.loss import FUNCTIONS as LOSS_FUNCTIONS
 from curvature.losses.picked import in_order
 from curvature.model.data import tensors_in
-
-
-def _attention_without_dispatch() -> Any:
-    """``F.multi_head_attention_forward`` with its own look for function modes switched off.
-
-    The original hands itself to the active mode before it runs, and a mode is off while it handles a call, so the
-    projections inside would never be seen. The copy shares the code object: values are bit-identical.
-    """
-    original = F.multi_head_attention_forward
-    scope = {**vars(F), "has_torch_function": lambda _: False}
-    copy = types.FunctionType(original.__code__, scope, original.__name__, original.__defaults__, original.__closure__)
-    copy.__kwdefaults__ = original.__kwdefaults__
-    return copy
-
-
-_ATTENTION = _attention_without_dispatch()
-
+from curvature.model.kernels import ATTENTION
 
 _REPEATING = {Tensor.expand, Tensor.expand_as, Tensor.repeat, torch.broadcast_to, Tensor.broadcast_to, torch.tile}
 
@@ -232,7 +215,7 @@ class Recorder(TorchFunctionMode):
         before, self._time_major = self._time_major, query.shape[1] if query.dim() == 3 else None
         try:
             with self:
-                return _ATTENTION(*args, **kwargs)
+                return ATTENTION(*args, **kwargs)
         finally:
             self._time_major = before
 

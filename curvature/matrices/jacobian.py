@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
@@ -22,10 +21,12 @@ from curvature.model.pullback import (
     NoSecondDerivativeError,
     Pullback,
     pull_back,
+    quiet_loops,
     refuse_differentiated_once,
     refuse_outside_of_autograd,
 )
-from curvature.model.settings import random_state, refuse_changes, set_random_state, settings, versions
+from curvature.model.settings import refuse_changes, settings, versions
+from curvature.model.streams import random_state, set_random_state
 from solvers import LinearOperator, StructureError
 from solvers.precision import working_dtype
 
@@ -126,8 +127,7 @@ class Linearization:
         if not block:
             return self._dual(tangents)[1]
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+            with quiet_loops():
                 return vmap(lambda tangent: self._dual(tangent)[1], randomness="same")(tangents)
         except RuntimeError:  # an operation that cannot be vectorised
             k = len(vectors[0])

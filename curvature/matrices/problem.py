@@ -18,7 +18,8 @@ from curvature.losses.loss import more_arguments
 from curvature.model.data import Batch, Data, Output, batches, call, is_one_batch, resolve_output, shown, to_device
 from curvature.model.parameters import Parameters
 from curvature.model.pullback import pull_back
-from curvature.model.settings import random_state, refuse_changes, settings, versions
+from curvature.model.settings import refuse_changes, settings, versions
+from curvature.model.streams import random_state
 from solvers.precision import working_dtype
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from curvature.model.streams import own_stream
 from curvature.model.wrappers import as_written
 
 Batch = tuple[Any, Any]
@@ -230,8 +231,8 @@ def inspection() -> Iterator[None]:
 def untouched(model: nn.Module) -> Iterator[None]:
     """Restore buffers and random states afterwards, exceptions included; nothing is compiled inside."""
     buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    with inspection(), as_written(model), torch.random.fork_rng(devices=devices):
+    device = next((p.device for p in model.parameters() if p.device.type == "cuda"), torch.device("cpu"))
+    with inspection(), as_written(model), own_stream(model, device):
         try:
             yield
         finally:

@@ -85,7 +85,7 @@ def batch_statistics_modules(model: nn.Module) -> Iterator[str]:
 
 
 def seeded(seed: int, device: torch.device) -> list[Tensor]:
-    """Random states as those of :func:`curvature.model.settings.random_state`, from a seed."""
+    """Random states as those of :func:`curvature.model.streams.random_state`, from a seed."""
     devices = [torch.device("cpu")] + ([device] if device.type == "cuda" else [])
     return [torch.Generator(device=d).manual_seed(seed).get_state() for d in devices]
 

@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import threading
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 
 @contextlib.contextmanager
 def differentiable_kernels() -> Iterator[None]:
-    """Use kernels that have a second derivative.
+    """Use kernels that have a second derivative, in this thread.
 
-    Fused attention, cuDNN's recurrence and bags of embeddings lack one, the fast path of encoder layers in eval mode
-    lacks derivatives altogether, and that of the fused weight norm is wrong.
+    Fused attention, cuDNN's recurrence and bags of embeddings lack one, and that of the fused weight norm is wrong. The
+    fast path of encoder layers in eval mode lacks derivatives altogether; under a function mode torch does not take it.
     """
-    fast = torch.backends.mha.get_fastpath_enabled()
-    with sdpa_kernel(SDPBackend.MATH), _PlainKernels():
-        try:
-            torch.backends.mha.set_fastpath_enabled(False)
-            yield
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fast)
+    with _PlainKernels():
+        yield
 
 
 class _PlainKernels(TorchFunctionMode):
@@ -35,19 +31,73 @@ class _PlainKernels(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _PLAIN:
             return _PLAIN[func](func, *args, **(kwargs or {}))
+        if func is F.multi_head_attention_forward:
+            with self:
+                return ATTENTION(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
-def _attention(attend: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    """Attention by its mathematics, also inside a context of the model's own that asks for a fused kernel."""
-    with sdpa_kernel(SDPBackend.MATH):
-        return attend(*args, **kwargs)
+def _attention_without_dispatch() -> Any:
+    """``F.multi_head_attention_forward`` with its own look for function modes switched off.
+
+    The original hands itself to the active mode before it runs, and a mode is off while it handles a call, so what is
+    inside would never be seen. The copy shares the code object: values are bit-identical.
+    """
+    original = F.multi_head_attention_forward
+    scope = {**vars(F), "has_torch_function": lambda _: False}
+    copy = types.FunctionType(original.__code__, scope, original.__name__, original.__defaults__, original.__closure__)
+    copy.__kwdefaults__ = original.__kwdefaults__
+    return copy
+
+
+ATTENTION = _attention_without_dispatch()
+
+
+def _attention(
+    fused: Callable[..., Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Tensor:
+    """Attention by torch's own reference kernel, which adds its mask."""
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, float("-inf"))
+    result: Tensor = torch._scaled_dot_product_attention_math(query, key, value, attn_mask, *args, **kwargs)[0]  # type: ignore[attr-defined]
+    return result
 
 
 def _recurrence(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """A recurrence of plain operations."""
-    with torch.backends.cudnn.flags(enabled=False):
+    with _without_cudnn() if torch.backends.cudnn.is_available() else contextlib.nullcontext():
         return run(*args, **kwargs)
+
+
+class _Cudnn:
+    """How many threads have switched cuDNN off, and how it was before the first one."""
+
+    lock = threading.Lock()
+    users = 0
+    enabled = True
+
+
+@contextlib.contextmanager
+def _without_cudnn() -> Iterator[None]:
+    """Switch cuDNN off; for the whole process, torch having no other switch."""
+    with _Cudnn.lock:
+        if not _Cudnn.users:
+            _Cudnn.enabled = torch.backends.cudnn.enabled
+            torch.backends.cudnn.enabled = False
+        _Cudnn.users += 1
+    try:
+        yield
+    finally:
+        with _Cudnn.lock:
+            _Cudnn.users -= 1
+            if not _Cudnn.users:
+                torch.backends.cudnn.enabled = _Cudnn.enabled
 
 
 def _weight_norm(fused: Callable[..., Tensor], v: Tensor, g: Tensor, dim: int = 0) -> Tensor:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import sys
+import threading
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -57,6 +58,34 @@ def pull_back(
     return list(found)
 
 
+class _Loops:
+    """The filter for warnings about loops, how many threads need it, and where it was put."""
+
+    lock = threading.Lock()
+    users = 0
+    entry: Any = None
+
+
+@contextmanager
+def quiet_loops() -> Iterator[None]:
+    """Users need no warning about operations that vmap loops over.
+
+    The filters of :mod:`warnings` belong to the process: one is added, for these warnings alone, and taken out again.
+    """
+    with _Loops.lock:
+        _Loops.users += 1
+        if _Loops.users == 1:
+            warnings.filterwarnings("ignore", message="There is a performance drop because")
+            _Loops.entry = warnings.filters[0]
+    try:
+        yield
+    finally:
+        with _Loops.lock:
+            _Loops.users -= 1
+            if not _Loops.users and _Loops.entry in warnings.filters:
+                warnings.filters.remove(_Loops.entry)  # type: ignore[attr-defined]
+
+
 class Pullback:
     """The transposed Jacobian of a recorded function: cotangents of its outputs to cotangents of its inputs.
 
@@ -95,8 +124,7 @@ class Pullback:
         k = len(cotangents[0])
         if k > 1 and self.batched:
             try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # users need no warning about operations that vmap loops over
+                with quiet_loops():
                     return self._grad(live, True)
             except RuntimeError:  # an operation that cannot be vectorised; one by one it works, or raises its own error
                 self.batched = False
@@ -123,7 +151,7 @@ class NoSecondDerivativeError(RuntimeError):
     """The model holds an operation that PyTorch can differentiate only once."""
 
 
-@contextlib.contextmanager
+@contextmanager
 def differentiated_twice() -> Iterator[None]:
     """Say in words which operation has no second derivative, where PyTorch says which kernel."""
     try:

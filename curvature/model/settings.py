@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from curvature.model.kernels import differentiable_kernels
+from curvature.model.streams import own_stream
 from curvature.model.wrappers import as_written
 
 
@@ -19,9 +20,7 @@ def settings(model: nn.Module, random: list[Tensor], device: torch.device) -> It
     Random numbers start from ``random``; buffers are copies, so running statistics stay the same and kept
     graphs refer to constant values; kernels are those that can be differentiated twice, and nothing is compiled.
     """
-    devices = [device.index or 0] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), own_buffers(model), as_written(model), differentiable_kernels():
-        set_random_state(random, device)
+    with own_stream(model, device, random), own_buffers(model), as_written(model), differentiable_kernels():
         yield
 
 
@@ -56,18 +55,3 @@ def refuse_changes(model: nn.Module, before: dict[str, tuple[int, int]]) -> None
             f"{changed[0]} was changed after this operator was made (by an optimizer step?), so products before and "
             "after would belong to different matrices. Make the operator anew."
         )
-
-
-def random_state(device: torch.device) -> list[Tensor]:
-    """States of torch's default generators that a model on ``device`` draws from."""
-    states = [torch.get_rng_state()]
-    if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device))
-    return states
-
-
-def set_random_state(states: list[Tensor], device: torch.device) -> None:
-    """Restore :func:`random_state`."""
-    torch.set_rng_state(states[0])
-    if len(states) > 1:
-        torch.cuda.set_rng_state(states[1], device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,8 @@ from curvature.model.data import Data, Output, batches
 from curvature.model.parameters import Parameters
 from curvature.model.wrappers import unwrapped
 from curvature.training.step_rule import StepRule, gradient_descent, rule_of
-from solvers import Eigenpairs, Function, LinearOperator, NotConvergedWarning, eigsh
+from solvers import Eigenpairs, Function, LinearOperator, eigsh
+from solvers.outcome.solution import silenced
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,8 +163,7 @@ def dynamics(
         return rule.root(H @ y + rule.l2 * y)
 
     op = Function(product, H.in_shape, symmetric=True, dtype=H.dtype, device=H.device)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NotConvergedWarning)  # the result says it
+    with silenced():  # the result says it
         pairs = eigsh(
             op,
             1,

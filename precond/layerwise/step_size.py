@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from curvature.estimation.tape import Tape
-from curvature.model.settings import random_state
+from curvature.model.streams import random_state
 from precond.layerwise.replay import ClosureReplay, LoopReplay, Replay, interpretable
 from precond.step.adapt import LevenbergMarquardt, unseen
 from precond.step.graph import flatten, parameters_at, unflatten

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +14,7 @@ from solvers.operators.decompositions import singular_value_decomposition
 from solvers.operators.function import Function
 from solvers.operators.linear_operator import LinearOperator
 from solvers.outcome.arguments import whole
-from solvers.outcome.errors import NotConvergedWarning
-from solvers.outcome.solution import OnFailure, not_converged
+from solvers.outcome.solution import OnFailure, not_converged, silenced
 from solvers.precision import working_dtype
 
 
@@ -99,8 +97,7 @@ def svds(
     def gram(x: Tensor) -> Tensor:
         return back(onto(x) / scale) / scale
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NotConvergedWarning)  # judged below, on the triplets
+    with silenced():  # judged below, on the triplets
         pairs = eigsh(
             Function(gram, (inner.shape[1],), symmetric=True, dtype=dtype, device=op.device),
             k,

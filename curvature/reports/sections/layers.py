@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 
 from curvature.reports.results import Eigenvalue, LayersResult, Matrix
 from curvature.reports.sections.study import Study, names_of
-from solvers import NotConvergedWarning, eigsh
+from solvers import eigsh
 from solvers.operators.decompositions import eigendecomposition
+from solvers.outcome.solution import silenced
 
 _PRODUCTS = (8, 30)  # for one layer
 
@@ -45,8 +44,7 @@ def _largest(study: Study, matrix: Matrix, name: str, limit: float) -> tuple[Eig
     else:
         op = study.counted(whole.block(names_of(study, part)))
         if size > min(_PRODUCTS[1], limit):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", NotConvergedWarning)  # the result says so itself
+            with silenced():  # the result says so itself
                 pairs = eigsh(
                     op,
                     1,
