@@ -84,6 +84,7 @@ class Tape:
         self._pass: Pass | None = None  # whose forward runs
         self._open: Recorder | None = None  # that is active in it
         self._frame: FrameType | None = None  # of that call of the model
+        self._thread = threading.get_ident()  # that calls the model; a loss module may be shared with other threads
         self._counting = 0  # which of the input tensors counts the examples
         self._latest: Callable[[], Tensor | None] = lambda: None  # value of the last call of the loss
         self._task: int | None = None  # the user's backward pass under way
@@ -143,6 +144,7 @@ class Tape:
         self._prune()
         device = next(iter(self.parameters().values())).device
         random = random_state(device)
+        self._thread = threading.get_ident()
         self._pass = Pass((args, kwargs), random)
         self._frame = calling_frame()
         if self.records and not self.shadows and not self.is_compiled():
@@ -215,7 +217,7 @@ class Tape:
 
     def _after_loss(self, module: nn.Module, args: Any, kwargs: Any, value: Any) -> None:
         """The loss module was called, by the loop or inside the model's own forward."""
-        if self._pass is not None and self._latest() is value:
+        if self._pass is not None and self._thread == threading.get_ident() and self._latest() is value:
             return  # it called one of torch's functions, which was seen already
         self._called(module, args, kwargs, value)
 
@@ -227,6 +229,8 @@ class Tape:
 
     def _called(self, module: nn.Module, args: Any, kwargs: Any, value: Any) -> None:
         if not self.active or self.mode == "gradient" or inspecting() or self.inside:
+            return
+        if self._thread != threading.get_ident():
             return
         if not isinstance(value, Tensor) or not value.requires_grad:
             return

@@ -6,6 +6,7 @@ import contextlib
 import sys
 import threading
 from collections.abc import Iterator
+from functools import cache
 from types import FrameType
 from typing import Any
 
@@ -50,6 +51,8 @@ def own_stream(model: nn.Module, device: torch.device, states: list[Tensor] | No
             stack.enter_context(torch.random.fork_rng(devices=devices))
         else:
             stack.enter_context(_accelerator_restored(device))
+            if torch.is_inference_mode_enabled():  # which shows a mode less than all
+                stack.enter_context(_no_inference())
             before, _own.stream = _own.stream, _Stream()
             stack.callback(setattr, _own, "stream", before)
             stack.enter_context(_own.stream)
@@ -85,13 +88,27 @@ class _Stream(TorchDispatchMode):
         kwargs = kwargs or {}
         if torch.Tag.nondeterministic_seeded not in func.tags or _device_of(args, kwargs) != "cpu":
             return func(*args, **kwargs)
-        if not any(argument.name == "generator" for argument in func._schema.arguments):
-            overload = func._overloadname
-            func = getattr(func.overloadpacket, "generator" if overload == "default" else f"{overload}_generator")
+        drawing = _with_generator(func)
+        if drawing is None:
+            return func(*args, **kwargs)
         if kwargs.get("generator") is None:
             _refuse_recomputation()
             kwargs = {**kwargs, "generator": self.generator}
-        return func(*args, **kwargs)
+        return drawing(*args, **kwargs)
+
+
+@cache
+def _with_generator(func: Any) -> Any:
+    """The operation itself if it takes a generator, else its overload that does, or ``None``."""
+    names = [argument.name for argument in func._schema.arguments]
+    if "generator" in names:
+        return func
+    packet = func.overloadpacket
+    for overload in (getattr(packet, name) for name in packet.overloads()):
+        others = [argument.name for argument in overload._schema.arguments]
+        if "generator" in others and sorted(others) == sorted([*names, "generator"]):
+            return overload
+    return None
 
 
 def _device_of(args: Any, kwargs: Any) -> str:
@@ -126,6 +143,13 @@ def _quiet(frame: FrameType | None) -> bool:
         outermost = module if module != "threading" else outermost
         frame = frame.f_back
     return f"{outermost}.".startswith(tuple(f"{name}." for name in _QUIET))
+
+
+@contextlib.contextmanager
+def _no_inference() -> Iterator[None]:
+    grad = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.set_grad_enabled(grad):
+        yield
 
 
 @contextlib.contextmanager
