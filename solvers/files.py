@@ -10,12 +10,13 @@ import stat
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import Any, BinaryIO, cast
 
+fcntl: Any
 try:
     import fcntl
 except ImportError:  # no such locks here: drafts of killed processes stay
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None
 
 _ENDING = ".draft"
 _AGE = 60.0  # seconds; a draft is created a moment before it is locked
@@ -83,18 +84,22 @@ def save_figure(figure: object, path: str | os.PathLike[str], **options: object)
     write_whole(path, lambda file: figure.savefig(file, format=kind, **options))  # type: ignore[attr-defined]
 
 
-def _open(folder: str, draft: str, stack: contextlib.ExitStack) -> tuple[IO[bytes], bool]:
+def _open(folder: str, draft: str, stack: contextlib.ExitStack) -> tuple[BinaryIO, bool]:
     """An empty draft, and whether it has a name yet."""
     if hasattr(os, "O_TMPFILE") and os.path.isdir("/proc/self/fd"):
         with contextlib.suppress(OSError):  # not on this file system
             handle = os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o666)
-            return _locked(stack.enter_context(os.fdopen(handle, "w+b"))), False
+            return _locked(_opened(handle, stack)), False
     handle = os.open(draft, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
     stack.enter_context(_removed(draft))
-    return _locked(stack.enter_context(os.fdopen(handle, "w+b"))), True
+    return _locked(_opened(handle, stack)), True
 
 
-def _locked(file: IO[bytes]) -> IO[bytes]:
+def _opened(handle: int, stack: contextlib.ExitStack) -> BinaryIO:
+    return cast(BinaryIO, stack.enter_context(os.fdopen(handle, "w+b")))
+
+
+def _locked(file: BinaryIO) -> BinaryIO:
     """The draft, with a lock that ends with the process and says that it lives."""
     if fcntl is not None:
         with contextlib.suppress(OSError):
@@ -102,7 +107,7 @@ def _locked(file: IO[bytes]) -> IO[bytes]:
     return file
 
 
-def _name(file: IO[bytes], folder: str, draft: str, stack: contextlib.ExitStack) -> None:
+def _name(file: BinaryIO, folder: str, draft: str, stack: contextlib.ExitStack) -> None:
     """Give a draft without a name one for the moment of its renaming: a link cannot replace a file."""
     stack.enter_context(_removed(draft))
     at = os.open(folder, os.O_RDONLY)
@@ -147,7 +152,7 @@ def _status(target: str) -> os.stat_result | None:
         return None
 
 
-def _keep(file: IO[bytes], before: os.stat_result) -> None:
+def _keep(file: BinaryIO, before: os.stat_result) -> None:
     """Permissions, and the owner where we may."""
     if hasattr(os, "fchown"):
         with contextlib.suppress(OSError):

@@ -131,6 +131,15 @@ class Problem:
         self._versions = versions(model)
         self._seen: float | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies have parameters of their own, at the same values."""
+        self.check_unchanged()
+        return {name: value for name, value in vars(self).items() if name != "_versions"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._versions = versions(self.model)
+
     def _loss(self, opaque: bool) -> Loss | None:
         try:
             return loss_for(self.loss_fn)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import curvature
 from curvature import Checkpoint, CheckpointError, Report
+from curvature.cli import main
 from curvature.estimation.checkpoint import load, save
 from curvature.training.history import History
 from solvers.files import save_figure, write_text, write_whole
@@ -226,6 +227,16 @@ def test_no_file_is_executed(name: str, form: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError):
         load(path)
     assert not mark.exists()
+
+
+def test_the_command_line_executes_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Beside the function that it is given."""
+    problem, path, mark = tmp_path / "problem.py", tmp_path / "run.pt", tmp_path / "executed"
+    problem.write_text("from tests.faults.test_files import CE, data, model\ndef make(): return model(), CE, data()\n")
+    torch.save({"identity": {}, "state": Bomb(mark)}, path)
+    for command in (["eigs", "-k", "1"], ["report", "--budget", "1"]):
+        assert main([command[0], f"{problem}:make", *command[1:], "--resume", str(path)]) == 1
+        assert "no checkpoint" in capsys.readouterr().err and not mark.exists()
 
 
 # Whole or absent
