@@ -17,8 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from curvature.model.wrappers import is_compiled
 
 #: Packages and modules whose threads draw no numbers: of notebooks, debuggers, progress bars and loaders.
-_QUIET = ("IPython", "_pydevd_bundle", "debugpy", "ipykernel", "tornado", "tqdm", "zmq")
-_QUIET += ("multiprocessing.queues", "torch._inductor", "torch.utils.data")
+_QUIET = (
+    *("IPython", "_pydevd_bundle", "debugpy", "ipykernel", "tornado", "tqdm", "zmq"),
+    *("multiprocessing.queues", "torch._inductor", "torch.utils.data"),
+)
 
 
 class _Own(threading.local):
