@@ -164,7 +164,7 @@ def for_gradients(problem: Problem, title: str, use: Callable[[Tensor], object])
     def visit(evaluation: Evaluation) -> None:
         use(gradients_of(evaluation))
 
-    problem.visit(visit, title, recorded=True)
+    problem.visit(visit, title, recorded=True, every=True)
 
 
 def gradients_of(evaluation: Evaluation) -> Tensor:

@@ -29,6 +29,7 @@ class Found:
 
     Attributes:
         counts: Examples of each batch.
+        empty: Numbers of the batches in which no term counts.
         losses: Loss of each batch, which tells whether another pass saw the same.
         total: Divisor of the loss.
         random: Random state at the start of the pass, on which the order of a shuffling loader depends.
@@ -39,6 +40,7 @@ class Found:
     def __init__(self, problem: Problem) -> None:
         self.parameters = problem.parameters
         self.counts: list[int] = []
+        self.empty: list[int] = []
         self.losses: list[float] = []
         self.total = 0.0
         self.random = problem.random
@@ -61,6 +63,8 @@ class Found:
         assert evaluation.terms is not None
         with torch.no_grad():
             self.losses.append(float(evaluation.terms.value()))
+        if evaluation.empty:
+            self.empty.append(len(self.counts))
         self.counts.append(examples)
         self.total = self.total + float(evaluation.total) if evaluation.mean else 1.0
 
@@ -82,7 +86,11 @@ class Found:
 
     def by_position(self) -> dict[str, Tensor]:
         """``{block: (Q, N, S)}`` of the blocks that had positions in every batch."""
-        whole = {name: found for name, found in self.positions.items() if len(found) == len(self.counts)}
+        number = len(self.counts) - len(self.empty)
+        whole = {name: list(found) for name, found in self.positions.items() if len(found) == number}
+        for found in whole.values():
+            for index in self.empty:
+                found.insert(index, found[0].new_zeros(len(found[0]), self.counts[index], 0))
         return {name: _padded(found) for name, found in whole.items()}
 
     def _fill(self, known: list[Tensor], batches: int, like: Tensor) -> None:
@@ -118,7 +126,7 @@ def walk(
     with untouched(problem.model):
         run.resume()
         if run.number == 0:
-            problem.visit(use, title, recorded=True)
+            problem.visit(use, title, recorded=True, every=True)
             run.end_pass()
         problem.start = start
         run.finish(start)

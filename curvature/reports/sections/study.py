@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from curvature.estimation.checkpoint import digest, problem_identity
 from curvature.estimation.probe import Sketches, sketch, sketches
 from curvature.losses import ClassDim
+from curvature.losses.signals import Signals
 from curvature.matrices.dataset_operator import DatasetOperator
 from curvature.matrices.ggn import ggn
 from curvature.matrices.hessian import hessian
@@ -244,8 +245,8 @@ class Study:
             value.add_(loss.detach())
             batches += 1
             if evaluation.terms is not None:
-                positions, classes = evaluation.terms.shape[1:]
-                self.columns = max(self.columns, positions * classes)
+                signals = Signals.of(evaluation.terms, "exact")
+                self.columns = max(self.columns, len(signals))
 
         divisor = problem.visit(add, "loss and gradient")
         self.budget.count(1)

@@ -23,10 +23,11 @@ class Killed(Exception):
     """The end of a process."""
 
 
-class Mortal:
+class Mortal(list[Any]):
     """Batches that end with the process after so and so many."""
 
     def __init__(self, batches: Any, lives: int) -> None:
+        super().__init__(batches if isinstance(batches, list) else [])
         self.batches, self.lives = batches, lives
 
     def __iter__(self) -> Iterator[Any]:

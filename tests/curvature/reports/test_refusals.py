@@ -100,6 +100,7 @@ def test_active_dropout_is_refused_in_one_sentence() -> None:
     assert found.notes == ()
 
 
+@pytest.mark.filterwarnings("ignore:not one loss")
 def test_what_depends_on_the_batches_is_noted() -> None:
     problem = PROBLEMS["residual_train"]()
     found = run(problem, sections=["loss"])
