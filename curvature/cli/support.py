@@ -1,4 +1,7 @@
-"""Supported features, read off the code: ``python -m curvature.cli.support`` prints the page ``docs/support.md``."""
+"""Supported features, read off the code: ``python -m curvature.cli.support`` prints the page ``docs/support.md``.
+
+The part of the page from :data:`RUN` on comes from scripts that run models.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +25,13 @@ from curvature.structures.estimator import Form
 _INTRODUCTION = """\
 # What is supported
 
-Made from the code by `python -m curvature.cli.support`; a test holds the two together. What a model of yours gets,
-parameter by parameter, is told by `curvature.coverage(model, loss_fn, data)`.
+Made from the code by `python -m curvature.cli.support`, down to what was found by
+[running models](#models-that-were-run); tests hold page and code together. What a model of yours gets, parameter by
+parameter, is told by `curvature.coverage(model, loss_fn, data)`.
 """
+
+#: Heading of the part of the page that other scripts make.
+RUN = "## Models that were run"
 
 _LAYERS = """\
 ## Layers and structures

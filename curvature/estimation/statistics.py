@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvature.estimation.batch_loss import refuse_beyond_outputs
 from curvature.estimation.passes import Pass, TapedLoss
 from curvature.estimation.step import Step, Weight
 from curvature.estimation.step_collector import Backward, StepCollector
 from curvature.estimation.tape import Tape
 from curvature.layers.recorder import Recorder
-from curvature.losses import JoinedTerms, Loss, NoCurvatureError, Terms, UnknownLossError, loss_for
+from curvature.losses import AutogradLoss, JoinedTerms, Loss, NoCurvatureError, Terms, UnknownLossError, loss_for
 from curvature.losses.from_gradient import from_output_gradient
 from curvature.losses.picked import PickedTerms, along, by_examples, checked_axis, in_order, picked_rows
 from curvature.losses.signals import Signals
@@ -202,7 +203,10 @@ class Statistics:
     def _terms(self, loss: Loss, call: TapedLoss) -> Terms:
         args, kwargs = call.arguments(call.output)
         rest = [a for a in (*args, *kwargs.values()) if a is not call.output]
-        return loss.terms(call.output, *rest, as_called=True)
+        terms = loss.terms(call.output, *rest, as_called=True)
+        if isinstance(loss, AutogradLoss):
+            refuse_beyond_outputs(terms, self.collector.parameters)
+        return terms
 
     def _share(self, terms: Terms, gradient: Tensor, place: int) -> Weight:
         """How a loss enters, from the gradient that arrived at its value."""
@@ -210,7 +214,7 @@ class Statistics:
         size = gradient.abs()
         if terms.reduction == "mean":
             self._step.absolute = True
-            return Weight(size / terms.total)
+            return Weight(torch.where(terms.total == 0, 0, size / terms.total))  # no term counts: 0, not 0/0
         if terms.reduction == "sum":
             self._step.add_sum(place, size * terms.total)
             return Weight(size)

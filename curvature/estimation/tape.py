@@ -20,7 +20,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from curvature.estimation.passes import OUTPUT, Pass, Reader, TapedLoss, release
 from curvature.layers.recorder import Recorder
-from curvature.losses.loss import called
+from curvature.losses.loss import called, module_called
 from curvature.losses.sum_of_losses import SumOfLosses
 from curvature.model.data import Output, batch_size, examples_of, inspecting, resolve_output, tensors_in, untouched
 from curvature.model.hooks import Hook, calling_frame
@@ -73,7 +73,7 @@ class Tape:
         if mode not in MODES:
             raise ValueError(f"capture must be one of {', '.join(map(repr, MODES))}, got {mode!r}.")
         self.called, self.model, self.parameters = model, unwrapped(model), parameters
-        self.loss_module = loss_fn if isinstance(loss_fn, nn.Module) else None
+        self.loss_module = module_called(loss_fn)
         self.output, self.mode, self.eval_mode, self.before_pass = output, mode, eval_mode, before_pass
         self.reader: Reader | None = None
         self.records = self.repeats = self.cautious = False

@@ -6,17 +6,18 @@ Axis letters: ``T = N R`` terms, ``C`` outputs of one term.
 from __future__ import annotations
 
 import contextlib
+import copy
 import warnings
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.func import grad, jacrev, vmap
 
-from curvature.losses.errors import NoCurvatureError
-from curvature.losses.loss import Loss
+from curvature.losses.errors import EMPIRICAL, NoCurvatureError, UnknownLossError
+from curvature.losses.loss import Loss, loss_for
 from curvature.losses.terms import Layout, Terms, noise
 from solvers.precision import widen
 
@@ -55,7 +56,7 @@ class AutogradLoss(Loss):
         self, loss_fn: Callable[..., Tensor], *, reduction: str | None = None, max_entries: int = 2**27
     ) -> None:
         super().__init__(loss_fn)
-        self._reduction = reduction
+        self._reduction, self._sums = reduction, False
         self._max_entries = max_entries
         if reduction is None and not isinstance(getattr(loss_fn, "reduction", None), str):
             raise ValueError(
@@ -65,8 +66,19 @@ class AutogradLoss(Loss):
 
     @property
     def reduction(self) -> str:
-        """As given, else as ``loss_fn`` says."""
+        """As given, else as ``loss_fn`` says; ``"sum"`` where :meth:`summed` made it one."""
+        return "sum" if self._sums else self._joins
+
+    @property
+    def _joins(self) -> str:
+        """How ``loss_fn`` joins the examples it is called on."""
         return self.check_reduction(self.loss_fn.reduction if self._reduction is None else self._reduction)
+
+    def summed(self) -> Self:
+        """The sum of the same terms, which are taken one by one, however ``loss_fn`` joins them."""
+        other = copy.copy(self)
+        other._sums = True
+        return other
 
     def terms(
         self,
@@ -99,25 +111,23 @@ class AutogradLoss(Loss):
         terms = AutogradTerms(
             self.loss_fn, output, given, layout, layout.valid(mask, output.device), self.reduction, self._max_entries
         )
-        if check:
-            terms.check()
-            if mask is None:
-                self._check_sum(terms, given)
+        if check and mask is None:
+            self._check_sum(terms, given)
         return terms
 
     def _check_sum(self, terms: AutogradTerms, given: tuple[Tensor, ...]) -> None:
         with torch.no_grad():
             together = self.loss_fn(terms.batch(terms.output), *given)
-            one_by_one = terms.value() / (terms.total if self.reduction == "mean" else 1)
-        if self.reduction != "none" and together.ndim > 0:
+            one_by_one = terms.value() / (terms.total if self._joins == "mean" else 1)
+        if self._joins != "none" and together.ndim > 0:
             raise ValueError(
-                f"{self!r} returned a tensor of shape {tuple(together.shape)}: with reduction={self.reduction!r} it "
+                f"{self!r} returned a tensor of shape {tuple(together.shape)}: with reduction={self._joins!r} it "
                 "must return a scalar. Pass reduction='none'."
             )
         tolerance = 1e3 * torch.finfo(terms.output.dtype).eps
         if not torch.allclose(together.sum().to(one_by_one), one_by_one, rtol=tolerance, atol=tolerance):
             raise ValueError(
-                f"{self!r} is not the {self.reduction!r} of its terms: the whole batch gives {together.sum().item()}, "
+                f"{self!r} is not the {self._joins!r} of its terms: the whole batch gives {together.sum().item()}, "
                 f"its {terms.mask.numel()} terms one by one {one_by_one.item()}. (a) The reduction may be another one "
                 "than was said. (b) Examples may interact (contrastive losses) or be weighted by the batch (masks, "
                 "class weights): such a loss has no terms."
@@ -159,6 +169,11 @@ class AutogradTerms(Terms):
     def values(self) -> Tensor:
         """``l_t (N, R)``."""
         return _each(self._one, self.batch(self.output), *self._given).reshape(self.mask.shape)
+
+    def beyond_output(self) -> Tensor | None:
+        """The value with the output held fixed, if it still has a graph."""
+        value = self._loss_fn(self._z, *self._given).sum()
+        return value if value.requires_grad else None
 
     def gradient(self) -> Tensor:
         """By one reverse pass through the loss."""
@@ -212,7 +227,7 @@ class AutogradTerms(Terms):
             raise NoCurvatureError(
                 f"A root of the Hessian of {self._loss_fn!r} takes a {C} x {C} matrix for each of {N * R} terms, "
                 f"{N * R * C**2:.2g} numbers; the limit is {self._max_entries:.2g}. Use hessian_product, "
-                "fisher='empirical', smaller batches, class_dim= if positions are independent terms, or raise "
+                f"{EMPIRICAL}, smaller batches, class_dim= if positions are independent terms, or raise "
                 "max_entries."
             )
         H = self._hessians()
@@ -223,14 +238,14 @@ class AutogradTerms(Terms):
         if largest == 0:
             raise NoCurvatureError(
                 f"The Hessian of {self._loss_fn!r} is zero for every term: the loss is linear in the output here, and "
-                "a Gauss-Newton matrix would be zero too. Use fisher='empirical', which needs gradients only."
+                f"a Gauss-Newton matrix would be zero too. Use {EMPIRICAL}, which needs gradients only."
             )
         if not smallest >= -self._rounding(values):  # catches NaN as well
             raise NoCurvatureError(
                 f"The Hessian of {self._loss_fn!r} with respect to the output is indefinite (eigenvalues from "
                 f"{smallest.item():.3g} to {largest.item():.3g}), so its Gauss-Newton matrix is not positive "
                 "semi-definite and has no root and no samples. Its products (hessian_product) are exact; "
-                "fisher='empirical' works."
+                f"{EMPIRICAL} works."
             )
         return vectors * values.clamp(min=0).sqrt().unsqueeze(-2)
 
@@ -269,8 +284,24 @@ def _differentiable(loss_fn: Any) -> Iterator[None]:
             raise
         raise NoCurvatureError(
             f"PyTorch can differentiate {loss_fn!r} only once ({error}). Write it in plain torch operations, or use "
-            "fisher='empirical', which needs gradients only."
+            f"{EMPIRICAL}, which needs gradients only."
         ) from error
+
+
+def loss_over_data(loss_fn: Any) -> Loss:
+    """The :class:`Loss` for a loss over a data set, whose first pass compares each batch with its terms.
+
+    There, a loss module of unknown type that says how it joins examples is taken term by term, by autograd.
+
+    Raises:
+        UnknownLossError: If it does not say so.
+    """
+    try:
+        return loss_for(loss_fn)
+    except UnknownLossError:
+        if isinstance(getattr(loss_fn, "reduction", None), str):
+            return AutogradLoss(loss_fn)
+        raise
 
 
 def _each(function: Callable[..., Any], *batches: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from curvature.losses.errors import NoCurvatureError
+from curvature.losses.errors import EMPIRICAL, NoCurvatureError
 from curvature.losses.loss import Loss
 from curvature.losses.terms import Layout, Terms, noise
 from solvers.precision import widen
@@ -101,10 +101,7 @@ class ElementwiseLoss(Loss):
         if check:
             self.check_values(output.detach(), target, *extra)
         y = widen(target.detach()).to(widen(output.new_empty(0)))
-        terms = ElementwiseTerms(self, output, y, self.prepare(output, *extra), layout, valid)
-        if check:
-            terms.check()
-        return terms
+        return ElementwiseTerms(self, output, y, self.prepare(output, *extra), layout, valid)
 
 
 class ElementwiseTerms(Terms):
@@ -149,6 +146,11 @@ class ElementwiseTerms(Terms):
     def values(self) -> Tensor:
         """``l_t (N, R)``."""
         return self.rows(self._loss.value(widen(self.output), *self._given)).sum(-1)
+
+    def beyond_output(self) -> Tensor | None:
+        """The value with the output held fixed, if it still has a graph."""
+        value = self._loss.value(self._z, *self._given).sum()
+        return value if value.requires_grad else None
 
     @torch.no_grad()
     def gradient(self) -> Tensor:
@@ -196,7 +198,7 @@ class ElementwiseTerms(Terms):
                 f"{self._loss!r} has a negative or undefined second derivative (smallest: "
                 f"{self._curvature.min().item():.3g}) at this output, so its Gauss-Newton matrix is not positive "
                 "semi-definite and has no root and no samples. Its products (hessian_product) are exact; "
-                "fisher='empirical' works."
+                f"{EMPIRICAL} works."
             )
 
     def _masked(self, x: Tensor) -> Tensor:

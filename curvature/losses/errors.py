@@ -25,3 +25,7 @@ class NonFiniteCurvatureError(ArithmeticError):
 
 class NonFiniteLossError(ArithmeticError):
     """The value of the loss is infinite or not a number."""
+
+
+#: The option that does without derivatives, as each door names it.
+EMPIRICAL = "kind='empirical' (in optimizers fisher='empirical')"

@@ -114,8 +114,9 @@ def _weights(terms: Terms, gradient: Tensor) -> Tensor | None:
 
 
 def _needs_targets(loss_fn: nn.Module) -> TypeError:
+    name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
     return TypeError(
-        f"what is estimated for {type(loss_fn).__name__} depends on targets (class weights, soft labels, an empirical "
+        f"what is estimated for {name} depends on targets (class weights, soft labels, an empirical "
         "Fisher), which the gradient at the model's output does not show. Call the loss module that was given to the "
         "optimizer in the loop itself, or estimate an exact or mc Fisher without class weights."
     )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from curvature.losses.classes import Labels, class_layout, class_weights, drawn_classes, read_labels, refuse_one_class
 from curvature.losses.elementwise import ElementwiseLoss
-from curvature.losses.errors import NoCurvatureError, NoLikelihoodError
+from curvature.losses.errors import EMPIRICAL, NoCurvatureError, NoLikelihoodError
 from curvature.losses.loss import Loss, register_loss
 from curvature.losses.terms import Layout, Terms, noise
 from solvers.precision import widen
@@ -23,7 +23,7 @@ from solvers.precision import widen
 def _refuse(name: str, remedy: str) -> NoReturn:
     raise NoCurvatureError(
         f"{name} is linear in the model's output, so its Hessian and Gauss-Newton matrix there are zero. {remedy}, or "
-        "use fisher='empirical', which needs gradients only."
+        f"use {EMPIRICAL}, which needs gradients only."
     )
 
 
@@ -209,7 +209,4 @@ class NLL(Loss):
         valid = layout.valid(mask, output.device)
         weight = class_weights(self.loss_fn.weight, layout.shape[2], widen(output.new_empty(0)), check)
         labels = read_labels(target, layout, valid, weight, self.loss_fn.ignore_index, check)
-        terms = NLLTerms(output, layout, labels, self.reduction)
-        if check:
-            terms.check()
-        return terms
+        return NLLTerms(output, layout, labels, self.reduction)

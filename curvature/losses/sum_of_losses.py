@@ -80,7 +80,7 @@ class SumOfLosses(nn.Module):
         """Key, loss, output, and target with the loss's further arguments."""
         for key, loss in self.losses.items():
             given = _pick(targets, key, "targets")
-            yield key, loss, _pick(outputs, key, "outputs"), given if isinstance(given, tuple) else (given,)
+            yield key, loss, _pick(outputs, key, "outputs"), _tuple(given)
 
 
 class JoinedTerms(Terms):
@@ -100,6 +100,16 @@ class JoinedTerms(Terms):
         mask = torch.cat([terms.mask.reshape(1, -1) for terms in each], dim=1)
         super().__init__(output, Layout(output.shape, ()), mask, each[0].total, reduction)
         self.hessian_is_fisher = all(terms.hessian_is_fisher for terms in each)
+
+    @property
+    def empty(self) -> bool:
+        """Whether no term of any loss counts."""
+        return all(terms.empty for _, terms in self.parts.values())
+
+    def beyond_output(self) -> Tensor | None:
+        found = [terms.beyond_output() for _, terms in self.parts.values()]
+        values = [value for value in found if value is not None]
+        return torch.stack(values).sum() if values else None
 
     def pieces(self, x: Tensor) -> list[Tensor]:
         """``(..., size)`` to one ``(..., *output.shape)`` per loss."""
@@ -219,6 +229,9 @@ class WeightedSum(Loss):
         for key, loss, z, (y, *rest) in self.loss_fn.each(output, target):
             axis = class_dim.get(key) if isinstance(class_dim, Mapping) else class_dim
             found[key] = loss.terms(z, y, *rest, class_dim=axis, as_called=as_called, check=check)
+        if check and self.divisors is None and self.reduction == "mean" and not all(t.empty for t in found.values()):
+            for terms in found.values():
+                terms.check()  # the mean of one loss would be 0/0, and so would the sum
         totals = self.divisors or {key: terms.total for key, terms in found.items()}
         first = next(iter(totals.values()))
         parts = {}
@@ -226,6 +239,10 @@ class WeightedSum(Loss):
             ratio = first / totals[key] if self.reduction == "mean" else torch.ones_like(terms.total)
             parts[key] = (self.loss_fn.weights[key] * ratio, terms)
         return JoinedTerms(parts, self.reduction)
+
+
+def _tuple(given: Any) -> tuple[Any, ...]:
+    return tuple(given) if isinstance(given, (tuple, list)) else (given,)
 
 
 def _pick(tree: Any, key: Any, what: str) -> Any:

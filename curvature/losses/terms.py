@@ -110,7 +110,7 @@ class Terms(ABC):
 
     Everything below is in the scale of :math:`L_\text{sum}`; divide by ``total`` for the mean loss. Terms outside the
     mask contribute zero everywhere. Matrices per term are formed only where the class says so, and only
-    :meth:`value` and :meth:`check` wait for the device.
+    :meth:`value`, :meth:`check` and :attr:`empty` wait for the device.
 
     Attributes:
         output: The model's output as given (not detached), of any shape.
@@ -171,8 +171,13 @@ class Terms(ABC):
             )
         return total
 
+    @property
+    def empty(self) -> bool:
+        """Whether no term counts: all targets are ignored, or of classes of weight zero. Waits for the device."""
+        return bool(self.total == 0)
+
     def check(self) -> None:
-        """Refuse batches whose mean loss would be 0/0. Waits for the device.
+        """Refuse data whose mean loss would be 0/0. Waits for the device.
 
         Raises:
             ValueError: If no term counts.
@@ -180,9 +185,13 @@ class Terms(ABC):
         if not self.total > 0:
             raise ValueError(
                 f"No term of the loss counts: {int(self.mask.sum())} of {self.mask.numel()} terms are valid and their "
-                f"total weight is {self.total.item()}, so the mean loss is not defined. Skip this batch, or check "
-                "mask=, ignore_index and the class weights."
+                f"total weight is {self.total.item()}, so the mean loss is not defined. Check mask=, ignore_index and "
+                "the class weights."
             )
+
+    def beyond_output(self) -> Tensor | None:
+        """The loss as a function of everything but the output; ``None`` where it depends on nothing else."""
+        return None
 
     @abstractmethod
     def values(self) -> Tensor:

@@ -57,8 +57,7 @@ class GaussNewtonOperator(DatasetOperator):
         self._draws.set_state(self._start)
 
     def record(self, evaluation: Evaluation) -> Product:
-        terms = evaluation.terms
-        assert terms is not None
+        terms = evaluation.through_output()
         if evaluation.first and self.kind != "empirical":
             terms.refuse_undefined()
             if terms.indefinite():

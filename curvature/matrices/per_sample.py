@@ -166,8 +166,10 @@ def _moments(problem: Problem, mean: bool) -> tuple[Tensor, Tensor]:
 
     def add(examples: Examples) -> None:
         nonlocal count
-        signal = examples.terms.gradient()
         count += examples.number
+        if examples.empty:
+            return
+        signal = examples.terms.gradient()
         for block, samples in examples.samples([signal]):
             place, part = BlockPlace.of(block, p.starts, sizes), torch.zeros_like(squares)
             for entry in samples:
@@ -182,4 +184,6 @@ def _moments(problem: Problem, mean: bool) -> tuple[Tensor, Tensor]:
 
 def _visit(problem: Problem, use: Callable[[Examples], Any]) -> Tensor | float:
     refuse_sums(problem)
-    return problem.visit(lambda evaluation: use(Examples.of(evaluation)), "per-sample gradients", recorded=True)
+    return problem.visit(
+        lambda evaluation: use(Examples.of(evaluation)), "per-sample gradients", recorded=True, every=True
+    )

@@ -11,15 +11,26 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from curvature.estimation.dataset import over_all_data, record, terms_of
+from curvature.estimation.batch_loss import read_for, refuse_beyond_outputs, require_terms, terms_of
+from curvature.estimation.dataset import over_all_data, record
 from curvature.layers.recorder import Recorder
-from curvature.losses import AutogradLoss, ClassDim, Loss, Terms, UnknownLossError, WeightedSum, loss_for
+from curvature.losses import (
+    ClassDim,
+    Loss,
+    NonFiniteLossError,
+    Terms,
+    UnknownLossError,
+    WeightedSum,
+    loss_for,
+    loss_over_data,
+)
 from curvature.losses.loss import more_arguments
 from curvature.model.data import Batch, Data, Output, batches, call, is_one_batch, resolve_output, shown, to_device
+from curvature.model.determinism import warn_of_chance
 from curvature.model.parameters import Parameters
 from curvature.model.pullback import pull_back
 from curvature.model.settings import refuse_changes, settings, versions
-from curvature.model.streams import random_state
+from curvature.model.streams import drew_since, random_state
 from solvers.precision import working_dtype
 
 
@@ -29,12 +40,14 @@ class Evaluation:
     Attributes:
         problem: The problem that is evaluated.
         x: Inputs, on the device of the parameters.
+        y: Targets, as the loss takes them.
         output: The output that the loss saw.
         terms: The loss as a sum of terms; ``None`` where only the loss function itself is known.
         first: Whether this is the first pass, in which what holds for all is checked.
         random: State of torch's random generators before the model ran.
         nbytes: Size of what the pass made, where it was counted.
         recorder: Uses of the parameters, where they were recorded.
+        empty: Whether no term of the loss counts.
     """
 
     def __init__(self, problem: Problem, x: Any, y: Any, *, first: bool, count: bool, recorded: bool) -> None:
@@ -51,14 +64,32 @@ class Evaluation:
         self.terms: Terms | None = None
         if problem.loss is None:
             self.output = problem.pick(result)
+            self.y = read_for(problem.loss_fn, result, x, self.output, y)
         else:
             axes = problem.class_dim, first, problem.batch_dim
-            self.terms = terms_of(problem.loss, result, y, problem.output, *axes)
+            with torch.enable_grad():
+                self.terms = terms_of(problem.loss, result, x, y, problem.output, *axes)
             if problem.fisher is not False:
                 self.terms = self.terms.fisher(strict=bool(problem.fisher))
             self.output = self.terms.output
             if self.terms.reduction == "none":
                 raise ValueError("the loss has reduction='none', so it is no scalar. Use 'mean' or 'sum'.")
+        self.empty = self.terms is not None and self.terms.empty
+        if first:
+            self._refuse_non_finite()
+
+    def _refuse_non_finite(self) -> None:
+        with torch.no_grad():
+            value = self.terms.value() if self.terms is not None else self.problem.loss_fn(self.output, self.y)
+        if not bool(torch.isfinite(value).all()):  # a loss in terms has said where
+            raise NonFiniteLossError(f"the loss is {value.tolist()}. Look for NaN or infinity in data and parameters.")
+
+    def through_output(self) -> Terms:
+        """The terms, of a loss that depends on the parameters through the output alone."""
+        assert self.terms is not None
+        if self.first:
+            refuse_beyond_outputs(self.terms, self.problem.parameters)
+        return self.terms
 
     def loss(self) -> Tensor:
         """The loss of the batch as a sum over terms, 0-d, differentiable."""
@@ -129,6 +160,7 @@ class Problem:
             self.loss = over_all_data(self.loss, model, self.start, self.parameters.device, output, class_dim)
         self.random = random_state(self.parameters.device)
         self._versions = versions(model)
+        self._visited = False
         self._seen: float | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -142,20 +174,18 @@ class Problem:
 
     def _loss(self, opaque: bool) -> Loss | None:
         try:
-            return loss_for(self.loss_fn)
+            return loss_for(self.loss_fn) if opaque and self.single else loss_over_data(self.loss_fn)
         except UnknownLossError:
             if more_arguments(self.loss_fn):
                 raise
             if opaque and self.single:
                 return None  # one batch holds all data, however the loss joins examples
-            if isinstance(getattr(self.loss_fn, "reduction", None), str):
-                return AutogradLoss(self.loss_fn)  # compares the batch with its examples, and refuses other sums
             raise
 
     def terms(self, x: Any, y: Any) -> Terms:
         """The loss on a batch, attached to the graph."""
         assert self.loss is not None
-        return terms_of(self.loss, call(self.model, x), y, self.output, self.class_dim)
+        return terms_of(self.loss, call(self.model, x), x, y, self.output, self.class_dim, batch_dim=self.batch_dim)
 
     def pick(self, result: Any) -> Any:
         """The tensor that the loss sees, or whatever an opaque loss is called with."""
@@ -165,36 +195,55 @@ class Problem:
         return resolve_output(result) if self.output is None else picked
 
     def visit(
-        self, use: Callable[[Evaluation], Any], title: str, *, count: bool = False, recorded: bool = False
+        self,
+        use: Callable[[Evaluation], Any],
+        title: str,
+        *,
+        count: bool = False,
+        recorded: bool = False,
+        every: bool = False,
     ) -> Tensor | float:
-        """Evaluate every batch of one pass and hand it to ``use``.
+        """Evaluate every batch of one pass and hand it to ``use``, but for those in which no term counts.
 
         Args:
             use: Called with each evaluation, inside the pass's settings.
             title: Text of the progress bar.
             count: Count the bytes each evaluation makes.
             recorded: Record the uses of the parameters.
+            every: Hand over batches without a term as well: their examples are counted.
 
         Returns:
             The divisor of sums over terms, 1 for a loss that is a sum.
 
         Raises:
+            ValueError: If no term of any batch counts, unless all are handed over.
+            NonFiniteLossError: If the loss is not finite.
             RuntimeError: If parameters changed since the matrix was made, or the data are others than before.
         """
         self.check_unchanged()
-        first = self._seen is None
+        first = not self._visited
         total: Tensor | float = 0.0
+        terms: Tensor | float = 0.0
         seen: Tensor | None = None
-        mean = False
+        mean, drew, number = False, False, 0
         device = self.parameters.device
         with settings(self.model, self.random, device):
             for x, y in shown(self.start(), title, self.progress):
                 x, y = to_device(x, device), to_device(y, device)
                 evaluation = Evaluation(self, x, y, first=first, count=count, recorded=recorded)
+                number += 1
+                drew = drew or (first and drew_since(evaluation.random, device))
                 total, mean = total + evaluation.total, evaluation.mean
+                terms = terms + (1.0 if evaluation.terms is None else evaluation.terms.total)
                 if not self.single:
                     seen = _fingerprint(evaluation) if seen is None else seen + _fingerprint(evaluation)
-                use(evaluation)
+                if every or not evaluation.empty:
+                    use(evaluation)
+        if first and not every and number:
+            require_terms(terms)
+        if first:
+            warn_of_chance(self.model, drew=drew, split=number > 1)
+            self._visited = True
         if seen is not None:
             self._compare(*seen.tolist())
         return total if mean else 1.0

@@ -21,13 +21,32 @@ Data = Batch | Mapping[str, Any] | Iterable[Any]
 Output = Callable[[Any], Any]
 
 
+class Collated(dict[str, Any]):
+    """The inputs of a batch that is a mapping, as a collator makes it, beside the labels that came with them.
+
+    A model that takes labels, and computes its own loss from them, is called with both.
+
+    Args:
+        inputs: The mapping without its labels.
+        labels: The labels.
+    """
+
+    def __init__(self, inputs: Mapping[str, Any], labels: Any) -> None:
+        super().__init__(inputs)
+        # Models look at their labels as one vector, which tensors that are cut out of others do not allow.
+        self.labels = labels.contiguous() if isinstance(labels, Tensor) else labels
+
+
 def is_one_batch(data: Any) -> bool:
-    """Whether ``data`` is one batch: a pair ``(x, y)``, a mapping with ``labels``, or a list of two tensors."""
+    """Whether ``data`` is one batch: a pair ``(x, y)``, a mapping with ``labels``, or a list that begins with a tensor.
+
+    A list of two is a batch as a loader collates it: the targets of some losses are themselves a list.
+    """
     if isinstance(data, Mapping):
         return True
     if isinstance(data, tuple):
         return len(data) == 2
-    return isinstance(data, list) and len(data) == 2 and all(isinstance(part, Tensor) for part in data)
+    return isinstance(data, list) and len(data) == 2 and isinstance(data[0], Tensor)
 
 
 def batches(data: Data, passes: int = 1) -> Callable[[], Iterator[Batch]]:
@@ -79,7 +98,8 @@ def split_batch(batch: Any) -> Batch:
                 f"a batch that is a mapping needs the key 'labels' for the targets, got {sorted(batch)}. Otherwise "
                 "pass pairs (x, y), where x may be a mapping."
             )
-        return {key: value for key, value in batch.items() if key != "labels"}, batch["labels"]
+        labels = batch["labels"]
+        return Collated({key: value for key, value in batch.items() if key != "labels"}, labels), labels
     if isinstance(batch, (tuple, list)) and len(batch) == 2:
         return batch[0], batch[1]
     what = (
@@ -106,7 +126,8 @@ def map_tensors(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(tree, Tensor):
         return change(tree)
     if isinstance(tree, Mapping):
-        return {key: map_tensors(value, change) for key, value in tree.items()}
+        changed = {key: map_tensors(value, change) for key, value in tree.items()}
+        return Collated(changed, map_tensors(tree.labels, change)) if isinstance(tree, Collated) else changed
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
         return type(tree)(*(map_tensors(value, change) for value in tree))
     if isinstance(tree, (tuple, list)):
@@ -157,20 +178,34 @@ def examples_of(inputs: Any, seen: Any = None) -> int | None:
 
 
 def call(model: nn.Module, x: Any) -> Any:
-    """Run the model: a tuple as positional inputs, a mapping as keywords where ``forward`` takes those names."""
+    """Run the model: a tuple as positional inputs, a mapping as keywords where ``forward`` takes those names.
+
+    A model that takes ``labels`` gets those of a batch that is a mapping: encoder-decoders make inputs of them.
+    """
     with inspection():
         if isinstance(x, tuple):
             return model(*x)
         if isinstance(x, Mapping) and _takes(model, x):
-            return model(**x)
+            return model(**x, labels=x.labels) if isinstance(x, Collated) and _takes_labels(model) else model(**x)
         return model(x)
 
 
-def _takes(model: nn.Module, x: Mapping[str, Any]) -> bool:
+def _keywords(model: nn.Module) -> tuple[set[str], bool]:
+    """The names that ``forward`` takes, and whether it takes any other."""
     parameters = inspect.signature(model.forward).parameters
     catch_all = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     named = {p.name for p in parameters.values() if p.kind not in catch_all}
-    any_name = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    return named, any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+
+
+def _takes_labels(model: nn.Module) -> bool:
+    """Whether ``forward`` has the name, or passes any name on to a module that has it."""
+    named, any_name = _keywords(model)
+    return "labels" in named or (any_name and any("labels" in _keywords(inner)[0] for inner in model.modules()))
+
+
+def _takes(model: nn.Module, x: Mapping[str, Any]) -> bool:
+    named, any_name = _keywords(model)
     known = [key for key in x if key in named]
     # A wrapper that passes everything on, forward(*args, **kwargs), has no names itself.
     return len(known) == len(x) or (any_name and (bool(known) or not named))

@@ -71,6 +71,11 @@ def random_state(device: torch.device) -> list[Tensor]:
     return states
 
 
+def drew_since(before: list[Tensor], device: torch.device) -> bool:
+    """Whether this thread drew random numbers since ``before = random_state(device)``."""
+    return any(not torch.equal(a, b) for a, b in zip(before, random_state(device), strict=True))
+
+
 def set_random_state(states: list[Tensor], device: torch.device) -> None:
     """Restore :func:`random_state`."""
     stream = _own.stream

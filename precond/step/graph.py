@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from curvature.losses import Terms, loss_for
+from curvature.losses import Terms, loss_for, module_called
 from curvature.model.parameters import tensor_of_its_own
 from curvature.model.pullback import Pullback, pull_back
 from solvers import Function
@@ -207,7 +207,7 @@ class LossCall(NamedTuple):
 def loss_calls(loss_fn: nn.Module) -> Iterator[list[LossCall]]:
     """A list to which every call of a loss module within the block is added."""
     calls: list[LossCall] = []
-    handle = loss_fn.register_forward_hook(
+    handle = (module_called(loss_fn) or loss_fn).register_forward_hook(
         lambda module, args, kwargs, value: calls.append(LossCall(args, kwargs, value)), with_kwargs=True
     )
     try:

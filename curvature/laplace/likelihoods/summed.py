@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from curvature.losses import CrossEntropy, Loss, WeightedSum, loss_for
+from curvature.losses import CrossEntropy, Loss, WeightedSum, loss_over_data
 from curvature.losses.cross_entropy import CrossEntropyTerms
 
 #: A name of laplace-torch, or a loss that is a negative log-likelihood.
@@ -58,7 +57,7 @@ def likelihood_for(likelihood: Likelihood) -> Loss:
         if likelihood not in _NAMED:
             raise ValueError(f"likelihood is {' or '.join(map(repr, _NAMED))} or a loss, not {likelihood!r}.")
         return likelihood_for(_NAMED[likelihood](reduction="sum"))
-    loss = loss_for(likelihood)
+    loss = loss_over_data(likelihood)
     if isinstance(loss, WeightedSum):
         raise ValueError("a sum of losses is no likelihood of one output. Take the losses one by one, with output=.")
     return Categorical(loss.loss_fn) if type(loss) is CrossEntropy else loss
@@ -66,13 +65,4 @@ def likelihood_for(likelihood: Likelihood) -> Loss:
 
 def summed(likelihood: Likelihood) -> Loss:
     """The likelihood as a loss that sums its terms."""
-    loss = likelihood_for(likelihood)
-    if loss.reduction == "sum":
-        return loss
-    loss = copy.copy(loss)
-    if isinstance(getattr(loss.loss_fn, "reduction", None), str):
-        loss.loss_fn = copy.copy(loss.loss_fn)
-        loss.loss_fn.reduction = "sum"
-    if loss.reduction != "sum":
-        raise ValueError(f"{loss!r} has the reduction {loss.reduction!r} for good; give one that sums its terms.")
-    return loss
+    return likelihood_for(likelihood).summed()

@@ -213,6 +213,7 @@ def problem_ggn(problem: Problem) -> Tensor:
     return 2 / y.numel() * J.T @ J
 
 
+@pytest.mark.filterwarnings("ignore:not one loss")
 def test_dropout_masks_are_those_of_the_recorded_pass_in_both_modes() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Tanh(), nn.Linear(8, 3)).double()

@@ -286,6 +286,7 @@ def test_model_and_settings_stay_as_they_were_after_an_exception() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.filterwarnings("ignore:not one loss")
 def test_products_leave_random_state_and_running_statistics_alone() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Dropout(0.5)).double()
     before = copy.deepcopy(model.state_dict())
