@@ -235,9 +235,10 @@ def _agree(own: Tensor, value: Tensor, base: Tensor) -> bool:
         return False
     if not (own.requires_grad and base.requires_grad and value.requires_grad):
         return True
-    g, h = (torch.autograd.grad(v.sum(), base, retain_graph=True, allow_unused=True)[0] for v in (own, value))
-    if g is None or h is None:
-        return False
+    g, h = (
+        torch.autograd.grad(v.sum(), base, retain_graph=True, allow_unused=True, materialize_grads=True)[0]
+        for v in (own, value)
+    )
     slack = max(1e-4, 4 * torch.finfo(base.dtype).eps)
     dtype = torch.promote_types(g.dtype, torch.float32)
     off, size = (torch.linalg.vector_norm(v, dtype=dtype) for v in (g - h, g))

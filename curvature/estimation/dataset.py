@@ -15,7 +15,7 @@ from curvature.estimation.collector import Collector, StartAgain
 from curvature.estimation.finite import words
 from curvature.layers.block import Block
 from curvature.layers.recorder import Recorder
-from curvature.losses import ClassDim, JoinedTerms, Loss, NonFiniteCurvatureError, WeightedSum, loss_over_data
+from curvature.losses import ClassDim, JoinedTerms, Loss, NonFiniteCurvatureError, Terms, WeightedSum, loss_over_data
 from curvature.losses.signals import Signals
 from curvature.model.data import (
     Batch,
@@ -147,7 +147,7 @@ def estimate(
         file = Checkpoint.at(resume).of(problem_identity(model, loss_fn, parameters) | what)
 
     def look(x: Any, y: Any) -> Terms:
-        return terms_of(loss, call(model, x), y, output, class_dim)
+        return terms_of(loss, call(model, x), x, y, output, class_dim, batch_dim=batch_dim)
 
     def sums(reasons: dict[str, str]) -> BlockDiagonal:
         """One run over the data, with some parameters taken by autograd from the first batch on."""

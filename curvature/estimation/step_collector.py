@@ -241,7 +241,8 @@ class StepCollector(Collector):
         cache: Cache = {}
         mask = backward.signals.mask
         self._keep_sorted(backward.rows)
-        self._factor, self._linear, self._counted = 1 / share, 1.0, counted
+        # Without a term that counts, the share is 0 and there is nothing to scale.
+        self._factor, self._linear, self._counted = torch.where(share == 0, 0, 1 / share), 1.0, counted
         valid = {} if bool(mask.all()) else valid_positions(sites_of(backward.groups), backward.gradients, mask)
         valid = self._reached(valid)
         for group in backward.groups:
