@@ -11,7 +11,7 @@ from torch import Tensor
 
 from curvature.losses import AmbiguousClassAxisError, ClassDim, Loss, Terms, WeightedSum
 from curvature.losses.picked import along
-from curvature.model.data import Collated, Output, resolve_output
+from curvature.model.data import Collated, Output, loss_in, resolve_output
 
 #: Targets in words -> the targets.
 Reading = tuple[str, Any]
@@ -84,21 +84,11 @@ def arguments(y: Any) -> tuple[Any, ...]:
 
 
 def own_loss(result: Any, x: Any) -> Tensor | None:
-    """The loss that a model computed itself from the labels among its inputs; ``None`` where it did not.
-
-    Args:
-        result: What the model returned: an object or mapping with ``loss``, or a tuple that begins with it.
-        x: Its inputs.
-    """
-    if not (isinstance(x, Collated) or (isinstance(x, Mapping) and "labels" in x)):
-        return None
-    if isinstance(result, Mapping):
-        found = result.get("loss")
-    elif isinstance(result, tuple) and not hasattr(result, "_fields"):
-        found = result[0] if len(result) > 1 else None
-    else:
-        found = getattr(result, "loss", None)
-    return found if isinstance(found, Tensor) and found.numel() == 1 else None
+    """The loss that a model computed itself from the labels among its inputs; ``None`` where it did not."""
+    if isinstance(x, Collated):
+        found = loss_in(result)
+        return x.found if found is None else found
+    return loss_in(result) if isinstance(x, Mapping) and "labels" in x else None
 
 
 def read_for(loss_fn: Callable[[Any, Any], Tensor], result: Any, x: Any, z: Any, y: Any) -> Any:

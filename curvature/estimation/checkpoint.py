@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
+from curvature.losses import Loss
 from curvature.model.parameters import Parameters
 from curvature.model.wrappers import unwrapped
 from solvers.files import write_whole
@@ -261,6 +262,8 @@ def digest(tensors: Iterable[Tensor], start: str = "") -> str:
 
 def _loss_name(loss_fn: Any) -> str:
     """The loss with its options; a function by its name."""
+    if isinstance(loss_fn, Loss):
+        return f"{type(loss_fn).__qualname__} of {_loss_name(loss_fn.loss_fn)}"
     if not isinstance(loss_fn, nn.Module):
         return str(getattr(loss_fn, "__qualname__", type(loss_fn).__qualname__))
     tensors = [*loss_fn.parameters(), *loss_fn.buffers()]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from curvature.model.streams import own_stream
-from curvature.model.wrappers import as_written
+from curvature.model.wrappers import as_written, unwrapped
 
 Batch = tuple[Any, Any]
 Data = Batch | Mapping[str, Any] | Iterable[Any]
@@ -29,10 +29,14 @@ class Collated(dict[str, Any]):
     Args:
         inputs: The mapping without its labels.
         labels: The labels.
+
+    Attributes:
+        found: The loss that a module inside a wrapper computed from the labels, in the last call.
     """
 
     def __init__(self, inputs: Mapping[str, Any], labels: Any) -> None:
         super().__init__(inputs)
+        self.found: Tensor | None = None
         # Models look at their labels as one vector, which tensors that are cut out of others do not allow.
         self.labels = labels.contiguous() if isinstance(labels, Tensor) else labels
 
@@ -186,8 +190,40 @@ def call(model: nn.Module, x: Any) -> Any:
         if isinstance(x, tuple):
             return model(*x)
         if isinstance(x, Mapping) and _takes(model, x):
-            return model(**x, labels=x.labels) if isinstance(x, Collated) and _takes_labels(model) else model(**x)
+            if not (isinstance(x, Collated) and _takes_labels(model)):
+                return model(**x)
+            with _watched(model, x):
+                return model(**x, labels=x.labels)
         return model(x)
+
+
+def loss_in(result: Any) -> Tensor | None:
+    """The loss in what a model returned: an object or mapping with ``loss``, or a tuple that begins with it."""
+    if isinstance(result, Mapping):
+        found = result.get("loss")
+    elif isinstance(result, tuple) and not hasattr(result, "_fields"):
+        found = result[0] if len(result) > 1 else None
+    else:
+        found = getattr(result, "loss", None)
+    return found if isinstance(found, Tensor) and found.numel() == 1 else None
+
+
+@contextlib.contextmanager
+def _watched(model: nn.Module, x: Collated) -> Iterator[None]:
+    """Note the loss of a module that a wrapper passes the labels on to: the wrapper may return its logits alone."""
+    x.found = None
+    inner = [] if "labels" in _keywords(unwrapped(model))[0] else [m for m in model.modules() if m is not model]
+
+    def note(module: nn.Module, args: Any, result: Any) -> None:
+        found = loss_in(result)
+        x.found = x.found if found is None else found
+
+    handles = [m.register_forward_hook(note) for m in inner if "labels" in _keywords(m)[0]]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _keywords(model: nn.Module) -> tuple[set[str], bool]:

@@ -12,6 +12,7 @@ from curvature.losses import ClassDim
 from curvature.matrices.by_name import Matrix, matrix_of
 from curvature.matrices.jacobian import Jacobian, jacobian
 from curvature.model.data import Data, Output, batches
+from curvature.model.order import refuse_another_order
 from curvature.model.parameters import Parameters
 from curvature.model.wrappers import unwrapped
 from curvature.training.step_rule import StepRule, gradient_descent, rule_of
@@ -234,9 +235,13 @@ def kernel_eigenvalues(
     Returns:
         Eigenvalues with residuals; vectors ``(k, n)`` over the outputs of all batches, each flattened row-major.
 
+    Raises:
+        ValueError: If the data come in another order in each pass.
+
     References:
         Jacot, Gabriel and Hongler (2018), https://arxiv.org/abs/1806.07572
     """
+    refuse_another_order(data, "eigenvectors of the kernel")
     pieces: list[Jacobian] = [jacobian(model, x, params=params, output=output) for x, _ in batches(data)()]
     sizes = [J.shape[0] for J in pieces]
     first = pieces[0]

@@ -57,16 +57,17 @@ class HessianBackend(JacobianBackend):
 
     def full(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         options(kwargs, "full", set())
-        loss, H = self._hessian(x, y)
-        columns = self.columns_of(H.rows)
-        matrix = self.factor * H.to_dense()
+        loss, H, empty = self._hessian(x, y)
+        columns, size = self.columns_of(H.rows), H.rows.size
+        matrix = loss.new_zeros(size, size) if empty else self.factor * H.to_dense()
         return loss, (matrix if columns is None else matrix[columns][:, columns]).to(loss.dtype)
 
     def diag(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Diagonal of the Hessian, ``(P,)``."""
         options(kwargs, "diag", set())
-        loss, H = self._hessian(x, y)
-        return loss, self.of_subnetwork(self.factor * H.exact_diagonal(), H.rows).to(loss.dtype)
+        loss, H, empty = self._hessian(x, y)
+        diagonal = loss.new_zeros(H.rows.size) if empty else self.factor * H.exact_diagonal()
+        return loss, self.of_subnetwork(diagonal, H.rows).to(loss.dtype)
 
     def kron(self, x: Inputs, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, BlockKron]:
         """Refused.
@@ -79,10 +80,11 @@ class HessianBackend(JacobianBackend):
             "'low_rank'."
         )
 
-    def _hessian(self, x: Inputs, y: Tensor) -> tuple[Tensor, Hessian]:
+    def _hessian(self, x: Inputs, y: Tensor) -> tuple[Tensor, Hessian, bool]:
+        """Loss and Hessian of a batch, and whether no target counts in it."""
         with self.run_on(x, y) as run:
-            loss, class_dim = self.scaled_loss(run.loss), self._class_dim(run)
-        return loss, self._operator(((x,), y), class_dim)
+            loss, class_dim, empty = self.scaled_loss(run.loss), self._class_dim(run), run.loss.empty
+        return loss, self._operator(((x,), y), class_dim), empty
 
     def _class_dim(self, run: BatchPass) -> int | None:
         """The class axis of a batch's loss, where there is more than one to choose from."""

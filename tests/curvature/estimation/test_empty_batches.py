@@ -164,3 +164,40 @@ def test_sums_of_losses() -> None:
         )
     with pytest.raises(ValueError, match="No term of the loss counts"):  # its mean is 0/0, and so is the sum
         curvature.ggn(Two(), loss_fn, half).to_dense()
+
+
+class Listed(list[Any]):
+    """Batches with a data set, as laplace-torch asks for one."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        super().__init__(batches)
+        self.dataset = range(sum(len(y) for _, y in batches))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("place", [0, 2])
+@pytest.mark.parametrize(
+    ("backend", "structure"),
+    [("GGN", "diag"), ("GGN", "kfac"), ("EF", "full"), ("Hessian", "full"), ("Hessian", "diag")],
+)
+def test_fits_of_laplace_torch(backend: str, structure: str, place: int) -> None:
+    laplace = pytest.importorskip("laplace")
+    from curvature.laplace import EFBackend, GGNBackend, HessianBackend
+
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    torch.manual_seed(0)
+    data = [(torch.randn(n, 3).double(), torch.randint(3, (n,))) for n in (4, 2)]
+    nothing = torch.randn(2, 3).double(), torch.tensor([-100, -100])
+    found = []
+    for batches in (data, [*data[:place], nothing, *data[place:]]):
+        posterior = laplace.Laplace(
+            net,
+            "classification",
+            subset_of_weights="all",
+            hessian_structure=structure,
+            backend={"GGN": GGNBackend, "EF": EFBackend, "Hessian": HessianBackend}[backend],
+        )
+        posterior.fit(Listed(batches))
+        H = posterior.H
+        found.append((H if isinstance(H, Tensor) else H.to_matrix(), torch.as_tensor(posterior.loss)))
+    torch.testing.assert_close(found[1], found[0])

@@ -175,6 +175,26 @@ def test_a_wrapper_that_passes_everything_on_is_looked_through() -> None:
     torch.testing.assert_close(got, DOORS["ggn"](language(), nn.CrossEntropyLoss(), batches(collated=False)))
 
 
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_a_wrapper_that_keeps_the_loss_to_itself_is_looked_into(scale: float) -> None:
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = language()
+
+        def forward(self, **inputs: Tensor) -> Tensor:
+            logits = self.inner(**inputs).logits
+            return logits if scale == 1 else scale * logits
+
+    wrapper, given = Wrapper(), (nn.CrossEntropyLoss(), batches(collated=True))
+    if scale == 1:
+        torch.testing.assert_close(DOORS["ggn"](wrapper, *given), DOORS["ggn"](language(), given[0], batches(False)))
+    else:
+        with pytest.raises(ValueError, match="computes its own loss"):  # which is not that of these outputs
+            DOORS["ggn"](wrapper, *given)
+    assert not wrapper.inner._forward_hooks
+
+
 def test_output_may_leave_out_the_last_position() -> None:
     model, loss_fn = language(), nn.CrossEntropyLoss()
     got = curvature.ggn(model, loss_fn, batches(True), output=lambda result: result.logits[:, :-1]).to_dense()
