@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import grad, jacrev, vmap
 
 from curvature.losses.errors import EMPIRICAL, NoCurvatureError, UnknownLossError
@@ -291,17 +292,25 @@ def _differentiable(loss_fn: Any) -> Iterator[None]:
 def loss_over_data(loss_fn: Any) -> Loss:
     """The :class:`Loss` for a loss over a data set, whose first pass compares each batch with its terms.
 
-    There, a loss module of unknown type that says how it joins examples is taken term by term, by autograd.
+    There, a loss of unknown type that says how it joins examples, and compares an output with a target, is taken term
+    by term, by autograd.
 
     Raises:
-        UnknownLossError: If it does not say so.
+        UnknownLossError: If it does not.
     """
     try:
         return loss_for(loss_fn)
     except UnknownLossError:
-        if isinstance(getattr(loss_fn, "reduction", None), str):
+        if isinstance(getattr(loss_fn, "reduction", None), str) and _arguments(loss_fn) == 2:
             return AutogradLoss(loss_fn)
         raise
+
+
+def _arguments(loss_fn: Any) -> int:
+    """How many arguments a loss cannot do without."""
+    function = loss_fn.forward if isinstance(loss_fn, nn.Module) else loss_fn
+    given = inspect.signature(function).parameters.values()
+    return sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in given)
 
 
 def _each(function: Callable[..., Any], *batches: Tensor) -> Tensor:
