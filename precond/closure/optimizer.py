@@ -84,6 +84,15 @@ class ClosureOptimizer(SecondOrderOptimizer):
         """Forget the graph of the last evaluation."""
         self._closure = self.loss_graph = self.loss_value = self._slopes = None
 
+    def mark(self) -> Any:
+        return super().mark(), [(p, p.grad) for p in self.parameters()]
+
+    def back_to(self, mark: Any) -> None:
+        inner, gradients = mark
+        super().back_to(inner)
+        for p, gradient in gradients:
+            p.grad = gradient
+
     # Evaluation
 
     def closure_needed(self) -> bool:
@@ -316,6 +325,7 @@ class ClosureOptimizer(SecondOrderOptimizer):
         rates = torch.cat(
             [p.new_full((p.numel(),), float(self._group_of(p)["lr"]), dtype=working_dtype(p)) for p in params]
         )
+        direction = torch.zeros_like(gradient)
         for _ in range(rule.attempts):
             damping = float(self.common("damping"))
             try:
@@ -335,7 +345,7 @@ class ClosureOptimizer(SecondOrderOptimizer):
             self.set_damping(rule.judged(damping, before - after, predicted))
             if after <= before and predicted > 0:
                 return direction
-        return torch.zeros_like(gradient)
+        return torch.where(direction.isfinite().all(), 0.0, direction)  # what is not finite is refused, not rejected
 
     def _group_of(self, parameter: Tensor) -> dict[str, Any]:
         return next(group for group in self.param_groups for p in group["params"] if p is parameter)

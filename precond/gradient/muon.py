@@ -119,6 +119,8 @@ class Muon(StackedOptimizer):
     def update_options(self, group: Group) -> Group:
         return {**group, "momentum": 0.0}  # the direction includes it already
 
+    kept: ClassVar[frozenset[str]] = frozenset({"momentum_buffer"})
+
     def initial_state(self, p: Tensor, group: Group) -> State:
         if _is_matrix(p, group):
             return {"momentum_buffer": state_zeros(p)}
@@ -129,7 +131,7 @@ class Muon(StackedOptimizer):
 
     def update(self, stack: Stack, g: Tensor, group: Group) -> Tensor:
         momentum = group["momentum"]
-        update = buffer = stack.state["momentum_buffer"].lerp_(g, 1 - momentum)
+        update = buffer = stack.state["momentum_buffer"] = stack.state["momentum_buffer"].lerp(g, 1 - momentum)
         if group["nesterov"]:
             update = g.lerp(buffer, momentum)
         if not group["stacked"]:

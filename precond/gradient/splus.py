@@ -43,7 +43,7 @@ class SPlus(StackedOptimizer):
     eigenvectors of L and R, now and then                ``bases.eigenbases``
     :math:`\operatorname{sign}(Q_L^\top M Q_R)`          ``rotated_sign``
     :math:`2 / (m + n)`, the scale that carries over     ``update``
-    the average of the iterates                          ``after_step``: ``step.averaging.update_average``
+    the average of the iterates                          ``before_move``: ``step.averaging.update_average``
     evaluation under it                                  ``averaged``: ``step.averaging.swapped``
     ==================================================== =================================================
 
@@ -105,6 +105,8 @@ class SPlus(StackedOptimizer):
                 f"average_decay is the weight of the old average, in [0, 1); got {options['average_decay']}."
             )
 
+    kept: ClassVar[frozenset[str]] = frozenset({"basis", "exp_avg"})
+
     def initial_state(self, p: Tensor, group: Group) -> State:
         state: State = {"exp_avg": state_zeros(p), "average": p.detach().to(working_dtype(p), copy=True)}
         if p.ndim >= 2:
@@ -114,7 +116,7 @@ class SPlus(StackedOptimizer):
 
     def update(self, stack: Stack, g: Tensor, group: Group) -> Tensor:
         state, (beta1, beta2) = stack.state, group["betas"]
-        momentum = state["exp_avg"].lerp_(g, 1 - beta1)
+        momentum = state["exp_avg"] = state["exp_avg"].lerp(g, 1 - beta1)
         bases = entries(state, "basis", 2)
         if not bases:
             return group["vector_scale"] * momentum.sign()
@@ -124,14 +126,18 @@ class SPlus(StackedOptimizer):
             factor.lerp_(gram(g, axis), 1 - beta2)
         if due(stack.step, group["inverse_update_period"]):
             self.renew(stack, lambda state: eigenbases(state, bases))
+            bases = entries(state, "basis", 2)
         return multiply(rotated_sign(multiply(momentum, bases, transpose=True)), bases).mul_(2 / (rows + columns))
 
-    def after_step(self) -> None:
+    def before_move(self) -> None:
         for group in self.param_groups:
             for p in group["params"]:
                 state = self.state.get(p, {})
                 if state.get("step", 0) > 0 and p.numel():
-                    update_average(state["average"], p.detach(), group["average_decay"], state["step"])
+                    if p not in self.coming:  # no gradient in this step, which has a copy only of the others' states
+                        state["average"] = state["average"].clone()
+                    value = self.coming.get(p, p.detach()).to(p.dtype)
+                    update_average(state["average"], value, group["average_decay"], state["step"])
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

@@ -127,6 +127,10 @@ class KBFGS(LayerwiseMethod):
     def after_move(self) -> None:
         self._run_again()
 
+    @property
+    def follows_move(self) -> bool:
+        return bool(self._passes) or super().follows_move
+
     def _collector(self) -> StepCollector:
         return ApartCollector(self.parameters, self.begin_block, joint=self.curvature.joint, forget=self.drop_block)
 
@@ -157,13 +161,14 @@ class KBFGS(LayerwiseMethod):
         """The second pass, on the batch of the last step."""
         if not self._passes:
             return
-        passes, self._passes = self._passes, []
-        seen = self.statistics.again(passes, self._scale)
-        for preconditioner, estimator, weights in self._estimators():
-            estimator.end(weights)
-            if preconditioner.inverse is not None:
-                preconditioner.inverse = estimator.operator()
-        self.on_skip()  # what the pass left in other estimates is not a step
+        with self.transaction():
+            passes, self._passes = self._passes, []
+            seen = self.statistics.again(passes, self._scale)
+            for preconditioner, estimator, weights in self._estimators():
+                estimator.end(weights)
+                if preconditioner.inverse is not None:
+                    preconditioner.inverse = estimator.operator()
+            self.on_skip()  # what the pass left in other estimates is not a step
         if not seen:
             raise RuntimeError(
                 "KBFGS could not repeat the batch of the last step, because it did not see how the loss came about. "

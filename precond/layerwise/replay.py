@@ -123,6 +123,8 @@ class LoopReplay(Replay):
         if self.forward_mode:
             try:
                 return self._forward_gram(params, vectors, stride), self._seen()
+            except torch.OutOfMemoryError:
+                raise
             except (NotImplementedError, RuntimeError):
                 self.forward_mode = False
         return super().gram(params, vectors, stride)

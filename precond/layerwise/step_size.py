@@ -161,18 +161,14 @@ class StepModel:
         return self._trial is not None
 
     def mark(self) -> Any:
-        """What a step changes before the parameters move, as it is now, for :meth:`back_to`."""
-        params = [p for group in self.optimizer.param_groups for p in group["params"]]
-        return self._trial, self.coefficients, [(p, self.optimizer.state.get(p, {}).get("move")) for p in params]
+        """What a step changes here, as it is now, for :meth:`back_to`."""
+        return dict(vars(self)), dict(vars(self._loop))
 
     def back_to(self, mark: Any) -> None:
         """Undo what has changed since a mark."""
-        self._trial, self.coefficients, moves = mark
-        for p, move in moves:
-            if move is None:
-                self.optimizer.state.get(p, {}).pop("move", None)
-            else:
-                self.optimizer.state[p]["move"] = move
+        own, loop = mark
+        vars(self).update(own)
+        vars(self._loop).update(loop)
 
     def size(self, directions: dict[Tensor, Tensor], gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         """The directions of the step, given the preconditioned gradients.

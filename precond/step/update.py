@@ -29,8 +29,9 @@ def kl_scale(products: list[tuple[Tensor, float]], bound: float) -> Tensor:
     """
     first = products[0][0]
     total = torch.stack([product.to(first) * lr**2 for product, lr in products]).sum()
-    # A direction that does not descend has no such bound and stays the same.
-    return torch.where(total > bound, (bound / total.clamp(min=torch.finfo(total.dtype).tiny)).sqrt(), 1.0)
+    # A direction that does not descend has no such bound and stays the same; one whose product overflows is refused.
+    scale = torch.where(total > bound, (bound / total.clamp(min=torch.finfo(total.dtype).tiny)).sqrt(), 1.0)
+    return torch.where(total.isfinite(), scale, torch.nan)
 
 
 def decay_rate(group: dict[str, Any]) -> float | Tensor:
@@ -75,44 +76,47 @@ def regularized(gradients: dict[Tensor, Tensor], groups: list[dict[str, Any]]) -
 
 def apply_update(
     params: list[Tensor], directions: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]
-) -> None:
-    r"""Weight decay, momentum, and the move itself, in the arithmetic of ``torch.optim.SGD``.
+) -> list[Tensor]:
+    r"""Momentum, weight decay and the values that parameters are to take, in the arithmetic of ``torch.optim.SGD``.
 
     .. math:: v \leftarrow \mu v + d, \qquad p \leftarrow (1 - r) p - \eta v
 
-    with the rate r of :func:`decay_rate`.
+    with the rate r of :func:`decay_rate`. Nothing is changed in place: parameters move when all values are known.
 
     Args:
-        params: Parameters, changed in place.
-        directions: Preconditioned gradients; overwritten.
-        states: State of each parameter; holds ``momentum_buffer`` where there is momentum.
+        params: Parameters.
+        directions: Preconditioned gradients.
+        states: State of each parameter; gets a new ``momentum_buffer`` where there is momentum.
         group: Options ``lr``, ``momentum``, ``nesterov``, ``weight_decay``, ``decay``, ``maximize``.
+
+    Returns:
+        The new values.
     """
     lr, momentum = group["lr"], group["momentum"]
     lr = lr.reshape(()) if isinstance(lr, Tensor) else lr
     if group["maximize"]:
         directions = list(torch._foreach_neg(directions))
     if momentum:
-        old: list[tuple[dict[str, Any], Tensor]] = []
-        fresh: list[tuple[dict[str, Any], Tensor]] = []
-        for state, d in zip(states, directions, strict=True):
-            (old if "momentum_buffer" in state else fresh).append((state, d))
-        for state, d in fresh:
-            state["momentum_buffer"] = d.clone()
-        if old:
-            buffers = [state["momentum_buffer"] for state, _ in old]
-            torch._foreach_mul_(buffers, momentum)
-            torch._foreach_add_(buffers, [d for _, d in old])
-        buffers = [state["momentum_buffer"] for state in states]
+        known = [i for i, state in enumerate(states) if "momentum_buffer" in state]
+        buffers = [
+            None if "momentum_buffer" in state else d.clone() for state, d in zip(states, directions, strict=True)
+        ]
+        if known:
+            kept = torch._foreach_mul([states[i]["momentum_buffer"] for i in known], momentum)
+            torch._foreach_add_(kept, [directions[i] for i in known])
+            for i, buffer in zip(known, kept, strict=True):
+                buffers[i] = buffer
+        for state, buffer in zip(states, buffers, strict=True):
+            state["momentum_buffer"] = buffer
         directions = list(torch._foreach_add(directions, buffers, alpha=momentum)) if group["nesterov"] else buffers
+    values = params
     if group["weight_decay"] and group["decay"] != "l2":
         rate = decay_rate({**group, "lr": lr})
         if group["decay"] == "cautious":
             agree = [(d.sign() * p >= 0).to(p.dtype) for p, d in zip(params, directions, strict=True)]
-            torch._foreach_mul_(params, [1 - rate * mask for mask in agree])
+            values = list(torch._foreach_mul(params, [1 - rate * mask for mask in agree]))
         else:
-            torch._foreach_mul_(params, 1 - rate)
+            values = list(torch._foreach_mul(params, 1 - rate))
     if isinstance(lr, Tensor):
-        torch._foreach_sub_(params, list(torch._foreach_mul(directions, lr)))
-    else:
-        torch._foreach_add_(params, directions, alpha=-lr)
+        return list(torch._foreach_sub(values, list(torch._foreach_mul(directions, lr))))
+    return list(torch._foreach_add(values, directions, alpha=-lr))
