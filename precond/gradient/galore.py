@@ -151,6 +151,10 @@ class GaLore(GradientOptimizer):
             optimizer.state[proxy].update(saved)
         return optimizer, proxy
 
+    def convert(self, p: Tensor) -> None:
+        super().convert(p)
+        self._inner.pop(p, None)  # made again in the new precision
+
     def back_to(self, mark: Any) -> None:
         super().back_to(mark)
         self._inner.clear()  # made again from the state, which holds all of theirs

@@ -22,6 +22,7 @@ from precond.step.uncompiled import uncompiled
 from precond.step.update import apply_update, kl_scale, regularized
 from solvers.outcome.arguments import flag, instance
 from solvers.outcome.remedies import FLOAT64, PERTURBED, remedies
+from solvers.precision import working_dtype
 
 
 class StepOptions(TypedDict, total=False):
@@ -202,6 +203,7 @@ class SecondOrderOptimizer(ScheduledOptimizer):
             return loss
         with remedies(self.remedies), whole:
             self.idle, self.coming, self.rows_written = self._stands_still(gradients), {}, []
+            self._same_precision(gradients)
             gradients = self.regularized(gradients)
             directions = self.directions(gradients)
             self.before_move()
@@ -253,10 +255,25 @@ class SecondOrderOptimizer(ScheduledOptimizer):
             self._refuse(whole, gradients, values)
         return loss
 
+    def _same_precision(self, gradients: dict[Tensor, Tensor]) -> None:
+        """Take the state along where the model went on in another precision, by ``model.double()``."""
+        known = self.__dict__.setdefault("_precisions", {})  # not in __init__, because copies start without it
+        for p in gradients:
+            if known.get(p, p.dtype) != p.dtype:
+                self.convert(p)
+        known.update({p: p.dtype for p in gradients})
+
+    def convert(self, p: Tensor) -> None:
+        """A parameter is in another precision than before: convert its state."""
+        dtype, state = working_dtype(p), self.state[p]
+        wide = {k: x for k, x in state.items() if isinstance(x, Tensor) and x.ndim and x.is_floating_point()}
+        state.update({name: x.to(dtype) for name, x in wide.items()})
+
     def _values(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         """The values that parameters are to take."""
         prepared = self._is_prepared()
         self.idle, self.coming, self.rows_written = self._stands_still(gradients), {}, []
+        self._same_precision(gradients)
         if not prepared:
             gradients = self.regularized(gradients)
         directions = dict(gradients) if prepared else self.directions(gradients)

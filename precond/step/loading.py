@@ -28,15 +28,20 @@ def require_layout(saved: Any, method: str) -> None:
     Raises:
         ValueError: Saying what is missing.
     """
-    groups = saved.get("param_groups") if isinstance(saved, Mapping) else None
-    state = saved.get("state") if isinstance(saved, Mapping) else None
-    good = isinstance(groups, (list, tuple)) and isinstance(state, Mapping)
-    good = good and all(isinstance(g, Mapping) and isinstance(g.get("params"), (list, tuple)) for g in groups)
-    if not (good and all(isinstance(entries, Mapping) for entries in state.values())):
+    if not _is_layout(saved):
         raise ValueError(
             f"{method}.load_state_dict takes what state_dict() returns: a dict with 'state' (the entries of each "
             f"parameter) and 'param_groups' (each with 'params'). This is something else. {_MEND}"
         )
+
+
+def _is_layout(saved: Any) -> bool:
+    groups, state = (saved.get("param_groups"), saved.get("state")) if isinstance(saved, Mapping) else (None, None)
+    if not isinstance(groups, (list, tuple)) or not isinstance(state, Mapping):
+        return False
+    return all(isinstance(entries, Mapping) for entries in state.values()) and all(
+        isinstance(group, Mapping) and isinstance(group.get("params"), (list, tuple)) for group in groups
+    )
 
 
 def require_fit(

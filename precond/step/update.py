@@ -98,16 +98,15 @@ def apply_update(
         directions = list(torch._foreach_neg(directions))
     if momentum:
         known = [i for i, state in enumerate(states) if "momentum_buffer" in state]
-        buffers = [
-            None if "momentum_buffer" in state else d.clone() for state, d in zip(states, directions, strict=True)
-        ]
         if known:
             kept = torch._foreach_mul([states[i]["momentum_buffer"] for i in known], momentum)
             torch._foreach_add_(kept, [directions[i] for i in known])
             for i, buffer in zip(known, kept, strict=True):
-                buffers[i] = buffer
-        for state, buffer in zip(states, buffers, strict=True):
-            state["momentum_buffer"] = buffer
+                states[i]["momentum_buffer"] = buffer
+        for state, d in zip(states, directions, strict=True):
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = d.clone()  # it may be a gradient, to which the loop writes
+        buffers = [state["momentum_buffer"] for state in states]
         directions = list(torch._foreach_add(directions, buffers, alpha=momentum)) if group["nesterov"] else buffers
     values = params
     if group["weight_decay"] and group["decay"] != "l2":

@@ -347,7 +347,7 @@ def injections(name: str, long: bool) -> Iterator[tuple[str, Outcome]]:
     for step in (0, 2) if long else (2 * (shift % 2),):
         passes, last = operations(name, step)
         places = [*spread(1, passes, 4 if long else 1, shift)] if passes else []
-        places += spread(passes + 1, last, 20 if long else 4, shift)
+        places += spread(passes + 1, last, 24 if long else 4, shift)
         for index, at in enumerate(places):
             kind = kinds[(index + shift) % 3]
             yield from _named(kind, raised(name, kind, step, at))

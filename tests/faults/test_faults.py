@@ -101,3 +101,15 @@ def test_another_models_state_is_refused_with_the_shapes() -> None:
             Run(name).steps(0).optimizer.load_state_dict(Run(name, width=8).steps(0).optimizer.state_dict())
     with pytest.raises(ValueError, match="has no entry"):
         Run("SOAP").steps(0).optimizer.load_state_dict(Run("Muon").steps(0).optimizer.state_dict())
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_a_model_goes_on_in_another_precision(name: str) -> None:
+    run = Run(name, dtype=torch.float32).steps(0, 1, 2)
+    for dtype in (torch.float64, torch.float32):
+        run.model.to(dtype)
+        run.dtype = dtype
+        before = run.values()
+        run.steps(3, 4, 5)
+        assert all(p.dtype == dtype and bool(p.isfinite().all()) for p in run.values())
+        assert not same(before, run.values())
