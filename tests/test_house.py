@@ -33,7 +33,8 @@ HOUSE: dict[str, str] = {
     " solvers solvers.precision solvers.outcome",
     "precond.gradient": ".step solvers solvers.iterative solvers.direct solvers.precision solvers.operators"
     " solvers.outcome",
-    "precond.step": "curvature.estimation curvature.losses curvature.model solvers solvers.precision solvers.outcome",
+    "precond.step": "curvature.estimation curvature.losses curvature.model solvers solvers.precision solvers.outcome"
+    " solvers.tree",
     "curvature.__main__": ".cli",
     "curvature.cli": ".reports .plots .matrices .estimation .structures .layers .losses .model solvers"
     " solvers.eigenpairs solvers.estimates solvers.tree solvers.files",
@@ -60,7 +61,8 @@ HOUSE: dict[str, str] = {
     "curvature.training": ".matrices .structures .layers .losses .model solvers solvers.precision solvers.operators"
     " solvers.files solvers.outcome",
     "curvature.landscape": ".matrices .estimation .losses .model solvers solvers.outcome",
-    "curvature.matrices": ".estimation .structures .layers .losses .model solvers solvers.eigenpairs solvers.precision",
+    "curvature.matrices": ".estimation .structures .layers .losses .model solvers solvers.eigenpairs"
+    " solvers.precision",
     "curvature.estimation": ".structures .layers .losses .model solvers solvers.tree solvers.files solvers.precision",
     "curvature.structures": ".layers .losses .model solvers solvers.operators solvers.precision solvers.outcome",
     "curvature.layers": ".losses .model solvers solvers.precision",
