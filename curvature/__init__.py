@@ -21,7 +21,7 @@ from curvature.matrices.per_sample import (
     per_sample_norms,
 )
 from curvature.matrices.resumable import resumable_eigsh
-from curvature.model.determinism import NondeterministicError, check_deterministic
+from curvature.model.determinism import NondeterministicError, NotOneLossWarning, check_deterministic
 from curvature.reports import Report, report
 from curvature.structures.diagonal import DiagonalFisher
 from curvature.structures.ekfac import EigenbasisFisher
@@ -64,6 +64,7 @@ __all__ = [
     "Mixed",
     "Monitor",
     "NondeterministicError",
+    "NotOneLossWarning",
     "Report",
     "SINGDFisher",
     "SketchedFisher",

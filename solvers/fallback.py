@@ -6,7 +6,7 @@ import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,10 +15,16 @@ from solvers.direct.cholesky import Cholesky
 from solvers.direct.eigh import Eigh
 from solvers.operators.dense import Dense
 from solvers.operators.linear_operator import LinearOperator
+from solvers.outcome.arguments import all_of, instance, number, whole
 from solvers.outcome.checks import checked
 from solvers.outcome.errors import InexactWarning, SolverError
 from solvers.rules import power
 from solvers.solver import Solver
+
+
+def _solver(name: str, value: Any) -> Any:
+    return instance(name, value, Solver, "a solvers.Solver such as Cholesky()")
+
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -44,7 +50,7 @@ class Fallback(Solver):
         """Keep the solvers."""
         if not solvers:
             raise ValueError("Fallback needs at least one solver.")
-        object.__setattr__(self, "solvers", solvers)
+        object.__setattr__(self, "solvers", all_of("solvers", solvers, _solver))
 
     def power(self, op: LinearOperator, exponent: float, previous: LinearOperator | None = None) -> LinearOperator:
         """``op ** exponent`` by the first solver that serves and succeeds.
@@ -77,6 +83,10 @@ class InFloat64(Solver):
 
     solver: Solver
 
+    def __post_init__(self) -> None:
+        """Validate the arguments."""
+        _solver("solver", self.solver)
+
     exponents: ClassVar[tuple[float, ...] | None] = None
     needs: ClassVar[tuple[type[LinearOperator], ...]] = (LinearOperator,)
 
@@ -103,6 +113,12 @@ class Jitter(Solver):
     solver: Solver
     attempts: int = 3
     smallest: float | None = None
+
+    def __post_init__(self) -> None:
+        """Validate the arguments."""
+        _solver("solver", self.solver)
+        whole("attempts", self.attempts)
+        number("smallest", self.smallest, low=0, open_low=True, optional=True)
 
     exponents: ClassVar[tuple[float, ...] | None] = None
     needs: ClassVar[tuple[type[LinearOperator], ...]] = (Dense,)
@@ -165,5 +181,5 @@ def ladder(solver: Solver | None = None) -> Fallback:
     Args:
         solver: The first choice; by default :class:`Cholesky`.
     """
-    first = Cholesky() if solver is None else solver
+    first = Cholesky() if solver is None else _solver("solver", solver)
     return Fallback(first, Jitter(first), InFloat64(first), Eigh("clamped"), Previous())

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from solvers.operators.flattened import Flattened
 from solvers.operators.kronecker import Kronecker, outer
 from solvers.operators.linear_operator import DampingLike, LinearOperator, Scalar, SolverLike, answers
 from solvers.operators.reshape import Reshape
+from solvers.outcome.arguments import flag, instance, number
 from solvers.outcome.checks import checked, require, working_on
 from solvers.outcome.errors import SingularMatrixError, StructureError
 from solvers.precision import working_dtype
@@ -66,6 +68,11 @@ def power(
         StructureError: If the structure has no rule.
         SolverError: If the numbers do not allow a right answer; each subclass says why.
     """
+    _check_operator("op", op)
+    number("exponent", exponent)
+    instance("solver", solver, Solver, "a solvers.Solver such as Cholesky()", optional=True)
+    _check_operator("previous", previous, optional=True)
+    flag("dense", dense)
     if op.in_shape != op.out_shape:
         raise StructureError(f"{op!r} is not square: it has no powers. LSMR() solves least squares with rectangles.")
     task = PowerTask(exponent, Auto() if solver is None else solver, previous, dense)
@@ -225,6 +232,9 @@ def diagonalize(
         StructureError: If the structure has no rule.
         NotSymmetricError, NonFiniteError: If the numbers do not allow it.
     """
+    _check_operator("op", op)
+    instance("solver", solver, BasisSolver, "a solver that finds bases, such as Eigh()", optional=True)
+    _check_operator("previous", previous, optional=True)
     with checked():
         return _diagonalize(_widened(op), BasisTask(Eigh() if solver is None else solver, _basis_of(previous)))
 
@@ -326,10 +336,16 @@ def solve(op: LinearOperator, b: Tensor, solver: Solver | None = None, *, dense:
     Raises:
         SolverError: As :func:`power`.
     """
+    _check_operator("op", op)
+    instance("b", b, Tensor, "a tensor")
     if isinstance(solver, IterativeSolver):
         return solver.solve(op, b)
     inverse = power(op, -1, solver, dense=dense)
     return inverse @ b.to(inverse.dtype)
+
+
+def _check_operator(name: str, op: Any, optional: bool = False) -> None:
+    instance(name, op, LinearOperator, "a LinearOperator such as Dense(matrix)", optional=optional)
 
 
 def _widened(op: LinearOperator) -> LinearOperator:

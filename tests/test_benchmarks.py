@@ -117,6 +117,51 @@ def test_our_backends_are_right_on_every_model_of_the_support_table(matrix, monk
         assert f"| {title} | {words} |" in page, "the table in the documentation is of other code"
 
 
+def laplace_methods() -> Any:
+    pytest.importorskip("laplace")
+    from tests.benchmarks import laplace_methods
+
+    return laplace_methods
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("subset,structure", [("all", "kfac"), ("last_layer", "full"), ("subnetwork", "full")])
+def test_methods_of_laplace_torch_do_what_their_table_says(subset, structure):
+    methods = laplace_methods()
+    page = (Path(__file__).parents[1] / "docs" / "reference" / "laplace-methods.md").read_text(encoding="utf-8")
+    section = page.partition(f"\n## {subset}\n")[2].partition("\n## ")[0]
+    header, _, *rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("|")]
+    column = header.index(f"`{structure}`") + (len(rows[0]) - len(header))
+    quick = [
+        "`posterior_precision`",
+        "`log_likelihood`, `scatter`, `log_det_ratio`, `log_marginal_likelihood`",
+        "`square_norm`, `log_prob`",
+        '`la(x, pred_type="nn", link_approx="mc")`',
+        "`fit(override=False)` with more data",
+        "`copy.deepcopy`",
+    ]
+    found = methods.verdicts(subset, structure, quick)
+    said = {row[0]: row[column] for row in rows}
+    for title, cells in found.items():
+        words = {one.word for one in cells.values()}
+        assert words <= {"works", "refused", "laplace-torch refuses", "laplace-torch has none"}, (title, cells)
+        assert ("works" in words) == said[title].startswith("works"), (title, said[title])
+        assert (words == {"works"}) == (said[title] == "works"), (title, said[title])
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_methods_that_are_wrong_are_called_wrong():
+    """The table's own checks see a factor of 1.001 in the precision, and a refusal is told from a defect."""
+    methods = laplace_methods()
+    subject = methods.Subject.fitted("regression", "GGN", "all", "full")
+    subject.la.H = 1.001 * subject.la.H
+    assert methods.verdict(lambda: methods.METHODS["`posterior_precision`"](subject)).word == "wrong"
+    assert methods.verdict(lambda: methods.same(torch.ones(2), torch.ones(3))).word == "wrong"
+    assert methods.verdict(lambda: [][0]).word == "error"
+    refused = methods.verdict(lambda: methods.BACKENDS["GGN"](torch.nn.Linear(1, 1), "regression", max_dim=0))
+    assert refused.word == "refused" and "max_dim must be at least 1" in refused.message
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 def test_adapters_of_a_gpt2_predict_from_mappings():
     """From the fit to the probabilities, against the formulas with dense matrices."""

@@ -22,42 +22,48 @@ PACKAGES = ("solvers", "curvature", "precond")
 #: of the same package. Every arrow is used, so that a new one is written down here on purpose.
 HOUSE: dict[str, str] = {
     "precond.__main__": ".demo",
-    "precond.demo": ".layerwise .step solvers",
+    "precond.demo": ".layerwise .step solvers solvers.files",
     "precond.taxonomy": ".step",
     "precond": ".layerwise .layerwise.blocks .closure .gradient .step curvature curvature.structures solvers",
     "precond.layerwise": ".layerwise.blocks .step curvature curvature.estimation curvature.structures"
-    " curvature.losses curvature.model solvers",
+    " curvature.losses curvature.model solvers solvers.outcome",
     "precond.layerwise.blocks": ".step curvature curvature.structures curvature.layers curvature.model solvers"
     " solvers.operators",
-    "precond.closure": ".gradient .step curvature.layers curvature.losses solvers solvers.precision",
-    "precond.gradient": ".step solvers solvers.iterative solvers.direct solvers.precision",
-    "precond.step": "curvature.estimation curvature.losses curvature.model solvers solvers.precision",
+    "precond.closure": ".gradient .step curvature.estimation curvature.layers curvature.losses curvature.model"
+    " solvers solvers.precision solvers.outcome",
+    "precond.gradient": ".step solvers solvers.iterative solvers.direct solvers.precision solvers.operators"
+    " solvers.outcome",
+    "precond.step": "curvature.estimation curvature.losses curvature.model solvers solvers.precision solvers.outcome"
+    " solvers.tree",
     "curvature.__main__": ".cli",
     "curvature.cli": ".reports .plots .matrices .estimation .structures .layers .losses .model solvers"
-    " solvers.eigenpairs solvers.estimates solvers.tree",
+    " solvers.eigenpairs solvers.estimates solvers.tree solvers.files",
     "curvature.laplace": ".laplace.parametric .laplace.matrix_free .laplace.backends .laplace.factors",
     "curvature.laplace.posteriors": ".laplace.backends .laplace.factors .losses .model",
-    "curvature.laplace.parametric": ".laplace.backends .laplace.factors .matrices .estimation solvers solvers.tree",
-    "curvature.laplace.matrix_free": ".matrices .losses .model solvers solvers.estimates solvers.outcome"
-    " solvers.precision",
-    "curvature.laplace.backends": ".laplace.factors .matrices .estimation .structures .layers .losses .model solvers"
-    " solvers.operators solvers.precision",
+    "curvature.laplace.parametric": ".laplace.backends .laplace.factors .matrices .estimation .losses solvers"
+    " solvers.tree solvers.files",
+    "curvature.laplace.matrix_free": ".laplace.likelihoods .matrices .losses .model solvers solvers.estimates"
+    " solvers.outcome solvers.precision solvers.operators",
+    "curvature.laplace.backends": ".laplace.factors .laplace.likelihoods .matrices .estimation .structures .layers"
+    " .losses .model solvers solvers.operators solvers.precision",
     "curvature.laplace.factors": ".structures .layers solvers solvers.operators solvers.precision",
+    "curvature.laplace.likelihoods": ".losses",
     "curvature": ".reports .plots .influences .training .landscape .matrices .estimation .structures .layers .model",
     "curvature.reports": ".reports.sections .reports.pages .reports.results .estimation .structures .losses .model"
-    " solvers.tree",
+    " solvers.tree solvers.files",
     "curvature.reports.sections": ".reports.results .matrices .estimation .structures .losses .model solvers"
-    " solvers.estimates",
+    " solvers.estimates solvers.operators solvers.outcome",
     "curvature.reports.pages": ".reports.results .plots solvers",
     "curvature.reports.results": ".estimation",
     "curvature.plots": ".training .landscape solvers",
     "curvature.influences": ".matrices .estimation .structures .layers .losses .model solvers solvers.tree"
-    " solvers.precision",
-    "curvature.training": ".matrices .structures .layers .losses .model solvers solvers.precision",
+    " solvers.precision solvers.operators",
+    "curvature.training": ".matrices .structures .layers .losses .model solvers solvers.precision solvers.operators"
+    " solvers.files solvers.outcome",
     "curvature.landscape": ".matrices .estimation .losses .model solvers solvers.outcome",
     "curvature.matrices": ".estimation .structures .layers .losses .model solvers solvers.eigenpairs solvers.precision",
-    "curvature.estimation": ".structures .layers .losses .model solvers solvers.tree",
-    "curvature.structures": ".layers .losses .model solvers solvers.operators solvers.precision",
+    "curvature.estimation": ".structures .layers .losses .model solvers solvers.tree solvers.files solvers.precision",
+    "curvature.structures": ".layers .losses .model solvers solvers.operators solvers.precision solvers.outcome",
     "curvature.layers": ".losses .model solvers solvers.precision",
     "curvature.losses": "solvers.precision",
     "curvature.model": "",
@@ -74,6 +80,7 @@ HOUSE: dict[str, str] = {
     "solvers.tree": "",
     "solvers.outcome": "",
     "solvers.precision": "",
+    "solvers.files": "",
 }
 
 #: Modules of ours that are imported inside a function, and why.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from argparse import Namespace
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -20,9 +21,10 @@ from curvature.estimation.coverage import coverage
 from curvature.matrices.by_name import MATRICES
 from curvature.matrices.dataset_operator import DatasetOperator
 from curvature.matrices.resumable import resumable_eigsh
-from curvature.model.determinism import NondeterministicError, check_deterministic
+from curvature.model.determinism import NondeterministicError, NotOneLossWarning, check_deterministic
 from curvature.plots.spectrum import density as plot_density
 from curvature.reports import report
+from solvers.files import save_figure
 
 _PICTURES = (".svg", ".png", ".pdf")
 
@@ -70,7 +72,10 @@ def _operator(source: Source, given: Namespace) -> tuple[DatasetOperator, dict[s
     """The matrix, and facts about its loss."""
     op = MATRICES[given.matrix](source.model, source.loss_fn, source.data, progress=False, **source.options)
     losses: list[Tensor] = []
-    divisor = op.problem.visit(lambda evaluation: losses.append(evaluation.loss().detach()), "loss")
+    with warnings.catch_warnings():
+        if not given.no_check:
+            warnings.simplefilter("ignore", NotOneLossWarning)  # refused below, together with the order of the data
+        divisor = op.problem.visit(lambda evaluation: losses.append(evaluation.loss().detach()), "loss")
     loss = float(sum(losses) / divisor)
     if not loss - loss == 0:
         raise solvers.NonFiniteError(f"the loss is {loss}, so it has no curvature. Look at the data and the weights.")
@@ -115,7 +120,7 @@ def _density(op: DatasetOperator, given: Namespace) -> Answer:
             raise UsageError(f"--out draws {', '.join(_PICTURES)}, not {given.out!r}; numbers come with --json.")
     found = solvers.spectral_density(op, given.method, samples=given.samples, steps=given.steps, **_search(op, given))
     if given.out is not None:
-        plot_density(found).figure.savefig(given.out)  # type: ignore[union-attr]
+        save_figure(plot_density(found).figure, given.out)
     names = ("grid", "density", "stderr", "width", "samples", "products")
     content: dict[str, Any] = {name: getattr(found, name) for name in names}
     content["moments"] = {"value": found.moments.value, "stderr": found.moments.stderr}

@@ -1,4 +1,7 @@
-"""Supported features, read off the code: ``python -m curvature.cli.support`` prints the page ``docs/support.md``."""
+"""Supported features, read off the code: ``python -m curvature.cli.support`` prints the page ``docs/support.md``.
+
+The part of the page from :data:`RUN` on comes from scripts that run models.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +25,13 @@ from curvature.structures.estimator import Form
 _INTRODUCTION = """\
 # What is supported
 
-Made from the code by `python -m curvature.cli.support`; a test holds the two together. What a model of yours gets,
-parameter by parameter, is told by `curvature.coverage(model, loss_fn, data)`.
+Made from the code by `python -m curvature.cli.support`, down to what was found by
+[running models](#models-that-were-run); tests hold page and code together. What a model of yours gets, parameter by
+parameter, is told by `curvature.coverage(model, loss_fn, data)`.
 """
+
+#: Heading of the part of the page that other scripts make.
+RUN = "## Models that were run"
 
 _LAYERS = """\
 ## Layers and structures
@@ -46,9 +53,9 @@ _ELSEWHERE = """\
 **Anything else falls back to autograd**, and is right: parameters used by other functions (`einsum`, `exp`, custom
 kernels), used in two ways that do not fit one block, or by operations on several of them at once (spectral norm,
 parametrisations). They get the estimate of the last row, from gradients that autograd gives: one backward pass per
-batch for `mc`, one per example for `exact` and `empirical` on data sets, one with random signs in training. Operations
-that mix examples (batch norm in train mode, tables looked up once for all) take the same way. Matrix-free products need
-no rule at all.
+batch for `mc`, one per example for `exact` and `empirical` on data sets, in training too where that takes no more than
+32, and otherwise one with random signs. Operations that mix examples (batch norm in train mode, tables looked up once
+for all) take the same way. Matrix-free products need no rule at all.
 """
 
 _MATRICES = """\
@@ -63,6 +70,13 @@ _LOSSES = """\
 An error says what to do where a kind is missing. Weighted sums of these, on one or several outputs, are
 `curvature.losses.SumOfLosses`; any twice-differentiable loss per example is `curvature.losses.AutogradLoss`; a loss of
 unknown type has its empirical Fisher in training, and its Hessian on one batch.
+
+The Fisher is that of the model's own distribution, whatever the targets: another matrix than `ggn` for `BCELoss`, for
+rates under `PoissonNLLLoss`, and for variances that the model returns beside its means under `GaussianNLLLoss`; all
+there is for `NLLLoss` (of log-probabilities) and `L1Loss`, which are linear in the output. A loss that is no likelihood
+has none, and optimizers take its Gauss-Newton matrix. Under `GaussianNLLLoss` the Gauss-Newton matrix in mean and
+variance is indefinite: products are there, with a warning, and structures are refused. Where a loss is finite and its
+second derivative is not (a probability that is exactly 0 or 1 under `BCELoss`, a norm at 0), the error names it.
 """
 
 
@@ -137,18 +151,20 @@ def _losses() -> str:
     rows = []
     for module in sorted(registered(), key=lambda m: m.__name__):
         if module is not SumOfLosses and module.__module__.startswith("torch.nn"):
-            exact = _has_curvature(module)
-            rows.append([f"`{module.__name__}`", *("yes" if exact or kind == "empirical" else "" for kind in KINDS)])
-    return _table(["", *(f"`{kind}`" for kind in KINDS)], rows)
+            known = {kind: kind == "empirical" or _has(module, fisher=True) for kind in KINDS}
+            found = [_has(module, fisher=False), *known.values()]
+            rows.append([f"`{module.__name__}`", *("yes" if there else "" for there in found)])
+    return _table(["", "`ggn`", *(f"`fisher`, `{kind}`" for kind in KINDS)], rows)
 
 
-def _has_curvature(module: type[nn.Module]) -> bool:
-    """Whether a loss has a second derivative, asked on outputs that suit all of them."""
+def _has(module: type[nn.Module], fisher: bool) -> bool:
+    """Whether a loss has a second derivative, or a Fisher information, asked on outputs that suit all of them."""
     z = torch.full((2, 3), 0.5)
     given: tuple[Any, ...] = (torch.tensor([0, 1]),) if module in (nn.CrossEntropyLoss, nn.NLLLoss) else (z,)
     given = (*given, z) if module is nn.GaussianNLLLoss else given
     try:
-        loss_for(module()).terms(z, *given).sqrt_column(0)
+        terms = loss_for(module()).terms(z.log_softmax(-1) if module is nn.NLLLoss else z, *given)
+        (terms.fisher() if fisher else terms).sqrt_column(0)
     except NoCurvatureError:
         return False
     return True

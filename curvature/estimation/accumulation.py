@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from curvature.estimation.checkpoint import Checkpoint, digest
-from curvature.model.data import Batch, tensors_in
+from curvature.estimation.probe import Sketches, different, sketches
+from curvature.losses import Terms
+from curvature.model.data import Batch, inspection, tensors_in, to_device
+from curvature.model.determinism import seeded
 from curvature.model.parameters import Parameters
-from curvature.model.settings import random_state, set_random_state
+from curvature.model.settings import settings
+from curvature.model.streams import random_state, set_random_state
+from curvature.model.wrappers import plain_checkpoints
 
 
 class Sums(Protocol):
@@ -32,7 +38,8 @@ class Accumulation:
     """How far the sums over a data set have come.
 
     With a file, a run goes on where an earlier one was killed, with its random numbers and buffers. Batches that were
-    taken in before are read again but not evaluated, and must be the same ones, bit for bit.
+    taken in before are read again and must be the same ones, bit for bit. The first and the last of them are evaluated
+    once more, to see that the model and the loss compute what they did; the others are not.
 
     Args:
         model: The model; its buffers may change while it runs.
@@ -40,6 +47,8 @@ class Accumulation:
         generator: Source of the draws.
         passes: Passes over the data after which all is done, at most.
         file: Where to keep all this; ``None`` keeps nothing.
+        look: The loss of a batch, attached to the graph; needed with a file.
+        also: Makes further sketches that a later run must agree with.
 
     Attributes:
         total: Sum of what the batches bring to the divisor of the loss.
@@ -53,6 +62,8 @@ class Accumulation:
         generator: torch.Generator,
         passes: int,
         file: Checkpoint | None,
+        look: Callable[[Any, Any], Terms] | None = None,
+        also: Callable[[], dict[str, Sketches]] = dict,
     ) -> None:
         self.model, self.collector, self.generator, self.passes, self.file = model, collector, generator, passes, file
         self.device = collector.parameters.device
@@ -63,6 +74,11 @@ class Accumulation:
         self._seen = ""  # hash of the batches taken in during the pass that is on, or was the last
         self._began: list[Tensor] = []  # random state when that pass began; a loader may draw its order from it
         self._random: list[Tensor] = []  # random state after the last batch that the file knows of
+        self._look, self._also = look, cache(also)
+        self._start = {} if file is None else {name: b.detach().clone() for name, b in model.named_buffers()}
+        self._seen_at: dict[str, Sketches] = {}  # what the first and the last of these batches showed
+        self._expected: dict[str, Sketches] = {}  # the same, in the file
+        self._last: Batch | None = None
 
     def resume(self, reasons: Iterable[str] = ()) -> None:
         """Take up what the file holds, if it exists.
@@ -76,6 +92,11 @@ class Accumulation:
         saved = None if self.file is None else self.file.load()
         if saved is None or not set(reasons) <= set(saved["collector"].get("plan", {}).get("generic", reasons)):
             return
+        # Files of version 0.1 say nothing of what was computed.
+        self._expected = saved.get("probe", {})
+        if self._expected:
+            self._compare(self._also(), self._expected)
+        self._seen_at = {name: found for name, found in self._expected.items() if name == "first batch"}
         self.number, self._count, self._seen = saved["number"], saved["count"], saved["seen"]
         self._began, self._random = saved["began"], saved["random"]
         self._complete = self.number == self.passes
@@ -100,6 +121,7 @@ class Accumulation:
             "collector": self.collector.state(),
             "generator": self.generator.get_state(),
             "buffers": {name: buffer.detach() for name, buffer in self.model.named_buffers()},
+            "probe": self._probe(),
         }
 
     def batches(self, start: Callable[[], Iterator[Batch]]) -> Iterator[Batch]:
@@ -119,17 +141,21 @@ class Accumulation:
             set_random_state(self._began, self.device)
         else:
             self._began = random_state(self.device)
-        seen, index = "", 0
+        seen, index, first = "", 0, None
         for index, batch in enumerate(start(), 1):
             seen = digest(tensors_in(batch), seen)
+            first = batch if index == 1 else first
+            if index == 1 and not before:
+                self._seen_at["first batch"] = self._sketches(batch)
             if index < before:
                 continue
             if index == before:
                 self._require(seen == expected)
+                self._recognise(first, batch)
                 set_random_state(self._random, self.device)
                 continue
             yield batch
-            self._count, self._seen = index, seen
+            self._count, self._seen, self._last = index, seen, batch
             self.file.offer(self.state)
         self._require(index >= before)
 
@@ -154,10 +180,46 @@ class Accumulation:
             self.file.save(self.state())
             return
         set_random_state(self._began, self.device)
-        seen = ""
-        for batch in start():
+        seen, first, batch = "", None, None
+        for index, batch in enumerate(start(), 1):
             seen = digest(tensors_in(batch), seen)
+            first = batch if index == 1 else first
         self._require(seen == self._seen)
+        self._recognise(first, batch)
+
+    def _sketches(self, batch: Batch) -> Sketches:
+        """What is computed on a batch: at the buffers with which the run began, and with random numbers of its own."""
+        assert self._look is not None
+        with settings(self.model, seeded(0, self.device), self.device), inspection(), plain_checkpoints():
+            with torch.no_grad():
+                for name, buffer in self.model.named_buffers():
+                    buffer.copy_(self._start[name])
+            x, y = (to_device(part, self.device) for part in batch)
+            with torch.enable_grad():
+                return sketches(self._look(x, y), self.collector.parameters)
+
+    def _probe(self) -> dict[str, Sketches]:
+        """What the file tells a later run about the function."""
+        if self._last is not None:
+            self._seen_at["last batch"] = self._sketches(self._last)
+        return self._also() | self._seen_at
+
+    def _recognise(self, first: Batch | None, last: Batch | None) -> None:
+        """Refuse a file whose run saw another function on these batches, the first and the last it took in."""
+        for where, batch in (("first batch", first), ("last batch", last)):
+            if batch is not None and where in self._expected:
+                self._compare({where: self._sketches(batch)}, self._expected)
+
+    def _compare(self, found: Mapping[str, Sketches], expected: Mapping[str, Sketches]) -> None:
+        assert self.file is not None
+        self.file.refuse(
+            {
+                f"{name} on the {where}": ("another function", "this")
+                for where, new in found.items()
+                if where in expected
+                for name in different(expected[where], new)
+            }
+        )
 
     def _require(self, same_data: bool) -> None:
         if not same_data:

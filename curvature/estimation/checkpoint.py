@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import time
+import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -12,9 +14,14 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
+from curvature.losses import Loss
 from curvature.model.parameters import Parameters
+from curvature.model.wrappers import unwrapped
+from solvers.files import write_whole
 from solvers.tree import pieces, plain
 
+#: Names of an identity that files of version 0.1 do not have.
+LATER = frozenset({"modules", "form", "order"})
 #: Share of the running time that saving may take, at most.
 _SHARE = 0.05
 
@@ -26,8 +33,7 @@ class CheckpointError(ValueError):
 def save(path: str | os.PathLike[str], state: Any) -> None:
     """Write a state to a file that is at any time either the old one or the new one, whole.
 
-    The state goes to a temporary file beside it, to the disk, and then takes the name of the file. One process at a
-    time may write a file.
+    The file carries a digest of all its bytes, which :func:`load` compares; ``torch.load`` reads it as well.
 
     Args:
         path: The file; its folder must exist.
@@ -35,47 +41,96 @@ def save(path: str | os.PathLike[str], state: Any) -> None:
 
     Raises:
         TypeError: If something else is in the state.
+        OSError: If it cannot be written, the disk being full for instance; the old file is as it was.
     """
     for where, piece in pieces(state):
         plain(piece, where)
-    write_whole(path, lambda file: torch.save(state, file))
-
-
-def write_whole(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:
-    """Let ``write`` fill a file that is at any time either the old one or the new one, as :func:`save` does."""
-    path = Path(path)
-    draft = path.with_name(f"{path.name}.tmp")  # always the same name, so that a killed process leaves one at most
-    with open(draft, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
-    if os.name == "posix":  # the new name, too, has to reach the disk
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    write_whole(path, lambda file: _write_sealed(state, file))
 
 
 def load(path: str | os.PathLike[str]) -> Any:
     """Read what :func:`save` wrote, on the CPU; large tensors are read from the file as they are used.
 
-    Nothing in the file is executed.
+    Nothing in the file is executed. A file that was changed, by a bit or by all of them, is refused.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        CheckpointError: If it is not a checkpoint.
+        CheckpointError: If it is damaged, or not a checkpoint.
     """
     try:
+        if not _is_sealed(path):
+            raise CheckpointError("its bytes are not those that were written")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=os.name == "posix")
     except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
     except Exception as error:
+        why = f" ({error})" if isinstance(error, CheckpointError) else ""
         raise CheckpointError(
-            f"{os.fspath(path)} is no checkpoint: it is damaged, or was written by something else. Name another file, "
-            "or remove it to start anew."
+            f"{os.fspath(path)} is no checkpoint: it is damaged{why}, or was written by something else. Name another "
+            "file, or remove it to start anew."
         ) from error
+
+
+class _Hashed:
+    """A file that is hashed while it is written; it keeps the error of the disk, which torch gives another name."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.sha256 = file, hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, content: bytes) -> int:
+        """Write and hash."""
+        self.sha256.update(content)
+        try:
+            return self.file.write(content)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        """The file is flushed by its owner."""
+
+
+_SEAL = b"sha256="
+_END_OF_ZIP = b"PK\5\6"  # 22 bytes, of which the last two are the length of the comment that follows
+
+
+def _write_sealed(state: Any, file: BinaryIO) -> None:
+    """Write a state as ``torch.save`` does, with the digest of all that as the comment of the archive."""
+    hashed = _Hashed(file)
+    try:
+        torch.save(state, hashed)  # type: ignore[arg-type]
+    except RuntimeError as error:
+        if hashed.error is None:
+            raise
+        raise hashed.error from error
+    seal = _SEAL + hashed.sha256.hexdigest().encode()
+    file.seek(-2, os.SEEK_END)
+    file.write(len(seal).to_bytes(2, "little") + seal)
+
+
+def _is_sealed(path: str | os.PathLike[str]) -> bool:
+    """Whether a file has the digest that its seal says; older versions wrote none, but sums of every tensor."""
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1024))
+        tail = file.read()
+        end = tail.rfind(_END_OF_ZIP)
+        seal = tail[end + 22 :]
+        if end < 0 or int.from_bytes(tail[end + 20 : end + 22], "little") != len(seal):
+            return False
+        if not seal:
+            return zipfile.ZipFile(file).testzip() is None
+        hashed, left = hashlib.sha256(), size - len(seal) - 2
+        file.seek(0)
+        while left:
+            chunk = file.read(min(left, 1 << 22))
+            if not chunk:
+                return False  # it was cut off while it was read
+            hashed.update(chunk)
+            left -= len(chunk)
+        hashed.update(b"\0\0")
+        return seal == _SEAL + hashed.hexdigest().encode()
 
 
 class Checkpoint:
@@ -130,7 +185,9 @@ class Checkpoint:
         saved = load(self.path)
         if not (isinstance(saved, dict) and saved.keys() == {"identity", "state"}):
             raise CheckpointError(f"{self.path} is no checkpoint of a computation. Name another file.")
-        self.refuse({name: (saved["identity"].get(name), value) for name, value in self.identity.items()})
+        known, asked = saved["identity"], self.identity
+        names = [name for name in asked if name in known or name not in LATER]
+        self.refuse({name: (known.get(name), asked[name]) for name in names})
         return saved["state"]
 
     def refuse(self, pairs: Mapping[str, tuple[Any, Any]]) -> None:
@@ -176,7 +233,8 @@ def problem_identity(model: nn.Module, loss_fn: Any, params: Any = None) -> dict
         params: Restriction of the parameters.
 
     Returns:
-        Strings: names and shapes of the parameters, hashes of all values, the loss and the modes of the modules.
+        Strings: names and shapes of the parameters, hashes of all values, the loss, the modules with their options
+        and modes.
     """
     parameters = params if isinstance(params, Parameters) else Parameters(model, params)
     shapes = ", ".join(f"{name} {tuple(p.shape)} {p.dtype}" for name, p in parameters.items())
@@ -187,6 +245,7 @@ def problem_identity(model: nn.Module, loss_fn: Any, params: Any = None) -> dict
         "buffers": digest(b for b in model.buffers()),
         "train mode": "all" if set(modes) == {"t"} else "none" if set(modes) == {"e"} else modes,
         "loss": _loss_name(loss_fn),
+        "modules": digest([], re.sub(r" at 0x[0-9a-f]+", "", repr(unwrapped(model)))),
     }
 
 
@@ -203,6 +262,8 @@ def digest(tensors: Iterable[Tensor], start: str = "") -> str:
 
 def _loss_name(loss_fn: Any) -> str:
     """The loss with its options; a function by its name."""
+    if isinstance(loss_fn, Loss):
+        return f"{type(loss_fn).__qualname__} of {_loss_name(loss_fn.loss_fn)}"
     if not isinstance(loss_fn, nn.Module):
         return str(getattr(loss_fn, "__qualname__", type(loss_fn).__qualname__))
     tensors = [*loss_fn.parameters(), *loss_fn.buffers()]

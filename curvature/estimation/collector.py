@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from functools import partial, reduce
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,14 +16,18 @@ from curvature.layers import Site
 from curvature.layers.block import Block, BlockPart, BlockPlace
 from curvature.layers.recorder import Recorder
 from curvature.layers.samples import OneHot, Outer, PerSample, Samples
-from curvature.losses.signals import Signals, stacked
+from curvature.layers.site import ElementwiseSite, OuterSite
+from curvature.losses.picked import ExampleTerms
+from curvature.losses.signals import SAY_WHICH, Signals, stacked
 from curvature.model.parameters import Parameters
-from curvature.model.pullback import Pullback
+from curvature.model.pullback import Pullback, pull_back
 from curvature.structures.estimator import CurvatureEstimator, Form, MeansEstimator
 from solvers import BlockDiagonal, Diagonal, LinearOperator
 
 #: Inputs of the uses in one pass, prepared once for all signals: by site and piece.
 Cache = dict[tuple[int, str], Tensor | OneHot]
+#: What arrived at the outputs of the uses under some signals, by the ``id`` of the site.
+Arrived = Mapping[int, Tensor | None]
 #: Bytes of output gradients that a vectorised backward pass of several signals may bring back, by type of device. It
 #: saves the overhead of its calls; where a signal brings more by itself, there is nothing to save.
 VECTORISED = {"cpu": 1 << 22, "cuda": 1 << 28}
@@ -52,6 +56,9 @@ class Collector:
             several signals at once.
     """
 
+    #: Whether rows that do not lie as the examples do are sorted.
+    sorts_rows: ClassVar[bool] = False
+
     def __init__(
         self,
         parameters: Parameters,
@@ -67,10 +74,12 @@ class Collector:
         self.estimators: dict[str, CurvatureEstimator] = {}
         self.operations: dict[str, tuple[str, ...]] = {}  # what each block was used by
         self.forms: dict[str, Form] = {}
+        self.notes: dict[str, str] = {}  # what else is to be said about a block
         self._verified = False  # the rules explained the gradients of a pass
         self._batches: list[Tensor | float] = []  # weights of the step's batches so far
         self._seen: dict[str, list[int]] = {}  # which of them reached a block
         self.only: set[str] | None = None  # blocks that still learn, in later passes over a data set
+        self.by_rows: set[str] = set()  # blocks of this pass whose samples are single rows
 
     def collect(self, recorder: Recorder, output: Tensor, signals: Signals) -> set[str]:
         """Send the signals of one batch back and update the estimates of the blocks they reach.
@@ -90,7 +99,7 @@ class Collector:
             groups = [group for group in groups if group.block.name in self.only]
         mixing = self.mixing(recorder, groups, output, signals, cache)
         if not recorder.examples_interact:
-            self._refuse_averages([g for g in groups if g.block.name in mixing], signals.examples)
+            self.refuse_averages([g for g in groups if g.block.name in mixing], signals.examples)
         if signals.kind == "mc" or not mixing:
             return self.send(groups, output, signals, signals.stacks, None, cache, mixing)
         together = [g for g in groups if g.block.name not in mixing]
@@ -286,22 +295,26 @@ class Collector:
         self, groups: list[Group], output: Tensor, signal: Tensor, cache: Cache, valid: Mapping[int, Tensor]
     ) -> Iterator[tuple[Group, list[Outer | PerSample]]]:
         """Send signals ``(k, *output)`` back; every group with the samples of those of its uses that they reached."""
+        by_site, by_name = self._arriving(groups, output, signal)
+        for group in groups:
+            if group.uses:
+                yield group, samples_of(group, by_site, valid, cache, len(signal), group.block.name in self.by_rows)
+            else:
+                gradient = by_name[group.block.name]
+                yield group, [] if gradient is None else [PerSample(gradient.reshape(len(signal), 1, -1))]
+
+    def _arriving(self, groups: list[Group], output: Tensor, signal: Tensor) -> tuple[Arrived, Mapping[str, Any]]:
+        """What arrives at every site, and at every parameter without uses, under signals ``(k, *output)``."""
         sites = sites_of(groups)
         generic = [g.block.name for g in groups if not g.uses]
         targets: list[Any] = [*(site.edge for site in sites), *(self.parameters[name] for name in generic)]
         if not targets:
-            return
+            return {}, {}
         pullback = Pullback([output], targets, self.vectorised)
         gradients = pullback.arriving([signal])
         self.vectorised = pullback.batched
         by_site = {id(site): g for site, g in zip(sites, gradients, strict=False)}
-        by_name = dict(zip(generic, gradients[len(sites) :], strict=True))
-        for group in groups:
-            if group.uses:
-                yield group, samples_of(group, by_site, valid, cache, len(signal))
-            else:
-                gradient = by_name[group.block.name]
-                yield group, [] if gradient is None else [PerSample(gradient.reshape(len(signal), 1, -1))]
+        return by_site, dict(zip(generic, gradients[len(sites) :], strict=True))
 
     def _valid(self, sites: list[Site], output: Tensor, signals: Signals) -> dict[int, Tensor]:
         """Which positions of each site count.
@@ -314,9 +327,7 @@ class Collector:
             return {}
         out: dict[int, Tensor] = {}
         for mask, probe in probes:
-            gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
-                output, [site.edge for site in sites], probe, retain_graph=True, allow_unused=True
-            )
+            gradients = pull_back([output], [site.edge for site in sites], [probe])
             # Zeros everywhere: this loss is one of another part of the model.
             pairs = zip(sites, gradients, strict=True)
             arrived = {id(s): g for s, g in pairs if g is not None and (len(probes) == 1 or bool(g.any()))}
@@ -339,32 +350,51 @@ class Collector:
         mixing = {group.block.name for group in groups if mixes(group, signals.examples)}
         rest = [group for group in groups if group.block.name not in mixing]
         if not self._may_meet(recorder, rest, signals):
+            rest = []
+        sought = [group for group in groups if group.uses and group.block.name in mixing] if self.sorts_rows else []
+        if not rest and not sought:
             return mixing
-        back = self._back(rest, output, signals.probe().unsqueeze(0), cache, {})
-        plain = {group.block.name: [_by_example(use) for use in uses] for group, uses in back}
+        plain, _ = self._arriving(rest + sought, output, signals.probe().unsqueeze(0))
+        tagged = []
         for weights in signals.tags():
-            for group, uses in self._back(rest, output, signals.probe(weights).unsqueeze(0), cache, {}):
-                for use, rows in zip(uses, plain[group.block.name], strict=True):
-                    expected = rows * weights.to(rows).unsqueeze(1)
-                    off = torch.linalg.vector_norm(_by_example(use) - expected, dim=1)
-                    tolerance = torch.finfo(rows.dtype).eps ** 0.5
-                    if not (off <= tolerance * torch.linalg.vector_norm(expected, dim=1)).all():
-                        mixing.add(group.block.name)
-        return mixing
+            arrived, _ = self._arriving(rest + sought, output, signals.probe(weights).unsqueeze(0))
+            tagged.append((weights, arrived))
+        meeting = [group for group in rest if _meets(group, plain, tagged, cache)]
+        mixing |= {group.block.name for group in meeting}
+        return mixing - self._sort(sought + meeting, plain, [arrived for _, arrived in tagged], signals.examples, cache)
+
+    def _sort(
+        self, groups: list[Group], plain: Arrived, tagged: list[Arrived], examples: int, cache: Cache
+    ) -> set[str]:
+        """Names of blocks whose rows will be sorted by the examples that they belong to; none here."""
+        return set()
 
     def _may_meet(self, recorder: Recorder, groups: list[Group], signals: Signals) -> bool:
         """Whether examples may meet in these blocks, as far as the operations of the pass tell."""
         if recorder.examples_interact:
             return True
         output = getattr(signals.terms, "whole", signals.terms.output)
-        return not all(g.uses for g in groups) or not recorder.keeps_examples(
-            sites_of(groups), output, signals.examples
-        )
+        apart = recorder.keeps_examples(sites_of(groups), output, signals.examples)
+        if not apart and not isinstance(signals.terms, ExampleTerms) and recorder.lie_elsewhere(output):
+            averages = [g.block.name for g in groups if self.estimator_of(g).averages_positions]
+            if signals.together or signals.given is not None or averages:
+                raise ValueError(
+                    f"the terms of an example add up here, but those of the output, of shape {tuple(output.shape)}, "
+                    f"do not have their examples along its first axis. {SAY_WHICH}"
+                )
+        return not apart or not all(g.uses for g in groups)
 
-    def _refuse_averages(self, mixing: list[Group], examples: int) -> None:
-        """Averages over the positions of an example need to know them; a table that no example has is one itself."""
+    def refuse_averages(self, mixing: list[Group], examples: int) -> None:
+        """Averages over the positions of an example need to know them; a table that no example has is one itself.
+
+        Rows of one position each are not averaged.
+        """
         for group in mixing:
-            if any(use.site.layout.batched for use in group.uses) and self.estimator_of(group).averages_positions:
+            outer = [use.site for use in group.uses if isinstance(use.site, OuterSite)]
+            if (
+                any(site.layout.batched and site.positions > 1 for site in outer)
+                and self.estimator_of(group).averages_positions
+            ):
                 raise ValueError(
                     f"block {group.block.name}: sharing='reduce' averages over the positions of each example, but the "
                     f"rows of this layer do not fall into the {examples} examples along the leading axis (a model with "
@@ -380,9 +410,7 @@ class Collector:
         """
         sites, items = sites_of(groups), self.parameters.items()
         targets: list[Any] = [*(site.edge for site in sites), *(p for _, p in items)]
-        found: tuple[Tensor | None, ...] = torch.autograd.grad(
-            output, targets, signals.probe(), retain_graph=True, allow_unused=True
-        )
+        found = pull_back([output], targets, [signals.probe()])
         arrived = {id(site): g for site, g in zip(sites, found, strict=False)}
         # Rounding is relative to the sizes of the terms, which may cancel.
         sizes = {key: None if g is None else g.abs() for key, g in arrived.items()}
@@ -428,7 +456,10 @@ def _by_example(use: Outer | PerSample) -> Tensor:
 
 
 def valid_positions(sites: list[Site], gradients: Mapping[int, Tensor], mask: Tensor) -> dict[int, Tensor]:
-    """Positions of each site that count: not masked out, or reached by the gradients all the same."""
+    """Positions of each site that count: not masked out, or reached by the gradients all the same.
+
+    What is left of terms that cancel (the softmax over a single position) is no signal.
+    """
     out: dict[int, Tensor] = {}
     full = bool(mask.all())
     for site in sites:
@@ -436,7 +467,8 @@ def valid_positions(sites: list[Site], gradients: Mapping[int, Tensor], mask: Te
         g = None if gradient is None else site.row_gradients(site.arrived(gradient))
         if g is None:
             continue
-        reached = (g != 0).any(-1)[0]  # (n, s)
+        size = g[0].abs().amax(-1)  # (n, s)
+        reached = size > min(16 * torch.finfo(g.dtype).eps, 1e-5) * (size.max() if size.numel() else 0)
         if full:
             reached = torch.ones_like(reached)
         elif reached.shape == mask.shape:
@@ -447,16 +479,34 @@ def valid_positions(sites: list[Site], gradients: Mapping[int, Tensor], mask: Te
     return out
 
 
+def _meets(group: Group, plain: Arrived, tagged: list[tuple[Tensor, Arrived]], cache: Cache) -> bool:
+    """Whether what arrived in the rows of an example has not grown by its weight."""
+    for weights, arrived in tagged:
+        pairs = zip(samples_of(group, plain, {}, cache), samples_of(group, arrived, {}, cache), strict=True)
+        for use, weighted in pairs:
+            rows = _by_example(use)
+            expected = rows * weights.to(rows).unsqueeze(1)
+            off = torch.linalg.vector_norm(_by_example(weighted) - expected, dim=1)
+            if not (off <= torch.finfo(rows.dtype).eps ** 0.5 * torch.linalg.vector_norm(expected, dim=1)).all():
+                return True
+    return False
+
+
 def samples_of(
-    group: Group, gradients: Mapping[int, Tensor | None], valid: Mapping[int, Tensor], cache: Cache, k: int = 1
+    group: Group, gradients: Arrived, valid: Mapping[int, Tensor], cache: Cache, k: int = 1, by_rows: bool = False
 ) -> list[Outer | PerSample]:
-    """Samples of the group's uses, from the gradients of their outputs under k signals."""
+    """Samples of the group's uses, from the gradients of their outputs under k signals; of single rows if asked."""
     samples: list[Outer | PerSample] = []
     for use in group.uses:
         gradient = gradients.get(id(use.site))
         if gradient is None:
             continue
-        sample = use.site.use(use.piece, use.site.arrived(gradient, k), valid.get(id(use.site)), cache)
+        gradient = use.site.arrived(gradient, k)
+        sample: Outer | PerSample | None = None
+        if by_rows and isinstance(use.site, ElementwiseSite):
+            sample = use.site.rows(use.piece, gradient)
+        if sample is None:
+            sample = use.site.use(use.piece, gradient, valid.get(id(use.site)), cache)
         samples.append(sample.transposed() if use.flipped else sample)
     return samples
 

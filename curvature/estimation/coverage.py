@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from curvature.estimation.batch_loss import terms_of
 from curvature.estimation.collector import Collector
-from curvature.estimation.dataset import record, terms_of
+from curvature.estimation.dataset import record
 from curvature.layers import MODULES
 from curvature.layers.block import Block, BlockPart
-from curvature.losses import Terms, UnknownLossError, loss_for
+from curvature.losses import Terms, UnknownLossError, loss_for, loss_over_data
 from curvature.losses.signals import Signals
 from curvature.model.data import Data, batches, tensors_in, to_device, untouched
 from curvature.model.parameters import Parameters
@@ -154,9 +155,12 @@ def coverage(
     else:
         collector = Collector(parameters, spec.estimator, joint=spec.joint)
         with torch.inference_mode(False), untouched(model):
-            x, y = to_device(next(batches(data)()), parameters.device)
-            result, recorder = record(model, parameters, x, y)
-            terms = _terms(loss_fn, result, y)
+            for x, y in batches(data)():  # up to one in which a target counts
+                x, y = to_device(x, parameters.device), to_device(y, parameters.device)
+                result, recorder = record(model, parameters, x, y)
+                terms = _terms(loss_fn, result, x, y)
+                if terms is None or not terms.empty:
+                    break
             if terms is not None:
                 collector.survey(recorder, terms.output, Signals.of(terms, "empirical", batch=recorder.batch))
         rows = table(parameters, collector)
@@ -183,17 +187,19 @@ def table(parameters: Parameters, collector: Collector) -> list[Row]:
             continue
         used = [collector.operations.get(e.block.name, ("used before it was loaded",)) for e in mine]
         reason = collector.plan.without_rule.get(name)
-        why = ", ".join(dict.fromkeys(chain(*used))) if reason is None else reason + BY_AUTOGRAD
+        notes = (note for e in mine if (note := collector.notes.get(e.block.name)))
+        why = ", ".join(dict.fromkeys(chain(*used, notes) if reason is None else chain([reason], notes)))
+        why += "" if reason is None else BY_AUTOGRAD
         names, structures = ", ".join(e.block.name for e in mine), "/".join(dict.fromkeys(e.structure for e in mine))
         size = sum(_stored(e, operations) for e, operations in zip(mine, used, strict=True))
         rows.append(Row(name, tuple(p.shape), names, structures, size, why))
     return rows
 
 
-def _terms(loss_fn: Any, result: Any, y: Any) -> Terms | None:
+def _terms(loss_fn: Any, result: Any, x: Any, y: Any) -> Terms | None:
     """Terms of the loss; where it is unknown or cannot be told apart here, of all that the model returned."""
     try:
-        terms = terms_of(loss_for(loss_fn), result, y, None, None)
+        terms = terms_of(loss_over_data(loss_fn), result, x, y, None, None)
     except (TypeError, ValueError):
         seen = [t.reshape(-1) for t in tensors_in(result) if t.requires_grad]
         if not seen:

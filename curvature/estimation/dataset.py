@@ -2,59 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from curvature.estimation.accumulation import Accumulation
+from curvature.estimation.batch_loss import refuse_beyond_outputs, require_terms, terms_of
 from curvature.estimation.checkpoint import Checkpoint, Resume, digest, problem_identity
 from curvature.estimation.collector import Collector, StartAgain
+from curvature.estimation.finite import words
 from curvature.layers.block import Block
 from curvature.layers.recorder import Recorder
-from curvature.losses import ClassDim, JoinedTerms, Loss, Terms, WeightedSum, loss_for
+from curvature.losses import ClassDim, JoinedTerms, Loss, NonFiniteCurvatureError, Terms, WeightedSum, loss_over_data
 from curvature.losses.signals import Signals
 from curvature.model.data import (
     Batch,
+    Collated,
     Data,
     Output,
     batches,
     call,
     examples_of,
     is_one_batch,
-    resolve_output,
     shown,
     to_device,
     untouched,
 )
+from curvature.model.determinism import warn_of_chance
 from curvature.model.parameters import Parameters
+from curvature.model.streams import drew_since, random_state
 from curvature.structures.estimator import Curvature, CurvatureEstimator, Form
 from curvature.structures.inverse import InverseEstimator
 from solvers import BlockDiagonal
 
 
 def record(
-    model: nn.Module, parameters: Parameters, x: Any, y: Any = None, examples: int | None = None
+    model: nn.Module,
+    parameters: Parameters,
+    x: Any,
+    y: Any = None,
+    examples: int | None = None,
+    batch_dim: int | None = None,
 ) -> tuple[Any, Recorder]:
-    """Run the model on ``x``, with targets ``y`` or that many examples, and record the uses of its parameters."""
+    """Run the model on ``x``, with targets ``y`` or that many examples, and record the uses of its parameters.
+
+    Where examples lie along another axis of the output, the targets are taken to have them there as well; if not, the
+    uses are only found not to keep them apart.
+    """
+    if batch_dim and isinstance(y, Tensor) and -y.dim() <= batch_dim < y.dim():
+        examples = y.shape[batch_dim]
     tracked = {id(p) for p in parameters.values()}
     constants = [*model.buffers(), *(p for p in model.parameters() if id(p) not in tracked)]
     recorder = Recorder(parameters, constants, examples or examples_of(x, y), own_pass=True)
-    recorder.mark_inputs(x)
+    recorder.mark_inputs((x, x.labels) if isinstance(x, Collated) else x)  # encoder-decoders make inputs of labels
     with torch.enable_grad(), recorder:
         result = call(model, x)
     recorder.returned(result)
     return result, recorder
-
-
-def terms_of(loss: Loss, result: Any, y: Any, output: Output | None, class_dim: ClassDim, check: bool = False) -> Terms:
-    """The terms of a loss, from what the model returned: a tensor picked from it, or all that a sum of losses sees."""
-    if isinstance(loss, WeightedSum):
-        return loss.terms(result if output is None else output(result), y, class_dim=class_dim, check=check)
-    if isinstance(class_dim, Mapping):
-        raise TypeError(f"class_dim={class_dim!r} is for sums of losses; for {loss!r} pass one axis.")
-    return loss.terms(resolve_output(result, output), y, class_dim=class_dim, check=check)
 
 
 def over_all_data(
@@ -74,7 +80,8 @@ def over_all_data(
     divisors: dict[Any, Any] = {}
     with torch.no_grad(), untouched(model):
         for x, y in start():
-            terms = terms_of(loss, call(model, to_device(x, device)), to_device(y, device), output, class_dim)
+            x, y = to_device(x, device), to_device(y, device)
+            terms = terms_of(loss, call(model, x), x, y, output, class_dim)
             assert isinstance(terms, JoinedTerms)
             for key, (_, part) in terms.parts.items():
                 divisors[key] = divisors.get(key, 0.0) + part.total
@@ -90,9 +97,11 @@ def estimate(
     params: Any = None,
     output: Output | None = None,
     class_dim: ClassDim = None,
+    batch_dim: int | None = None,
     generator: torch.Generator | None = None,
     resume: Resume | None = None,
     progress: bool | None = None,
+    fisher: bool | None = False,
 ) -> BlockDiagonal:
     """Structured curvature of the loss over all the data, at the model's current parameters and mode.
 
@@ -104,15 +113,17 @@ def estimate(
         params: Restriction of the parameters, see :class:`~curvature.model.parameters.Parameters`.
         output: Picks the output tensor.
         class_dim: Class axis of the output, where shapes leave it open.
+        batch_dim: Axis of the output that counts the examples, where it is not the first.
         generator: Source of the draws for ``kind="mc"``; a fresh one seeded with 0 by default.
         resume: File in which the sums are kept, and from which they go on if it exists; see :func:`curvature.fisher`.
         progress: Show a progress bar; ``None`` shows one only where there are many batches.
+        fisher: See :class:`~curvature.matrices.problem.Problem`.
 
     Returns:
         Block-diagonal operator on the flat parameter vector, in the scale of the loss over all data as one batch.
     """
     parameters = Parameters(model, params)
-    loss = loss_for(loss_fn)
+    loss = loss_over_data(loss_fn)
     if loss.reduction == "none":
         raise ValueError("the loss has reduction='none', so it is no scalar. Use 'mean' or 'sum'.")
     curvature = curvature.on(model)
@@ -135,28 +146,44 @@ def estimate(
         what = {"curvature": described, "draws": digest([generator.get_state()])}
         file = Checkpoint.at(resume).of(problem_identity(model, loss_fn, parameters) | what)
 
+    def look(x: Any, y: Any) -> Terms:
+        return terms_of(loss, call(model, x), x, y, output, class_dim, batch_dim=batch_dim)
+
     def sums(reasons: dict[str, str]) -> BlockDiagonal:
         """One run over the data, with some parameters taken by autograd from the first batch on."""
         collector = Collector(parameters, make, joint=curvature.joint)
         collector.plan.without_rule |= reasons
-        run = Accumulation(model, collector, generator, curvature.passes, file)
+        run = Accumulation(model, collector, generator, curvature.passes, file, look)
         with torch.inference_mode(False), untouched(model):
             run.resume(reasons)
             for number in range(run.number, curvature.passes):
+                drew, count = False, 0
                 for x, y in shown(run.batches(start), f"curvature, pass {number + 1}", progress):
                     x, y = to_device(x, parameters.device), to_device(y, parameters.device)
-                    result, recorder = record(model, parameters, x, y)
-                    terms = terms_of(loss, result, y, output, class_dim, check=True)
+                    before = random_state(parameters.device)
+                    result, recorder = record(model, parameters, x, y, batch_dim=batch_dim)
+                    drew, count = drew or drew_since(before, parameters.device), count + 1
+                    terms = terms_of(loss, result, x, y, output, class_dim, check=True, batch_dim=batch_dim)
                     if not terms.output.requires_grad:
                         raise ValueError(
                             f"the output of {type(model).__name__} does not depend on any of the parameters through "
                             "autograd: it was detached, or made under no_grad. Its curvature would be zero."
                         )
                     terms.value()  # refuses losses that are not finite
-                    signals = Signals.of(terms, curvature.kind, curvature.samples, generator, recorder.batch)
+                    refuse_beyond_outputs(terms, parameters)
                     if number == 0:
                         run.total = run.total + terms.total
+                    if terms.empty:
+                        continue
+                    if curvature.kind != "empirical" and fisher is not False:
+                        terms = terms.fisher(strict=bool(fisher))
+                    if curvature.kind != "empirical":
+                        terms.refuse_undefined()
+                    signals = Signals.of(terms, curvature.kind, curvature.samples, generator, recorder.batch)
                     collector.collect(recorder, terms.output, signals)
+                if number == 0:
+                    require_terms(run.total)
+                    warn_of_chance(model, drew=drew, split=count > 1)
                 collector.settle()
                 again = {name for name, estimator in collector.estimators.items() if estimator.next_pass()}
                 collector.only = again
@@ -164,6 +191,8 @@ def estimate(
                 if not again:
                     break
             run.finish(start)
+        if bad := [name for name, estimator in collector.estimators.items() if not bool(estimator.finite())]:
+            raise NonFiniteCurvatureError(words("the curvature", bad))
         collector.commit(ema=0.0)
         return collector.operator(scale=1.0 if loss.reduction == "mean" else run.total)
 

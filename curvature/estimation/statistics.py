@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvature.estimation.batch_loss import refuse_beyond_outputs
 from curvature.estimation.passes import Pass, TapedLoss
 from curvature.estimation.step import Step, Weight
 from curvature.estimation.step_collector import Backward, StepCollector
 from curvature.estimation.tape import Tape
 from curvature.layers.recorder import Recorder
-from curvature.losses import JoinedTerms, Loss, NoCurvatureError, Terms, UnknownLossError, loss_for
+from curvature.losses import AutogradLoss, JoinedTerms, Loss, NoCurvatureError, Terms, UnknownLossError, loss_for
 from curvature.losses.from_gradient import from_output_gradient
-from curvature.losses.picked import PickedTerms, in_order, picked_rows
+from curvature.losses.picked import PickedTerms, along, by_examples, checked_axis, in_order, picked_rows
 from curvature.losses.signals import Signals
 from curvature.structures.estimator import Curvature
 
@@ -41,6 +42,7 @@ class Statistics:
         collector: Receives the statistics.
         curvature: What is estimated.
         class_dim: Class axis of the output, where it cannot be read off.
+        batch_dim: Axis of the model's output that counts the examples, where it is not the first.
 
     Attributes:
         loss: The loss as an object; ``None`` where it is unknown and the curvature empirical.
@@ -51,9 +53,16 @@ class Statistics:
     """
 
     def __init__(
-        self, tape: Tape, loss_fn: Any, collector: StepCollector, curvature: Curvature, class_dim: int | None = None
+        self,
+        tape: Tape,
+        loss_fn: Any,
+        collector: StepCollector,
+        curvature: Curvature,
+        class_dim: int | None = None,
+        batch_dim: int | None = None,
     ) -> None:
-        self.tape, self.collector, self.curvature, self.class_dim = tape, collector, curvature, class_dim
+        self.tape, self.collector, self.curvature = tape, collector, curvature
+        self.class_dim, self.batch_dim = class_dim, batch_dim
         self.loss = _interpreted(loss_fn, curvature)
         self.generator = torch.Generator(device=collector.parameters.device)
         self.armed = False
@@ -64,6 +73,7 @@ class Statistics:
         self._mark: tuple[Any, Any] | None = None  # the step when the backward pass under way began
         self._seed = 0  # of the draws of this step
         self._waiting: list[Waiting] = []
+        self._refusal: Exception | None = None  # of what a gradient brought, if it turns out to count
         tape.reader = self
 
     @property
@@ -111,10 +121,10 @@ class Statistics:
         self.generator.set_state(state)
 
     def begin(self) -> None:
-        self._mark = self.mark(), self.collector.mark()
+        self._mark, self._refusal = (self.mark(), self.collector.mark()), None
 
     def arrived(self, call: TapedLoss, gradient: Tensor) -> None:
-        passes = [origin for origin in call.passes if origin.recorder is not None]
+        passes = self._open(call.passes)
         loss = self._loss_of(call)
         if not passes or loss is None:
             return
@@ -128,7 +138,7 @@ class Statistics:
 
     def arrived_at_input(self, call: TapedLoss, gradient: Tensor) -> None:
         """A gradient arrived at what a loss of unknown type was called on."""
-        passes = [origin for origin in call.passes if origin.recorder is not None]
+        passes = self._open(call.passes)
         if not passes or call.arriving is None:
             return
         if call.arriving.dim() > 0:
@@ -143,11 +153,18 @@ class Statistics:
     def arrived_at_output(self, origin: Pass, gradient: Tensor) -> None:
         if not bool(torch.isfinite(gradient).all()):
             return  # nothing can be read off it, and the step will be skipped
-        if origin.recorder is not None:
+        if not self._open([origin]):
+            return
+        try:
             terms, share = self._from_gradient(origin.output, gradient)
-            self._take([origin], terms, share, None)
+        except (TypeError, ValueError) as error:
+            self._refusal = error  # no matter for a gradient that is not for the parameters
+            return
+        self._take([origin], terms, share, None)
 
     def keep(self) -> None:
+        if self._refusal is not None:
+            raise self._refusal
         waiting, self._waiting = self._waiting, []
         for item in waiting:
             item.backward.close()
@@ -170,6 +187,14 @@ class Statistics:
 
     # From a loss to the collector
 
+    def _open(self, passes: list[Pass]) -> list[Pass]:
+        """Those to collect from now; where passes hide something, they are repeated at the end of the step instead."""
+        if self.shadows:
+            for origin in passes:
+                if origin in self.tape.passes:
+                    origin.recorder, origin.again = None, True
+        return [origin for origin in passes if origin.recorder is not None]
+
     def _loss_of(self, call: TapedLoss) -> Loss | None:
         if call.module is self.tape.loss_module:
             return self.loss
@@ -178,7 +203,10 @@ class Statistics:
     def _terms(self, loss: Loss, call: TapedLoss) -> Terms:
         args, kwargs = call.arguments(call.output)
         rest = [a for a in (*args, *kwargs.values()) if a is not call.output]
-        return loss.terms(call.output, *rest, as_called=True)
+        terms = loss.terms(call.output, *rest, as_called=True)
+        if isinstance(loss, AutogradLoss):
+            refuse_beyond_outputs(terms, self.collector.parameters)
+        return terms
 
     def _share(self, terms: Terms, gradient: Tensor, place: int) -> Weight:
         """How a loss enters, from the gradient that arrived at its value."""
@@ -186,7 +214,7 @@ class Statistics:
         size = gradient.abs()
         if terms.reduction == "mean":
             self._step.absolute = True
-            return Weight(size / terms.total)
+            return Weight(torch.where(terms.total == 0, 0, size / terms.total))  # no term counts: 0, not 0/0
         if terms.reduction == "sum":
             self._step.add_sum(place, size * terms.total)
             return Weight(size)
@@ -200,8 +228,10 @@ class Statistics:
         recorder = merged([origin.recorder for origin in passes if origin.recorder is not None])
         with self._open_graph():
             if call is not None and self._waits(passes, recorder, terms, share, call):
-                return
-            terms = _in_their_places(terms, passes)
+                return self._refuse_hidden(recorder)
+            terms = _in_their_places(terms, passes, self.batch_dim)
+            if self.curvature.kind != "empirical":
+                terms = terms.fisher(strict=False)
             signals = Signals.of(
                 terms, self.curvature.kind, self.curvature.samples, self.generator, recorder.batch, together=True
             )
@@ -210,7 +240,14 @@ class Statistics:
             reached = self.collector.collect(
                 recorder, terms.output, signals, counted=counted, scale=scale, factor=share.factor
             )
+            self._refuse_hidden(recorder)
             self._step.note(reached)
+
+    def _refuse_hidden(self, recorder: Recorder) -> None:
+        """Raise what a reentrant checkpoint raises where a signal passes through it; one may also end there."""
+        hides = "CheckpointFunctionBackward" in recorder.explained.custom
+        if hides and self.tape.mode == "auto" and self._mark is not None:
+            raise RuntimeError("a checkpoint with use_reentrant=True hides parameters")
 
     def _waits(self, passes: list[Pass], recorder: Recorder, terms: Terms, share: Weight, call: TapedLoss) -> bool:
         """Whether the user's own backward pass brings empirical statistics, so that none of ours is needed."""
@@ -218,7 +255,9 @@ class Statistics:
             return False
         if any(origin.calls != [call] for origin in passes):
             return False  # the gradients of several losses arrive as one
-        signals = Signals(_in_their_places(terms, passes), "empirical", batch=recorder.batch, together=True)
+        signals = Signals(
+            _in_their_places(terms, passes, self.batch_dim), "empirical", batch=recorder.batch, together=True
+        )
         backward = self.collector.await_backward(recorder, signals, lambda: not self.tape.inside)
         if backward is None:
             return False
@@ -254,15 +293,23 @@ class Statistics:
 
     @contextlib.contextmanager
     def _open_graph(self) -> Iterator[None]:
-        """For passes of our own through the user's graph, which a reentrant checkpoint refuses."""
+        """For passes of our own through the user's graph, which a reentrant checkpoint refuses.
+
+        What the user's backward pass has brought so far is taken back then, and its passes are repeated at the end of
+        the step; earlier ones of the step keep their part.
+        """
         try:
             with self.tape.own_pass():
                 yield
         except RuntimeError as error:
-            if self.tape.mode != "auto" or "use_reentrant" not in str(error):
+            if self.tape.mode != "auto" or "use_reentrant" not in str(error) or self._mark is None:
                 raise
             self.hidden = self.tape.cautious = True
-            self._start_again()
+            self.drop()
+            self.begin()
+            for origin in self.tape.passes:
+                if origin.arriving is not None or any(call.arriving is not None for call in origin.calls):
+                    origin.recorder, origin.again = None, True
 
     # The end of the step
 
@@ -280,13 +327,12 @@ class Statistics:
         self.tape.settle()
         self._stop_waiting()
         for origin in self.tape.passes:
-            if origin.again and not self.shadows:
+            if origin.again:
                 self._repeat(origin)
         missing = set() if self.shadows or self.tape.mode != "auto" else self._missing(gradients or {})
         if missing:
             self.hidden = True
             self._start_again()
-        if self.shadows:
             for origin in self.tape.passes:
                 self._repeat(origin)
         if missing and self.batches:
@@ -369,13 +415,21 @@ def merged(recorders: list[Recorder]) -> Recorder:
     return out
 
 
-def _in_their_places(terms: Terms, passes: list[Pass]) -> Terms:
-    """Terms on rows that were picked from the model's output, as terms of all of its rows."""
+def _in_their_places(terms: Terms, passes: list[Pass], batch_dim: int | None) -> Terms:
+    """Terms on rows that were picked from the model's output, as terms of all of its rows.
+
+    Raises:
+        ValueError: If ``batch_dim`` is given, and the terms are not on rows of one output.
+    """
     whole = passes[0].output
     if len(passes) > 1 or not isinstance(whole, Tensor) or isinstance(terms, JoinedTerms):
+        if batch_dim is not None:
+            raise ValueError(f"batch_dim={batch_dim} names an axis of the output of one pass; the loss sees several.")
         return terms
     z = terms.output
-    if in_order(z, whole):
+    if z is whole:
+        return terms if batch_dim is None else along(terms, batch_dim)
+    if batch_dim is None and in_order(z, whole):
         return terms
 
     def pull(sent: Tensor) -> Tensor | None:
@@ -384,9 +438,19 @@ def _in_their_places(terms: Terms, passes: list[Pass]) -> Terms:
 
     picked = picked_rows(pull, terms, whole)
     if picked is None:
+        if batch_dim is not None:
+            raise ValueError(
+                f"batch_dim={batch_dim}: what the loss sees, of shape {tuple(z.shape)}, is no choice of rows of the "
+                f"model's output, of shape {tuple(whole.shape)}. Leave batch_dim out and return outputs with the "
+                "examples first."
+            )
         return terms
     rows, axes = picked
-    return PickedTerms(terms, rows, (prod(axes[:1]), prod(axes[1:])), whole)
+    terms = PickedTerms(terms, rows, (prod(axes[:1]), prod(axes[1:])), whole)
+    if batch_dim is None:
+        return terms
+    axis = min(checked_axis(batch_dim, whole.dim()), len(axes) - 1)  # behind the class axis, if that was taken away
+    return by_examples(terms, axes, axis, whole)
 
 
 def _interpreted(loss_fn: Any, curvature: Curvature) -> Loss | None:

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from curvature.estimation.collector import Cache, Collector, samples_of, sites_of, valid_positions
+from curvature.estimation.collector import Arrived, Cache, Collector, samples_of, sites_of, valid_positions
+from curvature.estimation.owners import SortedRows, by_row, owners, sorted_rows
 from curvature.estimation.plan import Group
 from curvature.layers import Site
 from curvature.layers.block import Block
 from curvature.layers.recorder import Recorder
 from curvature.layers.samples import Outer, PerSample, Samples
+from curvature.layers.site import ElementwiseSite
 from curvature.losses.signals import Signals, stacked
 from curvature.model.parameters import Parameters
 from curvature.structures.estimator import CurvatureEstimator, Form
@@ -23,13 +25,17 @@ from curvature.structures.whole import Share, WholeEstimator
 
 #: Block and use -> positions of it whose inputs were counted; ``None`` for all.
 Counted = dict[Any, Tensor | None]
+#: Block and use -> owners of its rows, and where they go, in the pass at hand.
+Sorted = dict[tuple[str, int], tuple[Tensor, SortedRows]]
+#: Backward passes up to which a signal is sent back for one example at a time where nothing else keeps them apart.
+FEW = 32
 
 
 class Backward:
     """The gradients of all uses in a backward pass that the user runs."""
 
-    def __init__(self, groups: list[Group], signals: Signals, listens: Callable[[], bool]) -> None:
-        self.groups, self.signals, self._listens = groups, signals, listens
+    def __init__(self, groups: list[Group], signals: Signals, listens: Callable[[], bool], rows: Sorted) -> None:
+        self.groups, self.signals, self._listens, self.rows = groups, signals, listens, rows
         self.gradients: dict[int, Tensor] = {}
         self._handles = []
         for site in sites_of(groups):
@@ -60,6 +66,9 @@ class StepCollector(Collector):
         forget: Called with the name of a block whose first statistics were taken back.
     """
 
+    sorts_rows: ClassVar = True
+    complete: ClassVar = False  # the samples of every block hold all examples and nothing else
+
     def __init__(
         self,
         parameters: Parameters,
@@ -73,6 +82,7 @@ class StepCollector(Collector):
         self._factor: Tensor | None = None
         self._linear: Tensor | float | None = None
         self._counted: Counted = {}
+        self._sorted: Sorted = {}
 
     # Transactions
 
@@ -133,6 +143,11 @@ class StepCollector(Collector):
         cache: Cache = {}
         groups = self.groups(recorder, output, signals, cache)
         mixing = self.mixing(recorder, groups, output, signals, cache)
+        drawn = mixing if signals.kind != "mc" and not self.sends_examples(signals) else set()
+        for name in (group.block.name for group in groups):
+            self.notes.pop(name, None)
+            if name in drawn:
+                self.notes[name] = "examples meet in its rows, told apart by random signs"
         self._factor, self._linear, self._counted = factor, factor, counted
         plain = partial(stacked, iter(signals))
         if signals.kind == "mc" or not mixing:
@@ -146,11 +161,54 @@ class StepCollector(Collector):
         """In training, statistics over the batch are taken as given, as every K-FAC does."""
         return not recorder.examples_interact and super()._may_meet(recorder, groups, signals)
 
-    def apart(self, signals: Signals) -> Iterator[Tensor]:
-        """Signals for blocks in which examples meet: with a random sign for each example.
+    def mixing(
+        self, recorder: Recorder, groups: list[Group], output: Tensor, signals: Signals, cache: Cache
+    ) -> set[str]:
+        """Blocks in which examples meet; those whose rows only lie elsewhere are sorted."""
+        self._keep_sorted({})
+        mixing = super().mixing(recorder, groups, output, signals, cache)
+        if not recorder.examples_interact:
+            self.refuse_averages([group for group in groups if group.block.name in mixing], signals.examples)
+        return mixing
 
-        Squares of their sums have no cross terms in expectation.
+    def _sort(
+        self, groups: list[Group], plain: Arrived, tagged: list[Arrived], examples: int, cache: Cache
+    ) -> set[str]:
+        rows: Sorted = {}
+        for group in groups:
+            found = _owners(group, [plain, *tagged], examples, cache)
+            if found:
+                places = sorted_rows(list(found.values()), examples, self.complete)
+                for (source, owner), place in zip(found.items(), places, strict=True):
+                    rows[group.block.name, source] = owner, place
+        self._keep_sorted(rows)
+        return self.by_rows
+
+    def _keep_sorted(self, rows: Sorted) -> None:
+        self._sorted, self.by_rows = rows, {name for name, _ in rows}
+
+    def _valid(self, sites: list[Site], output: Tensor, signals: Signals) -> dict[int, Tensor]:
+        return self._reached(super()._valid(sites, output, signals))
+
+    def _reached(self, valid: dict[int, Tensor]) -> dict[int, Tensor]:
+        """Positions that count; where rows lie elsewhere, those that belong to an example."""
+        for (_, source), (owner, _) in self._sorted.items():
+            if source in valid:
+                valid[source] = (owner >= 0).view_as(valid[source])
+        return valid
+
+    def sends_examples(self, signals: Signals) -> bool:
+        """Whether :meth:`apart` sends a signal for each example."""
+        return signals.examples * len(signals) <= FEW
+
+    def apart(self, signals: Signals) -> Iterator[Tensor]:
+        """Signals for blocks in which examples meet: for one example at a time where these are few.
+
+        Otherwise with a random sign for each example: squares of their sums have no cross terms in expectation.
         """
+        if self.sends_examples(signals):
+            yield from signals.one_by_one()
+            return
         generator = signals.generator or torch.Generator(device=signals.terms.output.device).manual_seed(0)
         for signal in signals:
             sign = torch.randint(0, 2, (signals.examples,), generator=generator, device=generator.device) * 2 - 1
@@ -166,7 +224,7 @@ class StepCollector(Collector):
         groups = self.groups(recorder, output, signals, {})
         if self.mixing(recorder, groups, output, signals, {}):
             return None
-        return Backward(groups, signals, listens)
+        return Backward(groups, signals, listens, self._sorted)
 
     def collect_backward(self, backward: Backward, share: Tensor, counted: Counted) -> set[str]:
         """Update the estimates from the gradients of a backward pass that was waited for.
@@ -182,10 +240,13 @@ class StepCollector(Collector):
         reached: set[str] = set()
         cache: Cache = {}
         mask = backward.signals.mask
-        self._factor, self._linear, self._counted = 1 / share, 1.0, counted
+        self._keep_sorted(backward.rows)
+        # Without a term that counts, the share is 0 and there is nothing to scale.
+        self._factor, self._linear, self._counted = torch.where(share == 0, 0, 1 / share), 1.0, counted
         valid = {} if bool(mask.all()) else valid_positions(sites_of(backward.groups), backward.gradients, mask)
+        valid = self._reached(valid)
         for group in backward.groups:
-            uses = samples_of(group, backward.gradients, valid, cache)
+            uses = samples_of(group, backward.gradients, valid, cache, by_rows=group.block.name in self.by_rows)
             if uses:
                 self._update(group, uses, True)
                 reached.add(group.block.name)
@@ -194,6 +255,7 @@ class StepCollector(Collector):
     def _update(self, group: Group, uses: list[Outer | PerSample], first: bool, **options: Any) -> None:
         if first:
             uses, first = self._new(group, uses)
+        uses = [self._placed(group, use) for use in uses]
         samples = Samples(tuple(uses), 0.0, first, factor=self._factor, linear=self._linear, **options)
         self.estimator_of(group).update(samples)
 
@@ -201,8 +263,8 @@ class StepCollector(Collector):
         """The uses with those positions alone that count and did not before; whether there are any."""
         out: list[Outer | PerSample] = []
         new = False
-        for index, use in enumerate(uses):
-            key = group.block.name, use.source if isinstance(use, Outer) else index
+        for use in uses:
+            key = group.block.name, use.source
             valid = use.valid if isinstance(use, Outer) else None
             if key not in self._counted:
                 self._counted[key], fresh, new = valid, valid, True
@@ -214,16 +276,38 @@ class StepCollector(Collector):
             out.append(replace(use, valid=fresh) if isinstance(use, Outer) else use)
         return out, new
 
+    def _placed(self, group: Group, use: Outer | PerSample) -> Outer | PerSample:
+        """A use with its rows in the places of their examples."""
+        if (group.block.name, use.source) not in self._sorted:
+            return use
+        _, rows = self._sorted[group.block.name, use.source]
+        return rows.of(use, not self.estimator_of(group).averages_positions)
+
+
+def _owners(group: Group, arrived: list[Arrived], examples: int, cache: Cache) -> dict[int, Tensor] | None:
+    """Owners of the rows of every use of a block that was reached; ``None`` where rows hear of several examples."""
+    if any(isinstance(u.site, ElementwiseSite) and not u.site.has_rows for u in group.uses):
+        return None
+    found = {}
+    for plain, *tagged in zip(*(samples_of(group, a, {}, cache, by_rows=True) for a in arrived), strict=True):
+        owner = owners(by_row(plain), [by_row(use) for use in tagged], examples)
+        if owner is None:
+            return None
+        found[plain.source] = owner
+    return found
+
 
 class ApartCollector(StepCollector):
     """For estimates that need gradients of true sign, of one example at a time, in all blocks."""
 
-    def apart(self, signals: Signals) -> Iterator[Tensor]:
-        return signals.one_by_one()
+    def sends_examples(self, signals: Signals) -> bool:
+        return True
 
 
 class WholeCollector(ApartCollector):
     """Hands the samples of all blocks to one estimate."""
+
+    complete: ClassVar = True
 
     def __init__(self, parameters: Parameters, whole: WholeEstimator) -> None:
         super().__init__(parameters, lambda block, form: Share(block, self.whole))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
@@ -19,11 +20,11 @@ from torch.autograd.graph import get_gradient_edge
 
 from curvature.estimation.passes import OUTPUT, Pass, Reader, TapedLoss, release
 from curvature.layers.recorder import Recorder
-from curvature.losses.loss import called
+from curvature.losses.loss import called, module_called
 from curvature.losses.sum_of_losses import SumOfLosses
 from curvature.model.data import Output, batch_size, examples_of, inspecting, resolve_output, tensors_in, untouched
 from curvature.model.hooks import Hook, calling_frame
-from curvature.model.settings import random_state, set_random_state
+from curvature.model.streams import random_state, set_random_state
 from curvature.model.wrappers import CallGuard, is_compiled, plain_checkpoints, unwrapped
 
 Mode = Literal["auto", "loss", "gradient", "shadow"]
@@ -31,6 +32,7 @@ MODES: tuple[Mode, ...] = ("auto", "loss", "gradient", "shadow")
 
 #: Model -> depth of backward passes of the library's own. Hooks may run in threads of the device.
 _OWN_PASSES: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+_LOCK = threading.Lock()
 
 
 class Tape:
@@ -71,7 +73,7 @@ class Tape:
         if mode not in MODES:
             raise ValueError(f"capture must be one of {', '.join(map(repr, MODES))}, got {mode!r}.")
         self.called, self.model, self.parameters = model, unwrapped(model), parameters
-        self.loss_module = loss_fn if isinstance(loss_fn, nn.Module) else None
+        self.loss_module = module_called(loss_fn)
         self.output, self.mode, self.eval_mode, self.before_pass = output, mode, eval_mode, before_pass
         self.reader: Reader | None = None
         self.records = self.repeats = self.cautious = False
@@ -82,6 +84,7 @@ class Tape:
         self._pass: Pass | None = None  # whose forward runs
         self._open: Recorder | None = None  # that is active in it
         self._frame: FrameType | None = None  # of that call of the model
+        self._thread = threading.get_ident()  # that calls the model; a loss module may be shared with other threads
         self._counting = 0  # which of the input tensors counts the examples
         self._latest: Callable[[], Tensor | None] = lambda: None  # value of the last call of the loss
         self._task: int | None = None  # the user's backward pass under way
@@ -140,7 +143,8 @@ class Tape:
             self.before_pass()
         self._prune()
         device = next(iter(self.parameters().values())).device
-        random = random_state(device) if self.keeps_inputs else None
+        random = random_state(device)
+        self._thread = threading.get_ident()
         self._pass = Pass((args, kwargs), random)
         self._frame = calling_frame()
         if self.records and not self.shadows and not self.is_compiled():
@@ -213,7 +217,7 @@ class Tape:
 
     def _after_loss(self, module: nn.Module, args: Any, kwargs: Any, value: Any) -> None:
         """The loss module was called, by the loop or inside the model's own forward."""
-        if self._pass is not None and self._latest() is value:
+        if self._pass is not None and self._thread == threading.get_ident() and self._latest() is value:
             return  # it called one of torch's functions, which was seen already
         self._called(module, args, kwargs, value)
 
@@ -225,6 +229,8 @@ class Tape:
 
     def _called(self, module: nn.Module, args: Any, kwargs: Any, value: Any) -> None:
         if not self.active or self.mode == "gradient" or inspecting() or self.inside:
+            return
+        if self._thread != threading.get_ident():
             return
         if not isinstance(value, Tensor) or not value.requires_grad:
             return
@@ -314,6 +320,12 @@ class Tape:
         if after == self._before:  # torch.autograd.grad, for a penalty or an adversarial example
             self._abandon()
             return
+        if self.reader is not None:
+            try:
+                self.reader.keep()
+            except BaseException:
+                self._abandon()
+                raise
         self._task, self._marks = None, after
         for origin in self.passes:
             if origin.arriving is not None:
@@ -323,8 +335,6 @@ class Tape:
             if call.arriving is not None:
                 call.weight = call.arriving if call.weight is None else call.weight + call.arriving
                 call.arriving = None
-        if self.reader is not None:
-            self.reader.keep()
 
     def _abandon(self) -> None:
         """Forget what the backward pass under way has brought so far."""
@@ -370,12 +380,14 @@ class Tape:
     @contextlib.contextmanager
     def own_pass(self) -> Iterator[None]:
         """For backward passes of our own through the user's graph: what arrives in them does not count."""
-        _OWN_PASSES[self.model] = _OWN_PASSES.get(self.model, 0) + 1
+        with _LOCK:
+            _OWN_PASSES[self.model] = _OWN_PASSES.get(self.model, 0) + 1
         try:
             with torch.enable_grad():
                 yield
         finally:
-            _OWN_PASSES[self.model] -= 1
+            with _LOCK:
+                _OWN_PASSES[self.model] -= 1
 
     # Once more
 

@@ -19,8 +19,9 @@ from curvature.losses import ClassDim
 from curvature.matrices.problem import Evaluation, Problem, refuse_sums
 from curvature.matrices.request import WHOLE, Request, Structure
 from curvature.model.data import Batch, Data, Output
+from curvature.model.order import refuse_another_order
 from curvature.structures.by_name import kind_of
-from solvers import BlockDiagonal, Damping, LinearOperator, RelativeTikhonov, Tikhonov
+from solvers import CG, BlockDiagonal, Damping, LinearOperator, RelativeTikhonov, Solver, StructureError, Tikhonov
 
 
 def influence(
@@ -31,6 +32,7 @@ def influence(
     *,
     curvature: LinearOperator | Structure = "ekfac",
     damping: float | Damping | None = None,
+    solver: Solver | None = None,
     query_loss: Any = None,
     by_position: bool = False,
     query_rank: int | None = None,
@@ -60,10 +62,13 @@ def influence(
         queries: One batch or an iterable of batches.
         curvature: A structure of :func:`fisher`, estimated from ``train`` (with sampled labels where it is given by
             name); or any operator on the flat vector of parameters, such as one that was saved by
-            :func:`solvers.state`. With sampled labels the eigenvalues of ``"ekfac"`` are squares of gradients summed
-            over all tokens of a sequence.
+            :func:`solvers.state`, or a matrix known by its products: ``curvature.ggn(model, loss_fn, train)``. With
+            sampled labels the eigenvalues of ``"ekfac"`` are squares of gradients summed over all tokens of a sequence.
         damping: How to damp it; a number is a shift in units of C. ``None`` takes a tenth of each block's mean
-            eigenvalue.
+            eigenvalue, where the matrix has one to show; give a number for a matrix known by its products.
+        solver: How to invert the damped matrix, such as ``CG(preconditioner=...)``, ``MINRES()`` for an indefinite
+            Hessian, or ``Neumann()``, the recursion of LiSSA. ``None`` takes the exact inverse of the structure, and
+            conjugate gradients where there is none; a solve that does not reach its tolerance says so.
         query_loss: Loss of the queries, where it is not ``loss_fn``.
         by_position: Also split the scores by the positions of the training examples.
         query_rank: Keep only so many singular values of the preconditioned gradient of each query and matrix:
@@ -82,8 +87,8 @@ def influence(
 
     Raises:
         ValueError: If the operator does not act on the flat vector of the parameters, a rank is asked for and it has
-            no blocks, or a query does not fit into ``memory``.
-        StructureError: If it has no structural inverse under this damping; pass a structure, or a dense matrix.
+            no blocks, a query does not fit into ``memory``, or the data come in another order in each pass.
+        StructureError: If the solver does not serve it.
         CheckpointError: If the files in ``store`` are of another model, other data or other options.
         RuntimeError: If a further pass over the training data gave other examples.
 
@@ -91,10 +96,12 @@ def influence(
         Koh and Liang (2017), https://arxiv.org/abs/1703.04730; Bae et al. (2022), https://arxiv.org/abs/2209.05364;
         Grosse et al. (2023), https://arxiv.org/abs/2308.03296, whose section 3.2.2 truncates queries
     """
+    refuse_another_order(train, "influences")
+    refuse_another_order(queries, "influences")
     request = Request(model, loss_fn, train, params, output, class_dim, progress)
     files = None if store is None else InfluenceStore(store)
     matrix, damped = _curvature(request, curvature, damping, generator, files)
-    inverse = matrix.inverse(damped)
+    inverse = _inverse(matrix, damped, solver)
     _check_rank(query_rank, inverse)
     joint = _joint(inverse)
     identity: dict[str, Any] = {}
@@ -102,6 +109,7 @@ def influence(
         identity = problem_identity(model, loss_fn, request.problem().parameters) | {
             "curvature": operator_digest(matrix),
             "damping": repr(damped),
+            **({} if solver is None else {"solver": repr(solver)}),
             "query loss": None if query_loss is None else problem_identity(model, query_loss)["loss"],
             "by_position": by_position,
             "query_rank": query_rank,
@@ -117,7 +125,7 @@ def influence(
             problem.random = found[0][1].random  # a loader that shuffles must give the same order
             title = f"influence, queries from {sum(rows.number for rows, _ in found) + 1}"
         file = None if files is None else files.results("scores", identity | {"queries": batches_digest(group)})
-        found.append((rows, scores(problem, rows, by_position, joint, file, title)))
+        found.append((rows, scores(problem, asked, rows, by_position, joint, file, title)))
         _compare(found[0][1], found[-1][1])
     return _result(found)
 
@@ -129,6 +137,7 @@ def self_influence(
     *,
     curvature: LinearOperator | Structure = "ekfac",
     damping: float | Damping | None = None,
+    solver: Solver | None = None,
     store: Resume | None = None,
     params: Any = None,
     output: Output | None = None,
@@ -141,15 +150,17 @@ def self_influence(
     Large for examples that the model fits only because it saw them: mislabelled and unusual ones. Arguments as for
     :func:`influence`.
     """
+    refuse_another_order(train, "influences")
     request = Request(model, loss_fn, train, params, output, class_dim, progress)
     files = None if store is None else InfluenceStore(store)
     matrix, damped = _curvature(request, curvature, damping, generator, files)
-    inverse = matrix.inverse(damped)
+    inverse = _inverse(matrix, damped, solver)
     problem = request.problem()
     _check(inverse, problem)
     file = None
     if files is not None:
         known = {"curvature": operator_digest(matrix), "damping": repr(damped)}
+        known |= {} if solver is None else {"solver": repr(solver)}
         file = files.results("self", problem_identity(model, loss_fn, problem.parameters) | known)
     found = Found(problem)
 
@@ -176,10 +187,39 @@ def _curvature(
         return curvature, damping
     keeps = files if not isinstance(curvature, str) or curvature not in WHOLE else None
     resume = None if keeps is None else keeps.factors
-    made = request.matrix(curvature, kind_of(curvature, None, "mc"), generator=generator, resume=resume)
+    kind = kind_of(curvature, None, "mc")
+    made = request.matrix(curvature, kind, generator=generator, resume=resume, fisher=None)
     if keeps is not None:
         keeps.keep(made)
     return made, damping
+
+
+def _inverse(matrix: LinearOperator, damping: Damping, solver: Solver | None) -> LinearOperator:
+    """The inverse of the damped matrix, by its structure or by a solver.
+
+    Raises:
+        ValueError: If the damping is a share of the mean eigenvalue, and the matrix is known by its products only.
+    """
+    if damping.relative:
+        try:
+            damping(matrix)
+        except StructureError as error:
+            raise ValueError(
+                f"damping={damping!r} is a share of the mean eigenvalue, which {matrix!r} does not show. Pass a "
+                "number, in units of the matrix: damping=0.1 * solvers.trace(matrix).value / matrix.shape[0] is a "
+                "tenth of an estimate of it."
+            ) from error
+    if solver is not None:
+        return matrix.inverse(damping, solver)
+    try:
+        return matrix.inverse(damping)
+    except StructureError as error:
+        if not matrix.symmetric:
+            raise StructureError(
+                f"{matrix!r} has no inverse by its structure, and it is not known to be symmetric, as a curvature is. "
+                "Say symmetric=True where it is a Function, or pass a Dense of its matrix."
+            ) from error
+        return matrix.inverse(damping, CG(rtol=1e-8 if matrix.dtype == torch.float64 else 1e-5))
 
 
 def _asked(request: Request, group: list[Batch]) -> Problem:

@@ -14,6 +14,7 @@ from torch import Tensor
 from curvature.matrices.examples import Examples
 from curvature.matrices.problem import Evaluation, Problem
 from solvers import BlockDiagonal, LinearOperator, Place
+from solvers.operators.decompositions import singular_value_decomposition
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +32,7 @@ class Truncated:
     @classmethod
     def of(cls, matrices: Tensor, rank: int) -> Truncated:
         """The nearest matrices of that rank to ``(Q, *, o, i)``, in Frobenius norm."""
-        U, s, Vh = torch.linalg.svd(matrices, full_matrices=False)
+        U, s, Vh = singular_value_decomposition(matrices)
         return cls((U * s.unsqueeze(-2))[..., :rank].contiguous(), Vh.mT[..., :rank].contiguous())
 
     @property
@@ -163,7 +164,7 @@ def for_gradients(problem: Problem, title: str, use: Callable[[Tensor], object])
     def visit(evaluation: Evaluation) -> None:
         use(gradients_of(evaluation))
 
-    problem.visit(visit, title, recorded=True)
+    problem.visit(visit, title, recorded=True, every=True)
 
 
 def gradients_of(evaluation: Evaluation) -> Tensor:

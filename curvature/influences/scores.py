@@ -11,6 +11,7 @@ from torch import Tensor
 
 from curvature.estimation.accumulation import Accumulation
 from curvature.estimation.checkpoint import Checkpoint
+from curvature.estimation.probe import Sketches, sketches
 from curvature.influences.products import by_example, by_position
 from curvature.influences.rows import QueryRows
 from curvature.layers.block import BlockPlace
@@ -28,6 +29,7 @@ class Found:
 
     Attributes:
         counts: Examples of each batch.
+        empty: Numbers of the batches in which no term counts.
         losses: Loss of each batch, which tells whether another pass saw the same.
         total: Divisor of the loss.
         random: Random state at the start of the pass, on which the order of a shuffling loader depends.
@@ -38,6 +40,7 @@ class Found:
     def __init__(self, problem: Problem) -> None:
         self.parameters = problem.parameters
         self.counts: list[int] = []
+        self.empty: list[int] = []
         self.losses: list[float] = []
         self.total = 0.0
         self.random = problem.random
@@ -60,6 +63,8 @@ class Found:
         assert evaluation.terms is not None
         with torch.no_grad():
             self.losses.append(float(evaluation.terms.value()))
+        if evaluation.empty:
+            self.empty.append(len(self.counts))
         self.counts.append(examples)
         self.total = self.total + float(evaluation.total) if evaluation.mean else 1.0
 
@@ -81,7 +86,11 @@ class Found:
 
     def by_position(self) -> dict[str, Tensor]:
         """``{block: (Q, N, S)}`` of the blocks that had positions in every batch."""
-        whole = {name: found for name, found in self.positions.items() if len(found) == len(self.counts)}
+        number = len(self.counts) - len(self.empty)
+        whole = {name: list(found) for name, found in self.positions.items() if len(found) == number}
+        for found in whole.values():
+            for index in self.empty:
+                found.insert(index, found[0].new_zeros(len(found[0]), self.counts[index], 0))
         return {name: _padded(found) for name, found in whole.items()}
 
     def _fill(self, known: list[Tensor], batches: int, like: Tensor) -> None:
@@ -89,7 +98,14 @@ class Found:
         known += [like.new_zeros(len(like), n) for n in self.counts[len(known) : batches]]
 
 
-def walk(problem: Problem, found: Found, use: Callable[[Evaluation], Any], title: str, file: Checkpoint | None) -> None:
+def walk(
+    problem: Problem,
+    found: Found,
+    use: Callable[[Evaluation], Any],
+    title: str,
+    file: Checkpoint | None,
+    asked: Problem | None = None,
+) -> None:
     """Visit every remaining batch of the problem.
 
     Args:
@@ -98,26 +114,38 @@ def walk(problem: Problem, found: Found, use: Callable[[Evaluation], Any], title
         use: Called with each evaluation.
         title: Text of the progress bar.
         file: Where all this is kept.
+        asked: The queries, where there are some.
     """
-    run = Accumulation(problem.model, found, torch.Generator(), 1, file)
+
+    def also() -> dict[str, Sketches]:
+        return {} if asked is None else {"queries": seen_in(asked)}
+
+    run = Accumulation(problem.model, found, torch.Generator(), 1, file, problem.terms, also)
     start = problem.start
     problem.start = lambda: run.batches(start)
     with untouched(problem.model):
         run.resume()
         if run.number == 0:
-            problem.visit(use, title, recorded=True)
+            problem.visit(use, title, recorded=True, every=True)
             run.end_pass()
         problem.start = start
         run.finish(start)
 
 
 def scores(
-    problem: Problem, rows: QueryRows, positions: bool, joint: bool, file: Checkpoint | None, title: str
+    problem: Problem,
+    asked: Problem,
+    rows: QueryRows,
+    positions: bool,
+    joint: bool,
+    file: Checkpoint | None,
+    title: str,
 ) -> Found:
     """Inner products of the rows with the gradient of every training example.
 
     Args:
         problem: The training loss.
+        asked: The loss of the queries.
         rows: Preconditioned gradients of the queries.
         positions: Split them by position, too.
         joint: Whether weight and bias of a layer form one block.
@@ -141,8 +169,21 @@ def scores(
             else:
                 found.add(block.name, torch.cat([by_example(samples, at) for samples in parts], dim=1))
 
-    walk(problem, found, visit, title, file)
+    walk(problem, found, visit, title, file, asked)
     return found
+
+
+def seen_in(problem: Problem) -> Sketches:
+    """What is computed on the first batch."""
+    found: list[Sketches] = []
+
+    def look(evaluation: Evaluation) -> None:
+        if not found:
+            assert evaluation.terms is not None
+            found.append(sketches(evaluation.terms, problem.parameters))
+
+    problem.visit(look, "queries")
+    return found[0]
 
 
 def _joined(parts: list[Tensor | None]) -> Tensor | None:

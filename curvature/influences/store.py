@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from curvature.estimation.checkpoint import Checkpoint, Resume, digest, save
+from curvature.estimation.checkpoint import LATER, Checkpoint, Resume, digest, save
 from curvature.model.data import Batch, tensors_in
-from solvers import LinearOperator, state
+from solvers import LinearOperator, StructureError, state
 from solvers.tree import pieces
 
 
@@ -39,20 +40,20 @@ class InfluenceStore:
 
     def results(self, name: str, identity: Mapping[str, Any]) -> Checkpoint:
         """The file of results that depend on all this, one for each such identity."""
-        known = digest([], repr(sorted(identity.items())))
+        known = digest([], repr(sorted(item for item in identity.items() if item[0] not in LATER)))
         return Checkpoint(self.folder / f"{name}-{known}.pt", self.seconds).of(identity)
 
 
 def operator_digest(op: LinearOperator) -> str:
-    """Hash of an operator.
-
-    Raises:
-        StructureError: If it is made of something that has no state, such as a function.
-    """
+    """Hash of an operator: of its state, or where it has none, of its product with one fixed vector."""
+    try:
+        saved = state(op)
+    except StructureError:
+        vector = torch.randn(op.in_shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        return digest([op @ vector.to(op.device, op.dtype)], repr(op))
     described: list[str] = []
     tensors: list[Tensor] = []
-
-    for path, piece in pieces(state(op)):
+    for path, piece in pieces(saved):
         described += [key for key in path[-1:] if isinstance(key, str)]
         if isinstance(piece, Tensor):
             tensors.append(piece)

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from curvature.estimation.dataset import terms_of
+from curvature.estimation.batch_loss import read_for, terms_of
 from curvature.landscape.metrics import Metric, Metrics, by_name
 from curvature.losses import ClassDim, Terms
 from curvature.matrices.problem import Problem
 from curvature.model.data import Data, Output, batch_size, call, inspection, to_device
 from curvature.model.parameters import Parameters
-from curvature.model.settings import own_buffers, random_state, set_random_state
+from curvature.model.settings import own_buffers
+from curvature.model.streams import own_stream, random_state, set_random_state
 
 Buffers = Literal["keep", "recompute"]
 
@@ -78,7 +79,6 @@ class Objective:
         own = {name: p.data for name, p in self.parameters.items()}
         modes = [(module, module.training) for module in self.model.modules()]  # a metric may change them
         device = self.parameters.device
-        devices = [device.index or 0] if device.type == "cuda" else []
 
         def evaluate(values: Mapping[str, Tensor]) -> Tensor:
             for name, p in self.parameters.items():
@@ -95,7 +95,7 @@ class Objective:
                     set_random_state(self._random, device)
                 return torch.tensor([self._number(metric) for metric in self.metrics.values()], dtype=torch.float64)
 
-        with torch.no_grad(), inspection(), torch.random.fork_rng(devices=devices):
+        with torch.no_grad(), inspection(), own_stream(self.model, device):
             try:
                 yield evaluate
             finally:
@@ -118,11 +118,12 @@ class Objective:
         first, problem_loss = self._as_called is None, problem.loss
         total, size, mean = 0.0, 0.0, False
         for x, y in problem.start():
-            y = to_device(y, device)
-            result = call(self.model, to_device(x, device))
+            x, y = to_device(x, device), to_device(y, device)
+            result = call(self.model, x)
             if problem_loss is None or self._as_called:
-                return float(problem.loss_fn(problem.pick(result), y))
-            terms = terms_of(problem_loss, result, y, problem.output, problem.class_dim, check=first)
+                z = problem.pick(result)
+                return float(problem.loss_fn(z, y if problem_loss else read_for(problem.loss_fn, result, x, z, y)))
+            terms = terms_of(problem_loss, result, x, y, problem.output, problem.class_dim, check=first)
             if terms.reduction == "none":
                 raise ValueError("the loss has reduction='none', so it is no scalar. Use 'mean' or 'sum'.")
             total += float(torch.where(terms.mask, terms.values(), 0.0).double().sum())
@@ -131,7 +132,7 @@ class Objective:
                 self._as_called = self._agrees(terms, y)
                 if self._as_called:
                     return float(problem.loss_fn(terms.output, y))
-        return total / size if mean else total
+        return (total / size if size else math.nan) if mean else total
 
     def _agrees(self, terms: Terms, y: Any) -> bool:
         """Whether the loss function itself can be called on the one batch, so that no bit differs from the user's."""

@@ -21,6 +21,7 @@ from curvature.laplace.matrix_free.linearized import LinearizedLaplace
 from curvature.laplace.matrix_free.predictive import Predictive
 from curvature.laplace.matrix_free.sampling import PosteriorSampler, PosteriorSamples
 from curvature.laplace.matrix_free.tuning import Tuned, optimize_evidence
+from curvature.laplace.parametric.definite import IndefinitePosteriorError
 from curvature.laplace.parametric.diagonal import DiagonalPosterior, LastLayerDiagonalPosterior
 from curvature.laplace.parametric.files import load, save
 from curvature.laplace.parametric.low_rank import LastLayerLowRankDiagPosterior, LowRankDiagPosterior
@@ -42,6 +43,7 @@ __all__ = [
     "Evidence",
     "GGNBackend",
     "HessianBackend",
+    "IndefinitePosteriorError",
     "KFACLaplace",
     "LastLayerDiagonalPosterior",
     "LastLayerEKFACLaplace",

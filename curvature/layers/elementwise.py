@@ -38,19 +38,31 @@ class BroadcastSite(ElementwiseSite):
             part = self.weight.part((self.weight.numel,), split=(self.weight.numel,))
         return [("weight", Block(self.weight.label, (part,)))]
 
-    def per_sample(self, piece: str, gradient: Tensor) -> Tensor:
+    def _terms(self, gradient: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """Gradients times factors, ``(k, *output)``, and the shape of the parameter against these axes."""
         factor = self.factor.to(gradient.dtype) if isinstance(self.factor, Tensor) else self.factor
-        g = gradient * factor  # (k, *output)
-        shape = (1,) * (g.dim() - 1 - len(self.shape)) + tuple(self.shape)
+        g = gradient * factor
+        return g, (1,) * (g.dim() - 1 - len(self.shape)) + tuple(self.shape)
+
+    def per_row(self, piece: str, gradient: Tensor) -> Tensor:
+        g, shape = self._terms(gradient)
+        free, own = [[a + 1 for a, size in enumerate(shape) if (size == 1) == one] for one in (True, False)]
+        g = g.permute(0, *free, *own)
+        return g.reshape(len(g), -1, *self._block_shape)
+
+    @property
+    def _block_shape(self) -> tuple[int, ...]:
+        assert self.weight is not None
+        return tuple(self.shape) if self.weight.transposed else (self.weight.numel,)
+
+    def per_sample(self, piece: str, gradient: Tensor) -> Tensor:
+        g, shape = self._terms(gradient)
         batch = self.layout.batch
         batched = self.layout.batched and batch is not None and g.dim() > 1 and g.shape[1] == batch
         batched = batched and (shape[0] == 1 or len(shape) == 0)
         free = [axis + 1 for axis, size in enumerate(shape) if size == 1 and not (batched and axis == 0)]
         g = g.sum(free, keepdim=True) if free else g
-        n = g.shape[1] if batched else 1
-        assert self.weight is not None
-        shape = tuple(self.shape) if self.weight.transposed else (self.weight.numel,)
-        return g.reshape(g.shape[0], n, *shape)
+        return g.reshape(g.shape[0], g.shape[1] if batched else 1, *self._block_shape)
 
 
 def _broadcast(

@@ -50,20 +50,27 @@ class ScaleShiftSite(ElementwiseSite):
         return [(piece, Block(ref.label, (parts[piece],))) for piece, ref in present]
 
     def _rows(self, x: Tensor, batch: int) -> Tensor:
-        """``(*batch, *shape)`` to ``(*batch, n, s, d)``."""
+        """``(*batch, *shape)`` to ``(*batch, *rows, d)``: the scaled entries last."""
         if self.channel is not None:
             x = x.movedim(batch + self.channel, -1)
         else:
             x = x.flatten(-self.features)
-        return self.layout.rows(x, x.dim() - 1 - batch)
+        return x
 
     def per_sample(self, piece: str, gradient: Tensor) -> Tensor:
-        g = self._rows(gradient, 1)  # (k, n, s, d)
+        return self._summed(piece, gradient, lambda x, batch: self.layout.rows(x, x.dim() - 1 - batch))
+
+    def per_row(self, piece: str, gradient: Tensor) -> Tensor:
+        return self._summed(piece, gradient, lambda x, batch: x.flatten(batch, -2).unsqueeze(-2))
+
+    def _summed(self, piece: str, gradient: Tensor, layout: Callable[[Tensor, int], Tensor]) -> Tensor:
+        """Gradients summed over the positions s of rows that ``layout`` arranges, ``(*, n, s, d)``."""
+        g = layout(self._rows(gradient, 1), 1)  # (k, n, s, d)
         columns = []
         if piece in ("joint", "weight"):
             # Under autocast the input is in half precision, but normalised in single.
             x = self.normalise(self.input.to(torch.promote_types(self.input.dtype, g.dtype))).to(g.dtype)
-            columns.append((g * self._rows(x, 0)).sum(-2))
+            columns.append((g * layout(self._rows(x, 0), 0)).sum(-2))
         if piece in ("joint", "bias"):
             columns.append(g.sum(-2))
         return torch.stack(columns, dim=-1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import types
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -20,23 +19,7 @@ from curvature.layers.site import Ref, RowLayout, Site
 from curvature.losses.loss import FUNCTIONS as LOSS_FUNCTIONS
 from curvature.losses.picked import in_order
 from curvature.model.data import tensors_in
-
-
-def _attention_without_dispatch() -> Any:
-    """``F.multi_head_attention_forward`` with its own look for function modes switched off.
-
-    The original hands itself to the active mode before it runs, and a mode is off while it handles a call, so the
-    projections inside would never be seen. The copy shares the code object: values are bit-identical.
-    """
-    original = F.multi_head_attention_forward
-    scope = {**vars(F), "has_torch_function": lambda _: False}
-    copy = types.FunctionType(original.__code__, scope, original.__name__, original.__defaults__, original.__closure__)
-    copy.__kwdefaults__ = original.__kwdefaults__
-    return copy
-
-
-_ATTENTION = _attention_without_dispatch()
-
+from curvature.model.kernels import ATTENTION
 
 _REPEATING = {Tensor.expand, Tensor.expand_as, Tensor.repeat, torch.broadcast_to, Tensor.broadcast_to, torch.tile}
 
@@ -183,6 +166,13 @@ class Recorder(TorchFunctionMode):
             for site in sites
         )
 
+    def lie_elsewhere(self, output: Tensor) -> bool:
+        """Whether the examples are certain not to be the entries along the first axis of an output, or runs of them."""
+        if self._resolved is None:
+            return False
+        states = [self._resolved.of(h) for ref, h in self._returned if (t := ref()) is not None and in_order(output, t)]
+        return any(isinstance(state, Axis) and (state.axis, state.outer) != (0, 1) for state in states)
+
     def _apart(self, place: Handle, axis: int = 0) -> bool:
         """Whether the examples lie along an axis, the outermost number of it."""
         assert self._resolved is not None
@@ -202,7 +192,7 @@ class Recorder(TorchFunctionMode):
             return
         names = {name for t in tracked if (name := self._name(t)) is not None}
         rule = RULES.get(func)
-        if rule is not None and isinstance(output, Tensor) and output.requires_grad:
+        if rule is not None and isinstance(output, Tensor) and output.requires_grad and not output.is_complex():
             site = rule(self, output, args, kwargs)
             if site is not None:
                 self.add(site, output, tensors)
@@ -211,7 +201,7 @@ class Recorder(TorchFunctionMode):
                 self._done[id(output)] = weakref.ref(output)
         if not names:
             return
-        results = [t for t in tensors_in(output) if t.requires_grad and t.is_floating_point()]
+        results = [t for t in tensors_in(output) if t.requires_grad]
         if all(self.resolve(t) is not None for t in results):
             for result in results:  # only looked at, or cut into views that are followed further
                 self.explained.add_view(result, since)
@@ -225,7 +215,7 @@ class Recorder(TorchFunctionMode):
         before, self._time_major = self._time_major, query.shape[1] if query.dim() == 3 else None
         try:
             with self:
-                return _ATTENTION(*args, **kwargs)
+                return ATTENTION(*args, **kwargs)
         finally:
             self._time_major = before
 

@@ -137,9 +137,11 @@ class PerSample:
 
     Attributes:
         gradients: ``(k, n, *block_shape)``.
+        source: What tells the uses of a pass apart.
     """
 
     gradients: Tensor
+    source: int = 0
 
     @property
     def examples(self) -> int:
@@ -153,7 +155,7 @@ class PerSample:
 
     def only(self, chosen: slice | Tensor) -> PerSample:
         """The same use under some of the signals."""
-        return PerSample(self.gradients[chosen])
+        return replace(self, gradients=self.gradients[chosen])
 
     @property
     def block_shape(self) -> tuple[int, ...]:
@@ -162,15 +164,15 @@ class PerSample:
 
     def transposed(self) -> PerSample:
         """The same gradients for a block that is the transpose."""
-        return PerSample(self.gradients.mT)
+        return replace(self, gradients=self.gradients.mT)
 
     def merged(self) -> PerSample:
         """All examples as one."""
-        return PerSample(self.gradients.sum(1, keepdim=True))
+        return replace(self, gradients=self.gradients.sum(1, keepdim=True))
 
     def abs(self) -> PerSample:
         """The sizes of all terms."""
-        return PerSample(self.gradients.abs())
+        return replace(self, gradients=self.gradients.abs())
 
     def total(self) -> Tensor:
         """The gradient of one signal, all examples together, in block shape."""

@@ -292,8 +292,17 @@ class OuterSite(Site):
         return a.to(g.dtype) if isinstance(a, Tensor) else a
 
     def keeps_examples(self, examples: int) -> bool:
-        shape = torch.empty(self.output_shape, device="meta").unsqueeze(0)
-        return self.gradients(shape).shape[-3] == examples
+        return self._layout_of_rows[0] == examples
+
+    @property
+    def positions(self) -> int:
+        """Number of rows of each example, as they are laid out."""
+        return self._layout_of_rows[1]
+
+    @property
+    def _layout_of_rows(self) -> tuple[int, int]:
+        n, s, _ = self.gradients(torch.empty(self.output_shape, device="meta").unsqueeze(0)).shape[-3:]
+        return n, s
 
     def row_gradients(self, gradient: Tensor) -> Tensor | None:
         g = self.gradients(gradient)
@@ -307,11 +316,29 @@ class ElementwiseSite(Site):
     def per_sample(self, piece: str, gradient: Tensor) -> Tensor:
         """Per-sample gradients ``(k, n, *block.shape)`` from output gradients ``(k, *output_shape)``."""
 
+    def per_row(self, piece: str, gradient: Tensor) -> Tensor | None:
+        """The same as the contributions of all rows of the output, ``(k, m, *block.shape)``.
+
+        From these, gradients are formed where rows do not lie as the examples do; ``None`` if the rows are not known.
+        """
+        return None
+
     def use(
         self, piece: str, gradient: Tensor, valid: Tensor | None, cache: dict[tuple[int, str], Tensor | OneHot]
     ) -> PerSample:
         self.check_saved()
-        return PerSample(self.per_sample(piece, gradient))
+        return PerSample(self.per_sample(piece, gradient), id(self))
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether :meth:`per_row` is given."""
+        return type(self).per_row is not ElementwiseSite.per_row
+
+    def rows(self, piece: str, gradient: Tensor) -> PerSample | None:
+        """Samples by :meth:`per_row`."""
+        self.check_saved()
+        gradients = self.per_row(piece, gradient)
+        return None if gradients is None else PerSample(gradients, id(self))
 
     def keeps_examples(self, examples: int) -> bool:
         return self.layout.batched and self.layout.batch == examples

@@ -1,13 +1,20 @@
 """Losses as objects: value, gradient, Hessian product, Hessian root and samples with respect to the model's output."""
 
-from curvature.losses.autograd import AutogradLoss
+from curvature.losses.autograd import AutogradLoss, loss_over_data
 from curvature.losses.binary import BinaryCrossEntropy, BinaryCrossEntropyOnProbabilities
 from curvature.losses.cross_entropy import CrossEntropy
 from curvature.losses.elementwise import ElementwiseLoss
-from curvature.losses.errors import AmbiguousClassAxisError, NoCurvatureError, NonFiniteLossError, UnknownLossError
+from curvature.losses.errors import (
+    AmbiguousClassAxisError,
+    NoCurvatureError,
+    NoLikelihoodError,
+    NonFiniteCurvatureError,
+    NonFiniteLossError,
+    UnknownLossError,
+)
 from curvature.losses.gaussian import GaussianNLL
 from curvature.losses.linear import L1, NLL, KLDivergence
-from curvature.losses.loss import Loss, loss_for, register_loss
+from curvature.losses.loss import Loss, loss_for, module_called, register_loss
 from curvature.losses.poisson import PoissonNLL
 from curvature.losses.robust import Huber, SmoothL1
 from curvature.losses.squared_error import SquaredError
@@ -20,6 +27,8 @@ __all__ = [
     "Terms",
     "Layout",
     "loss_for",
+    "loss_over_data",
+    "module_called",
     "register_loss",
     # classes
     "CrossEntropy",
@@ -46,6 +55,8 @@ __all__ = [
     # errors
     "AmbiguousClassAxisError",
     "NoCurvatureError",
+    "NoLikelihoodError",
+    "NonFiniteCurvatureError",
     "NonFiniteLossError",
     "UnknownLossError",
 ]

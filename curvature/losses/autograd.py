@@ -5,16 +5,20 @@ Axis letters: ``T = N R`` terms, ``C`` outputs of one term.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import copy
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import grad, jacrev, vmap
 
-from curvature.losses.errors import NoCurvatureError
-from curvature.losses.loss import Loss
+from curvature.losses.errors import EMPIRICAL, NoCurvatureError, UnknownLossError
+from curvature.losses.loss import Loss, loss_for
 from curvature.losses.terms import Layout, Terms, noise
 from solvers.precision import widen
 
@@ -53,7 +57,7 @@ class AutogradLoss(Loss):
         self, loss_fn: Callable[..., Tensor], *, reduction: str | None = None, max_entries: int = 2**27
     ) -> None:
         super().__init__(loss_fn)
-        self._reduction = reduction
+        self._reduction, self._sums = reduction, False
         self._max_entries = max_entries
         if reduction is None and not isinstance(getattr(loss_fn, "reduction", None), str):
             raise ValueError(
@@ -63,8 +67,19 @@ class AutogradLoss(Loss):
 
     @property
     def reduction(self) -> str:
-        """As given, else as ``loss_fn`` says."""
+        """As given, else as ``loss_fn`` says; ``"sum"`` where :meth:`summed` made it one."""
+        return "sum" if self._sums else self._joins
+
+    @property
+    def _joins(self) -> str:
+        """How ``loss_fn`` joins the examples it is called on."""
         return self.check_reduction(self.loss_fn.reduction if self._reduction is None else self._reduction)
+
+    def summed(self) -> Self:
+        """The sum of the same terms, which are taken one by one, however ``loss_fn`` joins them."""
+        other = copy.copy(self)
+        other._sums = True
+        return other
 
     def terms(
         self,
@@ -97,25 +112,23 @@ class AutogradLoss(Loss):
         terms = AutogradTerms(
             self.loss_fn, output, given, layout, layout.valid(mask, output.device), self.reduction, self._max_entries
         )
-        if check:
-            terms.check()
-            if mask is None:
-                self._check_sum(terms, given)
+        if check and mask is None:
+            self._check_sum(terms, given)
         return terms
 
     def _check_sum(self, terms: AutogradTerms, given: tuple[Tensor, ...]) -> None:
         with torch.no_grad():
             together = self.loss_fn(terms.batch(terms.output), *given)
-            one_by_one = terms.value() / (terms.total if self.reduction == "mean" else 1)
-        if self.reduction != "none" and together.ndim > 0:
+            one_by_one = terms.value() / (terms.total if self._joins == "mean" else 1)
+        if self._joins != "none" and together.ndim > 0:
             raise ValueError(
-                f"{self!r} returned a tensor of shape {tuple(together.shape)}: with reduction={self.reduction!r} it "
+                f"{self!r} returned a tensor of shape {tuple(together.shape)}: with reduction={self._joins!r} it "
                 "must return a scalar. Pass reduction='none'."
             )
         tolerance = 1e3 * torch.finfo(terms.output.dtype).eps
         if not torch.allclose(together.sum().to(one_by_one), one_by_one, rtol=tolerance, atol=tolerance):
             raise ValueError(
-                f"{self!r} is not the {self.reduction!r} of its terms: the whole batch gives {together.sum().item()}, "
+                f"{self!r} is not the {self._joins!r} of its terms: the whole batch gives {together.sum().item()}, "
                 f"its {terms.mask.numel()} terms one by one {one_by_one.item()}. (a) The reduction may be another one "
                 "than was said. (b) Examples may interact (contrastive losses) or be weighted by the batch (masks, "
                 "class weights): such a loss has no terms."
@@ -158,6 +171,11 @@ class AutogradTerms(Terms):
         """``l_t (N, R)``."""
         return _each(self._one, self.batch(self.output), *self._given).reshape(self.mask.shape)
 
+    def beyond_output(self) -> Tensor | None:
+        """The value with the output held fixed, if it still has a graph."""
+        value = self._loss_fn(self._z, *self._given).sum()
+        return value if value.requires_grad else None
+
     def gradient(self) -> Tensor:
         """By one reverse pass through the loss."""
         return self._masked_out(_each(grad(self._one), self._z, *self._given)).to(self.output.dtype)
@@ -169,11 +187,29 @@ class AutogradTerms(Terms):
             return grad(lambda z: (grad(self._one)(z, *given) * direction).sum())(z)
 
         lead = self.rows(v).shape[:-3]
-        products = [
-            self._masked_out(_each(product, self._z, self.batch(direction), *self._given))
-            for direction in v.detach().reshape((-1, *self.output.shape))
-        ]
+        with _differentiable(self._loss_fn):
+            products = [
+                self._masked_out(_each(product, self._z, self.batch(direction), *self._given))
+                for direction in v.detach().reshape((-1, *self.output.shape))
+            ]
         return torch.stack(products).reshape((*lead, *self.output.shape)).to(v.dtype)
+
+    def indefinite(self) -> bool:
+        """By eigenvalues where they are cheap, else by random directions, which may miss it."""
+        if self.mask.numel() * self.shape[2] ** 2 <= 2**20:
+            values = torch.linalg.eigvalsh(self._hessians())
+            return bool(values.min() < -self._rounding(values))
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(4):
+            v = torch.randn(self.output.shape, generator=generator, dtype=torch.float64).to(self.output.detach())
+            bend = self.rows(self.hessian_product(v) * v)
+            if bool((bend.sum(-1) < -(torch.finfo(v.dtype).eps ** 0.5) * bend.abs().sum(-1)).any()):
+                return True
+        return False
+
+    @property
+    def loss_name(self) -> str:
+        return repr(self._loss_fn)
 
     def sqrt_column(self, c: int) -> Tensor:
         """Eigenvector ``c`` of every Hessian, times the root of its eigenvalue."""
@@ -192,27 +228,39 @@ class AutogradTerms(Terms):
             raise NoCurvatureError(
                 f"A root of the Hessian of {self._loss_fn!r} takes a {C} x {C} matrix for each of {N * R} terms, "
                 f"{N * R * C**2:.2g} numbers; the limit is {self._max_entries:.2g}. Use hessian_product, "
-                "fisher='empirical', smaller batches, class_dim= if positions are independent terms, or raise "
+                f"{EMPIRICAL}, smaller batches, class_dim= if positions are independent terms, or raise "
                 "max_entries."
             )
-        H = _each(jacrev(grad(self._one)), self._z, *self._given).reshape(N, R, C, C)
-        H = torch.where(self.mask[..., None, None], H, 0.0)
-        values, vectors = torch.linalg.eigh(0.5 * (H + H.mT).double())
+        H = self._hessians()
+        if not bool(torch.isfinite(H).all()):
+            self.refuse_undefined()
+        values, vectors = torch.linalg.eigh(H)
         largest, smallest = values.abs().max(), values.min()
         if largest == 0:
             raise NoCurvatureError(
                 f"The Hessian of {self._loss_fn!r} is zero for every term: the loss is linear in the output here, and "
-                "a Gauss-Newton matrix would be zero too. Use fisher='empirical', which needs gradients only."
+                f"a Gauss-Newton matrix would be zero too. Use {EMPIRICAL}, which needs gradients only."
             )
-        # Rounding leaves eigenvalues of this size where there should be zeros; "not >=" also catches NaN.
-        if not smallest >= -10 * C * torch.finfo(H.dtype).eps * largest:
+        if not smallest >= -self._rounding(values):  # catches NaN as well
             raise NoCurvatureError(
                 f"The Hessian of {self._loss_fn!r} with respect to the output is indefinite (eigenvalues from "
                 f"{smallest.item():.3g} to {largest.item():.3g}), so its Gauss-Newton matrix is not positive "
                 "semi-definite and has no root and no samples. Its products (hessian_product) are exact; "
-                "fisher='empirical' works."
+                f"{EMPIRICAL} works."
             )
         return vectors * values.clamp(min=0).sqrt().unsqueeze(-2)
+
+    def _hessians(self) -> Tensor:
+        """``H_t (N, R, C, C)`` in float64, zero outside the mask."""
+        N, R, C = self.shape
+        with _differentiable(self._loss_fn):
+            H = _each(jacrev(grad(self._one)), self._z, *self._given).reshape(N, R, C, C)
+        H = torch.where(self.mask[..., None, None], H, 0.0)
+        return 0.5 * (H + H.mT).double()
+
+    def _rounding(self, values: Tensor) -> Tensor:
+        """Size of the eigenvalues that rounding leaves where there should be zeros."""
+        return 10 * self.shape[2] * torch.finfo(self._z.dtype).eps * values.abs().max()
 
     @property
     def _z(self) -> Tensor:
@@ -227,10 +275,50 @@ class AutogradTerms(Terms):
         return self.unrows(torch.where(self.mask.unsqueeze(-1), x.detach().reshape(self.shape), 0.0))
 
 
+@contextlib.contextmanager
+def _differentiable(loss_fn: Any) -> Iterator[None]:
+    """Say in words that a loss has no second derivative."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "is not implemented" not in str(error):
+            raise
+        raise NoCurvatureError(
+            f"PyTorch can differentiate {loss_fn!r} only once ({error}). Write it in plain torch operations, or use "
+            f"{EMPIRICAL}, which needs gradients only."
+        ) from error
+
+
+def loss_over_data(loss_fn: Any) -> Loss:
+    """The :class:`Loss` for a loss over a data set, whose first pass compares each batch with its terms.
+
+    There, a loss of unknown type that says how it joins examples, and compares an output with a target, is taken term
+    by term, by autograd.
+
+    Raises:
+        UnknownLossError: If it does not.
+    """
+    try:
+        return loss_for(loss_fn)
+    except UnknownLossError:
+        if isinstance(getattr(loss_fn, "reduction", None), str) and _arguments(loss_fn) == 2:
+            return AutogradLoss(loss_fn)
+        raise
+
+
+def _arguments(loss_fn: Any) -> int:
+    """How many arguments a loss cannot do without."""
+    function = loss_fn.forward if isinstance(loss_fn, nn.Module) else loss_fn
+    given = inspect.signature(function).parameters.values()
+    return sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in given)
+
+
 def _each(function: Callable[..., Any], *batches: Tensor) -> Tensor:
     """``function`` of every entry along the first axes, by ``vmap`` or, where that cannot trace it, one by one."""
     try:
-        result: Tensor = vmap(function)(*batches)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # users need no warning about operations that vmap loops over
+            result: Tensor = vmap(function)(*batches)
     except RuntimeError:  # data-dependent control flow, .item(), an operation without batching rule
         result = torch.stack([function(*entries) for entries in zip(*batches, strict=True)])
     return result

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import binary_cross_entropy, logsigmoid
 
 from curvature.losses.elementwise import ElementwiseLoss
 from curvature.losses.loss import register_loss
@@ -68,16 +68,22 @@ class BinaryCrossEntropyOnProbabilities(ElementwiseLoss):
     r"""``nn.BCELoss``, whose input is a probability ``p``: :math:`\ell'' = w\,(y / p^2 + (1 - y) / (1 - p)^2)`.
 
     This Hessian depends on the target, so it is not the Fisher information :math:`w / (p (1 - p))` of the
-    probabilities, only equal to it in expectation over targets; samples are normal with variance :math:`\ell''`. The
-    Gauss-Newton matrix of the same model differs from that on logits: prefer ``nn.BCEWithLogitsLoss``.
+    probabilities, only equal to it in expectation over targets; its samples are normal with variance
+    :math:`\ell''`. The Gauss-Newton matrix of the same model differs from that on logits, the Fisher is the same; where
+    a probability is exactly wrong, the Hessian is infinite: prefer ``nn.BCEWithLogitsLoss``.
     """
 
     convex = True
+    likelihood = True
 
     def value(self, z: Tensor, y: Tensor, *extra: Tensor) -> Tensor:
         """``-w (y log p + (1 - y) log(1 - p))``, logarithms bounded below by -100 as in PyTorch."""
-        log_p, log_1mp = z.log().clamp(min=-100), (-z).log1p().clamp(min=-100)
-        return -_option(self.loss_fn.weight, z) * (y * log_p + (1 - y) * log_1mp)
+        wrong = ((z == 0) & (y > 0)) | ((z == 1) & (y < 1))
+        # A logarithm that counts nothing is left out, so that its derivatives are zero and not 0 times infinity.
+        log_p = torch.where((y == 0) | wrong, 1.0, z).log().clamp(min=-100)
+        log_1mp = (-torch.where((y == 1) | wrong, 0.0, z)).log1p().clamp(min=-100)
+        value = torch.where(wrong, binary_cross_entropy(z, y, reduction="none"), -(y * log_p + (1 - y) * log_1mp))
+        return _option(self.loss_fn.weight, z) * value
 
     def slope(self, z: Tensor, y: Tensor, *extra: Tensor) -> Tensor:
         """``w (p - y) / (p (1 - p))``, with PyTorch's bound of 1e-12 on the denominator."""
@@ -88,6 +94,16 @@ class BinaryCrossEntropyOnProbabilities(ElementwiseLoss):
         positive = torch.where(y == 0, 0.0, y / z**2)  # no 0/0 where a probability is exactly right
         negative = torch.where(y == 1, 0.0, (1 - y) / (1 - z) ** 2)
         return _option(self.loss_fn.weight, z) * (positive + negative)
+
+    def information(self, z: Tensor, *extra: Tensor) -> Tensor:
+        """``w / (p (1 - p))``; the mean square of the slopes, so zero where ``p`` is exactly 0 or 1."""
+        variance = z * (1 - z)
+        return _option(self.loss_fn.weight, z) * variance / variance.clamp(min=1e-12) ** 2
+
+    def score(self, z: Tensor, *extra: Tensor, generator: torch.Generator) -> Tensor:
+        """``sqrt(w) (p - y) / (p (1 - p))`` with ``y`` drawn from the model."""
+        uniform = noise(z.shape, z, generator).uniform_(generator=generator).to(z.device)
+        return _option(self.loss_fn.weight, z).sqrt() * (z - (uniform < z).to(z)) / (z * (1 - z)).clamp(min=1e-12)
 
     def check_values(self, output: Tensor, target: Tensor, *extra: Tensor) -> None:
         """Outputs and targets in [0, 1]."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from curvature.losses.errors import AmbiguousClassAxisError
-from curvature.losses.terms import Layout
+from curvature.losses.terms import Layout, noise
 
 
 def class_layout(output: Tensor, target: Tensor, class_dim: int | None, as_called: bool) -> Layout:
@@ -53,6 +53,21 @@ def class_layout(output: Tensor, target: Tensor, class_dim: int | None, as_calle
     return Layout(shape, (fits[0],))
 
 
+def refuse_one_class(loss: object, layout: Layout) -> None:
+    """Refuse a choice among one class: its probability is one and its loss zero, whatever the model says.
+
+    Raises:
+        ValueError: If the class axis has one entry.
+    """
+    if layout.shape[2] == 1:
+        raise ValueError(
+            f"{loss!r} chooses among the entries of axis {layout.class_axes[0]} of an output of shape "
+            f"{tuple(layout.output_shape)}, which has one: the probability of a single class is 1 and its curvature 0, "
+            "whatever the model says. A yes or no in one logit is nn.BCEWithLogitsLoss() with targets 0. and 1. of the "
+            "output's shape; for cross-entropy give the model one output per class, two for yes and no."
+        )
+
+
 @dataclass(frozen=True)
 class Labels:
     """Class indices of all terms.
@@ -83,6 +98,16 @@ def read_labels(
     # gather, not indexing: it refuses negative indices, where indexing would wrap around
     weight = class_weight.gather(0, index.flatten()).reshape(mask.shape)
     return Labels(index, weight.masked_fill(~mask, 0), mask)
+
+
+def drawn_classes(p: Tensor, generator: torch.Generator) -> Tensor:
+    """A class per row, drawn with probabilities ``p (N, R, C)``; ``(N, R, 1)``."""
+    # Inverse distribution function: one random number per term; unlike torch.multinomial it works without waiting for
+    # the device and accepts rows outside the mask (p = 0). In float64, since a sum close to one would leave float32 no
+    # digits for the many rare classes of a vocabulary.
+    cdf = p.cumsum(-1, dtype=torch.float64)
+    uniform = noise((*p.shape[:-1], 1), cdf, generator).uniform_(generator=generator).to(cdf.device)
+    return torch.searchsorted(cdf, uniform * cdf[..., -1:], right=True).clamp(max=p.shape[-1] - 1)
 
 
 def class_weights(weight: Tensor | None, classes: int, like: Tensor, check: bool) -> Tensor:

@@ -7,9 +7,9 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from curvature.losses.classes import class_layout, class_weights, read_labels
+from curvature.losses.classes import class_layout, class_weights, drawn_classes, read_labels, refuse_one_class
 from curvature.losses.loss import Loss, register_loss
-from curvature.losses.terms import Layout, Terms, noise
+from curvature.losses.terms import Layout, Terms
 from solvers.precision import widen
 
 
@@ -122,12 +122,7 @@ class CrossEntropyTerms(Terms):
     @torch.no_grad()
     def sample(self, generator: torch.Generator) -> Tensor:
         """``sqrt(m) (p - e_y)`` with labels ``y`` drawn from the model."""
-        # Inverse distribution function: one random number per term; unlike torch.multinomial it works without
-        # waiting for the device and accepts rows outside the mask (p = 0). In float64, since a sum close to one would
-        # leave float32 no digits for the many rare classes of a vocabulary.
-        cdf = self._p.cumsum(-1, dtype=torch.float64)
-        uniform = noise((*self.mask.shape, 1), cdf, generator).uniform_(generator=generator).to(cdf.device)
-        drawn = torch.searchsorted(cdf, uniform * cdf[..., -1:], right=True).clamp(max=self.columns - 1)
+        drawn = drawn_classes(self._p, generator)
         error = self._p.scatter_add(-1, drawn, torch.full_like(drawn, -1, dtype=self._p.dtype))
         return self.as_output(self._mass.sqrt().unsqueeze(-1) * error)
 
@@ -176,6 +171,7 @@ class CrossEntropy(Loss):
         self.refuse_extra(extra)
         options: nn.CrossEntropyLoss = self.loss_fn
         layout = class_layout(output, target, class_dim, as_called)
+        refuse_one_class(self, layout)
         classes, valid = layout.shape[2], layout.valid(mask, output.device)
         logits = widen(output.new_empty(0))  # dtype and device of the arithmetic
         weight, smoothing = class_weights(options.weight, classes, logits, check), options.label_smoothing
@@ -197,6 +193,4 @@ class CrossEntropy(Loss):
                 index=labels.index,
                 peak=(1 - smoothing) * labels.weight,
             )
-        if check:
-            terms.check()
         return terms

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from curvature.losses.errors import NoCurvatureError
+from curvature.losses.errors import EMPIRICAL, NoCurvatureError
 from curvature.losses.loss import Loss
 from curvature.losses.terms import Layout, Terms, noise
 from solvers.precision import widen
@@ -27,6 +27,11 @@ class ElementwiseLoss(Loss):
     """
 
     convex: bool = False
+    #: Whether the loss is a negative log-likelihood whose Hessian is not its Fisher information, so that
+    #: :meth:`information` and :meth:`score` are written.
+    likelihood: bool = False
+    #: See :class:`Terms`.
+    without_likelihood: str = Terms.without_likelihood
 
     @property
     def hessian_is_fisher(self) -> bool:
@@ -49,6 +54,14 @@ class ElementwiseLoss(Loss):
         """A draw per entry with mean zero and variance :meth:`curvature`; normal unless overridden."""
         normal = noise(z.shape, z, generator).normal_(generator=generator).to(z.device)
         return self.curvature(z, y, *extra).sqrt() * normal
+
+    def information(self, z: Tensor, *extra: Tensor) -> Tensor:
+        """The Fisher information of an entry, where :attr:`likelihood`; see :meth:`Terms.fisher`."""
+        raise NotImplementedError
+
+    def score(self, z: Tensor, *extra: Tensor, generator: torch.Generator) -> Tensor:
+        """:meth:`slope` at an outcome drawn from the model, where :attr:`likelihood`; weighted by its root."""
+        raise NotImplementedError
 
     def total(self, mask: Tensor, outputs: int) -> Tensor:
         """Divisor of a mean loss, for a mask ``(N, R)`` of terms with ``outputs`` outputs each."""
@@ -83,15 +96,12 @@ class ElementwiseLoss(Loss):
                 f"{tuple(output.shape)}, got {tuple(target.shape)}. Reshape one of them (PyTorch would broadcast, "
                 "which compares every output with every target)."
             )
-        layout = _layout(output, class_dim)
+        layout = entry_layout(output, class_dim)
         valid = layout.valid(mask, output.device)
         if check:
             self.check_values(output.detach(), target, *extra)
         y = widen(target.detach()).to(widen(output.new_empty(0)))
-        terms = ElementwiseTerms(self, output, y, self.prepare(output, *extra), layout, valid)
-        if check:
-            terms.check()
-        return terms
+        return ElementwiseTerms(self, output, y, self.prepare(output, *extra), layout, valid)
 
 
 class ElementwiseTerms(Terms):
@@ -118,12 +128,29 @@ class ElementwiseTerms(Terms):
         total = loss.total(mask, layout.shape[2]).to(target.dtype)
         super().__init__(output, layout, mask, total, loss.reduction)
         self.hessian_is_fisher = loss.hessian_is_fisher
+        self.without_likelihood = loss.without_likelihood
         self._loss = loss
         self._given = (target, *extra)
+
+    @property
+    def loss_name(self) -> str:
+        return repr(self._loss.loss_fn)
+
+    def indefinite(self) -> bool:
+        return not self._loss.convex and not self.hessian_is_fisher and bool((self._curvature < 0).any())
+
+    def information(self) -> Terms | None:
+        known = self.hessian_is_fisher or not self._loss.likelihood
+        return super().information() if known else ElementwiseInformation(self)
 
     def values(self) -> Tensor:
         """``l_t (N, R)``."""
         return self.rows(self._loss.value(widen(self.output), *self._given)).sum(-1)
+
+    def beyond_output(self) -> Tensor | None:
+        """The value with the output held fixed, if it still has a graph."""
+        value = self._loss.value(self._z, *self._given).sum()
+        return value if value.requires_grad else None
 
     @torch.no_grad()
     def gradient(self) -> Tensor:
@@ -171,7 +198,7 @@ class ElementwiseTerms(Terms):
                 f"{self._loss!r} has a negative or undefined second derivative (smallest: "
                 f"{self._curvature.min().item():.3g}) at this output, so its Gauss-Newton matrix is not positive "
                 "semi-definite and has no root and no samples. Its products (hessian_product) are exact; "
-                "fisher='empirical' works."
+                f"{EMPIRICAL} works."
             )
 
     def _masked(self, x: Tensor) -> Tensor:
@@ -179,7 +206,28 @@ class ElementwiseTerms(Terms):
         return torch.where(entries, x, 0.0)
 
 
-def _layout(output: Tensor, class_dim: int | None) -> Layout:
+class ElementwiseInformation(ElementwiseTerms):
+    """:class:`ElementwiseTerms` with the Fisher information of every entry in the place of its curvature."""
+
+    def __init__(self, terms: ElementwiseTerms) -> None:
+        vars(self).update(vars(terms))
+        vars(self).pop("_curvature", None)
+        self.hessian_is_fisher = True
+
+    @torch.no_grad()
+    def sample(self, generator: torch.Generator) -> Tensor:
+        """A score per entry."""
+        drawn = self._loss.score(self._z, *self._given[1:], generator=generator)
+        return self._masked(drawn).to(self.output.dtype)
+
+    @cached_property
+    def _curvature(self) -> Tensor:
+        with torch.no_grad():
+            return self._masked(self._loss.information(self._z, *self._given[1:]))
+
+
+def entry_layout(output: Tensor, class_dim: int | None) -> Layout:
+    """Terms along the last axis, or along another one."""
     rank = output.ndim
     if class_dim is None:
         return Layout(output.shape, (rank - 1,) if rank > 1 else ())

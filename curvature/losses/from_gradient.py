@@ -80,10 +80,12 @@ def from_output_gradient(
         labelled = empirical or options.weight is not None
     else:
         # A binary label is one where the loss pulls its logit up; the curvature of the others below ignores targets.
+        if isinstance(options, nn.NLLLoss):
+            raise _needs_targets(options)
         binary = isinstance(options, nn.BCEWithLogitsLoss)
         target = (gradient < 0).to(output.dtype) if binary else output.detach()
         terms = loss.terms(output, target, class_dim=class_dim)
-        if not terms.hessian_is_fisher:
+        if not terms.fisher(strict=False).hessian_is_fisher:
             raise _needs_targets(options)
         mask = (terms.rows(gradient) != 0).any(-1).reshape(terms.layout.term_shape)
         labelled = empirical or (binary and options.pos_weight is not None)
@@ -112,8 +114,9 @@ def _weights(terms: Terms, gradient: Tensor) -> Tensor | None:
 
 
 def _needs_targets(loss_fn: nn.Module) -> TypeError:
+    name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
     return TypeError(
-        f"what is estimated for {type(loss_fn).__name__} depends on targets (class weights, soft labels, an empirical "
+        f"what is estimated for {name} depends on targets (class weights, soft labels, an empirical "
         "Fisher), which the gradient at the model's output does not show. Call the loss module that was given to the "
         "optimizer in the loop itself, or estimate an exact or mc Fisher without class weights."
     )

@@ -1,7 +1,8 @@
 """Losses that are linear in the model's output: value and gradient, but no curvature to take a Gauss-Newton step with.
 
 Their Hessian with respect to the output is zero, so the Gauss-Newton matrix is zero for every model. That is never
-useful, so every request for it is refused with advice. The empirical Fisher needs gradients only and works.
+useful, so every request for it is refused with advice. The empirical Fisher needs gradients only and works, and so does
+the Fisher of those that are likelihoods.
 """
 
 from __future__ import annotations
@@ -11,24 +12,29 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
-from curvature.losses.classes import Labels, class_layout, class_weights, read_labels
+from curvature.losses.classes import Labels, class_layout, class_weights, drawn_classes, read_labels, refuse_one_class
 from curvature.losses.elementwise import ElementwiseLoss
-from curvature.losses.errors import NoCurvatureError
+from curvature.losses.errors import EMPIRICAL, NoCurvatureError, NoLikelihoodError
 from curvature.losses.loss import Loss, register_loss
-from curvature.losses.terms import Layout, Terms
+from curvature.losses.terms import Layout, Terms, noise
 from solvers.precision import widen
 
 
 def _refuse(name: str, remedy: str) -> NoReturn:
     raise NoCurvatureError(
         f"{name} is linear in the model's output, so its Hessian and Gauss-Newton matrix there are zero. {remedy}, or "
-        "use fisher='empirical', which needs gradients only."
+        f"use {EMPIRICAL}, which needs gradients only."
     )
 
 
 @register_loss(nn.L1Loss)
 class L1(ElementwiseLoss):
-    r"""``nn.L1Loss``: :math:`\ell = |z - y|`; no curvature."""
+    r"""``nn.L1Loss``: :math:`\ell = |z - y|`; no curvature.
+
+    The Fisher information of its likelihood, the Laplace distribution of unit scale, is one.
+    """
+
+    likelihood = True
 
     def value(self, z: Tensor, y: Tensor, *extra: Tensor) -> Tensor:
         """``|z - y|``."""
@@ -40,7 +46,16 @@ class L1(ElementwiseLoss):
 
     def curvature(self, z: Tensor, y: Tensor, *extra: Tensor) -> Tensor:
         """Refused."""
-        _refuse("nn.L1Loss", "Use nn.HuberLoss or nn.SmoothL1Loss with a small threshold")
+        _refuse("nn.L1Loss", "Use curvature.fisher, nn.HuberLoss or nn.SmoothL1Loss with a small threshold")
+
+    def information(self, z: Tensor, *extra: Tensor) -> Tensor:
+        """One."""
+        return torch.ones_like(z)
+
+    def score(self, z: Tensor, *extra: Tensor, generator: torch.Generator) -> Tensor:
+        """Signs."""
+        uniform = noise(z.shape, z, generator).uniform_(generator=generator).to(z.device)
+        return torch.where(uniform < 0.5, -torch.ones_like(z), torch.ones_like(z))
 
 
 @register_loss(nn.KLDivLoss)
@@ -49,6 +64,11 @@ class KLDivergence(ElementwiseLoss):
 
     ``reduction="batchmean"`` divides by the number of examples.
     """
+
+    without_likelihood = (
+        "Use nn.CrossEntropyLoss on logits with class probabilities as targets, which is this loss up to a constant, "
+        "or kind='empirical'."
+    )
 
     @property
     def reduction(self) -> str:
@@ -109,13 +129,66 @@ class NLLTerms(Terms):
         """Refused."""
         self._refuse()
 
+    def information(self) -> Terms:
+        """Of the distribution whose logarithms the outputs are."""
+        return NLLInformation(self)
+
     def _refuse(self) -> NoReturn:
-        _refuse("nn.NLLLoss", "Use nn.CrossEntropyLoss on logits, which is the same loss with the log-softmax inside")
+        _refuse(
+            "nn.NLLLoss",
+            "Use curvature.fisher, nn.CrossEntropyLoss on logits, which is the same loss with the log-softmax inside",
+        )
+
+
+class NLLInformation(NLLTerms):
+    r"""The Fisher information of log-probabilities, :math:`w_{y_t} \operatorname{diag} e^{z_t}`.
+
+    Behind a log-softmax it is that of a cross-entropy on logits. A sample is :math:`-\sqrt{w_{y_t}}\, e_{\hat y}`.
+
+    Raises:
+        NoLikelihoodError: If a term's outputs are no logarithms of probabilities.
+    """
+
+    hessian_is_fisher = True
+
+    def __init__(self, terms: NLLTerms) -> None:
+        vars(self).update(vars(terms))
+        with torch.no_grad():
+            log_p = self.rows(widen(self.output.detach()))
+            off = torch.where(self.mask, log_p.logsumexp(-1), 0.0).abs().max()
+            # Rounding of a sum of C numbers, in the precision of the model.
+            if not off <= 1e2 * torch.finfo(self.output.dtype).eps ** 0.75:
+                raise NoLikelihoodError(
+                    "the outputs under nn.NLLLoss are no log-probabilities: the logarithm of their sum is up to "
+                    f"{off.item():.3g} away from 0. End the model with nn.LogSoftmax, or use nn.CrossEntropyLoss on "
+                    "logits."
+                )
+            self._weighted = torch.where(self.mask, self._labels.weight, 0.0).unsqueeze(-1) * log_p.exp()
+
+    @torch.no_grad()
+    def hessian_product(self, v: Tensor) -> Tensor:
+        """``w p * v``."""
+        return self.unrows(self._weighted * self.rows(v)).to(v.dtype)
+
+    @torch.no_grad()
+    def sqrt_column(self, c: int) -> Tensor:
+        """``sqrt(w p_c) e_c``."""
+        column = torch.zeros_like(self._weighted)
+        column[..., c] = self._weighted[..., c].sqrt()
+        return self.as_output(column)
+
+    @torch.no_grad()
+    def sample(self, generator: torch.Generator) -> Tensor:
+        """``-sqrt(w) e_y`` with labels ``y`` drawn from the model."""
+        p = self.rows(widen(self.output.detach())).exp()
+        drawn = drawn_classes(p, generator)
+        rows = torch.zeros_like(p).scatter(-1, drawn, -self._labels.weight.sqrt().unsqueeze(-1).to(p))
+        return self.as_output(torch.where(self.mask.unsqueeze(-1), rows, 0.0))
 
 
 @register_loss(nn.NLLLoss)
 class NLL(Loss):
-    """``nn.NLLLoss`` on log-probabilities, with class weights and ``ignore_index``; no curvature."""
+    """``nn.NLLLoss`` on log-probabilities, with class weights and ``ignore_index``; no curvature, but a Fisher."""
 
     def terms(
         self,
@@ -132,10 +205,8 @@ class NLL(Loss):
         if target.is_floating_point():
             raise ValueError(f"nn.NLLLoss takes class indices, got a target of dtype {target.dtype}.")
         layout = class_layout(output, target, class_dim, as_called)
+        refuse_one_class(self, layout)
         valid = layout.valid(mask, output.device)
         weight = class_weights(self.loss_fn.weight, layout.shape[2], widen(output.new_empty(0)), check)
         labels = read_labels(target, layout, valid, weight, self.loss_fn.ignore_index, check)
-        terms = NLLTerms(output, layout, labels, self.reduction)
-        if check:
-            terms.check()
-        return terms
+        return NLLTerms(output, layout, labels, self.reduction)

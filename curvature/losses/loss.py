@@ -2,36 +2,66 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from torch import Tensor, nn
 from torch.nn import functional
 
-from curvature.losses.errors import UnknownLossError
+from curvature.losses.errors import EMPIRICAL, UnknownLossError
 from curvature.losses.terms import Terms
 
 
-class Loss(ABC):
+class Loss(nn.Module, ABC):
     """A loss function together with its derivatives with respect to the model's output.
 
     Wraps the user's own object and reads its options whenever :meth:`terms` is called, so that later changes of, say,
-    ``label_smoothing`` are honoured.
+    ``label_smoothing`` are honoured. It is a module, and calling it calls that object: a training loop uses it as any
+    other loss.
 
     Args:
         loss_fn: The user's loss module.
     """
 
     def __init__(self, loss_fn: Any) -> None:
+        super().__init__()
         self.loss_fn = loss_fn
+
+    def forward(self, output: Any, target: Any, *extra: Any) -> Any:
+        """What the user's loss function returns."""
+        return self.loss_fn(output, target, *extra)
+
+    def __copy__(self) -> Self:
+        """A copy whose loss function can be replaced, which a module's table of submodules would share."""
+        other = object.__new__(type(self))
+        vars(other).update(vars(self))
+        other._modules = dict(self._modules)
+        return other
 
     @property
     def reduction(self) -> str:
         """``"mean"``, ``"sum"`` or ``"none"``."""
         return self.check_reduction(self.loss_fn.reduction)
+
+    def summed(self) -> Self:
+        """The loss that sums the same terms.
+
+        Raises:
+            ValueError: If the loss function has no such option.
+        """
+        if self.reduction == "sum":
+            return self
+        other = copy.copy(self)
+        if isinstance(getattr(other.loss_fn, "reduction", None), str):
+            other.loss_fn = copy.copy(other.loss_fn)
+            other.loss_fn.reduction = "sum"
+        if other.reduction != "sum":
+            raise ValueError(f"{self!r} has the reduction {self.reduction!r} for good; give one that sums its terms.")
+        return other
 
     def check_reduction(self, reduction: str) -> str:
         """The reduction itself if it is a known one; a ValueError otherwise."""
@@ -66,6 +96,19 @@ class Loss(ABC):
             AmbiguousClassAxisError: If the shapes allow more than one class axis; pass ``class_dim``.
             ValueError: If shapes, or with ``check`` values, do not fit the loss.
         """
+
+    def evaluate(self, output: Any, *given: Any) -> Tensor:
+        """The user's loss itself, on what it takes as its output, a target, and further arguments."""
+        value: Tensor = self.loss_fn(output, *given)
+        return value
+
+    def reads(self, result: Any) -> bool:
+        """Whether the loss takes as its output what a model returned, in the place of one tensor of it."""
+        return False
+
+    def joined(self, result: Any) -> Tensor:
+        """Where :meth:`reads`, all of it as one tensor, as the loss's terms have it."""
+        raise NotImplementedError
 
     def refuse_extra(self, extra: tuple[Tensor, ...]) -> None:
         """Raise a TypeError if there are further arguments."""
@@ -156,7 +199,8 @@ def loss_for(loss_fn: nn.Module | Loss | Callable[..., Tensor]) -> Loss:
             return _REGISTRY[base](module)
     name = type(loss_fn).__name__ if isinstance(loss_fn, nn.Module) else repr(loss_fn)
     raise UnknownLossError(
-        f"No derivatives are known for the loss {name}. (a) With fisher='empirical' none are needed. (b) Any "
+        f"No derivatives are known for the loss {name}. {more_arguments(loss_fn)}"
+        f"(a) With {EMPIRICAL} none are needed. (b) Any "
         "twice-differentiable loss per example works as curvature.losses.AutogradLoss(loss_fn, reduction='mean'). "
         "(c) Register it with one small class:\n"
         f"    @curvature.losses.register_loss({name if isinstance(loss_fn, nn.Module) else 'MyLossModule'})\n"
@@ -166,6 +210,31 @@ def loss_for(loss_fn: nn.Module | Loss | Callable[..., Tensor]) -> Loss:
         "        def curvature(self, z, y): ...  # d2l/dz2\n"
         "A subclass of a known loss that overrides forward counts as unknown, since its terms may differ."
     )
+
+
+def more_arguments(loss_fn: Any) -> str:
+    """What to do with a loss that cannot be called with an output and a target; empty where it can."""
+    try:
+        parameters = inspect.signature(loss_fn.forward if isinstance(loss_fn, nn.Module) else loss_fn).parameters
+    except (TypeError, ValueError):  # no function, or one that does not tell
+        return ""
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    needed = [name for name, p in parameters.items() if p.kind in positional and p.default is p.empty]
+    if len(needed) <= 2:
+        return ""
+    return (
+        f"It takes {', '.join(needed)}, where an output of the model and a target are compared: write a function of "
+        "these two, such as lambda output, target: loss_fn(*output, target) for a model that returns several tensors, "
+        "and pass output=lambda result: result, so that it gets all of them; its Hessian on one batch takes it. "
+    )
+
+
+def module_called(loss_fn: Any) -> nn.Module | None:
+    """The module whose calls a training loop shows, whether it calls a :class:`Loss` or the module inside."""
+    inner = loss_fn.loss_fn if isinstance(loss_fn, Loss) else None
+    if isinstance(inner, nn.Module):
+        return inner
+    return loss_fn if isinstance(loss_fn, nn.Module) else None
 
 
 def _module_of(function: Any) -> nn.Module | None:

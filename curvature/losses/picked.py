@@ -6,6 +6,7 @@ third.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from math import prod
 from typing import Any
@@ -71,11 +72,67 @@ class PickedTerms(Terms):
     def sqrt_column(self, c: int) -> Tensor:
         return self.inner.sqrt_column(c)
 
+    def fisher(self, strict: bool = True) -> PickedTerms:
+        """Of the rows that the loss saw, see :meth:`Terms.fisher`."""
+        other = copy.copy(self)
+        other.inner = self.inner.fisher(strict)
+        other.hessian_is_fisher = other.inner.hessian_is_fisher
+        return other
+
     def root(self, start: int, stop: int) -> Tensor:
         return self.inner.root(start, stop)
 
     def sample(self, generator: torch.Generator) -> Tensor:
         return self.inner.sample(generator)
+
+
+class ExampleTerms(PickedTerms):
+    """Terms of a loss whose examples lie along an axis that the caller named."""
+
+
+def by_examples(terms: Terms, sizes: tuple[int, ...], axis: int, whole: Tensor) -> ExampleTerms:
+    """Terms sorted by their examples.
+
+    Args:
+        terms: Terms on all rows of the output, in their order; or on picked ones.
+        sizes: Sizes of the axes of the output that count its rows.
+        axis: Which of these counts the examples.
+        whole: The output.
+    """
+    number = prod(sizes)
+    places = torch.arange(number, device=whole.device)
+    sorted_places = torch.empty_like(places)
+    sorted_places[places.reshape(sizes).movedim(axis, 0).reshape(-1)] = places
+    inner, rows = (terms.inner, terms.picked) if isinstance(terms, PickedTerms) else (terms, places)
+    return ExampleTerms(inner, sorted_places[rows], (sizes[axis], number // sizes[axis]), whole)
+
+
+def along(terms: Terms, batch_dim: int) -> ExampleTerms:
+    """Terms on all of an output, sorted by the examples along one of its axes.
+
+    Raises:
+        ValueError: If the output has no such axis, or it is the class axis.
+    """
+    shape, classes = terms.layout.output_shape, terms.layout.class_axes
+    axis = checked_axis(batch_dim, len(shape))
+    if axis in classes:
+        raise ValueError(
+            f"batch_dim={batch_dim} is the class axis of the output, of shape {tuple(shape)}; name the axis that "
+            "counts the examples."
+        )
+    axes = [a for a in range(len(shape)) if a not in classes]
+    return by_examples(terms, tuple(shape[a] for a in axes), axes.index(axis), terms.output)
+
+
+def checked_axis(batch_dim: int, rank: int) -> int:
+    """A named axis of an output of some rank, counted from the front.
+
+    Raises:
+        ValueError: If there is none of that number.
+    """
+    if not -rank <= batch_dim < rank:
+        raise ValueError(f"batch_dim={batch_dim} is no axis of an output with {rank} axes.")
+    return batch_dim % rank
 
 
 def picked_rows(

@@ -18,10 +18,12 @@ class PoissonNLL(ElementwiseLoss):
     With ``log_input`` (the default) :math:`\ell = e^z - y z` and :math:`\ell'' = e^z`; a sample is
     :math:`e^z - \hat y` with :math:`\hat y \sim \operatorname{Poisson}(e^z)`. Without it
     :math:`\ell = z - y \log(z + \epsilon)` and :math:`\ell'' = y / (z + \epsilon)^2`, which depends on the target and
-    is not the Fisher information; samples are then normal. ``full`` adds Stirling's term, constant in the output.
+    is not the Fisher information :math:`1 / (z + \epsilon)`, that of a rate :math:`z + \epsilon`; its samples are then
+    normal. ``full`` adds Stirling's term, constant in the output.
     """
 
     convex = True
+    likelihood = True
 
     @property
     def hessian_is_fisher(self) -> bool:
@@ -50,6 +52,15 @@ class PoissonNLL(ElementwiseLoss):
             return super().draw(z, y, generator=generator)
         rate = z.exp()
         return rate - torch.poisson(rate.to(generator.device), generator=generator).to(rate)
+
+    def information(self, z: Tensor, *extra: Tensor) -> Tensor:
+        """``1 / (z + eps)``."""
+        return 1 / (z + self.loss_fn.eps)
+
+    def score(self, z: Tensor, *extra: Tensor, generator: torch.Generator) -> Tensor:
+        """``1 - y / (z + eps)`` with ``y`` drawn from the model."""
+        rate = z + self.loss_fn.eps
+        return 1 - torch.poisson(rate.to(generator.device), generator=generator).to(rate) / rate
 
     def check_values(self, output: Tensor, target: Tensor, *extra: Tensor) -> None:
         """Counts, and rates, not negative."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from curvature.losses.elementwise import ElementwiseLoss
-from curvature.losses.errors import NoCurvatureError
+from curvature.losses.errors import EMPIRICAL, NoCurvatureError
 from curvature.losses.loss import register_loss
 
 
@@ -61,6 +61,6 @@ class SmoothL1(ElementwiseLoss):
         if beta == 0:
             raise NoCurvatureError(
                 "nn.SmoothL1Loss(beta=0) is linear in the output: it has no curvature. Use a positive beta, or "
-                "fisher='empirical'."
+                f"{EMPIRICAL}."
             )
         return ((z - y).abs() < beta).to(z) / beta

@@ -11,9 +11,18 @@ import torch
 from torch import Tensor
 
 from curvature.losses import JoinedTerms, Terms
+from curvature.losses.picked import ExampleTerms
 
 FisherKind = Literal["exact", "mc", "empirical"]
 KINDS: tuple[FisherKind, ...] = ("exact", "mc", "empirical")
+#: Weights that tell examples apart are powers of two with exponents below this: half the range of float32 is left.
+TAG_BASE = 32
+#: How to mend outputs whose examples do not lie where they are looked for.
+SAY_WHICH = (
+    "Say which axis of the output counts the examples (batch_dim=1 for curvature.per_sample_gradients, its relatives, "
+    "fisher and ggn; loop=Loop(batch_dim=1) for an optimizer), or return outputs with the examples first, and the "
+    "targets alike."
+)
 
 
 def check_kind(kind: str) -> FisherKind:
@@ -63,11 +72,13 @@ class Signals:
             ValueError: If the output has them along its second axis.
         """
         n, r, _ = self.terms.shape
+        if isinstance(self.terms, ExampleTerms):
+            return n
         if self.batch and self.batch == r != n and r > 1:
             raise ValueError(
                 f"the inputs hold {self.batch} examples along their first axis, but the output, of shape "
                 f"{tuple(self.terms.output.shape)}, has {n} rows there, and the examples seem to lie along its second "
-                "axis. Return outputs with the examples first, and transpose the targets alike."
+                f"axis. {SAY_WHICH}"
             )
         return self.batch if self.batch and (n * r) % self.batch == 0 and n % self.batch == 0 else n
 
@@ -153,12 +164,12 @@ class Signals:
         """Weights ``(examples,)`` that tell examples apart: any two examples differ in some of theirs.
 
         Powers of two, so that a backward pass that keeps examples apart scales with them exactly; as many sets of
-        weights as the number of the last example has digits to the base 32.
+        weights as the number of the last example has digits to the base :data:`TAG_BASE`.
         """
         number = torch.arange(self.examples)
         while True:
-            yield 2.0 ** (number % 32)
-            number = number // 32
+            yield 2.0 ** (number % TAG_BASE)
+            number = number // TAG_BASE
             if not number.any():
                 return
 

@@ -73,14 +73,14 @@ class SumOfLosses(nn.Module):
         """The sum, 0-d."""
         total: Any = 0.0
         for key, loss, output, given in self.each(outputs, targets):
-            total = total + self.weights[key] * loss.loss_fn(output, *given)
+            total = total + self.weights[key] * loss.evaluate(output, *given)
         return total
 
     def each(self, outputs: Any, targets: Any) -> Iterator[tuple[Any, Loss, Tensor, tuple[Any, ...]]]:
         """Key, loss, output, and target with the loss's further arguments."""
         for key, loss in self.losses.items():
             given = _pick(targets, key, "targets")
-            yield key, loss, _pick(outputs, key, "outputs"), given if isinstance(given, tuple) else (given,)
+            yield key, loss, _pick(outputs, key, "outputs"), _tuple(given)
 
 
 class JoinedTerms(Terms):
@@ -101,6 +101,16 @@ class JoinedTerms(Terms):
         super().__init__(output, Layout(output.shape, ()), mask, each[0].total, reduction)
         self.hessian_is_fisher = all(terms.hessian_is_fisher for terms in each)
 
+    @property
+    def empty(self) -> bool:
+        """Whether no term of any loss counts."""
+        return all(terms.empty for _, terms in self.parts.values())
+
+    def beyond_output(self) -> Tensor | None:
+        found = [terms.beyond_output() for _, terms in self.parts.values()]
+        values = [value for value in found if value is not None]
+        return torch.stack(values).sum() if values else None
+
     def pieces(self, x: Tensor) -> list[Tensor]:
         """``(..., size)`` to one ``(..., *output.shape)`` per loss."""
         shapes = [terms.output.shape for _, terms in self.parts.values()]
@@ -118,6 +128,20 @@ class JoinedTerms(Terms):
         """A signal of one loss, zero on the outputs of the others."""
         zeros = [piece if k == key else torch.zeros_like(terms.output.detach()) for k, (_, terms) in self.parts.items()]
         return self.join(zeros)
+
+    def refuse_undefined(self) -> None:
+        for _, terms in self.parts.values():
+            terms.refuse_undefined()
+
+    def indefinite(self) -> bool:
+        return any(terms.indefinite() for _, terms in self.parts.values())
+
+    def fisher(self, strict: bool = True) -> JoinedTerms:
+        """Loss by loss, see :meth:`Terms.fisher`."""
+        other = copy.copy(self)
+        other.parts = {key: (scale, terms.fisher(strict)) for key, (scale, terms) in self.parts.items()}
+        other.hessian_is_fisher = all(terms.hessian_is_fisher for _, terms in other.parts.values())
+        return other
 
     def value(self) -> Tensor:
         return torch.stack([scale * terms.value() for scale, terms in self.parts.values()]).sum()
@@ -178,9 +202,14 @@ class WeightedSum(Loss):
         other.divisors = divisors
         return other
 
+    def reads(self, result: Any) -> bool:
+        """Always: each loss picks its part."""
+        return True
+
     def joined(self, output: Any) -> Tensor:
         """The vector of all outputs, as in :class:`JoinedTerms`."""
-        return torch.cat([_pick(output, key, "outputs").reshape(-1) for key in self.loss_fn.losses])
+        parts = [(loss, _pick(output, key, "outputs")) for key, loss in self.loss_fn.losses.items()]
+        return torch.cat([(loss.joined(z) if loss.reads(z) else z).reshape(-1) for loss, z in parts])
 
     def terms(
         self,
@@ -200,6 +229,9 @@ class WeightedSum(Loss):
         for key, loss, z, (y, *rest) in self.loss_fn.each(output, target):
             axis = class_dim.get(key) if isinstance(class_dim, Mapping) else class_dim
             found[key] = loss.terms(z, y, *rest, class_dim=axis, as_called=as_called, check=check)
+        if check and self.divisors is None and self.reduction == "mean" and not all(t.empty for t in found.values()):
+            for terms in found.values():
+                terms.check()  # the mean of one loss would be 0/0, and so would the sum
         totals = self.divisors or {key: terms.total for key, terms in found.items()}
         first = next(iter(totals.values()))
         parts = {}
@@ -207,6 +239,10 @@ class WeightedSum(Loss):
             ratio = first / totals[key] if self.reduction == "mean" else torch.ones_like(terms.total)
             parts[key] = (self.loss_fn.weights[key] * ratio, terms)
         return JoinedTerms(parts, self.reduction)
+
+
+def _tuple(given: Any) -> tuple[Any, ...]:
+    return tuple(given) if isinstance(given, (tuple, list)) else (given,)
 
 
 def _pick(tree: Any, key: Any, what: str) -> Any:

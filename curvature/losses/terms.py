@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from curvature.losses.errors import NonFiniteLossError
+from curvature.losses.errors import NoCurvatureError, NoLikelihoodError, NonFiniteCurvatureError, NonFiniteLossError
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Terms(ABC):
 
     Everything below is in the scale of :math:`L_\text{sum}`; divide by ``total`` for the mean loss. Terms outside the
     mask contribute zero everywhere. Matrices per term are formed only where the class says so, and only
-    :meth:`value` and :meth:`check` wait for the device.
+    :meth:`value`, :meth:`check` and :attr:`empty` wait for the device.
 
     Attributes:
         output: The model's output as given (not detached), of any shape.
@@ -124,6 +124,8 @@ class Terms(ABC):
     """
 
     hessian_is_fisher: bool = False
+    #: What to do where a Fisher information is asked for and there is none.
+    without_likelihood: str = "Use curvature.ggn, whose matrix needs no likelihood, or kind='empirical'."
 
     def __init__(self, output: Tensor, layout: Layout, mask: Tensor, total: Tensor, reduction: str) -> None:
         self.output = output
@@ -169,8 +171,13 @@ class Terms(ABC):
             )
         return total
 
+    @property
+    def empty(self) -> bool:
+        """Whether no term counts: all targets are ignored, or of classes of weight zero. Waits for the device."""
+        return bool(self.total == 0)
+
     def check(self) -> None:
-        """Refuse batches whose mean loss would be 0/0. Waits for the device.
+        """Refuse data whose mean loss would be 0/0. Waits for the device.
 
         Raises:
             ValueError: If no term counts.
@@ -178,9 +185,13 @@ class Terms(ABC):
         if not self.total > 0:
             raise ValueError(
                 f"No term of the loss counts: {int(self.mask.sum())} of {self.mask.numel()} terms are valid and their "
-                f"total weight is {self.total.item()}, so the mean loss is not defined. Skip this batch, or check "
-                "mask=, ignore_index and the class weights."
+                f"total weight is {self.total.item()}, so the mean loss is not defined. Check mask=, ignore_index and "
+                "the class weights."
             )
+
+    def beyond_output(self) -> Tensor | None:
+        """The loss as a function of everything but the output; ``None`` where it depends on nothing else."""
+        return None
 
     @abstractmethod
     def values(self) -> Tensor:
@@ -222,6 +233,65 @@ class Terms(ABC):
     @abstractmethod
     def sample(self, generator: torch.Generator) -> Tensor:
         """Output-shaped draw ``v``, independent between terms, with mean zero and ``E[v_t v_t^T] = H_t``."""
+
+    def refuse_undefined(self) -> None:
+        """Refuse a Hessian that is infinite or undefined at these outputs. Waits for the device.
+
+        Raises:
+            NonFiniteCurvatureError: Saying where.
+        """
+        try:
+            product = self.hessian_product(torch.ones_like(self.output.detach()))
+        except NoCurvatureError:
+            return  # nobody gets anything from it
+        off = ~torch.isfinite(self.rows(product)).all(-1)
+        if bool(off.any()):
+            n, r = torch.nonzero(off)[0].tolist()
+            raise NonFiniteCurvatureError(
+                f"The loss is finite, but the second derivative of {self.loss_name} in the model's outputs is not, at "
+                f"{int(off.sum())} of {off.numel()} terms, first at example {n}, position {r}, where the outputs are "
+                f"{[round(z, 6) for z in self.rows(self.output.detach())[n, r][:4].tolist()]}. A probability that is "
+                "exactly 0 or 1, or a rate of 0, has none: let the model return logits (nn.BCEWithLogitsLoss) or "
+                "log-rates (log_input=True), whose curvature is finite everywhere, or keep the outputs away from the "
+                "border (clamp)."
+            )
+
+    def information(self) -> Terms | None:
+        """See :meth:`fisher`; ``None`` where the loss is no likelihood."""
+        return self if self.hessian_is_fisher else None
+
+    def fisher(self, strict: bool = True) -> Terms:
+        r"""The same terms with :math:`H_t` the Fisher information of the outputs in the place of the Hessian.
+
+        .. math:: F_t = \mathbb{E}_{\hat y \sim p(\cdot | z_t)}\, \nabla l_t(z_t; \hat y) \nabla l_t(z_t; \hat y)^\top,
+            \qquad p(y | z) \propto e^{-l(z; y)},
+
+        where class weights and the like count as multiplicities of a term. For a loss in natural parameters that is
+        the Hessian; for others it is not, and unlike it does not depend on the targets.
+
+        Args:
+            strict: Refuse a loss that is no likelihood; else it keeps its Hessian.
+
+        Raises:
+            NoLikelihoodError: If the loss is no likelihood, or the outputs are no parameters of its distribution.
+        """
+        found = self.information()
+        if found is None and strict:
+            raise NoLikelihoodError(
+                f"{self.loss_name} is not known as a negative log-likelihood, so that the model defines no "
+                "distribution of targets and its Fisher information, kind='exact' or 'mc', does not exist. "
+                f"{self.without_likelihood}"
+            )
+        return self if found is None else found
+
+    @property
+    def loss_name(self) -> str:
+        """The loss, for messages."""
+        return type(self).__name__.removesuffix("Terms")
+
+    def indefinite(self) -> bool:
+        """Whether the Hessian of some term is known not to be positive semi-definite. May wait for the device."""
+        return False
 
     def as_output(self, rows: Tensor) -> Tensor:
         """Rows of a result, output-shaped and in the output's dtype."""

@@ -30,6 +30,7 @@ def gradient_covariance(
     params: Any = None,
     output: Output | None = None,
     class_dim: ClassDim = None,
+    batch_dim: int | None = None,
     progress: bool | None = None,
     **options: Any,
 ) -> LinearOperator:
@@ -55,6 +56,7 @@ def gradient_covariance(
         params: Names, globs or tensors that restrict the parameters.
         output: Picks the output tensor where the model does not return a tensor.
         class_dim: Class axis of the output where the shapes leave it open; by key for a sum of losses.
+        batch_dim: Axis of the output that counts the examples, where it is not the first.
         progress: Show a progress bar.
         options: Options of the structure.
 
@@ -69,7 +71,7 @@ def gradient_covariance(
             f"structure={structure!r} cannot be centered: the difference is no longer of that structure. Pass "
             f"centered=False, or one of {', '.join(map(repr, CENTERED))}."
         )
-    request = Request(model, loss_fn, data, params, output, class_dim, progress)
+    request = Request(model, loss_fn, data, params, output, class_dim, progress, batch_dim)
     uncentered = request.matrix(structure, "empirical", options=options)
     if not centered:
         return uncentered

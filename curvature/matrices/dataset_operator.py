@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self, TypedDict
 import torch
 from torch import Tensor
 
+from curvature.estimation.finite import refuse_nonfinite
 from curvature.losses import ClassDim
 from curvature.matrices.problem import Evaluation, Problem
 from curvature.model.data import Output
@@ -161,7 +162,20 @@ class DatasetOperator(LinearOperator):
         self.each(add, vectorized=not single)
         if not isinstance(self._total, float) or self._total != 1.0:
             out /= self._total
+        if not bool(torch.isfinite(out).all()) and bool(torch.isfinite(vectors).all()):
+            refuse_nonfinite(out, f"a product with the {self.title}", self.rows, self.again)
         return out.reshape(*x.shape[:-1], self.rows.size)
+
+    def again(self) -> None:
+        """A pass over the data and a product, to see which operation makes numbers that are not finite."""
+        ones = [torch.ones_like(p.detach()) for p in self.columns.values()]
+        fresh = copy.copy(self)
+        fresh.keep_graph, fresh._kept = False, None
+
+        def use(product: Product, nbytes: int) -> None:
+            product(ones, False)
+
+        fresh.each(use, vectorized=False)
 
     def each(self, use: Callable[[Product, int], None], vectorized: bool = True) -> None:
         """Call ``use(product, bytes of one vector)`` for every batch; afterwards the divisor is known."""

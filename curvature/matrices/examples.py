@@ -80,6 +80,8 @@ class Keeper:
 
     def samples(self, examples: Examples, signals: Sequence[Tensor]) -> list[tuple[Block, list[Samples]]]:
         """The factors of each block's gradients; in each, the rows are signals, and examples within a signal."""
+        if examples.empty:
+            return []
         given = Signals.of(examples.terms, "empirical", batch=examples.batch, given=tuple(signals))
         for entry in self._kept:
             entry.discard()
@@ -100,19 +102,27 @@ class Examples:
         output: The model's output, with its graph.
         terms: Which entries of the output belong to which example.
         batch: Number of examples, where the loss took each of their positions for one.
+        empty: Whether no term counts: every gradient of the loss is zero.
     """
 
     def __init__(
-        self, parameters: Parameters, recorder: Recorder, output: Tensor, terms: Terms, batch: int | None
+        self,
+        parameters: Parameters,
+        recorder: Recorder,
+        output: Tensor,
+        terms: Terms,
+        batch: int | None,
+        empty: bool = False,
     ) -> None:
         self.parameters, self.recorder, self.output, self.terms, self.batch = parameters, recorder, output, terms, batch
+        self.empty = empty
 
     @classmethod
     def of(cls, evaluation: Evaluation) -> Examples:
         """The examples of a recorded evaluation."""
-        recorder, terms = evaluation.recorder, evaluation.terms
-        assert recorder is not None and terms is not None
-        return cls(evaluation.problem.parameters, recorder, evaluation.output, terms, recorder.batch)
+        recorder, terms = evaluation.recorder, evaluation.through_output()
+        assert recorder is not None
+        return cls(evaluation.problem.parameters, recorder, evaluation.output, terms, recorder.batch, evaluation.empty)
 
     @classmethod
     def along(cls, output: Tensor, parameters: Parameters, recorder: Recorder) -> Examples:

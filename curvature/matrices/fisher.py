@@ -37,6 +37,7 @@ def fisher(
     params: Any = None,
     output: Output | None = None,
     class_dim: ClassDim = None,
+    batch_dim: int | None = None,
     resume: Resume | None = None,
     progress: bool | None = None,
     **options: Any,
@@ -50,9 +51,14 @@ def fisher(
         \text{mc:}\; w \sum_t \tfrac{1}{M} \sum_m \hat g_{tm} \hat g_{tm}^\top, \qquad
         \text{empirical:}\; w \sum_t g_t g_t^\top .
 
-    ``exact`` equals the GGN: for cross-entropy it is the Fisher of the softmax, times the weight of a term; for
-    ``MSELoss``, whose output Hessian is ``2 / (N C)``, it is ``2 / C`` times the Fisher of a unit Gaussian. An
-    empirical Fisher uses the targets and is not an estimate of the Fisher.
+    where :math:`H_t` is the Fisher information of the outputs under the likelihood :math:`e^{-l_t}`, and the targets do
+    not enter but for their weights. For a loss in natural parameters it is the Hessian of :math:`l_t`, and the Fisher
+    equals the GGN: for cross-entropy it is the Fisher of the softmax, times the weight of a term; for ``MSELoss``,
+    whose output Hessian is ``2 / (N C)``, it is ``2 / C`` times the Fisher of a unit Gaussian. For others it is another
+    matrix: ``1 / (p (1 - p))`` under ``BCELoss``, ``1 / (mu + eps)`` under ``PoissonNLLLoss`` of rates, ``diag(1 / v,
+    1 / (2 v^2))`` in the mean and variance that a model returns under ``GaussianNLLLoss``, ``diag(p)`` in the
+    log-probabilities under ``NLLLoss``, 1 under ``L1Loss`` (of the Laplace distribution). An empirical Fisher uses the
+    targets and is not an estimate of the Fisher.
 
     Args:
         model: Any module; evaluated in its current mode.
@@ -67,6 +73,7 @@ def fisher(
         params: Names, globs or tensors that restrict the parameters.
         output: Picks the output tensor where the model does not return a tensor.
         class_dim: Class axis of the output where the shapes leave it open; by key for a sum of losses.
+        batch_dim: Axis of the output that counts the examples, where it is not the first.
         resume: File in which the sums over the batches are kept as they grow, and from which a run that was killed
             continues at its batch, with the identical result. A path, or a :class:`curvature.Checkpoint`, that says how
             often to save.
@@ -94,7 +101,8 @@ def fisher(
         ValueError: If the structure or kind is unknown, a curvature says another kind or number of samples than the
             call, the matrix does not fit the memory it may take, or ``resume`` is given for a structure of the whole
             matrix.
+        NoLikelihoodError: For ``exact`` and ``mc``, if the loss is no likelihood; :func:`curvature.ggn` needs none.
         CheckpointError: If the file of ``resume`` belongs to another problem.
     """
-    request = Request(model, loss_fn, data, params, output, class_dim, progress)
-    return request.matrix(structure, kind_of(structure, kind, "mc"), samples, generator, resume, options)
+    request = Request(model, loss_fn, data, params, output, class_dim, progress, batch_dim)
+    return request.matrix(structure, kind_of(structure, kind, "mc"), samples, generator, resume, options, fisher=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -56,8 +57,17 @@ class GaussNewtonOperator(DatasetOperator):
         self._draws.set_state(self._start)
 
     def record(self, evaluation: Evaluation) -> Product:
-        terms = evaluation.terms
-        assert terms is not None
+        terms = evaluation.through_output()
+        if evaluation.first and self.kind != "empirical":
+            terms.refuse_undefined()
+            if terms.indefinite():
+                warnings.warn(
+                    f"{terms.loss_name} is not convex in the model's outputs: its Hessian there is indefinite, and so "
+                    "may be this Gauss-Newton matrix. Its products are exact, but what needs a positive semi-definite "
+                    "matrix (CG, Cholesky, logarithms of determinants) has none here. curvature.fisher gives one: of "
+                    "kind 'empirical', and of every kind where the loss is a likelihood.",
+                    stacklevel=2,
+                )
         model, pick = self.problem.model, self.problem.pick
         line = Linearization(
             model, evaluation.x, evaluation.output, pick, self.rows, self.columns, self.mode, evaluation.random

@@ -37,6 +37,7 @@ def ggn(
     params: Any = None,
     output: Output | None = None,
     class_dim: ClassDim = None,
+    batch_dim: int | None = None,
     resume: Resume | None = None,
     progress: bool | None = None,
     **options: Any,
@@ -63,6 +64,7 @@ def ggn(
         params: Names, globs or tensors that restrict the parameters.
         output: Picks the output tensor where the model does not return a tensor.
         class_dim: Class axis of the output where the shapes leave it open; by key for a sum of losses.
+        batch_dim: Axis of the output that counts the examples, where it is not the first.
         resume: File in which the sums over the batches are kept as they grow, and from which a run that was killed
             continues at its batch, with the identical result. A path, or a :class:`curvature.Checkpoint`, that says how
             often to save.
@@ -84,5 +86,5 @@ def ggn(
             "kind must be 'exact' or 'mc', got 'empirical'. The empirical Fisher is no Gauss-Newton matrix; it is "
             "curvature.fisher(..., kind='empirical')."
         )
-    request = Request(model, loss_fn, data, params, output, class_dim, progress)
+    request = Request(model, loss_fn, data, params, output, class_dim, progress, batch_dim)
     return request.matrix(structure, chosen, samples, generator, resume, options)

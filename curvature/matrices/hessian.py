@@ -8,12 +8,13 @@ from typing import Any, Literal, Unpack, get_args, overload
 import torch
 from torch import Tensor, nn
 
+from curvature.estimation.finite import refuse_nonfinite
 from curvature.losses import ClassDim
 from curvature.matrices.dataset_operator import MEMORY, DatasetOperator, MatrixArguments, Product
 from curvature.matrices.problem import Evaluation, Problem, gradient_of
 from curvature.model.data import Data, Output
 from curvature.model.parameters import Parameters
-from curvature.model.pullback import Pullback, refuse_differentiated_once
+from curvature.model.pullback import Pullback, refuse_differentiated_once, refuse_outside_of_autograd
 from solvers import BlockDiagonal, Dense, Diagonal, LinearOperator, Segment
 
 HessianStructure = Literal["full", "dense", "layer", "diagonal"]
@@ -29,7 +30,12 @@ class Hessian(DatasetOperator):
 
     def gradient(self, evaluation: Evaluation) -> dict[str, Tensor]:
         """Gradient with respect to the columns, with its graph; zeros for parameters the loss does not use."""
-        gradient = gradient_of(evaluation.loss(), self.columns, create_graph=True)
+        loss = evaluation.loss()
+        if evaluation.first:
+            if evaluation.terms is not None:
+                evaluation.terms.refuse_undefined()
+            refuse_outside_of_autograd(loss, list(self.columns.values()))
+        gradient = gradient_of(loss, self.columns, create_graph=True)
         if evaluation.first:
             refuse_differentiated_once(gradient.values())
         return gradient
@@ -79,6 +85,8 @@ class Hessian(DatasetOperator):
                     result[start:stop] += columns.diagonal(start) if diagonal else columns
 
         total = self.problem.visit(visit, "Hessian within blocks", count=True)
+        for result, group in zip(out, groups, strict=True):
+            refuse_nonfinite(result, "the Hessian", group, self.again)
         return [result / total for result in out]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
@@ -12,13 +11,22 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp, vmap
 
 from curvature.estimation.dataset import record
+from curvature.estimation.finite import refuse_nonfinite
 from curvature.layers.recorder import Recorder
 from curvature.matrices.examples import Examples
 from curvature.matrices.problem import gradient_of
 from curvature.model.data import Output, call, resolve_output, to_device
-from curvature.model.parameters import Parameters
-from curvature.model.pullback import Pullback, refuse_differentiated_once
-from curvature.model.settings import random_state, refuse_changes, set_random_state, settings, versions
+from curvature.model.parameters import Parameters, tensor_of_its_own
+from curvature.model.pullback import (
+    NoSecondDerivativeError,
+    Pullback,
+    pull_back,
+    quiet_loops,
+    refuse_differentiated_once,
+    refuse_outside_of_autograd,
+)
+from curvature.model.settings import refuse_changes, settings, versions
+from curvature.model.streams import random_state, set_random_state
 from solvers import LinearOperator, StructureError
 from solvers.precision import working_dtype
 
@@ -80,20 +88,30 @@ class Linearization:
 
     def jvp(self, vectors: Sequence[Tensor], block: bool) -> Tensor:
         """:meth:`push` of one vector or a block of them, given as a tensor per parameter."""
+        vectors = [tensor_of_its_own(v) for v in vectors]
         if self.mode == "forward":
             return self._push_forward(vectors, block)
         try:
             result = self._push_reverse(vectors, block)
-        except RuntimeError:
+        except RuntimeError as error:
             if self.mode == "reverse" or self._checked:
                 raise
             self.mode = "forward"
-            return self._push_forward(vectors, block)
+            try:
+                return self._push_forward(vectors, block)
+            except RuntimeError as second:
+                self.mode = "auto"
+                raise NoSecondDerivativeError(
+                    f"Jacobian-vector products of this model cannot be taken. (a) By two backward passes: {error} "
+                    f"(b) By dual numbers: {second}"
+                ) from second
         self.mode, self._checked = "reverse", True
         return result
 
     def _push_reverse(self, vectors: Sequence[Tensor], block: bool) -> Tensor:
         if self._pushforward is None:
+            if not self._checked:
+                refuse_outside_of_autograd(self.output, list(self.columns.values()))
             cotangent = torch.zeros_like(self.output, requires_grad=True)
             with torch.enable_grad():
                 gradient = gradient_of(self.output, self.columns, cotangent, create_graph=True)
@@ -109,8 +127,7 @@ class Linearization:
         if not block:
             return self._dual(tangents)[1]
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+            with quiet_loops():
                 return vmap(lambda tangent: self._dual(tangent)[1], randomness="same")(tangents)
         except RuntimeError:  # an operation that cannot be vectorised
             k = len(vectors[0])
@@ -141,8 +158,7 @@ class Linearization:
             return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
 
         u, tangent = noise(self.output.detach()), {name: noise(p.detach()) for name, p in self.columns.items()}
-        inputs = list(self.columns.values())
-        gradient = torch.autograd.grad(self.output, inputs, u, retain_graph=True, allow_unused=True)
+        gradient = pull_back([self.output], list(self.columns.values()), [u])
         products = [
             (g * tangent[name]).sum().double() for name, g in zip(tangent, gradient, strict=True) if g is not None
         ]
@@ -220,6 +236,8 @@ class Jacobian(LinearOperator):
                 result = line.pull(x.reshape(math.prod(batch), *self.in_shape).to(line.output.dtype))
             else:
                 result = line.push(x.reshape(math.prod(batch), *self.in_shape))
+        if not bool(torch.isfinite(result).all()) and bool(torch.isfinite(x).all()):
+            refuse_nonfinite(result, "a product with the Jacobian")
         return result.to(self.dtype).reshape(*batch, *self.out_shape)
 
     def to_dense(self) -> Tensor:

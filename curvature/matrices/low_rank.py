@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from curvature.estimation.finite import refuse_nonfinite
 from curvature.layers.samples import gram
 from curvature.losses.signals import FisherKind, Signals
 from curvature.matrices.examples import Examples
@@ -100,11 +101,15 @@ def each_rows(
     draws = generator or torch.Generator(device=problem.parameters.device).manual_seed(0)
 
     def visit(examples: Examples) -> None:
+        if kind != "empirical":
+            examples.terms.refuse_undefined()
         signals = Signals.of(examples.terms, kind, samples, draws, examples.batch)
         # Rows of several signals are formed together, as many as a sixteenth of a GiB holds.
         per_signal = examples.number * problem.parameters.size * problem.parameters.dtype.itemsize
         for some in chunks(iter(signals), max(1, (1 << 26) // per_signal)):
-            use(examples.gradients(some).flatten(0, 1))
+            rows = examples.gradients(some).flatten(0, 1)
+            refuse_nonfinite(rows, "a gradient of the outputs", problem.parameters)
+            use(rows)
 
     return problem.visit(lambda evaluation: visit(Examples.of(evaluation)), "rows of the matrix", recorded=True)
 

@@ -12,7 +12,7 @@ from curvature.layers.samples import Outer, Samples, gram
 from curvature.matrices.examples import Examples, inner
 from curvature.matrices.jacobian import jacobian
 from curvature.model.data import Output
-from curvature.model.settings import differentiable_kernels
+from curvature.model.kernels import differentiable_kernels
 from solvers.precision import widen
 
 NTKMode = Literal["full", "class", "trace"]
@@ -66,7 +66,7 @@ def ntk(
 
 def _kernel(model: nn.Module, left: Examples, right: Examples, same: bool) -> Tensor:
     """Inner products for all pairs of outputs, ``(K, N, K, M)``, or for equal outputs ``(K, N, M)``."""
-    with differentiable_kernels(model):  # a recomputed (checkpointed) layer needs the kernels of the recorded pass
+    with differentiable_kernels():  # a recomputed (checkpointed) layer needs the kernels of the recorded pass
         rows = left.samples(left.unit_signals())
         columns = rows if right is left else right.samples(right.unit_signals())
     outputs, n, m = left.output[0].numel(), left.number, right.number

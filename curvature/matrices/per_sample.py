@@ -23,6 +23,7 @@ def per_sample_gradients(
     params: Any = None,
     output: Output | None = None,
     class_dim: int | None = None,
+    batch_dim: int | None = None,
 ) -> dict[str, Tensor]:
     r"""Gradient of the loss of each example: of the sum of its terms, without the 1/N of a mean loss.
 
@@ -40,6 +41,7 @@ def per_sample_gradients(
         params: Names, globs or tensors that restrict the parameters.
         output: Picks the output tensor where the model does not return a tensor.
         class_dim: Class axis of the output where the shapes leave it open.
+        batch_dim: Axis of the output that counts the examples, where it is not the first.
 
     Returns:
         ``{name: (N, *shape)}``, N times the memory of a gradient; :func:`per_sample_norms`,
@@ -49,7 +51,7 @@ def per_sample_gradients(
         TypeError: If there is more than one batch.
     """
     found: list[dict[str, Tensor]] = []
-    problem = one_batch(model, loss_fn, batch, params=params, output=output, class_dim=class_dim)
+    problem = one_batch(model, loss_fn, batch, params=params, output=output, class_dim=class_dim, batch_dim=batch_dim)
     _visit(problem, lambda examples: found.append(examples.by_parameter([examples.terms.gradient()])))
     return {name: rows[0] for name, rows in found[0].items()}
 
@@ -62,6 +64,7 @@ def per_sample_norms(
     params: Any = None,
     output: Output | None = None,
     class_dim: int | None = None,
+    batch_dim: int | None = None,
 ) -> dict[str, Tensor]:
     """Squared Euclidean norms of :func:`per_sample_gradients`, without forming the gradients where that is cheaper.
 
@@ -75,6 +78,7 @@ def per_sample_norms(
         params: Names, globs or tensors that restrict the parameters.
         output: Picks the output tensor where the model does not return a tensor.
         class_dim: Class axis of the output where the shapes leave it open.
+        batch_dim: Axis of the output that counts the examples, where it is not the first.
 
     Returns:
         ``{name: (N,)}``; their sum over the names is the squared norm of the whole gradient.
@@ -83,7 +87,7 @@ def per_sample_norms(
         Goodfellow (2015), "Efficient per-example gradient computations", https://arxiv.org/abs/1510.01799
     """
     found: list[dict[str, Tensor]] = []
-    problem = one_batch(model, loss_fn, batch, params=params, output=output, class_dim=class_dim)
+    problem = one_batch(model, loss_fn, batch, params=params, output=output, class_dim=class_dim, batch_dim=batch_dim)
     _visit(problem, lambda examples: found.append(examples.norms([examples.terms.gradient()])))
     return {name: norms[0] for name, norms in found[0].items()}
 
@@ -96,6 +100,7 @@ def gradient_second_moment(
     params: Any = None,
     output: Output | None = None,
     class_dim: int | None = None,
+    batch_dim: int | None = None,
     progress: bool | None = None,
 ) -> dict[str, Tensor]:
     r"""Mean over all examples of the squares of :func:`per_sample_gradients`, :math:`\frac{1}{N} \sum_n g_n^2`.
@@ -107,12 +112,14 @@ def gradient_second_moment(
         params: Names, globs or tensors that restrict the parameters.
         output: Picks the output tensor where the model does not return a tensor.
         class_dim: Class axis of the output where the shapes leave it open.
+        batch_dim: Axis of the output that counts the examples, where it is not the first.
         progress: Show a progress bar.
 
     Returns:
         ``{name: shape}``.
     """
-    problem = Problem(model, loss_fn, data, params=params, output=output, class_dim=class_dim, progress=progress)
+    options = {"params": params, "output": output, "class_dim": class_dim, "batch_dim": batch_dim}
+    problem = Problem(model, loss_fn, data, progress=progress, **options)
     squares, _ = _moments(problem, mean=False)
     return problem.parameters.unflatten(squares)
 
@@ -125,6 +132,7 @@ def gradient_variance(
     params: Any = None,
     output: Output | None = None,
     class_dim: int | None = None,
+    batch_dim: int | None = None,
     progress: bool | None = None,
 ) -> dict[str, Tensor]:
     r"""Variance over all examples of :func:`per_sample_gradients`, :math:`\frac{1}{N} \sum_n (g_n - \bar g)^2`.
@@ -136,13 +144,15 @@ def gradient_variance(
         params: Names, globs or tensors that restrict the parameters.
         output: Picks the output tensor where the model does not return a tensor.
         class_dim: Class axis of the output where the shapes leave it open.
+        batch_dim: Axis of the output that counts the examples, where it is not the first.
         progress: Show a progress bar.
 
     Returns:
         ``{name: shape}``. Computed as the second moment minus the square of the mean, so entries far below the squared
         mean carry its rounding error.
     """
-    problem = Problem(model, loss_fn, data, params=params, output=output, class_dim=class_dim, progress=progress)
+    options = {"params": params, "output": output, "class_dim": class_dim, "batch_dim": batch_dim}
+    problem = Problem(model, loss_fn, data, progress=progress, **options)
     squares, mean = _moments(problem, mean=True)
     return problem.parameters.unflatten((squares - mean.square()).clamp(min=0))
 
@@ -156,8 +166,10 @@ def _moments(problem: Problem, mean: bool) -> tuple[Tensor, Tensor]:
 
     def add(examples: Examples) -> None:
         nonlocal count
-        signal = examples.terms.gradient()
         count += examples.number
+        if examples.empty:
+            return
+        signal = examples.terms.gradient()
         for block, samples in examples.samples([signal]):
             place, part = BlockPlace.of(block, p.starts, sizes), torch.zeros_like(squares)
             for entry in samples:
@@ -172,4 +184,6 @@ def _moments(problem: Problem, mean: bool) -> tuple[Tensor, Tensor]:
 
 def _visit(problem: Problem, use: Callable[[Examples], Any]) -> Tensor | float:
     refuse_sums(problem)
-    return problem.visit(lambda evaluation: use(Examples.of(evaluation)), "per-sample gradients", recorded=True)
+    return problem.visit(
+        lambda evaluation: use(Examples.of(evaluation)), "per-sample gradients", recorded=True, every=True
+    )

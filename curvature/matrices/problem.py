@@ -11,12 +11,26 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from curvature.estimation.dataset import over_all_data, record, terms_of
+from curvature.estimation.batch_loss import read_for, refuse_beyond_outputs, require_terms, terms_of
+from curvature.estimation.dataset import over_all_data, record
 from curvature.layers.recorder import Recorder
-from curvature.losses import AutogradLoss, ClassDim, Loss, Terms, UnknownLossError, WeightedSum, loss_for
+from curvature.losses import (
+    ClassDim,
+    Loss,
+    NonFiniteLossError,
+    Terms,
+    UnknownLossError,
+    WeightedSum,
+    loss_for,
+    loss_over_data,
+)
+from curvature.losses.loss import more_arguments
 from curvature.model.data import Batch, Data, Output, batches, call, is_one_batch, resolve_output, shown, to_device
+from curvature.model.determinism import warn_of_chance
 from curvature.model.parameters import Parameters
-from curvature.model.settings import random_state, refuse_changes, settings, versions
+from curvature.model.pullback import pull_back
+from curvature.model.settings import refuse_changes, settings, versions
+from curvature.model.streams import drew_since, random_state
 from solvers.precision import working_dtype
 
 
@@ -26,12 +40,14 @@ class Evaluation:
     Attributes:
         problem: The problem that is evaluated.
         x: Inputs, on the device of the parameters.
+        y: Targets, as the loss takes them.
         output: The output that the loss saw.
         terms: The loss as a sum of terms; ``None`` where only the loss function itself is known.
         first: Whether this is the first pass, in which what holds for all is checked.
         random: State of torch's random generators before the model ran.
         nbytes: Size of what the pass made, where it was counted.
         recorder: Uses of the parameters, where they were recorded.
+        empty: Whether no term of the loss counts.
     """
 
     def __init__(self, problem: Problem, x: Any, y: Any, *, first: bool, count: bool, recorded: bool) -> None:
@@ -41,18 +57,39 @@ class Evaluation:
         counter = _BytesMade() if count else None
         with torch.enable_grad(), counter or contextlib.nullcontext():
             if recorded:
-                result, self.recorder = record(problem.model, problem.parameters, x, y)
+                result, self.recorder = record(problem.model, problem.parameters, x, y, batch_dim=problem.batch_dim)
             else:
                 result = call(problem.model, x)
         self.nbytes = counter.total if counter else 0
         self.terms: Terms | None = None
         if problem.loss is None:
             self.output = problem.pick(result)
+            self.y = read_for(problem.loss_fn, result, x, self.output, y)
         else:
-            self.terms = terms_of(problem.loss, result, y, problem.output, problem.class_dim, check=first)
+            axes = problem.class_dim, first, problem.batch_dim
+            with torch.enable_grad():
+                self.terms = terms_of(problem.loss, result, x, y, problem.output, *axes)
+            if problem.fisher is not False:
+                self.terms = self.terms.fisher(strict=bool(problem.fisher))
             self.output = self.terms.output
             if self.terms.reduction == "none":
                 raise ValueError("the loss has reduction='none', so it is no scalar. Use 'mean' or 'sum'.")
+        self.empty = self.terms is not None and self.terms.empty
+        if first:
+            self._refuse_non_finite()
+
+    def _refuse_non_finite(self) -> None:
+        with torch.no_grad():
+            value = self.terms.value() if self.terms is not None else self.problem.loss_fn(self.output, self.y)
+        if not bool(torch.isfinite(value).all()):  # a loss in terms has said where
+            raise NonFiniteLossError(f"the loss is {value.tolist()}. Look for NaN or infinity in data and parameters.")
+
+    def through_output(self) -> Terms:
+        """The terms, of a loss that depends on the parameters through the output alone."""
+        assert self.terms is not None
+        if self.first:
+            refuse_beyond_outputs(self.terms, self.problem.parameters)
+        return self.terms
 
     def loss(self) -> Tensor:
         """The loss of the batch as a sum over terms, 0-d, differentiable."""
@@ -86,8 +123,11 @@ class Problem:
         params: Restriction of the parameters.
         output: Picks the output tensor.
         class_dim: Class axis of the output where the shapes leave it open.
+        batch_dim: Axis of the output that counts the examples, where it is not the first.
         progress: Show a progress bar; ``None`` shows one on long passes.
         opaque: Allow a loss of which only the value is known.
+        fisher: Put the Fisher information of the outputs in the place of the Hessian of the loss in them. ``None``
+            leaves a loss that is no likelihood as it is, which True refuses.
 
     Raises:
         TypeError: If the data can be seen only once.
@@ -103,70 +143,107 @@ class Problem:
         params: Any = None,
         output: Output | None = None,
         class_dim: ClassDim = None,
+        batch_dim: int | None = None,
         progress: bool | None = None,
         opaque: bool = False,
+        fisher: bool | None = False,
     ) -> None:
         _refuse_sparse(model)
         self.model, self.loss_fn = model, loss_fn
         self.parameters = Parameters(model, params)
-        self.output, self.class_dim = output, class_dim
+        self.output, self.class_dim, self.batch_dim = output, class_dim, batch_dim
         self.start = batches(data, passes=2)
-        self.single = is_one_batch(data)
+        self.single, self.fisher = is_one_batch(data), fisher
         self.progress = False if progress is None and self.single else progress
         self.loss = self._loss(opaque)
         if self.loss is not None and not self.single:
             self.loss = over_all_data(self.loss, model, self.start, self.parameters.device, output, class_dim)
         self.random = random_state(self.parameters.device)
         self._versions = versions(model)
+        self._visited = False
         self._seen: float | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies have parameters of their own, at the same values."""
+        self.check_unchanged()
+        return {name: value for name, value in vars(self).items() if name != "_versions"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._versions = versions(self.model)
 
     def _loss(self, opaque: bool) -> Loss | None:
         try:
-            return loss_for(self.loss_fn)
+            return loss_for(self.loss_fn) if opaque and self.single else loss_over_data(self.loss_fn)
         except UnknownLossError:
+            if more_arguments(self.loss_fn):
+                raise
             if opaque and self.single:
                 return None  # one batch holds all data, however the loss joins examples
-            if isinstance(getattr(self.loss_fn, "reduction", None), str):
-                return AutogradLoss(self.loss_fn)  # compares the batch with its examples, and refuses other sums
             raise
+
+    def terms(self, x: Any, y: Any) -> Terms:
+        """The loss on a batch, attached to the graph."""
+        assert self.loss is not None
+        return terms_of(self.loss, call(self.model, x), x, y, self.output, self.class_dim, batch_dim=self.batch_dim)
 
     def pick(self, result: Any) -> Any:
         """The tensor that the loss sees, or whatever an opaque loss is called with."""
-        if isinstance(self.loss, WeightedSum):
-            return self.loss.joined(result if self.output is None else self.output(result))
-        return resolve_output(result) if self.output is None else self.output(result)
+        picked = result if self.output is None else self.output(result)
+        if self.loss is not None and self.loss.reads(picked):
+            return self.loss.joined(picked)
+        return resolve_output(result) if self.output is None else picked
 
     def visit(
-        self, use: Callable[[Evaluation], Any], title: str, *, count: bool = False, recorded: bool = False
+        self,
+        use: Callable[[Evaluation], Any],
+        title: str,
+        *,
+        count: bool = False,
+        recorded: bool = False,
+        every: bool = False,
     ) -> Tensor | float:
-        """Evaluate every batch of one pass and hand it to ``use``.
+        """Evaluate every batch of one pass and hand it to ``use``, but for those in which no term counts.
 
         Args:
             use: Called with each evaluation, inside the pass's settings.
             title: Text of the progress bar.
             count: Count the bytes each evaluation makes.
             recorded: Record the uses of the parameters.
+            every: Hand over batches without a term as well: their examples are counted.
 
         Returns:
             The divisor of sums over terms, 1 for a loss that is a sum.
 
         Raises:
+            ValueError: If no term of any batch counts, unless all are handed over.
+            NonFiniteLossError: If the loss is not finite.
             RuntimeError: If parameters changed since the matrix was made, or the data are others than before.
         """
         self.check_unchanged()
-        first = self._seen is None
+        first = not self._visited
         total: Tensor | float = 0.0
+        terms: Tensor | float = 0.0
         seen: Tensor | None = None
-        mean = False
+        mean, drew, number = False, False, 0
         device = self.parameters.device
         with settings(self.model, self.random, device):
             for x, y in shown(self.start(), title, self.progress):
                 x, y = to_device(x, device), to_device(y, device)
                 evaluation = Evaluation(self, x, y, first=first, count=count, recorded=recorded)
+                number += 1
+                drew = drew or (first and drew_since(evaluation.random, device))
                 total, mean = total + evaluation.total, evaluation.mean
+                terms = terms + (1.0 if evaluation.terms is None else evaluation.terms.total)
                 if not self.single:
                     seen = _fingerprint(evaluation) if seen is None else seen + _fingerprint(evaluation)
-                use(evaluation)
+                if every or not evaluation.empty:
+                    use(evaluation)
+        if first and not every and number:
+            require_terms(terms)
+        if first:
+            warn_of_chance(self.model, drew=drew, split=number > 1)
+            self._visited = True
         if seen is not None:
             self._compare(*seen.tolist())
         return total if mean else 1.0
@@ -202,8 +279,9 @@ def gradient_of(
             "the loss does not depend on the model's parameters: the model runs under no_grad, or its output is "
             "detached."
         )
+    given = torch.ones_like(value) if signal is None else signal
     inputs = list(parameters.values())
-    gradient = torch.autograd.grad(value, inputs, signal, create_graph=create_graph, allow_unused=True)
+    gradient = pull_back([value], inputs, [given], create_graph=create_graph, retain_graph=create_graph)
     pairs = zip(parameters.items(), gradient, strict=True)
     return {name: torch.zeros_like(p) if g is None else g for (name, p), g in pairs}
 
@@ -270,10 +348,20 @@ class _BytesMade(TorchDispatchMode):
         super().__init__()
         self.total = 0
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: torch would load its compiler, for seconds, to keep it away from the method below."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        self.total += sum(leaf.nbytes for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
+        self.total += sum(map(_nbytes, tree_leaves(result)))
         return result
+
+
+def _nbytes(leaf: Any) -> int:
+    """Size of a tensor; a sparse one counts as the parts that made it do."""
+    return leaf.nbytes if isinstance(leaf, Tensor) and leaf.layout == torch.strided else 0
 
 
 def _refuse_sparse(model: nn.Module) -> None:

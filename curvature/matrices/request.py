@@ -38,6 +38,7 @@ WHOLE: dict[str, Callable[..., LinearOperator]] = {
 class Arguments(MatrixArguments, total=False):
     """Keywords of ``ggn`` and ``fisher`` beside the structure; from ``mode`` on, options of structures."""
 
+    batch_dim: int | None
     kind: FisherKind | None
     samples: int | None
     generator: torch.Generator | None
@@ -60,10 +61,11 @@ class Request:
     output: Output | None = None
     class_dim: ClassDim = None
     progress: bool | None = None
+    batch_dim: int | None = None
 
-    def problem(self) -> Problem:
-        """The loss as a function of the parameters, for data that can be seen again."""
-        return Problem(**vars(self))
+    def problem(self, fisher: bool | None = False) -> Problem:
+        """The loss as a function of the parameters, for data that can be seen again; see :class:`Problem`."""
+        return Problem(**vars(self), fisher=fisher)
 
     def matrix(
         self,
@@ -73,8 +75,9 @@ class Request:
         generator: torch.Generator | None = None,
         resume: Resume | None = None,
         options: Mapping[str, Any] | None = None,
+        fisher: bool | None = False,
     ) -> LinearOperator:
-        """The matrix in a structure; arguments as for :func:`curvature.fisher`."""
+        """The matrix in a structure; arguments as for :func:`curvature.fisher`, ``fisher`` as for :class:`Problem`."""
         options = options or {}
         if isinstance(structure, str) and structure in WHOLE:
             if resume is not None:
@@ -85,9 +88,10 @@ class Request:
             samples = 1 if samples is None else samples
             if samples < 1:
                 raise ValueError(f"samples must be at least 1, got {samples}.")
-            return WHOLE[structure](self.problem(), kind, samples=samples, generator=generator, **options)
+            problem = self.problem(False if kind == "empirical" else fisher)
+            return WHOLE[structure](problem, kind, samples=samples, generator=generator, **options)
         if isinstance(structure, str) and structure not in BLOCKS:
             names = sorted([*BLOCKS, *WHOLE])
             raise ValueError(f"structure must be one of {names}, a Curvature or a mapping, got {structure!r}.")
         curvature = curvature_of(structure, kind, samples, **options)
-        return estimate(**vars(self), curvature=curvature, generator=generator, resume=resume)
+        return estimate(**vars(self), curvature=curvature, generator=generator, resume=resume, fisher=fisher)

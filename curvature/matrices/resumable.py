@@ -79,7 +79,7 @@ def _probe(op: LinearOperator) -> Tensor:
 def _refuse_other_products(file: Checkpoint, old: Tensor, new: Tensor) -> None:
     """Raise unless two products with the same vector agree to rounding; the solver itself refuses NaN."""
     distance, size = torch.linalg.vector_norm((new - old).double()), torch.linalg.vector_norm(old.double())
-    if distance > torch.finfo(new.dtype).eps ** 0.5 * size:
+    if distance > torch.finfo(new.dtype).eps ** (2 / 3) * size:
         raise CheckpointError(
             f"{file.path} belongs to another computation: the product with one fixed vector differs by "
             f"{float(distance / size):.2g} of its size, so the data are others, or the model draws random numbers "

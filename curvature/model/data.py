@@ -13,18 +13,44 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from curvature.model.streams import own_stream
+from curvature.model.wrappers import as_written, unwrapped
+
 Batch = tuple[Any, Any]
 Data = Batch | Mapping[str, Any] | Iterable[Any]
 Output = Callable[[Any], Any]
 
 
+class Collated(dict[str, Any]):
+    """The inputs of a batch that is a mapping, as a collator makes it, beside the labels that came with them.
+
+    A model that takes labels, and computes its own loss from them, is called with both.
+
+    Args:
+        inputs: The mapping without its labels.
+        labels: The labels.
+
+    Attributes:
+        found: The loss that a module inside a wrapper computed from the labels, in the last call.
+    """
+
+    def __init__(self, inputs: Mapping[str, Any], labels: Any) -> None:
+        super().__init__(inputs)
+        self.found: Tensor | None = None
+        # Models look at their labels as one vector, which tensors that are cut out of others do not allow.
+        self.labels = labels.contiguous() if isinstance(labels, Tensor) else labels
+
+
 def is_one_batch(data: Any) -> bool:
-    """Whether ``data`` is one batch: a pair ``(x, y)``, a mapping with ``labels``, or a list of two tensors."""
+    """Whether ``data`` is one batch: a pair ``(x, y)``, a mapping with ``labels``, or a list that begins with a tensor.
+
+    A list of two is a batch as a loader collates it: the targets of some losses are themselves a list.
+    """
     if isinstance(data, Mapping):
         return True
     if isinstance(data, tuple):
         return len(data) == 2
-    return isinstance(data, list) and len(data) == 2 and all(isinstance(part, Tensor) for part in data)
+    return isinstance(data, list) and len(data) == 2 and isinstance(data[0], Tensor)
 
 
 def batches(data: Data, passes: int = 1) -> Callable[[], Iterator[Batch]]:
@@ -76,7 +102,8 @@ def split_batch(batch: Any) -> Batch:
                 f"a batch that is a mapping needs the key 'labels' for the targets, got {sorted(batch)}. Otherwise "
                 "pass pairs (x, y), where x may be a mapping."
             )
-        return {key: value for key, value in batch.items() if key != "labels"}, batch["labels"]
+        labels = batch["labels"]
+        return Collated({key: value for key, value in batch.items() if key != "labels"}, labels), labels
     if isinstance(batch, (tuple, list)) and len(batch) == 2:
         return batch[0], batch[1]
     what = (
@@ -103,7 +130,8 @@ def map_tensors(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(tree, Tensor):
         return change(tree)
     if isinstance(tree, Mapping):
-        return {key: map_tensors(value, change) for key, value in tree.items()}
+        changed = {key: map_tensors(value, change) for key, value in tree.items()}
+        return Collated(changed, map_tensors(tree.labels, change)) if isinstance(tree, Collated) else changed
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
         return type(tree)(*(map_tensors(value, change) for value in tree))
     if isinstance(tree, (tuple, list)):
@@ -154,20 +182,66 @@ def examples_of(inputs: Any, seen: Any = None) -> int | None:
 
 
 def call(model: nn.Module, x: Any) -> Any:
-    """Run the model: a tuple as positional inputs, a mapping as keywords where ``forward`` takes those names."""
+    """Run the model: a tuple as positional inputs, a mapping as keywords where ``forward`` takes those names.
+
+    A model that takes ``labels`` gets those of a batch that is a mapping: encoder-decoders make inputs of them.
+    """
     with inspection():
         if isinstance(x, tuple):
             return model(*x)
         if isinstance(x, Mapping) and _takes(model, x):
-            return model(**x)
+            if not (isinstance(x, Collated) and _takes_labels(model)):
+                return model(**x)
+            with _watched(model, x):
+                return model(**x, labels=x.labels)
         return model(x)
 
 
-def _takes(model: nn.Module, x: Mapping[str, Any]) -> bool:
+def loss_in(result: Any) -> Tensor | None:
+    """The loss in what a model returned: an object or mapping with ``loss``, or a tuple that begins with it."""
+    if isinstance(result, Mapping):
+        found = result.get("loss")
+    elif isinstance(result, tuple) and not hasattr(result, "_fields"):
+        found = result[0] if len(result) > 1 else None
+    else:
+        found = getattr(result, "loss", None)
+    return found if isinstance(found, Tensor) and found.numel() == 1 else None
+
+
+@contextlib.contextmanager
+def _watched(model: nn.Module, x: Collated) -> Iterator[None]:
+    """Note the loss of a module that a wrapper passes the labels on to: the wrapper may return its logits alone."""
+    x.found = None
+    inner = [] if "labels" in _keywords(unwrapped(model))[0] else [m for m in model.modules() if m is not model]
+
+    def note(module: nn.Module, args: Any, result: Any) -> None:
+        found = loss_in(result)
+        x.found = x.found if found is None else found
+
+    handles = [m.register_forward_hook(note) for m in inner if "labels" in _keywords(m)[0]]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _keywords(model: nn.Module) -> tuple[set[str], bool]:
+    """The names that ``forward`` takes, and whether it takes any other."""
     parameters = inspect.signature(model.forward).parameters
     catch_all = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     named = {p.name for p in parameters.values() if p.kind not in catch_all}
-    any_name = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    return named, any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+
+
+def _takes_labels(model: nn.Module) -> bool:
+    """Whether ``forward`` has the name, or passes any name on to a module that has it."""
+    named, any_name = _keywords(model)
+    return "labels" in named or (any_name and any("labels" in _keywords(inner)[0] for inner in model.modules()))
+
+
+def _takes(model: nn.Module, x: Mapping[str, Any]) -> bool:
+    named, any_name = _keywords(model)
     known = [key for key in x if key in named]
     # A wrapper that passes everything on, forward(*args, **kwargs), has no names itself.
     return len(known) == len(x) or (any_name and (bool(known) or not named))
@@ -226,14 +300,31 @@ def inspection() -> Iterator[None]:
 
 @contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Restore buffers and random states afterwards, exceptions included."""
+    """Restore buffers and random states afterwards, exceptions included; nothing is compiled inside."""
     buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    with inspection(), torch.random.fork_rng(devices=devices):
+    device = next((p.device for p in model.parameters() if p.device.type == "cuda"), torch.device("cpu"))
+    with inspection(), as_written(model), own_stream(model, device):
         try:
             yield
         finally:
             with torch.no_grad():
                 for name, b in model.named_buffers():
-                    if name in buffers and not torch.equal(b, buffers[name]):
+                    if name in buffers and not _equal(b, buffers[name]):
                         b.copy_(buffers[name])
+
+
+#: Layout of a sparse tensor -> the methods that give its dense parts.
+_PARTS = {
+    torch.sparse_coo: ("_indices", "_values"),
+    **dict.fromkeys((torch.sparse_csr, torch.sparse_bsr), ("crow_indices", "col_indices", "values")),
+    **dict.fromkeys((torch.sparse_csc, torch.sparse_bsc), ("ccol_indices", "row_indices", "values")),
+}
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same, sparse ones included."""
+    if a.layout != b.layout or a.shape != b.shape:
+        return False
+    if a.layout not in _PARTS:
+        return torch.equal(a, b)
+    return all(torch.equal(getattr(a, part)(), getattr(b, part)()) for part in _PARTS[a.layout])

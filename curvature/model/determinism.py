@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from curvature.model.data import Data, Output, batches, call, resolve_output, tensors_in, to_device
+from curvature.model.data import Data, Output, batches, call, resolve_output, to_device
+from curvature.model.order import checksum
 from curvature.model.settings import settings
 
 
 class NondeterministicError(RuntimeError):
     """A model or its data give other numbers each time; the message names the cause."""
+
+
+class NotOneLossWarning(UserWarning):
+    """What is computed belongs to one draw of random numbers, or to one way of splitting the data."""
 
 
 def check_deterministic(model: nn.Module, data: Data, *, output: Output | None = None) -> None:
@@ -39,8 +44,8 @@ def check_deterministic(model: nn.Module, data: Data, *, output: Output | None =
     found = []
     passes = []
     for seed in range(2):
-        with settings(model, _seeded(seed, device), device):
-            passes.append([_checksum(batch) for batch in start()])
+        with settings(model, seeded(seed, device), device):
+            passes.append([checksum(batch) for batch in start()])
     if not _same(sorted(passes[0]), sorted(passes[1])):
         if _same([math.fsum(passes[0])], [math.fsum(passes[1])]):
             found.append("the loader shuffles: its batches hold other examples in each pass (shuffle=False)")
@@ -48,23 +53,57 @@ def check_deterministic(model: nn.Module, data: Data, *, output: Output | None =
             found.append("the data differ between two passes (random augmentation, or a sampler that leaves some out)")
     elif not _same(*passes):
         found.append("the loader shuffles: the batches come in another order in each pass (shuffle=False)")
-    with settings(model, _seeded(0, device), device):  # a shuffling loader draws, too
+    with settings(model, seeded(0, device), device):  # a shuffling loader draws, too
         x, _ = next(start())
     outputs = []
     for seed in range(2):
-        with settings(model, _seeded(seed, device), device), torch.no_grad():
+        with settings(model, seeded(seed, device), device), torch.no_grad():
             outputs.append(resolve_output(call(model, to_device(x, device)), output))
-    if not torch.equal(outputs[0], outputs[1]):
+    found += chance_in(model, drew=not torch.equal(outputs[0], outputs[1]), split=True)
+    if found:
+        raise NondeterministicError(_listed(found))
+
+
+def warn_of_chance(model: nn.Module, *, drew: bool, split: bool) -> None:
+    """Warn if what is computed belongs to one draw of random numbers, or to one way of splitting the data.
+
+    Every function of a loss over data calls this after its first pass, so that all of them say the same.
+
+    Args:
+        model: In the mode in which it ran.
+        drew: Whether it drew random numbers.
+        split: Whether the data came in several batches.
+
+    Warns:
+        NotOneLossWarning: If anything was found.
+    """
+    if found := chance_in(model, drew=drew, split=split):
+        warnings.warn(
+            f"{_listed(found)}. What is computed belongs to one draw and one split of the data. "
+            "curvature.check_deterministic(model, data) looks for more.",
+            NotOneLossWarning,
+            stacklevel=3,
+        )
+
+
+def chance_in(model: nn.Module, *, drew: bool, split: bool) -> list[str]:
+    """What makes the loss depend on chance, or on how the data are split; see :func:`warn_of_chance`."""
+    found = []
+    if drew:
         names = ", ".join(dropout_modules(model))
         drawn = "the model draws random numbers itself: two runs on one batch differ, and no dropout module is active"
         found.append(f"dropout is active in {names} (model.eval(), or p=0)" if names else drawn)
-    if names := ", ".join(batch_statistics_modules(model)):
+    names = ", ".join(batch_statistics_modules(model)) if split else ""
+    if names:
         found.append(
             f"{names} normalise by the statistics of the batch, so the loss depends on how the data are split "
             "(model.eval())"
         )
-    if found:
-        raise NondeterministicError("not one loss: " + "; ".join(f"({'abcd'[i]}) {why}" for i, why in enumerate(found)))
+    return found
+
+
+def _listed(found: list[str]) -> str:
+    return "not one loss: " + "; ".join(f"({'abcd'[i]}) {why}" for i, why in enumerate(found))
 
 
 def dropout_modules(model: nn.Module) -> Iterator[str]:
@@ -84,14 +123,10 @@ def batch_statistics_modules(model: nn.Module) -> Iterator[str]:
             yield name or type(module).__name__
 
 
-def _seeded(seed: int, device: torch.device) -> list[Tensor]:
+def seeded(seed: int, device: torch.device) -> list[Tensor]:
+    """Random states as those of :func:`curvature.model.streams.random_state`, from a seed."""
     devices = [torch.device("cpu")] + ([device] if device.type == "cuda" else [])
     return [torch.Generator(device=d).manual_seed(seed).get_state() for d in devices]
-
-
-def _checksum(batch: Any) -> float:
-    """A number that tells batches apart and adds up over examples, whatever the split."""
-    return math.fsum(float(t.detach().double().sin().sum()) for t in tensors_in(batch))
 
 
 def _same(left: list[float], right: list[float]) -> bool:

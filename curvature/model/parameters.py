@@ -8,6 +8,10 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+#: A name or glob, a parameter, or a module.
+Restriction = str | Tensor | nn.Module
 
 
 class Parameters(Mapping[str, nn.Parameter]):
@@ -18,14 +22,16 @@ class Parameters(Mapping[str, nn.Parameter]):
 
     Args:
         model: Module whose parameters are meant.
-        params: Restriction: names, globs (``"encoder.*"``) or the parameter tensors themselves; ``None`` takes every
-            trainable parameter. Frozen parameters never count.
+        params: Restriction: names, globs (``"encoder.*"``), the parameter tensors themselves, or modules for all that
+            are in them; ``None`` takes every trainable parameter. Frozen parameters never count.
 
     Raises:
-        ValueError: If no parameter is left, or an entry of ``params`` matches no trainable parameter.
+        ValueError: If no parameter is left, an entry of ``params`` matches no trainable parameter, or a parameter has
+            no shape yet.
+        TypeError: If a parameter is complex.
     """
 
-    def __init__(self, model: nn.Module, params: str | Tensor | Iterable[str | Tensor] | None = None) -> None:
+    def __init__(self, model: nn.Module, params: Restriction | Iterable[Restriction] | None = None) -> None:
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not trainable:
             raise ValueError(
@@ -33,6 +39,8 @@ class Parameters(Mapping[str, nn.Parameter]):
                 "Call requires_grad_(True) on those that should count."
             )
         self._items = trainable if params is None else _select(trainable, params)
+        for name, p in self._items.items():
+            _check(name, p)
         starts = [0]
         for p in self._items.values():
             starts.append(starts[-1] + p.numel())
@@ -87,20 +95,44 @@ class Parameters(Mapping[str, nn.Parameter]):
         return out
 
 
-def _select(
-    trainable: dict[str, nn.Parameter], params: str | Tensor | Iterable[str | Tensor]
-) -> dict[str, nn.Parameter]:
-    wanted = [params] if isinstance(params, (str, Tensor)) else list(params)
+def tensor_of_its_own(x: Tensor) -> Tensor:
+    """A piece of a flat vector, as a tensor that may be seen as complex, or in another dtype, as a parameter may."""
+    return x if x.is_contiguous() and x.storage_offset() % 2 == 0 else x.clone(memory_format=torch.contiguous_format)
+
+
+def _check(name: str, p: nn.Parameter) -> None:
+    """Refuse what has no place in a flat vector of real numbers."""
+    if isinstance(p, UninitializedParameter):
+        raise ValueError(
+            f"{name} has no shape yet: it belongs to a lazy module, which finds its shape in its first forward pass. "
+            "Run the model once on some inputs before."
+        )
+    if p.is_complex():
+        raise TypeError(
+            f"{name} is complex ({p.dtype}). Curvature is that of real parameters: keep real and imaginary part along "
+            "a last axis of size 2, nn.Parameter(torch.view_as_real(w)), and use torch.view_as_complex in forward."
+        )
+
+
+def _select(trainable: dict[str, nn.Parameter], params: Restriction | Iterable[Restriction]) -> dict[str, nn.Parameter]:
+    wanted = [params] if isinstance(params, (str, Tensor, nn.Module)) else list(params)
     names = {id(p): name for name, p in trainable.items()}
     chosen: set[str] = set()
     for entry in wanted:
         if isinstance(entry, str):
             hits = [name for name in trainable if name == entry or fnmatch.fnmatchcase(name, entry)]
+        elif isinstance(entry, (Tensor, nn.Module)):
+            tensors = entry.parameters() if isinstance(entry, nn.Module) else [entry]
+            hits = [names[id(p)] for p in tensors if id(p) in names]
         else:
-            hits = [names[id(entry)]] if id(entry) in names else []
+            raise TypeError(f"params= takes names, globs, parameters or modules, not {type(entry).__name__}.")
         if not hits:
-            shown = repr(entry) if isinstance(entry, str) else f"a tensor of shape {tuple(entry.shape)}"
-            raise ValueError(f"params= names {shown}, which is no trainable parameter. There are: {_names(trainable)}.")
+            if isinstance(entry, nn.Module):
+                shown = f"a {type(entry).__name__}, which has no trainable parameter of the model"
+            else:
+                shown = repr(entry) if isinstance(entry, str) else f"a tensor of shape {tuple(entry.shape)}"
+                shown += ", which is no trainable parameter"
+            raise ValueError(f"params= names {shown}. There are: {_names(trainable)}.")
         chosen.update(hits)
     if not chosen:
         raise ValueError(f"params= is empty; name at least one of {_names(trainable)}.")

@@ -2,13 +2,88 @@
 
 from __future__ import annotations
 
+import re
+import sys
+import threading
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge
+
+from curvature.model.parameters import tensor_of_its_own
+
+_ONCE = ", or take what needs first derivatives only: ggn and fisher with another structure than 'full'."
+
+
+def pull_back(
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Any],
+    cotangents: Sequence[Tensor],
+    *,
+    create_graph: bool = False,
+    retain_graph: bool = True,
+    batched: bool = False,
+) -> list[Tensor | None]:
+    """What ``torch.autograd.grad`` gives, ``None`` where nothing arrives, for cotangents of the outputs' shapes.
+
+    To compare the shapes, torch loads a package for symbolic mathematics, which takes most of a second: while nothing
+    else has loaded it, its engine is called without the comparison.
+
+    Raises:
+        NoSecondDerivativeError: If an operation cannot be differentiated once more.
+    """
+    given = tuple(tensor_of_its_own(c) for c in cotangents)
+
+    found: tuple[Tensor | None, ...]
+    with differentiated_twice():
+        if batched or "torch.fx.experimental.symbolic_shapes" in sys.modules:
+            found = torch.autograd.grad(
+                list(outputs),
+                list(inputs),
+                list(given),
+                retain_graph=retain_graph,
+                create_graph=create_graph,
+                allow_unused=True,
+                is_grads_batched=batched,
+            )
+        else:
+            found = torch.autograd._engine_run_backward(  # type: ignore[attr-defined]
+                tuple(outputs), given, retain_graph, create_graph, tuple(inputs), True, accumulate_grad=False
+            )
+    return list(found)
+
+
+class _Loops:
+    """The filter for warnings about loops, how many threads need it, and where it was put."""
+
+    lock = threading.Lock()
+    users = 0
+    entry: Any = None
+
+
+@contextmanager
+def quiet_loops() -> Iterator[None]:
+    """Users need no warning about operations that vmap loops over.
+
+    The filters of :mod:`warnings` belong to the process: one is added, for these warnings alone, and taken out again.
+    """
+    with _Loops.lock:
+        _Loops.users += 1
+        if _Loops.users == 1:
+            warnings.filterwarnings("ignore", message="There is a performance drop because")
+            _Loops.entry = warnings.filters[0]
+    try:
+        yield
+    finally:
+        with _Loops.lock:
+            _Loops.users -= 1
+            if not _Loops.users and _Loops.entry in warnings.filters:
+                warnings.filters.remove(_Loops.entry)  # type: ignore[attr-defined]
 
 
 class Pullback:
@@ -49,8 +124,7 @@ class Pullback:
         k = len(cotangents[0])
         if k > 1 and self.batched:
             try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # users need no warning about operations that vmap loops over
+                with quiet_loops():
                     return self._grad(live, True)
             except RuntimeError:  # an operation that cannot be vectorised; one by one it works, or raises its own error
                 self.batched = False
@@ -60,10 +134,7 @@ class Pullback:
     def _grad(self, cotangents: list[Tensor], batched: bool) -> list[Tensor | None]:
         if not cotangents:
             return [None] * len(self._inputs)
-        found: tuple[Tensor | None, ...] = torch.autograd.grad(
-            self._outputs, self._inputs, cotangents, retain_graph=True, allow_unused=True, is_grads_batched=batched
-        )
-        return list(found)
+        return pull_back(self._outputs, self._inputs, cotangents, batched=batched)
 
 
 def _stacked(gradients: tuple[Tensor | None, ...]) -> Tensor | None:
@@ -76,6 +147,25 @@ def _stacked(gradients: tuple[Tensor | None, ...]) -> Tensor | None:
     return torch.stack([torch.zeros_like(arrived) if g is None else g for g in gradients])
 
 
+class NoSecondDerivativeError(RuntimeError):
+    """The model holds an operation that PyTorch can differentiate only once."""
+
+
+@contextmanager
+def differentiated_twice() -> Iterator[None]:
+    """Say in words which operation has no second derivative, where PyTorch says which kernel."""
+    try:
+        yield
+    except RuntimeError as error:
+        found = re.search(r"derivative for '?([\w:]+)'? is not implemented", str(error))
+        if found is None:
+            raise
+        raise NoSecondDerivativeError(
+            f"the model holds an operation that PyTorch can differentiate only once ({found[1]}), so second "
+            f"derivatives do not exist. Replace it by an implementation in plain torch operations{_ONCE}"
+        ) from error
+
+
 def refuse_differentiated_once(tensors: Iterable[Tensor]) -> None:
     """Refuse gradients that cannot be differentiated again.
 
@@ -83,18 +173,62 @@ def refuse_differentiated_once(tensors: Iterable[Tensor]) -> None:
     inputs: their derivative would silently be zero.
 
     Raises:
-        RuntimeError: If there is such a node in the graph of ``tensors``.
+        NoSecondDerivativeError: If there is such a node in the graph of ``tensors``.
     """
+    if any(node.name() == "torch::autograd::Error" for node in _nodes(tensors)):
+        raise NoSecondDerivativeError(
+            "the model contains an operation that can be differentiated only once (an autograd.Function whose "
+            "backward is marked once_differentiable, as custom kernels are), so second derivatives do not exist. "
+            f"Replace it by an implementation in plain torch operations{_ONCE}"
+        )
+
+
+def refuse_outside_of_autograd(value: Tensor, inputs: Sequence[Tensor]) -> None:
+    r"""Refuse operations whose backward autograd cannot follow.
+
+    Functions of the user's may take it to NumPy, ``detach``, or another library, and products with sparse tensors lose
+    the derivative of their entries; derivatives would silently be zero. :math:`\langle J^\top u, v \rangle` is linear
+    in u, so that its derivative in u must give it back. Costs two backward passes, where there is such an operation.
+
+    Args:
+        value: What is differentiated, with its graph.
+        inputs: With respect to what.
+
+    Raises:
+        NoSecondDerivativeError: If the derivative is lost.
+    """
+    custom = {n.name() for n in _nodes([value]) if isinstance(n, BackwardCFunction) or "Sparse" in n.name()}
+    if not custom:
+        return
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like.detach())
+
+    with torch.enable_grad():
+        u = noise(value).requires_grad_()
+        pairs = [(g, noise(g)) for g in pull_back([value], inputs, [u], create_graph=True) if g is not None]
+        refuse_differentiated_once(g for g, _ in pairs)
+        products = [(g * v).sum() for g, v in pairs]
+        total = torch.stack([x.double() for x in products]).sum() if products else value.new_zeros(())
+        (image,) = pull_back([total], [u], [torch.ones_like(total)]) if total.requires_grad else [None]
+    found = 0.0 if image is None else float((image * u).detach().double().sum())
+    size = sum(float((g * v).detach().abs().double().sum()) for g, v in pairs)
+    if abs(found - float(total.detach())) > torch.finfo(value.dtype).eps ** 0.5 * size:
+        raise NoSecondDerivativeError(
+            f"the backward of {', '.join(sorted(custom))} leaves autograd (by NumPy, detach, another library, or in a "
+            "product with a sparse tensor whose entries depend on parameters), so that its derivative would be lost "
+            f"without a word. Write it in torch operations on dense tensors{_ONCE}"
+        )
+
+
+def _nodes(tensors: Iterable[Tensor]) -> Iterator[Any]:
+    """The nodes of a graph."""
     waiting: list[Any] = [t.grad_fn for t in tensors if t.grad_fn is not None]
     seen = set(waiting)
     while waiting:
         node = waiting.pop()
-        if node.name() == "torch::autograd::Error":
-            raise RuntimeError(
-                "the model contains an operation that can be differentiated only once (an autograd.Function whose "
-                "backward is marked once_differentiable, as custom kernels are), so second derivatives do not exist. "
-                "Replace it by an implementation in plain torch operations."
-            )
+        yield node
         following = [before for before, _ in node.next_functions if before is not None and before not in seen]
         seen.update(following)
         waiting.extend(following)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -26,6 +27,27 @@ def is_compiled(model: nn.Module) -> bool:
     """Whether calls of the model run compiled code."""
     call = getattr(model, "_compiled_call_impl", None)
     return hasattr(model, "_orig_mod") or not (call is None or isinstance(call, CallGuard))
+
+
+@contextlib.contextmanager
+def as_written(model: nn.Module) -> Iterator[None]:
+    """Within the block compiled parts of a model run as they are written.
+
+    Compiled code has no second derivative, and what watches its calls would be compiled with it.
+    """
+    before: list[tuple[dict[str, Any], str, Any]] = []
+    for module in model.modules():
+        if is_compiled(module):
+            own = vars(module)
+            name = "forward" if hasattr(module, "_orig_mod") else "_compiled_call_impl"
+            before.append((own, name, own[name]))
+    try:
+        for own, name, _ in before:
+            own[name] = own["_modules"]["_orig_mod"].__call__ if name == "forward" else None
+        yield
+    finally:
+        for own, name, value in before:
+            own[name] = value
 
 
 class CallGuard:
@@ -67,15 +89,36 @@ class CallGuard:
                 module._compiled_call_impl = self._inner
 
 
+class _PlainHere(threading.local):
+    """How deep this thread is in :func:`plain_checkpoints`."""
+
+    depth = 0
+
+
+_plain_here = _PlainHere()
+_plain_lock = threading.Lock()
+_plain_users: list[int] = []  # threads in plain_checkpoints, while torch's function is replaced
+
+
 @contextlib.contextmanager
 def plain_checkpoints() -> Iterator[None]:
-    """Reentrant checkpoints run as plain calls inside, so that their contents are recorded."""
-
-    def call(function: Any, preserve: bool, *args: Any) -> Any:
-        return function(*args)
-
-    setattr(checkpoint.CheckpointFunction, "apply", staticmethod(call))  # noqa: B010
+    """Reentrant checkpoints of this thread run as plain calls inside, so that their contents are recorded."""
+    with _plain_lock:
+        if not _plain_users:
+            setattr(checkpoint.CheckpointFunction, "apply", staticmethod(_plain_call))  # noqa: B010
+        _plain_users.append(threading.get_ident())
+    _plain_here.depth += 1
     try:
         yield
     finally:
-        delattr(checkpoint.CheckpointFunction, "apply")  # the inherited one is visible again
+        _plain_here.depth -= 1
+        with _plain_lock:
+            _plain_users.pop()
+            if not _plain_users:
+                delattr(checkpoint.CheckpointFunction, "apply")  # the inherited one is visible again
+
+
+def _plain_call(function: Any, preserve: bool, *args: Any) -> Any:
+    if _plain_here.depth:
+        return function(*args)
+    return super(checkpoint.CheckpointFunction, checkpoint.CheckpointFunction).apply(function, preserve, *args)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from curvature.reports.codec import decode, encode
 from curvature.reports.pages.page import page
 from curvature.reports.pages.text import text
 from curvature.reports.results import Findings, Refusal
+from solvers.files import write_text
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -40,10 +42,15 @@ class Report(Findings):
         """The report of :meth:`to_dict`.
 
         Raises:
-            ValueError: If it is something else, or was written by another version.
+            ValueError: If it is something else, was written by another version, or differs from the digest that
+                :meth:`save` wrote beside it; older files have none.
         """
         if not isinstance(content, dict) or content.get("format") != cls.FORMAT:
             raise ValueError("this is no curvature report: it lacks the mark of Report.to_dict().")
+        content = dict(content)
+        seal = content.pop(_SEAL, None)
+        if seal is not None and seal != _digest(content):
+            raise ValueError("this report is damaged: its contents are not those that were written.")
         if content.get("version") != cls.VERSION:
             raise ValueError(f"this report has the version {content.get('version')}; {cls.VERSION} can be read.")
         return decode(cls, {key: value for key, value in content.items() if key not in ("format", "version")})
@@ -64,15 +71,20 @@ class Report(Findings):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the report: ``.html`` for people, ``.json`` for programs, ``.pt`` with the eigenvectors.
 
+        A file of that name is replaced at once, or not at all. ``.json`` and ``.pt`` carry a digest of what they hold.
+
         Raises:
             ValueError: If the name ends otherwise.
+            OSError: If it cannot be written; the old file is as it was.
         """
         target = Path(path)
         match target.suffix:
             case ".html":
-                target.write_text(self.to_html(), encoding="utf-8")
+                write_text(target, self.to_html())
             case ".json":
-                target.write_text(self.to_json(indent=1) + "\n", encoding="utf-8")
+                content = self.to_dict()
+                sealed = content | {_SEAL: _digest(content)}
+                write_text(target, json.dumps(sealed, indent=1, allow_nan=False) + "\n")
             case ".pt":
                 save(target, {"report": self.to_dict(), "eigenvectors": self.eigenvectors})
             case suffix:
@@ -83,19 +95,33 @@ class Report(Findings):
         """Read a ``.json`` or ``.pt`` file of :meth:`save`.
 
         Raises:
-            ValueError: If it is something else.
+            ValueError: If the name ends otherwise.
+            CheckpointError: If it is something else, or damaged.
         """
         source = Path(path)
-        if source.suffix == ".json":
-            return cls.from_json(source.read_text(encoding="utf-8"))
-        if source.suffix != ".pt":
+        if source.suffix not in (".json", ".pt"):
             raise ValueError(f"a report is loaded from .json or .pt, not {source.name!r}.")
-        content = load(source)
-        if not isinstance(content, dict) or content.keys() != {"report", "eigenvectors"}:
-            raise CheckpointError(f"{source} is no curvature report.")
-        found = cls.from_dict(content["report"])
+        try:
+            if source.suffix == ".json":
+                return cls.from_json(source.read_bytes().decode())
+            content = load(source)
+            if not isinstance(content, dict) or content.keys() != {"report", "eigenvectors"}:
+                raise ValueError("it lacks the parts of one")
+            found = cls.from_dict(content["report"])
+        except (CheckpointError, OSError):
+            raise
+        except Exception as error:
+            raise CheckpointError(f"{source} is no curvature report, or a damaged one: {error}") from error
         found.eigenvectors.update(content["eigenvectors"])
         return found
+
+
+_SEAL = "sha256"
+
+
+def _digest(content: dict[str, Any]) -> str:
+    """Hash of the content, however its text is laid out."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,8 @@ class NoiseResult:
     Attributes:
         examples: Number N of examples.
         percentiles: Percentiles 0, 1, ..., 100 of their norms.
-        largest: ``(number of the example in the order of the data, norm)`` of the longest ones.
+        largest: ``(number of the example in the order of the data, norm)`` of the longest ones; empty where that order
+            is drawn anew in each pass.
         covariance_trace: Trace of the examples' covariance, with divisor N - 1.
         squared_gradient: Unbiased estimate of the squared norm of the expected gradient,
             :math:`|\bar g|^2 - \operatorname{tr} \Sigma / N`. It can come out negative.

@@ -74,7 +74,7 @@ class Course:
             study.start_from(warm_start.eigenvectors)
         study.first_pass()
         self.found["loss"][None] = study.loss
-        study.store.open(study.identity())
+        study.store.open(study.identity(), study.seen, study.order)
         try:
             check_deterministic(model, data, output=study.options["output"])
         except NondeterministicError as error:

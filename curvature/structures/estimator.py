@@ -16,6 +16,7 @@ from curvature.layers.samples import Samples
 from curvature.losses.signals import FisherKind, check_kind
 from curvature.structures.weighted_mean import WeightedMean
 from solvers import LinearOperator
+from solvers.outcome.arguments import fields_of, whole
 from solvers.precision import widen
 
 Form = Literal["outer", "per_sample"]
@@ -244,6 +245,9 @@ class Curvature(ABC):
 
     def __post_init__(self) -> None:
         """Check the options."""
+        fields_of(self)
+        for name in ("max_dim", "max_size"):
+            whole(name, getattr(self, name, None), optional=True)
         check_kind(self.kind)
         if self.samples < 1:
             raise ValueError(f"samples must be at least 1, got {self.samples}.")

@@ -80,7 +80,7 @@ def _dot(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _apply(H: Tensor, x: Tensor) -> Tensor:
-    return (H @ x.unsqueeze(-1)).squeeze(-1)
+    return (H @ x.unsqueeze(-1).to(H.dtype)).squeeze(-1)
 
 
 @dataclass
@@ -192,6 +192,7 @@ class KroneckerBFGSEstimator(MeansEstimator, InverseEstimator):
             raise ValueError(f"block {self.block.name}: K-BFGS needs a positive damping, got {damping}.")
         self.shift = damping**0.5
         A = self._A()
+        self.HA, self.HB = (H if H is None else H.to(A.dtype) for H in (self.HA, self.HB))
         if self.HB is None:
             start = 1 / self.shift if self.initial is None else self.initial
             eye = torch.eye(self.block.shape[-2], dtype=A.dtype, device=A.device)
@@ -232,7 +233,13 @@ class KroneckerBFGSEstimator(MeansEstimator, InverseEstimator):
             return
         s = self._output(weights, second.inputs.step_mean()) - before[0]
         y = second.gradients.step_mean() - before[1]
-        if not bool(torch.isfinite(s).all() & torch.isfinite(y).all()):
+        known = [mean.value for mean in (self.s, self.y) if mean.value is not None]
+        if not bool(torch.stack([torch.isfinite(x).all() for x in (s, y, *known)]).all()):
+            if not all(bool(torch.isfinite(x).all()) for x in known):
+                raise FloatingPointError(
+                    f"block {self.block.name}: the averages of K-BFGS's pairs hold NaN or inf, so nothing can be "
+                    "learnt from here. Load the state of the last checkpoint, or make the optimizer again."
+                )
             return  # a diverging step is not used
         for mean, value in ((self.s, s), (self.y, y)):
             mean.add(value, 1.0)

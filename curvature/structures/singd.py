@@ -170,7 +170,9 @@ class SINGDEstimator(MeansEstimator, InverseEstimator):
             self.factors = (self._diagonal(pairs[0][0], 0, scale), self._diagonal(pairs[0][1], 1, scale))
             self.velocity = (torch.zeros_like(self.factors[0]), torch.zeros_like(self.factors[1]))
         assert self.velocity is not None
-        L, K = self.factors
+        dtype = pairs[0][0].dtype  # another one than before, where the model went on in another precision
+        L, K = (factor.to(dtype) for factor in self.factors)
+        velocities = [velocity.to(dtype) for velocity in self.velocity]
         sizes = self.block.shape[-2:]
         HL, HK = [L.mT @ left @ L for left, _ in pairs], [K.mT @ right @ K for _, right in pairs]
         moved, velocity = [], []
@@ -180,7 +182,7 @@ class SINGDEstimator(MeansEstimator, InverseEstimator):
             shift = damping * (_trace(other.mT @ other) / d if self.coupled else 1.0)
             total = sum((w * H for w, H in zip(weights, own, strict=True)), shift * (factor.mT @ factor))
             identity = self._diagonal(factor, index, 1.0)
-            m = self.momentum * self.velocity[index] + self._project(total - identity) / 2
+            m = self.momentum * velocities[index] + self._project(total - identity) / 2
             size = m.abs().sum(-1).amax((-1, -2)).clamp(min=1)[..., None, None, None]
             moved.append(factor - (self.lr / size) * (factor @ m))
             velocity.append(m)

@@ -87,7 +87,10 @@ class WeightedMean:
         mean = self.step_mean()
         old = ema * self.weight
         self.weight = old + 1.0
-        self.value = mean if self.value is None else self.value.lerp(mean, 1.0 / self.weight)
+        if self.value is not None:  # a model may go on in another precision
+            dtype = torch.promote_types(self.value.dtype, mean.dtype)
+            mean = self.value.to(dtype).lerp(mean.to(dtype), 1.0 / self.weight)
+        self.value = mean
         self.discard()
 
     def discard(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +12,12 @@ from curvature.losses import ClassDim
 from curvature.matrices.by_name import Matrix, matrix_of
 from curvature.matrices.jacobian import Jacobian, jacobian
 from curvature.model.data import Data, Output, batches
+from curvature.model.order import refuse_another_order
 from curvature.model.parameters import Parameters
 from curvature.model.wrappers import unwrapped
 from curvature.training.step_rule import StepRule, gradient_descent, rule_of
-from solvers import Eigenpairs, Function, LinearOperator, NotConvergedWarning, eigsh
+from solvers import Eigenpairs, Function, LinearOperator, eigsh
+from solvers.outcome.solution import silenced
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,8 +177,7 @@ def largest_of_step(H: LinearOperator, rule: StepRule, **options: Any) -> Eigenp
         return rule.root(H @ y + rule.l2 * y)
 
     op = Function(product, H.in_shape, symmetric=True, dtype=H.dtype, device=H.device)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NotConvergedWarning)  # the result says it
+    with silenced():  # the result says it
         return eigsh(op, 1, search_copies=False, **options)
 
 
@@ -238,9 +238,13 @@ def kernel_eigenvalues(
     Returns:
         Eigenvalues with residuals; vectors ``(k, n)`` over the outputs of all batches, each flattened row-major.
 
+    Raises:
+        ValueError: If the data come in another order in each pass.
+
     References:
         Jacot, Gabriel and Hongler (2018), https://arxiv.org/abs/1806.07572
     """
+    refuse_another_order(data, "eigenvectors of the kernel")
     pieces: list[Jacobian] = [jacobian(model, x, params=params, output=output) for x, _ in batches(data)()]
     sizes = [J.shape[0] for J in pieces]
     first = pieces[0]

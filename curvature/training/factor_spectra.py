@@ -9,6 +9,8 @@ from torch import Tensor
 
 from curvature.structures.inverse import InverseEstimator
 from solvers import Dense, Diagonal, Eigen, Flattened, Kronecker, LinearOperator
+from solvers.operators.decompositions import eigenvalues
+from solvers.precision import widen
 
 
 def factor_spectra(optimizer: Any, damping: float) -> dict[str, float]:
@@ -59,4 +61,4 @@ def _ends(op: LinearOperator) -> tuple[Tensor, Tensor] | None:
 def _spectrum(op: LinearOperator) -> Tensor | None:
     if isinstance(op, Diagonal):
         return op.values
-    return torch.linalg.eigvalsh(op.matrix) if isinstance(op, Dense) else None
+    return eigenvalues(widen(op.matrix)) if isinstance(op, Dense) else None

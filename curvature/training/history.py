@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 import os
 from pathlib import Path
+
+from solvers.files import write_text
 
 Row = dict[str, float]
 
@@ -31,8 +34,10 @@ class History:
             return
         if not self.path.parent.is_dir():
             raise FileNotFoundError(f"{self.path} cannot be written: there is no folder {self.path.parent}.")
+        self._whole = True  # the file ends with a line that is whole
         if self.path.exists() and self.path.stat().st_size:
             self.rows = _read(self.path)
+            self._whole = self.path.read_bytes().endswith(b"\n")
 
     @property
     def columns(self) -> list[str]:
@@ -48,19 +53,39 @@ class History:
         kept = [old for old in self.rows if old["step"] < row["step"]]
         fits = len(kept) == len(self.rows) > 0 and set(row) <= set(self.columns)
         columns = self.columns
-        self.rows = [*kept, row]
+        rows, self.rows = self.rows, [*kept, row]
         if self.path is None:
             return
-        if fits:
-            with open(self.path, "a", newline="", encoding="utf-8") as file:
-                csv.writer(file).writerow([_written(row, name) for name in columns])
-        else:  # a new column, or outdated rows
-            draft = self.path.with_name(f"{self.path.name}.tmp")
-            with open(draft, "w", newline="", encoding="utf-8") as file:
-                csv.writer(file).writerows(
-                    [self.columns, *([_written(old, name) for name in self.columns] for old in self.rows)]
-                )
-            os.replace(draft, self.path)
+        try:
+            if fits and self._whole:
+                self._add(self.path, _lines([[_written(row, name) for name in columns]]))
+            else:  # a new column, outdated rows, or half a line
+                table = [self.columns, *([_written(old, name) for name in self.columns] for old in self.rows)]
+                write_text(self.path, _lines(table))
+                self._whole = True
+        except BaseException:
+            self.rows = rows
+            raise
+
+    def _add(self, path: Path, line: str) -> None:
+        """Write a line at the end, or leave the file as it was."""
+        with open(path, "ab", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            try:
+                content = memoryview(line.encode())
+                while content:
+                    content = content[file.write(content) :]
+            except BaseException:
+                self._whole = False
+                file.truncate(end)
+                self._whole = True
+                raise
+
+
+def _lines(rows: list[list[str]]) -> str:
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(rows)
+    return text.getvalue()
 
 
 def _written(row: Row, name: str) -> str:

@@ -25,7 +25,7 @@ from curvature.training.dynamics import largest_of_step
 from curvature.training.factor_spectra import factor_spectra
 from curvature.training.history import History, Row
 from curvature.training.step_rule import rule_of
-from solvers import NotConvergedWarning
+from solvers.outcome.solution import silenced
 
 Quantity = Literal["sharpness", "alignment", "trace", "factors"]
 
@@ -260,8 +260,7 @@ class Monitor:
         if vectors is not None and tuple(vectors.shape) == (k, *op.in_shape):
             # A little noise lets the search reach every eigenvector that grew since; it costs almost nothing.
             start = torch.cat([vectors.to(start), 0.1 * start.unsqueeze(0) / torch.linalg.vector_norm(start)])
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", NotConvergedWarning)  # the row says it
+        with silenced():  # the row says it
             pairs = solvers.eigsh(
                 op,
                 k,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,8 @@ from curvature.matrices.by_name import Matrix, matrix_of
 from curvature.matrices.dataset_operator import DatasetOperator
 from curvature.matrices.problem import gradient
 from curvature.model.data import Data, Output
-from solvers import Eigenpairs, NotConvergedWarning, eigsh
+from solvers import Eigenpairs, eigsh
+from solvers.outcome.solution import silenced
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,8 +198,7 @@ class Subspace:
         if self._start is not None:
             # A little noise, so that the search can reach directions that have grown since.
             start = torch.cat([self._start.to(start), 0.1 * start])
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", NotConvergedWarning)  # the record says it
+        with silenced():  # the record says it
             pairs = eigsh(
                 op,
                 min(self.k + 1, n),

@@ -11,6 +11,7 @@ from precond.gradient.optimizer import GradientOptimizer, Group, State, debiased
 from precond.step.base import MomentumOptions
 from precond.step.graph import Vectors
 from precond.step.methods import Taxonomy
+from solvers.outcome.arguments import number
 
 
 class AdaHessian(ClosureOptimizer, GradientOptimizer):
@@ -69,6 +70,7 @@ class AdaHessian(ClosureOptimizer, GradientOptimizer):
         hessian_power: float = 1.0,
         **options: Unpack[MomentumOptions],
     ) -> None:
+        number("hessian_power", hessian_power)
         if not 0 < hessian_power <= 1:
             raise ValueError(f"hessian_power is in (0, 1]; got {hessian_power}.")
         super().__init__(

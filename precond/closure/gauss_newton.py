@@ -15,6 +15,7 @@ from precond.step.base import MomentumOptions
 from precond.step.graph import Closure, CurvedOutput, GaussNewtonMatrix, flatten, jacobian_rows, unflatten
 from precond.step.methods import Taxonomy
 from solvers import CG
+from solvers.outcome.arguments import flag, number
 
 SolverName = Literal["auto", "cholesky", "woodbury", "cg"]
 
@@ -118,8 +119,11 @@ class GaussNewton(ClosureOptimizer):
     ) -> None:
         if not isinstance(solver, CG) and solver not in get_args(SolverName):
             raise ValueError(f"solver is one of {', '.join(get_args(SolverName))}, or a CG; got {solver!r}.")
+        number("spring", spring)
         if not 0 <= spring < 1:
             raise ValueError(f"spring is the weight of the previous step, in [0, 1); got {spring}.")
+        flag("scaled", scaled, optional=True)
+        flag("acceleration", acceleration)
         self.solver = solver
         if scaled and self.matrix_free:
             raise ValueError("scaled=True needs the diagonal of J^T J, which CG never forms; use scaled=False.")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from curvature.estimation.finite import refuse_nonfinite
+from curvature.model.kernels import differentiable_kernels
+from curvature.model.pullback import pull_back
 from precond.step.adapt import LevenbergMarquardt, unseen
 from precond.step.base import SecondOrderOptimizer
 from precond.step.graph import (
@@ -25,6 +28,7 @@ from precond.step.graph import (
 )
 from precond.step.uncompiled import uncompiled
 from solvers import SolverError
+from solvers.outcome.arguments import instance
 from solvers.precision import working_dtype
 
 
@@ -60,20 +64,35 @@ class ClosureOptimizer(SecondOrderOptimizer):
 
     @contextmanager
     def _released(self, closure: Closure | None) -> Iterator[None]:
-        """Within the block the graph of the closure is held; it is refused if one is needed and missing."""
+        """Within the block the graph of the closure is held, of kernels that can be differentiated as often as needed.
+
+        Raises:
+            TypeError: If a closure is needed and missing.
+        """
         if closure is None and self.closure_needed():
             raise TypeError(
                 f"{type(self).__name__} needs second derivatives: call step(closure) with a function that computes the "
                 "loss of one batch and returns it."
             )
         try:
-            yield
+            # For the whole step: a checkpointed layer runs again while the graph is differentiated.
+            with differentiable_kernels() if self.second_order() or self.keeps_graph() else nullcontext():
+                yield
         finally:
             self.release()
 
     def release(self) -> None:
         """Forget the graph of the last evaluation."""
         self._closure = self.loss_graph = self.loss_value = self._slopes = None
+
+    def mark(self) -> Any:
+        return super().mark(), [(p, p.grad) for p in self.parameters()]
+
+    def back_to(self, mark: Any) -> None:
+        inner, gradients = mark
+        super().back_to(inner)
+        for p, gradient in gradients:
+            p.grad = gradient
 
     # Evaluation
 
@@ -241,19 +260,22 @@ class ClosureOptimizer(SecondOrderOptimizer):
         out: tuple[Tensor | None, ...] = (None,) * len(params)
         if pairs:
             slopes, vectors = zip(*pairs, strict=True)
-            out = torch.autograd.grad(slopes, params, vectors, retain_graph=True, allow_unused=True)
+            out = tuple(pull_back(slopes, params, vectors))
         return {p: torch.zeros_like(p) if h is None else h.detach() for p, h in zip(params, out, strict=True)}
 
     def hessian(self, params: list[Tensor], chunk: int = 64) -> Tensor:
         """Dense Hessian on the concatenated parameters, ``(P, P)``, by products with the identity."""
         assert self._slopes is not None
-        return second_derivatives([self._slopes.get(p) for p in params], params, chunk)
+        matrix = second_derivatives([self._slopes.get(p) for p in params], params, chunk)
+        refuse_nonfinite(matrix, "the Hessian")
+        return matrix
 
     def hutchinson_diagonal(self, params: list[Tensor], seed: int) -> Vectors:
         """``z * (H z)`` of the objective with random signs z, which depend on the seed and the step alone."""
         sign, draws = self.sign, enumerate(params)
         signs = {p: rademacher(p, seed, int(self.state[p].get("step", 0)), index) for index, p in draws}
         product = self.hessian_product(signs)
+        refuse_nonfinite(flatten(product), "a product with the Hessian")
         return {p: sign * signs[p] * product[p] for p in params}
 
     # Vectors that are kept from step to step
@@ -271,12 +293,14 @@ class ClosureOptimizer(SecondOrderOptimizer):
 
     def judging(self, rule: LevenbergMarquardt | None) -> LevenbergMarquardt | None:
         """A rule for :meth:`damped_direction`, which judges every step and takes back each that raises the loss."""
+        instance("damping_rule", rule, LevenbergMarquardt, "a LevenbergMarquardt", optional=True)
         if rule is not None:
             rule.refuse(type(self).__name__, "period", "reject_steps", "relative_minimum")
         return rule
 
     def following(self, rule: LevenbergMarquardt | None) -> LevenbergMarquardt | None:
         """A rule for a method that takes every step, and adapts the damping by it periodically."""
+        instance("damping_rule", rule, LevenbergMarquardt, "a LevenbergMarquardt", optional=True)
         if rule is not None:
             rule.refuse(type(self).__name__, "attempts", "reject_steps", "relative_minimum")
         return rule
@@ -311,6 +335,7 @@ class ClosureOptimizer(SecondOrderOptimizer):
         rates = torch.cat(
             [p.new_full((p.numel(),), float(self._group_of(p)["lr"]), dtype=working_dtype(p)) for p in params]
         )
+        direction = torch.zeros_like(gradient)
         for _ in range(rule.attempts):
             damping = float(self.common("damping"))
             try:
@@ -330,7 +355,7 @@ class ClosureOptimizer(SecondOrderOptimizer):
             self.set_damping(rule.judged(damping, before - after, predicted))
             if after <= before and predicted > 0:
                 return direction
-        return torch.zeros_like(gradient)
+        return torch.where(direction.isfinite().all(), 0.0, direction)  # what is not finite is refused, not rejected
 
     def _group_of(self, parameter: Tensor) -> dict[str, Any]:
         return next(group for group in self.param_groups for p in group["params"] if p is parameter)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from precond.closure.optimizer import ClosureOptimizer
-from precond.gradient.matrices import along, gram, largest, merged_shape, multiply, unfolded
+from precond.gradient.matrices import along, gram, largest, merged_shape, multiply, unfolded, worth_a_matrix
 from precond.gradient.optimizer import Group, State, debiased, due, state_zeros
 from precond.gradient.stacks import Stack, StackedOptimizer, entries
 from precond.step.base import MomentumOptions
@@ -43,7 +43,8 @@ class PSGD(ClosureOptimizer, StackedOptimizer):
 
     A step costs about ``6 (m^3 + n^3)`` for the factors (less often with a longer ``curvature_update_period``) and ``2
     (m^2 n + m n^2)`` for the direction; only products, so it runs on any accelerator. Memory: one moment, a matrix per
-    axis; axes beyond ``max_dim`` and vectors keep a diagonal.
+    axis; axes beyond ``max_dim``, axes far longer than all others together
+    (:func:`~precond.gradient.matrices.worth_a_matrix`) and vectors keep a diagonal.
 
     ====================================================== =====================================================
     Li (2015); Pooladzandi and Li (2024)                   here
@@ -134,8 +135,9 @@ class PSGD(ClosureOptimizer, StackedOptimizer):
         shape = merged_shape(p.shape, group["merge_dims"]) or (1,)
         state: State = {"exp_avg": state_zeros(p, shape), "updates": 0}
         for axis, n in enumerate(shape):
-            eye = torch.eye(n, dtype=working_dtype(p), device=p.device)
-            state[f"root.{axis}"] = eye if len(shape) > 1 and n <= group["max_dim"] else eye.diagonal().clone()
+            options: Any = {"dtype": working_dtype(p), "device": p.device}
+            dense = len(shape) > 1 and worth_a_matrix(n, p.numel(), group["max_dim"])
+            state[f"root.{axis}"] = torch.eye(n, **options) if dense else torch.ones(n, **options)
             state[f"bound.{axis}"] = state_zeros(p, ())
         return state
 

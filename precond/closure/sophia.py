@@ -139,12 +139,13 @@ class Sophia(ClosureOptimizer, GradientOptimizer):
         if not terms > 0:
             raise ValueError(f"terms is the number of terms in the mean loss, positive; got {terms}.")
         gradients = self.true_gradients()
-        for group in self.param_groups:
-            for p in group["params"]:
-                if gradients is not None and p in gradients and p.numel():
-                    self.begin(p, group)
-                    g = gradients[p].to(working_dtype(p))
-                    self._average(p, terms * g.square(), group)
+        with self.transaction():
+            for group in self.param_groups:
+                for p in group["params"]:
+                    if gradients is not None and p in gradients and p.numel():
+                        self.begin(p, group)
+                        g = gradients[p].to(working_dtype(p))
+                        self._average(p, terms * g.square(), group)
 
     def directions(self, gradients: Vectors) -> Vectors:
         due = self.probed(list(gradients))
@@ -165,5 +166,6 @@ class Sophia(ClosureOptimizer, GradientOptimizer):
         return (momentum / (group["gamma"] * state["curvature"]).clamp(min=group["eps"])).clamp(-1, 1)
 
     def _average(self, p: Tensor, estimate: Tensor, group: Group) -> None:
-        self.state[p]["curvature"].lerp_(estimate.to(working_dtype(p)), 1 - group["betas"][1])
-        self.state[p]["updates"] += 1
+        state = self.state[p]
+        state["curvature"] = state["curvature"].lerp(estimate.to(working_dtype(p)), 1 - group["betas"][1])
+        state["updates"] += 1

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from precond.demo.race import Run
+from solvers.files import save_figure
 
 # Colours of Okabe and Ito, told apart with any colour vision; line styles repeat the distinction.
 STYLES = {
@@ -49,4 +50,4 @@ def plot(runs: Sequence[Run], path: Path) -> None:
             ha="right", color="0.3", fontsize=8,
         )  # fmt: skip
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=len(STYLES), frameon=False)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path, dpi=150)

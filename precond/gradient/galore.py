@@ -149,11 +149,20 @@ class GaLore(GradientOptimizer):
     def _inner_of(self, p: Tensor, g: Tensor, state: State) -> tuple[torch.optim.Optimizer, Tensor]:
         if p not in self._inner:
             optimizer, proxy = self._make_inner(torch.zeros_like(g, memory_format=torch.contiguous_format))
-            if state["step"] > 1:
-                saved = {key.removeprefix(PREFIX): value for key, value in state.items() if key.startswith(PREFIX)}
-                optimizer.state[proxy].update(saved)
             self._inner[p] = optimizer, proxy
-        return self._inner[p]
+        optimizer, proxy = self._inner[p]
+        if state["step"] > 1:
+            saved = {key.removeprefix(PREFIX): value for key, value in state.items() if key.startswith(PREFIX)}
+            optimizer.state[proxy].update(saved)
+        return optimizer, proxy
+
+    def convert(self, p: Tensor) -> None:
+        super().convert(p)
+        self._inner.pop(p, None)  # made again in the new precision
+
+    def back_to(self, mark: Any) -> None:
+        super().back_to(mark)
+        self._inner.clear()  # made again from the state, which holds all of theirs
 
     def _make_inner(self, proxy: Tensor) -> tuple[torch.optim.Optimizer, Tensor]:
         optimizer = self.inner([proxy.requires_grad_()], lr=1.0, **self.inner_options)

@@ -96,6 +96,8 @@ class KLShampoo(StackedOptimizer):
             **options,
         )
 
+    kept: ClassVar[frozenset[str]] = frozenset({"basis", "exp_avg"})
+
     def initial_state(self, p: Tensor, group: Group) -> State:
         shape = merged_shape(p.shape, group["merge_dims"])
         state: State = {"exp_avg": state_zeros(p, shape)}
@@ -114,10 +116,11 @@ class KLShampoo(StackedOptimizer):
         g = g.reshape(state["exp_avg"].shape)
         bases = entries(state, "basis", g.ndim - 1)
         rotated = multiply(g, bases, transpose=True)
-        state["exp_avg"].lerp_(rotated, 1 - beta1)
+        state["exp_avg"] = state["exp_avg"].lerp(rotated, 1 - beta1)
         _update_factors(rotated, state, group, list(bases))
         if due(step, group["inverse_update_period"]):
             self.renew(stack, lambda state: improve_bases(state, bases))
+            bases = entries(state, "basis", g.ndim - 1)
         out = debiased(state["exp_avg"], beta1, step)
         for k in bases:
             out = out * _root(state, group, k, g.ndim - 1)

@@ -9,7 +9,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from solvers import Dense, Eigh, SolverError, Subspace
+from solvers import Dense, Eigh, Subspace
+from solvers.operators.decompositions import singular_value_decomposition
 
 
 def merged_shape(shape: tuple[int, ...], limit: int | None) -> tuple[int, ...]:
@@ -48,6 +49,18 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
 def blocks(shape: tuple[int, ...], size: int) -> Iterator[tuple[slice, ...]]:
     """Regions of at most ``size`` along each axis that tile a shape, in row-major order."""
     return product(*(tuple(slice(start, min(start + size, n)) for start in range(0, n, size)) for n in shape))
+
+
+def worth_a_matrix(n: int, numel: int, max_dim: int) -> bool:
+    """Whether an axis of n entries, of a tensor of ``numel`` numbers, is to have a matrix ``(n, n)``.
+
+    A matrix of more than 256 times the tensor's own numbers costs far more than it can learn from them: a table of
+    2,000 x 1 would get one of four million. Axes up to 256 are always worth theirs.
+
+    >>> [worth_a_matrix(n, n * others, 8192) for n, others in ((256, 1), (2000, 1), (2000, 16), (50_000, 768))]
+    [True, False, True, False]
+    """
+    return n <= max_dim and n * n <= 256 * numel
 
 
 def unfolded(x: Tensor, axis: int) -> Tensor:
@@ -96,41 +109,28 @@ def along(values: Tensor, axis: int, ndim: int) -> Tensor:
 
 
 def spectrum(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, ascending, and orthonormal eigenvectors in columns; in float64 where their own precision fails.
+    """Eigenvalues, ascending, and orthonormal eigenvectors in columns, of sums of Gram matrices.
 
     Raises:
-        SolverError: If both fail.
+        SolverError: If the decomposition fails; see :meth:`solvers.Eigh.basis`.
     """
-    try:
-        return Eigh().basis(matrix)
-    except SolverError:
-        values, basis = Eigh().basis(matrix.double())
-        return values.to(matrix.dtype), basis.to(matrix.dtype)
+    return Eigh().basis(Dense(matrix, is_gram=True))
 
 
 def leading_vectors(matrix: Tensor, rank: int) -> Tensor:
     """Left singular vectors, each with its largest entry positive, so that signs do not depend on the routine.
 
     Raises:
-        SolverError: If the decomposition fails, in float64, too.
+        SolverError: If the decomposition fails.
     """
-    try:
-        vectors = torch.linalg.svd(matrix, full_matrices=False).U[:, :rank]
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        if matrix.dtype == torch.float64:
-            raise SolverError(f"no singular vectors of a matrix of shape {tuple(matrix.shape)}: {error}") from error
-        return leading_vectors(matrix.double(), rank).to(matrix.dtype)
+    vectors = singular_value_decomposition(matrix)[0][:, :rank]
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
     return (vectors * largest.sign()).contiguous()
 
 
 def improved_basis(matrix: Tensor, basis: Tensor) -> Tensor:
     """One step of orthogonal iteration from the bases of nearby matrices ``(k, n, n)``, columns in their old order."""
-    # Gradients of extreme size have factors whose norm leaves the floating range; a basis does not depend on the size.
-    size = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-    return Subspace().basis(Dense(matrix / torch.where(size == 0, 1, size), is_gram=True), basis)[1]
+    return Subspace().basis(Dense(matrix, is_gram=True), basis)[1]
 
 
 def symmetric_power(matrix: Tensor, exponent: float, floor: float) -> Tensor:

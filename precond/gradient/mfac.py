@@ -106,6 +106,12 @@ class MFAC(SecondOrderOptimizer):
                 out |= self._solve(group, present)
         return out
 
+    def expected_state(self, p: Tensor, options: Group) -> dict[str, Any]:
+        m = options["window"]
+        gram = {"gram": torch.empty(m, m, device="meta"), "step": 0}
+        first = any(p is group["params"][0] for group in self.param_groups)
+        return {"window": torch.empty(m, *p.shape, device="meta"), **(gram if first else {})}
+
     def _begin(self, group: Group) -> None:
         """Create the state of a group: gradients, with their Gram matrix and number beside the first of them."""
         for index, p in enumerate(group["params"]):
@@ -122,20 +128,30 @@ class MFAC(SecondOrderOptimizer):
         slot = first["step"] % group["window"]
         first["step"] += 1
         count = min(first["step"], group["window"])
-        # The new row of the Gram matrix. A parameter without gradient counts as zero.
-        products = torch.zeros_like(first["gram"][0])
+        # The new row of the Gram matrix. A parameter without gradient counts as zero. The windows, which are too large
+        # to be copied, get the new gradients when the parameters move.
+        gram = first["gram"].clone()
+        products = torch.zeros_like(gram[0])
         for p in group["params"]:
             window = self.state[p]["window"]
-            window[slot] = gradients.get(p, 0)
-            rows = window.reshape(len(window), -1)
-            products += (rows @ rows[slot]).to(products)
-        first["gram"][slot] = first["gram"][:, slot] = products
-        weights = self._weights(first["gram"][:count, :count], slot, group["damping"])
+            new = gradients[p].to(window, copy=True) if p in gradients else torch.zeros_like(window[slot])
+            self.rows_written.append((window[slot], new))
+            found = window.reshape(len(window), -1) @ new.reshape(-1)
+            found[slot] = new.square().sum()
+            products += found.to(products)
+        gram[slot] = gram[:, slot] = products
+        first["gram"] = gram
+        weights = self._weights(gram[:count, :count], slot, group["damping"])
+        past = weights.index_fill(0, torch.tensor(slot, device=weights.device), 0)
         out = {}
-        for p in gradients:
+        for p, g in gradients.items():
             window = self.state[p]["window"]
-            out[p] = torch.tensordot(weights.to(window), window[:count], dims=1)
+            out[p] = torch.tensordot(past.to(window), window[:count], dims=1).add(g, alpha=float(weights[slot]))
         return out
+
+    def touched(self) -> list[Tensor]:
+        first = [self.state.get(group["params"][0], {}) for group in self.param_groups]
+        return [state["gram"] for state in first if "gram" in state]
 
     @staticmethod
     def _weights(gram: Tensor, slot: int, damping: float) -> Tensor:

@@ -15,6 +15,7 @@ from precond.step.methods import Taxonomy
 from precond.step.options import Momentum, choice
 from precond.step.schedules import Scheduled
 from solvers.iterative.newton_schulz import polar
+from solvers.outcome.arguments import number
 
 Scaling = Literal["adam", "spectral", "none"]
 Polynomial = Literal["quintic", "polar_express"]
@@ -92,6 +93,8 @@ class Muon(StackedOptimizer):
         eps: Scheduled = 1e-8,
         **options: Unpack[StepOptions],
     ) -> None:
+        if not (isinstance(momentum, Momentum) or callable(momentum)):
+            number("momentum", momentum)
         super().__init__(
             params,
             lr=lr,
@@ -117,6 +120,8 @@ class Muon(StackedOptimizer):
     def update_options(self, group: Group) -> Group:
         return {**group, "momentum": 0.0}  # the direction includes it already
 
+    kept: ClassVar[frozenset[str]] = frozenset({"momentum_buffer"})
+
     def initial_state(self, p: Tensor, group: Group) -> State:
         if _is_matrix(p, group):
             return {"momentum_buffer": state_zeros(p)}
@@ -127,7 +132,7 @@ class Muon(StackedOptimizer):
 
     def update(self, stack: Stack, g: Tensor, group: Group) -> Tensor:
         momentum = group["momentum"]
-        update = buffer = stack.state["momentum_buffer"].lerp_(g, 1 - momentum)
+        update = buffer = stack.state["momentum_buffer"] = stack.state["momentum_buffer"].lerp(g, 1 - momentum)
         if group["nesterov"]:
             update = g.lerp(buffer, momentum)
         if not group["stacked"]:

@@ -31,7 +31,13 @@ class GradientOptimizer(SecondOrderOptimizer):
     A gradient whose squares overflow is treated as not finite, because every method here squares it. A
     step with zero gradients and zero learning rates, which ``torch.distributed.checkpoint`` takes to create the state,
     leaves all averages at their start.
+
+    A direction is computed on copies of the tensors in the state, which a method may write to: those of the step before
+    live until the step has ended, and come back if anything raises.
     """
+
+    #: Tensors that the step has written.
+    written: list[Tensor]
 
     @abstractmethod
     def initial_state(self, p: Tensor, group: Group) -> State:
@@ -48,12 +54,15 @@ class GradientOptimizer(SecondOrderOptimizer):
             group: Options.
         """
 
+    def expected_state(self, p: Tensor, options: Group) -> State:
+        return self.initial_state(torch.empty_like(p, device="meta"), options) if p.numel() else {}
+
     def diagonal(self, state: State) -> bool:
         """Whether a parameter, by its state, has no matrix and takes Adam's step."""
         return False
 
     def directions(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
-        out = {}
+        out, self.written = {}, []
         for group in self.param_groups:
             whole: list[Tensor] = []  # with a matrix
             entries: list[Tensor] = []  # Adam's
@@ -74,10 +83,21 @@ class GradientOptimizer(SecondOrderOptimizer):
 
     def several(self, params: list[Tensor], gradients: list[Tensor], group: Group) -> list[Tensor]:
         """Directions of some parameters of a group; see :meth:`direction`."""
+        for p in params:  # the step works on copies: what was there stays whole until it ends
+            state = self.state[p]
+            state.update({name: value.clone() for name, value in state.items() if isinstance(value, Tensor)})
+            self.written += [value for value in state.values() if isinstance(value, Tensor)]
         return [self.direction(p, g, self.state[p], group) for p, g in zip(params, gradients, strict=True)]
 
     def _adam(self, params: list[Tensor], gradients: list[Tensor], group: Group) -> list[Tensor]:
-        return adam(gradients, [self.state[p] for p in params], group["betas"], group["eps"])
+        states = [self.state[p] for p in params]
+        out = adam(gradients, states, group["betas"], group["eps"])
+        self.written += [state[name] for state in states for name in ("exp_avg", "exp_avg_sq")]
+        return out
+
+    def touched(self) -> list[Tensor]:
+        written, self.written = self.written, []
+        return [value for value in written if value.is_floating_point()]
 
     def begin(self, p: Tensor, group: Group) -> None:
         """Create the state of a parameter, unless it exists."""
@@ -128,13 +148,16 @@ def debiased(average: Tensor, beta: float, step: int) -> Tensor:
 def adam(gradients: list[Tensor], states: list[State], betas: tuple[float, float], eps: float) -> list[Tensor]:
     r"""Adam's directions, :math:`\hat m / (\sqrt{\hat v} + \epsilon)`, for parameters without matrix structure.
 
-    All parameters at once, because there may be many small ones. States may have another shape of the same size.
+    All parameters at once, because there may be many small ones. States get new averages, and may have another shape of
+    the same size.
     """
     first, second = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
     same = [g.reshape(m.shape) for g, m in zip(gradients, first, strict=True)]
-    torch._foreach_lerp_(first, same, 1 - betas[0])
-    torch._foreach_mul_(second, betas[1])
+    first = list(torch._foreach_lerp(first, same, 1 - betas[0]))
+    second = list(torch._foreach_mul(second, betas[1]))
     torch._foreach_addcmul_(second, same, same, value=1 - betas[1])
+    for state, m, v in zip(states, first, second, strict=True):
+        state["exp_avg"], state["exp_avg_sq"] = m, v
     roots = torch._foreach_div(second, [1 - betas[1] ** s["step"] for s in states])
     torch._foreach_sqrt_(roots)
     torch._foreach_add_(roots, eps)

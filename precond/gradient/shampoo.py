@@ -128,6 +128,8 @@ class Shampoo(StackedOptimizer):
             **options,
         )
 
+    kept: ClassVar[frozenset[str]] = frozenset({"root", "exp_avg", "graft_sq"})
+
     def check(self, options: Group) -> None:
         super().check(options)
         if options["grafting"] not in (None, *get_args(Grafting)):
@@ -159,7 +161,8 @@ class Shampoo(StackedOptimizer):
     def update(self, stack: Stack, g: Tensor, group: Group) -> Tensor:
         state, step, beta1 = stack.state, stack.step, group["betas"][0]
         g = g.reshape(state["exp_avg"].shape)
-        momentum = debiased(state["exp_avg"].lerp_(g, 1 - beta1), beta1, step)
+        state["exp_avg"] = state["exp_avg"].lerp(g, 1 - beta1)
+        momentum = debiased(state["exp_avg"], beta1, step)
         graft = None if group["grafting"] is None else _graft(g, momentum, state, step, group)
         regions = list(blocks(g.shape[1:], group["block_size"]))
         outs = []
@@ -227,8 +230,8 @@ def _graft(g: Tensor, momentum: Tensor, state: State, step: int, group: Group) -
     kind, beta2 = group["grafting"], group["betas"][1]
     if kind == "sgd":
         return momentum
-    square = state["graft_sq"]
-    square.mul_(1 if kind == "adagrad" else beta2).addcmul_(g, g, value=1 if kind == "adagrad" else 1 - beta2)
+    square = state["graft_sq"].mul(1 if kind == "adagrad" else beta2)
+    state["graft_sq"] = square.addcmul_(g, g, value=1 if kind == "adagrad" else 1 - beta2)
     second = debiased(square, beta2, step) if kind == "adam" else square
     return momentum / second.sqrt().add_(group["eps"])
 

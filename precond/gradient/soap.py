@@ -105,6 +105,8 @@ class SOAP(StackedOptimizer):
             **options,
         )
 
+    kept: ClassVar[frozenset[str]] = frozenset({"basis", "exp_avg", "exp_avg_sq"})
+
     def initial_state(self, p: Tensor, group: Group) -> State:
         shape = merged_shape(p.shape, group["merge_dims"])
         state: State = {"exp_avg": state_zeros(p, shape), "exp_avg_sq": state_zeros(p, shape)}
@@ -123,9 +125,10 @@ class SOAP(StackedOptimizer):
         if step == 1:
             _update_factors(state, g, group)
             self.renew(stack, lambda state: eigenbases(state, bases))
+            bases = entries(state, "basis", g.ndim - 1)
         rotated = multiply(g, bases, transpose=True)
-        momentum = state["exp_avg"].lerp_(rotated, 1 - beta1)
-        second = state["exp_avg_sq"].mul_(beta2).addcmul_(rotated, rotated, value=1 - beta2)
+        momentum = state["exp_avg"] = state["exp_avg"].lerp(rotated, 1 - beta1)
+        second = state["exp_avg_sq"] = state["exp_avg_sq"].mul(beta2).addcmul_(rotated, rotated, value=1 - beta2)
         root = rotated_root(second, 1 - beta2**step, group["eps"])
         out = multiply(momentum / root.mul_(1 - beta1**step), bases)
         if step > 1:

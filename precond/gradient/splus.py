@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from precond.gradient.bases import eigenbases, initial_bases
-from precond.gradient.matrices import gram, largest, matrix_shape, multiply
+from precond.gradient.matrices import gram, largest, matrix_shape, multiply, worth_a_matrix
 from precond.gradient.optimizer import Group, State, due, state_zeros
 from precond.gradient.stacks import Stack, StackedOptimizer, entries
 from precond.step.averaging import swapped, update_average
@@ -28,7 +28,8 @@ class SPlus(StackedOptimizer):
     with M the average of gradients, :math:`Q_L` and :math:`Q_R` the eigenvectors of the averages L of
     :math:`G G^\top` and R of :math:`G^\top G`, computed every ``inverse_update_period`` steps. The sign bounds the step
     for a basis of any age. Tensors are matrices with their first axis as rows; vectors, and matrices with both
-    sides beyond ``max_dim``, move by ``vector_scale * sign(M)``.
+    sides beyond ``max_dim``, move by ``vector_scale * sign(M)``. A side far longer than the other
+    (:func:`~precond.gradient.matrices.worth_a_matrix`) is not rotated.
 
     The iterates themselves are noisy: evaluate under :meth:`averaged`.
 
@@ -42,7 +43,7 @@ class SPlus(StackedOptimizer):
     eigenvectors of L and R, now and then                ``bases.eigenbases``
     :math:`\operatorname{sign}(Q_L^\top M Q_R)`          ``rotated_sign``
     :math:`2 / (m + n)`, the scale that carries over     ``update``
-    the average of the iterates                          ``after_step``: ``step.averaging.update_average``
+    the average of the iterates                          ``before_move``: ``step.averaging.update_average``
     evaluation under it                                  ``averaged``: ``step.averaging.swapped``
     ==================================================== =================================================
 
@@ -104,16 +105,18 @@ class SPlus(StackedOptimizer):
                 f"average_decay is the weight of the old average, in [0, 1); got {options['average_decay']}."
             )
 
+    kept: ClassVar[frozenset[str]] = frozenset({"basis", "exp_avg"})
+
     def initial_state(self, p: Tensor, group: Group) -> State:
         state: State = {"exp_avg": state_zeros(p), "average": p.detach().to(working_dtype(p), copy=True)}
         if p.ndim >= 2:
             sizes = enumerate(matrix_shape(p.shape))
-            state |= initial_bases(p, {axis: n for axis, n in sizes if n <= group["max_dim"]})
+            state |= initial_bases(p, {k: n for k, n in sizes if worth_a_matrix(n, p.numel(), group["max_dim"])})
         return state
 
     def update(self, stack: Stack, g: Tensor, group: Group) -> Tensor:
         state, (beta1, beta2) = stack.state, group["betas"]
-        momentum = state["exp_avg"].lerp_(g, 1 - beta1)
+        momentum = state["exp_avg"] = state["exp_avg"].lerp(g, 1 - beta1)
         bases = entries(state, "basis", 2)
         if not bases:
             return group["vector_scale"] * momentum.sign()
@@ -123,14 +126,18 @@ class SPlus(StackedOptimizer):
             factor.lerp_(gram(g, axis), 1 - beta2)
         if due(stack.step, group["inverse_update_period"]):
             self.renew(stack, lambda state: eigenbases(state, bases))
+            bases = entries(state, "basis", 2)
         return multiply(rotated_sign(multiply(momentum, bases, transpose=True)), bases).mul_(2 / (rows + columns))
 
-    def after_step(self) -> None:
+    def before_move(self) -> None:
         for group in self.param_groups:
             for p in group["params"]:
                 state = self.state.get(p, {})
                 if state.get("step", 0) > 0 and p.numel():
-                    update_average(state["average"], p.detach(), group["average_decay"], state["step"])
+                    if p not in self.coming:  # no gradient in this step, which has a copy only of the others' states
+                        state["average"] = state["average"].clone()
+                    value = self.coming.get(p, p.detach()).to(p.dtype)
+                    update_average(state["average"], value, group["average_decay"], state["step"])
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

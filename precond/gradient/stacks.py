@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from math import prod
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,12 +18,12 @@ from solvers import SolverError
 class Stack:
     """Parameters of one shape, whose states are the slices of joint tensors.
 
-    Writing into an entry of :attr:`state` writes into the state of each parameter, so checkpoints do not depend on
-    stacks. A stack of one parameter uses its state directly.
+    Between :meth:`open` and :meth:`close` a step works on copies, to which it may write; closing hands slices of them
+    to the states, so checkpoints do not depend on stacks. A stack of one parameter uses its state directly.
 
     Attributes:
         params: The parameters.
-        state: Name -> joint tensor ``(k, *shape)``.
+        state: Name -> joint tensor ``(k, *shape)``, of the step that is open.
     """
 
     def __init__(self, params: list[Tensor], states: list[State]) -> None:
@@ -31,13 +32,38 @@ class Stack:
         if len(states) == 1:
             # A slice of a former stack may be aligned so that products round otherwise than in separate memory.
             states[0].update({name: _own(states[0][name]) for name in names})
-            self._slices = [{name: states[0][name] for name in names}]
-            self.state = {name: value[None] for name, value in self._slices[0].items()}
-            return
-        self.state = {name: torch.stack([state[name] for state in states]) for name in names}
-        self._slices = [{name: joint[i] for name, joint in self.state.items()} for i in range(len(states))]
-        for state, slices in zip(states, self._slices, strict=True):
+            joint = {name: states[0][name][None] for name in names}
+            self._kept = joint, [{name: states[0][name] for name in names}]
+        else:
+            self._kept = self._sliced({name: torch.stack([state[name] for state in states]) for name in names})
+            self._hand_out()
+        self.state: State = {}
+
+    def _sliced(self, joint: State) -> tuple[State, list[State]]:
+        parts = {name: value.unbind() for name, value in joint.items()}
+        return joint, [{name: part[i] for name, part in parts.items()} for i in range(len(self._states))]
+
+    def _hand_out(self) -> None:
+        for state, slices in zip(self._states, self._kept[1], strict=True):
             state.update(slices)
+
+    def open(self, kept: frozenset[str] = frozenset()) -> None:
+        """Begin a step: copy the entries, but for those with one of these words in their names."""
+        self.state = {name: x if kept.intersection(name.split(".")) else x.clone() for name, x in self._kept[0].items()}
+
+    def own(self) -> None:
+        """Copy the entries that are still those of the step before."""
+        self.state.update({name: x.clone() for name, x in self._kept[0].items() if self.state[name] is x})
+
+    def close(self) -> dict[str, Tensor]:
+        """Hand the state of the step to the parameters; returns what it has written."""
+        before, old = self._kept
+        written = {name: x for name, x in self.state.items() if x is not before[name]}
+        slices = self._sliced(written)[1]
+        self._kept = self.state, [last | new for last, new in zip(old, slices, strict=True)]
+        self._hand_out()
+        self.state = {}
+        return written
 
     @property
     def step(self) -> int:
@@ -48,7 +74,7 @@ class Stack:
         """Whether these are still the states, with the same entries."""
         return all(
             state is own and all(state[name] is value for name, value in slices.items())
-            for state, own, slices in zip(states, self._states, self._slices, strict=True)
+            for state, own, slices in zip(states, self._states, self._kept[1], strict=True)
         )
 
     def part(self, index: int) -> State:
@@ -66,12 +92,17 @@ class StackedOptimizer(GradientOptimizer):
     Many small matrices take many small operations one by one; together they take one operation of each kind.
     """
 
+    #: Words in the names of entries that :meth:`update` replaces and only :meth:`renew` writes to: a step copies the
+    #: others before it writes to them.
+    kept: ClassVar[frozenset[str]] = frozenset()
+
     @abstractmethod
     def update(self, stack: Stack, g: Tensor, group: Group) -> Tensor:
         """Update the states with gradients and return the directions, both ``(k, *shape)``.
 
         Args:
-            stack: The parameters and their states, which are to be changed in place.
+            stack: The parameters and their states, which are to be changed in place: those of :attr:`kept` excepted,
+                they are copies.
             g: Gradients in float32 at least, not to be altered.
             group: Options.
         """
@@ -86,7 +117,10 @@ class StackedOptimizer(GradientOptimizer):
     def several(self, params: list[Tensor], gradients: list[Tensor], group: Group) -> list[Tensor]:
         out: dict[int, Tensor] = {}
         for places, stack in self._stacked(params, gradients):
+            stack.open(self.kept)
             directions = self.update(stack, stack.gather([gradients[i] for i in places]), group)
+            # A factor enters directions by way of its basis or root, which is looked at with them.
+            self.written += [x for name, x in stack.close().items() if "factor" not in name.split(".")]
             out |= zip(places, directions.reshape(-1, *params[places[0]].shape), strict=True)
         return [out[i] for i in range(len(params))]
 
@@ -101,6 +135,7 @@ class StackedOptimizer(GradientOptimizer):
         Raises:
             SolverError: As :meth:`refresh`.
         """
+        stack.own()
         try:
             compute(stack.state)
         except SolverError:

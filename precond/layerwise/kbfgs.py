@@ -101,7 +101,7 @@ class KBFGS(LayerwiseMethod):
     ) -> None:
         if not isinstance(curvature, KroneckerBFGS):
             raise TypeError(f"{type(self).__name__}: curvature is a KroneckerBFGS(...), not {curvature!r}.")
-        if options.get("maximize"):
+        if options.get("maximize") is True:
             raise ValueError("KBFGS minimises: maximize=True has no meaning for it. Negate the loss.")
         self._passes: list[Pass] = []  # of the last step, to be run again
         self._scale: Tensor | float = 1.0  # of a GradScaler in them
@@ -134,6 +134,10 @@ class KBFGS(LayerwiseMethod):
                 estimator.end(weights)
         self._run_again()
 
+    @property
+    def follows_move(self) -> bool:
+        return bool(self._passes) or super().follows_move
+
     def _collector(self) -> StepCollector:
         return ApartCollector(self.parameters, self.begin_block, joint=self.curvature.joint, forget=self.drop_block)
 
@@ -164,13 +168,14 @@ class KBFGS(LayerwiseMethod):
         """The second pass, on the batch of the last step."""
         if not self._passes:
             return
-        passes, self._passes = self._passes, []
-        seen = self.statistics.again(passes, self._scale)
-        for preconditioner, estimator, weights in self._estimators():
-            estimator.end(weights)
-            if preconditioner.inverse is not None:
-                preconditioner.inverse = estimator.operator()
-        self.on_skip()  # what the pass left in other estimates is not a step
+        with self.transaction():
+            passes, self._passes = self._passes, []
+            seen = self.statistics.again(passes, self._scale)
+            for preconditioner, estimator, weights in self._estimators():
+                estimator.end(weights)
+                if preconditioner.inverse is not None:
+                    preconditioner.inverse = estimator.operator()
+            self.on_skip()  # what the pass left in other estimates is not a step
         if not seen:
             raise RuntimeError(
                 "KBFGS could not repeat the batch of the last step, because it did not see how the loss came about. "

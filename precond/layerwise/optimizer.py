@@ -22,7 +22,14 @@ from curvature.model.parameters import Parameters
 from curvature.model.wrappers import unwrapped
 from curvature.structures.estimator import Form
 from curvature.structures.inverse import InverseEstimator
-from precond.layerwise.blocks.block_state import add_blocks, copied, saved_form, split_blocks
+from precond.layerwise.blocks.block_state import (
+    add_blocks,
+    copied,
+    load_block,
+    saved_block,
+    saved_form,
+    split_blocks,
+)
 from precond.layerwise.blocks.by_name import Preconditioners
 from precond.layerwise.blocks.preconditioner import Preconditioner
 from precond.layerwise.blocks.rows import GradientRows, RowTaps
@@ -31,11 +38,13 @@ from precond.layerwise.step_size import QuadraticModel, StepModel
 from precond.layerwise.structures import Structures, on_model, plain_row
 from precond.step.adapt import LevenbergMarquardt
 from precond.step.base import SecondOrderOptimizer
+from precond.step.loading import require_layout
 from precond.step.loop import Loop
 from precond.step.options import Momentum, Refresh, TrustRegion, WeightDecay
 from precond.step.schedules import Scheduled, ScheduledInt, at_start, value_at
 from precond.step.trust_region import BoundRecord, Move, inner
 from solvers import Damping, FactoredTikhonov, Solver, Tikhonov
+from solvers.outcome.arguments import flag, instance, number
 
 
 class PreconditionedOptimizer(SecondOrderOptimizer):
@@ -120,6 +129,10 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
                 f"{type(self).__name__} learns from the layers of a model: pass the model itself, not "
                 f"{type(model).__name__} (such as model.parameters())."
             )
+        instance("damping_rule", damping_rule, LevenbergMarquardt, "a LevenbergMarquardt", optional=True)
+        instance("step_size", step_size, QuadraticModel, "a QuadraticModel", optional=True)
+        instance("solver", solver, Solver, "a solvers.Solver such as Cholesky()")
+        flag("maximize", maximize)
         if damping_rule is not None:
             damping_rule.refuse(type(self).__name__, "attempts")
         if damping_rule is not None and callable(damping) and not isinstance(damping, Damping):
@@ -198,7 +211,10 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
             eval_mode=self.loop.eval_mode,
             before_pass=self._follow,
         )
-        self._statistics = Statistics(self.tape, self.loss_fn, self._collector(), self.curvature, self.loop.class_dim)
+        loop = self.loop
+        self._statistics = Statistics(
+            self.tape, self.loss_fn, self._collector(), self.curvature, loop.class_dim, loop.batch_dim
+        )
         if self.step_size is not None or self.damping_rule is not None:
             guarded = "kl_clip" not in self.given or self.param_groups[0]["kl_clip"] is not None
             self._step_model = StepModel(self, self.step_size, self.damping_rule, guarded)
@@ -279,15 +295,17 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         return estimator
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group({**param_group, "params": members(unwrapped(self.model), param_group["params"])})
-        if self._statistics is not None:
-            self._follow()
+        with self.transaction():
+            super().add_param_group({**param_group, "params": members(unwrapped(self.model), param_group["params"])})
+            if self._statistics is not None:
+                self._follow()
 
     # The step
 
     def check(self, options: dict[str, Any]) -> None:
         super().check(options)
         ema = options["curvature_ema"]
+        number("curvature_ema", ema)
         if not 0 <= ema < 1:
             raise ValueError(f"curvature_ema is the weight of old statistics, in [0, 1); got {ema}.")
         if self.needs_damping and not options["damping"] > 0:
@@ -352,22 +370,36 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         self._arm()
 
     def mark(self) -> Any:
-        blocks, statistics = {}, self.statistics.mark() if self.statistics.armed else None
-        if self.statistics.armed or self.stagger:
-            blocks = {name: p.mark() for name, p in self.preconditioners.items()}
-        return statistics, blocks, None if self._step_model is None else self._step_model.mark()
+        if self._statistics is None:
+            return None
+        collector = self.statistics.collector
+        refreshes = any(p.unseen or p.inverse is None for p in self.preconditioners.values())
+        changes = self.statistics.armed or self.follows_move or refreshes  # otherwise all estimates stay as they are
+        known = [(entries, dict(entries)) for entries in (collector.estimators, collector.operations, collector.forms)]
+        return (
+            (self.statistics.mark(), collector, collector.plan.mark(), known),
+            [(p, p.mark(changes)) for p in self.preconditioners.values()],
+            None if self._step_model is None else self._step_model.mark(),
+        )
 
     def back_to(self, mark: Any) -> None:
-        statistics, blocks, step_model = mark
-        if statistics is not None:
-            self.statistics.back_to(statistics)
+        if mark is None:
+            return
+        (statistics, collector, plan, known), blocks, step_model = mark
+        self.statistics.back_to(statistics)
+        self.statistics.collector = collector
+        collector.plan.back_to(plan)
+        for entries, before in known:
+            entries.clear()
+            entries.update(before)
+        for preconditioner, before in blocks:
+            preconditioner.back_to(before)
         if self._step_model is not None:
             self._step_model.back_to(step_model)
-        for name, preconditioner in list(self.preconditioners.items()):
-            if name in blocks:
-                preconditioner.back_to(blocks[name])
-            elif self.statistics.armed:
-                self.statistics.collector.give_up({name})
+
+    @property
+    def follows_move(self) -> bool:
+        return self._step_model is not None and self._step_model.undecided
 
     def directions(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         self._follow()
@@ -577,18 +609,30 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         return out
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore :meth:`state_dict`; factors keep their dtype whatever the parameters' is."""
+        """Restore :meth:`state_dict`; factors keep their dtype whatever the parameters' is.
+
+        Raises:
+            ValueError: If blocks are not those of the model and the method, or hold NaN; nothing has changed then.
+        """
+        require_layout(state_dict, type(self).__name__)
         plain, blocks = split_blocks(state_dict)
-        super().load_state_dict(plain)
+        with self.transaction():
+            super().load_state_dict(plain)
+            estimators = self.statistics.collector.estimators
+            estimators.clear()
+            self.preconditioners.clear()
+            for name, saved in copied(blocks, self.parameters.device).items():
+                whose = f"{type(self).__name__}: the saved state of block {name}"
+                block = saved_block(name, saved, self.parameters, whose)
+                estimators[name] = self.begin_block(block, saved_form(saved))
+                load_block(self.preconditioners[name], saved, whose)
+            self.after_load()
         self._taps.close()
-        estimators = self.statistics.collector.estimators
-        estimators.clear()
-        self.preconditioners.clear()
-        for name, saved in copied(blocks, self.parameters.device).items():
-            estimators[name] = self.begin_block(Block.from_state(name, saved["parts"]), saved_form(saved))
-            self.preconditioners[name].load_state_dict(saved)
         self._taps.watch(unwrapped(self.model), self.preconditioners)
         self._arm()
+
+    def after_load(self) -> None:
+        """The blocks were restored."""
 
     def __getstate__(self) -> dict[str, Any]:
         own = {

@@ -16,7 +16,8 @@ from curvature.estimation.passes import Pass, TapedLoss
 from curvature.estimation.tape import Tape
 from curvature.losses import loss_for
 from curvature.model.data import inspection
-from curvature.model.settings import set_random_state, settings
+from curvature.model.settings import settings
+from curvature.model.streams import set_random_state
 from curvature.model.wrappers import plain_checkpoints, unwrapped
 from precond.step.graph import (
     BackwardDoesNothing,
@@ -122,6 +123,8 @@ class LoopReplay(Replay):
         if self.forward_mode:
             try:
                 return self._forward_gram(params, vectors, stride), self._seen()
+            except torch.OutOfMemoryError:
+                raise
             except (NotImplementedError, RuntimeError):
                 self.forward_mode = False
         return super().gram(params, vectors, stride)

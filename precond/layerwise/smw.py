@@ -18,6 +18,7 @@ from precond.step.methods import Taxonomy
 from precond.step.options import TRUST_REGION, Momentum, Refresh, TrustRegion
 from precond.step.schedules import Scheduled, ScheduledInt
 from solvers import Auto, Damping, Solver
+from solvers.outcome.arguments import number
 
 
 class SMWNaturalGradient(WholeModelOptimizer):
@@ -106,6 +107,7 @@ class SMWNaturalGradient(WholeModelOptimizer):
         inverse_update_period: ScheduledInt | Refresh = 1,
         **options: Unpack[LayerwiseOptions],
     ) -> None:
+        number("spring", spring)
         if not 0 <= spring < 1:
             raise ValueError(f"spring is the weight of the previous step, in [0, 1); got {spring}.")
         self.spring = spring

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from curvature.estimation.tape import Tape
-from curvature.model.settings import random_state
+from curvature.model.streams import random_state
 from precond.layerwise.replay import ClosureReplay, LoopReplay, Replay, interpretable
 from precond.step.adapt import LevenbergMarquardt, unseen
 from precond.step.graph import flatten, parameters_at, unflatten
 from precond.step.trust_region import Move, kl_scale, reference_lr
+from solvers.outcome.arguments import fields_of
 
 # A step that raises the loss is halved so often; the last time it is taken back.
 _HALVINGS = 10
@@ -87,6 +88,7 @@ class QuadraticModel:
 
     def __post_init__(self) -> None:
         """Validate the arguments."""
+        fields_of(self)
         if self.max_kl is not None and not self.max_kl > 0:
             raise ValueError(f"max_kl must be positive, or None for no bound; got {self.max_kl}.")
         if not 0 < self.fraction <= 1:
@@ -175,18 +177,14 @@ class StepModel:
         return self._trial is not None
 
     def mark(self) -> Any:
-        """What a step changes before the parameters move, as it is now, for :meth:`back_to`."""
-        params = [p for group in self.optimizer.param_groups for p in group["params"]]
-        return self._trial, self.coefficients, [(p, self.optimizer.state.get(p, {}).get("move")) for p in params]
+        """What a step changes here, as it is now, for :meth:`back_to`."""
+        return dict(vars(self)), dict(vars(self._loop))
 
     def back_to(self, mark: Any) -> None:
         """Undo what has changed since a mark."""
-        self._trial, self.coefficients, moves = mark
-        for p, move in moves:
-            if move is None:
-                self.optimizer.state.get(p, {}).pop("move", None)
-            else:
-                self.optimizer.state[p]["move"] = move
+        own, loop = mark
+        vars(self).update(own)
+        vars(self._loop).update(loop)
 
     def size(self, directions: dict[Tensor, Tensor], gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         """The directions of the step, given the preconditioned gradients.
@@ -284,7 +282,7 @@ class StepModel:
                 break
         for p in params:
             if "move" in self.optimizer.state[p]:
-                self.optimizer.state[p]["move"].mul_(scale)
+                self.optimizer.state[p]["move"] = self.optimizer.state[p]["move"] * scale
         self.taken_back = not scale
         self._set_region((scale or 0.5**_HALVINGS) ** 2 * trial.length)
 

@@ -13,6 +13,7 @@ from curvature.estimation.coverage import Row
 from curvature.structures.by_name import BLOCKS
 from curvature.structures.mixed import Mixed, label
 from curvature.structures.whole import WholeFisher
+from solvers.outcome.arguments import instance
 
 #: Layers (a module, a class of modules, a name or a glob) -> structure by name or as an object; a dict of options that
 #: differ from those of the structure of all others (``"*"``); or ``None`` for plain gradients.
@@ -30,6 +31,7 @@ def with_structures(curvature: Curvature, structures: Structures | None) -> Curv
     Raises:
         ValueError: If an option is not one of the curvature.
     """
+    instance("structures", structures, Mapping, "a mapping of layers to structures", optional=True)
     if not structures:
         return curvature
     return {"*": curvature, **{layers: _resolved(layers, value, curvature) for layers, value in structures.items()}}

@@ -90,8 +90,8 @@ class WholeModelOptimizer(LayerwiseMethod):
         out = super().directions(filled)
         return {p: d for p, d in out.items() if p in gradients}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
+    def after_load(self) -> None:
+        super().after_load()
         if isinstance(self.curvature, WholeFisher):
             self._reconnect()
 

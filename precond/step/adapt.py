@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from precond.step.options import period as check_period
+from solvers.outcome.arguments import fields_of
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class LevenbergMarquardt:
 
     def __post_init__(self) -> None:
         """Validate the arguments."""
+        fields_of(self)
         if not 0 < self.decrease <= 1 <= self.increase:
             raise ValueError(f"need 0 < decrease <= 1 <= increase; got {self.decrease} and {self.increase}.")
         if not 0 < self.minimum <= self.maximum:

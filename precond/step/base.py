@@ -5,22 +5,27 @@ from __future__ import annotations
 import logging
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, TypedDict
 
 import torch
 from torch import Tensor
 
-from precond.step.divergence import advice, all_finite, broken_gradients
+from precond.step.divergence import Diverged, advice, all_finite, broken_gradients, broken_results
 from precond.step.loop import Loop
 from precond.step.options import Momentum, TrustRegion, WeightDecay, in_groups
 from precond.step.scheduled import ScheduledOptimizer
 from precond.step.schedules import Scheduled
 from precond.step.signature import announced
+from precond.step.transaction import Transaction
 from precond.step.trust_region import BoundRecord, Move, Slopes, bounded_move, inner, reference_lr
 from precond.step.uncompiled import uncompiled
 from precond.step.update import apply_update, regularized
+from solvers.outcome.arguments import flag, instance
+from solvers.outcome.remedies import FLOAT64, PERTURBED, remedies
+from solvers.precision import working_dtype
 
 log = logging.getLogger(__name__)
 
@@ -88,10 +93,13 @@ class SecondOrderOptimizer(ScheduledOptimizer):
         if isinstance(params, torch.nn.Module):
             me = type(self).__name__
             raise TypeError(f"{me} takes parameters, not the model: {me}(model.parameters(), ...).")
+        instance("loop", loop, Loop, "a precond.Loop")
+        flag("maximize", maximize)
         loop.require(self.loop_settings, type(self).__name__)
         self.loop = loop
         self.skipped = 0  # steps skipped because a gradient was not finite
         self.skipped_in_row = 0
+        self.remedies: Counter[str] = Counter()  # of decompositions, see solvers.outcome.remedies
         options = {
             "lr": lr,
             **in_groups({"momentum": momentum, "nesterov": False, "weight_decay": weight_decay, "decay": "decoupled"}),
@@ -103,6 +111,10 @@ class SecondOrderOptimizer(ScheduledOptimizer):
         self._measured: dict[Tensor, Tensor] = {}  # squared lengths of momenta in a metric that is new
         self._bounds = BoundRecord()
         self.idle = False  # the step saw only zero gradients and zero rates, so it does not count
+        #: Values that parameters take at the end of the step under way.
+        self.coming: dict[Tensor, Tensor] = {}
+        #: Parts of the state and their new values, for methods that write into large tensors; written with the move.
+        self.rows_written: list[tuple[Tensor, Tensor]] = []
         super().__init__(params, options)
         # A scheduler that cycles momentum writes it wherever `defaults` has it, also into a method without momentum.
         hidden = self.uncycled if options["momentum"] else self.uncycled | {"momentum"}
@@ -136,27 +148,48 @@ class SecondOrderOptimizer(ScheduledOptimizer):
     def on_skip(self) -> None:
         """A step is skipped: forget its statistics."""
 
-    def after_step(self) -> None:
-        """A step was taken, or its first half: prepare the next one."""
+    def before_move(self) -> None:
+        """All values that the step gives are known (:attr:`coming`; none in its first half), and nothing has moved."""
 
     def after_move(self) -> None:
-        """The parameters are where the step has taken them."""
+        """The parameters are where the step has taken them; where this may raise, :attr:`follows_move` must be true."""
+
+    def after_step(self) -> None:
+        """A step was taken, or its first half: prepare the next one. Must not raise."""
+
+    @property
+    def follows_move(self) -> bool:
+        """Whether something that may raise follows the move, see :meth:`after_move`."""
+        return False
+
+    # Whole or not at all
 
     def mark(self) -> Any:
-        """What a step changes before the parameters move, as it is now, for :meth:`back_to`."""
+        """What is kept in objects of the method's own, as it is now, for :meth:`back_to`.
+
+        Attributes, the groups and the state are looked after by :class:`~precond.step.transaction.Transaction`.
+        """
 
     def back_to(self, mark: Any) -> None:
-        """Undo the part of a step since :meth:`mark`, which raised."""
+        """Undo what has changed since :meth:`mark`, because something raised."""
 
-    @contextmanager
-    def _all_or_nothing(self) -> Iterator[None]:
-        """Within the block everything happens or nothing, whatever raises."""
+    def transaction(self, random: bool = False) -> Transaction:
+        """A block in which everything happens or nothing, whatever raises.
+
+        Args:
+            random: Whether the global random streams are put back as well, because the user's closure draws from them.
+        """
         mark = self.mark()
-        try:
-            yield
-        except BaseException:
-            self.back_to(mark)
-            raise
+        device = self.param_groups[0]["params"][0].device if random else None
+        return Transaction(self, lambda: self.back_to(mark), device)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        with self.transaction():
+            super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        with self.transaction():
+            super().load_state_dict(state_dict)
 
     @uncompiled
     @torch.no_grad()
@@ -166,28 +199,43 @@ class SecondOrderOptimizer(ScheduledOptimizer):
         Returns:
             Whatever the closure returned.
         """
-        self.apply_schedules()
-        loss = self._evaluate(closure)
-        gradients = self.true_gradients()
+        whole = self.transaction(closure is not None)
+        with whole:
+            self.apply_schedules()
+            loss = self._evaluate(closure)
+            gradients = self.true_gradients()
         if gradients is None:
             return loss
-        self.idle = self._stands_still(gradients)
-        with self._all_or_nothing():
+        with remedies(self.remedies), whole:
+            self.idle, self.coming, self.rows_written = self._stands_still(gradients), {}, []
+            self._same_precision(gradients)
             gradients = self.regularized(gradients)
             directions = self.directions(gradients)
+            self.before_move()
+            fit = self._fit(directions)
+            if fit:
+                self.skipped_in_row = 0
+                self._write_directions(whole, directions, gradients)
+        if not fit:
+            self._refuse(whole, gradients, directions)
+        return loss
+
+    def _write_directions(
+        self, whole: Transaction, directions: dict[Tensor, Tensor], gradients: dict[Tensor, Tensor]
+    ) -> None:
         slopes = self._slopes_of(directions, gradients)
-        for p, d in directions.items():
-            if p.grad is not None and d is not p.grad:
-                p.grad.copy_(d)
+        written = [(p.grad, d) for p, d in directions.items() if p.grad is not None and d is not p.grad]
+        whole.move([*written, *self.rows_written], self._count)
+        whole.end()
         # The slopes serve the bound, which belongs to the second half.
         self._prepared = {id(p): (p.grad, p.grad._version, s) for p, s in slopes.items() if p.grad is not None}
-        self._count()
-        return loss
 
     @uncompiled
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; see the class for its order.
+
+        Whatever raises, parameters, state and groups are as they were, and the same batch may be tried again.
 
         Args:
             closure: Re-evaluates the model, calls ``backward()`` and returns the loss.
@@ -195,31 +243,83 @@ class SecondOrderOptimizer(ScheduledOptimizer):
         Returns:
             Whatever the closure returned, or ``None``.
         """
-        if closure is not None or not self._is_prepared():
-            self.apply_schedules()
-        loss = self._evaluate(closure)
-        gradients = self.true_gradients()
+        whole = self.transaction(closure is not None)
+        with whole:
+            if closure is not None or not self._is_prepared():
+                self.apply_schedules()
+            loss = self._evaluate(closure)
+            gradients = self.true_gradients()
         if gradients is None:
             return loss
-        prepared = self._is_prepared()
-        self.idle = self._stands_still(gradients)
-        with self._all_or_nothing():
-            if not prepared:
-                gradients = self.regularized(gradients)
-            directions = dict(gradients) if prepared else self.directions(gradients)
-            move = self._bound(directions, gradients, prepared)
-            scale = None if move is None else move.whole
-            for group in self.param_groups:
-                params = [p for p in group["params"] if p in directions]
-                if params:
-                    states, options = [self.state[p] for p in params], self.update_options(group)
-                    apply_update(params, [directions[p] for p in params], states, options, scale)
-        self._note(move)
-        self._prepared, self._measured = {}, {}
-        if not prepared:
-            self._count()
-        self.after_move()
+        with remedies(self.remedies), whole:
+            values, bounds = self._values(gradients)
+            if fit := self._fit(values):
+                self._move(whole, values, bounds)
+        if not fit:
+            self._refuse(whole, gradients, values)
         return loss
+
+    def _same_precision(self, gradients: dict[Tensor, Tensor]) -> None:
+        """Take the state along where the model went on in another precision, by ``model.double()``."""
+        known = self.__dict__.setdefault("_precisions", {})  # not in __init__, because copies start without it
+        for p in gradients:
+            if known.get(p, p.dtype) != p.dtype:
+                self.convert(p)
+        known.update({p: p.dtype for p in gradients})
+
+    def convert(self, p: Tensor) -> None:
+        """A parameter is in another precision than before: convert its state."""
+        dtype, state = working_dtype(p), self.state[p]
+        wide = {k: x for k, x in state.items() if isinstance(x, Tensor) and x.ndim and x.is_floating_point()}
+        state.update({name: x.to(dtype) for name, x in wide.items()})
+
+    def _values(self, gradients: dict[Tensor, Tensor]) -> tuple[dict[Tensor, Tensor], BoundRecord]:
+        """The values that parameters are to take, and how often the bound was active with this step."""
+        prepared = self._is_prepared()
+        self.idle, self.coming, self.rows_written = self._stands_still(gradients), {}, []
+        self._same_precision(gradients)
+        if not prepared:
+            gradients = self.regularized(gradients)
+        directions = dict(gradients) if prepared else self.directions(gradients)
+        move = self._bound(directions, gradients, prepared)
+        scale = None if move is None else move.whole
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p in directions]
+            if params:
+                given, states = [directions[p] for p in params], [self.state[p] for p in params]
+                found = apply_update(params, given, states, self.update_options(group), scale)
+                self.coming |= zip(params, found, strict=True)
+        if not prepared:
+            self.before_move()
+        return dict(self.coming), self._noted(move)
+
+    def _move(self, whole: Transaction, values: dict[Tensor, Tensor], bounds: BoundRecord) -> None:
+        """Write them, with all that follows from that."""
+        prepared = self._is_prepared()
+
+        def last() -> None:
+            self._prepared, self._measured, self._bounds = {}, {}, bounds
+            self.coming, self.rows_written, self.skipped_in_row = {}, [], 0
+            if not prepared:
+                self._count()
+
+        whole.move([*values.items(), *self.rows_written], last, more_follows=self.follows_move)
+        self.after_move()
+        whole.end()
+
+    def touched(self) -> list[Tensor]:
+        """What the step has written to the state, beside the parameters' own entries ``momentum_buffer``."""
+        return []
+
+    def _fit(self, results: Mapping[Tensor, Tensor]) -> bool:
+        """Whether results of the step are fit to be written: they are finite; one wait for the device."""
+        momenta = [state["momentum_buffer"] for p in results if "momentum_buffer" in (state := self.state.get(p, {}))]
+        return all_finite([*results.values(), *momenta, *self.touched()])
+
+    def _refuse(self, whole: Transaction, gradients: dict[Tensor, Tensor], results: Mapping[Tensor, Tensor]) -> None:
+        """Skip the step, because what it would write is not finite."""
+        whole.go_back()
+        self._skip(gradients, broken_results(results, self.state_dict()["state"], self.name_of))
 
     def _count(self) -> None:
         for group in self.param_groups:
@@ -237,7 +337,8 @@ class SecondOrderOptimizer(ScheduledOptimizer):
     def __getstate__(self) -> dict[str, Any]:
         # A learning rate scheduler stores a wrapper of `step`, bound to this very object, as an attribute.
         own = {key: value for key, value in self.__dict__.items() if not key.startswith("_") and key != "step"}
-        return {**own, "_prepared": {}, "_measured": {}, "_bounds": BoundRecord(), "idle": False}
+        fresh = {"_prepared": {}, "_measured": {}, "_bounds": BoundRecord(), "idle": False}
+        return {**own, **fresh, "coming": {}, "rows_written": []}
 
     def _evaluate(self, closure: Callable[[], Any] | None) -> Any:
         if closure is None:
@@ -270,13 +371,12 @@ class SecondOrderOptimizer(ScheduledOptimizer):
         if not self._finite(list(gradients.values())):
             self._skip(gradients)
             return None
-        self.skipped_in_row = 0
         if scale is not None:
             gradients = {p: g / scale for p, g in gradients.items()}
         return gradients
 
-    def _skip(self, gradients: dict[Tensor, Tensor]) -> None:
-        """Skip the step, because a gradient is not finite, and warn.
+    def _skip(self, gradients: dict[Tensor, Tensor], what: str = "") -> None:
+        """Skip the step, because a gradient or what was made of it is not finite, and warn.
 
         Raises:
             FloatingPointError: If that is asked for, or after too many such steps in a row.
@@ -284,15 +384,15 @@ class SecondOrderOptimizer(ScheduledOptimizer):
         self.skipped += 1
         self.skipped_in_row += 1
         self.on_skip()
-        me, what = type(self).__name__, broken_gradients(gradients, self.name_of)
+        me, what = type(self).__name__, what or broken_gradients(gradients, self.name_of)
         if self.loop.nonfinite == "raise":
-            raise FloatingPointError(
+            raise Diverged(
                 f"{what}. Nothing was changed. Lower the learning rate, raise the damping, or look at the batch; "
                 "loop=Loop(nonfinite='skip') goes on without it."
             )
         if self.skipped_in_row >= self.loop.max_skips:
             params = [p for group in self.param_groups for p in group["params"]]
-            raise FloatingPointError(
+            raise Diverged(
                 f"{me} skipped {self.skipped_in_row} steps in a row: {what}. Training has diverged: "
                 f"{advice(params, self.name_of)}. max_skips={self.loop.max_skips} sets how many steps may be skipped."
             )
@@ -347,43 +447,46 @@ class SecondOrderOptimizer(ScheduledOptimizer):
                 directions[p] = d * move.directions.to(d.dtype)
         return move
 
-    def _note(self, move: Move | None) -> None:
-        """Keep the lengths of the momenta, and tell once of a bound that is active most of the time."""
+    def _noted(self, move: Move | None) -> BoundRecord:
+        """Keep the lengths of the momenta; returns how often the bound was active, which is told once."""
         lengths = {} if move is None else move.lengths
         for group in self.param_groups:
             for p in group["params"]:
                 state = self.state.get(p)
                 if state is not None and p in lengths:
-                    if "length" in state:
-                        state["length"].copy_(lengths[p])
-                    else:
-                        state["length"] = lengths[p].clone()
+                    state["length"] = lengths[p].clone()
                 elif state is not None and move is None:
                     state.pop("length", None)  # the momentum goes on without being measured
         if move is None:
-            return
-        self._bounds.add(move)
-        if self._bounds.worth_telling():
-            group = self.param_groups[0]
-            log.warning(
-                "%s: kl_clip=%g has shortened %.0f%% of the steps so far. It sets their length, with lr over %s, "
-                "whatever the gradient%s. If that is not meant, raise kl_clip or the damping; metrics() has the share.",
-                type(self).__name__,
-                group["kl_clip"],
-                100 * self._bounds.share,
-                f"{reference_lr(group):g}",
-                "" if group["kl_lr"] else " and the lr to begin with: TrustRegion(kl, lr=...) gives that an effect",
-            )
+            return self._bounds
+        bounds = self._bounds.after(move)
+        if not bounds.worth_telling():
+            return bounds
+        group = self.param_groups[0]
+        log.warning(
+            "%s: kl_clip=%g has shortened %.0f%% of the steps so far. It sets their length, with lr over %s, "
+            "whatever the gradient%s. If that is not meant, raise kl_clip or the damping; metrics() has the share.",
+            type(self).__name__,
+            group["kl_clip"],
+            100 * bounds.share,
+            f"{reference_lr(group):g}",
+            "" if group["kl_lr"] else " and the lr to begin with: TrustRegion(kl, lr=...) gives that an effect",
+        )
+        return replace(bounds, told=True)
 
     def metrics(self) -> dict[str, float]:
-        """Numbers for a logger: ``lr`` and ``damping`` of the first group, ``steps``, ``skipped`` ones.
+        """What the run has met so far, as a flat dict of floats for any logger.
 
-        With a bound (``kl_clip``) also ``bound``, the share of steps since the optimizer was made in which it was
-        active, and ``kl``, the divergence that is predicted for the last move.
+        ``lr`` and ``damping`` are those of the first group, ``steps`` and ``skipped`` the steps taken and skipped;
+        ``decompositions_in_float64`` and ``decompositions_perturbed`` count eigendecompositions and the like that
+        failed in their own precision, and succeeded in float64 or only after a perturbation of the size of rounding
+        errors. With a bound (``kl_clip``) also ``bound``, the share of steps since the optimizer was made in which it
+        was active, and ``kl``, the divergence that is predicted for the last move.
         """
         group = self.param_groups[0]
         out = {name: float(group[name]) for name in ("lr", "damping") if group.get(name) is not None}
         out |= {"steps": float(self.steps), "skipped": float(self.skipped)}
+        out |= {name: float(self.remedies[name]) for name in (FLOAT64, PERTURBED)}
         if self._bounds.steps:
             out |= {"bound": self._bounds.share, "kl": self._bounds.kl}
         return out

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from solvers.precision import working_dtype
+from solvers.tree import pieces, place
 
 #: Refreshes of one block or parameter that may fail in a row before an error is raised.
 TOLERATED_FAILURES = 3
 
 Name = Callable[[Tensor], str]
+
+
+class Diverged(FloatingPointError):
+    """A step was refused because it is not finite, and the run is told to stop or to go on without it."""
 
 
 def all_finite(gradients: list[Tensor]) -> bool:
@@ -45,6 +51,25 @@ def broken_gradients(gradients: Mapping[Tensor, Tensor], name_of: Name) -> str:
     return f"a gradient holds NaN or inf{which}"
 
 
+def broken_results(results: Mapping[Tensor, Tensor], state: Any, name_of: Name) -> str:
+    """Why the results of a step are not finite though its gradients are.
+
+    Args:
+        results: Parameter -> direction or new value.
+        state: What the optimizer's ``state_dict`` holds of the parameters, before the step.
+        name_of: Names a parameter.
+    """
+    held = ((path, x) for path, x in pieces(state) if isinstance(x, Tensor) and x.is_floating_point())
+    if (broken := next((path for path, x in held if not torch.isfinite(x).all()), None)) is not None:
+        return (
+            f"the gradients are finite, but the optimizer's own state holds NaN or inf, in {place(broken)} of its "
+            "state_dict; load the state of the last checkpoint"
+        )
+    bad = [p for p, value in results.items() if not torch.isfinite(value).all()]
+    which = f" ({len(bad)} of {len(results)} parameters, the first: {name_of(bad[0])})" if bad else ""
+    return f"the gradients are finite, but the step that follows from them overflows{which}"
+
+
 def advice(params: Iterable[Tensor], name_of: Name) -> str:
     """Advice about a stuck run, by whether its parameters are still finite."""
     broken = next((p for p in params if not torch.isfinite(p).all()), None)
@@ -55,6 +80,7 @@ def advice(params: Iterable[Tensor], name_of: Name) -> str:
         )
     return (
         "all parameters are finite, so look at (a) the batches and their targets, (b) the loss, such as log or "
-        "division near zero, (c) overflow in half precision, for which there is torch.amp.GradScaler; a lower learning "
-        "rate from the last checkpoint on helps where the parameters have become very large"
+        "division near zero, (c) overflow in half precision, for which there is torch.amp.GradScaler, (d) the state of "
+        "the optimizer, where it is named above; a lower learning rate from the last checkpoint on helps where the "
+        "parameters have become very large"
     )

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from curvature.losses import Terms, loss_for
-from curvature.model.pullback import Pullback
+from curvature.losses import Terms, loss_for, module_called
+from curvature.model.parameters import tensor_of_its_own
+from curvature.model.pullback import Pullback, pull_back
 from solvers import Function
 from solvers.precision import working_dtype
 
@@ -116,7 +117,7 @@ def flatten(vectors: Mapping[Tensor, Tensor]) -> Tensor:
 def unflatten(flat: Tensor, params: list[Tensor]) -> Vectors:
     """Inverse of :func:`flatten`."""
     parts = flat.split([p.numel() for p in params])
-    return {p: part.reshape(p.shape) for p, part in zip(params, parts, strict=True)}
+    return {p: tensor_of_its_own(part.reshape(p.shape)) for p, part in zip(params, parts, strict=True)}
 
 
 def rademacher(p: Tensor, seed: int, step: int, index: int) -> Tensor:
@@ -160,20 +161,14 @@ class GaussNewtonMatrix:
         values = [output.value for output in outputs]
         self._pullback = Pullback(values, params)
         with torch.enable_grad():
-            found = torch.autograd.grad(values, params, self._seeds, create_graph=True, allow_unused=True)
+            found = pull_back(values, params, self._seeds, create_graph=True)
         self._images = {p: image for p, image in zip(params, found, strict=True) if image is not None}
 
     def push(self, v: Tensor) -> list[Tensor]:
         """``J_i v`` for each output."""
         vectors = unflatten(v, self.params)
         images = list(self._images)
-        found = torch.autograd.grad(
-            [self._images[p] for p in images],
-            self._seeds,
-            [vectors[p].to(p.dtype) for p in images],
-            retain_graph=True,
-            allow_unused=True,
-        )
+        found = pull_back([self._images[p] for p in images], self._seeds, [vectors[p].to(p.dtype) for p in images])
         return [torch.zeros_like(s) if x is None else x for s, x in zip(self._seeds, found, strict=True)]
 
     def pull(self, cotangents: list[Tensor]) -> Tensor:
@@ -228,7 +223,7 @@ class LossCall(NamedTuple):
 def loss_calls(loss_fn: nn.Module) -> Iterator[list[LossCall]]:
     """A list to which every call of a loss module within the block is added."""
     calls: list[LossCall] = []
-    handle = loss_fn.register_forward_hook(
+    handle = (module_called(loss_fn) or loss_fn).register_forward_hook(
         lambda module, args, kwargs, value: calls.append(LossCall(args, kwargs, value)), with_kwargs=True
     )
     try:
@@ -270,6 +265,7 @@ def curved_output(loss_fn: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     terms = loss_for(loss_fn).terms(*given, as_called=True)
     if terms.reduction == "none":
         raise ValueError(f"{loss_fn!r} returned one value per term, but its Hessian needs reduction='mean' or 'sum'.")
+    terms.refuse_undefined()
     scale = weight / (float(terms.total) if terms.reduction == "mean" else 1.0)
     if scale < 0:
         raise ValueError(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal, get_args
 
 from torch import Tensor
 
 from precond.step.schedules import Scheduled, ScheduledInt
 from precond.step.update import Decay
+from solvers.outcome.arguments import flag, number, whole
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,12 @@ class Momentum:
 
     strength: Scheduled = 0.9
     nesterov: bool = False
+
+    def __post_init__(self) -> None:
+        """Validate the arguments."""
+        if not callable(self.strength):
+            number("strength", self.strength)
+        flag("nesterov", self.nesterov)
 
     def in_groups(self) -> dict[str, Any]:
         """The entries of a parameter group."""
@@ -47,6 +55,8 @@ class WeightDecay:
 
     def __post_init__(self) -> None:
         """Validate the form."""
+        if not callable(self.strength):
+            number("strength", self.strength)
         _check_form("form", self.form)
 
     def in_groups(self) -> dict[str, Any]:
@@ -128,12 +138,17 @@ class Refresh:
 
     def __post_init__(self) -> None:
         """Validate the burn-in."""
-        if not isinstance(self.burn_in, int) or self.burn_in < 0:
+        if not callable(self.period):
+            whole("period", self.period, low=-(2**63))  # its range is checked with the groups, by the name it has there
+        flag("stagger", self.stagger, optional=True)
+        if not isinstance(self.burn_in, int) or isinstance(self.burn_in, bool) or not 0 <= self.burn_in < 2**63:
             raise ValueError(f"burn_in is a whole number of steps, at least 0; got {self.burn_in!r}.")
 
     @classmethod
     def of(cls, given: ScheduledInt | Refresh) -> Refresh:
         """The object itself, or the one made from a period."""
+        if not (isinstance(given, Refresh) or callable(given)):
+            period("inverse_update_period", given)
         return given if isinstance(given, Refresh) else cls(given)
 
 
@@ -155,6 +170,7 @@ def check_options(options: dict[str, Any]) -> None:
     Raises:
         ValueError: Naming the option, its value and the range.
     """
+    _check_types(options)
     rate = options.get("lr")
     if isinstance(rate, Tensor) and rate.numel() != 1:
         raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(rate.shape)}; use groups for several rates.")
@@ -179,6 +195,48 @@ def check_options(options: dict[str, Any]) -> None:
     clip = options.get("kl_clip")
     if clip is not None and not clip > 0:
         raise ValueError(f"kl_clip must be positive, or None for no bound; got {clip}.")
+    for name in _NUMBERS & options.keys():  # what the ranges above let pass
+        if not isinstance(options[name], Tensor):
+            number(name, options[name], optional=True)
+    for name, low in (("vector_scale", 0), ("scale", 0)):
+        if name in options:
+            number(name, options[name], low=low)
+
+
+#: Options of groups by the kind of their values; those with None as a value among them in the last set.
+_NUMBERS = frozenset(
+    {
+        *("lr", "momentum", "weight_decay", "kl_clip", "damping", "eps", "curvature_ema", "exponent", "max_rms"),
+        *("preconditioner_lr", "average_decay", "vector_scale", "scale", "gamma", "hessian_power"),
+    }
+)
+_WHOLE = frozenset({"max_dim", "merge_dims", "block_size", "rank", "start_step"})
+_FLAGS = frozenset(
+    {"nesterov", "maximize", "rotate_vectors", "eigenvalue_correction", "orthogonalize", "stacked"},
+)
+_OPTIONAL = frozenset({"kl_clip", "curvature_ema", "exponent", "max_rms", "merge_dims"})
+
+
+def _check_types(options: dict[str, Any]) -> None:
+    """Refuse values of another type than the option's; the ranges follow."""
+    for name, value in options.items():
+        if value is None and name in _OPTIONAL:
+            continue
+        if name in _NUMBERS and not (isinstance(value, Tensor) and value.numel() == 1):
+            if isinstance(value, (bool, Tensor)) and not (name == "lr" and isinstance(value, Tensor)):
+                raise TypeError(f"{name} is a number, not {value!r}.")
+            if not isinstance(value, (Real, Tensor)):
+                raise TypeError(f"{name} is a number, not {value!r}.")
+        elif name in _WHOLE:
+            whole(name, value, low=-(2**63))
+            if name != "rank" and value < 1:
+                raise ValueError(f"{name} is at least 1, not {value}.")
+        elif name in _FLAGS:
+            flag(name, value)
+        elif name == "betas" and not (
+            isinstance(value, (tuple, list)) and all(isinstance(b, Real) and not isinstance(b, bool) for b in value)
+        ):
+            raise TypeError(f"betas are numbers such as (0.9, 0.999), not {value!r}.")
 
 
 def choice(name: str, value: Any, of: Any) -> Any:
@@ -190,7 +248,7 @@ def choice(name: str, value: Any, of: Any) -> Any:
 
 def period(name: str, value: int) -> int:
     """A period in steps, checked."""
-    if not isinstance(value, int) or value < 1:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**63:
         raise ValueError(f"{name} must be a whole number of steps, at least 1, got {value!r}.")
     return value
 

@@ -36,7 +36,8 @@ RENAMED: dict[str, tuple[tuple[str, ...], str | None]] = {
     "initial": (("fisher", "curvature"), "initial"),
     "coupled": (("fisher",), "coupled"),
     "mu": (("curvature",), "mu"),
-    **{name: (("loop",), name) for name in (field.name for field in fields(Loop))},
+    # All but batch_dim, which never was an option by itself.
+    **{name: (("loop",), name) for name in (field.name for field in fields(Loop)) if name != "batch_dim"},
 }
 
 #: Object that a number means as one of these options.

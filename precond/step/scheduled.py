@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from precond.step.loading import require_fit, require_layout
 from precond.step.options import check_options, in_groups
 from precond.step.schedules import FIXED, numbers_at, split
 from precond.step.update import SCHEDULED_DECAY
@@ -99,11 +100,35 @@ class ScheduledOptimizer(torch.optim.Optimizer):
                     return given[i] if given else f"parameter {i} of group {index}, shape {tuple(p.shape)}"
         return f"a parameter of shape {tuple(parameter.shape)}"
 
+    def expected_state(self, p: Tensor, options: dict[str, Any]) -> Mapping[str, Any] | None:
+        """Entries of a parameter's state in a checkpoint, such as at its first step; values do not count.
+
+        Args:
+            p: The parameter.
+            options: Of its group, as saved.
+
+        Returns:
+            ``None`` where every tensor of it has the parameter's shape.
+        """
+        return None
+
+    def _take(self, given: dict[str, Any], final: dict[str, Any]) -> None:
+        require_layout(given, type(self).__name__)
+        me = type(self).__name__
+        require_fit(given, self.param_groups, self.expected_state, self.check, self.name_of, me)
+        final.update(given)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore :meth:`state_dict`; the state of a half-precision parameter keeps the precision it was saved with."""
+        """Restore :meth:`state_dict`; the state of a half-precision parameter keeps the precision it was saved with.
+
+        Raises:
+            ValueError: If names, shapes or kinds of the entries are not those of the parameters, or one is not finite;
+                nothing has changed then.
+        """
+        require_layout(state_dict, type(self).__name__)
         before = [dict(group) for group in self.param_groups]  # the checkpoint may be older than an option
         final: dict[str, Any] = {}
-        hook = self.register_load_state_dict_pre_hook(lambda _, given: final.update(given))  # after the user's hooks
+        hook = self.register_load_state_dict_pre_hook(lambda _, given: self._take(given, final))  # after the user's
         try:
             super().load_state_dict(state_dict)
         finally:

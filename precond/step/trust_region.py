@@ -66,10 +66,12 @@ def kl_scale(total: Tensor, bound: float) -> Tensor:
     r"""Factor that keeps a squared length below a bound: :math:`\nu = \min(1, \sqrt{c / t})`.
 
     Args:
-        total: t; a direction that does not descend has none, and stays the same.
+        total: t; a direction that does not descend has none, and stays the same. Where it overflows there is no such
+            factor: NaN, for which the step is refused.
         bound: c.
     """
-    return torch.where(total > bound, (bound / total.clamp(min=torch.finfo(total.dtype).tiny)).sqrt(), 1.0)
+    scale = torch.where(total > bound, (bound / total.clamp(min=torch.finfo(total.dtype).tiny)).sqrt(), 1.0)
+    return torch.where(total.isfinite(), scale, torch.nan)
 
 
 def bounded_move(
@@ -133,34 +135,36 @@ def bounded_move(
     return Move(scale, whole, new, whole.square() * (present * n).sum(), (scale < 1) | (whole < 1))
 
 
+@dataclass(frozen=True)
 class BoundRecord:
-    """How often the bound was active, counted without waiting for the device."""
+    """How often the bound was active, counted without waiting for the device.
 
-    def __init__(self) -> None:
-        self.steps = 0
-        self.told = False
-        self._active: Tensor | int = 0
-        self._kl: Tensor | float = 0.0
+    Attributes:
+        steps: Steps that had a bound.
+        told: Whether it was told that most of them were shortened.
+        active: Number of those that were, 0-d.
+        last: Twice the predicted divergence of the last move.
+    """
 
-    def add(self, move: Move) -> None:
-        """Count a step."""
-        self.steps += 1
-        self._active = self._active + move.active.to(torch.int64)
-        self._kl = move.kl
+    steps: int = 0
+    told: bool = False
+    active: Tensor | int = 0
+    last: Tensor | float = 0.0
+
+    def after(self, move: Move) -> BoundRecord:
+        """The record with one more step."""
+        return BoundRecord(self.steps + 1, self.told, self.active + move.active.to(torch.int64), move.kl)
 
     @property
     def share(self) -> float:
         """Share of the steps in which it was active."""
-        return float(self._active) / self.steps if self.steps else 0.0
+        return float(self.active) / self.steps if self.steps else 0.0
 
     @property
     def kl(self) -> float:
         """Predicted divergence of the last move."""
-        return float(self._kl) / 2
+        return float(self.last) / 2
 
     def worth_telling(self) -> bool:
-        """Whether it was active in most steps, which is to be told; true once, and looked at now and then."""
-        if self.told or self.steps < _TELL_AFTER or self.steps % _TELL_AFTER or self.share <= 0.5:
-            return False
-        self.told = True
-        return True
+        """Whether it was active in most steps, which is to be told once; looked at now and then."""
+        return not self.told and self.steps >= _TELL_AFTER and not self.steps % _TELL_AFTER and self.share > 0.5

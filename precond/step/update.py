@@ -59,47 +59,50 @@ def apply_update(
     states: list[dict[str, Any]],
     group: dict[str, Any],
     scale: Tensor | None = None,
-) -> None:
-    r"""Weight decay, momentum, and the move itself, in the arithmetic of ``torch.optim.SGD``.
+) -> list[Tensor]:
+    r"""Momentum, weight decay and the values that parameters are to take, in the arithmetic of ``torch.optim.SGD``.
 
     .. math:: v \leftarrow \mu v + d, \qquad p \leftarrow (1 - r) p - \eta \nu v
 
-    with the rate r of :func:`decay_rate` and the factor :math:`\nu` of a trust region.
+    with the rate r of :func:`decay_rate` and the factor :math:`\nu` of a trust region. Nothing is changed in place:
+    parameters move when all values are known.
 
     Args:
-        params: Parameters, changed in place.
-        directions: Preconditioned gradients; overwritten.
-        states: State of each parameter; holds ``momentum_buffer`` where there is momentum.
+        params: Parameters.
+        directions: Preconditioned gradients.
+        states: State of each parameter; gets a new ``momentum_buffer`` where there is momentum.
         group: Options ``lr``, ``momentum``, ``nesterov``, ``weight_decay``, ``decay``, ``maximize``.
         scale: :math:`\nu`, 0-d; 1 if ``None``.
+
+    Returns:
+        The new values.
     """
     lr, momentum = group["lr"], group["momentum"]
     lr = lr.reshape(()) if isinstance(lr, Tensor) else lr
     if group["maximize"]:
         directions = list(torch._foreach_neg(directions))
     if momentum:
-        old: list[tuple[dict[str, Any], Tensor]] = []
-        fresh: list[tuple[dict[str, Any], Tensor]] = []
+        known = [i for i, state in enumerate(states) if "momentum_buffer" in state]
+        if known:
+            kept = torch._foreach_mul([states[i]["momentum_buffer"] for i in known], momentum)
+            torch._foreach_add_(kept, [directions[i] for i in known])
+            for i, buffer in zip(known, kept, strict=True):
+                states[i]["momentum_buffer"] = buffer
         for state, d in zip(states, directions, strict=True):
-            (old if "momentum_buffer" in state else fresh).append((state, d))
-        for state, d in fresh:
-            state["momentum_buffer"] = d.clone()
-        if old:
-            buffers = [state["momentum_buffer"] for state, _ in old]
-            torch._foreach_mul_(buffers, momentum)
-            torch._foreach_add_(buffers, [d for _, d in old])
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = d.clone()  # it may be a gradient, to which the loop writes
         buffers = [state["momentum_buffer"] for state in states]
         directions = list(torch._foreach_add(directions, buffers, alpha=momentum)) if group["nesterov"] else buffers
+    values = params
     if group["weight_decay"] and group["decay"] != "l2":
         rate = decay_rate({**group, "lr": lr})
         if group["decay"] == "cautious":
             agree = [(d.sign() * p >= 0).to(p.dtype) for p, d in zip(params, directions, strict=True)]
-            torch._foreach_mul_(params, [1 - rate * mask for mask in agree])
+            values = list(torch._foreach_mul(params, [1 - rate * mask for mask in agree]))
         else:
-            torch._foreach_mul_(params, 1 - rate)
+            values = list(torch._foreach_mul(params, 1 - rate))
     if scale is not None:
         directions = [d * scale.to(d.device, d.dtype) for d in directions]
     if isinstance(lr, Tensor):
-        torch._foreach_sub_(params, list(torch._foreach_mul(directions, lr)))
-    else:
-        torch._foreach_add_(params, directions, alpha=-lr)
+        return list(torch._foreach_sub(values, list(torch._foreach_mul(directions, lr))))
+    return list(torch._foreach_add(values, directions, alpha=-lr))

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from solvers.operators.bases import Derived, SelfAdjoint
+from solvers.operators.decompositions import eigenvalues
 from solvers.operators.dense import Dense, non_finite, require_symmetric, symmetric_part
 from solvers.operators.linear_operator import LinearOperator, Shape
 from solvers.operators.storable import storable
+from solvers.outcome.arguments import flag, real_tensor
 from solvers.outcome.checks import require
-from solvers.outcome.errors import NotPositiveDefiniteError, SolverError
+from solvers.outcome.errors import NonFiniteError, NotPositiveDefiniteError, SolverError
 from solvers.precision import widen
 from solvers.solver import Solver
 
@@ -33,6 +35,10 @@ class Cholesky(Solver):
 
     explicit: bool = True
 
+    def __post_init__(self) -> None:
+        """Validate the arguments."""
+        flag("explicit", self.explicit)
+
     exponents: ClassVar[tuple[float, ...]] = (-1,)
     needs: ClassVar[tuple[type[LinearOperator], ...]] = (Dense,)
 
@@ -43,11 +49,16 @@ class Cholesky(Solver):
             StructureError: For another structure or exponent.
             NotPositiveDefiniteError: If a pivot is not positive.
             NotSymmetricError: If the matrix is not symmetric.
-            NonFiniteError: If it holds NaN or infinity.
+            NonFiniteError: If it holds NaN or infinity, or the inverse overflows.
         """
         self.check_serves(op, exponent)
         assert isinstance(op, Dense)
         factor = CholeskyInverse(cholesky_factor(op))
+        pivots = factor.factor.diagonal(dim1=-2, dim2=-1)
+        require(
+            torch.isfinite(pivots**-2).all(),  # the diagonal of the inverse is at least these
+            lambda: NonFiniteError(f"{op!r} ** -1 overflows {pivots.dtype}. Use float64 or more damping."),
+        )
         return factor.to_explicit() if self.explicit else factor
 
 
@@ -57,6 +68,12 @@ class CholeskyInverse(SelfAdjoint, Derived):
     """``(L L^T)^-1`` by the triangular factor ``L (*stack, n, n)``; acts on ``(*stack, n)``."""
 
     factor: Tensor
+
+    def __post_init__(self) -> None:
+        """Validate the arguments."""
+        real_tensor("factor", self.factor)
+        if self.factor.ndim < 2 or self.factor.shape[-1] != self.factor.shape[-2]:
+            raise ValueError(f"factor is a triangle (*stack, n, n), not {tuple(self.factor.shape)}.")
 
     @property
     def in_shape(self) -> Shape:
@@ -104,7 +121,7 @@ def cholesky_factor(op: Dense) -> Tensor:
 def _failure(op: Dense, matrix: Tensor) -> SolverError:
     if not torch.isfinite(matrix).all():
         return non_finite(op)
-    smallest = float(torch.linalg.eigvalsh(matrix.double()).min())
+    smallest = float(eigenvalues(matrix.double()).min())
     return NotPositiveDefiniteError(
         f"Cholesky cannot invert {op!r}: it is not positive definite in {matrix.dtype}, its smallest eigenvalue is "
         f"{smallest:.3g}. Use more damping, Eigh('clamped') or float64."

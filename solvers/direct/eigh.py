@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from solvers.operators.dense import Dense, non_finite, require_symmetric
+from solvers.operators.decompositions import eigendecomposition
+from solvers.operators.dense import Dense, require_symmetric
 from solvers.operators.eigenvalue_power import MODES, Mode, computed_power
 from solvers.operators.linear_operator import LinearOperator
-from solvers.outcome.checks import require
-from solvers.outcome.errors import SolverError
+from solvers.outcome.arguments import choice, number
 from solvers.precision import widen
 from solvers.solver import BasisSolver
 
@@ -42,8 +41,8 @@ class Eigh(BasisSolver):
 
     def __post_init__(self) -> None:
         """Validate the arguments."""
-        if self.mode not in MODES:
-            raise ValueError(f"mode is one of {', '.join(MODES)}, not {self.mode!r}.")
+        choice("mode", self.mode, MODES)
+        number("floor", self.floor, optional=True)
         if self.floor is not None and (self.mode != "clamped" or not self.floor > 0):
             raise ValueError(f"floor is a positive number for mode='clamped', not {self.floor} for {self.mode!r}.")
 
@@ -69,19 +68,15 @@ class Eigh(BasisSolver):
         Args:
             matrix: Symmetric ``(*stack, n, n)``.
             previous: A basis of a nearby matrix; ignored by a full decomposition.
+
+        Raises:
+            NotSymmetricError: If the matrix is not symmetric.
+            NonFiniteError: If it holds NaN or infinity.
+            SolverError: If it cannot be decomposed; see :mod:`solvers.operators.decompositions` for what is tried.
         """
         op = matrix if isinstance(matrix, Dense) else Dense(matrix)
         require_symmetric(op)
-        try:
-            values, basis = torch.linalg.eigh(widen(op.matrix))
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            if not torch.isfinite(op.matrix).all():
-                raise non_finite(op) from None
-            raise SolverError(f"The eigendecomposition of {op!r} did not converge; try float64.") from error
-        require(torch.isfinite(values).all(), lambda: non_finite(op))
-        return values, basis
+        return eigendecomposition(widen(op.matrix))
 
     def computed_power(self, values: Tensor, exponent: float, op: LinearOperator) -> Tensor:
         """``values ** exponent`` after the mode's treatment of computed eigenvalues."""

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from solvers.direct.eigh import Eigh
+from solvers.operators.decompositions import power_of_two
 from solvers.operators.dense import Dense, non_finite, require_symmetric
 from solvers.operators.eigen import Eigen
 from solvers.operators.linear_operator import LinearOperator
+from solvers.outcome.arguments import choice, number, whole
 from solvers.outcome.checks import require
 from solvers.outcome.solution import OnFailure, not_converged
 from solvers.precision import widen
@@ -42,6 +44,13 @@ class Subspace(BasisSolver):
     rtol: float = 1e-2
     on_failure: OnFailure = "warn"
 
+    def __post_init__(self) -> None:
+        """Validate the arguments."""
+        whole("steps", self.steps)
+        number("tolerance", self.tolerance, low=0)
+        number("rtol", self.rtol, low=0)
+        choice("on_failure", self.on_failure, OnFailure)
+
     exponents: ClassVar[tuple[float, ...] | None] = None
     needs: ClassVar[tuple[type[LinearOperator], ...]] = (Dense,)
 
@@ -56,7 +65,8 @@ class Subspace(BasisSolver):
         assert isinstance(op, Dense)
         old = previous.basis if isinstance(previous, Eigen) else None
         values, basis = self.basis(op, old.matrix if isinstance(old, Dense) else None)
-        fraction = off_diagonal_fraction(basis.mT @ widen(op.matrix) @ basis)
+        matrix = widen(op.matrix)
+        fraction = off_diagonal_fraction(basis.mT @ (matrix / power_of_two(matrix)) @ basis)
         if bool((fraction > self.rtol).any()):
             not_converged(
                 f"Subspace has not converged on {op!r}: the off-diagonal part is {float(fraction.max()):.3g} of the "
@@ -72,17 +82,20 @@ class Subspace(BasisSolver):
             return Eigh().basis(op)
         require_symmetric(op)
         a = widen(op.matrix)
+        size = power_of_two(a)  # norms of products leave the floating range before the entries do
+        a = a / size
         q = previous.to(a)
         product = a @ q
         require(torch.isfinite(product.abs().amax()), lambda: non_finite(op))  # a tenth of the time of a look at each
         if self.tolerance and bool((off_diagonal_fraction(q.mT @ product) <= self.tolerance).all()):
-            return (q * product).sum(-2), q
+            return (q * product).sum(-2) * size.squeeze(-1), q
         # Null directions would drown in the rounding errors eps |A| of A Q; a shift keeps them, and all eigenvectors.
-        shift = torch.finfo(a.dtype).eps ** 0.5 * torch.linalg.matrix_norm(a)[..., None, None]
+        norm = torch.linalg.matrix_norm(a)[..., None, None]
+        shift = torch.where(norm > 0, torch.finfo(a.dtype).eps ** 0.5 * norm, 1)  # zero keeps the basis it has
         for _ in range(self.steps):
             q = _qr_step(product + shift * q, q, (q * product).sum(-2))
             product = a @ q
-        return (q * product).sum(-2), q
+        return (q * product).sum(-2) * size.squeeze(-1), q
 
 
 def off_diagonal_fraction(matrix: Tensor) -> Tensor:

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from solvers.eigenpairs.lobpcg import LOBPCG
-from solvers.eigenpairs.result import Eigenpairs, Wanted, Which, finish
+from solvers.eigenpairs.result import Eigenpairs, Wanted, Which, check_search, finish
 from solvers.eigenpairs.storage import Storage
 from solvers.eigenpairs.thick_restart import ThickRestart
 from solvers.estimates.probes import FlatProduct, default_batch, flat_product, normals, own_generator, require_symmetric
 from solvers.operators.linear_operator import LinearOperator
+from solvers.outcome.arguments import flag, function, instance, whole
 from solvers.outcome.progress import progress_bar
 from solvers.outcome.solution import OnFailure
 from solvers.precision import working_dtype
@@ -95,12 +96,21 @@ def eigsh(
         https://doi.org/10.1137/S1064827500366124
     """
     require_symmetric(op, "eigsh")
+    whole("k", k)
+    check_search(rtol, atol, max_products, basis_size, generator, on_failure, progress)
+    instance("preconditioner", preconditioner, LinearOperator, "a LinearOperator", optional=True)
+    flag("search_copies", search_copies)
+    instance("v0", v0, Tensor, "a tensor", optional=True)
+    instance("storage", storage, (str, os.PathLike), "the path of a folder", optional=True)
+    instance("state", state, dict, "the state of earlier Eigenpairs", optional=True)
+    function("checkpoint", checkpoint, optional=True)
     n = op.shape[1]
     if not 1 <= k <= n:
         raise ValueError(f"{op!r} has {n} eigenvalues; k={k} is not between 1 and {n}.")
     eps = torch.finfo(op.dtype).eps
     wanted = Wanted(k, which, eps**0.5 / 2 if rtol is None else rtol, atol, eps)
-    method = method or ("lanczos" if preconditioner is None else "lobpcg")
+    if method is None:
+        method = "lanczos" if preconditioner is None else "lobpcg"
     _check_method(op, method, which, preconditioner)
     most = max(1000, 10 * n) if max_products is None else max_products
     if most < 2 * k:
@@ -163,7 +173,7 @@ def _too_few(run: ThickRestart | LOBPCG, k: int) -> bool:
 
 
 def _check_method(op: LinearOperator, method: str, which: Which, preconditioner: LinearOperator | None) -> None:
-    if method not in _METHODS:
+    if not isinstance(method, str) or method not in _METHODS:
         raise ValueError(f"method is 'lanczos' or 'lobpcg', not {method!r}.")
     if method == "lanczos" and preconditioner is not None:
         raise ValueError("Lanczos has no use for a preconditioner. Leave method out, or the preconditioner.")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from solvers.eigenpairs.result import Wanted
 from solvers.estimates.probes import FlatProduct, norm, orthonormal
+from solvers.operators.decompositions import eigendecomposition, singular_value_decomposition
 from solvers.operators.linear_operator import LinearOperator
 from solvers.outcome.errors import NonFiniteError, NotPositiveDefiniteError
 
@@ -132,7 +133,7 @@ def _rayleigh_ritz(op: LinearOperator, basis: Tensor, images: Tensor) -> tuple[T
         raise NonFiniteError(
             f"eigsh met NaN or infinity in the products of {op!r}. Leave the batch that caused it out, or use float64."
         )
-    values, vectors = torch.linalg.eigh(form.double() / 2 + form.double().mT / 2)
+    values, vectors = eigendecomposition(form.double() / 2 + form.double().mT / 2)
     return values.to(basis.dtype), vectors.to(basis.dtype)
 
 
@@ -141,6 +142,6 @@ def _orthonormal_to(basis: Tensor, x: Tensor) -> Tensor:
     for _ in range(2):
         x = x / norm(x).clamp(min=torch.finfo(torch.float64).tiny).to(x.dtype).unsqueeze(1)
         x = x - (x @ basis.mT) @ basis
-        _, sizes, rows = torch.linalg.svd(x, full_matrices=False)
+        _, sizes, rows = singular_value_decomposition(x)
         x = rows[sizes > 1e3 * torch.finfo(x.dtype).eps]
     return x

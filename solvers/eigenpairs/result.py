@@ -10,8 +10,10 @@ from torch import Tensor
 
 from solvers.eigenpairs.storage import Storage, orthonormalize, rotate
 from solvers.estimates.probes import FlatProduct, default_batch, norm
+from solvers.operators.decompositions import eigendecomposition
 from solvers.operators.dense import symmetric_part
 from solvers.operators.linear_operator import LinearOperator
+from solvers.outcome.arguments import choice, flag, instance, number, whole
 from solvers.outcome.solution import OnFailure, not_converged
 
 Which = Literal["LA", "SA", "LM", "BE"]
@@ -43,6 +45,29 @@ class Eigenpairs:
     state: dict[str, Tensor]
 
 
+def check_search(
+    rtol: float | None,
+    atol: float,
+    max_products: int | None,
+    basis_size: int | None,
+    generator: torch.Generator | None,
+    on_failure: OnFailure,
+    progress: bool | None,
+) -> None:
+    """Refuse options of a search for eigenpairs or singular triplets that mean nothing.
+
+    Raises:
+        TypeError, ValueError: Naming the option.
+    """
+    number("rtol", rtol, low=0, optional=True)
+    number("atol", atol, low=0)
+    whole("max_products", max_products, optional=True)
+    whole("basis_size", basis_size, optional=True)
+    instance("generator", generator, torch.Generator, "a torch.Generator", optional=True)
+    choice("on_failure", on_failure, OnFailure)
+    flag("progress", progress, optional=True)
+
+
 @dataclass(frozen=True)
 class Wanted:
     """Which eigenvalues are wanted, and how exact.
@@ -66,7 +91,7 @@ class Wanted:
 
     def __post_init__(self) -> None:
         """Validate the arguments."""
-        if self.which not in get_args(Which):
+        if not isinstance(self.which, str) or self.which not in get_args(Which):
             raise ValueError(
                 f"which is one of {', '.join(get_args(Which))}, not {self.which!r}. For eigenvalues near zero take "
                 "the largest ones of op.inverse()."
@@ -143,7 +168,7 @@ def finish(
     batch = default_batch(op, None)
     for source, target in zip(vectors.split(batch), images.split(batch), strict=True):
         target.copy_(product(source))
-    values, rotation = torch.linalg.eigh(symmetric_part(vectors @ images.mT))
+    values, rotation = eigendecomposition(symmetric_part(vectors @ images.mT))
     chosen = wanted.output(values)
     values, rotation = values[chosen], rotation[:, chosen].mT
     for rows in (vectors, images):

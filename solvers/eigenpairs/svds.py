@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from solvers.eigenpairs.eigsh import eigsh
-from solvers.estimates.probes import default_batch, flat_product, norm
+from solvers.eigenpairs.result import check_search
+from solvers.estimates.probes import default_batch, flat_product, norm, require_operator
+from solvers.operators.decompositions import singular_value_decomposition
 from solvers.operators.function import Function
 from solvers.operators.linear_operator import LinearOperator
-from solvers.outcome.errors import NotConvergedWarning
-from solvers.outcome.solution import OnFailure, not_converged
+from solvers.outcome.arguments import whole
+from solvers.outcome.solution import OnFailure, not_converged, silenced
 from solvers.precision import working_dtype
 
 
@@ -77,6 +78,9 @@ def svds(
         NonFiniteError: If a product holds NaN or infinity.
         NotConvergedError: If a triplet misses its tolerance and ``on_failure`` is "raise".
     """
+    require_operator(op)
+    whole("k", k)
+    check_search(rtol, atol, max_products, basis_size, generator, on_failure, progress)
     rows, columns = op.shape
     if not 1 <= k <= min(rows, columns):
         raise ValueError(f"{op!r} has {min(rows, columns)} singular values; k={k} is not between 1 and that.")
@@ -93,8 +97,7 @@ def svds(
     def gram(x: Tensor) -> Tensor:
         return back(onto(x) / scale) / scale
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NotConvergedWarning)  # judged below, on the triplets
+    with silenced():  # judged below, on the triplets
         pairs = eigsh(
             Function(gram, (inner.shape[1],), symmetric=True, dtype=dtype, device=op.device),
             k,
@@ -105,7 +108,7 @@ def svds(
             progress=progress,
         )
     images = onto(pairs.vectors)  # A v, (k, .)
-    left, values, rotation = torch.linalg.svd(images.mT, full_matrices=False)
+    left, values, rotation = singular_value_decomposition(images.mT)
     left, right = left.mT, rotation @ pairs.vectors
     residuals = torch.hypot(
         norm(rotation @ images - values.unsqueeze(1) * left), norm(back(left) - values.unsqueeze(1) * right)

@@ -22,6 +22,7 @@ from torch import Tensor
 from solvers.eigenpairs.result import Wanted
 from solvers.eigenpairs.storage import Storage, rotate
 from solvers.estimates.probes import FlatProduct, norm
+from solvers.operators.decompositions import eigendecomposition
 from solvers.operators.linear_operator import LinearOperator
 from solvers.outcome.errors import NonFiniteError
 
@@ -213,7 +214,7 @@ class ThickRestart:
                 f"eigsh met NaN or infinity in the products of {self.op!r}. Leave the batch that caused it out, or use "
                 "float64."
             )
-        values, vectors = torch.linalg.eigh(matrix)
+        values, vectors = eigendecomposition(matrix)
         return values, vectors, beta * vectors[-1].abs()
 
     def look(self, full: bool) -> bool:

@@ -11,6 +11,7 @@ from solvers.estimates.estimate import Estimate, Goal, average, conclude, exact
 from solvers.estimates.leave_one_out import LeaveOneOut, grow_until_good
 from solvers.estimates.probes import default_batch, flat_product, own_generator, require_square, signs
 from solvers.operators.linear_operator import LinearOperator
+from solvers.outcome.arguments import choice, flag
 from solvers.outcome.errors import StructureError
 from solvers.outcome.solution import OnFailure
 
@@ -64,6 +65,9 @@ def diagonal(
         (2024), section 2.4, https://arxiv.org/abs/2301.07825
     """
     require_square(op, "diagonal")
+    choice("method", method, DiagonalMethod, optional=True)
+    flag("progress", progress, optional=True)
+    own = own_generator(op, generator)
     goal = Goal(samples, rtol, atol, max_samples, on_failure)
     batch = default_batch(op, batch_size)
     if method is None:
@@ -73,7 +77,7 @@ def diagonal(
             if op.shape[1] <= samples:
                 return _by_unit_vectors(op, batch)
         method = "hutchinson"
-    generator = own_generator(op, generator)
+    generator = own
     match method:
         case "hutchinson":
             product = flat_product(op)

@@ -12,7 +12,9 @@ from math import erf, inf, sqrt
 import torch
 from torch import Tensor
 
+from solvers.operators.decompositions import power_of_two
 from solvers.operators.linear_operator import LinearOperator
+from solvers.outcome.arguments import choice, number, whole
 from solvers.outcome.errors import NonFiniteError
 from solvers.outcome.progress import progress_bar
 from solvers.outcome.solution import OnFailure, not_converged
@@ -31,7 +33,8 @@ class Estimate:
         value: The estimate, 0-d (or shaped as what is estimated).
         stderr: Standard error of ``value``, shaped alike; 0 where it is exact. For few samples it is widened as
             Student's t is, so that the truth lies within ``value +- 2 stderr`` in 95 % of runs, however many the
-            samples. Infinite for a single sample, which has no error estimate.
+            samples. Where a single eigenvalue makes up the number, the estimates are skewed, and ten samples cover some
+            87 %, a hundred 95 %. Infinite for a single sample, which has no error estimate.
         samples: Random samples that were spent, as the estimator counts them; 0 where the value is exact.
         products: Products with the operator that were spent, counted in vectors.
         systematic: The part of ``stderr`` that more samples do not reduce (quadrature); 0 for unbiased estimates.
@@ -52,31 +55,44 @@ class Estimate:
 
 
 class Mean:
-    """Running mean of independent samples and its standard error, by chunks (Chan, Golub and LeVeque, 1983)."""
+    """Running mean of independent samples and its standard error, by chunks (Chan, Golub and LeVeque, 1983).
+
+    Kept in units of the first samples, whose squares may leave the floating range of float64.
+    """
 
     def __init__(self) -> None:
         self.count = 0
-        self.value = torch.zeros((), dtype=torch.float64)
+        self._unit = torch.zeros((), dtype=torch.float64)  # zero until a sample is not
+        self._mean = torch.zeros((), dtype=torch.float64)
         self._squares = torch.zeros((), dtype=torch.float64)  # summed squared distances from the mean
 
     def add(self, samples: Tensor) -> None:
         """Take in ``samples (count, *shape)``."""
         samples = samples.double()
+        self._unit = self._unit.to(samples.device)
+        here = power_of_two(samples.reshape(1, -1))[0, 0]
+        self._unit = torch.where(self._unit == 0, torch.where((samples != 0).any(), here, 0), self._unit)
+        samples = samples / torch.where(self._unit == 0, 1, self._unit)
         count, mean = samples.shape[0], samples.mean(0)
         squares = (samples - mean).square().sum(0)
         total = self.count + count
         if self.count:
-            gap = mean - self.value
+            gap = mean - self._mean
             squares = squares + self._squares + gap.square() * (self.count * count / total)
-            mean = self.value + gap * (count / total)
-        self.count, self.value, self._squares = total, mean, squares
+            mean = self._mean + gap * (count / total)
+        self.count, self._mean, self._squares = total, mean, squares
+
+    @property
+    def value(self) -> Tensor:
+        """The mean."""
+        return self._mean * self._unit
 
     @property
     def stderr(self) -> Tensor:
         """Standard error of the mean, widened for few samples; infinite for one."""
         if self.count < 2:
-            return torch.full_like(self.value, inf)
-        return widening(self.count) * (self._squares / (self.count * (self.count - 1))).sqrt()
+            return torch.full_like(self._mean, inf)
+        return widening(self.count) * (self._squares / (self.count * (self.count - 1))).sqrt() * self._unit
 
 
 def widening(count: int) -> float:
@@ -109,18 +125,16 @@ class Goal:
 
     def __post_init__(self) -> None:
         """Validate the arguments."""
-        if self.samples < 1:
-            raise ValueError(f"samples is at least 1, not {self.samples}.")
-        for name, tolerance in (("rtol", self.rtol), ("atol", self.atol)):
-            if tolerance is not None and not 0 <= tolerance < inf:
-                raise ValueError(f"{name} is a number >= 0, not {tolerance}.")
+        whole("samples", self.samples)
+        number("rtol", self.rtol, low=0, optional=True)
+        number("atol", self.atol, low=0, optional=True)
+        whole("max_samples", self.max_samples)
         if self.has_tolerance and self.max_samples < self.first:
             raise ValueError(
                 f"max_samples={self.max_samples} is below the {self.first} samples that are taken before the tolerance "
                 "is looked at. Allow more, or ask for fewer samples."
             )
-        if self.on_failure not in ("warn", "raise"):
-            raise ValueError(f"on_failure is 'warn' or 'raise', not {self.on_failure!r}.")
+        choice("on_failure", self.on_failure, OnFailure)
 
     @property
     def has_tolerance(self) -> bool:
@@ -147,8 +161,8 @@ class Goal:
         """Standard error over tolerance; the goal is reached at 1 or below, and always without a tolerance."""
         if not self.has_tolerance or value.numel() == 0:
             return 0.0
-        error = float(stderr.double().square().mean().sqrt())
-        tolerance = max((self.rtol or 0.0) * float(value.double().square().mean().sqrt()), self.atol or 0.0)
+        error = _rms(stderr)
+        tolerance = max((self.rtol or 0.0) * _rms(value), self.atol or 0.0)
         if error == 0:
             return 0.0
         return error / tolerance if tolerance > 0 else inf
@@ -161,6 +175,13 @@ class Goal:
         # Frequent checks would stop on a lucky low error. The error falls as the root of the number of samples.
         wanted = min(max(1.25, 1.05 * excess**2), 4.0) * count
         return min(int(wanted) + 1, self.most)
+
+
+def _rms(x: Tensor) -> float:
+    """Root mean square, also of numbers whose squares leave the floating range."""
+    x = x.double()
+    unit = power_of_two(x.reshape(1, -1))[0, 0]
+    return float((x / unit).square().mean().sqrt() * unit)
 
 
 def average(
@@ -230,7 +251,7 @@ def conclude(
     require_finite(name, op, value)
     excess = goal.excess(value, stderr)
     if excess > 1:
-        error = float(stderr.double().square().mean().sqrt())
+        error = _rms(stderr)
         not_converged(
             f"{name} of {op!r} has the standard error {error:.3g} after {samples} samples, {excess:.3g} times what was "
             f"asked for. {mend}",

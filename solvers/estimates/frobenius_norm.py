@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from solvers.estimates.estimate import Estimate, Goal, Mean, average, conclude, exact
-from solvers.estimates.probes import default_batch, flat_product, norm, own_generator, signs
+from solvers.estimates.probes import default_batch, flat_product, norm, own_generator, require_operator, signs
+from solvers.operators.decompositions import power_of_two
 from solvers.operators.linear_operator import LinearOperator
+from solvers.outcome.arguments import flag
 from solvers.outcome.errors import StructureError
 from solvers.outcome.solution import OnFailure
 
@@ -48,19 +50,33 @@ def frobenius_norm(
         NonFiniteError: If a product holds NaN or infinity.
         NotConvergedError: If the tolerance is not met and ``on_failure`` is "raise".
     """
+    require_operator(op)
+    flag("progress", progress, optional=True)
+    own = own_generator(op, generator)
+    goal = Goal(100 if samples is None else samples, rtol, atol, max_samples, on_failure)
+    batch = default_batch(op, batch_size)
     if samples is None:
         try:
             return exact("frobenius_norm", op, op.frobenius_norm())
         except StructureError:
-            samples = 100
-    goal = Goal(samples, rtol, atol, max_samples, on_failure)
-    batch, product, generator = default_batch(op, batch_size), flat_product(op), own_generator(op, generator)
+            pass  # no exact norm: estimated below
+    product, generator = flat_product(op), own
+
+    unit = torch.ones((), dtype=torch.float64, device=op.device)  # of the first norms, whose squares may overflow
 
     def draw(count: int) -> Tensor:
-        return norm(product(signs(op, count, generator))).square()
+        nonlocal unit
+        norms = norm(product(signs(op, count, generator)))
+        if unit == 1:
+            unit = power_of_two(norms[None])[0, 0]
+        return (norms / unit).square()
 
-    mean = average(draw, goal, batch, "frobenius_norm", progress, read=_root)
-    value, stderr = _root(mean)
+    def root(mean: Mean) -> tuple[Tensor, Tensor]:
+        value, stderr = _root(mean)
+        return value * unit, stderr * unit
+
+    mean = average(draw, goal, batch, "frobenius_norm", progress, read=root)
+    value, stderr = root(mean)
     return conclude("frobenius_norm", op, goal, value, stderr, samples=mean.count, products=mean.count)
 
 

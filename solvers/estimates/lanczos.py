@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from solvers.estimates.probes import FlatProduct, norm
+from solvers.operators.decompositions import eigendecomposition
 from solvers.operators.linear_operator import LinearOperator
 from solvers.outcome.errors import NonFiniteError
 
@@ -128,7 +129,7 @@ def _gauss(op: LinearOperator, alphas: list[Tensor], betas: list[Tensor]) -> Qua
 
 
 def _nodes(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    values, vectors = torch.linalg.eigh(matrix)
+    values, vectors = eigendecomposition(matrix)
     return values, vectors[:, 0].square()
 
 

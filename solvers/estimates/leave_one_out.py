@@ -18,6 +18,7 @@ from torch import Tensor
 
 from solvers.estimates.estimate import Goal, require_finite, widening
 from solvers.estimates.probes import flat_product
+from solvers.operators.decompositions import power_of_two
 from solvers.operators.linear_operator import LinearOperator
 from solvers.outcome.progress import progress_bar
 
@@ -26,6 +27,8 @@ Draw = Callable[[LinearOperator, int, torch.Generator], Tensor]
 
 class LeaveOneOut:
     """Test vectors, their products, the basis and its products; can grow, and keeps what it has.
+
+    Products, and all that follows from them, are in units of :attr:`unit`.
 
     Args:
         op: Square operator.
@@ -44,6 +47,7 @@ class LeaveOneOut:
         empty = draw(op, 0, generator)
         self.omega = self.y = self.q = self.aq = empty
         self.r = empty.new_zeros(0, 0)
+        self.unit: Tensor | None = None  # of all products: their squares may leave the floating range
 
     @property
     def count(self) -> int:
@@ -55,6 +59,9 @@ class LeaveOneOut:
         omega = self.draw(self.op, count - self.count, self.generator)
         y = self.product(omega)
         require_finite("the product", self.op, y)
+        if self.unit is None:
+            self.unit = power_of_two(y)[0, 0]
+        y = y / self.unit
         # A product of low rank would leave R singular. Noise of the size of its rounding errors completes the basis;
         # estimates stay unbiased for any basis that does not depend on the vector left out.
         size = y.abs().amax()
@@ -67,7 +74,7 @@ class LeaveOneOut:
         q, r = torch.linalg.qr(rest.mT)
         self.r = torch.cat([torch.cat([self.r, top], 1), torch.cat([torch.zeros_like(top).mT, r], 1)])
         self.omega, self.y = torch.cat([self.omega, omega]), torch.cat([self.y, y])
-        self.q, self.aq = torch.cat([self.q, q.mT]), torch.cat([self.aq, self.second(q.mT.contiguous())])
+        self.q, self.aq = torch.cat([self.q, q.mT]), torch.cat([self.aq, self.second(q.mT.contiguous()) / self.unit])
 
     def directions(self) -> Tensor:
         """The unit vectors ``s_i`` in columns, float64."""
@@ -174,7 +181,8 @@ def grow_until_good(
         while True:
             bar.update(2 * (count - method.count))
             method.grow(count)
-            value, stderr = estimate(method)
+            assert method.unit is not None
+            value, stderr = (t * method.unit for t in estimate(method))
             if count >= most or not goal.excess(value, stderr) > 1:
                 return value, stderr
             count = min(count + count // 2, most)

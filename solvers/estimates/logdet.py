@@ -20,6 +20,7 @@ from solvers.estimates.probes import (
 from solvers.operators.damping import Damping, Tikhonov
 from solvers.operators.dense import Dense
 from solvers.operators.linear_operator import LinearOperator, Scalar
+from solvers.outcome.arguments import choice, flag, whole
 from solvers.outcome.errors import NotPositiveDefiniteError, StructureError
 from solvers.outcome.solution import OnFailure
 
@@ -76,10 +77,10 @@ def logdet(
         Ubaru, Chen and Saad (2017), https://doi.org/10.1137/16M1104974
     """
     require_square(op, "logdet")
-    if steps < 1:
-        raise ValueError(f"steps is at least 1, not {steps}.")
-    if method not in (None, "slq"):
-        raise ValueError(f"method is 'slq' or None, not {method!r}.")
+    whole("steps", steps)
+    choice("method", method, ("slq",), optional=True)
+    flag("progress", progress, optional=True)
+    batch, own = default_batch(op, batch_size), own_generator(op, generator)
     goal = Goal(samples, rtol, atol, max_samples, on_failure)
     damped = (damping if isinstance(damping, Damping) else Tikhonov(damping))(op)
     n = op.shape[1]
@@ -90,7 +91,7 @@ def logdet(
             if n <= samples:
                 return exact("logdet", op, Dense(damped.to_dense()).logdet(), products=n)
     require_symmetric(damped, "logdet")
-    product, generator = flat_product(damped), own_generator(op, generator)
+    product, generator = flat_product(damped), own
     change = Mean()  # what the third and the last quarter of the steps changed
     products = 0
 
@@ -108,7 +109,7 @@ def logdet(
         change.add(n * changes.mT)
         return n * values
 
-    mean = average(draw, goal, default_batch(op, batch_size), "logdet", progress)
+    mean = average(draw, goal, batch, "logdet", progress)
     return conclude(
         "logdet",
         op,

@@ -10,7 +10,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from solvers.operators.decompositions import power_of_two
 from solvers.operators.linear_operator import LinearOperator
+from solvers.outcome.arguments import instance, whole
 from solvers.outcome.errors import NotSymmetricError
 from solvers.precision import working_dtype
 
@@ -20,9 +22,13 @@ FlatProduct = Callable[[Tensor], Tensor]
 # Numbers in one block of vectors, where the user sets no batch_size: 256 MiB in float64.
 _BLOCK = 1 << 25
 
+# The squares of float64 numbers within this and its inverse are in range, and have all their digits.
+_SMALL = 1e-140
+
 
 def own_generator(op: LinearOperator, generator: torch.Generator | None) -> torch.Generator:
     """The user's generator, or a new one seeded 0; torch's global random state is never used."""
+    instance("generator", generator, torch.Generator, "a torch.Generator", optional=True)
     return torch.Generator(op.device).manual_seed(0) if generator is None else generator
 
 
@@ -67,9 +73,8 @@ def default_batch(op: LinearOperator, batch_size: int | None) -> int:
     Raises:
         ValueError: If the user's number is not positive.
     """
+    whole("batch_size", batch_size, optional=True)
     if batch_size is not None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size is at least 1, not {batch_size}.")
         return batch_size
     fits = max(1, _BLOCK // max(1, *op.shape))
     return fits if op.block_size is None else min(fits, op.block_size)
@@ -81,7 +86,11 @@ def norm(x: Tensor) -> Tensor:
     Returns:
         ``(m,)``, float64.
     """
-    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64)
+    size = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64)
+    if x.dtype == torch.float64 and bool(((size < _SMALL) | ~(size < 1 / _SMALL)).any()):
+        unit = power_of_two(x.unsqueeze(-2)).squeeze(-1)
+        return torch.linalg.vector_norm(x / unit, dim=-1) * unit.squeeze(-1)
+    return size
 
 
 def orthonormal(x: Tensor) -> Tensor:
@@ -90,12 +99,22 @@ def orthonormal(x: Tensor) -> Tensor:
     return torch.linalg.qr((x / torch.where(size > 0, size, 1)).mT).Q.mT
 
 
+def require_operator(op: LinearOperator) -> None:
+    """Refuse what is no operator.
+
+    Raises:
+        TypeError: If it is none.
+    """
+    instance("op", op, LinearOperator, "a LinearOperator such as Dense(matrix)")
+
+
 def require_square(op: LinearOperator, name: str) -> None:
     """Refuse a rectangle.
 
     Raises:
         ValueError: If the operator is not square.
     """
+    require_operator(op)
     if op.in_shape != op.out_shape:
         raise ValueError(
             f"{name} needs a square operator, and {op!r} goes from {op.in_shape} to {op.out_shape}. "

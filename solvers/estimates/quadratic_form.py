@@ -12,6 +12,8 @@ from solvers.estimates.estimate import Estimate, require_finite
 from solvers.estimates.lanczos import Quadrature, quadrature, remaining
 from solvers.estimates.probes import flat_product, norm, require_square, require_symmetric
 from solvers.operators.linear_operator import LinearOperator
+from solvers.outcome.arguments import choice, instance, number, whole
+from solvers.outcome.arguments import function as function_of
 from solvers.outcome.solution import OnFailure, not_converged
 from solvers.precision import working_dtype
 
@@ -59,6 +61,12 @@ def quadratic_form(
         Golub and Meurant (2010), Matrices, Moments and Quadrature, chapter 7
     """
     require_square(op, "quadratic_form")
+    instance("x", x, Tensor, "a tensor")
+    function_of("function", function, optional=True)
+    whole("steps", steps)
+    number("rtol", rtol, low=0, optional=True)
+    number("atol", atol, low=0)
+    choice("on_failure", on_failure, OnFailure)
     y = x if function is not None else (op @ x).detach()
     batch = x.shape[: x.ndim - len(op.in_shape)]
     m, n = prod(batch), op.shape[1]

@@ -15,6 +15,7 @@ from solvers.estimates.estimate import Estimate, Mean
 from solvers.estimates.lanczos import Quadrature, quadrature
 from solvers.estimates.probes import default_batch, flat_product, norm, own_generator, require_symmetric, signs
 from solvers.operators.linear_operator import LinearOperator
+from solvers.outcome.arguments import choice, flag, number, whole
 from solvers.outcome.progress import progress_bar
 
 DensityMethod = Literal["slq", "kpm"]
@@ -31,7 +32,10 @@ class Density:
         grid: Points ``(g,)``, ascending, in units of the operator.
         density: Density at the points ``(g,)``; its integral is one.
         stderr: Its standard error at each point ``(g,)``: that of the mean over the random vectors, and for "slq" also
-            what the last quarter of the steps changed. ``density +- 2 stderr`` is the error band.
+            what the last quarter of the steps changed. ``density +- 2 stderr`` is the error band: it holds the smoothed
+            density in 95 % of runs at each point that the steps resolve, outliers included, for which it is as wide as
+            the skewed estimate of one eigenvalue needs (three times the density for 4 vectors, 1.2 times for 10); in
+            99 % at outliers that come in pairs.
         moments: Estimate ``(4,)`` of ``tr(A^p) / n`` for p = 1, ..., 4, before any smoothing.
         width: Width of the kernel, in units of the operator. Detail below it is not resolved.
         samples: Random vectors spent.
@@ -94,13 +98,18 @@ def spectral_density(
     require_symmetric(op, "spectral_density")
     if op.shape[1] == 0:
         raise ValueError(f"{op!r} is empty and has no spectrum.")
-    for name, number in (("samples", samples), ("steps", steps)):
-        if number < 1:
-            raise ValueError(f"{name} is at least 1, not {number}.")
+    choice("method", method, DensityMethod)
+    whole("samples", samples)
+    whole("steps", steps)
+    number("width", width, optional=True)
+    flag("progress", progress, optional=True)
     if width is not None and (method == "kpm" or not width > 0):
         raise ValueError(f"width is a positive number for method='slq', not {width} for {method!r}.")
-    if isinstance(grid, int) and grid < 2:
-        raise ValueError(f"grid is at least 2 points, not {grid}.")
+    if isinstance(grid, Tensor):
+        if grid.ndim != 1 or grid.is_complex() or not bool(torch.isfinite(grid).all()):
+            raise ValueError(f"grid is a number of points or finite points (g,), not a tensor {tuple(grid.shape)}.")
+    else:
+        whole("grid", grid, low=2)
     batch, generator = default_batch(op, batch_size), own_generator(op, generator)
     parts = [min(batch, samples - done) for done in range(0, samples, batch)]
     with progress_bar(samples, f"spectral density ({method})", progress) as bar:
@@ -155,8 +164,40 @@ def smooth(
         curve.add(values)
         change.add(changes[1])
         moments.add(_moments(rule))
-    stderr = torch.hypot(curve.stderr, change.value.abs())
+    stderr = torch.hypot(_skewed(curve, op.shape[1] * sigma), change.value.abs())
     return _density(points, curve.value, stderr, moments, sigma, products)
+
+
+def _skewed(curve: Mean, scale: float | Tensor) -> Tensor:
+    r"""Standard errors of a density, at least those that few eigenvalues under the kernel have.
+
+    An eigenvector's share of a random vector is like a squared normal number, so the estimate from m vectors, where the
+    kernel sees :math:`\nu` eigenvalues, is like :math:`\chi^2_k / k` times the truth, with :math:`k = \nu m`. For an
+    outlier that is skewed: often far too low, with a sample variance that is as low. So where
+    :math:`\nu \approx 2 \sqrt\pi\, n w \rho` (one at least) makes for a wider band, that one is taken.
+
+    Args:
+        curve: The mean over the vectors.
+        scale: The number of unknowns n times the width w of the kernel.
+    """
+    found = (2 * pi**0.5 * scale * curve.value).clamp(min=1)
+    return torch.maximum(curve.stderr, _relative_error(found * curve.count).to(curve.value) * curve.value)
+
+
+def _relative_error(k: Tensor) -> Tensor:
+    r"""The e for which :math:`\chi^2_k / k`, plus or minus 2 e times itself, misses one in 5 % of draws."""
+    from scipy.special import chdtr  # heavy, and needed by estimates alone
+
+    freedom = k.cpu().numpy()
+    low, high = np.zeros_like(freedom), np.full_like(freedom, 1e3)
+    for _ in range(50):
+        e = (low + high) / 2
+        below = chdtr(freedom, freedom / (1 + 2 * e))
+        with np.errstate(divide="ignore"):
+            above = np.where(2 * e < 1, 1 - chdtr(freedom, freedom / np.where(2 * e < 1, 1 - 2 * e, 1)), 0)
+        missed = below + above > 0.05
+        low, high = np.where(missed, e, low), np.where(missed, high, e)
+    return torch.from_numpy(high)
 
 
 def _moments(rule: Quadrature) -> Tensor:
@@ -201,7 +242,8 @@ def _kpm(
         moments.add(chebyshev @ to_moments.mT)
         update(count)
     products = spent + sum(parts) * steps
-    return _density(points, curve.value, curve.stderr, moments, pi * half / degree, products)
+    kernel = pi * half / degree * (1 - t.square()).clamp(min=0).sqrt()  # the kernel's width, less towards the ends
+    return _density(points, curve.value, _skewed(curve, op.shape[1] * kernel), moments, pi * half / degree, products)
 
 
 def _chebyshev(product: Callable[[Tensor], Tensor], z: Tensor, centre: float, half: float, steps: int) -> Tensor:

@@ -22,6 +22,7 @@ from solvers.estimates.probes import (
     signs,
 )
 from solvers.operators.linear_operator import LinearOperator
+from solvers.outcome.arguments import choice, flag
 from solvers.outcome.errors import StructureError
 from solvers.outcome.solution import OnFailure
 
@@ -82,6 +83,9 @@ def trace(
         https://arxiv.org/abs/2301.07825
     """
     require_square(op, "trace")
+    choice("method", method, TraceMethod, optional=True)
+    flag("progress", progress, optional=True)
+    own = own_generator(op, generator)
     goal = Goal(samples, rtol, atol, max_samples, on_failure)
     batch = default_batch(op, batch_size)
     n = op.shape[1]
@@ -92,7 +96,7 @@ def trace(
             if n <= samples:
                 return _by_unit_vectors(op, batch)
         method = "hutch++"
-    generator = own_generator(op, generator)
+    generator = own
     match method:
         case "hutchinson":
             return _hutchinson(op, goal, batch, generator, progress)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from solvers.iterative.base import Iterate, IterativeSolver, LinearSystem, divide, dot
 from solvers.operators.linear_operator import LinearOperator
+from solvers.outcome.arguments import choice, number
 from solvers.outcome.errors import NotPositiveDefiniteError
 from solvers.outcome.solution import OnFailure
 
@@ -58,10 +59,10 @@ class CG(IterativeSolver):
 
     def __post_init__(self) -> None:
         """Validate the arguments."""
-        if self.stop not in ("residual", "progress"):
-            raise ValueError(f"stop is 'residual' or 'progress', not {self.stop!r}.")
-        if self.negative_curvature not in get_args(NegativeCurvature):
-            raise ValueError(f"negative_curvature is 'raise' or 'stop', not {self.negative_curvature!r}.")
+        super().__post_init__()
+        choice("stop", self.stop, ("residual", "progress"))
+        number("min_progress", self.min_progress, low=0)
+        choice("negative_curvature", self.negative_curvature, NegativeCurvature)
 
     def iterate(self, system: LinearSystem) -> Iterate:
         """Run the iteration; a finished row keeps its iterate, so a late read returns the same one."""
@@ -105,7 +106,7 @@ class CG(IterativeSolver):
         # Reading this back at every step is the price of stopping at the right one; on an accelerator "stop" is free.
         if bool(bad.any()):
             index = int(bad.nonzero()[0])
-            value = float(curvature[index] / dot(p[index], p[index]))
+            value = float(curvature[index] / dot(p[index], p[index])) * system.size
             raise NotPositiveDefiniteError(
                 f"CG met the curvature {value:.3g} in step {step}: {system.op!r} is not positive definite. Use more "
                 "damping, MINRES() for an indefinite operator, or negative_curvature='stop' to keep the iterate before."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from solvers.iterative.base import Iterate, IterativeSolver, LinearSystem, divide
 from solvers.operators.linear_operator import LinearOperator
+from solvers.outcome.arguments import number
 from solvers.outcome.solution import OnFailure
 
 
@@ -40,6 +41,11 @@ class LSMR(IterativeSolver):
     on_failure: OnFailure = "warn"
     progress: bool | None = None
 
+    def __post_init__(self) -> None:
+        """Validate the arguments."""
+        super().__post_init__()
+        number("damp", self.damp, low=0)
+
     exponents: ClassVar[tuple[float, ...] | None] = (-1,)
     needs_symmetric: ClassVar[bool] = False
 
@@ -47,6 +53,14 @@ class LSMR(IterativeSolver):
     def preconditioner(self) -> LinearOperator | None:
         """None: scale the columns of A instead."""
         return None
+
+    def rescaled(self, size: float) -> LSMR:
+        """The same term for ``A / size``."""
+        return self if size == 1 else replace(self, damp=self.damp / size)
+
+    def residual_units(self, size: float) -> float:
+        """The residual is that of the normal equations, with a factor ``A^T``."""
+        return size
 
     def size(self, b: Tensor, rproduct: Callable[[Tensor], Tensor]) -> Tensor:
         """``|A^T b|``, ``(m,)``."""

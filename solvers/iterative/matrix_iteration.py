@@ -8,8 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from solvers.operators.decompositions import power_of_two
 from solvers.operators.dense import Dense, non_finite, require_symmetric
 from solvers.operators.linear_operator import LinearOperator
+from solvers.outcome.arguments import choice, number, whole
 from solvers.outcome.solution import OnFailure, Solution, SolveInfo, not_converged
 from solvers.precision import widen
 from solvers.solver import Solver
@@ -26,6 +28,12 @@ class MatrixIteration(Solver):
     """
 
     needs: ClassVar[tuple[type[LinearOperator], ...]] = (Dense,)
+
+    def __post_init__(self) -> None:
+        """Validate the arguments."""
+        number("rtol", self.rtol, low=0, optional=True)
+        whole("max_steps", self.max_steps)
+        choice("on_failure", self.on_failure, OnFailure)
 
     @property
     @abstractmethod
@@ -60,7 +68,7 @@ class MatrixIteration(Solver):
         info = solution.info
         if bool(info.converged.all()):
             return Dense(solution.x)
-        worst = float(info.residual.nan_to_num(float("inf")).max())
+        worst = float(info.residual.nan_to_num(float("inf"), float("inf")).max())
         not_converged(
             f"{type(self).__name__} has not converged on {op!r} ** {exponent:g} in {info.iterations} steps: the "
             f"residual is {worst:.3g}, wanted {float(info.tolerance.min()):.3g}. The matrix must be positive definite "
@@ -75,8 +83,12 @@ class MatrixIteration(Solver):
         matrix = widen(op.matrix)
         if not bool(torch.isfinite(matrix).all()):
             raise non_finite(op)
+        size = power_of_two(matrix)  # squared norms leave the floating range before the entries do
+        matrix = matrix / size
         root, steps = self.iterate(matrix, exponent)
         residual = _residual(root, matrix, exponent)
+        root = root * size**exponent
+        residual = torch.where(torch.isfinite(root).all(-1).all(-1), residual, torch.inf)  # by overflow
         rtol = 10 * torch.finfo(matrix.dtype).eps ** 0.5 if self.rtol is None else self.rtol
         return Solution(root, SolveInfo(steps, residual, torch.full_like(residual, rtol), residual <= rtol))
 

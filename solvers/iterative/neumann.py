@@ -10,6 +10,7 @@ from torch import Tensor
 
 from solvers.iterative.base import Iterate, IterativeSolver, LinearSystem, divide
 from solvers.operators.linear_operator import LinearOperator
+from solvers.outcome.arguments import number
 from solvers.outcome.solution import OnFailure
 
 
@@ -42,11 +43,18 @@ class Neumann(IterativeSolver):
     on_failure: OnFailure = "warn"
     progress: bool | None = None
 
+    def __post_init__(self) -> None:
+        """Validate the arguments."""
+        super().__post_init__()
+        number("scale", self.scale, low=0, open_low=True, optional=True)
+
     exponents: ClassVar[tuple[float, ...] | None] = (-1,)
 
     def iterate(self, system: LinearSystem) -> Iterate:
         """Run the iteration; a diverging row stops and is reported."""
-        scale = self._scale(system) if self.scale is None else self.scale
+        # The user's step is for A itself, and a preconditioner is scaled already.
+        own = 1.0 if self.preconditioner is not None else system.size
+        scale = self._scale(system) if self.scale is None else self.scale * own
         x = system.x
         r = system.b - system.product(x)
         norm = start = torch.linalg.vector_norm(r, dim=-1)

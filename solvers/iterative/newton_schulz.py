@@ -13,6 +13,7 @@ from torch import Tensor
 
 from solvers.iterative.matrix_iteration import MatrixIteration, distance_to_identity, settled
 from solvers.operators.dense import symmetric_part
+from solvers.outcome.arguments import real_tensor, whole
 from solvers.outcome.errors import NonFiniteError, NotConvergedError
 from solvers.outcome.solution import OnFailure
 
@@ -98,6 +99,10 @@ def polar(matrix: Tensor, steps: int | None = None) -> Tensor:
     References:
         Amsel et al. (2025), https://arxiv.org/abs/2505.16932
     """
+    real_tensor("matrix", matrix)
+    whole("steps", steps, low=0, optional=True)
+    if matrix.ndim < 2:
+        raise ValueError(f"matrix is (*stack, m, n), not {tuple(matrix.shape)}.")
     if matrix.shape[-2] > matrix.shape[-1]:
         return polar(matrix.mT, steps).mT
     size = torch.linalg.matrix_norm(matrix, keepdim=True)

@@ -14,10 +14,12 @@ from torch import Tensor
 from solvers.iterative.base import Iterate, IterativeInverse, IterativeSolver, LinearSystem
 from solvers.operators.compositions import Shifted
 from solvers.operators.congruence import Congruence
+from solvers.operators.decompositions import power_of_two, singular_value_decomposition
 from solvers.operators.dense import symmetric_part
 from solvers.operators.diagonal import Diagonal
 from solvers.operators.linear_operator import LinearOperator
 from solvers.operators.low_rank import LowRank, Rows
+from solvers.outcome.arguments import instance, whole
 from solvers.outcome.errors import NonFiniteError, NotPositiveDefiniteError, StructureError
 from solvers.outcome.solution import OnFailure
 
@@ -57,8 +59,9 @@ class Nystrom(IterativeSolver):
 
     def __post_init__(self) -> None:
         """Validate the arguments."""
-        if self.rank < 1:
-            raise ValueError(f"rank is at least 1, not {self.rank}.")
+        whole("rank", self.rank)
+        super().__post_init__()
+        instance("generator", self.generator, torch.Generator, "a torch.Generator", optional=True)
 
     @property
     def max_steps(self) -> int | None:
@@ -96,9 +99,9 @@ class Nystrom(IterativeSolver):
         """Solve with the approximation in one step."""
         inner, lam = _split(system.op)
         basis, values = self._sketch(inner)
-        inverse = _inverse(basis, values, lam, torch.as_tensor(lam).to(values), inner)
+        inverse = _inverse(basis, values, lam, torch.as_tensor(lam, dtype=values.dtype, device=values.device), inner)
         r = system.b - system.product(system.x)
-        change = (inverse @ r.reshape(-1, *inner.in_shape)).reshape(r.shape)
+        change = (inverse @ r.reshape(-1, *inner.in_shape)).reshape(r.shape) * system.size
         return Iterate(system.x + change, values.shape[0])
 
     def _sketch(self, op: LinearOperator) -> tuple[Tensor, Tensor]:
@@ -109,9 +112,11 @@ class Nystrom(IterativeSolver):
         gaussian = torch.randn(size, generator=generator, dtype=op.dtype, device=generator.device).to(op.device)
         omega = torch.linalg.qr(gaussian).Q  # (n, l)
         y = (op @ omega.mT.reshape(-1, *op.in_shape)).reshape(-1, n).mT
-        norm = torch.linalg.vector_norm(y)
-        if not bool(torch.isfinite(norm)):
+        if not bool(torch.isfinite(y).all()):
             raise NonFiniteError(f"Nystrom met NaN or infinity in the products of {op!r}.")
+        unit = power_of_two(y)  # squares of norms leave the floating range before the entries do
+        y = y / unit
+        norm = torch.linalg.vector_norm(y)
         if not bool(norm > 0):
             return omega.mT, torch.zeros_like(omega[0])
         nu = torch.finfo(op.dtype).eps * norm  # a shift that keeps the core positive definite, taken back below
@@ -120,12 +125,12 @@ class Nystrom(IterativeSolver):
         factor, info = torch.linalg.cholesky_ex(symmetric_part(core))
         if bool(info):
             raise NotPositiveDefiniteError(
-                f"Nystrom needs a positive semi-definite operator, and {op!r} + {float(nu):.1g} I is not. Use "
+                f"Nystrom needs a positive semi-definite operator, and {op!r} + {float(nu * unit):.1g} I is not. Use "
                 "MINRES() for an indefinite one."
             )
         b = torch.linalg.solve_triangular(factor, y.mT, upper=False)  # (l, n)
-        _, singular, basis = torch.linalg.svd(b, full_matrices=False)
-        return basis, (singular.square() - nu).clamp(min=0)
+        _, singular, basis = singular_value_decomposition(b)
+        return basis, (singular.square() - nu).clamp(min=0) * unit.squeeze()
 
 
 def _split(op: LinearOperator) -> tuple[LinearOperator, float | Tensor]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from math import prod
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from solvers.operators.bases import Derived
 from solvers.operators.linear_operator import LinearOperator, Scalar, Shape
 from solvers.operators.storable import storable
+from solvers.outcome.arguments import all_of, instance, shape, whole
 
 
 class Place(Protocol):
@@ -31,6 +32,16 @@ class Place(Protocol):
         ...
 
 
+def _operator(name: str, value: Any) -> Any:
+    return instance(name, value, LinearOperator, "a LinearOperator such as Dense(matrix)")
+
+
+def _place(name: str, value: Any) -> Any:
+    if not (hasattr(value, "gather") and hasattr(value, "scatter")) or isinstance(value, Tensor):
+        raise TypeError(f"{name} is a place such as Segment(0, (3,)), not {value!r}.")
+    return value
+
+
 @storable
 @dataclass(frozen=True)
 class Segment:
@@ -38,6 +49,11 @@ class Segment:
 
     start: int
     shape: Shape
+
+    def __post_init__(self) -> None:
+        """Validate the arguments."""
+        whole("start", self.start, low=0)
+        object.__setattr__(self, "shape", shape("shape", self.shape))
 
     def gather(self, x: Tensor) -> Tensor:
         """Read the segment of ``x (*batch, size)`` as ``(*batch, *shape)``."""
@@ -68,8 +84,9 @@ class BlockDiagonal(Derived):
 
     def __post_init__(self) -> None:
         """Validate the arguments."""
-        object.__setattr__(self, "blocks", tuple(self.blocks))
-        object.__setattr__(self, "places", tuple(self.places))
+        object.__setattr__(self, "blocks", all_of("blocks", self.blocks, _operator))
+        object.__setattr__(self, "places", all_of("places", self.places, _place))
+        whole("size", self.size, low=0)
         if not self.blocks or len(self.blocks) != len(self.places):
             raise ValueError(
                 f"{len(self.blocks)} blocks need as many places, not {len(self.places)}, and at least one."

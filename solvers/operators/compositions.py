@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import reduce
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +13,18 @@ from torch import Tensor
 from solvers.operators.bases import Derived, Wrapper
 from solvers.operators.linear_operator import LinearOperator, Scalar, Shape, answers
 from solvers.operators.storable import storable
+from solvers.outcome.arguments import all_of, instance, number
+
+
+def _operator(name: str, value: Any) -> Any:
+    return instance(name, value, LinearOperator, "a LinearOperator such as Dense(matrix)")
+
+
+def _scalar(name: str, value: Any) -> Any:
+    """A number or a tensor; tensors are not read."""
+    if isinstance(value, Tensor) and not value.is_complex() and value.dtype != torch.bool and value.ndim == 0:
+        return value
+    return number(name, value)
 
 
 @answers("scale")
@@ -21,6 +35,11 @@ class Scaled(Wrapper):
 
     op: LinearOperator
     scalar: Scalar
+
+    def __post_init__(self) -> None:
+        """Validate the arguments."""
+        _operator("op", self.op)
+        _scalar("scalar", self.scalar)
 
     def apply(self, x: Tensor) -> Tensor:
         return self.scalar * self.op.apply(x)
@@ -52,6 +71,7 @@ class Sum(Derived):
     terms: tuple[LinearOperator, ...]
 
     def __post_init__(self) -> None:
+        all_of("terms", self.terms, _operator)
         if len({(op.in_shape, op.out_shape, op.dtype) for op in self.terms}) != 1:
             raise ValueError(f"The terms of a sum need equal shapes and dtypes, not {self.terms}.")
 
@@ -97,6 +117,14 @@ class Product(Derived):
 
     factors: tuple[LinearOperator, ...]
 
+    def __post_init__(self) -> None:
+        """Validate the arguments."""
+        if not all_of("factors", self.factors, _operator):
+            raise ValueError("factors is a tuple of at least one operator, not ().")
+        for left, right in pairwise(self.factors):
+            if left.in_shape != right.out_shape:
+                raise ValueError(f"{left!r} acts on {left.in_shape} and cannot follow {right!r}, to {right.out_shape}.")
+
     @property
     def in_shape(self) -> Shape:
         return self.factors[-1].in_shape
@@ -141,10 +169,13 @@ class Shifted(Wrapper):
 
     def __post_init__(self) -> None:
         """Validate the arguments."""
+        _operator("op", self.op)
+        if not (isinstance(self.lam, Tensor) and self.lam.ndim):
+            _scalar("lam", self.lam)
         if self.op.in_shape != self.op.out_shape:
             raise ValueError(f"Only a square operator has a shift; {self.op!r} goes to {self.op.out_shape}.")
         if isinstance(self.lam, Tensor) and self.lam.ndim:
-            raise ValueError(f"A shift is a number or a 0-d tensor, not shape {tuple(self.lam.shape)}.")
+            raise ValueError(f"A shift lam is a number or a 0-d tensor, not shape {tuple(self.lam.shape)}.")
 
     def apply(self, x: Tensor) -> Tensor:
         return self.op.apply(x) + self.lam * x
@@ -200,7 +231,9 @@ class Submatrix(Wrapper):
 
     def __post_init__(self) -> None:
         """Validate the arguments."""
+        _operator("op", self.op)
         for name, index in (("rows", self.rows), ("columns", self.columns)):
+            instance(name, index, Tensor, "a tensor of indices")
             if index.ndim != 1 or index.dtype != torch.int64:
                 raise ValueError(f"{name} are flat int64 indices (k,), not {index.dtype} {tuple(index.shape)}.")
 

@@ -10,6 +10,7 @@ from solvers.operators.bases import Derived
 from solvers.operators.linear_operator import LinearOperator, Scalar, Shape
 from solvers.operators.low_rank import Rows
 from solvers.operators.storable import storable
+from solvers.outcome.arguments import instance
 
 
 @storable
@@ -30,6 +31,8 @@ class Congruence(Derived):
 
     def __post_init__(self) -> None:
         """Validate the arguments."""
+        instance("root", self.root, LinearOperator, "a LinearOperator such as Rows(tensors)")
+        instance("core", self.core, LinearOperator, "a LinearOperator such as Dense(matrix)")
         if not self.core.in_shape == self.core.out_shape == self.root.out_shape:
             raise ValueError(f"The core {self.core!r} must act on {self.root.out_shape}, where {self.root!r} leads.")
 

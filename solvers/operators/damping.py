@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from math import isfinite
+from math import inf
 from typing import ClassVar, Self
 
 import torch
@@ -15,6 +15,7 @@ from solvers.operators.dense import Dense
 from solvers.operators.dispatch import open_to_rules, rule
 from solvers.operators.kronecker import Kronecker
 from solvers.operators.linear_operator import LinearOperator, Scalar
+from solvers.outcome.arguments import number
 
 
 class Damping(ABC):
@@ -182,10 +183,9 @@ def _shift_blocks(factor: LinearOperator, shift: Tensor) -> LinearOperator:
 
 
 def _check(lam: Scalar) -> None:
-    if isinstance(lam, Tensor) and lam.ndim:
-        raise ValueError(f"damping is a number or a 0-d tensor, not shape {tuple(lam.shape)}.")
-    if not (isfinite(lam) and lam >= 0):
-        raise ValueError(f"damping must be finite and at least 0, not {float(lam):g}. It is in units of the matrix.")
+    if isinstance(lam, float) and not 0 <= lam < inf:
+        raise ValueError(f"damping must be finite and at least 0, not {lam:g}. It is in units of the matrix.")
+    number("damping", lam, low=0, tensor=True, unit="It is in units of the matrix.")
 
 
 def _is_plain_zero(lam: Scalar) -> bool:

@@ -11,6 +11,9 @@ from solvers.operators.bases import Derived, SelfAdjoint
 from solvers.operators.dense import Dense
 from solvers.operators.linear_operator import LinearOperator, Scalar, Shape
 from solvers.operators.storable import storable
+from solvers.outcome.arguments import device as checked_device
+from solvers.outcome.arguments import instance
+from solvers.outcome.arguments import shape as checked_shape
 from solvers.outcome.checks import require
 from solvers.outcome.errors import SingularMatrixError
 
@@ -31,6 +34,7 @@ class Diagonal(SelfAdjoint, Derived):
 
     def __post_init__(self) -> None:
         """Validate the arguments."""
+        instance("values", self.values, Tensor, "a tensor")
         if not self.values.is_floating_point():
             raise TypeError(f"Diagonal takes real floating-point values, not {self.values.dtype}.")
 
@@ -82,4 +86,6 @@ class Diagonal(SelfAdjoint, Derived):
 
 def identity(shape: Shape, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Diagonal:
     """The identity on tensors of ``shape``."""
-    return Diagonal(torch.ones(shape, dtype=dtype, device=device))
+    instance("dtype", dtype, torch.dtype, "a torch.dtype", optional=True)
+    device = checked_device("device", device, optional=True)
+    return Diagonal(torch.ones(checked_shape("shape", shape), dtype=dtype, device=device))

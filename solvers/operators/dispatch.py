@@ -42,10 +42,12 @@ def rule(function: Callable[..., Any], kind: type[LinearOperator]) -> Callable[[
         ValueError: If the function takes no rules, or has one for the class.
         TypeError: If ``kind`` is not a class of operators.
     """
+    if not callable(function):
+        raise TypeError(f"function is one that takes rules, such as solvers.power, not {function!r}.")
     if function not in _rules:
         raise ValueError(f"{function!r} takes no rules; {', '.join(f.__name__ for f in _rules)} do.")
     if not (isinstance(kind, type) and issubclass(kind, LinearOperator)):
-        raise TypeError(f"A rule is for a subclass of LinearOperator, not for {kind!r}.")
+        raise TypeError(f"A rule is for a kind of LinearOperator, a subclass, not for {kind!r}.")
     rules = _rules[function]
     if kind in rules.registry:
         raise ValueError(f"{function.__name__} has a rule for {kind.__name__}; derive a class to treat it differently.")

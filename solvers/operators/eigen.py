@@ -13,6 +13,7 @@ from solvers.operators.diagonal import Diagonal
 from solvers.operators.kronecker import Kronecker
 from solvers.operators.linear_operator import LinearOperator, Scalar, Shape
 from solvers.operators.storable import storable
+from solvers.outcome.arguments import instance, real_tensor
 from solvers.outcome.checks import require
 from solvers.outcome.errors import SingularMatrixError
 
@@ -38,6 +39,8 @@ class Eigen(SelfAdjoint, Derived):
 
     def __post_init__(self) -> None:
         """Validate the arguments."""
+        instance("basis", self.basis, LinearOperator, "a LinearOperator such as Dense(matrix)")
+        real_tensor("values", self.values)
         if self.basis.in_shape != self.basis.out_shape:
             raise ValueError(f"An eigenbasis is square; {self.basis!r} is not.")
         if tuple(self.values.shape) != self.basis.in_shape:

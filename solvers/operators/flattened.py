@@ -10,6 +10,7 @@ from torch import Tensor
 from solvers.operators.bases import Wrapper
 from solvers.operators.linear_operator import LinearOperator, Scalar, Shape
 from solvers.operators.storable import storable
+from solvers.outcome.arguments import instance, shape
 
 
 @storable
@@ -30,6 +31,8 @@ class Flattened(Wrapper):
 
     def __post_init__(self) -> None:
         """Validate the arguments."""
+        instance("op", self.op, LinearOperator, "a LinearOperator such as Dense(matrix)")
+        shape("tensor_shape", self.tensor_shape)
         size = (prod(self.tensor_shape),)
         if self.op.in_shape != size or self.op.out_shape != size:
             raise ValueError(f"Tensors {self.tensor_shape} need an operator on vectors {size}, not {self.op!r}.")

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from solvers.operators.bases import Free
 from solvers.operators.linear_operator import Shape
+from solvers.outcome.arguments import device as checked_device
+from solvers.outcome.arguments import flag, function, instance, shape
 from solvers.outcome.errors import StructureError
 
 if TYPE_CHECKING:
@@ -48,11 +50,16 @@ class Function(Free):
         device: torch.device | str | None = None,
         batched: bool = True,
     ) -> None:
+        function("matvec", matvec)
+        function("rmatvec", rmatvec, optional=True)
+        flag("symmetric", symmetric)
+        flag("batched", batched)
+        instance("dtype", dtype, torch.dtype, "a torch.dtype", optional=True)
         super().__init__(
-            tuple(in_shape),
-            tuple(in_shape if out_shape is None else out_shape),
+            shape("in_shape", in_shape),
+            shape("out_shape", in_shape if out_shape is None else out_shape),
             torch.get_default_dtype() if dtype is None else dtype,
-            torch.device("cpu" if device is None else device),
+            checked_device("device", "cpu" if device is None else device),
         )
         self.matvec, self.rmatvec = matvec, rmatvec
         self._symmetric, self.batched = symmetric, batched
@@ -99,6 +106,10 @@ def from_scipy(
     device: torch.device | str | None = None,
 ) -> Function:
     """A SciPy operator ``(m, n)`` as one that acts on tensors ``(n,)``; products run in SciPy, on the host."""
+    if not (hasattr(op, "matmat") and hasattr(op, "rmatmat")):
+        raise TypeError(f"op is a scipy.sparse.linalg.LinearOperator, not {op!r}; aslinearoperator makes one.")
+
+    instance("dtype", dtype, torch.dtype, "a torch.dtype")
 
     def product(matmat: Callable) -> Product:
         def apply(x: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from solvers.operators.dense import Dense
 from solvers.operators.diagonal import Diagonal
 from solvers.operators.linear_operator import LinearOperator, Scalar, Shape, answer
 from solvers.operators.storable import storable
+from solvers.outcome.arguments import instance
 
 
 @storable
@@ -48,6 +49,8 @@ class Kronecker(Derived):
         """Wrap matrices as Dense and check that the factors fit."""
         if not factors:
             raise ValueError("Kronecker needs at least one factor.")
+        for factor in factors:
+            instance("a factor", factor, (Tensor, LinearOperator), "a matrix or a LinearOperator")
         operators = tuple(factor if isinstance(factor, LinearOperator) else Dense(factor) for factor in factors)
         for op in operators:
             if not op.in_shape or op.in_shape[:-1] != op.out_shape[:-1]:

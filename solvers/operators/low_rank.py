@@ -14,6 +14,7 @@ from solvers.operators.bases import Derived, SelfAdjoint
 from solvers.operators.dense import Dense
 from solvers.operators.linear_operator import LinearOperator, Scalar, Shape
 from solvers.operators.storable import storable
+from solvers.outcome.arguments import flag, instance, real_tensor
 
 
 @storable
@@ -28,6 +29,13 @@ class Rows(Derived):
 
     tensors: Tensor
     transposed: bool = False
+
+    def __post_init__(self) -> None:
+        """Validate the arguments."""
+        real_tensor("tensors", self.tensors)
+        flag("transposed", self.transposed)
+        if self.tensors.ndim < 1:
+            raise ValueError("tensors is a stack (k, *shape), not a single number.")
 
     @property
     def in_shape(self) -> Shape:
@@ -81,6 +89,8 @@ class LowRank(SelfAdjoint, Derived):
 
     def __post_init__(self) -> None:
         """Validate the arguments."""
+        instance("root", self.root, (Tensor, LinearOperator), "a tensor (k, *in_shape) or a LinearOperator")
+        real_tensor("gram", self.gram, optional=True)
         if isinstance(self.root, Tensor) and self.root.ndim == 0:
             raise ValueError("The root of LowRank is a tensor (k, *in_shape), not 0-d.")
         out_shape = self.factor.out_shape

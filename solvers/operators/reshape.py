@@ -9,6 +9,7 @@ from torch import Tensor
 
 from solvers.operators.bases import Free
 from solvers.operators.linear_operator import Shape
+from solvers.outcome.arguments import instance, shape
 
 
 class Reshape(Free):
@@ -19,6 +20,9 @@ class Reshape(Free):
     """
 
     def __init__(self, in_shape: Shape, out_shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
+        in_shape, out_shape = shape("in_shape", in_shape), shape("out_shape", out_shape)
+        instance("dtype", dtype, torch.dtype, "a torch.dtype")
+        instance("device", device, torch.device, "a torch.device")
         if prod(in_shape) != prod(out_shape):
             raise ValueError(f"{in_shape} and {out_shape} hold different numbers of entries.")
         super().__init__(in_shape, out_shape, dtype, device)

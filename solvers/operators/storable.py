@@ -10,6 +10,7 @@ from typing import Any, TypeVar, overload
 from torch import Tensor
 
 from solvers.operators.linear_operator import LinearOperator
+from solvers.outcome.arguments import instance
 from solvers.outcome.errors import StructureError
 from solvers.tree import Path, map_inside, map_tree, place
 
@@ -34,8 +35,10 @@ def storable(kind: type | None = None, *, name: str = "") -> Any:
     Raises:
         ValueError: If another class has the name.
     """
+    instance("name", name, str, "a string")
     if kind is None:
         return partial(storable, name=name)
+    instance("kind", kind, type, "a class")
     name = name or kind.__name__
     if _KINDS.setdefault(name, kind) is not kind:
         raise ValueError(f"The name {name} is taken by {_KINDS[name]}.")
@@ -50,6 +53,7 @@ def state(op: LinearOperator) -> dict[str, Any]:
     Raises:
         StructureError: If a part cannot be stored, such as a Function.
     """
+    instance("op", op, LinearOperator, "a LinearOperator such as Dense(matrix)")
     return map_tree(_stored, op, sequence=list)
 
 
@@ -59,6 +63,7 @@ def from_state(state: dict[str, Any]) -> LinearOperator:
     Raises:
         StructureError: If the dict names a class that is not known; import the module that defines it.
     """
+    instance("state", state, dict, "the dict that solvers.state gave")
     return map_tree(_restored, state, sequence=tuple)
 
 

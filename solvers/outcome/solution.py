@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,6 +47,22 @@ class Solution:
     info: SolveInfo
 
 
+_silenced: ContextVar[bool] = ContextVar("no warning of convergence", default=False)
+
+
+@contextmanager
+def silenced() -> Iterator[None]:
+    """No :class:`NotConvergedWarning` inside, in this thread: for those whose result says it.
+
+    The filters of :mod:`warnings` belong to the process.
+    """
+    token = _silenced.set(True)
+    try:
+        yield
+    finally:
+        _silenced.reset(token)
+
+
 def not_converged(message: str, on_failure: OnFailure, stacklevel: int = 2) -> None:
     """Raise or warn that an iteration stopped before it reached its tolerance.
 
@@ -57,7 +76,8 @@ def not_converged(message: str, on_failure: OnFailure, stacklevel: int = 2) -> N
     """
     if on_failure == "raise":
         raise NotConvergedError(message)
-    warnings.warn(message, NotConvergedWarning, stacklevel=stacklevel + 1)
+    if not _silenced.get():
+        warnings.warn(message, NotConvergedWarning, stacklevel=stacklevel + 1)
 
 
 def report(info: SolveInfo, name: str, on_failure: OnFailure) -> None:

@@ -28,3 +28,10 @@ def _rules_explain_the_gradients(monkeypatch: pytest.MonkeyPatch) -> Iterator[No
     monkeypatch.setattr(BlockPlan, "distrust", distrust)
     yield
     assert distrusted <= HIDDEN, f"the rules do not explain the gradients of {sorted(distrusted - HIDDEN)}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One of the small problems is a batch norm in train mode on two batches; who is told so is a test of its own."""
+    for item in items:
+        if "residual_train" in item.nodeid:
+            item.add_marker(pytest.mark.filterwarnings("ignore:not one loss"))

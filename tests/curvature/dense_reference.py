@@ -184,7 +184,8 @@ def kfac(
                     a = call.inputs()
                     if joint and call.module.bias is not None:
                         a = torch.cat([a, torch.ones_like(a[..., :1])], -1)
-                    keep = (g != 0).any(-1).any(1).any(0)  # (s,)
+                    size = g.abs().amax(-1).amax(1).amax(0)  # (s,)
+                    keep = size > 1e-14 * size.max()  # zero up to rounding, as behind the softmax of a single position
                     keep = keep | (counts if len(counts) == len(keep) else counts.any())
                     a = a[:, keep]
                     if sharing == "reduce":

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from torch.overrides import TorchFunctionMode
 
 F64 = torch.float64
 
@@ -57,6 +58,16 @@ def classes(*shape: int, of: int) -> Tensor:
 
 def two_batches(*shape: int, of: int = 3, sizes: tuple[int, int] = (3, 2)) -> list[tuple[Any, Tensor]]:
     return [(normal(n, *shape), classes(n, of=of)) for n in sizes]
+
+
+class KeepFloat64(TorchFunctionMode):
+    """RMS norms, rotations and losses compute in float32 whatever the model's dtype is; here in float64, for digits."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        narrows = func is Tensor.float or (func is Tensor.to and torch.float32 in args)
+        if narrows and args[0].dtype == torch.float64:
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 class Fn(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -25,6 +26,7 @@ from curvature.structures.diagonal import DiagonalEstimator
 from curvature.structures.ekfac import EigenbasisEstimator
 from curvature.structures.estimator import CurvatureEstimator, Form
 from solvers import Kronecker
+from solvers.operators.decompositions import singular_value_decomposition
 from solvers.operators.diagonal import identity
 from solvers.precision import widen
 
@@ -39,24 +41,36 @@ class Backend(JacobianBackend):
 
     Attributes:
         seed: Draws of the k-th batch that is sampled start from ``seed + k``.
-        max_factor: Kronecker factors larger than this are kept as their diagonals.
+        max_dim: Kronecker factors larger than this are kept as their diagonals.
         max_dense: Other parameters than matrices of layers get a dense matrix up to this size, else their diagonal.
         low_rank: Largest number of eigenvalues of :meth:`eig_lowrank`; ``None`` for all.
         sampled: How many batches were sampled so far.
     """
 
     seed: int = 0
-    max_factor: int = SumOptions.max_factor
+    max_dim: int = SumOptions.max_dim
     max_dense: int = SumOptions.max_dense
     low_rank: int | None = None
     sampled: int = 0
 
-    def configure(self, max_factor: int, max_dense: int, low_rank: int | None) -> None:
-        """Validate and keep the options of the structures."""
-        for name, value in (("max_factor", max_factor), ("max_dense", max_dense), ("low_rank", low_rank)):
+    def configure(self, max_dim: int, max_dense: int, low_rank: int | None, renamed: dict[str, int]) -> None:
+        """Validate and keep the options of the structures.
+
+        Args:
+            max_dim: See :class:`GGNBackend`.
+            max_dense: See :class:`GGNBackend`.
+            low_rank: See :class:`GGNBackend`.
+            renamed: Options by the names of before.
+
+        Raises:
+            TypeError: For an unknown option, or one that is given by both names.
+            ValueError: If a number is less than one.
+        """
+        max_dim = _renamed(type(self).__name__, max_dim, renamed)
+        for name, value in (("max_dim", max_dim), ("max_dense", max_dense), ("low_rank", low_rank)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
-        self.max_factor, self.max_dense, self.low_rank = max_factor, max_dense, low_rank
+        self.max_dim, self.max_dense, self.low_rank = max_dim, max_dense, low_rank
 
     def _kind(self) -> FisherKind:
         """Kind of the signals that are sent back from the outputs."""
@@ -160,7 +174,7 @@ class Backend(JacobianBackend):
         if self.subnetwork_indices is not None:
             raise ValueError("a subnetwork has no Kronecker factors; use hessian_structure='full' or 'diag'.")
         with self.run_on(x, y) as run:
-            sums = SumOptions(chosen.get("kfac_approx", "expand"), self.max_factor, self.max_dense)
+            sums = SumOptions(chosen.get("kfac_approx", "expand"), self.max_dim, self.max_dense)
             collector = self._collect(run, sums.estimator, True, chosen.get("mc_samples"))
             found = {e.block: read(e).scaled(self._scale()) for e in collector.estimators.values()}
             tensors = Tensors.of(run.parameters, run.output.dtype)
@@ -228,10 +242,23 @@ class Backend(JacobianBackend):
                 loss = one if loss is None else loss + one
         if loss is None:
             raise ValueError("data_loader has no batches.")
-        _, s, V = torch.linalg.svd(torch.cat(found), full_matrices=False)
+        _, s, V = singular_value_decomposition(torch.cat(found))
         values = self._scale() * s.square()
         keep = values > SMALLEST
         return largest(values[keep], V.mT[:, keep], loss, self.low_rank)
+
+
+def _renamed(backend: str, max_dim: int, renamed: dict[str, int]) -> int:
+    """The cap on the size of factors, which was called ``max_factor`` before."""
+    if unknown := sorted(set(renamed) - {"max_factor"}):
+        raise TypeError(f"{backend} has no option {', '.join(unknown)}.")
+    if not renamed:
+        return max_dim
+    old = renamed["max_factor"]
+    if max_dim != SumOptions.max_dim:
+        raise TypeError(f"{backend}: max_factor={old} and max_dim={max_dim} say it twice; write max_dim={max_dim}.")
+    warnings.warn(f"{backend}: max_factor={old} is max_dim={old} now.", DeprecationWarning, stacklevel=4)
+    return old
 
 
 class _InBasis(EigenbasisEstimator):

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from curvature.estimation.dataset import record
 from curvature.laplace.backends.last_layer import Features
+from curvature.laplace.likelihoods.summed import likelihood_for
 from curvature.layers.recorder import Recorder
-from curvature.losses import Terms, loss_for
+from curvature.losses import AmbiguousClassAxisError, Layout, Terms
 from curvature.matrices.examples import Examples
 from curvature.model.data import resolve_output, untouched
 from curvature.model.parameters import Parameters
@@ -50,7 +51,15 @@ class BatchPass:
 
 
 class BatchBackend(CurvatureInterface):
-    """Runs the model on batches and leaves the model unchanged."""
+    """Runs the model on batches and leaves the model unchanged.
+
+    Attributes:
+        class_dim: Class axis of the outputs, as the user said; ``None`` where the shapes tell.
+        layout: Which axes of the outputs of the last batch belonged to one term; ``None`` before the first.
+    """
+
+    class_dim: int | None = None
+    layout: Layout | None = None
 
     def trainable(self) -> Parameters:
         """The trainable parameters; with a subnetwork those that it touches."""
@@ -110,12 +119,28 @@ class BatchBackend(CurvatureInterface):
             yield BatchPass(output, recorder, parameters, None if y is None else self.terms_of(output, y))
 
     def terms_of(self, output: Tensor, y: Tensor) -> Terms:
-        """The loss of a batch, term by term."""
-        return loss_for(self.lossfunc).terms(output, y, class_dim=self.class_dim_of(output, y), check=True)
+        """The loss of a batch, term by term.
+
+        Raises:
+            AmbiguousClassAxisError: If the classes may lie on two axes.
+            ValueError: If outputs and targets do not fit the likelihood.
+        """
+        lossfunc: Any = self.lossfunc
+        try:
+            terms = likelihood_for(lossfunc).terms(output, y, class_dim=self.class_dim_of(output, y), check=True)
+        except AmbiguousClassAxisError as error:
+            first, last = 1, output.dim() - 1
+            raise AmbiguousClassAxisError(
+                f"outputs {tuple(output.shape)} and targets {tuple(y.shape)} fit with the classes on axis {first}, as "
+                f"images have them, and on axis {last}, as tokens do. Say which with backend_kwargs={{'class_dim': "
+                f"{first}}} or {{'class_dim': {last}}}."
+            ) from error
+        self.layout = terms.layout
+        return terms
 
     def class_dim_of(self, output: Tensor, y: Tensor) -> int | None:
-        """laplace-torch takes the last axis for the outputs; so do we, wherever the shapes allow it."""
-        return -1 if output.dim() > 2 and y.shape == output.shape[:-1] else None
+        """The class axis that the user gave, where there is more than one to choose from."""
+        return self.class_dim if output.dim() > 2 else None
 
     def count(self, x: Inputs) -> int:
         """Number of examples."""

@@ -33,11 +33,13 @@ class GGNBackend(Backend, GGNInterface):
         dict_key_y: Key of the targets in mappings.
         stochastic: Sample.
         num_samples: Draws per batch.
+        class_dim: Class axis of outputs with more than two axes, where the shapes leave it open.
         seed: Of the draws; the global random state is not used.
-        max_factor: Kronecker factors larger than this are kept as their diagonals.
+        max_dim: Kronecker factors larger than this are kept as their diagonals.
         max_dense: Other parameters than matrices of layers (norms, bare parameters) get a dense matrix up to this
             size, else its diagonal.
         low_rank: Largest number of eigenvalues of :meth:`eig_lowrank`; all by default.
+        renamed: ``max_factor``, which is ``max_dim`` now.
 
     Raises:
         ValueError: If a number is less than one.
@@ -54,18 +56,20 @@ class GGNBackend(Backend, GGNInterface):
         stochastic: bool = False,
         num_samples: int = 1,
         *,
+        class_dim: int | None = None,
         seed: int = 0,
-        max_factor: int = SumOptions.max_factor,
+        max_dim: int = SumOptions.max_dim,
         max_dense: int = SumOptions.max_dense,
         low_rank: int | None = None,
+        **renamed: int,
     ) -> None:
         GGNInterface.__init__(
             self, model, likelihood, last_layer, subnetwork_indices, dict_key_x, dict_key_y, stochastic, num_samples
         )
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
-        self.seed = seed
-        self.configure(max_factor, max_dense, low_rank)
+        self.seed, self.class_dim = seed, class_dim
+        self.configure(max_dim, max_dense, low_rank, renamed)
 
     def _kind(self) -> FisherKind:
         return "mc" if self.stochastic else "exact"
@@ -106,7 +110,7 @@ class GGNBackend(Backend, GGNInterface):
         if form is None or (approximation != "expand" and form[0].positions > 1):
             return super().kron(x, y, N, **kwargs)
         hessians, names, loss = form
-        sums = hessians.sums(self.max_factor, bias=len(names) > 1).scaled(self._scale())
+        sums = hessians.sums(self.max_dim, bias=len(names) > 1).scaled(self._scale())
         tensors = Tensors.of(self.trainable(), loss.dtype)
         return loss, BlockKron(tensors, {block_of(layer, *names): sums}, self.count(x), N)
 
@@ -145,10 +149,12 @@ class EFBackend(Backend, EFInterface):
         subnetwork_indices: Only these entries of the flat parameter vector count.
         dict_key_x: Key of the inputs in mappings.
         dict_key_y: Key of the targets in mappings.
+        class_dim: As for :class:`GGNBackend`.
         unit_noise: For regression: the empirical Fisher of unit noise itself, half of the default.
-        max_factor: As for :class:`GGNBackend`.
+        max_dim: As for :class:`GGNBackend`.
         max_dense: As for :class:`GGNBackend`.
         low_rank: As for :class:`GGNBackend`.
+        renamed: As for :class:`GGNBackend`.
 
     References:
         Kunstner, Balles and Hennig (2019), https://arxiv.org/abs/1905.12558
@@ -163,14 +169,16 @@ class EFBackend(Backend, EFInterface):
         dict_key_x: str = "input_ids",
         dict_key_y: str = "labels",
         *,
+        class_dim: int | None = None,
         unit_noise: bool = False,
-        max_factor: int = SumOptions.max_factor,
+        max_dim: int = SumOptions.max_dim,
         max_dense: int = SumOptions.max_dense,
         low_rank: int | None = None,
+        **renamed: int,
     ) -> None:
         EFInterface.__init__(self, model, likelihood, last_layer, subnetwork_indices, dict_key_x, dict_key_y)
-        self.unit_noise = unit_noise
-        self.configure(max_factor, max_dense, low_rank)
+        self.unit_noise, self.class_dim = unit_noise, class_dim
+        self.configure(max_dim, max_dense, low_rank, renamed)
 
     def _kind(self) -> FisherKind:
         return "empirical"

@@ -9,7 +9,7 @@ import torch
 from torch import LongTensor, Tensor, nn
 
 from curvature.laplace.backends.base import SMALLEST, largest, options
-from curvature.laplace.backends.batch import Inputs
+from curvature.laplace.backends.batch import BatchPass, Inputs
 from curvature.laplace.backends.jacobians import JacobianBackend
 from curvature.laplace.factors.kron import BlockKron
 from curvature.matrices.hessian import Hessian, hessian
@@ -29,8 +29,14 @@ class HessianBackend(JacobianBackend):
         subnetwork_indices: Only these entries of the flat parameter vector count.
         dict_key_x: Key of the inputs in mappings.
         dict_key_y: Key of the targets in mappings.
+        class_dim: As for :class:`GGNBackend`.
         low_rank: Number of eigenvalues that :meth:`eig_lowrank` looks for.
+
+    Attributes:
+        lowest: Lowest eigenvalue and its eigenvector, of the last :meth:`eig_lowrank`; ``None`` if it is not negative.
     """
+
+    lowest: tuple[Tensor, Tensor] | None = None
 
     def __init__(
         self,
@@ -41,25 +47,27 @@ class HessianBackend(JacobianBackend):
         dict_key_x: str = "input_ids",
         dict_key_y: str = "labels",
         *,
+        class_dim: int | None = None,
         low_rank: int = 10,
     ) -> None:
         super().__init__(model, likelihood, last_layer, subnetwork_indices, dict_key_x, dict_key_y)
         if low_rank < 1:
             raise ValueError(f"low_rank must be at least 1, got {low_rank}.")
-        self.low_rank = low_rank
+        self.low_rank, self.class_dim = low_rank, class_dim
 
     def full(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         options(kwargs, "full", set())
-        loss, H = self._hessian(x, y)
-        columns = self.columns_of(H.rows)
-        matrix = self.factor * H.to_dense()
+        loss, H, empty = self._hessian(x, y)
+        columns, size = self.columns_of(H.rows), H.rows.size
+        matrix = loss.new_zeros(size, size) if empty else self.factor * H.to_dense()
         return loss, (matrix if columns is None else matrix[columns][:, columns]).to(loss.dtype)
 
     def diag(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Diagonal of the Hessian, ``(P,)``."""
         options(kwargs, "diag", set())
-        loss, H = self._hessian(x, y)
-        return loss, self.of_subnetwork(self.factor * H.exact_diagonal(), H.rows).to(loss.dtype)
+        loss, H, empty = self._hessian(x, y)
+        diagonal = loss.new_zeros(H.rows.size) if empty else self.factor * H.exact_diagonal()
+        return loss, self.of_subnetwork(diagonal, H.rows).to(loss.dtype)
 
     def kron(self, x: Inputs, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, BlockKron]:
         """Refused.
@@ -72,10 +80,15 @@ class HessianBackend(JacobianBackend):
             "'low_rank'."
         )
 
-    def _hessian(self, x: Inputs, y: Tensor) -> tuple[Tensor, Hessian]:
+    def _hessian(self, x: Inputs, y: Tensor) -> tuple[Tensor, Hessian, bool]:
+        """Loss and Hessian of a batch, and whether no target counts in it."""
         with self.run_on(x, y) as run:
-            loss, class_dim = self.scaled_loss(run.loss), self.class_dim_of(run.output, y)
-        return loss, self._operator(((x,), y), class_dim)
+            loss, class_dim, empty = self.scaled_loss(run.loss), self._class_dim(run), run.loss.empty
+        return loss, self._operator(((x,), y), class_dim), empty
+
+    def _class_dim(self, run: BatchPass) -> int | None:
+        """The class axis of a batch's loss, where there is more than one to choose from."""
+        return run.loss.layout.class_axes[0] if run.output.dim() > 2 else None
 
     def _operator(self, data: Any, class_dim: int | None) -> Hessian:
         tensors = list(self.trainable().values())
@@ -96,13 +109,17 @@ class HessianBackend(JacobianBackend):
         for x, y in map(self.on_device, data_loader):
             with self.run_on(x, y) as run:
                 losses.append(self.scaled_loss(run.loss))
-                class_dim = self.class_dim_of(run.output, y)
+                class_dim = self._class_dim(run)
             data.append(((x,), y))
         if not losses:
             raise ValueError("data_loader has no batches.")
         H = self._operator(data, class_dim)
         with self.leaving_all():
             pairs = eigsh(H, min(self.low_rank, H.shape[0]), which="LA")
+            bottom = eigsh(H, 1, which="SA")
+        value, vector = self.factor * bottom.values[0], bottom.vectors[0]
+        # As far as the iteration tells it from zero.
+        self.lowest = (value, vector) if value < -SMALLEST - self.factor * bottom.residuals[0] else None
         values = self.factor * pairs.values
         keep = values > SMALLEST
         return largest(values[keep], pairs.vectors[keep].mT, torch.stack(losses).sum(), self.low_rank)

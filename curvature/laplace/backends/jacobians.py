@@ -14,8 +14,8 @@ from torch.overrides import TorchFunctionMode
 from curvature.laplace.backends.batch import BatchBackend, BatchPass, Inputs
 from curvature.matrices.examples import Examples, KeptGradients
 from curvature.model.data import resolve_output, tensors_in
+from curvature.model.kernels import differentiable_kernels
 from curvature.model.parameters import Parameters
-from curvature.model.settings import differentiable_kernels
 
 
 class JacobianBackend(BatchBackend):
@@ -101,7 +101,7 @@ class JacobianBackend(BatchBackend):
             output = resolve_output(functional_call(self.model, buffers | values, (x,)))
             return output.flatten(1), output
 
-        with self.leaving_all(), torch.enable_grad(), differentiable_kernels(self.model), _PlainLayerNorm():
+        with self.leaving_all(), torch.enable_grad(), differentiable_kernels(), _PlainLayerNorm():
             parts, f = jacrev(run, has_aux=True)(dict(parameters))
             Js = parameters.flatten(parts)
             _check_graph(Js, run(dict(parameters))[0], parameters, [t for t in tensors_in(x) if t.requires_grad])

@@ -49,7 +49,10 @@ class Features:
             model(x)  # an extractor finds its layer in its first pass
         layer: nn.Linear = model.last_layer
         with _Uses(layer) as uses:
-            output, phi = model.forward_with_features(x)
+            try:
+                output, phi = model.forward_with_features(x)
+            except KeyError:  # a copied extractor, whose hook still writes to the one it was copied from
+                return None
         if uses.count != 1 or not isinstance(output, Tensor) or output.shape[:-1] != phi.shape[:-1]:
             return None
         with torch.no_grad():
@@ -139,16 +142,16 @@ class OutputHessians:
             total[C * d :, C * d :].diagonal().add_(h.sum(0))
         return total
 
-    def sums(self, max_factor: int, bias: bool) -> OuterSums:
+    def sums(self, max_dim: int, bias: bool) -> OuterSums:
         """The sums of Kronecker factors; with a one appended to the features for a bias."""
-        if self.outputs > max_factor:
+        if self.outputs > max_dim:
             B = self.diagonals()[1]
         elif self.p is None:
             B = 2.0 * len(self.phi) * torch.eye(self.outputs, dtype=self.phi.dtype, device=self.phi.device)
         else:
             B = torch.diag(self.p.sum(0)) - gram(self.p)
         a = torch.cat([self.phi, torch.ones_like(self.phi[:, :1])], dim=1) if bias else self.phi
-        A = gram(a) if a.shape[1] <= max_factor else a.square().sum(0)
+        A = gram(a) if a.shape[1] <= max_dim else a.square().sum(0)
         return OuterSums({"straight": (B, A, float(len(a)))})
 
 

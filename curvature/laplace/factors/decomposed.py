@@ -89,6 +89,10 @@ class BlockKronDecomposed(KronDecomposed):
 
     __rmul__ = __mul__
 
+    def clone(self) -> Self:
+        """A matrix of its own: later changes of this one's numbers do not reach it; the eigenvectors are shared."""
+        return self._with(self.scale.clone(), self.deltas.clone())
+
     def detach(self) -> Self:
         """Cut the numbers off their graphs, in place."""
         self.scale, self.deltas = self.scale.detach(), self.deltas.detach()

@@ -93,8 +93,8 @@ class BlockKron(Kron):
         if not isinstance(other, BlockKron) or other.tensors != self.tensors:
             raise ValueError(
                 f"cannot add {type(other).__name__} to a BlockKron of {len(self)} parameters: both must come from a "
-                "backend of curvature.laplace on one model. Factors that KronLaplace loaded from a file do not; fit "
-                "them again, or use hessian_structure='kfac', which loads them as they were."
+                "backend of curvature.laplace on one model. Factors of another backend, and those of a state_dict from "
+                "before it held the sums, do not say how many examples they are of: fit them again."
             )
         sums = dict(self.sums)
         for block, more in other.sums.items():
@@ -104,6 +104,10 @@ class BlockKron(Kron):
         return BlockKron(self.tensors, sums, examples, self.size if same_pass else self.size + other.size)
 
     __radd__ = __add__
+
+    def clone(self) -> BlockKron:
+        """The same curvature in an object of its own; no method changes the sums, which are shared."""
+        return BlockKron(self.tensors, self.sums, self.examples, self.size)
 
     def __mul__(self, scalar: float | Tensor) -> BlockKron:
         sums = {block: s.scaled(scalar) for block, s in self.sums.items()}

@@ -154,18 +154,18 @@ class SumOptions:
 
     Attributes:
         sharing: ``"expand"`` or ``"reduce"``, see :class:`curvature.KroneckerFisher`.
-        max_factor: Kronecker factors larger than this are kept as their diagonals.
+        max_dim: Kronecker factors larger than this are kept as their diagonals.
         max_dense: Other parameters than matrices of layers get a dense matrix up to this size, else its diagonal.
     """
 
     sharing: Sharing = "expand"
-    max_factor: int = 16384
+    max_dim: int = 16384
     max_dense: int = 1024
 
     def estimator(self, block: Block, form: Form) -> CurvatureEstimator:
         """The estimator that is given the samples of a block."""
         if form == "outer":
-            return KroneckerEstimator(block, self.sharing, self.max_factor)
+            return KroneckerEstimator(block, self.sharing, self.max_dim)
         return PartsEstimator(block, self.max_dense)
 
 

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvature.laplace.matrix_free.likelihood import Likelihood, summed
+from curvature.laplace.likelihoods.observation import Observation, observation
+from curvature.laplace.likelihoods.summed import Likelihood, summed
 from curvature.laplace.matrix_free.prior import Prior
 from curvature.losses.squared_error import SquaredError
+from curvature.losses.terms import Layout
 from curvature.matrices.full import GaussNewtonOperator
 from curvature.matrices.problem import Evaluation, Problem
 from curvature.model.data import Data, Output
@@ -76,7 +78,7 @@ class LinearizedLaplace:
         progress: bool | None = None,
     ) -> None:
         self.model, self.output = model, output
-        loss = summed(likelihood)
+        self._loss = loss = summed(likelihood)
         self.regression = isinstance(loss, SquaredError)
         self._factor = 0.5 if self.regression else 1.0  # the squared error is twice the normal log-density
         self._problem = Problem(model, loss, data, params=params, output=output, class_dim=class_dim, progress=progress)
@@ -87,6 +89,7 @@ class LinearizedLaplace:
         origin = torch.as_tensor(prior_mean, dtype=torch.float64, device=self.mean.device)
         self._offset = self.mean.double() - origin
         self._found: list[tuple[Tensor, int]] = []  # the loss and the observations of each batch; shared by copies
+        self._layouts: list[Layout] = []  # of the outputs of a batch; shared by copies
         self._set(prior_precision, sigma_noise, temperature)
 
     def _set(self, prior_precision: float | Tensor, sigma_noise: float | Tensor, temperature: float) -> None:
@@ -131,6 +134,13 @@ class LinearizedLaplace:
         r""":math:`a\, P^{-1/2} H P^{-1/2}`: the curvature where the prior is a standard normal."""
         root = (self.scale / self.prior.expand()).sqrt().to(self.curvature.dtype)
         return Congruence(Diagonal(root), self.curvature)
+
+    @property
+    def observation(self) -> Observation:
+        """What the likelihood says about an observation, given the outputs of the model."""
+        if not self._layouts:
+            self._seen()
+        return observation(self._loss, self._layouts[0], self.sigma_noise)
 
     @property
     def log_likelihood(self) -> Tensor:
@@ -191,6 +201,7 @@ class LinearizedLaplace:
         def visit(evaluation: Evaluation) -> None:
             terms = evaluation.terms
             assert terms is not None
+            self._layouts[:] = [terms.layout]
             pull, dtype = Pullback([evaluation.output], params), working_dtype(terms.output)
             shape = (count, *terms.shape[:2], terms.columns)
             noise = torch.randn(shape, generator=generator, device=generator.device, dtype=dtype).to(out.device)
@@ -208,6 +219,7 @@ class LinearizedLaplace:
 
             def visit(evaluation: Evaluation) -> None:
                 assert evaluation.terms is not None
+                self._layouts[:] = [evaluation.terms.layout]
                 with torch.no_grad():
                     self._found.append((evaluation.terms.value().double(), evaluation.output.numel()))
 

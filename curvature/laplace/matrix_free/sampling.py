@@ -14,12 +14,13 @@ Axis letters: S samples, P parameters, G numbers of the prior.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from curvature.laplace.likelihoods.observation import Observation
 from curvature.laplace.matrix_free.linearized import LinearizedLaplace
 from curvature.laplace.matrix_free.predictive import Predictive
 from curvature.laplace.matrix_free.traces import SKETCH, seed_from
@@ -48,6 +49,7 @@ class PosteriorSamples:
         residual: Bound on the distance of each sample from the exact solution, in standard deviations of the prior: the
             norm of what its solve left, ``(S,)``.
         products: Products with the curvature that the solve took, counted in vectors.
+        observation: What the likelihood says about an observation, given the outputs.
     """
 
     model: nn.Module
@@ -58,6 +60,7 @@ class PosteriorSamples:
     shrinkage: Tensor
     residual: Tensor
     products: int
+    observation: Observation = field(default_factory=lambda: Observation.from_state(None))
 
     @property
     def values(self) -> Tensor:
@@ -88,19 +91,23 @@ class PosteriorSamples:
                 "sample again."
             )
         J = jacobian(self.model, x, params=list(self.names), output=self.output)
-        return Predictive(J.linearization.output.detach(), (J @ self.deviations.to(J.dtype)).detach())
+        deviations = (J @ self.deviations.to(J.dtype)).detach()
+        return Predictive(J.linearization.output.detach(), deviations, self.observation)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors, numbers and names; ``torch.load(weights_only=True)`` reads them."""
         fields = ("mean", "deviations", "shrinkage", "residual", "products")
-        return {"names": list(self.names)} | {name: getattr(self, name) for name in fields}
+        kept = {name: getattr(self, name) for name in fields}
+        return {"names": list(self.names), "observation": self.observation.state_dict()} | kept
 
     @classmethod
     def from_state_dict(cls, model: nn.Module, state: dict[str, Any], output: Output | None = None) -> PosteriorSamples:
         """Samples from :meth:`state_dict`, for the same model at the same parameters."""
         device = Parameters(model, list(state["names"])).device
-        moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in state.items()}
-        return cls(model, output, **(moved | {"names": tuple(state["names"])}))
+        read: dict[str, Any] = {key: v.to(device) if isinstance(v, Tensor) else v for key, v in state.items()}
+        read["names"] = tuple(state["names"])
+        read["observation"] = Observation.from_state(state.get("observation"))
+        return cls(model, output, **read)
 
 
 class PosteriorSampler:
@@ -196,6 +203,7 @@ class PosteriorSampler:
             posterior.prior.sums((eta - solution.x).square()),
             solution.info.residual,
             products,
+            posterior.observation,
         )
 
     def _preconditioner(self, posterior: LinearizedLaplace, precision: Tensor) -> LinearOperator | None:

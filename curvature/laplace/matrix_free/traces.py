@@ -19,6 +19,7 @@ from solvers import Estimate, LinearOperator, LowRank, NotPositiveDefiniteError,
 from solvers.estimates.estimate import Mean
 from solvers.estimates.lanczos import Quadrature, quadrature, remaining
 from solvers.estimates.probes import default_batch, flat_product, signs
+from solvers.operators.decompositions import eigendecomposition, eigenvalues
 
 _CHUNK = 1 << 18
 #: Sketches the best determined directions; a product for each of its rows, once.
@@ -46,7 +47,7 @@ class Known:
         """From a root ``(l, P)`` of the sketch and random vectors ``(m, P)``."""
         # In float64, where vectors that are the combination of large ones are still of unit norm, which the mean takes.
         gram = torch.stack([part.double() @ part.double().mT for part in rows.split(_CHUNK, -1)]).sum(0)
-        s, W = torch.linalg.eigh(gram)
+        s, W = eigendecomposition(gram)
         keep = s > s.amax() * torch.finfo(rows.dtype).eps * len(s)
         s, W = s[keep], W[:, keep]
         along = (vectors @ rows.mT).double() @ W / s.sqrt()
@@ -128,7 +129,7 @@ class WhitenedTraces:
 
     def _exact(self, op: LinearOperator) -> Quadrature:
         self.products += op.shape[0]
-        values = torch.linalg.eigvalsh(op.to_dense().double()).unsqueeze(0)
+        values = eigenvalues(op.to_dense().double()).unsqueeze(0)
         pair = values, torch.full_like(values, 1 / values.numel())
         self.steps = min(self.steps, values.numel())
         return Quadrature(*pair, (pair, pair))

@@ -10,17 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvature.estimation.checkpoint import CheckpointError, write_whole
+from curvature.estimation.checkpoint import CheckpointError, digest
+from solvers.files import write_whole
 from solvers.tree import Path, map_tree, plain
 
 _VERSION = 1
+_KEYS = {"format", "kind", "version", "state"}
 
 
 def write(path: str | os.PathLike[str], kind: str, state: Mapping[str, Any]) -> None:
     """Write a state; a file of that name is replaced at once, or not at all.
 
     Each tensor stands in the file under its path in the state (``"curvature/blocks/0/sums/straight/1"``), the rest as
-    JSON under ``"state"`` in the metadata, where a tensor is ``{"$tensor": its path}``.
+    JSON under ``"state"`` in the metadata, where a tensor is ``{"$tensor": its path}``. A digest of all that is there
+    too.
 
     Args:
         path: The file; its folder must exist.
@@ -35,6 +38,7 @@ def write(path: str | os.PathLike[str], kind: str, state: Mapping[str, Any]) -> 
     tensors: dict[str, Tensor] = {}
     tree = _encode(state, tensors)
     metadata = {"format": "curvature.laplace", "kind": kind, "version": str(_VERSION), "state": json.dumps(tree)}
+    metadata["digest"] = _digest(metadata, tensors)
     content = _safetensors().torch.save(tensors, metadata)
     write_whole(path, lambda file: file.write(content))
 
@@ -58,19 +62,37 @@ def read(path: str | os.PathLike[str], kind: str, device: torch.device | str = "
             _check(path, metadata, kind)
             # Copies, not views of the mapped file: sums are made in place, and alignment may decide about last bits.
             tensors = {name: file.get_tensor(name).to(device, copy=True) for name in file.keys()}  # noqa: SIM118
-    except safetensors.SafetensorError as error:
+        if not _is_whole(metadata, tensors):
+            raise CheckpointError(f"{os.fspath(path)} is damaged: its contents are not those that were written.")
+        state: dict[str, Any] = _decode(json.loads(metadata["state"]), tensors)
+    except (CheckpointError, OSError):
+        raise
+    except Exception as error:
         raise CheckpointError(
-            f"{os.fspath(path)} is no whole safetensors file ({error}): it was cut off, or written by something else."
+            f"{os.fspath(path)} is no whole safetensors file ({error}): it was cut off, is damaged, or was written by "
+            "something else."
         ) from error
-    state: dict[str, Any] = _decode(json.loads(metadata["state"]), tensors)
     return state
+
+
+def _digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    known = {name: metadata[name] for name in sorted(_KEYS)}
+    names = sorted(tensors)
+    return digest((tensors[name] for name in names), json.dumps([known, names]))
+
+
+def _is_whole(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a file holds what was written; older versions wrote no digest."""
+    if metadata.keys() == _KEYS:
+        return True
+    return metadata.keys() == _KEYS | {"digest"} and metadata["digest"] == _digest(metadata, tensors)
 
 
 def _check(path: str | os.PathLike[str], metadata: Mapping[str, str], kind: str) -> None:
     found = metadata.get("kind") if metadata.get("format") == "curvature.laplace" else "something else"
     if found != kind:
         raise CheckpointError(f"{os.fspath(path)} holds {found}, and {kind} was expected.")
-    if int(metadata["version"]) > _VERSION:
+    if int(metadata.get("version", 0)) > _VERSION:
         raise CheckpointError(
             f"{os.fspath(path)} is of version {metadata['version']}, and version {_VERSION} is the newest known here. "
             "Update precond."

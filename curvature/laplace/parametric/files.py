@@ -34,6 +34,8 @@ _BACKENDS: dict[str, type[CurvatureInterface]] = {
 #: Attributes that are copied as they are.
 _NUMBERS = ("mean", "loss", "_prior_mean", "_prior_precision", "_sigma_noise", "n_data", "n_outputs")
 _OPTIONS = ("temperature", "enable_backprop", "dict_key_x", "dict_key_y", "_asdl_fisher_kwargs", "damping")
+#: Attributes that not every posterior has.
+_NOTES = ("output_axes", "class_axis", "lowest_value", "lowest_vector")
 
 
 def save(la: ParametricLaplace, path: str | os.PathLike[str]) -> None:
@@ -121,6 +123,7 @@ def state_of(la: Any) -> dict[str, Any]:
         "others": digest(_others(la)),
         "numbers": {name: getattr(la, name) for name in _NUMBERS},
         "options": {name: getattr(la, name) for name in _OPTIONS if hasattr(la, name)},
+        "notes": {name: getattr(la, name) for name in _NOTES if getattr(la, name, None) is not None},
         "subset": _subset(la),
         "curvature": _curvature(la),
     }
@@ -136,7 +139,9 @@ def posterior_of(state: Mapping[str, Any], model: nn.Module, backend: type[Curva
     found = _posteriors().get(tuple(state["key"]))
     if found is None:
         raise CheckpointError(f"no posterior is known for {state['key']}: the file was written by a newer version.")
-    name, kwargs = state["backend"]["name"], state["backend"]["kwargs"]
+    name, kwargs = state["backend"]["name"], dict(state["backend"]["kwargs"])
+    if "max_factor" in kwargs:  # as files of version 0.1 have it
+        kwargs["max_dim"] = kwargs.pop("max_factor")
     kind = backend or _BACKENDS.get(name)
     if kind is None:
         raise ValueError(f"the posterior was fitted with {name}, which is not of this package: pass backend={name}.")
@@ -150,7 +155,7 @@ def posterior_of(state: Mapping[str, Any], model: nn.Module, backend: type[Curva
         options["subnetwork_indices"] = options["subnetwork_indices"].cpu()  # laplace-torch asks for that type
     la = found(model, state["likelihood"], **options)
     _check_model(la, state)
-    for attribute, value in (state["numbers"] | state["options"]).items():
+    for attribute, value in (state["numbers"] | state["options"] | state.get("notes", {})).items():
         setattr(la, attribute, value)
     if state["backend"]["drawn"] is not None:
         la.backend.sampled = state["backend"]["drawn"]

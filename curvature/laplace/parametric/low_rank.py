@@ -113,6 +113,7 @@ class LowRankDiagPosterior(LowRankPosterior):
         if drawn is not None:
             backend.sampled = drawn  # the same draws, else the diagonal would be that of another matrix
         vectors, values, _ = backend.eig_lowrank(train_loader)
+        self.note_lowest()
         self.H = LowRankDiagonal.of(vectors, values, self.H)
 
     @property
@@ -138,6 +139,7 @@ class LowRankDiagPosterior(LowRankPosterior):
     @property
     def log_det_posterior_precision(self) -> Tensor:
         """Log-determinant, 0-d."""
+        self.refuse_negative()
         low_rank, root = self._whitened()
         gram = low_rank.gram_matrix()
         core = torch.logdet(gram + torch.eye(len(gram), dtype=gram.dtype, device=gram.device))

@@ -17,6 +17,7 @@ from curvature.laplace.backends.base import Backend
 from curvature.laplace.factors.kron import BlockKron
 from curvature.laplace.factors.sums import OuterSums, Sums
 from curvature.laplace.parametric import archive
+from curvature.laplace.parametric.definite import refuse_indefinite
 from curvature.laplace.parametric.files import posterior_of, state_of
 from curvature.laplace.parametric.posterior import EKFACLaplace
 
@@ -99,6 +100,9 @@ class OnlineLaplace:
         Args:
             loader: Batches of the task; ``loader.dataset`` gives their number, as laplace-torch needs it.
             progress_bar: Show one.
+
+        Raises:
+            IndefinitePosteriorError: If curvature plus prior is not positive definite (a Hessian off a minimum).
         """
         la = self.posterior
         before = {name: getattr(la, name) for name in ("H", "H_facs", "mean", "loss", "n_data") if hasattr(la, name)}
@@ -106,6 +110,8 @@ class OnlineLaplace:
             if self.tasks:
                 _discount(la, self.forgetting)
             la.fit(loader, override=not self.tasks, progress_bar=progress_bar)
+            if not isinstance(la, KronLaplace):
+                refuse_indefinite(la)
         except BaseException:
             vars(la).update(before)
             raise

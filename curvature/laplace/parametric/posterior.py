@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
+import torch
 from laplace import KronLaplace, LowRankLaplace
 from laplace.baselaplace import ParametricLaplace
 from laplace.curvature import CurvatureInterface
@@ -18,8 +19,35 @@ from curvature.laplace.backends.ggn import GGNBackend
 from curvature.laplace.backends.last_layer import Features
 from curvature.laplace.factors.decomposed import BlockKronDecomposed
 from curvature.laplace.factors.kron import BlockKron
+from curvature.laplace.parametric.adopted import in_front_of
+from curvature.laplace.parametric.definite import IndefinitePosteriorError
+from curvature.laplace.parametric.outputs import note_outputs
 from curvature.laplace.parametric.predictions import FromFeatures, InParts
 from solvers import Kronecker
+
+
+@in_front_of(KronLaplace)
+def state_dict(la: Any, plain: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """With the sums beside laplace-torch's factors, which alone do not say how many examples they are of."""
+    state = plain()
+    return state | {"sums": la.H_facs.state_dict()} if _is_kron(la) and isinstance(la.H_facs, BlockKron) else state
+
+
+@in_front_of(KronLaplace)
+def load_state_dict(la: Any, plain: Callable[[dict[str, Any]], None], state_dict: dict[str, Any]) -> None:
+    """To the sums, where they are there: the posterior then is that of before, and takes more data."""
+    if not _is_kron(la) or "sums" not in state_dict:
+        plain(state_dict)
+        return
+    ParametricLaplace.load_state_dict(la, state_dict)
+    la.H_facs = BlockKron.from_state(state_dict["sums"])
+    la.H = la.H_facs.decompose(damping=la.damping)
+
+
+def _is_kron(la: Any) -> bool:
+    """Whether a posterior keeps factors in the form of laplace-torch; those of this package keep their own."""
+    kron: bool = la._key[1] == "kron"
+    return kron
 
 
 class KFACLaplace(InParts, KronLaplace):
@@ -179,6 +207,10 @@ class LowRankPosterior(InParts, LowRankLaplace):
 
     _key = ("all", "low_rank")
 
+    #: Eigenvalue and eigenvector of the curvature that are left out although the first is negative.
+    lowest_value: Tensor | None = None
+    lowest_vector: Tensor | None = None
+
     def __init__(
         self, model: nn.Module, likelihood: str, backend: type[CurvatureInterface] | None = None, **kwargs: Any
     ) -> None:
@@ -188,4 +220,46 @@ class LowRankPosterior(InParts, LowRankLaplace):
     def fit(self, train_loader: DataLoader, override: bool = True, progress_bar: bool = False) -> None:
         """Fit to the data; more data cannot be added later."""
         super().fit(train_loader, override, progress_bar)
+        note_outputs(self)
+        self.note_lowest()
         self.mean = parameters_to_vector(self.params).detach()
+
+    def note_lowest(self) -> None:
+        """Keep the lowest eigenvalue of the curvature, where the backend found one below zero."""
+        lowest: tuple[Tensor, Tensor] | None = getattr(self.backend, "lowest", None)
+        self.lowest_value, self.lowest_vector = (None, None) if lowest is None else lowest
+
+    @property
+    def log_det_posterior_precision(self) -> Tensor:
+        """Log-determinant, 0-d.
+
+        Raises:
+            IndefinitePosteriorError: If the curvature plus the prior is negative along an eigenvector that is left out.
+        """
+        self.refuse_negative()
+        return super().log_det_posterior_precision
+
+    def refuse_negative(self) -> None:
+        """Raise if the curvature that is left out is more negative than the prior is positive."""
+        if self.lowest_value is None or self.lowest_vector is None:
+            return
+        with torch.no_grad():
+            left_out = self._H_factor * self.lowest_value + self.lowest_vector.square() @ self.prior_precision_diag
+        if not bool(left_out > 0):
+            raise IndefinitePosteriorError(
+                f"the curvature plus the prior is not positive definite ({float(left_out):.3g} along an eigenvector "
+                f"with the eigenvalue {float(self.lowest_value):.3g}, which a posterior from the largest ones leaves "
+                "out), so there is no Gaussian around these parameters, and no evidence. Train on to a minimum, take "
+                "backend=GGNBackend, or a larger prior_precision."
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors, numbers and names."""
+        if self.lowest_value is None:
+            return super().state_dict()
+        return super().state_dict() | {"lowest_value": self.lowest_value, "lowest_vector": self.lowest_vector}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`."""
+        super().load_state_dict(state_dict)
+        self.lowest_value, self.lowest_vector = (state_dict.get(f"lowest_{name}") for name in ("value", "vector"))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import abstractmethod
 from typing import Any
 
 import torch
-from laplace.baselaplace import ParametricLaplace
+from laplace.baselaplace import BaseLaplace, ParametricLaplace
 from laplace.curvature import CurvatureInterface
 from laplace.utils.enums import Likelihood, LinkApprox
 from torch import Tensor
@@ -33,7 +34,7 @@ class Predictions(ParametricLaplace):
         super().__init__(*args, **(kwargs | {"backend": GGNBackend if backend is None else backend}))
 
     @abstractmethod
-    def _variances(self, x: Any, diagonal: bool) -> tuple[Tensor, Tensor] | None:
+    def variances(self, x: Any, diagonal: bool) -> tuple[Tensor, Tensor] | None:
         """Outputs and their covariances.
 
         Args:
@@ -47,7 +48,7 @@ class Predictions(ParametricLaplace):
     def _glm_predictive_distribution(
         self, X: Any, joint: bool = False, diagonal_output: bool = False
     ) -> tuple[Tensor, Tensor]:
-        found = None if joint else self._variances(X, diagonal_output)
+        found = None if joint else self.variances(X, diagonal_output)
         return super()._glm_predictive_distribution(X, joint, diagonal_output) if found is None else found
 
     def _glm_forward_call(
@@ -62,11 +63,26 @@ class Predictions(ParametricLaplace):
         # Two predictions need variances alone, which spares (M, C, C) numbers.
         probit = likelihood != Likelihood.REGRESSION and link_approx == LinkApprox.PROBIT
         if probit or (likelihood == Likelihood.REGRESSION and diagonal_output and not joint):
-            found = self._variances(x, diagonal=True)
+            found = self.variances(x, diagonal=True)
             if found is not None:
                 f, variances = found
                 return torch.softmax(f / torch.sqrt(1 + math.pi / 8 * variances), dim=-1) if probit else found
         return super()._glm_forward_call(x, likelihood, joint, link_approx, n_samples, diagonal_output)
+
+
+def of_moments(la: Any, mean: Tensor, covariance: Tensor, link_approx: str) -> Tensor:
+    """laplace-torch's probabilities of normal outputs.
+
+    Args:
+        la: The posterior.
+        mean: ``(M, C)``; changed in place.
+        covariance: ``(M, C, C)``; changed in place.
+        link_approx: laplace-torch's name for the approximation.
+    """
+    given: Any = copy.copy(la)
+    given._glm_predictive_distribution = lambda *args, **kwargs: (mean, covariance)
+    probabilities: Any = BaseLaplace._glm_forward_call(given, mean, la.likelihood, link_approx=link_approx)
+    return probabilities
 
 
 class FromFeatures(Predictions):
@@ -74,12 +90,12 @@ class FromFeatures(Predictions):
 
     def functional_variance_fast(self, X: Any) -> tuple[Tensor, Tensor]:
         """Outputs and their variances, ``(M, C)`` each."""
-        found = self._variances(X, diagonal=True)
+        found = self.variances(X, diagonal=True)
         if found is None:
             raise NotImplementedError("the outputs do not follow from two-dimensional features alone.")
         return found
 
-    def _variances(self, x: Any, diagonal: bool) -> tuple[Tensor, Tensor] | None:
+    def variances(self, x: Any, diagonal: bool) -> tuple[Tensor, Tensor] | None:
         backend: Any = self.backend
         features = backend.features(x, self.enable_backprop) if isinstance(backend, BatchBackend) else None
         if features is None or features.phi.dim() != 2:
@@ -100,7 +116,7 @@ class InParts(Predictions):
     which are kept for the batch: one backward pass per output, however many parts there are.
     """
 
-    def _variances(self, x: Any, diagonal: bool) -> tuple[Tensor, Tensor] | None:
+    def variances(self, x: Any, diagonal: bool) -> tuple[Tensor, Tensor] | None:
         backend: Any = self.backend
         if self.enable_backprop or not isinstance(backend, JacobianBackend) or backend.last_layer:
             return None

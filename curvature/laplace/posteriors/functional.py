@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from curvature.laplace.backends.ggn import GGNBackend
 from curvature.losses import AutogradLoss, Terms
 from curvature.model.data import batch_size, map_tensors, tensors_in
+from curvature.model.parameters import tensor_of_its_own
 
 Params = dict[str, Tensor]
 #: ``forward(params, batch)`` gives the output, one row for each example, and auxiliary information.
@@ -123,7 +124,7 @@ def unflatten(vectors: Tensor, like: Mapping[str, Tensor]) -> Params:
     """Vectors ``(*batch, P)`` as ``{name: (*batch, *shape)}``, in the order of ``like``."""
     names = sorted(like)
     pieces = dict(zip(names, vectors.split([like[name].numel() for name in names], dim=-1), strict=True))
-    return {name: pieces[name].reshape(*vectors.shape[:-1], *p.shape) for name, p in like.items()}
+    return {name: tensor_of_its_own(pieces[name].reshape(*vectors.shape[:-1], *p.shape)) for name, p in like.items()}
 
 
 def around(

@@ -327,13 +327,17 @@ def _examples(report: Findings) -> Chapter | None:
         "Examples",
         "How much single examples disagree about the next step. Examples with by far the longest gradients are often "
         "mislabelled or unusual.",
-        tables=(numbers, norms, longest),
+        tables=(numbers, norms, longest) if noise.largest else (numbers, norms),
         plots=("norms",),
         expert=(
             "Gradients of examples are scaled so that their mean is the gradient of the loss. Noise scale: tr Σ / |G|² "
             "with unbiased estimates of both (McCandlish et al., 2018), undetermined where |G|² is within two standard "
-            "errors of zero; errors by the jackknife over examples. Examples are numbered from 0 in the order of the "
-            "data.",
+            "errors of zero; errors by the jackknife over examples. "
+            + (
+                "Examples are numbered from 0 in the order of the data."
+                if noise.largest
+                else "Single examples are not named: the data come in another order in each pass (shuffle=False)."
+            ),
         ),
     )
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from curvature.losses.signals import FisherKind
 from curvature.matrices.fisher import fisher
+from curvature.matrices.ggn import ggn
 from curvature.reports.results import Distance, DistancesResult, Number
 from curvature.reports.sections.study import BLOCK, Study, names_of
 from curvature.structures.estimator import Curvature
@@ -88,7 +89,8 @@ def _build(study: Study, name: str) -> LinearOperator:
     structure, generator = study.structures[name], study.generator("distances", name)
     samples = None if isinstance(structure, Curvature) else _DRAWS
     options: dict[str, Any] = {"kind": kind(study, name), "samples": samples, "generator": generator, **study.options}
-    op = fisher(*study.given, structure=structure, **options)  # type: ignore[arg-type]
+    matrix = fisher if options["kind"] == "empirical" else ggn
+    op = matrix(*study.given, structure=structure, **options)  # type: ignore[arg-type]
     study.budget.count(_passes(study, name))
     return op
 

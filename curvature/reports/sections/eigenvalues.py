@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -10,7 +9,8 @@ from torch import Tensor
 
 from curvature.reports.results import Eigenvalue, EigenvaluesResult, Matrix, Number
 from curvature.reports.sections.study import Study
-from solvers import Eigenpairs, NotConvergedWarning, eigsh
+from solvers import Eigenpairs, eigsh
+from solvers.outcome.solution import silenced
 
 _MOST = 2000  # products for one end of the spectrum, without another limit
 _SMALLEST = 3  # how many of the lowest eigenvalues are shown; what matters is whether there are negative ones
@@ -94,8 +94,7 @@ def _search(study: Study, matrix: Matrix, k: int, which: str, atol: float, allot
     limit = max(2 * k, spent + int(min(allotted / rate, _MOST)))
     options: dict[str, Any] = {"rtol": study.rtol, "atol": atol, "progress": False}
     start = study.start.get(matrix) if which == "LA" else None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NotConvergedWarning)  # the result says so itself
+    with silenced():  # the result says so itself
         try:
             fresh: dict[str, Any] = {"generator": study.generator("eigenvalues", name), "v0": start}
             pairs = eigsh(

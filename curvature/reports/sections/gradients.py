@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import sqrt
 
 import torch
@@ -11,6 +12,7 @@ from curvature.losses.signals import Signals
 from curvature.matrices.examples import Examples
 from curvature.matrices.jacobian import Linearization
 from curvature.matrices.problem import Evaluation, refuse_sums
+from curvature.model.order import drawn_order
 from curvature.reports.results import NoiseResult, Number
 from curvature.reports.sections.study import Study
 
@@ -45,9 +47,12 @@ def noise(study: Study) -> NoiseResult:
     products: list[Tensor] = []
 
     def add(evaluation: Evaluation) -> None:
-        terms, parameters = evaluation.terms, problem.parameters
-        assert terms is not None
-        signal, examples = terms.gradient(), Examples.of(evaluation)
+        terms, parameters, examples = evaluation.through_output(), problem.parameters, Examples.of(evaluation)
+        if evaluation.empty:
+            products.append(mean.new_zeros(examples.number))
+            norms.append(mean.new_zeros(examples.number))
+            return
+        signal = terms.gradient()
         line = Linearization(
             problem.model,
             evaluation.x,
@@ -64,14 +69,16 @@ def noise(study: Study) -> NoiseResult:
         by_parameter = examples.norms([signal])
         norms.append(torch.stack([squares[0].double() for squares in by_parameter.values()]).sum(0))
 
-    divisor = problem.visit(add, "gradients of single examples", recorded=True)
+    divisor = problem.visit(add, "gradients of single examples", recorded=True, every=True)
     study.budget.count(passes(study))
     square, inner = torch.cat(norms), torch.cat(products)
     n = len(square)
     if n < 3:
         raise ValueError(f"the noise of the gradient needs three examples at least; there are {n}.")
     factor = n / float(divisor)  # the mean of the scaled gradients is the gradient of the loss
-    return summarise(square * factor**2, inner * factor, mean.square().sum())
+    found = summarise(square * factor**2, inner * factor, mean.square().sum())
+    # Numbers of examples mean something in one order only.
+    return replace(found, largest=()) if drawn_order(study.given[2]) else found
 
 
 def summarise(square: Tensor, inner: Tensor, mean: Tensor) -> NoiseResult:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 
 from curvature.reports.results import Eigenvalue, LayersResult, Matrix
 from curvature.reports.sections.study import Study, names_of
-from solvers import NotConvergedWarning, eigsh
+from solvers import eigsh
+from solvers.operators.decompositions import eigendecomposition
+from solvers.outcome.solution import silenced
 
 _PRODUCTS = (8, 30)  # for one layer
 
@@ -44,8 +44,7 @@ def _largest(study: Study, matrix: Matrix, name: str, limit: float) -> tuple[Eig
     else:
         op = study.counted(whole.block(names_of(study, part)))
         if size > min(_PRODUCTS[1], limit):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", NotConvergedWarning)  # the result says so itself
+            with silenced():  # the result says so itself
                 pairs = eigsh(
                     op,
                     1,
@@ -63,7 +62,7 @@ def _largest(study: Study, matrix: Matrix, name: str, limit: float) -> tuple[Eig
             )
             return value, pairs.products
         block, spent = op.to_dense().double(), size
-    values, vectors = torch.linalg.eigh((block + block.mT) / 2)
+    values, vectors = eigendecomposition((block + block.mT) / 2)
     rounding = torch.finfo(whole.dtype).eps * float(values.abs().max())
     return Eigenvalue(float(values[-1]), rounding, True, _share(study, name, vectors[:, -1])), spent
 

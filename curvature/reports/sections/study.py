@@ -11,18 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvature.estimation.checkpoint import problem_identity
+from curvature.estimation.checkpoint import digest, problem_identity
+from curvature.estimation.probe import Sketches, sketch, sketches
 from curvature.losses import ClassDim
+from curvature.losses.signals import Signals
 from curvature.matrices.dataset_operator import DatasetOperator
 from curvature.matrices.ggn import ggn
 from curvature.matrices.hessian import hessian
 from curvature.matrices.problem import Evaluation, Problem
-from curvature.model.data import Data, Output
+from curvature.model.data import Data, Output, tensors_in
 from curvature.reports.results import EigenvaluesResult, LossResult, Matrix, TraceResult
 from curvature.reports.sections.budget import Budget, Need
 from curvature.reports.sections.store import Store
 from curvature.structures.estimator import Curvature
 from solvers import Function, LinearOperator
+from solvers.operators.decompositions import eigendecomposition
 
 MATRICES: dict[Matrix, Callable[..., DatasetOperator]] = {"hessian": hessian, "ggn": ggn}
 
@@ -57,6 +60,8 @@ class Study:
         start: Vectors to start the search for eigenvectors from, by matrix.
         eigenvalues: Those found so far, by matrix.
         traces: Those found so far, by matrix.
+        seen: What is computed on the data, by which a stored report is recognised.
+        order: Digest of the data in their order, where results are stored.
     """
 
     def __init__(
@@ -98,6 +103,8 @@ class Study:
         self.eigenvalues: dict[Matrix, EigenvaluesResult] = {}
         self.traces: dict[Matrix, TraceResult] = {}
         self._operators: dict[Matrix, DatasetOperator] = {}
+        self.seen: dict[str, Sketches] = {}
+        self.order = ""
 
     @property
     def size(self) -> int:
@@ -189,7 +196,7 @@ class Study:
         dense = self.operator(matrix).to_dense().double()
         self.budget.count(self.size)
         self.dense[matrix] = (dense + dense.mT) / 2
-        self.spectrum[matrix] = torch.linalg.eigh(self.dense[matrix])
+        self.spectrum[matrix] = eigendecomposition(self.dense[matrix])
 
     def start_from(self, vectors: Mapping[Matrix, Tensor]) -> None:
         """Take eigenvectors of an earlier report as a start.
@@ -216,24 +223,30 @@ class Study:
         problem, parameters = self.problem, self.problem.parameters
         before = self.budget.spent
         total = torch.zeros(parameters.size, dtype=torch.float64, device=parameters.device)
-        value, batches = torch.zeros_like(total[0]), 0
+        value, batches, size = torch.zeros_like(total[0]), 0, 0.0
 
         def add(evaluation: Evaluation) -> None:
-            nonlocal batches
+            nonlocal batches, size
             loss = evaluation.loss()
             if not loss.requires_grad:
                 raise ValueError(
                     "the loss does not depend on the model's parameters: the model runs under no_grad, or its output "
                     "is detached."
                 )
+            if self.store.kept:
+                self.order = digest(tensors_in((evaluation.x, evaluation.y)), self.order)
+                if not batches and evaluation.terms is not None:
+                    self.seen["first batch"] = sketches(evaluation.terms, parameters)
             gradient = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
             pairs = zip(parameters.items(), gradient, strict=True)
-            total.add_(parameters.flatten({n: torch.zeros_like(p) if g is None else g for (n, p), g in pairs}))
+            flat = parameters.flatten({n: torch.zeros_like(p) if g is None else g for (n, p), g in pairs})
+            total.add_(flat)
+            size += float(torch.linalg.vector_norm(flat))
             value.add_(loss.detach())
             batches += 1
             if evaluation.terms is not None:
-                positions, classes = evaluation.terms.shape[1:]
-                self.columns = max(self.columns, positions * classes)
+                signals = Signals.of(evaluation.terms, "exact")
+                self.columns = max(self.columns, len(signals))
 
         divisor = problem.visit(add, "loss and gradient")
         self.budget.count(1)
@@ -246,6 +259,7 @@ class Study:
                 "NaN or infinity in the data and in the parameters."
             )
         self.loss = LossResult(loss, norm, batches)
+        self.seen["all data"] = {"gradient": sketch(total.to(parameters.dtype), size)}
 
     def identity(self) -> dict[str, Any]:
         """Names and values by which stored results are recognised as those of this study."""
@@ -259,6 +273,7 @@ class Study:
             "rtol": self.rtol,
             "seed": self.seed,
             "structures": ", ".join(self.structures),
+            "form": self.exact,
         }
 
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from curvature.layers.block import Block, BlockPart
 from curvature.model.data import to_device
 from curvature.structures.estimator import Form
 from precond.layerwise.blocks.by_name import Preconditioners
+from precond.layerwise.blocks.preconditioner import Preconditioner
+from precond.step.loading import require_finite, require_same_tree, unfit
 
 
 def add_blocks(
@@ -48,6 +53,61 @@ def split_blocks(saved: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
 def saved_form(block: dict[str, Any]) -> Form:
     """How samples reached a saved block."""
     return "outer" if block["outer"] else "per_sample"
+
+
+def saved_block(name: str, saved: dict[str, Any], parameters: Mapping[str, Tensor], whose: str) -> Block:
+    """The block that a saved state is of.
+
+    Raises:
+        ValueError: If its parameters are not among the model's, or of other shapes.
+    """
+    try:
+        block = Block.from_state(name, saved["parts"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise unfit(whose, f"does not say which parameters it is of ({error!r})") from error
+    for part in block.parts:
+        if part.name not in parameters:
+            raise unfit(whose, f"is of {part.name}, which is no parameter of this optimizer")
+        p = parameters[part.name]
+        if not _fits(part, p):
+            raise unfit(
+                whose, f"is of another shape: {list(part.split)} of {part.name}, whose shape is {list(p.shape)}"
+            )
+    return block
+
+
+def _fits(part: BlockPart, p: Tensor) -> bool:
+    """Whether a segment is all of a parameter, or some of its rows."""
+    if (part.start, part.numel) == (0, p.numel()):
+        return len(part.split) != 2 or p.ndim != 2 or part.split == tuple(p.shape)
+    if part.start + part.numel > p.numel() or p.ndim < 2 or len(part.split) < 2:
+        return False
+    return part.numel // part.split[0] == p.numel() // p.shape[0]
+
+
+def load_block(preconditioner: Preconditioner, saved: dict[str, Any], whose: str) -> None:
+    """Restore a preconditioner that was just made.
+
+    Raises:
+        ValueError: If the state is that of another method, does not fit the block, or is not finite.
+    """
+    parts = {name: saved[name] for name in ("estimate", "inverse") if name in saved}
+    require_finite(parts, whose)
+    try:
+        preconditioner.load_state_dict(saved)
+        again = preconditioner.state_dict()
+        operators = [preconditioner.estimator.operator()] if preconditioner.estimator.ready else []
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise unfit(whose, f"cannot be read as one of this method ({type(error).__name__}: {error})") from error
+    require_same_tree(parts, {name: again[name] for name in ("estimate", "inverse") if name in again}, whose)
+    numel = preconditioner.estimator.block.numel
+    if preconditioner.inverse is not None:
+        operators.append(preconditioner.inverse)
+    for operator in operators:
+        if math.prod(operator.in_shape) != numel:
+            raise unfit(whose, f"is of another shape: {operator!r} for a block of {numel} numbers")
 
 
 def copied(blocks: dict[str, Any], device: torch.device) -> dict[str, Any]:

@@ -48,14 +48,17 @@ class Preconditioner:
         self.unseen = 0  # updates that the inverse does not include yet
         self.failures = 0
 
-    def mark(self) -> Any:
-        """Estimate and inverse as they are now, for :meth:`back_to`."""
-        return self.estimator.mark(), self.inverse, self.unseen, self.failures
+    def mark(self, estimate: bool = True) -> Any:
+        """Inverse and, unless it stays the same, estimate as they are now, for :meth:`back_to`."""
+        return self.estimator.mark() if estimate else None, dict(vars(self))
 
     def back_to(self, mark: Any) -> None:
         """Undo what has changed since a mark."""
-        estimate, self.inverse, self.unseen, self.failures = mark
-        self.estimator.back_to(estimate)
+        estimate, own = mark
+        vars(self).clear()
+        vars(self).update(own)
+        if estimate is not None:
+            self.estimator.back_to(estimate)
 
     def commit(self, ema: float) -> None:
         """Fold the statistics of the step into the estimate."""

@@ -32,7 +32,7 @@ class Doubling:
 
     def __post_init__(self) -> None:
         """Validate the period."""
-        if not isinstance(self.period, int) or self.period < 1:
+        if not isinstance(self.period, int) or isinstance(self.period, bool) or not 1 <= self.period < 2**63:
             raise ValueError(f"a period is a whole number of steps, at least 1; got {self.period!r}.")
 
     def __call__(self, step: int) -> int:

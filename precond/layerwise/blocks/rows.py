@@ -19,11 +19,17 @@ from solvers import Kronecker, LinearOperator
 
 @dataclass
 class GradientRows:
-    """Inputs ``a (m, d_in)`` and output gradients ``g (m, d_out)`` of one backward pass: ``grad = g^T a``."""
+    """Inputs ``a (m, d_in)`` and output gradients ``g (m, d_out)`` of one backward pass: ``grad = g^T a``.
+
+    Attributes:
+        ones: The input has a one for the bias appended.
+        rough: The backward pass multiplied in less than the precision of the gradient.
+    """
 
     a: Tensor
     g: Tensor
     ones: bool
+    rough: bool = False
 
     @property
     def inputs(self) -> Tensor:
@@ -31,18 +37,28 @@ class GradientRows:
         return torch.cat([self.a, self.a.new_ones(len(self.a), 1)], dim=1) if self.ones else self.a
 
     def agree(self, gradient: Tensor) -> Tensor:
-        """0-d bool: ``gradient (d_out, d_in)`` is the product of the rows, judged by one random combination."""
+        """0-d bool: ``gradient (d_out, d_in)`` is the product of the rows, judged by one random combination.
+
+        Up to rounding, which is relative to the sizes of the terms: a gradient that was clipped or changed by a hook
+        before it was written is another one.
+        """
         inputs = self.inputs
-        probe = torch.randn(inputs.shape[1], generator=torch.Generator().manual_seed(0), dtype=inputs.dtype)
-        probe = probe.to(inputs.device)
+        probe = combination(inputs)
         seen, made = gradient @ probe, self.g.mT @ (inputs @ probe)
-        size = self.g.abs().mT @ (inputs @ probe).abs()
-        return ((seen - made).abs() <= 16 * torch.finfo(seen.dtype).eps ** 0.5 * size).all()
+        size = self.g.abs().mT @ (inputs.abs() @ probe.abs())
+        eps = torch.finfo(seen.dtype).eps
+        return ((seen - made).abs() <= (16 * eps**0.5 if self.rough else 64 * eps) * size).all()
 
     def apply(self, inverse: Kronecker) -> Tensor:
         r""":math:`B^{-1} (g^\top a) A^{-1}` as :math:`(g B^{-1})^\top (a A^{-1})`; the factors are symmetric."""
         B, A = inverse.factors
         return (B @ self.g.to(B.dtype)).mT @ (A @ self.inputs.to(A.dtype))
+
+
+def combination(rows: Tensor) -> Tensor:
+    """Random numbers ``(d,)`` to combine the columns of ``rows (m, d)``, always the same."""
+    probe = torch.randn(rows.shape[1], generator=torch.Generator().manual_seed(0), dtype=rows.dtype)
+    return probe.to(rows.device)
 
 
 def cheaper(rows: int, d_out: int, d_in: int) -> bool:
@@ -54,8 +70,8 @@ class RowTap:
     """Watches one ``nn.Linear`` and offers the rows of its gradient.
 
     The rows stand for the gradient only if one forward pass used the layer since the last step, the gradient was empty
-    before its backward pass, it was not changed afterwards (judged by its version, and by a random combination, which
-    also notices changes through ``.data``), and it was not summed over processes.
+    before its backward pass, it was not changed afterwards (judged by its version, and by a random combination, bit by
+    bit, which also notices changes through ``.data``), and it was not summed over processes.
     """
 
     def __init__(self, module: nn.Linear, params: Mapping[str, nn.Parameter]) -> None:
@@ -64,7 +80,8 @@ class RowTap:
         self._passes = 0
         self._input: tuple[Tensor, int] | None = None
         self._gradient: Tensor | None = None
-        self._written: dict[int, tuple[Tensor, int]] = {}
+        self._written: dict[int, tuple[Tensor, int, Tensor]] = {}
+        self._rough = False
         hook = _WeakHook(self)
         self.handles = [module.register_forward_hook(hook)]
         self.handles += [p.register_post_accumulate_grad_hook(_WeakWritten(self)) for p in params.values()]
@@ -97,6 +114,8 @@ class RowTap:
         self._input = (kept, kept._version)
         number = base.output_nr
         node.register_prehook(_Gradient(self, number))
+        kind = x.device.type
+        self._rough = torch.is_autocast_enabled(kind) or torch.get_float32_matmul_precision() != "highest"
 
     def backward(self, gradient: Tensor) -> None:
         """Note the output's gradient."""
@@ -104,8 +123,10 @@ class RowTap:
 
     def written(self, p: Tensor) -> None:
         """Note that autograd wrote a parameter's gradient."""
-        assert p.grad is not None
-        self._written[id(p)] = (p.grad, p.grad._version if id(p) not in self._written else -1)
+        grad = p.grad
+        assert grad is not None
+        if self._input is not None:
+            self._written[id(p)] = (grad, grad._version if id(p) not in self._written else -1, _fingerprint(grad))
 
     def rows(self, gradients: Mapping[str, Tensor]) -> GradientRows | None:
         """The rows, if they stand for these gradients."""
@@ -113,17 +134,25 @@ class RowTap:
         if self._passes != 1 or self._input is None or self._gradient is None:
             return None
         for name, p in self.params.items():
-            grad, version = self._written.get(id(p), (None, -1))
+            grad, version, _ = self._written.get(id(p), (None, -1, None))
             if grad is None or grad is not p.grad or gradients.get(name) is not grad or grad._version != version:
                 return None
         a, version = self._input
         if a._version != version:
             return None
         rows = GradientRows(
-            a.reshape(-1, a.shape[-1]), self._gradient.reshape(-1, self._gradient.shape[-1]), len(self.params) > 1
+            a.reshape(-1, a.shape[-1]),
+            self._gradient.reshape(-1, self._gradient.shape[-1]),
+            len(self.params) > 1,
+            self._rough,
         )
         self.count = len(rows.a)
         return rows
+
+    def unchanged(self) -> Tensor:
+        """0-d bool: the gradients hold what autograd wrote."""
+        pairs = [(seen, _fingerprint(grad)) for grad, _, seen in self._written.values()]
+        return torch.stack([(before == now).all() for before, now in pairs]).all()
 
 
 def taps_for(model: nn.Module, blocks: Mapping[str, tuple[Block, LinearOperator | None]]) -> dict[str, RowTap]:
@@ -188,8 +217,17 @@ class RowTaps:
         if not found:
             return {}
         blocks = {name: preconditioners[name].estimator.block for name in found}
-        same = torch.stack([rows.agree(blocks[name].read(gradients)) for name, rows in found.items()])
-        return {name: rows for (name, rows), ok in zip(found.items(), same.tolist(), strict=True) if ok}
+        agree = [self.taps[name].unchanged() & rows.agree(blocks[name].read(gradients)) for name, rows in found.items()]
+        same = dict(zip(found, torch.stack(agree).tolist(), strict=True))
+        for name in found:
+            self.taps[name].count *= same[name]
+        return {name: rows for name, rows in found.items() if same[name]}
+
+
+@torch.no_grad()
+def _fingerprint(gradient: Tensor) -> Tensor:
+    """Numbers that change with any entry of a gradient."""
+    return gradient @ combination(gradient) if gradient.dim() == 2 else gradient.clone()
 
 
 class _WeakHook:

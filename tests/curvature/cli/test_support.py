@@ -18,8 +18,9 @@ PAGE = Path(__file__).resolve().parents[3] / "docs" / "support.md"
 
 
 def test_the_page_is_up_to_date() -> None:
-    assert PAGE.read_text(encoding="utf-8") == support.markdown(), (
-        f"run {Path(sys.executable).name} -m curvature.cli.support > docs/support.md"
+    page = PAGE.read_text(encoding="utf-8")
+    assert page.partition(f"\n{support.RUN}\n")[0] == support.markdown(), (
+        f"put what {Path(sys.executable).name} -m curvature.cli.support prints above '{support.RUN}' in docs/support.md"
     )
 
 

@@ -68,6 +68,7 @@ def everything() -> tuple[Everything, list[tuple[Tensor, Tensor]]]:
     return model, data
 
 
+@pytest.mark.filterwarnings("ignore:not one loss")
 @pytest.mark.parametrize("kind", ["exact", "mc", "empirical"])
 @pytest.mark.parametrize("structure", ["kfac", "ekfac", "diagonal"])
 def test_nothing_changes(structure: Any, kind: Any) -> None:
@@ -111,6 +112,7 @@ def test_results_hold_on_to_no_activation_and_to_no_model() -> None:
     assert torch.equal(operator.to_dense(), matrix)
 
 
+@pytest.mark.filterwarnings("ignore:not one loss")
 def test_twice_gives_the_same() -> None:
     for name in ("residual_train", "unknown_uses", "language_model"):
         problem: Problem = PROBLEMS[name]()

@@ -192,12 +192,20 @@ def test_examples_in_another_order_are_refused() -> None:
     batches = [(x[:4], y[:4]), (x[4:], y[4:])]
 
     class Restless:
-        """Another order each time."""
+        """Another order each time, after some passes."""
+
+        def __init__(self, calm: int) -> None:
+            self.calm = calm
 
         def __iter__(self) -> Any:
-            batches.reverse()
-            return iter(batches)
+            self.calm -= 1
+            return iter(batches if self.calm >= 0 else batches[::-1])
 
     C = curvature.ggn(model, nn.CrossEntropyLoss(), (x, y), structure="ekfac")
+    given = {"curvature": C, "memory": 8 * 12}  # a pass for each query
+    for calm in (0, 10):
+        curvature.influence(model, nn.CrossEntropyLoss(), Restless(calm), (x[:2], y[:2]), **given)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="in another order"):  # two looks come first
+        curvature.influence(model, nn.CrossEntropyLoss(), Restless(1), (x[:2], y[:2]), **given)  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="came in another order"):
-        curvature.influence(model, nn.CrossEntropyLoss(), Restless(), (x[:2], y[:2]), curvature=C, memory=8 * 12)
+        curvature.influence(model, nn.CrossEntropyLoss(), Restless(3), (x[:2], y[:2]), **given)  # type: ignore[arg-type]

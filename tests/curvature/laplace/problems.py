@@ -47,8 +47,8 @@ def likelihood(problem: Problem) -> str:
 
 
 def backend_of(problem: Problem, kind: type, **options: Any) -> Any:
-    """A backend with the problem's loss, ``ignore_index`` and all."""
-    backend = kind(problem.model, likelihood(problem), **options)
+    """A backend with the problem's loss, ``ignore_index`` and all, and its class axis."""
+    backend = kind(problem.model, likelihood(problem), **({"class_dim": problem.class_dim} | options))
     backend.lossfunc = problem.loss_fn
     return backend
 

@@ -139,7 +139,7 @@ def test_structures_that_add_not_say_so_after_loading(tmp_path: Path) -> None:
 
 def test_options_of_backends_come_back(tmp_path: Path) -> None:
     """Draws go on where they were, so saving and loading between two fits changes nothing."""
-    kwargs = {"stochastic": True, "num_samples": 2, "seed": 5, "max_factor": 3}
+    kwargs = {"stochastic": True, "num_samples": 2, "seed": 5, "max_dim": 3}
     model, x, y = toy()
     la = Laplace(
         model,
@@ -154,7 +154,7 @@ def test_options_of_backends_come_back(tmp_path: Path) -> None:
     la.fit(loader_of(x[:7], y[:7]))
     save(la, tmp_path / "la.safetensors")
     loaded = load(tmp_path / "la.safetensors", model)
-    assert loaded.damping and loaded.backend.seed == 5 and loaded.backend.max_factor == 3
+    assert loaded.damping and loaded.backend.seed == 5 and loaded.backend.max_dim == 3
     assert_same(la, loaded, x)
     for posterior in (la, loaded):
         posterior.fit(loader_of(x[7:], y[7:]), override=False)
@@ -339,3 +339,49 @@ def _assert_equal(found: Any, state: Any) -> None:
             _assert_equal(a, b)
     else:
         assert found == state and type(found) is type(state)
+
+
+def test_the_cap_on_factors_by_its_old_name(tmp_path: Path) -> None:
+    """With a warning from the user, without one from a file; not by both names."""
+    with pytest.warns(DeprecationWarning, match="GGNBackend: max_factor=3 is max_dim=3 now"):
+        old = fitted("classification", "all", "kfac", backend_kwargs={"max_factor": 3})
+    new = fitted("classification", "all", "kfac", backend_kwargs={"max_dim": 3})
+    assert torch.equal(old.log_marginal_likelihood(), new.log_marginal_likelihood())
+    save(old, tmp_path / "la.safetensors")
+    loaded = load(tmp_path / "la.safetensors", toy()[0])
+    assert loaded.backend.max_dim == 3 and torch.equal(loaded.log_marginal_likelihood(), new.log_marginal_likelihood())
+    for kind in (GGNBackend, EFBackend):
+        with pytest.raises(TypeError, match="say it twice; write max_dim=4"):
+            kind(toy()[0], "classification", max_factor=3, max_dim=4)
+        with pytest.raises(TypeError, match="has no option max_fac"):
+            kind(toy()[0], "classification", max_fac=3)
+
+
+@pytest.mark.parametrize("subset", ["all", "last_layer"])
+def test_kron_of_laplace_torch_takes_more_data_after_its_state_dict(subset: str) -> None:
+    """And its evidence keeps the right gradient in the noise, which laplace-torch's own factors lose."""
+    model, x, y = toy("regression")
+    first, loaded, once = (Laplace(model, "regression", subset, "kron", backend=GGNBackend) for _ in "abc")
+    first.fit(loader_of(x[:7], y[:7]))
+    loaded.load_state_dict(copy.deepcopy(first.state_dict()))
+    slopes = []
+    for la in (first, loaded):
+        sigma = torch.tensor(0.6, dtype=F64, requires_grad=True)
+        slopes.append(torch.autograd.grad(la.log_marginal_likelihood(torch.ones(1, dtype=F64), sigma), sigma)[0])
+        la.sigma_noise = 1.0
+    assert torch.equal(*slopes)
+    if subset == "all":
+        loaded.fit(loader_of(x[7:], y[7:]), override=False)
+        once.fit(loader_of(x, y))
+        loaded.sigma_noise = once.sigma_noise = 1.0
+        loaded.prior_precision = once.prior_precision = 2.0
+        close(loaded.log_marginal_likelihood(), once.log_marginal_likelihood())
+        close(loaded.H.clone().to_matrix(), once.H.to_matrix())
+    older = {name: value for name, value in first.state_dict().items() if name != "sums"}
+    plain = Laplace(model, "regression", subset, "kron", backend=GGNBackend)
+    plain.load_state_dict(older)
+    pair = [la.log_marginal_likelihood(torch.ones(1, dtype=F64), torch.ones((), dtype=F64)) for la in (plain, first)]
+    close(*pair)
+    if subset == "all":
+        with pytest.raises(ValueError, match="state_dict from before it held the sums"):
+            plain.fit(loader_of(x[7:], y[7:]), override=False)

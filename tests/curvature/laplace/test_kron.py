@@ -288,7 +288,7 @@ def test_factors_in_the_form_of_laplace_torch() -> None:
 def test_large_factors_are_kept_as_diagonals() -> None:
     model, x, y = toy()
     full = GGNBackend(model, "classification").kron(x, y, N=12)[1].kfacs
-    part = GGNBackend(model, "classification", max_factor=4).kron(x, y, N=12)[1].kfacs
+    part = GGNBackend(model, "classification", max_dim=4).kron(x, y, N=12)[1].kfacs
     close(part[0][0], full[0][0].diagonal())
     close(part[0][1], full[0][1].diagonal())  # four inputs and a one
     close(part[2][0], full[2][0])
@@ -303,9 +303,9 @@ def test_last_layer_in_closed_form(task: str, bias: bool) -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 6, bias=bias)).double()
     x = normal(7, 4)
     y = classes(7, of=6) if task == "classification" else normal(7, 6)
-    for max_factor in (100, 3):
-        backend = GGNBackend(last_layer(model, x), task, last_layer=True, max_factor=max_factor)
-        general = GGNBackend(last_layer(model, x), task, last_layer=True, max_factor=max_factor)
+    for max_dim in (100, 3):
+        backend = GGNBackend(last_layer(model, x), task, last_layer=True, max_dim=max_dim)
+        general = GGNBackend(last_layer(model, x), task, last_layer=True, max_dim=max_dim)
         general._closed_form = lambda x, y: None  # type: ignore[method-assign]
         for N in (7, 9):
             got, expected = backend.kron(x, y, N=N), general.kron(x, y, N=N)

@@ -13,7 +13,14 @@ pytest.importorskip("laplace")
 
 from laplace import Laplace
 
-from curvature.laplace import EFBackend, GGNBackend, HessianBackend, LastLayerLowRankDiagPosterior, LowRankDiagPosterior
+from curvature.laplace import (
+    EFBackend,
+    GGNBackend,
+    HessianBackend,
+    IndefinitePosteriorError,
+    LastLayerLowRankDiagPosterior,
+    LowRankDiagPosterior,
+)
 from tests.curvature import dense_reference as dense
 from tests.curvature.laplace.problems import FromMapping, definition, loader_of, mapping_loader, summed, toy
 from tests.curvature.problems import F64, classes, normal
@@ -172,12 +179,17 @@ def test_a_sampled_fisher_draws_once() -> None:
 
 
 def test_hessian() -> None:
-    """Negative entries of the diagonal that is left are cut off, so the posterior is one."""
+    """Negative entries of the diagonal that is left are cut off, so the posterior is one; its evidence is no longer
+    that of the Hessian where an eigenvalue is more negative than the prior is positive."""
     model, x, y = toy("regression")
     la = Laplace(model, "regression", "all", "low_rank_diag", backend=HessianBackend, backend_kwargs={"low_rank": 3})
     la.fit(loader_of(x, y))
     values = torch.linalg.eigvalsh(precision(la))
-    assert values.min() >= 1 - 1e-9 and math.isfinite(la.log_marginal_likelihood())
+    assert values.min() >= 1 - 1e-9
+    with pytest.raises(IndefinitePosteriorError, match="not positive definite"):
+        la.log_marginal_likelihood()
+    lowest = float(torch.linalg.eigvalsh(la.backend.full(x, y)[1]).min())
+    assert math.isfinite(la.log_marginal_likelihood(torch.tensor([1.01 * -lowest])))
 
 
 def test_large_eigenvalues_in_float32() -> None:

@@ -14,8 +14,10 @@ from curvature.losses import (
     CrossEntropy,
     ElementwiseLoss,
     Loss,
+    NoCurvatureError,
     NonFiniteLossError,
     SquaredError,
+    Terms,
     UnknownLossError,
     loss_for,
     register_loss,
@@ -175,8 +177,6 @@ def test_shapes_that_do_not_fit_are_refused(loss: Loss, output: Tensor, target: 
     [
         (nn.CrossEntropyLoss(), zeros(4, 3), labels(4) + 3, r"\[0, 3\) .* got values from 3 to 3"),
         (nn.CrossEntropyLoss(), zeros(4, 3), labels(4) - 1, r"\[0, 3\) .* got values from -1 to -1"),
-        (nn.CrossEntropyLoss(), zeros(4, 3), labels(4) - 100, "No term of the loss counts: 0 of 4"),
-        (nn.CrossEntropyLoss(weight=zeros(3)), zeros(4, 3), labels(4), "4 of 4 terms are valid and their total weight"),
         (nn.CrossEntropyLoss(weight=zeros(3) - 1), zeros(4, 3), labels(4), "Class weights must not be negative"),
         (nn.CrossEntropyLoss(), zeros(4, 3), zeros(4, 3) - 1, "probabilities must not be negative, got -1"),
         (nn.NLLLoss(), zeros(4, 3), labels(4) + 5, r"\[0, 3\) .* got values from 5 to 5"),
@@ -202,8 +202,8 @@ def test_indices_out_of_range_never_wrap_around_without_check() -> None:
 
 def test_the_variance_of_a_normal_likelihood() -> None:
     loss = loss_for(nn.GaussianNLLLoss())
-    with pytest.raises(ValueError, match=r"depends on parameters.*var\.detach\(\)"):
-        loss.terms(zeros(4, 3), zeros(4, 3), zeros(4, 3).requires_grad_())
+    with pytest.raises(NoCurvatureError, match=r"not convex in mean and variance.*curvature.fisher.*var\.detach\(\)"):
+        loss.terms(zeros(4, 3), zeros(4, 3), (zeros(4, 3) + 1).requires_grad_()).sqrt_column(0)
     with pytest.raises(TypeError, match="output, target and variance, got 2"):
         loss.terms(zeros(4, 3), zeros(4, 3))
     with pytest.raises(ValueError, match=r"output's shape \(4, 3\).*got \(3,\)"):
@@ -282,8 +282,23 @@ def test_masks_are_checked() -> None:
         ce.terms(zeros(4, 2, 3), labels(4, 2), mask=labels(4, 2))
     with pytest.raises(ValueError, match=r"shape \(4, 2\) .* got \(4,\)"):
         ce.terms(zeros(4, 2, 3), labels(4, 2), mask=torch.ones(4, dtype=torch.bool))
-    with pytest.raises(ValueError, match="No term of the loss counts"):
-        mse.terms(zeros(4, 3), zeros(4, 3), mask=torch.zeros(4, dtype=torch.bool), check=True)
+
+
+@pytest.mark.parametrize(
+    ("terms", "message"),
+    [
+        (ce.terms(zeros(4, 3), labels(4) - 100, check=True), "No term of the loss counts: 0 of 4"),
+        (
+            loss_for(nn.CrossEntropyLoss(weight=zeros(3))).terms(zeros(4, 3), labels(4), check=True),
+            "4 of 4 terms are valid and their total weight",
+        ),
+        (mse.terms(zeros(4, 3), zeros(4, 3), mask=torch.zeros(4, dtype=torch.bool), check=True), "0 of 4"),
+    ],
+)
+def test_a_batch_may_be_empty_and_says_so(terms: Terms, message: str) -> None:
+    assert terms.empty and terms.value() == 0 and not terms.gradient().any()
+    with pytest.raises(ValueError, match=message):
+        terms.check()  # as all there is, its mean would be 0/0
 
 
 # Random numbers, dtypes, shapes ------------------------------------------------------------------------------------

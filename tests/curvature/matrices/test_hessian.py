@@ -237,7 +237,7 @@ class Attention(nn.Module):
         return self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True)).mean(1)
 
 
-def test_fused_attention_is_switched_and_switched_back() -> None:
+def test_fused_attention_is_left_out_without_a_switch_of_the_process() -> None:
     torch.manual_seed(0)
     model = Attention()  # float32: the fused kernel takes part
     data = (torch.randn(2, 5, 4), torch.tensor([0, 1]))
@@ -248,7 +248,7 @@ def test_fused_attention_is_switched_and_switched_back() -> None:
     before = (torch.backends.cuda.flash_sdp_enabled(), torch.backends.mha.get_fastpath_enabled())
     H = curvature.hessian(model, nn.CrossEntropyLoss(), data)
     product = H @ torch.ones(H.shape[1])
-    assert seen == [(False, False)] and before == (True, True)
+    assert seen == [before] == [(True, True)], "another thread may be at work"
     assert (torch.backends.cuda.flash_sdp_enabled(), torch.backends.mha.get_fastpath_enabled()) == before
     model.double()
     exact = dense_hessian(Problem(model, nn.CrossEntropyLoss(), [(data[0].double(), data[1])])).sum(1)
@@ -286,6 +286,7 @@ def test_model_and_settings_stay_as_they_were_after_an_exception() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.filterwarnings("ignore:not one loss")
 def test_products_leave_random_state_and_running_statistics_alone() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Dropout(0.5)).double()
     before = copy.deepcopy(model.state_dict())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import curvature
-from curvature import NondeterministicError, check_deterministic
+from curvature import NondeterministicError, NotOneLossWarning, check_deterministic
 from tests.curvature.problems import normal
 
 
@@ -98,9 +98,81 @@ def test_a_model_that_draws_numbers_itself() -> None:
     # One realisation is one matrix all the same.
     H = curvature.hessian(Noise(), nn.CrossEntropyLoss(), data())
     v = normal(H.shape[1])
-    assert torch.equal(H @ v, H @ v)
+    with pytest.warns(NotOneLossWarning, match="the model draws random numbers itself"):
+        product = H @ v
+    assert torch.equal(product, H @ v)
 
 
 def test_one_shot_iterators_are_refused() -> None:
     with pytest.raises(TypeError, match="one-shot iterator"):
         check_deterministic(plain(), iter(data()))
+
+
+# The same words at every door
+
+
+class Draws(nn.Module):
+    """Dropout that no module shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = plain()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.dropout(self.inner(x), 0.5)
+
+
+FOUND: dict[str, tuple[Any, str]] = {
+    "dropout": (lambda: nn.Sequential(plain(), nn.Dropout(0.5)), r"not one loss: \(a\) dropout is active in 1"),
+    "norm": (
+        lambda: nn.Sequential(nn.BatchNorm1d(2), plain()).double(),
+        r"\(a\) 0 normalise by the statistics of the batch",
+    ),
+    "draws": (Draws, r"\(a\) the model draws random numbers itself"),
+}
+DOORS: dict[str, Any] = {
+    "hessian": lambda *given: curvature.hessian(*given).to_dense(),
+    "ggn": lambda *given: curvature.ggn(*given).to_dense(),
+    "kfac": lambda *given: curvature.fisher(*given, structure="kfac"),
+    "covariance": lambda *given: curvature.gradient_covariance(*given, structure="diagonal"),
+    "moments": lambda *given: curvature.gradient_variance(*given),
+    "self_influence": lambda *given: curvature.self_influence(*given),
+    "Monitor": lambda *given: curvature.Monitor(*given, eval_mode=False, quantities=()).measure(),
+}
+
+
+@pytest.mark.parametrize("why", FOUND)
+@pytest.mark.parametrize("door", DOORS)
+def test_every_door_says_that_the_loss_is_one_of_many(door: str, why: str) -> None:
+    make, words = FOUND[why]
+    with pytest.warns(NotOneLossWarning, match=words):
+        DOORS[door](make(), nn.CrossEntropyLoss(), data())
+    if why != "draws":
+        DOORS[door](make().eval(), nn.CrossEntropyLoss(), data())  # a warning is an error here
+
+
+def test_a_report_says_it_or_refuses() -> None:
+    with pytest.warns(NotOneLossWarning, match="normalise by the statistics"):
+        found = curvature.report(FOUND["norm"][0](), nn.CrossEntropyLoss(), data(), sections=["trace"])
+    assert "normalise by the statistics" in found.notes[0]
+    assert " ".join(found.notes[0].split()) in " ".join(str(found).split())
+    with pytest.raises(NondeterministicError, match="dropout is active in 1"):
+        curvature.report(FOUND["dropout"][0](), nn.CrossEntropyLoss(), data())
+
+
+def test_one_batch_has_one_split_and_an_order_does_not_matter_to_sums() -> None:
+    norm = FOUND["norm"][0]()
+    x, y = data()[0]
+    curvature.hessian(norm, nn.CrossEntropyLoss(), (x, y)).to_dense()
+    curvature.hessian(norm, nn.CrossEntropyLoss(), [(x, y)]).to_dense()
+    curvature.per_sample_gradients(norm, nn.CrossEntropyLoss(), (x, y))
+    x, y = normal(8, 2), torch.arange(8) % 2
+    shuffled = DataLoader(TensorDataset(x, y), batch_size=3, shuffle=True)
+    got = curvature.hessian(plain(), nn.CrossEntropyLoss(), shuffled).to_dense()
+    torch.testing.assert_close(got, curvature.hessian(plain(), nn.CrossEntropyLoss(), (x, y)).to_dense())
+
+
+def test_data_with_missing_values_are_the_same_data() -> None:
+    x = normal(4, 2)
+    x[1, 0] = float("nan")
+    check_deterministic(nn.Sequential(nn.Linear(2, 2)).double(), [(x[:2].nan_to_num(), x[2:]), (x[2:], x[:2])])

@@ -100,6 +100,7 @@ def test_active_dropout_is_refused_in_one_sentence() -> None:
     assert found.notes == ()
 
 
+@pytest.mark.filterwarnings("ignore:not one loss")
 def test_what_depends_on_the_batches_is_noted() -> None:
     problem = PROBLEMS["residual_train"]()
     found = run(problem, sections=["loss"])
@@ -125,14 +126,14 @@ def test_an_unknown_loss_has_a_hessian_and_no_more() -> None:
 
 def test_one_structure_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     module = sys.modules["curvature.reports.sections.distances"]
-    genuine = module.fisher
+    genuine = module.ggn
 
     def fail(*args: Any, structure: str, **options: Any) -> Any:
         if structure == "kfac":
             raise RuntimeError("no room\nfor factors")
         return genuine(*args, structure=structure, **options)
 
-    monkeypatch.setattr(module, "fisher", fail)
+    monkeypatch.setattr(module, "ggn", fail)
     found = run(made())
     assert found.distances is not None and set(found.distances.structures) == {"diagonal", "ekfac"}
     (refusal,) = found.refused

@@ -115,6 +115,7 @@ def test_draws_are_those_of_the_generator_and_of_nothing_else() -> None:
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+@pytest.mark.filterwarnings("ignore:not one loss")
 def test_dropout_draws_from_the_global_stream_and_leaves_it() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 2)).double()
     problem = Problem(model, torch.nn.MSELoss(), [(torch.ones(4, 3).double(), torch.zeros(4, 2).double())])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import curvature
-from curvature.losses import SumOfLosses
+from curvature.losses import NoLikelihoodError, SumOfLosses
 from precond import KFAC
 from tests.curvature import dense_reference as reference
 from tests.curvature.loops import assert_same, fisher, silently, statistics, watching
@@ -192,9 +192,10 @@ def test_two_losses_on_one_output() -> None:
     mse = curvature.ggn(model, nn.MSELoss(), (x, t)).to_dense()
     assert_close(both, 0.3 * ce + 2.0 * mse)
     shared = SumOfLosses({"mse": (1.0, nn.MSELoss()), "huber": (1.0, nn.HuberLoss(delta=9.0))})
-    assert_close(
-        make(model, shared, (x, t), "layer").to_dense(), 1.5 * make(model, nn.MSELoss(), (x, t), "layer").to_dense()
-    )
+    both = curvature.ggn(model, shared, (x, t), structure="layer").to_dense()
+    assert_close(both, 1.5 * make(model, nn.MSELoss(), (x, t), "layer").to_dense())
+    with pytest.raises(NoLikelihoodError, match=r"HuberLoss.*curvature\.ggn"):
+        make(model, shared, (x, t), "layer")
 
 
 def test_the_module_is_the_sum_and_weights_may_change() -> None:

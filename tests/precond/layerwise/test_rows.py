@@ -84,6 +84,27 @@ def test_edited_gradients_are_honoured(edit: Edit) -> None:
     torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
+def test_the_smallest_change_of_a_gradient_is_seen() -> None:
+    """One entry, by a millionth, in a way that leaves no version: the rows of that layer are not used, others are."""
+    model, loss_fn, optimizer = setup()
+    train(model, loss_fn, optimizer, 2)
+    train(model, loss_fn, optimizer, 1, edit=lambda m: m[2].weight.grad.data[3, 5].mul_(1 + 1e-6))
+    assert counts(optimizer) == [6, 0, 0]
+    train(model, loss_fn, optimizer, 1)
+    assert counts(optimizer) == [6, 6, 0]
+
+
+def test_gradients_that_a_hook_edits_are_honoured() -> None:
+    """A hook on a parameter clips its largest entry a little before autograd writes the gradient."""
+    plain, marked = setup(), setup()
+    for run in (plain, marked):
+        train(*run, steps=2)
+        run[0][0].weight.register_hook(lambda g: g.clamp(max=float(g.max()) * 0.999))
+    a, b = train(*plain, steps=2), train(*marked, steps=2, edit=scale(1.0))
+    assert counts(plain[2]) == [0, 6, 0]
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
 def test_accumulated_gradients_are_not_taken_for_rows() -> None:
     model, loss_fn, optimizer = setup()
     train(model, loss_fn, optimizer, 2)

@@ -152,5 +152,5 @@ def test_input_is_checked() -> None:
         CG().solve(Function(lambda x: x, (4,), dtype=torch.float64), normal(4))
     with pytest.raises(NonFiniteError, match="met NaN or infinity"):
         CG().solve(op, torch.full((4,), torch.nan, dtype=torch.float64))
-    with pytest.raises(ValueError, match="stop is 'residual' or 'progress'"):
+    with pytest.raises(ValueError, match="stop is one of residual, progress"):
         CG(stop="never")  # type: ignore[arg-type]

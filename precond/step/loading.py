@@ -1,0 +1,144 @@
+"""Whether a saved state fits an optimizer: looked at before anything is changed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from precond.step.divergence import Name, all_finite
+from solvers.tree import Path, pieces, place
+
+#: What to do about a state that does not fit.
+_MEND = (
+    "Load the state that was saved for this model and this method (built with the same options), or begin without one. "
+    "The optimizer keeps its own state."
+)
+
+State = Mapping[str, Any]
+#: A parameter's state before its first step, or ``None`` where every tensor has the parameter's shape.
+Expected = Callable[[Tensor, dict[str, Any]], State | None]
+
+
+def require_layout(saved: Any, method: str) -> None:
+    """Refuse what is no optimizer's ``state_dict``.
+
+    Raises:
+        ValueError: Saying what is missing.
+    """
+    if not _is_layout(saved):
+        raise ValueError(
+            f"{method}.load_state_dict takes what state_dict() returns: a dict with 'state' (the entries of each "
+            f"parameter) and 'param_groups' (each with 'params'). This is something else. {_MEND}"
+        )
+
+
+def _is_layout(saved: Any) -> bool:
+    groups, state = (saved.get("param_groups"), saved.get("state")) if isinstance(saved, Mapping) else (None, None)
+    if not isinstance(groups, (list, tuple)) or not isinstance(state, Mapping):
+        return False
+    return all(isinstance(entries, Mapping) for entries in state.values()) and all(
+        isinstance(group, Mapping) and isinstance(group.get("params"), (list, tuple)) for group in groups
+    )
+
+
+def require_fit(
+    saved: Mapping[str, Any],
+    groups: list[dict[str, Any]],
+    expected: Expected,
+    check: Callable[[dict[str, Any]], None],
+    name_of: Name,
+    method: str,
+) -> None:
+    """Refuse a state whose entries are not those of the parameters: other names, shapes or kinds of number, or NaN.
+
+    Args:
+        saved: The ``state_dict``.
+        groups: The optimizer's groups.
+        expected: What a parameter's state is made of.
+        check: Refuses options of a group.
+        name_of: Names a parameter.
+        method: The optimizer's name.
+
+    Raises:
+        ValueError: Naming the parameter and the entry.
+    """
+    if [len(g["params"]) for g in groups] != [len(g["params"]) for g in saved["param_groups"]]:
+        return  # torch refuses that in words
+    for own, other in zip(groups, saved["param_groups"], strict=True):
+        options = {**own, **{name: value for name, value in other.items() if name != "params"}}
+        check(options)
+        states = [entries for number in other["params"] if (entries := saved["state"].get(number))]
+        shared = {name for entries in states for name in entries if sum(name in e for e in states) > len(states) / 2}
+        for p, number in zip(own["params"], other["params"], strict=True):
+            if entries := saved["state"].get(number):
+                wanted = expected(p, options)
+                names = shared if wanted is None else {k for k, v in wanted.items() if isinstance(v, Tensor)}
+                _require_entries(entries, p, wanted, names, f"{method}: the saved state of {name_of(p)}")
+    require_finite(saved["state"], f"{method}: the saved state")
+
+
+def _require_entries(entries: State, p: Tensor, expected: State | None, names: set[str], whose: str) -> None:
+    shapes = None if expected is None else {k: tuple(v.shape) for k, v in expected.items() if isinstance(v, Tensor)}
+    missing = sorted(names - set(entries))
+    if missing:
+        raise ValueError(f"{whose} has no entry {missing[0]!r}, but {', '.join(sorted(entries))}. {_MEND}")
+    for name, value in entries.items():
+        wanted = tuple(p.shape) if shapes is None or name not in shapes else shapes[name]
+        scalar = isinstance(value, Tensor) and value.ndim == 0 and (shapes is None or name not in shapes)
+        if name in (shapes or ()) and not isinstance(value, Tensor):
+            raise ValueError(f"{whose} has {type(value).__name__} as {name!r}, where a tensor is expected. {_MEND}")
+        if not isinstance(value, Tensor) or scalar:
+            continue
+        if tuple(value.shape) != wanted:
+            raise ValueError(
+                f"{whose} is of another shape: {name!r} is {tuple(value.shape)}, and {wanted} is expected for a "
+                f"parameter of shape {tuple(p.shape)}. {_MEND}"
+            )
+        if not value.is_floating_point():
+            raise ValueError(f"{whose} has {name!r} in {value.dtype}, where floating numbers are expected. {_MEND}")
+
+
+def require_finite(tree: Any, whose: str) -> None:
+    """Refuse NaN and inf anywhere in nested values, with one wait for the device.
+
+    Raises:
+        ValueError: Naming the place.
+    """
+    if all_finite([value for _, value in _numbers(tree) if isinstance(value, Tensor)]) and all(
+        math.isfinite(value) for _, value in _numbers(tree) if not isinstance(value, Tensor)
+    ):
+        return
+    for path, value in _numbers(tree):
+        if not (all_finite([value]) if isinstance(value, Tensor) else math.isfinite(value)):
+            raise ValueError(f"{whose} holds NaN or inf, in {place(path)}. {_MEND}")
+
+
+def _numbers(tree: Any) -> Iterator[tuple[Path, Any]]:
+    for path, value in pieces(tree):
+        if isinstance(value, float) or (isinstance(value, Tensor) and value.is_floating_point()):
+            yield path, value
+
+
+def require_same_tree(saved: Any, again: Any, whose: str) -> None:
+    """Refuse what was read only in part: what was read is not what would be saved again.
+
+    Raises:
+        ValueError: Naming the first tensor that differs.
+    """
+    before, after = (
+        {path: tuple(value.shape) for path, value in pieces(tree) if isinstance(value, Tensor)}
+        for tree in (saved, again)
+    )
+    for path in [*before, *after]:
+        if before.get(path) != after.get(path):
+            raise ValueError(
+                f"{whose} is that of another method or option: {place(path)} does not belong here. {_MEND}"
+            )
+
+
+def unfit(whose: str, why: str) -> ValueError:
+    """The error for a state that does not fit."""
+    return ValueError(f"{whose} {why}. {_MEND}")
