@@ -77,7 +77,9 @@ def test_the_run_is_that_of_the_loss_it_equals(method: str, form: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "loss", [AutogradLoss(by_hand, reduction="mean"), CrossEntropy(nn.CrossEntropyLoss())], ids=str
+    "loss",
+    [AutogradLoss(by_hand, reduction="mean"), CrossEntropy(nn.CrossEntropyLoss())],
+    ids=["a function", "cross-entropy"],
 )
 def test_closures(loss: Any) -> None:
     def hessian_free(model: nn.Module, loss_fn: Any) -> Any:
