@@ -1,6 +1,7 @@
 """Hessian, Gauss-Newton and Fisher matrices of a loss: exact, or in structures that are cheap to invert."""
 
 from curvature import plots
+from curvature.compression import Allocation, CompressedLayer, Compression, Grid, allocate, prune, quantize
 from curvature.estimation.checkpoint import Checkpoint, CheckpointError
 from curvature.estimation.coverage import Coverage, coverage
 from curvature.influences import Influence, influence, self_influence
@@ -42,9 +43,12 @@ from curvature.training.monitor import Monitor
 from curvature.training.subspace import Subspace, overlap, subspace
 
 __all__ = [
+    "Allocation",
     "Block",
     "Checkpoint",
     "CheckpointError",
+    "CompressedLayer",
+    "Compression",
     "Coverage",
     "Curvature",
     "CurvatureEstimator",
@@ -52,6 +56,7 @@ __all__ = [
     "Dynamics",
     "EigenbasisFisher",
     "GramFisher",
+    "Grid",
     "Influence",
     "InputKronecker",
     "Interpolation",
@@ -73,6 +78,7 @@ __all__ = [
     "TensorNormal",
     "UnitFisher",
     "activation_hessian",
+    "allocate",
     "check_deterministic",
     "coverage",
     "dynamics",
@@ -91,6 +97,8 @@ __all__ = [
     "per_sample_gradients",
     "per_sample_norms",
     "plots",
+    "prune",
+    "quantize",
     "report",
     "resumable_eigsh",
     "self_influence",

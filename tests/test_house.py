@@ -48,7 +48,8 @@ HOUSE: dict[str, str] = {
     " .losses .model solvers solvers.operators solvers.precision",
     "curvature.laplace.factors": ".structures .layers solvers solvers.operators solvers.precision",
     "curvature.laplace.likelihoods": ".losses",
-    "curvature": ".reports .plots .influences .training .landscape .matrices .estimation .structures .layers .model",
+    "curvature": ".reports .plots .influences .training .landscape .matrices .estimation .structures .layers .model"
+    " .compression",
     "curvature.reports": ".reports.sections .reports.pages .reports.results .estimation .structures .losses .model"
     " solvers.tree solvers.files",
     "curvature.reports.sections": ".reports.results .matrices .estimation .structures .losses .model solvers"
@@ -61,7 +62,8 @@ HOUSE: dict[str, str] = {
     "curvature.training": ".matrices .structures .layers .losses .model solvers solvers.precision solvers.operators"
     " solvers.files solvers.outcome",
     "curvature.landscape": ".matrices .estimation .losses .model solvers solvers.outcome",
-    "curvature.matrices": ".estimation .structures .layers .losses .model solvers solvers.eigenpairs solvers.precision",
+    "curvature.matrices": ".estimation .structures .layers .losses .model solvers solvers.eigenpairs"
+    " solvers.precision",
     "curvature.estimation": ".structures .layers .losses .model solvers solvers.tree solvers.files solvers.precision",
     "curvature.structures": ".layers .losses .model solvers solvers.operators solvers.precision solvers.outcome",
     "curvature.layers": ".losses .model solvers solvers.precision",
@@ -81,6 +83,7 @@ HOUSE: dict[str, str] = {
     "solvers.outcome": "",
     "solvers.precision": "",
     "solvers.files": "",
+    "curvature.compression": ".matrices .estimation .structures .layers .losses .model solvers solvers.outcome",
 }
 
 #: Modules of ours that are imported inside a function, and why.

@@ -1,0 +1,142 @@
+"""Distribute bits or sparsity over layers: where the curvature says they matter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+
+from curvature.compression.factors import LayerCurvature, layer_curvature
+from curvature.compression.grid import Grid
+from curvature.compression.layers import Matrix, matrices
+from curvature.compression.rounding import round_matrix
+from solvers import BlockDiagonal, Diagonal
+
+BITS = (2, 3, 4, 5, 6, 8)
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What each layer gets, and the predicted increase of the loss.
+
+    Attributes:
+        bits: ``{parameter: bits}``, to be given to :func:`curvature.compression.quantize`.
+        predicted: Sum of the predicted increases.
+        mean: Mean bits of a weight.
+        table: ``{parameter: {bits: predicted increase}}`` of all that could have been chosen.
+    """
+
+    bits: Mapping[str, int]
+    predicted: float
+    mean: float
+    table: Mapping[str, Mapping[int, float]]
+
+
+def allocate(
+    model: nn.Module,
+    curvature: BlockDiagonal,
+    *,
+    bits: float = 4.0,
+    choices: Sequence[int] = BITS,
+    layers: Iterable[str] | None = None,
+    grid: Grid | None = None,
+    damping: float = 0.01,
+) -> Allocation:
+    r"""Bits for each layer, so that the predicted increase of the loss is least at a mean number of bits.
+
+    Every matrix is rounded at every choice, which gives its increase
+    :math:`\tfrac12 \langle E, C E \rangle`; since C has a block for each layer, increases add up, and the best choice
+    is an integer program (a knapsack), solved to its optimum.
+
+    Args:
+        model: The trained model.
+        curvature: Operator of :func:`curvature.fisher` or :func:`curvature.ggn` in structure ``"kfac"``, ``"ekfac"``,
+            ``"foof"`` or ``"diagonal"``, on all parameters of the model.
+        bits: Mean bits of a weight, at most.
+        choices: Numbers of bits to choose from.
+        layers: Names of the parameters; by default those of two or more axes that have factors.
+        grid: Symmetry, groups and fit of the grid; its bits do not count.
+        damping: Fraction of the factors' mean diagonals.
+
+    Raises:
+        ValueError: If fewer bits are asked for than the smallest choice.
+    """
+    parameters = dict(model.named_parameters())
+    found = {matrix.name: matrix for matrix in matrices(curvature)}
+    if layers is None:
+        tables = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
+        names = [name for name, matrix in found.items() if id(parameters[matrix.block.names[0]]) not in tables]
+        factored = [name for name in names if not isinstance(found[name].operator, Diagonal)]
+        names = factored or [name for name in names if parameters[found[name].block.names[0]].dim() > 1]
+    else:
+        names = list(layers)
+        if unknown := [name for name in names if name not in found]:
+            raise ValueError(f"the curvature has no matrix {', '.join(unknown)}; there are {', '.join(found)}.")
+    if not names:
+        raise ValueError("the curvature has no matrix of a layer to distribute bits over.")
+
+    def read(matrix: Matrix) -> tuple[Tensor, LayerCurvature]:
+        return matrix.read(parameters), layer_curvature(matrix.name, matrix.operator, damping)
+
+    return allocate_matrices([found[name] for name in names], read, bits, grid or Grid(), True, choices)
+
+
+def allocate_matrices(
+    found: Sequence[Matrix],
+    read: Callable[[Matrix], tuple[Tensor, LayerCurvature]],
+    bits: float,
+    grid: Grid,
+    by_activation: bool,
+    choices: Sequence[int] = BITS,
+) -> Allocation:
+    """:func:`allocate` on matrices that ``read`` gives with their curvature, one after another."""
+    table, sizes = {}, {}
+    for matrix in found:
+        W, curvature = read(matrix)
+        d_in = W.shape[1] - matrix.free
+        own = table[matrix.name] = dict[int, float]()
+        for number in choices:
+            levels = replace(grid, bits=number).levels(W[:, :d_in], curvature.importance[:, :d_in])
+            rounded = round_matrix(W, levels, curvature, matrix.free, by_activation)
+            own[number] = curvature.increase(W - rounded)
+        sizes[matrix.name] = W.shape[0] * d_in
+    best = cheapest(table, sizes, bits)
+    return Allocation(
+        best,
+        sum(table[name][number] for name, number in best.items()),
+        sum(sizes[name] * number for name, number in best.items()) / sum(sizes.values()),
+        table,
+    )
+
+
+def cheapest(table: Mapping[str, Mapping[int, float]], sizes: Mapping[str, int], budget: float) -> dict[str, int]:
+    r"""One choice for each layer with the least sum of costs, under :math:`\sum_l n_l c_l \le budget \sum_l n_l`.
+
+    Raises:
+        ValueError: If even the smallest choices exceed the budget.
+    """
+    import numpy as np
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_matrix
+
+    names = list(table)
+    options = [(row, choice) for row, name in enumerate(names) for choice in table[name]]
+    total = sum(sizes.values())
+    least = sum(sizes[name] * min(table[name]) for name in names) / total
+    if budget < least * (1 - 1e-6):  # rounding of a mean
+        raise ValueError(f"bits={budget:g} is below {least:g}, the mean of the smallest choices. Add smaller choices.")
+    costs = np.array([table[names[row]][choice] for row, choice in options])
+    scale = costs.max()
+    weights = np.array([sizes[names[row]] / total * choice for row, choice in options])
+    one = csr_matrix(([1.0] * len(options), ([row for row, _ in options], range(len(options)))))
+    found = milp(
+        costs / (scale if scale > 0 else 1.0),
+        integrality=np.ones(len(options)),
+        bounds=Bounds(0, 1),
+        constraints=[LinearConstraint(one, 1, 1), LinearConstraint(weights[None], -np.inf, budget * (1 + 1e-6))],
+        options={"mip_rel_gap": 0.0},
+    )
+    if found.x is None:
+        raise RuntimeError(f"the integer program was not solved: {found.message}")
+    return {names[row]: choice for (row, choice), x in zip(options, found.x, strict=True) if x > 0.5}

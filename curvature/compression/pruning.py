@@ -1,0 +1,108 @@
+"""Prune a trained model, guided by its curvature."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from curvature.compression.factors import LayerCurvature
+from curvature.compression.layers import CalibrationSource, Matrix
+from curvature.compression.obs import prune_matrix
+from curvature.compression.pattern import Pattern
+from curvature.compression.result import Compression
+from curvature.compression.run import Change, Changed, compress
+from curvature.losses import ClassDim
+from curvature.losses.signals import FisherKind
+from curvature.matrices.request import Structure
+from curvature.model.data import Data, Output
+from solvers import BlockDiagonal
+
+
+def prune(
+    model: nn.Module,
+    loss_fn: Any,
+    data: Data,
+    *,
+    sparsity: float | str = 0.5,
+    units: bool = False,
+    structure: Structure | BlockDiagonal = "kfac",
+    kind: FisherKind | None = None,
+    samples: int = 4,
+    bias: Literal["joint", "separate"] = "joint",
+    rounds: int = 8,
+    sequential: bool = False,
+    damping: float = 0.01,
+    rtol: float = 1e-3,
+    max_steps: int = 100,
+    layers: str | Iterable[str] | None = None,
+    embeddings: bool = False,
+    measure: bool = True,
+    output: Output | None = None,
+    class_dim: ClassDim = None,
+    generator: torch.Generator | None = None,
+    progress: bool | None = None,
+) -> Compression:
+    r"""Set weights of a trained model to zero so that its loss rises as little as its curvature allows.
+
+    The optimal brain surgeon on Kronecker factors: weights go whose removal costs least in the quadratic form of their
+    layer, :math:`w_{ij}^2 / ([B^{-1}]_{ii} [A^{-1}]_{jj})`, and the others move to the exact minimum of that form. With
+    ``"2:4"`` every pattern of a group is tried; with ``structure="foof"`` (no B) rows stand alone, as in SparseGPT.
+
+    Args:
+        model: The trained model, in the mode in which it is used; it stays as it is.
+        loss_fn: The loss it was trained on.
+        data: Calibration data: one batch ``(x, y)`` or a re-iterable of batches.
+        sparsity: Share of the weights of each matrix that is removed, or ``"n:m"``: of ``m`` neighbouring inputs, ``n``
+            are kept.
+        units: Remove whole output units (rows and their biases).
+        structure: As for :func:`quantize`.
+        kind: Kind of Fisher matrix; ``"mc"`` by default.
+        samples: Draws for each batch of ``"mc"``.
+        bias: ``"joint"`` moves the bias as well; ``"separate"`` leaves it alone.
+        rounds: In how many rounds weights are chosen. Between rounds the others make up for what is gone, which changes
+            the costs.
+        sequential: Estimate each layer's curvature on the model whose earlier layers are pruned already.
+        damping: Fraction of a factor's mean diagonal that is added to it; see :func:`quantize`.
+        rtol: Relative residual of the solve for the remaining weights.
+        max_steps: Most steps of that solve.
+        layers: Names or globs of parameters or modules; by default every weight matrix of a layer.
+        embeddings: Also prune embeddings, and heads that are tied to one.
+        measure: Evaluate the loss before and after, and with each layer alone.
+        output: Picks the output tensor where the model does not return a tensor.
+        class_dim: Class axis of the output where the shapes leave it open.
+        generator: CalibrationSource of the draws; a fresh one seeded with 0 by default.
+        progress: Show progress bars.
+
+    Returns:
+        The model with zeros, masks, and for each layer the predicted and measured increase of the loss.
+
+    Raises:
+        ValueError: If an option is out of range, or the inputs of a layer are no multiple of m.
+        SolverError: If a layer's curvature is not finite, zero or indefinite.
+    """
+    pattern = Pattern.parse(sparsity, units)
+    for name, number in (("rounds", rounds), ("max_steps", max_steps)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise ValueError(f"{name} must be a whole number, at least 1, got {number!r}.")
+    if isinstance(rtol, bool) or not isinstance(rtol, (int, float)) or not 0 <= rtol < 1:
+        raise ValueError(f"rtol must be a number from 0 to 1, got {rtol!r}.")
+    source = CalibrationSource(loss_fn, data, structure, kind, samples, bias, output, class_dim, generator, progress)
+
+    def plan(found: Sequence[Matrix], read: object) -> Change:
+        inputs = {matrix.name: matrix.block.shape[-1] - matrix.free for matrix in found}
+        if pattern.m is not None and (uneven := {name: d for name, d in inputs.items() if d % pattern.m}):
+            raise ValueError(
+                f"sparsity={sparsity!r} needs inputs in groups of {pattern.m}, but "
+                f"{', '.join(f'{name} has {d}' for name, d in uneven.items())}. Leave these out with layers=."
+            )
+
+        def change(matrix: Matrix, W: Tensor, curvature: LayerCurvature) -> Changed:
+            value, mask = prune_matrix(W, curvature, pattern, matrix.free, rounds, rtol, max_steps)
+            return Changed(value, mask=mask[:, : inputs[matrix.name]])
+
+        return change
+
+    return compress(model, source, plan, layers, embeddings, sequential, damping, measure)
