@@ -1,7 +1,7 @@
 """Hessian, Gauss-Newton and Fisher matrices of a loss: exact, or in structures that are cheap to invert."""
 
 from curvature import plots
-from curvature.compression import Allocation, CompressedLayer, Compression, Grid, allocate, prune, quantize
+from curvature.compression import Allocation, CompressedLayer, Compression, Grid, allocate, prune, quantize, sensitivity
 from curvature.estimation.checkpoint import Checkpoint, CheckpointError
 from curvature.estimation.coverage import Coverage, coverage
 from curvature.influences import Influence, influence, self_influence
@@ -102,6 +102,7 @@ __all__ = [
     "report",
     "resumable_eigsh",
     "self_influence",
+    "sensitivity",
     "subspace",
     "surface",
 ]

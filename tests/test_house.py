@@ -37,7 +37,7 @@ HOUSE: dict[str, str] = {
     " solvers.tree",
     "curvature.__main__": ".cli",
     "curvature.cli": ".reports .plots .matrices .estimation .structures .layers .losses .model solvers"
-    " solvers.eigenpairs solvers.estimates solvers.tree solvers.files",
+    " solvers.eigenpairs solvers.estimates solvers.tree solvers.files .compression",
     "curvature.laplace": ".laplace.parametric .laplace.matrix_free .laplace.backends .laplace.factors",
     "curvature.laplace.posteriors": ".laplace.backends .laplace.factors .losses .model",
     "curvature.laplace.parametric": ".laplace.backends .laplace.factors .matrices .estimation .losses solvers"
@@ -53,10 +53,10 @@ HOUSE: dict[str, str] = {
     "curvature.reports": ".reports.sections .reports.pages .reports.results .estimation .structures .losses .model"
     " solvers.tree solvers.files",
     "curvature.reports.sections": ".reports.results .matrices .estimation .structures .losses .model solvers"
-    " solvers.estimates solvers.operators solvers.outcome",
+    " solvers.estimates solvers.operators solvers.outcome .compression",
     "curvature.reports.pages": ".reports.results .plots solvers",
     "curvature.reports.results": ".estimation",
-    "curvature.plots": ".training .landscape solvers",
+    "curvature.plots": ".training .landscape solvers .compression",
     "curvature.influences": ".matrices .estimation .structures .layers .losses .model solvers solvers.tree"
     " solvers.precision solvers.operators",
     "curvature.training": ".matrices .structures .layers .losses .model solvers solvers.precision solvers.operators"

@@ -16,6 +16,7 @@ from torch import Tensor
 import solvers
 from curvature.cli import output
 from curvature.cli.source import Source, UsageError
+from curvature.compression import quantize
 from curvature.estimation.checkpoint import Checkpoint, save
 from curvature.estimation.coverage import coverage
 from curvature.matrices.by_name import MATRICES
@@ -58,6 +59,8 @@ def run(source: Source, given: Namespace) -> Answer:
         case "coverage":
             found = coverage(source.model, source.loss_fn, source.data, params=source.options.get("params"))
             return Answer(str(found), found.to_dict())
+        case "quantize":
+            return _quantize(source, given)
     op, head = _operator(source, given)
     answer = {"eigs": _eigs, "density": _density, "trace": _trace}[given.command](op, given)
     seconds = time.monotonic() - start
@@ -155,6 +158,35 @@ def _report(source: Source, given: Namespace) -> Answer:
     for place in given.out:
         found.save(place)
     return Answer(str(found), found.to_dict())
+
+
+def _quantize(source: Source, given: Namespace) -> Answer:
+    if given.out is not None:
+        _folder_of("--out", given.out)
+        if Path(given.out).suffix != ".pt":
+            raise UsageError(f"--out takes .pt, not {given.out!r}.")
+    if source.options.get("params") is not None:
+        raise UsageError("--params restricts derivatives; --layers says which layers are quantized.")
+    found = quantize(
+        source.model,
+        source.loss_fn,
+        source.data,
+        bits=given.bits,
+        structure=given.structure,
+        group="row" if given.group is None else given.group,
+        symmetric=not given.asymmetric,
+        sequential=given.sequential,
+        damping=given.damping,
+        layers=given.layers,
+        embeddings=given.embeddings,
+        generator=torch.Generator(next(source.model.parameters()).device).manual_seed(given.seed),
+        progress=_progress(given),
+        **source.options,
+    )
+    if given.out is not None:
+        save(given.out, {"state_dict": dict(found.model.state_dict()), "codes": found.tensors()})
+    about = {"source": source.name, "command": given.command, "seed": given.seed, "bits": found.bits}
+    return Answer(str(found), about | found.to_dict())
 
 
 def _search(op: DatasetOperator, given: Namespace) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from solvers.eigenpairs.result import Which
 from solvers.estimates.spectral_density import DensityMethod
 from solvers.estimates.trace import TraceMethod
 
+FACTORED = ("kfac", "ekfac", "foof", "diagonal")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 _DESCRIPTION = """\
@@ -35,6 +36,7 @@ _COMMANDS = {
     "eigs": "eigenvalues at the ends of the spectrum, with residuals",
     "density": "the spectral density, with an error band",
     "trace": "the trace, with its standard error",
+    "quantize": "round the weights with the curvature's factors and save them; what each layer costs",
     "coverage": "which curvature every parameter can get in the structured estimates",
 }
 _NO_CHECK = "go on where dropout, batch statistics or shuffled data leave the loss to chance; one draw is held fixed"
@@ -61,17 +63,18 @@ def make_parser() -> argparse.ArgumentParser:
     }
     for name, command in made.items():
         command.add_argument("source", metavar="SOURCE", help="function that returns (model, loss_fn, data)")
-        if name != "coverage":
+        if name not in ("coverage", "quantize"):
             _matrix(command, both=name == "report")
     _report(made["report"])
     _eigs(made["eigs"])
     _density(made["density"])
     _trace(made["trace"])
+    _quantize(made["quantize"])
     for name, command in made.items():
         _shared(command)
         if name != "coverage":
             command.add_argument("--seed", metavar="N", type=int, default=0, help="of the random vectors (default: 0)")
-        if name not in ("coverage", "report"):
+        if name not in ("coverage", "report", "quantize"):
             command.add_argument("--no-check", action="store_true", help=_NO_CHECK)
     return top
 
@@ -130,6 +133,20 @@ def _trace(command: argparse.ArgumentParser) -> None:
     command.add_argument("--method", choices=get_args(TraceMethod), help="(default: exact where small, else hutch++)")
     command.add_argument("--samples", metavar="N", type=positive(int), default=100, help="products (default: 100)")
     command.add_argument("--rtol", metavar="X", type=positive(float), help="go on to this relative standard error")
+
+
+def _quantize(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--bits", metavar="X", type=positive(float), default=4.0, help="mean bits (default: 4)")
+    command.add_argument("--structure", choices=FACTORED, default="kfac", help="curvature (default: kfac)")
+    command.add_argument("--group", metavar="N", type=positive(int), help="inputs that share a scale (default: a row)")
+    command.add_argument("--asymmetric", action="store_true", help="a grid whose zero may lie off its middle")
+    command.add_argument("--sequential", action="store_true", help="see earlier layers compressed already")
+    command.add_argument("--damping", metavar="X", type=positive(float), default=0.01, help="(default: 0.01)")
+    command.add_argument("--layers", metavar="GLOB", action="append", help="these only; may be repeated")
+    command.add_argument("--embeddings", action="store_true", help="embeddings as well")
+    command.add_argument(
+        "--out", metavar="FILE", help="save there (.pt): state_dict with rounded weights, and codes, scales, zeros"
+    )
 
 
 def _shared(command: argparse.ArgumentParser) -> None:

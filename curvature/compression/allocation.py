@@ -62,6 +62,32 @@ def allocate(
     Raises:
         ValueError: If fewer bits are asked for than the smallest choice.
     """
+    found, read = _layers(model, curvature, layers, damping)
+    return allocate_matrices(found, read, bits, grid or Grid(), True, choices)
+
+
+def sensitivity(
+    model: nn.Module,
+    curvature: BlockDiagonal,
+    *,
+    bits: Sequence[int] = BITS,
+    layers: Iterable[str] | None = None,
+    grid: Grid | None = None,
+    damping: float = 0.01,
+) -> dict[str, dict[int, float]]:
+    r"""Predicted increase of the loss for each layer and number of bits, ``{parameter: {bits: increase}}``.
+
+    Arguments as for :func:`allocate`. Each number is :math:`\tfrac12 \langle E, C E \rangle` of the error E that
+    :func:`curvature.quantize` would make in that layer.
+    """
+    found, read = _layers(model, curvature, layers, damping)
+    return {matrix.name: increases(matrix, *read(matrix), grid or Grid(), True, bits) for matrix in found}
+
+
+def _layers(
+    model: nn.Module, curvature: BlockDiagonal, layers: Iterable[str] | None, damping: float
+) -> tuple[list[Matrix], Callable[[Matrix], tuple[Tensor, LayerCurvature]]]:
+    """The matrices of an operator that are weights of layers, and how to read them."""
     parameters = dict(model.named_parameters())
     found = {matrix.name: matrix for matrix in matrices(curvature)}
     if layers is None:
@@ -79,7 +105,20 @@ def allocate(
     def read(matrix: Matrix) -> tuple[Tensor, LayerCurvature]:
         return matrix.read(parameters), layer_curvature(matrix.name, matrix.operator, damping)
 
-    return allocate_matrices([found[name] for name in names], read, bits, grid or Grid(), True, choices)
+    return [found[name] for name in names], read
+
+
+def increases(
+    matrix: Matrix, W: Tensor, curvature: LayerCurvature, grid: Grid, by_activation: bool, choices: Iterable[int]
+) -> dict[int, float]:
+    """Predicted increase of the loss when one matrix is rounded, for each number of bits."""
+    d_in = W.shape[1] - matrix.free
+    out = {}
+    for number in choices:
+        levels = replace(grid, bits=number).levels(W[:, :d_in], curvature.importance[:, :d_in])
+        rounded = round_matrix(W, levels, curvature, matrix.free, by_activation)
+        out[number] = curvature.increase(W - rounded)
+    return out
 
 
 def allocate_matrices(
@@ -91,16 +130,8 @@ def allocate_matrices(
     choices: Sequence[int] = BITS,
 ) -> Allocation:
     """:func:`allocate` on matrices that ``read`` gives with their curvature, one after another."""
-    table, sizes = {}, {}
-    for matrix in found:
-        W, curvature = read(matrix)
-        d_in = W.shape[1] - matrix.free
-        own = table[matrix.name] = dict[int, float]()
-        for number in choices:
-            levels = replace(grid, bits=number).levels(W[:, :d_in], curvature.importance[:, :d_in])
-            rounded = round_matrix(W, levels, curvature, matrix.free, by_activation)
-            own[number] = curvature.increase(W - rounded)
-        sizes[matrix.name] = W.shape[0] * d_in
+    table = {matrix.name: increases(matrix, *read(matrix), grid, by_activation, choices) for matrix in found}
+    sizes = {m.name: m.block.shape[-2] * (m.block.shape[-1] - m.free) for m in found}
     best = cheapest(table, sizes, bits)
     return Allocation(
         best,

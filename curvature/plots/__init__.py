@@ -5,6 +5,7 @@ is given, or into a new figure. Nothing global is changed: colours, fonts and si
 so a dark style or your own style sheet carries over.
 """
 
+from curvature.plots.compression import loss_against_bits, sensitivity
 from curvature.plots.history import monitor
 from curvature.plots.landscape import barriers, interpolation, layer_paths, surface, surface_3d
 from curvature.plots.layers import bars, distances, gradient_norms, shares
@@ -21,7 +22,9 @@ __all__ = [
     "gradient_norms",
     "interpolation",
     "layer_paths",
+    "loss_against_bits",
     "monitor",
+    "sensitivity",
     "shares",
     "subspace",
     "surface",

@@ -14,7 +14,7 @@ from curvature.estimation.checkpoint import Checkpoint
 from curvature.losses import ClassDim
 from curvature.model.data import Data, Output
 from curvature.reports.document import Plan, Report
-from curvature.reports.results import Matrix
+from curvature.reports.results import ON_REQUEST, Matrix
 from curvature.reports.run import SECTIONS, Course
 from curvature.reports.sections.budget import Budget
 from curvature.reports.sections.store import Store
@@ -83,6 +83,7 @@ def report(  # type: ignore[misc]  # the options of a dry run are those below
     ``"density"``     spectral density; effective dimension and condition of the GGN at ``damping``
     ``"distances"``   how far diagonal, K-FAC and EKFAC are from the GGN, by layer
     ``"layers"``      the largest eigenvalue of each layer
+    ``"sensitivity"`` how much the loss would rise with each layer's weights at 8, 4, 3, 2 bits; only on request
     ================  ===============================================================================================
 
     Small matrices (up to 2000 parameters) are formed, and everything is exact. For others the sections are ordered by
@@ -103,7 +104,7 @@ def report(  # type: ignore[misc]  # the options of a dry run are those below
         budget: Seconds to spend; None for no limit.
         products: Products with a matrix to spend in their place; a pass over the data counts as one.
         matrix: ``"hessian"``, ``"ggn"`` or both, the more interesting one first.
-        sections: Some of the above; None for all.
+        sections: Some of the above; None for all but those on request.
         k: How many of the largest eigenvalues.
         damping: :math:`\lambda`, in units of the matrix: what an optimizer or a prior adds to it.
         structures: Structures to compare with the GGN: names of :func:`curvature.fisher`, or curvatures with options of
@@ -148,12 +149,15 @@ def report(  # type: ignore[misc]  # the options of a dry run are those below
             output=output,
             class_dim=class_dim,
         )
-        course = Course(study, matrices, _tuple(SECTIONS if sections is None else sections))
+        course = Course(study, matrices, _tuple(_DEFAULT if sections is None else sections))
         course.begin(warm_start)
         if dry_run:
             return course.plan()
         course.all(progress)
         return course.result()
+
+
+_DEFAULT = tuple(section for section in SECTIONS if section not in ON_REQUEST)
 
 
 def _check(

@@ -33,8 +33,9 @@ def decode(kind: Any, value: Any) -> Any:
         return None if value is None else decode(inner, value)
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         hints = get_type_hints(kind)
-        known = {field.name for field in dataclasses.fields(kind) if field.repr}
-        if not isinstance(value, dict) or set(value) != known:
+        known = {field.name: field for field in dataclasses.fields(kind) if field.repr}
+        needed = {name for name, field in known.items() if field.default is dataclasses.MISSING}
+        if not isinstance(value, dict) or not needed <= set(value) <= set(known):
             found = sorted(value) if isinstance(value, dict) else type(value).__name__
             raise ValueError(f"{kind.__name__} has the fields {sorted(known)}, not {found}.")
         return kind(**{name: decode(hints[name], entry) for name, entry in value.items()})

@@ -251,6 +251,21 @@ class Cost:
     products: float
 
 
+@dataclass(frozen=True)
+class SensitivityResult:
+    """Predicted increase of the loss when one layer's weights are rounded to so many bits, the others left alone.
+
+    Attributes:
+        bits: Numbers of bits.
+        layers: ``{parameter: increases}``, as many as there are bits.
+        kind: Kind of the K-FAC Fisher that predicts them.
+    """
+
+    bits: tuple[int, ...]
+    layers: dict[str, tuple[float, ...]]
+    kind: str
+
+
 #: Section -> its contents.
 RESULTS: dict[str, type] = {
     "loss": LossResult,
@@ -261,7 +276,10 @@ RESULTS: dict[str, type] = {
     "density": DensityResult,
     "distances": DistancesResult,
     "layers": LayersResult,
+    "sensitivity": SensitivityResult,
 }
+#: Sections that are made only where they are asked for.
+ON_REQUEST = ("sensitivity",)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -294,6 +312,7 @@ class Findings:
         rtol: Relative residual asked for.
         seed: Of the random vectors.
         created: Date and time.
+        sensitivity: Of the loss to rounding, by layer; only where it was asked for.
         eigenvectors: Of the largest eigenvalues, ``(k, P)`` by matrix; not in JSON.
     """
 
@@ -322,4 +341,5 @@ class Findings:
     rtol: float
     seed: int
     created: str
+    sensitivity: SensitivityResult | None = None
     eigenvectors: dict[Matrix, Tensor] = field(default_factory=dict, repr=False)

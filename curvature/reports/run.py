@@ -20,7 +20,7 @@ from curvature.reports.codec import decode, encode
 from curvature.reports.document import Plan, PlanRow, Report
 from curvature.reports.results import RESULTS, Cost, EigenvaluesResult, Matrix, Refusal, TraceResult
 from curvature.reports.sections import density as densities
-from curvature.reports.sections import distances, eigenvalues, gradients, layers, traces
+from curvature.reports.sections import distances, eigenvalues, gradients, layers, sensitivity, traces
 from curvature.reports.sections.budget import Need, allot
 from curvature.reports.sections.study import Study
 
@@ -130,6 +130,8 @@ class Course:
             yield Job("distances", None, need, lambda amount: distances.distances(study, amount, self.refuse_structure))
         for m in known:
             yield of("layers", m, layers, layers.layers)
+        passes = sensitivity.passes(study)
+        yield Job("sensitivity", None, study.need(None, passes, passes), lambda _: sensitivity.sensitivity(study))
 
     def plan(self) -> Plan:
         """The plan under the budget."""
@@ -215,6 +217,7 @@ class Course:
             traces=_by_matrix(found["trace"]),
             densities=_by_matrix(found["density"]),
             distances=found["distances"].get(None),
+            sensitivity=found["sensitivity"].get(None),
             layer_eigenvalues=_by_matrix(found["layers"]),
             formed=tuple(study.dense),
             refused=tuple(self.refused),

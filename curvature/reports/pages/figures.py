@@ -64,6 +64,7 @@ def figures(report: Findings, name: str) -> list[Plot]:
         "shares": _shares,
         "distances": _distances,
         "norms": _norms,
+        "sensitivity": _sensitivity,
     }
     return [
         Plot(title, plain, svg(draw, f"{name}-{number}", f"{title}. {plain}", height))
@@ -238,3 +239,19 @@ def _fitting(name: str) -> str:
             parts[i] = part[0] + (number[0] if number else "")
     short = ".".join(parts)
     return short if len(short) <= _LONGEST else f"{short[: _LONGEST - 1]}\N{HORIZONTAL ELLIPSIS}"
+
+
+def _sensitivity(report: Findings) -> Iterator[Drawing]:
+    found = report.sensitivity
+    if found is None or not found.layers:
+        return
+    short = [_fitting(name.removesuffix(".weight")) for name in found.layers]
+    names = short if len(set(short)) == len(short) else list(found.layers)
+    rows = (dict(zip(found.bits, row, strict=True)) for row in found.layers.values())
+    table = dict(zip(names, rows, strict=True))
+    yield (
+        "Sensitivity to rounding",
+        "The predicted increase of the loss when a layer's weights get so few bits; higher lines need more bits.",
+        3.2,
+        lambda ax: plots.sensitivity(table, ax, most=4),
+    )

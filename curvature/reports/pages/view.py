@@ -62,7 +62,7 @@ class Chapter:
 
 def chapters(report: Findings) -> list[Chapter]:
     """The chapters with contents."""
-    made = [_glance, _spectrum, _layers, _structures, _examples, _coverage, _missing, _cost]
+    made = [_glance, _spectrum, _layers, _structures, _rounding, _examples, _coverage, _missing, _cost]
     return [chapter for make in made if (chapter := make(report)) is not None]
 
 
@@ -282,6 +282,27 @@ def _structures(report: Findings) -> Chapter | None:
                 if sampled
                 else ""
             ),
+        ),
+    )
+
+
+def _rounding(report: Findings) -> Chapter | None:
+    found = report.sensitivity
+    if found is None or not found.layers:
+        return None
+    head = ("layer", *(f"{bits} bits" for bits in found.bits))
+    rows = tuple((name, *(plain(value) for value in values)) for name, values in found.layers.items())
+    weights = tuple(values[0] for values in found.layers.values())
+    return Chapter(
+        "Sensitivity",
+        "How much the loss would rise if the weights of one layer were rounded to a few bits, the others left alone: "
+        "layers with large numbers need the bits.",
+        tables=(Table("Predicted increase of the loss", head, rows, weights=weights),),
+        plots=("sensitivity",),
+        expert=(
+            "Half the quadratic form of the rounding error in K-FAC's factors, from sampled labels; weights are "
+            "rounded as curvature.quantize does, one scale per row. Increases of several layers add up, as far as the "
+            "loss is quadratic.",
         ),
     )
 

@@ -175,6 +175,16 @@ def test_report(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert "eigenvalues" in capsys.readouterr().out
 
 
+def test_quantize(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    found = answer(capsys, "quantize", "training:problem", "--bits", "3.5", "--out", "few.pt")
+    assert found["bits"] <= 3.5 and [row["name"] for row in found["layers"]] == ["0.weight", "2.weight"]
+    expected = curvature.quantize(*problem(), bits=3.5, progress=False)
+    assert found["loss_after"] == pytest.approx(expected.loss_after, rel=1e-6)
+    saved = load(tmp_path / "few.pt")
+    assert all(torch.equal(saved["state_dict"][name], value) for name, value in expected.model.state_dict().items())
+    assert torch.equal(saved["codes"]["2.weight.codes"], expected.codes["2.weight"].codes)
+
+
 def test_files(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     arguments = ["eigs", "training:problem", "-k", "3", "--resume", "run.pt", "--storage", ".", "--vectors", "v.pt"]
     found = answer(capsys, *arguments)
@@ -261,6 +271,8 @@ def test_batch_statistics_are_named(capsys: pytest.CaptureFixture[str]) -> None:
         (["eigs", "training:problem", "--vectors", "absent/v.pt"], "--vectors absent/v.pt: there is no folder"),
         (["density", "training:problem", "--out", "density.txt"], "--out draws .svg, .png, .pdf, not 'density.txt'"),
         (["report", "training:problem", "--out", "report.txt"], "--out takes .html, .json or .pt, not 'report.txt'"),
+        (["quantize", "training:problem", "--out", "few.bin"], "--out takes .pt, not 'few.bin'"),
+        (["quantize", "training:problem", "--params", "0.*"], "--layers says which layers"),
         (["eigs", "training:problem", "--device", "nowhere"], "the model cannot go to device 'nowhere'"),
     ],
 )
@@ -295,7 +307,7 @@ def test_not_converged(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out)["complete"] is False
 
 
-@pytest.mark.parametrize("command", ["", "report", "eigs", "density", "trace", "coverage"])
+@pytest.mark.parametrize("command", ["", "report", "eigs", "density", "trace", "quantize", "coverage"])
 def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main([*command.split(), "--help"])
