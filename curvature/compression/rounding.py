@@ -56,89 +56,103 @@ def round_matrix(
         levels.bits,
     )
     out = torch.empty_like(W)
-    out[:, order] = _sweep(W[:, order], sorted_levels, U, rows, free)
+    if rows is None:
+        out[:, order] = _by_columns(W[:, order], sorted_levels, U, free)
+    else:
+        out[:, order] = _by_tiles(W[:, order], sorted_levels, U, rows, free)
     return out
 
 
-def _sweep(W: Tensor, levels: Levels, U: Tensor, V: Tensor | None, free: int) -> Tensor:
-    """Round from the last column to the first, in blocks of columns; ``V`` couples the rows.
+def _by_columns(W: Tensor, levels: Levels, U: Tensor, free: int) -> Tensor:
+    """Round where rows do not act on each other: column by column, all rows at once.
 
-    The errors of later columns act on a block by one matrix product, as do later rows on a block of rows.
+    What the columns of later blocks add to a block is one matrix product.
     """
-    d_out, d_in = W.shape
     error, rounded = torch.zeros_like(W), torch.empty_like(W)
-    for stop in range(d_in, 0, -_BLOCK):
+    for stop in range(W.shape[1], 0, -_BLOCK):
         start = max(stop - _BLOCK, 0)
-        J = slice(start, stop)
-        beyond = error[:, stop:] @ U[stop:, J]  # what the columns to the right add, by row
-        if V is None:
-            _columns(W, levels, U, beyond, error, rounded, J, free)
-            continue
-        through = torch.empty_like(beyond)  # E U of the rows below, columns J
-        for end in range(d_out, 0, -_BLOCK):
-            first = max(end - _BLOCK, 0)
-            I = slice(first, end)
-            added = V[I, I].mT @ beyond[I] + V[end:, I].mT @ through[end:]
-            tile = _tile(W[I, J] + added, W[I, J], levels, U[J, J], V[I, I], I, J, free)
-            rounded[I, J] = tile
-            error[I, J] = W[I, J] - tile
-            through[I] = beyond[I] + error[I, J] @ U[J, J]
+        beyond = error[:, stop:] @ U[stop:, start:stop]
+        for j in range(stop - 1, start - 1, -1):
+            x = W[:, j] + beyond[:, j - start] + error[:, j + 1 : stop] @ U[j + 1 : stop, j]
+            rounded[:, j] = x if j < free else levels.nearest(x, j)  # type: ignore[arg-type]
+            error[:, j] = W[:, j] - rounded[:, j]
     return rounded
 
 
-def _columns(
-    W: Tensor, levels: Levels, U: Tensor, beyond: Tensor, error: Tensor, rounded: Tensor, J: slice, free: int
-) -> None:
-    """One block of columns where rows do not act on each other: column by column, all rows at once."""
-    for j in range(J.stop - 1, J.start - 1, -1):
-        later = slice(j + 1, J.stop)
-        x = W[:, j] + beyond[:, j - J.start] + error[:, later] @ U[later, j]
-        rounded[:, j] = x if j < free else levels.nearest(x, j)  # type: ignore[arg-type]
-        error[:, j] = W[:, j] - rounded[:, j]
+def _by_tiles(W: Tensor, levels: Levels, U: Tensor, V: Tensor, free: int) -> Tensor:
+    """Round where columns act on each other by ``U`` and rows by ``V``.
 
-
-def _tile(
-    x: Tensor,
-    W: Tensor,
-    levels: Levels,
-    U: Tensor,
-    V: Tensor,
-    I: slice,
-    J: slice,
-    free: int,
-) -> Tensor:
-    """One tile ``(m, n)``: entries on an antidiagonal do not act on each other and are rounded together.
-
-    ``x`` holds the weights and all that comes from outside of the tile. Columns are stored in reverse, so that an
-    antidiagonal ``(lo + k, hi - k)`` is a run along both axes.
+    Tiles on an antidiagonal do not act on each other and are rounded together, as are, inside of a tile, entries on an
+    antidiagonal. What a finished tile adds to those left of it and above it are matrix products.
     """
-    m, n = W.shape
-    scale, zero = levels.scale[I, J].flip(1), levels.zero[I, J].flip(1)
-    x, W = x.flip(1), W.flip(1)
-    free = max(min(free - J.start, n), 0)  # columns of this tile that stay off the grid: the last ones, in reverse
+    b = min(_BLOCK, max(W.shape))
+    height, width = W.shape
+    W, U, V = _padded(W, b, 0.0), _padded(U, b, 0.0), _padded(V, b, 0.0)
+    scale, zero = _padded(levels.scale, b, 1.0), _padded(levels.zero, b, 0.0)
+    off = torch.zeros(W.shape[1], dtype=torch.bool, device=W.device)
+    off[:free] = True
+    row_blocks, column_blocks = W.shape[0] // b, W.shape[1] // b
+    rounded = torch.zeros_like(W)
+    beyond = torch.zeros_like(W)  # what errors to the right add, by row: E U without the tile's own share
+    below = torch.zeros_like(W)  # what rows of the tiles below add
+    for front in range(row_blocks + column_blocks - 2, -1, -1):
+        firsts = range(max(0, front - column_blocks + 1), min(row_blocks, front + 1))
+        tiles = [(slice(i * b, i * b + b), slice((front - i) * b, (front - i) * b + b)) for i in firsts]
+
+        def stack(matrix: Tensor, tiles: list[tuple[slice, slice]] = tiles) -> Tensor:
+            return torch.stack([matrix[I, J] for I, J in tiles])
+
+        right = torch.stack([U[J, J] for _, J in tiles])
+        down = torch.stack([V[I, I] for I, _ in tiles])
+        w = stack(W)
+        x = w + down.mT @ stack(beyond) + stack(below)
+        grid = Levels(stack(scale), stack(zero), levels.bits)
+        values = _tiles(x, w, grid, right, down, torch.stack([off[J] for _, J in tiles]))
+        errors = w - values
+        through = stack(beyond) + errors @ right
+        for (I, J), value, error, product in zip(tiles, values, errors, through, strict=True):
+            rounded[I, J] = value
+            beyond[I, : J.start] += error @ U[J, : J.start]
+            below[: I.start, J] += V[I, : I.start].mT @ product
+    return rounded[:height, :width]
+
+
+def _padded(matrix: Tensor, multiple: int, value: float) -> Tensor:
+    rows, columns = (-size % multiple for size in matrix.shape)
+    return torch.nn.functional.pad(matrix, (0, columns, 0, rows), value=value)
+
+
+def _tiles(x: Tensor, W: Tensor, levels: Levels, U: Tensor, V: Tensor, off: Tensor) -> Tensor:
+    """Round tiles ``(t, b, b)`` that do not act on each other.
+
+    ``x`` holds the weights and all that comes from outside of each tile; ``off (t, b)`` marks columns that stay off the
+    grid. Columns are stored in reverse, so that an antidiagonal is a run along both axes: row ``b - 1 - step + c``
+    meets column c of those in reverse.
+    """
+    b = W.shape[-1]
+    x, W, off = x.flip(2), W.flip(2), off.flip(1)
+    scale, zero = levels.scale.flip(2), levels.zero.flip(2)
+    right = U.flip(1, 2).mT.contiguous()  # row j: how the errors of all columns act on column j
+    down = V.mT.contiguous()  # row i: how the rows act on row i
     E = torch.zeros_like(W)
-    right = U.flip(0, 1).mT.contiguous()  # row j: how the errors of all columns act on column j
-    below = V.mT.contiguous()  # row i: how the rows act on row i
-    EU = torch.zeros_like(W).mT.contiguous()  # by column
+    EU = torch.zeros_like(W)  # by column
     out = torch.empty_like(W)
     top = 2**levels.bits - 1
-    for step in range(m + n - 1):
-        # Row i = m - 1 - step + c meets reversed column c.
-        lo = max(0, m - 1 - step)
-        hi = min(m, m + n - 1 - step)
-        c = lo - (m - 1 - step)
-        length = hi - lo
-        I_, J_ = slice(lo, hi), slice(c, c + length)
-        from_right = (E[I_] * right[J_]).sum(1)
-        from_below = (below[I_] * EU[J_]).sum(1)
-        target = x[I_, J_].diagonal() + from_right + from_below
-        s, z = scale[I_, J_].diagonal(), zero[I_, J_].diagonal()
-        value = (torch.clamp(torch.round(target / s) + z, 0, top) - z) * s
-        if free and c + length > n - free:
-            keep = n - free - c if n - free > c else 0
-            value = torch.cat([value[:keep], target[keep:]])
-        out[I_, J_].diagonal().copy_(value)
-        e = W[I_, J_].diagonal() - value
-        E[I_, J_].diagonal().copy_(e)
-        EU[J_, I_].diagonal().copy_(from_right + e)
-    return out.flip(1)
+    for step in range(2 * b - 1):
+        first = max(0, b - 1 - step)
+        length = min(step + 1, 2 * b - 1 - step)
+        c = first - (b - 1 - step)
+        I, J = slice(first, first + length), slice(c, c + length)
+
+        def along(matrix: Tensor, I: slice = I, J: slice = J) -> Tensor:
+            return matrix[:, I, J].diagonal(dim1=1, dim2=2)
+
+        from_right = (E[:, I] * right[:, J]).sum(2)
+        target = along(x) + from_right + (down[:, I] * EU[:, J]).sum(2)
+        s, z = along(scale), along(zero)
+        value = torch.where(off[:, J], target, (torch.clamp(torch.round(target / s) + z, 0, top) - z) * s)
+        error = along(W) - value
+        along(out).copy_(value)
+        along(E).copy_(error)
+        EU[:, J, I].diagonal(dim1=1, dim2=2).copy_(from_right + error)
+    return out.flip(2)

@@ -13,6 +13,7 @@ import ast
 import copy
 import dis
 import inspect
+import resource
 import statistics
 import time
 import tokenize
@@ -25,8 +26,11 @@ from torch import Tensor, nn
 
 import curvature
 from curvature.compression import Grid, prune, quantize
+from curvature.compression.factors import layer_curvature
 from curvature.compression.layers import matrices, select
+from curvature.compression.quantization import quantize_matrix
 from curvature.structures.kfac import KroneckerFisher
+from solvers import Dense, Diagonal, Kronecker
 from tests.benchmarks.problems import Block, FlatOutput
 
 
@@ -305,9 +309,51 @@ def measure(seeds: int, models: list[str], bits: tuple[int, ...] = (4, 3, 2)) ->
                 )
 
 
+def gptq_layer(W: Tensor, A: Tensor, grid: Grid, block: int = 128) -> Tensor:
+    """GPTQ with lazy blocks of columns (Frantar et al. 2022, algorithm 1), for its time."""
+    W, out = W.clone(), torch.empty_like(W)
+    A = A + 0.01 * A.diagonal().mean() * torch.eye(len(A), dtype=A.dtype)
+    U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(A)), upper=True)
+    levels = grid.levels(W)
+    for start in range(0, len(A), block):
+        stop = min(start + block, len(A))
+        errors = torch.empty(len(W), stop - start, dtype=W.dtype)
+        for j in range(start, stop):
+            out[:, j] = levels.nearest(W[:, j], j)  # type: ignore[arg-type]
+            errors[:, j - start] = (W[:, j] - out[:, j]) / U[j, j]
+            W[:, j:stop] -= errors[:, j - start, None] * U[j, j:stop]
+        W[:, stop:] -= errors @ U[start:stop, stop:]
+    return out
+
+
+def one_layer(size: int, method: str) -> None:
+    """Print CPU seconds and peak memory of one layer of this size, above that of its factors; one method a process."""
+    generator = torch.Generator().manual_seed(0)
+    W = torch.randn(size, size, generator=generator) / size**0.5
+    X, Y = (torch.randn(2 * size, size, generator=generator) for _ in range(2))
+    A, B = X.T @ X / (2 * size), Y.T @ Y / (2 * size)
+    del X, Y
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.process_time()
+    if method == "GPTQ":
+        gptq_layer(W, A, Grid(fit="range"))
+    else:
+        left = Dense(B) if method == "two-sided" else Diagonal(torch.ones(size))
+        factors = layer_curvature("W", Kronecker(left, Dense(A)), 0.01)
+        quantize_matrix(W, factors, Grid(fit="range"), 0, True)
+    seconds = time.process_time() - start
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
+    print(f"{size} x {size}  {method:10} {seconds:6.1f} CPU s  {grown:.2f} GiB above the factors")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--layer", type=int, help="time one layer of this size instead, by --method")
+    parser.add_argument("--method", choices=("GPTQ", "inputs", "two-sided"), default="two-sided")
     given = parser.parse_args()
-    measure(given.seeds, given.models)
+    if given.layer is not None:
+        one_layer(given.layer, given.method)
+    else:
+        measure(given.seeds, given.models)
