@@ -19,7 +19,7 @@ import time
 import tokenize
 import typing
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +29,7 @@ from curvature.compression import Grid, prune, quantize
 from curvature.compression.factors import layer_curvature
 from curvature.compression.layers import matrices, select
 from curvature.compression.quantization import quantize_matrix
-from curvature.structures.kfac import KroneckerFisher
-from solvers import Dense, Diagonal, Kronecker
+from solvers import BlockDiagonal, Dense, Diagonal, Kronecker
 from tests.benchmarks.problems import Block, FlatOutput
 
 
@@ -43,6 +42,21 @@ class Trained:
     calibration: tuple[Tensor, Tensor]
     held_out: Tensor
     accuracy: float
+    operators: dict[tuple[str, str], BlockDiagonal] = field(default_factory=dict)
+
+    def curvature(self, structure: str, bias: str) -> BlockDiagonal:
+        """The Fisher matrix on the calibration data, estimated once."""
+        if (structure, bias) not in self.operators:
+            self.operators[structure, bias] = curvature.fisher(
+                self.model,
+                nn.CrossEntropyLoss(),
+                self.calibration,
+                kind="mc",
+                samples=4,
+                structure=structure,
+                bias=bias,
+            )
+        return self.operators[structure, bias]
 
 
 class Characters(nn.Module):
@@ -197,10 +211,7 @@ def magnitude(trained: Trained, sparsity: float | str) -> nn.Module:
 def sparse_gpt(trained: Trained, sparsity: float | str, damping: float = 0.01, block: int = 128) -> nn.Module:
     """SparseGPT (Frantar and Alistarh 2023, algorithm 1): columns in order, masks by block, the rest compensated."""
     model = copy.deepcopy(trained.model)
-    foof = curvature.fisher(
-        model, nn.CrossEntropyLoss(), trained.calibration, kind="mc", structure="foof", bias="separate"
-    )
-    for matrix, W, parameters in _weights(model, trained, foof):
+    for matrix, W, parameters in _weights(model, trained, "foof"):
         A = matrix.operator.factors[1].to_dense().double()  # type: ignore[attr-defined]
         A.diagonal().add_(damping * A.diagonal().mean())
         U = torch.linalg.cholesky(torch.linalg.inv(A), upper=True).float()
@@ -230,14 +241,11 @@ def magnitude_mask(size: Tensor, sparsity: float | str) -> Tensor:
     return mask.view_as(size)
 
 
-def _weights(model: nn.Module, trained: Trained, op: object = None) -> Iterator[tuple]:
+def _weights(model: nn.Module, trained: Trained, structure: str = "kfac") -> Iterator[tuple]:
     """The matrices that every method changes: those of the library's own choice that fit 2:4."""
-    loss = nn.CrossEntropyLoss()
-    chosen = select(model, loss, trained.calibration, layers(trained), False, joint=False)
-    if op is None:
-        op = curvature.fisher(model, loss, trained.calibration, structure=KroneckerFisher("mc", bias="separate"))
+    chosen = select(model, nn.CrossEntropyLoss(), trained.calibration, layers(trained), False, joint=False)
     parameters = dict(model.named_parameters())
-    for matrix in matrices(op, chosen.names):  # type: ignore[arg-type]
+    for matrix in matrices(trained.curvature(structure, "separate"), chosen.names):
         yield matrix, matrix.read(parameters), parameters
 
 
@@ -250,21 +258,37 @@ def layers(trained: Trained) -> list[str]:
     ]
 
 
-def quantised(trained: Trained, bits: float, **options: object) -> nn.Module:
-    """By :func:`curvature.compression.quantize`."""
-    settings: dict = {"bias": "separate", "measure": False, "layers": layers(trained)} | options
-    return quantize(trained.model, nn.CrossEntropyLoss(), trained.calibration, bits=bits, **settings).model
+def quantised(trained: Trained, bits: float, structure: str = "kfac", bias: str = "separate") -> nn.Module:
+    """By :func:`curvature.quantize`."""
+    op = trained.curvature(structure, bias)
+    return quantize(
+        trained.model,
+        nn.CrossEntropyLoss(),
+        trained.calibration,
+        bits=bits,
+        structure=op,
+        measure=False,
+        layers=layers(trained),
+    ).model
 
 
-def pruned(trained: Trained, sparsity: float | str, **options: object) -> nn.Module:
-    """By :func:`curvature.compression.prune`."""
-    settings: dict = {"bias": "separate", "measure": False, "layers": layers(trained)} | options
-    return prune(trained.model, nn.CrossEntropyLoss(), trained.calibration, sparsity=sparsity, **settings).model
+def pruned(trained: Trained, sparsity: float | str, structure: str = "kfac", bias: str = "separate") -> nn.Module:
+    """By :func:`curvature.prune`."""
+    op = trained.curvature(structure, bias)
+    return prune(
+        trained.model,
+        nn.CrossEntropyLoss(),
+        trained.calibration,
+        sparsity=sparsity,
+        structure=op,
+        measure=False,
+        layers=layers(trained),
+    ).model
 
 
 QUANTISERS: dict[str, Callable[[Trained, int], nn.Module]] = {
     "nearest": nearest,
-    "GPTQ": lambda t, bits: quantised(t, bits, structure="foof"),
+    "GPTQ": lambda t, bits: quantised(t, bits, "foof"),
     "two-sided": lambda t, bits: quantised(t, bits),
     "two-sided, bias": lambda t, bits: quantised(t, bits, bias="joint"),
     "two-sided, bias, allocated": lambda t, bits: quantised(t, bits - 1e-9, bias="joint"),
@@ -272,7 +296,7 @@ QUANTISERS: dict[str, Callable[[Trained, int], nn.Module]] = {
 PRUNERS: dict[str, Callable[[Trained, float | str], nn.Module]] = {
     "magnitude": magnitude,
     "SparseGPT": sparse_gpt,
-    "inputs": lambda t, s: pruned(t, s, structure="foof"),
+    "inputs": lambda t, s: pruned(t, s, "foof"),
     "two-sided": lambda t, s: pruned(t, s),
     "two-sided, bias": lambda t, s: pruned(t, s, bias="joint"),
 }
