@@ -59,11 +59,11 @@ HOUSE: dict[str, str] = {
     "curvature.plots": ".training .landscape solvers .compression",
     "curvature.influences": ".matrices .estimation .structures .layers .losses .model solvers solvers.tree"
     " solvers.precision solvers.operators",
+    "curvature.compression": ".matrices .estimation .structures .layers .losses .model solvers solvers.outcome",
     "curvature.training": ".matrices .structures .layers .losses .model solvers solvers.precision solvers.operators"
     " solvers.files solvers.outcome",
     "curvature.landscape": ".matrices .estimation .losses .model solvers solvers.outcome",
-    "curvature.matrices": ".estimation .structures .layers .losses .model solvers solvers.eigenpairs"
-    " solvers.precision",
+    "curvature.matrices": ".estimation .structures .layers .losses .model solvers solvers.eigenpairs solvers.precision",
     "curvature.estimation": ".structures .layers .losses .model solvers solvers.tree solvers.files solvers.precision",
     "curvature.structures": ".layers .losses .model solvers solvers.operators solvers.precision solvers.outcome",
     "curvature.layers": ".losses .model solvers solvers.precision",
@@ -83,7 +83,6 @@ HOUSE: dict[str, str] = {
     "solvers.outcome": "",
     "solvers.precision": "",
     "solvers.files": "",
-    "curvature.compression": ".matrices .estimation .structures .layers .losses .model solvers solvers.outcome",
 }
 
 #: Modules of ours that are imported inside a function, and why.

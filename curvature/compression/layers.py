@@ -184,6 +184,7 @@ class CalibrationSource:
             class_dim=self.class_dim,
             generator=self.generator,
             progress=self.progress,
+            fisher=None,  # the Gauss-Newton matrix where the loss is no likelihood
         )
 
 
