@@ -21,6 +21,7 @@ from precond.closure.newton import Newton
 from precond.closure.psgd import PSGD
 from precond.closure.residuals import PointwiseResidual
 from precond.closure.sophia import Sophia
+from precond.fitting import LeastSquaresResult, least_squares
 from precond.gradient.galore import GaLore
 from precond.gradient.kl_shampoo import KLShampoo
 from precond.gradient.mfac import MFAC
@@ -84,6 +85,8 @@ __all__ = [
     "Doubling",
     "IterateAverage",
     "LevenbergMarquardt",
+    "LeastSquaresResult",
+    "least_squares",
     "Method",
     "methods",
     "PointwiseResidual",

@@ -24,7 +24,8 @@ HOUSE: dict[str, str] = {
     "precond.__main__": ".demo",
     "precond.demo": ".layerwise .step solvers solvers.files",
     "precond.taxonomy": ".step",
-    "precond": ".layerwise .layerwise.blocks .closure .gradient .step curvature curvature.structures solvers",
+    "precond": ".layerwise .layerwise.blocks .closure .gradient .step curvature curvature.structures solvers"
+    " .fitting",
     "precond.layerwise": ".layerwise.blocks .step curvature curvature.estimation curvature.structures"
     " curvature.losses curvature.model solvers solvers.outcome",
     "precond.layerwise.blocks": ".step curvature curvature.structures curvature.layers curvature.model solvers"
@@ -63,7 +64,8 @@ HOUSE: dict[str, str] = {
     "curvature.training": ".matrices .structures .layers .losses .model solvers solvers.precision solvers.operators"
     " solvers.files solvers.outcome",
     "curvature.landscape": ".matrices .estimation .losses .model solvers solvers.outcome",
-    "curvature.matrices": ".estimation .structures .layers .losses .model solvers solvers.eigenpairs solvers.precision",
+    "curvature.matrices": ".estimation .structures .layers .losses .model solvers solvers.eigenpairs"
+    " solvers.precision",
     "curvature.estimation": ".structures .layers .losses .model solvers solvers.tree solvers.files solvers.precision",
     "curvature.structures": ".layers .losses .model solvers solvers.operators solvers.precision solvers.outcome",
     "curvature.layers": ".losses .model solvers solvers.precision",
@@ -83,6 +85,7 @@ HOUSE: dict[str, str] = {
     "solvers.outcome": "",
     "solvers.precision": "",
     "solvers.files": "",
+    "precond.fitting": ".step",
 }
 
 #: Modules of ours that are imported inside a function, and why.
