@@ -24,14 +24,14 @@ HOUSE: dict[str, str] = {
     "precond.__main__": ".demo",
     "precond.demo": ".layerwise .step solvers solvers.files",
     "precond.taxonomy": ".step",
-    "precond": ".layerwise .layerwise.blocks .closure .gradient .step curvature curvature.structures solvers"
-    " .fitting",
+    "precond": ".layerwise .layerwise.blocks .closure .gradient .step curvature curvature.structures solvers .fitting",
     "precond.layerwise": ".layerwise.blocks .step curvature curvature.estimation curvature.structures"
     " curvature.losses curvature.model solvers solvers.outcome",
     "precond.layerwise.blocks": ".step curvature curvature.structures curvature.layers curvature.model solvers"
     " solvers.operators",
     "precond.closure": ".gradient .step curvature.estimation curvature.layers curvature.losses curvature.model"
     " solvers solvers.precision solvers.outcome",
+    "precond.fitting": ".step",
     "precond.gradient": ".step solvers solvers.iterative solvers.direct solvers.precision solvers.operators"
     " solvers.outcome",
     "precond.step": "curvature.estimation curvature.losses curvature.model solvers solvers.precision solvers.outcome"
@@ -64,8 +64,7 @@ HOUSE: dict[str, str] = {
     "curvature.training": ".matrices .structures .layers .losses .model solvers solvers.precision solvers.operators"
     " solvers.files solvers.outcome",
     "curvature.landscape": ".matrices .estimation .losses .model solvers solvers.outcome",
-    "curvature.matrices": ".estimation .structures .layers .losses .model solvers solvers.eigenpairs"
-    " solvers.precision",
+    "curvature.matrices": ".estimation .structures .layers .losses .model solvers solvers.eigenpairs solvers.precision",
     "curvature.estimation": ".structures .layers .losses .model solvers solvers.tree solvers.files solvers.precision",
     "curvature.structures": ".layers .losses .model solvers solvers.operators solvers.precision solvers.outcome",
     "curvature.layers": ".losses .model solvers solvers.precision",
@@ -85,7 +84,6 @@ HOUSE: dict[str, str] = {
     "solvers.outcome": "",
     "solvers.precision": "",
     "solvers.files": "",
-    "precond.fitting": ".step",
 }
 
 #: Modules of ours that are imported inside a function, and why.
