@@ -52,9 +52,12 @@ def note_outputs(la: Any) -> None:
 
 
 def class_axis(la: Any) -> int:
-    """Where the classes lie in outputs with more than two axes; on the last axis of others."""
+    """Where the classes lie in outputs with more than two axes; on the last axis of others.
+
+    The last axis is -1: a model may be fitted on every position ``(M, T, C)`` and asked about one of them ``(M, C)``.
+    """
     axis: int | None = getattr(la, "class_axis", None)
-    return -1 if axis is None else axis
+    return -1 if axis is None or axis == la.output_axes - 1 else axis
 
 
 def many_axes(la: Any) -> bool:

@@ -116,6 +116,17 @@ def test_probabilities_of_positions_by_dense_matrices(name: str) -> None:
     torch.testing.assert_close(alone.square().mean(0), variances, rtol=0.1, atol=1e-3)
 
 
+@pytest.mark.parametrize("link", ["probit", "bridge", "bridge_norm", "mc"])
+def test_a_model_fitted_on_every_position_is_asked_about_the_last(link: str) -> None:
+    model, x, y, _ = tokens()
+    la: Any = Laplace(model, "classification", "all", "full", prior_precision=2.0, backend=GGNBackend)
+    la.fit(loader_of(x, y, 3))
+    draws = [torch.Generator().manual_seed(0) if link == "mc" else None for _ in range(2)]
+    of_all = la(x[:, -1:], link_approx=link, generator=draws[0])
+    of_last = la(x[:, -1], link_approx=link, generator=draws[1])
+    torch.testing.assert_close(of_last, of_all[:, 0])
+
+
 @pytest.mark.parametrize("name", PROBLEMS)
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_every_structure_predicts_positions(name: str, structure: str, tmp_path: Path) -> None:
