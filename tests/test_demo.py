@@ -95,7 +95,10 @@ def test_a_run_repeats(name: str) -> None:
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
 def test_second_order_wins_in_steps(task: Task) -> None:
-    """With the settings and the seed of the demo: first-order methods need half as many steps again, at least."""
+    """With the settings and the seed of the demo: first-order methods need a quarter more steps, at least.
+
+    Measured, with other roundings as well: 125 to 130 against 500, and 46 against 83.
+    """
     budget = 0
     for name in ("K-FAC", "EKFAC"):
         run = train(task, BY_NAME[name], TUNED[task.name, name], seed=DEMO_SEED, steps=task.steps, until_target=True)
@@ -103,7 +106,7 @@ def test_second_order_wins_in_steps(task: Task) -> None:
         budget = max(budget, run.steps[run.reached])
     for name in ("AdamW", "SGD"):
         run = train(
-            task, BY_NAME[name], TUNED[task.name, name], seed=DEMO_SEED, steps=budget * 3 // 2, until_target=True
+            task, BY_NAME[name], TUNED[task.name, name], seed=DEMO_SEED, steps=budget * 5 // 4, until_target=True
         )
         assert run.reached is None
 
