@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from curvature.estimation.checkpoint import Checkpoint, digest
 from curvature.estimation.probe import Sketches, different, sketches
 from curvature.losses import Terms
-from curvature.model.data import Batch, inspection, tensors_in, to_device
+from curvature.model.data import Batch, inspection, to_device
 from curvature.model.determinism import seeded
 from curvature.model.parameters import Parameters
 from curvature.model.settings import settings
 from curvature.model.streams import random_state, set_random_state
+from curvature.model.trees import tensors_in
 from curvature.model.wrappers import plain_checkpoints
 
 

@@ -18,8 +18,9 @@ from curvature.layers import MODULES
 from curvature.layers.block import Block, BlockPart
 from curvature.losses import Terms, UnknownLossError, loss_for, loss_over_data
 from curvature.losses.signals import Signals
-from curvature.model.data import Data, batches, tensors_in, to_device, untouched
+from curvature.model.data import Data, batches, to_device, untouched
 from curvature.model.parameters import Parameters
+from curvature.model.trees import tensors_in
 from curvature.structures.estimator import Curvature, CurvatureEstimator
 from curvature.structures.kfac import KroneckerFisher
 

@@ -74,6 +74,8 @@ class Pass:
     arriving: Tensor | None = None  # the same over the backward pass under way
     seen: Tensor | None = None  # the output itself, without its graph
     handles: list[Any] = field(default_factory=list)  # of hooks on tensors
+    at_output: Any = None  # the one of these on the output
+    released: bool = False  # nothing can arrive any more
     again: bool = False  # the examples turned out to be counted by another input than was thought: to be repeated
 
 
@@ -107,8 +109,10 @@ class Reader(Protocol):
 
 def release(origin: Pass) -> None:
     """Let go of the graph of a pass: cycles through autograd are invisible to Python's garbage collector."""
-    for handle in origin.handles:
+    for handle in filter(None, (*origin.handles, origin.at_output)):
         handle.remove()
+    origin.at_output = None
     origin.handles, origin.recorder, origin.output, origin.edges = [], None, None, ()
+    origin.released = True
     for call in origin.calls:
         call.output = None

@@ -21,6 +21,7 @@ from curvature.losses import AutogradLoss, JoinedTerms, Loss, NoCurvatureError, 
 from curvature.losses.from_gradient import from_output_gradient
 from curvature.losses.picked import PickedTerms, along, by_examples, checked_axis, in_order, picked_rows
 from curvature.losses.signals import Signals
+from curvature.model.backward_hooks import ours
 from curvature.structures.estimator import Curvature
 
 
@@ -109,7 +110,7 @@ class Statistics:
     def called(self, call: TapedLoss) -> None:
         if self._loss_of(call) is None and isinstance(call.output, Tensor):
             for origin in call.passes:
-                origin.handles.append(call.output.register_hook(self.tape.at_input(call)))
+                origin.handles.append(ours(call.output.register_hook(self.tape.at_input(call))))
 
     def mark(self) -> Any:
         """The step as it is now, but for the estimates, for :meth:`back_to`."""
@@ -226,8 +227,10 @@ class Statistics:
 
     def _take(self, passes: list[Pass], terms: Terms, share: Weight, call: TapedLoss | None) -> None:
         recorder = merged([origin.recorder for origin in passes if origin.recorder is not None])
-        with self._open_graph():
-            if call is not None and self._waits(passes, recorder, terms, share, call):
+        hooked = [o for o in passes if o.recorder is not None and o.recorder.hooks.look([terms.output])]
+        with self._open_graph(passes, terms.output):
+            # What hooks make of gradients on their way is no matter of curvature.
+            if call is not None and not hooked and self._waits(passes, recorder, terms, share, call):
                 return self._refuse_hidden(recorder)
             terms = _in_their_places(terms, passes, self.batch_dim)
             if self.curvature.kind != "empirical":
@@ -292,14 +295,14 @@ class Statistics:
         return terms, Weight(None, terms.unrows(weights.reshape(n, r, 1).expand(n, r, c)))
 
     @contextlib.contextmanager
-    def _open_graph(self) -> Iterator[None]:
+    def _open_graph(self, passes: list[Pass], output: Any) -> Iterator[None]:
         """For passes of our own through the user's graph, which a reentrant checkpoint refuses.
 
         What the user's backward pass has brought so far is taken back then, and its passes are repeated at the end of
         the step; earlier ones of the step keep their part.
         """
         try:
-            with self.tape.own_pass():
+            with self.tape.own_pass(passes, output):
                 yield
         except RuntimeError as error:
             if self.tape.mode != "auto" or "use_reentrant" not in str(error) or self._mark is None:

@@ -19,6 +19,7 @@ from curvature.layers.recorder import Recorder
 from curvature.layers.samples import Outer, PerSample, Samples
 from curvature.layers.site import ElementwiseSite
 from curvature.losses.signals import Signals, stacked
+from curvature.model.backward_hooks import ours
 from curvature.model.parameters import Parameters
 from curvature.structures.estimator import CurvatureEstimator, Form
 from curvature.structures.whole import Share, WholeEstimator
@@ -40,7 +41,7 @@ class Backward:
         self._handles = []
         for site in sites_of(groups):
             hook = partial(self._note, id(site), site)
-            self._handles.append(site.edge.node.register_prehook(hook))
+            self._handles.append(ours(site.edge.node.register_prehook(hook)))
 
     def _note(self, key: int, site: Site, gradients: tuple[Tensor | None, ...]) -> None:
         gradient = gradients[site.edge.output_nr]

@@ -10,7 +10,7 @@ import contextlib
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import FrameType
 from typing import Any, Literal
 
@@ -22,9 +22,12 @@ from curvature.estimation.passes import OUTPUT, Pass, Reader, TapedLoss, release
 from curvature.layers.recorder import Recorder
 from curvature.losses.loss import called, module_called
 from curvature.losses.sum_of_losses import SumOfLosses
-from curvature.model.data import Output, batch_size, examples_of, inspecting, resolve_output, tensors_in, untouched
-from curvature.model.hooks import Hook, calling_frame
+from curvature.model.backward_hooks import muted, no_backward_hooks, of_leaves, ours
+from curvature.model.data import Output, batch_size, examples_of, inspecting, resolve_output, untouched
+from curvature.model.graph_nodes import nodes
+from curvature.model.hooks import Hook, OwnHook, calling_frame
 from curvature.model.streams import random_state, set_random_state
+from curvature.model.trees import tensors_in
 from curvature.model.wrappers import CallGuard, is_compiled, plain_checkpoints, unwrapped
 
 Mode = Literal["auto", "loss", "gradient", "shadow"]
@@ -102,7 +105,7 @@ class Tape:
         self._handles = [
             target.register_forward_pre_hook(Hook(self, "_before_forward"), with_kwargs=True),
             target.register_forward_hook(Hook(self, "_after_forward"), with_kwargs=True, always_call=True),
-            guard := CallGuard(target, Hook(self, "_leave")),
+            guard := CallGuard(target, Hook(self, "_after_call")),
         ]
         weakref.finalize(self, guard.remove)
         if self.loss_module is not None:
@@ -172,8 +175,14 @@ class Tape:
             self._count_by(origin)
         origin.edges = tuple(get_gradient_edge(t) for t in tensors_in(result) if t.requires_grad)
         self.passes.append(origin)
+        self._listen(origin)
+
+    def _listen(self, origin: Pass) -> None:
+        """See the gradient that arrives at the output."""
         if isinstance(origin.output, Tensor) and origin.output.requires_grad and self.mode != "loss":
-            origin.handles.append(origin.output.register_hook(_At(self, "_gradient_at_output", origin)))
+            if origin.at_output is not None:
+                origin.at_output.remove()
+            origin.at_output = _first(origin.output, _At(self, "_gradient_at_output", origin))
 
     def _count_by(self, origin: Pass) -> None:
         """See whether the output has as many rows as another input than the one that counted the examples."""
@@ -190,7 +199,25 @@ class Tape:
             return result
         return resolve_output(result, self.output)
 
-    def _leave(self, *_: Any) -> None:
+    def _after_call(self, result: Any) -> None:
+        """The call ended, whichever way; backward hooks of the module give its result another place in the graph.
+
+        What they make of a gradient is no matter of curvature: it is read before them.
+        """
+        self._leave()
+        origin = self.passes[-1] if self.passes and not inspecting() else None
+        if result is None or origin is None or not isinstance(origin.output, Tensor):
+            return
+        if not (self.model._backward_hooks or self.model._backward_pre_hooks):
+            return
+        with contextlib.suppress(TypeError):
+            z = self.seen_by_the_loss(result)
+            if z is not origin.output and z.requires_grad and _same(origin.output, z):
+                origin.edges += (get_gradient_edge(z),)
+                origin.output = z
+                self._listen(origin)
+
+    def _leave(self) -> None:
         """Leave the recorder: the forward pass ended, whichever way."""
         recorder, self._open, self._pass, self._frame = self._open, None, None, None
         if recorder is not None:
@@ -238,6 +265,8 @@ class Tape:
         if not any(t.requires_grad for t in tensors_in(z)):
             return
         passes = [self._pass] if self._pass is not None else self._leading_to(z)
+        if passes is None:
+            return
         call = TapedLoss(
             module,
             tuple(OUTPUT if a is z else a for a in args),
@@ -250,7 +279,7 @@ class Tape:
             whole=any(_same(origin.output, z) for origin in passes),
         )
         hook = _At(self, "_gradient_at_loss", call)
-        value.register_hook(hook)
+        ours(value.register_hook(hook))
         call.alive, self._latest = weakref.ref(hook), weakref.ref(value)
         for origin in passes:
             origin.calls.append(call)
@@ -259,20 +288,24 @@ class Tape:
         if self.reader is not None and self.records:
             self.reader.called(call)
 
-    def _leading_to(self, z: Any) -> list[Pass]:
-        """The recorded passes that a tensor was computed from."""
-        if len(self.passes) <= 1 or not isinstance(z, Tensor):
-            return list(self.passes)
-        direct = [origin for origin in self.passes if origin.output is z]
+    def _leading_to(self, z: Any) -> list[Pass] | None:
+        """The recorded passes that something was computed from; ``None`` if it has nothing to do with the model.
+
+        A loss module may serve several models. Where a model returned no tensor that autograd knows, its parameters
+        tell.
+        """
+        waiting = [origin for origin in self.passes if not origin.released]
+        direct = [origin for origin in waiting if origin.output is z]
         if direct:
             return direct
-        edges = [edge for origin in self.passes for edge in origin.edges]
-        if not edges:
-            return list(self.passes)
-        with self.own_pass():
-            found = torch.autograd.grad(z, edges, torch.ones_like(z), retain_graph=True, allow_unused=True)
-        reached = {edge for edge, gradient in zip(edges, found, strict=True) if gradient is not None}
-        return [origin for origin in self.passes if not origin.edges or not reached.isdisjoint(origin.edges)]
+        ends = {edge.node: origin for origin in waiting for edge in origin.edges}
+        tracked = {id(p) for p in self.parameters().values()}
+        reached = list(nodes(tensors_in(z), until=ends))
+        found = {id(ends[node]) for node in reached if node in ends}
+        uses = any(id(getattr(node, "variable", None)) in tracked for node in reached)
+        if not found and not uses:
+            return None
+        return [origin for origin in waiting if id(origin) in found or (uses and not origin.edges)]
 
     # Gradients
 
@@ -378,12 +411,25 @@ class Tape:
         return [*self.outside, *dict.fromkeys(call for origin in self.passes for call in origin.calls)]
 
     @contextlib.contextmanager
-    def own_pass(self) -> Iterator[None]:
-        """For backward passes of our own through the user's graph: what arrives in them does not count."""
+    def own_pass(self, passes: Iterable[Pass], output: Any) -> Iterator[None]:
+        """For backward passes of our own through the user's graph: what arrives in them does not count.
+
+        The user's hooks are not run.
+
+        Args:
+            passes: Those whose graph it is.
+            output: Where ours begin.
+        """
+        passes = [origin for origin in passes if origin.recorder is not None]
+        outputs = list(tensors_in([output, *(origin.output for origin in passes)]))
         with _LOCK:
             _OWN_PASSES[self.model] = _OWN_PASSES.get(self.model, 0) + 1
         try:
-            with torch.enable_grad():
+            with torch.enable_grad(), contextlib.ExitStack() as stack:
+                stack.enter_context(muted(of_leaves(self.parameters().values())))
+                for origin in passes:
+                    assert origin.recorder is not None
+                    stack.enter_context(origin.recorder.hooks.muted(outputs))
                 yield
         finally:
             with _LOCK:
@@ -407,13 +453,14 @@ class Tape:
         """
         args, kwargs = origin.inputs
         device = next(iter(self.parameters().values())).device
-        with untouched(self.model), plain_checkpoints(), torch.enable_grad():
+        with untouched(self.model), plain_checkpoints(), torch.enable_grad(), no_backward_hooks(self.model) as bare:
             if origin.random is not None:
                 set_random_state(origin.random, device)
             again = Pass(origin.inputs, origin.random)
             again.recorder = self.recorder((args, kwargs)) if record else None
             with again.recorder or contextlib.nullcontext():
                 result = self.model.forward(*args, **kwargs)  # neither hooks nor a compiled call
+            bare(result)
             if again.recorder is not None:
                 again.recorder.returned(result)
             again.output = self.seen_by_the_loss(result)
@@ -478,11 +525,21 @@ def _same(output: Any, z: Any) -> bool:
     return plain and z.data_ptr() == output.data_ptr()
 
 
+def _first(tensor: Tensor, hook: OwnHook) -> Any:
+    """Register a hook that sees what arrives at a tensor, whatever hooks were registered before make of it."""
+    before = dict(tensor._backward_hooks or {})
+    if before:
+        tensor._backward_hooks.clear()  # type: ignore[union-attr]  # there are some
+    handle = ours(tensor.register_hook(hook))
+    tensor._backward_hooks.update(before)  # type: ignore[union-attr]  # there is one
+    return handle
+
+
 def _mark(gradient: Tensor) -> tuple[int, int]:
     return id(gradient), gradient._version
 
 
-class _At:
+class _At(OwnHook):
     """Calls a method of the tape about a pass, a call or a backward pass, and keeps none of them alive."""
 
     def __init__(self, owner: Tape, method: str, about: Any) -> None:

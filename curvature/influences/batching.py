@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from curvature.influences.rows import numbers
-from curvature.model.data import Batch, Data, batch_size, batches, map_tensors, tensors_in, untouched
+from curvature.model.data import Batch, Data, batch_size, batches, map_tensors, untouched
+from curvature.model.trees import tensors_in
 from solvers import BlockDiagonal, LinearOperator
 
 

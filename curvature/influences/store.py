@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from curvature.estimation.checkpoint import LATER, Checkpoint, Resume, digest, save
-from curvature.model.data import Batch, tensors_in
+from curvature.model.data import Batch
+from curvature.model.trees import tensors_in
 from solvers import LinearOperator, StructureError, state
 from solvers.tree import pieces
 

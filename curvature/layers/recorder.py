@@ -18,8 +18,9 @@ from curvature.layers.rules import REPLACEMENTS, RULES
 from curvature.layers.site import Ref, RowLayout, Site
 from curvature.losses.loss import FUNCTIONS as LOSS_FUNCTIONS
 from curvature.losses.picked import in_order
-from curvature.model.data import tensors_in
+from curvature.model.backward_hooks import HANGING, GraphHooks
 from curvature.model.kernels import ATTENTION
+from curvature.model.trees import tensors_in
 
 _REPEATING = {Tensor.expand, Tensor.expand_as, Tensor.repeat, torch.broadcast_to, Tensor.broadcast_to, torch.tile}
 
@@ -42,6 +43,7 @@ class Recorder(TorchFunctionMode):
         unknown: For parameters used in a way no rule covers, the operations that did.
         examples_interact: A batch norm in train mode was seen: every output depends on every example.
         parts: The recorders of several passes that led to one loss, if this one stands for them.
+        hooks: Of the user's on the backward pass.
         on_loss: Called with function, arguments and result of every call of one of torch's loss functions.
     """
 
@@ -75,6 +77,7 @@ class Recorder(TorchFunctionMode):
         self._resolved: Resolved | None = None
         self.axes = ExampleAxes({id(tensor): tensor for tensor in fixed})
         self.explained = Explained()
+        self.hooks = GraphHooks()
 
     def mark_inputs(self, inputs: Any) -> None:
         """Declare the model's inputs: tensors whose leading dimension is the batch depend on the example."""
@@ -117,6 +120,8 @@ class Recorder(TorchFunctionMode):
         output, replaced = self._replaced(func, args, kwargs), True
         if output is None:
             output, replaced = func(*args, **kwargs), False
+        if func in HANGING:
+            self.hooks.note(args[0])
         self.axes.call(func, args, kwargs, output)
         if func in LOSS_FUNCTIONS and self.on_loss is not None:
             self.on_loss(func, args, kwargs, output)
@@ -141,6 +146,8 @@ class Recorder(TorchFunctionMode):
 
     def returned(self, result: Any) -> None:
         """Declare what the model returned."""
+        for tensor in tensors_in(result):
+            self.hooks.note(tensor)
         self._returned = [(weakref.ref(t), self.axes.handle(t)) for t in tensors_in(result) if t.requires_grad]
 
     def keeps_examples(self, sites: Iterable[Site], output: Tensor, number: int) -> bool:

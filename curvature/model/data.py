@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from curvature.model.backward_hooks import no_backward_hooks
 from curvature.model.streams import own_stream
+from curvature.model.trees import tensors_in
 from curvature.model.wrappers import as_written, unwrapped
 
 Batch = tuple[Any, Any]
@@ -142,21 +144,6 @@ def map_tensors(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return tree
 
 
-def tensors_in(tree: Any) -> Iterable[Tensor]:
-    """All tensors in nested tuples, lists, mappings and dataclasses."""
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, (tuple, list)):
-        for item in tree:
-            yield from tensors_in(item)
-    elif isinstance(tree, Mapping):
-        for item in tree.values():
-            yield from tensors_in(item)
-    elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        for field in dataclasses.fields(tree):
-            yield from tensors_in(getattr(tree, field.name))
-
-
 def batch_size(inputs: Any) -> int | None:
     """Leading dimension of the first tensor among the inputs that has one."""
     for tensor in tensors_in(inputs):
@@ -186,15 +173,21 @@ def call(model: nn.Module, x: Any) -> Any:
 
     A model that takes ``labels`` gets those of a batch that is a mapping: encoder-decoders make inputs of them.
     """
-    with inspection():
-        if isinstance(x, tuple):
-            return model(*x)
-        if isinstance(x, Mapping) and _takes(model, x):
-            if not (isinstance(x, Collated) and _takes_labels(model)):
-                return model(**x)
-            with _watched(model, x):
-                return model(**x, labels=x.labels)
-        return model(x)
+    with inspection(), no_backward_hooks(model) as bare:
+        result = _called(model, x)
+        bare(result)
+    return result
+
+
+def _called(model: nn.Module, x: Any) -> Any:
+    if isinstance(x, tuple):
+        return model(*x)
+    if isinstance(x, Mapping) and _takes(model, x):
+        if not (isinstance(x, Collated) and _takes_labels(model)):
+            return model(**x)
+        with _watched(model, x):
+            return model(**x, labels=x.labels)
+    return model(x)
 
 
 def loss_in(result: Any) -> Tensor | None:

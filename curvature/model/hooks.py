@@ -11,6 +11,10 @@ from typing import Any
 import torch
 
 
+class OwnHook:
+    """What the library hangs on backward passes."""
+
+
 class Hook:
     """A hook that does not keep its owner alive, and that copies and pickles of the model leave behind."""
 

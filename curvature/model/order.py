@@ -22,7 +22,8 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from curvature.model.data import is_one_batch, tensors_in
+from curvature.model.data import is_one_batch
+from curvature.model.trees import tensors_in
 
 #: Batches that are compared where only the data themselves show their order: a shuffled stream differs in its first.
 LOOK = 8

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge
 
+from curvature.model.backward_hooks import muted, of_leaves
+from curvature.model.graph_nodes import nodes
 from curvature.model.parameters import tensor_of_its_own
 
 _ONCE = ", or take what needs first derivatives only: ggn and fisher with another structure than 'full'."
@@ -31,6 +33,8 @@ def pull_back(
 ) -> list[Tensor | None]:
     """What ``torch.autograd.grad`` gives, ``None`` where nothing arrives, for cotangents of the outputs' shapes.
 
+    Hooks on parameters among the inputs are not run.
+
     To compare the shapes, torch loads a package for symbolic mathematics, which takes most of a second: while nothing
     else has loaded it, its engine is called without the comparison.
 
@@ -40,7 +44,7 @@ def pull_back(
     given = tuple(tensor_of_its_own(c) for c in cotangents)
 
     found: tuple[Tensor | None, ...]
-    with differentiated_twice():
+    with differentiated_twice(), muted(of_leaves(inputs)):
         if batched or "torch.fx.experimental.symbolic_shapes" in sys.modules:
             found = torch.autograd.grad(
                 list(outputs),
@@ -175,7 +179,7 @@ def refuse_differentiated_once(tensors: Iterable[Tensor]) -> None:
     Raises:
         NoSecondDerivativeError: If there is such a node in the graph of ``tensors``.
     """
-    if any(node.name() == "torch::autograd::Error" for node in _nodes(tensors)):
+    if any(node.name() == "torch::autograd::Error" for node in nodes(tensors)):
         raise NoSecondDerivativeError(
             "the model contains an operation that can be differentiated only once (an autograd.Function whose "
             "backward is marked once_differentiable, as custom kernels are), so second derivatives do not exist. "
@@ -197,7 +201,7 @@ def refuse_outside_of_autograd(value: Tensor, inputs: Sequence[Tensor]) -> None:
     Raises:
         NoSecondDerivativeError: If the derivative is lost.
     """
-    custom = {n.name() for n in _nodes([value]) if isinstance(n, BackwardCFunction) or "Sparse" in n.name()}
+    custom = {n.name() for n in nodes([value]) if isinstance(n, BackwardCFunction) or "Sparse" in n.name()}
     if not custom:
         return
     generator = torch.Generator().manual_seed(0)
@@ -220,15 +224,3 @@ def refuse_outside_of_autograd(value: Tensor, inputs: Sequence[Tensor]) -> None:
             "product with a sparse tensor whose entries depend on parameters), so that its derivative would be lost "
             f"without a word. Write it in torch operations on dense tensors{_ONCE}"
         )
-
-
-def _nodes(tensors: Iterable[Tensor]) -> Iterator[Any]:
-    """The nodes of a graph."""
-    waiting: list[Any] = [t.grad_fn for t in tensors if t.grad_fn is not None]
-    seen = set(waiting)
-    while waiting:
-        node = waiting.pop()
-        yield node
-        following = [before for before, _ in node.next_functions if before is not None and before not in seen]
-        seen.update(following)
-        waiting.extend(following)

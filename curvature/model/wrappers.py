@@ -58,10 +58,10 @@ class CallGuard:
 
     Args:
         module: The module.
-        after: The function.
+        after: The function; it gets the result, ``None`` if the call raised.
     """
 
-    def __init__(self, module: nn.Module, after: Callable[[], None]) -> None:
+    def __init__(self, module: nn.Module, after: Callable[[Any], None]) -> None:
         self._module, self._after = weakref.ref(module), after
         self._depth = 0  # a module may call itself
         self._inner: CallGuard | None = module.__dict__.get("_compiled_call_impl") if not is_compiled(module) else None
@@ -72,16 +72,18 @@ class CallGuard:
         module = self._module()
         assert module is not None
         self._depth += 1
+        result = None
         try:
-            return (self._inner or module._call_impl)(*args, **kwargs)
+            result = (self._inner or module._call_impl)(*args, **kwargs)
         finally:
             self._depth -= 1
             if not self._depth:
-                self._after()
+                self._after(result)
+        return result
 
     def remove(self) -> None:
         """Let the module be called as before."""
-        self._after = lambda: None  # another guard may still call this one
+        self._after = lambda result: None  # another guard may still call this one
         module = self._module()
         if module is not None and module.__dict__.get("_compiled_call_impl") is self:
             del module._compiled_call_impl

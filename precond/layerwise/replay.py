@@ -15,6 +15,7 @@ from torch.func import functional_call
 from curvature.estimation.passes import Pass, TapedLoss
 from curvature.estimation.tape import Tape
 from curvature.losses import loss_for
+from curvature.model.backward_hooks import no_backward_hooks
 from curvature.model.data import inspection
 from curvature.model.settings import settings
 from curvature.model.streams import set_random_state
@@ -105,11 +106,17 @@ class LoopReplay(Replay):
         for origin in seen:
             args, kwargs = origin.inputs if stride == 1 else _picked(origin, stride)
             assert origin.random is not None
-            with settings(self.model, origin.random, self.device), inspection(), plain_checkpoints():
+            with (
+                settings(self.model, origin.random, self.device),
+                inspection(),
+                plain_checkpoints(),
+                no_backward_hooks(self.model) as bare,
+            ):
                 if values is None:
                     result = self.model.forward(*args, **kwargs)
                 else:
                     result = functional_call(_Bare(self.model), dict(values), args, kwargs)
+                bare(result)
                 z = self.tape.seen_by_the_loss(result)
                 for call in origin.calls:
                     if call.weight is not None:

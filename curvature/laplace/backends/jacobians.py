@@ -13,9 +13,10 @@ from torch.overrides import TorchFunctionMode
 
 from curvature.laplace.backends.batch import BatchBackend, BatchPass, Inputs
 from curvature.matrices.examples import Examples, KeptGradients
-from curvature.model.data import resolve_output, tensors_in
+from curvature.model.data import resolve_output
 from curvature.model.kernels import differentiable_kernels
 from curvature.model.parameters import Parameters
+from curvature.model.trees import tensors_in
 
 
 class JacobianBackend(BatchBackend):

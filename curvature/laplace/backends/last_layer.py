@@ -19,7 +19,7 @@ from curvature.laplace.factors.sums import OuterSums
 from curvature.layers.block import Block, BlockPart
 from curvature.layers.samples import gram
 from curvature.losses import Terms
-from curvature.model.data import tensors_in
+from curvature.model.trees import tensors_in
 from solvers.precision import widen
 
 

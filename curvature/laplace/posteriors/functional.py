@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from curvature.laplace.backends.ggn import GGNBackend
 from curvature.losses import AutogradLoss, Terms
-from curvature.model.data import batch_size, map_tensors, tensors_in
+from curvature.model.data import batch_size, map_tensors
 from curvature.model.parameters import tensor_of_its_own
+from curvature.model.trees import tensors_in
 
 Params = dict[str, Tensor]
 #: ``forward(params, batch)`` gives the output, one row for each example, and auxiliary information.

@@ -19,7 +19,8 @@ from curvature.matrices.dataset_operator import DatasetOperator
 from curvature.matrices.ggn import ggn
 from curvature.matrices.hessian import hessian
 from curvature.matrices.problem import Evaluation, Problem
-from curvature.model.data import Data, Output, tensors_in
+from curvature.model.data import Data, Output
+from curvature.model.trees import tensors_in
 from curvature.reports.results import EigenvaluesResult, LossResult, Matrix, TraceResult
 from curvature.reports.sections.budget import Budget, Need
 from curvature.reports.sections.store import Store

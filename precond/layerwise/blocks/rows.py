@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from curvature.layers.block import Block
+from curvature.model.backward_hooks import ours
 from curvature.model.data import inspecting
-from curvature.model.hooks import inert, nothing
+from curvature.model.hooks import OwnHook, inert, nothing
 from precond.layerwise.blocks.preconditioner import Preconditioner
 from solvers import Kronecker, LinearOperator
 
@@ -113,7 +114,7 @@ class RowTap:
         kept = x.detach()
         self._input = (kept, kept._version)
         number = base.output_nr
-        node.register_prehook(_Gradient(self, number))
+        ours(node.register_prehook(_Gradient(self, number)))
         kind = x.device.type
         self._rough = torch.is_autocast_enabled(kind) or torch.get_float32_matmul_precision() != "highest"
 
@@ -260,7 +261,7 @@ class _WeakWritten:
             tap.written(p)
 
 
-class _Gradient:
+class _Gradient(OwnHook):
     """Hook on the node of a layer's output."""
 
     def __init__(self, tap: RowTap, number: int) -> None:

@@ -13,8 +13,8 @@ from curvature.estimation.dataset import record
 from curvature.layers.recorder import Recorder
 from curvature.losses import loss_for
 from curvature.losses.signals import Signals
-from curvature.model.data import tensors_in
 from curvature.model.parameters import Parameters
+from curvature.model.trees import tensors_in
 from curvature.structures.diagonal import DiagonalEstimator
 from tests.curvature import dense_reference as dense
 from tests.curvature.layers.test_diagonal import CASES
