@@ -28,21 +28,21 @@ HOUSE: dict[str, str] = {
     "precond.layerwise": ".layerwise.blocks .step curvature curvature.estimation curvature.structures"
     " curvature.losses curvature.model solvers solvers.outcome",
     "precond.layerwise.blocks": ".step curvature curvature.structures curvature.layers curvature.model solvers"
-    " solvers.operators",
+    " solvers.operators solvers.outcome",
     "precond.closure": ".gradient .step curvature.estimation curvature.layers curvature.losses curvature.model"
     " solvers solvers.precision solvers.outcome",
-    "precond.fitting": ".step",
+    "precond.fitting": ".step solvers.outcome",
     "precond.gradient": ".step solvers solvers.iterative solvers.direct solvers.precision solvers.operators"
     " solvers.outcome",
     "precond.step": "curvature.estimation curvature.losses curvature.model solvers solvers.precision solvers.outcome"
     " solvers.tree",
     "curvature.__main__": ".cli",
-    "curvature.cli": ".reports .plots .matrices .estimation .structures .layers .losses .model solvers"
+    "curvature.cli": ".reports .plots .matrices .estimation .structures .layers .losses .model solvers solvers.outcome"
     " solvers.eigenpairs solvers.estimates solvers.tree solvers.files .compression",
     "curvature.laplace": ".laplace.parametric .laplace.matrix_free .laplace.backends .laplace.factors",
     "curvature.laplace.posteriors": ".laplace.backends .laplace.factors .losses .model",
     "curvature.laplace.parametric": ".laplace.backends .laplace.factors .matrices .estimation .losses solvers"
-    " solvers.tree solvers.files",
+    " solvers.tree solvers.files solvers.outcome",
     "curvature.laplace.matrix_free": ".laplace.likelihoods .matrices .losses .model solvers solvers.estimates"
     " solvers.outcome solvers.precision solvers.operators",
     "curvature.laplace.backends": ".laplace.factors .laplace.likelihoods .matrices .estimation .structures .layers"
@@ -52,7 +52,7 @@ HOUSE: dict[str, str] = {
     "curvature": ".reports .plots .influences .training .landscape .matrices .estimation .structures .layers .model"
     " .compression",
     "curvature.reports": ".reports.sections .reports.pages .reports.results .estimation .structures .losses .model"
-    " solvers.tree solvers.files",
+    " solvers.tree solvers.files solvers.outcome",
     "curvature.reports.sections": ".reports.results .matrices .estimation .structures .losses .model solvers"
     " solvers.estimates solvers.operators solvers.outcome .compression",
     "curvature.reports.pages": ".reports.results .plots solvers",
@@ -64,12 +64,14 @@ HOUSE: dict[str, str] = {
     "curvature.training": ".matrices .structures .layers .losses .model solvers solvers.precision solvers.operators"
     " solvers.files solvers.outcome",
     "curvature.landscape": ".matrices .estimation .losses .model solvers solvers.outcome",
-    "curvature.matrices": ".estimation .structures .layers .losses .model solvers solvers.eigenpairs solvers.precision",
-    "curvature.estimation": ".structures .layers .losses .model solvers solvers.tree solvers.files solvers.precision",
+    "curvature.matrices": ".estimation .structures .layers .losses .model solvers solvers.eigenpairs solvers.precision"
+    " solvers.outcome",
+    "curvature.estimation": ".structures .layers .losses .model solvers solvers.tree solvers.files solvers.precision"
+    " solvers.outcome",
     "curvature.structures": ".layers .losses .model solvers solvers.operators solvers.precision solvers.outcome",
     "curvature.layers": ".losses .model solvers solvers.precision",
-    "curvature.losses": "solvers.precision",
-    "curvature.model": "",
+    "curvature.losses": "solvers.precision solvers.outcome",
+    "curvature.model": "solvers.outcome",
     "solvers": ".moved .fallback .rules .iterative .direct .solver .eigenpairs .estimates .operators .outcome",
     "solvers.moved": "",
     "solvers.fallback": ".rules .direct .solver .operators .outcome",

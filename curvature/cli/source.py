@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from curvature.model.data import is_one_batch, map_tensors
+from solvers.outcome.memory import is_out_of_memory
 
 #: Keywords of the library's functions that a source may add.
 OPTIONS = ("params", "output", "class_dim")
@@ -53,6 +54,8 @@ class Source:
                 try:
                     module.to(device=device, dtype=dtype)
                 except (RuntimeError, AssertionError) as error:
+                    if is_out_of_memory(error):
+                        raise
                     raise UsageError(f"the model cannot go to device {device!r}: {_first_line(error)}") from error
         data = self.data if dtype is None else _Converted.of(self.data, dtype)
         return Source(self.name, self.model, self.loss_fn, data, self.options)
@@ -81,6 +84,8 @@ def load(place: str) -> Source:
     try:
         returned = function()
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise UsageError(f"{place} raised {type(error).__name__}: {_first_line(error)}") from error
     return _checked(place, returned)
 
@@ -127,6 +132,8 @@ def _from_path(name: str) -> ModuleType:
             ) from error
         raise UsageError(f"{name} could not be imported: {error}") from error
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise UsageError(f"{name} could not be imported: {type(error).__name__}: {_first_line(error)}") from error
 
 
@@ -142,6 +149,8 @@ def _from_file(place: str) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise UsageError(f"{place} could not be run: {type(error).__name__}: {_first_line(error)}") from error
     return module
 

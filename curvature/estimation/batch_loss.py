@@ -12,6 +12,7 @@ from torch import Tensor
 from curvature.losses import AmbiguousClassAxisError, ClassDim, Loss, Terms, WeightedSum
 from curvature.losses.picked import along
 from curvature.model.data import Collated, Output, loss_in, resolve_output
+from solvers.outcome.memory import is_out_of_memory
 
 #: Targets in words -> the targets.
 Reading = tuple[str, Any]
@@ -105,7 +106,9 @@ def read_for(loss_fn: Callable[[Any, Any], Tensor], result: Any, x: Any, z: Any,
     for words, targets in _readings(y, z if isinstance(z, Tensor) else base, loss_fn):
         try:
             value = loss_fn(z, targets)
-        except (RuntimeError, ValueError, TypeError, IndexError):
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            if is_out_of_memory(error):
+                raise
             continue  # of another shape
         if _agree(own, value, base):
             return targets

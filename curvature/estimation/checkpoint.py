@@ -18,6 +18,7 @@ from curvature.losses import Loss
 from curvature.model.parameters import Parameters
 from curvature.model.wrappers import unwrapped
 from solvers.files import write_whole
+from solvers.outcome.memory import is_out_of_memory
 from solvers.tree import pieces, plain
 
 #: Names of an identity that files of version 0.1 do not have.
@@ -64,6 +65,8 @@ def load(path: str | os.PathLike[str]) -> Any:
     except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         why = f" ({error})" if isinstance(error, CheckpointError) else ""
         raise CheckpointError(
             f"{os.fspath(path)} is no checkpoint: it is damaged{why}, or was written by something else. Name another "

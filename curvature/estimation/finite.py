@@ -58,7 +58,7 @@ def _operation(again: Callable[[], object]) -> str | None:
         with torch.autograd.detect_anomaly(check_nan=True):
             try:
                 again()
-            except RuntimeError as error:
+            except RuntimeError as error:  # without a name for the operation, whatever else fails: this one is told
                 found = re.search(r"Function '(\w+?)(?:Backward)+\d*' returned nan", str(error))
                 return None if found is None else found[1]
     return None

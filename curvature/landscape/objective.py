@@ -19,6 +19,7 @@ from curvature.model.data import Data, Output, batch_size, call, inspection, to_
 from curvature.model.parameters import Parameters
 from curvature.model.settings import own_buffers
 from curvature.model.streams import own_stream, random_state, set_random_state
+from solvers.outcome.memory import is_out_of_memory
 
 Buffers = Literal["keep", "recompute"]
 
@@ -138,7 +139,9 @@ class Objective:
         """Whether the loss function itself can be called on the one batch, so that no bit differs from the user's."""
         try:
             value = self.problem.loss_fn(terms.output, y)
-        except (RuntimeError, ValueError, TypeError):  # classes last, or several outputs
+        except (RuntimeError, ValueError, TypeError) as error:  # classes last, or several outputs
+            if is_out_of_memory(error):
+                raise
             return False
         expected = torch.where(terms.mask, terms.values(), 0.0).sum()
         if terms.reduction == "mean":

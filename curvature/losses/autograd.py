@@ -20,6 +20,7 @@ from torch.func import grad, jacrev, vmap
 from curvature.losses.errors import EMPIRICAL, NoCurvatureError, UnknownLossError
 from curvature.losses.loss import Loss, loss_for
 from curvature.losses.terms import Layout, Terms, noise
+from solvers.outcome.memory import is_out_of_memory
 from solvers.precision import widen
 
 
@@ -319,6 +320,8 @@ def _each(function: Callable[..., Any], *batches: Tensor) -> Tensor:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # users need no warning about operations that vmap loops over
             result: Tensor = vmap(function)(*batches)
-    except RuntimeError:  # data-dependent control flow, .item(), an operation without batching rule
+    except RuntimeError as error:  # data-dependent control flow, .item(), an operation without batching rule
+        if is_out_of_memory(error):
+            raise
         result = torch.stack([function(*entries) for entries in zip(*batches, strict=True)])
     return result

@@ -28,6 +28,7 @@ from curvature.model.pullback import (
 from curvature.model.settings import refuse_changes, settings, versions
 from curvature.model.streams import random_state, set_random_state
 from solvers import LinearOperator, StructureError
+from solvers.outcome.memory import is_out_of_memory
 from solvers.precision import working_dtype
 
 Mode = Literal["auto", "forward", "reverse"]
@@ -94,13 +95,15 @@ class Linearization:
         try:
             result = self._push_reverse(vectors, block)
         except RuntimeError as error:
-            if self.mode == "reverse" or self._checked:
+            if self.mode == "reverse" or self._checked or is_out_of_memory(error):
                 raise
             self.mode = "forward"
             try:
                 return self._push_forward(vectors, block)
             except RuntimeError as second:
                 self.mode = "auto"
+                if is_out_of_memory(second):
+                    raise
                 raise NoSecondDerivativeError(
                     f"Jacobian-vector products of this model cannot be taken. (a) By two backward passes: {error} "
                     f"(b) By dual numbers: {second}"
@@ -129,7 +132,9 @@ class Linearization:
         try:
             with quiet_loops():
                 return vmap(lambda tangent: self._dual(tangent)[1], randomness="same")(tangents)
-        except RuntimeError:  # an operation that cannot be vectorised
+        except RuntimeError as error:  # an operation that cannot be vectorised
+            if is_out_of_memory(error):
+                raise
             k = len(vectors[0])
             return torch.stack([self._dual({name: v[i] for name, v in tangents.items()})[1] for i in range(k)])
 

@@ -18,6 +18,7 @@ from torch.autograd.graph import GradientEdge
 from curvature.model.backward_hooks import muted, of_leaves
 from curvature.model.graph_nodes import nodes
 from curvature.model.parameters import tensor_of_its_own
+from solvers.outcome.memory import is_out_of_memory
 
 _ONCE = ", or take what needs first derivatives only: ggn and fisher with another structure than 'full'."
 
@@ -130,7 +131,9 @@ class Pullback:
             try:
                 with quiet_loops():
                     return self._grad(live, True)
-            except RuntimeError:  # an operation that cannot be vectorised; one by one it works, or raises its own error
+            except RuntimeError as error:  # an operation that cannot be vectorised; one by one it works, or tells why
+                if is_out_of_memory(error):
+                    raise
                 self.batched = False
         each = [self._grad([c[i] for c in live], False) for i in range(k)]
         return [_stacked(column) for column in zip(*each, strict=True)]

@@ -16,6 +16,7 @@ from curvature.reports.pages.page import page
 from curvature.reports.pages.text import text
 from curvature.reports.results import Findings, Refusal
 from solvers.files import write_text
+from solvers.outcome.memory import is_out_of_memory
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -111,6 +112,8 @@ class Report(Findings):
         except (CheckpointError, OSError):
             raise
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             raise CheckpointError(f"{source} is no curvature report, or a damaged one: {error}") from error
         found.eigenvectors.update(content["eigenvectors"])
         return found

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from precond.step.graph import jacobian_rows
+from solvers.outcome.memory import is_out_of_memory
 
 #: Columns of the Jacobian that are pushed forward at once.
 _COLUMNS = 64
@@ -131,7 +132,7 @@ class Variables:
             try:
                 return self._columns(rows)
             except (NotImplementedError, RuntimeError) as error:
-                if isinstance(error, torch.OutOfMemoryError):
+                if is_out_of_memory(error):
                     raise
                 self._forward = False  # no forward derivative of some operation; an error of fun comes again below
         return self._by_rows(rows)

@@ -31,6 +31,7 @@ from precond.step.graph import (
     loss_tensor,
     unflatten,
 )
+from solvers.outcome.memory import is_out_of_memory
 
 
 class Replay(ABC):
@@ -130,9 +131,9 @@ class LoopReplay(Replay):
         if self.forward_mode:
             try:
                 return self._forward_gram(params, vectors, stride), self._seen()
-            except torch.OutOfMemoryError:
-                raise
-            except (NotImplementedError, RuntimeError):
+            except (NotImplementedError, RuntimeError) as error:
+                if is_out_of_memory(error):
+                    raise
                 self.forward_mode = False
         return super().gram(params, vectors, stride)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from solvers.operators.dense import Dense, non_finite, symmetric_part
 from solvers.outcome.errors import SolverError
+from solvers.outcome.memory import is_out_of_memory
 from solvers.outcome.remedies import FLOAT64, PERTURBED, note
 
 
@@ -138,7 +139,7 @@ def _gave_up(error: RuntimeError) -> bool:
     # cuSOLVER says some of its failures to converge in a plain RuntimeError, and those of memory likewise.
     text = str(error)
     numerical = torch.linalg.LinAlgError  # type: ignore[attr-defined]  # torch does not list it among its exports
-    return isinstance(error, numerical) or ("CUSOLVER_STATUS" in text and "ALLOC" not in text)
+    return isinstance(error, numerical) or ("CUSOLVER_STATUS" in text and not is_out_of_memory(error))
 
 
 def _remedied(routine: Routine, matrix: Tensor, name: str, like: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:

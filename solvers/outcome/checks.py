@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from solvers.outcome.errors import SolverError
+from solvers.outcome.memory import is_out_of_memory
 
 _Check = tuple[Tensor, Callable[[], Exception]]
 _where: ContextVar[str] = ContextVar("part of the operator at work", default="")
@@ -57,7 +58,9 @@ def checked() -> Iterator[None]:
     token = _pending.set(checks)
     try:
         yield
-    except RuntimeError:
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         # Torch may fail on what a check has already found; the check explains it better.
         _raise_first_failure(checks)
         raise

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from curvature.estimation.checkpoint import CheckpointError, digest
 from solvers.files import write_whole
+from solvers.outcome.memory import is_out_of_memory
 from solvers.tree import Path, map_tree, plain
 
 _VERSION = 1
@@ -68,6 +69,8 @@ def read(path: str | os.PathLike[str], kind: str, device: torch.device | str = "
     except (CheckpointError, OSError):
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise CheckpointError(
             f"{os.fspath(path)} is no whole safetensors file ({error}): it was cut off, is damaged, or was written by "
             "something else."

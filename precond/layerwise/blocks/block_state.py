@@ -16,6 +16,7 @@ from curvature.structures.estimator import Form
 from precond.layerwise.blocks.by_name import Preconditioners
 from precond.layerwise.blocks.preconditioner import Preconditioner
 from precond.step.loading import require_finite, require_same_tree, unfit
+from solvers.outcome.memory import is_out_of_memory
 
 
 def add_blocks(
@@ -98,7 +99,7 @@ def load_block(preconditioner: Preconditioner, saved: dict[str, Any], whose: str
         again = preconditioner.state_dict()
         operators = [preconditioner.estimator.operator()] if preconditioner.estimator.ready else []
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if is_out_of_memory(error):
             raise
         raise unfit(whose, f"cannot be read as one of this method ({type(error).__name__}: {error})") from error
     require_same_tree(parts, {name: again[name] for name in ("estimate", "inverse") if name in again}, whose)
