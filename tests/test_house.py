@@ -31,7 +31,7 @@ HOUSE: dict[str, str] = {
     " solvers.operators solvers.outcome",
     "precond.closure": ".gradient .step curvature.estimation curvature.layers curvature.losses curvature.model"
     " solvers solvers.precision solvers.outcome",
-    "precond.fitting": ".step solvers.outcome",
+    "precond.fitting": ".step curvature.model solvers.outcome",
     "precond.gradient": ".step solvers solvers.iterative solvers.direct solvers.precision solvers.operators"
     " solvers.outcome",
     "precond.step": "curvature.estimation curvature.losses curvature.model solvers solvers.precision solvers.outcome"
@@ -46,7 +46,7 @@ HOUSE: dict[str, str] = {
     "curvature.laplace.matrix_free": ".laplace.likelihoods .matrices .losses .model solvers solvers.estimates"
     " solvers.outcome solvers.precision solvers.operators",
     "curvature.laplace.backends": ".laplace.factors .laplace.likelihoods .matrices .estimation .structures .layers"
-    " .losses .model solvers solvers.operators solvers.precision",
+    " .losses .model solvers solvers.operators solvers.precision solvers.outcome",
     "curvature.laplace.factors": ".structures .layers solvers solvers.operators solvers.precision",
     "curvature.laplace.likelihoods": ".losses",
     "curvature": ".reports .plots .influences .training .landscape .matrices .estimation .structures .layers .model"
@@ -57,9 +57,9 @@ HOUSE: dict[str, str] = {
     " solvers.estimates solvers.operators solvers.outcome .compression",
     "curvature.reports.pages": ".reports.results .plots solvers",
     "curvature.reports.results": ".estimation",
-    "curvature.plots": ".training .landscape solvers .compression",
+    "curvature.plots": ".training .landscape .model solvers solvers.outcome .compression",
     "curvature.influences": ".matrices .estimation .structures .layers .losses .model solvers solvers.tree"
-    " solvers.precision solvers.operators",
+    " solvers.precision solvers.operators solvers.outcome",
     "curvature.compression": ".matrices .estimation .structures .layers .losses .model solvers solvers.outcome",
     "curvature.training": ".matrices .structures .layers .losses .model solvers solvers.precision solvers.operators"
     " solvers.files solvers.outcome",

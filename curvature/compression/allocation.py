@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, nn
 
 from curvature.compression.factors import LayerCurvature, layer_curvature
-from curvature.compression.grid import Grid
-from curvature.compression.layers import Matrix, matrices
+from curvature.compression.grid import Grid, check_bits
+from curvature.compression.layers import Matrix, check_layers, matrices
 from curvature.compression.rounding import round_matrix
+from curvature.model.arguments import Check, a, checked, optional, real
 from solvers import BlockDiagonal, Diagonal
+from solvers.outcome.arguments import all_of
 
 BITS = (2, 3, 4, 5, 6, 8)
 
@@ -33,6 +36,21 @@ class Allocation:
     table: Mapping[str, Mapping[int, float]]
 
 
+def _check_choices(name: str, value: Any) -> Any:
+    if not all_of(name, value, check_bits):
+        raise ValueError(f"{name} is empty; there is nothing to choose from.")
+    return value
+
+
+_CHECKS: dict[str, Check] = {
+    "curvature": a(BlockDiagonal, "an operator of curvature.fisher or curvature.ggn with a block for each layer"),
+    "layers": check_layers,
+    "grid": optional(a(Grid, "a Grid")),
+    "damping": real(low=0.0),
+}
+
+
+@checked(**_CHECKS, bits=real(low=1.0, high=16.0), choices=_check_choices)
 def allocate(
     model: nn.Module,
     curvature: BlockDiagonal,
@@ -66,6 +84,7 @@ def allocate(
     return allocate_matrices(found, read, bits, grid or Grid(), True, choices)
 
 
+@checked(**_CHECKS, bits=_check_choices)
 def sensitivity(
     model: nn.Module,
     curvature: BlockDiagonal,
@@ -96,9 +115,12 @@ def _layers(
         factored = [name for name in names if not isinstance(found[name].operator, Diagonal)]
         names = factored or [name for name in names if parameters[found[name].block.names[0]].dim() > 1]
     else:
-        names = list(layers)
+        names = [layers] if isinstance(layers, str) else list(layers)
         if unknown := [name for name in names if name not in found]:
-            raise ValueError(f"the curvature has no matrix {', '.join(unknown)}; there are {', '.join(found)}.")
+            raise ValueError(
+                f"layers= names {', '.join(unknown)}, of which the curvature has no matrix; there are "
+                f"{', '.join(found)}."
+            )
     if not names:
         raise ValueError("the curvature has no matrix of a layer to distribute bits over.")
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from solvers.outcome.arguments import choice, flag, whole
 
 #: What shares one scale: the whole matrix, a row (output unit), or so many neighbouring inputs of a row.
 Group = Literal["tensor", "row"] | int
@@ -15,6 +17,13 @@ Fit = Literal["range", "error"]
 
 #: Fractions of the full range that ``fit="error"`` tries.
 _SHRINKS = tuple(1.0 - 0.02 * k for k in range(26))
+
+
+def check_bits(name: str, value: Any) -> Any:
+    """A whole number of bits, 1 to 16."""
+    if whole(name, value) > 16:
+        raise ValueError(f"{name} is a whole number from 1 to 16, not {value}.")
+    return value
 
 
 @dataclass(frozen=True)
@@ -102,13 +111,13 @@ class Grid:
 
     def __post_init__(self) -> None:
         """Validate the options."""
-        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 1 <= self.bits <= 16:
-            raise ValueError(f"bits must be a whole number from 1 to 16, got {self.bits!r}.")
-        whole = isinstance(self.group, int) and not isinstance(self.group, bool)
-        if self.group not in ("tensor", "row") and not (whole and int(self.group) >= 1):
-            raise ValueError(f"group must be 'tensor', 'row' or a number of inputs, got {self.group!r}.")
-        if self.fit not in ("range", "error"):
-            raise ValueError(f"fit must be 'range' or 'error', got {self.fit!r}.")
+        check_bits("bits", self.bits)
+        flag("symmetric", self.symmetric)
+        if isinstance(self.group, int):
+            whole("group", self.group)
+        else:
+            choice("group", self.group, ("tensor", "row"))
+        choice("fit", self.fit, Fit)
 
     def size(self, d_in: int) -> int:
         """Number of neighbouring inputs that share a scale."""

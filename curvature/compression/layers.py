@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,15 +14,47 @@ from curvature.estimation.coverage import coverage
 from curvature.estimation.dataset import estimate
 from curvature.layers.block import Block, BlockPlace
 from curvature.losses import ClassDim
+from curvature.losses.loss import check_loss
+from curvature.losses.signals import FisherKind
 from curvature.matrices.request import WHOLE, Structure
+from curvature.model.arguments import Check, a, count, one_of, optional, real
 from curvature.model.data import Data, Output
 from curvature.model.parameters import Parameters
 from curvature.structures.by_name import BLOCKS, curvature_of, kind_of
 from curvature.structures.estimator import Curvature
 from curvature.structures.kfac import KroneckerFisher
 from solvers import BlockDiagonal, Dense, Diagonal, Eigen, Kronecker, LinearOperator
+from solvers.outcome.arguments import flag, instance
 
 _EMBEDDINGS = ("embedding", "embedding_bag")
+
+
+def check_layers(name: str, value: Any) -> Any:
+    """Names or globs of parameters or modules; None for all."""
+    entries = [] if value is None or isinstance(value, str) else value
+    if not isinstance(entries, Iterable) or isinstance(entries, (Tensor, nn.Module)):
+        raise TypeError(f"{name} holds names of parameters or modules, not {value!r}.")
+    if isinstance(entries, Sequence):
+        if value is not None and not isinstance(value, str) and not entries:
+            raise ValueError(f"{name} is empty; leave it out to take every layer.")
+        for entry in entries:
+            instance(f"each of {name}", entry, str, "the name of a parameter or module")
+    return value
+
+
+#: Checks of what quantising and pruning take beside the names that all functions share.
+CHECKS: dict[str, Check] = {
+    "loss_fn": check_loss,
+    "structure": a((str, Curvature, Mapping, BlockDiagonal), "the name of a structure, a Curvature or an operator"),
+    "kind": optional(one_of(FisherKind)),
+    "samples": count(),
+    "bias": one_of(("joint", "separate")),
+    "sequential": flag,
+    "damping": real(low=0.0),
+    "layers": check_layers,
+    "embeddings": flag,
+    "measure": flag,
+}
 
 
 @dataclass(frozen=True)
@@ -92,6 +124,11 @@ def select(
     Raises:
         ValueError: If a name fits no matrix of a layer, or there is none.
     """
+    wanted = [] if layers is None else [layers] if isinstance(layers, str) else list(layers)
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    for entry in wanted:
+        if not any(_fits(entry, name) for name in names):
+            raise ValueError(f"layers= names {entry!r}, which fits no parameter. There are: {', '.join(names)}.")
     table = coverage(model, loss_fn, data, curvature=KroneckerFisher(bias="joint" if joint else "separate"))
     found = {}
     for row in table:
@@ -102,7 +139,6 @@ def select(
             continue
         found[row.parameter] = row.block.split(", ")
     if layers is not None:
-        wanted = [layers] if isinstance(layers, str) else list(layers)
         for entry in wanted:
             if not any(_fits(entry, name) for name in found):
                 raise ValueError(
@@ -115,9 +151,9 @@ def select(
             f"{type(model).__name__} has no layer with a weight matrix that a rule covers, so there is nothing to "
             "compress. curvature.coverage(model, loss_fn, data) shows what was found."
         )
-    names = tuple(dict.fromkeys(block for blocks in found.values() for block in blocks))
-    parameters = dict.fromkeys(row.parameter for row in table if set(row.block.split(", ")) & set(names))
-    return Selection(names, tuple(parameters))
+    chosen = tuple(dict.fromkeys(block for blocks in found.values() for block in blocks))
+    parameters = dict.fromkeys(row.parameter for row in table if set(row.block.split(", ")) & set(chosen))
+    return Selection(chosen, tuple(parameters))
 
 
 def _fits(entry: str, name: str) -> bool:

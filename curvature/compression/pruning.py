@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from curvature.compression.factors import LayerCurvature
-from curvature.compression.layers import CalibrationSource, Matrix
+from curvature.compression.layers import CHECKS, CalibrationSource, Matrix
 from curvature.compression.obs import prune_matrix
 from curvature.compression.pattern import Pattern
 from curvature.compression.result import Compression
@@ -17,10 +17,25 @@ from curvature.compression.run import Change, Changed, compress
 from curvature.losses import ClassDim
 from curvature.losses.signals import FisherKind
 from curvature.matrices.request import Structure
+from curvature.model.arguments import checked, count, real
 from curvature.model.data import Data, Output
 from solvers import BlockDiagonal
+from solvers.outcome.arguments import flag
 
 
+def _check_sparsity(name: str, value: Any) -> Any:
+    Pattern.parse(value)
+    return value
+
+
+@checked(
+    **CHECKS,
+    sparsity=_check_sparsity,
+    units=flag,
+    rounds=count(),
+    rtol=real(low=0.0, high=1.0, open_high=True),
+    max_steps=count(),
+)
 def prune(
     model: nn.Module,
     loss_fn: Any,
@@ -84,11 +99,6 @@ def prune(
         SolverError: If a layer's curvature is not finite, zero or indefinite.
     """
     pattern = Pattern.parse(sparsity, units)
-    for name, number in (("rounds", rounds), ("max_steps", max_steps)):
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-            raise ValueError(f"{name} must be a whole number, at least 1, got {number!r}.")
-    if isinstance(rtol, bool) or not isinstance(rtol, (int, float)) or not 0 <= rtol < 1:
-        raise ValueError(f"rtol must be a number from 0 to 1, got {rtol!r}.")
     source = CalibrationSource(loss_fn, data, structure, kind, samples, bias, output, class_dim, generator, progress)
 
     def plan(found: Sequence[Matrix], read: object) -> Change:

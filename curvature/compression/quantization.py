@@ -11,20 +11,43 @@ from torch import Tensor, nn
 
 from curvature.compression.allocation import allocate_matrices
 from curvature.compression.factors import LayerCurvature
-from curvature.compression.grid import Codes, Fit, Grid, Group, Levels
-from curvature.compression.layers import CalibrationSource, Matrix
+from curvature.compression.grid import Codes, Fit, Grid, Group, Levels, check_bits
+from curvature.compression.layers import CHECKS, CalibrationSource, Matrix
 from curvature.compression.result import Compression
 from curvature.compression.rounding import round_matrix
 from curvature.compression.run import Change, Changed, compress
 from curvature.losses import ClassDim
 from curvature.losses.signals import FisherKind
 from curvature.matrices.request import Structure
+from curvature.model.arguments import checked, one_of
 from curvature.model.data import Data, Output
 from solvers import BlockDiagonal
+from solvers.outcome.arguments import flag, number
 
 Order = Literal["activation", "position"]
 
 
+def _check_bits(name: str, value: Any) -> Any:
+    if isinstance(value, Mapping):
+        for layer, bits in value.items():
+            check_bits(f"{name}[{layer!r}]", bits)
+        return value
+    return number(name, value, low=1.0, high=16.0, unit="Or {parameter: bits}.")
+
+
+def _check_group(name: str, value: Any) -> Any:
+    Grid(group=value)
+    return value
+
+
+@checked(
+    **CHECKS,
+    bits=_check_bits,
+    symmetric=flag,
+    group=_check_group,
+    fit=one_of(Fit),
+    order=one_of(Order),
+)
 def quantize(
     model: nn.Module,
     loss_fn: Any,
@@ -98,16 +121,12 @@ def quantize(
         Frantar et al. (2022), "GPTQ", https://arxiv.org/abs/2210.17323; Tseng et al. (2025), "Model-preserving adaptive
         rounding", https://arxiv.org/abs/2505.22988
     """
-    if order not in ("activation", "position"):
-        raise ValueError(f"order must be 'activation' or 'position', got {order!r}.")
     source = CalibrationSource(loss_fn, data, structure, kind, samples, bias, output, class_dim, generator, progress)
     chosen: Mapping[str, int] = {}
     share, whole = None, 4
     if isinstance(bits, Mapping):
         chosen = bits
         layers = list(bits) if layers is None else layers
-    elif isinstance(bits, bool) or not isinstance(bits, (int, float)):
-        raise TypeError(f"bits must be a number or {{parameter: bits}}, got {bits!r}.")
     elif float(bits).is_integer():
         whole = int(bits)
     else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -56,8 +55,6 @@ def compress(
         damping: Fraction of the factors' mean diagonals.
         measure: Whether losses are evaluated.
     """
-    if isinstance(damping, bool) or not isinstance(damping, (int, float)) or not 0 <= damping < math.inf:
-        raise ValueError(f"damping must be a finite number, at least 0, got {damping!r}.")
     copied = copy.deepcopy(model)
     parameters = dict(copied.named_parameters())
     chosen = select(copied, source.loss_fn, source.data, layers, embeddings, source.joint)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from curvature.losses import Loss
+from curvature.model.arguments import checked, real
+from curvature.model.arguments import path as is_path
 from curvature.model.parameters import Parameters
 from curvature.model.wrappers import unwrapped
 from solvers.files import write_whole
@@ -153,10 +155,9 @@ class Checkpoint:
         FileNotFoundError: If there is no such folder.
     """
 
+    @checked(path=is_path, seconds=real(low=0.0))
     def __init__(self, path: str | os.PathLike[str], seconds: float = 60.0) -> None:
         self.path, self.seconds = Path(path), seconds
-        if not seconds >= 0:
-            raise ValueError(f"seconds is a number >= 0, not {seconds}.")
         if not self.path.parent.is_dir():
             raise FileNotFoundError(f"{self.path} cannot be written: there is no folder {self.path.parent}.")
         self.identity: dict[str, Any] = {}

@@ -17,7 +17,9 @@ from curvature.estimation.dataset import record
 from curvature.layers import MODULES
 from curvature.layers.block import Block, BlockPart
 from curvature.losses import Terms, UnknownLossError, loss_for, loss_over_data
+from curvature.losses.loss import check_loss
 from curvature.losses.signals import Signals
+from curvature.model import arguments
 from curvature.model.data import Data, batches, to_device, untouched
 from curvature.model.parameters import Parameters
 from curvature.model.trees import tensors_in
@@ -118,6 +120,11 @@ class Coverage:
         return "\n".join(line.rstrip() for line in lines)
 
 
+@arguments.checked(
+    loss_fn=check_loss,
+    data=arguments.optional(arguments.data),
+    curvature=arguments.optional(arguments.a(Curvature, "a curvature such as KroneckerFisher()")),
+)
 def coverage(
     model: nn.Module,
     loss_fn: Any,

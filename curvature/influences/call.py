@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from curvature.estimation.checkpoint import Resume, problem_identity
+from curvature.estimation.checkpoint import Checkpoint, Resume, problem_identity
 from curvature.influences.batching import groups, read
 from curvature.influences.result import Influence
 from curvature.influences.rows import QueryRows, gradients_of, precondition
@@ -16,14 +18,48 @@ from curvature.influences.scores import Found, scores, walk
 from curvature.influences.store import InfluenceStore, batches_digest, operator_digest
 from curvature.layers.block import BlockPlace
 from curvature.losses import ClassDim
+from curvature.losses.loss import check_loss
 from curvature.matrices.problem import Evaluation, Problem, refuse_sums
 from curvature.matrices.request import WHOLE, Request, Structure
+from curvature.model.arguments import Check, a, checked, count, data, optional
 from curvature.model.data import Batch, Data, Output
 from curvature.model.order import refuse_another_order
-from curvature.structures.by_name import kind_of
+from curvature.structures.by_name import BLOCKS, kind_of
+from curvature.structures.estimator import Curvature
 from solvers import CG, BlockDiagonal, Damping, LinearOperator, RelativeTikhonov, Solver, StructureError, Tikhonov
+from solvers.outcome.arguments import choice, flag, instance, number
 
 
+def _check_curvature(name: str, value: Any) -> Any:
+    if isinstance(value, str):
+        return choice(name, value, (*BLOCKS, *WHOLE))
+    kinds = (Curvature, Mapping, LinearOperator)
+    return instance(name, value, kinds, "the name of a structure, a Curvature, a mapping or a LinearOperator")
+
+
+def _check_damping(name: str, value: Any) -> Any:
+    return value if value is None or isinstance(value, Damping) else number(name, value, low=0.0)
+
+
+#: Checks of what both functions take beside the names that all functions share.
+_CHECKS: dict[str, Check] = {
+    "loss_fn": check_loss,
+    "train": data,
+    "curvature": _check_curvature,
+    "damping": _check_damping,
+    "solver": optional(a(Solver, "a solver such as CG()")),
+    "store": optional(a((str, os.PathLike, Checkpoint), "a folder or a Checkpoint of it")),
+}
+
+
+@checked(
+    **_CHECKS,
+    queries=data,
+    query_loss=optional(check_loss),
+    by_position=flag,
+    query_rank=optional(count()),
+    memory=optional(count()),
+)
 def influence(
     model: nn.Module,
     loss_fn: Any,
@@ -130,6 +166,7 @@ def influence(
     return _result(found)
 
 
+@checked(**_CHECKS)
 def self_influence(
     model: nn.Module,
     loss_fn: Any,
@@ -251,8 +288,6 @@ def _check(inverse: LinearOperator, problem: Problem) -> None:
 def _check_rank(rank: int | None, inverse: LinearOperator) -> None:
     if rank is None:
         return
-    if rank < 1:
-        raise ValueError(f"query_rank must be at least 1, or None to keep everything; got {rank}.")
     if not isinstance(inverse, BlockDiagonal):
         raise ValueError(
             f"query_rank={rank} truncates the matrices of the blocks of a curvature, and {inverse!r} has no blocks. "

@@ -85,6 +85,32 @@ def _ratio(w: Tensor, d: Tensor, dim: tuple[int, ...]) -> Tensor:
     return torch.linalg.vector_norm(w.to(d.dtype), dim=dim, keepdim=True) / torch.where(length > 0, length, 1)
 
 
+def check_directions(name: str, value: Any) -> Any:
+    """Refuse what is no direction, nor a sequence of one or two.
+
+    Args:
+        name: Name of the argument.
+        value: What was given, see :func:`span_of`.
+
+    Raises:
+        TypeError: If an entry is of another kind.
+        ValueError: If there are not one or two.
+    """
+    if isinstance(value, Eigenpairs):
+        return value
+    entries = [value] if isinstance(value, (str, Tensor, nn.Module, Mapping)) else value
+    if not isinstance(entries, Sequence) or not 1 <= len(entries) <= 2:
+        raise ValueError(f"{name} must be one (a line) or two (a plane), got {value!r}.")
+    for entry in entries:
+        known = entry in KINDS if isinstance(entry, str) else isinstance(entry, (Tensor, nn.Module, Mapping))
+        if not known:
+            raise TypeError(
+                f"{name} are among {', '.join(map(repr, KINDS))}, vectors (P,), models and state dicts; {entry!r} is "
+                "none."
+            )
+    return value
+
+
 def span_of(problem: Problem, entries: Any, generator: torch.Generator, *, biases: bool = False) -> list[Direction]:
     """One or two directions from the user's argument.
 
@@ -135,7 +161,8 @@ def _eigenvector(pairs: Eigenpairs, rank: int, parameters: Parameters) -> Direct
 def _fitting(vector: Tensor, parameters: Parameters) -> Tensor:
     if vector.shape != (parameters.size,):
         raise ValueError(
-            f"a direction has the shape ({parameters.size},) of all parameters, not {tuple(vector.shape)}."
+            f"each vector of directions has the shape ({parameters.size},) of all parameters, not "
+            f"{tuple(vector.shape)}."
         )
     return vector.detach().to(parameters.device, parameters.dtype)
 

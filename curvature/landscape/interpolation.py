@@ -10,11 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from curvature.landscape.directions import matching
-from curvature.landscape.metrics import ByMetric, Metrics
+from curvature.landscape.metrics import ByMetric, Metrics, check_metric
 from curvature.landscape.objective import Objective
 from curvature.losses import ClassDim
+from curvature.losses.loss import check_loss
+from curvature.model.arguments import a, checked, count, module, one_of
 from curvature.model.data import Data, Output
 from curvature.model.wrappers import unwrapped
+from solvers.outcome.arguments import flag
 from solvers.outcome.progress import progress_bar
 
 PathBuffers = Literal["interpolate", "recompute", "keep"]
@@ -68,6 +71,15 @@ def barrier(t: Tensor, values: Tensor) -> float:
     return float(above.max())  # NaN if there is one
 
 
+@checked(
+    model_a=module,
+    model_b=a((nn.Module, Mapping), "a model or its state dict"),
+    loss_fn=check_loss,
+    points=count(3),
+    layerwise=flag,
+    metric=check_metric,
+    buffers=one_of(PathBuffers),
+)
 def interpolation(
     model_a: nn.Module,
     model_b: nn.Module | Mapping[str, Any],
@@ -123,10 +135,6 @@ def interpolation(
         (2022), https://arxiv.org/abs/2106.16004, Adilova, Andriushchenko, Kamp, Fischer and Jaggi (2023),
         https://arxiv.org/abs/2307.06966
     """
-    if not isinstance(points, int) or points < 3:
-        raise ValueError(f"points is a whole number of at least 3, ends included, got {points!r}.")
-    if buffers not in ("interpolate", "recompute", "keep"):
-        raise ValueError(f"buffers must be 'interpolate', 'recompute' or 'keep', got {buffers!r}.")
     model_a = unwrapped(model_a)
     objective = Objective(
         model_a,

@@ -35,6 +35,12 @@ class ByMetric:
         return replace(self, metric=metric)  # type: ignore[type-var]
 
 
+def check_metric(name: str, value: Any) -> Any:
+    """Refuse what is no metric, as :func:`by_name` does."""
+    by_name(value)
+    return value
+
+
 def by_name(metric: Metrics) -> dict[str, Metric | None]:
     """The metrics of an argument ``metric=``.
 

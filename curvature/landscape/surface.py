@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from curvature.landscape.directions import span_of
-from curvature.landscape.metrics import ByMetric, Metrics
+from curvature.landscape.directions import check_directions, span_of
+from curvature.landscape.metrics import ByMetric, Metrics, check_metric
 from curvature.landscape.objective import Buffers, Objective
 from curvature.losses import ClassDim
+from curvature.losses.loss import check_loss
+from curvature.model.arguments import checked, count, one_of
 from curvature.model.data import Data, Output
 from curvature.model.wrappers import unwrapped
+from solvers.outcome.arguments import all_of, flag, number
 from solvers.outcome.progress import progress_bar
 
 
@@ -46,6 +49,39 @@ class Surface(ByMetric):
         return torch.isfinite(self.values)
 
 
+def _check_span(name: str, value: Any) -> Any:
+    if isinstance(value, tuple) and len(value) == 2:
+        low, high = (number(f"each of {name}", end) for end in value)
+        if not low < high:
+            raise ValueError(f"{name} is a positive number or an ascending pair, got {value!r}.")
+        return value
+    return number(name, value, low=0.0, open_low=True, optional=True, unit="Or an ascending pair.")
+
+
+def _check_coordinates(name: str, value: Any) -> Any:
+    if value is None:
+        return value
+    if not isinstance(value, (Tensor, Sequence)) or isinstance(value, str):
+        raise TypeError(f"{name} must be a vector of finite, ascending coordinates, got {value!r}.")
+    if not isinstance(value, Tensor):
+        all_of(name, value, number)
+    values = torch.as_tensor(value, dtype=torch.float64)
+    if values.dim() != 1 or len(values) < 1 or not torch.isfinite(values).all() or (values.diff() <= 0).any():
+        raise ValueError(f"{name} must be a vector of finite, ascending coordinates, got {value!r}.")
+    return value
+
+
+@checked(
+    loss_fn=check_loss,
+    directions=check_directions,
+    metric=check_metric,
+    span=_check_span,
+    points=count(2),
+    alphas=_check_coordinates,
+    betas=_check_coordinates,
+    biases=flag,
+    buffers=one_of(Buffers),
+)
 def surface(
     model: nn.Module,
     loss_fn: Any,
@@ -126,10 +162,10 @@ def surface(
     vectors = torch.stack([direction.vector for direction in found])
     ends = [direction.end for direction in found if direction.end is not None]
     marks = {"model": (0.0, 0.0)} | {f"checkpoint {i}": end for i, end in enumerate(ends, 1)}
-    first = _coordinates(alphas, "alphas", span, points, [mark[0] for mark in marks.values()])
+    first = _coordinates(alphas, span, points, [mark[0] for mark in marks.values()])
     second = None
     if len(found) == 2:
-        second = _coordinates(betas, "betas", span, points, [mark[1] for mark in marks.values()])
+        second = _coordinates(betas, span, points, [mark[1] for mark in marks.values()])
     elif betas is not None:
         raise ValueError("betas are coordinates along a second direction, but there is only one. Leave betas out.")
     grid = [(a, b) for a in first.tolist() for b in ([0.0] if second is None else second.tolist())]
@@ -151,22 +187,15 @@ def surface(
 
 
 def _coordinates(
-    given: Tensor | None, name: str, span: float | tuple[float, float] | None, points: int, marks: list[float]
+    given: Tensor | None, span: float | tuple[float, float] | None, points: int, marks: list[float]
 ) -> Tensor:
     if given is not None:
-        values = torch.as_tensor(given, dtype=torch.float64).detach().cpu()
-        if values.dim() != 1 or len(values) < 1 or not torch.isfinite(values).all() or (values.diff() <= 0).any():
-            raise ValueError(f"{name} must be a vector of finite, ascending coordinates, got {given!r}.")
-        return values
-    if not isinstance(points, int) or points < 2:
-        raise ValueError(f"points is a whole number of at least 2 along each direction, got {points!r}.")
+        return torch.as_tensor(given, dtype=torch.float64).detach().cpu()
     if span is None:
         low, high = min(marks), max(marks)
         low, high = (-1.0, 1.0) if low == high else (low - (high - low) / 2, high + (high - low) / 2)
     else:
         low, high = span if isinstance(span, tuple) else (-span, span)
-    if not (torch.isfinite(torch.tensor([low, high])).all() and low < high):
-        raise ValueError(f"span is a positive number or an ascending pair, got {span!r}.")
     # exactly zero in the middle of a symmetric range, and exactly its ends
     return torch.tensor(
         [(low * (points - 1 - i) + high * i) / (points - 1) for i in range(points)], dtype=torch.float64

@@ -212,6 +212,25 @@ def loss_for(loss_fn: nn.Module | Loss | Callable[..., Tensor]) -> Loss:
     )
 
 
+def check_loss(name: str, value: Any) -> Any:
+    """Refuse what is no loss: neither a module, nor a function, nor a :class:`Loss`.
+
+    Args:
+        name: Name of the argument.
+        value: What was given.
+
+    Raises:
+        TypeError: If it is none, or a class in place of a loss.
+    """
+    if isinstance(value, type):
+        raise TypeError(f"{name} is a loss, not a class: write {value.__name__}().")
+    if not (isinstance(value, Loss) or callable(value)):
+        text = repr(value)
+        shown = text if len(text) < 80 and not isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise TypeError(f"{name} is a loss module such as nn.CrossEntropyLoss(), or a function, not {shown}.")
+    return value
+
+
 def more_arguments(loss_fn: Any) -> str:
     """What to do with a loss that cannot be called with an output and a target; empty where it can."""
     try:

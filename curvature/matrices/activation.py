@@ -7,13 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from curvature.losses.loss import check_loss
 from curvature.matrices.problem import Evaluation, one_batch
+from curvature.model.arguments import a, checked
 from curvature.model.data import Batch, Output
 from curvature.model.pullback import Pullback, refuse_differentiated_once
 from curvature.model.settings import settings
 from solvers import Function
 
 
+@checked(loss_fn=check_loss, module=a(str, "the name of a module"))
 def activation_hessian(
     model: nn.Module,
     loss_fn: Any,

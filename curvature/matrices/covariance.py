@@ -10,16 +10,19 @@ from torch import Tensor, nn
 
 from curvature.losses import ClassDim
 from curvature.matrices.problem import Evaluation, Problem, gradient_of, refuse_sums
-from curvature.matrices.request import Request, Structure
+from curvature.matrices.request import CHECKS, Request, Structure
+from curvature.model.arguments import checked
 from curvature.model.data import Data, Output
 from curvature.structures.blocks import BLOCKS
 from solvers import BlockDiagonal, Dense, Diagonal, Flattened, LinearOperator, LowRank
+from solvers.outcome.arguments import flag
 from solvers.precision import working_dtype
 
 #: Structures that hold the rank-one difference between the centered covariance and the second moment.
 CENTERED = ("full", "dense", "layer", "unit", "diagonal")
 
 
+@checked(**CHECKS, centered=flag)
 def gradient_covariance(
     model: nn.Module,
     loss_fn: Any,

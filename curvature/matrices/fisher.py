@@ -11,7 +11,8 @@ from curvature.estimation.checkpoint import Resume
 from curvature.losses import ClassDim
 from curvature.losses.signals import FisherKind
 from curvature.matrices.full import GaussNewtonOperator
-from curvature.matrices.request import Arguments, Request, Structure
+from curvature.matrices.request import CHECKS, Arguments, Request, Structure
+from curvature.model.arguments import checked
 from curvature.model.data import Data, Output
 from curvature.structures.by_name import kind_of
 from solvers import LinearOperator
@@ -25,6 +26,7 @@ def fisher(
 def fisher(
     model: nn.Module, loss_fn: Any, data: Data, *, structure: Structure, **options: Unpack[Arguments]
 ) -> LinearOperator: ...
+@checked(**CHECKS)
 def fisher(
     model: nn.Module,
     loss_fn: Any,

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from itertools import groupby
-from typing import Any, Literal, Unpack, get_args, overload
+from typing import Any, Literal, Unpack, overload
 
 import torch
 from torch import Tensor, nn
 
 from curvature.estimation.finite import refuse_nonfinite
 from curvature.losses import ClassDim
+from curvature.losses.loss import check_loss
 from curvature.matrices.dataset_operator import MEMORY, DatasetOperator, MatrixArguments, Product
 from curvature.matrices.problem import Evaluation, Problem, gradient_of
+from curvature.model.arguments import checked, one_of
 from curvature.model.data import Data, Output
 from curvature.model.parameters import Parameters
 from curvature.model.pullback import Pullback, refuse_differentiated_once, refuse_outside_of_autograd
@@ -112,6 +114,7 @@ def hessian(
 def hessian(
     model: nn.Module, loss_fn: Any, data: Data, *, structure: HessianStructure, **options: Unpack[MatrixArguments]
 ) -> LinearOperator: ...
+@checked(loss_fn=check_loss, structure=one_of(HessianStructure))
 def hessian(
     model: nn.Module,
     loss_fn: Any,
@@ -165,8 +168,6 @@ def hessian(
     References:
         Pearlmutter (1994), "Fast exact multiplication by the Hessian".
     """
-    if structure not in get_args(HessianStructure):
-        raise ValueError(f"structure must be one of {get_args(HessianStructure)}, got {structure!r}.")
     problem = Problem(
         model, loss_fn, data, params=params, output=output, class_dim=class_dim, progress=progress, opaque=True
     )

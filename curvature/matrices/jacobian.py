@@ -15,6 +15,7 @@ from curvature.estimation.finite import refuse_nonfinite
 from curvature.layers.recorder import Recorder
 from curvature.matrices.examples import Examples
 from curvature.matrices.problem import gradient_of
+from curvature.model.arguments import checked, one_of
 from curvature.model.data import Output, call, resolve_output, to_device
 from curvature.model.parameters import Parameters, tensor_of_its_own
 from curvature.model.pullback import (
@@ -265,6 +266,7 @@ class Jacobian(LinearOperator):
         return f"Jacobian({self.shape[0]}x{self.shape[1]})"
 
 
+@checked(mode=one_of(Mode))
 def jacobian(
     model: nn.Module, x: Any, *, params: Any = None, output: Output | None = None, mode: Mode = "auto"
 ) -> Jacobian:
@@ -289,7 +291,6 @@ def jacobian(
     Raises:
         ValueError: If the output does not depend on the parameters, or the mode is unknown.
     """
-    check_mode(mode)
     parameters = Parameters(model, params)
     device = parameters.device
     random = random_state(device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from curvature.layers.block import Block
 from curvature.layers.samples import Outer, Samples, gram
 from curvature.matrices.examples import Examples, inner
 from curvature.matrices.jacobian import jacobian
+from curvature.model.arguments import checked, inputs, one_of, optional
 from curvature.model.data import Output
 from curvature.model.kernels import differentiable_kernels
 from solvers.precision import widen
@@ -18,6 +19,7 @@ from solvers.precision import widen
 NTKMode = Literal["full", "class", "trace"]
 
 
+@checked(x2=optional(inputs), mode=one_of(NTKMode))
 def ntk(
     model: nn.Module,
     x: Any,
@@ -51,8 +53,6 @@ def ntk(
     References:
         Jacot, Gabriel and Hongler (2018), https://arxiv.org/abs/1806.07572
     """
-    if mode not in get_args(NTKMode):
-        raise ValueError(f"mode must be one of {get_args(NTKMode)}, got {mode!r}.")
     left = jacobian(model, x, params=params, output=output).examples()
     right = left if x2 is None else jacobian(model, x2, params=params, output=output).examples()
     out = tuple(left.output.shape[1:])

@@ -9,12 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from curvature.layers.block import BlockPlace
+from curvature.losses.loss import check_loss
 from curvature.matrices.examples import Examples
 from curvature.matrices.problem import Problem, gradient_of, one_batch, refuse_sums
+from curvature.model.arguments import checked
 from curvature.model.data import Batch, Data, Output
 from solvers.precision import widen
 
 
+@checked(loss_fn=check_loss)
 def per_sample_gradients(
     model: nn.Module,
     loss_fn: Any,
@@ -56,6 +59,7 @@ def per_sample_gradients(
     return {name: rows[0] for name, rows in found[0].items()}
 
 
+@checked(loss_fn=check_loss)
 def per_sample_norms(
     model: nn.Module,
     loss_fn: Any,
@@ -92,6 +96,7 @@ def per_sample_norms(
     return {name: norms[0] for name, norms in found[0].items()}
 
 
+@checked(loss_fn=check_loss)
 def gradient_second_moment(
     model: nn.Module,
     loss_fn: Any,
@@ -124,6 +129,7 @@ def gradient_second_moment(
     return problem.parameters.unflatten(squares)
 
 
+@checked(loss_fn=check_loss)
 def gradient_variance(
     model: nn.Module,
     loss_fn: Any,

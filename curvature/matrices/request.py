@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,15 +10,17 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from curvature.estimation.checkpoint import Resume
+from curvature.estimation.checkpoint import Checkpoint, Resume
 from curvature.estimation.dataset import estimate
 from curvature.losses import ClassDim
+from curvature.losses.loss import check_loss
 from curvature.losses.signals import FisherKind
 from curvature.matrices.dataset_operator import MatrixArguments
 from curvature.matrices.full import GaussNewtonOperator
 from curvature.matrices.jacobian import Mode
 from curvature.matrices.low_rank import dense, low_rank
 from curvature.matrices.problem import Problem
+from curvature.model.arguments import Check, a, count, one_of, optional
 from curvature.model.data import Data, Output
 from curvature.structures.by_name import BLOCKS, curvature_of
 from curvature.structures.estimator import Curvature
@@ -32,6 +35,19 @@ WHOLE: dict[str, Callable[..., LinearOperator]] = {
     "full": GaussNewtonOperator,
     "dense": dense,
     "low_rank": low_rank,
+}
+
+
+#: Checks of what ``ggn``, ``fisher`` and ``gradient_covariance`` take beside the names that all functions share.
+CHECKS: dict[str, Check] = {
+    "loss_fn": check_loss,
+    "structure": a((str, Curvature, Mapping), "the name of a structure, a Curvature or a mapping"),
+    "kind": optional(one_of(FisherKind)),
+    "samples": optional(count()),
+    "resume": optional(a((str, os.PathLike, Checkpoint), "a path or a Checkpoint")),
+    "mode": one_of(Mode),
+    "max_size": count(),
+    "max_dim": count(),
 }
 
 
@@ -86,8 +102,6 @@ class Request:
                     "resume out; eigenvalues of a long run are kept by curvature.resumable_eigsh."
                 )
             samples = 1 if samples is None else samples
-            if samples < 1:
-                raise ValueError(f"samples must be at least 1, got {samples}.")
             problem = self.problem(False if kind == "empirical" else fisher)
             return WHOLE[structure](problem, kind, samples=samples, generator=generator, **options)
         if isinstance(structure, str) and structure not in BLOCKS:

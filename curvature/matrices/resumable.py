@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 import solvers
 from curvature.estimation.checkpoint import Checkpoint, CheckpointError, Resume, digest, problem_identity
 from curvature.matrices.dataset_operator import DatasetOperator
+from curvature.model.arguments import a, checked, one_of
 from solvers import Eigenpairs, LinearOperator
 from solvers.eigenpairs.result import Which
 
@@ -18,6 +20,11 @@ _SHAPING = ("method", "basis_size", "search_copies", "v0", "generator", "precond
 _OF_THE_START = ("basis_size", "v0", "generator")
 
 
+@checked(
+    op=a(LinearOperator, "a LinearOperator"),
+    path=a((str, os.PathLike, Checkpoint), "a path or a Checkpoint"),
+    which=one_of(Which),
+)
 def resumable_eigsh(
     op: LinearOperator,
     path: Resume,

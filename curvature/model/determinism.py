@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from curvature.model.arguments import checked
 from curvature.model.data import Data, Output, batches, call, resolve_output, to_device
 from curvature.model.order import checksum
 from curvature.model.settings import settings
@@ -22,6 +23,7 @@ class NotOneLossWarning(UserWarning):
     """What is computed belongs to one draw of random numbers, or to one way of splitting the data."""
 
 
+@checked()
 def check_deterministic(model: nn.Module, data: Data, *, output: Output | None = None) -> None:
     """Refuse a model or data that do not define one loss.
 

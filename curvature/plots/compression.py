@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from curvature.compression import Compression
+from curvature.model.arguments import a, anything, checked, count, several
 from curvature.plots.style import colour, ink, legend, prepare
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 _LONG = 24  # letters of a layer's name
 
 
+@checked(table=a(Mapping, "a result of sensitivity()"), ax=anything, most=count())
 def sensitivity(table: Mapping[str, Mapping[int, float]], ax: Axes | None = None, most: int = 8) -> Axes:
     """Predicted increase of the loss against bits, a line for each layer; the most sensitive ones have names.
 
@@ -52,6 +54,7 @@ def sensitivity(table: Mapping[str, Mapping[int, float]], ax: Axes | None = None
     return ax
 
 
+@checked(results=several(Compression, "results of quantize() or prune()"), ax=anything)
 def loss_against_bits(
     results: Mapping[str, Sequence[Compression]] | Sequence[Compression], ax: Axes | None = None
 ) -> Axes:

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from curvature.model.arguments import a, anything, checked
 from curvature.plots.style import ERRORS, colour, ink, legend, numbers, prepare
 from curvature.training.monitor import Monitor
+from solvers.outcome.arguments import flag
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,6 +25,12 @@ _LABELS = {
 }
 
 
+@checked(
+    result=a((Monitor, Mapping), "a Monitor or its history"),
+    ax=anything,
+    quantity=a(str, "a name of a column"),
+    log=flag,
+)
 def monitor(
     result: Monitor | Mapping[str, Sequence[float]],
     ax: Axes | None = None,

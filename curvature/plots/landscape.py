@@ -8,8 +8,10 @@ import numpy as np
 
 from curvature.landscape.interpolation import Interpolation
 from curvature.landscape.surface import Surface
+from curvature.model.arguments import a, anything, checked, count, one_of, optional
 from curvature.plots.layers import bars
 from curvature.plots.style import colour, ink, legend, library, numbers, prepare
+from solvers.outcome.arguments import flag
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 _STEEP = 10.0
 
 
+@checked(result=a(Surface, "a result of surface()"), ax=anything, log=optional(flag), contours=count())
 def surface(result: Surface, ax: Axes | None = None, *, log: bool | None = None, contours: int = 8) -> Axes:
     """A plane as coloured cells with contour lines, a line as a curve; the model and given checkpoints are marked.
 
@@ -78,6 +81,7 @@ def _line(result: Surface, ax: Axes | None, log: bool | None) -> Axes:
     return ax
 
 
+@checked(result=a(Surface, "a result of surface()"), ax=anything, log=optional(flag))
 def surface_3d(result: Surface, ax: Any = None, *, log: bool | None = None) -> Any:
     """A plane as a surface in three dimensions, with gaps where the number is NaN or infinite.
 
@@ -122,6 +126,7 @@ def surface_3d(result: Surface, ax: Any = None, *, log: bool | None = None) -> A
     return ax
 
 
+@checked(result=a(Interpolation, "a result of interpolation()"), ax=anything, log=flag)
 def interpolation(result: Interpolation, ax: Axes | None = None, *, log: bool = False) -> Axes:
     """The curve between two models above the chord between its ends; the barrier is marked where it is.
 
@@ -151,6 +156,7 @@ def interpolation(result: Interpolation, ax: Axes | None = None, *, log: bool = 
     return ax
 
 
+@checked(result=a(Interpolation, "a result of interpolation()"), ax=anything, around=one_of(("a", "b")))
 def barriers(result: Interpolation, ax: Axes | None = None, *, around: Literal["a", "b"] = "a") -> Axes:
     """The barrier of each layer, moved alone between the other layers of model A (or B).
 
@@ -162,6 +168,7 @@ def barriers(result: Interpolation, ax: Axes | None = None, *, around: Literal["
     return bars(_by_layer(result, around), ax, label=f"barrier of {result.metric}, other layers of {around.upper()}")
 
 
+@checked(result=a(Interpolation, "a result of interpolation()"), ax=anything, around=one_of(("a", "b")))
 def layer_paths(result: Interpolation, ax: Axes | None = None, *, around: Literal["a", "b"] = "a") -> Axes:
     """A row for each layer: how far the curve is above the chord along its way, as colour.
 

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
+from curvature.model.arguments import a, anything, checked, count, optional
 from curvature.plots.style import ERRORS, colour, ink, legend, numbers, prepare, value_and_error
 from solvers import Estimate
+from solvers.outcome.arguments import flag
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,6 +21,7 @@ _MARKERS = "osD^vP*X"
 Number = Estimate | Tensor | float
 
 
+@checked(values=a(Mapping, "a mapping of names to numbers"), ax=anything, label=a(str, "a string"), most=count())
 def bars(values: Mapping[str, Number], ax: Axes | None = None, *, label: str = "", most: int = 30) -> Axes:
     """One horizontal bar for each name, with two standard errors to both sides.
 
@@ -35,6 +38,7 @@ def bars(values: Mapping[str, Number], ax: Axes | None = None, *, label: str = "
     return _bars(pairs, ax, label, most)
 
 
+@checked(values=a(Mapping, "a mapping of names to numbers"), ax=anything, label=a(str, "a string"), most=count())
 def shares(values: Mapping[str, Number], ax: Axes | None = None, *, label: str = "share", most: int = 30) -> Axes:
     """The share of each layer in a total, such as a trace, in per cent with two standard errors.
 
@@ -81,6 +85,7 @@ def _bars(pairs: Mapping[str, tuple[float, float]], ax: Axes | None, label: str,
     return ax
 
 
+@checked(values=a(Mapping, "a mapping of names to numbers"), ax=anything, label=a(str, "a string"), most=count())
 def distances(
     values: Mapping[str, Mapping[str, Number]],
     ax: Axes | None = None,
@@ -141,6 +146,12 @@ def _rows(ax: Axes, names: list[str]) -> None:
     ax.set_ylim(len(names) - 0.4, -0.6)
 
 
+@checked(
+    squares=a((Mapping, Tensor), "squared norms, or a mapping of them"),
+    ax=anything,
+    log=optional(flag),
+    label=a(str, "a string"),
+)
 def gradient_norms(
     squares: Mapping[str, Tensor] | Tensor,
     ax: Axes | None = None,

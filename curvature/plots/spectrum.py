@@ -6,13 +6,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from curvature.model.arguments import a, anything, checked
 from curvature.plots.style import ERRORS, colour, ink, legend, numbers, prepare
 from solvers import Density, Eigenpairs
+from solvers.outcome.arguments import flag
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+@checked(result=a(Density, "a Density"), ax=anything, log=flag, label=a(str, "a string"))
 def density(result: Density, ax: Axes | None = None, *, log: bool = True, label: str = "eigenvalue") -> Axes:
     """Spectral density with a band of two standard errors.
 
@@ -53,6 +56,7 @@ def _floor(y: np.ndarray) -> float:
     return float(peaks.min()) / 10 if len(peaks) else 1e-10
 
 
+@checked(result=a(Eigenpairs, "Eigenpairs"), ax=anything, log=flag, label=a(str, "a string"))
 def eigenvalues(result: Eigenpairs, ax: Axes | None = None, *, log: bool = False, label: str = "eigenvalue") -> Axes:
     """Eigenvalues by rank, each with a bar as long as its residual: there is an eigenvalue within the bar.
 

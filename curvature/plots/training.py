@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from curvature.model.arguments import anything, checked, several
 from curvature.plots.style import colour, ink, legend, prepare
 from curvature.training.dynamics import Dynamics
 from curvature.training.subspace import Subspace, SubspaceRecord
@@ -15,6 +16,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+def _check_subspace(name: str, value: Any) -> Any:
+    return value if isinstance(value, Subspace) else several(SubspaceRecord, "records of a Subspace")(name, value)
+
+
+@checked(result=_check_subspace, ax=anything)
 def subspace(result: Subspace | Sequence[SubspaceRecord], ax: Axes | None = None) -> Axes:
     """How much of the gradient lies in the leading eigenspace, and how far this has turned.
 
@@ -50,6 +56,7 @@ def subspace(result: Subspace | Sequence[SubspaceRecord], ax: Axes | None = None
     return ax
 
 
+@checked(result=several(Dynamics, "results of dynamics()"), ax=anything)
 def dynamics(result: Mapping[int, Dynamics] | Sequence[Dynamics], ax: Axes | None = None) -> Axes:
     """How near the edge of stability steps were along training, with residuals; the edge is marked.
 

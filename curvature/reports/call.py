@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from math import inf
 from typing import Any, Literal, overload
 
 import torch
@@ -12,15 +11,35 @@ from torch import nn
 
 from curvature.estimation.checkpoint import Checkpoint
 from curvature.losses import ClassDim
+from curvature.losses.loss import check_loss
+from curvature.model.arguments import Check, a, checked, optional, real
 from curvature.model.data import Data, Output
 from curvature.reports.document import Plan, Report
-from curvature.reports.results import ON_REQUEST, Matrix
+from curvature.reports.results import ON_REQUEST
 from curvature.reports.run import SECTIONS, Course
 from curvature.reports.sections.budget import Budget
 from curvature.reports.sections.store import Store
 from curvature.reports.sections.study import MATRICES, Study
 from curvature.structures.by_name import BLOCKS
 from curvature.structures.estimator import Curvature
+from solvers.outcome.arguments import flag
+
+
+def _check_among(words: tuple[str, ...], kind: type | tuple[type, ...] = ()) -> Check:
+    """A word, or several in a sequence; or objects of a class."""
+
+    def check(name: str, value: Any) -> Any:
+        if not isinstance(value, (str, kind, Sequence)):
+            raise TypeError(f"{name} are among {', '.join(words)}, not {value!r}.")
+        entries = _tuple(value)
+        if not entries:
+            raise ValueError(f"{name} is empty; name some of {', '.join(words)}.")
+        for entry in entries:
+            if not isinstance(entry, kind) and not (isinstance(entry, str) and entry in words):
+                raise ValueError(f"{name} are among {', '.join(words)}; {entry!r} is not.")
+        return value
+
+    return check
 
 
 @overload
@@ -49,7 +68,21 @@ def report(
     dry_run: Literal[False] = ...,
     progress: bool | None = ...,
 ) -> Report: ...
-def report(  # type: ignore[misc]  # the options of a dry run are those below
+@checked(  # type: ignore[misc]  # as a dry run takes any options, its overload overlaps
+    loss_fn=check_loss,
+    budget=optional(real(low=0.0, open_low=True)),
+    products=optional(real(low=0.0, open_low=True)),
+    matrix=_check_among(tuple(MATRICES)),
+    sections=optional(_check_among(SECTIONS)),
+    damping=real(low=0.0, open_low=True),
+    structures=_check_among(tuple(BLOCKS), Curvature),
+    exact=optional(flag),
+    rtol=real(low=0.0, open_low=True),
+    warm_start=optional(a(Report, "an earlier Report")),
+    resume=optional(a((str, os.PathLike, Checkpoint), "a path or a Checkpoint")),
+    dry_run=flag,
+)
+def report(  # the options of a dry run are those below
     model: nn.Module,
     loss_fn: Any,
     data: Data,
@@ -130,7 +163,9 @@ def report(  # type: ignore[misc]  # the options of a dry run are those below
         NondeterministicError: If dropout is active: the loss would be another one in each pass.
         CheckpointError: If the file to resume from belongs to something else.
     """
-    matrices = _check(model, loss_fn, matrix, sections, k, damping, structures, rtol, warm_start)
+    matrices, chosen = _tuple(matrix), _tuple(_DEFAULT if sections is None else sections)
+    if sections is not None and "distances" in chosen and "ggn" not in matrices:
+        raise ValueError(f"distances are those to the GGN; add it to matrix={matrices}, or leave the section out.")
     account = Budget(budget, products)
     with torch.inference_mode(False):
         study = Study(
@@ -149,7 +184,7 @@ def report(  # type: ignore[misc]  # the options of a dry run are those below
             output=output,
             class_dim=class_dim,
         )
-        course = Course(study, matrices, _tuple(_DEFAULT if sections is None else sections))
+        course = Course(study, matrices, chosen)
         course.begin(warm_start)
         if dry_run:
             return course.plan()
@@ -158,42 +193,6 @@ def report(  # type: ignore[misc]  # the options of a dry run are those below
 
 
 _DEFAULT = tuple(section for section in SECTIONS if section not in ON_REQUEST)
-
-
-def _check(
-    model: Any,
-    loss_fn: Any,
-    matrix: Any,
-    sections: Any,
-    k: Any,
-    damping: Any,
-    structures: Any,
-    rtol: Any,
-    warm_start: Any,
-) -> tuple[Matrix, ...]:
-    """Validate the arguments before anything is computed; returns the matrices."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a torch.nn.Module, not {type(model).__name__}.")
-    if not callable(loss_fn):
-        raise TypeError(f"loss_fn is a loss module such as nn.CrossEntropyLoss(), not {type(loss_fn).__name__}.")
-    if warm_start is not None and not isinstance(warm_start, Report):
-        raise TypeError(f"warm_start is an earlier Report, not {type(warm_start).__name__}.")
-    matrices, chosen = _tuple(matrix), _tuple(SECTIONS if sections is None else sections)
-    for name, given, known, kind in (
-        ("matrix", matrices, tuple(MATRICES), ()),
-        ("sections", chosen, SECTIONS, ()),
-        ("structures", _tuple(structures), tuple(BLOCKS), Curvature),
-    ):
-        if wrong := [entry for entry in given if entry not in known and not isinstance(entry, kind)]:
-            raise ValueError(f"{name} are among {', '.join(known)}; {wrong[0]!r} is not.")
-    if sections is not None and "distances" in chosen and "ggn" not in matrices:
-        raise ValueError(f"distances are those to the GGN; add it to matrix={matrices}, or leave the section out.")
-    if not (isinstance(k, int) and k >= 1):
-        raise ValueError(f"k is a whole number of eigenvalues, at least 1, not {k!r}.")
-    for name, number in (("damping", damping), ("rtol", rtol)):
-        if not (isinstance(number, (int, float)) and 0 < number < inf):
-            raise ValueError(f"{name} is a positive number, not {number!r}.")
-    return matrices
 
 
 def _tuple(given: Any) -> tuple[Any, ...]:

@@ -9,14 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from curvature.losses import ClassDim
+from curvature.losses.loss import check_loss
 from curvature.matrices.by_name import Matrix, matrix_of
 from curvature.matrices.jacobian import Jacobian, jacobian
+from curvature.model.arguments import a, checked, one_of, optional, real
 from curvature.model.data import Data, Output, batches
 from curvature.model.order import refuse_another_order
 from curvature.model.parameters import Parameters
 from curvature.model.wrappers import unwrapped
 from curvature.training.step_rule import StepRule, gradient_descent, rule_of
 from solvers import Eigenpairs, Function, LinearOperator, eigsh
+from solvers.outcome.arguments import flag
 from solvers.outcome.solution import silenced
 
 
@@ -76,6 +79,16 @@ class Dynamics:
         )
 
 
+@checked(
+    loss_fn=check_loss,
+    optimizer=optional(a(torch.optim.Optimizer, "a torch.optim.Optimizer")),
+    lr=optional(real(low=0.0, open_low=True)),
+    momentum=real(low=0.0, high=1.0, open_high=True),
+    nesterov=flag,
+    preconditioner=optional(a(LinearOperator, "a LinearOperator")),
+    matrix=one_of(Matrix),
+    previous=optional(a(Dynamics, "an earlier result of dynamics()")),
+)
 def dynamics(
     model: nn.Module,
     loss_fn: Any,
@@ -209,6 +222,7 @@ def _critical(rule: StepRule, value: float) -> float | None:
     return 2 * factor / (value / rule.lr + factor * rule.decay / rule.lr)
 
 
+@checked(rtol=optional(real(low=0.0)))
 def kernel_eigenvalues(
     model: nn.Module,
     data: Data,

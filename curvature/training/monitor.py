@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 import solvers
 from curvature.losses import ClassDim, NonFiniteLossError
+from curvature.losses.loss import check_loss
 from curvature.matrices.by_name import Matrix, matrix_of
 from curvature.matrices.dataset_operator import DatasetOperator
 from curvature.matrices.problem import loss_and_gradient
+from curvature.model.arguments import a, anything, checked, count, one_of, optional, path, real
 from curvature.model.data import Data, Output, inspection
 from curvature.model.parameters import Parameters
 from curvature.model.wrappers import unwrapped
@@ -25,6 +27,7 @@ from curvature.training.dynamics import largest_of_step
 from curvature.training.factor_spectra import factor_spectra
 from curvature.training.history import History, Row
 from curvature.training.step_rule import rule_of
+from solvers.outcome.arguments import all_of, flag, function
 from solvers.outcome.solution import silenced
 
 Quantity = Literal["sharpness", "alignment", "trace", "factors"]
@@ -35,6 +38,10 @@ class Writer(Protocol):
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> Any:
         """Write one number."""
+
+
+def _check_quantities(name: str, value: Any) -> Any:
+    return value if value is None else all_of(name, value, one_of(Quantity))
 
 
 class Monitor:
@@ -99,6 +106,20 @@ class Monitor:
         ValueError: If an argument is out of range.
     """
 
+    @checked(
+        loss_fn=check_loss,
+        every=count(),
+        quantities=_check_quantities,
+        matrix=one_of(Matrix),
+        samples=count(),
+        optimizer=anything,
+        writer=anything,
+        csv=optional(path),
+        callback=optional(function),
+        max_fraction=optional(real(low=0.0, open_low=True)),
+        eval_mode=flag,
+        prefix=a(str, "a string"),
+    )
     def __init__(
         self,
         model: nn.Module,
@@ -124,11 +145,6 @@ class Monitor:
         prefix: str = "curvature/",
         seed: int = 0,
     ) -> None:
-        for name, number in (("every", every), ("k", k), ("samples", samples), ("max_products", max_products)):
-            if number < 1:
-                raise ValueError(f"{name} is at least 1, not {number}.")
-        if max_fraction is not None and not max_fraction > 0:
-            raise ValueError(f"max_fraction is a number above 0, or None for no limit, not {max_fraction}.")
         self._make = matrix_of(matrix)
         self.quantities = _quantities(quantities, optimizer)
         self.model, self.loss_fn, self.data = unwrapped(model), loss_fn, data
@@ -136,6 +152,8 @@ class Monitor:
         self.max_products, self.max_fraction, self.eval_mode, self.seed = max_products, max_fraction, eval_mode, seed
         self.optimizer, self.writer, self.callback, self.prefix = optimizer, writer, callback, prefix
         self._options = {"params": params, "output": output, "class_dim": class_dim}
+        if params is not None:
+            Parameters(self.model, params)  # names what is not there
         self._history = History(csv)
         self._steps = 0
         self._last: int | None = None  # step that was measured last

@@ -9,11 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from curvature.losses import ClassDim
+from curvature.losses.loss import check_loss
 from curvature.matrices.by_name import Matrix, matrix_of
 from curvature.matrices.dataset_operator import DatasetOperator
 from curvature.matrices.problem import gradient
+from curvature.model.arguments import checked, one_of
 from curvature.model.data import Data, Output
+from curvature.model.parameters import Parameters
 from solvers import Eigenpairs, eigsh
+from solvers.outcome.arguments import real_tensor
 from solvers.outcome.solution import silenced
 
 
@@ -31,6 +35,7 @@ class Overlap:
     angles: Tensor
 
 
+@checked(first=real_tensor, second=real_tensor)
 def overlap(first: Tensor, second: Tensor) -> Overlap:
     """Overlap of the spans of two sets of vectors.
 
@@ -45,7 +50,7 @@ def overlap(first: Tensor, second: Tensor) -> Overlap:
         Björck and Golub (1973), https://doi.org/10.1090/S0025-5718-1973-0348991-3
     """
     if first.dim() != 2 or second.dim() != 2 or first.shape[1] != second.shape[1]:
-        raise ValueError(f"overlap takes (k, P) and (m, P), got {tuple(first.shape)} and {tuple(second.shape)}.")
+        raise ValueError(f"first and second are (k, P) and (m, P), got {tuple(first.shape)} and {tuple(second.shape)}.")
     small, large = sorted((_orthonormal(first), _orthonormal(second)), key=len)
     cosines = small @ large.mT
     cosine = torch.linalg.svdvals(cosines).clamp(max=1)  # descending
@@ -128,6 +133,7 @@ class Subspace:
         ValueError: If k or the matrix is out of range.
     """
 
+    @checked(loss_fn=check_loss, matrix=one_of(Matrix))
     def __init__(
         self,
         model: nn.Module,
@@ -144,8 +150,8 @@ class Subspace:
         generator: torch.Generator | None = None,
         progress: bool | None = None,
     ) -> None:
-        if not isinstance(k, int) or k < 1:
-            raise ValueError(f"k is the dimension of the space, a whole number of at least 1, got {k!r}.")
+        if params is not None:
+            Parameters(model, params)  # names what is not there
         self._make = matrix_of(matrix)
         self.model, self.loss_fn, self.data, self.k, self.matrix = model, loss_fn, data, k, matrix
         self.rtol, self.max_products, self.progress = rtol, max_products, progress

@@ -4,20 +4,75 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Number
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
+from curvature.model.arguments import a, anything, checked, count, one_of, optional, real
 from precond.fitting.engine import Settings, at_bound, fit, optimality
 from precond.fitting.result import MESSAGES, LeastSquaresResult, covariance_of
 from precond.fitting.robust import LOSSES, LossName, reweighted
 from precond.fitting.variables import Variables
+from solvers.outcome.arguments import choice, flag, function, number, whole
 
 #: Numbers in a Jacobian, at most.
 _LARGEST = 2**28
 
 
+def _check_start(name: str, value: Any) -> Any:
+    """What is no tree of real numbers; a module's parameters are looked at where they are read."""
+    leaves = [] if isinstance(value, nn.Module) else tree_flatten(value)[0]
+    for leaf in leaves:
+        if isinstance(leaf, bool) or not isinstance(leaf, (Tensor, Number, np.ndarray, np.generic)):
+            raise TypeError(f"{name} holds tensors, a tree of tensors, or is a module; not {leaf!r}.")
+        if not isinstance(leaf, Tensor):
+            array = np.asarray(leaf)
+            if array.dtype.kind not in "fiu" or not np.isfinite(array).all():
+                raise ValueError(f"{name} holds finite real numbers, not {leaf!r}.")
+    return value
+
+
+def _check_scale(name: str, value: Any) -> Any:
+    if isinstance(value, str):
+        return choice(name, value, ("jac",))
+    for leaf in tree_flatten(value)[0]:
+        if not isinstance(leaf, (Tensor, np.ndarray)):
+            number(name, leaf, low=0.0, open_low=True, unit="Or 'jac', or a tensor like x0.")
+        elif not bool(torch.isfinite(torch.as_tensor(leaf)).all()):
+            raise ValueError(f"{name} holds finite positive numbers, or is 'jac'.")
+    return value
+
+
+def _check_verbose(name: str, value: Any) -> Any:
+    if whole(name, value, low=0) > 2:
+        raise ValueError(f"{name} is 0, 1 or 2, not {value!r}.")
+    return value
+
+
+_TOLERANCE = real(low=0.0, high=1.0, open_high=True)
+
+
+@checked(
+    fun=function,
+    x0=_check_start,
+    bounds=anything,
+    ftol=_TOLERANCE,
+    xtol=_TOLERANCE,
+    gtol=_TOLERANCE,
+    x_scale=_check_scale,
+    loss=one_of(LossName),
+    f_scale=real(low=0.0, open_low=True),
+    max_nfev=optional(count()),
+    acceleration=flag,
+    batched=flag,
+    verbose=_check_verbose,
+    args=a((tuple, list), "a tuple of further arguments of fun"),
+    kwargs=optional(a(Mapping, "a mapping of further keywords of fun")),
+)
 def least_squares(
     fun: Callable[..., Any],
     x0: Any,
@@ -84,19 +139,12 @@ def least_squares(
         Moré (1978); Transtrum and Sethna (2012), https://arxiv.org/abs/1201.5885; Triggs et al. (2000), section 4.3
         (robust losses)
     """
-    for name, value in (("ftol", ftol), ("xtol", xtol), ("gtol", gtol)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
-            raise ValueError(f"{name} must be a number from 0 to 1, got {value!r}.")
-    if isinstance(f_scale, bool) or not isinstance(f_scale, (int, float)) or not 0 < f_scale < math.inf:
-        raise ValueError(f"f_scale must be a positive number, got {f_scale!r}.")
-    if loss not in LOSSES:
-        raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}.")
-    if max_nfev is not None and (isinstance(max_nfev, bool) or not isinstance(max_nfev, int) or max_nfev < 1):
-        raise ValueError(f"max_nfev must be a whole number, at least 1, got {max_nfev!r}.")
     extra = dict(kwargs or {})
     variables = Variables(lambda x: fun(x, *args, **extra), x0, batched)
     with torch.no_grad():
         rows = variables.rows()
+        if not bool(torch.isfinite(rows).all()):
+            raise ValueError("x0 holds NaN or infinity.")
         lower, upper = _bounds(variables, bounds)
         scale = None
         if not (isinstance(x_scale, str) and x_scale == "jac"):

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, TypedDict
 from torch import nn
 
 from curvature import Curvature
+from curvature.losses.signals import KINDS
 from precond.layerwise.optimizer import PreconditionedOptimizer
 from precond.layerwise.step_size import QuadraticModel
 from precond.layerwise.structures import Structures, with_structures
@@ -16,6 +17,7 @@ from precond.step.adapt import LevenbergMarquardt
 from precond.step.loop import Loop
 from precond.step.options import WeightDecay
 from precond.step.schedules import Scheduled
+from solvers.outcome.arguments import choice
 
 
 class LayerwiseOptions(TypedDict, total=False):
@@ -75,7 +77,7 @@ class LayerwiseMethod(PreconditionedOptimizer):
         """
         me, made = type(self).__name__, self.fisher_types[structure]
         if isinstance(fisher, str):
-            kind: Any = fisher
+            kind: Any = choice("fisher", fisher, KINDS)
             return made(kind, **plain)
         if type(fisher) is not made:
             raise TypeError(

@@ -18,6 +18,7 @@ from curvature.estimation.coverage import Coverage, describe_loss, table
 from curvature.estimation.statistics import Statistics
 from curvature.estimation.step_collector import StepCollector
 from curvature.estimation.tape import Tape
+from curvature.losses.loss import check_loss
 from curvature.model.parameters import Parameters
 from curvature.model.wrappers import unwrapped
 from curvature.structures.estimator import Form
@@ -155,7 +156,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
             if absolute and self.damping.relative:
                 raise ValueError(f"{name} needs a damping in units of C, such as Tikhonov(1e-3), not {self.damping!r}.")
         self.step_size, self.damping_rule = step_size, damping_rule
-        self.model, self.loss_fn = model, loss_fn
+        self.model, self.loss_fn = model, check_loss("loss_fn", loss_fn)
         self.preconditioners = Preconditioners()
         self._statistics: Statistics | None = None
         self._step_model: StepModel | None = None

@@ -14,6 +14,7 @@ from precond.step.methods import Taxonomy
 from precond.step.options import TRUST_REGION, Momentum, Refresh, TrustRegion
 from precond.step.schedules import Scheduled, ScheduledInt
 from solvers import Auto
+from solvers.outcome.arguments import instance, whole
 
 
 class SENG(LayerwiseMethod):
@@ -93,11 +94,12 @@ class SENG(LayerwiseMethod):
         inverse_update_period: ScheduledInt | Refresh = 1,
         **options: Unpack[LayerwiseOptions],
     ) -> None:
-        seed = options.get("loop", Loop()).seed  # also of the sketch
+        whole("sketch", sketch)
+        loop = instance("loop", options.get("loop", Loop()), Loop, "a Loop")
         super().__init__(
             model,
             loss_fn,
-            curvature=self.curvature_of(fisher, size=sketch, seed=seed),
+            curvature=self.curvature_of(fisher, size=sketch, seed=loop.seed),
             damping=damping,
             solver=Auto(),  # Woodbury, and what fits other structures
             lr=lr,

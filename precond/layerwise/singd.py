@@ -14,6 +14,7 @@ from precond.step.methods import Taxonomy
 from precond.step.options import TRUST_REGION, Momentum, Refresh, TrustRegion
 from precond.step.schedules import Scheduled, ScheduledInt
 from solvers import Cholesky
+from solvers.outcome.arguments import choice
 
 
 class SINGD(LayerwiseMethod):
@@ -96,6 +97,7 @@ class SINGD(LayerwiseMethod):
         inverse_update_period: ScheduledInt | Refresh = 1,
         **options: Unpack[LayerwiseOptions],
     ) -> None:
+        choice("structure", structure, FactorStructure)
         super().__init__(
             model,
             loss_fn,

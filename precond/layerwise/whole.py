@@ -14,6 +14,7 @@ from curvature.structures.estimator import Form
 from curvature.structures.whole import WholeEstimator, WholeFisher, whole_block
 from precond.layerwise.blocks.preconditioner import Preconditioner
 from precond.layerwise.method import LayerwiseMethod
+from solvers.outcome.arguments import choice
 
 
 class WholeModelOptimizer(LayerwiseMethod):
@@ -36,11 +37,10 @@ class WholeModelOptimizer(LayerwiseMethod):
             TypeError: If the object is of another structure.
         """
         me = type(self).__name__
-        if structure == "full":
+        if isinstance(structure, str) and structure == "full":
             warnings.warn(f"{me}: structure='full' is structure='dense' now.", DeprecationWarning, stacklevel=4)
             structure = "dense"
-        if structure not in self.fisher_types:
-            raise ValueError(f"structure must be one of {', '.join(map(str, self.fisher_types))}, got {structure!r}.")
+        choice("structure", structure, map(str, self.fisher_types))
         if structure == default and type(fisher) in self.fisher_types.values():
             return fisher  # type: ignore[return-value]
         return self.curvature_of(fisher, structure)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from solvers.outcome.arguments import instance, number
 from solvers.precision import working_dtype
 
 
@@ -71,8 +72,8 @@ class IterateAverage:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, decay: float = 0.99) -> None:
-        if not 0 <= decay < 1:
-            raise ValueError(f"decay is the weight of the old average, in [0, 1); got {decay}.")
+        instance("optimizer", optimizer, torch.optim.Optimizer, "a torch.optim.Optimizer")
+        number("decay", decay, low=0, high=1, open_high=True, unit="It is the weight of the old average.")
         self.optimizer, self.decay, self.steps = optimizer, decay, 0
         self._averages: dict[Tensor, Tensor] = {}
         self._handle = optimizer.register_step_post_hook(self._update)

@@ -104,8 +104,7 @@ class TrustRegion:
     def __post_init__(self) -> None:
         """Validate what is not validated in the groups."""
         choice("of", self.of, Bounded)
-        if self.lr is not None and not 0 < self.lr < float("inf"):
-            raise ValueError(f"lr of a TrustRegion is a positive number, or None for the first one; got {self.lr}.")
+        number("lr of a TrustRegion", self.lr, low=0, open_low=True, optional=True)
         if self.lr is not None and self.of == "direction":
             raise ValueError("TrustRegion(of='direction') bounds by the learning rate at hand; leave lr out.")
 

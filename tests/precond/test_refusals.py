@@ -51,7 +51,7 @@ def frozen() -> nn.Module:
             ValueError,
             "samples must be at least 1",
         ),
-        (lambda: KFAC(mlp(), nn.CrossEntropyLoss(), lr=0.1, fisher="true"), ValueError, "kind must be one of"),  # type: ignore[arg-type]
+        (lambda: KFAC(mlp(), nn.CrossEntropyLoss(), lr=0.1, fisher="true"), ValueError, "fisher is one of"),  # type: ignore[arg-type]
         (lambda: KFAC(mlp(), nn.CrossEntropyLoss(), lr=0.1, loop=Loop(capture="hooks")), ValueError, "capture must be"),
         (
             lambda: KFAC(mlp(), nn.CrossEntropyLoss(), lr=0.1, loop=Loop(nonfinite="ignore")),
@@ -65,7 +65,7 @@ def frozen() -> nn.Module:
         (lambda: KFAC(mlp().parameters(), nn.CrossEntropyLoss(), lr=0.1), TypeError, "pass the model itself, not gen"),
         (lambda: KFAC(mlp(), Odd(), lr=0.1), UnknownLossError, "empirical"),
         (lambda: KFAC(mlp(), Odd(), lr=0.1), UnknownLossError, "register"),
-        (lambda: KFAC(mlp(), None, lr=0.1), UnknownLossError, "empirical"),
+        (lambda: KFAC(mlp(), None, lr=0.1), TypeError, "loss_fn is a loss"),
         (
             lambda: KFAC(
                 mlp(), nn.CrossEntropyLoss(), lr=0.1, params=[{"params": [torch.ones(2).double().requires_grad_()]}]

@@ -22,12 +22,14 @@ from curvature.layers.samples import gram
 from curvature.losses import Terms
 from curvature.losses.signals import FisherKind, Signals
 from curvature.matrices.low_rank import STORED, chunks
+from curvature.model.arguments import Check, a, count, one_of, optional
 from curvature.structures.diagonal import DiagonalEstimator
 from curvature.structures.ekfac import EigenbasisEstimator
 from curvature.structures.estimator import CurvatureEstimator, Form
 from solvers import Kronecker
 from solvers.operators.decompositions import singular_value_decomposition
 from solvers.operators.diagonal import identity
+from solvers.outcome.arguments import flag, whole
 from solvers.precision import widen
 
 #: Bytes of the rows of a dense matrix that are formed at once.
@@ -67,9 +69,7 @@ class Backend(JacobianBackend):
             ValueError: If a number is less than one.
         """
         max_dim = _renamed(type(self).__name__, max_dim, renamed)
-        for name, value in (("max_dim", max_dim), ("max_dense", max_dense), ("low_rank", low_rank)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
+        whole("max_dim", max_dim)
         self.max_dim, self.max_dense, self.low_rank = max_dim, max_dense, low_rank
 
     def _kind(self) -> FisherKind:
@@ -277,6 +277,25 @@ class _Ignored(EigenbasisEstimator):
 
     def update(self, samples: Any) -> None:
         """Nothing."""
+
+
+def _check_indices(name: str, value: Any) -> Any:
+    if not isinstance(value, Tensor) or value.dtype.is_floating_point or value.dtype.is_complex or value.ndim != 1:
+        raise TypeError(f"{name} is a vector of whole numbers, as a LongTensor, not {value!r}.")
+    return value
+
+
+#: Checks of what all backends take, as laplace-torch passes it on.
+CHECKS: dict[str, Check] = {
+    "likelihood": one_of(("classification", "regression", "reward_modeling")),
+    "last_layer": flag,
+    "subnetwork_indices": optional(_check_indices),
+    "dict_key_x": a(str, "a key of the batches"),
+    "dict_key_y": a(str, "a key of the batches"),
+    "max_dim": count(),
+    "max_dense": count(),
+    "low_rank": optional(count()),
+}
 
 
 def installed() -> int:

@@ -8,13 +8,15 @@ import torch
 from laplace.curvature import EFInterface, GGNInterface
 from torch import LongTensor, Tensor, nn
 
-from curvature.laplace.backends.base import Backend, options
+from curvature.laplace.backends.base import CHECKS, Backend, options
 from curvature.laplace.backends.batch import Inputs
 from curvature.laplace.backends.last_layer import OutputHessians, block_of
 from curvature.laplace.factors.kron import BlockKron
 from curvature.laplace.factors.sums import SumOptions
 from curvature.laplace.factors.tensors import Tensors
 from curvature.losses.signals import FisherKind
+from curvature.model.arguments import checked, count
+from solvers.outcome.arguments import flag
 
 
 class GGNBackend(Backend, GGNInterface):
@@ -45,6 +47,7 @@ class GGNBackend(Backend, GGNInterface):
         ValueError: If a number is less than one.
     """
 
+    @checked(**CHECKS, stochastic=flag, num_samples=count())
     def __init__(
         self,
         model: nn.Module,
@@ -66,8 +69,6 @@ class GGNBackend(Backend, GGNInterface):
         GGNInterface.__init__(
             self, model, likelihood, last_layer, subnetwork_indices, dict_key_x, dict_key_y, stochastic, num_samples
         )
-        if num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
         self.seed, self.class_dim = seed, class_dim
         self.configure(max_dim, max_dense, low_rank, renamed)
 
@@ -160,6 +161,7 @@ class EFBackend(Backend, EFInterface):
         Kunstner, Balles and Hennig (2019), https://arxiv.org/abs/1905.12558
     """
 
+    @checked(**CHECKS, unit_noise=flag)
     def __init__(
         self,
         model: nn.Module,

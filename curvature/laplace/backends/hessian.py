@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import LongTensor, Tensor, nn
 
-from curvature.laplace.backends.base import SMALLEST, largest, options
+from curvature.laplace.backends.base import CHECKS, SMALLEST, largest, options
 from curvature.laplace.backends.batch import BatchPass, Inputs
 from curvature.laplace.backends.jacobians import JacobianBackend
 from curvature.laplace.factors.kron import BlockKron
 from curvature.matrices.hessian import Hessian, hessian
+from curvature.model.arguments import checked, count
 from solvers import eigsh
 
 
@@ -38,6 +39,7 @@ class HessianBackend(JacobianBackend):
 
     lowest: tuple[Tensor, Tensor] | None = None
 
+    @checked(**{**CHECKS, "low_rank": count()})
     def __init__(
         self,
         model: nn.Module,
@@ -51,8 +53,6 @@ class HessianBackend(JacobianBackend):
         low_rank: int = 10,
     ) -> None:
         super().__init__(model, likelihood, last_layer, subnetwork_indices, dict_key_x, dict_key_y)
-        if low_rank < 1:
-            raise ValueError(f"low_rank must be at least 1, got {low_rank}.")
         self.low_rank, self.class_dim = low_rank, class_dim
 
     def full(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from curvature.losses import CrossEntropy, Loss, WeightedSum, loss_over_data
 from curvature.losses.cross_entropy import CrossEntropyTerms
+from curvature.losses.loss import check_loss
 
 #: A name of laplace-torch, or a loss that is a negative log-likelihood.
 Likelihood = Literal["regression", "classification"] | nn.Module | Loss
@@ -61,6 +62,11 @@ def likelihood_for(likelihood: Likelihood) -> Loss:
     if isinstance(loss, WeightedSum):
         raise ValueError("a sum of losses is no likelihood of one output. Take the losses one by one, with output=.")
     return Categorical(loss.loss_fn) if type(loss) is CrossEntropy else loss
+
+
+def check_likelihood(name: str, value: Any) -> Any:
+    """The name of a likelihood, or a loss; which of them are one, :func:`summed` says."""
+    return value if isinstance(value, str) else check_loss(name, value)
 
 
 def summed(likelihood: Likelihood) -> Loss:

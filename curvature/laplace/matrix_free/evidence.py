@@ -16,6 +16,7 @@ from torch import Tensor
 
 from curvature.laplace.matrix_free.linearized import LinearizedLaplace, moved
 from curvature.laplace.matrix_free.traces import SKETCH, WhitenedTraces, seed_from
+from curvature.model.arguments import a, checked, count, optional
 from solvers import Estimate, Nystrom
 
 
@@ -74,6 +75,13 @@ class StochasticEvidence:
         https://arxiv.org/abs/2107.00243; MacKay (1992), https://doi.org/10.1162/neco.1992.4.3.415
     """
 
+    @checked(
+        posterior=a(LinearizedLaplace, "a LinearizedLaplace"),
+        samples=count(),
+        steps=count(),
+        sketch=optional(a(Nystrom, "a Nystrom")),
+        batch_size=optional(count()),
+    )
     def __init__(
         self,
         posterior: LinearizedLaplace,
@@ -84,9 +92,6 @@ class StochasticEvidence:
         batch_size: int | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        for name, number in (("samples", samples), ("steps", steps)):
-            if number < 1:
-                raise ValueError(f"{name} is at least 1, not {number}.")
         self.posterior = posterior
         seed = seed_from(generator)
         self.traces = WhitenedTraces(posterior, samples, steps, sketch, batch_size, seed)

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from curvature.laplace.likelihoods.observation import Observation, observation
-from curvature.laplace.likelihoods.summed import Likelihood, summed
-from curvature.laplace.matrix_free.prior import Prior
+from curvature.laplace.likelihoods.summed import Likelihood, check_likelihood, summed
+from curvature.laplace.matrix_free.prior import Prior, number_or_tensor
 from curvature.losses.squared_error import SquaredError
 from curvature.losses.terms import Layout
 from curvature.matrices.full import GaussNewtonOperator
 from curvature.matrices.problem import Evaluation, Problem
+from curvature.model.arguments import checked, real
 from curvature.model.data import Data, Output
 from curvature.model.pullback import Pullback
 from solvers import Congruence, Diagonal, Estimate, LinearOperator
@@ -61,6 +62,13 @@ class LinearizedLaplace:
         https://arxiv.org/abs/2106.14806
     """
 
+    @checked(
+        likelihood=check_likelihood,
+        prior_precision=number_or_tensor(low=0.0, open_low=True),
+        sigma_noise=number_or_tensor(low=0.0, open_low=True),
+        temperature=real(low=0.0, open_low=True),
+        prior_mean=number_or_tensor(),
+    )
     def __init__(
         self,
         model: nn.Module,

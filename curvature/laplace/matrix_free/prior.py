@@ -3,9 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from curvature.model.arguments import Check
+from solvers.outcome.arguments import number, real_tensor
+
+
+def number_or_tensor(**limits: Any) -> Check:
+    """A number in a range, or a real tensor of such; shapes are looked at where the parameters are known."""
+
+    def check(name: str, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return number(name, value, **limits)
+        for end in (value.min(), value.max()) if real_tensor(name, value).numel() else ():
+            number(name, float(end), **limits)
+        return value
+
+    return check
 
 
 @dataclass(frozen=True, eq=False)

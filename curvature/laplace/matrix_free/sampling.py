@@ -25,6 +25,7 @@ from curvature.laplace.matrix_free.linearized import LinearizedLaplace
 from curvature.laplace.matrix_free.predictive import Predictive
 from curvature.laplace.matrix_free.traces import SKETCH, seed_from
 from curvature.matrices.jacobian import jacobian
+from curvature.model.arguments import a, checked, count, optional
 from curvature.model.data import Output
 from curvature.model.parameters import Parameters
 from solvers import CG, BlockDiagonal, Congruence, Diagonal, Estimate, LinearOperator, LowRank, Nystrom, Woodbury
@@ -139,6 +140,12 @@ class PosteriorSampler:
         al. (2023), https://arxiv.org/abs/2306.11589
     """
 
+    @checked(
+        posterior=a(LinearizedLaplace, "a LinearizedLaplace"),
+        samples=count(),
+        solver=optional(a(CG, "a CG")),
+        preconditioner=optional(a((Nystrom, LinearOperator), "a Nystrom or an operator")),
+    )
     def __init__(
         self,
         posterior: LinearizedLaplace,
@@ -148,8 +155,6 @@ class PosteriorSampler:
         solver: CG | None = None,
         preconditioner: Preconditioner = SKETCH,
     ) -> None:
-        if samples < 1:
-            raise ValueError(f"samples is at least 1, not {samples}.")
         self.posterior, self.samples = posterior, samples
         self.solver = CG(rtol=1e-3, max_steps=1000, on_failure="raise") if solver is None else solver
         self._generator = torch.Generator(posterior.curvature.device).manual_seed(seed_from(generator))

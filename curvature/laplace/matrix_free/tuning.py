@@ -14,7 +14,9 @@ from torch import Tensor
 from curvature.laplace.matrix_free.evidence import StochasticEvidence
 from curvature.laplace.matrix_free.linearized import LinearizedLaplace, moved
 from curvature.laplace.matrix_free.sampling import PosteriorSampler
+from curvature.model.arguments import a, checked, count, one_of, optional
 from solvers import Estimate, NotConvergedError, NotConvergedWarning
+from solvers.outcome.arguments import flag, number
 from solvers.outcome.solution import OnFailure
 
 
@@ -53,6 +55,23 @@ class Tuned:
     iterations: int
 
 
+def _check_bounds(name: str, value: Any) -> Any:
+    if not (isinstance(value, (tuple, list)) and len(value) == 2):
+        raise TypeError(f"{name} is a pair (smallest, largest), not {value!r}.")
+    low, high = (number(f"each of {name}", end, low=0.0, open_low=True) for end in value)
+    if low > high:
+        raise ValueError(f"{name} is a pair (smallest, largest), not {value!r}.")
+    return value
+
+
+@checked(
+    posterior=a(LinearizedLaplace, "a LinearizedLaplace"),
+    noise=optional(flag),
+    samples=count(),
+    max_iterations=count(),
+    bounds=_check_bounds,
+    on_failure=one_of(OnFailure),
+)
 def optimize_evidence(
     posterior: LinearizedLaplace,
     *,

@@ -20,6 +20,7 @@ from curvature.laplace.parametric import archive
 from curvature.laplace.parametric.definite import refuse_indefinite
 from curvature.laplace.parametric.files import posterior_of, state_of
 from curvature.laplace.parametric.posterior import EKFACLaplace
+from solvers.outcome.arguments import number
 
 _KIND = "an online posterior"
 
@@ -63,10 +64,8 @@ class OnlineLaplace:
 
     def __init__(self, posterior: Any, strength: float = 1.0, forgetting: float = 1.0) -> None:
         _check(posterior)
-        if not strength >= 0:
-            raise ValueError(f"strength must be at least 0, got {strength}.")
-        if not 0 < forgetting <= 1:
-            raise ValueError(f"forgetting must be in (0, 1], where 1 forgets nothing; got {forgetting}.")
+        number("strength", strength, low=0)
+        number("forgetting", forgetting, low=0, high=1, open_low=True, unit="1 forgets nothing.")
         self.posterior, self.strength, self.forgetting = posterior, strength, forgetting
         self.tasks = 1 if posterior.n_data else 0
         self._form = _quadratic_form(posterior)

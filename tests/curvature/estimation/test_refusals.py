@@ -27,9 +27,9 @@ MODEL, LOSS, DATA = PROBLEM.model, PROBLEM.loss_fn, PROBLEM.data
     ("options", "message"),
     [
         ({"structure": "kron"}, r"structure must be one of .*'kfac'.*got 'kron'"),
-        ({"kind": "sampled"}, r"kind must be one of \('exact', 'mc', 'empirical'\), got 'sampled'"),
-        ({"samples": 0}, "samples must be at least 1, got 0"),
-        ({"samples": -2}, "samples must be at least 1, got -2"),
+        ({"kind": "sampled"}, r"kind is one of exact, mc, empirical, not 'sampled'"),
+        ({"samples": 0}, "samples is at least 1, not 0"),
+        ({"samples": -2}, "samples is at least 1, not -2"),
         ({"sharing": "sum"}, r"sharing must be 'expand' or 'reduce', got 'sum'"),
         ({"bias": "none"}, r"bias must be 'joint' or 'separate', got 'none'"),
         ({"params": "encoder.*"}, r"params= names 'encoder\.\*', which is no trainable parameter.*0\.weight"),
@@ -60,7 +60,7 @@ def test_estimates_check_their_options_when_made(curvature: Callable[..., Any]) 
 
 def test_data() -> None:
     x, y = DATA[0]
-    with pytest.raises(ValueError, match=r"data has no batches: is it an iterator that was consumed before"):
+    with pytest.raises(ValueError, match=r"data has no batches"):
         fisher(MODEL, LOSS, [], structure="kfac")
     consumed = iter(DATA)
     list(consumed)
@@ -70,7 +70,7 @@ def test_data() -> None:
         TypeError, match=r"one-shot iterator \(list_iterator\), but 2 passes.*list of batches or a DataLoader"
     ):
         fisher(MODEL, LOSS, iter(DATA), structure="ekfac")
-    with pytest.raises(TypeError, match=r"one batch \(x, y\) or an iterable of batches.*got int"):
+    with pytest.raises(TypeError, match=r"one batch \(x, y\) or an iterable of batches.*not 3"):
         fisher(MODEL, LOSS, cast(Any, 3), structure="kfac")
     with pytest.raises(TypeError, match=r"a pair \(x, y\), got a tuple of length 3"):
         fisher(MODEL, LOSS, [(x, x, y)], structure="kfac")

@@ -289,19 +289,19 @@ def test_restricted_parameters_alone_move() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"directions": "sideways"}, "a direction is one of"),
+        ({"directions": "sideways"}, "directions are among"),
         ({"directions": ("random",) * 3}, "one .a line. or two"),
         ({"directions": torch.ones(3)}, "shape .43,. of all parameters"),
         ({"directions": torch.zeros(43)}, "leads nowhere"),
         ({"directions": [torch.ones(43), 2 * torch.ones(43)]}, "parallel"),
         ({"directions": nn.Linear(2, 2)}, "not of one architecture: 0.weight"),
         ({"points": 1}, "at least 2"),
-        ({"span": -1.0}, "span is a positive"),
+        ({"span": -1.0}, "span is a finite number above 0"),
         ({"directions": "random", "betas": torch.ones(1)}, "Leave betas out"),
         ({"alphas": torch.tensor([1.0, 0.0])}, "ascending"),
         ({"metric": 3}, "metric must be a function"),
         ({"metric": lambda model, data: torch.ones(2)}, "one number"),
-        ({"buffers": "guess"}, "'keep' or 'recompute'"),
+        ({"buffers": "guess"}, "buffers is one of keep, recompute"),
     ],
 )
 def test_nonsense_is_refused(options: Any, message: str) -> None:

@@ -379,9 +379,9 @@ def test_misuse_is_refused() -> None:
         backend.diag(x, y, mc_samples=0)
     with pytest.raises(ValueError, match="'expand' or 'reduce', got 'shrink'"):
         backend.kron(x, y, N=12, kfac_approx="shrink")
-    with pytest.raises(ValueError, match="num_samples must be at least 1"):
+    with pytest.raises(ValueError, match="num_samples is at least 1"):
         GGNBackend(model, "classification", num_samples=0)
-    with pytest.raises(ValueError, match="max_dense must be at least 1"):
+    with pytest.raises(ValueError, match="max_dense is at least 1"):
         EFBackend(model, "classification", max_dense=0)
     with pytest.raises(ValueError, match="no trainable parameter"):
         GGNBackend(copy.deepcopy(model).requires_grad_(False), "classification").diag(x, y)

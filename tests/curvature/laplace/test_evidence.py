@@ -346,9 +346,9 @@ def test_what_cannot_be_is_refused() -> None:
     classes = toy("classification")
     with pytest.raises(ValueError, match=r"one per parameter tensor \(4\) or one per parameter \(43\), not of shape"):
         LinearizedLaplace(model, "regression", (x, y), prior_precision=torch.ones(5))
-    with pytest.raises(ValueError, match="prior_precision is positive and finite, not -1"):
+    with pytest.raises(ValueError, match="prior_precision is a finite number above 0, not -1"):
         LinearizedLaplace(model, "regression", (x, y), prior_precision=-1.0)
-    with pytest.raises(ValueError, match="temperature is positive and finite, not 0"):
+    with pytest.raises(ValueError, match="temperature is a finite number above 0, not 0"):
         LinearizedLaplace(model, "regression", (x, y), temperature=0.0)
     with pytest.raises(ValueError, match=r"sigma_noise=0.5 is for regression"):
         LinearizedLaplace(classes[0], "classification", classes[1:], sigma_noise=0.5)

@@ -392,7 +392,7 @@ def test_bfloat16_model_is_answered_in_float32() -> None:
 
 def test_refusals(small: Problem) -> None:
     x, y = small.data[0]
-    with pytest.raises(ValueError, match="structure must be one of"):
+    with pytest.raises(ValueError, match="structure is one of"):
         curvature.hessian(small.model, small.loss_fn, (x, y), structure="kfac")  # type: ignore[call-overload]
     with pytest.raises(ValueError, match="reduction='none'"):
         curvature.hessian(small.model, nn.CrossEntropyLoss(reduction="none"), (x, y)).to_dense()

@@ -63,5 +63,5 @@ def test_changed_parameters_and_unknown_modes_are_refused() -> None:
         J @ normal(J.shape[1])
     with pytest.raises(RuntimeError, match=r"0\.bias was changed after this operator was made"):
         J.to_dense()
-    with pytest.raises(ValueError, match="mode must be one of"):
+    with pytest.raises(ValueError, match="mode is one of"):
         curvature.jacobian(problem.model, x, mode="backward")  # type: ignore[arg-type]

@@ -36,5 +36,5 @@ def test_kernel_in_every_mode_on_one_and_two_sets(name: str) -> None:
 
 def test_refusals() -> None:
     problem = PROBLEMS["mlp_ce"]()
-    with pytest.raises(ValueError, match="mode must be one of"):
+    with pytest.raises(ValueError, match="mode is one of"):
         curvature.ntk(problem.model, problem.data[0][0], mode="diagonal")  # type: ignore[arg-type]

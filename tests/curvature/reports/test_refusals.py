@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import curvature
+from curvature.matrices.hessian import Hessian
 from curvature.reports import Number, Report, report
 from curvature.reports.codec import decode, encode
 from curvature.reports.pages.formats import number, plain, with_error
@@ -32,36 +33,36 @@ def run(problem: Problem, **options: Any) -> Report:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"k": 0}, "k is a whole number of eigenvalues, at least 1, not 0"),
-        ({"k": 2.5}, "k is a whole number of eigenvalues"),
-        ({"damping": 0.0}, "damping is a positive number, not 0.0"),
-        ({"rtol": math.nan}, "rtol is a positive number, not nan"),
+        ({"k": 0}, "k is at least 1, not 0"),
+        ({"k": 2.5}, "k is a whole number of at least 1"),
+        ({"damping": 0.0}, "damping is a finite number above 0, not 0.0"),
+        ({"rtol": math.nan}, "rtol is a finite number above 0, not nan"),
         ({"matrix": "fisher"}, "matrix are among hessian, ggn; 'fisher' is not"),
         ({"sections": ["traces"]}, "sections are among loss, coverage, .*; 'traces' is not"),
         ({"structures": ["shampoo"]}, "structures are among .*; 'shampoo' is not"),
         ({"sections": "distances", "matrix": "hessian"}, "distances are those to the GGN"),
-        ({"budget": -1}, "budget is a positive number, or None for no limit, not -1"),
+        ({"budget": -1}, "budget is a finite number above 0, not -1"),
         ({"budget": 10, "products": 10}, "give budget=10 in seconds or products=10, not both"),
         ({"params": "nothing"}, "names 'nothing', which is no trainable parameter"),
     ],
 )
 def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         run(made(), **options)
 
 
 def test_wrong_types() -> None:
     model, loss_fn, data = made().model, made().loss_fn, made().data
     nonsense: Any = 3
-    with pytest.raises(TypeError, match=r"model is a torch.nn.Module, not int"):
+    with pytest.raises(TypeError, match=r"model is a torch.nn.Module, not 3"):
         report(nonsense, loss_fn, data)
-    with pytest.raises(TypeError, match=r"loss_fn is a loss module such as .*, not str"):
+    with pytest.raises(TypeError, match=r"loss_fn is a loss module such as .*, not "):
         report(model, "cross_entropy", data)
-    with pytest.raises(TypeError, match="data must be one batch"):
+    with pytest.raises(TypeError, match="data is one batch"):
         report(model, loss_fn, nonsense)
     with pytest.raises(TypeError, match="one-shot iterator"):
         report(model, loss_fn, iter(data))
-    with pytest.raises(TypeError, match="warm_start is an earlier Report, not dict"):
+    with pytest.raises(TypeError, match="warm_start is an earlier Report"):
         run(made(), warm_start={})
 
 
@@ -145,7 +146,7 @@ def test_an_interruption_is_not_swallowed(monkeypatch: pytest.MonkeyPatch) -> No
         raise KeyboardInterrupt
 
     problem = made()
-    monkeypatch.setattr(curvature.hessian.__globals__["Hessian"], "record", interrupt)
+    monkeypatch.setattr(Hessian, "record", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run(problem)
 

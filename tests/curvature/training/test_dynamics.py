@@ -275,9 +275,9 @@ def test_roots_square_to_their_operator() -> None:
     ("options", "message"),
     [
         ({}, "one of optimizer= and lr="),
-        ({"lr": -1.0}, "lr is a positive number"),
-        ({"lr": 0.1, "momentum": 1.0}, "momentum one in"),
-        ({"lr": 0.1, "matrix": "fisher"}, "'hessian' or 'ggn'"),
+        ({"lr": -1.0}, "lr is a finite number above 0"),
+        ({"lr": 0.1, "momentum": 1.0}, "momentum is a finite number at least 0 and below 1"),
+        ({"lr": 0.1, "matrix": "fisher"}, "matrix is one of hessian, ggn"),
         ({"lr": 0.1, "preconditioner": Dense(torch.eye(3))}, "must act on .10,."),
         ({"optimizer": lambda p: torch.optim.Adam(p)}, "no state of weight yet"),
         ({"optimizer": lambda p: torch.optim.LBFGS(p)}, "steps of LBFGS are not known"),

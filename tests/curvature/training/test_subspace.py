@@ -44,8 +44,8 @@ def test_angles_are_right_at_both_ends(angle: float) -> None:
     [
         (torch.ones(2, 3), torch.eye(3), "linearly dependent"),
         (torch.zeros(1, 3), torch.eye(3), "linearly dependent"),
-        (torch.eye(3), torch.eye(4), "takes .k, P. and .m, P."),
-        (torch.ones(3), torch.eye(3), "takes .k, P. and .m, P."),
+        (torch.eye(3), torch.eye(4), "are .k, P. and .m, P."),
+        (torch.ones(3), torch.eye(3), "are .k, P. and .m, P."),
     ],
 )
 def test_vectors_that_span_nothing_are_refused(first: Tensor, second: Tensor, message: str) -> None:
@@ -157,7 +157,11 @@ def test_training_does_not_notice() -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"k": 0}, "at least 1"), ({"k": 4}, "k=4 is more than the 3"), ({"matrix": "fisher"}, "'hessian' or 'ggn'")],
+    [
+        ({"k": 0}, "at least 1"),
+        ({"k": 4}, "k=4 is more than the 3"),
+        ({"matrix": "fisher"}, "is one of hessian, ggn"),
+    ],
 )
 def test_nonsense_is_refused(options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -61,5 +61,5 @@ def test_refuses_before_the_first_step_and_a_decay_out_of_range():
     _, optimizer, average, _ = trained(0)
     with pytest.raises(RuntimeError, match="no average before the first step"), average.applied():
         pass
-    with pytest.raises(ValueError, match=r"decay is the weight of the old average, in \[0, 1\); got 1"):
+    with pytest.raises(ValueError, match=r"decay is a finite number at least 0 and below 1, not 1"):
         IterateAverage(optimizer, 1.0)

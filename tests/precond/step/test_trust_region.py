@@ -210,7 +210,7 @@ def test_groups_may_have_bounds_of_their_own_form() -> None:
     ("make", "message"),
     [
         (lambda: TrustRegion(0.1, of="step"), "of is one of move, direction, not 'step'"),
-        (lambda: TrustRegion(0.1, lr=0.0), "lr of a TrustRegion is a positive number"),
+        (lambda: TrustRegion(0.1, lr=0.0), "lr of a TrustRegion is a finite number above 0"),
         (lambda: TrustRegion(0.1, lr=0.1, of="direction"), "leave lr out"),
         (lambda: SOAP([nn.Parameter(torch.ones(2))], kl_clip=TrustRegion(-1.0)), "kl_clip must be positive"),
     ],
