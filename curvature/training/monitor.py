@@ -41,7 +41,9 @@ class Writer(Protocol):
 
 
 def _check_quantities(name: str, value: Any) -> Any:
-    return value if value is None else all_of(name, value, one_of(Quantity))
+    if value is None:
+        return value
+    return all_of(name, [value] if isinstance(value, str) else value, one_of(Quantity))
 
 
 class Monitor:
