@@ -85,17 +85,30 @@ def _saved_report(path: Path) -> bytes:
     return repr([read.to_dict(), {m: bits(v) for m, v in read.eigenvectors.items()}]).encode()
 
 
-def _posterior(path: Path) -> bytes:
+@cache
+def _fitted() -> Any:
+    pytest.importorskip("laplace")
     from laplace import Laplace
 
     from curvature.laplace import GGNBackend
-    from curvature.laplace import load as load_posterior
+
+    la = Laplace(model(), "classification", "all", "kron", backend=GGNBackend)
+    la.fit(torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data()[0]), batch_size=4))
+    return la
+
+
+def _save_posterior(path: Path) -> None:
+    fitted = _fitted()
     from curvature.laplace import save as save_posterior
 
+    save_posterior(fitted, path)
+
+
+def _posterior(path: Path) -> bytes:
+    from curvature.laplace import load as load_posterior
+
     if not path.exists():
-        la = Laplace(model(), "classification", "all", "kron", backend=GGNBackend)
-        la.fit(torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data()[0]), batch_size=4))
-        save_posterior(la, path)
+        _save_posterior(path)
     loaded = load_posterior(path, model())
     return bits(loaded(data()[0][0]))
 
@@ -259,6 +272,7 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     "figure.png": lambda p: save_figure(_figure(), p),
     "figure.svg": lambda p: save_figure(_figure(), p),
     "sums.pt": lambda p: curvature.fisher(model(), CE, data(), structure="kfac", resume=p),
+    "posterior.safetensors": _save_posterior,
     "text.txt": lambda p: write_text(p, "x" * 9000),
 }
 

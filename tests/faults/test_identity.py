@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import curvature
 from curvature import Checkpoint, CheckpointError
 
 F64 = torch.float64
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 
 
 class Model(nn.Module):
@@ -172,6 +174,15 @@ ALIKE = {
 }
 
 
+def close(door: str, found: bytes, own: bytes) -> bool:
+    """Whether two results are one to rounding, eigenvectors to their sign."""
+    if door == "report":
+        first, second = (torch.tensor([float(x) for x in NUMBER.findall(text.decode())]) for text in (found, own))
+    else:
+        first, second = (torch.frombuffer(bytearray(values), dtype=F64).abs() for values in (found, own))
+    return first.shape == second.shape and torch.allclose(first, second, rtol=1e-6, atol=1e-9)
+
+
 @pytest.mark.parametrize("door", DOORS)
 def test_another_computation_is_refused_and_the_same_goes_on(door: str, tmp_path: Path) -> None:
     """A file is of one computation: anything else is refused in words, or gives what it gives without the file."""
@@ -194,7 +205,8 @@ def test_another_computation_is_refused_and_the_same_goes_on(door: str, tmp_path
             except curvature.NondeterministicError:
                 continue
             torch.manual_seed(0)
-            if (door, name) not in ALIKE and found != run(model, file=tmp_path / f"{name}.run", **options):
+            own = run(model, file=tmp_path / f"{name}.run", **options)
+            if found != own and not ((door, name) in ALIKE and close(door, found, own)):
                 silent.append(name)
         assert silent == []
         torch.manual_seed(0)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -110,6 +112,10 @@ def test_results_hold_on_to_no_activation_and_to_no_model() -> None:
         for p in model.parameters():
             p.zero_()
     assert torch.equal(operator.to_dense(), matrix)
+    parts = [weakref.ref(part) for part in (model, *model.parameters())]
+    del model, p
+    gc.collect()
+    assert [part for part in parts if part() is not None] == []
 
 
 @pytest.mark.filterwarnings("ignore:not one loss")
