@@ -20,7 +20,7 @@ def main(names: list[str]) -> None:
             by_method.setdefault(name, Counter())[outcome] += 1
             by_fault.setdefault(kind, Counter())[outcome] += 1
     for title, found in (("method", by_method), ("fault", by_fault)):
-        print(f"\n| {title} | put in | survived bit for bit | refused in words | silent | unclear |")
+        print(f"\n| {title} | put in | survived | refused in words | silent | unclear |")
         print("| --- | --- | --- | --- | --- | --- |")
         found["all"] = sum(found.values(), Counter())
         for name, counts in found.items():

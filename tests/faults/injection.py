@@ -21,8 +21,9 @@ from tests.precond.test_protocol import OPTIONS
 
 METHODS = {method.name: method for method in methods()}
 
-#: What becomes of a run with a fault: it is that without it, bit for bit; it was refused in words, and then is that
-#: without it; it is another run and nobody said so; or the words do not tell.
+#: What becomes of a run with a fault. It survives: it is the run without the fault, bit for bit (to rounding where the
+#: step found a way round an error by itself), and where the fault is a batch, parameters stay finite and moderate. It
+#: is refused in words, and nothing has changed. It is another run and nobody said so. Or the words do not tell.
 Outcome = Literal["survived", "refused", "silent", "unclear"]
 
 #: Errors that memory, a kernel and a user raise.
