@@ -246,10 +246,10 @@ def growth(sizes: list[tuple[int, int, int]], warm: int) -> tuple[int, int]:
 
 
 def sizes_in_words(sizes: list[tuple[int, int, int]], warm: int) -> str:
-    after = [size for size in sizes if size[0] >= warm]
-    return ", ".join(
-        f"{after[0][i] / unit:,.2f} {what} after {after[0][0]:,} and {after[-1][i] / unit:,.2f} at the end"
-        for i, unit, what in ((1, 2**20, "MiB"), (2, 1, "objects"))
+    first, last = next(size for size in sizes if size[0] >= warm), sizes[-1]
+    return (
+        f"{first[1] / 2**20:.2f} MiB and {first[2]:,} objects after {first[0]:,}, "
+        f"{last[1] / 2**20:.2f} MiB and {last[2]:,} objects at the end"
     )
 
 
