@@ -27,7 +27,7 @@ def settings(model: nn.Module, random: list[Tensor], device: torch.device) -> It
 @contextlib.contextmanager
 def own_buffers(model: nn.Module) -> Iterator[None]:
     """Let the model work on copies of its buffers."""
-    before = [(module, dict(module._buffers)) for module in model.modules()]
+    before = [(module, dict(module._buffers.items())) for module in model.modules()]
     copies: dict[int, Tensor] = {}
     for module, buffers in before:
         for name, b in buffers.items():
@@ -37,8 +37,12 @@ def own_buffers(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, buffers in before:
-            module._buffers.clear()
-            module._buffers.update(buffers)
+            if list(module._buffers.keys()) != list(
+                buffers
+            ):  # the pass made or dropped one; those of torch.jit cannot be cleared
+                module._buffers.clear()
+            for name, b in buffers.items():
+                module._buffers[name] = b
 
 
 def versions(model: nn.Module) -> dict[str, tuple[int, int]]:

@@ -391,6 +391,21 @@ def test_compiled_models(how: str) -> None:
         assert torch.equal(model(x), before)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_traced_model() -> None:
+    """Its buffers can be set one by one only."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Tanh(), nn.Linear(3, 2)).double().eval()
+    x = torch.randn(4, 3).double()
+    traced = torch.jit.trace(plain, x)
+    before = [b.clone() for b in traced.buffers()]
+    H, G, _ = references(plain, (x,))
+    v = torch.randn(len(H)).double()
+    torch.testing.assert_close(curvature.hessian(traced, LOSS, (x, Y)) @ v, H @ v)
+    torch.testing.assert_close(curvature.ggn(traced, LOSS, (x, Y)) @ v, G @ v)
+    assert all(map(torch.equal, traced.buffers(), before))
+
+
 # Restrictions --------------------------------------------------------------------------------------------------------
 
 
