@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial, reduce
 from typing import Any, ClassVar
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from curvature.estimation import checks, snapshot
+from curvature.estimation.owners import by_row, owners
 from curvature.estimation.plan import BlockPlan, Group
 from curvature.layers import Site
 from curvature.layers.block import Block, BlockPart, BlockPlace
@@ -80,6 +82,7 @@ class Collector:
         self._seen: dict[str, list[int]] = {}  # which of them reached a block
         self.only: set[str] | None = None  # blocks that still learn, in later passes over a data set
         self.by_rows: set[str] = set()  # blocks of this pass whose samples are single rows
+        self._one_each: set[int] = set()  # uses of this pass, not laid out by examples, whose rows belong to one each
 
     def collect(self, recorder: Recorder, output: Tensor, signals: Signals) -> set[str]:
         """Send the signals of one batch back and update the estimates of the blocks they reach.
@@ -298,10 +301,14 @@ class Collector:
         by_site, by_name = self._arriving(groups, output, signal)
         for group in groups:
             if group.uses:
-                yield group, samples_of(group, by_site, valid, cache, len(signal), group.block.name in self.by_rows)
+                uses = samples_of(group, by_site, valid, cache, len(signal), group.block.name in self.by_rows)
+                yield group, [replace(use, repeats=1) if self._counts_once(use) else use for use in uses]
             else:
                 gradient = by_name[group.block.name]
                 yield group, [] if gradient is None else [PerSample(gradient.reshape(len(signal), 1, -1))]
+
+    def _counts_once(self, use: Outer | PerSample) -> bool:
+        return isinstance(use, Outer) and use.source in self._one_each
 
     def _arriving(self, groups: list[Group], output: Tensor, signal: Tensor) -> tuple[Arrived, Mapping[str, Any]]:
         """What arrives at every site, and at every parameter without uses, under signals ``(k, *output)``."""
@@ -345,13 +352,14 @@ class Collector:
         the axis that was taken for the examples, tokens sent to experts), each pass for itself: what arrives in the
         rows of an example must grow by the weight of that example.
         """
+        self._one_each = set()
         if signals.examples <= 1:
             return set()
         mixing = {group.block.name for group in groups if mixes(group, signals.examples)}
         rest = [group for group in groups if group.block.name not in mixing]
         if not self._may_meet(recorder, rest, signals):
             rest = []
-        sought = [group for group in groups if group.uses and group.block.name in mixing] if self.sorts_rows else []
+        sought = [group for group in groups if group.block.name in mixing and self._seeks(group)]
         if not rest and not sought:
             return mixing
         plain, _ = self._arriving(rest + sought, output, signals.probe().unsqueeze(0))
@@ -366,8 +374,26 @@ class Collector:
     def _sort(
         self, groups: list[Group], plain: Arrived, tagged: list[Arrived], examples: int, cache: Cache
     ) -> set[str]:
-        """Names of blocks whose rows will be sorted by the examples that they belong to; none here."""
+        """Names of blocks whose rows will be sorted by the examples that they belong to; none here.
+
+        But rows that hold no example by their making, such as a state that starts at zero, and that belong to one each
+        are no table that every example reads.
+        """
+        for plain_uses, *tagged_uses in (
+            [samples_of(group, arrived, {}, cache) for arrived in (plain, *tagged)] for group in groups
+        ):
+            for use, *weighted in zip(plain_uses, *tagged_uses, strict=True):
+                if isinstance(use, Outer) and use.repeats > 1:
+                    owner = owners(by_row(use), [by_row(other) for other in weighted], examples)
+                    if owner is not None and bool((owner >= 0).all()):
+                        self._one_each.add(use.source)
         return set()
+
+    def _seeks(self, group: Group) -> bool:
+        """Whether to look which examples the rows of a block belong to."""
+        if self.sorts_rows:
+            return bool(group.uses)
+        return any(isinstance(use.site, OuterSite) and not use.site.layout.batched for use in group.uses)
 
     def _may_meet(self, recorder: Recorder, groups: list[Group], signals: Signals) -> bool:
         """Whether examples may meet in these blocks, as far as the operations of the pass tell."""

@@ -215,6 +215,29 @@ def exact_cases() -> dict[str, tuple[Problem, str]]:
     }
 
 
+class FromZero(nn.Module):
+    """A recurrent network whose first state is made in ``forward``: nothing in its making tells whose rows it has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.again, self.leave = nn.Linear(2, 3, bias=False), nn.Linear(3, 3), nn.Linear(3, 3)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.zeros(len(x), 3, dtype=x.dtype)
+        for step in x.unbind(1):
+            h = (self.enter(step) + self.again(h)).tanh()
+        return self.leave(h)
+
+
+@pytest.mark.parametrize("kind", ["exact", "empirical"])
+def test_rows_of_a_state_that_starts_at_zero_count_once(kind: str) -> None:
+    torch.manual_seed(0)
+    data = [(normal(n, 3, 2), classes(n, of=3)) for n in (4, 2)]
+    problem = Problem(FromZero(), nn.CrossEntropyLoss(), data)
+    check_layers(problem, estimate(problem, "kfac", kind), dense.kfac(problem, kind), joint=True)
+
+
 @pytest.mark.parametrize("name", exact_cases())
 def test_blocks_are_those_of_the_ggn_where_theory_says_so(name: str) -> None:
     problem, sharing = exact_cases()[name]
