@@ -302,13 +302,15 @@ class Collector:
         for group in groups:
             if group.uses:
                 uses = samples_of(group, by_site, valid, cache, len(signal), group.block.name in self.by_rows)
-                yield group, [replace(use, repeats=1) if self._counts_once(use) else use for use in uses]
+                yield group, [self._as_counted(use) for use in uses]
             else:
                 gradient = by_name[group.block.name]
                 yield group, [] if gradient is None else [PerSample(gradient.reshape(len(signal), 1, -1))]
 
-    def _counts_once(self, use: Outer | PerSample) -> bool:
-        return isinstance(use, Outer) and use.source in self._one_each
+    def _as_counted(self, use: Outer | PerSample) -> Outer | PerSample:
+        if isinstance(use, Outer) and use.source in self._one_each:
+            return replace(use, repeats=1)
+        return use
 
     def _arriving(self, groups: list[Group], output: Tensor, signal: Tensor) -> tuple[Arrived, Mapping[str, Any]]:
         """What arrives at every site, and at every parameter without uses, under signals ``(k, *output)``."""
