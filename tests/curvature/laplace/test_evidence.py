@@ -378,6 +378,7 @@ def test_noise_that_nothing_tells_of_is_refused() -> None:
         optimize_evidence(posterior.at(1e-30))
 
 
+@pytest.mark.filterwarnings("ignore:.*is not convex in the model's outputs")
 def test_a_loss_that_is_not_convex_is_refused_where_it_matters() -> None:
     model, x, y = toy("regression")
 

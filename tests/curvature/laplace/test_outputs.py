@@ -302,6 +302,7 @@ def test_tuning_and_tasks_off_a_minimum() -> None:
     assert online.tasks == 0 and float(online.penalty().detach()) > 0
 
 
+@pytest.mark.filterwarnings("ignore:.*is not convex in the model's outputs")
 def test_last_layer_and_matrix_free() -> None:
     la, _, _ = off_a_minimum("full", "last_layer")  # linear in the last layer, so its Hessian is positive
     assert math.isfinite(la.log_marginal_likelihood())

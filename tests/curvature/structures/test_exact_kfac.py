@@ -84,6 +84,7 @@ def test_reduced_factors_follow_the_definition(name: str, joint: bool) -> None:
     check_layers(problem, got, dense.kfac(problem, "exact", "reduce", joint), joint)
 
 
+@pytest.mark.filterwarnings("ignore:not one loss")  # a batch norm in train mode, on two batches
 @pytest.mark.parametrize("kind", ["exact", "empirical"])
 def test_factors_where_batch_norm_mixes_the_examples(kind: str) -> None:
     problem = PROBLEMS["residual_train"]()
