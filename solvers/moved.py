@@ -47,7 +47,8 @@ FOLDERS = {
     "curvature.laplace": {
         "backends": "batch hessian jacobians last_layer backend=base",
         "factors": "decomposed kron sums",
-        "matrix_free": "evidence likelihood linearized predictive prior sampling traces tuning",
+        "likelihoods": "likelihood=summed",
+        "matrix_free": "evidence linearized predictive prior sampling traces tuning",
         "parametric": "archive diagonal files low_rank online posterior predictions",
     },
     "precond": {

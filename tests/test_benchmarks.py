@@ -159,7 +159,7 @@ def test_methods_that_are_wrong_are_called_wrong():
     assert methods.verdict(lambda: methods.same(torch.ones(2), torch.ones(3))).word == "wrong"
     assert methods.verdict(lambda: [][0]).word == "error"
     refused = methods.verdict(lambda: methods.BACKENDS["GGN"](torch.nn.Linear(1, 1), "regression", max_dim=0))
-    assert refused.word == "refused" and "max_dim must be at least 1" in refused.message
+    assert refused.word == "refused" and "max_dim is at least 1" in refused.message
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")

@@ -11,7 +11,7 @@ from torch import Tensor
 import solvers
 from curvature.estimation.checkpoint import Checkpoint, CheckpointError, Resume, digest, problem_identity
 from curvature.matrices.dataset_operator import DatasetOperator
-from curvature.model.arguments import a, checked, one_of
+from curvature.model.arguments import a, checked, count, one_of, optional
 from solvers import Eigenpairs, LinearOperator
 from solvers.eigenpairs.result import Which
 
@@ -24,6 +24,7 @@ _OF_THE_START = ("basis_size", "v0", "generator")
     op=a(LinearOperator, "a LinearOperator"),
     path=a((str, os.PathLike, Checkpoint), "a path or a Checkpoint"),
     which=one_of(Which),
+    max_products=optional(count()),
 )
 def resumable_eigsh(
     op: LinearOperator,

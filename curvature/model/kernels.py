@@ -31,26 +31,32 @@ class _PlainKernels(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _PLAIN:
             return _PLAIN[func](func, *args, **(kwargs or {}))
-        if func is F.multi_head_attention_forward:
+        if func in _SEEN_INSIDE:
             with self:
-                return ATTENTION(*args, **(kwargs or {}))
+                return _SEEN_INSIDE[func](*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
-def _attention_without_dispatch() -> Any:
-    """``F.multi_head_attention_forward`` with its own look for function modes switched off.
+def _without_dispatch(original: Any) -> Any:
+    """A function with its own look for function modes switched off.
 
     The original hands itself to the active mode before it runs, and a mode is off while it handles a call, so what is
     inside would never be seen. The copy shares the code object: values are bit-identical.
     """
-    original = F.multi_head_attention_forward
-    scope = {**vars(F), "has_torch_function": lambda _: False}
+    blind = dict.fromkeys(("has_torch_function", "has_torch_function_unary"), lambda *_: False)
+    scope = {**original.__globals__, **blind}
     copy = types.FunctionType(original.__code__, scope, original.__name__, original.__defaults__, original.__closure__)
     copy.__kwdefaults__ = original.__kwdefaults__
     return copy
 
 
-ATTENTION = _attention_without_dispatch()
+ATTENTION = _without_dispatch(F.multi_head_attention_forward)
+#: Functions in which others run that are to be seen: attention, and what is computed again in a backward pass.
+_SEEN_INSIDE: dict[Any, Any] = {
+    F.multi_head_attention_forward: ATTENTION,
+    torch.autograd.grad: _without_dispatch(torch.autograd.grad),
+    Tensor.backward: _without_dispatch(Tensor.backward),
+}
 
 
 def _attention(

@@ -98,9 +98,14 @@ class _Stream(TorchDispatchMode):
         drawing = _with_generator(func)
         if drawing is None:
             return func(*args, **kwargs)
-        if kwargs.get("generator") is None:
+        place = [argument.name for argument in drawing._schema.arguments].index("generator")
+        by_place = len(args) > place and drawing is func
+        if (args[place] if by_place else kwargs.get("generator")) is None:
             _refuse_recomputation()
-            kwargs = {**kwargs, "generator": self.generator}
+            if by_place:
+                args = (*args[:place], self.generator, *args[place + 1 :])
+            else:
+                kwargs = {**kwargs, "generator": self.generator}
         return drawing(*args, **kwargs)
 
 

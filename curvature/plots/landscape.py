@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _STEEP = 10.0
 
 
-@checked(result=a(Surface, "a result of surface()"), ax=anything, log=optional(flag), contours=count())
+@checked(result=a(Surface, "a result of surface()"), ax=anything, log=optional(flag), contours=count(low=0))
 def surface(result: Surface, ax: Axes | None = None, *, log: bool | None = None, contours: int = 8) -> Axes:
     """A plane as coloured cells with contour lines, a line as a curve; the model and given checkpoints are marked.
 

@@ -103,7 +103,9 @@ def test_reports_are_read_and_written_again_as_they_are(problem: Problem, name: 
     path = problem.folder / f"report_{name}.json"
     before = path.read_text(encoding="utf-8")
     Report.load(path).save(path)
-    assert json.loads(path.read_text(encoding="utf-8")) == json.loads(before)
+    again = json.loads(path.read_text(encoding="utf-8"))
+    assert again.pop("sha256") and again.pop("sensitivity") is None  # entries of later versions
+    assert again == json.loads(before)
 
 
 def test_an_exact_report_holds_its_numbers(problem: Problem) -> None:

@@ -41,6 +41,20 @@ class Full:
             raise self.error
 
 
+class Watched(torch.autograd.Function):
+    """The identity, whose backward pass calls a function."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, call: Any) -> Tensor:
+        ctx.call = call
+        return h.view_as(h)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        ctx.call()
+        return gradients[0], None
+
+
 class Model(nn.Module):
     """A layer whose forward or backward pass runs out of memory once it is armed."""
 
@@ -55,7 +69,7 @@ class Model(nn.Module):
             self.forward_mode()
         h = self.layer(x).tanh()
         if self.backward is not None and h.requires_grad:
-            h.register_hook(self.backward)
+            h = Watched.apply(h, self.backward)
         return h * h
 
 

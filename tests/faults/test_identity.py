@@ -157,7 +157,7 @@ def _report(model: Any, loss_fn: Any, data: Any, file: Any, **options: Any) -> b
 
 
 DOORS: dict[str, Callable[..., bytes]] = {
-    "fisher kfac": _matrix(curvature.fisher, "kfac"),
+    "fisher kfac": _matrix(curvature.fisher, "kfac", kind="empirical"),
     "fisher ekfac": _matrix(curvature.fisher, "ekfac", kind="empirical"),
     "ggn layer": _matrix(curvature.ggn, "layer"),
     "ggn diagonal": _matrix(curvature.ggn, "diagonal"),
@@ -229,7 +229,11 @@ def test_another_function_is_refused_in_the_middle_of_a_run(batches: int, tmp_pa
                 raise Dead
 
     def run(model: nn.Module) -> Tensor:
-        options: dict[str, Any] = {"structure": "kfac", "resume": Checkpoint(tmp_path / "run.pt", seconds=0)}
+        options: dict[str, Any] = {
+            "structure": "kfac",
+            "kind": "empirical",
+            "resume": Checkpoint(tmp_path / "run.pt", seconds=0),
+        }
         return curvature.fisher(model, loss(), Mortal(), **options).to_dense()
 
     class Long(Model):
@@ -255,7 +259,9 @@ def test_another_function_is_refused_in_the_middle_of_a_run(batches: int, tmp_pa
         with pytest.raises(CheckpointError, match="outputs on the last batch"):
             run(other)
     whole = run(Long("clamp"))
-    assert torch.equal(whole, curvature.fisher(Long("clamp"), loss(), data(), structure="kfac").to_dense())
+    assert torch.equal(
+        whole, curvature.fisher(Long("clamp"), loss(), data(), structure="kfac", kind="empirical").to_dense()
+    )
 
 
 def test_other_draws_are_refused(tmp_path: Path) -> None:

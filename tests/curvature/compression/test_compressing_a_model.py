@@ -286,6 +286,6 @@ def test_eigenvalues_in_a_basis_become_their_nearest_product(generator):
 
 def test_a_grid_for_each_parameter_is_the_same_by_name(linear):
     model, loss_fn, data = linear
-    with pytest.raises(ValueError, match="bits is"):
+    with pytest.raises(ValueError, match="bits"):
         quantize(model, loss_fn, data, bits={"weight": 0})
     assert Grid().bits == 4

@@ -83,7 +83,7 @@ DOORS: dict[str, Callable[[nn.Module, Any, Any], Tensor]] = {
     "hessian": lambda *given: curvature.hessian(*given).to_dense(),
     "ggn": lambda *given: curvature.ggn(*given).to_dense(),
     "layer": lambda *given: curvature.ggn(*given, structure="layer").to_dense(),
-    "kfac": lambda *given: curvature.fisher(*given, structure="kfac", kind="exact").to_dense(),
+    "kfac": lambda *given: curvature.ggn(*given, structure="kfac").to_dense(),
     "empirical": lambda *given: curvature.fisher(*given, structure="layer", kind="empirical").to_dense(),
     "report": report_of,
     "Monitor": monitored,

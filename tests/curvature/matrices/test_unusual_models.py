@@ -420,5 +420,5 @@ def test_a_module_as_the_restriction() -> None:
         assert len(both) == 14
     with pytest.raises(ValueError, match="params= names a Linear, which has no trainable parameter of the model"):
         curvature.ggn(model, LOSS, data, params=nn.Linear(2, 2))
-    with pytest.raises(TypeError, match="names, globs, parameters or modules, not int"):
+    with pytest.raises(TypeError, match="names, globs, parameters or modules, not 1"):
         curvature.ggn(model, LOSS, data, params=[1])

@@ -101,7 +101,7 @@ def test_a_name_or_the_object(cls: Any, options: dict[str, Any], expected: Curva
             ValueError,
             "^SINGD: factor is 'block', but 'diagonal' in SINGDFisher.*give one value",
         ),
-        (SMWNaturalGradient, {"structure": "unit"}, ValueError, "structure must be one of dense, layer, got 'unit'"),
+        (SMWNaturalGradient, {"structure": "unit"}, ValueError, "structure is one of dense, layer, not 'unit'"),
     ],
 )
 def test_another_object_is_refused(cls: Any, options: dict[str, Any], error: type[Exception], message: str) -> None:

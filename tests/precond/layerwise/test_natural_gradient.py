@@ -210,7 +210,7 @@ def test_sampled_gradients_of_uses_without_a_rule_are_refused() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(ValueError, match="structure must be one of dense, layer, unit, diagonal, got 'kfac'"):
+    with pytest.raises(ValueError, match="structure is one of dense, layer, unit, diagonal, not 'kfac'"):
         NaturalGradient(ref.net(), LOSS, lr=0.1, structure="kfac")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="dense matrix of all 28 parameters has 784 entries; max_size=20"):
         NaturalGradient(ref.net(), LOSS, lr=0.1, fisher=WholeFisher(max_size=20))

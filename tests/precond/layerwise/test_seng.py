@@ -120,5 +120,5 @@ def test_refusals() -> None:
         ValueError, match=r"damping must be positive: the matrix that SENG inverts is singular. Got 0.0"
     ):
         SENG(ref.net(), LOSS, lr=0.1, damping=0.0)
-    with pytest.raises(ValueError, match=r"size must be at least one coordinate, got 0"):
+    with pytest.raises(ValueError, match=r"sketch is at least 1, not 0"):
         SENG(ref.net(), LOSS, lr=0.1, sketch=0)

@@ -206,9 +206,7 @@ def test_a_resumed_run_continues_bit_for_bit(structure: Any, stop: int) -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(
-        ValueError, match=r"structure must be one of dense, diagonal, block, triangular, got 'toeplitz'"
-    ):
+    with pytest.raises(ValueError, match=r"structure is one of dense, diagonal, block, triangular, not 'toeplitz'"):
         SINGD(ref.net(), LOSS, lr=0.1, structure="toeplitz")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"factor_lr must be in \(0, 1\), or a factor may become singular; got 1.0"):
         SINGD(ref.net(), LOSS, lr=0.1, fisher=SINGDFisher(factor_lr=1.0))

@@ -156,7 +156,7 @@ def test_refusals() -> None:
         SMWNaturalGradient(model, LOSS, lr=0.1, damping=0.0)
     with pytest.raises(ValueError, match=r"spring is the weight of the previous step, in \[0, 1\); got 1.0"):
         SMWNaturalGradient(model, LOSS, lr=0.1, spring=1.0)
-    with pytest.raises(ValueError, match="structure must be one of dense, layer, got 'unit'"):
+    with pytest.raises(ValueError, match="structure is one of dense, layer, not 'unit'"):
         SMWNaturalGradient(model, LOSS, lr=0.1, structure="unit")  # type: ignore[arg-type]
     from curvature.structures.gram import GramFisher
 
