@@ -16,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from curvature.model.wrappers import is_compiled
 
-#: Packages and modules whose threads draw no numbers: of notebooks, debuggers, progress bars and loaders.
+#: Packages and modules whose threads draw no numbers: of notebooks, debuggers, progress bars, loaders, test runners.
 _QUIET = (
-    *("IPython", "_pydevd_bundle", "debugpy", "ipykernel", "tornado", "tqdm", "zmq"),
+    *("IPython", "_pydevd_bundle", "debugpy", "execnet", "ipykernel", "tensorboard", "tornado", "tqdm", "zmq"),
     *("multiprocessing.queues", "torch._inductor", "torch.utils.data"),
 )
 

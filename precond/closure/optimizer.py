@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar
@@ -350,6 +351,8 @@ class ClosureOptimizer(SecondOrderOptimizer):
                 move = move + correction
                 direction = direction - torch.where(rates > 0, correction / rates, 0.0)
             after, before = float(self.value_at(unflatten(move, params))), float(self.value)
+            if not math.isfinite(before):
+                return torch.full_like(direction, torch.nan)  # no step can be judged by such a loss: refused, aloud
             if unseen(predicted, before, after, move.dtype):
                 return direction
             self.set_damping(rule.judged(damping, before - after, predicted))

@@ -12,6 +12,8 @@ from precond.step.divergence import Name, all_finite
 from solvers.tree import Path, pieces, place
 
 #: What to do about a state that does not fit.
+#: Entries that a parameter has in some runs only: a clock of its own, the length of its momentum, the last move.
+OCCASIONAL = {"waited", "length", "move"}
 _MEND = (
     "Load the state that was saved for this model and this method (built with the same options), or begin without one. "
     "The optimizer keeps its own state."
@@ -76,6 +78,7 @@ def require_fit(
             if entries := saved["state"].get(number):
                 wanted = expected(p, options)
                 names = shared if wanted is None else {k for k, v in wanted.items() if isinstance(v, Tensor)}
+                names = set() if entries.keys() <= OCCASIONAL else names - OCCASIONAL
                 _require_entries(entries, p, wanted, names, f"{method}: the saved state of {name_of(p)}")
     require_finite(saved["state"], f"{method}: the saved state")
 

@@ -26,6 +26,8 @@ from precond import EKFAC, KFAC, SOAP, Shampoo
 F64 = torch.float64
 CE = nn.CrossEntropyLoss()
 
+pytestmark = pytest.mark.filterwarnings("ignore:not one loss")  # some of the models drop out on purpose
+
 
 @pytest.fixture(autouse=True)
 def _switch_often() -> Iterator[None]:
