@@ -103,6 +103,8 @@ class HessianFree(GaussNewtonClosureOptimizer):
 
     def directions(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         params = list(gradients)
+        if not math.isfinite(float(self.value)):  # no step can be judged by such a loss: refused, aloud
+            return {p: torch.full_like(p, torch.nan) for p in params}
         g = self.sign * flatten(gradients)
         matrix, damping = self.matrix(params), float(self.common("damping"))
         iterates = self._solve(matrix, damping, g, params)

@@ -476,6 +476,14 @@ def _more(s: Subject) -> None:
     s.la.fit(loader(*parts[1]), override=False)  # and more
 
 
+def copied(la: Any) -> Any:
+    """A copy whose extractor of features sees its own last layer: laplace-torch's hook writes to the one copied from."""
+    other = copy.deepcopy(la)
+    if getattr(other.model, "last_layer", None) is not None:
+        other.model.set_last_layer(other.model._last_layer_name)
+    return other
+
+
 @method("`copy.deepcopy`")
 def _copy(s: Subject) -> None:
     other = copy.deepcopy(s.la)
@@ -552,7 +560,7 @@ def verdicts(subset: str, structure: str, titles: Iterable[str] = ()) -> dict[st
 
                 found[MADE][key] = verdict(fit)
                 for title in list(found)[1:] if made else []:
-                    subject = replace(made[0], la=copy.deepcopy(made[0].la))
+                    subject = replace(made[0], la=copied(made[0].la))
                     found[title][key] = verdict(lambda title=title, subject=subject: METHODS[title](subject))
     return found
 
