@@ -477,7 +477,7 @@ def _more(s: Subject) -> None:
 
 
 def copied(la: Any) -> Any:
-    """A copy whose extractor of features sees its own last layer: laplace-torch's hook writes to the one copied from."""
+    """A copy whose extractor of features sees its own last layer; laplace-torch's hook writes to the original."""
     other = copy.deepcopy(la)
     if getattr(other.model, "last_layer", None) is not None:
         other.model.set_last_layer(other.model._last_layer_name)
