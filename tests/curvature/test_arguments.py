@@ -126,7 +126,19 @@ HOSTILE: dict[str, Any] = {
     "data": [(X, Y)],
 }
 #: Options for which 0 is a number like others, and those for which 0.5 is.
-ZERO = ("rtol", "damping", "momentum", "seconds", "lr", "class_dim", "batch_dim", "seed", "prior_mean", "params")
+ZERO = (
+    "rtol",
+    "damping",
+    "momentum",
+    "seconds",
+    "lr",
+    "class_dim",
+    "batch_dim",
+    "seed",
+    "prior_mean",
+    "params",
+    "contours",
+)
 HALF = (*ZERO[:5], "max_fraction", "budget", "products", "span", "sparsity", "prior_precision", "prior_mean")
 HALF = (*HALF, "sigma_noise", "temperature")
 #: Values that have a meaning after all.
