@@ -52,7 +52,7 @@ def save(path: str | os.PathLike[str], state: Any) -> None:
 
 
 def load(path: str | os.PathLike[str]) -> Any:
-    """Read what :func:`save` wrote, on the CPU; large tensors are read from the file as they are used.
+    """Read what :func:`save` wrote, on the CPU; where files can be mapped, large tensors are read as they are used.
 
     Nothing in the file is executed. A file that was changed, by a bit or by all of them, is refused.
 
@@ -61,9 +61,15 @@ def load(path: str | os.PathLike[str]) -> Any:
         CheckpointError: If it is damaged, or not a checkpoint.
     """
     try:
-        if not _is_sealed(path):
-            raise CheckpointError("its bytes are not those that were written")
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=os.name == "posix")
+        with open(path, "rb") as file:
+            if not _is_sealed(file):
+                raise CheckpointError("its bytes are not those that were written")
+            # Torch opens a path twice to map it, and by then another process may have given the name to a newer file.
+            own = f"/proc/self/fd/{file.fileno()}"
+            if os.path.exists(own):
+                return torch.load(own, map_location="cpu", weights_only=True, mmap=True)
+            file.seek(0)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
     except Exception as error:
@@ -114,28 +120,27 @@ def _write_sealed(state: Any, file: BinaryIO) -> None:
     file.write(len(seal).to_bytes(2, "little") + seal)
 
 
-def _is_sealed(path: str | os.PathLike[str]) -> bool:
+def _is_sealed(file: BinaryIO) -> bool:
     """Whether a file has the digest that its seal says; older versions wrote none, but sums of every tensor."""
-    with open(path, "rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - 1024))
-        tail = file.read()
-        end = tail.rfind(_END_OF_ZIP)
-        seal = tail[end + 22 :]
-        if end < 0 or int.from_bytes(tail[end + 20 : end + 22], "little") != len(seal):
-            return False
-        if not seal:
-            return zipfile.ZipFile(file).testzip() is None
-        hashed, left = hashlib.sha256(), size - len(seal) - 2
-        file.seek(0)
-        while left:
-            chunk = file.read(min(left, 1 << 22))
-            if not chunk:
-                return False  # it was cut off while it was read
-            hashed.update(chunk)
-            left -= len(chunk)
-        hashed.update(b"\0\0")
-        return seal == _SEAL + hashed.hexdigest().encode()
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - 1024))
+    tail = file.read()
+    end = tail.rfind(_END_OF_ZIP)
+    seal = tail[end + 22 :]
+    if end < 0 or int.from_bytes(tail[end + 20 : end + 22], "little") != len(seal):
+        return False
+    if not seal:
+        return zipfile.ZipFile(file).testzip() is None
+    hashed, left = hashlib.sha256(), size - len(seal) - 2
+    file.seek(0)
+    while left:
+        chunk = file.read(min(left, 1 << 22))
+        if not chunk:
+            return False  # it was cut off while it was read
+        hashed.update(chunk)
+        left -= len(chunk)
+    hashed.update(b"\0\0")
+    return seal == _SEAL + hashed.hexdigest().encode()
 
 
 class Checkpoint:
