@@ -88,7 +88,7 @@ def prune(
         measure: Evaluate the loss before and after, and with each layer alone.
         output: Picks the output tensor where the model does not return a tensor.
         class_dim: Class axis of the output where the shapes leave it open.
-        generator: CalibrationSource of the draws; a fresh one seeded with 0 by default.
+        generator: Source of the draws; a fresh one seeded with 0 by default.
         progress: Show progress bars.
 
     Returns:
