@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -47,6 +48,7 @@ class Factor:
         """The unit lower triangular U of ``U D U^T``."""
         return self.root / self.root.diagonal()
 
+    @cached_property
     def inverse(self) -> Tensor:
         """The inverse of the damped matrix."""
         return torch.cholesky_inverse(self.root)

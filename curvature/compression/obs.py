@@ -20,6 +20,7 @@ from torch import Tensor
 
 from curvature.compression.factors import LayerCurvature
 from curvature.compression.pattern import Pattern
+from solvers import CG, Function
 
 
 def prune_matrix(
@@ -37,8 +38,8 @@ def prune_matrix(
         max_steps: Steps of that solve.
     """
     d_in = W.shape[1] - free
-    inverse = curvature.inputs.inverse().to(W.dtype)
-    rows = curvature.outputs.inverse().diagonal().to(W.dtype) if curvature.outputs else W.new_ones(W.shape[0])
+    inverse = curvature.inputs.inverse.to(W.dtype)
+    rows = curvature.outputs.inverse.diagonal().to(W.dtype) if curvature.outputs else W.new_ones(W.shape[0])
     mask = torch.ones_like(W, dtype=torch.bool)
     value = W
     for number in range(1, rounds + 1):
@@ -101,31 +102,20 @@ def _surgeon(W: Tensor, mask: Tensor, curvature: LayerCurvature, rtol: float, ma
     Solves :math:`M (B X A) = M (B W A)` for X on the support M, by conjugate gradients, preconditioned by the inverse
     of C on the support.
     """
-    A = curvature.inputs.matrix.to(W.dtype)
-    A_inverse = curvature.inputs.inverse().to(W.dtype)
-    B = None if curvature.outputs is None else curvature.outputs.matrix.to(W.dtype)
-    B_inverse = None if curvature.outputs is None else curvature.outputs.inverse().to(W.dtype)
 
-    def product(X: Tensor) -> Tensor:
-        return mask * ((X if B is None else B @ X) @ A)
+    def both_sides(left: Tensor | None, X: Tensor, right: Tensor) -> Tensor:
+        return mask * ((X if left is None else left @ X) @ right)
 
-    def precondition(X: Tensor) -> Tensor:
-        return mask * ((X if B_inverse is None else B_inverse @ X) @ A_inverse)
+    inputs, outputs = curvature.inputs, curvature.outputs
+    A, A_inverse = inputs.matrix.to(W.dtype), inputs.inverse.to(W.dtype)
+    B, B_inverse = (None, None) if outputs is None else (m.to(W.dtype) for m in (outputs.matrix, outputs.inverse))
 
+    def on_support(left: Tensor | None, right: Tensor) -> Function:
+        return Function(
+            lambda X: both_sides(left, X, right), tuple(W.shape), symmetric=True, dtype=W.dtype, device=W.device
+        )
+
+    op, inverse = on_support(B, A), on_support(B_inverse, A_inverse)
     # From the weights as they are: X = M W + D, with M (B D A) = M (B (W - M W) A).
-    residual = product(W * ~mask)
-    goal = rtol * torch.linalg.vector_norm(residual)
-    X = W * mask
-    z = precondition(residual)
-    direction, along = z, (residual * z).sum()
-    for _ in range(max_steps):
-        if not torch.linalg.vector_norm(residual) > goal:
-            break
-        moved = product(direction)
-        step = along / (direction * moved).sum()
-        X = X + step * direction
-        residual = residual - step * moved
-        z = precondition(residual)
-        along, before = (residual * z).sum(), along
-        direction = z + (along / before) * direction
-    return X
+    solver = CG(rtol=rtol, max_steps=max_steps, preconditioner=inverse, progress=False)
+    return W * mask + solver.solve(op, op @ (W * ~mask))
