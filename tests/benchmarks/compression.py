@@ -20,12 +20,13 @@ import tokenize
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import curvature
-from curvature.compression import Grid, prune, quantize
+from curvature.compression import Compression, Grid, prune, quantize
 from curvature.compression.factors import layer_curvature
 from curvature.compression.layers import matrices, select
 from curvature.compression.quantization import quantize_matrix
@@ -258,32 +259,22 @@ def layers(trained: Trained) -> list[str]:
     ]
 
 
+def compressed(
+    function: Callable[..., Compression], trained: Trained, structure: str, bias: str, **what: Any
+) -> nn.Module:
+    """By :func:`curvature.quantize` or :func:`curvature.prune`, with the curvature that was estimated once."""
+    options = {"structure": trained.curvature(structure, bias), "measure": False, "layers": layers(trained)}
+    return function(trained.model, nn.CrossEntropyLoss(), trained.calibration, **options, **what).model
+
+
 def quantised(trained: Trained, bits: float, structure: str = "kfac", bias: str = "separate") -> nn.Module:
     """By :func:`curvature.quantize`."""
-    op = trained.curvature(structure, bias)
-    return quantize(
-        trained.model,
-        nn.CrossEntropyLoss(),
-        trained.calibration,
-        bits=bits,
-        structure=op,
-        measure=False,
-        layers=layers(trained),
-    ).model
+    return compressed(quantize, trained, structure, bias, bits=bits)
 
 
 def pruned(trained: Trained, sparsity: float | str, structure: str = "kfac", bias: str = "separate") -> nn.Module:
     """By :func:`curvature.prune`."""
-    op = trained.curvature(structure, bias)
-    return prune(
-        trained.model,
-        nn.CrossEntropyLoss(),
-        trained.calibration,
-        sparsity=sparsity,
-        structure=op,
-        measure=False,
-        layers=layers(trained),
-    ).model
+    return compressed(prune, trained, structure, bias, sparsity=sparsity)
 
 
 QUANTISERS: dict[str, Callable[[Trained, int], nn.Module]] = {
