@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from curvature.compression.factors import LayerCurvature, layer_curvature
 from curvature.compression.grid import Grid, check_bits
 from curvature.compression.layers import Matrix, check_layers, matrices
+from curvature.compression.obs import prune_matrix
+from curvature.compression.pattern import Pattern
 from curvature.compression.rounding import round_matrix
 from curvature.model.arguments import Check, a, checked, optional, real
 from solvers import BlockDiagonal, Diagonal
 from solvers.outcome.arguments import all_of
 
+N = TypeVar("N", int, float)
+
 BITS = (2, 3, 4, 5, 6, 8)
+SPARSITIES = (0.0, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
 
 
 @dataclass(frozen=True)
@@ -24,22 +29,29 @@ class Allocation:
     """What each layer gets, and the predicted increase of the loss.
 
     Attributes:
-        bits: ``{parameter: bits}``, to be given to :func:`curvature.compression.quantize`.
+        bits: ``{matrix: bits}``, to be given to :func:`curvature.quantize`; empty where sparsity was distributed.
+        sparsity: ``{matrix: share of zeros}``, to be given to :func:`curvature.prune`; empty where bits were.
         predicted: Sum of the predicted increases.
-        mean: Mean bits of a weight.
-        table: ``{parameter: {bits: predicted increase}}`` of all that could have been chosen.
+        mean: Mean bits, or mean sparsity, of a weight.
+        table: ``{matrix: {choice: predicted increase}}`` of all that could have been chosen.
     """
 
     bits: Mapping[str, int]
     predicted: float
     mean: float
-    table: Mapping[str, Mapping[int, float]]
+    table: Mapping[str, Mapping[Any, float]]
+    sparsity: Mapping[str, float] = field(default_factory=dict)
 
 
 def _check_choices(name: str, value: Any) -> Any:
     if not all_of(name, value, check_bits):
         raise ValueError(f"{name} is empty; there is nothing to choose from.")
     return value
+
+
+def _check_either(name: str, value: Any) -> Any:
+    fractions = isinstance(value, (tuple, list)) and any(isinstance(entry, float) for entry in value)
+    return all_of(name, value, real(low=0.0, high=1.0, open_high=True)) if fractions else _check_choices(name, value)
 
 
 _CHECKS: dict[str, Check] = {
@@ -50,20 +62,26 @@ _CHECKS: dict[str, Check] = {
 }
 
 
-@checked(**_CHECKS, bits=real(low=1.0, high=16.0), choices=_check_choices)
+@checked(
+    **_CHECKS,
+    bits=optional(real(low=1.0, high=16.0)),
+    sparsity=optional(real(low=0.0, high=1.0, open_low=True, open_high=True)),
+    choices=optional(_check_either),
+)
 def allocate(
     model: nn.Module,
     curvature: BlockDiagonal,
     *,
-    bits: float = 4.0,
-    choices: Sequence[int] = BITS,
+    bits: float | None = None,
+    sparsity: float | None = None,
+    choices: Sequence[float] | None = None,
     layers: Iterable[str] | None = None,
     grid: Grid | None = None,
     damping: float = 0.01,
 ) -> Allocation:
-    r"""Bits for each layer, so that the predicted increase of the loss is least at a mean number of bits.
+    r"""Bits or sparsity for each layer, so that the predicted increase of the loss is least at a mean over all weights.
 
-    Every matrix is rounded at every choice, which gives its increase
+    Every matrix is rounded, or pruned, at every choice, which gives its increase
     :math:`\tfrac12 \langle E, C E \rangle`; since C has a block for each layer, increases add up, and the best choice
     is an integer program (a knapsack), solved to its optimum.
 
@@ -71,17 +89,46 @@ def allocate(
         model: The trained model.
         curvature: Operator of :func:`curvature.fisher` or :func:`curvature.ggn` in structure ``"kfac"``, ``"ekfac"``,
             ``"foof"`` or ``"diagonal"``, on all parameters of the model.
-        bits: Mean bits of a weight, at most.
-        choices: Numbers of bits to choose from.
+        bits: Mean bits of a weight, at most; 4 where neither is given.
+        sparsity: Mean share of weights that are removed, at least; in place of ``bits``.
+        choices: Numbers of bits, or shares, to choose from.
         layers: Names of the parameters; by default those of two or more axes that have factors.
         grid: Symmetry, groups and fit of the grid; its bits do not count.
         damping: Fraction of the factors' mean diagonals.
 
     Raises:
-        ValueError: If fewer bits are asked for than the smallest choice.
+        ValueError: If both are given, or no choices reach the mean.
     """
+    if bits is not None and sparsity is not None:
+        raise ValueError("bits and sparsity are distributed one at a time: give one of them.")
     found, read = _layers(model, curvature, layers, damping)
-    return allocate_matrices(found, read, bits, grid or Grid(), True, choices)
+    if sparsity is None:
+        numbers = BITS if choices is None else [int(number) for number in choices]
+        return allocate_matrices(found, read, 4.0 if bits is None else bits, grid or Grid(), True, numbers)
+    table = {m.name: _pruned(m, *read(m), SPARSITIES if choices is None else choices) for m in found}
+    sizes = _sizes(found)
+    # A bound from below is one from above on the negative shares.
+    best = cheapest({name: {-s: cost for s, cost in row.items()} for name, row in table.items()}, sizes, -sparsity)
+    chosen = {name: abs(share) for name, share in best.items()}
+    return Allocation({}, *_outcome(chosen, table, sizes), table, chosen)
+
+
+def _pruned(matrix: Matrix, W: Tensor, curvature: LayerCurvature, choices: Iterable[float]) -> dict[float, float]:
+    """Predicted increase of the loss when one matrix is pruned, for each share of zeros."""
+    values = ((share, prune_matrix(W, curvature, Pattern(share), matrix.free)[0]) for share in choices)
+    return {share: curvature.increase(W - value) for share, value in values}
+
+
+def _sizes(found: Iterable[Matrix]) -> dict[str, int]:
+    return {m.name: m.block.shape[-2] * (m.block.shape[-1] - m.free) for m in found}
+
+
+def _outcome(
+    chosen: Mapping[str, float], table: Mapping[str, Mapping[Any, float]], sizes: Mapping[str, int]
+) -> tuple[float, float]:
+    """The predicted increase of a choice, and its mean over all weights."""
+    mean = sum(sizes[name] * choice for name, choice in chosen.items()) / sum(sizes.values())
+    return sum(table[name][choice] for name, choice in chosen.items()), mean
 
 
 @checked(**_CHECKS, bits=_check_choices)
@@ -153,17 +200,12 @@ def allocate_matrices(
 ) -> Allocation:
     """:func:`allocate` on matrices that ``read`` gives with their curvature, one after another."""
     table = {matrix.name: increases(matrix, *read(matrix), grid, by_activation, choices) for matrix in found}
-    sizes = {m.name: m.block.shape[-2] * (m.block.shape[-1] - m.free) for m in found}
+    sizes = _sizes(found)
     best = cheapest(table, sizes, bits)
-    return Allocation(
-        best,
-        sum(table[name][number] for name, number in best.items()),
-        sum(sizes[name] * number for name, number in best.items()) / sum(sizes.values()),
-        table,
-    )
+    return Allocation(best, *_outcome(best, table, sizes), table)
 
 
-def cheapest(table: Mapping[str, Mapping[int, float]], sizes: Mapping[str, int], budget: float) -> dict[str, int]:
+def cheapest(table: Mapping[str, Mapping[N, float]], sizes: Mapping[str, int], budget: float) -> dict[str, N]:
     r"""One choice for each layer with the least sum of costs, under :math:`\sum_l n_l c_l \le budget \sum_l n_l`.
 
     Raises:
@@ -177,8 +219,9 @@ def cheapest(table: Mapping[str, Mapping[int, float]], sizes: Mapping[str, int],
     options = [(row, choice) for row, name in enumerate(names) for choice in table[name]]
     total = sum(sizes.values())
     least = sum(sizes[name] * min(table[name]) for name in names) / total
-    if budget < least * (1 - 1e-6):  # rounding of a mean
-        raise ValueError(f"bits={budget:g} is below {least:g}, the mean of the smallest choices. Add smaller choices.")
+    slack = 1e-6 * abs(budget)  # rounding of a mean
+    if budget + slack < least:
+        raise ValueError(f"a mean of {abs(budget):g} is beyond {abs(least):g}, the most that the choices give.")
     costs = np.array([table[names[row]][choice] for row, choice in options])
     scale = costs.max()
     weights = np.array([sizes[names[row]] / total * choice for row, choice in options])
@@ -187,7 +230,7 @@ def cheapest(table: Mapping[str, Mapping[int, float]], sizes: Mapping[str, int],
         costs / (scale if scale > 0 else 1.0),
         integrality=np.ones(len(options)),
         bounds=Bounds(0, 1),
-        constraints=[LinearConstraint(one, 1, 1), LinearConstraint(weights[None], -np.inf, budget * (1 + 1e-6))],
+        constraints=[LinearConstraint(one, 1, 1), LinearConstraint(weights[None], -np.inf, budget + slack)],
         options={"mip_rel_gap": 0.0},
     )
     if found.x is None:

@@ -75,6 +75,15 @@ class Matrix:
     operator: LinearOperator
     free: int
 
+    @property
+    def parameter(self) -> str:
+        """Name of the parameter that it is all or a part of."""
+        return self.block.parts[0].name
+
+    def choice(self, given: Mapping[str, Any], default: Any) -> Any:
+        """What was chosen for this matrix, by its own name or by that of its parameter."""
+        return given.get(self.name, given.get(self.parameter, default))
+
     def read(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """The matrix ``(d_out, d_in + free)``, float32 at least."""
         value = self.block.read({name: parameters[name].detach() for name in self.block.names})
@@ -236,11 +245,18 @@ def matrices(op: BlockDiagonal, names: Iterable[str] | None = None) -> Iterator[
             continue  # scale and shift, and the like
         first = place.block.parts[0]
         free = shape[-1] - first.shape[-1]
+        whole = first.numel == place.sizes[0]
+        name = first.name if whole else f"{first.name}[{first.start}:{first.start + first.numel}]"
         if len(shape) == 2:
-            yield Matrix(first.name, place.block, None, block, free)
+            yield Matrix(name, place.block, None, block, free)
             continue
         for index in range(shape[0]):
-            yield Matrix(f"{first.name}[group {index}]", place.block, index, _of_stack(block, index), free)
+            yield Matrix(f"{name}[group {index}]", place.block, index, _of_stack(block, index), free)
+
+
+def parameters_of(names: Iterable[str]) -> list[str]:
+    """The parameters that matrices of these names are parts of."""
+    return list(dict.fromkeys(name.partition("[")[0] for name in names))
 
 
 def _of_stack(op: LinearOperator, index: int) -> LinearOperator:

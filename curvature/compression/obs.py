@@ -24,7 +24,13 @@ from solvers import CG, Function
 
 
 def prune_matrix(
-    W: Tensor, curvature: LayerCurvature, pattern: Pattern, free: int, rounds: int, rtol: float, max_steps: int
+    W: Tensor,
+    curvature: LayerCurvature,
+    pattern: Pattern,
+    free: int,
+    rounds: int = 8,
+    rtol: float = 1e-3,
+    max_steps: int = 100,
 ) -> tuple[Tensor, Tensor]:
     """The pruned matrix ``(d_out, d_in + free)`` and its mask ``(d_out, d_in + free)``, True where a weight stays.
 
@@ -38,6 +44,8 @@ def prune_matrix(
         max_steps: Steps of that solve.
     """
     d_in = W.shape[1] - free
+    if not pattern.fraction:
+        return W, torch.ones_like(W, dtype=torch.bool)
     inverse = curvature.inputs.inverse.to(W.dtype)
     rows = curvature.outputs.inverse.diagonal().to(W.dtype) if curvature.outputs else W.new_ones(W.shape[0])
     mask = torch.ones_like(W, dtype=torch.bool)

@@ -24,7 +24,7 @@ class Pattern:
 
     @classmethod
     def parse(cls, sparsity: float | str, units: bool = False) -> Pattern:
-        """A fraction, or ``"n:m"``.
+        """A fraction, or ``"n:m"``; the fraction 0 removes nothing.
 
         Raises:
             ValueError: If it is neither, or out of range.
@@ -37,8 +37,8 @@ class Pattern:
             if units:
                 raise ValueError(f"units=True removes whole units; sparsity={sparsity!r} is a pattern within them.")
             return cls(1 - n / m, n, m)
-        if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)) or not 0 < sparsity < 1:
-            raise ValueError(f"sparsity must be a fraction between 0 and 1 or 'n:m', got {sparsity!r}.")
+        if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)) or not 0 <= sparsity < 1:
+            raise ValueError(f"sparsity must be a fraction from 0 to below 1 or 'n:m', got {sparsity!r}.")
         return cls(float(sparsity), units=units)
 
     @property

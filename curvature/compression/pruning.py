@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from curvature.compression.factors import LayerCurvature
-from curvature.compression.layers import CHECKS, CalibrationSource, Matrix
+from curvature.compression.layers import CHECKS, CalibrationSource, Matrix, parameters_of
 from curvature.compression.obs import prune_matrix
 from curvature.compression.pattern import Pattern
 from curvature.compression.result import Compression
@@ -24,7 +24,13 @@ from solvers.outcome.arguments import flag
 
 
 def _check_sparsity(name: str, value: Any) -> Any:
-    Pattern.parse(value)
+    if isinstance(value, Mapping):
+        if not value:
+            raise ValueError(f"{name} is empty; it holds a fraction for each parameter.")
+        for entry in value.values():
+            Pattern.parse(entry)
+    elif not Pattern.parse(value).fraction:
+        raise ValueError(f"{name}=0 would remove nothing.")
     return value
 
 
@@ -41,7 +47,7 @@ def prune(
     loss_fn: Any,
     data: Data,
     *,
-    sparsity: float | str = 0.5,
+    sparsity: float | str | Mapping[str, float | str] = 0.5,
     units: bool = False,
     structure: Structure | BlockDiagonal = "kfac",
     kind: FisherKind | None = None,
@@ -71,7 +77,7 @@ def prune(
         loss_fn: The loss it was trained on.
         data: Calibration data: one batch ``(x, y)`` or a re-iterable of batches.
         sparsity: Share of the weights of each matrix that is removed, or ``"n:m"``: of ``m`` neighbouring inputs, ``n``
-            are kept.
+            are kept; or ``{parameter: sparsity}``, such as :func:`curvature.allocate` chooses.
         units: Remove whole output units (rows and their biases).
         structure: As for :func:`quantize`.
         kind: Kind of Fisher matrix; ``"mc"`` by default.
@@ -98,19 +104,24 @@ def prune(
         ValueError: If an option is out of range, or the inputs of a layer are no multiple of m.
         SolverError: If a layer's curvature is not finite, zero or indefinite.
     """
-    pattern = Pattern.parse(sparsity, units)
+    given: Mapping[str, float | str] = sparsity if isinstance(sparsity, Mapping) else {}
+    rest = 0.0 if isinstance(sparsity, Mapping) else sparsity
+    if given and layers is None:
+        layers = parameters_of(given)
     source = CalibrationSource(loss_fn, data, structure, kind, samples, bias, output, class_dim, generator, progress)
 
     def plan(found: Sequence[Matrix], read: object) -> Change:
+        patterns = {matrix.name: Pattern.parse(matrix.choice(given, rest), units) for matrix in found}
         inputs = {matrix.name: matrix.block.shape[-1] - matrix.free for matrix in found}
-        if pattern.m is not None and (uneven := {name: d for name, d in inputs.items() if d % pattern.m}):
+        uneven = {name: d for name, d in inputs.items() if (m := patterns[name].m) is not None and d % m}
+        if uneven:
             raise ValueError(
-                f"sparsity={sparsity!r} needs inputs in groups of {pattern.m}, but "
+                f"sparsity={sparsity!r} needs inputs in groups of m, but "
                 f"{', '.join(f'{name} has {d}' for name, d in uneven.items())}. Leave these out with layers=."
             )
 
         def change(matrix: Matrix, W: Tensor, curvature: LayerCurvature) -> Changed:
-            value, mask = prune_matrix(W, curvature, pattern, matrix.free, rounds, rtol, max_steps)
+            value, mask = prune_matrix(W, curvature, patterns[matrix.name], matrix.free, rounds, rtol, max_steps)
             return Changed(value, mask=mask[:, : inputs[matrix.name]])
 
         return change

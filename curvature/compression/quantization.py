@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from curvature.compression.allocation import allocate_matrices
 from curvature.compression.factors import LayerCurvature
 from curvature.compression.grid import Codes, Fit, Grid, Group, Levels, check_bits
-from curvature.compression.layers import CHECKS, CalibrationSource, Matrix
+from curvature.compression.layers import CHECKS, CalibrationSource, Matrix, parameters_of
 from curvature.compression.result import Compression
 from curvature.compression.rounding import round_matrix
 from curvature.compression.run import Change, Changed, compress
@@ -126,7 +126,7 @@ def quantize(
     share, whole = None, 4
     if isinstance(bits, Mapping):
         chosen = bits
-        layers = list(bits) if layers is None else layers
+        layers = parameters_of(bits) if layers is None else layers
     elif float(bits).is_integer():
         whole = int(bits)
     else:
@@ -138,7 +138,7 @@ def quantize(
         own = chosen
         if share is not None:
             own = allocate_matrices(found, read, share, grid, by_activation).bits
-        grids = {matrix.name: replace(grid, bits=own.get(matrix.name, grid.bits)) for matrix in found}
+        grids = {matrix.name: replace(grid, bits=matrix.choice(own, grid.bits)) for matrix in found}
 
         def change(matrix: Matrix, W: Tensor, curvature: LayerCurvature) -> Changed:
             return quantize_matrix(W, curvature, grids[matrix.name], matrix.free, by_activation)

@@ -176,8 +176,78 @@ def test_bits_in_between_are_distributed(attention):
     assert found.bits == pytest.approx(plan.mean)
     uniform = quantize(model, loss_fn, data, bits=3, structure=op, measure=False)
     assert found.predicted < uniform.predicted
-    with pytest.raises(ValueError, match="below 2"):
+    with pytest.raises(ValueError, match="beyond 2"):
         allocate(model, op, bits=1.5)
+
+
+def test_sparsity_is_distributed(attention):
+    model, loss_fn, data = attention
+    op = curvature.fisher(model, loss_fn, data, kind="exact", structure="kfac")
+    plan = allocate(model, op, sparsity=0.5)
+    assert plan.mean >= 0.5 - 1e-6 and len(set(plan.sparsity.values())) > 1 and not plan.bits
+    found = prune(model, loss_fn, data, sparsity=plan.sparsity, structure=op, measure=False)
+    assert {layer.name: round(1 - layer.kept, 3) for layer in found.layers} == pytest.approx(plan.sparsity, abs=0.02)
+    assert found.predicted == pytest.approx(plan.predicted, rel=1e-6)
+    assert found.predicted < prune(model, loss_fn, data, sparsity=0.5, structure=op, measure=False).predicted
+    total = {m.name: m.shape[0] * m.shape[1] for m in found.layers}
+    best = min(
+        sum(plan.table[n][s] for n, s in zip(total, choice, strict=True))
+        for choice in itertools.product((0.0, 0.5, 0.875), repeat=len(total))
+        if sum(total[n] * s for n, s in zip(total, choice, strict=True)) >= 0.5 * sum(total.values())
+    )
+    some = allocate(model, op, sparsity=0.5, choices=(0.0, 0.5, 0.875))
+    assert some.predicted == pytest.approx(best, rel=1e-9)
+    with pytest.raises(ValueError, match="one at a time"):
+        allocate(model, op, sparsity=0.5, bits=4)
+    with pytest.raises(ValueError, match=r"beyond 0\.5"):
+        allocate(model, op, sparsity=0.6, choices=(0.0, 0.5))
+
+
+def test_a_plan_serves_groups_and_segments_by_their_names(attention):
+    model, loss_fn, data = attention
+    op = curvature.fisher(model, loss_fn, data, kind="exact", structure="kfac")
+    plan = allocate(model, op, bits=3.5)
+    assert {"conv.weight[group 0]", "conv.weight[group 1]"} <= set(plan.bits)
+    found = quantize(model, loss_fn, data, bits=plan.bits, structure=op, measure=False)
+    assert {layer.name: layer.bits for layer in found.layers} == dict(plan.bits)
+
+    class Crossed(nn.Module):
+        """Queries from one input, keys and values from another: the packed projection is used in segments."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention, self.head = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 5)
+
+        def forward(self, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+            return self.head(self.attention(x, context, context, need_weights=False)[0].mean(1))
+
+    torch.manual_seed(0)
+    crossed = Crossed().double().eval()
+    x, context = torch.randn(24, 4, 8, dtype=torch.float64), torch.randn(24, 5, 8, dtype=torch.float64)
+    found = quantize(crossed, loss_fn, ((x, context), data[1]), bits=3, bias="separate", measure=False)
+    names = [name for name in found.codes if name.startswith("attention.in_proj_weight")]
+    assert len(names) > 1 and len(found.codes) == len(found.layers)
+    rows = torch.cat([found.codes[name].dequantize() for name in names])
+    torch.testing.assert_close(rows, found.model.attention.in_proj_weight.detach(), rtol=0, atol=1e-12)
+
+
+def test_a_causal_language_model_of_transformers_with_its_own_batches():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 8, "vocab_size": 20, "n_positions": 8}
+    config = transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, loss_type="ForCausalLM")
+    model = transformers.GPT2LMHeadModel(config).double().eval()
+    ids = torch.randint(20, (6, 8))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    found = quantize(model, nn.CrossEntropyLoss(), batch, bits=3)
+    names = [f"transformer.h.0.{name}.weight" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
+    assert list(found.codes) == names  # the head is the embedding
+    # transformers takes the loss of logits in float32
+    assert found.loss_before == pytest.approx(float(model(**batch).loss.detach()), rel=1e-6)
+    assert found.loss_after == pytest.approx(float(found.model(**batch).loss.detach()), rel=1e-6)
+    new = found.model.transformer.h[0].mlp.c_fc.weight.detach()  # stored as (inputs, outputs)
+    torch.testing.assert_close(found.codes[names[2]].dequantize(), new.T, rtol=0, atol=1e-12)
+    assert all(layer.seconds > 0 for layer in found.layers)
 
 
 def test_codes_and_masks_can_be_stored(attention, tmp_path):

@@ -34,6 +34,19 @@ def test_two_sided_rounding_equals_the_recursion_entry_by_entry(generator, monke
     assert torch.allclose(found, two_sided(W, _damped(A, 0.01), _damped(B, 0.01), _nearest(levels)), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("coupled", [False, True])
+def test_inputs_with_the_largest_second_moment_are_rounded_last(generator, coupled):
+    W = torch.randn(5, 7, generator=generator, dtype=torch.float64)
+    A = spd(7, generator)
+    B = spd(5, generator) if coupled else torch.eye(5, dtype=torch.float64)
+    levels = Grid(3).levels(W)
+    found = round_matrix(W, levels, layer_curvature("W", Kronecker(B, A), 0.01), by_activation=True)
+    order = torch.argsort(A.diagonal(), descending=True)
+    sorted_A, own = _damped(A, 0.01)[order][:, order], levels.take(order)
+    expected = two_sided(W[:, order], sorted_A, _damped(B, 0.01), _nearest(own))
+    assert torch.allclose(found[:, order], expected, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("group", ["row", "tensor", 3])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_rounding_by_inputs_alone_is_gptq(generator, monkeypatch, group, symmetric):
