@@ -30,7 +30,7 @@ def prune_matrix(
     free: int,
     rounds: int = 8,
     rtol: float = 1e-3,
-    max_steps: int = 100,
+    max_steps: int = 500,
 ) -> tuple[Tensor, Tensor]:
     """The pruned matrix ``(d_out, d_in + free)`` and its mask ``(d_out, d_in + free)``, True where a weight stays.
 

@@ -57,7 +57,7 @@ def prune(
     sequential: bool = False,
     damping: float = 0.01,
     rtol: float = 1e-3,
-    max_steps: int = 100,
+    max_steps: int = 500,
     layers: str | Iterable[str] | None = None,
     embeddings: bool = False,
     measure: bool = True,
