@@ -20,7 +20,7 @@ from precond.step.scheduled import ScheduledOptimizer
 from precond.step.schedules import Scheduled
 from precond.step.signature import announced
 from precond.step.transaction import Transaction
-from precond.step.trust_region import BoundRecord, Move, Slopes, bounded_move, inner, reference_lr
+from precond.step.trust_region import BoundRecord, Move, Slopes, bounded_move, inner, reference_lr, wide
 from precond.step.uncompiled import uncompiled
 from precond.step.update import apply_update, regularized
 from solvers.outcome.arguments import flag, instance
@@ -427,8 +427,8 @@ class SecondOrderOptimizer(ScheduledOptimizer):
             if p not in directions:
                 out[p] = Slopes(torch.zeros(()), None)
                 continue
-            v = self.state[p].get("momentum_buffer") if p in self.state else None
-            out[p] = Slopes(inner(directions[p], images[p]), None if v is None else inner(v, images[p]))
+            v, image = self.state[p].get("momentum_buffer") if p in self.state else None, wide(images[p])
+            out[p] = Slopes(inner(directions[p], image), None if v is None else inner(v, image))
         return out
 
     def _bound(self, directions: dict[Tensor, Tensor], gradients: dict[Tensor, Tensor], prepared: bool) -> Move | None:

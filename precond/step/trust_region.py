@@ -45,11 +45,14 @@ class Move:
     active: Tensor
 
 
+def wide(x: Tensor) -> Tensor:
+    """In float64, since squares of large gradients leave float32; in its own dtype where there is none."""
+    return x if x.device.type == "mps" else x.double()
+
+
 def inner(a: Tensor, b: Tensor) -> Tensor:
-    """Inner product in float64, since squares of large gradients leave float32; in their dtype where there is none."""
-    if a.device.type == "mps":
-        return (a * b).sum()
-    return (a.double() * b.double()).sum()
+    """Inner product, see :func:`wide`."""
+    return torch.dot(wide(a).reshape(-1), wide(b).reshape(-1))
 
 
 def reference_lr(group: Mapping[str, Any]) -> float:
@@ -75,7 +78,7 @@ def kl_scale(total: Tensor, bound: float) -> Tensor:
 
 
 def bounded_move(
-    groups: list[dict[str, Any]], slopes: Mapping[Tensor, Slopes], lengths: Mapping[Tensor, Tensor | float]
+    groups: list[dict[str, Any]], slopes: Mapping[Tensor, Slopes], lengths: Mapping[Tensor, Tensor]
 ) -> Move | None:
     r"""The factors that keep a step within its trust region.
 
@@ -112,7 +115,11 @@ def bounded_move(
     bound, first = min(bounds), slopes[entries[0][1]].direction
 
     def row(values: list[Any]) -> Tensor:
-        return torch.stack([v.to(first) if isinstance(v, Tensor) else first.new_tensor(v) for v in values])
+        """Numbers as one tensor; tensors and ``None`` for zero as well, where that is what they are."""
+        if all(isinstance(value, float) for value in values):
+            return first.new_tensor(values)
+        zero = first.new_zeros(())
+        return torch.stack([value.to(first) if isinstance(value, Tensor) else zero for value in values])
 
     rates = row([reference_lr(group) ** 2 for group, _ in entries])
     dd = row([slopes[p].direction for _, p in entries])
@@ -123,16 +130,17 @@ def bounded_move(
     mu = [float(group["momentum"]) for group, _ in entries]
     if not any(mu) or any(group["kl_of"] == "direction" for group in groups):
         return Move(scale, None, {}, (present * dd).sum(), scale < 1)
-    momenta = [slopes[p].momentum for _, p in entries]
-    dv = row([0.0 if m is None else m for m in momenta])
-    dv = torch.where(kept, scale * dv, 0)
-    m, ahead = row(mu), row([float(group["nesterov"]) for group, _ in entries])
-    q = m.square() * row([lengths.get(p, 0.0) for _, p in entries]) + 2 * m * dv + dd
-    look = dd + 2 * m * (m * dv + dd) + m.square() * q
-    n = torch.where(ahead > 0, look, q)
+    dv = torch.where(kept, scale * row([slopes[p].momentum for _, p in entries]), 0)
+    m = row(mu)
+    new = m * dv + dd
+    q = m * (m * row([lengths.get(p) for _, p in entries]) + dv) + new
+    n = q
+    if any(group["nesterov"] for group, _ in entries):
+        ahead = row([float(group["nesterov"]) for group, _ in entries])
+        n = torch.where(ahead > 0, dd + 2 * m * new + m.square() * q, q)
     whole = kl_scale((rates * n).sum(), bound)
-    new = {p: length for (_, p), length, strength in zip(entries, q.unbind(), mu, strict=True) if strength}
-    return Move(scale, whole, new, whole.square() * (present * n).sum(), (scale < 1) | (whole < 1))
+    lasting = {p: length for (_, p), length, strength in zip(entries, q.unbind(), mu, strict=True) if strength}
+    return Move(scale, whole, lasting, whole.square() * (present * n).sum(), (scale < 1) | (whole < 1))
 
 
 @dataclass(frozen=True)
