@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
-from functools import reduce
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from curvature.layers.block import Block
 from curvature.layers.samples import Samples
 from curvature.losses.signals import FisherKind, check_kind
-from curvature.structures.weighted_mean import WeightedMean
+from curvature.structures.weighted_mean import WeightedMean, finite_each
 from solvers import LinearOperator
 from solvers.outcome.arguments import fields_of, whole
 from solvers.precision import widen
@@ -71,6 +70,10 @@ class CurvatureEstimator(ABC):
     @abstractmethod
     def finite(self) -> Tensor:
         """0-d bool tensor: the current step is free of NaN and inf."""
+
+    def witnesses(self) -> list[Tensor]:
+        """Numbers, 0-d, that are all finite if and only if the current step is :meth:`finite`."""
+        return [torch.where(self.finite(), 0.0, torch.nan)]
 
     @property
     def stored(self) -> int:
@@ -183,8 +186,13 @@ class MeansEstimator(CurvatureEstimator):
             part.discard()
 
     def finite(self) -> Tensor:
-        flags = [part.finite() for part in self.parts() if not isinstance(part, WeightedMean) or part.pending]
-        return reduce(lambda some, flag: some & flag.to(some.device), flags) if flags else torch.tensor(True)
+        witnesses = self.witnesses()
+        return finite_each(witnesses).all() if witnesses else torch.tensor(True)
+
+    def witnesses(self) -> list[Tensor]:
+        means = [part.witness() for part in self.parts() if isinstance(part, WeightedMean) and part.pending]
+        whole = [part.witnesses() for part in self.parts() if isinstance(part, CurvatureEstimator)]
+        return [*means, *(number for part in whole for number in part)]
 
     @property
     def ready(self) -> bool:

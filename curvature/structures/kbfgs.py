@@ -183,9 +183,8 @@ class KroneckerBFGSEstimator(MeansEstimator, InverseEstimator):
         super().discard()
         self._first, self._second = Means.empty(), Means.empty()
 
-    def finite(self) -> Tensor:
-        flags = super().finite()
-        return flags & self._first.gradients.finite().to(flags.device)
+    def witnesses(self) -> list[Tensor]:
+        return [*super().witnesses(), self._first.gradients.witness()]
 
     def improve(self, damping: float) -> None:
         if not damping > 0:

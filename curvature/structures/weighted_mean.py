@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def finite_each(witnesses: Sequence[Tensor]) -> Tensor:
+    """Which of some 0-d numbers are finite, ``(k,)``; all are looked at together, on the device of the first."""
+    kinds = {(n.device, n.dtype) for n in witnesses}
+    if len(kinds) > 1:
+        witnesses = [n.to(witnesses[0].device, torch.float64) for n in witnesses]
+    return torch.isfinite(torch.stack(list(witnesses)))
 
 
 class WeightedMean:
@@ -73,12 +83,17 @@ class WeightedMean:
         total, count = self.step_sum()
         return total / count
 
+    def witness(self) -> Tensor:
+        """0-d: finite if and only if the uncommitted statistics are free of NaN and inf."""
+        if self._total is None:
+            return torch.zeros(())
+        total = self._total.sum()  # one pass without temporaries: NaN and inf survive a sum
+        plain = isinstance(self._count, float) and 0 < self._count < math.inf
+        return total if plain else total / self._count
+
     def finite(self) -> Tensor:
         """0-d bool tensor: the uncommitted statistics are free of NaN and inf (no host sync)."""
-        if self._total is None:
-            return torch.tensor(True)
-        # One pass without temporaries: NaN and inf survive a sum.
-        return torch.isfinite(self._total.sum() / self._count)
+        return torch.isfinite(self.witness())
 
     def commit(self, ema: float) -> None:
         """Fold the step's mean into the running mean; a step without data leaves it as it is."""
@@ -88,8 +103,11 @@ class WeightedMean:
         old = ema * self.weight
         self.weight = old + 1.0
         if self.value is not None:  # a model may go on in another precision
-            dtype = torch.promote_types(self.value.dtype, mean.dtype)
-            mean = self.value.to(dtype).lerp(mean.to(dtype), 1.0 / self.weight)
+            if self.value.dtype == mean.dtype:
+                mean = self.value.lerp(mean, 1.0 / self.weight)
+            else:
+                dtype = torch.promote_types(self.value.dtype, mean.dtype)
+                mean = self.value.to(dtype).lerp(mean.to(dtype), 1.0 / self.weight)
         self.value = mean
         self.discard()
 

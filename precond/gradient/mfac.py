@@ -9,7 +9,7 @@ from torch import Tensor
 
 from precond.gradient.optimizer import Group
 from precond.step.base import SecondOrderOptimizer, StepOptions
-from precond.step.divergence import finite_squares
+from precond.step.divergence import squares_fit
 from precond.step.methods import Taxonomy
 from precond.step.options import Momentum, period
 from precond.step.schedules import Scheduled
@@ -92,7 +92,8 @@ class MFAC(SecondOrderOptimizer):
             raise ValueError(f"damping must be positive: a window of gradients is singular. Got {options['damping']}.")
 
     # A gradient whose squares overflow counts as not finite.
-    _finite = staticmethod(finite_squares)
+    def takes(self, norm: float, gradients: dict[Tensor, Tensor]) -> bool:
+        return squares_fit(norm, gradients.values())
 
     def directions(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         out: dict[Tensor, Tensor] = {}

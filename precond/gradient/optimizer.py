@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from precond.step.base import SecondOrderOptimizer
-from precond.step.divergence import TOLERATED_FAILURES, finite_squares
+from precond.step.divergence import TOLERATED_FAILURES, squares_fit
 from solvers import SolverError
-from solvers.precision import working_dtype
+from solvers.precision import widen, working_dtype
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ class GradientOptimizer(SecondOrderOptimizer):
                 (entries if self.diagonal(self.state[p]) else whole).append(p)
             for params, compute in ((whole, self.several), (entries, self._adam)):
                 if params:
-                    raised = [gradients[p].to(working_dtype(p)) for p in params]
+                    raised = [widen(gradients[p]) for p in params]
                     out |= zip(params, compute(params, raised, group), strict=True)
         return out
 
@@ -91,9 +91,7 @@ class GradientOptimizer(SecondOrderOptimizer):
 
     def _adam(self, params: list[Tensor], gradients: list[Tensor], group: Group) -> list[Tensor]:
         states = [self.state[p] for p in params]
-        out = adam(gradients, states, group["betas"], group["eps"])
-        self.written += [state[name] for state in states for name in ("exp_avg", "exp_avg_sq")]
-        return out
+        return adam(gradients, states, group["betas"], group["eps"])  # finite, because the gradients' squares are
 
     def touched(self) -> list[Tensor]:
         written, self.written = self.written, []
@@ -104,7 +102,8 @@ class GradientOptimizer(SecondOrderOptimizer):
         if "step" not in self.state[p]:
             self.state[p].update(step=0, **(self.initial_state(p, group) if p.numel() else {}))
 
-    _finite = staticmethod(finite_squares)
+    def takes(self, norm: float, gradients: dict[Tensor, Tensor]) -> bool:
+        return squares_fit(norm, gradients.values())
 
     def refresh(self, p: Tensor, compute: Callable[[], State | None], prefix: str = "") -> None:
         """Replace entries of the state by computed ones; after a failure the last good ones stay.
@@ -152,7 +151,7 @@ def adam(gradients: list[Tensor], states: list[State], betas: tuple[float, float
     the same size.
     """
     first, second = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
-    same = [g.reshape(m.shape) for g, m in zip(gradients, first, strict=True)]
+    same = [g if g.shape == m.shape else g.reshape(m.shape) for g, m in zip(gradients, first, strict=True)]
     first = list(torch._foreach_lerp(first, same, 1 - betas[0]))
     second = list(torch._foreach_mul(second, betas[1]))
     torch._foreach_addcmul_(second, same, same, value=1 - betas[1])
@@ -163,4 +162,4 @@ def adam(gradients: list[Tensor], states: list[State], betas: tuple[float, float
     torch._foreach_add_(roots, eps)
     out = torch._foreach_div(first, [1 - betas[0] ** s["step"] for s in states])
     torch._foreach_div_(out, roots)
-    return [d.reshape(g.shape) for d, g in zip(out, gradients, strict=True)]
+    return [d if d.shape == g.shape else d.reshape(g.shape) for d, g in zip(out, gradients, strict=True)]

@@ -43,8 +43,8 @@ from precond.step.loading import require_layout
 from precond.step.loop import Loop
 from precond.step.options import Momentum, Refresh, TrustRegion, WeightDecay
 from precond.step.schedules import Scheduled, ScheduledInt, at_start, value_at
-from precond.step.trust_region import BoundRecord, Move, inner
-from solvers import Damping, FactoredTikhonov, Solver, Tikhonov
+from precond.step.trust_region import BoundRecord, Move, products, reference_lr, vectors
+from solvers import Damping, Eigen, FactoredTikhonov, LinearOperator, Solver, Tikhonov
 from solvers.outcome.arguments import flag, instance, number
 
 
@@ -523,52 +523,56 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         """Renew the inverses that are due, and after new statistics those that come at no cost."""
         period = self.option("inverse_update_period")
         slot = self.preconditioners.slots(period) if self.stagger else {}
-        renewed = set()
+        bounded = any(group["kl_clip"] is not None for group in self.param_groups)
+        self._measured = {}
         for name, preconditioner in self.preconditioners.items():
             due = preconditioner.unseen > 0 and (self.steps - slot.get(name, 0)) % period == 0
             due = due or preconditioner.inverse is None
-            if not due and not updated:
-                continue
-            before = preconditioner.inverse
-            preconditioner.refresh(
-                self._damping(preconditioner.estimator.block),
-                basis=due,
-                rows=self._taps.count(name),
-                applications=max(period, self.option("curvature_update_period")),
-            )
-            if preconditioner.inverse is not before:
-                renewed |= set(preconditioner.estimator.block.names)
-        self._measured = self._lengths(renewed)
-
-    def _lengths(self, renewed: set[str]) -> dict[Tensor, Tensor]:
-        """Each parameter's share of ``v^T M v`` of the momentum v, in the metric M of preconditioners that are new."""
-        if all(group["kl_clip"] is None for group in self.param_groups):
-            return {}
-        buffers = {
-            name: self.state[p]["momentum_buffer"]
-            for name, p in self.parameters.items()
-            if p in self.state and "momentum_buffer" in self.state[p]
-        }
-        wanted = {name for name in buffers if name in renewed or "length" not in self.state[self.parameters[name]]}
-        images = {name: buffers[name].clone(memory_format=torch.contiguous_format) for name in wanted}
-        for preconditioner in self.preconditioners.values():
             block = preconditioner.estimator.block
-            if preconditioner.inverse is None or wanted.isdisjoint(block.names):
-                continue
-            v = {name: buffers.get(name, self.parameters[name].new_zeros(())) for name in block.names}
-            v = {name: x.expand_as(self.parameters[name]) for name, x in v.items()}
-            image = preconditioner.undone(self._damping(block), block.read(v))
-            if image is None:  # carried on from the step before
-                images = {name: x for name, x in images.items() if name not in block.names}
-                wanted -= set(block.names)
-            else:
-                found = {name: images.get(name, torch.empty_like(v[name]).contiguous()) for name in block.names}
-                block.write(image.to(found[block.names[0]].dtype), found)
-        return {self.parameters[name]: inner(x, buffers[name]) for name, x in images.items()}
+            damped = None
+            if due or updated:
+                damped = preconditioner.refresh(
+                    self._damping(block),
+                    basis=due,
+                    rows=self._taps.count(name),
+                    applications=max(period, self.option("curvature_update_period")),
+                )
+            if bounded:
+                self._measure(preconditioner, damped)
+
+    def _measure(self, preconditioner: Preconditioner, damped: LinearOperator | None) -> None:
+        r"""Measure the momentum of a block, :math:`v^\top M v`, where its metric M is new or it was never measured.
+
+        A block counts as a whole, for the first of its parameters with the largest rate.
+        """
+        block = preconditioner.estimator.block
+        states = {name: self.state[p] for name in block.names if (p := self.parameters[name]) in self.state}
+        momenta = {name: s["momentum_buffer"] for name, s in states.items() if "momentum_buffer" in s}
+        if not momenta or (damped is None and all("length" in states[name] for name in momenta)):
+            return
+        damped = damped or preconditioner.damped(self._damping(block))
+        if damped is None:
+            return  # carried on from the step before
+        v = {n: momenta.get(n, self.parameters[n].new_zeros(()).expand_as(self.parameters[n])) for n in block.names}
+        x = block.read(v).to(damped.dtype)
+        if isinstance(damped, Eigen):  # half the products
+            x = damped.basis.adjoint() @ x
+            image = damped.values * x
+        else:
+            image = damped @ x
+        names = list(momenta)
+        if len(self.param_groups) > 1:
+            rate = {p: reference_lr(group) for group in self.param_groups for p in group["params"]}
+            names.sort(key=lambda name: -rate[self.parameters[name]])
+        (length,) = products(vectors([image], True), vectors([x], True)).unbind()
+        rest = torch.zeros_like(length)
+        self._measured |= {self.parameters[name]: rest if i else length for i, name in enumerate(names)}
 
     def _damping(self, block: Block) -> Damping:
-        group_of = {p: group for group in self.param_groups for p in group["params"]}
-        values = {group_of[self.parameters[name]]["damping"] for name in block.names}
+        values = {group["damping"] for group in self.param_groups}
+        if len(values) > 1:
+            group_of = {p: group for group in self.param_groups for p in group["params"]}
+            values = {group_of[self.parameters[name]]["damping"] for name in block.names}
         if len(values) > 1:
             raise ValueError(
                 f"the parameters of block {block.name} are in groups with different damping {sorted(values)}, but are "
@@ -642,6 +646,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
             "tape": None,
             "_step_model": None,
             "_prepared": {},
+            "_prepared_slopes": None,
             "_measured": {},
             "_bounds": BoundRecord(),
             "_taps": RowTaps(),

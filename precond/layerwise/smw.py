@@ -17,7 +17,7 @@ from precond.layerwise.whole import WholeModelOptimizer
 from precond.step.methods import Taxonomy
 from precond.step.options import TRUST_REGION, Momentum, Refresh, TrustRegion
 from precond.step.schedules import Scheduled, ScheduledInt
-from solvers import Auto, Damping, Solver
+from solvers import Auto, Damping, LinearOperator, Solver
 from solvers.outcome.arguments import number
 
 
@@ -161,9 +161,9 @@ class SpringPreconditioner(Preconditioner):
         self.previous: Tensor | None = None
         self.image: Tensor | None = None  # what the last solution is the solution for
 
-    def refresh(self, damping: Damping, **options: Any) -> None:
+    def refresh(self, damping: Damping, **options: Any) -> LinearOperator | None:
         self.shift = float(damping.strength)
-        super().refresh(damping, **options)
+        return super().refresh(damping, **options)
 
     def __matmul__(self, gradient: Tensor) -> Tensor:
         if not self.spring or self.inverse is None:

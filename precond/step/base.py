@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from abc import abstractmethod
 from collections import Counter
@@ -13,14 +14,14 @@ from typing import Any, ClassVar, TypedDict
 import torch
 from torch import Tensor
 
-from precond.step.divergence import Diverged, advice, all_finite, broken_gradients, broken_results
+from precond.step.divergence import Diverged, advice, all_finite, broken_gradients, broken_results, largest_norm
 from precond.step.loop import Loop
 from precond.step.options import Momentum, TrustRegion, WeightDecay, in_groups
 from precond.step.scheduled import ScheduledOptimizer
 from precond.step.schedules import Scheduled
 from precond.step.signature import announced
 from precond.step.transaction import Transaction
-from precond.step.trust_region import BoundRecord, Move, Slopes, bounded_move, inner, reference_lr, wide
+from precond.step.trust_region import BoundRecord, Move, Slopes, bounded_move, reference_lr, scaled
 from precond.step.uncompiled import uncompiled
 from precond.step.update import apply_update, regularized
 from solvers.outcome.arguments import flag, instance
@@ -28,6 +29,9 @@ from solvers.outcome.remedies import FLOAT64, PERTURBED, remedies
 from solvers.precision import working_dtype
 
 log = logging.getLogger(__name__)
+
+#: Norms of gradients between which products with them can be taken in float32.
+_PLAIN = 1e-10, 1e10
 
 
 class StepOptions(TypedDict, total=False):
@@ -107,7 +111,9 @@ class SecondOrderOptimizer(ScheduledOptimizer):
             "maximize": maximize,
             **(defaults or {}),
         }
-        self._prepared: dict[int, tuple[Tensor, int, Slopes]] = {}  # result of precondition(): d, its version
+        self._prepared: dict[int, tuple[Tensor, int]] = {}  # result of precondition(): d, its version
+        self._prepared_slopes: Slopes | None = None  # of that result
+        self._norm = math.inf  # the largest of the gradients; infinite if not known
         self._measured: dict[Tensor, Tensor] = {}  # squared lengths of momenta in a metric that is new
         self._bounds = BoundRecord()
         self.idle = False  # the step saw only zero gradients and zero rates, so it does not count
@@ -228,7 +234,8 @@ class SecondOrderOptimizer(ScheduledOptimizer):
         whole.move([*written, *self.rows_written], self._count)
         whole.end()
         # The slopes serve the bound, which belongs to the second half.
-        self._prepared = {id(p): (p.grad, p.grad._version, s) for p, s in slopes.items() if p.grad is not None}
+        self._prepared = {id(p): (p.grad, p.grad._version) for p in gradients if p.grad is not None}
+        self._prepared_slopes = slopes
 
     @uncompiled
     @torch.no_grad()
@@ -298,7 +305,7 @@ class SecondOrderOptimizer(ScheduledOptimizer):
         prepared = self._is_prepared()
 
         def last() -> None:
-            self._prepared, self._measured, self._bounds = {}, {}, bounds
+            self._prepared, self._prepared_slopes, self._measured, self._bounds = {}, None, {}, bounds
             self.coming, self.rows_written, self.skipped_in_row = {}, [], 0
             if not prepared:
                 self._count()
@@ -312,9 +319,11 @@ class SecondOrderOptimizer(ScheduledOptimizer):
         return []
 
     def _fit(self, results: Mapping[Tensor, Tensor]) -> bool:
-        """Whether results of the step are fit to be written: they are finite; one wait for the device."""
-        momenta = [state["momentum_buffer"] for p in results if "momentum_buffer" in (state := self.state.get(p, {}))]
-        return all_finite([*results.values(), *momenta, *self.touched()])
+        """Whether results of the step are fit to be written: they are finite; one wait for the device.
+
+        A momentum that is not finite shows in the value of its parameter.
+        """
+        return all_finite([*results.values(), *self.touched()])
 
     def _refuse(self, whole: Transaction, gradients: dict[Tensor, Tensor], results: Mapping[Tensor, Tensor]) -> None:
         """Skip the step, because what it would write is not finite."""
@@ -337,8 +346,14 @@ class SecondOrderOptimizer(ScheduledOptimizer):
     def __getstate__(self) -> dict[str, Any]:
         # A learning rate scheduler stores a wrapper of `step`, bound to this very object, as an attribute.
         own = {key: value for key, value in self.__dict__.items() if not key.startswith("_") and key != "step"}
-        fresh = {"_prepared": {}, "_measured": {}, "_bounds": BoundRecord(), "idle": False}
-        return {**own, **fresh, "coming": {}, "rows_written": []}
+        fresh: dict[str, Any] = {
+            "_prepared": {},
+            "_prepared_slopes": None,
+            "_norm": math.inf,
+            "_measured": {},
+            "idle": False,
+        }
+        return {**own, **fresh, "_bounds": BoundRecord(), "coming": {}, "rows_written": []}
 
     def _evaluate(self, closure: Callable[[], Any] | None) -> Any:
         if closure is None:
@@ -368,11 +383,12 @@ class SecondOrderOptimizer(ScheduledOptimizer):
                     f"a parameter of shape {tuple(p.shape)} has a sparse gradient, which {type(self).__name__} does "
                     "not take. Use sparse=False in the embedding."
                 )
-        if not self._finite(list(gradients.values())):
+        self._norm = largest_norm(list(gradients.values()))
+        if not self.takes(self._norm, gradients):
             self._skip(gradients)
             return None
         if scale is not None:
-            gradients = {p: g / scale for p, g in gradients.items()}
+            self._norm, gradients = math.inf, {p: g / scale for p, g in gradients.items()}
         return gradients
 
     def _skip(self, gradients: dict[Tensor, Tensor], what: str = "") -> None:
@@ -402,15 +418,16 @@ class SecondOrderOptimizer(ScheduledOptimizer):
             stacklevel=5,
         )
 
-    #: Whether gradients are fit for a step.
-    _finite = staticmethod(all_finite)
+    def takes(self, norm: float, gradients: dict[Tensor, Tensor]) -> bool:
+        """Whether gradients, of which the largest norm is given, are fit for a step."""
+        return math.isfinite(norm)
 
     def _is_prepared(self) -> bool:
         """Whether :meth:`precondition` wrote these very gradients."""
         if not self._prepared:
             return False
         for p in self._with_gradient():
-            grad, version, _ = self._prepared.get(id(p), (None, -1, None))
+            grad, version = self._prepared.get(id(p), (None, -1))
             if grad is not p.grad or grad is None or grad._version != version:
                 return False
         return True
@@ -421,30 +438,24 @@ class SecondOrderOptimizer(ScheduledOptimizer):
         """``P^-1 d`` of every direction d; the gradient, unless there is more in d."""
         return gradients
 
-    def _slopes_of(self, directions: dict[Tensor, Tensor], gradients: dict[Tensor, Tensor]) -> dict[Tensor, Slopes]:
-        images, out = self.images(directions, gradients), {}
-        for p in gradients:
-            if p not in directions:
-                out[p] = Slopes(torch.zeros(()), None)
-                continue
-            v, image = self.state[p].get("momentum_buffer") if p in self.state else None, wide(images[p])
-            out[p] = Slopes(inner(directions[p], image), None if v is None else inner(v, image))
-        return out
+    def _slopes_of(self, directions: dict[Tensor, Tensor], gradients: dict[Tensor, Tensor]) -> Slopes:
+        params = [p for group in self.param_groups for p in group["params"] if p in directions]
+        known = {p: self.state[p] for p in params if p in self.state}
+        momenta = {p: state["momentum_buffer"] for p, state in known.items() if "momentum_buffer" in state}
+        wide = not _PLAIN[0] < self._norm < _PLAIN[1]
+        return Slopes.of(params, directions, momenta, self.images(directions, gradients), wide=wide)
 
     def _bound(self, directions: dict[Tensor, Tensor], gradients: dict[Tensor, Tensor], prepared: bool) -> Move | None:
         """Shorten the directions, and say by how much the whole move is to be shortened."""
         groups = [self.update_options(group) for group in self.param_groups]
         if not directions or all(group["kl_clip"] is None for group in groups):
             return None
-        if prepared:
-            slopes = {p: self._prepared[id(p)][2] for p in directions}
-        else:
-            slopes = self._slopes_of(directions, gradients)
-        lengths = {p: state["length"] for p in directions if "length" in (state := self.state.get(p, {}))}
+        known = self._prepared_slopes if prepared else None
+        slopes = self._slopes_of(directions, gradients) if known is None else known.of_those_in(directions)
+        lengths = {p: state["length"] for p in slopes.params if "length" in (state := self.state.get(p, {}))}
         move = bounded_move(groups, slopes, lengths | self._measured)
         if move is not None:
-            for p, d in directions.items():
-                directions[p] = d * move.directions.to(d.dtype)
+            directions.update(zip(directions, scaled(list(directions.values()), move.directions), strict=True))
         return move
 
     def _noted(self, move: Move | None) -> BoundRecord:
@@ -454,7 +465,7 @@ class SecondOrderOptimizer(ScheduledOptimizer):
             for p in group["params"]:
                 state = self.state.get(p)
                 if state is not None and p in lengths:
-                    state["length"] = lengths[p].clone()
+                    state["length"] = lengths[p]
                 elif state is not None and move is None:
                     state.pop("length", None)  # the momentum goes on without being measured
         if move is None:

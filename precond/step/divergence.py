@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,27 +22,41 @@ class Diverged(FloatingPointError):
     """A step was refused because it is not finite, and the run is told to stop or to go on without it."""
 
 
-def all_finite(gradients: list[Tensor]) -> bool:
+def largest_norm(tensors: Sequence[Tensor]) -> float:
+    """Largest Euclidean norm of some tensors, NaN or infinite where one of them is not finite; one wait for the device.
+
+    Where not even float64 holds the squares, the largest entry.
+    """
+    tensors = [t for t in tensors if t.numel()]
+    if not tensors:
+        return 0.0
+    top = float(_row(torch._foreach_norm(tensors)).max())
+    if not math.isfinite(top) and tensors[0].device.type != "mps":
+        top = float(_row([torch.linalg.vector_norm(t.to(_widest(t))) for t in tensors]).max())
+    return top if math.isfinite(top) else float(_row([t.abs().max() for t in tensors]).max())
+
+
+def _widest(t: Tensor) -> torch.dtype:
+    return torch.complex128 if t.is_complex() else torch.float64
+
+
+def _row(numbers: Sequence[Tensor]) -> Tensor:
+    """Numbers of any device and precision as one tensor, in float32 at least."""
+    kinds = {(n.device, n.dtype) for n in numbers}
+    if len(kinds) > 1 or numbers[0].itemsize < 4:
+        dtype = torch.float64 if any(n.dtype == torch.float64 for n in numbers) else torch.float32
+        numbers = [n.to(numbers[0].device, dtype) for n in numbers]
+    return torch.stack(list(numbers))
+
+
+def all_finite(tensors: Sequence[Tensor]) -> bool:
     """Whether all are finite, with one wait for the device."""
-    gradients = [g for g in gradients if g.numel()]
-    if not gradients:
-        return True
-    norms = torch._foreach_norm(gradients)
-    if bool(torch.isfinite(torch.stack([n.to(norms[0].device, torch.float32) for n in norms])).all()):
-        return True
-    # The sum of squares may have overflowed while all entries are finite.
-    return all(bool(torch.isfinite(g).all()) for g in gradients)
+    return math.isfinite(largest_norm(tensors))
 
 
-def finite_squares(gradients: list[Tensor]) -> bool:
-    """Whether all are finite and so is the sum of their squares, in float32 at least."""
-    gradients = [g.to(working_dtype(g)) for g in gradients if g.numel()]
-    if not gradients:
-        return True
-    norms, limit = list(torch._foreach_norm(gradients)), min(torch.finfo(g.dtype).max for g in gradients)
-    if any(n.dtype != norms[0].dtype or n.device != norms[0].device for n in norms):
-        norms = [n.to(norms[0].device, torch.float64) for n in norms]
-    return bool((torch.stack(norms).double().square() < limit).all())
+def squares_fit(norm: float, tensors: Iterable[Tensor]) -> bool:
+    """Whether the squares of tensors, of which the largest norm is given, fit the precisions in which they are kept."""
+    return norm * norm < min(torch.finfo(dtype).max for dtype in {working_dtype(t) for t in tensors if t.numel()})
 
 
 def broken_gradients(gradients: Mapping[Tensor, Tensor], name_of: Name) -> str:

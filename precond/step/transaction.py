@@ -34,7 +34,7 @@ class Transaction:
         self._random = [] if device is None else random_state(device)
         self._last: Callable[[], None] | None = None
         held = {name: value for name, value in vars(owner).items() if not name.startswith("_optimizer_")}
-        self._held = {name: (value, _content(value, 2)) for name, value in held.items()}
+        self._held = {name: (value, _content(value)) for name, value in held.items()}
         self._moved: list[tuple[Tensor, int]] = []
         self._done = False
         self._before: list[Tensor] | None = None
@@ -90,30 +90,24 @@ class Transaction:
         self._done = True  # versions tell it as well, unless a dispatch mode was on
 
 
-def _content(value: Any, depth: int) -> Any:
-    """What a container holds, and what its containers hold; ``None`` for what is no container."""
-    if not depth:
+def _content(value: Any) -> Any:
+    """Copies of a container and of the containers that it holds; ``None`` for what is no container."""
+    if not isinstance(value, (dict, list, set)):
         return None
-    if isinstance(value, dict):
-        return {key: (item, _content(item, depth - 1)) for key, item in value.items()}
-    if isinstance(value, list):
-        return [(item, _content(item, depth - 1)) for item in value]
-    return set(value) if isinstance(value, set) else None
+    if not value or isinstance(value, set):
+        return value.copy(), ()
+    items = value.values() if isinstance(value, dict) else value
+    return value.copy(), [(item, item.copy()) for item in items if isinstance(item, (dict, list, set))]
 
 
 def _refill(value: Any, content: Any) -> None:
     """Let a container hold what it held."""
     if content is None:
         return
-    if isinstance(value, set):
-        value.clear()
-        value.update(content)
-        return
-    items = list(content.values()) if isinstance(value, dict) else content
-    for item, inner in items:
-        _refill(item, inner)
-    if isinstance(value, dict):
-        value.clear()
-        value.update({key: item for key, (item, _) in content.items()})
-    else:
-        value[:] = [item for item, _ in content]
+    own, inner = content
+    for part, before in ((value, own), *inner):
+        if isinstance(part, list):
+            part[:] = before
+        else:
+            part.clear()
+            part.update(before)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from solvers.precision import widen, working_dtype
 
 #: Steps after which a bound that is active most of the time is told.
 _TELL_AFTER = 20
@@ -18,12 +20,49 @@ class Slopes:
     r"""Inner products with M d, the image of a direction under the metric; for :math:`d = M^{-1} g` that is g.
 
     Attributes:
-        direction: ``<d, M d>``.
-        momentum: ``<v, M d>`` with the momentum v before the step; ``None`` where there is none.
+        params: The k parameters, in the order of the groups.
+        direction: ``<d, M d>`` of each, ``(k,)``.
+        momentum: ``<v, M d>`` with the momentum v before the step, ``(k,)``; 0 where there is none.
     """
 
+    params: list[Tensor]
     direction: Tensor
-    momentum: Tensor | None
+    momentum: Tensor
+
+    @staticmethod
+    def of(
+        params: list[Tensor],
+        directions: Mapping[Tensor, Tensor],
+        momenta: Mapping[Tensor, Tensor],
+        images: Mapping[Tensor, Tensor],
+        *,
+        wide: bool,
+    ) -> Slopes:
+        """The slopes of parameters that all have a direction; some may have no momentum.
+
+        Args:
+            params: The parameters.
+            directions: d.
+            momenta: v.
+            images: M d.
+            wide: Whether to multiply in float64, because products of such numbers may leave float32.
+        """
+        image = vectors([images[p] for p in params], wide)
+        d = vectors([directions[p] for p in params], wide)
+        known = [p in momenta for p in params]
+        if not any(known):
+            dd = products(d, image)
+            return Slopes(params, dd, torch.zeros_like(dd))
+        v = vectors([momenta[p] if has else params[0].new_zeros(1) for p, has in zip(params, known, strict=True)], wide)
+        met = [m if has else m.new_zeros(1) for m, has in zip(image, known, strict=True)]
+        return Slopes(params, products(d, image), products(v, met))
+
+    def of_those_in(self, params: Collection[Tensor]) -> Slopes:
+        """The slopes of those of the parameters that are given."""
+        places = [i for i, p in enumerate(self.params) if p in params]
+        if len(places) == len(self.params):
+            return self
+        return Slopes([self.params[i] for i in places], self.direction[places], self.momentum[places])
 
 
 @dataclass(frozen=True)
@@ -45,14 +84,28 @@ class Move:
     active: Tensor
 
 
-def wide(x: Tensor) -> Tensor:
-    """In float64, since squares of large gradients leave float32; in its own dtype where there is none."""
-    return x if x.device.type == "mps" else x.double()
+def vectors(tensors: Sequence[Tensor], wide: bool) -> list[Tensor]:
+    """Tensors as vectors, in float32 at least; in float64 if wide, where the device has that."""
+    if wide:
+        return [t.reshape(-1).to(torch.float64 if t.device.type != "mps" else working_dtype(t)) for t in tensors]
+    return [widen(t.reshape(-1)) for t in tensors]
 
 
-def inner(a: Tensor, b: Tensor) -> Tensor:
-    """Inner product, see :func:`wide`."""
-    return torch.dot(wide(a).reshape(-1), wide(b).reshape(-1))
+def products(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+    """Inner products of pairs of vectors, ``(k,)`` in float64, on the device of the first."""
+    found = [torch.dot(a, b if b.dtype == a.dtype else b.to(a.dtype)) for a, b in zip(left, right, strict=True)]
+    if len({(x.device, x.dtype) for x in found}) > 1:
+        found = [x.to(found[0].device, torch.float64) for x in found]
+    joint = torch.stack(found)
+    return joint if joint.device.type == "mps" else joint.double()
+
+
+def scaled(tensors: list[Tensor], factor: Tensor) -> list[Tensor]:
+    """Tensors times a 0-d factor, in their own dtypes and on their own devices."""
+    kinds = {(t.device, t.dtype) for t in tensors}
+    if len(kinds) == 1:
+        return list(torch._foreach_mul(tensors, factor.to(*kinds.pop())))
+    return [t * factor.to(t.device, t.dtype) for t in tensors]
 
 
 def reference_lr(group: Mapping[str, Any]) -> float:
@@ -73,13 +126,11 @@ def kl_scale(total: Tensor, bound: float) -> Tensor:
             factor: NaN, for which the step is refused.
         bound: c.
     """
-    scale = torch.where(total > bound, (bound / total.clamp(min=torch.finfo(total.dtype).tiny)).sqrt(), 1.0)
-    return torch.where(total.isfinite(), scale, torch.nan)
+    within = total.clamp(min=bound)
+    return (bound / within).sqrt() + 0 * within
 
 
-def bounded_move(
-    groups: list[dict[str, Any]], slopes: Mapping[Tensor, Slopes], lengths: Mapping[Tensor, Tensor]
-) -> Move | None:
+def bounded_move(groups: list[dict[str, Any]], slopes: Slopes, lengths: Mapping[Tensor, Tensor]) -> Move | None:
     r"""The factors that keep a step within its trust region.
 
     With the metric :math:`M = P^{-1}`, the damped curvature, each direction is first shortened by itself, so that no
@@ -109,37 +160,32 @@ def bounded_move(
         Ba, Grosse and Martens (2017), section 5, which bounds d, https://openreview.net/forum?id=SkkTMpjex
     """
     bounds = {group["kl_clip"] for group in groups} - {None}
-    entries = [(group, p) for group in groups for p in group["params"] if p in slopes]
-    if not bounds or not entries:
+    if not bounds or not slopes.params:
         return None
-    bound, first = min(bounds), slopes[entries[0][1]].direction
+    bound, group_of = min(bounds), {p: group for group in groups for p in group["params"]}
+    own = [group_of[p] for p in slopes.params]
 
-    def row(values: list[Any]) -> Tensor:
-        """Numbers as one tensor; tensors and ``None`` for zero as well, where that is what they are."""
-        if all(isinstance(value, float) for value in values):
-            return first.new_tensor(values)
-        zero = first.new_zeros(())
-        return torch.stack([value.to(first) if isinstance(value, Tensor) else zero for value in values])
+    def row(values: list[float]) -> Any:
+        """A number for each parameter; one number where all have the same."""
+        return values[0] if len(set(values)) == 1 else slopes.direction.new_tensor(values)
 
-    rates = row([reference_lr(group) ** 2 for group, _ in entries])
-    dd = row([slopes[p].direction for _, p in entries])
-    scale = kl_scale((rates * dd).sum(), bound)
-    kept = scale > 0  # 0 where the length overflows; nothing of such a direction is left
-    dd = torch.where(kept, scale.square() * dd, 0)
-    present = row([float(group["lr"]) ** 2 for group, _ in entries])
-    mu = [float(group["momentum"]) for group, _ in entries]
+    rates = row([reference_lr(group) ** 2 for group in own])
+    scale = kl_scale((rates * slopes.direction).sum(), bound)
+    dd = scale * scale * slopes.direction
+    present = row([float(group["lr"]) ** 2 for group in own])
+    mu = [float(group["momentum"]) for group in own]
     if not any(mu) or any(group["kl_of"] == "direction" for group in groups):
         return Move(scale, None, {}, (present * dd).sum(), scale < 1)
-    dv = torch.where(kept, scale * row([slopes[p].momentum for _, p in entries]), 0)
-    m = row(mu)
+    dv, m, zero = scale * slopes.momentum, row(mu), dd.new_zeros(())
+    vv = torch.stack([lengths[p].to(dd) if p in lengths else zero for p in slopes.params])
     new = m * dv + dd
-    q = m * (m * row([lengths.get(p) for _, p in entries]) + dv) + new
+    q = m * (m * vv + dv) + new
     n = q
-    if any(group["nesterov"] for group, _ in entries):
-        ahead = row([float(group["nesterov"]) for group, _ in entries])
-        n = torch.where(ahead > 0, dd + 2 * m * new + m.square() * q, q)
+    if any(group["nesterov"] for group in own):
+        ahead = dd.new_tensor([float(group["nesterov"]) for group in own])
+        n = torch.where(ahead > 0, dd + 2 * m * new + m * m * q, q)
     whole = kl_scale((rates * n).sum(), bound)
-    lasting = {p: length for (_, p), length, strength in zip(entries, q.unbind(), mu, strict=True) if strength}
+    lasting = {p: length for p, length, strength in zip(slopes.params, q.unbind(), mu, strict=True) if strength}
     return Move(scale, whole, lasting, whole.square() * (present * n).sum(), (scale < 1) | (whole < 1))
 
 

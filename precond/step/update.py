@@ -7,6 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from precond.step.trust_region import scaled
+
 Decay = Literal["decoupled", "l2", "independent", "corrected", "cautious"]
 
 #: Ways that compare the learning rate with its largest value.
@@ -102,7 +104,7 @@ def apply_update(
         else:
             values = list(torch._foreach_mul(params, 1 - rate))
     if scale is not None:
-        directions = [d * scale.to(d.device, d.dtype) for d in directions]
+        directions = scaled(directions, scale)
     if isinstance(lr, Tensor):
         return list(torch._foreach_sub(values, list(torch._foreach_mul(directions, lr))))
     return list(torch._foreach_add(values, directions, alpha=-lr))

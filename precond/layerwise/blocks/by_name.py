@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from curvature.layers.block import BlockPart
+from curvature.structures.weighted_mean import finite_each
 from precond.layerwise.blocks.preconditioner import Preconditioner
 from precond.layerwise.blocks.refresh import refresh_cost, slots
 from precond.layerwise.blocks.rows import GradientRows
@@ -32,9 +33,11 @@ class Preconditioners(dict[str, Preconditioner]):
             Names of the blocks whose statistics are not finite.
         """
         estimators = [p.estimator for p in self.values()]
-        finite = [e.finite() for e in estimators]
-        flags = torch.stack([flag.to(finite[0].device) for flag in finite]).tolist()  # one wait for the device
-        bad = [e.block.name for e, ok in zip(estimators, flags, strict=True) if not ok]
+        witnesses = [(e.block.name, number) for e in estimators for number in e.witnesses()]
+        flags = (
+            finite_each([number for _, number in witnesses]).tolist() if witnesses else []
+        )  # one wait for the device
+        bad = list(dict.fromkeys(name for (name, _), ok in zip(witnesses, flags, strict=True) if not ok))
         if bad:
             self.discard()
             return bad

@@ -67,7 +67,7 @@ class Preconditioner:
 
     def refresh(
         self, damping: Damping, *, basis: bool = True, rows: int | None = None, applications: int | None = None
-    ) -> None:
+    ) -> LinearOperator | None:
         """Recompute P from the current estimate.
 
         Args:
@@ -78,11 +78,14 @@ class Preconditioner:
             basis: Whether costly decompositions may be redone; without, only estimates that are already diagonal in a
                 known basis are inverted again, entry by entry.
 
+        Returns:
+            The damped C, where P is its new inverse.
+
         Raises:
             SolverError: If a refresh fails without an earlier inverse, or too many fail in a row.
         """
         if not self.estimator.ready:
-            return
+            return None
         try:
             if basis and (self.inverse is not None or self.unseen > 1):  # the first update finds its own basis
                 self.estimator.refresh_basis()
@@ -94,12 +97,14 @@ class Preconditioner:
                     )
                 self.estimator.improve(float(damping.strength))
                 self.inverse, self.failures, self.unseen = self.estimator.operator(), 0, 0
-                return
+                return None
             operator = self.estimator.operator()
             if not basis and self.inverse is not None and not isinstance(operator, (Eigen, Diagonal)):
-                return
-            self.inverse = self._power(damping(operator), rows, applications)
+                return None
+            damped = damping(operator)
+            self.inverse = self._power(damped, rows, applications)
             self.failures, self.unseen = 0, 0 if basis else self.unseen
+            return damped if self.exponent == -1 else None
         except SolverError as error:
             self.failures += 1
             if self.inverse is None or self.failures > TOLERATED_FAILURES:
@@ -107,6 +112,7 @@ class Preconditioner:
                     f"block {self.estimator.block.name}: no inverse ({self.failures} failures in a row). {error}"
                 ) from error
             log.warning("block %s keeps its last inverse: %s", self.estimator.block.name, error)
+            return None
 
     def _power(self, damped: LinearOperator, rows: int | None, applications: int | None) -> LinearOperator:
         """P, by triangular factors where they are applied too rarely for an explicit inverse to pay."""
@@ -129,12 +135,11 @@ class Preconditioner:
             return gradient
         return (self.inverse @ gradient.to(self.inverse.dtype)).to(gradient.dtype)
 
-    def undone(self, damping: Damping, v: Tensor) -> Tensor | None:
-        """``P^-1 v`` by the damped C, which a refresh has just inverted; ``None`` where there is no C."""
-        if self.exponent != -1 or isinstance(self.estimator, InverseEstimator):
+    def damped(self, damping: Damping) -> LinearOperator | None:
+        """The damped C whose inverse P is; ``None`` where there is none."""
+        if self.inverse is None or self.exponent != -1 or isinstance(self.estimator, InverseEstimator):
             return None
-        damped = damping(self.estimator.operator())
-        return (damped @ v.to(damped.dtype)).to(v.dtype)
+        return damping(self.estimator.operator())
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers: the estimate and the inverse, which a refresh at load time could not reproduce."""
