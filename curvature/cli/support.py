@@ -68,8 +68,9 @@ _LOSSES = """\
 ## Losses and kinds
 
 An error says what to do where a kind is missing. Weighted sums of these, on one or several outputs, are
-`curvature.losses.SumOfLosses`; any twice-differentiable loss per example is `curvature.losses.AutogradLoss`; a loss of
-unknown type has its empirical Fisher in training, and its Hessian on one batch.
+`curvature.losses.SumOfLosses`; any twice-differentiable loss per example is `curvature.losses.AutogradLoss`, and on
+data sets functions and modules of unknown type are taken as such by themselves. In training these have their empirical
+Fisher; what is no mean or sum over examples has its Hessian on one batch.
 
 The Fisher is that of the model's own distribution, whatever the targets: another matrix than `ggn` for `BCELoss`, for
 rates under `PoissonNLLLoss`, and for variances that the model returns beside its means under `GaussianNLLLoss`; all

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from curvature.losses import AmbiguousClassAxisError, ClassDim, Loss, Terms, WeightedSum
+from curvature.losses import AmbiguousClassAxisError, ClassDim, Loss, Terms, UnknownLossError, WeightedSum
 from curvature.losses.picked import along
 from curvature.model.data import Collated, Output, loss_in, resolve_output
 from solvers.outcome.memory import is_out_of_memory
@@ -44,6 +44,7 @@ def terms_of(
         batch_dim: Axis of the output that counts the examples, where it is not the first.
 
     Raises:
+        UnknownLossError: If ``output`` picks several tensors for a loss of one.
         ValueError: If the model's own loss is another one.
     """
     picked = result if output is None else output(result)
@@ -55,7 +56,14 @@ def terms_of(
             f"batch_dim={batch_dim} names an axis of one output; the outputs of a sum of losses must have the "
             "examples first."
         )
-    z = picked if joined or loss.reads(picked) else resolve_output(result, output)
+    read = joined or loss.reads(picked)
+    if output is not None and not (read or isinstance(picked, Tensor)):
+        raise UnknownLossError(
+            f"output= must return a tensor, got {type(picked).__name__}: no derivatives are known for a loss of "
+            f"several outputs, as {loss.loss_fn!r} here. Where it is a sum, each on its own output, write it as "
+            "curvature.losses.SumOfLosses; curvature.hessian on one batch takes any."
+        )
+    z = picked if read else resolve_output(result, output)
 
     def terms(targets: Any, axis: ClassDim) -> Terms:
         if isinstance(loss, WeightedSum):
@@ -130,6 +138,16 @@ def require_terms(total: Tensor | float) -> None:
             f"No term of the loss counts in any batch: their total weight is {float(total):g}, so the loss is not "
             "defined. Check ignore_index, the class weights and the labels."
         )
+
+
+def refuse_unreduced(terms: Terms) -> None:
+    """Refuse a loss that returns one number per term.
+
+    Raises:
+        ValueError: If it does.
+    """
+    if terms.reduction == "none":
+        raise ValueError("the loss has reduction='none', so it is no scalar. Use 'mean' or 'sum'.")
 
 
 def refuse_beyond_outputs(terms: Terms, parameters: Mapping[str, Tensor]) -> None:

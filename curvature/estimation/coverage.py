@@ -181,7 +181,7 @@ def describe_loss(loss_fn: Any) -> str:
     try:
         loss_for(loss_fn)
     except UnknownLossError:
-        return f"{name}: empirical only (register_loss would add exact and mc)"
+        return f"{name}: empirical only in training (AutogradLoss or register_loss adds exact and mc)"
     return f"{name}: exact, mc, empirical"
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from curvature.estimation.accumulation import Accumulation
-from curvature.estimation.batch_loss import refuse_beyond_outputs, require_terms, terms_of
+from curvature.estimation.batch_loss import refuse_beyond_outputs, refuse_unreduced, require_terms, terms_of
 from curvature.estimation.checkpoint import Checkpoint, Resume, digest, problem_identity
 from curvature.estimation.collector import Collector, StartAgain
 from curvature.estimation.finite import words
@@ -124,8 +124,6 @@ def estimate(
     """
     parameters = Parameters(model, params)
     loss = loss_over_data(loss_fn)
-    if loss.reduction == "none":
-        raise ValueError("the loss has reduction='none', so it is no scalar. Use 'mean' or 'sum'.")
     curvature = curvature.on(model)
     generator = generator or torch.Generator(device=parameters.device).manual_seed(0)
 
@@ -164,6 +162,7 @@ def estimate(
                     result, recorder = record(model, parameters, x, y, batch_dim=batch_dim)
                     drew, count = drew or drew_since(before, parameters.device), count + 1
                     terms = terms_of(loss, result, x, y, output, class_dim, check=True, batch_dim=batch_dim)
+                    refuse_unreduced(terms)
                     if not terms.output.requires_grad:
                         raise ValueError(
                             f"the output of {type(model).__name__} does not depend on any of the parameters through "

@@ -277,7 +277,8 @@ class Statistics:
             raise TypeError(
                 "an empirical Fisher from the gradient at the model's output has the scale of whatever backward() is "
                 "called on, which a loss of unknown type does not tell. Give the optimizer the loss module that the "
-                "loop calls, or set capture='gradient' for a mean loss that is neither accumulated nor scaled."
+                "loop calls (of a function: curvature.losses.AutogradLoss(loss_fn, reduction='mean')), or set "
+                "capture='gradient' for a mean loss that is neither accumulated nor scaled."
             )
         empirical = self.curvature.kind == "empirical"
         terms, weights = from_output_gradient(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from curvature.estimation.batch_loss import read_for, terms_of
+from curvature.estimation.batch_loss import read_for, refuse_unreduced, terms_of
 from curvature.landscape.metrics import Metric, Metrics, by_name
 from curvature.losses import ClassDim, Terms
 from curvature.matrices.problem import Problem
@@ -125,8 +125,7 @@ class Objective:
                 z = problem.pick(result)
                 return float(problem.loss_fn(z, y if problem_loss else read_for(problem.loss_fn, result, x, z, y)))
             terms = terms_of(problem_loss, result, x, y, problem.output, problem.class_dim, check=first)
-            if terms.reduction == "none":
-                raise ValueError("the loss has reduction='none', so it is no scalar. Use 'mean' or 'sum'.")
+            refuse_unreduced(terms)
             total += float(torch.where(terms.mask, terms.values(), 0.0).double().sum())
             size, mean = size + float(terms.total), terms.reduction == "mean"
             if first and problem.single and math.isfinite(total):  # a comparison needs finite values

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, jacrev, vmap
 
-from curvature.losses.errors import EMPIRICAL, NoCurvatureError, UnknownLossError
+from curvature.losses.errors import EMPIRICAL, NoCurvatureError, NonFiniteLossError, UnknownLossError
 from curvature.losses.loss import Loss, loss_for
 from curvature.losses.terms import Layout, Terms, noise
 from solvers.outcome.memory import is_out_of_memory
@@ -60,15 +60,27 @@ class AutogradLoss(Loss):
         super().__init__(loss_fn)
         self._reduction, self._sums = reduction, False
         self._max_entries = max_entries
-        if reduction is None and not isinstance(getattr(loss_fn, "reduction", None), str):
+        if reduction is None and not _says(loss_fn):
             raise ValueError(
                 f"How does {loss_fn!r} join the examples of a batch? It has no attribute 'reduction': pass "
                 "reduction='mean', 'sum' or 'none' (it returns one number per example)."
             )
 
+    @classmethod
+    def compared(cls, loss_fn: Callable[..., Tensor]) -> Self:
+        """One that finds out how ``loss_fn`` joins examples: it compares the first batch with its terms one by one."""
+        loss = cls(loss_fn, reduction=None if _says(loss_fn) else "mean")
+        loss._reduction = None
+        return loss
+
+    @property
+    def open(self) -> bool:
+        """Whether the reduction is not known before a first batch."""
+        return self._reduction is None and not _says(self.loss_fn)
+
     @property
     def reduction(self) -> str:
-        """As given, else as ``loss_fn`` says; ``"sum"`` where :meth:`summed` made it one."""
+        """As given, as ``loss_fn`` says, or as found; ``"sum"`` where :meth:`summed` made it one."""
         return "sum" if self._sums else self._joins
 
     @property
@@ -95,6 +107,9 @@ class AutogradLoss(Loss):
         """See :meth:`Loss.terms`; targets and further arguments have one entry per term along their first axes.
 
         With ``check``, a batch without mask must equal the sum of its terms one by one.
+
+        Raises:
+            UnknownLossError: Where the reduction is to be found, if the batch does not tell it.
         """
         if output.numel() == 0 or output.ndim == 0:
             raise ValueError(f"The output has shape {tuple(output.shape)}: there is no example. Skip empty batches.")
@@ -110,9 +125,12 @@ class AutogradLoss(Loss):
                     f"{layout.term_shape} of the terms along their first axes, got {tuple(x.shape)}."
                 )
         given = tuple(x.detach().flatten(0, per_term - 1) for x in (target, *extra))
-        terms = AutogradTerms(
-            self.loss_fn, output, given, layout, layout.valid(mask, output.device), self.reduction, self._max_entries
-        )
+        valid = layout.valid(mask, output.device)
+        if self.open:
+            z = AutogradTerms(self.loss_fn, output, given, layout, valid, "none", self._max_entries).batch(output)
+            counted = valid.flatten()
+            self._reduction = _found(self.loss_fn, z.detach()[counted], *(x[counted] for x in given))
+        terms = AutogradTerms(self.loss_fn, output, given, layout, valid, self.reduction, self._max_entries)
         if check and mask is None:
             self._check_sum(terms, given)
         return terms
@@ -293,25 +311,89 @@ def _differentiable(loss_fn: Any) -> Iterator[None]:
 def loss_over_data(loss_fn: Any) -> Loss:
     """The :class:`Loss` for a loss over a data set, whose first pass compares each batch with its terms.
 
-    There, a loss of unknown type that says how it joins examples, and compares an output with a target, is taken term
-    by term, by autograd.
+    There, a function or module of unknown type that compares an output with a target is taken term by term, by
+    autograd. If it does not say how it joins examples, the first batch tells.
 
     Raises:
-        UnknownLossError: If it does not.
+        UnknownLossError: If it takes other arguments.
     """
     try:
         return loss_for(loss_fn)
     except UnknownLossError:
-        if isinstance(getattr(loss_fn, "reduction", None), str) and _arguments(loss_fn) == 2:
-            return AutogradLoss(loss_fn)
+        if callable(loss_fn) and _takes_two(loss_fn):
+            return AutogradLoss.compared(loss_fn)
         raise
 
 
-def _arguments(loss_fn: Any) -> int:
-    """How many arguments a loss cannot do without."""
-    function = loss_fn.forward if isinstance(loss_fn, nn.Module) else loss_fn
-    given = inspect.signature(function).parameters.values()
-    return sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in given)
+def _says(loss_fn: Any) -> bool:
+    """Whether a loss says how it joins examples."""
+    return isinstance(getattr(loss_fn, "reduction", None), str)
+
+
+def _takes_two(loss_fn: Any) -> bool:
+    """Whether a loss can be called with an output and a target alone."""
+    try:
+        signature = inspect.signature(loss_fn.forward if isinstance(loss_fn, nn.Module) else loss_fn)
+    except (TypeError, ValueError):  # of a function that does not tell
+        return True
+    try:
+        signature.bind(None, None)
+    except TypeError:
+        return False
+    return True
+
+
+def _found(loss_fn: Any, *batch: Tensor) -> str:
+    """How a loss joins the examples of a batch, from its values on all of them and on each.
+
+    Raises:
+        UnknownLossError: If the values do not tell.
+        NonFiniteLossError: If the loss of the batch is infinite or not a number.
+    """
+    with torch.no_grad():
+        whole = loss_fn(*batch)
+        if not isinstance(whole, Tensor):
+            raise TypeError(f"the loss {loss_fn!r} returned a {type(whole).__name__}, not a tensor.")
+        if whole.numel() != 1:
+            return "none"
+        try:
+            if len(batch[0]) == 1:
+                batch = tuple(torch.cat([x, x]) for x in batch)
+                whole = loss_fn(*batch)  # a sum is twice the mean
+            values = _each(lambda *one: loss_fn(*(x.unsqueeze(0) for x in one)).sum(), *batch).double()
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            if is_out_of_memory(error):
+                raise
+            raise UnknownLossError(
+                f"No derivatives are known for the loss {loss_fn!r}, and it cannot be taken example by example: on "
+                f"another number of them it raises {type(error).__name__} ({error}). Let it depend on its arguments "
+                "alone; curvature.hessian on one batch takes it as it is."
+            ) from error
+    number = len(batch[0])
+    whole, total, size = whole.double().reshape(()), values.sum(), values.abs().sum()
+    if not bool(torch.isfinite(whole)):
+        raise NonFiniteLossError(
+            f"The loss is {whole.item()} for an output of shape {tuple(batch[0].shape)}, first at example "
+            f"{int(torch.nonzero(~torch.isfinite(values))[:1].sum())}. Look for NaN or infinity in data and parameters."
+        )
+    eps = torch.finfo(batch[0].dtype).eps
+    off = {"mean": (whole - total / number).abs(), "sum": (whole - total).abs()}
+    found = min(off, key=lambda name: float(off[name]))
+    say = "Say it: curvature.losses.AutogradLoss(loss_fn, reduction='mean') or 'sum'."
+    if not bool(off[found] <= 1e3 * eps * (1 + whole.abs())):
+        raise UnknownLossError(
+            f"No derivatives are known for the loss {loss_fn!r}, and on {number} examples it is {whole.item():.6g}: "
+            f"neither the mean nor the sum of its values on each, {total.item() / number:.6g} and {total.item():.6g}. "
+            "Examples may interact (contrastive losses) or be weighted by the batch (ignored targets, class weights): "
+            "such a loss has no terms, only curvature.hessian on one batch takes it. Positions that are terms of their "
+            "own need class_dim=."
+        )
+    if not bool((total - total / number).abs() > 1e2 * (off[found] + eps * size)):
+        raise UnknownLossError(
+            f"The loss {loss_fn!r} does not say whether it is a mean or a sum over examples, and on the first batch, "
+            f"where it is {whole.item():.3g}, both are the same. {say}"
+        )
+    return found
 
 
 def _each(function: Callable[..., Any], *batches: Tensor) -> Tensor:

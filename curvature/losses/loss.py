@@ -200,8 +200,8 @@ def loss_for(loss_fn: nn.Module | Loss | Callable[..., Tensor]) -> Loss:
     name = type(loss_fn).__name__ if isinstance(loss_fn, nn.Module) else repr(loss_fn)
     raise UnknownLossError(
         f"No derivatives are known for the loss {name}. {more_arguments(loss_fn)}"
-        f"(a) With {EMPIRICAL} none are needed. (b) Any "
-        "twice-differentiable loss per example works as curvature.losses.AutogradLoss(loss_fn, reduction='mean'). "
+        f"(a) With {EMPIRICAL} none are needed. (b) Any twice-differentiable loss per example works as "
+        "curvature.losses.AutogradLoss(loss_fn, reduction='mean'), which a training loop calls in its place. "
         "(c) Register it with one small class:\n"
         f"    @curvature.losses.register_loss({name if isinstance(loss_fn, nn.Module) else 'MyLossModule'})\n"
         "    class MyLoss(curvature.losses.ElementwiseLoss):\n"
@@ -246,6 +246,29 @@ def more_arguments(loss_fn: Any) -> str:
         "these two, such as lambda output, target: loss_fn(*output, target) for a model that returns several tensors, "
         "and pass output=lambda result: result, so that it gets all of them; its Hessian on one batch takes it. "
     )
+
+
+def watched(loss_fn: Any, what: str, where: str) -> Loss:
+    """The :class:`Loss` for a module whose calls are watched while a training loop runs.
+
+    Args:
+        loss_fn: The module, or a :class:`Loss`.
+        what: What watches it, for messages.
+        where: What calls it, ``"loop"`` or ``"closure"``.
+
+    Raises:
+        TypeError: If it is a function, whose calls nobody sees.
+        UnknownLossError: If it is of unknown type.
+    """
+    if not isinstance(loss_fn, nn.Module):
+        module = _module_of(loss_fn)
+        name = getattr(loss_fn, "__name__", "loss_fn")
+        made = f"AutogradLoss({name}, reduction='mean')" if module is None else f"torch.nn.{type(module).__name__}()"
+        raise TypeError(
+            f"{what} needs the loss module that the {where} calls, not {type(loss_fn).__name__}: calls of a function "
+            f"are not seen. Pass {'curvature.losses.' if module is None else ''}{made}, and call that in the {where}."
+        )
+    return loss_for(loss_fn)
 
 
 def module_called(loss_fn: Any) -> nn.Module | None:

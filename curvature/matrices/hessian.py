@@ -161,7 +161,7 @@ def hessian(
     Raises:
         ValueError: If the structure is unknown or the loss does not depend on the parameters.
         TypeError: If the data can be seen only once.
-        UnknownLossError: If the loss is unknown and does not say how it joins batches.
+        UnknownLossError: If the loss is unknown, and neither a mean nor a sum over examples that joins batches.
         RuntimeError: In products, if parameters changed since, the data differ between passes, or the model has no
             second derivative.
 

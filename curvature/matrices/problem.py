@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from curvature.estimation.batch_loss import read_for, refuse_beyond_outputs, require_terms, terms_of
+from curvature.estimation.batch_loss import read_for, refuse_beyond_outputs, refuse_unreduced, require_terms, terms_of
 from curvature.estimation.dataset import over_all_data, record
 from curvature.layers.recorder import Recorder
 from curvature.losses import (
+    AutogradLoss,
     ClassDim,
     Loss,
     NonFiniteLossError,
@@ -25,7 +26,18 @@ from curvature.losses import (
     loss_over_data,
 )
 from curvature.losses.loss import more_arguments
-from curvature.model.data import Batch, Data, Output, batches, call, is_one_batch, resolve_output, shown, to_device
+from curvature.model.data import (
+    Batch,
+    Data,
+    Output,
+    batches,
+    call,
+    is_one_batch,
+    resolve_output,
+    shown,
+    to_device,
+    untouched,
+)
 from curvature.model.determinism import warn_of_chance
 from curvature.model.parameters import Parameters
 from curvature.model.pullback import pull_back
@@ -72,8 +84,7 @@ class Evaluation:
             if problem.fisher is not False:
                 self.terms = self.terms.fisher(strict=bool(problem.fisher))
             self.output = self.terms.output
-            if self.terms.reduction == "none":
-                raise ValueError("the loss has reduction='none', so it is no scalar. Use 'mean' or 'sum'.")
+            refuse_unreduced(self.terms)
         self.empty = self.terms is not None and self.terms.empty
         if first:
             self._refuse_non_finite()
@@ -156,6 +167,8 @@ class Problem:
         self.single, self.fisher = is_one_batch(data), fisher
         self.progress = False if progress is None and self.single else progress
         self.loss = self._loss(opaque)
+        if isinstance(self.loss, AutogradLoss) and self.loss.open:
+            self._find_reduction()
         if self.loss is not None and not self.single:
             self.loss = over_all_data(self.loss, model, self.start, self.parameters.device, output, class_dim)
         self.random = random_state(self.parameters.device)
@@ -181,6 +194,13 @@ class Problem:
             if opaque and self.single:
                 return None  # one batch holds all data, however the loss joins examples
             raise
+
+    def _find_reduction(self) -> None:
+        """Let the first batch tell how a loss joins examples, so that one that has no terms is refused at once."""
+        device = self.parameters.device
+        with untouched(self.model):
+            x, y = next(self.start())
+            self.terms(to_device(x, device), to_device(y, device))
 
     def terms(self, x: Any, y: Any) -> Terms:
         """The loss on a batch, attached to the graph."""

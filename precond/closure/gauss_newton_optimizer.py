@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from curvature.losses import loss_for
+from curvature.losses.loss import watched
 from precond.closure.optimizer import ClosureOptimizer
 from precond.step.graph import Closure, GaussNewtonMatrix, LossCall, curved_outputs, loss_calls
 
@@ -31,13 +31,8 @@ class GaussNewtonClosureOptimizer(ClosureOptimizer):
     _calls: list[LossCall]
 
     def __init__(self, model: Any, loss_fn: Any, **options: Any) -> None:
-        if not isinstance(loss_fn, nn.Module):
-            raise TypeError(
-                f"{type(self).__name__} watches the loss while the closure runs, so it needs the loss module that the "
-                f"closure calls, such as nn.MSELoss(), not {type(loss_fn).__name__}."
-            )
+        watched(loss_fn, type(self).__name__, "closure")  # refuses unknown losses now, before the first step
         self.loss_fn = loss_fn
-        loss_for(loss_fn)  # refuses unknown losses now, before the first step
         super().__init__(model.parameters() if isinstance(model, nn.Module) else model, **options)
 
     def second_order(self) -> bool:

@@ -122,7 +122,8 @@ class KBFGS(LayerwiseMethod):
         if self.statistics.loss is None:
             raise ValueError(
                 f"KBFGS evaluates the loss once more after a step, and {type(loss_fn).__name__} is of unknown type. "
-                "Register it (curvature.losses.register_loss)."
+                "Pass curvature.losses.AutogradLoss(loss_fn, reduction='mean') and call that in the loop, or register "
+                "it (curvature.losses.register_loss)."
             )
         self.tape.repeats = True
 

@@ -14,7 +14,6 @@ from torch.func import functional_call
 
 from curvature.estimation.passes import Pass, TapedLoss
 from curvature.estimation.tape import Tape
-from curvature.losses import loss_for
 from curvature.model.backward_hooks import no_backward_hooks
 from curvature.model.data import inspection
 from curvature.model.settings import settings
@@ -226,19 +225,6 @@ class ClosureReplay(Replay):
     def value(self) -> Tensor:
         with self._undisturbed():
             return self._loss().detach().double()
-
-
-def interpretable(loss_fn: Any, what: str) -> nn.Module:
-    """A loss module whose Hessian in the output is known.
-
-    Raises:
-        TypeError: If it is no module.
-        UnknownLossError: If it is of unknown type.
-    """
-    if not isinstance(loss_fn, nn.Module):
-        raise TypeError(f"{what} needs the loss module that the loop calls, not {type(loss_fn).__name__}.")
-    loss_for(loss_fn)
-    return loss_fn
 
 
 class _Bare(nn.Module):

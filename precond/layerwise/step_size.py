@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from curvature.estimation.tape import Tape
+from curvature.losses.loss import watched
 from curvature.model.streams import random_state
-from precond.layerwise.replay import ClosureReplay, LoopReplay, Replay, interpretable
+from precond.layerwise.replay import ClosureReplay, LoopReplay, Replay
 from precond.step.adapt import LevenbergMarquardt, unseen
 from precond.step.graph import flatten, parameters_at, unflatten
 from precond.step.trust_region import Move, kl_scale, reference_lr
@@ -140,7 +141,8 @@ class StepModel:
         self.reject = rule is not None and rule.reject_steps
         self.guarded = guarded and quadratic is not None and not self.reject
         what = f"{type(optimizer).__name__}'s {'damping_rule' if quadratic is None else 'step_size'}"
-        self.loss_fn = interpretable(optimizer.loss_fn, what)
+        watched(optimizer.loss_fn, what, "loop")
+        self.loss_fn = optimizer.loss_fn
         self.coefficients: Tensor | None = None  # learning rate and momentum of the last step
         self.bounded: Move | None = None  # what the trust region did to it
         self.taken_back = False  # whether the last step was

@@ -39,8 +39,12 @@ WORDS: dict[str, str] = {
     "is linear in the model's output": "the loss is linear in the output, so its Gauss-Newton matrix is zero; take the "
     "Fisher",
     "not known as a negative log-likelihood": "the loss is no likelihood; take `ggn` or `kind='empirical'`",
+    "neither the mean nor the sum|taken example by example": "the loss is no mean or sum over examples, so it has no "
+    "terms",
     "No derivatives are known for the loss": "no derivatives are known for the loss: wrap it in `AutogradLoss` or "
     "register it",
+    "no derivatives are known for a loss of several outputs": "no derivatives are known for a loss of several outputs, "
+    "unless it is a sum of losses of one",
     "has the scale of whatever backward": "a loss of unknown type does not tell the scale of its terms",
     "differentiate[d]? .*only once": "PyTorch differentiates an operation only once, so second derivatives do not "
     "exist; `structure='dense'` and the layers need first ones only",

@@ -223,7 +223,7 @@ def test_the_empirical_fisher_of_a_loss_without_a_rule(loss_fn: nn.Module, struc
 @pytest.mark.parametrize("structure", ["full", "layer"])
 def test_messages_name_the_option_of_each_door(structure: Any) -> None:
     with pytest.raises(UnknownLossError, match=r"kind='empirical' \(in optimizers fisher='empirical'\).*AutogradLoss"):
-        curvature.ggn(model(), by_hand, data(), structure=structure)
+        curvature.ggn(model(), lambda z, y, weight: by_hand(z, y), data(), structure=structure)
 
 
 # Penalties --------------------------------------------------------------------------------------------------------

@@ -109,18 +109,17 @@ def test_what_depends_on_the_batches_is_noted() -> None:
     assert "statistics of the batch" in str(found)
 
 
-def test_an_unknown_loss_has_a_hessian_and_no_more() -> None:
-    def focal(output: Tensor, target: Tensor) -> Tensor:
-        p = output.softmax(-1).gather(1, target.unsqueeze(1))
-        return (-((1 - p) ** 2) * p.log()).mean()
+def test_a_loss_without_terms_has_a_hessian_and_no_more() -> None:
+    def contrastive(output: Tensor, target: Tensor) -> Tensor:
+        return (output @ output.T).logsumexp(-1).mean() - output.gather(1, target.unsqueeze(1)).mean()
 
     problem = made()
-    found = report(problem.model, focal, problem.data[0], k=2, progress=False)
+    found = report(problem.model, contrastive, problem.data[0], k=2, progress=False)
     assert set(found.eigenvalues) == {"hessian"} and set(found.traces) == {"hessian"}
     refused = {refusal.part: refusal for refusal in found.refused}
     assert refused["ggn"].error == "UnknownLossError"
     assert "noise" in refused
-    assert "focal" in found.loss_fn
+    assert "contrastive" in found.loss_fn
     shown = str(found)
     assert "What is missing" in shown and "ggn" in shown
 
