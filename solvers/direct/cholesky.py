@@ -25,12 +25,19 @@ from solvers.solver import Solver
 class Cholesky(Solver):
     """Inverts symmetric positive definite matrices; the cheapest direct solver, ``n^3 / 3`` (``n^3`` if explicit).
 
-    Works on matrices in float32 at least: half-precision input is answered in float32.
+    Works on matrices in float32 at least: half-precision input is answered in float32. What fails in float32 is refused
+    and not tried in float64, as decompositions are: the factorisation succeeds, whatever the scales of the rows, unless
+    the smallest eigenvalue (with a unit diagonal) is of the size of the rounding errors of the entries, and then the
+    inverse of the rounded matrix is another one than that of the matrix (Demmel's condition). A matrix that *is* in
+    float64 is factored there.
 
     Args:
         explicit: True forms the inverse, a Dense: one matrix product per application. False keeps the triangular
             factor, a :class:`CholeskyInverse`: cheaper to make and a little more accurate, two triangular solves per
             application.
+
+    References:
+        Higham (2002), "Accuracy and Stability of Numerical Algorithms", section 10.1.
     """
 
     explicit: bool = True
@@ -124,5 +131,5 @@ def _failure(op: Dense, matrix: Tensor) -> SolverError:
     smallest = float(eigenvalues(matrix.double()).min())
     return NotPositiveDefiniteError(
         f"Cholesky cannot invert {op!r}: it is not positive definite in {matrix.dtype}, its smallest eigenvalue is "
-        f"{smallest:.3g}. Use more damping, Eigh('clamped') or float64."
+        f"{smallest:.3g}. Use more damping, Eigh('clamped') or a matrix that was computed in float64."
     )

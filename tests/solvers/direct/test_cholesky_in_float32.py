@@ -1,0 +1,54 @@
+"""Why does Cholesky not try again in float64? Where float32 fails, the rounded entries have another inverse."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from solvers import Cholesky, Dense, NotPositiveDefiniteError
+
+EPS = torch.finfo(torch.float32).eps
+
+
+def matrix(n: int, smallest: float, few: bool) -> tuple[Tensor, Tensor]:
+    """A matrix of norm 1 in float64 and its inverse; one eigenvalue, or half of them, are the smallest."""
+    values = torch.logspace(0, -3, n, dtype=torch.float64)
+    values[-1 if few else n // 2 :] = smallest
+    Q = torch.linalg.qr(torch.randn(n, n, generator=torch.Generator().manual_seed(n), dtype=torch.float64))[0]
+    return (Q * values) @ Q.T, (Q / values) @ Q.T
+
+
+def distance(found: Tensor, exact: Tensor) -> float:
+    return float(torch.linalg.matrix_norm(found.double() - exact, 2) / torch.linalg.matrix_norm(exact, 2))
+
+
+@pytest.mark.parametrize("few", [True, False], ids=["one direction", "half of them"])
+@pytest.mark.parametrize("n", [8, 40, 200])
+def test_what_it_refuses_has_no_inverse_to_find(n: int, few: bool) -> None:
+    refused = 0
+    for share in (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0):
+        A, inverse = matrix(n, share * EPS, few)
+        rounded = (A.float() + A.float().T) / 2
+        try:
+            Cholesky().power(Dense(rounded), -1)
+        except NotPositiveDefiniteError:
+            refused += 1
+            assert share < 1
+            # Exact arithmetic on what float32 holds: not positive definite, or another inverse.
+            values = torch.linalg.eigvalsh(rounded.double())
+            assert values[0] <= 0 or distance(torch.linalg.inv(rounded.double()), inverse) > 0.1
+            # The matrix in float64 is served.
+            exact = Cholesky().power(Dense((A + A.T) / 2), -1).to_dense()
+            assert distance(exact, inverse) < 1e-4
+    assert refused or few
+
+
+@pytest.mark.parametrize("n", [8, 40, 200])
+def test_scales_of_the_rows_do_not_matter(n: int) -> None:
+    """Rows of norms 1e-12 to 1e12, and the digits that the matrix without them has."""
+    A, inverse = matrix(n, 1e-3, True)
+    scale = torch.logspace(-6, 6, n, dtype=torch.float64)  # on both sides
+    scaled = (scale[:, None] * A * scale).float()
+    found = Cholesky().power(Dense((scaled + scaled.T) / 2), -1).to_dense().double()
+    assert distance(scale[:, None] * found * scale, inverse) < 1e4 * EPS
