@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -191,7 +192,7 @@ def test_no_step_raises_the_loss_of_its_batch(activation: Any, rule: Any, closur
     y = torch.arange(60) % 3
     quadratic = QuadraticModel(fraction=1.0 if closure else 0.5)
     optimizer: Any = KFAC(model, loss_fn, lr=1.0, damping=1e-4, step_size=quadratic, damping_rule=rule)
-    before, last, regions = flat(model.parameters()), loss_fn(model(x), y).item(), []
+    before, last = flat(model.parameters()), loss_fn(model(x), y).item()
     start = last
     for _ in range(12):
         step(model, optimizer, x, y, closure)
@@ -200,10 +201,19 @@ def test_no_step_raises_the_loss_of_its_batch(activation: Any, rule: Any, closur
         kept = flat(optimizer.state[p]["move"] for p in model.parameters())
         torch.testing.assert_close(kept, now - before, rtol=1e-6, atol=1e-12)
         before, last = now, loss
-        regions.append(optimizer.param_groups[0]["region"])
-    assert last < 0.5 * start
-    if activation is nn.ReLU:
-        assert any(region is not None for region in regions), "no step was shortened, so the test says little"
+    assert last < 0.8 * start  # at most 0.36 over seeds
+
+
+@pytest.mark.parametrize("closure", [False, True])
+def test_a_step_that_overshoots_is_halved_until_it_does_not(closure: bool) -> None:
+    """The Gauss-Newton step of tanh(w)^2 from w = 2 is sinh(4) / 2 = 13.6, to -11.6: further out. A quarter is not."""
+    model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Tanh()).double()
+    weight = next(model.parameters())
+    weight.data.fill_(2.0)
+    optimizer: Any = KFAC(model, nn.MSELoss(), lr=1.0, fisher="exact", damping=1e-12, step_size=QuadraticModel())
+    step(model, optimizer, torch.ones(3, 1).double(), torch.zeros(3, 1).double(), closure)
+    assert weight.item() == pytest.approx(2 - math.sinh(4) / 8, rel=1e-9)
+    assert optimizer.param_groups[0]["region"] == pytest.approx(2 * math.tanh(2) ** 2 / 16, rel=1e-9)  # m^T C m
 
 
 def test_a_shortened_step_bounds_the_next_ones_until_the_model_holds() -> None:
