@@ -57,7 +57,7 @@ def run(source: Source, given: Namespace) -> Answer:
         case "report":
             return _report(source, given)
         case "coverage":
-            found = coverage(source.model, source.loss_fn, source.data, params=source.options.get("params"))
+            found = coverage(source.model, source.loss_fn, source.data, **source.options)
             return Answer(str(found), found.to_dict())
         case "quantize":
             return _quantize(source, given)

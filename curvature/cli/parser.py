@@ -19,8 +19,8 @@ errors is the Fisher information.
 
 SOURCE names a function of yours, module:function or path/to/file.py:function. It is called without arguments and
 returns (model, loss_fn, data): the model in the mode and with the weights to look at, the loss module, and one batch
-(x, y), a list of batches or a DataLoader. A dict with these keys may add params, output and class_dim, as for
-curvature.hessian.
+(x, y), a list of batches or a DataLoader. A dict with these keys may add params, output, class_dim and batch_dim,
+as for curvature.hessian.
 """
 _EPILOG = """\
 exit status:

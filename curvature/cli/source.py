@@ -18,7 +18,7 @@ from curvature.model.data import is_one_batch, map_tensors
 from solvers.outcome.memory import is_out_of_memory
 
 #: Keywords of the library's functions that a source may add.
-OPTIONS = ("params", "output", "class_dim")
+OPTIONS = ("params", "output", "class_dim", "batch_dim")
 _EXPECTED = (
     "(model, loss_fn, data), or a dict with the keys 'model', 'loss_fn', 'data' and, where needed, "
     f"{', '.join(map(repr, OPTIONS))}"
@@ -38,7 +38,7 @@ class Source:
         model: The model.
         loss_fn: The loss.
         data: One batch or a re-iterable of batches.
-        options: ``params``, ``output`` and ``class_dim``, as far as they were given.
+        options: ``params``, ``output``, ``class_dim`` and ``batch_dim``, as far as they were given.
     """
 
     name: str

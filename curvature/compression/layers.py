@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from curvature.estimation.coverage import coverage
 from curvature.estimation.dataset import estimate
 from curvature.layers.block import Block, BlockPlace
-from curvature.losses import ClassDim
+from curvature.losses import BatchDim, ClassDim
 from curvature.losses.loss import check_loss
 from curvature.losses.signals import FisherKind
 from curvature.matrices.request import WHOLE, Structure
@@ -118,7 +118,13 @@ class Selection:
 
 
 def select(
-    model: nn.Module, loss_fn: Any, data: Data, layers: str | Iterable[str] | None, embeddings: bool, joint: bool
+    model: nn.Module,
+    loss_fn: Any,
+    data: Data,
+    layers: str | Iterable[str] | None,
+    embeddings: bool,
+    joint: bool,
+    **read: Any,
 ) -> Selection:
     """The matrices of layers, found by what the model does with its parameters.
 
@@ -129,6 +135,7 @@ def select(
         layers: Names or globs of parameters or modules; ``None`` takes every matrix of a layer.
         embeddings: Also take embeddings, and heads that are tied to one.
         joint: Whether a layer's bias belongs to its block.
+        read: How the data are read, see :func:`curvature.coverage`.
 
     Raises:
         ValueError: If a name fits no matrix of a layer, or there is none.
@@ -138,7 +145,7 @@ def select(
     for entry in wanted:
         if not any(_fits(entry, name) for name in names):
             raise ValueError(f"layers= names {entry!r}, which fits no parameter. There are: {', '.join(names)}.")
-    table = coverage(model, loss_fn, data, curvature=KroneckerFisher(bias="joint" if joint else "separate"))
+    table = coverage(model, loss_fn, data, curvature=KroneckerFisher(bias="joint" if joint else "separate"), **read)
     found = {}
     for row in table:
         used = set(row.why.split(", "))
@@ -181,8 +188,14 @@ class CalibrationSource:
     bias: str
     output: Output | None
     class_dim: ClassDim
+    batch_dim: BatchDim
     generator: torch.Generator | None
     progress: bool | None
+
+    @property
+    def read(self) -> dict[str, Any]:
+        """How the data are read."""
+        return {"output": self.output, "class_dim": self.class_dim, "batch_dim": self.batch_dim}
 
     def curvature(self) -> Curvature:
         """What is estimated.
@@ -225,8 +238,7 @@ class CalibrationSource:
             self.data,
             self.curvature(),
             params=list(params),
-            output=self.output,
-            class_dim=self.class_dim,
+            **self.read,
             generator=self.generator,
             progress=self.progress,
             fisher=None,  # the Gauss-Newton matrix where the loss is no likelihood

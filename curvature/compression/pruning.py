@@ -14,7 +14,7 @@ from curvature.compression.obs import prune_matrix
 from curvature.compression.pattern import Pattern
 from curvature.compression.result import Compression
 from curvature.compression.run import Change, Changed, compress
-from curvature.losses import ClassDim
+from curvature.losses import BatchDim, ClassDim
 from curvature.losses.signals import FisherKind
 from curvature.matrices.request import Structure
 from curvature.model.arguments import checked, count, real
@@ -63,6 +63,7 @@ def prune(
     measure: bool = True,
     output: Output | None = None,
     class_dim: ClassDim = None,
+    batch_dim: BatchDim = None,
     generator: torch.Generator | None = None,
     progress: bool | None = None,
 ) -> Compression:
@@ -94,6 +95,7 @@ def prune(
         measure: Evaluate the loss before and after, and with each layer alone.
         output: Picks the output tensor where the model does not return a tensor.
         class_dim: Class axis of the output where the shapes leave it open.
+        batch_dim: Axis of the output that counts the examples, where it is not the first; by key for a sum of losses.
         generator: Source of the draws; a fresh one seeded with 0 by default.
         progress: Show progress bars.
 
@@ -108,7 +110,9 @@ def prune(
     rest = 0.0 if isinstance(sparsity, Mapping) else sparsity
     if given and layers is None:
         layers = parameters_of(given)
-    source = CalibrationSource(loss_fn, data, structure, kind, samples, bias, output, class_dim, generator, progress)
+    source = CalibrationSource(
+        loss_fn, data, structure, kind, samples, bias, output, class_dim, batch_dim, generator, progress
+    )
 
     def plan(found: Sequence[Matrix], read: object) -> Change:
         patterns = {matrix.name: Pattern.parse(matrix.choice(given, rest), units) for matrix in found}

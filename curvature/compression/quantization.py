@@ -16,7 +16,7 @@ from curvature.compression.layers import CHECKS, CalibrationSource, Matrix, para
 from curvature.compression.result import Compression
 from curvature.compression.rounding import round_matrix
 from curvature.compression.run import Change, Changed, compress
-from curvature.losses import ClassDim
+from curvature.losses import BatchDim, ClassDim
 from curvature.losses.signals import FisherKind
 from curvature.matrices.request import Structure
 from curvature.model.arguments import checked, one_of
@@ -69,6 +69,7 @@ def quantize(
     measure: bool = True,
     output: Output | None = None,
     class_dim: ClassDim = None,
+    batch_dim: BatchDim = None,
     generator: torch.Generator | None = None,
     progress: bool | None = None,
 ) -> Compression:
@@ -106,6 +107,7 @@ def quantize(
         measure: Evaluate the loss before and after, and with each layer alone: a pass over the data for each.
         output: Picks the output tensor where the model does not return a tensor.
         class_dim: Class axis of the output where the shapes leave it open.
+        batch_dim: Axis of the output that counts the examples, where it is not the first; by key for a sum of losses.
         generator: Source of the draws; a fresh one seeded with 0 by default.
         progress: Show progress bars.
 
@@ -121,7 +123,9 @@ def quantize(
         Frantar et al. (2022), "GPTQ", https://arxiv.org/abs/2210.17323; Tseng et al. (2025), "Model-preserving adaptive
         rounding", https://arxiv.org/abs/2505.22988
     """
-    source = CalibrationSource(loss_fn, data, structure, kind, samples, bias, output, class_dim, generator, progress)
+    source = CalibrationSource(
+        loss_fn, data, structure, kind, samples, bias, output, class_dim, batch_dim, generator, progress
+    )
     chosen: Mapping[str, int] = {}
     share, whole = None, 4
     if isinstance(bits, Mapping):

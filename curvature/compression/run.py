@@ -57,7 +57,7 @@ def compress(
     """
     copied = copy.deepcopy(model)
     parameters = dict(copied.named_parameters())
-    chosen = select(copied, source.loss_fn, source.data, layers, embeddings, source.joint)
+    chosen = select(copied, source.loss_fn, source.data, layers, embeddings, source.joint, **source.read)
     found = _found(source.of(copied, chosen.parameters), chosen.names)
 
     def read(matrix: Matrix) -> tuple[Tensor, LayerCurvature]:
@@ -146,7 +146,7 @@ def _one_by_one(
 
 def loss_of(model: nn.Module, source: CalibrationSource) -> float:
     """The loss of a model over the data."""
-    problem = Problem(model, source.loss_fn, source.data, output=source.output, class_dim=source.class_dim)
+    problem = Problem(model, source.loss_fn, source.data, **source.read)
     losses: list[Tensor] = []
     divisor = problem.visit(lambda evaluation: losses.append(evaluation.loss().detach().double()), "loss")
     return float(sum(losses) / divisor)

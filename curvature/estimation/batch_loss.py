@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from curvature.losses import AmbiguousClassAxisError, ClassDim, Loss, Terms, UnknownLossError, WeightedSum
+from curvature.losses import AmbiguousClassAxisError, BatchDim, ClassDim, Loss, Terms, UnknownLossError, WeightedSum
 from curvature.losses.picked import along
 from curvature.model.data import Collated, Output, loss_in, resolve_output
 from solvers.outcome.memory import is_out_of_memory
@@ -26,7 +26,7 @@ def terms_of(
     output: Output | None,
     class_dim: ClassDim,
     check: bool = False,
-    batch_dim: int | None = None,
+    batch_dim: BatchDim = None,
 ) -> Terms:
     """The terms of a loss, from what the model returned: a tensor picked from it, or all that a sum of losses sees.
 
@@ -41,7 +41,7 @@ def terms_of(
         output: Picks the output tensor.
         class_dim: Class axis of the output where the shapes leave it open.
         check: Also look at the values.
-        batch_dim: Axis of the output that counts the examples, where it is not the first.
+        batch_dim: Axis of the output that counts the examples, where it is not the first; by key for a sum of losses.
 
     Raises:
         UnknownLossError: If ``output`` picks several tensors for a loss of one.
@@ -51,11 +51,6 @@ def terms_of(
     joined = isinstance(loss, WeightedSum)
     if isinstance(class_dim, Mapping) and not joined:
         raise TypeError(f"class_dim={class_dim!r} is for sums of losses; for {loss!r} pass one axis.")
-    if batch_dim is not None and joined:
-        raise TypeError(
-            f"batch_dim={batch_dim} names an axis of one output; the outputs of a sum of losses must have the "
-            "examples first."
-        )
     read = joined or loss.reads(picked)
     if output is not None and not (read or isinstance(picked, Tensor)):
         raise UnknownLossError(
@@ -73,7 +68,7 @@ def terms_of(
 
     own = own_loss(result, x)
     found = terms(y, class_dim) if own is None else _as_the_model_does(own, result, z, y, class_dim, loss, terms)
-    return found if batch_dim is None else along(found, batch_dim)
+    return along(found, batch_dim, class_dim)
 
 
 def arguments(y: Any) -> tuple[Any, ...]:

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-from curvature.losses import Loss
+from curvature.losses import BatchDim, Loss
 from curvature.model.arguments import checked, real
 from curvature.model.arguments import path as is_path
 from curvature.model.parameters import Parameters
@@ -233,13 +233,14 @@ class Checkpoint:
 Resume = str | os.PathLike[str] | Checkpoint
 
 
-def problem_identity(model: nn.Module, loss_fn: Any, params: Any = None) -> dict[str, Any]:
+def problem_identity(model: nn.Module, loss_fn: Any, params: Any = None, batch_dim: BatchDim = None) -> dict[str, Any]:
     """Names and values that tell one curvature problem from another before its data are seen.
 
     Args:
         model: The model; its parameters and buffers are hashed, which reads each of them once.
         loss_fn: The loss.
         params: Restriction of the parameters.
+        batch_dim: Axis of the output that counts the examples, as the caller said.
 
     Returns:
         Strings: names and shapes of the parameters, hashes of all values, the loss, the modules with their options
@@ -255,6 +256,7 @@ def problem_identity(model: nn.Module, loss_fn: Any, params: Any = None) -> dict
         "train mode": "all" if set(modes) == {"t"} else "none" if set(modes) == {"e"} else modes,
         "loss": _loss_name(loss_fn),
         "modules": digest([], re.sub(r" at 0x[0-9a-f]+", "", repr(unwrapped(model)))),
+        **({} if batch_dim is None else {"batch_dim": repr(batch_dim)}),
     }
 
 

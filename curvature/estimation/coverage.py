@@ -16,11 +16,11 @@ from curvature.estimation.collector import Collector
 from curvature.estimation.dataset import record
 from curvature.layers import MODULES
 from curvature.layers.block import Block, BlockPart
-from curvature.losses import Terms, UnknownLossError, loss_for, loss_over_data
+from curvature.losses import BatchDim, ClassDim, Terms, UnknownLossError, loss_for, loss_over_data
 from curvature.losses.loss import check_loss
 from curvature.losses.signals import Signals
 from curvature.model import arguments
-from curvature.model.data import Data, batches, to_device, untouched
+from curvature.model.data import Data, Output, batches, to_device, untouched
 from curvature.model.parameters import Parameters
 from curvature.model.trees import tensors_in
 from curvature.structures.estimator import Curvature, CurvatureEstimator
@@ -132,6 +132,9 @@ def coverage(
     *,
     curvature: Curvature | None = None,
     params: Any = None,
+    output: Output | None = None,
+    class_dim: ClassDim = None,
+    batch_dim: BatchDim = None,
 ) -> Coverage:
     """The table of every trainable parameter: its block, structure and size, and why.
 
@@ -143,6 +146,9 @@ def coverage(
             table says what the types of the modules promise.
         curvature: What would be estimated; :class:`~curvature.KroneckerFisher` by default.
         params: Restriction of the parameters.
+        output: Picks the output tensor where the model does not return a tensor.
+        class_dim: Class axis of the output where the shapes leave it open.
+        batch_dim: Axis of the output that counts the examples, where it is not the first; by key for a sum of losses.
 
     Example:
         >>> from torch import nn
@@ -165,8 +171,8 @@ def coverage(
         with torch.inference_mode(False), untouched(model):
             for x, y in batches(data)():  # up to one in which a target counts
                 x, y = to_device(x, parameters.device), to_device(y, parameters.device)
-                result, recorder = record(model, parameters, x, y)
-                terms = _terms(loss_fn, result, x, y)
+                result, recorder = record(model, parameters, x, y, batch_dim=batch_dim)
+                terms = _terms(loss_fn, result, x, y, output, class_dim, batch_dim)
                 if terms is None or not terms.empty:
                     break
             if terms is not None:
@@ -204,16 +210,20 @@ def table(parameters: Parameters, collector: Collector) -> list[Row]:
     return rows
 
 
-def _terms(loss_fn: Any, result: Any, x: Any, y: Any) -> Terms | None:
+def _terms(
+    loss_fn: Any, result: Any, x: Any, y: Any, output: Output | None, class_dim: ClassDim, batch_dim: BatchDim
+) -> Terms | None:
     """Terms of the loss; where it is unknown or cannot be told apart here, of all that the model returned."""
     try:
-        terms = terms_of(loss_over_data(loss_fn), result, x, y, None, None)
+        terms = terms_of(loss_over_data(loss_fn), result, x, y, output, class_dim, batch_dim=batch_dim)
     except (TypeError, ValueError):
+        if (output, class_dim, batch_dim) != (None, None, None):
+            raise
         seen = [t.reshape(-1) for t in tensors_in(result) if t.requires_grad]
         if not seen:
             return None
-        output = torch.cat(seen).unsqueeze(0)
-        terms = loss_for(nn.MSELoss()).terms(output, torch.zeros_like(output))
+        everything = torch.cat(seen).unsqueeze(0)
+        terms = loss_for(nn.MSELoss()).terms(everything, torch.zeros_like(everything))
     return terms if terms.output.requires_grad else None
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from curvature.estimation.accumulation import Accumulation
 from curvature.estimation.batch_loss import refuse_beyond_outputs, refuse_unreduced, require_terms, terms_of
@@ -15,7 +15,16 @@ from curvature.estimation.collector import Collector, StartAgain
 from curvature.estimation.finite import words
 from curvature.layers.block import Block
 from curvature.layers.recorder import Recorder
-from curvature.losses import ClassDim, JoinedTerms, Loss, NonFiniteCurvatureError, Terms, WeightedSum, loss_over_data
+from curvature.losses import (
+    BatchDim,
+    ClassDim,
+    JoinedTerms,
+    Loss,
+    NonFiniteCurvatureError,
+    Terms,
+    WeightedSum,
+    loss_over_data,
+)
 from curvature.losses.signals import Signals
 from curvature.model.data import (
     Batch,
@@ -33,6 +42,7 @@ from curvature.model.data import (
 from curvature.model.determinism import warn_of_chance
 from curvature.model.parameters import Parameters
 from curvature.model.streams import drew_since, random_state
+from curvature.model.trees import tensors_in
 from curvature.structures.estimator import Curvature, CurvatureEstimator, Form
 from curvature.structures.inverse import InverseEstimator
 from solvers import BlockDiagonal
@@ -44,15 +54,15 @@ def record(
     x: Any,
     y: Any = None,
     examples: int | None = None,
-    batch_dim: int | None = None,
+    batch_dim: BatchDim = None,
 ) -> tuple[Any, Recorder]:
     """Run the model on ``x``, with targets ``y`` or that many examples, and record the uses of its parameters.
 
     Where examples lie along another axis of the output, the targets are taken to have them there as well; if not, the
     uses are only found not to keep them apart.
     """
-    if batch_dim and isinstance(y, Tensor) and -y.dim() <= batch_dim < y.dim():
-        examples = y.shape[batch_dim]
+    if batch_dim is not None:
+        examples = examples_along(y, batch_dim) or examples
     tracked = {id(p) for p in parameters.values()}
     constants = [*model.buffers(), *(p for p in model.parameters() if id(p) not in tracked)]
     recorder = Recorder(parameters, constants, examples or examples_of(x, y), own_pass=True)
@@ -61,6 +71,17 @@ def record(
         result = call(model, x)
     recorder.returned(result)
     return result, recorder
+
+
+def examples_along(y: Any, batch_dim: BatchDim) -> int | None:
+    """Number of examples by the targets, where they have the axis; axes from the end are those of the output."""
+    axes = batch_dim if isinstance(batch_dim, Mapping) else {None: batch_dim}
+    for key, axis in axes.items():
+        targets = y[key] if isinstance(y, Mapping) and key in y else y
+        found = next((t.shape[axis] for t in tensors_in(targets) if axis is not None and 0 < axis < t.dim()), None)
+        if found is not None:
+            return int(found)
+    return None
 
 
 def over_all_data(
@@ -97,7 +118,7 @@ def estimate(
     params: Any = None,
     output: Output | None = None,
     class_dim: ClassDim = None,
-    batch_dim: int | None = None,
+    batch_dim: BatchDim = None,
     generator: torch.Generator | None = None,
     resume: Resume | None = None,
     progress: bool | None = None,
@@ -113,7 +134,7 @@ def estimate(
         params: Restriction of the parameters, see :class:`~curvature.model.parameters.Parameters`.
         output: Picks the output tensor.
         class_dim: Class axis of the output, where shapes leave it open.
-        batch_dim: Axis of the output that counts the examples, where it is not the first.
+        batch_dim: Axis of the output that counts the examples, where it is not the first; by key for a sum of losses.
         generator: Source of the draws for ``kind="mc"``; a fresh one seeded with 0 by default.
         resume: File in which the sums are kept, and from which they go on if it exists; see :func:`curvature.fisher`.
         progress: Show a progress bar; ``None`` shows one only where there are many batches.
@@ -142,7 +163,7 @@ def estimate(
     if resume is not None:
         described = repr(curvature).replace("max_dim=", "max_factor=")  # as files of version 0.1 have it
         what = {"curvature": described, "draws": digest([generator.get_state()])}
-        file = Checkpoint.at(resume).of(problem_identity(model, loss_fn, parameters) | what)
+        file = Checkpoint.at(resume).of(problem_identity(model, loss_fn, parameters, batch_dim) | what)
 
     def look(x: Any, y: Any) -> Terms:
         return terms_of(loss, call(model, x), x, y, output, class_dim, batch_dim=batch_dim)

@@ -17,11 +17,21 @@ from curvature.estimation.step import Step, Weight
 from curvature.estimation.step_collector import Backward, StepCollector
 from curvature.estimation.tape import Tape
 from curvature.layers.recorder import Recorder
-from curvature.losses import AutogradLoss, JoinedTerms, Loss, NoCurvatureError, Terms, UnknownLossError, loss_for
+from curvature.losses import (
+    AutogradLoss,
+    BatchDim,
+    JoinedTerms,
+    Loss,
+    NoCurvatureError,
+    Terms,
+    UnknownLossError,
+    loss_for,
+)
 from curvature.losses.from_gradient import from_output_gradient
-from curvature.losses.picked import PickedTerms, along, by_examples, checked_axis, in_order, picked_rows
+from curvature.losses.picked import PickedTerms, along, axis_of, by_examples, checked_axis, in_order, picked_rows
 from curvature.losses.signals import Signals
 from curvature.model.backward_hooks import ours
+from curvature.model.trees import tensors_in
 from curvature.structures.estimator import Curvature
 
 
@@ -43,7 +53,8 @@ class Statistics:
         collector: Receives the statistics.
         curvature: What is estimated.
         class_dim: Class axis of the output, where it cannot be read off.
-        batch_dim: Axis of the model's output that counts the examples, where it is not the first.
+        batch_dim: Axis of the model's output that counts the examples, where it is not the first; by key for a sum of
+            losses.
 
     Attributes:
         loss: The loss as an object; ``None`` where it is unknown and the curvature empirical.
@@ -60,7 +71,7 @@ class Statistics:
         collector: StepCollector,
         curvature: Curvature,
         class_dim: int | None = None,
-        batch_dim: int | None = None,
+        batch_dim: BatchDim = None,
     ) -> None:
         self.tape, self.collector, self.curvature = tape, collector, curvature
         self.class_dim, self.batch_dim = class_dim, batch_dim
@@ -419,20 +430,25 @@ def merged(recorders: list[Recorder]) -> Recorder:
     return out
 
 
-def _in_their_places(terms: Terms, passes: list[Pass], batch_dim: int | None) -> Terms:
+def _in_their_places(terms: Terms, passes: list[Pass], batch_dim: BatchDim) -> Terms:
     """Terms on rows that were picked from the model's output, as terms of all of its rows.
 
     Raises:
         ValueError: If ``batch_dim`` is given, and the terms are not on rows of one output.
     """
     whole = passes[0].output
-    if len(passes) > 1 or not isinstance(whole, Tensor) or isinstance(terms, JoinedTerms):
+    if isinstance(terms, JoinedTerms) and len(passes) == 1:
+        if batch_dim is None:
+            return terms
+        keys = terms.parts
+        return terms.change(lambda key, part: _placed(part, whole, key, axis_of(batch_dim, key, keys)))
+    if len(passes) > 1 or not isinstance(whole, Tensor):
         if batch_dim is not None:
             raise ValueError(f"batch_dim={batch_dim} names an axis of the output of one pass; the loss sees several.")
         return terms
     z = terms.output
-    if z is whole:
-        return terms if batch_dim is None else along(terms, batch_dim)
+    if z is whole or isinstance(batch_dim, Mapping):
+        return along(terms, batch_dim)
     if batch_dim is None and in_order(z, whole):
         return terms
 
@@ -455,6 +471,20 @@ def _in_their_places(terms: Terms, passes: list[Pass], batch_dim: int | None) ->
         return terms
     axis = min(checked_axis(batch_dim, whole.dim()), len(axes) - 1)  # behind the class axis, if that was taken away
     return by_examples(terms, axes, axis, whole)
+
+
+def _placed(terms: Terms, whole: Any, key: Any, batch_dim: int | None) -> Terms:
+    """The terms of one loss of a sum by the examples along an axis of what the model returned.
+
+    Raises:
+        ValueError: If the loss sees something else.
+    """
+    if batch_dim is None or any(terms.output is z for z in tensors_in(whole)):
+        return along(terms, batch_dim)
+    raise ValueError(
+        f"batch_dim={batch_dim}: what the loss {key!r} sees, of shape {tuple(terms.output.shape)}, is not what the "
+        "model returned. Hand the losses of a sum the outputs themselves, or return outputs with the examples first."
+    )
 
 
 def _interpreted(loss_fn: Any, curvature: Curvature) -> Loss | None:

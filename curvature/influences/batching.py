@@ -8,7 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from curvature.estimation.dataset import examples_along
 from curvature.influences.rows import numbers
+from curvature.losses import BatchDim
 from curvature.model.data import Batch, Data, batch_size, batches, map_tensors, untouched
 from curvature.model.trees import tensors_in
 from solvers import BlockDiagonal, LinearOperator
@@ -21,7 +23,7 @@ def read(queries: Data, model: nn.Module) -> list[Batch]:
 
 
 def groups(
-    queries: list[Batch], inverse: LinearOperator, rank: int | None, memory: int | None
+    queries: list[Batch], inverse: LinearOperator, rank: int | None, memory: int | None, batch_dim: BatchDim = None
 ) -> Iterator[list[Batch]]:
     """Consecutive queries whose rows take no more than ``memory`` bytes together.
 
@@ -40,8 +42,8 @@ def groups(
     group: list[Batch] = []
     room = most
     for batch in queries:
-        for part in _split(batch, most):
-            size = batch_size(part[0]) or 1
+        for part in _split(batch, most, batch_dim):
+            size = _size(part, batch_dim)
             if size > room:
                 yield group
                 group, room = [], most
@@ -58,18 +60,23 @@ def bytes_of_a_query(inverse: LinearOperator, rank: int | None) -> int:
     return size * torch.empty(0, dtype=inverse.dtype).element_size()
 
 
-def _split(batch: Batch, most: int) -> Iterator[Batch]:
+def _size(batch: Batch, batch_dim: BatchDim) -> int:
+    """Number of examples of a batch."""
+    return (None if batch_dim is None else examples_along(batch[1], batch_dim)) or batch_size(batch[0]) or 1
+
+
+def _split(batch: Batch, most: int, batch_dim: BatchDim) -> Iterator[Batch]:
     """A batch in parts of at most so many examples."""
-    size = batch_size(batch[0]) or 1
+    size = _size(batch, batch_dim)
     if size <= most:
         yield batch
         return
     shapes = {tuple(tensor.shape) for tensor in tensors_in(batch)}
-    if any(not shape or shape[0] != size for shape in shapes):
+    if batch_dim is not None or any(not shape or shape[0] != size for shape in shapes):
         raise ValueError(
             f"a batch of {size} queries is more than the {most} that memory= allows, and it cannot be split: the first "
-            f"axes of its tensors {sorted(shapes)} are not all the examples. Give smaller batches of queries, more "
-            "memory, or keep fewer numbers with query_rank=."
+            f"axes of its tensors {sorted(shapes)} are not known to be the examples. Give smaller batches of queries, "
+            "more memory, or keep fewer numbers with query_rank=."
         )
     for start in range(0, size, most):
         part = partial(_rows, start=start, stop=start + most)

@@ -17,7 +17,7 @@ from curvature.influences.rows import QueryRows, gradients_of, precondition
 from curvature.influences.scores import Found, scores, walk
 from curvature.influences.store import InfluenceStore, batches_digest, operator_digest
 from curvature.layers.block import BlockPlace
-from curvature.losses import ClassDim
+from curvature.losses import BatchDim, ClassDim
 from curvature.losses.loss import check_loss
 from curvature.matrices.problem import Evaluation, Problem, refuse_sums
 from curvature.matrices.request import WHOLE, Request, Structure
@@ -77,6 +77,7 @@ def influence(
     params: Any = None,
     output: Output | None = None,
     class_dim: ClassDim = None,
+    batch_dim: BatchDim = None,
     generator: torch.Generator | None = None,
     progress: bool | None = None,
 ) -> Influence:
@@ -118,6 +119,7 @@ def influence(
         params: Names, globs or tensors that restrict the parameters.
         output: Picks the output tensor where the model does not return a tensor.
         class_dim: Class axis of the output where the shapes leave it open.
+        batch_dim: Axis of the output that counts the examples, where it is not the first; by key for a sum of losses.
         generator: Source of sampled labels.
         progress: Show progress bars.
 
@@ -134,7 +136,7 @@ def influence(
     """
     refuse_another_order(train, "influences")
     refuse_another_order(queries, "influences")
-    request = Request(model, loss_fn, train, params, output, class_dim, progress)
+    request = Request(model, loss_fn, train, params, output, class_dim, progress, batch_dim)
     files = None if store is None else InfluenceStore(store)
     matrix, damped = _curvature(request, curvature, damping, generator, files)
     inverse = _inverse(matrix, damped, solver)
@@ -142,7 +144,7 @@ def influence(
     joint = _joint(inverse)
     identity: dict[str, Any] = {}
     if files is not None:
-        identity = problem_identity(model, loss_fn, request.problem().parameters) | {
+        identity = problem_identity(model, loss_fn, request.problem().parameters, batch_dim) | {
             "curvature": operator_digest(matrix),
             "damping": repr(damped),
             **({} if solver is None else {"solver": repr(solver)}),
@@ -151,7 +153,7 @@ def influence(
             "query_rank": query_rank,
         }
     found: list[tuple[QueryRows, Found]] = []
-    for group in groups(read(queries, model), inverse, query_rank, memory):
+    for group in groups(read(queries, model), inverse, query_rank, memory, batch_dim):
         asked = _asked(replace(request, loss_fn=loss_fn if query_loss is None else query_loss), group)
         _check(inverse, asked)
         rows = precondition(asked, inverse, query_rank)
@@ -179,6 +181,7 @@ def self_influence(
     params: Any = None,
     output: Output | None = None,
     class_dim: ClassDim = None,
+    batch_dim: BatchDim = None,
     generator: torch.Generator | None = None,
     progress: bool | None = None,
 ) -> Tensor:
@@ -188,7 +191,7 @@ def self_influence(
     :func:`influence`.
     """
     refuse_another_order(train, "influences")
-    request = Request(model, loss_fn, train, params, output, class_dim, progress)
+    request = Request(model, loss_fn, train, params, output, class_dim, progress, batch_dim)
     files = None if store is None else InfluenceStore(store)
     matrix, damped = _curvature(request, curvature, damping, generator, files)
     inverse = _inverse(matrix, damped, solver)
@@ -198,7 +201,7 @@ def self_influence(
     if files is not None:
         known = {"curvature": operator_digest(matrix), "damping": repr(damped)}
         known |= {} if solver is None else {"solver": repr(solver)}
-        file = files.results("self", problem_identity(model, loss_fn, problem.parameters) | known)
+        file = files.results("self", problem_identity(model, loss_fn, problem.parameters, batch_dim) | known)
     found = Found(problem)
 
     def visit(evaluation: Evaluation) -> None:

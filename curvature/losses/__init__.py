@@ -18,7 +18,7 @@ from curvature.losses.loss import Loss, loss_for, module_called, register_loss
 from curvature.losses.poisson import PoissonNLL
 from curvature.losses.robust import Huber, SmoothL1
 from curvature.losses.squared_error import SquaredError
-from curvature.losses.sum_of_losses import ClassDim, JoinedTerms, SumOfLosses, WeightedSum
+from curvature.losses.sum_of_losses import BatchDim, ClassDim, JoinedTerms, SumOfLosses, WeightedSum
 from curvature.losses.terms import Layout, Terms
 
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "KLDivergence",
     # several at once
     "SumOfLosses",
+    "BatchDim",
     "ClassDim",
     "WeightedSum",
     "JoinedTerms",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from functools import cached_property
 
@@ -135,6 +136,13 @@ class ElementwiseTerms(Terms):
     @property
     def loss_name(self) -> str:
         return repr(self._loss.loss_fn)
+
+    def along(self, class_dim: int) -> ElementwiseTerms:
+        """The same entries, of which those along another axis belong to one term."""
+        other = copy.copy(self)
+        other.layout = Layout(self.layout.output_shape, (class_dim,))
+        other.mask = other.layout.valid(None, self.mask.device)
+        return other
 
     def indefinite(self) -> bool:
         return not self._loss.convex and not self.hessian_is_fisher and bool((self._curvature < 0).any())

@@ -7,13 +7,15 @@ third.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Container, Mapping
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from curvature.losses.elementwise import ElementwiseTerms
+from curvature.losses.sum_of_losses import BatchDim, ClassDim, JoinedTerms
 from curvature.losses.terms import Terms
 
 
@@ -82,6 +84,19 @@ class PickedTerms(Terms):
     def root(self, start: int, stop: int) -> Tensor:
         return self.inner.root(start, stop)
 
+    def beyond_output(self) -> Tensor | None:
+        return self.inner.beyond_output()
+
+    def refuse_undefined(self) -> None:
+        self.inner.refuse_undefined()
+
+    def indefinite(self) -> bool:
+        return self.inner.indefinite()
+
+    @property
+    def loss_name(self) -> str:
+        return self.inner.loss_name
+
     def sample(self, generator: torch.Generator) -> Tensor:
         return self.inner.sample(generator)
 
@@ -107,14 +122,33 @@ def by_examples(terms: Terms, sizes: tuple[int, ...], axis: int, whole: Tensor) 
     return ExampleTerms(inner, sorted_places[rows], (sizes[axis], number // sizes[axis]), whole)
 
 
-def along(terms: Terms, batch_dim: int) -> ExampleTerms:
-    """Terms on all of an output, sorted by the examples along one of its axes.
+def along(terms: Terms, batch_dim: BatchDim, class_dim: ClassDim = None) -> Terms:
+    """Terms on all of an output, or on the outputs of a sum of losses, sorted by the examples along an axis of it.
+
+    They are what they would be if the examples were moved to the front: where a loss compares entry by entry, the last
+    of the other axes is the class axis.
+
+    Args:
+        terms: The terms.
+        batch_dim: The axis; by key for a sum of losses.
+        class_dim: The class axis, if the caller named it.
 
     Raises:
-        ValueError: If the output has no such axis, or it is the class axis.
+        TypeError: If axes are given by key, and the loss is no sum of losses.
+        ValueError: If the output has no such axis, it is the class axis, or the sum has no loss of that key.
     """
-    shape, classes = terms.layout.output_shape, terms.layout.class_axes
+    if batch_dim is None:
+        return terms
+    if isinstance(terms, JoinedTerms):
+        parts = terms.parts
+        return terms.change(lambda key, part: along(part, axis_of(batch_dim, key, parts), axis_of(class_dim, key)))
+    if isinstance(batch_dim, Mapping):
+        raise TypeError(f"batch_dim={dict(batch_dim)} is for sums of losses; pass one axis.")
+    shape = terms.layout.output_shape
     axis = checked_axis(batch_dim, len(shape))
+    if class_dim is None and isinstance(terms, ElementwiseTerms) and (axis,) == terms.layout.class_axes and axis:
+        terms = terms.along(axis - 1)
+    classes = terms.layout.class_axes
     if axis in classes:
         raise ValueError(
             f"batch_dim={batch_dim} is the class axis of the output, of shape {tuple(shape)}; name the axis that "
@@ -122,6 +156,19 @@ def along(terms: Terms, batch_dim: int) -> ExampleTerms:
         )
     axes = [a for a in range(len(shape)) if a not in classes]
     return by_examples(terms, tuple(shape[a] for a in axes), axes.index(axis), terms.output)
+
+
+def axis_of(axis: BatchDim | ClassDim, key: Any, keys: Container[Any] | None = None) -> int | None:
+    """The axis that is named for one loss of a sum, if there is one.
+
+    Raises:
+        ValueError: If one is named for a loss that is not among ``keys``.
+    """
+    if not isinstance(axis, Mapping):
+        return axis
+    if keys is not None and (unknown := [name for name in axis if name not in keys]):
+        raise ValueError(f"batch_dim names the loss {unknown[0]!r}, which the sum does not have.")
+    return axis.get(key)
 
 
 def checked_axis(batch_dim: int, rank: int) -> int:

@@ -19,9 +19,9 @@ KINDS: tuple[FisherKind, ...] = ("exact", "mc", "empirical")
 TAG_BASE = 32
 #: How to mend outputs whose examples do not lie where they are looked for.
 SAY_WHICH = (
-    "Say which axis of the output counts the examples (batch_dim=1 for curvature.per_sample_gradients, its relatives, "
-    "fisher and ggn; loop=Loop(batch_dim=1) for an optimizer), or return outputs with the examples first, and the "
-    "targets alike."
+    "Say which axis of the output counts the examples (batch_dim=1; loop=Loop(batch_dim=1) for an optimizer, "
+    "backend_kwargs={'batch_dim': 1} for laplace-torch), or return outputs with the examples first, and the targets "
+    "alike."
 )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, NoReturn
 
@@ -16,6 +16,8 @@ from curvature.losses.terms import Layout, Terms
 
 #: Class axis of the output, or for a sum of losses those of the outputs by key; ``None`` where shapes tell.
 ClassDim = int | Mapping[Any, int] | None
+#: Axis of the output that counts the examples, or for a sum of losses by key; ``None`` for the first.
+BatchDim = int | Mapping[Any, int] | None
 
 
 class SumOfLosses(nn.Module):
@@ -138,9 +140,15 @@ class JoinedTerms(Terms):
 
     def fisher(self, strict: bool = True) -> JoinedTerms:
         """Loss by loss, see :meth:`Terms.fisher`."""
+        return self.change(lambda _, terms: terms.fisher(strict))
+
+    def change(self, change: Callable[[Any, Terms], Terms]) -> JoinedTerms:
+        """The same with the terms of each loss, called with its key, in another form on the same output."""
         other = copy.copy(self)
-        other.parts = {key: (scale, terms.fisher(strict)) for key, (scale, terms) in self.parts.items()}
-        other.hessian_is_fisher = all(terms.hessian_is_fisher for _, terms in other.parts.values())
+        other.parts = {key: (scale, change(key, terms)) for key, (scale, terms) in self.parts.items()}
+        each = [terms for _, terms in other.parts.values()]
+        other.mask = torch.cat([terms.mask.reshape(1, -1) for terms in each], dim=1)
+        other.hessian_is_fisher = all(terms.hessian_is_fisher for terms in each)
         return other
 
     def value(self) -> Tensor:

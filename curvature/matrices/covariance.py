@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvature.losses import ClassDim
+from curvature.losses import BatchDim, ClassDim
 from curvature.matrices.problem import Evaluation, Problem, gradient_of, refuse_sums
 from curvature.matrices.request import CHECKS, Request, Structure
 from curvature.model.arguments import checked
@@ -33,7 +33,7 @@ def gradient_covariance(
     params: Any = None,
     output: Output | None = None,
     class_dim: ClassDim = None,
-    batch_dim: int | None = None,
+    batch_dim: BatchDim = None,
     progress: bool | None = None,
     **options: Any,
 ) -> LinearOperator:
@@ -59,7 +59,7 @@ def gradient_covariance(
         params: Names, globs or tensors that restrict the parameters.
         output: Picks the output tensor where the model does not return a tensor.
         class_dim: Class axis of the output where the shapes leave it open; by key for a sum of losses.
-        batch_dim: Axis of the output that counts the examples, where it is not the first.
+        batch_dim: Axis of the output that counts the examples, where it is not the first; by key for a sum of losses.
         progress: Show a progress bar.
         options: Options of the structure.
 

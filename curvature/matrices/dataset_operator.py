@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from curvature.estimation.finite import refuse_nonfinite
-from curvature.losses import ClassDim
+from curvature.losses import BatchDim, ClassDim
 from curvature.matrices.problem import Evaluation, Problem
 from curvature.model.data import Output
 from curvature.model.parameters import Parameters
@@ -35,6 +35,7 @@ class MatrixArguments(TypedDict, total=False):
     params: Any
     output: Output | None
     class_dim: ClassDim
+    batch_dim: BatchDim
     progress: bool | None
     keep_graph: bool | None
     memory: int

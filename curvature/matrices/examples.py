@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -15,6 +16,7 @@ from curvature.layers.block import Block, BlockPlace
 from curvature.layers.recorder import Recorder
 from curvature.layers.samples import OneHot, Outer, Samples
 from curvature.losses import Terms, loss_for
+from curvature.losses.picked import along, checked_axis
 from curvature.losses.signals import Signals
 from curvature.matrices.problem import Evaluation
 from curvature.model.parameters import Parameters
@@ -103,6 +105,7 @@ class Examples:
         terms: Which entries of the output belong to which example.
         batch: Number of examples, where the loss took each of their positions for one.
         empty: Whether no term counts: every gradient of the loss is zero.
+        axis: Axis of the output along which the examples lie, where all of its entries are followed.
     """
 
     def __init__(
@@ -113,9 +116,10 @@ class Examples:
         terms: Terms,
         batch: int | None,
         empty: bool = False,
+        axis: int = 0,
     ) -> None:
         self.parameters, self.recorder, self.output, self.terms, self.batch = parameters, recorder, output, terms, batch
-        self.empty = empty
+        self.empty, self.axis = empty, axis
 
     @classmethod
     def of(cls, evaluation: Evaluation) -> Examples:
@@ -125,27 +129,29 @@ class Examples:
         return cls(evaluation.problem.parameters, recorder, evaluation.output, terms, recorder.batch, evaluation.empty)
 
     @classmethod
-    def along(cls, output: Tensor, parameters: Parameters, recorder: Recorder) -> Examples:
-        """Each entry along the first axis of an output is an example."""
+    def along(cls, output: Tensor, parameters: Parameters, recorder: Recorder, axis: int = 0) -> Examples:
+        """Each entry along an axis of an output is an example."""
         if output.dim() == 0:
             raise ValueError("the output is a single number: it needs a first axis that counts examples.")
         rows = output.detach()
         terms = loss_for(nn.MSELoss()).terms(output, rows)  # only says which entries belong together
-        return cls(parameters, recorder, output, terms, None)
+        return cls(parameters, recorder, output, along(terms, axis), None, axis=checked_axis(axis, output.dim()))
 
     @property
     def number(self) -> int:
         """Number of examples."""
         return Signals.of(self.terms, "empirical", batch=self.batch).examples
 
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """Shape of the output of one example."""
+        return (*self.output.shape[: self.axis], *self.output.shape[self.axis + 1 :])
+
     def unit_signals(self) -> list[Tensor]:
         """Unit signals, one for each output of an example, in row-major order."""
-        signals = []
-        for k in range(self.output[0].numel()):
-            signal = torch.zeros_like(self.output.detach(), memory_format=torch.contiguous_format)
-            signal.reshape(len(signal), -1)[:, k] = 1
-            signals.append(signal)
-        return signals
+        eye = torch.eye(math.prod(self.out_shape), dtype=self.output.dtype, device=self.output.device)
+        one = eye.reshape(-1, 1, *self.out_shape).expand(-1, self.number, *self.out_shape)
+        return list(one.movedim(1, 1 + self.axis).contiguous())
 
     def samples(self, signals: Sequence[Tensor], vectorised: bool = False) -> list[tuple[Block, list[Samples]]]:
         """The factors of each block's gradients under some output-shaped signals; see :class:`Keeper`."""

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from curvature.estimation.checkpoint import Resume
-from curvature.losses import ClassDim
+from curvature.losses import BatchDim, ClassDim
 from curvature.losses.signals import FisherKind
 from curvature.matrices.full import GaussNewtonOperator
 from curvature.matrices.request import CHECKS, Arguments, Request, Structure
@@ -39,7 +39,7 @@ def ggn(
     params: Any = None,
     output: Output | None = None,
     class_dim: ClassDim = None,
-    batch_dim: int | None = None,
+    batch_dim: BatchDim = None,
     resume: Resume | None = None,
     progress: bool | None = None,
     **options: Any,
@@ -66,7 +66,7 @@ def ggn(
         params: Names, globs or tensors that restrict the parameters.
         output: Picks the output tensor where the model does not return a tensor.
         class_dim: Class axis of the output where the shapes leave it open; by key for a sum of losses.
-        batch_dim: Axis of the output that counts the examples, where it is not the first.
+        batch_dim: Axis of the output that counts the examples, where it is not the first; by key for a sum of losses.
         resume: File in which the sums over the batches are kept as they grow, and from which a run that was killed
             continues at its batch, with the identical result. A path, or a :class:`curvature.Checkpoint`, that says how
             often to save.

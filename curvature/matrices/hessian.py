@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from curvature.estimation.finite import refuse_nonfinite
-from curvature.losses import ClassDim
+from curvature.losses import BatchDim, ClassDim
 from curvature.losses.loss import check_loss
 from curvature.matrices.dataset_operator import MEMORY, DatasetOperator, MatrixArguments, Product
 from curvature.matrices.problem import Evaluation, Problem, gradient_of
@@ -124,6 +124,7 @@ def hessian(
     params: Any = None,
     output: Output | None = None,
     class_dim: ClassDim = None,
+    batch_dim: BatchDim = None,
     keep_graph: bool | None = None,
     memory: int = MEMORY,
     progress: bool | None = None,
@@ -149,6 +150,7 @@ def hessian(
         params: Names, globs or tensors that restrict the parameters; ``op.block(rows, columns)`` cuts out blocks.
         output: Picks the output tensor where the model does not return a tensor.
         class_dim: Class axis of the output where the shapes leave it open; by key for a sum of losses.
+        batch_dim: Axis of the output that counts the examples, where it is not the first; by key for a sum of losses.
         keep_graph: Keep the graph of the gradient between products, so that they need no forward pass; it holds the
             activations of the forward pass and of the backward pass, several times the memory of a training step,
             as long as the operator lives. By default it is kept if the data are one batch.
@@ -169,7 +171,15 @@ def hessian(
         Pearlmutter (1994), "Fast exact multiplication by the Hessian".
     """
     problem = Problem(
-        model, loss_fn, data, params=params, output=output, class_dim=class_dim, progress=progress, opaque=True
+        model,
+        loss_fn,
+        data,
+        params=params,
+        output=output,
+        class_dim=class_dim,
+        batch_dim=batch_dim,
+        progress=progress,
+        opaque=True,
     )
     full = Hessian(problem, keep_graph=keep_graph, memory=memory)
     match structure:

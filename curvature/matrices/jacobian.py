@@ -258,9 +258,9 @@ class Jacobian(LinearOperator):
         matrix = rows.transpose(0, 1).reshape(line.output.numel(), -1).to(self.dtype)
         return matrix.mT if self._adjoint else matrix
 
-    def examples(self) -> Examples:
-        """The recorded pass by examples."""
-        return Examples.along(self.linearization.output, self.linearization.columns, self.recorder)
+    def examples(self, axis: int = 0) -> Examples:
+        """The recorded pass by examples, which lie along an axis of the output."""
+        return Examples.along(self.linearization.output, self.linearization.columns, self.recorder, axis)
 
     def __repr__(self) -> str:
         return f"Jacobian({self.shape[0]}x{self.shape[1]})"

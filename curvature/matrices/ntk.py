@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -28,6 +29,7 @@ def ntk(
     mode: NTKMode = "full",
     params: Any = None,
     output: Output | None = None,
+    batch_dim: int | None = None,
 ) -> Tensor:
     r"""Empirical neural tangent kernel of the model's outputs on ``x`` and ``x2``, at the current parameters.
 
@@ -43,9 +45,11 @@ def ntk(
         mode: ``"full"`` keeps both outputs, ``"class"`` the pairs of equal outputs, ``"trace"`` their sum.
         params: Names, globs or tensors that restrict the parameters.
         output: Picks the output tensor where the model does not return a tensor.
+        batch_dim: Axis of the output that counts the examples, where it is not the first.
 
     Returns:
-        ``(N, M, *out, *out)``, ``(N, M, *out)`` or ``(N, M)`` for outputs ``(N, *out)``.
+        ``(N, M, *out, *out)``, ``(N, M, *out)`` or ``(N, M)``, where out are the axes of the output but for that of
+        the examples.
 
     Raises:
         ValueError: If the mode is unknown.
@@ -53,9 +57,9 @@ def ntk(
     References:
         Jacot, Gabriel and Hongler (2018), https://arxiv.org/abs/1806.07572
     """
-    left = jacobian(model, x, params=params, output=output).examples()
-    right = left if x2 is None else jacobian(model, x2, params=params, output=output).examples()
-    out = tuple(left.output.shape[1:])
+    left = jacobian(model, x, params=params, output=output).examples(batch_dim or 0)
+    right = left if x2 is None else jacobian(model, x2, params=params, output=output).examples(batch_dim or 0)
+    out = left.out_shape
     K = _kernel(model, left, right, same=mode != "full")
     if mode == "trace":
         return K.sum(0)
@@ -69,7 +73,7 @@ def _kernel(model: nn.Module, left: Examples, right: Examples, same: bool) -> Te
     with differentiable_kernels():  # a recomputed (checkpointed) layer needs the kernels of the recorded pass
         rows = left.samples(left.unit_signals())
         columns = rows if right is left else right.samples(right.unit_signals())
-    outputs, n, m = left.output[0].numel(), left.number, right.number
+    outputs, n, m = math.prod(left.out_shape), left.number, right.number
     shape = (outputs, n, m) if same else (outputs, n, outputs, m)
     total = torch.zeros(shape, dtype=widen(left.output.detach()[:0]).dtype, device=left.output.device)
     by_block = {block: samples for block, samples in columns}

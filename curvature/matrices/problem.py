@@ -16,6 +16,7 @@ from curvature.estimation.dataset import over_all_data, record
 from curvature.layers.recorder import Recorder
 from curvature.losses import (
     AutogradLoss,
+    BatchDim,
     ClassDim,
     Loss,
     NonFiniteLossError,
@@ -134,7 +135,7 @@ class Problem:
         params: Restriction of the parameters.
         output: Picks the output tensor.
         class_dim: Class axis of the output where the shapes leave it open.
-        batch_dim: Axis of the output that counts the examples, where it is not the first.
+        batch_dim: Axis of the output that counts the examples, where it is not the first; by key for a sum of losses.
         progress: Show a progress bar; ``None`` shows one on long passes.
         opaque: Allow a loss of which only the value is known.
         fisher: Put the Fisher information of the outputs in the place of the Hessian of the loss in them. ``None``
@@ -154,7 +155,7 @@ class Problem:
         params: Any = None,
         output: Output | None = None,
         class_dim: ClassDim = None,
-        batch_dim: int | None = None,
+        batch_dim: BatchDim = None,
         progress: bool | None = None,
         opaque: bool = False,
         fisher: bool | None = False,

@@ -12,7 +12,7 @@ from torch import nn
 
 from curvature.estimation.checkpoint import Checkpoint, Resume
 from curvature.estimation.dataset import estimate
-from curvature.losses import ClassDim
+from curvature.losses import BatchDim, ClassDim
 from curvature.losses.loss import check_loss
 from curvature.losses.signals import FisherKind
 from curvature.matrices.dataset_operator import MatrixArguments
@@ -54,7 +54,6 @@ CHECKS: dict[str, Check] = {
 class Arguments(MatrixArguments, total=False):
     """Keywords of ``ggn`` and ``fisher`` beside the structure; from ``mode`` on, options of structures."""
 
-    batch_dim: int | None
     kind: FisherKind | None
     samples: int | None
     generator: torch.Generator | None
@@ -77,7 +76,7 @@ class Request:
     output: Output | None = None
     class_dim: ClassDim = None
     progress: bool | None = None
-    batch_dim: int | None = None
+    batch_dim: BatchDim = None
 
     def problem(self, fisher: bool | None = False) -> Problem:
         """The loss as a function of the parameters, for data that can be seen again; see :class:`Problem`."""

@@ -152,17 +152,12 @@ def restriction(name: str, value: Any) -> Any:
     return value
 
 
-def class_axis(name: str, value: Any) -> Any:
+def axes(name: str, value: Any) -> Any:
     """An axis, several by the keys of a sum of losses, or None."""
     if isinstance(value, Mapping):
         for key, entry in value.items():
             whole(f"{name}[{key!r}]", entry, low=-(2**62))
         return value
-    return whole(name, value, low=-(2**62), optional=True)
-
-
-def axis(name: str, value: Any) -> Any:
-    """An axis, or None."""
     return whole(name, value, low=-(2**62), optional=True)
 
 
@@ -186,8 +181,8 @@ COMMON: dict[str, Check] = {
     "x": inputs,
     "params": restriction,
     "output": lambda name, value: function(name, value, optional=True),
-    "class_dim": class_axis,
-    "batch_dim": axis,
+    "class_dim": axes,
+    "batch_dim": axes,
     "keep_graph": lambda name, value: flag(name, value, optional=True),
     "progress": lambda name, value: flag(name, value, optional=True),
     "generator": optional(a(torch.Generator, "a torch.Generator")),

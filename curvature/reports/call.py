@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from curvature.estimation.checkpoint import Checkpoint
-from curvature.losses import ClassDim
+from curvature.losses import BatchDim, ClassDim
 from curvature.losses.loss import check_loss
 from curvature.model.arguments import Check, a, checked, optional, real
 from curvature.model.data import Data, Output
@@ -62,6 +62,7 @@ def report(
     params: Any = ...,
     output: Output | None = ...,
     class_dim: ClassDim = ...,
+    batch_dim: BatchDim = ...,
     seed: int = ...,
     warm_start: Report | None = ...,
     resume: str | os.PathLike[str] | Checkpoint | None = ...,
@@ -99,6 +100,7 @@ def report(  # the options of a dry run are those below
     params: Any = None,
     output: Output | None = None,
     class_dim: ClassDim = None,
+    batch_dim: BatchDim = None,
     seed: int = 0,
     warm_start: Report | None = None,
     resume: str | os.PathLike[str] | Checkpoint | None = None,
@@ -147,6 +149,7 @@ def report(  # the options of a dry run are those below
         params: Names, globs or tensors that restrict the parameters.
         output: Picks the output tensor where the model does not return a tensor.
         class_dim: Class axis of the output where the shapes leave it open.
+        batch_dim: Axis of the output that counts the examples, where it is not the first; by key for a sum of losses.
         seed: Of the random vectors; each section has its own.
         warm_start: An earlier report on the same model: the search for eigenvalues starts from its eigenvectors.
         resume: A file (or :class:`~curvature.Checkpoint`) that keeps finished sections and the running
@@ -183,6 +186,7 @@ def report(  # the options of a dry run are those below
             params=params,
             output=output,
             class_dim=class_dim,
+            batch_dim=batch_dim,
         )
         course = Course(study, matrices, chosen)
         course.begin(warm_start)

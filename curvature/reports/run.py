@@ -108,7 +108,7 @@ class Course:
         known = [m for m in self.matrices if m in study.rates]
 
         def table(_: float) -> Coverage:
-            return coverage(model, loss_fn, data, params=study.options["params"])
+            return coverage(model, loss_fn, data, **study.read)
 
         def of(section: str, m: Matrix, module: Any, run: Callable[[Study, Matrix, float], Any]) -> Job:
             least, usual = (0, 0) if m in study.to_form else module.products(study, m)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvature.losses import ClassDim
+from curvature.losses import BatchDim, ClassDim
 from curvature.losses.loss import check_loss
 from curvature.matrices.by_name import Matrix, matrix_of
 from curvature.matrices.jacobian import Jacobian, jacobian
@@ -106,6 +106,7 @@ def dynamics(
     params: Any = None,
     output: Output | None = None,
     class_dim: ClassDim = None,
+    batch_dim: BatchDim = None,
     generator: torch.Generator | None = None,
     progress: bool | None = None,
 ) -> Dynamics:
@@ -146,6 +147,7 @@ def dynamics(
         params: Names, globs or tensors that restrict the parameters to some that move.
         output: Picks the output tensor where the model does not return a tensor.
         class_dim: Class axis of the output where the shapes leave it open.
+        batch_dim: Axis of the output that counts the examples, where it is not the first; by key for a sum of losses.
         generator: Source of the first vector; the same one each time by default.
         progress: True shows a progress bar, False never, None after a second.
 
@@ -170,7 +172,8 @@ def dynamics(
     else:
         assert lr is not None
         rule = gradient_descent(parameters, lr, momentum, nesterov, preconditioner)
-    H = make(model, loss_fn, data, params=params, output=output, class_dim=class_dim, progress=False)
+    read: dict[str, Any] = {"params": params, "output": output, "class_dim": class_dim, "batch_dim": batch_dim}
+    H = make(model, loss_fn, data, progress=False, **read)
     start = None if previous is None else previous.start
     options: dict[str, Any] = {"rtol": rtol, "max_products": max_products, "generator": generator, "progress": progress}
     return _judged(rule, largest_of_step(H, rule, v0=start, **options), matrix)

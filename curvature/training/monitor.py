@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import solvers
-from curvature.losses import ClassDim, NonFiniteLossError
+from curvature.losses import BatchDim, ClassDim, NonFiniteLossError
 from curvature.losses.loss import check_loss
 from curvature.matrices.by_name import Matrix, matrix_of
 from curvature.matrices.dataset_operator import DatasetOperator
@@ -100,6 +100,7 @@ class Monitor:
         params: Names, globs or tensors that restrict the parameters.
         output: Picks the output tensor where the model does not return a tensor.
         class_dim: Class axis of the output where the shapes leave it open.
+        batch_dim: Axis of the output that counts the examples, where it is not the first; by key for a sum of losses.
         eval_mode: Measure the loss of the model in eval mode; otherwise as it is, each time with other dropout masks.
         prefix: Of names for the writer.
         seed: Of the random vectors.
@@ -143,6 +144,7 @@ class Monitor:
         params: Any = None,
         output: Output | None = None,
         class_dim: ClassDim = None,
+        batch_dim: BatchDim = None,
         eval_mode: bool = True,
         prefix: str = "curvature/",
         seed: int = 0,
@@ -153,7 +155,7 @@ class Monitor:
         self.every, self.matrix, self.k, self.rtol, self.samples = every, matrix, k, rtol, samples
         self.max_products, self.max_fraction, self.eval_mode, self.seed = max_products, max_fraction, eval_mode, seed
         self.optimizer, self.writer, self.callback, self.prefix = optimizer, writer, callback, prefix
-        self._options = {"params": params, "output": output, "class_dim": class_dim}
+        self._options = {"params": params, "output": output, "class_dim": class_dim, "batch_dim": batch_dim}
         if params is not None:
             Parameters(self.model, params)  # names what is not there
         self._history = History(csv)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvature.losses import ClassDim
+from curvature.losses import BatchDim, ClassDim
 from curvature.losses.loss import check_loss
 from curvature.matrices.by_name import Matrix, matrix_of
 from curvature.matrices.dataset_operator import DatasetOperator
@@ -122,6 +122,7 @@ class Subspace:
         params: Names, globs or tensors that restrict the parameters.
         output: Picks the output tensor where the model does not return a tensor.
         class_dim: Class axis of the output where the shapes leave it open.
+        batch_dim: Axis of the output that counts the examples, where it is not the first; by key for a sum of losses.
         generator: Source of the random vectors; a fresh one seeded with 0 by default.
         progress: True shows a progress bar, False never, None after a second.
 
@@ -147,6 +148,7 @@ class Subspace:
         params: Any = None,
         output: Output | None = None,
         class_dim: ClassDim = None,
+        batch_dim: BatchDim = None,
         generator: torch.Generator | None = None,
         progress: bool | None = None,
     ) -> None:
@@ -160,7 +162,7 @@ class Subspace:
         self.vectors: Tensor | None = None
         self._first: Tensor | None = None
         self._start: Tensor | None = None  # start of the next search
-        self._options = {"params": params, "output": output, "class_dim": class_dim}
+        self._options = {"params": params, "output": output, "class_dim": class_dim, "batch_dim": batch_dim}
 
     def update(self, step: int | None = None) -> SubspaceRecord:
         """Measure now.

@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from curvature.estimation.tape import Mode
+from curvature.losses import BatchDim
+from curvature.model.arguments import axes
 from curvature.model.data import Output
 from precond.step.options import period
 from solvers.outcome.arguments import fields_of, function
@@ -31,7 +33,7 @@ class Loop:
         max_skips: Steps in a row that may be skipped so before an error says that training has diverged; those that a
             ``GradScaler`` skips while it looks for its scale do not count.
         seed: Seed of the method's own draws; the global random state is never used.
-        batch_dim: Axis of the output that counts the examples, where it is not the first.
+        batch_dim: Axis of the output that counts the examples, where it is not the first; by key for a sum of losses.
 
     Raises:
         ValueError: If a value is out of range.
@@ -44,12 +46,13 @@ class Loop:
     nonfinite: NonFinite = "skip"
     max_skips: int = 20
     seed: int = 0
-    batch_dim: int | None = None
+    batch_dim: BatchDim = None
 
     def __post_init__(self) -> None:
         """Validate the values that are not validated elsewhere."""
         fields_of(self)
         function("output", self.output, optional=True)
+        axes("batch_dim", self.batch_dim)
         if self.nonfinite not in ("skip", "raise"):
             raise ValueError(f"nonfinite must be 'skip' or 'raise', got {self.nonfinite!r}.")
         period("max_skips", self.max_skips)

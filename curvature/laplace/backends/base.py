@@ -178,7 +178,7 @@ class Backend(JacobianBackend):
             collector = self._collect(run, sums.estimator, True, chosen.get("mc_samples"))
             found = {e.block: read(e).scaled(self._scale()) for e in collector.estimators.values()}
             tensors = Tensors.of(run.parameters, run.output.dtype)
-            return self.scaled_loss(run.loss), BlockKron(tensors, found, self.count(x), N)
+            return self.scaled_loss(run.loss), BlockKron(tensors, found, self.count(x, y), N)
 
     def eigenvalues(
         self, x: Inputs, y: Tensor, decomposed: BlockKronDecomposed, **kwargs: Any

@@ -11,11 +11,12 @@ import torch
 from laplace.curvature import CurvatureInterface
 from torch import Tensor
 
-from curvature.estimation.dataset import record
+from curvature.estimation.dataset import examples_along, record
 from curvature.laplace.backends.last_layer import Features
 from curvature.laplace.likelihoods.summed import likelihood_for
 from curvature.layers.recorder import Recorder
 from curvature.losses import AmbiguousClassAxisError, Layout, Terms
+from curvature.losses.picked import along
 from curvature.matrices.examples import Examples
 from curvature.model.data import resolve_output, untouched
 from curvature.model.parameters import Parameters
@@ -55,10 +56,12 @@ class BatchBackend(CurvatureInterface):
 
     Attributes:
         class_dim: Class axis of the outputs, as the user said; ``None`` where the shapes tell.
+        batch_dim: Axis of the outputs and targets that counts the examples; ``None`` for the first.
         layout: Which axes of the outputs of the last batch belonged to one term; ``None`` before the first.
     """
 
     class_dim: int | None = None
+    batch_dim: int | None = None
     layout: Layout | None = None
 
     def trainable(self) -> Parameters:
@@ -109,7 +112,7 @@ class BatchBackend(CurvatureInterface):
         """Run the model, as laplace-torch does: on x as its one argument."""
         parameters = self.trainable()
         with self.leaving_all():
-            result, recorder = record(self.model, parameters, (x,), examples=self.count(x))
+            result, recorder = record(self.model, parameters, (x,), y, self.count(x), self.batch_dim)
             output = resolve_output(result)
             if not output.requires_grad:
                 raise ValueError(
@@ -136,15 +139,16 @@ class BatchBackend(CurvatureInterface):
                 f"{first}}} or {{'class_dim': {last}}}."
             ) from error
         self.layout = terms.layout
-        return terms
+        return along(terms, self.batch_dim, self.class_dim)
 
     def class_dim_of(self, output: Tensor, y: Tensor) -> int | None:
         """The class axis that the user gave, where there is more than one to choose from."""
         return self.class_dim if output.dim() > 2 else None
 
-    def count(self, x: Inputs) -> int:
-        """Number of examples."""
-        return int((x[self.dict_key_x] if isinstance(x, MutableMapping) else x).shape[0])
+    def count(self, x: Inputs, y: Tensor | None = None) -> int:
+        """Number of examples; where they lie along another axis, the targets tell."""
+        found = None if self.batch_dim is None else examples_along(y, self.batch_dim)
+        return found or int((x[self.dict_key_x] if isinstance(x, MutableMapping) else x).shape[0])
 
     def scaled_loss(self, terms: Terms) -> Tensor:
         """The value of the loss in the units of laplace-torch, detached."""

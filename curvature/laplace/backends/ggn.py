@@ -36,6 +36,7 @@ class GGNBackend(Backend, GGNInterface):
         stochastic: Sample.
         num_samples: Draws per batch.
         class_dim: Class axis of outputs with more than two axes, where the shapes leave it open.
+        batch_dim: Axis of the outputs and targets that counts the examples, where it is not the first.
         seed: Of the draws; the global random state is not used.
         max_dim: Kronecker factors larger than this are kept as their diagonals.
         max_dense: Other parameters than matrices of layers (norms, bare parameters) get a dense matrix up to this
@@ -60,6 +61,7 @@ class GGNBackend(Backend, GGNInterface):
         num_samples: int = 1,
         *,
         class_dim: int | None = None,
+        batch_dim: int | None = None,
         seed: int = 0,
         max_dim: int = SumOptions.max_dim,
         max_dense: int = SumOptions.max_dense,
@@ -69,7 +71,7 @@ class GGNBackend(Backend, GGNInterface):
         GGNInterface.__init__(
             self, model, likelihood, last_layer, subnetwork_indices, dict_key_x, dict_key_y, stochastic, num_samples
         )
-        self.seed, self.class_dim = seed, class_dim
+        self.seed, self.class_dim, self.batch_dim = seed, class_dim, batch_dim
         self.configure(max_dim, max_dense, low_rank, renamed)
 
     def _kind(self) -> FisherKind:
@@ -113,7 +115,7 @@ class GGNBackend(Backend, GGNInterface):
         hessians, names, loss = form
         sums = hessians.sums(self.max_dim, bias=len(names) > 1).scaled(self._scale())
         tensors = Tensors.of(self.trainable(), loss.dtype)
-        return loss, BlockKron(tensors, {block_of(layer, *names): sums}, self.count(x), N)
+        return loss, BlockKron(tensors, {block_of(layer, *names): sums}, self.count(x, y), N)
 
     @torch.no_grad()
     def _closed_form(self, x: Inputs, y: Tensor) -> tuple[OutputHessians, list[str], Tensor] | None:
@@ -121,7 +123,8 @@ class GGNBackend(Backend, GGNInterface):
 
         ``None`` where signals must be sent back.
         """
-        features = self.features(x) if self.last_layer and not self.stochastic else None
+        closed = self.last_layer and not self.stochastic and self.batch_dim is None
+        features = self.features(x) if closed else None
         if features is None:
             return None
         terms = self.terms_of(features.output, y)
@@ -151,6 +154,7 @@ class EFBackend(Backend, EFInterface):
         dict_key_x: Key of the inputs in mappings.
         dict_key_y: Key of the targets in mappings.
         class_dim: As for :class:`GGNBackend`.
+        batch_dim: As for :class:`GGNBackend`.
         unit_noise: For regression: the empirical Fisher of unit noise itself, half of the default.
         max_dim: As for :class:`GGNBackend`.
         max_dense: As for :class:`GGNBackend`.
@@ -172,6 +176,7 @@ class EFBackend(Backend, EFInterface):
         dict_key_y: str = "labels",
         *,
         class_dim: int | None = None,
+        batch_dim: int | None = None,
         unit_noise: bool = False,
         max_dim: int = SumOptions.max_dim,
         max_dense: int = SumOptions.max_dense,
@@ -179,7 +184,7 @@ class EFBackend(Backend, EFInterface):
         **renamed: int,
     ) -> None:
         EFInterface.__init__(self, model, likelihood, last_layer, subnetwork_indices, dict_key_x, dict_key_y)
-        self.unit_noise, self.class_dim = unit_noise, class_dim
+        self.unit_noise, self.class_dim, self.batch_dim = unit_noise, class_dim, batch_dim
         self.configure(max_dim, max_dense, low_rank, renamed)
 
     def _kind(self) -> FisherKind:

@@ -31,6 +31,7 @@ class HessianBackend(JacobianBackend):
         dict_key_x: Key of the inputs in mappings.
         dict_key_y: Key of the targets in mappings.
         class_dim: As for :class:`GGNBackend`.
+        batch_dim: As for :class:`GGNBackend`.
         low_rank: Number of eigenvalues that :meth:`eig_lowrank` looks for.
 
     Attributes:
@@ -50,10 +51,11 @@ class HessianBackend(JacobianBackend):
         dict_key_y: str = "labels",
         *,
         class_dim: int | None = None,
+        batch_dim: int | None = None,
         low_rank: int = 10,
     ) -> None:
         super().__init__(model, likelihood, last_layer, subnetwork_indices, dict_key_x, dict_key_y)
-        self.low_rank, self.class_dim = low_rank, class_dim
+        self.low_rank, self.class_dim, self.batch_dim = low_rank, class_dim, batch_dim
 
     def full(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         options(kwargs, "full", set())
@@ -93,7 +95,9 @@ class HessianBackend(JacobianBackend):
     def _operator(self, data: Any, class_dim: int | None) -> Hessian:
         tensors = list(self.trainable().values())
         with self.leaving_all():
-            return hessian(self.model, self.lossfunc, data, params=tensors, class_dim=class_dim)
+            return hessian(
+                self.model, self.lossfunc, data, params=tensors, class_dim=class_dim, batch_dim=self.batch_dim
+            )
 
     def eig_lowrank(self, data_loader: Iterable[Any]) -> tuple[Tensor, Tensor, Tensor]:
         """The largest eigenvalues of the Hessian of all the data, by Lanczos iterations.

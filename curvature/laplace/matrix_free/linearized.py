@@ -44,6 +44,7 @@ class LinearizedLaplace:
         params: Names, globs or tensors that restrict the parameters; the others stay where they are.
         output: Picks the output tensor where the model does not return a tensor.
         class_dim: Class axis of the output where the shapes leave it open.
+        batch_dim: Axis of the output that counts the examples, where it is not the first.
         keep_graph: See :class:`curvature.matrices.dataset_operator.DatasetOperator`.
         progress: Show progress bars.
 
@@ -82,6 +83,7 @@ class LinearizedLaplace:
         params: Any = None,
         output: Output | None = None,
         class_dim: int | None = None,
+        batch_dim: int | None = None,
         keep_graph: bool | None = None,
         progress: bool | None = None,
     ) -> None:
@@ -89,7 +91,8 @@ class LinearizedLaplace:
         self._loss = loss = summed(likelihood)
         self.regression = isinstance(loss, SquaredError)
         self._factor = 0.5 if self.regression else 1.0  # the squared error is twice the normal log-density
-        self._problem = Problem(model, loss, data, params=params, output=output, class_dim=class_dim, progress=progress)
+        read = {"params": params, "output": output, "class_dim": class_dim, "batch_dim": batch_dim}
+        self._problem = Problem(model, loss, data, progress=progress, **read)
         self.parameters = self._problem.parameters
         self._ggn = GaussNewtonOperator(self._problem, "exact", keep_graph=keep_graph)
         self.curvature: LinearOperator = self._factor * self._ggn

@@ -45,7 +45,7 @@ def note_outputs(la: Any) -> None:
     la.class_axis = None
     if la.output_axes > 2:
         if la.likelihood == Likelihood.REGRESSION:
-            la.n_outputs = math.prod(layout.output_shape[1:])
+            la.n_outputs = math.prod(layout.output_shape) // layout.output_shape[la.backend.batch_dim or 0]
         else:
             la.class_axis, la.n_outputs = layout.class_axes[0], layout.class_shape[0]
         la.model.output_size = la.n_outputs

@@ -79,7 +79,7 @@ class FunctionalBackend(GGNBackend):
         """Auxiliary information that ``forward`` gave for the last batch."""
         return self.model.aux
 
-    def count(self, x: Any) -> int:
+    def count(self, x: Any, y: Any = None) -> int:
         """Number of examples: the first axis of the first tensor that has one."""
         size = batch_size(x)
         if size is None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from curvature.estimation.checkpoint import digest, problem_identity
 from curvature.estimation.probe import Sketches, sketch, sketches
-from curvature.losses import ClassDim
+from curvature.losses import BatchDim, ClassDim
 from curvature.losses.signals import Signals
 from curvature.matrices.dataset_operator import DatasetOperator
 from curvature.matrices.ggn import ggn
@@ -57,6 +57,7 @@ class Study:
         to_form: Which matrices are formed.
         dense: The matrices that were formed, float64.
         spectrum: Their eigenvalues, ascending, and eigenvectors, in columns.
+        read: How the data are read: ``params``, ``output``, ``class_dim`` and ``batch_dim``.
         vectors: Approximate eigenvectors ``(k, P)`` of the largest eigenvalues, by matrix.
         start: Vectors to start the search for eigenvectors from, by matrix.
         eigenvalues: Those found so far, by matrix.
@@ -82,9 +83,11 @@ class Study:
         params: Any = None,
         output: Output | None = None,
         class_dim: ClassDim = None,
+        batch_dim: BatchDim = None,
     ) -> None:
         self.given = (model, loss_fn, data)
-        self.options = {"params": params, "output": output, "class_dim": class_dim, "progress": False}
+        self.read = {"params": params, "output": output, "class_dim": class_dim, "batch_dim": batch_dim}
+        self.options = {**self.read, "progress": False}
         self.problem = Problem(*self.given, **self.options, opaque=True)
         self.budget, self.store = budget, store
         self.k, self.damping, self.rtol, self.seed = min(k, self.size), damping, rtol, seed
@@ -267,7 +270,7 @@ class Study:
         assert self.loss is not None
         model, loss_fn, _ = self.given
         return {
-            **problem_identity(model, loss_fn, self.problem.parameters),
+            **problem_identity(model, loss_fn, self.problem.parameters, self.problem.batch_dim),
             "value of the loss": f"{self.loss.value:.5g}",  # another machine may round otherwise
             "k": self.k,
             "damping": self.damping,
