@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -21,6 +22,7 @@ from curvature.layers.samples import OneHot, Outer, PerSample, Samples
 from curvature.layers.site import ElementwiseSite, OuterSite
 from curvature.losses.picked import ExampleTerms
 from curvature.losses.signals import SAY_WHICH, Signals, stacked
+from curvature.model.graph_nodes import statistics_given
 from curvature.model.parameters import Parameters
 from curvature.model.pullback import Pullback, pull_back
 from curvature.structures.estimator import CurvatureEstimator, Form, MeansEstimator
@@ -60,6 +62,8 @@ class Collector:
 
     #: Whether rows that do not lie as the examples do are sorted.
     sorts_rows: ClassVar[bool] = False
+    #: Whether statistics that a batch norm takes of its batch count as constants, by which no examples meet.
+    statistics_given: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -364,11 +368,13 @@ class Collector:
         sought = [group for group in groups if group.block.name in mixing and self._seeks(group)]
         if not rest and not sought:
             return mixing
-        plain, _ = self._arriving(rest + sought, output, signals.probe().unsqueeze(0))
-        tagged = []
-        for weights in signals.tags():
-            arrived, _ = self._arriving(rest + sought, output, signals.probe(weights).unsqueeze(0))
-            tagged.append((weights, arrived))
+        fixed = recorder.examples_interact and self.statistics_given
+        with statistics_given([output]) if fixed else contextlib.nullcontext():
+            plain, _ = self._arriving(rest + sought, output, signals.probe().unsqueeze(0))
+            tagged = []
+            for weights in signals.tags():
+                arrived, _ = self._arriving(rest + sought, output, signals.probe(weights).unsqueeze(0))
+                tagged.append((weights, arrived))
         meeting = [group for group in rest if _meets(group, plain, tagged, cache)]
         mixing |= {group.block.name for group in meeting}
         return mixing - self._sort(sought + meeting, plain, [arrived for _, arrived in tagged], signals.examples, cache)
@@ -399,7 +405,7 @@ class Collector:
 
     def _may_meet(self, recorder: Recorder, groups: list[Group], signals: Signals) -> bool:
         """Whether examples may meet in these blocks, as far as the operations of the pass tell."""
-        if recorder.examples_interact:
+        if recorder.examples_interact and not self.statistics_given:
             return True
         output = getattr(signals.terms, "whole", signals.terms.output)
         apart = recorder.keeps_examples(sites_of(groups), output, signals.examples)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -76,7 +76,14 @@ class Pass:
     handles: list[Any] = field(default_factory=list)  # of hooks on tensors
     at_output: Any = None  # the one of these on the output
     released: bool = False  # nothing can arrive any more
-    again: bool = False  # the examples turned out to be counted by another input than was thought: to be repeated
+    again: bool = False  # it hides something, or another input counts the examples than was thought: to be repeated
+
+    unseen: set[str] = field(default_factory=set)  # parameters with a gradient in it that no statistics reached
+
+    @property
+    def opaque(self) -> bool:
+        """Whether custom functions were met in its graph, which may hide uses of parameters."""
+        return self.recorder is not None and bool(self.recorder.explained.custom)
 
 
 class Reader(Protocol):
@@ -97,8 +104,8 @@ class Reader(Protocol):
     def arrived_at_output(self, origin: Pass, gradient: Tensor) -> None:
         """A gradient arrived at the output of a pass on which no loss was seen."""
 
-    def keep(self) -> None:
-        """The backward pass has ended, and its gradients are in ``p.grad``."""
+    def keep(self, written: Iterable[str]) -> None:
+        """The backward pass has ended, and its gradients are in ``p.grad`` of these parameters."""
 
     def drop(self) -> None:
         """It raised, or brought nothing to the parameters: whatever it began is to be forgotten."""

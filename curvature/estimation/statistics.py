@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -79,6 +79,8 @@ class Statistics:
         self.generator = torch.Generator(device=collector.parameters.device)
         self.armed = False
         self.hidden = False  # a pass was seen that hides parts of the model
+        self._opaque = False  # a pass of the backward pass under way has custom functions, which may hide any
+        self._now: set[str] = set()  # blocks that it reached
         self.settled = False  # a pass was seen that hides none
         self._elsewhere: set[str] = set()  # parameters that are used outside the model's forward pass
         self._step = Step()
@@ -134,6 +136,7 @@ class Statistics:
 
     def begin(self) -> None:
         self._mark, self._refusal = (self.mark(), self.collector.mark()), None
+        self._opaque, self._now = False, set()
 
     def arrived(self, call: TapedLoss, gradient: Tensor) -> None:
         passes = self._open(call.passes)
@@ -174,14 +177,18 @@ class Statistics:
             return
         self._take([origin], terms, share, None)
 
-    def keep(self) -> None:
+    def keep(self, written: Iterable[str]) -> None:
         if self._refusal is not None:
             raise self._refusal
         waiting, self._waiting = self._waiting, []
         for item in waiting:
             item.backward.close()
-            reached = self.collector.collect_backward(item.backward, item.share, self._step.counted_in(item.passes))
-            self._step.note(reached)
+            self._note(self.collector.collect_backward(item.backward, item.share, self._step.counted_in(item.passes)))
+        if self._opaque and self.tape.mode == "auto" and not self.shadows:
+            found = {name: self.tape.parameters()[name].grad for name in written}
+            unseen = self._missing({name: g for name, g in found.items() if g is not None}, self._now)
+            if unseen:
+                self._repeat_later(unseen)
         self._mark = None
 
     def drop(self) -> None:
@@ -255,10 +262,15 @@ class Statistics:
                 recorder, terms.output, signals, counted=counted, scale=scale, factor=share.factor
             )
             self._refuse_hidden(recorder)
-            self._step.note(reached)
+            self._note(reached)
+
+    def _note(self, reached: set[str]) -> None:
+        self._step.note(reached)
+        self._now |= reached
 
     def _refuse_hidden(self, recorder: Recorder) -> None:
         """Raise what a reentrant checkpoint raises where a signal passes through it; one may also end there."""
+        self._opaque |= bool(recorder.explained.custom)
         hides = "CheckpointFunctionBackward" in recorder.explained.custom
         if hides and self.tape.mode == "auto" and self._mark is not None:
             raise RuntimeError("a checkpoint with use_reentrant=True hides parameters")
@@ -319,12 +331,25 @@ class Statistics:
         except RuntimeError as error:
             if self.tape.mode != "auto" or "use_reentrant" not in str(error) or self._mark is None:
                 raise
-            self.hidden = self.tape.cautious = True
-            self.drop()
-            self.begin()
-            for origin in self.tape.passes:
-                if origin.arriving is not None or any(call.arriving is not None for call in origin.calls):
-                    origin.recorder, origin.again = None, True
+            self._repeat_later()
+
+    def _repeat_later(self, unseen: set[str] | None = None) -> None:
+        """Passes hide something: take back what the backward pass under way has brought, and repeat its passes.
+
+        Args:
+            unseen: The parameters, where the backward pass has ended. What was seen of passes whose gradient at the
+                output nobody kept stays then; later ones will be repeated.
+        """
+        self.hidden = self.tape.cautious = True
+        arrived = [
+            o for o in self.tape.passes if o.arriving is not None or any(c.arriving is not None for c in o.calls)
+        ]
+        if unseen and not all(o.arriving is not None or any(c.whole for c in o.calls) for o in arrived):
+            return
+        self.drop()
+        self.begin()
+        for origin in arrived:
+            origin.recorder, origin.again, origin.unseen = None, True, unseen or set()
 
     # The end of the step
 
@@ -332,8 +357,8 @@ class Statistics:
         """Close the step: leave what counts, repeat passes that hide something, and divide by the total weight.
 
         Args:
-            gradients: Gradients of the step by name. If one is nonzero although no recorded pass reached its
-                parameter, the pass hides parts of the model, and is repeated in the open, now and from now on.
+            gradients: Gradients of the step by name. If one is nonzero although no statistics reached its parameter,
+                not even those of repeated passes, it is used elsewhere.
             scale: Of a GradScaler, in the gradients of the backward passes.
 
         Raises:
@@ -341,18 +366,20 @@ class Statistics:
         """
         self.tape.settle()
         self._stop_waiting()
+        sealed: set[str] = set()
         for origin in self.tape.passes:
             if origin.again:
+                self._now = set()
                 self._repeat(origin)
-        missing = set() if self.shadows or self.tape.mode != "auto" else self._missing(gradients or {})
-        if missing:
+                sealed |= origin.unseen - self._names(self._now)
+        automatic = self.tape.mode == "auto" and not self.tape.is_compiled()
+        if automatic and not self.batches and not self.hidden and self._missing(gradients or {}):
             self.hidden = True
-            self._start_again()
             for origin in self.tape.passes:
                 self._repeat(origin)
-        if missing and self.batches:
-            self._elsewhere |= self._missing(gradients or {})
-            self.hidden = not missing <= self._elsewhere
+        if automatic and self.batches:
+            self._elsewhere |= self._missing(gradients or {}) | sealed
+            self.hidden &= not sealed  # repeating its passes does not open them
         if self.batches:
             self.collector.settle(self._step.divisor(scale), self.reached)
         self.settled = bool(self.batches)
@@ -392,11 +419,14 @@ class Statistics:
                 terms, share = self._from_gradient(again.output, origin.gradient, origin.seen)
                 self._take([again], terms, share, None)
 
-    def _missing(self, gradients: Mapping[str, Tensor]) -> set[str]:
-        """Parameters with a gradient that no statistics explain."""
-        estimators = self.collector.estimators
-        found = {part.name for name in self.reached for part in estimators[name].block.parts}
+    def _missing(self, gradients: Mapping[str, Tensor], reached: Iterable[str] | None = None) -> set[str]:
+        """Parameters with a gradient that no statistics explain; of the blocks ``reached``, by default in the step."""
+        found = self._names(self.reached if reached is None else reached)
         return {n for n, g in gradients.items() if n not in found | self._elsewhere and bool(g.any())}
+
+    def _names(self, blocks: Iterable[str]) -> set[str]:
+        """The parameters of some blocks."""
+        return {part.name for name in blocks for part in self.collector.estimators[name].block.parts}
 
     def _start_again(self) -> None:
         self.collector.discard()

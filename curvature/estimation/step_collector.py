@@ -68,6 +68,7 @@ class StepCollector(Collector):
     """
 
     sorts_rows: ClassVar = True
+    statistics_given: ClassVar = True  # as every K-FAC has it in training
     complete: ClassVar = False  # the samples of every block hold all examples and nothing else
 
     def __init__(
@@ -158,18 +159,13 @@ class StepCollector(Collector):
         reached = self.send(together, output, signals, plain, scale, cache, set())
         return reached | self.send(apart, output, signals, partial(stacked, self.apart(signals)), scale, cache, mixing)
 
-    def _may_meet(self, recorder: Recorder, groups: list[Group], signals: Signals) -> bool:
-        """In training, statistics over the batch are taken as given, as every K-FAC does."""
-        return not recorder.examples_interact and super()._may_meet(recorder, groups, signals)
-
     def mixing(
         self, recorder: Recorder, groups: list[Group], output: Tensor, signals: Signals, cache: Cache
     ) -> set[str]:
         """Blocks in which examples meet; those whose rows only lie elsewhere are sorted."""
         self._keep_sorted({})
         mixing = super().mixing(recorder, groups, output, signals, cache)
-        if not recorder.examples_interact:
-            self.refuse_averages([group for group in groups if group.block.name in mixing], signals.examples)
+        self.refuse_averages([group for group in groups if group.block.name in mixing], signals.examples)
         return mixing
 
     def _sort(

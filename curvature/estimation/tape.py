@@ -325,7 +325,7 @@ class Tape:
         if any(call.whole for call in seen):
             return
         self._enter()
-        if self.keeps_inputs or origin.again:
+        if self.keeps_inputs or origin.again or origin.opaque:
             gradient = gradient.detach()
             origin.seen = origin.output.detach()
             origin.arriving = gradient if origin.arriving is None else origin.arriving + gradient
@@ -355,15 +355,15 @@ class Tape:
             return
         if self.reader is not None:
             try:
-                self.reader.keep()
+                self.reader.keep([name for name, mark in after.items() if mark != self._before.get(name)])
             except BaseException:
                 self._abandon()
                 raise
         self._task, self._marks = None, after
         for origin in self.passes:
-            if origin.arriving is not None:
+            if origin.arriving is not None and (self.keeps_inputs or origin.again):
                 origin.gradient = origin.arriving if origin.gradient is None else origin.gradient + origin.arriving
-                origin.arriving = None
+            origin.arriving = None
         for call in self._calls():
             if call.arriving is not None:
                 call.weight = call.arriving if call.weight is None else call.weight + call.arriving

@@ -143,7 +143,10 @@ HALF = (*ZERO[:5], "max_fraction", "budget", "products", "span", "sparsity", "pr
 HALF = (*HALF, "sigma_noise", "temperature")
 #: Values that have a meaning after all.
 ALLOWED = {
-    *(("None", option) for option in ("params", "class_dim", "x2", "query_loss", "metric", "preconditioner")),
+    *(
+        ("None", option)
+        for option in ("params", "class_dim", "batch_dim", "x2", "query_loss", "metric", "preconditioner")
+    ),
     *(("object", option) for option in ("x", "x2")),  # of the user's, as a graph may be
     ("[]", "quantities"),
     ("'x'", "quantity"),  # a KeyError with the columns that there are

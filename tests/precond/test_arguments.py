@@ -64,6 +64,7 @@ ALLOWED = {
     ("SketchedFisher", "seed", "-1"),
     ("Loop", "seed", "-1"),
     ("Loop", "batch_dim", "-1"),
+    ("Loop", "batch_dim", "None"),
     ("least_squares", "x0", "-1"),
     ("least_squares", "args", "list"),
     ("Loop", "class_dim", "-1"),

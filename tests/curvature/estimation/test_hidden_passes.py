@@ -72,3 +72,66 @@ def test_hidden_passes_count_like_those_in_the_open(
 ) -> None:
     for got, expected in zip(run(hides, plan, kind, together), run("nothing", plan, kind, together), strict=True):
         assert_same(got, expected)
+
+
+class Inside(torch.autograd.Function):
+    """Runs a layer and its backward pass inside, as checkpoints of other libraries do: nobody sees the layer."""
+
+    @staticmethod
+    def forward(ctx, x, layer):  # type: ignore[no-untyped-def]
+        ctx.layer = layer
+        ctx.save_for_backward(x)
+        with torch.no_grad():
+            return layer(x)
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+        with torch.enable_grad():
+            x = ctx.saved_tensors[0].detach().requires_grad_()
+            torch.autograd.backward(ctx.layer(x), gradient)
+        return x.grad, None
+
+
+class TwoLayers(nn.Module):
+    """Two layers, of which the first may be hidden, and a parameter that takes no part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.aside = nn.Linear(4, 5), nn.Linear(5, 3), nn.Parameter(torch.ones(2))
+
+    def forward(self, x: Tensor, inside: bool) -> Tensor:
+        x = Inside.apply(x.clone().requires_grad_(), self.first) if inside else self.first(x)
+        return self.last(x.tanh())
+
+
+def blocks(plan: list[list[bool]], kind: str, sliced: bool, penalty: bool = False) -> list[dict[str, Tensor]]:
+    """Statistics after each step, whose batches hide a layer or, with ``penalty``, have one on the other parameter."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = TwoLayers().double()
+    optimizer = watching(model, LOSS, "kfac", kind, curvature_ema=0.0)
+    found = []
+    for step in plan:
+        optimizer.zero_grad()
+        for number, special in enumerate(step):
+            x, y = batch(6, seed=number + 1)
+            z = model(x, special and not penalty)
+            loss = LOSS(z[:5], y[:5]) if sliced else LOSS(z, y)
+            more = model.aside.square().sum() if special and penalty else 0.0
+            ((loss + more) / len(step)).backward()
+        silently(optimizer.step)
+        found.append(statistics(optimizer))
+    return found
+
+
+@pytest.mark.parametrize("sliced", [False, True], ids=["all of the output", "some rows"])
+@pytest.mark.parametrize("kind", ["exact", "empirical"])
+@pytest.mark.parametrize("penalty", [False, True], ids=["hidden", "penalty"])
+def test_a_parameter_that_nobody_sees_takes_nothing_from_the_others(penalty: bool, kind: str, sliced: bool) -> None:
+    """Of no micro-batch of a step, the first included, are the statistics of the other parameters lost."""
+    open_plan = [[False], [False] * 3, [False] * 2]
+    expected = blocks(open_plan, kind, sliced)
+    for plan in ([[False], [True] * 3, [False] * 2], [[False], [False, True, False], [True, False]]):
+        for got, true in zip(blocks(plan, kind, sliced, penalty), expected, strict=True):
+            seen = true.keys() if penalty else {"last.weight+last.bias"}
+            assert_same({name: got[name] for name in seen}, {name: true[name] for name in seen})

@@ -170,6 +170,50 @@ class Images(nn.Module):
         return self.out(torch.zeros(len(x), 4, dtype=x.dtype).index_add(0, some, self.conv(x[some]).flatten(1).tanh()))
 
 
+class BeforeNorm(TopOne):
+    """A batch norm between the experts and the loss, in train mode: every row hears of every example through it."""
+
+    everywhere = False  # each expert on all rows, with the others multiplied by zero
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+
+    def route(self, x: Tensor, gate: Tensor) -> Tensor:
+        return self.norm(self.sent(x, gate))
+
+    def sent(self, x: Tensor, gate: Tensor) -> Tensor:
+        if not self.everywhere:
+            return super().route(x, gate)
+        mine = [(gate[:, 0] % len(self.experts) == e).unsqueeze(1) for e in range(len(self.experts))]
+        return sum(expert(x).tanh() * rows for expert, rows in zip(self.experts, mine, strict=True))  # type: ignore[return-value]
+
+
+class BehindNorm(BeforeNorm):
+    """A batch norm before the experts."""
+
+    def route(self, x: Tensor, gate: Tensor) -> Tensor:
+        return self.sent(self.norm(x), gate)
+
+
+class BeforeTwoNorms(BeforeNorm):
+    """Experts before a norm of images and one without weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.last = nn.BatchNorm2d(3), nn.BatchNorm1d(3, affine=False)
+
+    def route(self, x: Tensor, gate: Tensor) -> Tensor:
+        h = self.sent(x, gate)
+        h = self.norm(torch.stack([h, h.sin()], -1).unsqueeze(-1)).tanh()
+        return self.last(h.flatten(2).sum(-1))
+
+
+NORMS: dict[str, Callable[[], nn.Module]] = {
+    "before": BeforeNorm,
+    "behind": BehindNorm,
+    "before two": BeforeTwoNorms,
+}
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "top one": (TopOne, (3,)),
     "top two": (TopTwo, (3,)),
@@ -234,6 +278,53 @@ def test_steps_do_not_depend_on_the_order_of_the_examples(name: str, method: str
         other = moved(name, method, kind, torch.tensor([3, 7, 1, 9, 0, 6, 5, 8, 2, 4]), batches)
         assert one.norm() > 1e-4
         torch.testing.assert_close(one, other, rtol=0, atol=1e-10 * float(one.norm()))
+
+
+@pytest.mark.parametrize("method", ["EKFAC", "TNT", "layer", "dense", "SENG", "SMW", "KFAC, reduce"])
+@pytest.mark.parametrize("name", NORMS)
+def test_owners_are_found_through_batch_norms(name: str, method: str) -> None:
+    """With more examples than get a backward pass each; the statistics of the batch count as given."""
+    many = 40
+    g = torch.Generator().manual_seed(3)
+    x, y = torch.randn(many, 3, dtype=torch.float64, generator=g), torch.randint(3, (many,), generator=g)
+    for kind in ("exact", "empirical"):
+        ends = []
+        for order in (torch.arange(many), torch.randperm(many, generator=g)):
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                model = NORMS[name]().double()
+            start = nn.utils.parameters_to_vector(model.parameters()).detach()
+            optimizer = METHODS[method](model, kind)
+            LOSS(model(x[order]), y[order]).backward()
+            optimizer.step()
+            assert "random signs" not in str(optimizer.coverage())
+            optimizer.detach()
+            ends.append(nn.utils.parameters_to_vector(model.parameters()).detach() - start)
+        torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=1e-9 * float(ends[0].norm()))
+
+
+@pytest.mark.parametrize("kind", ["exact", "empirical"])
+@pytest.mark.parametrize("name", NORMS)
+def test_experts_before_a_norm_learn_what_they_learn_on_all_rows(name: str, kind: str) -> None:
+    """Each expert on its rows, or on all rows with the others multiplied by zero: one function, one curvature."""
+
+    many = 40
+    g = torch.Generator().manual_seed(3)
+    x, y = torch.randn(many, 3, dtype=torch.float64, generator=g), torch.randint(3, (many,), generator=g)
+    found = []
+    for everywhere in (False, True):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model: Any = NORMS[name]().double()
+        model.everywhere = everywhere
+        optimizer = precond.NaturalGradient(model, LOSS, lr=0.0, fisher=kind, structure="layer")
+        LOSS(model(x), y).backward()
+        optimizer.step()
+        found.append({n: p.estimator.operator().to_dense() for n, p in optimizer.preconditioners.items()})
+        optimizer.detach()
+    assert found[0].keys() == found[1].keys()
+    for block, other in zip(found[0].values(), found[1].values(), strict=True):
+        torch.testing.assert_close(block, other, rtol=1e-10, atol=1e-14)
 
 
 def gradients_of_examples(model: nn.Module, x: Tensor, y: Tensor, kind: str) -> dict[str, Tensor]:
@@ -311,14 +402,17 @@ def test_blocks_are_those_of_gradients_of_single_examples(name: str, kind: str) 
 def test_samples_of_a_router_are_those_of_the_layers_on_all_rows() -> None:
     """Experts on their rows, and on all rows with the others multiplied by zero, are one function."""
 
-    class Everywhere(TopOne):
-        def route(self, x: Tensor, gate: Tensor) -> Tensor:
-            mine = [(gate[:, 0] % len(self.experts) == e).unsqueeze(1) for e in range(len(self.experts))]
-            return sum(expert(x).tanh() * rows for expert, rows in zip(self.experts, mine, strict=True))  # type: ignore[return-value]
-
     routed, [(x, y), _] = made("top one")
+
+    class Everywhere(BeforeNorm):
+        everywhere = True
+
+        def route(self, x: Tensor, gate: Tensor) -> Tensor:
+            return self.sent(x, gate)
+
     everywhere = Everywhere().double()
-    everywhere.load_state_dict(routed.state_dict())
+    everywhere.load_state_dict(routed.state_dict(), strict=False)
+    del everywhere.norm
     found = []
     for model in (routed, everywhere):
         optimizer = precond.NaturalGradient(model, LOSS, lr=0.0, fisher="mc", structure="layer")
