@@ -21,6 +21,8 @@ from precond.closure.newton import Newton
 from precond.closure.psgd import PSGD
 from precond.closure.residuals import PointwiseResidual
 from precond.closure.sophia import Sophia
+from precond.closure.ssbfgs import SSBFGS
+from precond.closure.ssbroyden import SSBroyden
 from precond.fitting import LeastSquaresResult, least_squares
 from precond.gradient.galore import GaLore
 from precond.gradient.kl_shampoo import KLShampoo
@@ -74,6 +76,8 @@ __all__ = [
     "SOAP",
     "Sophia",
     "SPlus",
+    "SSBFGS",
+    "SSBroyden",
     "TNT",
     # options as objects
     "Loop",

@@ -78,6 +78,8 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "scaled": (False, True),
     "acceleration": (True, False),
     "spring": (0.0, 0.5),
+    "iterations": (1, 3),
+    "wolfe": ((1e-4, 0.9), (1e-4, 0.1)),
     "sketch": (3, 1),
 }
 #: Where an option has other values.
@@ -89,6 +91,7 @@ SPECIAL: dict[tuple[str, str], tuple[Any, Any]] = {
     ("Muon", "eps"): (1e-8, 0.3),
     ("GaussNewton", "kl_clip"): (None, 1e-12),
     ("Muon", "momentum"): (0.5, 0.9),
+    ("SSBFGS", "window"): (None, 1),
     ("KBFGS", "loop"): (Loop(), Loop(output=lambda out: 0.5 * out)),  # it draws nothing
 }
 #: What a method needs besides, so that it runs and the option acts.

@@ -44,6 +44,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "HessianFree": {"max_steps": 12, "samples": 1},
     "Newton": {"mode": "absolute", "damping": 0.5},
     "GaussNewton": {"damping": 0.5, "spring": 0.5},
+    "SSBFGS": {"iterations": 2, "window": 3},
+    "SSBroyden": {"iterations": 2},
 }
 METHODS = {method.name: method for method in methods()}
 #: Those that take parameters, in any dtype.
