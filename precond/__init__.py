@@ -23,6 +23,7 @@ from precond.closure.residuals import PointwiseResidual
 from precond.closure.sophia import Sophia
 from precond.closure.ssbfgs import SSBFGS
 from precond.closure.ssbroyden import SSBroyden
+from precond.closure.taylor import directional_derivatives, laplacian
 from precond.fitting import LeastSquaresResult, least_squares
 from precond.gradient.galore import GaLore
 from precond.gradient.kl_shampoo import KLShampoo
@@ -86,8 +87,10 @@ __all__ = [
     "TrustRegion",
     "WeightDecay",
     # the list of methods
+    "directional_derivatives",
     "Doubling",
     "IterateAverage",
+    "laplacian",
     "LevenbergMarquardt",
     "LeastSquaresResult",
     "least_squares",
