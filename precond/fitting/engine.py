@@ -75,7 +75,7 @@ def fit(variables: Variables, settings: Settings) -> State:
         _stop(state, cosine <= s.gtol, 1)
         if s.report is not None:
             s.report(step, state.cost, cosine)
-        svd = torch.linalg.svd(torch.where((held != 0)[:, None, :], 0.0, J / D.unsqueeze(1)), full_matrices=False)
+        svd = _decomposed(torch.where((held != 0)[:, None, :], 0.0, J / D.unsqueeze(1)), state.status == -2)
         radius = _try(variables, s, state, r, J, D, held != 0, svd, radius)
         step += 1
         if variables.calls >= s.max_nfev:
@@ -134,6 +134,16 @@ def _try(
     bad = (state.status == -2) & ~state.J.flatten(1).isfinite().all(1)
     _stop(state, bad, -1)
     return radius
+
+
+def _decomposed(J: Tensor, running: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The singular value decompositions of the problems that go on, which are most of the cost; zero elsewhere."""
+    rows = running.nonzero().squeeze(1)
+    parts = torch.linalg.svd(J if len(rows) == len(J) else J[rows], full_matrices=False)
+    if len(rows) == len(J):
+        return parts[0], parts[1], parts[2]
+    U, sigma, Vh = (part.new_zeros(len(J), *part.shape[1:]).index_copy_(0, rows, part) for part in parts)
+    return U, sigma, Vh
 
 
 def _stop(state: State, where: Tensor, status: int) -> None:
