@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import Any, ClassVar, Literal, Unpack, get_args
 
@@ -10,14 +11,23 @@ from torch import Tensor, nn
 
 from precond.closure.optimizer import ClosureOptimizer
 from precond.closure.residuals import DenseLeastSquares, LeastSquares, MatrixFreeLeastSquares, PointwiseResidual
+from precond.closure.solver_choice import SolverChoice, cheapest
 from precond.step.adapt import LevenbergMarquardt
 from precond.step.base import MomentumOptions
 from precond.step.graph import Closure, CurvedOutput, GaussNewtonMatrix, flatten, jacobian_rows, unflatten
 from precond.step.methods import Taxonomy
-from solvers import CG
+from solvers import CG, Nystrom
 from solvers.outcome.arguments import flag, number
 
-SolverName = Literal["auto", "cholesky", "woodbury", "cg"]
+log = logging.getLogger(__name__)
+
+SolverName = Literal["auto", "cholesky", "woodbury", "cg", "nystrom"]
+
+# The matrix-free solvers by name. With Nystrom's preconditioner the steps are inexact, as those of Hessian-free: the
+# damping rule judges them all the same.
+_CG = CG(rtol=1e-8, progress=False)
+_INEXACT = CG(rtol=1e-8, max_steps=500, stop="progress", progress=False)
+_NYSTROM = Nystrom(100)
 
 # Transtrum and Sethna (2012): any decrease counts as success ("delayed gratification", with 2 and 5), the second
 # derivative is taken over a tenth of the step (section 2), and the acceleration bounded by 2|a| / |v| <= 0.75.
@@ -72,8 +82,11 @@ class GaussNewton(ClosureOptimizer):
         lr: Step length.
         damping: :math:`\lambda`, relative to the diagonal of :math:`J^\top J`, or in its units where not ``scaled``;
             where it starts, under a rule.
-        solver: ``"cholesky"`` in the size of the parameters, ``"woodbury"`` in that of the residuals, ``"auto"`` for
-            the smaller one, ``"cg"`` or a :class:`~solvers.CG` for matrix-free products.
+        solver: ``"cholesky"`` in the size of the parameters, ``"woodbury"`` in that of the residuals, ``"nystrom"`` or a
+            :class:`~solvers.Nystrom` for products alone: CG, preconditioned from a sketch of ``rank`` products (100),
+            until it gains no more; ``"cg"`` or a :class:`~solvers.CG` without a preconditioner. ``"auto"`` is the
+            cheaper of the first two, or ``"nystrom"`` where J would hold more than 2^29 numbers.
+            ``optimizer.choice`` has the solver of the last step, and why.
         damping_rule: The rule above, another :class:`LevenbergMarquardt`, or ``None`` for a fixed damping and no
             rejection.
         scaled: Damp relative to the diagonal; ``None`` for wherever J is formed (CG does not form it), but not with
@@ -95,7 +108,7 @@ class GaussNewton(ClosureOptimizer):
     taxonomy: ClassVar = Taxonomy(
         curvature="GGN of a sum of squares",
         structure="dense, low rank or matrix-free",
-        solver="Cholesky, Woodbury or CG",
+        solver="Cholesky, Woodbury, or CG with Nystrom's preconditioner",
         matrices=("GGN",),
         forms=("dense", "low rank", "matrix-free"),
         step="the Jacobian of R residuals, 2RP min(R, P) + min(R, P)³/3",
@@ -110,24 +123,29 @@ class GaussNewton(ClosureOptimizer):
         lr: float | Tensor = 1.0,
         *,
         damping: float = 1e-3,
-        solver: SolverName | CG = "auto",
+        solver: SolverName | CG | Nystrom = "auto",
         damping_rule: LevenbergMarquardt | None = _RULE,
         scaled: bool | None = None,
         acceleration: bool = True,
         spring: float = 0.0,
         **options: Unpack[MomentumOptions],
     ) -> None:
-        if not isinstance(solver, CG) and solver not in get_args(SolverName):
-            raise ValueError(f"solver is one of {', '.join(get_args(SolverName))}, or a CG; got {solver!r}.")
+        if not isinstance(solver, (CG, Nystrom)) and solver not in get_args(SolverName):
+            raise ValueError(f"solver is one of {', '.join(get_args(SolverName))}, a CG or a Nystrom; got {solver!r}.")
         number("spring", spring)
         if not 0 <= spring < 1:
             raise ValueError(f"spring is the weight of the previous step, in [0, 1); got {spring}.")
         flag("scaled", scaled, optional=True)
         flag("acceleration", acceleration)
         self.solver = solver
-        if scaled and self.matrix_free:
+        free = isinstance(solver, (CG, Nystrom)) or solver in ("cg", "nystrom")
+        if scaled and free:
             raise ValueError("scaled=True needs the diagonal of J^T J, which CG never forms; use scaled=False.")
-        self.scaled = not (self.matrix_free or spring) if scaled is None else scaled
+        self.scaled = not (free or spring) if scaled is None else scaled
+        self._wanted = bool(scaled)
+        #: The solver of the last step, and why it was taken.
+        self.choice: SolverChoice | None = None
+        self._sizes: tuple[Any, ...] = ()  # which the choice was made for
         self.rule = self.judging(damping_rule)
         if damping_rule is None and acceleration and "acceleration" in self.given:
             raise ValueError("acceleration=True needs a damping_rule, which judges the bent step; leave it out.")
@@ -147,8 +165,27 @@ class GaussNewton(ClosureOptimizer):
 
     @property
     def matrix_free(self) -> bool:
-        """Whether J is used by products only."""
-        return self.solver == "cg" or isinstance(self.solver, CG)
+        """Whether J was used by products only."""
+        return self.choice is not None and self.choice.solver in ("cg", "nystrom")
+
+    def _choose(self, residuals: list[Tensor | PointwiseResidual], params: list[Tensor]) -> None:
+        """Settle the solver of the step."""
+        parameters = sum(p.numel() for p in params)
+        sizes = (parameters, *(r.shape if isinstance(r, Tensor) else r.points.shape for r in residuals))
+        if self.choice is not None and sizes == self._sizes:
+            return
+        if self.solver == "auto":
+            choice = cheapest(sum(r.numel() for r in residuals), parameters)
+        else:
+            name = self.solver if isinstance(self.solver, str) else "cg" if isinstance(self.solver, CG) else "nystrom"
+            choice = SolverChoice(name, f"solver={self.solver!r} was asked for")
+        log.info("%s: %s, since %s.", type(self).__name__, choice.solver, choice.reason)
+        if choice.solver == "nystrom" and self._wanted:
+            raise ValueError(
+                f"scaled=True needs the diagonal of J^T J, and J is too large to be formed ({choice.reason}); use "
+                "scaled=False, or solver='cholesky' or 'woodbury' all the same."
+            )
+        self.choice, self._sizes = choice, sizes
 
     def release(self) -> None:
         super().release()
@@ -159,7 +196,7 @@ class GaussNewton(ClosureOptimizer):
 
     def _tensors(self, closure: Closure) -> list[Tensor]:
         with torch.enable_grad():
-            return [r.value() if isinstance(r, PointwiseResidual) else r for r in self._residuals(closure)]
+            return _values(self._residuals(closure))
 
     def _residuals(self, closure: Closure) -> list[Tensor | PointwiseResidual]:
         given = self.run(closure)
@@ -179,15 +216,16 @@ class GaussNewton(ClosureOptimizer):
     def _evaluate(self, closure: Closure | None) -> Any:
         assert closure is not None
         self._closure, params = closure, self.parameters()
+        residuals = self._residuals(closure)
+        self._choose(residuals, params)
         if self.matrix_free:
-            residuals = self._tensors(closure)
-            self._residual = torch.cat([r.reshape(-1) for r in residuals])
+            self._residual = torch.cat([r.reshape(-1) for r in _values(residuals)])
             found = torch.autograd.grad(
                 self._residual, params, self._residual.detach(), retain_graph=True, allow_unused=True
             )
             slopes = dict(zip(params, found, strict=True))
         else:
-            values, rows = zip(*[self._rows(r, params) for r in self._residuals(closure)], strict=True)
+            values, rows = zip(*[self._rows(r, params) for r in residuals], strict=True)
             self._residual, self._jacobian = torch.cat(values), torch.cat(rows)
             slopes = unflatten(self._jacobian.mT @ self._residual, params)
         return self.evaluated(0.5 * self._residual.detach().square().sum(), slopes)
@@ -232,16 +270,16 @@ class GaussNewton(ClosureOptimizer):
         return self._residual.detach()
 
     def _problem(self, params: list[Tensor]) -> LeastSquares:
-        assert self._residual is not None
+        assert self._residual is not None and self.choice is not None
         if self.matrix_free:
-            solver = self.solver if isinstance(self.solver, CG) else CG(rtol=1e-8, progress=False)
-            return MatrixFreeLeastSquares(
-                GaussNewtonMatrix([CurvedOutput(self._residual, lambda x: x)], params), solver
-            )
+            matrix = GaussNewtonMatrix([CurvedOutput(self._residual, lambda x: x)], params)
+            if self.choice.solver == "cg":
+                return MatrixFreeLeastSquares(matrix, self.solver if isinstance(self.solver, CG) else _CG)
+            sketch = self.solver if isinstance(self.solver, Nystrom) else _NYSTROM
+            return MatrixFreeLeastSquares(matrix, _INEXACT, sketch)
         assert self._jacobian is not None
-        few = self._jacobian.shape[0] < self._jacobian.shape[1]
         scale = self._scale(params) if self.scaled else None
-        return DenseLeastSquares(self._jacobian, scale, self.solver == "woodbury" or (self.solver == "auto" and few))
+        return DenseLeastSquares(self._jacobian, scale, self.choice.solver == "woodbury")
 
     def _scale(self, params: list[Tensor]) -> Tensor:
         """The largest norms of the columns of J seen so far; a parameter without effect gets a small one."""
@@ -252,3 +290,7 @@ class GaussNewton(ClosureOptimizer):
         scale = flatten({p: self.state[p]["scale"] for p in params})
         largest = float(scale.max())
         return scale.clamp_min(1e-8 * largest if largest > 0 else 1.0)
+
+
+def _values(residuals: list[Tensor | PointwiseResidual]) -> list[Tensor]:
+    return [r.value() if isinstance(r, PointwiseResidual) else r for r in residuals]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -13,7 +13,7 @@ from torch.func import functional_call, jacrev, vmap
 
 from curvature.layers.samples import gram
 from precond.step.graph import GaussNewtonMatrix
-from solvers import CG, Cholesky, Dense, Tikhonov, power
+from solvers import CG, Cholesky, Dense, Function, LinearOperator, Nystrom, Tikhonov, power
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,10 @@ class PointwiseResidual:
     function: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
     points: Tensor
     weight: float = 1.0
+
+    def numel(self) -> int:
+        """Number of residuals, ``N * entries``."""
+        return 0 if not len(self.points) else len(self.points) * self._at({}, self.points[0]).numel()
 
     def value(self) -> Tensor:
         """``(N * entries,)``."""
@@ -127,13 +131,34 @@ class MatrixFreeLeastSquares(LeastSquares):
     Args:
         matrix: Products with J and its transpose, of one output.
         solver: Solves.
+        sketch: Makes a preconditioner, once for all dampings.
     """
 
-    def __init__(self, matrix: GaussNewtonMatrix, solver: CG) -> None:
-        self.matrix, self.solver = matrix, solver
+    def __init__(self, matrix: GaussNewtonMatrix, solver: CG, sketch: Nystrom | None = None) -> None:
+        self.matrix, self.solver, self.nystrom = matrix, solver, sketch
+
+    @cached_property
+    def operator(self) -> Function:
+        """``J^T J``."""
+        plain = self.matrix.operator()
+
+        def product(x: Tensor) -> Tensor:
+            rows = x.reshape(-1, x.shape[-1])
+            found = self.matrix.products(rows) if len(rows) > 1 else self.matrix.product(rows[0])
+            return found.reshape(x.shape)
+
+        return Function(product, plain.in_shape, symmetric=True, dtype=plain.dtype, device=plain.device)
+
+    @cached_property
+    def preconditioner(self) -> Callable[[float], LinearOperator] | None:
+        """Damping to preconditioner, from one sketch of ``J^T J``."""
+        return None if self.nystrom is None else self.nystrom.sketch(self.operator).precondition
 
     def fit(self, target: Tensor, damping: float) -> Tensor:
-        return self.solver.solve(Tikhonov(damping)(self.matrix.operator()), self.matrix.pull([target]))
+        solver = self.solver
+        if damping > 0 and self.preconditioner is not None:
+            solver = replace(solver, preconditioner=self.preconditioner(damping))
+        return solver.solve(Tikhonov(damping)(self.operator), self.matrix.pull([target]))
 
     def push(self, v: Tensor) -> Tensor:
         return self.matrix.push(v)[0]

@@ -163,6 +163,16 @@ class GaussNewtonMatrix:
         with torch.enable_grad():
             found = pull_back(values, params, self._seeds, create_graph=True)
         self._images = {p: image for p, image in zip(params, found, strict=True) if image is not None}
+        self._pushforward = Pullback(list(self._images.values()), self._seeds)
+
+    def products(self, V: Tensor) -> Tensor:
+        """``C v`` for the rows of V ``(k, P)``, in one batch; for Hessians that take a batch."""
+        parts = dict(zip(self.params, V.split([p.numel() for p in self.params], 1), strict=True))
+        cotangents = [parts[p].reshape(-1, *p.shape).to(p.dtype) for p in self._images]
+        images = self._pushforward(cotangents)
+        curved = [output.hessian(x) for output, x in zip(self.outputs, images, strict=True)]
+        blocks = self._pullback(curved)
+        return torch.cat([b.reshape(len(V), -1).to(V) for b in blocks], 1)
 
     def push(self, v: Tensor) -> list[Tensor]:
         """``J_i v`` for each output."""

@@ -24,6 +24,25 @@ from solvers.outcome.errors import NonFiniteError, NotPositiveDefiniteError, Str
 from solvers.outcome.solution import OnFailure
 
 
+@dataclass(frozen=True, eq=False)
+class NystromSketch:
+    """Eigenpairs ``U diag(s) U^T`` of a sketch of A, from which a preconditioner for every shift follows.
+
+    Attributes:
+        basis: Orthonormal rows ``(l, n)``.
+        values: Eigenvalues ``(l,)``, descending.
+        op: A.
+    """
+
+    basis: Tensor
+    values: Tensor
+    op: LinearOperator
+
+    def precondition(self, lam: float | Tensor) -> LinearOperator:
+        """Positive definite operator near a multiple of ``(A + lam I)^-1``."""
+        return _inverse(self.basis, self.values, lam, self.values[-1] + lam, self.op)
+
+
 @dataclass(frozen=True)
 class Nystrom(IterativeSolver):
     r"""Approximates ``A + lam I`` by ``U diag(s) U^T + lam I`` from ``rank`` products with the semi-definite A.
@@ -92,8 +111,16 @@ class Nystrom(IterativeSolver):
     def precondition(self, op: LinearOperator) -> LinearOperator:
         """Positive definite operator near a multiple of ``op^-1``, for CG and MINRES; sketched once, here."""
         inner, lam = _split(op)
-        basis, values = self._sketch(inner)
-        return _inverse(basis, values, lam, (values[-1] + lam), inner)
+        return self.sketch(inner).precondition(lam)
+
+    def sketch(self, op: LinearOperator) -> NystromSketch:
+        """The ``rank`` products with an operator that hasn't got its shift yet, to serve several of them.
+
+        Raises:
+            NotPositiveDefiniteError: If the sketch shows that the operator is not semi-definite.
+            NonFiniteError: If a product holds NaN or infinity.
+        """
+        return NystromSketch(*self._sketch(op), op)
 
     def iterate(self, system: LinearSystem) -> Iterate:
         """Solve with the approximation in one step."""
