@@ -55,9 +55,16 @@ class GaussNewton(ClosureOptimizer):
         a = -(J^\top J + \lambda D^2)^{-1} J^\top \frac{\partial^2 r}{\partial d^2}
 
     with the second derivative from one more evaluation of the residuals, a tenth of the step away; it is left out
-    where ``|D a| > 0.75 |D d|``, too far for a parabola. ``scaled`` takes for :math:`D^2` the largest diagonal of
-    :math:`J^\top J` seen so far, which makes the method blind to the units of single parameters and :math:`\lambda` a
-    plain number; otherwise D = I.
+    where ``|D a| > 0.75 |D d|``, too far for a parabola.
+
+    With ``scaled``, :math:`\lambda` is a plain number. ``scaled=True`` takes for :math:`D^2` the largest diagonal of
+    :math:`J^\top J` seen so far, which makes the method blind to the units of single parameters. But parameters that
+    hardly count yet are then hardly damped, and go far at the first steps, where the residuals are not linear; the rule
+    answers by damping all others with them. The default lies between that and D = I: the geometric mean of each entry
+    of the diagonal and the mean of all,
+
+    .. math:: D_i^2 = \big(\delta_i \, \tfrac1P \textstyle\sum_j \delta_j\big)^{1/2}, \qquad
+        \delta = \max_{t} \operatorname{diag}(J_t^\top J_t)
 
     Prefer it for smooth deterministic problems solved to high accuracy, with up to some thousands of
     parameters or residuals, and in float64. With R residuals a step costs the Jacobian, and ``R P min(R, P)``, and
@@ -70,7 +77,7 @@ class GaussNewton(ClosureOptimizer):
     ========================================================= ==================================================
     Marquardt: :math:`(J^\top J + \lambda D^2)^{-1} J^\top r` ``residuals.DenseLeastSquares.fit``
     Marquardt: damping by the outcome, rejection              ``damped_direction``: ``_RULE``
-    Moré, section 4: D                                        ``_scale``
+    Moré, section 4: D under ``scaled=True``                  ``_scale``
     Transtrum and Sethna, section 2: a                        ``directions``: ``bend``, ``_PROBE``
     Transtrum and Sethna: the bound of a                      ``directions``: ``_BEND``
     Mueller and Zeinhofer: J of a network at points           ``residuals.PointwiseResidual.value_and_jacobian``
@@ -80,17 +87,17 @@ class GaussNewton(ClosureOptimizer):
     Args:
         params: The model, or parameters, groups, or named parameters.
         lr: Step length.
-        damping: :math:`\lambda`, relative to the diagonal of :math:`J^\top J`, or in its units where not ``scaled``;
-            where it starts, under a rule.
-        solver: ``"cholesky"`` in the size of the parameters, ``"woodbury"`` in that of the residuals, ``"nystrom"`` or a
-            :class:`~solvers.Nystrom` for products alone: CG, preconditioned from a sketch of ``rank`` products (100),
+        damping: :math:`\lambda`, relative to :math:`J^\top J`, or in its units where not ``scaled``; where it starts,
+            under a rule.
+        solver: ``"cholesky"`` in the size of the parameters, ``"woodbury"`` in that of the residuals, ``"nystrom"`` or
+            a :class:`~solvers.Nystrom` for products alone: CG, preconditioned from a sketch of ``rank`` products (100),
             until it gains no more; ``"cg"`` or a :class:`~solvers.CG` without a preconditioner. ``"auto"`` is the
             cheaper of the first two, or ``"nystrom"`` where J would hold more than 2^29 numbers.
             ``optimizer.choice`` has the solver of the last step, and why.
         damping_rule: The rule above, another :class:`LevenbergMarquardt`, or ``None`` for a fixed damping and no
             rejection.
-        scaled: Damp relative to the diagonal; ``None`` for wherever J is formed (CG does not form it), but not with
-            ``spring``, which has no scaling in its paper and diverges with it on small networks.
+        scaled: ``"balanced"``, ``True`` or ``False`` as above. ``None`` is ``"balanced"`` wherever J is formed (CG does
+            not form it), but ``False`` with ``spring``, which has no scaling in its paper.
         acceleration: Geodesic acceleration; only under a rule.
         spring: :math:`\mu`, momentum inside the solve (SPRING), in [0, 1).
         options: See :class:`SecondOrderOptimizer`.
@@ -125,7 +132,7 @@ class GaussNewton(ClosureOptimizer):
         damping: float = 1e-3,
         solver: SolverName | CG | Nystrom = "auto",
         damping_rule: LevenbergMarquardt | None = _RULE,
-        scaled: bool | None = None,
+        scaled: bool | Literal["balanced"] | None = None,
         acceleration: bool = True,
         spring: float = 0.0,
         **options: Unpack[MomentumOptions],
@@ -135,13 +142,17 @@ class GaussNewton(ClosureOptimizer):
         number("spring", spring)
         if not 0 <= spring < 1:
             raise ValueError(f"spring is the weight of the previous step, in [0, 1); got {spring}.")
-        flag("scaled", scaled, optional=True)
+        if scaled != "balanced":
+            if isinstance(scaled, str):
+                raise ValueError(f"scaled is 'balanced', True or False, not {scaled!r}.")
+            flag("scaled", scaled, optional=True)
         flag("acceleration", acceleration)
         self.solver = solver
         free = isinstance(solver, (CG, Nystrom)) or solver in ("cg", "nystrom")
         if scaled and free:
-            raise ValueError("scaled=True needs the diagonal of J^T J, which CG never forms; use scaled=False.")
-        self.scaled = not (free or spring) if scaled is None else scaled
+            raise ValueError(f"scaled={scaled!r} needs the diagonal of J^T J, which CG never forms; use scaled=False.")
+        usual: bool | Literal["balanced"] = False if free or spring else "balanced"
+        self.scaled = usual if scaled is None else scaled
         self._wanted = bool(scaled)
         #: The solver of the last step, and why it was taken.
         self.choice: SolverChoice | None = None
@@ -182,8 +193,8 @@ class GaussNewton(ClosureOptimizer):
         log.info("%s: %s, since %s.", type(self).__name__, choice.solver, choice.reason)
         if choice.solver == "nystrom" and self._wanted:
             raise ValueError(
-                f"scaled=True needs the diagonal of J^T J, and J is too large to be formed ({choice.reason}); use "
-                "scaled=False, or solver='cholesky' or 'woodbury' all the same."
+                f"scaled={self.scaled!r} needs the diagonal of J^T J, and J is too large to be formed "
+                f"({choice.reason}); use scaled=False, or solver='cholesky' or 'woodbury' all the same."
             )
         self.choice, self._sizes = choice, sizes
 
@@ -282,12 +293,14 @@ class GaussNewton(ClosureOptimizer):
         return DenseLeastSquares(self._jacobian, scale, self.choice.solver == "woodbury")
 
     def _scale(self, params: list[Tensor]) -> Tensor:
-        """The largest norms of the columns of J seen so far; a parameter without effect gets a small one."""
+        """D, from the largest norms of the columns of J seen so far; a parameter without effect gets a small one."""
         assert self._jacobian is not None
         for p, norms in unflatten(torch.linalg.vector_norm(self._jacobian, dim=0), params).items():
             state = self.state[p]
             state["scale"] = torch.maximum(state["scale"], norms) if "scale" in state else norms.clone()
         scale = flatten({p: self.state[p]["scale"] for p in params})
+        if self.scaled == "balanced":
+            scale = (scale * scale.square().mean().sqrt()).sqrt()
         largest = float(scale.max())
         return scale.clamp_min(1e-8 * largest if largest > 0 else 1.0)
 

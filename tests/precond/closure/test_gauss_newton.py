@@ -124,21 +124,23 @@ def test_points_give_the_jacobian_of_the_tensor():
 
 @pytest.mark.parametrize("rows", [3, 12])
 @pytest.mark.parametrize("spring", [0.0, 0.9])
-def test_scaled_damps_by_the_largest_diagonal_so_far(rows, spring, generator):
+@pytest.mark.parametrize("scaled", [True, "balanced"])
+def test_scaled_damps_by_the_largest_diagonal_so_far(scaled, rows, spring, generator):
     weights = torch.randn(rows, 6, generator=generator, dtype=torch.float64)
 
     def residual(x):
         return torch.tanh(weights @ x) + 0.1 * x[0] ** 2
 
     p = torch.nn.Parameter(torch.randn(6, generator=generator, dtype=torch.float64))
-    optimizer = GaussNewton([p], lr=0.7, damping=0.3, spring=spring, damping_rule=None, scaled=True)
+    optimizer = GaussNewton([p], lr=0.7, damping=0.3, spring=spring, damping_rule=None, scaled=scaled)
     theta, old, largest = p.detach().clone(), torch.zeros(6, dtype=torch.float64), torch.zeros(6, dtype=torch.float64)
     for step in range(10):
         optimizer.step(lambda: residual(p))
         jacobian = torch.func.jacrev(residual)(theta)
         largest = torch.maximum(largest, (jacobian.mT @ jacobian).diagonal())
-        right = jacobian.mT @ residual(theta) + 0.3 * spring * largest * old
-        old = torch.linalg.solve(jacobian.mT @ jacobian + 0.3 * largest.diag(), right)
+        squares = largest if scaled is True else (largest * largest.mean()).sqrt()
+        right = jacobian.mT @ residual(theta) + 0.3 * spring * squares * old
+        old = torch.linalg.solve(jacobian.mT @ jacobian + 0.3 * squares.diag(), right)
         theta = theta - 0.7 * old
         torch.testing.assert_close(p.detach(), theta, rtol=0, atol=1e-10, msg=f"step {step}")
 
@@ -148,12 +150,24 @@ def test_scaled_is_blind_to_the_units_of_a_parameter(generator):
     start = torch.randn(4, generator=generator, dtype=torch.float64)
     units = torch.tensor([1.0, 1e3, 1e-4, 10.0], dtype=torch.float64)
     p, q = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start / units)
-    first, second = GaussNewton([p], damping=0.1), GaussNewton([q], damping=0.1)
+    first, second = (GaussNewton([x], damping=0.1, scaled=True) for x in (p, q))
     for _ in range(8):
         a = first.step(lambda: torch.tanh(weights @ p) + 0.5 * p.sin().sum() - 1)
         b = second.step(lambda: torch.tanh(weights @ (units * q)) + 0.5 * (units * q).sin().sum() - 1)
         assert a.item() == pytest.approx(b.item(), rel=1e-6)
     torch.testing.assert_close(p.detach(), (units * q).detach(), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("scaled", [True, None])
+def test_scaled_is_blind_to_the_units_of_the_loss(scaled, generator):
+    weights = torch.randn(8, 4, generator=generator, dtype=torch.float64)
+    start = torch.randn(4, generator=generator, dtype=torch.float64)
+    p, q = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    first, second = (GaussNewton([x], damping=0.1, scaled=scaled) for x in (p, q))
+    for _ in range(8):
+        first.step(lambda: torch.tanh(weights @ p) - 0.3)
+        second.step(lambda: 2.0**20 * (torch.tanh(weights @ q) - 0.3))
+    torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-9)
 
 
 def test_acceleration_is_the_second_directional_derivative(generator):
@@ -251,8 +265,10 @@ def test_refuses_options_out_of_range():
         GaussNewton([p], spring=1.0)
     with pytest.raises(ValueError, match="scaled=True needs the diagonal"):
         GaussNewton([p], solver="cg", scaled=True)
-    with pytest.raises(ValueError, match="scaled=True needs the diagonal"):
-        GaussNewton([p], solver=Nystrom(3), scaled=True)
+    with pytest.raises(ValueError, match="scaled='balanced' needs the diagonal"):
+        GaussNewton([p], solver=Nystrom(3), scaled="balanced")
+    with pytest.raises(ValueError, match="scaled is 'balanced', True or False, not 'more'"):
+        GaussNewton([p], scaled="more")
     with pytest.raises(ValueError, match="maximize=True has no meaning"):
         GaussNewton([p], maximize=True).step(lambda: p)
 
