@@ -32,6 +32,7 @@ from precond.gradient.muon import Muon
 from precond.gradient.shampoo import Shampoo
 from precond.gradient.soap import SOAP
 from precond.gradient.splus import SPlus
+from precond.grouping.groups import param_groups
 from precond.layerwise.blocks.preconditioner import Preconditioner
 from precond.layerwise.blocks.refresh import Doubling
 from precond.layerwise.ekfac import EKFAC
@@ -86,6 +87,8 @@ __all__ = [
     "Refresh",
     "TrustRegion",
     "WeightDecay",
+    # groups of parameters
+    "param_groups",
     # the list of methods
     "directional_derivatives",
     "Doubling",

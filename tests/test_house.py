@@ -24,7 +24,9 @@ HOUSE: dict[str, str] = {
     "precond.__main__": ".demo",
     "precond.demo": ".layerwise .step solvers solvers.files",
     "precond.taxonomy": ".step",
-    "precond": ".layerwise .layerwise.blocks .closure .gradient .step curvature curvature.structures solvers .fitting",
+    "precond": ".layerwise .layerwise.blocks .closure .gradient .step curvature curvature.structures solvers .fitting"
+    " .grouping",
+    "precond.grouping": ".step curvature.estimation curvature.layers curvature.model solvers.outcome",
     "precond.layerwise": ".layerwise.blocks .step curvature curvature.estimation curvature.structures"
     " curvature.losses curvature.model solvers solvers.outcome",
     "precond.layerwise.blocks": ".step curvature curvature.structures curvature.layers curvature.model solvers"

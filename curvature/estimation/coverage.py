@@ -14,6 +14,7 @@ from torch import nn
 from curvature.estimation.batch_loss import terms_of
 from curvature.estimation.collector import Collector
 from curvature.estimation.dataset import record
+from curvature.estimation.text_table import block_label, equal_but_numbers, text_table
 from curvature.layers import MODULES
 from curvature.layers.block import Block, BlockPart
 from curvature.losses import BatchDim, ClassDim, Terms, UnknownLossError, loss_for, loss_over_data
@@ -58,7 +59,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Coverage:
-    """The table of all trainable parameters; iterate over its rows, or print it.
+    """The table of all trainable parameters; iterate over its rows, or print it, with equal layers in one line.
 
     Attributes:
         rows: One row per parameter, in ``named_parameters()`` order.
@@ -97,27 +98,20 @@ class Coverage:
         return {"loss": self.loss, "seen": self.seen, "covered": self.covered, "rows": [asdict(r) for r in self.rows]}
 
     def __str__(self) -> str:
-        """A table."""
-        head = ("parameter", "shape", "block", "structure", "size", "why")
-        body = [
-            (r.parameter, "x".join(map(str, r.shape)) or "scalar", r.block, r.structure, f"{r.size:,}", r.why)
-            for r in self.rows
-        ]
-        widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
-        right = {4}
-        lines = [
-            "  ".join(
-                cell.rjust(w) if i in right else cell.ljust(w)
-                for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-            )
-            for line in [head, tuple("-" * w for w in widths), *body]
-        ]
-        how = "as used in a recorded pass" if self.seen else "as the module types promise; pass data= to see it used"
+        """A table of the blocks, in which layers that differ in nothing but their number share a line."""
+        items = [(block_label(label), cells) for label, *cells in _lines(self.rows)]
+        found = equal_but_numbers([(label, tuple(cells)) for label, cells in items])
+        body = []
+        for label, places in found:
+            shapes, structure, size, why = items[places[0]][1]
+            body.append((label, shapes, structure, size if len(places) == 1 else f"{len(places)} x {size}", why))
+        lines = [text_table(("parameters", "shapes", "structure", "numbers kept", "why"), body, right=[3])]
+        how = "as used in a recorded pass" if self.seen else "by module types; data= shows their use"
         if self.seen and all(row.structure in ("unused", "ignored") for row in self.rows):
             how = "nothing seen yet"
         lines.append(f"{len(self.rows)} parameters, {self.covered:.0%} of the numbers by a layer rule ({how}).")
         lines.append(f"Loss: {self.loss}")
-        return "\n".join(line.rstrip() for line in lines)
+        return "\n".join(lines)
 
 
 @arguments.checked(
@@ -153,13 +147,11 @@ def coverage(
     Example:
         >>> from torch import nn
         >>> print(coverage(nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2)), nn.MSELoss()))
-        parameter  shape  block            structure  size  why
-        ---------  -----  ---------------  ---------  ----  ---------
-        0.weight   2x3    0.weight+0.bias  kronecker    20  Linear
-        0.bias     2      0.weight+0.bias  kronecker    20  Linear
-        1.weight   2      1.weight+1.bias  unit          8  LayerNorm
-        1.bias     2      1.weight+1.bias  unit          8  LayerNorm
-        4 parameters, 100% of the numbers by a layer rule (as the module types promise; pass data= to see it used).
+        parameters     shapes  structure  numbers kept  why
+        -------------  ------  ---------  ------------  ---------
+        0.weight+bias  2x3+2   kronecker            20  Linear
+        1.weight+bias  2+2     unit                  8  LayerNorm
+        4 parameters, 100% of the numbers by a layer rule (by module types; data= shows their use).
         Loss: MSELoss: exact, mc, empirical
     """
     parameters = Parameters(model, params)
@@ -179,6 +171,20 @@ def coverage(
                 collector.survey(recorder, terms.output, Signals.of(terms, "empirical", batch=recorder.batch))
         rows = table(parameters, collector)
     return Coverage(tuple(rows), describe_loss(loss_fn), data is not None)
+
+
+def _lines(rows: tuple[Row, ...]) -> Iterator[tuple[str, str, str, str, str]]:
+    """Name, shapes, structure, size and reason of each block; of each parameter, where those of a block differ."""
+    blocks: dict[str, list[Row]] = {}
+    for row in rows:
+        blocks.setdefault(row.parameter if row.block == "-" else row.block, []).append(row)
+    for name, found in blocks.items():
+        whole = "+".join(row.parameter for row in found) == name
+        alike = len({(row.structure, row.size, row.why) for row in found}) == 1
+        for part in [found] if whole and alike else [[row] for row in found]:
+            shapes = "+".join("x".join(map(str, row.shape)) or "scalar" for row in part)
+            label = "+".join(row.parameter for row in part)
+            yield label, shapes, part[0].structure, f"{part[0].size:,}", part[0].why
 
 
 def describe_loss(loss_fn: Any) -> str:

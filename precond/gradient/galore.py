@@ -58,6 +58,8 @@ class GaLore(GradientOptimizer):
         Zhao et al. (2024), algorithms 1 and 2, https://arxiv.org/abs/2403.03507
     """
 
+    #: The authors project the layers of attention and of perceptrons alone; no side is longer than this rank.
+    by_role: ClassVar = {role: {"rank": 2**62} for role in ("embedding", "head", "norm", "bias", "vector")}
     taxonomy: ClassVar = Taxonomy(
         curvature="that of the inner optimizer",
         structure="low-rank projection of the gradient",

@@ -31,8 +31,9 @@ class Muon(StackedOptimizer):
 
     (without Nesterov, N = M). The polar factor comes from a few steps of Newton-Schulz, products only. Tensors with
     more than two axes are matrices with their first axis as rows (convolutions), or stacks of matrices along all but
-    the last two axes (``stacked=True``, for experts). Vectors, numbers, and groups with ``orthogonalize=False``
-    (embeddings and output layers are best kept so) take AdamW's step with ``betas`` and ``eps``.
+    the last two axes (``stacked=True``, for experts). Vectors, numbers, and groups with ``orthogonalize=False`` take
+    AdamW's step with ``betas`` and ``eps``: :func:`precond.param_groups` finds embeddings and output layers, which the
+    method's author keeps so.
 
     A step costs about ``6 k m^2 n`` multiplications for k iterations, ``m <= n``. Memory: one average.
 
@@ -67,6 +68,10 @@ class Muon(StackedOptimizer):
     """
 
     uncycled: ClassVar[frozenset[str]] = frozenset({"betas"})  # of AdamW; the method's momentum is `momentum`
+    by_role: ClassVar = {
+        **{role: {"orthogonalize": False} for role in ("embedding", "head", "norm", "bias", "vector")},
+        "experts": {"stacked": True},
+    }
     taxonomy: ClassVar = Taxonomy(
         curvature="gradient second moment, of the momentum alone",
         structure="one-sided matrix",

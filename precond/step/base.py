@@ -9,11 +9,13 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, ClassVar, TypedDict
 
 import torch
 from torch import Tensor
 
+from precond.step.described import described
 from precond.step.divergence import Diverged, advice, all_finite, broken_gradients, broken_results, largest_norm
 from precond.step.loop import Loop
 from precond.step.options import Momentum, TrustRegion, WeightDecay, in_groups
@@ -76,6 +78,8 @@ class SecondOrderOptimizer(ScheduledOptimizer):
     needs: ClassVar[str] = "grad"
     #: Options that schedulers of torch must not take for the momentum of the method (``OneCycleLR``, ``CyclicLR``).
     uncycled: ClassVar[frozenset[str]] = frozenset()
+    #: Options of the groups of some roles, as the method's authors treat them; see :func:`precond.param_groups`.
+    by_role: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({})
     #: The settings of :class:`Loop` that affect the method.
     loop_settings: ClassVar[frozenset[str]] = frozenset({"nonfinite", "max_skips"})
     #: Names of the options that the constructor was given, so that one without effect is refused and a default is not.
@@ -134,6 +138,10 @@ class SecondOrderOptimizer(ScheduledOptimizer):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         announced(cls)
+
+    def __repr__(self) -> str:
+        """The options, and the groups where there are several."""
+        return described(type(self).__name__, self.steps, self.param_groups)
 
     @abstractmethod
     def directions(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:

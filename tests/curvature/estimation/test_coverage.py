@@ -218,3 +218,41 @@ def test_reasons_are_part_of_the_state() -> None:
     assert again.without_rule == {"weight": "no rule for exp"}
     old.restore({name: value for name, value in plan.state().items() if name != "reasons"})
     assert old.without_rule == {"weight": "no rule for its use"}
+
+
+class Layers(nn.Module):
+    """Equal layers within equal blocks, some of them of another width, under names as wrappers make them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        wrapped = [nn.ModuleDict({"experts": nn.ModuleList(nn.Linear(4, 4) for _ in range(3))}) for _ in range(4)]
+        self.base_model_model_model_layers_of_a_wrapper = nn.ModuleList(wrapped)
+        self.single = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 5), nn.Linear(4, 4)])
+        self.strange = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.base_model_model_model_layers_of_a_wrapper:
+            x = sum(expert(x) for expert in block["experts"])
+        return self.single[2](x * self.strange.exp()) + self.single[1](x)[:, :4] + self.single[0](x)
+
+
+def test_equal_layers_share_a_line_that_a_terminal_holds() -> None:
+    table = curvature.coverage(Layers(), nn.MSELoss(), (torch.ones(2, 4), torch.zeros(2, 4)))
+    lines = str(table).splitlines()
+    assert all(len(line) <= 100 for line in lines) and len(table) == 31
+    shown = "".join(line.split("  ")[0] for line in lines[2:-2])
+    assert "base_model_model_model_layers_of_a_wrapper.0-3.experts.0-2.weight+bias" in shown
+    cells = [line.split() for line in lines]
+    assert ["single.0,2.weight+bias", "4x4+4", "kronecker", "2", "x", "41", "linear"] in cells
+    assert ["single.1.weight+bias", "5x4+5", "kronecker", "50", "linear"] in cells
+    assert any("12 x 41" in line for line in lines)
+    reason = " ".join("".join(line[line.rfind("  ") + 2 :] for line in lines).split())
+    assert "gradients by autograd" in reason
+
+
+def test_a_gpt_of_four_layers_fits_a_terminal() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.Sequential(nn.Embedding(7, 8), nn.TransformerEncoder(layer, 4), nn.Linear(8, 7))
+    lines = str(curvature.coverage(model, nn.CrossEntropyLoss())).splitlines()
+    assert len(lines) < 16 and all(len(line) <= 100 for line in lines)
+    assert "1.layers.0-3.self_attn.in_proj_weight+in_proj_bias" in "".join(line.split("  ")[0] for line in lines)

@@ -1,0 +1,1 @@
+"""Parameter groups by what parameters do in a model."""
