@@ -64,7 +64,9 @@ class Monitor:
                             changes are seen below that error
     ``B/largest``, ...      for each block B of the optimizer: largest eigenvalue, ``B/trace`` and ``B/condition`` of
                             the curvature it holds, the last of ``C + damping I``; no pass over data
-    ``seconds``             time for the row; ``products`` and ``lr`` and ``damping`` of the optimizer stand beside it
+    ``lr``, ``damping``     of the optimizer, and all that its ``metrics()`` says if it has that method, as the
+                            optimizers of ``precond`` do
+    ``seconds``             time for the row; ``products`` of the matrix stand beside it
     ======================  ========================================================================================
 
     The search for eigenvalues starts from the vectors found last, and a little noise. Parameters, gradients, buffers,
@@ -89,7 +91,8 @@ class Monitor:
         rtol: Residual wanted, relative to the eigenvalue, whose own error is about the square of that.
         max_products: Products that the search for eigenvalues may take; what has not converged then, says so.
         samples: Random vectors for the trace.
-        optimizer: Gives ``lr`` and ``damping`` (of its first group), and the curvature of its blocks if it has
+        optimizer: Gives ``lr`` and ``damping`` (of its first group) or its ``metrics()``, and the curvature of its
+            blocks if it has
             ``preconditioners``, ``{name: object}`` whose ``estimator.operator()`` is the curvature of a block, as the
             optimizers of ``precond`` have that learn from layers.
         writer: Has ``add_scalar(name, value, step)``; names begin with ``prefix``.
@@ -322,6 +325,8 @@ class Monitor:
     def _of_optimizer(self) -> Row:
         groups = getattr(self.optimizer, "param_groups", None) or [{}]
         row = {name: float(groups[0][name]) for name in ("lr", "damping") if groups[0].get(name) is not None}
+        if callable(metrics := getattr(self.optimizer, "metrics", None)):
+            row |= metrics()
         if "factors" in self.quantities:
             row |= factor_spectra(self.optimizer, row.get("damping", 0.0))
         return row

@@ -99,6 +99,7 @@ class CurveBall(GaussNewtonClosureOptimizer):
         predicted = -float(g @ z + 0.5 * coefficients @ (basis.mT @ images) @ coefficients)
         if self.rule is not None and self.steps % self.rule.period == 0:
             change = float(self.value) - float(self.value_at(unflatten(z, params)))
+            self.judged = (-predicted, -change)
             self.set_damping(self.rule.judged(damping, change, predicted))
         self.remember("velocity", z, params)
         return unflatten(-self.sign * z, params)

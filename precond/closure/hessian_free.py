@@ -115,6 +115,7 @@ class HessianFree(GaussNewtonClosureOptimizer):
         if self.rule is not None and self.steps % self.rule.period == 0:
             predicted = float(g @ step - 0.5 * (step @ matrix.product(step)))
             change = float(self.value) - float(self._value_after(step, params))
+            self.judged = (-predicted, -change)
             self.set_damping(self.rule.judged(damping, change, predicted))
         rate = self._rate(g, step, params)
         return unflatten(self.sign * rate * step, params)

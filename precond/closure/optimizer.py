@@ -27,6 +27,7 @@ from precond.step.graph import (
     second_derivatives,
     unflatten,
 )
+from precond.step.journal import REFRESHES
 from precond.step.uncompiled import uncompiled
 from solvers import SolverError
 from solvers.outcome.arguments import instance
@@ -273,6 +274,7 @@ class ClosureOptimizer(SecondOrderOptimizer):
 
     def hutchinson_diagonal(self, params: list[Tensor], seed: int) -> Vectors:
         """``z * (H z)`` of the objective with random signs z, which depend on the seed and the step alone."""
+        self.events[REFRESHES] += len(params)
         sign, draws = self.sign, enumerate(params)
         signs = {p: rademacher(p, seed, int(self.state[p].get("step", 0)), index) for index, p in draws}
         product = self.hessian_product(signs)
@@ -353,6 +355,7 @@ class ClosureOptimizer(SecondOrderOptimizer):
             after, before = float(self.value_at(unflatten(move, params))), float(self.value)
             if not math.isfinite(before):
                 return torch.full_like(direction, torch.nan)  # no step can be judged by such a loss: refused, aloud
+            self.judged = (-predicted, after - before)
             if unseen(predicted, before, after, move.dtype):
                 return direction
             self.set_damping(rule.judged(damping, before - after, predicted))

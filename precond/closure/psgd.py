@@ -14,6 +14,7 @@ from precond.gradient.optimizer import Group, State, debiased, due, state_zeros
 from precond.gradient.stacks import Stack, StackedOptimizer, entries
 from precond.step.base import MomentumOptions
 from precond.step.graph import Vectors, rademacher
+from precond.step.journal import REFRESHES
 from precond.step.methods import Taxonomy
 from precond.step.options import choice
 from precond.step.schedules import Scheduled, ScheduledInt
@@ -187,11 +188,14 @@ class PSGD(ClosureOptimizer, StackedOptimizer):
         out = _apply(debiased(state["exp_avg"], beta, step), _metrics(state, g.ndim - 1))
         if group["max_rms"] is not None:
             rms = _mean(out.square()).sqrt_()
+            if self.asked:
+                self.note_cut("clipped", rms > group["max_rms"])
             out = out * (group["max_rms"] / rms.clamp(min=group["max_rms"]))
         return out
 
     def _learn(self, stack: Stack, group: Group, h: Tensor, v: Tensor | None) -> None:
         """One descent step on every factor."""
+        self.events[REFRESHES] += len(stack.params)
         state, roots = stack.state, entries(stack.state, "root", h.ndim - 1)
         noise = group["damping"] + group["eps"] * _mean(h.square()).sqrt_()
         if not self.state[stack.params[0]]["updates"]:

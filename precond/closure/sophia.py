@@ -11,6 +11,7 @@ from precond.closure.optimizer import ClosureOptimizer
 from precond.gradient.optimizer import GradientOptimizer, Group, State, state_zeros
 from precond.step.base import MomentumOptions
 from precond.step.graph import Vectors
+from precond.step.journal import REFRESHES
 from precond.step.methods import Taxonomy
 from precond.step.options import choice
 from precond.step.schedules import Scheduled, ScheduledInt
@@ -146,6 +147,7 @@ class Sophia(ClosureOptimizer, GradientOptimizer):
                         self.begin(p, group)
                         g = gradients[p].to(working_dtype(p))
                         self._average(p, terms * g.square(), group)
+                        self.events[REFRESHES] += 1
 
     def directions(self, gradients: Vectors) -> Vectors:
         due = self.probed(list(gradients))
@@ -163,7 +165,10 @@ class Sophia(ClosureOptimizer, GradientOptimizer):
                 "with the gradients of the mean loss on labels drawn from the model's predictions."
             )
         momentum = state["exp_avg"].lerp_(g, 1 - group["betas"][0])
-        return (momentum / (group["gamma"] * state["curvature"]).clamp(min=group["eps"])).clamp(-1, 1)
+        newton = momentum / (group["gamma"] * state["curvature"]).clamp(min=group["eps"])
+        if self.asked:
+            self.note_cut("clipped", newton.abs() >= 1)
+        return newton.clamp(-1, 1)
 
     def _average(self, p: Tensor, estimate: Tensor, group: Group) -> None:
         state = self.state[p]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from precond.step.base import SecondOrderOptimizer
 from precond.step.divergence import TOLERATED_FAILURES, squares_fit
+from precond.step.journal import FAILURES, REFRESHES
 from solvers import SolverError
 from solvers.precision import widen, working_dtype
 
@@ -120,10 +121,12 @@ class GradientOptimizer(SecondOrderOptimizer):
         try:
             state.update(compute() or {})
             state[failures] = 0
+            self.events[REFRESHES] += 1
         except SolverError as error:
             where = self.name_of(p) + (f", block {prefix.strip('.')}" if prefix else "")
             first = failures not in state
             state[failures] = state.get(failures, 0) + 1
+            self.events[FAILURES] += 1
             if first or state[failures] > TOLERATED_FAILURES:
                 raise type(error)(f"{where}: refresh failed {state[failures]} times in a row. {error}") from error
             log.warning("%s keeps its last decomposition: %s", where, error)

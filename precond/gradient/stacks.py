@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from precond.gradient.optimizer import GradientOptimizer, Group, State
+from precond.step.journal import REFRESHES
 from solvers import SolverError
 
 
@@ -144,6 +145,7 @@ class StackedOptimizer(GradientOptimizer):
             return
         for p in stack.params:
             self.state[p][f"{prefix}failures"] = 0
+        self.events[REFRESHES] += len(stack.params)
 
     def _stacked(self, params: list[Tensor], gradients: list[Tensor]) -> list[tuple[list[int], Stack]]:
         """Places of parameters that go together, and their stacks; those of the last step if nothing has changed."""

@@ -39,6 +39,7 @@ from precond.layerwise.step_size import QuadraticModel, StepModel
 from precond.layerwise.structures import Structures, on_model, plain_row
 from precond.step.adapt import LevenbergMarquardt
 from precond.step.base import SecondOrderOptimizer
+from precond.step.journal import FAILURES, REFRESHES
 from precond.step.loading import require_layout
 from precond.step.loop import Loop
 from precond.step.options import Momentum, Refresh, TrustRegion, WeightDecay
@@ -531,12 +532,15 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
             block = preconditioner.estimator.block
             damped = None
             if due or updated:
+                before, failures = preconditioner.inverse, preconditioner.failures
                 damped = preconditioner.refresh(
                     self._damping(block),
                     basis=due,
                     rows=self._taps.count(name),
                     applications=max(period, self.option("curvature_update_period")),
                 )
+                self.events[FAILURES] += preconditioner.failures > failures
+                self.events[REFRESHES] += due and preconditioner.inverse is not before
             if bounded:
                 self._measure(preconditioner, damped)
 

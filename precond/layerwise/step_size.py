@@ -32,6 +32,7 @@ class Sized(Protocol):
     tape: Tape
     param_groups: list[dict[str, Any]]
     state: Any
+    judged: tuple[float, float] | None
 
     @property
     def steps(self) -> int:
@@ -251,6 +252,7 @@ class StepModel:
             self._predict(trial, params)
         assert trial.predicted is not None
         after, before = float(self.replay.value() + self._penalty(params)), float(trial.before)
+        self.optimizer.judged = (-trial.predicted, after - before)
         if unseen(trial.predicted, before, after, torch.float32):
             return
         if self.rule is not None and trial.adapts:

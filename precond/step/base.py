@@ -17,6 +17,7 @@ from torch import Tensor
 
 from precond.step.described import described
 from precond.step.divergence import Diverged, advice, all_finite, broken_gradients, broken_results, largest_norm
+from precond.step.journal import FAILURES, REFRESHES, lengths, norm, shares
 from precond.step.loop import Loop
 from precond.step.options import Momentum, TrustRegion, WeightDecay, in_groups
 from precond.step.scheduled import ScheduledOptimizer
@@ -85,6 +86,11 @@ class SecondOrderOptimizer(ScheduledOptimizer):
     #: Names of the options that the constructor was given, so that one without effect is refused and a default is not.
     given: frozenset[str] = frozenset()
     _step_supports_amp_scaling = True
+    #: Change of the objective in the last step that was compared with its quadratic model: promised, and true.
+    judged: tuple[float, float] | None = None
+    #: Whether :meth:`metrics` was called, so that steps measure what takes work.
+    asked = False
+    _lengths_moved: tuple[Tensor, ...] = ()  # norm of each parameter's last move
 
     def __init__(
         self,
@@ -108,6 +114,9 @@ class SecondOrderOptimizer(ScheduledOptimizer):
         self.skipped = 0  # steps skipped because a gradient was not finite
         self.skipped_in_row = 0
         self.remedies: Counter[str] = Counter()  # of decompositions, see solvers.outcome.remedies
+        self.events: Counter[str] = Counter()  # refreshes, and those that failed
+        #: Name -> numbers of cut entries, and of all, in the last step.
+        self.cut: dict[str, list[tuple[Tensor, int]]] = {}
         options = {
             "lr": lr,
             **in_groups({"momentum": momentum, "nesterov": False, "weight_decay": weight_decay, "decay": "decoupled"}),
@@ -223,6 +232,7 @@ class SecondOrderOptimizer(ScheduledOptimizer):
         with remedies(self.remedies), whole:
             self.idle, self.coming, self.rows_written = self._stands_still(gradients), {}, []
             self._same_precision(gradients)
+            self.cut = {}
             gradients = self.regularized(gradients)
             directions = self.directions(gradients)
             self.before_move()
@@ -294,6 +304,7 @@ class SecondOrderOptimizer(ScheduledOptimizer):
         self.idle, self.coming, self.rows_written = self._stands_still(gradients), {}, []
         self._same_precision(gradients)
         if not prepared:
+            self.cut = {}
             gradients = self.regularized(gradients)
         directions = dict(gradients) if prepared else self.directions(gradients)
         move = self._bound(directions, gradients, prepared)
@@ -318,8 +329,11 @@ class SecondOrderOptimizer(ScheduledOptimizer):
             if not prepared:
                 self._count()
 
+        before = {p: p.detach().clone() for p in values} if self.asked and self.follows_move else {}
+        found = lengths((value, p) for p, value in values.items()) if self.asked and not before else []
         whole.move([*values.items(), *self.rows_written], last, more_follows=self.follows_move)
         self.after_move()
+        self._lengths_moved = tuple(found or lengths(before.items()))
         whole.end()
 
     def touched(self) -> list[Tensor]:
@@ -493,19 +507,48 @@ class SecondOrderOptimizer(ScheduledOptimizer):
         )
         return replace(bounds, told=True)
 
-    def metrics(self) -> dict[str, float]:
-        """What the run has met so far, as a flat dict of floats for any logger.
+    def note_cut(self, name: str, active: Tensor) -> None:
+        """Count what a bound of the method's own has cut in this step, where somebody asks.
 
-        ``lr`` and ``damping`` are those of the first group, ``steps`` and ``skipped`` the steps taken and skipped;
-        ``decompositions_in_float64`` and ``decompositions_perturbed`` count eigendecompositions and the like that
-        failed in their own precision, and succeeded in float64 or only after a perturbation of the size of rounding
-        errors. With a bound (``kl_clip``) also ``bound``, the share of steps since the optimizer was made in which it
-        was active, and ``kl``, the divergence that is predicted for the last move.
+        Args:
+            name: Of the share in :meth:`metrics`.
+            active: Whether an entry was cut, bool.
         """
+        if self.asked:
+            self.cut.setdefault(name, []).append((active.sum(), active.numel()))
+
+    def metrics(self) -> dict[str, float]:
+        """What the run has met so far, as a flat dict of floats for any logger; waits for the device.
+
+        ============================= ================================================================================
+        ``lr``, ``damping``           of the first group
+        ``steps``, ``skipped``        steps taken, and those that were skipped
+        ``step_norm``                 norm of the last move of the parameters, weight decay included; measured from the
+                                      first call on
+        ``predicted_change``,         change of the loss of its batch in the last step that was compared with its
+        ``actual_change``             quadratic model (by a ``damping_rule`` or ``step_size``): promised, and true
+        ``bound``, ``kl``             with ``kl_clip``: share of the steps since the optimizer was made that the bound
+                                      has shortened, and twice the divergence predicted for the last move
+        ``clipped``                   share that a bound of the method's own has cut in the last step (``Sophia``: of
+                                      the entries; ``PSGD``: of the parameters); measured from the first call on
+        ``refreshes``, ``failures``   inverses, roots, bases and diagonals that were renewed, and those that were not,
+                                      because that failed and the last good one stays; summed over blocks
+        ``decompositions_in_float64`` decompositions that failed in their own precision and succeeded in float64,
+        ``decompositions_perturbed``  or only after a perturbation of the size of rounding errors
+        ============================= ================================================================================
+
+        Counts are those since the optimizer was made. A step costs what it did until this is called first.
+        """
+        self.asked = True
         group = self.param_groups[0]
         out = {name: float(group[name]) for name in ("lr", "damping") if group.get(name) is not None}
         out |= {"steps": float(self.steps), "skipped": float(self.skipped)}
+        out |= {name: float(self.events[name]) for name in (REFRESHES, FAILURES)}
         out |= {name: float(self.remedies[name]) for name in (FLOAT64, PERTURBED)}
         if self._bounds.steps:
             out |= {"bound": self._bounds.share, "kl": self._bounds.kl}
-        return out
+        if self._lengths_moved:
+            out["step_norm"] = norm(self._lengths_moved)
+        if self.judged is not None:
+            out |= dict(zip(("predicted_change", "actual_change"), self.judged, strict=True))
+        return out | shares(self.cut)

@@ -246,7 +246,7 @@ def test_equal_layers_share_a_line_that_a_terminal_holds() -> None:
     assert ["single.0,2.weight+bias", "4x4+4", "kronecker", "2", "x", "41", "linear"] in cells
     assert ["single.1.weight+bias", "5x4+5", "kronecker", "50", "linear"] in cells
     assert any("12 x 41" in line for line in lines)
-    reason = " ".join("".join(line[line.rfind("  ") + 2 :] for line in lines).split())
+    reason = " ".join(line.split("  ")[-1].strip() for line in lines)
     assert "gradients by autograd" in reason
 
 

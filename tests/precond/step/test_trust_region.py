@@ -179,8 +179,8 @@ def test_an_active_bound_is_told_once_and_counted(caplog: pytest.LogCaptureFixtu
             step(model, loose, k)
         assert loose.metrics()["bound"] == 0 and len(caplog.records) == 1
     free = KFAC(model, nn.CrossEntropyLoss(), lr=0.1, kl_clip=None)
-    remedies = {"decompositions_in_float64": 0.0, "decompositions_perturbed": 0.0}
-    assert free.metrics() == {"lr": 0.1, "damping": 0.01, "steps": 0.0, "skipped": 0.0} | remedies
+    counts = dict.fromkeys(("refreshes", "failures", "decompositions_in_float64", "decompositions_perturbed"), 0.0)
+    assert free.metrics() == {"lr": 0.1, "damping": 0.01, "steps": 0.0, "skipped": 0.0} | counts
 
 
 def test_a_gradient_method_is_bounded_by_its_own_preconditioner() -> None:
