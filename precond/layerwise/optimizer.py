@@ -35,6 +35,7 @@ from precond.layerwise.blocks.by_name import Preconditioners
 from precond.layerwise.blocks.preconditioner import Preconditioner
 from precond.layerwise.blocks.rows import GradientRows, RowTaps
 from precond.layerwise.groups import as_groups, members
+from precond.layerwise.membership import Membership
 from precond.layerwise.step_size import QuadraticModel, StepModel
 from precond.layerwise.structures import Structures, on_model, plain_row
 from precond.step.adapt import LevenbergMarquardt
@@ -162,6 +163,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         self._statistics: Statistics | None = None
         self._step_model: StepModel | None = None
         self._reported: set[str] = set()
+        self._members: Membership | None = None
         self._burning = False  # the step is one of the burn-in
         self._taps = RowTaps()
         super().__init__(
@@ -203,6 +205,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
 
     def _connect(self) -> None:
         """Track the parameters of the groups, and hook the model."""
+        self._members = Membership(unwrapped(self.model), type(self).__name__)
         self.parameters = Parameters(unwrapped(self.model), self._tracked())
         self.tape = Tape(
             self.model,
@@ -276,8 +279,10 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         rows = table(self.parameters, collector)
         plain = self._plain()
         rows += [plain_row(plain[id(p)], p) for p in self._trainable() if id(p) in plain]
-        order = [name for name, _ in unwrapped(self.model).named_parameters()]
-        rows.sort(key=lambda row: order.index(row.parameter))
+        # By identity, since a wrapper of torch.compile around a layer changes names.
+        order = {id(p): index for index, p in enumerate(unwrapped(self.model).parameters())}
+        own = {**self.parameters, **{name: p for p in self._trainable() if (name := plain.get(id(p)))}}
+        rows.sort(key=lambda row: order.get(id(own[row.parameter]), len(order)))
         return Coverage(tuple(rows), describe_loss(self.loss_fn), True)
 
     def detach(self) -> None:
@@ -406,6 +411,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
     def directions(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         self._follow()
         by_name = {name: gradients[p] for name, p in self.parameters.items() if p in gradients}
+        self._look_at_members(by_name)
         given = {p: g for p, g in gradients.items() if p.requires_grad}  # what is frozen stays where it is
         gradients = {self.parameters[name]: g for name, g in by_name.items()}
         rows = self._rows(by_name)
@@ -426,6 +432,18 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
             self._report_plain(name, rest)
         plain = self._plain()
         return out | {p: g.clone() for p, g in given.items() if id(p) in plain}
+
+    def _look_at_members(self, present: Mapping[str, Tensor]) -> None:
+        """Look for layers that have gone or come: where a gradient is missing, and in ever rarer steps."""
+        assert self._members is not None
+        if len(present) < len(self.parameters):
+            self._members.require(self.parameters, self.parameters.keys() - present.keys())
+        if self.steps & (self.steps - 1) == 0:
+            self._members.tell_untrained(p for group in self.param_groups for p in group["params"])
+
+    def on_empty(self) -> None:
+        self._look_at_members({})
+        super().on_empty()
 
     def _evaluate(self, closure: Callable[[], Any] | None) -> Any:
         if self._step_model is None or closure is None:
@@ -654,6 +672,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
             "_measured": {},
             "_bounds": BoundRecord(),
             "_taps": RowTaps(),
+            "_members": None,
         }
         own.pop("step", None)  # a learning rate scheduler's wrapper, bound to this very object
         return own

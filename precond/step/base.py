@@ -36,6 +36,9 @@ log = logging.getLogger(__name__)
 #: Norms of gradients between which products with them can be taken in float32.
 _PLAIN = 1e-10, 1e10
 
+#: Steps in a row without any gradient after which that is told.
+EMPTY_STEPS = 3
+
 
 class StepOptions(TypedDict, total=False):
     """Options that every method has; explained at :class:`SecondOrderOptimizer`."""
@@ -91,6 +94,7 @@ class SecondOrderOptimizer(ScheduledOptimizer):
     #: Whether :meth:`metrics` was called, so that steps measure what takes work.
     asked = False
     _lengths_moved: tuple[Tensor, ...] = ()  # norm of each parameter's last move
+    _empty_in_row = 0  # steps without any gradient
 
     def __init__(
         self,
@@ -170,6 +174,18 @@ class SecondOrderOptimizer(ScheduledOptimizer):
 
     def on_skip(self) -> None:
         """A step is skipped: forget its statistics."""
+
+    def on_empty(self) -> None:
+        """No parameter has a gradient; told when it goes on, because nothing would be trained."""
+        self._empty_in_row += 1
+        if self._empty_in_row == EMPTY_STEPS:
+            warnings.warn(
+                f"{type(self).__name__}: no parameter had a gradient in the last {EMPTY_STEPS} steps, so nothing was "
+                "trained. Call backward() before step(); make the optimizer for the model that the loop trains, after "
+                "its layers are complete.",
+                RuntimeWarning,
+                stacklevel=5,
+            )
 
     def before_move(self) -> None:
         """All values that the step gives are known (:attr:`coming`; none in its first half), and nothing has moved."""
@@ -397,8 +413,10 @@ class SecondOrderOptimizer(ScheduledOptimizer):
             return None
         gradients = {p: p.grad for p in self._with_gradient() if p.grad is not None}
         if not gradients:  # without gradients this does not count as a step
+            self.on_empty()
             self.on_skip()
             return None
+        self._empty_in_row = 0
         for p, g in gradients.items():
             if g.is_sparse:
                 raise TypeError(

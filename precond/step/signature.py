@@ -11,6 +11,7 @@ from typing import Any, ForwardRef
 
 from torch import nn
 
+from precond.step.calls import mistake
 from precond.step.other_names import counterpart
 from precond.step.renamed import fold
 
@@ -31,6 +32,9 @@ def announced(cls: type) -> type:
 
     @functools.wraps(init)
     def wrapper(self: Any, *args: Any, **options: Any) -> None:
+        outermost = "given" not in vars(self)  # which the user calls
+        if outermost and (wrong := mistake(type(self), own, args, options)):
+            raise TypeError(wrong)
         options = fold(type(self), signature, options)
         if unknown := [name for name in options if name not in signature.parameters]:
             raise TypeError(refusal(type(self).__name__, unknown, signature.parameters))
@@ -38,7 +42,7 @@ def announced(cls: type) -> type:
             own.bind(self, *args, **options)
         except TypeError as error:
             raise TypeError(f"{type(self).__name__}: {error}. {_usage(type(self).__name__, own, args)}") from None
-        if "given" not in vars(self):  # the outermost constructor, which the user calls
+        if outermost:
             self.given = frozenset(options)
         init(self, *args, **options)
 

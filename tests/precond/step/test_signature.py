@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from precond import KFAC, SINGD, SOAP, Muon, PreconditionedOptimizer, SecondOrderOptimizer, SMWNaturalGradient, methods
@@ -99,18 +100,18 @@ def test_classes_of_users_are_served_alike() -> None:
         (lambda: SOAP(model().parameters(), ns_steps=5), "'ns_steps', which is of torch.optim.Muon"),
         (
             lambda: KFAC(model().parameters(), lr=0.1),
-            r"missing a required argument: 'loss_fn'\. Call KFAC\(model, loss_fn",
+            r"and the loss that the loop calls: KFAC\(model, loss_fn, lr=\.\.\.\)",
         ),
         (
             lambda: KFAC(model().parameters(), lr=0.1),
-            r"with the model itself, not generator \(such as model.parameters",
+            r"pass the model itself, not generator \(such as model.parameters",
         ),
         (lambda: KFAC(model().parameters(), nn.MSELoss(), lr=0.1), "learns from the layers of a model: pass the model"),
         (
             lambda: KFAC(model(), nn.MSELoss()),
             r"missing a required argument: 'lr'\. Call KFAC\(model, loss_fn, lr=\.\.\.\)",
         ),
-        (lambda: KFAC(model(), nn.MSELoss(), 0.1), "too many positional arguments.*options are given by name"),
+        (lambda: KFAC(model(), nn.MSELoss(), 0.1), "options by name, lr=... among them"),
         (lambda: SOAP(model()), r"takes parameters, not the model: SOAP\(model\.parameters\(\), \.\.\.\)"),
         (lambda: SINGD(model(), nn.MSELoss(), lr=0.1, curvature_ema=0.9), "no option 'curvature_ema'; did you mean"),
         (lambda: SMWNaturalGradient(model(), nn.MSELoss(), lr=0.1, stager=1), "no option 'stager'"),
@@ -128,3 +129,92 @@ def test_names_of_others_point_to_options_that_exist() -> None:
         assert hint is not None and "write" in hint
         assert "write" in refusal("KFAC", [name], known)
     assert counterpart("colour", known) is None
+
+
+@pytest.mark.parametrize(
+    ("cls", "name", "expected"),
+    [
+        (KFAC, "criterion", r"'criterion'; write 'loss_fn' here"),
+        (KFAC, "stat_decay", r"'stat_decay' \(kfac_pytorch\); write 'curvature_ema'"),
+        (KFAC, "TInv", r"'TInv' \(kfac_pytorch\); write 'inverse_update_period'"),
+        (KFAC, "inv_update_steps", r"\(kfac-pytorch\); write 'inverse_update_period'"),
+        (KFAC, "compute_method", r"says how kfac-pytorch computes"),
+        (KFAC, "curvature_upd_interval", r"\(ASDL\); write 'curvature_update_period'"),
+        (KFAC, "grad_clip", r"is of the loop: call torch\.nn\.utils\.clip_grad_norm_"),
+        (SOAP, "max_precondition_dim", r"\(pytorch-optimizer\); write 'max_dim'"),
+        (SOAP, "weight_decouple", r"write \"weight_decay=WeightDecay\(1e-2, 'decoupled'\)\""),
+        (CLASSES["Shampoo"], "matrix_eps", r"\(pytorch-optimizer\); write 'damping'"),
+        (CLASSES["Shampoo"], "epsilon", r"\(Distributed Shampoo\); write 'eps'"),
+        (CLASSES["Shampoo"], "max_preconditioner_dim", r"\(Distributed Shampoo\); write 'block_size'"),
+        (CLASSES["Shampoo"], "inv_root_override", r"write 'exponent'"),
+        (CLASSES["AdaHessian"], "hessian_distribution", r"the random vectors have signs"),
+        (CLASSES["PSGD"], "precond_lr", r"write 'preconditioner_lr'"),
+        (CLASSES["GaLore"], "update_proj_gap", r"write 'inverse_update_period'"),
+        (CLASSES["Sophia"], "rho", r"write 'gamma'"),
+        (SINGD, "T", r"\(singd\); write 'curvature_update_period'"),
+        (Muon, "adamw_params", r"write 'params=param_groups\(model, Muon, batch\)'"),
+        (Muon, "adamw_betas", r"write 'betas'"),
+        (Muon, "use_muon", r"write 'orthogonalize'"),
+        (Muon, "max_iter", r"which is of torch\.optim\.LBFGS"),
+    ],
+)
+def test_options_of_other_libraries(cls: Any, name: str, expected: str) -> None:
+    first = (model(), nn.MSELoss()) if cls.needs == "layers" else (model().parameters(),)
+    with pytest.raises(TypeError, match=rf"^{cls.__name__} has no option .*{expected}"):
+        cls(*first, lr=0.1, **{name: 1})
+
+
+LINEAR, MSE = nn.Linear(3, 2), nn.MSELoss()
+LAYERED = [name for name, cls in ALL.items() if cls.needs == "layers"]
+
+
+@pytest.mark.parametrize("name", LAYERED)
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        ((LINEAR.parameters(),), r"learns from the layers of a model: pass the model itself, not generator"),
+        (([*LINEAR.parameters()], MSE), r"learns from the layers of a model: pass the model itself, not list"),
+        ((LINEAR,), r"needs the loss, too, and loss_fn is missing"),
+        ((MSE, LINEAR), r"takes the model first, then the loss, which came the other way round"),
+        (
+            (LINEAR, MSE(torch.ones(2), torch.ones(2))),
+            r"takes the loss itself, as nn\.CrossEntropyLoss\(\), not its val",
+        ),
+        ((LINEAR, 0.1), r"takes the loss after the model, not 0\.1"),
+        ((LINEAR, MSE, 0.1), r"takes options by name, lr=\.\.\. among them"),
+    ],
+)
+def test_layer_based_methods_say_what_they_take(name: str, args: tuple[Any, ...], expected: str) -> None:
+    given = {} if len(args) == 3 else {"lr": 0.1}
+    with pytest.raises(TypeError, match=rf"^{name} {expected}.*{name}\(model, loss_fn|^{name} {expected}"):
+        ALL[name](*args, **given)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, cls in ALL.items() if "params" in [*inspect.signature(cls).parameters][:1]]
+)
+def test_methods_of_parameters_say_so(name: str) -> None:
+    cls, parameters = ALL[name], list(model().parameters())
+    for args, given in (
+        ((parameters, MSE), {}),
+        ((parameters,), {"loss_fn": MSE}),
+        ((parameters,), {"criterion": MSE}),
+    ):
+        with pytest.raises(TypeError, match=rf"^{name} takes parameters, and no loss: {name}\(model\.parameters\(\), "):
+            cls(*args, **given)
+    with pytest.raises(TypeError, match=rf"^{name} takes parameters, not the model and its loss: "):
+        cls(model(), MSE)
+    if name != "GaussNewton":  # which takes a model for its parameters
+        with pytest.raises(TypeError, match=rf"^{name} takes parameters, not the model: {name}\(model\.parameters"):
+            cls(model())
+
+
+@pytest.mark.parametrize("name", ["HessianFree", "CurveBall"])
+def test_methods_of_closures_that_watch_the_loss_need_it(name: str) -> None:
+    for first in (model(), list(model().parameters())):
+        with pytest.raises(
+            TypeError, match=rf"^{name} needs the loss, too, and loss_fn is missing: {name}\(model, loss_"
+        ):
+            CLASSES[name](first)
+    with pytest.raises(TypeError, match=rf"^{name} takes the model first"):
+        CLASSES[name](MSE, model())
