@@ -210,7 +210,7 @@ class GaussNewton(ClosureOptimizer):
             return _values(self._residuals(closure))
 
     def _residuals(self, closure: Closure) -> list[Tensor | PointwiseResidual]:
-        given = self.run(closure)
+        given, _ = self.run(closure)
         found = list(given) if isinstance(given, Iterable) and not isinstance(given, Tensor) else [given]
         for r in found:
             if not isinstance(r, (Tensor, PointwiseResidual)) or (isinstance(r, Tensor) and not r.requires_grad):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +22,7 @@ from precond.step.graph import (
     Closure,
     Vectors,
     flatten,
+    has_graph,
     loss_tensor,
     parameters_at,
     rademacher,
@@ -38,9 +41,10 @@ class ClosureOptimizer(SecondOrderOptimizer):
     """Base of the methods that need more of the loss than its gradient.
 
     The closure computes the loss on one fixed batch and returns it, as a tensor with its graph. It may call
-    ``backward()`` and ``zero_grad()``, as the closures of ``torch.optim.LBFGS`` do, but need not: inside,
-    ``Tensor.backward`` does nothing, and the optimizer differentiates the returned loss. It may be called several times
-    in a step, with other values of the parameters, so it should be deterministic.
+    ``backward()`` and ``zero_grad()``, as the closures of ``torch.optim.LBFGS`` do, but need not: the optimizer
+    differentiates the loss itself. Trainers' closures (Lightning) call ``backward()`` and return the bare number: the
+    loss is then what they called that on, and gradients that they clip afterwards count as clipped. A closure may be
+    called several times in a step, with other values of the parameters, so it should be deterministic.
 
     L2 weight decay is part of the loss: of its value, which ``step`` returns, its gradient and Hessian.
     """
@@ -53,6 +57,8 @@ class ClosureOptimizer(SecondOrderOptimizer):
     #: Its value.
     loss_value: Tensor | None = None
     _slopes: Vectors | None = None
+    # Gradients that a step left in the parameters, with their versions: they are no part of the next one.
+    _left: Mapping[Tensor, tuple[weakref.ref[Tensor], int]] = MappingProxyType({})
 
     @uncompiled
     def step(self, closure: Closure | None = None) -> Any:
@@ -84,8 +90,9 @@ class ClosureOptimizer(SecondOrderOptimizer):
             self.release()
 
     def release(self) -> None:
-        """Forget the graph of the last evaluation."""
+        """Forget the graph of the last evaluation, and note which gradients the step leaves behind."""
         self._closure = self.loss_graph = self.loss_value = self._slopes = None
+        self._left = {p: (weakref.ref(p.grad), p.grad._version) for p in self.parameters() if p.grad is not None}
 
     def mark(self) -> Any:
         return super().mark(), [(p, p.grad) for p in self.parameters()]
@@ -122,25 +129,34 @@ class ClosureOptimizer(SecondOrderOptimizer):
         """The parameters that are trained, in the order of the groups."""
         return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
 
-    def run(self, closure: Closure) -> Any:
-        """The closure's result, with its graph; gradients stay, though it may call ``zero_grad()``."""
+    def run(self, closure: Closure, instead: Callable[[Tensor], None] | None = None) -> tuple[Any, list[Tensor]]:
+        """The closure's result, with its graph, and the tensors on which it called ``backward()``.
+
+        Gradients stay, though it may call ``zero_grad()``.
+
+        Args:
+            closure: The closure.
+            instead: What ``backward()`` does, with the tensor; nothing by default.
+        """
         own = [(p, p.grad) for p in self.parameters()]
         for p, _ in own:
             p.grad = None
+        mode = BackwardDoesNothing(instead)
         try:
-            with torch.enable_grad(), BackwardDoesNothing():
-                return closure()
+            with torch.enable_grad(), mode:
+                return closure(), mode.called
         finally:
             for p, grad in own:
                 p.grad = grad
 
     def loss(self, closure: Closure) -> Tensor:
-        """The loss as a number with its graph.
+        """The loss as a number with its graph: what the closure returns, or else what it called ``backward()`` on.
 
         Raises:
-            TypeError: If the closure returns something else.
+            TypeError: If there is neither.
         """
-        return loss_tensor(self.run(closure), type(self).__name__) + self._penalty()
+        result, called = self.run(closure)
+        return loss_tensor(result, type(self).__name__, called) + self._penalty()
 
     def _penalty(self) -> Tensor | float:
         """The sum of squares that L2 weight decay adds to the objective."""
@@ -167,13 +183,85 @@ class ClosureOptimizer(SecondOrderOptimizer):
             if any(p.grad is not None and not _same(p.grad, before.get(p)) for p in params):
                 return result  # it ran the backward pass, as in a plain loop
             loss = loss_tensor(result, type(self).__name__) + self._penalty()
-        else:
-            loss = self.loss(closure)
+            slopes = self._differentiated(loss, params)
+            return self.evaluated(loss.detach(), dict(zip(params, slopes, strict=True)))
+        return self._first_evaluation(closure, params)
+
+    def _first_evaluation(self, closure: Closure, params: list[Tensor]) -> Tensor:
+        """Run the closure, and differentiate the loss; see :meth:`evaluated`.
+
+        A closure of one's own returns the loss with its graph. That of a trainer calls ``backward()`` and returns a
+        number: the loss is then what it called that on, and the gradients are those that it leaves behind, which it may
+        have clipped.
+        """
+        slopes: dict[Tensor, Tensor] = {}
+        accumulated = self._accumulated(params)
+
+        def backward(loss: Tensor) -> None:
+            if accumulated is not None and accumulated[0].grad is accumulated[1] and accumulated[1]._version == 0:
+                raise RuntimeError(
+                    f"the closure of {type(self).__name__} adds its gradients to those of other backward passes, whose "
+                    "curvature the optimizer cannot see. Compute the whole loss in one closure; in a trainer, do not "
+                    "accumulate gradients over batches (accumulate_grad_batches=1)."
+                )
+            with torch.enable_grad():
+                for p, slope in zip(params, self._differentiated(loss.reshape(()), params, again=True), strict=True):
+                    if slope is not None:
+                        slopes[p] = slopes[p] + slope if p in slopes else slope
+                        found = slope.detach().to(p.dtype)
+                        p.grad = found.clone() if p.grad is None else p.grad.add_(found)
+
+        left: dict[Tensor, Tensor | None] = {}
+
+        def watched() -> Any:
+            if accumulated is not None:
+                accumulated[0].grad = accumulated[1]
+            result = closure()
+            left.update({p: p.grad for p in params})
+            return result
+
+        result, called = self.run(watched, backward)
+        mine = has_graph(result) and not (len(called) == 1 and result is called[0])
+        loss, penalty = loss_tensor(result, type(self).__name__, called), self._penalty()
+        if mine or not called:
+            self.loss_graph, loss = None, loss + penalty
+            found = self._differentiated(loss, params)
+            return self.evaluated(loss.detach(), dict(zip(params, found, strict=True)))
+        if isinstance(penalty, Tensor):
+            extra = torch.autograd.grad(penalty, params, create_graph=True, allow_unused=True)
+            for p, slope in zip(params, extra, strict=True):
+                if slope is not None:
+                    slopes[p], grad = slopes[p] + slope if p in slopes else slope, left[p]
+                    left[p] = slope.detach().to(p.dtype) if grad is None else grad + slope.detach().to(p.dtype)
+        self.evaluated((loss + penalty).detach(), {p: slopes.get(p) for p in params})
+        for p in params:
+            p.grad = left[p] if p in slopes else None
+        return (loss + penalty).detach()
+
+    def _accumulated(self, params: list[Tensor]) -> tuple[Tensor, Tensor] | None:
+        """A parameter that has a gradient which no step of ours left there, and zeros to put in its place."""
+        for p in params:
+            if p.grad is not None:
+                reference, version = self._left.get(p, (None, -1))
+                if reference is None or reference() is not p.grad or p.grad._version != version:
+                    return p, torch.zeros_like(p)
+        return None
+
+    def _differentiated(self, loss: Tensor, params: list[Tensor], again: bool = False) -> tuple[Tensor | None, ...]:
+        """Derivatives of a loss, with their graph where second ones are needed; keeps the loss's graph if it is.
+
+        Args:
+            loss: The loss.
+            params: The parameters.
+            again: Whether something with the same graph may be differentiated afterwards.
+        """
         probed = self.probed(params)
         twice = bool(probed) and (len(probed) == len(params) or bool(reached(loss, probed)))
         keep = twice or self.keeps_graph()
         try:
-            slopes = torch.autograd.grad(loss, params, create_graph=twice, retain_graph=keep or None, allow_unused=True)
+            slopes = torch.autograd.grad(
+                loss, params, create_graph=twice, retain_graph=keep or again or None, allow_unused=True
+            )
         except RuntimeError as error:
             if "second time" not in str(error):
                 raise
@@ -181,8 +269,9 @@ class ClosureOptimizer(SecondOrderOptimizer):
                 f"the closure of {type(self).__name__} freed the graph of the loss by torch.autograd.backward or "
                 "torch.autograd.grad. Return the loss without differentiating it, or pass retain_graph=True."
             ) from error
-        self.loss_graph = loss if keep else None
-        return self.evaluated(loss.detach(), dict(zip(params, slopes, strict=True)))
+        if keep:
+            self.loss_graph = loss if self.loss_graph is None else self.loss_graph + loss
+        return slopes
 
     def evaluated(self, value: Tensor, slopes: Mapping[Tensor, Tensor | None]) -> Tensor:
         """Keep the closure's result, write the gradients of all parameters, and return the value.

@@ -154,7 +154,7 @@ class SecondOrderOptimizer(ScheduledOptimizer):
 
     def __repr__(self) -> str:
         """The options, and the groups where there are several."""
-        return described(type(self).__name__, self.steps, self.param_groups)
+        return described(type(self).__name__, self.steps, getattr(self, "param_groups", []))
 
     @abstractmethod
     def directions(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:

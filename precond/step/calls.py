@@ -25,11 +25,14 @@ def mistake(method: type, own: Signature, args: tuple[Any, ...], options: Mappin
     me, (_, *parameters) = method.__name__, own.parameters.values()
     names = [p.name for p in parameters if p.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)]
     given = {**dict(zip(names, args, strict=False)), **options}
+    own_words = {p.name for p in parameters} & LOSS_WORDS
+    words = bool(LOSS_WORDS.difference(own_words) & given.keys())
     if names[:2] == ["model", "loss_fn"]:
         closure = getattr(method, "needs", "layers") == "closure"
-        return _with_model(me, given, len(args) - len(names), _call(me, parameters), closure)
+        return None if words else _with_model(me, given, len(args) - len(names), _call(me, parameters), closure)
     if names[:1] == ["params"]:
-        return _with_params(me, given, args[1:], getattr(method, "needs", "grad"))
+        words = words or any(isinstance(given.get(name), nn.Module) for name in own_words)  # PSGD has a criterion
+        return _with_params(me, given, args[1:], words, getattr(method, "needs", "grad"))
     return None
 
 
@@ -53,7 +56,7 @@ def _with_model(me: str, given: Mapping[str, Any], more: int, call: str, closure
         return f"{me} takes the loss after the model, not {loss!r}: {call}; options are given by name."
     if more > 0:
         return f"{me} takes options by name, lr=... among them: {call}."
-    if "model" in given and "loss_fn" not in given and not LOSS_WORDS & given.keys():
+    if "model" in given and "loss_fn" not in given:
         return _without_loss(me, call)
     return None
 
@@ -65,9 +68,9 @@ def _without_loss(me: str, call: str) -> str:
     )
 
 
-def _with_params(me: str, given: Mapping[str, Any], others: tuple[Any, ...], needs: str) -> str | None:
+def _with_params(me: str, given: Mapping[str, Any], others: tuple[Any, ...], words: bool, needs: str) -> str | None:
     params = given.get("params")
-    loss = any(isinstance(x, nn.Module) or _names_a_loss(x) for x in others) or bool(LOSS_WORDS & given.keys())
+    loss = any(isinstance(x, nn.Module) or _names_a_loss(x) for x in others) or words
     model = isinstance(params, nn.Module)
     if not (loss or (model and me != "GaussNewton")):
         return None

@@ -22,24 +22,52 @@ Closure = Callable[[], Any]
 
 
 class BackwardDoesNothing(TorchFunctionMode):
-    """``Tensor.backward`` does nothing inside."""
+    """``Tensor.backward`` does nothing inside, but for what it is told.
+
+    Args:
+        instead: Called with each tensor that is to be differentiated.
+
+    Attributes:
+        called: Those tensors.
+    """
+
+    def __init__(self, instead: Callable[[Tensor], None] | None = None) -> None:
+        super().__init__()
+        self.called: list[Tensor] = []
+        self._instead = instead
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.backward:
-            return None
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func is not Tensor.backward:
+            return func(*args, **kwargs)
+        tensor, *others = args
+        gradient = others[0] if others else kwargs.get("gradient")
+        loss = tensor if gradient is None else (gradient * tensor).sum()
+        self.called.append(loss)
+        if self._instead is not None:
+            self._instead(loss)
+        return None
 
 
-def loss_tensor(loss: Any, whose: str) -> Tensor:
-    """The loss that a closure returned, as a number with its graph.
+def has_graph(result: Any) -> bool:
+    """Whether the result of a closure can be differentiated as a loss."""
+    return isinstance(result, Tensor) and result.numel() == 1 and result.requires_grad
+
+
+def loss_tensor(loss: Any, whose: str, called: Sequence[Tensor] = ()) -> Tensor:
+    """The loss of a closure, as a number with its graph.
 
     Args:
         loss: The closure's result.
         whose: Class that called the closure, for the error.
+        called: Tensors on which it called ``backward()``; where the result has no graph, as that of a trainer's
+            closure, their sum is the loss.
 
     Raises:
         TypeError: If it is something else.
     """
+    if called and not has_graph(loss):
+        return sum((tensor.reshape(()) for tensor in called[1:]), called[0].reshape(()))
     if isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad:
         return loss.reshape(())
     what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
