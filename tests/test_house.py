@@ -26,6 +26,7 @@ HOUSE: dict[str, str] = {
     "precond.taxonomy": ".step",
     "precond": ".layerwise .layerwise.blocks .closure .gradient .step curvature curvature.structures solvers .fitting"
     " .grouping",
+    "precond.integrations": ".step curvature.model",
     "precond.grouping": ".step curvature.estimation curvature.layers curvature.model solvers.outcome",
     "precond.layerwise": ".layerwise.blocks .step curvature curvature.estimation curvature.structures"
     " curvature.losses curvature.model solvers solvers.outcome",

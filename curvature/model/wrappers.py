@@ -23,6 +23,13 @@ def unwrapped(model: nn.Module) -> nn.Module:
         model = inner
 
 
+def unwrapped_optimizer(optimizer: Any) -> Any:
+    """The optimizer inside the wrappers of trainers (Accelerate, Lightning), which keep it as ``optimizer``."""
+    while hasattr(inner := getattr(optimizer, "optimizer", None), "param_groups"):
+        optimizer = inner
+    return optimizer
+
+
 def is_compiled(model: nn.Module) -> bool:
     """Whether calls of the model run compiled code."""
     call = getattr(model, "_compiled_call_impl", None)

@@ -22,7 +22,7 @@ from curvature.matrices.problem import loss_and_gradient
 from curvature.model.arguments import a, anything, checked, count, one_of, optional, path, real
 from curvature.model.data import Data, Output, inspection
 from curvature.model.parameters import Parameters
-from curvature.model.wrappers import unwrapped
+from curvature.model.wrappers import unwrapped, unwrapped_optimizer
 from curvature.training.dynamics import largest_of_step
 from curvature.training.factor_spectra import factor_spectra
 from curvature.training.history import History, Row
@@ -91,10 +91,10 @@ class Monitor:
         rtol: Residual wanted, relative to the eigenvalue, whose own error is about the square of that.
         max_products: Products that the search for eigenvalues may take; what has not converged then, says so.
         samples: Random vectors for the trace.
-        optimizer: Gives ``lr`` and ``damping`` (of its first group) or its ``metrics()``, and the curvature of its
-            blocks if it has
-            ``preconditioners``, ``{name: object}`` whose ``estimator.operator()`` is the curvature of a block, as the
-            optimizers of ``precond`` have that learn from layers.
+        optimizer: The optimizer, in a trainer's wrapper or not. Gives ``lr`` and ``damping`` (of its first group) or
+            its ``metrics()``, and the curvature of its blocks if it has ``preconditioners``, ``{name: object}`` whose
+            ``estimator.operator()`` is the curvature of a block, as the optimizers of ``precond`` have that learn from
+            layers.
         writer: Has ``add_scalar(name, value, step)``; names begin with ``prefix``.
         csv: File to write rows to; if it exists it is gone on with.
         callback: Called with each row, a dict.
@@ -152,7 +152,7 @@ class Monitor:
         prefix: str = "curvature/",
         seed: int = 0,
     ) -> None:
-        self._make = matrix_of(matrix)
+        self._make, optimizer = matrix_of(matrix), unwrapped_optimizer(optimizer)
         self.quantities = _quantities(quantities, optimizer)
         self.model, self.loss_fn, self.data = unwrapped(model), loss_fn, data
         self.every, self.matrix, self.k, self.rtol, self.samples = every, matrix, k, rtol, samples

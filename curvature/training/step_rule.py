@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from curvature.layers.block import BlockPlace
 from curvature.model.parameters import Parameters
+from curvature.model.wrappers import unwrapped_optimizer
 from solvers import Eigh, Kronecker, LinearOperator, SolverError, power
 from solvers.precision import working_dtype
 
@@ -121,6 +122,7 @@ def rule_of(optimizer: torch.optim.Optimizer, model: nn.Module, parameters: Para
     """
     known = {id(p): name for name, p in parameters.items()}
     groups = []
+    optimizer = unwrapped_optimizer(optimizer)
     for group in optimizer.param_groups:
         names = [known[id(p)] for p in group["params"] if id(p) in known]
         if names:

@@ -110,7 +110,7 @@ class MFAC(SecondOrderOptimizer):
     def expected_state(self, p: Tensor, options: Group) -> dict[str, Any]:
         m = options["window"]
         gram = {"gram": torch.empty(m, m, device="meta"), "step": 0}
-        first = any(p is group["params"][0] for group in self.param_groups)
+        first = any(p is first for group in self.param_groups for first in group["params"][:1])
         return {"window": torch.empty(m, *p.shape, device="meta"), **(gram if first else {})}
 
     def _begin(self, group: Group) -> None:
@@ -151,7 +151,7 @@ class MFAC(SecondOrderOptimizer):
         return out
 
     def touched(self) -> list[Tensor]:
-        first = [self.state.get(group["params"][0], {}) for group in self.param_groups]
+        first = [self.state.get(p, {}) for group in self.param_groups for p in group["params"][:1]]
         return [state["gram"] for state in first if "gram" in state]
 
     @staticmethod

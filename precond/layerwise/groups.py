@@ -20,7 +20,11 @@ def as_groups(model: nn.Module, params: Any) -> list[dict[str, Any]]:
     if params is None:
         return [{"params": list(Parameters(model).values())}]
     entries: list[Any] = [params] if isinstance(params, (str, Tensor, dict)) else list(params)
-    return entries if any(isinstance(entry, dict) for entry in entries) else [{"params": entries}]
+    if any(isinstance(entry, dict) for entry in entries):
+        return entries
+    if not entries:  # a group may be empty, as trainers make them; nothing at all is a mistake
+        return [{"params": list(Parameters(model, entries).values())}]
+    return [{"params": entries}]
 
 
 def members(model: nn.Module, params: Any) -> list[Any]:
@@ -29,10 +33,10 @@ def members(model: nn.Module, params: Any) -> list[Any]:
     Frozen tensors are accepted, and move once they are unfrozen. Names and globs mean trainable ones.
 
     Raises:
-        ValueError: If there are none, or one is not of the model.
+        ValueError: If one is not of the model.
     """
     entries: list[Any] = [params] if isinstance(params, (str, Tensor)) else list(params)
-    if not entries or any(isinstance(entry, str) for entry in entries):
+    if any(isinstance(entry, str) for entry in entries):
         return list(Parameters(model, entries).values())
     own = {id(p) for p in model.parameters()}
     for entry in entries:

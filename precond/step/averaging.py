@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvature.model.wrappers import unwrapped_optimizer
 from solvers.outcome.arguments import instance, number
 from solvers.precision import working_dtype
 
@@ -61,7 +62,7 @@ class IterateAverage:
         -1.0
 
     Args:
-        optimizer: Whose steps to average.
+        optimizer: Whose steps to average; in a trainer's wrapper or not.
         decay: :math:`\beta`, in [0, 1).
 
     Raises:
@@ -72,6 +73,7 @@ class IterateAverage:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, decay: float = 0.99) -> None:
+        optimizer = unwrapped_optimizer(optimizer)
         instance("optimizer", optimizer, torch.optim.Optimizer, "a torch.optim.Optimizer")
         number("decay", decay, low=0, high=1, open_high=True, unit="It is the weight of the old average.")
         self.optimizer, self.decay, self.steps = optimizer, decay, 0

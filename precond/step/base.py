@@ -219,7 +219,7 @@ class SecondOrderOptimizer(ScheduledOptimizer):
             random: Whether the global random streams are put back as well, because the user's closure draws from them.
         """
         mark = self.mark()
-        device = self.param_groups[0]["params"][0].device if random else None
+        device = next(p.device for group in self.param_groups for p in group["params"]) if random else None
         return Transaction(self, lambda: self.back_to(mark), device)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
