@@ -28,17 +28,18 @@ HOUSE: dict[str, str] = {
     " .grouping",
     "precond.integrations": ".step curvature.model",
     "precond.grouping": ".step curvature.estimation curvature.layers curvature.model solvers.outcome",
-    "precond.layerwise": ".layerwise.blocks .step curvature curvature.estimation curvature.structures"
+    "precond.layerwise": ".layerwise.blocks .distributed .step curvature curvature.estimation curvature.structures"
     " curvature.losses curvature.model solvers solvers.outcome",
-    "precond.layerwise.blocks": ".step curvature curvature.structures curvature.layers curvature.model solvers"
-    " solvers.operators solvers.outcome",
-    "precond.closure": ".gradient .step curvature.estimation curvature.layers curvature.losses curvature.model"
+    "precond.layerwise.blocks": ".distributed .step curvature curvature.structures curvature.layers curvature.model"
+    " solvers solvers.operators solvers.outcome",
+    "precond.closure": ".distributed .gradient .step curvature.estimation curvature.layers curvature.losses curvature.model"
     " solvers solvers.precision solvers.outcome",
     "precond.fitting": ".step curvature.model solvers.outcome",
     "precond.gradient": ".step solvers solvers.iterative solvers.direct solvers.precision solvers.operators"
     " solvers.outcome",
-    "precond.step": "curvature.estimation curvature.losses curvature.model solvers solvers.precision solvers.outcome"
-    " solvers.tree",
+    "precond.step": ".distributed curvature.estimation curvature.losses curvature.model solvers solvers.precision"
+    " solvers.outcome solvers.tree",
+    "precond.distributed": "curvature.estimation curvature.structures curvature.layers solvers",
     "curvature.__main__": ".cli",
     "curvature.cli": ".reports .plots .matrices .estimation .structures .layers .losses .model solvers solvers.outcome"
     " solvers.eigenpairs solvers.estimates solvers.tree solvers.files .compression",

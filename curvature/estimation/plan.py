@@ -91,6 +91,15 @@ class BlockPlan:
             self.changed = True
         self._part()
 
+    def adopt(self, block: Block) -> None:
+        """Take a block that another process has assigned.
+
+        Raises:
+            RuntimeError: If it contradicts one of this process.
+        """
+        if self.without_rule.keys().isdisjoint(block.names):
+            self._register(block)
+
     def lost(self) -> set[str]:
         """Names of the blocks that were given up since the last call: a later pass used their parameters otherwise."""
         lost, self._lost = self._lost, set()

@@ -32,6 +32,7 @@ from curvature.losses.picked import PickedTerms, along, axis_of, by_examples, ch
 from curvature.losses.signals import Signals
 from curvature.model.backward_hooks import ours
 from curvature.model.trees import tensors_in
+from curvature.model.wrappers import passed_on
 from curvature.structures.estimator import Curvature
 
 
@@ -81,6 +82,7 @@ class Statistics:
         self.hidden = False  # a pass was seen that hides parts of the model
         self._opaque = False  # a pass of the backward pass under way has custom functions, which may hide any
         self._now: set[str] = set()  # blocks that it reached
+        self._sealed: set[str] = set()  # parameters that not even repeated passes of the step show
         self.settled = False  # a pass was seen that hides none
         self._elsewhere: set[str] = set()  # parameters that are used outside the model's forward pass
         self._step = Step()
@@ -364,38 +366,72 @@ class Statistics:
         Raises:
             ValueError: If sums and means were mixed, or losses of both signs.
         """
+        gradients = gradients or {}
+        self.look_again(self.close(gradients), gradients)
+        if self.batches:
+            self.settle(self._step.divisor(scale), self.reached)
+
+    def close(self, gradients: Mapping[str, Tensor]) -> set[str]:
+        """Leave what counts; returns the parameters with a gradient that no statistics explain."""
         self.tape.settle()
         self._stop_waiting()
-        sealed: set[str] = set()
+        self._sealed = set()
         for origin in self.tape.passes:
             if origin.again:
                 self._now = set()
                 self._repeat(origin)
-                sealed |= origin.unseen - self._names(self._now)
-        automatic = self.tape.mode == "auto" and not self.tape.is_compiled()
-        if automatic and not self.batches and not self.hidden and self._missing(gradients or {}):
+                self._sealed |= origin.unseen - self._names(self._now)
+        self.settled = bool(self.batches)
+        again = self._automatic and not self.batches and not self.hidden
+        return self._missing(gradients) if again else set()
+
+    @property
+    def _automatic(self) -> bool:
+        return self.tape.mode == "auto" and not self.tape.is_compiled()
+
+    def look_again(self, missing: set[str], gradients: Mapping[str, Tensor]) -> None:
+        """Repeat the passes in the open, now and from now on, if they hide the uses of some parameters."""
+        if missing:
             self.hidden = True
-            for origin in self.tape.passes:
-                self._repeat(origin)
-        if automatic and self.batches:
-            self._elsewhere |= self._missing(gradients or {}) | sealed
-            self.hidden &= not sealed  # repeating its passes does not open them
-        if self.batches:
-            self.collector.settle(self._step.divisor(scale), self.reached)
+            self.repeat()
+        if self._automatic and self.batches:
+            self._elsewhere |= self._missing(gradients) | self._sealed
+            self.hidden &= not self._sealed  # repeating its passes does not open them
         self.settled = bool(self.batches)
 
-    def again(self, passes: list[Pass], scale: Tensor | float) -> bool:
+    def repeat(self) -> None:
+        """Collect from the passes of the step once more, with the same draws."""
+        self._start_again()
+        for origin in self.tape.passes:
+            self._repeat(origin)
+
+    def settle(self, weight: Tensor | float, reached: set[str]) -> None:
+        """Divide the sums of the blocks that were reached by the total weight of the step."""
+        self.collector.settle(weight, reached)
+
+    def divisor(self, scale: Tensor | float) -> tuple[Tensor | float, bool]:
+        """What the sums over the terms are divided by, and whether it grows with their number."""
+        return self._step.divisor(scale), self._step.adds_up(scale)
+
+    @property
+    def explained(self) -> set[str]:
+        """Parameters that the statistics of the step are of."""
+        estimators = self.collector.estimators
+        return {part.name for name in self.reached for part in estimators[name].block.parts}
+
+    def again(self, passes: list[Pass], scale: Tensor | float, settles: bool = True) -> bool:
         """Collect from passes of an earlier step, at the parameters' present values; whether there was anything.
 
         Args:
             passes: As the tape had them.
             scale: Of a GradScaler, in the gradients of their backward passes.
+            settles: Whether the sums are divided by their weight, which otherwise waits for those of other processes.
         """
         self._step = Step()
         for origin in passes:
             self._repeat(origin)
-        if self.batches:
-            self.collector.settle(self._step.divisor(scale), self.reached)
+        if self.batches and settles:
+            self.settle(self._step.divisor(scale), self.reached)
         return self.batches > 0
 
     @property
@@ -477,6 +513,7 @@ def _in_their_places(terms: Terms, passes: list[Pass], batch_dim: BatchDim) -> T
             raise ValueError(f"batch_dim={batch_dim} names an axis of the output of one pass; the loss sees several.")
         return terms
     z = terms.output
+    whole = passed_on(whole, z)
     if z is whole or isinstance(batch_dim, Mapping):
         return along(terms, batch_dim)
     if batch_dim is None and in_order(z, whole):

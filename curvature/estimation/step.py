@@ -60,6 +60,18 @@ class Step:
             self.counted[origin] = known
         return known
 
+    def adds_up(self, scale: Tensor | float) -> bool:
+        """Whether :meth:`divisor` is the weight of all terms, which adds up over parts of the data."""
+        return bool(self.sums) or (not self.unscaled and self._seen_as_sum(scale) is not None)
+
+    def _seen_as_sum(self, scale: Tensor | float) -> Tensor | None:
+        """The weight of all terms, where each has a weight of one: a sum, whatever it was written as."""
+        if not self.seen:
+            return None
+        weights, totals = torch.stack(self.seen).unbind(1)
+        is_sum = bool(((weights / scale - 1).abs() < 1e-3).all() & (totals.sum() > 1))
+        return (weights * totals).sum() if is_sum else None
+
     def divisor(self, scale: Tensor | float) -> Tensor | float:
         """What the sums over all terms are divided by."""
         if self.signs and bool(torch.stack(self.signs).any(0).all()):
@@ -77,8 +89,5 @@ class Step:
             return torch.stack(list(self.sums.values())).max()
         if self.unscaled:
             return 1.0
-        if self.seen:  # a weight of one for every term is a sum, whatever it was written as
-            weights, totals = torch.stack(self.seen).unbind(1)
-            if bool(((weights / scale - 1).abs() < 1e-3).all() & (totals.sum() > 1)):
-                return (weights * totals).sum()
-        return scale
+        found = self._seen_as_sum(scale)
+        return scale if found is None else found

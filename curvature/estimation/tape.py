@@ -28,7 +28,15 @@ from curvature.model.graph_nodes import nodes
 from curvature.model.hooks import Hook, OwnHook, calling_frame
 from curvature.model.streams import random_state, set_random_state
 from curvature.model.trees import tensors_in
-from curvature.model.wrappers import CallGuard, is_compiled, plain_checkpoints, unwrapped
+from curvature.model.wrappers import (
+    CallGuard,
+    data_parallel,
+    is_compiled,
+    passed_on,
+    plain_checkpoints,
+    undisturbed,
+    unwrapped,
+)
 
 Mode = Literal["auto", "loss", "gradient", "shadow"]
 MODES: tuple[Mode, ...] = ("auto", "loss", "gradient", "shadow")
@@ -58,6 +66,7 @@ class Tape:
         passes: The forward passes since the last :meth:`clear` that may still count.
         reader: Computes statistics while gradients arrive.
         records: Whether the uses of parameters are recorded.
+        parallel: The DistributedDataParallel through which the model is called, once that was seen.
         repeats: Whether passes will be repeated, so that inputs and random states are kept.
         cautious: The same for passes of which nobody knows yet whether they hide anything.
     """
@@ -79,6 +88,7 @@ class Tape:
         self.loss_module = module_called(loss_fn)
         self.output, self.mode, self.eval_mode, self.before_pass = output, mode, eval_mode, before_pass
         self.reader: Reader | None = None
+        self.parallel = data_parallel(model)
         self.records = self.repeats = self.cautious = False
         self.compiled = False  # a call of the model ran compiled code
         self.shadows = mode == "shadow"  # nothing but inputs is recorded
@@ -145,6 +155,7 @@ class Tape:
         if self.before_pass is not None:
             self.before_pass()
         self._prune()
+        self.parallel = self.parallel or data_parallel(self.model)
         device = next(iter(self.parameters().values())).device
         random = random_state(device)
         self._thread = threading.get_ident()
@@ -425,7 +436,7 @@ class Tape:
         with _LOCK:
             _OWN_PASSES[self.model] = _OWN_PASSES.get(self.model, 0) + 1
         try:
-            with torch.enable_grad(), contextlib.ExitStack() as stack:
+            with torch.enable_grad(), undisturbed(self.parallel), contextlib.ExitStack() as stack:
                 stack.enter_context(muted(of_leaves(self.parameters().values())))
                 for origin in passes:
                     assert origin.recorder is not None
@@ -517,6 +528,9 @@ def _place(passes: list[Pass], z: Any) -> int:
 
 def _same(output: Any, z: Any) -> bool:
     """Whether the loss sees the output, or a view of all of it in its order."""
+    if z is output:
+        return True
+    output = passed_on(output, z)
     if z is output:
         return True
     if not isinstance(output, Tensor) or not isinstance(z, Tensor):

@@ -8,7 +8,8 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.utils import checkpoint
 
 
@@ -28,6 +29,48 @@ def unwrapped_optimizer(optimizer: Any) -> Any:
     while hasattr(inner := getattr(optimizer, "optimizer", None), "param_groups"):
         optimizer = inner
     return optimizer
+
+
+def data_parallel(model: nn.Module) -> nn.parallel.DistributedDataParallel | None:
+    """The DistributedDataParallel around or on the way to the user's module, or whose forward pass runs just now."""
+    wrapper: Any = model
+    while wrapper is not None:
+        if isinstance(wrapper, nn.parallel.DistributedDataParallel):
+            return wrapper
+        wrapper = getattr(wrapper, "_orig_mod", None)
+    if not torch.distributed.is_available():
+        return None
+    return nn.parallel.DistributedDataParallel._get_active_ddp_module()
+
+
+@contextlib.contextmanager
+def undisturbed(parallel: nn.parallel.DistributedDataParallel | None) -> Iterator[None]:
+    """For backward passes that write no gradients: DDP takes none of them for its first, after which it averages.
+
+    With ``static_graph=True`` a node behind the output starts the first reduction at the end of whichever backward pass
+    reaches it first.
+    """
+    started = None if parallel is None else getattr(parallel, "_static_graph_delay_allreduce_enqueued", None)
+    if started is not False:
+        yield
+        return
+    assert parallel is not None
+    parallel._static_graph_delay_allreduce_enqueued = True
+    try:
+        yield
+    finally:
+        parallel._static_graph_delay_allreduce_enqueued = False
+
+
+def passed_on(output: Any, z: Any) -> Any:
+    """What DDP has made of an output on its way to the loss, which sees ``z``: the output itself, or a copy of it."""
+    if not isinstance(z, Tensor) or not isinstance(output, Tensor):
+        return output
+    base = z if z._base is None else z._base
+    node = base.grad_fn
+    if node is None or node.name() != "_DDPSinkBackward":
+        return output
+    return base if (output.grad_fn, output.output_nr) in node.next_functions else output
 
 
 def is_compiled(model: nn.Module) -> bool:

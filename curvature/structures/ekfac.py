@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -89,14 +90,35 @@ class EigenbasisEstimator(MeansEstimator):
         if self._pass != 1:
             self.spectrum.count(weight)
 
-    def commit(self, ema: float) -> None:
+    def prepare(self, ema: float) -> bool:
+        """Commit the factors; the first ones have the basis that samples wait for."""
+        first = self.basis is None
         self.factors.commit(ema)
-        if self.basis is None and self.factors.ready:
+        if first and self.factors.ready:
             self.refresh_basis()
-            for samples in self._waiting:
-                self.project(samples)
+            self._project_waiting()
+        return first
+
+    def commit(self, ema: float) -> None:
+        self.prepare(ema)
         self._waiting = []
         self.spectrum.commit(ema)
+
+    def _project_waiting(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for samples in waiting:
+            self.project(samples)
+
+    def shared(self) -> dict[str, Tensor]:
+        """The eigenvectors: each process projects its own samples."""
+        if self.basis is None:
+            return {}
+        left, right = self.basis.factors
+        return {"left": _as_tensor(left), "right": _as_tensor(right)}
+
+    def take_shared(self, tensors: Mapping[str, Tensor]) -> None:
+        self.basis = Kronecker(*(_as_factor(tensors[name], self.block) for name in ("left", "right")))
+        self._project_waiting()
 
     def begin_passes(self) -> None:
         self._pass = 1
@@ -135,6 +157,14 @@ class EigenbasisEstimator(MeansEstimator):
         basis = from_state(state["basis"]) if "basis" in state else None
         assert basis is None or isinstance(basis, Kronecker)
         self.basis = basis
+
+
+def _as_tensor(factor: LinearOperator) -> Tensor:
+    return factor.matrix if isinstance(factor, Dense) else factor.diagonal()
+
+
+def _as_factor(tensor: Tensor, block: Block) -> Dense | Diagonal:
+    return Dense(tensor) if tensor.dim() == len(block.shape) else Diagonal(tensor)
 
 
 def _rotate_rows(rows: Tensor, basis: LinearOperator) -> Tensor:

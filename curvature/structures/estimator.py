@@ -30,6 +30,8 @@ class CurvatureEstimator(ABC):
 
     #: Name of the structure in tables: what :meth:`operator` returns.
     structure: ClassVar[str]
+    #: Whether the samples of a step wait as they are, and :meth:`prepare` sums them up.
+    sums_late: ClassVar[bool] = False
 
     @property
     def averages_positions(self) -> bool:
@@ -49,6 +51,36 @@ class CurvatureEstimator(ABC):
             f"block {self.block.name}: only some batches of this step or data set used it, which {type(self).__name__} "
             "does not serve. Take another structure, leave the block out with params=, or put the data in one batch."
         )
+
+    def step_means(self) -> dict[str, WeightedMean]:
+        """The means that hold sums of the current step, by name; sums add up over processes.
+
+        Raises:
+            NotImplementedError: If the estimate is not made of sums.
+        """
+        raise NotImplementedError(
+            f"block {self.block.name}: {type(self).__name__} keeps the rows of its own batch, which do not add up over "
+            "processes. Train in one process, or take a structure of sums ('kfac', 'ekfac', 'layer', 'diagonal')."
+        )
+
+    def step_mean(self, name: str) -> WeightedMean:
+        """A mean by the name that :meth:`step_means` has for it where it holds something."""
+        raise NotImplementedError
+
+    def prepare(self, ema: float) -> bool:
+        """Before :meth:`commit`, given the sums of all processes: add the sums that follow from them.
+
+        Returns:
+            Whether there are any, which are to be added over processes as well.
+        """
+        return False
+
+    def shared(self) -> dict[str, Tensor]:
+        """What every process needs of an estimate that others keep."""
+        return {}
+
+    def take_shared(self, tensors: Mapping[str, Tensor]) -> None:  # noqa: B027  (most need nothing)
+        """Take what the process that keeps the estimate has published by :meth:`shared`."""
 
     @abstractmethod
     def commit(self, ema: float) -> None:
@@ -148,7 +180,25 @@ class MeansEstimator(CurvatureEstimator):
     def __init__(self, block: Block) -> None:
         super().__init__(block)
         for name in self.names:
-            setattr(self, name, WeightedMean())
+            setattr(self, name, WeightedMean(self.matrix_axes(name)))
+
+    def matrix_axes(self, name: str) -> int | None:
+        """Number of axes at which the sums of a mean are symmetric matrices; ``None`` where they never are."""
+        return None
+
+    def step_means(self) -> dict[str, WeightedMean]:
+        found: dict[str, WeightedMean] = {}
+        for name, part in zip(self.names, self.parts(), strict=True):
+            if isinstance(part, CurvatureEstimator):
+                found |= {f"{name}.{inner}": mean for inner, mean in part.step_means().items()}
+            elif part.pending:
+                found[name] = part
+        return found
+
+    def step_mean(self, name: str) -> WeightedMean:
+        first, _, rest = name.partition(".")
+        part = getattr(self, first)
+        return part.step_mean(rest) if isinstance(part, CurvatureEstimator) else part
 
     def totals(self, samples: Samples) -> Iterable[Mapping[str, Tensor]]:
         """Contributions of the samples to the numerators of the means, by name; in one piece or several."""

@@ -172,6 +172,18 @@ class KroneckerBFGSEstimator(MeansEstimator, InverseEstimator):
         if self._before is None:
             self.factor.count(weight)
 
+    def step_means(self) -> dict[str, WeightedMean]:
+        found = super().step_means()
+        for phase, means in (("first", self._first), ("second", self._second)):
+            parts = {f"{phase}.inputs": means.inputs, f"{phase}.gradients": means.gradients}
+            found |= {name: mean for name, mean in parts.items() if mean.pending}
+        return found
+
+    def step_mean(self, name: str) -> WeightedMean:
+        phase, _, part = name.partition(".")
+        means = {"first": self._first, "second": self._second}.get(phase)
+        return super().step_mean(name) if means is None else getattr(means, part)
+
     def commit(self, ema: float) -> None:
         super().commit(ema)
         self._ema = ema

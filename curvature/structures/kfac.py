@@ -65,7 +65,7 @@ class KroneckerEstimator(MeansEstimator):
             uses = [use for use in samples.uses if isinstance(use, Outer) and use.flipped == (side == "flipped")]
             if not uses:
                 continue
-            inputs, gradients = self.sides.setdefault(side, (WeightedMean(), WeightedMean()))
+            inputs, gradients = self.sides.get(side) or self._side(side)
             weight = samples.weight if samples.first else 0.0
             for index, use in enumerate(uses):
                 if samples.first:
@@ -76,6 +76,21 @@ class KroneckerEstimator(MeansEstimator):
             if self.gradient_factor == "identity" and samples.first:
                 g = uses[0].g  # only its size and dtype count
                 gradients.add(widen(g.new_zeros((*self.block.shape[:-2], g.shape[-1]))), weight)
+
+    def _side(self, side: str) -> tuple[WeightedMean, WeightedMean]:
+        axes = self.matrix_axes(side)
+        return self.sides.setdefault(side, (WeightedMean(axes), WeightedMean(axes)))
+
+    def matrix_axes(self, name: str) -> int | None:
+        return len(self.block.shape)
+
+    def step_means(self) -> dict[str, WeightedMean]:
+        sides = self.sides.items()
+        return {f"{s}.{n}": m for s, pair in sides for n, m in zip("AB", pair, strict=True) if m.pending}
+
+    def step_mean(self, name: str) -> WeightedMean:
+        side, _, factor = name.partition(".")
+        return (self.sides.get(side) or self._side(side))["AB".index(factor)]
 
     def _input_moment(self, use: Outer) -> tuple[Tensor, Tensor | float]:
         if isinstance(use.a, OneHot):
@@ -178,10 +193,9 @@ class KroneckerEstimator(MeansEstimator):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.sides = {}
         for side, pair in state.items():
-            means = (WeightedMean(), WeightedMean())
+            means = self._side(side)
             means[0].load_state_dict(pair["A"])
             means[1].load_state_dict(pair["B"])
-            self.sides[side] = means
 
 
 def stored_in_factors(block: Block, max_dim: int) -> int:

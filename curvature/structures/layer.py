@@ -34,6 +34,9 @@ class DenseEstimator(MeanEstimator):
             )
         super().__init__(block)
 
+    def matrix_axes(self, name: str) -> int | None:
+        return 2
+
     def total(self, samples: Samples) -> Tensor:
         return samples.summed(lambda chunk: gram(widen(chunk).flatten(1)))
 

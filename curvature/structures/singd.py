@@ -67,6 +67,9 @@ class BlockMoments(KroneckerEstimator):
         super().__init__(block, sharing, max_dim)
         self.size = size
 
+    def matrix_axes(self, name: str) -> int | None:
+        return len(self.block.shape) + 1
+
     def block_size(self, d: int) -> int:
         """Size of the blocks of a factor of size d."""
         return 1 if d > self.max_dim else d if self.size is None else min(self.size, d)

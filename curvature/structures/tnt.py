@@ -43,6 +43,9 @@ class TensorNormalEstimator(MeansEstimator):
         super().__init__(block)
         self.max_dim = max_dim
 
+    def matrix_axes(self, name: str) -> int | None:
+        return len(self.block.shape)
+
     def totals(self, samples: Samples) -> Iterator[dict[str, Tensor]]:
         for left, right in _pairs(samples):
             yield {"L": second_moment(left, self.max_dim), "R": second_moment(right, self.max_dim)}

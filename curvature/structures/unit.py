@@ -23,6 +23,9 @@ class UnitEstimator(MeanEstimator):
 
     structure: ClassVar[str] = "unit"
 
+    def matrix_axes(self, name: str) -> int | None:
+        return len(self.block.shape) + 1
+
     def total(self, samples: Samples) -> Tensor:
         def product(chunk: Tensor) -> Tensor:
             rows = widen(chunk).movedim(0, -2)  # (*, o, kn, i)

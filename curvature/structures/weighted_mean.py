@@ -27,12 +27,16 @@ class WeightedMean:
     .. math:: w' = \beta w + 1, \qquad m' = (\beta w m + \bar m_{step}) / w'
 
     With this weight the mean is unbiased from the first step on and has no memory of an initial value.
+
+    Args:
+        matrix_axes: Number of axes at which a sum is a symmetric matrix on its last two; with fewer it is a diagonal.
     """
 
     #: Whether a mark holds the sum of the step.
     _marked = False
 
-    def __init__(self) -> None:
+    def __init__(self, matrix_axes: int | None = None) -> None:
+        self.matrix_axes = matrix_axes
         self.value: Tensor | None = None
         self.weight = 0.0
         self._total: Tensor | None = None
@@ -77,6 +81,10 @@ class WeightedMean:
         if self._total is None:
             raise RuntimeError("nothing was added since the last commit.")
         return self._total, self._count
+
+    def take(self, total: Tensor, count: Tensor | float) -> None:
+        """Put another sum and weight in the place of what was added since the last commit."""
+        self._total, self._count, self._marked = total, count, False
 
     def step_mean(self) -> Tensor:
         """Mean of the statistics added since the last commit."""

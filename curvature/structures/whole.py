@@ -166,13 +166,24 @@ class WholeDense(WholeEstimator, MeansEstimator):
     r"""The dense matrix of all parameters, :math:`\frac{1}{total} \sum_n g_n g_n^\top`, averaged over steps."""
 
     structure: ClassVar[str] = "dense, whole model"
+    sums_late: ClassVar[bool] = True
     names = ("mean",)
     mean: WeightedMean
+
+    def matrix_axes(self, name: str) -> int | None:
+        return 2
+
+    def prepare(self, ema: float) -> bool:
+        WholeEstimator.commit(self, ema)
+        return True
+
+    def commit(self, ema: float) -> None:
+        self.prepare(ema)
+        self.mean.commit(ema)
 
     def learn(self, rows: JointRows, weight: Tensor, ema: float) -> None:
         U = rows.formed()
         self.mean.add(U.mT @ U, weight)
-        self.mean.commit(ema)
 
     @property
     def stored(self) -> int:

@@ -10,11 +10,12 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from curvature.estimation.finite import refuse_nonfinite
 from curvature.model.kernels import differentiable_kernels
 from curvature.model.pullback import pull_back
+from precond.distributed.closures import parallel_calls, refuse_closure
 from precond.step.adapt import LevenbergMarquardt, unseen
 from precond.step.base import SecondOrderOptimizer
 from precond.step.graph import (
@@ -176,6 +177,10 @@ class ClosureOptimizer(SecondOrderOptimizer):
     def _evaluate(self, closure: Closure | None) -> Any:
         if closure is None:
             return None
+        with parallel_calls() as parallel:
+            return self._result(closure, parallel)
+
+    def _result(self, closure: Closure, parallel: list[nn.Module]) -> Any:
         self._closure, params = closure, self.parameters()
         if not self.closure_needed():
             before = {p: (p.grad, p.grad._version) for p in params if p.grad is not None}
@@ -183,11 +188,12 @@ class ClosureOptimizer(SecondOrderOptimizer):
             if any(p.grad is not None and not _same(p.grad, before.get(p)) for p in params):
                 return result  # it ran the backward pass, as in a plain loop
             loss = loss_tensor(result, type(self).__name__) + self._penalty()
+            refuse_closure(type(self).__name__, parallel, self.ranks)
             slopes = self._differentiated(loss, params)
             return self.evaluated(loss.detach(), dict(zip(params, slopes, strict=True)))
-        return self._first_evaluation(closure, params)
+        return self._first_evaluation(closure, params, parallel)
 
-    def _first_evaluation(self, closure: Closure, params: list[Tensor]) -> Tensor:
+    def _first_evaluation(self, closure: Closure, params: list[Tensor], parallel: list[nn.Module]) -> Tensor:
         """Run the closure, and differentiate the loss; see :meth:`evaluated`.
 
         A closure of one's own returns the loss with its graph. That of a trainer calls ``backward()`` and returns a
@@ -221,6 +227,7 @@ class ClosureOptimizer(SecondOrderOptimizer):
             return result
 
         result, called = self.run(watched, backward)
+        refuse_closure(type(self).__name__, parallel, self.ranks)
         mine = has_graph(result) and not (len(called) == 1 and result is called[0])
         loss, penalty = loss_tensor(result, type(self).__name__, called), self._penalty()
         if mine or not called:

@@ -101,9 +101,16 @@ class KBFGS(LayerwiseMethod):
     ) -> None:
         if not isinstance(curvature, KroneckerBFGS):
             raise TypeError(f"{type(self).__name__}: curvature is a KroneckerBFGS(...), not {curvature!r}.")
+        if options.get("memory_fraction", 1.0) != 1:
+            raise NotImplementedError(
+                "KBFGS needs the averages of all blocks in every process, before and after a step: leave out "
+                f"memory_fraction={options['memory_fraction']}."
+            )
         if options.get("maximize") is True:
             raise ValueError("KBFGS minimises: maximize=True has no meaning for it. Negate the loss.")
         self._passes: list[Pass] = []  # of the last step, to be run again
+        self._waits = False  # whether they are; another process may have some where this one has none
+        self._seen = 0  # calls of the loss in the step, of all processes
         self._scale: Tensor | float = 1.0  # of a GradScaler in them
         super().__init__(
             model,
@@ -130,14 +137,14 @@ class KBFGS(LayerwiseMethod):
     def after_move(self) -> None:
         super().after_move()  # a step that is shortened or taken back ends here
         if self.taken_back:  # it teaches nothing
-            self._passes = []
+            self._passes, self._waits = [], False
             for _, estimator, weights in self._estimators():
                 estimator.end(weights)
         self._run_again()
 
     @property
     def follows_move(self) -> bool:
-        return bool(self._passes) or super().follows_move
+        return self._waits or super().follows_move
 
     def _collector(self) -> StepCollector:
         return ApartCollector(self.parameters, self.begin_block, joint=self.curvature.joint, forget=self.drop_block)
@@ -149,12 +156,17 @@ class KBFGS(LayerwiseMethod):
 
     def directions(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         passes = self.tape.passes if self.statistics.armed else []
+        self._seen = 0
         out = super().directions(gradients)
-        if self.statistics.batches:
-            self._passes, self._scale = passes, self.loss_scale()
+        if self._seen:
+            self._passes, self._scale, self._waits = passes, self.loss_scale(), True
             for _, estimator, weights in self._estimators():
                 estimator.begin(weights)
         return out
+
+    def finish_statistics(self, gradients: dict[str, Tensor]) -> int:
+        self._seen = super().finish_statistics(gradients)
+        return self._seen
 
     def _estimators(self) -> list[tuple[Preconditioner, KroneckerBFGSEstimator, Tensor]]:
         """Blocks that learn from pairs, and their parameters."""
@@ -167,11 +179,11 @@ class KBFGS(LayerwiseMethod):
 
     def _run_again(self) -> None:
         """The second pass, on the batch of the last step."""
-        if not self._passes:
+        if not self._waits:
             return
         with self.transaction():
-            passes, self._passes = self._passes, []
-            seen = self.statistics.again(passes, self._scale)
+            passes, self._passes, self._waits = self._passes, [], False
+            seen = self.again(passes, self._scale)
             for preconditioner, estimator, weights in self._estimators():
                 estimator.end(weights)
                 if preconditioner.inverse is not None:
@@ -184,4 +196,4 @@ class KBFGS(LayerwiseMethod):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_passes": []}
+        return {**super().__getstate__(), "_passes": [], "_waits": False}

@@ -30,6 +30,8 @@ class LayerwiseOptions(TypedDict, total=False):
     params: Any
     maximize: bool
     loop: Loop
+    process_group: Any
+    memory_fraction: float
 
 
 class LayerwiseMethod(PreconditionedOptimizer):

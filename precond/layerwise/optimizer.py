@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import fields
+from functools import partial
 from types import FrameType
 from typing import Any, ClassVar
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from curvature import Block, Curvature, CurvatureEstimator
 from curvature.estimation.coverage import Coverage, describe_loss, table
+from curvature.estimation.passes import Pass
 from curvature.estimation.statistics import Statistics
 from curvature.estimation.step_collector import StepCollector
 from curvature.estimation.tape import Tape
@@ -23,6 +25,8 @@ from curvature.model.parameters import Parameters
 from curvature.model.wrappers import unwrapped
 from curvature.structures.estimator import Form
 from curvature.structures.inverse import InverseEstimator
+from precond.distributed.curvature import Refreshing, SharedCurvature
+from precond.distributed.ranks import Ranks, check_fraction, group_of, world_rank, world_size
 from precond.layerwise.blocks.block_state import (
     add_blocks,
     copied,
@@ -88,6 +92,10 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
             trainable ones by default. Frozen ones stay where they are until they are unfrozen.
         maximize: Ascend.
         loop: What cannot be seen of the training loop, see :class:`~precond.Loop`.
+        process_group: Processes whose gradients the loop averages by hand; those of a model in
+            ``DistributedDataParallel`` are found.
+        memory_fraction: Share of the processes that keep each block, from 1 over their number (least memory, and a
+            message with the directions in each step) to 1 (all have everything).
 
     Raises:
         ValueError: If an option is out of range or there is nothing to train.
@@ -126,6 +134,8 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         params: Any = None,
         maximize: bool = False,
         loop: Loop = Loop(),
+        process_group: Any = None,
+        memory_fraction: float = 1.0,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(
@@ -166,6 +176,8 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         self._members: Membership | None = None
         self._burning = False  # the step is one of the burn-in
         self._taps = RowTaps()
+        self._shared: SharedCurvature | None = None
+        self.memory_fraction = check_fraction(memory_fraction)
         super().__init__(
             as_groups(unwrapped(model), params),
             lr=lr,
@@ -174,6 +186,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
             kl_clip=kl_clip if step_size is None or "kl_clip" in self.given else None,
             maximize=maximize,
             loop=loop,
+            process_group=process_group,
             defaults={
                 **({} if step_size is None else {"region": None}),
                 "damping": float(damping.strength) if isinstance(damping, Damping) else damping,
@@ -341,7 +354,8 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
     def _arm(self) -> None:
         period = self.option("curvature_update_period")
         if self.steps % period == 0 or self._overdue(period):
-            words = f"{self.loop.seed},{_rank()},{self.steps}"
+            rank = world_rank() if self._ranks is None else self._ranks.rank
+            words = f"{self.loop.seed},{rank},{self.steps}"
             self.statistics.arm(int.from_bytes(hashlib.sha256(words.encode()).digest()[:7], "big"))
         else:
             self.statistics.disarm()
@@ -373,7 +387,8 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         self._taps.clear()
         if self._step_model is not None and not self._step_model.undecided:
             self._step_model.clear()
-        self._taps.watch(unwrapped(self.model), self.preconditioners)
+        if self._shared is None:
+            self._taps.watch(unwrapped(self.model), self.preconditioners)
         self._arm()
 
     def mark(self) -> Any:
@@ -416,19 +431,20 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         gradients = {self.parameters[name]: g for name, g in by_name.items()}
         rows = self._rows(by_name)
         updated = False
+        batches = 0
         if self.statistics.armed:
-            self.statistics.finish(by_name, self.loss_scale())
-            updated = self._update_curvature(gradients)
+            batches = self.finish_statistics(by_name)
+            updated = self._update_curvature(gradients, batches)
         if not self.idle:
             self._keep_time(by_name)
-        self.idle = self.idle and self.statistics.batches == 0
+        self.idle = self.idle and batches == 0
         self._burning = self.steps < self.burn_in
         if self._burning:
             return {p: torch.zeros_like(g) for p, g in given.items()}
         self._refresh(updated)
         out = {p: torch.empty_like(g, memory_format=torch.contiguous_format) for p, g in gradients.items()}
         results = {name: out[p] for name, p in self.parameters.items() if p in gradients}
-        for name, rest in self.preconditioners.apply(by_name, rows, results).items():
+        for name, rest in self.preconditioners.apply(by_name, rows, results, self._shared).items():
             self._report_plain(name, rest)
         plain = self._plain()
         return out | {p: g.clone() for p, g in given.items() if id(p) in plain}
@@ -444,6 +460,35 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
     def on_empty(self) -> None:
         self._look_at_members({})
         super().on_empty()
+
+    @property
+    def ranks(self) -> Ranks | None:
+        if self._ranks is None and (self.process_group is not None or self.tape.parallel is not None):
+            group = group_of(self.process_group, self.tape.parallel)
+            if group is not None:
+                self._ranks = Ranks(group, self.parameters.device, self.memory_fraction)
+                self._shared = SharedCurvature(self._ranks)
+                self._taps.close()
+        return self._ranks
+
+    def finish_statistics(self, gradients: dict[str, Tensor]) -> int:
+        """Close the statistics of the step; returns the calls of the loss that count, in all processes."""
+        if self._shared is not None:
+            try:
+                return self._shared.finish(self, gradients, self.loss_scale())
+            except NotImplementedError as error:
+                raise NotImplementedError(
+                    f"{type(self).__name__} does not run in several processes: {error}"
+                ) from error
+        self.statistics.finish(gradients, self.loss_scale())
+        return self.statistics.batches
+
+    def again(self, passes: list[Pass], scale: Tensor | float) -> bool:
+        """Collect from passes of an earlier step, in all processes; whether there was anything in any."""
+        if self._shared is None:
+            return self.statistics.again(passes, scale)
+        self._shared.ranks.together(lambda: (float(self.statistics.again(passes, scale, settles=False)),), 1)
+        return self._shared.again(self, scale)
 
     def _evaluate(self, closure: Callable[[], Any] | None) -> Any:
         if self._step_model is None or closure is None:
@@ -479,7 +524,14 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
             return 1.0
         known = [p.estimator for p in self.preconditioners.values() if p.estimator.ready]
         kept = [e.operator() for e in known if not isinstance(e, InverseEstimator)]
-        return float(sum(op.trace() for op in kept)) / sum(op.shape[0] for op in kept) if kept else 0.0
+        trace, size = float(sum(op.trace() for op in kept)), float(sum(op.shape[0] for op in kept))
+        if self._shared is not None:
+            trace, size = self._shared.row_sum(torch.tensor([trace, size], dtype=torch.float64)).tolist()
+        return trace / size if size else 0.0
+
+    def over_ranks(self, value: Tensor) -> Tensor:
+        """The mean of numbers over the processes that take the step together; the same bits in all."""
+        return value if self.ranks is None else self.ranks.mean(value)
 
     def set_damping(self, damping: float) -> None:
         """Give all groups the same damping; it counts from the next refresh of each block."""
@@ -500,7 +552,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         return 1.0 if scale is None else scale
 
     def _rows(self, gradients: dict[str, Tensor]) -> dict[str, GradientRows]:
-        if getattr(self, "grad_scale", None) is not None or _world_size() > 1:
+        if getattr(self, "grad_scale", None) is not None or world_size() > 1:
             return {}  # gradients that were scaled or summed over processes after the rows were seen
         return self._taps.rows(gradients, self.preconditioners)
 
@@ -515,20 +567,16 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
                 stacklevel=5,
             )
 
-    def _update_curvature(self, gradients: dict[Tensor, Tensor]) -> bool:
+    def _update_curvature(self, gradients: dict[Tensor, Tensor], batches: int) -> bool:
         """Fold the statistics of the step into the averages, if there are any."""
-        if self.statistics.batches == 0:
+        if batches == 0:
             self._explain_missing(gradients)
             return False
-        if _world_size() > 1 and "processes" not in self._reported:
-            self._reported.add("processes")
-            warnings.warn(
-                f"{type(self).__name__} runs in {_world_size()} processes, each with the curvature of its own data: "
-                "unless all see the same data, their parameters drift apart. Nothing averages over processes yet.",
-                UserWarning,
-                stacklevel=5,
-            )
-        bad = self.preconditioners.commit(self.option("curvature_ema"))
+        if self._shared is not None:
+            bad = self._shared.commit(self, self.preconditioners, self.option("curvature_ema"))
+        else:
+            self._warn_of_others()
+            bad = self.preconditioners.commit(self.option("curvature_ema"))
         if bad:
             warnings.warn(
                 f"{type(self).__name__}: the statistics of {', '.join(bad[:3])} hold NaN or inf although the gradients "
@@ -538,55 +586,84 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
             )
         return not bad
 
+    def _warn_of_others(self) -> None:
+        if world_size() > 1 and self.process_group is None and "processes" not in self._reported:
+            self._reported.add("processes")
+            warnings.warn(
+                f"{type(self).__name__} runs in one of {world_size()} processes, with the curvature of its own data "
+                "alone: unless all see the same data, their parameters drift apart. Wrap the model in "
+                "DistributedDataParallel, or say with process_group= who averages gradients by hand; a group of this "
+                "process alone says that it trains a model of its own.",
+                UserWarning,
+                stacklevel=6,
+            )
+
     def _refresh(self, updated: bool) -> None:
         """Renew the inverses that are due, and after new statistics those that come at no cost."""
         period = self.option("inverse_update_period")
         slot = self.preconditioners.slots(period) if self.stagger else {}
         bounded = any(group["kl_clip"] is not None for group in self.param_groups)
         self._measured = {}
+        tasks: list[Refreshing] = []
         for name, preconditioner in self.preconditioners.items():
             due = preconditioner.unseen > 0 and (self.steps - slot.get(name, 0)) % period == 0
-            due = due or preconditioner.inverse is None
-            block = preconditioner.estimator.block
+            due = due or (preconditioner.inverse is None and preconditioner.elsewhere is None)
             damped = None
             if due or updated:
                 before, failures = preconditioner.inverse, preconditioner.failures
-                damped = preconditioner.refresh(
-                    self._damping(block),
-                    basis=due,
-                    rows=self._taps.count(name),
-                    applications=max(period, self.option("curvature_update_period")),
-                )
+                options: dict[str, Any] = {
+                    "damping": self._damping(preconditioner.estimator.block),
+                    "basis": due,
+                    "applications": max(period, self.option("curvature_update_period")),
+                }
+                if self._shared is not None:
+                    tasks.append(Refreshing(name, preconditioner, due, partial(preconditioner.attempt, **options)))
+                    continue
+                damped = preconditioner.refresh(rows=self._taps.count(name), **options)
                 self.events[FAILURES] += preconditioner.failures > failures
                 self.events[REFRESHES] += due and preconditioner.inverse is not before
+            if bounded and self._shared is None:
+                self._measure(preconditioner, damped, damped is not None)
+        if self._shared is not None:
+            failed = {task.name: task.kept.failures for task in tasks}
+            new = self._shared.refresh(tasks)
+            self.events[FAILURES] += sum(task.kept.failures > failed[task.name] for task in tasks)
+            self.events[REFRESHES] += sum(task.basis and task.name in new for task in tasks)
             if bounded:
-                self._measure(preconditioner, damped)
+                for name, preconditioner in self.preconditioners.items():
+                    self._measure(preconditioner, None, name in new)
+                self._measured = self._shared.added(self._measured)
 
-    def _measure(self, preconditioner: Preconditioner, damped: LinearOperator | None) -> None:
+    def _measure(self, preconditioner: Preconditioner, damped: LinearOperator | None, renewed: bool) -> None:
         r"""Measure the momentum of a block, :math:`v^\top M v`, where its metric M is new or it was never measured.
 
-        A block counts as a whole, for the first of its parameters with the largest rate.
+        A block counts as a whole, for the first of its parameters with the largest rate; where several processes share
+        the blocks, in the one that keeps it.
         """
         block = preconditioner.estimator.block
         states = {name: self.state[p] for name in block.names if (p := self.parameters[name]) in self.state}
         momenta = {name: s["momentum_buffer"] for name, s in states.items() if "momentum_buffer" in s}
-        if not momenta or (damped is None and all("length" in states[name] for name in momenta)):
+        if not momenta or not (renewed or any("length" not in states[name] for name in momenta)):
             return
-        damped = damped or preconditioner.damped(self._damping(block))
-        if damped is None:
+        if preconditioner.cost is None or not preconditioner.keeps_curvature:
             return  # carried on from the step before
-        v = {n: momenta.get(n, self.parameters[n].new_zeros(()).expand_as(self.parameters[n])) for n in block.names}
-        x = block.read(v).to(damped.dtype)
-        if isinstance(damped, Eigen):  # half the products
-            x = damped.basis.adjoint() @ x
-            image = damped.values * x
-        else:
-            image = damped @ x
         names = list(momenta)
         if len(self.param_groups) > 1:
             rate = {p: reference_lr(group) for group in self.param_groups for p in group["params"]}
             names.sort(key=lambda name: -rate[self.parameters[name]])
-        (length,) = products(vectors([image], True), vectors([x], True)).unbind()
+        if self._shared is None or self._shared.counts(block.name):
+            damped = damped or preconditioner.damped(self._damping(block))
+            assert damped is not None
+            v = {n: momenta.get(n, self.parameters[n].new_zeros(()).expand_as(self.parameters[n])) for n in block.names}
+            x = block.read(v).to(damped.dtype)
+            if isinstance(damped, Eigen):  # half the products
+                x = damped.basis.adjoint() @ x
+                image = damped.values * x
+            else:
+                image = damped @ x
+            length = products(vectors([image], True), vectors([x], True))[0]
+        else:
+            length = torch.zeros((), dtype=torch.float64, device=self.parameters[names[0]].device)
         rest = torch.zeros_like(length)
         self._measured |= {self.parameters[name]: rest if i else length for i, name in enumerate(names)}
 
@@ -673,6 +750,9 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
             "_bounds": BoundRecord(),
             "_taps": RowTaps(),
             "_members": None,
+            "_shared": None,
+            "_ranks": None,
+            "process_group": None,
         }
         own.pop("step", None)  # a learning rate scheduler's wrapper, bound to this very object
         return own
@@ -686,16 +766,6 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         self._connect()
         self.statistics.collector.estimators = estimators
         self._taps.watch(unwrapped(self.model), self.preconditioners)
-
-
-def _rank() -> int:
-    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_rank() if ready else 0
-
-
-def _world_size() -> int:
-    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if ready else 1
 
 
 def scale_in_use() -> Tensor | float:

@@ -47,6 +47,10 @@ class Sized(Protocol):
         """Mean eigenvalue of C, 0 where it is not known."""
         ...
 
+    def over_ranks(self, value: Tensor) -> Tensor:
+        """The mean of a number over the processes that take the step together."""
+        ...
+
     def set_damping(self, damping: float) -> None:
         """Give all groups the same damping."""
         ...
@@ -213,7 +217,7 @@ class StepModel:
         moves = {p: self.optimizer.state[p].get("move") for p in params}
         if self.quadratic.momentum and any(m is not None for m in moves.values()):
             vectors.append(flatten({p: torch.zeros_like(p) if m is None else m for p, m in moves.items()}))
-        curved, value = self.replay.gram(params, vectors, round(1 / self.quadratic.fraction))
+        curved, value = self._gram_of_batch(params, vectors, round(1 / self.quadratic.fraction))
         V = torch.stack(vectors).double()
         g = flatten({p: gradients[p] for p in params}).double()
         curved = curved + self._gram(V, params, _penalty)
@@ -234,6 +238,15 @@ class StepModel:
             self.optimizer.state[p]["move"] = (lr * move).to(p.dtype)
         return {p: -move.to(p.dtype) for p, move in found.items()}
 
+    def _gram_of_batch(self, params: list[Tensor], vectors: list[Tensor], stride: int = 1) -> tuple[Tensor, Tensor]:
+        """``V^T C V`` and the loss of the batch; of the batches of all processes, whose mean gradient is followed."""
+        found, value = self.replay.gram(params, vectors, stride)
+        together = self.optimizer.over_ranks(torch.cat([found.reshape(-1), value.to(found).reshape(1)]))
+        return together[:-1].view_as(found), together[-1].to(value)
+
+    def _value(self) -> Tensor:
+        return self.optimizer.over_ranks(self.replay.value())
+
     def _limit(self) -> float | None:
         """Largest ``m^T C m`` of a move before the learning rate."""
         assert self.quadratic is not None
@@ -251,7 +264,7 @@ class StepModel:
         if trial.predicted is None:
             self._predict(trial, params)
         assert trial.predicted is not None
-        after, before = float(self.replay.value() + self._penalty(params)), float(trial.before)
+        after, before = float(self._value() + self._penalty(params)), float(trial.before)
         self.optimizer.judged = (-trial.predicted, after - before)
         if unseen(trial.predicted, before, after, torch.float32):
             return
@@ -282,7 +295,7 @@ class StepModel:
             scale = 0.5**attempt if attempt < _HALVINGS else 0.0
             for p, move in moves.items():
                 p.copy_(trial.own[p] + scale * move if scale else trial.own[p])
-            if not scale or float(self.replay.value() + self._penalty(params)) <= before:
+            if not scale or float(self._value() + self._penalty(params)) <= before:
                 break
         for p in params:
             if "move" in self.optimizer.state[p]:
@@ -299,7 +312,7 @@ class StepModel:
         own = {p: trial.own[p] for p in params}
         m = flatten({p: p - value for p, value in own.items()})
         with parameters_at(own):
-            found, value = self.replay.gram(params, [m])
+            found, value = self._gram_of_batch(params, [m])
             curved = float(found)
             trial.before = value + self._penalty(params)
         m = m.double()

@@ -15,6 +15,8 @@ from typing import Any, ClassVar, TypedDict
 import torch
 from torch import Tensor
 
+from precond.distributed.agreement import verdict
+from precond.distributed.ranks import Ranks, check_group, group_of
 from precond.step.described import described
 from precond.step.divergence import Diverged, advice, all_finite, broken_gradients, broken_results, largest_norm
 from precond.step.journal import FAILURES, REFRESHES, lengths, norm, shares
@@ -47,6 +49,7 @@ class StepOptions(TypedDict, total=False):
     kl_clip: Scheduled | TrustRegion | None
     maximize: bool
     loop: Loop
+    process_group: Any
 
 
 class MomentumOptions(StepOptions, total=False):
@@ -75,6 +78,8 @@ class SecondOrderOptimizer(ScheduledOptimizer):
             learning rate to begin with, or a :class:`TrustRegion`; ``None`` for none.
         maximize: Ascend.
         loop: The parts of the training loop that cannot be seen, see :class:`Loop`.
+        process_group: Processes whose gradients the loop averages by hand; they decide together whether a step is
+            taken. Those of a model in ``DistributedDataParallel`` need no mention.
         defaults: Further options of the parameter groups, of the method's own.
     """
 
@@ -106,6 +111,7 @@ class SecondOrderOptimizer(ScheduledOptimizer):
         kl_clip: Scheduled | TrustRegion | None = None,
         maximize: bool = False,
         loop: Loop = Loop(),
+        process_group: Any = None,
         defaults: dict[str, Any] | None = None,
     ) -> None:
         if isinstance(params, torch.nn.Module):
@@ -115,6 +121,13 @@ class SecondOrderOptimizer(ScheduledOptimizer):
         flag("maximize", maximize)
         loop.require(self.loop_settings, type(self).__name__)
         self.loop = loop
+        self.process_group = check_group(process_group)
+        if self.process_group is not None and self.needs == "closure":
+            raise NotImplementedError(
+                f"{type(self).__name__} differentiates the loss of its closure itself, so process_group= has nothing to "
+                "go by. It runs in one process; KFAC, EKFAC and the methods that use gradients alone run in several."
+            )
+        self._ranks: Ranks | None = None
         self.skipped = 0  # steps skipped because a gradient was not finite
         self.skipped_in_row = 0
         self.remedies: Counter[str] = Counter()  # of decompositions, see solvers.outcome.remedies
@@ -361,7 +374,17 @@ class SecondOrderOptimizer(ScheduledOptimizer):
 
         A momentum that is not finite shows in the value of its parameter.
         """
-        return all_finite([*results.values(), *self.touched()])
+        fit = all_finite([*results.values(), *self.touched()])
+        return fit if self.ranks is None else not self.ranks.largest(lambda: (float(not fit),), 1)[0]
+
+    @property
+    def ranks(self) -> Ranks | None:
+        """The processes that take the steps together; ``None`` for one process."""
+        if self._ranks is None and self.process_group is not None:
+            group = group_of(self.process_group, None)
+            if group is not None:
+                self._ranks = Ranks(group, self.param_groups[0]["params"][0].device)
+        return self._ranks
 
     def _refuse(self, whole: Transaction, gradients: dict[Tensor, Tensor], results: Mapping[Tensor, Tensor]) -> None:
         """Skip the step, because what it would write is not finite."""
@@ -390,6 +413,8 @@ class SecondOrderOptimizer(ScheduledOptimizer):
             "_norm": math.inf,
             "_measured": {},
             "idle": False,
+            "process_group": None,
+            "_ranks": None,
         }
         return {**own, **fresh, "_bounds": BoundRecord(), "coming": {}, "rows_written": []}
 
@@ -408,6 +433,8 @@ class SecondOrderOptimizer(ScheduledOptimizer):
         """Gradients in their true scale, or ``None`` if the step is to be skipped."""
         found_inf = getattr(self, "found_inf", None)
         scale = getattr(self, "grad_scale", None)
+        if self.ranks is not None:
+            return self._common_gradients(self.ranks, found_inf is not None and bool(found_inf), scale)
         if found_inf is not None and bool(found_inf):
             self.on_skip()
             return None
@@ -417,12 +444,7 @@ class SecondOrderOptimizer(ScheduledOptimizer):
             self.on_skip()
             return None
         self._empty_in_row = 0
-        for p, g in gradients.items():
-            if g.is_sparse:
-                raise TypeError(
-                    f"a parameter of shape {tuple(p.shape)} has a sparse gradient, which {type(self).__name__} does "
-                    "not take. Use sparse=False in the embedding."
-                )
+        self._refuse_sparse(gradients)
         self._norm = largest_norm(list(gradients.values()))
         if not self.takes(self._norm, gradients):
             self._skip(gradients)
@@ -430,6 +452,39 @@ class SecondOrderOptimizer(ScheduledOptimizer):
         if scale is not None:
             self._norm, gradients = math.inf, {p: g / scale for p, g in gradients.items()}
         return gradients
+
+    def _refuse_sparse(self, gradients: Mapping[Tensor, Tensor]) -> None:
+        for p, g in gradients.items():
+            if g.is_sparse:
+                raise TypeError(
+                    f"a parameter of shape {tuple(p.shape)} has a sparse gradient, which {type(self).__name__} does "
+                    "not take. Use sparse=False in the embedding."
+                )
+
+    def _common_gradients(self, ranks: Ranks, quiet: bool, scale: Tensor | None) -> dict[Tensor, Tensor] | None:
+        """As :meth:`true_gradients`, where several processes take the step or none."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        gradients = {p: p.grad for p in self._with_gradient() if p.grad is not None}
+        fit = True
+
+        def finite() -> bool:
+            nonlocal fit
+            self._refuse_sparse(gradients)
+            self._norm = largest_norm(list(gradients.values()))
+            fit = self.takes(self._norm, gradients)
+            return fit
+
+        found = verdict(ranks, params, gradients, quiet, finite)
+        if found == "broken":
+            self._skip(gradients, "a gradient holds NaN or inf in another process" if fit else "")
+        elif found == "quiet":
+            self.on_skip()
+        if found != "go":
+            return None
+        if scale is None:
+            return gradients
+        self._norm = math.inf
+        return {p: g / scale for p, g in gradients.items()}
 
     def _skip(self, gradients: dict[Tensor, Tensor], what: str = "") -> None:
         """Skip the step, because a gradient or what was made of it is not finite, and warn.

@@ -56,7 +56,8 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
 
 def squares_fit(norm: float, tensors: Iterable[Tensor]) -> bool:
     """Whether the squares of tensors, of which the largest norm is given, fit the precisions in which they are kept."""
-    return norm * norm < min(torch.finfo(dtype).max for dtype in {working_dtype(t) for t in tensors if t.numel()})
+    limits = {torch.finfo(working_dtype(t)).max for t in tensors if t.numel()}
+    return norm * norm < min(limits, default=math.inf)
 
 
 def broken_gradients(gradients: Mapping[Tensor, Tensor], name_of: Name) -> str:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from curvature.layers.block import BlockPart
 from curvature.structures.weighted_mean import finite_each
+from precond.distributed.curvature import SharedCurvature
 from precond.layerwise.blocks.preconditioner import Preconditioner
-from precond.layerwise.blocks.refresh import refresh_cost, slots
+from precond.layerwise.blocks.refresh import slots
 from precond.layerwise.blocks.rows import GradientRows
 from solvers import Kronecker
 
@@ -47,11 +48,14 @@ class Preconditioners(dict[str, Preconditioner]):
 
     def slots(self, period: int) -> dict[str, int]:
         """The step within a period at which each inverse is due, so that all steps cost about the same."""
-        inverses = {name: p.inverse for name, p in self.items() if p.inverse is not None}
-        return slots({name: refresh_cost(inverse) for name, inverse in inverses.items()}, period)
+        return slots({name: cost for name, p in self.items() if (cost := p.cost) is not None}, period)
 
     def apply(
-        self, gradients: Mapping[str, Tensor], rows: Mapping[str, GradientRows], results: Mapping[str, Tensor]
+        self,
+        gradients: Mapping[str, Tensor],
+        rows: Mapping[str, GradientRows],
+        results: Mapping[str, Tensor],
+        shared: SharedCurvature | None = None,
     ) -> dict[str, Tensor]:
         """Write ``P g`` for every block that has an inverse and all of its gradients, and the plain ``g`` elsewhere.
 
@@ -59,24 +63,32 @@ class Preconditioners(dict[str, Preconditioner]):
             gradients: Parameter's name -> gradient.
             rows: Block's name -> the rows behind its gradient, where they are at hand.
             results: Parameter's name -> contiguous tensor to write to.
+            shared: Computes with other processes.
 
         Returns:
             Parameter's name -> what of its gradient went through as it is, zero elsewhere; where there is such a part.
         """
         written: dict[str, list[BlockPart]] = {name: [] for name in gradients}
-        for key, preconditioner in self.items():
-            block, inverse = preconditioner.estimator.block, preconditioner.inverse
-            if inverse is None or not all(name in gradients for name in block.names):
-                continue
-            if key in rows and isinstance(inverse, Kronecker):
-                direction = rows[key].apply(inverse)
-            else:
-                direction = preconditioner @ block.read(gradients)
+        found = self._directions(gradients, rows) if shared is None else shared.directions(self, gradients)
+        for key, direction in found:
+            block = self[key].estimator.block
             block.write(direction, results)
             for part in block.parts:
                 written[part.name].append(part)
         plain = [name for name, parts in written.items() if sum(p.numel for p in parts) < gradients[name].numel()]
         return {name: _fill(results[name], gradients[name], written[name]) for name in plain}
+
+    def _directions(
+        self, gradients: Mapping[str, Tensor], rows: Mapping[str, GradientRows]
+    ) -> Iterator[tuple[str, Tensor]]:
+        for key, preconditioner in self.items():
+            block, inverse = preconditioner.estimator.block, preconditioner.inverse
+            if inverse is None or not all(name in gradients for name in block.names):
+                continue
+            if key in rows and isinstance(inverse, Kronecker):
+                yield key, rows[key].apply(inverse)
+            else:
+                yield key, preconditioner @ block.read(gradients)
 
 
 def _fill(result: Tensor, gradient: Tensor, written: list[BlockPart]) -> Tensor:

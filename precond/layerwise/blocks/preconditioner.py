@@ -11,6 +11,7 @@ from torch import Tensor
 from curvature import CurvatureEstimator
 from curvature.structures.estimator import Form
 from curvature.structures.inverse import InverseEstimator
+from precond.layerwise.blocks.refresh import refresh_cost
 from precond.step.divergence import TOLERATED_FAILURES
 from solvers import (
     Cholesky,
@@ -45,8 +46,14 @@ class Preconditioner:
         self.estimator, self.solver, self.exponent = estimator, solver, exponent
         self.form: Form = "outer"  # how samples reach the estimate
         self.inverse: LinearOperator | None = None
+        self.elsewhere: int | None = None  # cost of a refresh, where another process has the inverse
         self.unseen = 0  # updates that the inverse does not include yet
         self.failures = 0
+
+    @property
+    def cost(self) -> int | None:
+        """Cost of a refresh; ``None`` before the first one."""
+        return self.elsewhere if self.inverse is None else refresh_cost(self.inverse)
 
     def mark(self, estimate: bool = True) -> Any:
         """Inverse and, unless it stays the same, estimate as they are now, for :meth:`back_to`."""
@@ -84,35 +91,53 @@ class Preconditioner:
         Raises:
             SolverError: If a refresh fails without an earlier inverse, or too many fail in a row.
         """
-        if not self.estimator.ready:
-            return None
         try:
-            if basis and (self.inverse is not None or self.unseen > 1):  # the first update finds its own basis
-                self.estimator.refresh_basis()
-            if isinstance(self.estimator, InverseEstimator):
-                if damping.relative:
-                    raise ValueError(
-                        f"block {self.estimator.block.name} learns its inverse and keeps no C: give a damping in units "
-                        f"of C, such as Tikhonov(1e-3), not {damping!r}."
-                    )
-                self.estimator.improve(float(damping.strength))
-                self.inverse, self.failures, self.unseen = self.estimator.operator(), 0, 0
-                return None
-            operator = self.estimator.operator()
-            if not basis and self.inverse is not None and not isinstance(operator, (Eigen, Diagonal)):
-                return None
-            damped = damping(operator)
-            self.inverse = self._power(damped, rows, applications)
-            self.failures, self.unseen = 0, 0 if basis else self.unseen
-            return damped if self.exponent == -1 else None
+            return self._attempt(damping, basis, rows, applications)[1]
         except SolverError as error:
-            self.failures += 1
-            if self.inverse is None or self.failures > TOLERATED_FAILURES:
-                raise type(error)(
-                    f"block {self.estimator.block.name}: no inverse ({self.failures} failures in a row). {error}"
-                ) from error
-            log.warning("block %s keeps its last inverse: %s", self.estimator.block.name, error)
+            self.failed(error)
             return None
+
+    def attempt(self, damping: Damping, *, basis: bool = True, applications: int | None = None) -> bool:
+        """As :meth:`refresh`, but whatever fails is raised; whether there is a new P."""
+        return self._attempt(damping, basis, None, applications)[0]
+
+    def _attempt(
+        self, damping: Damping, basis: bool, rows: int | None, applications: int | None
+    ) -> tuple[bool, LinearOperator | None]:
+        """Whether there is a new P, and the damped C that it inverts."""
+        if not self.estimator.ready:
+            return False, None
+        if basis and (self.inverse is not None or self.unseen > 1):  # the first update finds its own basis
+            self.estimator.refresh_basis()
+        if isinstance(self.estimator, InverseEstimator):
+            if damping.relative:
+                raise ValueError(
+                    f"block {self.estimator.block.name} learns its inverse and keeps no C: give a damping in units "
+                    f"of C, such as Tikhonov(1e-3), not {damping!r}."
+                )
+            self.estimator.improve(float(damping.strength))
+            self.inverse, self.failures, self.unseen = self.estimator.operator(), 0, 0
+            return True, None
+        operator = self.estimator.operator()
+        if not basis and self.inverse is not None and not isinstance(operator, (Eigen, Diagonal)):
+            return False, None
+        damped = damping(operator)
+        self.inverse = self._power(damped, rows, applications)
+        self.failures, self.unseen = 0, 0 if basis else self.unseen
+        return True, damped if self.keeps_curvature else None
+
+    def failed(self, error: Exception) -> None:
+        """Count a refresh that failed; the last inverse stays.
+
+        Raises:
+            SolverError: If there is none, or too many fail in a row.
+        """
+        self.failures += 1
+        if self.cost is None or self.failures > TOLERATED_FAILURES:
+            raise type(error)(
+                f"block {self.estimator.block.name}: no inverse ({self.failures} failures in a row). {error}"
+            ) from error
+        log.warning("block %s keeps its last inverse: %s", self.estimator.block.name, error)
 
     def _power(self, damped: LinearOperator, rows: int | None, applications: int | None) -> LinearOperator:
         """P, by triangular factors where they are applied too rarely for an explicit inverse to pay."""
@@ -135,9 +160,14 @@ class Preconditioner:
             return gradient
         return (self.inverse @ gradient.to(self.inverse.dtype)).to(gradient.dtype)
 
+    @property
+    def keeps_curvature(self) -> bool:
+        """Whether P is the inverse of a damped C that is kept."""
+        return self.exponent == -1 and not isinstance(self.estimator, InverseEstimator)
+
     def damped(self, damping: Damping) -> LinearOperator | None:
         """The damped C whose inverse P is; ``None`` where there is none."""
-        if self.inverse is None or self.exponent != -1 or isinstance(self.estimator, InverseEstimator):
+        if self.inverse is None or not self.keeps_curvature:
             return None
         return damping(self.estimator.operator())
 

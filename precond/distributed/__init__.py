@@ -1,0 +1,1 @@
+"""Optimizers in several processes."""

@@ -1,0 +1,363 @@
+"""The curvature of a layer-based optimizer in several processes: what its step does together with the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from curvature.structures.estimator import CurvatureEstimator
+from precond.distributed.agreement import Host, SharedPlan
+from precond.distributed.assignment import assigned, cost
+from precond.distributed.ranks import Ranks
+from precond.distributed.reduction import Item, Piece, add_up, spread
+from solvers import LinearOperator, SolverError
+
+
+class Kept(Protocol):
+    """A block, which a process keeps or leaves to others."""
+
+    estimator: CurvatureEstimator
+    inverse: LinearOperator | None
+    elsewhere: int | None
+    unseen: int
+    failures: int
+
+    @property
+    def cost(self) -> int | None:
+        """Cost of its refresh, ``None`` before it has an inverse."""
+        ...
+
+    def mark(self) -> Any:
+        """Inverse and estimate as they are now."""
+        ...
+
+    def back_to(self, mark: Any) -> None:
+        """Undo what has changed since a mark."""
+        ...
+
+    def commit(self, ema: float) -> None:
+        """Fold the statistics of the step into the estimate."""
+        ...
+
+    def failed(self, error: Exception) -> None:
+        """Count a refresh that failed."""
+        ...
+
+    def __matmul__(self, gradient: Tensor) -> Tensor:
+        """``P g`` for a gradient in block form."""
+        ...
+
+
+@dataclass(frozen=True)
+class Refreshing:
+    """A refresh that is due.
+
+    Attributes:
+        name: Of the block.
+        kept: The block.
+        basis: Whether decompositions are redone.
+        attempt: Does it; whether anything changed.
+    """
+
+    name: str
+    kept: Kept
+    basis: bool
+    attempt: Callable[[], bool]
+
+
+class SharedCurvature:
+    """Adds statistics up over processes, and shares out what follows from them.
+
+    Every method is called in all processes at the same point of the step.
+
+    Args:
+        ranks: The processes.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self.plan = SharedPlan()
+        self._columns: dict[str, int] = {}  # block -> column that keeps it
+        self._costs: dict[str, int] = {}
+        self._shapes: dict[str, list[tuple[str, tuple[int, ...], torch.dtype]]] = {}  # of what blocks publish
+        self._reached: set[str] = set()  # blocks that the step has statistics of, in some process
+        self._weight = 0.0  # that the sums of the step are divided by
+
+    def keeps(self, name: str) -> bool:
+        """Whether this process keeps a block."""
+        return self._columns.get(name, self.ranks.column) == self.ranks.column
+
+    # Statistics
+
+    def finish(self, host: Host, gradients: Mapping[str, Tensor], scale: Tensor | float) -> int:
+        """Close the step and add its sums up, block by block.
+
+        Args:
+            host: The optimizer.
+            gradients: Gradients of the step by name.
+            scale: Of a GradScaler in them.
+
+        Returns:
+            Calls of the loss that count, in all processes.
+        """
+        self._find_hidden(host, gradients)
+        batches, self._weight = self._agreed(host, scale)
+        if batches:
+            self._reached = self._add_up(host, weighs=True)
+            self._reached |= {name for name, block in host.preconditioners.items() if block.estimator.sums_late}
+            kept = {name for name in self._reached if self.keeps(name)}
+            host.statistics.settle(self._weight, kept & host.statistics.collector.estimators.keys())
+        return batches
+
+    def again(self, host: Host, scale: Tensor | float) -> bool:
+        """Add up what a second pass has brought; whether there was anything."""
+        found, self._weight = self._agreed(host, scale)
+        if found:
+            reached = self._add_up(host, weighs=True)
+            host.statistics.settle(self._weight, reached & host.statistics.collector.estimators.keys())
+        return found > 0
+
+    def _find_hidden(self, host: Host, gradients: Mapping[str, Tensor]) -> None:
+        """Repeat passes that hide parameters; a gradient may also come from another process alone."""
+        statistics, missing = host.statistics, set[str]()
+
+        def close() -> tuple[float]:
+            missing.update(statistics.close(gradients))
+            return (float(len(missing)),)
+
+        if any(row[0] for row in self.ranks.together(close, 1)):
+            names = list(host.parameters)
+            own = statistics.explained
+            mask = self.ranks.largest(lambda: [float(name in own) for name in names], len(names))
+            elsewhere = {name for name, found in zip(names, mask, strict=True) if found}
+            here = {name: g for name, g in gradients.items() if name not in elsewhere}
+            self.ranks.together(lambda: statistics.look_again(missing - elsewhere, here))
+
+    def _agreed(self, host: Host, scale: Tensor | float) -> tuple[int, float]:
+        """Calls of the loss in all processes, and the weight of the step; all know all blocks then.
+
+        The gradient is the mean over processes, so a mean over W of them weighs W, also where one has no data; sums
+        weigh as many terms as there are.
+
+        Raises:
+            ValueError: If some losses are sums and others means.
+        """
+        statistics = host.statistics
+
+        def own() -> tuple[float, ...]:
+            weight, adds_up = statistics.divisor(scale) if statistics.batches else (0.0, False)
+            return float(self.plan.is_news(host)), float(statistics.batches), float(weight), float(adds_up)
+
+        table = self.ranks.together(own, 4)
+        while any(row[0] for row in table):
+            self.plan.exchange(self.ranks, host)
+            table = self.ranks.together(own, 4)
+        seen = [row for row in table if row[1]]
+        if len({row[3] for row in seen}) > 1:
+            raise ValueError(
+                "the losses are sums on some ranks and means on others, so their curvatures have no common scale. Use "
+                "one reduction on all."
+            )
+        total = sum(row[2] for row in seen)
+        if seen and not seen[0][3]:
+            total *= len(table) / len(seen)
+        return int(sum(row[1] for row in table)), total
+
+    def _add_up(self, host: Host, weighs: bool, only: Iterable[str] | None = None) -> set[str]:
+        """Add the sums of the step over processes; returns the blocks that some process has reached.
+
+        Args:
+            host: The optimizer.
+            weighs: Whether the weights of the sums add up as well, rather than being those of the step.
+            only: Of these blocks.
+        """
+        chosen = self.plan.blocks.keys() if only is None else set(only)
+        sums = [
+            (name, path) for name, block in self.plan.blocks.items() if name in chosen for path in sorted(block.sums)
+        ]
+        means = {key: host.preconditioners[key[0]].estimator.step_mean(key[1]) for key in sums}
+        mask = self.ranks.largest(lambda: [float(means[key].pending) for key in sums], len(sums))
+        reached = [key for key, found in zip(sums, mask, strict=True) if found]
+        self._assign()
+        items = []
+        for name, path in reached:
+            shape, dtype, symmetric = self.plan.blocks[name].sums[path]
+            items.append(Item(means[name, path], shape, dtype, symmetric, self._columns[name]))
+        add_up(self.ranks, items)
+        if not weighs:
+            for item in items:
+                if item.mean.pending:
+                    item.mean.take(item.mean.step_sum()[0], self._weight)
+        return {name for name, _ in reached}
+
+    def _assign(self) -> None:
+        blocks = self.plan.blocks
+        new = {
+            name: cost({path: (shape, symmetric) for path, (shape, _, symmetric) in block.sums.items()})
+            for name, block in blocks.items()
+            if name not in self._columns and block.sums
+        }
+        # A block without sums yet has some later, that of the whole model for instance; it is the only one.
+        new |= {name: 1 for name in blocks if name not in self._columns and name not in new}
+        self._columns = assigned(new, self.ranks.columns, self._columns, self._costs)
+        self._costs |= new
+
+    def commit(self, host: Host, blocks: Mapping[str, Kept], ema: float) -> list[str]:
+        """Fold the sums of the step into the averages; in all processes or, if some are not finite, in none.
+
+        Returns:
+            Names of the blocks whose sums are not finite, as far as this process keeps them.
+        """
+        bad: list[str] = []
+
+        def check() -> tuple[float]:
+            kept = [block.estimator for name, block in blocks.items() if self.keeps(name)]
+            if kept:
+                flags = [estimator.finite() for estimator in kept]
+                finite = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist()
+                bad.extend(e.block.name for e, ok in zip(kept, finite, strict=True) if not ok)
+            return (float(len(bad)),)
+
+        if any(row[0] for row in self.ranks.together(check, 1)):
+            for block in blocks.values():
+                block.estimator.discard()
+            return bad or ["blocks that other ranks keep"]
+        self._prepare(host, blocks, ema)
+        for name, block in blocks.items():
+            if self.keeps(name):
+                block.commit(ema)
+            else:
+                block.estimator.discard()
+                block.unseen += 1
+        return []
+
+    def _prepare(self, host: Host, blocks: Mapping[str, Kept], ema: float) -> None:
+        """Add up sums that follow from the first ones: the spectrum in a basis that was not known before."""
+        waiting: list[str] = []
+
+        def prepare() -> None:
+            waiting.extend(name for name in sorted(self._reached) if blocks[name].estimator.prepare(ema))
+
+        self.ranks.together(prepare)
+        if not waiting:
+            return
+        self._publish(waiting, blocks)
+        while any(row[0] for row in self.ranks.together(lambda: (float(self.plan.is_news(host)),), 1)):
+            self.plan.exchange(self.ranks, host)
+        self._add_up(host, weighs=False, only=waiting)
+
+    def _publish(self, names: Iterable[str], blocks: Mapping[str, Kept]) -> None:
+        """Give all processes what they need of blocks that others keep."""
+        if self.ranks.columns == 1:
+            return
+        names = sorted(names)
+        if any(name not in self._shapes for name in names):
+            own = {
+                name: [(key, tuple(x.shape), x.dtype) for key, x in blocks[name].estimator.shared().items()]
+                for name in names
+                if self.keeps(name)
+            }
+            for found in self.ranks.objects(own):
+                self._shapes |= found
+        keys = [(name, key) for name in names for key, _, _ in self._shapes[name]]
+        shared = {name: blocks[name].estimator.shared() if self.keeps(name) else {} for name in names}
+        pieces = [
+            Piece(self._columns[name], shape, dtype, shared[name].get(key))
+            for name in names
+            for key, shape, dtype in self._shapes[name]
+        ]
+        found = dict(zip(keys, spread(self.ranks, pieces), strict=True)) if pieces else {}
+        for name in names:
+            if not self.keeps(name) and self._shapes[name]:
+                blocks[name].estimator.take_shared({key: found[name, key].clone() for key, _, _ in self._shapes[name]})
+
+    # Inverses
+
+    def refresh(self, due: list[Refreshing]) -> set[str]:
+        """Refresh blocks; one that fails in a process keeps its last inverse in all.
+
+        Returns:
+            Names of the blocks that are new.
+
+        Raises:
+            SolverError: If a block fails without an earlier inverse, or too often in a row.
+        """
+        due = sorted(due, key=lambda task: task.name)
+        if not due:
+            return set()
+        marks: dict[str, Any] = {}
+        errors: dict[str, SolverError] = {}
+
+        def attempts() -> list[float]:
+            done, costs = [], []
+            for task in due:
+                changed = False
+                if self.keeps(task.name):
+                    marks[task.name] = task.kept.mark()
+                    try:
+                        changed = task.attempt()
+                    except SolverError as error:
+                        errors[task.name] = error
+                done.append(2.0 if task.name in errors else float(changed))
+                costs.append(float(task.kept.cost or 0))
+            return done + costs
+
+        table = self.ranks.largest(attempts, 2 * len(due))
+        renewed = set()
+        for task, code, work in zip(due, table, table[len(due) :], strict=False):
+            if code == 2:
+                if task.name in marks:
+                    task.kept.back_to(marks[task.name])
+                task.kept.failed(errors.get(task.name) or SolverError("the refresh failed in another process."))
+            elif code == 1:
+                renewed.add(task.name)
+                if not self.keeps(task.name):
+                    task.kept.elsewhere = int(work)
+                    task.kept.failures, task.kept.unseen = 0, 0 if task.basis else task.kept.unseen
+        self._publish((t.name for t in due if t.basis and t.name in renewed), {t.name: t.kept for t in due})
+        return renewed
+
+    def directions(self, blocks: Mapping[str, Kept], gradients: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
+        """``P g`` of every block that has an inverse and all of its gradients, computed by those who keep it."""
+        names = [
+            name
+            for name in sorted(blocks)
+            if blocks[name].cost is not None and all(part in gradients for part in blocks[name].estimator.block.names)
+        ]
+        if self.ranks.columns == 1:
+            return [(name, blocks[name] @ blocks[name].estimator.block.read(gradients)) for name in names]
+        pieces: list[Piece] = []
+
+        def compute() -> None:
+            for name in names:
+                block = blocks[name].estimator.block
+                dtype = reduce(torch.promote_types, (gradients[part].dtype for part in block.names))
+                own = blocks[name] @ block.read(gradients) if self.keeps(name) else None
+                pieces.append(Piece(self._columns[name], tuple(block.shape), dtype, own))
+
+        self.ranks.together(compute)
+        return list(zip(names, spread(self.ranks, pieces), strict=True)) if pieces else []
+
+    @property
+    def first(self) -> bool:
+        """Whether this process counts what none of the neighbours keeps more than others."""
+        return self.ranks.column == 0
+
+    def added(self, numbers: Mapping[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        """Numbers of parameters, of which each of the neighbours has a part, by parameter."""
+        if not numbers or self.ranks.columns == 1:
+            return dict(numbers)
+        total = self.row_sum(torch.stack(list(numbers.values())))
+        return dict(zip(numbers, total.unbind(), strict=True))
+
+    def row_sum(self, values: Tensor) -> Tensor:
+        """Sum of what the neighbours have that keep all blocks together, each of them once."""
+        if self.ranks.columns == 1:
+            return values
+        sizes = [values.numel()] * self.ranks.columns
+        return torch.stack(self.ranks.from_columns(values.reshape(-1), sizes)).sum(0).view_as(values)

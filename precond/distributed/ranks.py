@@ -1,0 +1,249 @@
+"""The processes that train one model together, and what they tell each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from precond.distributed.triangles import tree_sum
+
+
+class OtherRankFailed(RuntimeError):
+    """A part of the step raised in another process, so that it happens in none."""
+
+
+class Ranks:
+    r"""A group of W processes whose gradients are averaged, and the grid in which they share the work.
+
+    Each block of curvature is kept by ``k = fraction * W`` processes. With :math:`R = W / k` the ranks stand in k rows
+    of R neighbours; a block belongs to one column, so that each row has all blocks, each of them once.
+
+    Args:
+        group: The processes.
+        device: Where tensors lie that are sent.
+        fraction: Share of the processes that keep each block, from 1 / W to 1.
+
+    Raises:
+        ValueError: If the processes cannot be divided so.
+    """
+
+    def __init__(self, group: Any, device: torch.device, fraction: float = 1.0) -> None:
+        self.group, self.device = group, device
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.copies = copies(fraction, self.size)
+        self.columns = self.size // self.copies
+        self.column, self.index = self.rank % self.columns, self.rank // self.columns
+
+    @cached_property
+    def row(self) -> Any:
+        """The neighbours that have all blocks together."""
+        return self.group if self.copies == 1 else self._subgroup(range(self.columns), self.index * self.columns)
+
+    @cached_property
+    def same_blocks(self) -> Any:
+        """The processes that keep the same blocks."""
+        return self.group if self.columns == 1 else self._subgroup(range(0, self.size, self.columns), self.column)
+
+    def _subgroup(self, steps: range, start: int) -> Any:
+        members = [dist.get_global_rank(self.group, start + step) for step in steps]
+        return dist.new_group(members, use_local_synchronization=True)
+
+    # Decisions
+
+    def numbers(self, values: Sequence[float]) -> list[list[float]]:
+        """A few numbers of every process, by rank; all processes give equally many."""
+        mine = torch.tensor(values, dtype=torch.float64, device=self.device)
+        out = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(out, mine, group=self.group)
+        found: list[list[float]] = torch.stack(out).tolist()
+        return found
+
+    def together(self, work: Callable[[], Sequence[float] | None], width: int = 0) -> list[list[float]]:
+        """Do a part of the step that may raise: if it raises in one process, it raises in all.
+
+        Args:
+            work: Returns ``width`` numbers for the others.
+            width: How many.
+
+        Returns:
+            The numbers of every process, by rank.
+
+        Raises:
+            OtherRankFailed: If it raised in another process; what it raised in this one is raised as it is.
+        """
+        values, error = _attempted(work, width)
+        table = self.numbers([float(error is not None), *values])
+        failed = [rank for rank, row in enumerate(table) if row[0]]
+        _raise_for(error, failed[-1] if failed else None)
+        return [row[1:] for row in table]
+
+    def largest(self, work: Callable[[], Sequence[float] | None], width: int) -> list[float]:
+        """As :meth:`together`, with the largest of each number over all processes."""
+        values, error = _attempted(work, width)
+        mine = [0.0 if error is None else self.rank + 1.0, *values]
+        out = torch.tensor(mine, dtype=torch.float64, device=self.device)
+        dist.all_reduce(out, dist.ReduceOp.MAX, group=self.group)
+        failed, *found = out.tolist()
+        _raise_for(error, int(failed) - 1 if failed else None)
+        return found
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean of each number over all processes, the same bits everywhere."""
+        mine = values.to(self.device, torch.float64)
+        out = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(out, mine, group=self.group)
+        return (tree_sum(out) / self.size).to(values)
+
+    def objects(self, value: Any) -> list[Any]:
+        """A Python object of every process, by rank: for what changes rarely."""
+        out: list[Any] = [None] * self.size
+        dist.all_gather_object(out, value, group=self.group)
+        return out
+
+    # Tensors
+
+    def scattered_sum(self, parts: list[Tensor]) -> Tensor:
+        """Sum over all processes of the part of one's own column, the same bits for everyone who gets it.
+
+        Args:
+            parts: One vector for each column; those of a column are equally long everywhere.
+        """
+        return self._all_sum(_reduce_scatter(self.row, parts, self.column))
+
+    def _all_sum(self, part: Tensor) -> Tensor:
+        """Sum of a vector over those with the same blocks."""
+        if self.copies == 1:
+            return part
+        pieces = list(part.tensor_split(self.copies))
+        mine = _reduce_scatter(self.same_blocks, pieces, self.index)
+        return torch.cat(gathered(self.same_blocks, mine, [len(piece) for piece in pieces]))
+
+    def from_columns(self, part: Tensor, sizes: list[int]) -> list[Tensor]:
+        """What each column has, by column, from one's own row.
+
+        Args:
+            part: A vector, of one's own column.
+            sizes: Lengths of all of them.
+        """
+        return gathered(self.row, part, sizes)
+
+
+def _attempted(work: Callable[[], Sequence[float] | None], width: int) -> tuple[Sequence[float], BaseException | None]:
+    try:
+        return work() or (), None
+    except BaseException as error:  # an interrupt as well: the others wait for what this process has to say
+        return (0.0,) * width, error
+
+
+def _raise_for(error: BaseException | None, failed: int | None) -> None:
+    if error is not None:
+        raise error
+    if failed is not None:
+        raise OtherRankFailed(
+            f"the step failed on rank {failed} of the group, so it is taken on no rank; the error there says why. "
+            "Nothing has changed here."
+        )
+
+
+def _reduce_scatter(group: Any, parts: list[Tensor], place: int) -> Tensor:
+    """Sum of one's own part over a group, in an order that depends on neither the backend nor the sizes."""
+    if len(parts) == 1:
+        return parts[0]
+    sizes = [len(part) for part in parts]
+    mine = sizes[place]
+    out = parts[0].new_empty(len(parts) * mine)
+    dist.all_to_all_single(out, torch.cat(parts), [mine] * len(parts), sizes, group=group)
+    return tree_sum(list(out.split(mine))) if mine else out
+
+
+def gathered(group: Any, part: Tensor, sizes: list[int]) -> list[Tensor]:
+    """Vectors of these lengths, one from every process of a group, padded on their way."""
+    if len(sizes) == 1:
+        return [part]
+    longest = max(sizes)
+    padded = part.new_zeros(longest)
+    padded[: len(part)] = part
+    out = list(part.new_empty(len(sizes), longest).unbind())
+    if longest:
+        dist.all_gather(out, padded, group=group)
+    return [row[:size] for row, size in zip(out, sizes, strict=True)]
+
+
+def copies(fraction: float, size: int) -> int:
+    """How many of ``size`` processes keep each block.
+
+    Raises:
+        ValueError: If the fraction is none of ``1 / size, ..., 1``, with a divisor of ``size`` on top.
+    """
+    allowed = [k for k in range(1, size + 1) if size % k == 0]
+    found = next((k for k in allowed if abs(fraction * size - k) < 1e-6 * size), None)
+    if found is None:
+        choices = ", ".join(str(Fraction(k, size)) for k in allowed)
+        raise ValueError(f"memory_fraction={fraction} does not divide {size} processes; with so many it is {choices}.")
+    return found
+
+
+def check_fraction(fraction: Any) -> float:
+    """Refuse a ``memory_fraction`` that fits no number of processes."""
+    if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
+        raise ValueError(
+            f"memory_fraction is the share of processes that keep each block, in (0, 1]; got {fraction!r}."
+        )
+    return float(fraction)
+
+
+def check_group(group: Any) -> Any:
+    """The process group that ``process_group=`` means; a mesh of one dimension stands for its group."""
+    if group is None:
+        return None
+    if not (dist.is_available() and dist.is_initialized()):
+        raise ValueError("process_group= needs torch.distributed.init_process_group() first.")
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            raise ValueError(f"process_group takes a mesh of one dimension; this one has {group.ndim}: {group}.")
+        return group.get_group()
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"process_group is a torch.distributed.ProcessGroup such as torch.distributed.group.WORLD, not {group!r}."
+        )
+    if dist.get_rank(group) < 0:
+        raise ValueError("this process is not a member of the process_group it was given.")
+    return group
+
+
+def group_of(given: Any, parallel: nn.parallel.DistributedDataParallel | None) -> Any:
+    """Who belongs together: ``process_group=``, else those over whom DDP averages; ``None`` for one process.
+
+    Raises:
+        ValueError: If both are known and differ.
+    """
+    averaged = None if parallel is None else parallel.process_group
+    if given is not None and averaged is not None:
+        ranks = dist.get_process_group_ranks(given)
+        others = dist.get_process_group_ranks(averaged)
+        if ranks != others:
+            raise ValueError(
+                f"process_group holds ranks {ranks}, but DistributedDataParallel averages gradients over {others}. "
+                "Leave process_group out: the group of a wrapped model is found."
+            )
+    found = averaged if given is None else given
+    return None if found is None or dist.get_world_size(found) == 1 else found
+
+
+def world_size() -> int:
+    """Number of processes of the whole run, 1 where there is no run of several."""
+    ready = dist.is_available() and dist.is_initialized()
+    return dist.get_world_size() if ready else 1
+
+
+def world_rank() -> int:
+    """Rank among all processes of the run."""
+    ready = dist.is_available() and dist.is_initialized()
+    return dist.get_rank() if ready else 0
