@@ -19,6 +19,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+#: Warnings of torch's own imports, as in ``pyproject.toml``.
+TOLERATED = ("`torch.jit.script` is deprecated",)
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -101,6 +103,8 @@ def work(folder: str, world_size: str, rank: str) -> None:
         )
         with warnings.catch_warnings():
             warnings.simplefilter("error")
+            for message in TOLERATED:
+                warnings.filterwarnings("ignore", message, DeprecationWarning)
             result = function(*arguments)
         dist.barrier()
         torch.save(result, place / f"unfinished{rank}")

@@ -32,8 +32,8 @@ HOUSE: dict[str, str] = {
     " curvature.losses curvature.model solvers solvers.outcome",
     "precond.layerwise.blocks": ".distributed .step curvature curvature.structures curvature.layers curvature.model"
     " solvers solvers.operators solvers.outcome",
-    "precond.closure": ".distributed .gradient .step curvature.estimation curvature.layers curvature.losses curvature.model"
-    " solvers solvers.precision solvers.outcome",
+    "precond.closure": ".distributed .gradient .step curvature.estimation curvature.layers curvature.losses"
+    " curvature.model solvers solvers.precision solvers.outcome",
     "precond.fitting": ".step curvature.model solvers.outcome",
     "precond.gradient": ".step solvers solvers.iterative solvers.direct solvers.precision solvers.operators"
     " solvers.outcome",

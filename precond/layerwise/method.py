@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 from typing import Any, ClassVar, TypedDict
 
 from torch import nn
+from torch.distributed import ProcessGroup
 
 from curvature import Curvature
 from curvature.losses.signals import KINDS
@@ -30,7 +31,7 @@ class LayerwiseOptions(TypedDict, total=False):
     params: Any
     maximize: bool
     loop: Loop
-    process_group: Any
+    process_group: ProcessGroup | None
     memory_fraction: float
 
 

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from curvature import Block, Curvature, CurvatureEstimator
 from curvature.estimation.coverage import Coverage, describe_loss, table
@@ -134,7 +135,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         params: Any = None,
         maximize: bool = False,
         loop: Loop = Loop(),
-        process_group: Any = None,
+        process_group: ProcessGroup | None = None,
         memory_fraction: float = 1.0,
     ) -> None:
         if not isinstance(model, nn.Module):

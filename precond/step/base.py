@@ -14,6 +14,7 @@ from typing import Any, ClassVar, TypedDict
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from precond.distributed.agreement import verdict
 from precond.distributed.ranks import Ranks, check_group, group_of
@@ -49,7 +50,7 @@ class StepOptions(TypedDict, total=False):
     kl_clip: Scheduled | TrustRegion | None
     maximize: bool
     loop: Loop
-    process_group: Any
+    process_group: ProcessGroup | None
 
 
 class MomentumOptions(StepOptions, total=False):
@@ -111,7 +112,7 @@ class SecondOrderOptimizer(ScheduledOptimizer):
         kl_clip: Scheduled | TrustRegion | None = None,
         maximize: bool = False,
         loop: Loop = Loop(),
-        process_group: Any = None,
+        process_group: ProcessGroup | None = None,
         defaults: dict[str, Any] | None = None,
     ) -> None:
         if isinstance(params, torch.nn.Module):
@@ -124,8 +125,8 @@ class SecondOrderOptimizer(ScheduledOptimizer):
         self.process_group = check_group(process_group)
         if self.process_group is not None and self.needs == "closure":
             raise NotImplementedError(
-                f"{type(self).__name__} differentiates the loss of its closure itself, so process_group= has nothing to "
-                "go by. It runs in one process; KFAC, EKFAC and the methods that use gradients alone run in several."
+                f"{type(self).__name__} differentiates the loss of its closure itself, so process_group= has no "
+                "effect. It runs in one process; KFAC, EKFAC and the methods that use gradients alone run in several."
             )
         self._ranks: Ranks | None = None
         self.skipped = 0  # steps skipped because a gradient was not finite
