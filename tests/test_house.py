@@ -39,7 +39,7 @@ HOUSE: dict[str, str] = {
     " solvers.outcome",
     "precond.step": ".distributed curvature.estimation curvature.losses curvature.model solvers solvers.precision"
     " solvers.outcome solvers.tree",
-    "precond.distributed": "curvature.estimation curvature.structures curvature.layers solvers",
+    "precond.distributed": "curvature.estimation curvature.structures curvature.layers curvature.model solvers",
     "curvature.__main__": ".cli",
     "curvature.cli": ".reports .plots .matrices .estimation .structures .layers .losses .model solvers solvers.outcome"
     " solvers.eigenpairs solvers.estimates solvers.tree solvers.files .compression",

@@ -108,6 +108,10 @@ class Host(Protocol):
         """Make a block that another process has seen."""
         ...
 
+    def leave(self, name: str) -> None:
+        """Leave a block to the processes that keep it."""
+        ...
+
 
 class SharedPlan:
     """The blocks and the sums of all processes: whatever one has seen, all have.

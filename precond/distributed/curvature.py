@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from curvature.model.data import to_device
 from curvature.structures.estimator import CurvatureEstimator
 from precond.distributed.agreement import Host, SharedPlan
 from precond.distributed.assignment import assigned, cost
@@ -42,6 +43,10 @@ class Kept(Protocol):
 
     def commit(self, ema: float) -> None:
         """Fold the statistics of the step into the estimate."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and numbers."""
         ...
 
     def failed(self, error: Exception) -> None:
@@ -89,8 +94,12 @@ class SharedCurvature:
         self._weight = 0.0  # that the sums of the step are divided by
 
     def keeps(self, name: str) -> bool:
-        """Whether this process keeps a block."""
+        """Whether this process keeps a block; all keep those that were loaded until statistics come in."""
         return self._columns.get(name, self.ranks.column) == self.ranks.column
+
+    def counts(self, name: str) -> bool:
+        """Whether this process is the one among its neighbours that counts a block."""
+        return self._columns.get(name, 0) == self.ranks.column
 
     # Statistics
 
@@ -234,7 +243,19 @@ class SharedCurvature:
             else:
                 block.estimator.discard()
                 block.unseen += 1
+        for name in [name for name, block in blocks.items() if not self.keeps(name) and block.inverse is not None]:
+            host.leave(name)
         return []
+
+    def states(self, blocks: Mapping[str, Kept]) -> dict[str, dict[str, Any]]:
+        """The state of every block, of those that others keep as well; all processes call it."""
+        own = {name: block.state_dict() for name, block in blocks.items() if self.counts(name)}
+        if self.ranks.columns == 1:
+            return own
+        found: dict[str, dict[str, Any]] = {}
+        for part in self.ranks.objects(own):
+            found |= part
+        return to_device(found, self.ranks.device)
 
     def _prepare(self, host: Host, blocks: Mapping[str, Kept], ema: float) -> None:
         """Add up sums that follow from the first ones: the spectrum in a basis that was not known before."""
@@ -253,9 +274,9 @@ class SharedCurvature:
 
     def _publish(self, names: Iterable[str], blocks: Mapping[str, Kept]) -> None:
         """Give all processes what they need of blocks that others keep."""
-        if self.ranks.columns == 1:
+        names = sorted(name for name in names if name in self._columns)
+        if self.ranks.columns == 1 or not names:
             return
-        names = sorted(names)
         if any(name not in self._shapes for name in names):
             own = {
                 name: [(key, tuple(x.shape), x.dtype) for key, x in blocks[name].estimator.shared().items()]
@@ -329,8 +350,9 @@ class SharedCurvature:
             for name in sorted(blocks)
             if blocks[name].cost is not None and all(part in gradients for part in blocks[name].estimator.block.names)
         ]
-        if self.ranks.columns == 1:
-            return [(name, blocks[name] @ blocks[name].estimator.block.read(gradients)) for name in names]
+        here = [name for name in names if self.ranks.columns == 1 or name not in self._columns]
+        out = [(name, blocks[name] @ blocks[name].estimator.block.read(gradients)) for name in here]
+        names = [name for name in names if name not in here]
         pieces: list[Piece] = []
 
         def compute() -> None:
@@ -340,8 +362,10 @@ class SharedCurvature:
                 own = blocks[name] @ block.read(gradients) if self.keeps(name) else None
                 pieces.append(Piece(self._columns[name], tuple(block.shape), dtype, own))
 
-        self.ranks.together(compute)
-        return list(zip(names, spread(self.ranks, pieces), strict=True)) if pieces else []
+        if names:
+            self.ranks.together(compute)
+            out += zip(names, spread(self.ranks, pieces), strict=True)
+        return out
 
     @property
     def first(self) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from curvature.estimation.passes import Pass
 from curvature.estimation.step_collector import ApartCollector, StepCollector
 from curvature.structures.kbfgs import KroneckerBFGS, KroneckerBFGSEstimator
+from precond.distributed.ranks import check_fraction
 from precond.layerwise.blocks.preconditioner import Preconditioner
 from precond.layerwise.method import LayerwiseMethod, LayerwiseOptions
 from precond.step.methods import Taxonomy
@@ -101,7 +102,7 @@ class KBFGS(LayerwiseMethod):
     ) -> None:
         if not isinstance(curvature, KroneckerBFGS):
             raise TypeError(f"{type(self).__name__}: curvature is a KroneckerBFGS(...), not {curvature!r}.")
-        if options.get("memory_fraction", 1.0) != 1:
+        if check_fraction(options.get("memory_fraction", 1.0)) != 1:
             raise NotImplementedError(
                 "KBFGS needs the averages of all blocks in every process, before and after a step: leave out "
                 f"memory_fraction={options['memory_fraction']}."

@@ -315,6 +315,18 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         self.preconditioners[block.name].form = form
         return estimator
 
+    def leave(self, name: str) -> None:
+        """Leave a block to other processes, but for what every process needs of it."""
+        before = self.preconditioners[name]
+        cost, shared, known = before.cost, before.estimator.shared(), name in self.statistics.collector.estimators
+        estimator = self.begin_block(before.estimator.block, before.form)
+        if shared:
+            estimator.take_shared(shared)
+        after = self.preconditioners[name]
+        after.elsewhere, after.unseen, after.failures = cost, before.unseen, before.failures
+        if known:
+            self.statistics.collector.estimators[name] = estimator
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         with self.transaction():
             super().add_param_group({**param_group, "params": members(unwrapped(self.model), param_group["params"])})
@@ -481,6 +493,12 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
                 raise NotImplementedError(
                     f"{type(self).__name__} does not run in several processes: {error}"
                 ) from error
+        if self.memory_fraction != 1:
+            raise ValueError(
+                f"{type(self).__name__}: memory_fraction={self.memory_fraction} says which of several processes keep a "
+                "block, but this one trains alone. Wrap the model in DistributedDataParallel; give process_group= if "
+                "gradients are averaged by hand; or leave memory_fraction out."
+            )
         self.statistics.finish(gradients, self.loss_scale())
         return self.statistics.batches
 
@@ -634,6 +652,8 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
                 for name, preconditioner in self.preconditioners.items():
                     self._measure(preconditioner, None, name in new)
                 self._measured = self._shared.added(self._measured)
+        if bounded:
+            self._measure_plain()
 
     def _measure(self, preconditioner: Preconditioner, damped: LinearOperator | None, renewed: bool) -> None:
         r"""Measure the momentum of a block, :math:`v^\top M v`, where its metric M is new or it was never measured.
@@ -647,7 +667,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         if not momenta or not (renewed or any("length" not in states[name] for name in momenta)):
             return
         if preconditioner.cost is None or not preconditioner.keeps_curvature:
-            return  # carried on from the step before
+            return  # measured with the plain gradients, or carried on from the step before
         names = list(momenta)
         if len(self.param_groups) > 1:
             rate = {p: reference_lr(group) for group in self.param_groups for p in group["params"]}
@@ -667,6 +687,17 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
             length = torch.zeros((), dtype=torch.float64, device=self.parameters[names[0]].device)
         rest = torch.zeros_like(length)
         self._measured |= {self.parameters[name]: rest if i else length for i, name in enumerate(names)}
+
+    def _measure_plain(self) -> None:
+        """Measure momenta of parameters whose gradients go through as they are, where that was never done."""
+        known = {p: self.state[p] for p in self.parameters.values() if p in self.state}
+        wanted = {p for p, state in known.items() if "momentum_buffer" in state and "length" not in state}
+        for preconditioner in self.preconditioners.values() if wanted else ():
+            if preconditioner.cost is not None:
+                wanted -= {self.parameters[name] for name in preconditioner.estimator.block.names}
+        for p in wanted:
+            v = vectors([known[p]["momentum_buffer"]], True)
+            self._measured[p] = products(v, v)[0]
 
     def _damping(self, block: Block) -> Damping:
         values = {group["damping"] for group in self.param_groups}
@@ -706,11 +737,15 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and numbers only: torch's layout, with the blocks' states under their first parameter."""
+        """Tensors and numbers only: torch's layout, with the blocks' states under their first parameter.
+
+        With ``memory_fraction`` below 1 all processes call it together, and all get the state of all blocks.
+        """
         out = super().state_dict()
         index = {id(p): i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
         first = {name: index[id(p)] for name, p in self.parameters.items()}
-        add_blocks(out, self.preconditioners, first, ())
+        states = None if self._shared is None else self._shared.states(self.preconditioners)
+        add_blocks(out, self.preconditioners, first, (), states)
         return out
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -74,6 +74,11 @@ class WholeModelOptimizer(LayerwiseMethod):
         self.preconditioners[block.name].form = form
         return estimator
 
+    def leave(self, name: str) -> None:
+        super().leave(name)
+        if isinstance(self.curvature, WholeFisher):
+            self._reconnect()
+
     def _follow(self) -> None:
         before = self.parameters
         super()._follow()

@@ -18,6 +18,8 @@ from tests.precond.test_protocol import METHODS, Training
 STEPS = 6
 #: Given by the harness itself.
 GIVEN = {"model", "loss_fn", "params"}
+#: They act in several processes: ``tests/precond/distributed``.
+GIVEN |= {"process_group", "memory_fraction"}
 _RULE = LevenbergMarquardt(decrease=0.5, increase=2.0)
 
 #: Option -> two values; and what else it needs to act, by method or for all.

@@ -20,7 +20,11 @@ from solvers.outcome.memory import is_out_of_memory
 
 
 def add_blocks(
-    saved: dict[str, Any], blocks: Preconditioners, numbers: Mapping[str, int], mixing: Iterable[str]
+    saved: dict[str, Any],
+    blocks: Preconditioners,
+    numbers: Mapping[str, int],
+    mixing: Iterable[str],
+    states: Mapping[str, dict[str, Any]] | None = None,
 ) -> None:
     """Add the states of blocks to an optimizer's ``state_dict``.
 
@@ -30,6 +34,7 @@ def add_blocks(
         numbers: Parameter's name -> its number in the ``state_dict``.
         mixing: Blocks whose rows do not belong to single examples. The findings of the first pass are kept: a
             resumed run looks at its passes as this one does.
+        states: The state of each block, where other processes keep some of them.
     """
     for name, preconditioner in blocks.items():
         block = preconditioner.estimator.block
@@ -37,7 +42,7 @@ def add_blocks(
             "parts": block.state(),
             "outer": preconditioner.form == "outer",
             "mixing": dict.fromkeys(mixing, True),
-            **preconditioner.state_dict(),
+            **(preconditioner.state_dict() if states is None else states[name]),
         }
 
 

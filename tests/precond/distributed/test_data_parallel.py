@@ -86,11 +86,31 @@ def kept(fraction: float) -> tuple[int, int]:
     return factors, inverses
 
 
+def resumed() -> dict[str, list[Tensor]]:
+    """Runs that were saved at one fraction and go on at another; statistics are due at the second step after it."""
+    out = {}
+    for name in ("kfac exact", "ekfac", "natural dense"):
+        for before in fractions():
+            for after in fractions():
+                options = {"curvature_update_period": 3, "inverse_update_period": 3}
+                model = Net()
+                parallel = DistributedDataParallel(model)
+                optimizer = make(name, parallel, memory_fraction=before, **options)
+                train(optimizer, parallel, vectors(5)[:2])
+                saved = optimizer.state_dict()
+                optimizer = make(name, parallel, memory_fraction=after, **options)
+                optimizer.load_state_dict(saved)
+                train(optimizer, parallel, vectors(5)[2:])
+                out[f"{name}, {before}, {after}"] = parameters(model)
+    return out
+
+
 def all_of_it() -> dict[str, Any]:
     return {
         "methods": every_method(),
         "ways": every_way(),
         "fractions": every_fraction(),
+        "resumed": resumed(),
         "kept": {fraction: kept(fraction) for fraction in fractions()},
     }
 
@@ -125,6 +145,13 @@ def test_each_fraction_takes_the_same_steps(found: list[dict[str, Any]]) -> None
     for name, values in results.items():
         method, _ = name.split(", ")
         assert same(values, results[f"{method}, 1.0"]), name
+
+
+def test_a_run_goes_on_at_another_fraction(found: list[dict[str, Any]]) -> None:
+    for name, values in assert_equal_everywhere(found, "resumed").items():
+        method = name.split(", ")[0]
+        expected = alone(method, Net(), vectors(5), curvature_update_period=3, inverse_update_period=3)
+        assert distance(values, expected) < 1e-10, name
 
 
 def test_memory_falls_with_the_fraction(found: list[dict[str, Any]]) -> None:
