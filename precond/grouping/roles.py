@@ -101,8 +101,8 @@ def roles_by_use(model: nn.Module, parameters: Parameters, data: Data) -> tuple[
             else:
                 uses.setdefault(ref.name, set()).add("head" if ref.name in heads and role == "matrix" else role)
     for name, calls in recorder.unknown.items():
-        if roles := {role for call in calls if (role := _of_call(call, parameters[name])) is not None}:
-            uses.setdefault(name, set()).update(roles)
+        if found := {role for call in calls if (role := _of_call(call, parameters[name])) is not None}:
+            uses.setdefault(name, set()).update(found)
         else:
             unread.setdefault(name, set()).update(calls)
     roles = {name: _strongest(found) for name, found in uses.items()}

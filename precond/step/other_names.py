@@ -18,7 +18,7 @@ _OTHERS: dict[str, tuple[str, tuple[str, ...]]] = {
     # torch.optim
     "dampening": ("torch.optim.SGD", ("momentum",)),
     **dict.fromkeys(("line_search_fn", "tolerance_grad", "tolerance_change"), ("torch.optim.LBFGS", ("damping_rule",))),
-    "max_iter": ("torch.optim.LBFGS", ("max_steps",)),
+    "max_iter": ("torch.optim.LBFGS", ("iterations", "max_steps")),
     "history_size": ("torch.optim.LBFGS", ("window",)),
     # SOAP
     "precondition_frequency": ("SOAP", ("inverse_update_period", "curvature_update_period")),
@@ -103,9 +103,6 @@ _OTHERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "use_adaptive_learning_rate": ("kfac-jax", ("step_size=QuadraticModel()",)),
     "use_adaptive_momentum": ("kfac-jax", ("step_size=QuadraticModel()",)),
     "num_burnin_steps": ("kfac-jax", ("inverse_update_period=Refresh(10, burn_in=5)",)),
-    # torch.optim.LBFGS
-    "history_size": ("torch.optim.LBFGS", ("window",)),
-    "max_iter": ("torch.optim.LBFGS", ("iterations", "max_steps")),
     # words that several libraries use
     "cov_ema_decay": ("", ("curvature_ema",)),
     "curvature_update_interval": ("", ("curvature_update_period",)),

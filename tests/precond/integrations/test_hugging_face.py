@@ -219,7 +219,7 @@ def test_an_empty_group_as_trainers_make_them_changes_nothing(name: str) -> None
         for _ in range(2):
             optimizer.zero_grad()
             if cls.needs == "closure":
-                optimizer.step(lambda: loss(m(x), x[:, :2]))
+                optimizer.step(lambda m=m: loss(m(x), x[:, :2]))
             else:
                 loss(m(x), x[:, :2]).backward()
                 optimizer.step()
