@@ -43,7 +43,7 @@ def with_model(method: type[SecondOrderOptimizer], model: nn.Module, loss_fn: An
     class Bound(method):  # type: ignore[misc, valid-type]  # mypy knows no classes that are chosen at run time
         def __new__(cls, params: Any, **options: Any) -> Any:
             if method.needs == "layers":
-                return method(model, loss_fn, params=params, **options)  # type: ignore[misc, call-arg]
+                return method(model, loss_fn, params=params, **options)  # type: ignore[misc]
             return method(params, loss_fn, **options)  # type: ignore[misc]  # these take parameters for the model
 
     Bound.__name__ = Bound.__qualname__ = method.__name__
