@@ -436,6 +436,9 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
     def follows_move(self) -> bool:
         return self._step_model is not None and self._step_model.undecided
 
+    def directions_of_all(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        return self.directions(gradients)  # which meets the other processes by itself
+
     def directions(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         self._follow()
         by_name = {name: gradients[p] for name, p in self.parameters.items() if p in gradients}

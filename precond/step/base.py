@@ -94,6 +94,7 @@ class SecondOrderOptimizer(ScheduledOptimizer):
     loop_settings: ClassVar[frozenset[str]] = frozenset({"nonfinite", "max_skips"})
     #: Names of the options that the constructor was given, so that one without effect is refused and a default is not.
     given: frozenset[str] = frozenset()
+    _reason = ""  # why a step is refused whose results are finite
     _step_supports_amp_scaling = True
     #: Change of the objective in the last step that was compared with its quadratic model: promised, and true.
     judged: tuple[float, float] | None = None
@@ -177,6 +178,14 @@ class SecondOrderOptimizer(ScheduledOptimizer):
         Args:
             gradients: Parameter -> gradient, true in scale.
         """
+
+    def directions_of_all(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        """:meth:`directions`, in all processes or in none."""
+        if self.ranks is None:
+            return self.directions(gradients)
+        found: dict[Tensor, Tensor] = {}
+        self.ranks.together(lambda: found.update(self.directions(gradients)))
+        return found
 
     def regularized(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         """Gradients with the L2 part of the weight decay."""
@@ -264,7 +273,7 @@ class SecondOrderOptimizer(ScheduledOptimizer):
             self._same_precision(gradients)
             self.cut = {}
             gradients = self.regularized(gradients)
-            directions = self.directions(gradients)
+            directions = self.directions_of_all(gradients)
             self.before_move()
             fit = self._fit(directions)
             if fit:
@@ -336,7 +345,7 @@ class SecondOrderOptimizer(ScheduledOptimizer):
         if not prepared:
             self.cut = {}
             gradients = self.regularized(gradients)
-        directions = dict(gradients) if prepared else self.directions(gradients)
+        directions = dict(gradients) if prepared else self.directions_of_all(gradients)
         move = self._bound(directions, gradients, prepared)
         scale = None if move is None else move.whole
         for group in self.param_groups:
@@ -376,7 +385,12 @@ class SecondOrderOptimizer(ScheduledOptimizer):
         A momentum that is not finite shows in the value of its parameter.
         """
         fit = all_finite([*results.values(), *self.touched()])
-        return fit if self.ranks is None else not self.ranks.largest(lambda: (float(not fit),), 1)[0]
+        if self.ranks is None:
+            return fit
+        table = self.ranks.numbers([float(fit), float(self.events[FAILURES])])
+        if len({failed for _, failed in table}) > 1:  # the decompositions of some are older than those of others
+            self._reason = "a decomposition failed in some processes and not in others"
+        return all(row[0] for row in table) and not self._reason
 
     @property
     def ranks(self) -> Ranks | None:
@@ -389,8 +403,9 @@ class SecondOrderOptimizer(ScheduledOptimizer):
 
     def _refuse(self, whole: Transaction, gradients: dict[Tensor, Tensor], results: Mapping[Tensor, Tensor]) -> None:
         """Skip the step, because what it would write is not finite."""
+        reason = self._reason
         whole.go_back()
-        self._skip(gradients, broken_results(results, self.state_dict()["state"], self.name_of))
+        self._skip(gradients, reason or broken_results(results, self.state_dict()["state"], self.name_of))
 
     def _count(self) -> None:
         for group in self.param_groups:

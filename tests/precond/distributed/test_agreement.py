@@ -22,6 +22,7 @@ from precond import (
     SOAP,
     AdaHessian,
     Cholesky,
+    Eigh,
     LevenbergMarquardt,
     Newton,
     QuadraticModel,
@@ -29,7 +30,7 @@ from precond import (
     methods,
 )
 from precond.distributed.ranks import OtherRankFailed
-from solvers import SolverError
+from solvers import SolverError, Subspace
 from tests.distributed_run import ranks
 from tests.precond.distributed.checks import (
     Net,
@@ -84,16 +85,17 @@ def skips() -> dict[str, Any]:
     return out
 
 
+def no_factor(*args: Any, **kwargs: Any) -> Any:
+    raise SolverError("no factor")
+
+
 @contextmanager
 def failing(on: int) -> Iterator[None]:
     """No Cholesky factorisation succeeds on one rank."""
 
-    def fail(*args: Any, **kwargs: Any) -> Any:
-        raise SolverError("no factor")
-
     own = Cholesky.power
     if dist.get_rank() == on:
-        Cholesky.power = fail  # type: ignore[method-assign]
+        Cholesky.power = no_factor  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -114,6 +116,25 @@ def failures() -> dict[str, Any]:
             counts.append({name: p.failures for name, p in optimizer.preconditioners.items()})
         out[f"{fraction}"] = (counts, parameters(model))
     return out
+
+
+def soap_fails() -> Any:
+    """A decomposition that fails on one rank alone."""
+    model, loss_fn = Net(), nn.CrossEntropyLoss()
+    optimizer = SOAP(model.parameters(), lr=0.01, inverse_update_period=1, process_group=dist.group.WORLD)
+    seen = []
+    own = Eigh.basis, Subspace.basis
+    for step in range(4):
+        backward(model, model, step, loss_fn)
+        averaged(model)
+        if step == 2 and dist.get_rank() == 1:
+            Eigh.basis = Subspace.basis = no_factor  # type: ignore[method-assign, assignment]
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer.step()
+        Eigh.basis, Subspace.basis = own  # type: ignore[method-assign]
+        seen.append((parameters(model), [str(w.message) for w in caught]))
+    return seen
 
 
 def raising() -> dict[str, Any]:
@@ -230,6 +251,7 @@ def everything() -> dict[str, Any]:
         "skips": skips(),
         "failures": failures(),
         "raising": raising(),
+        "soap": soap_fails(),
         "distrusted": distrusted(),
         "refusals": refusals(),
         "judged": {
@@ -262,6 +284,14 @@ def test_a_factorisation_that_fails_on_one_rank_leaves_the_inverse_on_all(found:
         assert same(values, other)
         assert set(counts[1].values()) == {0} == set(counts[3].values())
         assert 1 in counts[2].values()
+
+
+def test_a_decomposition_that_fails_on_one_rank_alone_moves_none(found: list[dict[str, Any]]) -> None:
+    for result in found:
+        (_, _), (before, _), (after, told), (last, _) = result["soap"]
+        assert same(before, after) and not same(after, last)
+        assert any("a decomposition failed in some processes and not in others" in message for message in told)
+        assert same(last, found[0]["soap"][-1][0])
 
 
 def test_an_error_on_one_rank_is_one_on_all_and_changes_nothing(found: list[dict[str, Any]]) -> None:
