@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,9 @@ PAGES_WITH_LINKS = [*PAGES, ROOT / "CONTRIBUTING.md"]
 
 # ```python runs; ```python no-run does not.
 BLOCK = re.compile(r"^```python[ \t]*\n(.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
+
+# A page about a library that need not be there.
+NEEDS = re.compile(r"^<!-- needs: (\w+) -->$", re.MULTILINE)
 
 LINK = re.compile(r"\]\(([^)\s]*)\)")
 # `curvature/matrices/ggn.py`, but no `curvature/structures/<structure>.py` and no glob.
@@ -49,9 +53,15 @@ MODULES_WITH_EXAMPLES = [
 
 @pytest.mark.parametrize("path", PAGES_WITH_CODE, ids=names(PAGES_WITH_CODE))
 def test_code_of_a_page_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = path.read_text(encoding="utf-8")
+    for library in (libraries := NEEDS.findall(page)):
+        pytest.importorskip(library)
     monkeypatch.chdir(tmp_path)  # a page may write files
-    code = compile(script(path.read_text(encoding="utf-8")), str(path), "exec")
-    exec(code, {"__name__": "__main__"})
+    code = compile(script(page), str(path), "exec")
+    with warnings.catch_warnings():
+        if libraries:  # which warn of themselves
+            warnings.simplefilter("ignore")
+        exec(code, {"__name__": "__main__"})
 
 
 def anchors(page: str) -> set[str]:
