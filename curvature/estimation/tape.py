@@ -25,7 +25,7 @@ from curvature.losses.sum_of_losses import SumOfLosses
 from curvature.model.backward_hooks import muted, no_backward_hooks, of_leaves, ours
 from curvature.model.data import Output, batch_size, examples_of, inspecting, resolve_output, untouched
 from curvature.model.graph_nodes import nodes
-from curvature.model.hooks import Hook, OwnHook, calling_frame
+from curvature.model.hooks import At, Hook, OwnHook, calling_frame
 from curvature.model.streams import random_state, set_random_state
 from curvature.model.trees import tensors_in
 from curvature.model.wrappers import (
@@ -193,7 +193,7 @@ class Tape:
         if isinstance(origin.output, Tensor) and origin.output.requires_grad and self.mode != "loss":
             if origin.at_output is not None:
                 origin.at_output.remove()
-            origin.at_output = _first(origin.output, _At(self, "_gradient_at_output", origin))
+            origin.at_output = _first(origin.output, At(self, "_gradient_at_output", origin))
 
     def _count_by(self, origin: Pass) -> None:
         """See whether the output has as many rows as another input than the one that counted the examples."""
@@ -289,7 +289,7 @@ class Tape:
             shape=tuple(z.shape) if isinstance(z, Tensor) else (),
             whole=any(_same(origin.output, z) for origin in passes),
         )
-        hook = _At(self, "_gradient_at_loss", call)
+        hook = At(self, "_gradient_at_loss", call)
         ours(value.register_hook(hook))
         call.alive, self._latest = weakref.ref(hook), weakref.ref(value)
         for origin in passes:
@@ -352,7 +352,7 @@ class Tape:
             return
         self.settle()
         self._task, self._before = task, self._gradients()
-        torch.autograd.Variable._execution_engine.queue_callback(_At(self, "_ended", task))
+        torch.autograd.Variable._execution_engine.queue_callback(At(self, "_ended", task))
         if self.reader is not None:
             self.reader.begin()
 
@@ -432,7 +432,7 @@ class Tape:
             output: Where ours begin.
         """
         passes = [origin for origin in passes if origin.recorder is not None]
-        outputs = list(tensors_in([output, *(origin.output for origin in passes)]))
+        outputs = tensors_in([output, *(origin.output for origin in passes)])
         with _LOCK:
             _OWN_PASSES[self.model] = _OWN_PASSES.get(self.model, 0) + 1
         try:
@@ -479,7 +479,7 @@ class Tape:
 
     def at_input(self, call: TapedLoss) -> Callable[[Tensor], None]:
         """A hook for what a loss was called on, which tells the reader of the gradient that arrives there."""
-        return _At(self, "_gradient_at_input", call)
+        return At(self, "_gradient_at_input", call)
 
     def _gradient_at_input(self, call: TapedLoss, gradient: Tensor) -> None:
         if self.reader is not None and self.records and not self.inside:
@@ -551,16 +551,3 @@ def _first(tensor: Tensor, hook: OwnHook) -> Any:
 
 def _mark(gradient: Tensor) -> tuple[int, int]:
     return id(gradient), gradient._version
-
-
-class _At(OwnHook):
-    """Calls a method of the tape about a pass, a call or a backward pass, and keeps none of them alive."""
-
-    def __init__(self, owner: Tape, method: str, about: Any) -> None:
-        self._owner, self._method = weakref.ref(owner), method
-        self._about: Callable[[], Any] = weakref.ref(about) if isinstance(about, (Pass, TapedLoss)) else lambda: about
-
-    def __call__(self, *args: Any) -> None:
-        owner, about = self._owner(), self._about()
-        if owner is not None and about is not None:
-            getattr(owner, self._method)(about, *args)

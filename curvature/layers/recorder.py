@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from curvature.layers.axes import ExampleAxes, Resolved
-from curvature.layers.axis_calls import Axis, Handle
+from curvature.layers.axis_calls import Axis, Handle, getters
 from curvature.layers.explained import Explained, now
 from curvature.layers.rules import REPLACEMENTS, RULES
 from curvature.layers.site import Ref, RowLayout, Site
@@ -22,6 +22,14 @@ from curvature.model.backward_hooks import HANGING, GraphHooks
 from curvature.model.kernels import ATTENTION
 from curvature.model.trees import tensors_in
 
+#: Looks at a tensor whose results are no tensors and tell nothing of its values: models take many of them.
+_SHAPES_ONLY = frozenset(
+    (
+        *getters("shape dtype device requires_grad is_leaf ndim layout is_cuda"),
+        *(Tensor.dim, Tensor.ndimension, Tensor.size, Tensor.numel, Tensor.nelement, Tensor.stride),
+        *(Tensor.is_contiguous, Tensor.is_floating_point, Tensor.is_complex),
+    )
+)
 _REPEATING = {Tensor.expand, Tensor.expand_as, Tensor.repeat, torch.broadcast_to, Tensor.broadcast_to, torch.tile}
 
 
@@ -111,11 +119,13 @@ class Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in _SHAPES_ONLY:
+            return func(*args, **kwargs)
         if func is F.multi_head_attention_forward:
             return self._attention(args, kwargs)
         if func is F.batch_norm and (kwargs.get("training") or (len(args) > 5 and args[5])):
             self.examples_interact = True
-        tensors = list(tensors_in((args, kwargs)))
+        tensors = tensors_in((args, kwargs))
         since = now()
         output, replaced = self._replaced(func, args, kwargs), True
         if output is None:

@@ -15,6 +15,19 @@ class OwnHook:
     """What the library hangs on backward passes."""
 
 
+class At(OwnHook):
+    """Calls a method of its owner with something it is about, and keeps neither alive."""
+
+    def __init__(self, owner: Any, method: str, about: Any) -> None:
+        self._owner, self._method = weakref.ref(owner), method
+        self._about: Callable[[], Any] = weakref.ref(about) if hasattr(about, "__weakref__") else lambda: about
+
+    def __call__(self, *args: Any) -> None:
+        owner, about = self._owner(), self._about()
+        if owner is not None and about is not None:
+            getattr(owner, self._method)(about, *args)
+
+
 class Hook:
     """A hook that does not keep its owner alive, and that copies and pickles of the model leave behind."""
 
@@ -40,6 +53,16 @@ class Hook:
 
     def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
         return inert, ()
+
+
+class EagerHook(Hook):
+    """A hook that compiled code leaves out, and that neither sees nor disturbs what watches function calls."""
+
+    def __call__(self, *args: Any) -> None:
+        owner = None if torch.compiler.is_compiling() else self._owner()
+        if owner is not None:
+            with torch._C.DisableTorchFunction():
+                getattr(owner, self._method)(*args)
 
 
 # As torch's own optimizers do: torch.compiler.disable would import the compiler together with this module.

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +11,7 @@ from torch import Tensor, nn
 from curvature.layers.block import Block
 from curvature.model.backward_hooks import ours
 from curvature.model.data import inspecting
-from curvature.model.hooks import OwnHook, inert, nothing
+from curvature.model.hooks import At, EagerHook
 from precond.layerwise.blocks.preconditioner import Preconditioner
 from solvers import Kronecker, LinearOperator
 
@@ -83,9 +81,8 @@ class RowTap:
         self._gradient: Tensor | None = None
         self._written: dict[int, tuple[Tensor, int, Tensor]] = {}
         self._rough = False
-        hook = _WeakHook(self)
-        self.handles = [module.register_forward_hook(hook)]
-        self.handles += [p.register_post_accumulate_grad_hook(_WeakWritten(self)) for p in params.values()]
+        self.handles = [module.register_forward_hook(EagerHook(self, "forward"))]
+        self.handles += [p.register_post_accumulate_grad_hook(EagerHook(self, "written")) for p in params.values()]
 
     def close(self) -> None:
         """Remove the hooks and forget the rows."""
@@ -97,10 +94,11 @@ class RowTap:
         """Forget the rows, for the next step."""
         self._passes, self._input, self._gradient, self._written = 0, None, None, {}
 
-    def forward(self, module: nn.Linear, x: Tensor, output: Tensor) -> None:
+    def forward(self, module: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> None:
         """Note a forward pass, unless it is the library's own."""
-        if not output.requires_grad or torch.compiler.is_compiling() or inspecting():
+        if not args or not output.requires_grad or inspecting():
             return
+        x = args[0]
         self._passes += 1
         m = x.numel() // max(1, x.shape[-1])
         fresh = all(p.grad is None for p in self.params.values())
@@ -114,13 +112,14 @@ class RowTap:
         kept = x.detach()
         self._input = (kept, kept._version)
         number = base.output_nr
-        ours(node.register_prehook(_Gradient(self, number)))
+        ours(node.register_prehook(At(self, "backward", number)))
         kind = x.device.type
         self._rough = torch.is_autocast_enabled(kind) or torch.get_float32_matmul_precision() != "highest"
 
-    def backward(self, gradient: Tensor) -> None:
-        """Note the output's gradient."""
-        self._gradient = gradient.detach()
+    def backward(self, number: int, gradients: tuple[Tensor | None, ...]) -> None:
+        """Note the output's gradient, one of those that arrive at a node."""
+        gradient = gradients[number]
+        self._gradient = self._gradient if gradient is None else gradient.detach()
 
     def written(self, p: Tensor) -> None:
         """Note that autograd wrote a parameter's gradient."""
@@ -229,45 +228,3 @@ class RowTaps:
 def _fingerprint(gradient: Tensor) -> Tensor:
     """Numbers that change with any entry of a gradient."""
     return gradient @ combination(gradient) if gradient.dim() == 2 else gradient.clone()
-
-
-class _WeakHook:
-    """Forward hook that lets its tap be collected and stays behind when the model is copied."""
-
-    def __init__(self, tap: RowTap) -> None:
-        self._tap = weakref.ref(tap)
-
-    def __call__(self, module: nn.Linear, args: Any, output: Tensor) -> None:
-        tap = self._tap()
-        if tap is not None and args:
-            tap.forward(module, args[0], output)
-
-    def __deepcopy__(self, memo: Any) -> Any:
-        return nothing
-
-    def __reduce__(self) -> Any:
-        return inert, ()
-
-
-class _WeakWritten:
-    """Hook on a parameter, called when its gradient is written."""
-
-    def __init__(self, tap: RowTap) -> None:
-        self._tap = weakref.ref(tap)
-
-    def __call__(self, p: Tensor) -> None:
-        tap = self._tap()
-        if tap is not None:
-            tap.written(p)
-
-
-class _Gradient(OwnHook):
-    """Hook on the node of a layer's output."""
-
-    def __init__(self, tap: RowTap, number: int) -> None:
-        self._tap, self._number = weakref.ref(tap), number
-
-    def __call__(self, gradients: tuple[Tensor | None, ...]) -> None:
-        tap, gradient = self._tap(), gradients[self._number]
-        if tap is not None and gradient is not None:
-            tap.backward(gradient)
