@@ -44,8 +44,7 @@ class PSGD(ClosureOptimizer, StackedOptimizer):
 
     A step costs about ``6 (m^3 + n^3)`` for the factors (less often with a longer ``curvature_update_period``) and ``2
     (m^2 n + m n^2)`` for the direction; only products, so it runs on any accelerator. Memory: one moment, a matrix per
-    axis; axes beyond ``max_dim``, axes far longer than all others together
-    (:func:`~precond.gradient.matrices.worth_a_matrix`) and vectors keep a diagonal.
+    axis; axes beyond ``max_dim``, axes far longer than all others together (``max_ratio``) and vectors keep a diagonal.
 
     ====================================================== =====================================================
     Li (2015); Pooladzandi and Li (2024)                   here
@@ -71,6 +70,7 @@ class PSGD(ClosureOptimizer, StackedOptimizer):
         max_rms: Bound of the root mean square of a parameter's direction; ``None`` for none.
         curvature_update_period: Steps between updates of P.
         max_dim: Axes longer than this keep a diagonal.
+        max_ratio: Axes longer than this many times all others together keep a diagonal; ``None`` for any.
         merge_dims: Join neighbouring axes up to this size; ``None`` keeps them apart.
         options: See :class:`SecondOrderOptimizer`.
 
@@ -95,7 +95,7 @@ class PSGD(ClosureOptimizer, StackedOptimizer):
     def __init__(
         self,
         params: Any,
-        lr: float | Tensor = 1e-3,
+        lr: float | Tensor = 3e-2,
         *,
         beta: float = 0.9,
         criterion: Criterion = "whitening",
@@ -105,6 +105,7 @@ class PSGD(ClosureOptimizer, StackedOptimizer):
         max_rms: Scheduled | None = 1.1,
         curvature_update_period: ScheduledInt = 1,
         max_dim: int = 8192,
+        max_ratio: float | None = 4.0,
         merge_dims: int | None = None,
         **options: Unpack[MomentumOptions],
     ) -> None:
@@ -120,6 +121,7 @@ class PSGD(ClosureOptimizer, StackedOptimizer):
                 "max_rms": max_rms,
                 "curvature_update_period": curvature_update_period,
                 "max_dim": max_dim,
+                "max_ratio": max_ratio,
                 "merge_dims": merge_dims,
             },
             **options,
@@ -137,7 +139,7 @@ class PSGD(ClosureOptimizer, StackedOptimizer):
         state: State = {"exp_avg": state_zeros(p, shape), "updates": 0}
         for axis, n in enumerate(shape):
             options: Any = {"dtype": working_dtype(p), "device": p.device}
-            dense = len(shape) > 1 and worth_a_matrix(n, p.numel(), group["max_dim"])
+            dense = len(shape) > 1 and worth_a_matrix(n, p.numel(), group["max_dim"], group["max_ratio"])
             state[f"root.{axis}"] = torch.eye(n, **options) if dense else torch.ones(n, **options)
             state[f"bound.{axis}"] = state_zeros(p, ())
         return state

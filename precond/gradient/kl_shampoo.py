@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from precond.gradient.bases import improve_bases, initial_bases
-from precond.gradient.matrices import add_gram, along, merged_shape, multiply, unfolded
+from precond.gradient.matrices import add_gram, along, merged_shape, multiply, unfolded, worth_a_matrix
 from precond.gradient.optimizer import Group, State, debiased, due, state_zeros
 from precond.gradient.stacks import Stack, StackedOptimizer, entries
 from precond.step.base import MomentumOptions
@@ -47,11 +47,13 @@ class KLShampoo(StackedOptimizer):
 
     Args:
         params: Parameters, groups, or named parameters.
-        lr: Learning rate, in Adam's units.
+        lr: Learning rate, in Adam's units: about the root mean square of the change of an entry while gradients agree.
         betas: Decay of the average of gradients, and of the factors.
         eps: For Adam's step, and the smallest eigenvalue of a factor relative to their mean.
         inverse_update_period: Steps between refreshes of the bases.
         max_dim: Axes longer than this have no factor.
+        max_ratio: Axes longer than this many times all others together have none (rows of embeddings); ``None``
+            for any.
         merge_dims: Join neighbouring axes up to this size; ``None`` keeps them apart.
         options: See :class:`SecondOrderOptimizer`.
 
@@ -74,12 +76,13 @@ class KLShampoo(StackedOptimizer):
     def __init__(
         self,
         params: Any,
-        lr: float | Tensor = 3e-3,
+        lr: float | Tensor = 3e-2,
         *,
         betas: tuple[float, float] = (0.95, 0.95),
         eps: Scheduled = 1e-8,
         inverse_update_period: ScheduledInt = 10,
         max_dim: int = 10000,
+        max_ratio: float | None = 4.0,
         merge_dims: int | None = None,
         **options: Unpack[MomentumOptions],
     ) -> None:
@@ -91,6 +94,7 @@ class KLShampoo(StackedOptimizer):
                 "eps": eps,
                 "inverse_update_period": inverse_update_period,
                 "max_dim": max_dim,
+                "max_ratio": max_ratio,
                 "merge_dims": merge_dims,
             },
             **options,
@@ -101,7 +105,9 @@ class KLShampoo(StackedOptimizer):
     def initial_state(self, p: Tensor, group: Group) -> State:
         shape = merged_shape(p.shape, group["merge_dims"])
         state: State = {"exp_avg": state_zeros(p, shape)}
-        axes = [k for k, n in enumerate(shape) if 1 < n <= group["max_dim"]] if len(shape) > 1 else []
+        limits = group["max_dim"], group["max_ratio"]
+        axes = [k for k, n in enumerate(shape) if n > 1 and worth_a_matrix(n, p.numel(), *limits)]
+        axes = axes if len(shape) > 1 else []
         state |= initial_bases(p, {axis: shape[axis] for axis in axes})
         state |= {f"eigenvalues.{axis}": state_zeros(p, (shape[axis],)) for axis in axes}
         if not axes:

@@ -51,16 +51,23 @@ def blocks(shape: tuple[int, ...], size: int) -> Iterator[tuple[slice, ...]]:
     return product(*(tuple(slice(start, min(start + size, n)) for start in range(0, n, size)) for n in shape))
 
 
-def worth_a_matrix(n: int, numel: int, max_dim: int) -> bool:
+def worth_a_matrix(n: int, numel: int, max_dim: int, max_ratio: float | None) -> bool:
     """Whether an axis of n entries, of a tensor of ``numel`` numbers, is to have a matrix ``(n, n)``.
 
-    A matrix of more than 256 times the tensor's own numbers costs far more than it can learn from them: a table of
-    2,000 x 1 would get one of four million. Axes up to 256 are always worth theirs.
+    The matrix of an axis that is far longer than all others together has more numbers than the tensor, and learns
+    little from them: the rows of an embedding, most of which have no gradient in a batch, or the inputs of a small
+    head. Axes up to 32 cost nothing, and always have one.
 
-    >>> [worth_a_matrix(n, n * others, 8192) for n, others in ((256, 1), (2000, 1), (2000, 16), (50_000, 768))]
-    [True, False, True, False]
+    Args:
+        n: Size of the axis.
+        numel: Numbers in the tensor.
+        max_dim: Longest axis with a matrix.
+        max_ratio: Largest ratio of n to the size of all other axes together; ``None`` for any.
+
+    >>> [worth_a_matrix(n, n * others, 8192, 4.0) for n, others in ((32, 1), (3072, 768), (2000, 16), (50_000, 768))]
+    [True, True, False, False]
     """
-    return n <= max_dim and n * n <= 256 * numel
+    return n <= max_dim and (n <= 32 or max_ratio is None or n * n <= max_ratio * numel)
 
 
 def unfolded(x: Tensor, axis: int) -> Tensor:

@@ -87,7 +87,7 @@ class Muon(StackedOptimizer):
     def __init__(
         self,
         params: Any,
-        lr: float | Tensor = 1e-3,
+        lr: float | Tensor = 3e-2,
         *,
         momentum: Scheduled | Momentum = 0.95,
         scaling: Scaling = "adam",

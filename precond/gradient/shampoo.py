@@ -96,7 +96,7 @@ class Shampoo(StackedOptimizer):
     def __init__(
         self,
         params: Any,
-        lr: float | Tensor = 1e-3,
+        lr: float | Tensor = 3e-2,
         *,
         betas: tuple[float, float] = (0.9, 0.999),
         curvature_ema: float | None = None,

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Unpack
 from torch import Tensor
 
 from precond.gradient.bases import eigenbases, improve_bases, initial_bases
-from precond.gradient.matrices import add_gram, merged_shape, multiply, rotated_root
+from precond.gradient.matrices import add_gram, merged_shape, multiply, rotated_root, worth_a_matrix
 from precond.gradient.optimizer import Group, State, due, state_zeros
 from precond.gradient.stacks import Stack, StackedOptimizer, entries
 from precond.step.base import MomentumOptions
@@ -50,12 +50,15 @@ class SOAP(StackedOptimizer):
 
     Args:
         params: Parameters, groups, or named parameters.
-        lr: Learning rate, in Adam's units.
+        lr: Learning rate: about the largest change of a rotated entry in a step, as Adam's. The default suits runs of
+            hundreds of steps; for tens of thousands begin with 3e-3.
         betas: Decay of first and second moment.
         curvature_ema: Decay of the factors; the second of ``betas`` if ``None``.
         eps: Added to the root of the second moment.
         inverse_update_period: Steps between refreshes of the bases.
         max_dim: Axes longer than this are not rotated.
+        max_ratio: Axes longer than this many times all others together are not rotated (rows of embeddings); ``None``
+            for any.
         merge_dims: Join neighbouring axes up to this size (convolutions); ``None`` keeps them apart.
         rotate_vectors: Also rotate parameters of one axis.
         options: See :class:`SecondOrderOptimizer`.
@@ -79,13 +82,14 @@ class SOAP(StackedOptimizer):
     def __init__(
         self,
         params: Any,
-        lr: float | Tensor = 3e-3,
+        lr: float | Tensor = 3e-2,
         *,
         betas: tuple[float, float] = (0.95, 0.95),
         curvature_ema: Scheduled | None = None,
         eps: Scheduled = 1e-8,
         inverse_update_period: ScheduledInt = 10,
         max_dim: int = 10000,
+        max_ratio: float | None = 4.0,
         merge_dims: int | None = None,
         rotate_vectors: bool = False,
         **options: Unpack[MomentumOptions],
@@ -99,6 +103,7 @@ class SOAP(StackedOptimizer):
                 "eps": eps,
                 "inverse_update_period": inverse_update_period,
                 "max_dim": max_dim,
+                "max_ratio": max_ratio,
                 "merge_dims": merge_dims,
                 "rotate_vectors": rotate_vectors,
             },
@@ -111,7 +116,9 @@ class SOAP(StackedOptimizer):
         shape = merged_shape(p.shape, group["merge_dims"])
         state: State = {"exp_avg": state_zeros(p, shape), "exp_avg_sq": state_zeros(p, shape)}
         if len(shape) > 1 or group["rotate_vectors"]:
-            state |= initial_bases(p, {axis: n for axis, n in enumerate(shape) if 1 < n <= group["max_dim"]})
+            limits = group["max_dim"], group["max_ratio"]
+            sizes = {axis: n for axis, n in enumerate(shape) if n > 1 and worth_a_matrix(n, p.numel(), *limits)}
+            state |= initial_bases(p, sizes)
         return state
 
     def diagonal(self, state: State) -> bool:

@@ -28,8 +28,7 @@ class SPlus(StackedOptimizer):
     with M the average of gradients, :math:`Q_L` and :math:`Q_R` the eigenvectors of the averages L of
     :math:`G G^\top` and R of :math:`G^\top G`, computed every ``inverse_update_period`` steps. The sign bounds the step
     for a basis of any age. Tensors are matrices with their first axis as rows; vectors, and matrices with both
-    sides beyond ``max_dim``, move by ``vector_scale * sign(M)``. A side far longer than the other
-    (:func:`~precond.gradient.matrices.worth_a_matrix`) is not rotated.
+    sides beyond ``max_dim``, move by ``vector_scale * sign(M)``.
 
     The iterates themselves are noisy: evaluate under :meth:`averaged`.
 
@@ -49,12 +48,15 @@ class SPlus(StackedOptimizer):
 
     Args:
         params: Parameters, groups, or named parameters.
-        lr: Learning rate, as the first paper's, about 100 times that of AdamW.
+        lr: Learning rate: a step has the spectral norm of at most ``2 lr sqrt(m n) / (m + n)``, about ten times
+            the learning rate of AdamW.
         betas: Decay of the average of gradients, and of the factors.
-        average_decay: Decay of the average of the iterates.
+        average_decay: Decay of the average of the iterates. The paper's 0.999 suits long runs at a constant rate; under
+            a schedule that ends at zero so long an average undoes it.
         vector_scale: Scale of parameters without a basis.
         inverse_update_period: Steps between decompositions.
         max_dim: Sides longer than this are not rotated.
+        max_ratio: Sides longer than this many times the other are not rotated; ``None`` for any ratio.
         options: See :class:`SecondOrderOptimizer`.
 
     References:
@@ -76,13 +78,14 @@ class SPlus(StackedOptimizer):
     def __init__(
         self,
         params: Any,
-        lr: float | Tensor = 0.1,
+        lr: float | Tensor = 0.3,
         *,
         betas: tuple[float, float] = (0.9, 0.999),
-        average_decay: float = 0.999,
+        average_decay: float = 0.95,
         vector_scale: Scheduled = 1e-3,
         inverse_update_period: ScheduledInt = 100,
         max_dim: int = 10000,
+        max_ratio: float | None = 4.0,
         **options: Unpack[MomentumOptions],
     ) -> None:
         super().__init__(
@@ -94,6 +97,7 @@ class SPlus(StackedOptimizer):
                 "vector_scale": vector_scale,
                 "inverse_update_period": inverse_update_period,
                 "max_dim": max_dim,
+                "max_ratio": max_ratio,
             },
             **options,
         )
@@ -110,8 +114,8 @@ class SPlus(StackedOptimizer):
     def initial_state(self, p: Tensor, group: Group) -> State:
         state: State = {"exp_avg": state_zeros(p), "average": p.detach().to(working_dtype(p), copy=True)}
         if p.ndim >= 2:
-            sizes = enumerate(matrix_shape(p.shape))
-            state |= initial_bases(p, {k: n for k, n in sizes if worth_a_matrix(n, p.numel(), group["max_dim"])})
+            sizes, limits = enumerate(matrix_shape(p.shape)), (group["max_dim"], group["max_ratio"])
+            state |= initial_bases(p, {k: n for k, n in sizes if worth_a_matrix(n, p.numel(), *limits)})
         return state
 
     def update(self, stack: Stack, g: Tensor, group: Group) -> Tensor:

@@ -13,7 +13,9 @@ from solvers.tree import Path, pieces, place
 
 #: What to do about a state that does not fit.
 #: Entries that a parameter has in some runs only: a clock of its own, the length of its momentum, the last move.
-OCCASIONAL = {"waited", "length", "move"}
+OCCASIONAL = {"waited", "length", "move", "level"}
+#: Options with another meaning, or none, before they had a name in the groups.
+OLDER: Mapping[str, Any] = {"max_ratio": None, "kl_unit": "curvature", "damping_unit": "curvature"}
 _MEND = (
     "Load the state that was saved for this model and this method (built with the same options), or begin without one. "
     "The optimizer keeps its own state."
@@ -35,6 +37,11 @@ def require_layout(saved: Any, method: str) -> None:
             f"{method}.load_state_dict takes what state_dict() returns: a dict with 'state' (the entries of each "
             f"parameter) and 'param_groups' (each with 'params'). This is something else. {_MEND}"
         )
+
+
+def meant_before(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that a state means where it is older than they are, among those of a group."""
+    return {name: value for name, value in OLDER.items() if name in group}
 
 
 def _is_layout(saved: Any) -> bool:
@@ -70,7 +77,8 @@ def require_fit(
     if [len(g["params"]) for g in groups] != [len(g["params"]) for g in saved["param_groups"]]:
         return  # torch refuses that in words
     for own, other in zip(groups, saved["param_groups"], strict=True):
-        options = {**own, **{name: value for name, value in other.items() if name != "params"}}
+        given = {name: value for name, value in other.items() if name != "params"}
+        options = {**own, **meant_before(own), **given}
         check(options)
         states = [entries for number in other["params"] if (entries := saved["state"].get(number))]
         shared = {name for entries in states for name in entries if sum(name in e for e in states) > len(states) / 2}

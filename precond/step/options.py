@@ -65,6 +65,8 @@ class WeightDecay:
 
 
 Bounded = Literal["move", "direction"]
+#: What a bound or a damping is a multiple of.
+Unit = Literal["curvature", "loss"]
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,10 @@ class TrustRegion:
         of: ``"move"``; or ``"direction"`` for the bound that other libraries have, of :math:`\eta^2 \langle d, g
             \rangle` before momentum, which may exceed it up to :math:`(1 - \mu)^{-2}` times.
 
+        unit: ``"curvature"`` for a bound as above; ``"loss"`` for c times the level of the loss
+            (:class:`~precond.step.loss_level.LossLevel`): the share of the loss that a move may change. It follows
+            the scale of targets and of reductions by itself. Of methods that see the loss: the layer-based ones.
+
     Raises:
         ValueError: If a value is out of range.
 
@@ -100,17 +106,40 @@ class TrustRegion:
     kl: Scheduled
     lr: float | None = None
     of: Bounded = "move"
+    unit: Unit = "curvature"
 
     def __post_init__(self) -> None:
         """Validate what is not validated in the groups."""
         choice("of", self.of, Bounded)
+        choice("unit", self.unit, Unit)
         number("lr of a TrustRegion", self.lr, low=0, open_low=True, optional=True)
         if self.lr is not None and self.of == "direction":
             raise ValueError("TrustRegion(of='direction') bounds by the learning rate at hand; leave lr out.")
 
     def in_groups(self) -> dict[str, Any]:
         """The entries of a parameter group."""
-        return {"kl_clip": self.kl, "kl_lr": self.lr, "kl_of": self.of}
+        return {"kl_clip": self.kl, "kl_lr": self.lr, "kl_of": self.of, "kl_unit": self.unit}
+
+
+@dataclass(frozen=True)
+class LossDamping:
+    r"""Damping that is a fraction of the loss, :math:`\lambda = \varphi\, \ell`, as ``damping`` of layer-based methods.
+
+    With the level :math:`\ell` of :class:`~precond.step.loss_level.LossLevel`. A loss that is multiplied by a number
+    has gradients, curvature and damping multiplied by it, so that steps stay the same: a mean or a sum over outputs,
+    targets of thousands. As the loss falls the damping does. It enters in the form that a number has
+    for the method (:class:`~solvers.Tikhonov` or :class:`~solvers.FactoredTikhonov`).
+
+    Args:
+        fraction: :math:`\varphi`.
+    """
+
+    fraction: Scheduled = 1e-2
+
+    def __post_init__(self) -> None:
+        """Validate the arguments."""
+        if not callable(self.fraction):
+            number("fraction", self.fraction, low=0)
 
 
 @dataclass(frozen=True)
@@ -197,23 +226,23 @@ def check_options(options: dict[str, Any]) -> None:
     for name in _NUMBERS & options.keys():  # what the ranges above let pass
         if not isinstance(options[name], Tensor):
             number(name, options[name], optional=True)
-    for name, low in (("vector_scale", 0), ("scale", 0)):
-        if name in options:
-            number(name, options[name], low=low)
+    for name in ("vector_scale", "scale", "max_ratio"):
+        if options.get(name) is not None:
+            number(name, options[name], low=0)
 
 
 #: Options of groups by the kind of their values; those with None as a value among them in the last set.
 _NUMBERS = frozenset(
     {
         *("lr", "momentum", "weight_decay", "kl_clip", "damping", "eps", "curvature_ema", "exponent", "max_rms"),
-        *("preconditioner_lr", "average_decay", "vector_scale", "scale", "gamma", "hessian_power"),
+        *("preconditioner_lr", "average_decay", "vector_scale", "scale", "gamma", "hessian_power", "max_ratio"),
     }
 )
 _WHOLE = frozenset({"max_dim", "merge_dims", "block_size", "rank", "start_step"})
 _FLAGS = frozenset(
     {"nesterov", "maximize", "rotate_vectors", "eigenvalue_correction", "orthogonalize", "stacked"},
 )
-_OPTIONAL = frozenset({"kl_clip", "curvature_ema", "exponent", "max_rms", "merge_dims"})
+_OPTIONAL = frozenset({"kl_clip", "curvature_ema", "exponent", "max_rms", "merge_dims", "max_ratio"})
 
 
 def _check_types(options: dict[str, Any]) -> None:
@@ -257,5 +286,7 @@ def _check_form(name: str, form: Any) -> None:
         raise ValueError(f"{name} is one of {', '.join(get_args(Decay))}; got {form!r}.")
 
 
-#: Default of the layer-based methods.
-TRUST_REGION = TrustRegion(1e-2, lr=0.1)
+#: Default of the layer-based methods that learn an inverse: before it is learned it says nothing about large losses.
+CURVATURE_REGION = TrustRegion(1e-2, lr=0.1)
+#: Default of the other layer-based methods.
+TRUST_REGION = TrustRegion(1e-2, lr=0.1, unit="loss")

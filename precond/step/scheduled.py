@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from precond.step.loading import require_fit, require_layout
+from precond.step.loading import meant_before, require_fit, require_layout
 from precond.step.options import check_options, in_groups
 from precond.step.schedules import FIXED, numbers_at, split
 from precond.step.update import SCHEDULED_DECAY
@@ -126,7 +126,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
                 nothing has changed then.
         """
         require_layout(state_dict, type(self).__name__)
-        before = [dict(group) for group in self.param_groups]  # the checkpoint may be older than an option
+        owned = [dict(group) for group in self.param_groups]  # the checkpoint may be older than an option
         final: dict[str, Any] = {}
         hook = self.register_load_state_dict_pre_hook(lambda _, given: self._take(given, final))  # after the user's
         try:
@@ -141,8 +141,9 @@ class ScheduledOptimizer(torch.optim.Optimizer):
                 narrow = p.dtype.itemsize < 4 or (isinstance(value, Tensor) and value.ndim == 0)
                 if isinstance(value, Tensor) and value.is_floating_point() and narrow:
                     self.state[p][key] = value.detach().clone().to(p.device)
-        for group, own in zip(self.param_groups, before, strict=True):
+        for group, own in zip(self.param_groups, owned, strict=True):
             if "kl_of" not in group:  # until 0.1 every bound was one before momentum, with which the run goes on
                 group.update({"kl_lr": None, "kl_of": "direction"})
-            group.update({name: value for name, value in own.items() if name not in group})
+            before = {**own, **meant_before(own)}
+            group.update({name: value for name, value in before.items() if name not in group})
         self.apply_schedules()

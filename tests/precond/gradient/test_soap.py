@@ -34,7 +34,7 @@ def test_without_rotation_it_is_adam():
 
 def test_joined_axes_and_vectors_can_rotate(generator):
     convolution, vector = torch.nn.Parameter(torch.ones(3, 2, 2, 2)), torch.nn.Parameter(torch.ones(5))
-    optimizer = SOAP([convolution, vector], merge_dims=8, rotate_vectors=True)
+    optimizer = SOAP([convolution, vector], lr=3e-3, merge_dims=8, rotate_vectors=True)
     convolution.grad, vector.grad = torch.randn(3, 2, 2, 2, generator=generator), torch.tensor([1.0, -2, 3, 0.5, 1])
     optimizer.step()
     assert optimizer.state[convolution]["basis.1"].shape == (8, 8)
