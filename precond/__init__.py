@@ -50,7 +50,7 @@ from precond.step.averaging import IterateAverage
 from precond.step.base import SecondOrderOptimizer
 from precond.step.loop import Loop
 from precond.step.methods import Method, Taxonomy, methods
-from precond.step.options import Momentum, Refresh, TrustRegion, WeightDecay
+from precond.step.options import LossDamping, Momentum, Refresh, TrustRegion, WeightDecay
 from solvers import Cholesky, Eigh, FactoredTikhonov, Tikhonov
 
 __all__ = [
@@ -83,6 +83,7 @@ __all__ = [
     "TNT",
     # options as objects
     "Loop",
+    "LossDamping",
     "Momentum",
     "Refresh",
     "TrustRegion",

@@ -63,6 +63,8 @@ class Statistics:
         batches: Calls of the loss that count by now.
         reached: Names of the blocks they reached.
         generator: Source of the draws of this step.
+        level: Value of the losses of the step that was finished last, in the scale of C, 0-d; losses that have no zero
+            for a perfect fit count as 1. ``None`` where no call of a loss was seen.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Statistics:
         self.class_dim, self.batch_dim = class_dim, batch_dim
         self.loss = _interpreted(loss_fn, curvature)
         self.generator = torch.Generator(device=collector.parameters.device)
+        self.level: Tensor | None = None
         self.armed = False
         self.hidden = False  # a pass was seen that hides parts of the model
         self._opaque = False  # a pass of the backward pass under way has custom functions, which may hide any
@@ -116,7 +119,7 @@ class Statistics:
     def forget(self) -> None:
         """A new step begins."""
         self._stop_waiting()
-        self._step, self._mark = Step(), None
+        self._step, self._mark, self.level = Step(), None, None
         self.collector.forget()
         self.tape.clear()
 
@@ -152,6 +155,8 @@ class Statistics:
                 raise
             return  # something the model computes by the way
         self._take(passes, terms, self._share(terms, gradient, call.place), call)
+        level = call.value if loss.zero_when_perfect else torch.ones_like(call.value)
+        self._step.values.append((gradient.abs() * level.detach()).sum())
 
     def arrived_at_input(self, call: TapedLoss, gradient: Tensor) -> None:
         """A gradient arrived at what a loss of unknown type was called on."""
@@ -369,7 +374,13 @@ class Statistics:
         gradients = gradients or {}
         self.look_again(self.close(gradients), gradients)
         if self.batches:
-            self.settle(self._step.divisor(scale), self.reached)
+            divisor, value = self._step.divisor(scale), self.loss_sum()
+            self.settle(divisor, self.reached)
+            self.level = None if value is None else value / divisor
+
+    def loss_sum(self) -> Tensor | None:
+        """Sum of the losses of the step, each with its weight; ``None`` where nothing has told them."""
+        return torch.stack(self._step.values).sum() if self._step.values else None
 
     def close(self, gradients: Mapping[str, Tensor]) -> set[str]:
         """Leave what counts; returns the parameters with a gradient that no statistics explain."""

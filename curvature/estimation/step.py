@@ -36,12 +36,14 @@ class Step:
     signs: list[Tensor] = field(default_factory=list)
     seen: list[Tensor] = field(default_factory=list)  # weight and number of terms that gradients at outputs showed
     counted: dict[Pass, Counted] = field(default_factory=dict)  # uses whose inputs were counted
+    values: list[Tensor] = field(default_factory=list)  # of losses, times the weight that each has
 
     def copy(self) -> Step:
         """An independent one."""
         counted = {origin: dict(uses) for origin, uses in self.counted.items()}
-        signs, seen, sums = list(self.signs), list(self.seen), dict(self.sums)
-        return replace(self, reached=set(self.reached), sums=sums, signs=signs, seen=seen, counted=counted)
+        signs, seen, sums, values = list(self.signs), list(self.seen), dict(self.sums), list(self.values)
+        reached = set(self.reached)
+        return replace(self, reached=reached, sums=sums, signs=signs, seen=seen, counted=counted, values=values)
 
     def note(self, reached: set[str]) -> None:
         """A call of the loss was collected."""

@@ -24,6 +24,7 @@ class BinaryCrossEntropy(ElementwiseLoss):
     by the number of entries, whatever the weights, as PyTorch does.
     """
 
+    zero_when_perfect = True
     convex = True
     hessian_is_fisher = True
 
@@ -73,6 +74,7 @@ class BinaryCrossEntropyOnProbabilities(ElementwiseLoss):
     a probability is exactly wrong, the Hessian is infinite: prefer ``nn.BCEWithLogitsLoss``.
     """
 
+    zero_when_perfect = True
     convex = True
     likelihood = True
 

@@ -157,6 +157,8 @@ class CrossEntropy(Loss):
     ``(N, d1, ...)``.
     """
 
+    zero_when_perfect = True
+
     def terms(
         self,
         output: Tensor,

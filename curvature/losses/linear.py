@@ -34,6 +34,8 @@ class L1(ElementwiseLoss):
     The Fisher information of its likelihood, the Laplace distribution of unit scale, is one.
     """
 
+    zero_when_perfect = True
+
     likelihood = True
 
     def value(self, z: Tensor, y: Tensor, *extra: Tensor) -> Tensor:
@@ -189,6 +191,8 @@ class NLLInformation(NLLTerms):
 @register_loss(nn.NLLLoss)
 class NLL(Loss):
     """``nn.NLLLoss`` on log-probabilities, with class weights and ``ignore_index``; no curvature, but a Fisher."""
+
+    zero_when_perfect = True
 
     def terms(
         self,

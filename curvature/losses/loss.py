@@ -27,6 +27,9 @@ class Loss(nn.Module, ABC):
         loss_fn: The user's loss module.
     """
 
+    #: Whether values are at least zero, and zero for a perfect fit, so that they are a scale for curvature.
+    zero_when_perfect: bool = False
+
     def __init__(self, loss_fn: Any) -> None:
         super().__init__()
         self.loss_fn = loss_fn

@@ -20,6 +20,7 @@ class Huber(ElementwiseLoss):
     Hessian as its Fisher information.
     """
 
+    zero_when_perfect = True
     convex = True
 
     def value(self, z: Tensor, y: Tensor, *extra: Tensor) -> Tensor:
@@ -43,6 +44,7 @@ class SmoothL1(ElementwiseLoss):
     With ``beta=0`` it is the L1 loss, which has no curvature.
     """
 
+    zero_when_perfect = True
     convex = True
 
     def value(self, z: Tensor, y: Tensor, *extra: Tensor) -> Tensor:

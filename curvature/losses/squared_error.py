@@ -18,6 +18,7 @@ class SquaredError(ElementwiseLoss):
     variance is 1/2; for unit variance it would be ``I``.
     """
 
+    zero_when_perfect = True
     convex = True
     hessian_is_fisher = True
 

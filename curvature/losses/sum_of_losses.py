@@ -204,6 +204,10 @@ class WeightedSum(Loss):
     loss_fn: SumOfLosses
     divisors: Mapping[Any, Tensor] | None = None
 
+    def __init__(self, loss_fn: SumOfLosses) -> None:
+        super().__init__(loss_fn)
+        self.zero_when_perfect = all(loss.zero_when_perfect for loss in loss_fn.losses.values())
+
     def over(self, divisors: Mapping[Any, Tensor]) -> WeightedSum:
         """The same loss of batches that are parts of data with these divisors."""
         other = copy.copy(self)

@@ -160,12 +160,14 @@ class SharedCurvature:
 
         def own() -> tuple[float, ...]:
             weight, adds_up = statistics.divisor(scale) if statistics.batches else (0.0, False)
-            return float(self.plan.is_news(host)), float(statistics.batches), float(weight), float(adds_up)
+            value = statistics.loss_sum()
+            tells = (0.0, 0.0) if value is None else (1.0, float(value))
+            return float(self.plan.is_news(host)), float(statistics.batches), float(weight), float(adds_up), *tells
 
-        table = self.ranks.together(own, 4)
+        table = self.ranks.together(own, 6)
         while any(row[0] for row in table):
             self.plan.exchange(self.ranks, host)
-            table = self.ranks.together(own, 4)
+            table = self.ranks.together(own, 6)
         seen = [row for row in table if row[1]]
         if len({row[3] for row in seen}) > 1:
             raise ValueError(
@@ -175,6 +177,8 @@ class SharedCurvature:
         total = sum(row[2] for row in seen)
         if seen and not seen[0][3]:
             total *= len(table) / len(seen)
+        values = [row[5] for row in table if row[4]]
+        statistics.level = torch.tensor(sum(values) / total, dtype=torch.float64) if values and total else None
         return int(sum(row[1] for row in table)), total
 
     def _add_up(self, host: Host, weighs: bool, only: Iterable[str] | None = None) -> set[str]:

@@ -11,7 +11,7 @@ from curvature.losses.signals import FisherKind
 from curvature.structures.kfac import Sharing
 from precond.layerwise.method import LayerwiseMethod, LayerwiseOptions
 from precond.step.methods import Taxonomy
-from precond.step.options import TRUST_REGION, Momentum, Refresh, TrustRegion
+from precond.step.options import TRUST_REGION, LossDamping, Momentum, Refresh, TrustRegion
 from precond.step.schedules import Scheduled, ScheduledInt
 from solvers import Damping, Eigh
 
@@ -74,7 +74,7 @@ class EKFAC(LayerwiseMethod):
         loss_fn: Any,
         *,
         lr: float | Tensor,
-        damping: Scheduled | Damping = 3e-2,
+        damping: Scheduled | Damping | LossDamping = LossDamping(3e-2),
         fisher: FisherKind | EigenbasisFisher = "mc",
         sharing: Sharing = "expand",
         curvature_ema: Scheduled = 0.95,

@@ -13,7 +13,7 @@ from precond.distributed.ranks import check_fraction
 from precond.layerwise.blocks.preconditioner import Preconditioner
 from precond.layerwise.method import LayerwiseMethod, LayerwiseOptions
 from precond.step.methods import Taxonomy
-from precond.step.options import TRUST_REGION, Momentum, Refresh, TrustRegion
+from precond.step.options import CURVATURE_REGION, Momentum, Refresh, TrustRegion
 from precond.step.schedules import Scheduled, ScheduledInt
 from solvers import Cholesky
 
@@ -95,7 +95,7 @@ class KBFGS(LayerwiseMethod):
         curvature: KroneckerBFGS = KroneckerBFGS(),
         curvature_ema: Scheduled = 0.9,
         momentum: Scheduled | Momentum = 0.9,
-        kl_clip: Scheduled | TrustRegion | None = TRUST_REGION,
+        kl_clip: Scheduled | TrustRegion | None = CURVATURE_REGION,
         curvature_update_period: ScheduledInt = 1,
         inverse_update_period: ScheduledInt | Refresh = 1,
         **options: Unpack[LayerwiseOptions],

@@ -12,7 +12,7 @@ from curvature.structures.kfac import Sharing
 from precond.layerwise.blocks.refresh import DOUBLING_TO_10
 from precond.layerwise.method import LayerwiseMethod, LayerwiseOptions
 from precond.step.methods import Taxonomy
-from precond.step.options import TRUST_REGION, Momentum, Refresh, TrustRegion
+from precond.step.options import TRUST_REGION, LossDamping, Momentum, Refresh, TrustRegion
 from precond.step.schedules import Scheduled, ScheduledInt
 from solvers import Cholesky, Damping, FactoredTikhonov
 
@@ -92,7 +92,7 @@ class KFAC(LayerwiseMethod):
         loss_fn: Any,
         *,
         lr: float | Tensor,
-        damping: Scheduled | Damping = 1e-2,
+        damping: Scheduled | Damping | LossDamping = LossDamping(1e-2),
         fisher: FisherKind | KroneckerFisher = "mc",
         sharing: Sharing = "expand",
         curvature_ema: Scheduled = 0.95,

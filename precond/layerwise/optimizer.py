@@ -48,7 +48,8 @@ from precond.step.base import SecondOrderOptimizer
 from precond.step.journal import FAILURES, REFRESHES
 from precond.step.loading import require_layout
 from precond.step.loop import Loop
-from precond.step.options import Momentum, Refresh, TrustRegion, WeightDecay
+from precond.step.loss_level import LossLevel
+from precond.step.options import LossDamping, Momentum, Refresh, TrustRegion, WeightDecay
 from precond.step.schedules import Scheduled, ScheduledInt, at_start, value_at
 from precond.step.trust_region import BoundRecord, Move, products, reference_lr, vectors
 from solvers import Damping, Eigen, FactoredTikhonov, LinearOperator, Solver, Tikhonov
@@ -69,8 +70,8 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
             for all others, as ``{"*": KroneckerFisher("mc"), "head": "layer", nn.LayerNorm: None}``
             (:class:`~precond.layerwise.method.LayerwiseMethod` has the rules).
         damping: How to damp, in units of C; a number, or a function of the step count, stands for ``damping_form`` of
-            it. The groups hold its strength: what is written there, by a schedule or a rule, counts from the next
-            refresh of a block.
+            it; :class:`~precond.LossDamping` is a fraction of the loss. The groups hold its strength: what is written
+            there, by a schedule or a rule, counts from the next refresh of a block.
         solver: How to invert or root.
         exponent: Power of the damped C; -1 for natural gradients.
         lr: Learning rate.
@@ -104,6 +105,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
     """
 
     needs: ClassVar[str] = "layers"
+    sees_loss: ClassVar[bool] = True
     #: What a number stands for as ``damping``.
     damping_form: ClassVar[type[Tikhonov | FactoredTikhonov]] = Tikhonov
     #: Whether there is no inverse without damping.
@@ -120,7 +122,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         loss_fn: Any,
         *,
         curvature: Curvature | Structures,
-        damping: Damping | Scheduled,
+        damping: Damping | LossDamping | Scheduled,
         solver: Solver,
         exponent: float = -1.0,
         lr: float | Tensor,
@@ -159,6 +161,16 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
             )
         if step_size is not None:
             self._refuse_beside(step_size, momentum, kl_clip)
+        damping_unit = "loss" if isinstance(damping, LossDamping) else "curvature"
+        if isinstance(damping, LossDamping):
+            if step_size is not None or damping_rule is not None or self.absolute_damping:
+                damping_unit = "curvature"  # they compare it with the curvature itself
+                if "damping" in self.given:
+                    raise ValueError(
+                        f"{type(self).__name__}: {damping!r} is in units of the loss, but step_size, damping_rule and "
+                        "learned inverses need a damping in units of C: give a number."
+                    )
+            damping = damping.fraction
         self.curvature, self.plain = on_model(curvature, unwrapped(model))
         self.damping = damping if isinstance(damping, Damping) else type(self).damping_form(at_start(damping))
         self.solver, self.exponent = solver, exponent
@@ -175,6 +187,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         self._step_model: StepModel | None = None
         self._reported: set[str] = set()
         self._members: Membership | None = None
+        self._level: LossLevel | None = None
         self._burning = False  # the step is one of the burn-in
         self._taps = RowTaps()
         self._shared: SharedCurvature | None = None
@@ -191,6 +204,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
             defaults={
                 **({} if step_size is None else {"region": None}),
                 "damping": float(damping.strength) if isinstance(damping, Damping) else damping,
+                "damping_unit": damping_unit,
                 "curvature_ema": curvature_ema,
                 "curvature_update_period": curvature_update_period,
                 "inverse_update_period": refresh.period,
@@ -212,6 +226,11 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
             )
         if "kl_clip" in self.given and kl_clip is not None and step_size.max_kl is not None:
             raise ValueError(f"{me}: kl_clip={kl_clip!r} and {step_size!r} both bound the move; give one of them.")
+        if "kl_clip" in self.given and isinstance(kl_clip, TrustRegion) and kl_clip.unit == "loss":
+            raise ValueError(
+                f"{me}: step_size=QuadraticModel() bounds the move in the curvature of the batch; give kl_clip as a "
+                "number, without unit='loss'."
+            )
         if isinstance(kl_clip, TrustRegion) and kl_clip.of == "direction":
             raise ValueError(
                 f"{me}: step_size=QuadraticModel() has no bound before momentum; give kl_clip as a number."
@@ -328,6 +347,11 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
             self.statistics.collector.estimators[name] = estimator
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        damping = param_group.get("damping")
+        if damping is not None and "damping_unit" not in param_group:  # of a group of its own
+            follows = isinstance(damping, LossDamping)
+            own = {"damping": damping.fraction if isinstance(damping, LossDamping) else damping}
+            param_group = {**param_group, **own, "damping_unit": "loss" if follows else "curvature"}
         with self.transaction():
             super().add_param_group({**param_group, "params": members(unwrapped(self.model), param_group["params"])})
             if self._statistics is not None:
@@ -451,6 +475,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         if self.statistics.armed:
             batches = self.finish_statistics(by_name)
             updated = self._update_curvature(gradients, batches)
+        self._follow_loss()
         if not self.idle:
             self._keep_time(by_name)
         self.idle = self.idle and batches == 0
@@ -511,6 +536,19 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
             return self.statistics.again(passes, scale)
         self._shared.ranks.together(lambda: (float(self.statistics.again(passes, scale, settles=False)),), 1)
         return self._shared.again(self, scale)
+
+    def _follow_loss(self) -> None:
+        """Renew the level of the loss, which is kept in the state of the first parameter, where something needs it."""
+        if not any("loss" in (group["kl_unit"], group["damping_unit"]) for group in self.param_groups):
+            return
+        first = self.param_groups[0]["params"][0]
+        before = self.state[first].get("level")
+        self._level = level = LossLevel.after(before, self.statistics.level, first)
+        known = before is not None or self.statistics.level is not None
+        self.state[first]["level"] = level.mean if known else torch.zeros_like(level.mean)
+
+    def bound_level(self) -> Tensor | None:
+        return None if self._level is None else self._level.bound
 
     def _evaluate(self, closure: Callable[[], Any] | None) -> Any:
         if self._step_model is None or closure is None:
@@ -703,16 +741,20 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
             self._measured[p] = products(v, v)[0]
 
     def _damping(self, block: Block) -> Damping:
-        values = {group["damping"] for group in self.param_groups}
-        if len(values) > 1:
+        pairs = {(group["damping"], group["damping_unit"]) for group in self.param_groups}
+        if len(pairs) > 1:
             group_of = {p: group for group in self.param_groups for p in group["params"]}
-            values = {group_of[self.parameters[name]]["damping"] for name in block.names}
-        if len(values) > 1:
+            groups = [group_of[self.parameters[name]] for name in block.names]
+            pairs = {(group["damping"], group["damping_unit"]) for group in groups}
+        values = {value for value, _ in pairs}
+        if len(pairs) > 1:
             raise ValueError(
                 f"the parameters of block {block.name} are in groups with different damping {sorted(values)}, but are "
                 "inverted together. Use one damping for them, or bias='separate'."
             )
-        value = values.pop()
+        value, unit = pairs.pop()
+        if unit == "loss" and self._level is not None:
+            return self.damping.with_strength(value * self._level.mean.to(self.parameters.device))
         return self.damping if value == float(self.damping.strength) else self.damping.with_strength(value)
 
     def _still(self) -> bool:
@@ -786,6 +828,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
             "_prepared": {},
             "_prepared_slopes": None,
             "_measured": {},
+            "_level": None,
             "_bounds": BoundRecord(),
             "_taps": RowTaps(),
             "_members": None,

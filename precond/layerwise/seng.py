@@ -11,7 +11,7 @@ from curvature.structures.sketch import SketchedFisher
 from precond.layerwise.method import LayerwiseMethod, LayerwiseOptions
 from precond.step.loop import Loop
 from precond.step.methods import Taxonomy
-from precond.step.options import TRUST_REGION, Momentum, Refresh, TrustRegion
+from precond.step.options import CURVATURE_REGION, Momentum, Refresh, TrustRegion
 from precond.step.schedules import Scheduled, ScheduledInt
 from solvers import Auto
 from solvers.outcome.arguments import instance, whole
@@ -89,7 +89,7 @@ class SENG(LayerwiseMethod):
         fisher: FisherKind | SketchedFisher = "empirical",
         sketch: int = 256,
         momentum: Scheduled | Momentum = 0.9,
-        kl_clip: Scheduled | TrustRegion | None = TRUST_REGION,
+        kl_clip: Scheduled | TrustRegion | None = CURVATURE_REGION,
         curvature_update_period: ScheduledInt = 10,
         inverse_update_period: ScheduledInt | Refresh = 1,
         **options: Unpack[LayerwiseOptions],

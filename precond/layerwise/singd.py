@@ -11,7 +11,7 @@ from curvature.structures.kfac import Sharing
 from curvature.structures.singd import FactorStructure, SINGDFisher
 from precond.layerwise.method import LayerwiseMethod, LayerwiseOptions
 from precond.step.methods import Taxonomy
-from precond.step.options import TRUST_REGION, Momentum, Refresh, TrustRegion
+from precond.step.options import CURVATURE_REGION, Momentum, Refresh, TrustRegion
 from precond.step.schedules import Scheduled, ScheduledInt
 from solvers import Cholesky
 from solvers.outcome.arguments import choice
@@ -92,7 +92,7 @@ class SINGD(LayerwiseMethod):
         fisher: FisherKind | SINGDFisher = "mc",
         sharing: Sharing = "expand",
         momentum: Scheduled | Momentum = 0.9,
-        kl_clip: Scheduled | TrustRegion | None = TRUST_REGION,
+        kl_clip: Scheduled | TrustRegion | None = CURVATURE_REGION,
         curvature_update_period: ScheduledInt = 1,
         inverse_update_period: ScheduledInt | Refresh = 1,
         **options: Unpack[LayerwiseOptions],

@@ -11,7 +11,7 @@ from curvature.losses.signals import FisherKind
 from precond.layerwise.blocks.refresh import DOUBLING_TO_10
 from precond.layerwise.method import LayerwiseMethod, LayerwiseOptions
 from precond.step.methods import Taxonomy
-from precond.step.options import TRUST_REGION, Momentum, Refresh, TrustRegion
+from precond.step.options import TRUST_REGION, LossDamping, Momentum, Refresh, TrustRegion
 from precond.step.schedules import Scheduled, ScheduledInt
 from solvers import Cholesky, Damping, FactoredTikhonov
 
@@ -78,7 +78,7 @@ class TNT(LayerwiseMethod):
         loss_fn: Any,
         *,
         lr: float | Tensor,
-        damping: Scheduled | Damping = 1e-2,
+        damping: Scheduled | Damping | LossDamping = LossDamping(1e-2),
         fisher: FisherKind | TensorNormal = "mc",
         curvature_ema: Scheduled = 0.95,
         momentum: Scheduled | Momentum = 0.9,

@@ -86,6 +86,8 @@ class SecondOrderOptimizer(ScheduledOptimizer):
 
     #: What a training step must provide: ``"grad"``, ``"layers"`` or ``"closure"``.
     needs: ClassVar[str] = "grad"
+    #: Whether bounds may be in units of the loss (``TrustRegion(unit="loss")``).
+    sees_loss: ClassVar[bool] = False
     #: Options that schedulers of torch must not take for the momentum of the method (``OneCycleLR``, ``CyclicLR``).
     uncycled: ClassVar[frozenset[str]] = frozenset()
     #: Options of the groups of some roles, as the method's authors treat them; see :func:`precond.param_groups`.
@@ -187,6 +189,10 @@ class SecondOrderOptimizer(ScheduledOptimizer):
         self.ranks.together(lambda: found.update(self.directions(gradients)))
         return found
 
+    def bound_level(self) -> Tensor | None:
+        """What bounds in units of the loss are multiplied by, 0-d; ``None`` for a method that does not see the loss."""
+        return None
+
     def regularized(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         """Gradients with the L2 part of the weight decay."""
         return regularized(gradients, self.param_groups)
@@ -194,6 +200,14 @@ class SecondOrderOptimizer(ScheduledOptimizer):
     def update_options(self, group: dict[str, Any]) -> dict[str, Any]:
         """Options of a group for the second half of the step."""
         return group
+
+    def check(self, options: dict[str, Any]) -> None:
+        super().check(options)
+        if options.get("kl_unit") == "loss" and not self.sees_loss:
+            raise ValueError(
+                f"{type(self).__name__} does not see the loss, so kl_clip cannot be in its units: leave out "
+                "unit='loss'."
+            )
 
     def on_skip(self) -> None:
         """A step is skipped: forget its statistics."""
@@ -564,7 +578,7 @@ class SecondOrderOptimizer(ScheduledOptimizer):
         known = self._prepared_slopes if prepared else None
         slopes = self._slopes_of(directions, gradients) if known is None else known.of_those_in(directions)
         lengths = {p: state["length"] for p in slopes.params if "length" in (state := self.state.get(p, {}))}
-        move = bounded_move(groups, slopes, lengths | self._measured)
+        move = bounded_move(groups, slopes, lengths | self._measured, self.bound_level())
         if move is not None:
             directions.update(zip(directions, scaled(list(directions.values()), move.directions), strict=True))
         return move

@@ -118,7 +118,17 @@ def reference_lr(group: Mapping[str, Any]) -> float:
     return float(peak) or float(group["lr"])
 
 
-def kl_scale(total: Tensor, bound: float) -> Tensor:
+def _smallest(bounds: set[tuple[float, str]], level: Tensor | None, like: Tensor) -> Tensor | float:
+    """The smallest of bounds ``(c, unit)``."""
+    plain = [c for c, unit in bounds if unit == "curvature"]
+    scaled = [c for c, unit in bounds if unit == "loss"]
+    if not scaled or level is None:
+        return min(plain + scaled)
+    bound = min(scaled) * level.to(like)
+    return bound.clamp(max=min(plain)) if plain else bound
+
+
+def kl_scale(total: Tensor, bound: Tensor | float) -> Tensor:
     r"""Factor that keeps a squared length below a bound: :math:`\nu = \min(1, \sqrt{c / t})`.
 
     Args:
@@ -130,7 +140,9 @@ def kl_scale(total: Tensor, bound: float) -> Tensor:
     return (bound / within).sqrt() + 0 * within
 
 
-def bounded_move(groups: list[dict[str, Any]], slopes: Slopes, lengths: Mapping[Tensor, Tensor]) -> Move | None:
+def bounded_move(
+    groups: list[dict[str, Any]], slopes: Slopes, lengths: Mapping[Tensor, Tensor], level: Tensor | None = None
+) -> Move | None:
     r"""The factors that keep a step within its trust region.
 
     With the metric :math:`M = P^{-1}`, the damped curvature, each direction is first shortened by itself, so that no
@@ -152,6 +164,7 @@ def bounded_move(groups: list[dict[str, Any]], slopes: Slopes, lengths: Mapping[
         groups: Options of the second half of the step.
         slopes: Of all parameters that have a direction.
         lengths: Parameter -> its share of :math:`v^\top M v` before the step, where it has momentum.
+        level: What bounds in units of the loss are multiplied by, 0-d.
 
     Returns:
         ``None`` without a bound.
@@ -159,10 +172,11 @@ def bounded_move(groups: list[dict[str, Any]], slopes: Slopes, lengths: Mapping[
     References:
         Ba, Grosse and Martens (2017), section 5, which bounds d, https://openreview.net/forum?id=SkkTMpjex
     """
-    bounds = {group["kl_clip"] for group in groups} - {None}
+    bounds = {(group["kl_clip"], group["kl_unit"]) for group in groups if group["kl_clip"] is not None}
     if not bounds or not slopes.params:
         return None
-    bound, group_of = min(bounds), {p: group for group in groups for p in group["params"]}
+    bound = _smallest(bounds, level, slopes.direction)
+    group_of = {p: group for group in groups for p in group["params"]}
     own = [group_of[p] for p in slopes.params]
 
     def row(values: list[float]) -> Any:

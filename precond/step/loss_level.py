@@ -1,0 +1,54 @@
+"""The level of the loss: what bounds and dampings that follow the loss are multiples of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from solvers.precision import working_dtype
+
+#: Weight of the old level, and its largest growth in a step.
+DECAY, GROWTH = 0.9, 1.01
+
+
+@dataclass(frozen=True)
+class LossLevel:
+    r"""The unit of a bound and of a damping that follow the loss.
+
+    .. math:: \ell_t = \min\big(0.9\, \ell_{t-1} + 0.1\, L_t,\; 1.01\, \ell_{t-1}\big), \qquad \ell_0 = L_0
+
+    with :math:`L_t` the loss of the batch, in the scale of C. It falls with the loss, and hardly rises, so that a step
+    that has gone too far is not followed by longer ones. A bound takes the smaller one of :math:`\ell_t` and
+    :math:`L_t`. Losses whose values are no distance from a perfect fit (densities, losses of one's own) have 1.
+
+    Attributes:
+        mean: :math:`\ell_t`, 0-d.
+        bound: What a bound is multiplied by, 0-d.
+    """
+
+    mean: Tensor
+    bound: Tensor
+
+    @classmethod
+    def after(cls, before: Tensor | None, loss: Tensor | None, like: Tensor) -> LossLevel:
+        """The level with one more loss.
+
+        Args:
+            before: The level before, 0 where none is known.
+            loss: Of the step; ``None`` where it was not seen.
+            like: A tensor of the device at which it is kept.
+        """
+        if loss is None:
+            known = (
+                like.new_ones((), dtype=working_dtype(like)) if before is None else torch.where(before > 0, before, 1)
+            )
+            return cls(known, known)
+        # At zero nothing is left to do; the smallest number keeps what is divided by it finite.
+        loss = loss.to(like.device, working_dtype(like)).clamp(min=torch.finfo(torch.float32).tiny)
+        if before is None:
+            return cls(loss, loss)
+        before = before.to(loss)
+        mean = torch.where(before > 0, torch.minimum(before.lerp(loss, 1 - DECAY), GROWTH * before), loss)
+        return cls(mean, torch.minimum(mean, loss))

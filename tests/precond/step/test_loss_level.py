@@ -1,0 +1,233 @@
+"""Do bound and damping follow the scale of the loss by themselves?"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from curvature.losses import AutogradLoss, SumOfLosses, loss_for
+from precond import (
+    EKFAC,
+    KFAC,
+    SINGD,
+    SOAP,
+    TNT,
+    LevenbergMarquardt,
+    LossDamping,
+    NaturalGradient,
+    Newton,
+    QuadraticModel,
+    TrustRegion,
+)
+from precond.step.loss_level import LossLevel
+from tests.precond.step.test_trust_region import data, fisher, network
+
+FOLLOWING: list[Any] = [KFAC, EKFAC, TNT]
+
+
+def flat(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+
+def regression(k: int) -> tuple[Tensor, Tensor]:
+    x, _ = data(k)
+    return x, 300 * x[:, :3] + 1000
+
+
+def trained(
+    make: Callable[..., Any], loss_fn: Any, backward: Callable[..., Any], batches: Any = regression, steps: int = 6
+) -> Tensor:
+    model = network()
+    optimizer = make(model, loss_fn, lr=0.1)
+    for k in range(steps):
+        optimizer.zero_grad()
+        backward(model, loss_fn, *batches(k))
+        optimizer.step()
+    optimizer.detach()
+    return flat(model)
+
+
+def plain(model: nn.Module, loss_fn: Any, x: Tensor, y: Tensor) -> None:
+    loss_fn(model(x), y).backward()
+
+
+@pytest.mark.parametrize("make", FOLLOWING)
+@pytest.mark.parametrize("factor", [1e-4, 7.0, 1e5])
+def test_a_loss_times_a_number_is_the_same_run(make: Any, factor: float) -> None:
+    def scaled(model: nn.Module, loss_fn: Any, x: Tensor, y: Tensor) -> None:
+        (factor * loss_fn(model(x), y)).backward()
+
+    def raw(*given: Any, **options: Any) -> Any:  # what a number means is in units of C
+        return make(*given, **options, damping=1e-2, kl_clip=TrustRegion(1e-2, lr=0.1))
+
+    first = trained(make, nn.MSELoss(), plain)
+    torch.testing.assert_close(trained(make, nn.MSELoss(), scaled), first, rtol=1e-9, atol=1e-9)
+    assert (trained(raw, nn.MSELoss(), scaled) - trained(raw, nn.MSELoss(), plain)).norm() > 1e-3
+
+
+@pytest.mark.parametrize("make", FOLLOWING)
+def test_weights_of_a_sum_of_losses_are_numbers_too(make: Any) -> None:
+    mean = trained(make, nn.MSELoss(), plain)
+    parts = SumOfLosses({"y": (24.0, nn.MSELoss())})
+
+    def named(model: nn.Module, loss_fn: Any, x: Tensor, y: Tensor) -> None:
+        loss_fn({"y": model(x)}, {"y": y}).backward()
+
+    torch.testing.assert_close(trained(make, parts, named), mean, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("make", FOLLOWING)
+def test_accumulated_batches_are_one(make: Any) -> None:
+    def halves(model: nn.Module, loss_fn: Any, x: Tensor, y: Tensor) -> None:
+        for part in (slice(0, 12), slice(12, 24)):
+            (loss_fn(model(x[part]), y[part]) / 2).backward()
+
+    def exact(*given: Any, **options: Any) -> Any:
+        return make(*given, **options, fisher="exact")
+
+    whole = trained(exact, nn.MSELoss(), plain)
+    torch.testing.assert_close(trained(exact, nn.MSELoss(), halves), whole, rtol=1e-7, atol=1e-7)
+
+
+def test_the_level_is_that_of_the_formula() -> None:
+    values = [3.0, 2.0, 50.0, 1e9, 0.5, float("inf"), 0.1, 0.0, 0.2]
+    like, before, level = torch.zeros((), dtype=torch.float64), None, values[0]
+    for k, value in enumerate(values):
+        found = LossLevel.after(before, torch.tensor(value, dtype=torch.float64), like)
+        level = level if k == 0 else min(0.9 * level + 0.1 * value, 1.01 * level)
+        assert float(found.mean) == pytest.approx(level, rel=1e-12)
+        assert float(found.bound) == pytest.approx(min(level, value), rel=1e-12, abs=1e-30)
+        before = found.mean
+    carried = LossLevel.after(before, None, like)
+    assert carried.mean == carried.bound == before
+    assert LossLevel.after(None, None, like).mean == LossLevel.after(torch.zeros(()), None, like).mean == 1
+    assert LossLevel.after(torch.zeros(()), torch.tensor(5.0), like).mean == 5
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_move_is_at_most_that_share_of_the_loss(momentum: float) -> None:
+    model, c, active = network(), 1e-3, 0
+    optimizer = NaturalGradient(
+        model,
+        nn.CrossEntropyLoss(),
+        structure="dense",
+        fisher="exact",
+        curvature_ema=0.0,
+        damping=1e-3,
+        lr=0.5,
+        momentum=momentum,
+        kl_clip=TrustRegion(c, unit="loss"),
+    )
+    level = None
+    for k in range(8):
+        x, y = data(k)
+        F, before = fisher(model, x, y), flat(model)
+        loss = optimizer.loss_fn(model(x), y)
+        value = loss.item()
+        level = value if level is None else min(0.9 * level + 0.1 * value, 1.01 * level)
+        promised = c * min(level, value)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        m = flat(model) - before
+        length = float(m @ (F + 1e-3 * torch.eye(len(F)).double()) @ m)
+        assert length <= promised * (1 + 1e-9)
+        active += length >= promised * (1 - 1e-9)
+    assert active > 4
+
+
+def test_the_damping_is_a_share_of_the_loss() -> None:
+    model, (x, y) = network(), regression(0)
+    same = copy.deepcopy(model)
+    loss = nn.MSELoss()(model(x), y).item()
+    for target, damping in ((model, LossDamping(0.3)), (same, 0.3 * loss)):
+        optimizer = EKFAC(target, nn.MSELoss(), lr=0.1, damping=damping, fisher="exact")
+        optimizer.loss_fn(target(x), y).backward()
+        optimizer.step()
+    torch.testing.assert_close(flat(model), flat(same), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("period", [1, 3])
+def test_a_resumed_run_goes_on(period: int) -> None:
+    def run(model: nn.Module, optimizer: Any, steps: range) -> None:
+        for k in steps:
+            optimizer.zero_grad()
+            plain(model, optimizer.loss_fn, *regression(k))
+            optimizer.step()
+
+    def make(model: nn.Module) -> Any:
+        return KFAC(model, nn.MSELoss(), lr=0.1, curvature_update_period=period)
+
+    whole, part = network(), network()
+    run(whole, make(whole), range(7))
+    first = make(part)
+    run(part, first, range(4))
+    rest = network()
+    rest.load_state_dict(part.state_dict())
+    second = make(rest)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    run(rest, second, range(4, 7))
+    assert torch.equal(flat(rest), flat(whole))
+
+
+def test_a_state_from_before_means_the_units_of_the_curvature() -> None:
+    model = network()
+    optimizer = KFAC(model, nn.MSELoss(), lr=0.1, damping=0.03, kl_clip=1e-3)
+    plain(model, optimizer.loss_fn, *regression(0))
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    for group in saved["param_groups"]:
+        del group["kl_unit"], group["damping_unit"]
+    other = KFAC(network(), nn.MSELoss(), lr=0.1)
+    assert other.param_groups[0]["kl_unit"] == other.param_groups[0]["damping_unit"] == "loss"
+    other.load_state_dict(saved)
+    assert other.param_groups[0]["kl_unit"] == other.param_groups[0]["damping_unit"] == "curvature"
+
+
+def test_losses_without_a_zero_count_as_one() -> None:
+    assert loss_for(nn.MSELoss()).zero_when_perfect and loss_for(nn.CrossEntropyLoss()).zero_when_perfect
+    assert not loss_for(nn.GaussianNLLLoss()).zero_when_perfect and not loss_for(nn.PoissonNLLLoss()).zero_when_perfect
+    assert loss_for(SumOfLosses({"a": (1.0, nn.MSELoss())})).zero_when_perfect
+    assert not loss_for(SumOfLosses({"a": (1.0, nn.MSELoss()), "b": (1.0, nn.PoissonNLLLoss())})).zero_when_perfect
+    model = network()
+    own = AutogradLoss(lambda z, y: (z - y).square().mean(), reduction="mean")
+    optimizer = KFAC(model, own, lr=0.1)
+    (0.5 * optimizer.loss_fn(model(regression(0)[0]), regression(0)[1])).backward()
+    optimizer.step()
+    assert float(optimizer.state[next(model.parameters())]["level"]) == pytest.approx(0.5)
+
+
+def test_groups_have_units_of_their_own() -> None:
+    model = network()
+    groups = [
+        {"params": model[0].parameters(), "damping": 0.5},
+        {"params": model[2].parameters(), "damping": LossDamping(0.1)},
+    ]
+    optimizer = KFAC(model, nn.MSELoss(), lr=0.1, params=groups)
+    assert [(g["damping"], g["damping_unit"]) for g in optimizer.param_groups] == [(0.5, "curvature"), (0.1, "loss")]
+    plain(model, optimizer.loss_fn, *regression(0))
+    optimizer.step()
+
+
+def test_what_has_no_such_unit_refuses_it() -> None:
+    model = network()
+    for make in (SOAP, Newton):
+        with pytest.raises(ValueError, match="does not see the loss"):
+            make(model.parameters(), kl_clip=TrustRegion(1e-2, unit="loss"))
+    for options in ({"step_size": QuadraticModel()}, {"damping_rule": LevenbergMarquardt()}):
+        with pytest.raises(ValueError, match="need a damping in units of C"):
+            KFAC(model, nn.MSELoss(), lr=0.1, damping=LossDamping(0.1), **options)  # type: ignore[arg-type]
+        assert KFAC(model, nn.MSELoss(), lr=0.1, **options).param_groups[0]["damping_unit"] == "curvature"  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="without unit='loss'"):
+        KFAC(model, nn.MSELoss(), lr=0.1, step_size=QuadraticModel(), kl_clip=TrustRegion(1e-2, unit="loss"))
+    with pytest.raises(ValueError, match="need a damping in units of C"):
+        SINGD(model, nn.MSELoss(), lr=0.1, damping=LossDamping(0.1))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="unit is one of curvature, loss"):
+        TrustRegion(1e-2, unit="seconds")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="fraction"):
+        LossDamping(-1.0)
