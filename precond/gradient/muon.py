@@ -50,7 +50,9 @@ class Muon(StackedOptimizer):
 
     Args:
         params: Parameters, groups, or named parameters.
-        lr: Learning rate; with ``scaling="adam"`` that of AdamW, for all parameters.
+        lr: Learning rate; with ``scaling="adam"`` the entries of a matrix move by 0.2 of it in the root mean square, as
+            AdamW's do, whatever the gradient. The default suits runs of hundreds of steps; begin with 3e-3 for tens of
+            thousands.
         momentum: :math:`\mu`, before the orthogonalisation, with Nesterov's look-ahead; ``Momentum(0.95)`` for none.
         scaling: s: ``"adam"`` for ``0.2 sqrt(max(m, n))``, entries as large as AdamW's; ``"spectral"`` for
             ``sqrt(max(1, m / n))``; ``"none"`` for 1, a learning rate in units of spectral norm per step.

@@ -56,7 +56,8 @@ class Shampoo(StackedOptimizer):
 
     Args:
         params: Parameters, groups, or named parameters.
-        lr: Learning rate; in the units of the grafted method, so with ``"adam"`` that of AdamW.
+        lr: Learning rate; in the units of the grafted method: with ``"adam"`` a block moves as far as Adam would
+            move it, entries by at most about ``lr``.
         betas: Decay of the averages of gradients and of their squares.
         curvature_ema: Decay of the factors; the second of ``betas`` if ``None``, 1 for sums as in the first paper.
         damping: Smallest eigenvalue of a factor, in units of the squared gradient.

@@ -37,14 +37,15 @@ class EKFAC(LayerwiseMethod):
         model: The model that is trained.
         loss_fn: The loss module the loop calls.
         lr: Learning rate.
-        damping: Shift in units of the curvature, or a :class:`~solvers.Damping`.
+        damping: Shift: by default 3e-2 of the loss, and smaller as that falls
+            (:class:`~precond.LossDamping`). A number is in units of the curvature; or a :class:`~solvers.Damping`.
         fisher: ``"mc"``, ``"exact"`` or ``"empirical"``; or an :class:`~curvature.EigenbasisFisher`.
         sharing: ``"expand"`` or ``"reduce"``: of the factors whose eigenbasis is taken.
         curvature_ema: Weight of old statistics.
         momentum: Momentum: its strength, or :class:`~precond.Momentum`.
         kl_clip: Bound on twice the predicted divergence of a move, momentum included, without which large learning
             rates diverge: a number, the bound at the learning rate to begin with; or a :class:`~precond.TrustRegion`,
-            by default one whose bound is proportional to ``lr ** 2``; ``None`` for none.
+            by default 1e-2 of the loss at ``lr=0.1``, proportional to ``lr ** 2``; ``None`` for none.
         curvature_update_period: Steps between updates of the statistics, see :class:`KFAC`.
         inverse_update_period: Steps between eigenbases, spread over the blocks; a number, a function of the step
             count, or :class:`~precond.Refresh`.

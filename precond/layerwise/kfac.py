@@ -48,9 +48,10 @@ class KFAC(LayerwiseMethod):
     Args:
         model: The model that is trained.
         loss_fn: The loss module the loop calls.
-        lr: Learning rate, in natural-gradient units: 0.01 to 0.3 is common; proportional where ``kl_clip`` binds, too.
-        damping: Shift :math:`\lambda` in units of the curvature (it should follow the scale of the loss), or a
-            :class:`~solvers.Damping`.
+        lr: Learning rate, in natural-gradient units: at 1, without momentum, a step minimises the quadratic model.
+            0.01 to 0.3 is common; where ``kl_clip`` binds a move may change a share of the loss that goes with its square.
+        damping: Shift :math:`\lambda`: by default 1e-2 of the loss, and smaller as that falls
+            (:class:`~precond.LossDamping`). A number is in units of the curvature; or a :class:`~solvers.Damping`.
         fisher: ``"mc"`` (sampled labels, the default), ``"exact"`` (one backward pass per output), ``"empirical"``; or
             a :class:`~curvature.KroneckerFisher` with its number of samples, its bias and its largest factor.
         sharing: ``"expand"`` or ``"reduce"`` for layers used at several positions.
@@ -58,7 +59,7 @@ class KFAC(LayerwiseMethod):
         momentum: Momentum: its strength, or :class:`~precond.Momentum`.
         kl_clip: Bound on twice the predicted divergence of a move, momentum included, without which large learning
             rates diverge: a number, the bound at the learning rate to begin with; or a :class:`~precond.TrustRegion`,
-            by default one whose bound is proportional to ``lr ** 2``; ``None`` for none.
+            by default 1e-2 of the loss at ``lr=0.1``, proportional to ``lr ** 2``; ``None`` for none.
         curvature_update_period: Steps between updates of the statistics; with 4 to 10, or ``Doubling(10)``, a step
             costs about half on small models.
         inverse_update_period: Steps between inverses, spread over the blocks; by default at steps 0, 1, 2, 4, 8 and

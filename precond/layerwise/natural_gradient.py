@@ -59,7 +59,7 @@ class NaturalGradient(WholeModelOptimizer):
         momentum: Momentum: its strength, or :class:`~precond.Momentum`.
         kl_clip: Bound on twice the predicted divergence of a move, momentum included, without which large learning
             rates diverge: a number, the bound at the learning rate to begin with; or a :class:`~precond.TrustRegion`,
-            by default one whose bound is proportional to ``lr ** 2``; ``None`` for none.
+            by default 1e-2 of the loss at ``lr=0.1``, proportional to ``lr ** 2``; ``None`` for none.
         curvature_update_period: Steps between updates of the statistics.
         inverse_update_period: Steps between inverses; a number, a function of the step count, or
             :class:`~precond.Refresh`.

@@ -62,7 +62,7 @@ class SMWNaturalGradient(WholeModelOptimizer):
         momentum: Momentum: its strength, or :class:`~precond.Momentum`.
         kl_clip: Bound on twice the predicted divergence of a move, momentum included, without which large learning
             rates diverge: a number, the bound at the learning rate to begin with; or a :class:`~precond.TrustRegion`,
-            by default one whose bound is proportional to ``lr ** 2``; ``None`` for none.
+            by default 1e-2 of the loss at ``lr=0.1``, proportional to ``lr ** 2``; ``None`` for none.
         curvature_update_period: Steps for which the matrix of one batch is used.
         inverse_update_period: Of other curvature, which ``structures`` may ask for; and the burn-in, by
             :class:`~precond.Refresh`.
