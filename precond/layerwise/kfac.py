@@ -49,7 +49,8 @@ class KFAC(LayerwiseMethod):
         model: The model that is trained.
         loss_fn: The loss module the loop calls.
         lr: Learning rate, in natural-gradient units: at 1, without momentum, a step minimises the quadratic model.
-            0.01 to 0.3 is common; where ``kl_clip`` binds a move may change a share of the loss that goes with its square.
+            0.01 to 0.3 is common; where ``kl_clip`` binds, the share of the loss that a move may change goes with its
+            square.
         damping: Shift :math:`\lambda`: by default 1e-2 of the loss, and smaller as that falls
             (:class:`~precond.LossDamping`). A number is in units of the curvature; or a :class:`~solvers.Damping`.
         fisher: ``"mc"`` (sampled labels, the default), ``"exact"`` (one backward pass per output), ``"empirical"``; or

@@ -48,7 +48,7 @@ from precond.step.base import SecondOrderOptimizer
 from precond.step.journal import FAILURES, REFRESHES
 from precond.step.loading import require_layout
 from precond.step.loop import Loop
-from precond.step.loss_level import LossLevel
+from precond.step.loss_level import FollowingDamping, LossLevel
 from precond.step.options import LossDamping, Momentum, Refresh, TrustRegion, WeightDecay
 from precond.step.schedules import Scheduled, ScheduledInt, at_start, value_at
 from precond.step.trust_region import BoundRecord, Move, products, reference_lr, vectors
@@ -754,7 +754,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
             )
         value, unit = pairs.pop()
         if unit == "loss" and self._level is not None:
-            return self.damping.with_strength(value * self._level.mean.to(self.parameters.device))
+            return FollowingDamping(self.damping.with_strength(value * self._level.mean.to(self.parameters.device)))
         return self.damping if value == float(self.damping.strength) else self.damping.with_strength(value)
 
     def _still(self) -> bool:

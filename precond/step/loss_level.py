@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
 
+from solvers import Damping, LinearOperator
 from solvers.precision import working_dtype
 
 #: Weight of the old level, and its largest growth in a step.
 DECAY, GROWTH = 0.9, 1.01
+#: Smallest damping, as a fraction of the mean eigenvalue: a factored one shifts each factor by 1e-4 of its own.
+FLOOR = 1e-8
 
 
 @dataclass(frozen=True)
@@ -52,3 +56,31 @@ class LossLevel:
         before = before.to(loss)
         mean = torch.where(before > 0, torch.minimum(before.lerp(loss, 1 - DECAY), GROWTH * before), loss)
         return cls(mean, torch.minimum(mean, loss))
+
+
+@dataclass(frozen=True)
+class FollowingDamping(Damping):
+    r"""A damping whose strength follows the loss, never below what rounding errors of the curvature need.
+
+    .. math:: \lambda = \max\big(\varphi\, \ell,\; 10^{-8} \operatorname{tr} C_b / n_b\big)
+
+    A fitted model has hardly a loss, but all of its curvature, whose factors may be singular.
+
+    Attributes:
+        form: The damping with its strength :math:`\varphi\, \ell`.
+    """
+
+    form: Damping
+
+    @property
+    def strength(self) -> float | Tensor:
+        return self.form.strength
+
+    def with_strength(self, value: float | Tensor) -> Self:
+        return replace(self, form=self.form.with_strength(value))
+
+    def __call__(self, op: LinearOperator) -> LinearOperator:
+        """The damped operator of a block."""
+        floor = FLOOR * torch.as_tensor(op.trace()) / op.shape[1]
+        lam = torch.as_tensor(self.strength, dtype=floor.dtype, device=floor.device)
+        return self.form.with_strength(torch.maximum(lam, floor))(op)

@@ -34,12 +34,12 @@ NESTEROV = Momentum(0.9, nesterov=True)
 SETTINGS: dict[str, dict[str, Any]] = {
     "AdaHessian": {"lr": 0.1, "eps": 1e-8},
     "CurveBall": {"damping": 0.1},
-    "EKFAC": {"lr": 0.1, "momentum": NESTEROV},
+    "EKFAC": {"lr": 0.1, "damping": 3e-2, "momentum": NESTEROV},
     "GaLore": {"lr": 7e-3, "rank": 24, "scale": 1.0},
     "GaussNewton": {"solver": CG(rtol=0.1, progress=False), "damping": 1e-2},
     "HessianFree": {"max_steps": 30},
     "KBFGS": {"lr": 0.3, "kl_clip": 1e-2, "momentum": NESTEROV, "average": 0.9},
-    "KFAC": {"lr": 0.1, "momentum": NESTEROV},
+    "KFAC": {"lr": 0.1, "damping": 1e-2, "momentum": NESTEROV},
     "KLShampoo": {"lr": 1e-2},
     "MFAC": {"lr": 1.5e-3, "damping": 1e-3, "window": 64, "momentum": NESTEROV},
     "Muon": {"lr": 1e-2},
@@ -52,7 +52,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "SPlus": {"lr": 0.2, "average": 0.95},
     "Shampoo": {"lr": 1e-2},
     "Sophia": {"lr": 3e-3, "gamma": 1.0, "betas": (0.9, 0.99), "average": 0.95},
-    "TNT": {"lr": 0.1, "momentum": NESTEROV},
+    "TNT": {"lr": 0.1, "damping": 1e-2, "momentum": NESTEROV},
 }
 # Where a method does not apply. Newton and the dense GaussNewton have problems of their own, convex.py and pinn.py.
 ABSENT = {

@@ -24,7 +24,8 @@ from precond import (
     QuadraticModel,
     TrustRegion,
 )
-from precond.step.loss_level import LossLevel
+from precond.step.loss_level import FollowingDamping, LossLevel
+from solvers import Dense, Tikhonov
 from tests.precond.step.test_trust_region import data, fisher, network
 
 FOLLOWING: list[Any] = [KFAC, EKFAC, TNT]
@@ -231,3 +232,28 @@ def test_what_has_no_such_unit_refuses_it() -> None:
         TrustRegion(1e-2, unit="seconds")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="fraction"):
         LossDamping(-1.0)
+
+
+@pytest.mark.parametrize("make", FOLLOWING)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_perfect_fit_with_singular_factors_goes_on(make: Any, dtype: torch.dtype) -> None:
+    """A damping that follows the loss to zero would leave factors of low rank to their rounding errors."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3)).to(dtype)
+        x = torch.randn(4, 2, dtype=dtype) @ torch.randn(2, 6, dtype=dtype)
+    y = model(x).detach()
+    optimizer = make(model, nn.MSELoss(), lr=0.1)
+    for k in range(12):
+        optimizer.zero_grad()
+        plain(model, optimizer.loss_fn, x, y + (0.1 if k == 0 else 1e-12 * (-1) ** k))
+        optimizer.step()
+    assert bool(flat(model).isfinite().all())
+    assert float((model(x) - y).abs().max().detach()) < 1
+
+
+def test_the_damping_has_a_floor_by_the_curvature() -> None:
+    op = Dense(torch.diag(torch.tensor([3.0, 1.0, 2.0, 2.0], dtype=torch.float64)))
+    for lam, found in ((0.5, 0.5), (0.0, 2e-8)):
+        damped = FollowingDamping(Tikhonov(torch.tensor(lam)))(op).to_dense()
+        torch.testing.assert_close(damped, op.to_dense() + found * torch.eye(4).double(), rtol=0, atol=1e-14)
