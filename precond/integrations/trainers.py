@@ -44,7 +44,7 @@ def with_model(method: type[SecondOrderOptimizer], model: nn.Module, loss_fn: An
         def __new__(cls, params: Any, **options: Any) -> Any:
             if method.needs == "layers":
                 return method(model, loss_fn, params=params, **options)  # type: ignore[misc]
-            return method(params, loss_fn, **options)  # these take parameters for the model  # type: ignore[call-arg]
+            return method(params, loss_fn, **options)  # type: ignore[call-arg]  # parameters for the model
 
     Bound.__name__ = Bound.__qualname__ = method.__name__
     return Bound
