@@ -63,6 +63,8 @@ class ClosureOptimizer(SecondOrderOptimizer):
 
     @uncompiled
     def step(self, closure: Closure | None = None) -> Any:
+        if closure is None and self.closure_needed() and self.expects_checkpoint():
+            return None
         with self._released(closure):
             return super().step(closure)
 

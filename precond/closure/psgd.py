@@ -144,6 +144,10 @@ class PSGD(ClosureOptimizer, StackedOptimizer):
             state[f"bound.{axis}"] = state_zeros(p, ())
         return state
 
+    @property
+    def takes_shards(self) -> bool:  # type: ignore[override]  # by the criterion
+        return self.criterion == "whitening"
+
     def closure_needed(self) -> bool:
         return self.criterion == "hessian"
 

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Unpack
 import torch
 from torch import Tensor
 
+from precond.distributed.sharded import is_sharded, layout_of, like, local, summed
 from precond.gradient.optimizer import Group
 from precond.step.base import SecondOrderOptimizer, StepOptions
 from precond.step.divergence import squares_fit
@@ -91,6 +92,8 @@ class MFAC(SecondOrderOptimizer):
         if not options["damping"] > 0:
             raise ValueError(f"damping must be positive: a window of gradients is singular. Got {options['damping']}.")
 
+    takes_shards = True
+
     # A gradient whose squares overflow counts as not finite.
     def takes(self, norm: float, gradients: dict[Tensor, Tensor]) -> bool:
         return squares_fit(norm, gradients.values())
@@ -113,15 +116,21 @@ class MFAC(SecondOrderOptimizer):
         first = any(p is first for group in self.param_groups for first in group["params"][:1])
         return {"window": torch.empty(m, *p.shape, device="meta"), **(gram if first else {})}
 
+    def first_state(self, p: Tensor, group: Group) -> dict[str, Any]:
+        place: Any = {"dtype": working_dtype(p), "device": p.device}
+        out = {
+            name: torch.zeros(x.shape, **place) if isinstance(x, Tensor) and name != "window" else x
+            for name, x in self.expected_state(p, group).items()
+        }
+        window = torch.zeros(group["window"], *local(p).shape, **place)
+        shape = (group["window"], *p.shape)
+        return {**out, "window": like(window, p, layout_of(p).axis + 1, shape) if is_sharded(p) else window}
+
     def _begin(self, group: Group) -> None:
         """Create the state of a group: gradients, with their Gram matrix and number beside the first of them."""
-        for index, p in enumerate(group["params"]):
-            state = self.state[p]
-            if "window" not in state:
-                state["window"] = torch.zeros(group["window"], *p.shape, dtype=working_dtype(p), device=p.device)
-                if index == 0:
-                    state["gram"] = torch.zeros(2 * (group["window"],), dtype=working_dtype(p), device=p.device)
-                    state["step"] = 0
+        for p in group["params"]:
+            if "window" not in self.state[p]:
+                self.state[p].update(self.first_state(p, group))
 
     def _solve(self, group: Group, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         self._begin(group)
@@ -134,20 +143,21 @@ class MFAC(SecondOrderOptimizer):
         gram = first["gram"].clone()
         products = torch.zeros_like(gram[0])
         for p in group["params"]:
-            window = self.state[p]["window"]
-            new = gradients[p].to(window, copy=True) if p in gradients else torch.zeros_like(window[slot])
+            window = local(self.state[p]["window"])
+            new = local(gradients[p]).to(window, copy=True) if p in gradients else torch.zeros_like(window[slot])
             self.rows_written.append((window[slot], new))
             found = window.reshape(len(window), -1) @ new.reshape(-1)
             found[slot] = new.square().sum()
-            products += found.to(products)
+            products += summed(found, [p]).to(products)
         gram[slot] = gram[:, slot] = products
         first["gram"] = gram
         weights = self._weights(gram[:count, :count], slot, group["damping"])
         past = weights.index_fill(0, torch.tensor(slot, device=weights.device), 0)
         out = {}
         for p, g in gradients.items():
-            window = self.state[p]["window"]
-            out[p] = torch.tensordot(past.to(window), window[:count], dims=1).add(g, alpha=float(weights[slot]))
+            window = local(self.state[p]["window"])
+            d = torch.tensordot(past.to(window), window[:count], dims=1).add(local(g), alpha=float(weights[slot]))
+            out[p] = like(d, g) if is_sharded(g) else d
         return out
 
     def touched(self) -> list[Tensor]:

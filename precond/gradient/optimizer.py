@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from precond.distributed.sharded import Exchange, is_sharded, owners
 from precond.step.base import SecondOrderOptimizer
 from precond.step.divergence import TOLERATED_FAILURES, squares_fit
 from precond.step.journal import FAILURES, REFRESHES
@@ -56,13 +57,71 @@ class GradientOptimizer(SecondOrderOptimizer):
         """
 
     def expected_state(self, p: Tensor, options: Group) -> State:
-        return self.initial_state(torch.empty_like(p, device="meta"), options) if p.numel() else {}
+        return self.first_state(torch.empty_like(p, device="meta"), options)
+
+    def first_state(self, p: Tensor, group: Group) -> State:
+        return {"step": 0, **(self.initial_state(p, group) if p.numel() else {})}
 
     def diagonal(self, state: State) -> bool:
         """Whether a parameter, by its state, has no matrix and takes Adam's step."""
         return False
 
+    takes_shards = True
+
+    def shard_state(self, p: Tensor) -> State:
+        """Entries of the first state that are cut as a sharded parameter is, and do not lie with its owner."""
+        return {}
+
     def directions(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        if (exchange := self._exchange()) is None:
+            return self.whole_directions(gradients)
+        for p in gradients:  # its clock runs in all processes
+            if not exchange.mine(p):
+                state = self.state[p]
+                state.update({"step": 0, **self.shard_state(p)} if "step" not in state else {})
+                state["step"] += not self.idle
+        return exchange.through(gradients, self.whole_directions)
+
+    def work(self, p: Tensor, group: Group) -> float:
+        """What the step of a parameter costs, up to a constant: of each matrix ``(n, n)`` a cube, and its products."""
+        shapes = [tuple(x.shape) for x in self.expected_state(p, group).values() if isinstance(x, Tensor)]
+        sides = [shape[-1] for shape in shapes if len(shape) > 1 and shape[-1] == shape[-2]]
+        return float(p.numel() + sum(n**3 + n * p.numel() for n in sides))
+
+    def _exchange(self) -> Exchange | None:
+        """The messages between shards of parameters and their owners; ``None`` where nothing is sharded."""
+        groups = [group["params"] for group in self.param_groups]
+        key = [len(params) for params in groups]
+        known = self.__dict__.get("_shards")  # not in __init__, because copies start without it
+        if known is None or known[0] != key:
+            options = {p: group for group in self.param_groups for p in group["params"]}
+            owner = owners(groups, lambda p: self.work(p, options[p]))
+            sharded = any(is_sharded(p) for params in groups for p in params)
+            known = self._shards = key, Exchange(owner) if sharded else None
+        return known[1]
+
+    def spread(self, states: dict[int, State]) -> dict[int, State]:
+        exchange = self._exchange()
+        if exchange is None:
+            return states
+        numbers = dict(enumerate(p for group in self.param_groups for p in group["params"]))
+        found = exchange.saved({numbers[number]: entries for number, entries in states.items()})
+        return {number: found[numbers[number]] for number in sorted(states)}  # in one order everywhere
+
+    def gather(self) -> None:
+        exchange = self._exchange()
+        for group in self.param_groups if exchange is not None else ():
+            for p in group["params"]:
+                if p in exchange.owner and p in self.state:
+                    own = self.first_state(torch.empty(p.shape, dtype=p.dtype, device="meta"), group).keys()
+                    cut = self.shard_state(p).keys()
+                    kept = exchange.kept(
+                        p, self.state[p], lambda name, own=own, cut=cut: name in cut or name not in own
+                    )
+                    self.state[p] = kept
+
+    def whole_directions(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        """:meth:`directions` for whole parameters."""
         out, self.written = {}, []
         for group in self.param_groups:
             whole: list[Tensor] = []  # with a matrix
@@ -101,7 +160,7 @@ class GradientOptimizer(SecondOrderOptimizer):
     def begin(self, p: Tensor, group: Group) -> None:
         """Create the state of a parameter, unless it exists."""
         if "step" not in self.state[p]:
-            self.state[p].update(step=0, **(self.initial_state(p, group) if p.numel() else {}))
+            self.state[p].update(self.first_state(p, group))
 
     def takes(self, norm: float, gradients: dict[Tensor, Tensor]) -> bool:
         return squares_fit(norm, gradients.values())

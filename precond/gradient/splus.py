@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Unpack
 import torch
 from torch import Tensor
 
+from precond.distributed.sharded import is_sharded
 from precond.gradient.bases import eigenbases, initial_bases
 from precond.gradient.matrices import gram, largest, matrix_shape, multiply, worth_a_matrix
 from precond.gradient.optimizer import Group, State, due, state_zeros
@@ -111,8 +112,11 @@ class SPlus(StackedOptimizer):
 
     kept: ClassVar[frozenset[str]] = frozenset({"basis", "exp_avg"})
 
+    def shard_state(self, p: Tensor) -> State:
+        return {"average": p.detach().to(working_dtype(p), copy=True)}
+
     def initial_state(self, p: Tensor, group: Group) -> State:
-        state: State = {"exp_avg": state_zeros(p), "average": p.detach().to(working_dtype(p), copy=True)}
+        state: State = {"exp_avg": state_zeros(p), **self.shard_state(p)}
         if p.ndim >= 2:
             sizes, limits = enumerate(matrix_shape(p.shape)), (group["max_dim"], group["max_ratio"])
             state |= initial_bases(p, {k: n for k, n in sizes if worth_a_matrix(n, p.numel(), *limits)})
@@ -138,7 +142,8 @@ class SPlus(StackedOptimizer):
             for p in group["params"]:
                 state = self.state.get(p, {})
                 if state.get("step", 0) > 0 and p.numel():
-                    if p not in self.coming:  # no gradient in this step, which has a copy only of the others' states
+                    # The step has a copy only of the states of those with a gradient, and of their own process.
+                    if p not in self.coming or is_sharded(p):
                         state["average"] = state["average"].clone()
                     value = self.coming.get(p, p.detach()).to(p.dtype)
                     update_average(state["average"], value, group["average_decay"], state["step"])

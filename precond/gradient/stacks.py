@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from precond.distributed.sharded import is_sharded
 from precond.gradient.optimizer import GradientOptimizer, Group, State
 from precond.step.journal import REFRESHES
 from solvers import SolverError
@@ -29,7 +30,8 @@ class Stack:
 
     def __init__(self, params: list[Tensor], states: list[State]) -> None:
         self.params, self._states = params, states
-        names = [name for name, value in states[0].items() if isinstance(value, Tensor)]
+        own = states[0].items()
+        names = [name for name, value in own if isinstance(value, Tensor) and not is_sharded(value)]
         if len(states) == 1:
             # A slice of a former stack may be aligned so that products round otherwise than in separate memory.
             states[0].update({name: _own(states[0][name]) for name in names})

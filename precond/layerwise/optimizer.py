@@ -26,6 +26,7 @@ from curvature.model.parameters import Parameters
 from curvature.model.wrappers import unwrapped
 from curvature.structures.estimator import Form
 from curvature.structures.inverse import InverseEstimator
+from precond.distributed.checkpoint import unpacked
 from precond.distributed.curvature import Refreshing, SharedCurvature
 from precond.distributed.ranks import Ranks, check_fraction, group_of, world_rank, world_size
 from precond.layerwise.blocks.block_state import (
@@ -781,17 +782,15 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
 
     # State
 
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors and numbers only: torch's layout, with the blocks' states under their first parameter.
+    def complete(self, saved: dict[str, Any]) -> None:
+        """Add the blocks' states under their first parameter.
 
         With ``memory_fraction`` below 1 all processes call it together, and all get the state of all blocks.
         """
-        out = super().state_dict()
         index = {id(p): i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
         first = {name: index[id(p)] for name, p in self.parameters.items()}
         states = None if self._shared is None else self._shared.states(self.preconditioners)
-        add_blocks(out, self.preconditioners, first, (), states)
-        return out
+        add_blocks(saved, self.preconditioners, first, (), states)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`; factors keep their dtype whatever the parameters' is.
@@ -800,7 +799,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
             ValueError: If blocks are not those of the model and the method, or hold NaN; nothing has changed then.
         """
         require_layout(state_dict, type(self).__name__)
-        plain, blocks = split_blocks(state_dict)
+        plain, blocks = split_blocks(unpacked(state_dict, type(self).__name__))
         with self.transaction():
             super().load_state_dict(plain)
             estimators = self.statistics.collector.estimators

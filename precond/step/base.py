@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from precond.distributed.agreement import verdict
+from precond.distributed.checkpoint import PACKED, asked_by_checkpoint, counted, packed, unpacked
 from precond.distributed.ranks import Ranks, check_group, group_of
+from precond.distributed.sharded import refuse_left_behind
 from precond.step.described import described
 from precond.step.divergence import Diverged, advice, all_finite, broken_gradients, broken_results, largest_norm
 from precond.step.journal import FAILURES, REFRESHES, lengths, norm, shares
@@ -263,9 +265,78 @@ class SecondOrderOptimizer(ScheduledOptimizer):
         with self.transaction():
             super().add_param_group(param_group)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and numbers, in torch's layout; for ``torch.distributed.checkpoint`` complete as a template."""
+        asked = asked_by_checkpoint()
+        if asked:
+            self._expect_checkpoint()
+        out = super().state_dict()
+        out["state"] = {key: {n: x for n, x in own.items() if n != PACKED} for key, own in out["state"].items()}
+        out["state"] = {key: own for key, own in out["state"].items() if own}
+        out["state"] = self.spread(out["state"])
+        self.complete(out)
+        numbers = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
+        if asked:
+            for group, schedules in zip(self.param_groups, self.schedules, strict=True):
+                for p in group["params"]:
+                    entries = out["state"].get(numbers[p], {})
+                    out["state"][numbers[p]] = packed(entries, self._template(p, entries, group, schedules))
+        counted(out, {number for p, number in numbers.items() if p.requires_grad})
+        return out
+
+    def spread(self, states: dict[int, Any]) -> dict[int, Any]:
+        """States by number, with what single processes keep laid out over all of them."""
+        return states
+
+    def gather(self) -> None:
+        """After loading: keep what belongs to this process."""
+
+    def complete(self, saved: dict[str, Any]) -> None:
+        """Add to a ``state_dict`` what the method keeps elsewhere."""
+
+    def first_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        """Entries that the state of a parameter has from its first step on, as they are before it."""
+        return {}
+
+    def _template(
+        self, p: Tensor, known: Mapping[str, Any], group: dict[str, Any], schedules: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """What the state of every parameter holds in a checkpoint, with the values that it has before a first step."""
+        out = dict(self.expected_state(p, group) or {})
+        if not out.keys() <= known.keys():
+            out = self.first_state(p, group)
+        own = self.update_options({**group, "momentum": 1.0} if "momentum" in schedules else group)
+        if own["momentum"] and self.needs != "closure":
+            dtype = working_dtype(p) if self.needs == "grad" else p.dtype
+            out.setdefault("momentum_buffer", torch.zeros_like(p, dtype=dtype))
+        return out
+
+    def expects_checkpoint(self) -> bool:
+        """Whether the step is one of torch.distributed.checkpoint, which creates the state: nothing can move."""
+        gradients = {p: p.grad for p in self._with_gradient() if p.grad is not None}
+        if not gradients or not self._stands_still(gradients):
+            return False
+        self._expect_checkpoint()
+        return True
+
+    def _expect_checkpoint(self) -> None:
+        """Give all states their first entries: the flat form of a checkpoint restores those only that are there."""
+        for group, schedules in zip(self.param_groups, self.schedules, strict=True):
+            for p in group["params"]:
+                if p.requires_grad:
+                    own = self.state[p]
+                    own.update({**self._template(p, own, group, schedules), PACKED: 0, **own})
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`.
+
+        Raises:
+            ValueError: If entries are missing, or are not those of the parameters; nothing has changed then.
+        """
+        state_dict = unpacked(state_dict, type(self).__name__)
         with self.transaction():
             super().load_state_dict(state_dict)
+            self.gather()
 
     @uncompiled
     @torch.no_grad()
@@ -424,6 +495,8 @@ class SecondOrderOptimizer(ScheduledOptimizer):
     def _count(self) -> None:
         for group in self.param_groups:
             group["steps"] += not self.idle
+        if self.idle:
+            self._expect_checkpoint()
         self.after_step()
 
     def _stands_still(self, gradients: dict[Tensor, Tensor]) -> bool:
@@ -468,6 +541,9 @@ class SecondOrderOptimizer(ScheduledOptimizer):
         if found_inf is not None and bool(found_inf):
             self.on_skip()
             return None
+        if not self.steps and "_looked" not in self.__dict__:
+            self._looked = True
+            refuse_left_behind((p for group in self.param_groups for p in group["params"]), type(self).__name__)
         gradients = {p: p.grad for p in self._with_gradient() if p.grad is not None}
         if not gradients:  # without gradients this does not count as a step
             self.on_empty()

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from precond.distributed.sharded import refuse
 from precond.step.loading import meant_before, require_fit, require_layout
 from precond.step.options import check_options, in_groups
 from precond.step.schedules import FIXED, numbers_at, split
@@ -30,6 +31,8 @@ class ScheduledOptimizer(torch.optim.Optimizer):
 
     #: Options that must not change from step to step.
     fixed: ClassVar[frozenset[str]] = FIXED
+    #: Whether parameters may be shared out over processes, as DTensors.
+    takes_shards: bool = False
     #: Options of groups that are not in ``defaults``, from which torch's schedulers tell what a method has.
     reserved: Mapping[str, Any] = MappingProxyType({})
 
@@ -65,6 +68,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         super().add_param_group({**plain, "steps": self.steps})
         self.schedules.append(schedules)
         for p in self.param_groups[-1]["params"]:
+            refuse(p, type(self).__name__, self.takes_shards)
             if p.is_complex():
                 self.param_groups.pop()
                 self.schedules.pop()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from precond.distributed.sharded import is_sharded, like, local, summed
 from solvers.precision import widen, working_dtype
 
 #: Steps after which a bound that is active most of the time is told.
@@ -49,13 +50,15 @@ class Slopes:
         """
         image = vectors([images[p] for p in params], wide)
         d = vectors([directions[p] for p in params], wide)
-        known = [p in momenta for p in params]
+        # A momentum that the owner of a sharded parameter keeps is a part of the direction.
+        known = [p in momenta and is_sharded(momenta[p]) == is_sharded(images[p]) for p in params]
         if not any(known):
-            dd = products(d, image)
+            dd = _over_shards(products(d, image), params)
             return Slopes(params, dd, torch.zeros_like(dd))
-        v = vectors([momenta[p] if has else params[0].new_zeros(1) for p, has in zip(params, known, strict=True)], wide)
+        none = torch.zeros(1, dtype=params[0].dtype, device=params[0].device)
+        v = vectors([momenta[p] if has else none for p, has in zip(params, known, strict=True)], wide)
         met = [m if has else m.new_zeros(1) for m, has in zip(image, known, strict=True)]
-        return Slopes(params, products(d, image), products(v, met))
+        return Slopes(params, _over_shards(products(d, image), params), _over_shards(products(v, met), params))
 
     def of_those_in(self, params: Collection[Tensor]) -> Slopes:
         """The slopes of those of the parameters that are given."""
@@ -85,7 +88,9 @@ class Move:
 
 
 def vectors(tensors: Sequence[Tensor], wide: bool) -> list[Tensor]:
-    """Tensors as vectors, in float32 at least; in float64 if wide, where the device has that."""
+    """Tensors as vectors, in float32 at least; in float64 if wide, where the device has that. Of shards, the own one."""
+    if any(map(is_sharded, tensors)):
+        tensors = list(map(local, tensors))
     if wide:
         return [t.reshape(-1).to(torch.float64 if t.device.type != "mps" else working_dtype(t)) for t in tensors]
     return [widen(t.reshape(-1)) for t in tensors]
@@ -100,8 +105,19 @@ def products(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     return joint if joint.device.type == "mps" else joint.double()
 
 
+def _over_shards(sums: Tensor, params: Sequence[Tensor]) -> Tensor:
+    """Numbers ``(k,)`` of parameters, summed over the processes that share them out."""
+    places = [i for i, p in enumerate(params) if is_sharded(p)]
+    return (
+        sums.index_copy(0, torch.tensor(places), summed(sums[places], [params[i] for i in places])) if places else sums
+    )
+
+
 def scaled(tensors: list[Tensor], factor: Tensor) -> list[Tensor]:
     """Tensors times a 0-d factor, in their own dtypes and on their own devices."""
+    if any(map(is_sharded, tensors)):
+        parts = scaled(list(map(local, tensors)), factor)
+        return [like(part, t) if is_sharded(t) else part for part, t in zip(parts, tensors, strict=True)]
     kinds = {(t.device, t.dtype) for t in tensors}
     if len(kinds) == 1:
         return list(torch._foreach_mul(tensors, factor.to(*kinds.pop())))

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from precond.distributed.sharded import is_sharded, like, local
 from precond.step.trust_region import scaled
 
 Decay = Literal["decoupled", "l2", "independent", "corrected", "cautious"]
@@ -79,6 +80,8 @@ def apply_update(
     Returns:
         The new values.
     """
+    if any(map(is_sharded, params)):
+        return _update_of_shards(params, directions, states, group, scale)
     lr, momentum = group["lr"], group["momentum"]
     lr = lr.reshape(()) if isinstance(lr, Tensor) else lr
     if group["maximize"]:
@@ -108,3 +111,21 @@ def apply_update(
     if isinstance(lr, Tensor):
         return list(torch._foreach_sub(values, list(torch._foreach_mul(directions, lr))))
     return list(torch._foreach_add(values, directions, alpha=-lr))
+
+
+def _update_of_shards(
+    params: list[Tensor],
+    directions: list[Tensor],
+    states: list[dict[str, Any]],
+    group: dict[str, Any],
+    scale: Tensor | None,
+) -> list[Tensor]:
+    """:func:`apply_update` on the parts that lie in this process; all of it is entry by entry."""
+    own: list[dict[str, Any]] = [
+        {"momentum_buffer": local(state["momentum_buffer"])} if "momentum_buffer" in state else {} for state in states
+    ]
+    values = apply_update(list(map(local, params)), list(map(local, directions)), own, group, scale)
+    if group["momentum"]:
+        for p, state, mine in zip(params, states, own, strict=True):
+            state["momentum_buffer"] = like(mine["momentum_buffer"], p) if is_sharded(p) else mine["momentum_buffer"]
+    return [like(value, p) if is_sharded(p) else value for p, value in zip(params, values, strict=True)]
