@@ -25,7 +25,9 @@ from curvature.losses.signals import SAY_WHICH, Signals, stacked
 from curvature.model.graph_nodes import statistics_given
 from curvature.model.parameters import Parameters
 from curvature.model.pullback import Pullback, pull_back
+from curvature.model.shares import Shares
 from curvature.structures.estimator import CurvatureEstimator, Form, MeansEstimator
+from curvature.structures.weighted_mean import WeightedMean
 from solvers import BlockDiagonal, Diagonal, LinearOperator
 
 #: Inputs of the uses in one pass, prepared once for all signals: by site and piece.
@@ -171,13 +173,55 @@ class Collector:
         if blocks:
             raise StartAgain(blocks, self.plan.without_rule)
 
-    def settle(self) -> None:
-        """The step's last batch was seen: blocks that some of its batches did not reach count those as well."""
+    def settle(self, shares: Shares | None = None) -> None:
+        """The step's last batch was seen: blocks that some of its batches did not reach count those as well.
+
+        Args:
+            shares: Processes whose batches belong to the step too.
+        """
         for name, seen in self._seen.items():
             for missed in set(range(len(self._batches))).difference(seen):
                 if name in self.estimators:
                     self.estimators[name].count(self._batches[missed])
+        if shares is not None and shares.several:
+            self._add_shares(shares)
         self.forget()
+
+    def _add_shares(self, shares: Shares) -> None:
+        """Add the sums of other processes; blocks that the data here did not reach count them as zero."""
+        described = {
+            name: (e.block.state(), self.forms[name], self.operations[name], _pending(e.means()))
+            for name, e in self.estimators.items()
+        }
+        union: dict[str, Any] = {}
+        for one in shares.gather(described):
+            for name, known in one.items():
+                union.setdefault(name, (*known[:3], {}))[3].update(known[3])
+        weight = sum(self._batches)
+        totals: list[Tensor] = []
+        counts: list[Tensor] = []
+        places: list[WeightedMean] = []
+        for name in sorted(union):
+            block, form, operations, kinds = union[name]
+            if name not in self.estimators:
+                self.estimators[name] = self.make(Block.from_state(name, block), form)
+                self.forms[name], self.operations[name] = form, operations
+            means = self.estimators[name].means(kinds)
+            for key, (shape, dtype) in kinds.items():
+                if not means[key].pending:
+                    means[key].add(torch.zeros(shape, dtype=dtype, device=self.parameters.device), 0.0)
+            if name not in self._seen:
+                self.estimators[name].count(weight)
+            for key in sorted(kinds):
+                total, count = means[key].step_sum()
+                totals.append(total.to(kinds[key][1]).clone())
+                counts.append(torch.as_tensor(count, dtype=torch.float64, device=total.device))
+                places.append(means[key])
+        shares.sum(*totals)
+        if counts:
+            shares.sum(joined := torch.stack(counts))
+            for mean, total, count in zip(places, totals, joined, strict=True):
+                mean.take(total, count.to(total.dtype))
 
     def forget(self) -> None:
         """Forget which batches the current step had."""
@@ -547,3 +591,12 @@ def samples_of(
 
 def _sum(tensors: Iterator[Tensor]) -> Tensor:
     return reduce(torch.add, tensors)
+
+
+def _pending(means: Mapping[str, WeightedMean]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of what waits to be committed."""
+    return {
+        name: (tuple(mean.step_sum()[0].shape), mean.step_sum()[0].dtype)
+        for name, mean in means.items()
+        if mean.pending
+    }

@@ -41,6 +41,7 @@ from curvature.model.data import (
 )
 from curvature.model.determinism import warn_of_chance
 from curvature.model.parameters import Parameters
+from curvature.model.shares import Shares, summed
 from curvature.model.streams import drew_since, random_state
 from curvature.model.trees import tensors_in
 from curvature.structures.estimator import Curvature, CurvatureEstimator, Form
@@ -91,6 +92,7 @@ def over_all_data(
     device: torch.device,
     output: Output | None,
     class_dim: ClassDim,
+    shares: Shares,
 ) -> Loss:
     """A sum of losses with its divisors over all the data, whose ratios may differ from those of single batches.
 
@@ -106,7 +108,26 @@ def over_all_data(
             assert isinstance(terms, JoinedTerms)
             for key, (_, part) in terms.parts.items():
                 divisors[key] = divisors.get(key, 0.0) + part.total
+    if shares.several:
+        everyone = shares.gather({key: float(divisor) for key, divisor in divisors.items()})
+        keys = dict.fromkeys(key for one in everyone for key in one)
+        divisors = {key: sum(one.get(key, 0.0) for one in everyone) for key in keys}
     return loss.over(divisors)
+
+
+def restart_together(shares: Shares, collector: Collector, again: StartAgain | None) -> None:
+    """Start again in all processes, where one has to, or takes a parameter by autograd that another takes by a rule.
+
+    Raises:
+        StartAgain: With the reasons of all.
+    """
+    if not shares.several:
+        return
+    known = set(collector.plan.without_rule)
+    found = shares.gather((dict(collector.plan.without_rule), again is not None))
+    reasons = {name: why for one, _ in found for name, why in one.items()}
+    if any(begin or set(one) != set(reasons) for one, begin in found):
+        raise StartAgain(set(reasons) - known, reasons)
 
 
 def estimate(
@@ -123,6 +144,7 @@ def estimate(
     resume: Resume | None = None,
     progress: bool | None = None,
     fisher: bool | None = False,
+    process_group: Any = None,
 ) -> BlockDiagonal:
     """Structured curvature of the loss over all the data, at the model's current parameters and mode.
 
@@ -139,6 +161,7 @@ def estimate(
         resume: File in which the sums are kept, and from which they go on if it exists; see :func:`curvature.fisher`.
         progress: Show a progress bar; ``None`` shows one only where there are many batches.
         fisher: See :class:`~curvature.matrices.problem.Problem`.
+        process_group: Processes whose data together are the data.
 
     Returns:
         Block-diagonal operator on the flat parameter vector, in the scale of the loss over all data as one batch.
@@ -147,6 +170,10 @@ def estimate(
     loss = loss_over_data(loss_fn)
     curvature = curvature.on(model)
     generator = generator or torch.Generator(device=parameters.device).manual_seed(0)
+    shares = Shares(process_group)
+    if shares.several and resume is not None:
+        raise ValueError("resume keeps the sums of one process: leave it out, or process_group.")
+    generator = shares.draws(generator) if curvature.kind == "mc" else generator
 
     def make(block: Block, form: Form) -> CurvatureEstimator:
         estimator = curvature.estimator(block, form)
@@ -156,9 +183,10 @@ def estimate(
         return estimator
 
     divisors = isinstance(loss, WeightedSum) and not is_one_batch(data)
-    start = batches(data, curvature.passes + divisors)
+    divisors = divisors or (isinstance(loss, WeightedSum) and shares.several)
+    start = batches(data, curvature.passes + divisors, empty=shares.several)
     if divisors:
-        loss = over_all_data(loss, model, start, parameters.device, output, class_dim)
+        loss = over_all_data(loss, model, start, parameters.device, output, class_dim, shares)
     file = None
     if resume is not None:
         described = repr(curvature).replace("max_dim=", "max_factor=")  # as files of version 0.1 have it
@@ -177,38 +205,48 @@ def estimate(
             run.resume(reasons)
             for number in range(run.number, curvature.passes):
                 drew, count = False, 0
-                for x, y in shown(run.batches(start), f"curvature, pass {number + 1}", progress):
-                    x, y = to_device(x, parameters.device), to_device(y, parameters.device)
-                    before = random_state(parameters.device)
-                    result, recorder = record(model, parameters, x, y, batch_dim=batch_dim)
-                    drew, count = drew or drew_since(before, parameters.device), count + 1
-                    terms = terms_of(loss, result, x, y, output, class_dim, check=True, batch_dim=batch_dim)
-                    refuse_unreduced(terms)
-                    if not terms.output.requires_grad:
-                        raise ValueError(
-                            f"the output of {type(model).__name__} does not depend on any of the parameters through "
-                            "autograd: it was detached, or made under no_grad. Its curvature would be zero."
-                        )
-                    terms.value()  # refuses losses that are not finite
-                    refuse_beyond_outputs(terms, parameters)
-                    if number == 0:
-                        run.total = run.total + terms.total
-                    if terms.empty:
-                        continue
-                    if curvature.kind != "empirical" and fisher is not False:
-                        terms = terms.fisher(strict=bool(fisher))
-                    if curvature.kind != "empirical":
-                        terms.refuse_undefined()
-                    signals = Signals.of(terms, curvature.kind, curvature.samples, generator, recorder.batch)
-                    collector.collect(recorder, terms.output, signals)
+                again: StartAgain | None = None
+                with shares.together():
+                    try:
+                        for x, y in shown(run.batches(start), f"curvature, pass {number + 1}", progress):
+                            x, y = to_device(x, parameters.device), to_device(y, parameters.device)
+                            before = random_state(parameters.device)
+                            result, recorder = record(model, parameters, x, y, batch_dim=batch_dim)
+                            drew, count = drew or drew_since(before, parameters.device), count + 1
+                            terms = terms_of(loss, result, x, y, output, class_dim, check=True, batch_dim=batch_dim)
+                            refuse_unreduced(terms)
+                            if not terms.output.requires_grad:
+                                raise ValueError(
+                                    f"the output of {type(model).__name__} does not depend on any of the parameters "
+                                    "through autograd: it was detached, or made under no_grad. Its curvature would be "
+                                    "zero."
+                                )
+                            terms.value()  # refuses losses that are not finite
+                            refuse_beyond_outputs(terms, parameters)
+                            if number == 0:
+                                run.total = run.total + terms.total
+                            if terms.empty:
+                                continue
+                            if curvature.kind != "empirical" and fisher is not False:
+                                terms = terms.fisher(strict=bool(fisher))
+                            if curvature.kind != "empirical":
+                                terms.refuse_undefined()
+                            signals = Signals.of(terms, curvature.kind, curvature.samples, generator, recorder.batch)
+                            collector.collect(recorder, terms.output, signals)
+                    except StartAgain as raised:
+                        if not shares.several:
+                            raise
+                        again = raised
+                restart_together(shares, collector, again)
                 if number == 0:
+                    if shares.several:
+                        run.total = summed(shares, [run.total], parameters.device)[0]
                     require_terms(run.total)
                     warn_of_chance(model, drew=drew, split=count > 1)
-                collector.settle()
-                again = {name for name, estimator in collector.estimators.items() if estimator.next_pass()}
-                collector.only = again
+                collector.settle(shares)
+                collector.only = {name for name, estimator in collector.estimators.items() if estimator.next_pass()}
                 run.end_pass()
-                if not again:
+                if not collector.only:
                     break
             run.finish(start)
         if bad := [name for name, estimator in collector.estimators.items() if not bool(estimator.finite())]:

@@ -35,6 +35,7 @@ def gradient_covariance(
     class_dim: ClassDim = None,
     batch_dim: BatchDim = None,
     progress: bool | None = None,
+    process_group: Any = None,
     **options: Any,
 ) -> LinearOperator:
     r"""Second moment of the gradients of the loss terms around their mean, or around zero.
@@ -61,6 +62,7 @@ def gradient_covariance(
         class_dim: Class axis of the output where the shapes leave it open; by key for a sum of losses.
         batch_dim: Axis of the output that counts the examples, where it is not the first; by key for a sum of losses.
         progress: Show a progress bar.
+        process_group: Processes whose data together are the data, see :func:`curvature.hessian`.
         options: Options of the structure.
 
     Returns:
@@ -74,7 +76,7 @@ def gradient_covariance(
             f"structure={structure!r} cannot be centered: the difference is no longer of that structure. Pass "
             f"centered=False, or one of {', '.join(map(repr, CENTERED))}."
         )
-    request = Request(model, loss_fn, data, params, output, class_dim, progress, batch_dim)
+    request = Request(model, loss_fn, data, params, output, class_dim, progress, batch_dim, process_group)
     uncentered = request.matrix(structure, "empirical", options=options)
     if not centered:
         return uncentered
@@ -101,6 +103,7 @@ def _root_of_mean(problem: Problem) -> Tensor:
         terms.add_(evaluation.terms.mask.sum())
 
     divisor = problem.visit(add, "mean gradient")
+    problem.shares.sum(total, terms)
     return total / (terms * divisor) ** 0.5
 
 

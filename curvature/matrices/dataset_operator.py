@@ -39,6 +39,7 @@ class MatrixArguments(TypedDict, total=False):
     progress: bool | None
     keep_graph: bool | None
     memory: int
+    process_group: Any
 
 
 class DatasetOperator(LinearOperator):
@@ -140,6 +141,7 @@ class DatasetOperator(LinearOperator):
 
     def apply(self, x: Tensor) -> Tensor:
         vectors = x.detach().reshape(-1, self.columns.size)
+        self.problem.shares.same(vectors, "a vector")
         out = torch.empty(len(vectors), self.rows.size, dtype=self.dtype, device=self.device)
         split = self.columns.unflatten(vectors)
         pieces = [split[name].to(p.dtype) for name, p in self.columns.items()]
@@ -161,6 +163,9 @@ class DatasetOperator(LinearOperator):
             write = torch._foreach_add_
 
         self.each(add, vectorized=not single)
+        if write is torch._foreach_copy_:  # no batch of this process counts
+            out.zero_()
+        self.problem.shares.sum(out)
         if not isinstance(self._total, float) or self._total != 1.0:
             out /= self._total
         if not bool(torch.isfinite(out).all()) and bool(torch.isfinite(vectors).all()):

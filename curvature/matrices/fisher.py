@@ -42,6 +42,7 @@ def fisher(
     batch_dim: BatchDim = None,
     resume: Resume | None = None,
     progress: bool | None = None,
+    process_group: Any = None,
     **options: Any,
 ) -> LinearOperator:
     r"""Fisher information of the loss over the data, in the given structure.
@@ -80,6 +81,7 @@ def fisher(
             continues at its batch, with the identical result. A path, or a :class:`curvature.Checkpoint`, that says how
             often to save.
         progress: Show a progress bar.
+        process_group: Processes whose data together are the data, see :func:`curvature.hessian`.
         options: Further options of the structure, in brackets in this table:
 
             ==============  =========================================================================================
@@ -106,5 +108,5 @@ def fisher(
         NoLikelihoodError: For ``exact`` and ``mc``, if the loss is no likelihood; :func:`curvature.ggn` needs none.
         CheckpointError: If the file of ``resume`` belongs to another problem.
     """
-    request = Request(model, loss_fn, data, params, output, class_dim, progress, batch_dim)
+    request = Request(model, loss_fn, data, params, output, class_dim, progress, batch_dim, process_group)
     return request.matrix(structure, kind_of(structure, kind, "mc"), samples, generator, resume, options, fisher=True)

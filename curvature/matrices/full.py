@@ -48,7 +48,7 @@ class GaussNewtonOperator(DatasetOperator):
         self.kind, self.samples, self.mode = kind, samples, mode
         generator = generator or torch.Generator(device=self.device).manual_seed(0)
         # The draws of every pass start here; later draws from the user's generator differ.
-        self._start = generator.get_state()
+        self._start = (problem.shares.draws(generator) if kind == "mc" else generator).get_state()
         self._draws = torch.Generator(device=generator.device)
         if kind == "mc":
             torch.rand((), generator=generator, device=generator.device)

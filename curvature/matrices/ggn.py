@@ -42,6 +42,7 @@ def ggn(
     batch_dim: BatchDim = None,
     resume: Resume | None = None,
     progress: bool | None = None,
+    process_group: Any = None,
     **options: Any,
 ) -> LinearOperator:
     r"""Generalised Gauss-Newton matrix of the loss over the data, in the given structure.
@@ -71,6 +72,7 @@ def ggn(
             continues at its batch, with the identical result. A path, or a :class:`curvature.Checkpoint`, that says how
             often to save.
         progress: Show a progress bar.
+        process_group: Processes whose data together are the data, see :func:`curvature.hessian`.
         options: Options of the structure.
 
     Returns:
@@ -88,5 +90,5 @@ def ggn(
             "kind must be 'exact' or 'mc', got 'empirical'. The empirical Fisher is no Gauss-Newton matrix; it is "
             "curvature.fisher(..., kind='empirical')."
         )
-    request = Request(model, loss_fn, data, params, output, class_dim, progress, batch_dim)
+    request = Request(model, loss_fn, data, params, output, class_dim, progress, batch_dim, process_group)
     return request.matrix(structure, chosen, samples, generator, resume, options)

@@ -87,6 +87,7 @@ class Hessian(DatasetOperator):
                     result[start:stop] += columns.diagonal(start) if diagonal else columns
 
         total = self.problem.visit(visit, "Hessian within blocks", count=True)
+        self.problem.shares.sum(*out)
         for result, group in zip(out, groups, strict=True):
             refuse_nonfinite(result, "the Hessian", group, self.again)
         return [result / total for result in out]
@@ -128,6 +129,7 @@ def hessian(
     keep_graph: bool | None = None,
     memory: int = MEMORY,
     progress: bool | None = None,
+    process_group: Any = None,
 ) -> LinearOperator:
     r"""Hessian of the loss over the data with respect to the parameters, at their current values.
 
@@ -156,6 +158,8 @@ def hessian(
             as long as the operator lives. By default it is kept if the data are one batch.
         memory: Bytes that intermediate results of a block of vectors may take.
         progress: Show a progress bar; by default on passes of more than a few seconds.
+        process_group: Processes whose data together are the data; every one of them makes the same calls, and gets
+            the matrix of all data. ``torch.distributed.group.WORLD`` for all.
 
     Returns:
         Symmetric operator on the flat parameter vector, in float32 at least.
@@ -180,6 +184,7 @@ def hessian(
         batch_dim=batch_dim,
         progress=progress,
         opaque=True,
+        process_group=process_group,
     )
     full = Hessian(problem, keep_graph=keep_graph, memory=memory)
     match structure:

@@ -56,6 +56,8 @@ def low_rank(
             )
 
     total = each_rows(problem, kind, samples, generator, keep)
+    if problem.shares.several:  # every process gets the rows of all
+        found = [rows.to(problem.parameters.device) for one in problem.shares.gather(found) for rows in one]
     return LowRank(torch.cat(found) / total**0.5)
 
 
@@ -83,6 +85,7 @@ def dense(
         )
     matrix = torch.zeros(p.size, p.size, dtype=dtype, device=p.device)
     total = each_rows(problem, kind, samples, generator, lambda rows: matrix.add_(gram(widen(rows))))
+    problem.shares.sum(matrix)
     return Dense(matrix / total)
 
 
@@ -99,6 +102,7 @@ def each_rows(
         The divisor of the sum.
     """
     draws = generator or torch.Generator(device=problem.parameters.device).manual_seed(0)
+    draws = problem.shares.draws(draws) if kind == "mc" else draws
 
     def visit(examples: Examples) -> None:
         if kind != "empirical":

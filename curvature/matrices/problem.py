@@ -43,6 +43,7 @@ from curvature.model.determinism import warn_of_chance
 from curvature.model.parameters import Parameters
 from curvature.model.pullback import pull_back
 from curvature.model.settings import refuse_changes, settings, versions
+from curvature.model.shares import Shares, summed
 from curvature.model.streams import drew_since, random_state
 from solvers.precision import working_dtype
 
@@ -140,6 +141,7 @@ class Problem:
         opaque: Allow a loss of which only the value is known.
         fisher: Put the Fisher information of the outputs in the place of the Hessian of the loss in them. ``None``
             leaves a loss that is no likelihood as it is, which True refuses.
+        process_group: Processes whose data together are the data.
 
     Raises:
         TypeError: If the data can be seen only once.
@@ -159,19 +161,22 @@ class Problem:
         progress: bool | None = None,
         opaque: bool = False,
         fisher: bool | None = False,
+        process_group: Any = None,
     ) -> None:
         _refuse_sparse(model)
         self.model, self.loss_fn = model, loss_fn
         self.parameters = Parameters(model, params)
         self.output, self.class_dim, self.batch_dim = output, class_dim, batch_dim
-        self.start = batches(data, passes=2)
-        self.single, self.fisher = is_one_batch(data), fisher
+        self.shares = Shares(process_group)
+        self.start = batches(data, passes=2, empty=self.shares.several)
+        self.single, self.fisher = is_one_batch(data) and not self.shares.several, fisher
         self.progress = False if progress is None and self.single else progress
         self.loss = self._loss(opaque)
         if isinstance(self.loss, AutogradLoss) and self.loss.open:
             self._find_reduction()
         if self.loss is not None and not self.single:
-            self.loss = over_all_data(self.loss, model, self.start, self.parameters.device, output, class_dim)
+            device = self.parameters.device
+            self.loss = over_all_data(self.loss, model, self.start, device, output, class_dim, self.shares)
         self.random = random_state(self.parameters.device)
         self._versions = versions(model)
         self._visited = False
@@ -248,7 +253,7 @@ class Problem:
         seen: Tensor | None = None
         mean, drew, number = False, False, 0
         device = self.parameters.device
-        with settings(self.model, self.random, device):
+        with self.shares.together(), settings(self.model, self.random, device):
             for x, y in shown(self.start(), title, self.progress):
                 x, y = to_device(x, device), to_device(y, device)
                 evaluation = Evaluation(self, x, y, first=first, count=count, recorded=recorded)
@@ -260,6 +265,10 @@ class Problem:
                     seen = _fingerprint(evaluation) if seen is None else seen + _fingerprint(evaluation)
                 if every or not evaluation.empty:
                     use(evaluation)
+        if self.shares.several:
+            flags = [total, terms, float(mean), number, *([0.0, 0.0] if seen is None else seen)]
+            total, terms, means, batches, *sizes = summed(self.shares, flags, device)
+            mean, number, seen = bool(means), int(batches), torch.stack(sizes)
         if first and not every and number:
             require_terms(terms)
         if first:
@@ -319,6 +328,7 @@ def loss_and_gradient(problem: Problem, dtype: torch.dtype | None = None) -> tup
         value.add_(loss.detach())
 
     divisor = problem.visit(add, "loss and gradient")
+    problem.shares.sum(value, total)
     return value / divisor, total / divisor
 
 

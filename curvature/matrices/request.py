@@ -77,6 +77,7 @@ class Request:
     class_dim: ClassDim = None
     progress: bool | None = None
     batch_dim: BatchDim = None
+    process_group: Any = None
 
     def problem(self, fisher: bool | None = False) -> Problem:
         """The loss as a function of the parameters, for data that can be seen again; see :class:`Problem`."""

@@ -14,6 +14,7 @@ from numbers import Number
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from curvature.model.data import is_one_batch, split_batch
@@ -46,8 +47,9 @@ def checked(**own: Check) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
         @functools.wraps(called)
         def checking(*args: P.args, **kwargs: P.kwargs) -> R:
+            shared = kwargs.get("process_group") is not None  # then a process may have no data at all
             for name, value in (*zip(names, args, strict=False), *kwargs.items()):
-                if name in checks:
+                if name in checks and not (shared and name == "data" and isinstance(value, list) and not value):
                     checks[name](name, value)
             return called(*args, **kwargs)
 
@@ -133,6 +135,13 @@ def batch(name: str, value: Any) -> Any:
     return value
 
 
+def group(name: str, value: Any) -> Any:
+    """Processes of torch.distributed, or ``None``."""
+    if value is not None and not (dist.is_available() and isinstance(value, dist.ProcessGroup)):
+        raise TypeError(f"{name} is a process group such as torch.distributed.group.WORLD, not {_short(value)}.")
+    return value
+
+
 def inputs(name: str, value: Any) -> Any:
     """Inputs of a model: tensors, tuples or mappings of them, or objects of the user's."""
     if value is None or isinstance(value, (nn.Module, Number, str, bytes)) or (value == [] and isinstance(value, list)):
@@ -185,6 +194,7 @@ COMMON: dict[str, Check] = {
     "batch_dim": axes,
     "keep_graph": lambda name, value: flag(name, value, optional=True),
     "progress": lambda name, value: flag(name, value, optional=True),
+    "process_group": group,
     "generator": optional(a(torch.Generator, "a torch.Generator")),
     "seed": count(-(2**63) + 1),
     "memory": count(),

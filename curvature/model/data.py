@@ -55,12 +55,13 @@ def is_one_batch(data: Any) -> bool:
     return isinstance(data, list) and len(data) == 2 and isinstance(data[0], Tensor)
 
 
-def batches(data: Data, passes: int = 1) -> Callable[[], Iterator[Batch]]:
+def batches(data: Data, passes: int = 1, empty: bool = False) -> Callable[[], Iterator[Batch]]:
     """A function that starts a pass over the data.
 
     Args:
         data: One batch ``(x, y)``, or an iterable of batches (a list, a ``DataLoader``).
         passes: How often it will be called; a one-shot iterator serves one pass only.
+        empty: Whether there may be no batches, as in a process that has no data of a common set.
 
     Raises:
         TypeError: If ``data`` is not iterable, or a one-shot iterator where several passes are needed.
@@ -79,11 +80,11 @@ def batches(data: Data, passes: int = 1) -> Callable[[], Iterator[Batch]]:
         )
 
     def start() -> Iterator[Batch]:
-        empty = True
+        none = not empty
         for batch in data:
-            empty = False
+            none = False
             yield split_batch(batch)
-        if empty:
+        if none:
             raise ValueError("data has no batches: is it an iterator that was consumed before, or an empty loader?")
 
     return start

@@ -136,6 +136,20 @@ class CurvatureEstimator(ABC):
     def refresh_basis(self) -> None:  # noqa: B027  (most estimates have no basis)
         """Redo costly decompositions inside the estimate."""
 
+    def means(self, also: Iterable[str] = ()) -> dict[str, WeightedMean]:
+        """The means over examples that it is made of, by name, where it is made of such alone.
+
+        Args:
+            also: Names of means that are to be there, as those of the same block elsewhere.
+
+        Raises:
+            NotImplementedError: If it keeps something else of the data.
+        """
+        raise NotImplementedError(
+            f"block {self.block.name}: {type(self).__name__} keeps more of the data than means, so it cannot be "
+            "estimated over a process_group. Take another structure, such as 'kfac', 'ekfac', 'layer' or 'diagonal'."
+        )
+
     def begin_passes(self) -> None:  # noqa: B027  (most estimates need a single pass and nothing to prepare)
         """Announce that a data set follows which can be seen again; training steps cannot."""
 
@@ -211,6 +225,16 @@ class MeansEstimator(CurvatureEstimator):
     def parts(self) -> list[WeightedMean | CurvatureEstimator]:
         """All means and estimates it is made of."""
         return [getattr(self, name) for name in self.names]
+
+    def means(self, also: Iterable[str] = ()) -> dict[str, WeightedMean]:
+        out: dict[str, WeightedMean] = {}
+        for name, part in zip(self.names, self.parts(), strict=True):
+            if isinstance(part, WeightedMean):
+                out[name] = part
+                continue
+            inner = [other.removeprefix(f"{name}.") for other in also if other.startswith(f"{name}.")]
+            out |= {f"{name}.{key}": mean for key, mean in part.means(inner).items()}
+        return out
 
     @property
     def averages_positions(self) -> bool:

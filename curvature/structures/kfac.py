@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -55,6 +56,11 @@ class KroneckerEstimator(MeansEstimator):
         self.gradient_factor = gradient_factor
         # Straight uses give (A, B); flipped uses a second pair.
         self.sides: dict[str, tuple[WeightedMean, WeightedMean]] = {}
+
+    def means(self, also: Iterable[str] = ()) -> dict[str, WeightedMean]:
+        for side in dict.fromkeys(name.partition(".")[0] for name in also):
+            self.sides.setdefault(side, (WeightedMean(), WeightedMean()))
+        return {f"{side}.{i}": mean for side in sorted(self.sides) for i, mean in enumerate(self.sides[side])}
 
     @property
     def averages_positions(self) -> bool:
