@@ -24,6 +24,7 @@ from precond.closure.sophia import Sophia
 from precond.closure.ssbfgs import SSBFGS
 from precond.closure.ssbroyden import SSBroyden
 from precond.closure.taylor import directional_derivatives, laplacian
+from precond.distributed.planner import ShardPlan, plan
 from precond.fitting import LeastSquaresResult, least_squares
 from precond.gradient.galore import GaLore
 from precond.gradient.kl_shampoo import KLShampoo
@@ -100,8 +101,10 @@ __all__ = [
     "least_squares",
     "Method",
     "methods",
+    "plan",
     "PointwiseResidual",
     "QuadraticModel",
+    "ShardPlan",
     "Taxonomy",
     # parts to choose from
     "Cholesky",
