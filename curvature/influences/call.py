@@ -24,6 +24,7 @@ from curvature.matrices.request import WHOLE, Request, Structure
 from curvature.model.arguments import Check, a, checked, count, data, optional
 from curvature.model.data import Batch, Data, Output
 from curvature.model.order import refuse_another_order
+from curvature.model.shares import Shares
 from curvature.structures.by_name import BLOCKS, kind_of
 from curvature.structures.estimator import Curvature
 from solvers import CG, BlockDiagonal, Damping, LinearOperator, RelativeTikhonov, Solver, StructureError, Tikhonov
@@ -35,6 +36,12 @@ def _check_curvature(name: str, value: Any) -> Any:
         return choice(name, value, (*BLOCKS, *WHOLE))
     kinds = (Curvature, Mapping, LinearOperator)
     return instance(name, value, kinds, "the name of a structure, a Curvature, a mapping or a LinearOperator")
+
+
+def _files(store: Resume | None, process_group: Any) -> InfluenceStore | None:
+    if store is not None and process_group is not None:
+        raise ValueError("store keeps the files of one process: leave it out, or process_group.")
+    return None if store is None else InfluenceStore(store)
 
 
 def _check_damping(name: str, value: Any) -> Any:
@@ -80,6 +87,7 @@ def influence(
     batch_dim: BatchDim = None,
     generator: torch.Generator | None = None,
     progress: bool | None = None,
+    process_group: Any = None,
 ) -> Influence:
     r"""Influence of training examples on queries, at a minimum of the training loss L.
 
@@ -122,6 +130,8 @@ def influence(
         batch_dim: Axis of the output that counts the examples, where it is not the first; by key for a sum of losses.
         generator: Source of sampled labels.
         progress: Show progress bars.
+        process_group: Processes whose training data together are the data that the curvature is estimated from. Each
+            gets the scores of its own examples; the queries are the same in all of them. Without ``store``.
 
     Raises:
         ValueError: If the operator does not act on the flat vector of the parameters, a rank is asked for and it has
@@ -137,8 +147,9 @@ def influence(
     refuse_another_order(train, "influences")
     refuse_another_order(queries, "influences")
     request = Request(model, loss_fn, train, params, output, class_dim, progress, batch_dim)
-    files = None if store is None else InfluenceStore(store)
-    matrix, damped = _curvature(request, curvature, damping, generator, files)
+    files = _files(store, process_group)
+    shared = replace(request, process_group=process_group)
+    matrix, damped = _curvature(shared, curvature, damping, generator, files)
     inverse = _inverse(matrix, damped, solver)
     _check_rank(query_rank, inverse)
     joint = _joint(inverse)
@@ -165,7 +176,10 @@ def influence(
         file = None if files is None else files.results("scores", identity | {"queries": batches_digest(group)})
         found.append((rows, scores(problem, asked, rows, by_position, joint, file, title)))
         _compare(found[0][1], found[-1][1])
-    return _result(found)
+    result = _result(found)
+    if not found[0][1].mean:
+        return result
+    return replace(result, total=sum(Shares(process_group).gather(result.total)))
 
 
 @checked(**_CHECKS)
@@ -184,6 +198,7 @@ def self_influence(
     batch_dim: BatchDim = None,
     generator: torch.Generator | None = None,
     progress: bool | None = None,
+    process_group: Any = None,
 ) -> Tensor:
     r"""Influence of every training example on itself, :math:`\langle g_n, (C + \lambda I)^{-1} g_n \rangle`, ``(N,)``.
 
@@ -192,8 +207,9 @@ def self_influence(
     """
     refuse_another_order(train, "influences")
     request = Request(model, loss_fn, train, params, output, class_dim, progress, batch_dim)
-    files = None if store is None else InfluenceStore(store)
-    matrix, damped = _curvature(request, curvature, damping, generator, files)
+    files = _files(store, process_group)
+    shared = replace(request, process_group=process_group)
+    matrix, damped = _curvature(shared, curvature, damping, generator, files)
     inverse = _inverse(matrix, damped, solver)
     problem = request.problem()
     _check(inverse, problem)

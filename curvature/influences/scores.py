@@ -32,6 +32,7 @@ class Found:
         empty: Numbers of the batches in which no term counts.
         losses: Loss of each batch, which tells whether another pass saw the same.
         total: Divisor of the loss.
+        mean: Whether that is a sum over batches.
         random: Random state at the start of the pass, on which the order of a shuffling loader depends.
         blocks: ``{block: [(Q, n) of each batch]}``.
         positions: ``{block: [(Q, n, s) of each batch]}``.
@@ -42,7 +43,7 @@ class Found:
         self.counts: list[int] = []
         self.empty: list[int] = []
         self.losses: list[float] = []
-        self.total = 0.0
+        self.total, self.mean = 0.0, False
         self.random = problem.random
         self.blocks: dict[str, list[Tensor]] = {}
         self.positions: dict[str, list[Tensor]] = {}
@@ -66,7 +67,7 @@ class Found:
         if evaluation.empty:
             self.empty.append(len(self.counts))
         self.counts.append(examples)
-        self.total = self.total + float(evaluation.total) if evaluation.mean else 1.0
+        self.total, self.mean = self.total + float(evaluation.total) if evaluation.mean else 1.0, evaluation.mean
 
     def add(self, block: str, values: Tensor) -> None:
         """Scores ``(Q, n)`` of the batch in a block."""

@@ -116,6 +116,26 @@ def estimates() -> dict[str, float]:
     }
 
 
+def influences() -> dict[str, float]:
+    """Scores of the examples of this rank, by a curvature that is estimated from the examples of all."""
+    x, y = data()[0]
+    loss, kfac = nn.CrossEntropyLoss(), curvature.KroneckerFisher("exact")
+    alone, found = (
+        curvature.influence(Net(), loss, batches, (x, y), curvature=kfac, damping=0.1, process_group=group)
+        for batches, group in ((data(), None), (own((9, 4)), dist.group.WORLD))
+    )
+    whole, mine = (
+        curvature.self_influence(Net(), loss, batches, curvature=kfac, damping=0.1, process_group=group)
+        for batches, group in ((data(), None), (own((9, 4)), dist.group.WORLD))
+    )
+    place = slice(0, 9) if dist.get_rank() == 0 else slice(9, 13)
+    return {
+        "queries": float((found.scores - alone.scores[:, place]).abs().max() / alone.scores.abs().max()),
+        "self": float((mine - whole[place]).abs().max() / whole.abs().max()),
+        "total": abs(found.total - alone.total),
+    }
+
+
 def draws() -> dict[str, Any]:
     """Monte-Carlo matrices: draws differ between ranks, and their mean over many is the exact matrix."""
     mine, group, out = own((9, 4)), dist.group.WORLD, {}
@@ -162,4 +182,4 @@ def refusals() -> dict[str, str]:
 
 
 def on_two() -> dict[str, Any]:
-    return {check.__name__: check() for check in (gaps, estimates, draws, refusals)}
+    return {check.__name__: check() for check in (gaps, estimates, influences, draws, refusals)}
