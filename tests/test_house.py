@@ -24,7 +24,8 @@ HOUSE: dict[str, str] = {
     "precond.__main__": ".demo",
     "precond.demo": ".layerwise .step solvers solvers.files",
     "precond.taxonomy": ".step",
-    "precond": ".distributed .layerwise .layerwise.blocks .closure .gradient .step curvature curvature.structures solvers .fitting"
+    "precond": ".distributed .layerwise .layerwise.blocks .closure .gradient .step curvature"
+    " curvature.structures solvers .fitting"
     " .grouping",
     "precond.integrations": ".step curvature.model",
     "precond.grouping": ".step curvature.estimation curvature.layers curvature.model solvers.outcome",
@@ -35,11 +36,13 @@ HOUSE: dict[str, str] = {
     "precond.closure": ".distributed .gradient .step curvature.estimation curvature.layers curvature.losses"
     " curvature.model solvers solvers.precision solvers.outcome",
     "precond.fitting": ".step curvature.model solvers.outcome",
-    "precond.gradient": ".distributed .step solvers solvers.iterative solvers.direct solvers.precision solvers.operators"
+    "precond.gradient": ".distributed .step solvers solvers.iterative solvers.direct solvers.precision"
+    " solvers.operators"
     " solvers.outcome",
     "precond.step": ".distributed curvature.estimation curvature.losses curvature.model solvers solvers.precision"
     " solvers.outcome solvers.tree",
-    "precond.distributed": "curvature.estimation curvature.structures curvature.layers curvature.model solvers solvers.tree",
+    "precond.distributed": "curvature.estimation curvature.structures curvature.layers curvature.model solvers"
+    " solvers.tree",
     "curvature.__main__": ".cli",
     "curvature.cli": ".reports .plots .matrices .estimation .structures .layers .losses .model solvers solvers.outcome"
     " solvers.eigenpairs solvers.estimates solvers.tree solvers.files .compression",

@@ -88,7 +88,7 @@ class Move:
 
 
 def vectors(tensors: Sequence[Tensor], wide: bool) -> list[Tensor]:
-    """Tensors as vectors, in float32 at least; in float64 if wide, where the device has that. Of shards, the own one."""
+    """Tensors as vectors, in float32 at least; in float64 where wide and possible; of shards the own one."""
     if any(map(is_sharded, tensors)):
         tensors = list(map(local, tensors))
     if wide:
