@@ -75,6 +75,32 @@ class Refreshing:
     attempt: Callable[[], bool]
 
 
+@dataclass(frozen=True)
+class Layout:
+    """A tensor that a block publishes, as it lies in memory: products of other layouts round otherwise.
+
+    Attributes:
+        key: Its name.
+        shape: Its shape.
+        stride: Its strides.
+        dtype: Its dtype.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, key: str, tensor: Tensor) -> Layout:
+        """That of a tensor."""
+        return cls(key, tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+    def laid_out(self, tensor: Tensor) -> Tensor:
+        """A copy of a tensor of this shape."""
+        return tensor.new_empty_strided(self.shape, self.stride).copy_(tensor)
+
+
 class SharedCurvature:
     """Adds statistics up over processes, and shares out what follows from them.
 
@@ -89,7 +115,7 @@ class SharedCurvature:
         self.plan = SharedPlan()
         self._columns: dict[str, int] = {}  # block -> column that keeps it
         self._costs: dict[str, int] = {}
-        self._shapes: dict[str, list[tuple[str, tuple[int, ...], torch.dtype]]] = {}  # of what blocks publish
+        self._published: dict[str, list[Layout]] = {}  # block -> what it publishes
         self._reached: set[str] = set()  # blocks that the step has statistics of, in some process
         self._weight = 0.0  # that the sums of the step are divided by
 
@@ -281,25 +307,19 @@ class SharedCurvature:
         names = sorted(name for name in names if name in self._columns)
         if self.ranks.columns == 1 or not names:
             return
-        if any(name not in self._shapes for name in names):
-            own = {
-                name: [(key, tuple(x.shape), x.dtype) for key, x in blocks[name].estimator.shared().items()]
-                for name in names
-                if self.keeps(name)
-            }
-            for found in self.ranks.objects(own):
-                self._shapes |= found
-        keys = [(name, key) for name in names for key, _, _ in self._shapes[name]]
         shared = {name: blocks[name].estimator.shared() if self.keeps(name) else {} for name in names}
-        pieces = [
-            Piece(self._columns[name], shape, dtype, shared[name].get(key))
-            for name in names
-            for key, shape, dtype in self._shapes[name]
-        ]
-        found = dict(zip(keys, spread(self.ranks, pieces), strict=True)) if pieces else {}
+        if any(name not in self._published for name in names):
+            own = {name: [Layout.of(key, x) for key, x in shared[name].items()] for name in names if self.keeps(name)}
+            for found in self.ranks.objects(own):
+                self._published |= found
+        layouts = [(name, layout) for name in names for layout in self._published[name]]
+        pieces = [Piece(self._columns[n], x.shape, x.dtype, shared[n].get(x.key)) for n, x in layouts]
+        received: dict[str, dict[str, Tensor]] = {name: {} for name in names}
+        for (name, layout), tensor in zip(layouts, spread(self.ranks, pieces) if pieces else [], strict=True):
+            received[name][layout.key] = layout.laid_out(tensor)
         for name in names:
-            if not self.keeps(name) and self._shapes[name]:
-                blocks[name].estimator.take_shared({key: found[name, key].clone() for key, _, _ in self._shapes[name]})
+            if not self.keeps(name) and received[name]:
+                blocks[name].estimator.take_shared(received[name])
 
     # Inverses
 

@@ -225,6 +225,11 @@ def group_of(given: Any, parallel: nn.parallel.DistributedDataParallel | None) -
         ValueError: If both are known and differ.
     """
     averaged = None if parallel is None else parallel.process_group
+    if parallel is not None and parallel._join_config.enable:
+        raise NotImplementedError(
+            "DistributedDataParallel.join() lets ranks without data stay away, and layer-based methods need all in "
+            "each step. Give every rank equally many batches, such as by DistributedSampler."
+        )
     if given is not None and averaged is not None:
         ranks = dist.get_process_group_ranks(given)
         others = dist.get_process_group_ranks(averaged)

@@ -224,6 +224,15 @@ def refusals() -> dict[str, str]:
         backward(model, model, 0, loss_fn)
         optimizer.step()
 
+    def joined() -> None:
+        model = Net()
+        parallel = DistributedDataParallel(model)
+        optimizer = KFAC(parallel, loss_fn, lr=0.1)
+        with parallel.join():
+            backward(model, parallel, 0, loss_fn)
+            optimizer.step()
+
+    note("joined", joined)
     note("smw", lambda: step(SMWNaturalGradient))
     note("seng", lambda: step(SENG))
     note("fraction", lambda: step(KFAC, memory_fraction=0.3))
@@ -332,6 +341,7 @@ REFUSALS = {
     "unwrapped": "UserWarning: KFAC runs in one of 2 processes, with the curvature of its own data alone",
     "other group": r"ValueError: process_group holds ranks \[\d\], but DistributedDataParallel .* over \[0, 1\]",
     "own model": "nothing",
+    "joined": r"NotImplementedError: DistributedDataParallel.join\(\) lets ranks without data stay away",
 }
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from precond import SOAP
 from tests.distributed_run import ranks
@@ -62,6 +63,7 @@ def unequal() -> dict[str, Any]:
     for name in ("kfac exact", "ekfac"):
         out[f"{name}, sum"] = by_hand(name, Net(), nn.CrossEntropyLoss(reduction="sum"), vectors(), CUTS)
         out[f"{name}, branch"] = branched(name)
+        out[f"{name}, unused"] = branched(name, wrapped=True)
         for what, fraction in (("tokens", 1.0), ("fraction", 0.5)):
             out[f"{name}, {what}"] = by_hand(
                 name, Language(), nn.CrossEntropyLoss(), tokens(2), (3, 8), memory_fraction=fraction
@@ -70,15 +72,17 @@ def unequal() -> dict[str, Any]:
     return out
 
 
-def branched(name: str) -> list[Tensor]:
+def branched(name: str, wrapped: bool = False) -> list[Tensor]:
     """A head that rank 1 alone uses, by the data of its share."""
     model = Branch()
-    optimizer = make(name, model, process_group=dist.group.WORLD)
+    call = DistributedDataParallel(model, find_unused_parameters=True) if wrapped else model
+    optimizer = make(name, call, **({} if wrapped else {"process_group": dist.group.WORLD}))
     for x, y in branches():
         x, y = share((x, y), 8)
         optimizer.zero_grad()
-        optimizer.loss_fn(model(x), y).backward()
-        averaged(model)
+        optimizer.loss_fn(call(x), y).backward()
+        if not wrapped:
+            averaged(model)
         optimizer.step()
     return parameters(model)
 
@@ -94,7 +98,7 @@ def branches() -> list[Batch]:
     return found
 
 
-def both_shares(name: str) -> list[Tensor]:
+def both_shares(name: str, zeros: bool = True) -> list[Tensor]:
     """One process that runs the two shares one after the other."""
     model = Branch()
     optimizer = make(name, model)
@@ -103,7 +107,7 @@ def both_shares(name: str) -> list[Tensor]:
         for part in (slice(8), slice(8, None)):
             (optimizer.loss_fn(model(x[part]), y[part]) / 2).backward()
         for p in model.parameters():
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            p.grad = torch.zeros_like(p) if p.grad is None and zeros else p.grad
         optimizer.step()
     return parameters(model)
 
@@ -142,6 +146,8 @@ def test_unequal_shares_take_the_steps_of_one_process() -> None:
             expected = summed(name)
         elif what == "branch":
             expected = both_shares(name)
+        elif what == "unused":
+            expected = both_shares(name, zeros=False)
         else:
             model, batches = (Net(), vectors()) if what == "mean" else (Language(), tokens(2))
             expected = alone(name, model, batches)
