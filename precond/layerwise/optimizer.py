@@ -691,8 +691,8 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
             self.events[FAILURES] += sum(task.kept.failures > failed[task.name] for task in tasks)
             self.events[REFRESHES] += sum(task.basis and task.name in new for task in tasks)
             if bounded:
-                for name, preconditioner in self.preconditioners.items():
-                    self._measure(preconditioner, None, name in new)
+                for name in sorted(self.preconditioners):  # each process has them in an order of its own
+                    self._measure(self.preconditioners[name], None, name in new)
                 self._measured = self._shared.added(self._measured)
         if bounded:
             self._measure_plain()
