@@ -243,13 +243,14 @@ def test_a_perfect_fit_with_singular_factors_goes_on(make: Any, dtype: torch.dty
         model = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3)).to(dtype)
         x = torch.randn(4, 2, dtype=dtype) @ torch.randn(2, 6, dtype=dtype)
     y = model(x).detach()
-    optimizer = make(model, nn.MSELoss(), lr=0.1)
-    for k in range(12):
+    optimizer = make(model, nn.MSELoss(), lr=0.1, inverse_update_period=1)
+    for k in range(8):
         optimizer.zero_grad()
-        plain(model, optimizer.loss_fn, x, y + (0.1 if k == 0 else 1e-12 * (-1) ** k))
+        plain(model, optimizer.loss_fn, x, y + 0.1 * (k == 0))
         optimizer.step()
+        optimizer.state[next(model.parameters())]["level"].fill_(1e-25)  # as after some hundred steps
+    assert optimizer.metrics()["skipped"] == 0
     assert bool(flat(model).isfinite().all())
-    assert float((model(x) - y).abs().max().detach()) < 1
 
 
 def test_the_damping_has_a_floor_by_the_curvature() -> None:
