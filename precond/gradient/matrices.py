@@ -56,18 +56,18 @@ def worth_a_matrix(n: int, numel: int, max_dim: int, max_ratio: float | None) ->
 
     The matrix of an axis that is far longer than all others together has more numbers than the tensor, and learns
     little from them: the rows of an embedding, most of which have no gradient in a batch, or the inputs of a small
-    head. Axes up to 32 cost nothing, and always have one.
+    head. Tensors of less than 256 numbers count as 256, because small matrices cost nothing.
 
     Args:
         n: Size of the axis.
         numel: Numbers in the tensor.
         max_dim: Longest axis with a matrix.
-        max_ratio: Largest ratio of n to the size of all other axes together; ``None`` for any.
+        max_ratio: Largest ratio of n to the size of all other axes together, ``n * n / numel``; ``None`` for any.
 
     >>> [worth_a_matrix(n, n * others, 8192, 4.0) for n, others in ((32, 1), (3072, 768), (2000, 16), (50_000, 768))]
     [True, True, False, False]
     """
-    return n <= max_dim and (n <= 32 or max_ratio is None or n * n <= max_ratio * numel)
+    return n <= max_dim and (max_ratio is None or n * n <= max_ratio * max(numel, 256))
 
 
 def unfolded(x: Tensor, axis: int) -> Tensor:

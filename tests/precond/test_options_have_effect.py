@@ -42,6 +42,7 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "betas": ((0.9, 0.9), (0.5, 0.5)),
     "eps": (1e-8, 0.3),
     "max_dim": (10000, 1),
+    "max_ratio": (4.0, 0.0),
     "merge_dims": (None, 64),
     "curvature": (KroneckerBFGS(), KroneckerBFGS(initial=0.1)),
     # one method each
