@@ -544,9 +544,8 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
             return
         first = self.param_groups[0]["params"][0]
         before = self.state[first].get("level")
-        self._level = level = LossLevel.after(before, self.statistics.level, first)
-        known = before is not None or self.statistics.level is not None
-        self.state[first]["level"] = level.mean if known else torch.zeros_like(level.mean)
+        self._level = LossLevel.after(before, self.statistics.level, first)
+        self.state[first]["level"] = self._level.saved(before)
 
     def bound_level(self) -> Tensor | None:
         return None if self._level is None else self._level.bound

@@ -30,10 +30,18 @@ class LossLevel:
     Attributes:
         mean: :math:`\ell_t`, 0-d.
         bound: What a bound is multiplied by, 0-d.
+        known: Whether it rests on a loss that was seen, 0-d bool; ``None`` where there was none in this step.
     """
 
     mean: Tensor
     bound: Tensor
+    known: Tensor | None = None
+
+    def saved(self, before: Tensor | None) -> Tensor:
+        """What the next level begins with: 0 where no loss was seen yet."""
+        if self.known is None:
+            return torch.zeros_like(self.mean) if before is None else before
+        return torch.where(self.known, self.mean, 0)
 
     @classmethod
     def after(cls, before: Tensor | None, loss: Tensor | None, like: Tensor) -> LossLevel:
@@ -44,18 +52,18 @@ class LossLevel:
             loss: Of the step; ``None`` where it was not seen.
             like: A tensor of the device at which it is kept.
         """
+        dtype, device = working_dtype(like), like.device
+        unknown = torch.zeros((), dtype=dtype, device=device)
+        before = unknown if before is None else before.to(device, dtype)
+        carried = torch.where(before > 0, before, 1)
         if loss is None:
-            known = (
-                like.new_ones((), dtype=working_dtype(like)) if before is None else torch.where(before > 0, before, 1)
-            )
-            return cls(known, known)
+            return cls(carried, carried)
         # At zero nothing is left to do; the smallest number keeps what is divided by it finite.
-        loss = loss.to(like.device, working_dtype(like)).clamp(min=torch.finfo(torch.float32).tiny)
-        if before is None:
-            return cls(loss, loss)
-        before = before.to(loss)
+        loss = loss.to(device, dtype).clamp(min=torch.finfo(torch.float32).tiny)
+        seen = loss.isfinite()  # gradients may be although squares of the outputs are not
+        loss = torch.where(seen, loss, carried)
         mean = torch.where(before > 0, torch.minimum(before.lerp(loss, 1 - DECAY), GROWTH * before), loss)
-        return cls(mean, torch.minimum(mean, loss))
+        return cls(mean, torch.minimum(mean, loss), seen | (before > 0))
 
 
 @dataclass(frozen=True)

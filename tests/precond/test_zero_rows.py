@@ -14,12 +14,12 @@ from precond import EKFAC, KFAC, PSGD, SINGD, SOAP, TNT, KLShampoo, Muon, Shampo
 from solvers.outcome.remedies import FLOAT64
 
 GRADIENT: dict[str, Callable[[Any], Any]] = {
-    "SOAP": lambda p: SOAP(p, lr=1e-2, inverse_update_period=2),
+    "SOAP": lambda p: SOAP(p, lr=1e-2, inverse_update_period=2, max_ratio=None),
     "Shampoo": lambda p: Shampoo(p, lr=1e-2, inverse_update_period=2),
     "corrected Shampoo": lambda p: Shampoo(
         p, lr=1e-2, inverse_update_period=2, eigenvalue_correction=True, grafting=None
     ),
-    "KL-Shampoo": lambda p: KLShampoo(p, lr=1e-2, inverse_update_period=2),
+    "KL-Shampoo": lambda p: KLShampoo(p, lr=1e-2, inverse_update_period=2, max_ratio=None),
     "SPlus": lambda p: SPlus(p, lr=0.5, inverse_update_period=2),
     "PSGD": lambda p: PSGD(p, lr=1e-2),
     "Muon": lambda p: Muon(p, lr=1e-2),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -100,6 +101,7 @@ def test_the_level_is_that_of_the_formula() -> None:
     like, before, level = torch.zeros((), dtype=torch.float64), None, values[0]
     for k, value in enumerate(values):
         found = LossLevel.after(before, torch.tensor(value, dtype=torch.float64), like)
+        value = value if math.isfinite(value) else level  # it says nothing
         level = level if k == 0 else min(0.9 * level + 0.1 * value, 1.01 * level)
         assert float(found.mean) == pytest.approx(level, rel=1e-12)
         assert float(found.bound) == pytest.approx(min(level, value), rel=1e-12, abs=1e-30)
@@ -108,6 +110,9 @@ def test_the_level_is_that_of_the_formula() -> None:
     assert carried.mean == carried.bound == before
     assert LossLevel.after(None, None, like).mean == LossLevel.after(torch.zeros(()), None, like).mean == 1
     assert LossLevel.after(torch.zeros(()), torch.tensor(5.0), like).mean == 5
+    lost = LossLevel.after(None, torch.tensor(math.inf), like)
+    assert lost.mean == 1 and lost.saved(None) == 0
+    assert LossLevel.after(None, None, like).saved(None) == 0 and carried.saved(before) is before
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
