@@ -22,7 +22,8 @@ def test_nothing_crashes_or_diverges(problem: str) -> None:
         for method in METHODS:
             found = run(f"{method}(lr=0.1)" if method in SEEN_BY_LAYERS else method, problem, seed=0, steps=6)
             assert not found.error, (method, found.error)
-            assert found.losses[-1] <= 1.05 * found.losses[0], (method, found.losses)
+            # A few steps may go up a little; those that run away go up by orders of magnitude.
+            assert found.losses[-1] <= 2 * found.losses[0], (method, found.losses)
 
 
 def test_the_halves_share_nothing_and_are_all() -> None:
