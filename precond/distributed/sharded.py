@@ -9,6 +9,7 @@ the matrices of a parameter are kept and decomposed once. Nothing is approximate
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -30,9 +31,14 @@ def is_sharded(x: Any) -> bool:
     return type(x) is not Tensor and type(x) is not nn.Parameter and hasattr(x, "device_mesh")
 
 
-def local(x: Tensor) -> Tensor:
+def any_sharded(tensors: Iterable[Any]) -> bool:
+    """Whether one of them is a ``DTensor``; where that part of torch is not loaded there is none, without a look."""
+    return "torch.distributed.tensor" in sys.modules and any(map(is_sharded, tensors))
+
+
+def local(x: Any) -> Any:
     """The part of a tensor that lies in this process."""
-    return x.to_local() if is_sharded(x) else x  # type: ignore[operator]  # a DTensor
+    return x.to_local() if is_sharded(x) else x
 
 
 @dataclass(frozen=True)
@@ -228,7 +234,7 @@ class Exchange:
         Raises:
             OtherProcessFailed: If it raised in another process; what it raised here is raised as it is.
         """
-        laid = {p: g.redistribute(placements=p.placements) if is_sharded(g) else g for p, g in gradients.items()}  # type: ignore[operator, attr-defined]
+        laid = {p: g.redistribute(placements=p.placements) if is_sharded(g) else g for p, g in gradients.items()}  # type: ignore[attr-defined]
         cut = [p for p in laid if p in self.owner]
         whole = {p: local(g) for p, g in laid.items() if p not in self.owner}
         whole |= self.gathered({p: local(laid[p]) for p in cut})
@@ -442,11 +448,8 @@ def summed(values: Tensor, tensors: Iterable[Tensor], operation: Any = None) -> 
 
 def agreed(flag: bool, tensors: Sequence[Tensor]) -> bool:
     """Whether a condition holds in all processes that share some tensors, replicas included."""
-    groups = {}
-    for x in tensors:
-        if is_sharded(x):
-            mesh: Any = x.device_mesh  # type: ignore[attr-defined]
-            groups |= {mesh.get_group(dim): local(x).device for dim in range(mesh.ndim)}
+    meshes = {x.device_mesh: local(x).device for x in tensors if is_sharded(x)}  # type: ignore[attr-defined]
+    groups = {mesh.get_group(dim): device for mesh, device in meshes.items() for dim in range(mesh.ndim)}
     for group, device in groups.items():
         value = torch.tensor(int(flag), device=device)
         dist.all_reduce(value, dist.ReduceOp.MIN, group=group)

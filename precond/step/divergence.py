@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from precond.distributed.sharded import agreed, is_sharded, local, summed
+from precond.distributed.sharded import agreed, any_sharded, is_sharded, local, summed
 from solvers.precision import working_dtype
 from solvers.tree import pieces, place
 
@@ -31,7 +31,7 @@ def largest_norm(tensors: Sequence[Tensor]) -> float:
     tensors = [t for t in tensors if t.numel()]
     if not tensors:
         return 0.0
-    if any(map(is_sharded, tensors)):
+    if any_sharded(tensors):
         return _largest_norm_of_shards(tensors)
     top = float(_row(torch._foreach_norm(tensors)).max())
     if not math.isfinite(top) and tensors[0].device.type != "mps":
@@ -43,8 +43,8 @@ def _largest_norm_of_shards(tensors: Sequence[Tensor]) -> float:
     """:func:`largest_norm` where tensors are shared out over processes, which all get the same."""
     sharded = [t for t in tensors if is_sharded(t)]
     squares = torch.stack([torch.linalg.vector_norm(local(t).to(_widest(t))).square() for t in sharded])
-    top = max(math.sqrt(float(summed(squares, sharded).max())), largest_norm([t for t in tensors if not is_sharded(t)]))
-    return top if agreed(math.isfinite(top), sharded) else math.nan
+    found = [math.sqrt(float(summed(squares, sharded).max())), largest_norm([t for t in tensors if not is_sharded(t)])]
+    return max(found) if agreed(all(map(math.isfinite, found)), sharded) else math.nan
 
 
 def _widest(t: Tensor) -> torch.dtype:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from precond.distributed.sharded import is_sharded, like, local, summed
+from precond.distributed.sharded import any_sharded, is_sharded, like, local, summed
 from solvers.precision import widen, working_dtype
 
 #: Steps after which a bound that is active most of the time is told.
@@ -89,7 +89,7 @@ class Move:
 
 def vectors(tensors: Sequence[Tensor], wide: bool) -> list[Tensor]:
     """Tensors as vectors, in float32 at least; in float64 where wide and possible; of shards the own one."""
-    if any(map(is_sharded, tensors)):
+    if any_sharded(tensors):
         tensors = list(map(local, tensors))
     if wide:
         return [t.reshape(-1).to(torch.float64 if t.device.type != "mps" else working_dtype(t)) for t in tensors]
@@ -115,7 +115,7 @@ def _over_shards(sums: Tensor, params: Sequence[Tensor]) -> Tensor:
 
 def scaled(tensors: list[Tensor], factor: Tensor) -> list[Tensor]:
     """Tensors times a 0-d factor, in their own dtypes and on their own devices."""
-    if any(map(is_sharded, tensors)):
+    if any_sharded(tensors):
         parts = scaled(list(map(local, tensors)), factor)
         return [like(part, t) if is_sharded(t) else part for part, t in zip(parts, tensors, strict=True)]
     kinds = {(t.device, t.dtype) for t in tensors}

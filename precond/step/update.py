@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from precond.distributed.sharded import is_sharded, like, local
+from precond.distributed.sharded import any_sharded, is_sharded, like, local
 from precond.step.trust_region import scaled
 
 Decay = Literal["decoupled", "l2", "independent", "corrected", "cautious"]
@@ -80,7 +80,7 @@ def apply_update(
     Returns:
         The new values.
     """
-    if any(map(is_sharded, params)):
+    if any_sharded(params):
         return _update_of_shards(params, directions, states, group, scale)
     lr, momentum = group["lr"], group["momentum"]
     lr = lr.reshape(()) if isinstance(lr, Tensor) else lr
