@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from curvature.model.streams import random_state, set_random_state
-from precond.distributed.sharded import local
+from precond.distributed.sharded import any_sharded, local
 from precond.step.divergence import Diverged
 
 
@@ -83,7 +83,9 @@ class Transaction:
             last: What is to be done at the :meth:`end`; cannot fail.
             more_follows: Whether something that may raise comes before that; costs a copy of the tensors.
         """
-        pairs = [(local(t), local(value)) for t, value in pairs if local(t).numel()]
+        pairs = [(t, value) for t, value in pairs if t.numel()]
+        if any_sharded(t for t, _ in pairs):
+            pairs = [(local(t), local(value)) for t, value in pairs if local(t).numel()]
         self._before = [t.detach().clone() for t, _ in pairs] if more_follows else None
         self._moved, self._last = [(t, t._version) for t, _ in pairs], last
         if pairs:

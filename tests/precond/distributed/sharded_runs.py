@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import math
 import warnings
 from collections.abc import Callable
@@ -303,6 +305,67 @@ def plain_states(shape: tuple[int, ...]) -> dict[str, float]:
     return out
 
 
+def other_ways(shape: tuple[int, ...]) -> dict[str, float]:
+    """Halves of steps, averages of iterates, groups added later: distances to one process, on the same data."""
+    mesh, out = mesh_of(shape), {}
+    for name, run in {"halves": halves, "averages": averages, "groups": groups}.items():
+        net, alone = shard(rich(), mesh), rich()
+        out[name] = gap_under(run(net), net, run(alone), alone)
+    return out
+
+
+def halves(net: nn.Module) -> Any:
+    """Preconditioned gradients under another optimizer, and then under the own second half."""
+    first, second = METHODS["SOAP"](net.parameters()), torch.optim.SGD(net.parameters(), lr=0.1)
+    for step in range(4):
+        x, y = batch(step)
+        first.zero_grad()
+        nn.functional.mse_loss(net(x), y[:, :1]).backward()
+        first.precondition()  # type: ignore[attr-defined]
+        (second if step < 2 else first).step()
+    return contextlib.nullcontext
+
+
+def averages(net: nn.Module) -> Any:
+    optimizer: Any = METHODS["SPlus"](net.parameters())
+    steps(net, optimizer, range(3))
+    return optimizer.averaged
+
+
+def groups(net: nn.Module) -> Any:
+    params = list(net.parameters())
+    optimizer = SOAP(params[:4], lr=torch.tensor(0.01), maximize=True, momentum=0.5)
+    steps(net, optimizer, range(2))
+    optimizer.add_param_group({"params": params[4:]})
+    steps(net, optimizer, range(2, 4))
+    return contextlib.nullcontext
+
+
+def gap_under(first: Any, net: nn.Module, second: Any, alone: nn.Module) -> float:
+    with first(), second():
+        return gap(net, alone)
+
+
+def replicated(folder: str) -> dict[str, tuple[float, float]]:
+    """DistributedDataParallel: a run that goes on, beside one from a checkpoint and one from a plain state."""
+    out = {}
+    for name in ("SOAP", "MFAC"):
+        nets = [nn.parallel.DistributedDataParallel(rich()) for _ in range(3)]
+        optimizers = [METHODS[name](net.parameters()) for net in nets]
+        steps(nets[0], optimizers[0], range(4), dist.get_rank(), dist.get_world_size())
+        optimizers[0].zero_grad()
+        nets[2].load_state_dict(nets[0].state_dict())
+        optimizers[2].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+        dcp.save(dict(zip("mo", get_state_dict(nets[0], optimizers[0]), strict=True)), checkpoint_id=folder + name)
+        parts = dict(zip("mo", get_state_dict(nets[1], optimizers[1]), strict=True))
+        dcp.load(parts, checkpoint_id=folder + name)
+        set_state_dict(nets[1], optimizers[1], model_state_dict=parts["m"], optim_state_dict=parts["o"])
+        for net, optimizer in zip(nets, optimizers, strict=True):
+            steps(net, optimizer, range(4, 7), dist.get_rank(), dist.get_world_size())
+        out[name] = (gap(nets[0], nets[1]), gap(nets[0], nets[2]))
+    return out
+
+
 # One launch each: a process takes seconds to begin
 
 
@@ -313,5 +376,6 @@ def on_four(folder: str) -> dict[str, Any]:
 
 
 def on_two(folder: str) -> dict[str, Any]:
-    checks = (differences, refusals, disagreements, traffic, tensor_parallel, plain_states)
-    return {"loads": loads((2,), folder), **{check.__name__: check((2,)) for check in checks}}
+    checks = (differences, refusals, disagreements, traffic, tensor_parallel, plain_states, other_ways)
+    found = {"loads": loads((2,), folder), "replicated": replicated(f"{folder}/replicated")}
+    return {**found, **{check.__name__: check((2,)) for check in checks}}

@@ -71,6 +71,7 @@ def steps_are_those_of_one_process(found: dict[str, Any]) -> None:
         assert far(rank["hybrid"]) == far(rank["one axis"]) == {}
     for rank in found["two"]:
         assert far(rank["differences"]) == {}
+        assert rank["other_ways"] == {"halves": 0, "averages": 0, "groups": 0}
         assert {name: gap for name, gap in rank["tensor_parallel"].items() if gap > 1e-10} == {}
 
 
@@ -81,6 +82,7 @@ def checkpoints_move_between_meshes(found: dict[str, Any]) -> None:
         assert {name: gap for name, gap in loaded.items() if gap > SUMS_OVER_SHARDS.get(name, 0.0)} == {}
     for rank in found["two"]:
         assert max(rank["plain_states"].values()) <= 1e-14
+        assert rank["replicated"] == {"SOAP": (0, 0), "MFAC": (0, 0)}
 
 
 def what_is_not_served_is_refused_by_name(found: dict[str, Any]) -> None:
