@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -358,18 +358,18 @@ class Exchange:
             out[p] = laid
         return out
 
-    def kept(self, p: Tensor, entries: Entries, everywhere: Callable[[str], bool]) -> Entries:
+    def kept(self, p: Tensor, entries: Entries, whole: Collection[str]) -> Entries:
         """What of a saved state this process keeps; every process calls it.
 
         Args:
             p: The parameter.
             entries: Tensors laid out over the processes, or whole ones.
-            everywhere: Whether an entry is cut as the parameter is, and not the owner's.
+            whole: Names of tensors that the owner keeps; others are cut as the parameter is.
         """
         out = {}
         for name, value in entries.items():
             if isinstance(value, Tensor) and value.ndim:
-                if everywhere(name):
+                if name not in whole:
                     same = is_sharded(value) and layout_of(value) == layout_of(p)
                     out[name] = value if same else like(_own_part(_full(value), layout_of(p)), p)
                     continue

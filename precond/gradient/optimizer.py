@@ -110,15 +110,14 @@ class GradientOptimizer(SecondOrderOptimizer):
 
     def gather(self) -> None:
         exchange = self._exchange()
-        for group in self.param_groups if exchange is not None else ():
+        if exchange is None:
+            return
+        for group in self.param_groups:
             for p in group["params"]:
                 if p in exchange.owner and p in self.state:
-                    own = self.first_state(torch.empty(p.shape, dtype=p.dtype, device="meta"), group).keys()
-                    cut = self.shard_state(p).keys()
-                    kept = exchange.kept(
-                        p, self.state[p], lambda name, own=own, cut=cut: name in cut or name not in own
-                    )
-                    self.state[p] = kept
+                    first = self.first_state(torch.empty(p.shape, dtype=p.dtype, device="meta"), group)
+                    whole = first.keys() - self.shard_state(p).keys()
+                    self.state[p] = exchange.kept(p, self.state[p], whole)
 
     def whole_directions(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         """:meth:`directions` for whole parameters."""

@@ -147,6 +147,7 @@ ALLOWED = {
         ("None", option)
         for option in ("params", "class_dim", "batch_dim", "x2", "query_loss", "metric", "preconditioner")
     ),
+    ("None", "process_group"),
     *(("object", option) for option in ("x", "x2")),  # of the user's, as a graph may be
     ("[]", "quantities"),
     ("'x'", "quantity"),  # a KeyError with the columns that there are
