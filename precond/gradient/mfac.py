@@ -142,13 +142,21 @@ class MFAC(SecondOrderOptimizer):
         # to be copied, get the new gradients when the parameters move.
         gram = first["gram"].clone()
         products = torch.zeros_like(gram[0])
+        shares: dict[Any, tuple[Tensor, Tensor]] = {}  # of sharded parameters: one sum for all of a group of processes
         for p in group["params"]:
             window = local(self.state[p]["window"])
             new = local(gradients[p]).to(window, copy=True) if p in gradients else torch.zeros_like(window[slot])
             self.rows_written.append((window[slot], new))
             found = window.reshape(len(window), -1) @ new.reshape(-1)
             found[slot] = new.square().sum()
-            products += summed(found, [p]).to(products)
+            if is_sharded(p):
+                place = layout_of(p).group
+                before = shares[place][1] if place in shares else torch.zeros_like(products)
+                shares[place] = p, before + found.to(products)
+            else:
+                products += found.to(products)
+        for p, share in shares.values():
+            products += summed(share, [p])
         gram[slot] = gram[:, slot] = products
         first["gram"] = gram
         weights = self._weights(gram[:count, :count], slot, group["damping"])
