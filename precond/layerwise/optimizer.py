@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -203,7 +204,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
             loop=loop,
             process_group=process_group,
             defaults={
-                **({} if step_size is None else {"region": None}),
+                **({} if step_size is None else {"region": None, "factor_damping": self._factor_damping()}),
                 "damping": float(damping.strength) if isinstance(damping, Damping) else damping,
                 "damping_unit": damping_unit,
                 "curvature_ema": curvature_ema,
@@ -212,6 +213,11 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
             },
         )
         self._connect()
+
+    def _factor_damping(self) -> float | None:
+        """Where the damping that the factors have for themselves begins; ``None`` where they have none."""
+        apart = self.step_size is not None and self.step_size.factor_period is not None
+        return float(self.damping.strength) if apart and isinstance(self.damping, FactoredTikhonov) else None
 
     def _refuse_beside(self, step_size: QuadraticModel, momentum: Any, kl_clip: Any) -> None:
         """Refuse options that were given and that the quadratic model overrides.
@@ -484,11 +490,24 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         if self._burning:
             return {p: torch.zeros_like(g) for p, g in given.items()}
         self._refresh(updated)
-        out = {p: torch.empty_like(g, memory_format=torch.contiguous_format) for p, g in gradients.items()}
-        results = {name: out[p] for name, p in self.parameters.items() if p in gradients}
-        for name, rest in self.preconditioners.apply(by_name, rows, results, self._shared).items():
+        out = self._applied(by_name, rows, given)
+        candidates = [] if self._step_model is None else self._step_model.candidates()
+        if candidates and self._shared is not None:
+            raise NotImplementedError(
+                f"{type(self).__name__}: QuadraticModel(factor_period=) compares dampings in one process only. Leave it "
+                "out where several train together."
+            )
+        return self._best(candidates, out, by_name, rows, given) if candidates else out
+
+    def _applied(
+        self, gradients: dict[str, Tensor], rows: dict[str, GradientRows], given: dict[Tensor, Tensor]
+    ) -> dict[Tensor, Tensor]:
+        """``P g`` of every parameter."""
+        results = {name: torch.empty_like(g, memory_format=torch.contiguous_format) for name, g in gradients.items()}
+        for name, rest in self.preconditioners.apply(gradients, rows, results, self._shared).items():
             self._report_plain(name, rest)
         plain = self._plain()
+        out = {self.parameters[name]: d for name, d in results.items()}
         return out | {p: g.clone() for p, g in given.items() if id(p) in plain}
 
     def _look_at_members(self, present: Mapping[str, Tensor]) -> None:
@@ -549,6 +568,34 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
 
     def bound_level(self) -> Tensor | None:
         return None if self._level is None else self._level.bound
+
+    def _best(
+        self,
+        candidates: list[float],
+        now: dict[Tensor, Tensor],
+        gradients: dict[str, Tensor],
+        rows: dict[str, GradientRows],
+        given: dict[Tensor, Tensor],
+    ) -> dict[Tensor, Tensor]:
+        """The directions, among some dampings of the factors, of which the quadratic model promises most."""
+        assert self._step_model is not None
+        found: list[tuple[float, float, dict[Tensor, Tensor], dict[str, Any]]] = []
+        for strength in candidates:
+            for group in self.param_groups:
+                group["factor_damping"] = strength
+            if found:  # the first one is the present
+                for preconditioner in self.preconditioners.values():
+                    preconditioner.refresh(self._damping(preconditioner.estimator.block), basis=True)
+                now = self._applied(gradients, rows, given)
+            inverses = {name: p.inverse for name, p in self.preconditioners.items()}
+            promise = self._step_model.promise(now, {p: given[p] for p in now})
+            found.append((promise if math.isfinite(promise) else math.inf, strength, now, inverses))
+        _, strength, best, inverses = min(found, key=lambda entry: entry[0])
+        for group in self.param_groups:
+            group["factor_damping"] = strength
+        for name, preconditioner in self.preconditioners.items():
+            preconditioner.inverse = inverses[name]
+        return best
 
     def _evaluate(self, closure: Callable[[], Any] | None) -> Any:
         if self._step_model is None or closure is None:
@@ -741,13 +788,11 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
             self._measured[p] = products(v, v)[0]
 
     def _damping(self, block: Block) -> Damping:
-        pairs = {(group["damping"], group["damping_unit"]) for group in self.param_groups}
+        pairs = {_damping_of(group) for group in self.param_groups}
         if len(pairs) > 1:
             group_of = {p: group for group in self.param_groups for p in group["params"]}
-            groups = [group_of[self.parameters[name]] for name in block.names]
-            pairs = {(group["damping"], group["damping_unit"]) for group in groups}
+            pairs = {_damping_of(group_of[self.parameters[name]]) for name in block.names}
         values = {value for value, _ in pairs}
-        if len(pairs) > 1:
             raise ValueError(
                 f"the parameters of block {block.name} are in groups with different damping {sorted(values)}, but are "
                 "inverted together. Use one damping for them, or bias='separate'."
@@ -846,6 +891,12 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         self._connect()
         self.statistics.collector.estimators = estimators
         self._taps.watch(unwrapped(self.model), self.preconditioners)
+
+
+def _damping_of(group: Mapping[str, Any]) -> tuple[float, str]:
+    """The damping of a group's factors, and its unit."""
+    own = group.get("factor_damping")
+    return (group["damping"] if own is None else own), group["damping_unit"]
 
 
 def scale_in_use() -> Tensor | float:

@@ -111,6 +111,56 @@ def test_the_move_minimises_the_damped_model_over_two_directions(make: Any, deca
     assert used == [1, 2, 2, 2, 2]
 
 
+def test_the_damping_of_the_factors_is_the_one_that_promises_most() -> None:
+    model, lam = network(), 0.05
+    quadratic = QuadraticModel(factor_period=3)
+    optimizer: Any = KFAC(model, nn.MSELoss(), lr=1.0, damping=lam, step_size=quadratic, inverse_update_period=2)
+    ways = set()
+    for k in range(13):
+        x, y = data(k)
+        before, now = flat(model.parameters()), optimizer.param_groups[0]["factor_damping"]
+        tried = {}
+        if k and k % 3 == 0:
+            ratio = 0.95**3
+            for strength in (now, now * ratio, now / ratio):
+                theirs, twin = copy.deepcopy((model, optimizer))
+                for group in twin.param_groups:
+                    group["factor_damping"] = strength
+                if strength != now:
+                    for preconditioner in twin.preconditioners.values():
+                        preconditioner.inverse = None  # renewed at this step
+                twin.step_size = QuadraticModel(factor_period=None)
+                twin = copy.deepcopy(twin)  # takes up the new option
+                theirs = twin.model
+                step(theirs, twin, x, y)
+                move = flat(theirs.parameters()) - before
+                g, C, _ = dense(model, x, y)
+                tried[strength] = float(g @ move + 0.5 * move @ (C + lam * torch.eye(len(g)).double()) @ move)
+        step(model, optimizer, x, y)
+        chosen = optimizer.param_groups[0]["factor_damping"]
+        if tried:
+            assert chosen == min(tried, key=tried.__getitem__)
+            assert len(set(tried.values())) == 3
+            ways.add(chosen / now)
+        else:
+            assert chosen == now
+    assert ways != {1.0}
+    assert optimizer.param_groups[0]["damping"] == lam
+
+
+@pytest.mark.parametrize("options", [{"factor_period": None}, {"factor_period": 1}])
+def test_the_factors_have_a_damping_of_their_own_where_it_is_factored(options: Any) -> None:
+    quadratic = QuadraticModel(**options)
+    for cls in (KFAC, EKFAC):
+        model = network()
+        optimizer: Any = cls(model, nn.MSELoss(), lr=1.0, damping=0.1, step_size=quadratic)
+        for k in range(4):
+            step(model, optimizer, *data(k))
+        apart = optimizer.param_groups[0]["factor_damping"]
+        assert (apart is not None) == (cls is KFAC and options["factor_period"] is not None)
+        assert apart is None or apart != 0.1
+
+
 @pytest.mark.parametrize(("cls", "atol"), [(EKFAC, 1e-9), (KFAC, 1e-6)])  # factored damping adds sqrt(1e-13)
 def test_one_linear_layer_with_the_exact_fisher_is_solved_in_one_step(cls: Any, atol: float) -> None:
     model, (x, y) = linear(), data(0, 20)
