@@ -792,7 +792,8 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         if len(pairs) > 1:
             group_of = {p: group for group in self.param_groups for p in group["params"]}
             pairs = {_damping_of(group_of[self.parameters[name]]) for name in block.names}
-        values = {value for value, _ in pairs}
+        if len(pairs) > 1:
+            values = {value for value, _ in pairs}
             raise ValueError(
                 f"the parameters of block {block.name} are in groups with different damping {sorted(values)}, but are "
                 "inverted together. Use one damping for them, or bias='separate'."
