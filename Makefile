@@ -9,11 +9,12 @@ IS_SUPPORTED := import sys; sys.exit(sys.version_info < (3, 11))
 PACKAGES := precond curvature solvers
 JOBS ?= 2
 
-.PHONY: help install demo test test-long lint types format
+.PHONY: help install demo docs test test-long lint types format
 
 help:
 	@echo "make install   create $(VENV) and install precond with pinned versions"
 	@echo "make demo      train the demo models and print what came out"
+	@echo "make docs      build the documentation into build/site (in an environment of its own)"
 	@echo "make test      run the tests (MARK='not slow' for some of them)"
 	@echo "make test-long run the tests that take minutes each"
 	@echo "make lint      check style and format"
@@ -28,6 +29,16 @@ demo: install
 # One thread for each of the processes: more of them would only wait for each other.
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(if $(MARK),-m "not long and ($(MARK))") $(ARGS)
+
+# The tools of the site stay out of $(VENV): nothing of the library needs them. They read its sources and import nothing.
+docs: $(VENV)/docs/installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)/docs/bin/python -m mkdocs build --strict -f docs/site/mkdocs.yml
+	@echo "open build/site/index.html"
+
+$(VENV)/docs/installed: docs/site/requirements.txt | $(BIN)/python
+	$(BIN)/python -m venv $(VENV)/docs
+	$(VENV)/docs/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r docs/site/requirements.txt
+	@touch $@
 
 test-long: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m long $(ARGS)

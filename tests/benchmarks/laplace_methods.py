@@ -594,13 +594,13 @@ class Notes:
         marks = []
         for one, keys in others.items():
             note = f"{one.word} ({where(keys)}): {one.message}"
-            marks.append(f"[{self.numbers.setdefault(note, len(self.numbers) + 1)}]")
+            marks.append(str(self.numbers.setdefault(note, len(self.numbers) + 1)))
         works = ["works"] if any(one.word == "works" for one in found.values()) else []
-        return " ".join([*works, *marks]) or "-"
+        return " ".join([*works, *([f"[{', '.join(marks)}]"] if marks else [])]) or "-"
 
     def lines(self) -> list[str]:
-        """In order of their numbers."""
-        return [f"{number}. {note}" for note, number in self.numbers.items()]
+        """In order of their numbers, with no ``<`` that a page would take for a tag."""
+        return [f"{number}. {note}".replace("<", "\\<") for note, number in self.numbers.items()]
 
 
 def table(subset: str, notes: Notes, structures: Iterable[str] = ()) -> str:
