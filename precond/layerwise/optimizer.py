@@ -494,8 +494,8 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         candidates = [] if self._step_model is None else self._step_model.candidates()
         if candidates and self._shared is not None:
             raise NotImplementedError(
-                f"{type(self).__name__}: QuadraticModel(factor_period=) compares dampings in one process only. Leave it "
-                "out where several train together."
+                f"{type(self).__name__}: QuadraticModel(factor_period=) compares dampings in one process only. Leave "
+                "it out where several train together."
             )
         return self._best(candidates, out, by_name, rows, given) if candidates else out
 
