@@ -5,7 +5,8 @@ examples is often known only when outputs and targets have been seen; :meth:`Exa
 calls by the rules of :mod:`.axis_rules`, for as many readings of the inputs as are tried.
 
 What a result says holds for the recorded calls. Where values decided in Python which calls are made, it holds given
-those decisions: :attr:`Resolved.left_to_python` tells. The backward of a custom ``autograd.Function`` is not looked at.
+those decisions. The statistics of a batch norm in train mode count as fixed. The backward of a custom
+``autograd.Function`` is not looked at.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+import curvature.layers.axis_rules  # noqa: F401  # registers the rules
 from curvature.layers.axis_calls import (
     ASSIGNING,
     CONSTANT,
     COPYING,
     EMPTY,
     EXPOSING,
-    LEAVING,
     MIXED,
     RULES,
     SHAPES,
@@ -41,13 +42,12 @@ from curvature.layers.axis_calls import (
     State,
     handles,
 )
-from curvature.layers.axis_rules import in_training
 
 _PLAIN = frozenset(
     (int, float, bool, str, complex, type(None), type(Ellipsis), torch.dtype, torch.device, torch.memory_format)
 )
 _INDEXING = (Tensor.__getitem__, Tensor.__setitem__)
-_RECORDED = ASSIGNING | LEAVING | EXPOSING
+_RECORDED = ASSIGNING | EXPOSING
 _Log = list[tuple[Any, tuple[Any, ...], tuple[Any, ...], tuple[Handle, ...]]]
 
 
@@ -251,19 +251,13 @@ class Resolved:
 
     Attributes:
         batch: Number of examples.
-        batch_norm_in_train_mode: A batch norm took the statistics of its batch, which count as fixed here.
-        left_to_python: Functions through which values that depend on examples left to Python, where they may have
-            decided what was computed, or have come back as numbers.
     """
 
     def __init__(
         self, axes: ExampleAxes, log: _Log, states: list[State], batch: int, claims: Mapping[int, int]
     ) -> None:
         self.batch, self._claims = batch, claims
-        self.batch_norm_in_train_mode = False
-        self.left_to_python: set[str] = set()
         self._axes, self._log, self._states = axes, log, states
-        self._causes: dict[int, str] = {}
         self._made: set[int] = set()  # memory that a factory gave, which others may have written to
         self._versions: dict[int, int] = {}  # after changes of the same memory through other tensors
         self._mates: dict[int, list[int]] = _sharing(log)
@@ -274,10 +268,6 @@ class Resolved:
         """:data:`CONSTANT`, :class:`Axis` or :data:`MIXED`."""
         state = self._states[self._index(tensor)]
         return CONSTANT if isinstance(state, Iota) else MIXED if state is EMPTY else state
-
-    def cause(self, tensor: Tensor | Handle) -> str:
-        """The function that made a tensor :data:`MIXED`."""
-        return self._causes.get(self._index(tensor), "a tensor that no recorded call made")
 
     def _index(self, tensor: Tensor | Handle) -> int:
         index = (self._axes.handle(tensor) if isinstance(tensor, Tensor) else tensor).index
@@ -297,16 +287,12 @@ class Resolved:
 
     def _interpret(self, call: Call) -> None:
         func, read = call.func, call.read
-        if func in LEAVING and any(call.state(h) is not CONSTANT for h in read):
-            self.left_to_python.add(_name(func))
         if func in EXPOSING:
             for handle in read:
                 if handle.index in self._made:
-                    self._mix(handle, _name(func))
+                    self._mix(handle)
         if not call.outputs:
             return
-        if func is torch.nn.functional.batch_norm and in_training(call):
-            self.batch_norm_in_train_mode = True
         for out, state in zip(call.outputs, self._results(call, read), strict=True):
             old = out.before
             if 0 in out.shape:
@@ -321,10 +307,8 @@ class Resolved:
                     if mate < out.index:
                         self._versions[mate] = out.version
                         if changed and mate != old.index:  # the same axis lies elsewhere in another view
-                            self._states[mate], self._causes[mate] = MIXED, _name(func)
+                            self._states[mate] = MIXED
             self._states[out.index] = _fitting(state, out.shape, call.batch)
-            if self._states[out.index] is MIXED:
-                self._causes[out.index] = self._cause(read) or _name(func)
 
     def _results(self, call: Call, read: Sequence[Handle]) -> list[State]:
         func, outputs = call.func, call.outputs
@@ -374,15 +358,10 @@ class Resolved:
         if not explained or (new.grad and not old.grad and old.index in self._made and old.version == new.version):
             state = MIXED
         self._states[new.index] = state
-        if state is MIXED:
-            self._causes[new.index] = self._causes.get(old.index, "something that was not recorded")
 
-    def _mix(self, handle: Handle, cause: str) -> None:
+    def _mix(self, handle: Handle) -> None:
         for index in {handle.index, *self._mates.get(handle.index, ())}:
-            self._states[index], self._causes[index] = MIXED, cause
-
-    def _cause(self, read: Sequence[Handle]) -> str | None:
-        return next((self._causes[h.index] for h in read if h.index in self._causes), None)
+            self._states[index] = MIXED
 
 
 def _fitting(state: State, shape: tuple[int, ...], batch: int) -> State:
@@ -431,9 +410,3 @@ def _join(groups: dict[int, list[int]], a: int, b: int) -> None:
         large += small
         for index in small:
             groups[index] = large
-
-
-def _name(func: Any) -> str:
-    """Name of a function for messages; a getter by its property."""
-    name = getattr(func, "__name__", str(func))
-    return getattr(getattr(func, "__self__", None), "__name__", name) if name in ("__get__", "__set__") else name

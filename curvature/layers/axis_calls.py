@@ -183,8 +183,6 @@ SHAPES: set[Any] = set()
 UNWRITTEN: set[Any] = set()
 #: Arguments that a call writes but does not read.
 UNREAD: dict[Any, Callable[[Call], tuple[Any, ...]]] = {}
-#: Functions through which values leave to Python.
-LEAVING: set[Any] = set()
 #: Functions through which memory is handed to code that no function mode sees.
 EXPOSING: set[Any] = set()
 #: Functions without a result that change their first argument.

@@ -19,7 +19,6 @@ from curvature.layers.axis_calls import (
     CONSTANT,
     COPYING,
     EXPOSING,
-    LEAVING,
     MIXED,
     SHAPES,
     SHARING,
@@ -900,10 +899,6 @@ COPYING.update(
 UNWRITTEN.update(functions("empty empty_like empty_strided new_empty new_empty_strided empty_permuted"))
 UNREAD.update(  # writing over all of a tensor
     dict.fromkeys(functions("copy_ fill_ zero_ normal_ uniform_ exponential_ random_"), lambda call: call.args[:1])
-)
-LEAVING.update(
-    functions("item tolist numpy is_nonzero equal allclose", (torch, Tensor)),
-    dunders("bool float int index complex array"),
 )
 EXPOSING.update(
     functions("data_ptr numpy storage untyped_storage __dlpack__ __array__", (Tensor,)),

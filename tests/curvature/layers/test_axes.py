@@ -496,7 +496,6 @@ def test_memory_that_was_handed_out_is_mixed() -> None:
 
     resolved, output = traced(kernel, X, axes=(0,))
     assert resolved.of(output) is MIXED
-    assert resolved.cause(output) == "data_ptr"
     assert resolved.of(X) == Axis(0)
 
 
@@ -522,14 +521,11 @@ def test_a_change_that_was_made_unseen_is_mixed() -> None:
     assert state_of(f, X, axes=(0,)) is MIXED
 
 
-def test_values_that_leave_are_told() -> None:
-    resolved, output = traced(lambda x: x / x.abs().max().item(), X, axes=(0,))
-    assert resolved.left_to_python == {"item"}
-    assert resolved.of(output) == Axis(0)
-    assert not traced(lambda x: x * torch.ones(3).max().item(), X[..., :3], axes=(0,))[0].left_to_python
+def test_values_that_leave_come_back_as_numbers() -> None:
+    assert state_of(lambda x: x / x.abs().max().item(), X, axes=(0,)) == Axis(0)
 
 
-def test_batch_norm_counts_as_fixed_and_is_told() -> None:
+def test_batch_norm_counts_as_fixed() -> None:
     norm = nn.BatchNorm1d(4)
     own = [*norm.parameters(), *norm.buffers()]
     x = torch.randn(N, 4)
@@ -537,7 +533,6 @@ def test_batch_norm_counts_as_fixed_and_is_told() -> None:
         norm.train(training)
         resolved, output = traced(lambda x: norm(norm(x)), x, axes=(0,), constants=own)
         assert resolved.of(output) == Axis(0)
-        assert resolved.batch_norm_in_train_mode == training
 
 
 def test_it_keeps_no_tensor() -> None:
@@ -685,7 +680,7 @@ def test_ordinary_models_are_understood(name: str, training: bool) -> None:
     logits = output if isinstance(output, Tensor) else output.logits
     assert resolved.of(logits) == Axis(0)
     mixed = [t for t in watch.results if resolved.of(t) is MIXED and t.numel() > 1]
-    assert not mixed, {resolved.cause(t) for t in mixed}
+    assert not mixed
 
 
 def test_a_graph_over_the_examples_mixes() -> None:
@@ -693,4 +688,3 @@ def test_a_graph_over_the_examples_mixes() -> None:
     x, adjacency = torch.randn(N, 4), torch.rand(N, N)
     resolved, output = traced(model, x, adjacency, axes=(0, None), constants=[*model.parameters()])
     assert resolved.of(output) is MIXED
-    assert resolved.cause(output) == "matmul"
