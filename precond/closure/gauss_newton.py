@@ -210,7 +210,12 @@ class GaussNewton(ClosureOptimizer):
             return _values(self._residuals(closure))
 
     def _residuals(self, closure: Closure) -> list[Tensor | PointwiseResidual]:
-        given, _ = self.run(closure)
+        given, called = self.run(closure)
+        if any(given is loss for loss in called):
+            raise TypeError(
+                "the closure of GaussNewton called backward() on what it returned, which is a loss, as trainers do. It "
+                "must return residuals: tensors, of which the optimizer minimises half the sum of squares."
+            )
         found = list(given) if isinstance(given, Iterable) and not isinstance(given, Tensor) else [given]
         for r in found:
             if not isinstance(r, (Tensor, PointwiseResidual)) or (isinstance(r, Tensor) and not r.requires_grad):

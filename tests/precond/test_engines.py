@@ -242,6 +242,14 @@ def test_residuals_are_returned() -> None:
     optimizer = GaussNewton(model.parameters())
     with pytest.raises(TypeError, match=r"the closure of GaussNewton must return residuals"):
         optimizer.step(lambda: whole(model, *batch(0)))
+    with pytest.raises(TypeError, match=r"GaussNewton called backward\(\) on what it returned, which is a loss"):
+        optimizer.step(lambda: returned(model, *batch(0)))
+
+
+def returned(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    loss = LOSS(model(x), y)
+    loss.backward()
+    return loss
 
 
 def test_a_closure_without_loss_is_refused() -> None:

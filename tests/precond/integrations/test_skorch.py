@@ -8,7 +8,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from precond import KFAC, SOAP, AdaHessian, HessianFree, LevenbergMarquardt, QuadraticModel, Sophia
+from precond import (
+    KFAC,
+    PSGD,
+    SOAP,
+    AdaHessian,
+    CurveBall,
+    GaussNewton,
+    HessianFree,
+    LevenbergMarquardt,
+    Newton,
+    QuadraticModel,
+    Sophia,
+)
 from precond.integrations import with_model
 
 skorch = pytest.importorskip("skorch")
@@ -33,9 +45,13 @@ METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
     "KFAC, rule": (KFAC, {"damping_rule": LevenbergMarquardt(period=1)}),
     "KFAC, model": (KFAC, {"step_size": QuadraticModel()}),
     "SOAP": (SOAP, {}),
+    "PSGD": (PSGD, {}),
+    "PSGD, by Hessian": (PSGD, {"criterion": "hessian"}),
     "Sophia": (Sophia, {"curvature_update_period": 2}),
     "AdaHessian": (AdaHessian, {}),
     "HessianFree": (HessianFree, {}),
+    "CurveBall": (CurveBall, {}),
+    "Newton": (Newton, {"damping": 1.0, "damping_rule": LevenbergMarquardt()}),
 }
 
 
@@ -95,6 +111,12 @@ def test_parameters_are_saved_and_loaded(name: str, tmp_path: Any) -> None:
     resumed.load_params(**files)
     resumed.partial_fit(X, Y)
     assert torch.equal(flat(model), plain(name))
+
+
+def test_a_loss_in_the_place_of_residuals_is_refused() -> None:
+    options = {"optimizer": GaussNewton, "lr": 1.0, "max_epochs": 1, "train_split": None, "verbose": 0}
+    with pytest.raises(TypeError, match=r"GaussNewton called backward\(\) on what it returned, which is a loss"):
+        skorch.NeuralNet(network(), criterion=LOSS, **options).fit(X, Y)
 
 
 def test_a_copy_of_the_model_is_refused() -> None:

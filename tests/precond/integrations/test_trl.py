@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from precond import KFAC, SOAP, Muon, param_groups
+from precond import KFAC, PSGD, SOAP, AdaHessian, LevenbergMarquardt, Muon, param_groups
 from precond.integrations import inner_optimizer
 from tests.precond.integrations.test_hugging_face import IDS, LOSS, flat, model
 
@@ -59,6 +59,7 @@ def recorded(base: Any) -> Any:
 METHODS: dict[str, Any] = {
     "KFAC": lambda m: KFAC(m, LOSS, lr=0.05),
     "SOAP": lambda m: SOAP(m.parameters(), lr=0.05),
+    "PSGD": lambda m: PSGD(m.parameters(), lr=0.05),
     "Muon": lambda m: Muon(param_groups(m, Muon), lr=0.05),
 }
 
@@ -98,10 +99,17 @@ def test_supervised_fine_tuning_equals_the_plain_loop(name: str, tmp_path: Path)
     assert inner_optimizer(run.optimizer).metrics()["steps"] == 4
 
 
-def test_a_loss_that_never_shows_its_logits_is_refused_by_methods_with_layers(tmp_path: Path) -> None:
+def test_refusals(tmp_path: Path) -> None:
     ours = model()
     with pytest.raises(RuntimeError, match=r"KFAC\.step\(\): no forward pass was captured"):
         fine_tuning(ours, tmp_path, METHODS["KFAC"](ours)).train()
+    ours = model()
+    with pytest.raises(TypeError, match=r"AdaHessian needs second derivatives: call step\(closure\)"):
+        fine_tuning(ours, tmp_path, AdaHessian(ours.parameters())).train()
+    ours = model()
+    rule = KFAC(ours, LOSS, lr=0.05, damping_rule=LevenbergMarquardt(period=1))
+    with pytest.raises(RuntimeError, match=r"the batch of this step cannot be run again"):
+        fine_tuning(ours, tmp_path, rule, compute_loss_func=next_tokens).train()
 
 
 @pytest.mark.parametrize("name", ["SOAP", "Muon"])
