@@ -40,11 +40,13 @@ def with_model(method: type[SecondOrderOptimizer], model: nn.Module, loss_fn: An
     if "loss_fn" not in inspect.signature(method).parameters:
         return method
 
+    make: Any = method
+
     class Bound(method):  # type: ignore[misc, valid-type]  # mypy knows no classes that are chosen at run time
         def __new__(cls, params: Any, **options: Any) -> Any:
             if method.needs == "layers":
-                return method(model, loss_fn, params=params, **options)  # type: ignore[misc]
-            return method(params, loss_fn, **options)  # type: ignore[call-arg]  # parameters for the model
+                return make(model, loss_fn, params=params, **options)
+            return make(params, loss_fn, **options)  # these take parameters in the place of the model
 
     Bound.__name__ = Bound.__qualname__ = method.__name__
     return Bound
