@@ -167,7 +167,7 @@ def test_wrong_inputs_raise_what_torch_raises(name, wrong):
 @pytest.mark.parametrize("name", NAMES)
 def test_it_can_be_printed(name):
     text = str(Problem(name).make())
-    assert name in text and "weight_decay: " in text
+    assert name in text and "weight_decay=" in text
 
 
 # Steps
