@@ -76,7 +76,7 @@ class Refreshing:
 
 
 @dataclass(frozen=True)
-class Layout:
+class Published:
     """A tensor that a block publishes, as it lies in memory: products of other layouts round otherwise.
 
     Attributes:
@@ -92,7 +92,7 @@ class Layout:
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, key: str, tensor: Tensor) -> Layout:
+    def of(cls, key: str, tensor: Tensor) -> Published:
         """That of a tensor."""
         return cls(key, tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
@@ -115,7 +115,7 @@ class SharedCurvature:
         self.plan = SharedPlan()
         self._columns: dict[str, int] = {}  # block -> column that keeps it
         self._costs: dict[str, int] = {}
-        self._published: dict[str, list[Layout]] = {}  # block -> what it publishes
+        self._published: dict[str, list[Published]] = {}  # block -> what it publishes
         self._reached: set[str] = set()  # blocks that the step has statistics of, in some process
         self._weight = 0.0  # that the sums of the step are divided by
 
@@ -309,7 +309,9 @@ class SharedCurvature:
             return
         shared = {name: blocks[name].estimator.shared() if self.keeps(name) else {} for name in names}
         if any(name not in self._published for name in names):
-            own = {name: [Layout.of(key, x) for key, x in shared[name].items()] for name in names if self.keeps(name)}
+            own = {
+                name: [Published.of(key, x) for key, x in shared[name].items()] for name in names if self.keeps(name)
+            }
             for found in self.ranks.objects(own):
                 self._published |= found
         layouts = [(name, layout) for name in names for layout in self._published[name]]

@@ -857,13 +857,19 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
                 load_block(self.preconditioners[name], saved, whose)
             self.after_load()
         self._taps.close()
-        self._taps.watch(unwrapped(self.model), self.preconditioners)
+        if self._shared is None:
+            self._taps.watch(unwrapped(self.model), self.preconditioners)
         self._arm()
 
     def after_load(self) -> None:
         """The blocks were restored."""
 
     def __getstate__(self) -> dict[str, Any]:
+        if any(p.elsewhere is not None for p in self.preconditioners.values()):
+            raise NotImplementedError(
+                f"a copy or a pickle of {type(self).__name__} would lack the blocks that other processes keep. Make "
+                "the optimizer again and load its state_dict(), which has all of them."
+            )
         own = {
             **self.__dict__,
             "_statistics": None,
