@@ -714,7 +714,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         tasks: list[Refreshing] = []
         for name, preconditioner in self.preconditioners.items():
             due = preconditioner.unseen > 0 and (self.steps - slot.get(name, 0)) % period == 0
-            due = due or (preconditioner.inverse is None and preconditioner.elsewhere is None)
+            due = due or preconditioner.absent
             damped = None
             if due or updated:
                 before, failures = preconditioner.inverse, preconditioner.failures
@@ -754,7 +754,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         momenta = {name: s["momentum_buffer"] for name, s in states.items() if "momentum_buffer" in s}
         if not momenta or not (renewed or any("length" not in states[name] for name in momenta)):
             return
-        if preconditioner.cost is None or not preconditioner.keeps_curvature:
+        if preconditioner.absent or not preconditioner.keeps_curvature:
             return  # measured with the plain gradients, or carried on from the step before
         names = list(momenta)
         if len(self.param_groups) > 1:
@@ -781,7 +781,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         known = {p: self.state[p] for p in self.parameters.values() if p in self.state}
         wanted = {p for p, state in known.items() if "momentum_buffer" in state and "length" not in state}
         for preconditioner in self.preconditioners.values() if wanted else ():
-            if preconditioner.cost is not None:
+            if not preconditioner.absent:
                 wanted -= {self.parameters[name] for name in preconditioner.estimator.block.names}
         for p in wanted:
             v = vectors([known[p]["momentum_buffer"]], True)

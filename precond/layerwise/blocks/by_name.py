@@ -11,7 +11,7 @@ from curvature.layers.block import BlockPart
 from curvature.structures.weighted_mean import finite_each
 from precond.distributed.curvature import SharedCurvature
 from precond.layerwise.blocks.preconditioner import Preconditioner
-from precond.layerwise.blocks.refresh import slots
+from precond.layerwise.blocks.refresh import refresh_cost, slots
 from precond.layerwise.blocks.rows import GradientRows
 from solvers import Kronecker
 
@@ -48,7 +48,8 @@ class Preconditioners(dict[str, Preconditioner]):
 
     def slots(self, period: int) -> dict[str, int]:
         """The step within a period at which each inverse is due, so that all steps cost about the same."""
-        return slots({name: cost for name, p in self.items() if (cost := p.cost) is not None}, period)
+        costs = {name: p.elsewhere if p.inverse is None else refresh_cost(p.inverse) for name, p in self.items()}
+        return slots({name: cost for name, cost in costs.items() if cost is not None}, period)
 
     def apply(
         self,

@@ -51,6 +51,11 @@ class Preconditioner:
         self.failures = 0
 
     @property
+    def absent(self) -> bool:
+        """Whether no process has an inverse yet."""
+        return self.inverse is None and self.elsewhere is None
+
+    @property
     def cost(self) -> int | None:
         """Cost of a refresh; ``None`` before the first one."""
         return self.elsewhere if self.inverse is None else refresh_cost(self.inverse)
