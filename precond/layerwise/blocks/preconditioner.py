@@ -138,7 +138,7 @@ class Preconditioner:
             SolverError: If there is none, or too many fail in a row.
         """
         self.failures += 1
-        if self.cost is None or self.failures > TOLERATED_FAILURES:
+        if self.absent or self.failures > TOLERATED_FAILURES:
             raise type(error)(
                 f"block {self.estimator.block.name}: no inverse ({self.failures} failures in a row). {error}"
             ) from error
