@@ -153,10 +153,10 @@ class GaussNewton(ClosureOptimizer):
             raise ValueError(f"scaled={scaled!r} needs the diagonal of J^T J, which CG never forms; use scaled=False.")
         usual: bool | Literal["balanced"] = False if free or spring else "balanced"
         self.scaled = usual if scaled is None else scaled
-        self._wanted = bool(scaled)
+        self.scaled_asked = bool(scaled)
         #: The solver of the last step, and why it was taken.
         self.choice: SolverChoice | None = None
-        self._sizes: tuple[Any, ...] = ()  # which the choice was made for
+        self.chosen_for: tuple[Any, ...] = ()  # sizes
         self.rule = self.judging(damping_rule)
         if damping_rule is None and acceleration and "acceleration" in self.given:
             raise ValueError("acceleration=True needs a damping_rule, which judges the bent step; leave it out.")
@@ -183,7 +183,7 @@ class GaussNewton(ClosureOptimizer):
         """Settle the solver of the step."""
         parameters = sum(p.numel() for p in params)
         sizes = (parameters, *(r.shape if isinstance(r, Tensor) else r.points.shape for r in residuals))
-        if self.choice is not None and sizes == self._sizes:
+        if self.choice is not None and sizes == self.chosen_for:
             return
         if self.solver == "auto":
             choice = cheapest(sum(r.numel() for r in residuals), parameters)
@@ -191,12 +191,12 @@ class GaussNewton(ClosureOptimizer):
             name = self.solver if isinstance(self.solver, str) else "cg" if isinstance(self.solver, CG) else "nystrom"
             choice = SolverChoice(name, f"solver={self.solver!r} was asked for")
         log.info("%s: %s, since %s.", type(self).__name__, choice.solver, choice.reason)
-        if choice.solver == "nystrom" and self._wanted:
+        if choice.solver == "nystrom" and self.scaled_asked:
             raise ValueError(
                 f"scaled={self.scaled!r} needs the diagonal of J^T J, and J is too large to be formed "
                 f"({choice.reason}); use scaled=False, or solver='cholesky' or 'woodbury' all the same."
             )
-        self.choice, self._sizes = choice, sizes
+        self.choice, self.chosen_for = choice, sizes
 
     def release(self) -> None:
         super().release()

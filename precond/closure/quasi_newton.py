@@ -14,6 +14,7 @@ from torch import Tensor
 from precond.closure.line_search import strong_wolfe
 from precond.closure.optimizer import ClosureOptimizer
 from precond.step.base import MomentumOptions
+from precond.step.divergence import all_finite
 from precond.step.graph import flatten, unflatten
 from solvers.outcome.arguments import whole
 
@@ -144,6 +145,11 @@ class QuasiNewton(ClosureOptimizer):
         params, sign, value = self.parameters(), self.sign, float(self.value)
         if not math.isfinite(value):  # no step can be judged by such a loss: refused, aloud
             return {p: torch.full_like(p, torch.nan) for p in gradients}
+        if not all_finite(self.touched()):
+            raise FloatingPointError(
+                f"{type(self).__name__}: the estimate of the inverse Hessian in the state is not finite. Nothing was "
+                "changed. Load a state that is, or begin with a new optimizer."
+            )
         g = sign * flatten({p: gradients.get(p, torch.zeros_like(p)) for p in params})
         inverse, moved = self.inverse(params), torch.zeros_like(g)
         start = flatten({p: p.detach() for p in params})
@@ -179,15 +185,9 @@ class QuasiNewton(ClosureOptimizer):
 
         direction = -inverse.apply(g)
         slope, length = float(g @ direction), float(direction.norm())
-        if not math.isfinite(slope + length):
-            raise FloatingPointError(
-                f"{type(self).__name__}: the estimate of the inverse Hessian, or its product with the gradient, is not "
-                "finite. Nothing was changed. Lower the scale of the loss, train in float64, or begin with a new "
-                "optimizer."
-            )
         if length <= smallest:
             return None
-        if not slope < 0:
+        if not (slope < 0 and math.isfinite(slope)):  # overflow counts as well
             return again()
         seen: dict[float, tuple[float, Tensor]] = {}
 
@@ -207,7 +207,8 @@ class QuasiNewton(ClosureOptimizer):
         s, y = step * direction, there - g
         product = float(y @ s)
         if product > torch.finfo(g.dtype).eps * float(s.norm() * y.norm()):
-            inverse = inverse.updated(Secant(s, y, product, -step * float(s @ g) / product))
+            b = -step * float(s @ g) / product
+            inverse = inverse.updated(Secant(s, y, product, b)) if 0 < b < math.inf else inverse
         return inverse, there, after, moved + s
 
     @torch.enable_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Unpack
 
@@ -60,12 +61,14 @@ class RecentInverse(InverseHessian):
 
     def updated(self, pair: Secant) -> RecentInverse:
         h = float(pair.y @ pair.y) / pair.slope  # of the identity, for which alone it counts
-        drop = len(self.tau) == self.window
+        tau, drop = _tau(pair.b, h, self.fresh), len(self.tau) == self.window
+        if not 0 < tau < math.inf:  # of what overflows
+            return self
         return replace(
             self,
             s=torch.cat([self.s[drop:], pair.s.unsqueeze(0)]),
             y=torch.cat([self.y[drop:], pair.y.unsqueeze(0)]),
-            tau=(*self.tau[drop:], _tau(pair.b, h, self.fresh)),
+            tau=(*self.tau[drop:], tau),
             base=self.base / self.tau[0] if drop else self.base,
         )
 
@@ -178,7 +181,7 @@ class SSBFGS(QuasiNewton):
         return [
             state[name]
             for p in self.parameters()
-            for name in ("moves", "changes")
+            for name in ("moves", "changes", "scales")
             if name in (state := self.state.get(p, {}))
         ]
 

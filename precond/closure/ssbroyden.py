@@ -69,7 +69,8 @@ class SSBroyden(QuasiNewton):
         a = max(h * b - 1, 0.0)  # not negative, by Cauchy and Schwarz
         if a < 1e-12:  # s and H y are parallel: all members of the family are one
             return (h if fresh else min(1.0, 1 / b)), 1.0
-        rho = min(1.0, h * (1 - math.sqrt(a / (1 + a))))
+        c = math.sqrt(a / (1 + a))
+        rho = min(1.0, h / ((1 + a) * (1 + c)))  # 1 - c without cancellation
         theta = max((rho - 1) / a, min(1 / rho, (1 - b) / b))
         sigma = 1 + a * theta
         phi = (1 - theta) / sigma

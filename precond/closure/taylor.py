@@ -42,8 +42,8 @@ def directional_derivatives(u: Field, x: Tensor, v: Tensor, order: int = 2) -> t
 
         def deeper(z: Tensor) -> tuple[Tensor, ...]:
             # The derivatives of the lower orders, and one more of the last of them.
-            values, slopes = jvp(series(f, left - 1), (z,), (v,))[:2]
-            return (*values, slopes[-1])
+            pushed = jvp(series(f, left - 1), (z,), (v,))
+            return (*pushed[0], pushed[1][-1])
 
         return deeper
 
