@@ -59,9 +59,8 @@ class GaussNewton(ClosureOptimizer):
 
     With ``scaled``, :math:`\lambda` is a plain number. ``scaled=True`` takes for :math:`D^2` the largest diagonal of
     :math:`J^\top J` seen so far, which makes the method blind to the units of single parameters. But parameters that
-    hardly count yet are then hardly damped, and go far at the first steps, where the residuals are not linear; the rule
-    answers by damping all others with them. The default lies between that and D = I: the geometric mean of each entry
-    of the diagonal and the mean of all,
+    hardly count yet are then hardly damped, and where points are redrawn such steps were the slower ones. The default
+    lies between that and D = I: the geometric mean of each entry of the diagonal and the mean of all,
 
     .. math:: D_i^2 = \big(\delta_i \, \tfrac1P \textstyle\sum_j \delta_j\big)^{1/2}, \qquad
         \delta = \max_{t} \operatorname{diag}(J_t^\top J_t)
