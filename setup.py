@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+HERE = Path(__file__).parent
 PACKAGES = ("precond", "curvature", "solvers")
+
+
+def version() -> str:
+    """What ``precond.__version__`` says, without importing it."""
+    source = (HERE / "solvers" / "__init__.py").read_text(encoding="utf-8")
+    return next(re.finditer(r'^__version__ = "(.*?)"', source, re.MULTILINE))[1]
+
+
+def description() -> str:
+    """The README for the page of an index, where links into the repository lead nowhere: their text alone."""
+    page = (HERE / "README.md").read_text(encoding="utf-8")
+    page = re.sub(r"^!\[[^]]*\]\((?!https?:)[^)]*\)\n+", "", page, flags=re.MULTILINE)
+    return re.sub(r"\[([^]]*)\]\((?!https?:)[^)]*\)", r"\1", page)
+
 
 PLOT = ["matplotlib>=3.8"]
 DEMO = [*PLOT, "scikit-learn>=1.4"]
@@ -31,9 +47,9 @@ DEV = [
 
 setup(
     name="precond",
-    version="0.1.0.dev0",
+    version=version(),
     description="Second-order optimisation for PyTorch: curvature estimators, solvers, and torch.optim optimizers",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=description(),
     long_description_content_type="text/markdown",
     author="the precond authors",
     license="MIT",
