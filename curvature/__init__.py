@@ -1,5 +1,6 @@
 """Hessian, Gauss-Newton and Fisher matrices of a loss: exact, or in structures that are cheap to invert."""
 
+from curvature import neighbours as neighbours  # first: refuses a stranger called solvers
 from curvature import plots
 from curvature.compression import Allocation, CompressedLayer, Compression, Grid, allocate, prune, quantize, sensitivity
 from curvature.estimation.checkpoint import Checkpoint, CheckpointError
@@ -41,6 +42,7 @@ from curvature.structures.unit import UnitFisher
 from curvature.training.dynamics import Dynamics, dynamics, kernel_eigenvalues
 from curvature.training.monitor import Monitor
 from curvature.training.subspace import Subspace, overlap, subspace
+from solvers import __version__ as __version__
 
 __all__ = [
     "Allocation",

@@ -53,6 +53,7 @@ from precond.step.loop import Loop
 from precond.step.methods import Method, Taxonomy, methods
 from precond.step.options import LossDamping, Momentum, Refresh, TrustRegion, WeightDecay
 from solvers import Cholesky, Eigh, FactoredTikhonov, Tikhonov
+from solvers import __version__ as __version__
 
 __all__ = [
     # optimizers

@@ -1,8 +1,8 @@
-"""``python -m precond demo``."""
+"""``python -m precond``."""
 
 from __future__ import annotations
 
-from precond.demo import main
+from precond.command_line import main
 
 if __name__ == "__main__":
     main()

@@ -59,6 +59,8 @@ from solvers.outcome.solution import Solution, SolveInfo
 from solvers.rules import diagonalize, power, solve
 from solvers.solver import BasisSolver, Solver
 
+__version__ = "0.1.0.dev0"  # of the distribution; setup.py reads it here
+
 __all__ = [
     # Operators
     "BlockDiagonal",

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from precond.demo import main
+from precond.command_line import main
 from precond.demo.command import DEMO_SEED
 from precond.demo.contenders import CONTENDERS, TUNED, Contender, sgd
 from precond.demo.race import Run, Trial, train, tune

@@ -64,8 +64,8 @@ def test_top_level_has_the_agreed_folders_and_files() -> None:
     assert folders <= {*PACKAGES, "tests", "docs", ".ci"}
     files = {str(path) for path in tracked if len(path.parts) == 1}
     assert files == {
-        *("setup.py", "pyproject.toml", "constraints.txt", "Makefile"),
-        *("README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md"),
+        *("setup.py", "pyproject.toml", "constraints.txt", "MANIFEST.in", "Makefile"),
+        *("README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md"),
         *(".gitignore", ".editorconfig", ".pre-commit-config.yaml"),
     }
 

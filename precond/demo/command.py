@@ -6,7 +6,7 @@ import argparse
 import importlib.util
 import pprint
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,22 +23,24 @@ QUICK_STEPS = 10
 TUNING_SEEDS, DEMO_SEED = (0, 1), 2
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run ``python -m precond demo``.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the demo to a parser."""
+    parser.add_argument(
+        "--out", type=Path, default=Path("precond-demo.png"), help="where the figure goes (%(default)s)"
+    )
+    parser.add_argument("--quick", action="store_true", help=f"only {QUICK_STEPS} steps each: shows that it runs")
+    parser.add_argument("--tune", action="store_true", help="search the grids instead and print the table of the best")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run the demo.
 
     Args:
-        arguments: The command line; that of the process by default.
+        options: Those of :func:`add_arguments`.
 
     Raises:
-        SystemExit: If an argument is wrong, or a package of the ``demo`` extra is missing.
+        SystemExit: If a package of the ``demo`` extra is missing, or the folder of the figure.
     """
-    parser = argparse.ArgumentParser(prog="python -m precond", description="Second-order optimisation for PyTorch.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    demo = commands.add_parser("demo", help="train on scikit-learn's digits with K-FAC, EKFAC, AdamW and SGD")
-    demo.add_argument("--out", type=Path, default=Path("precond-demo.png"), help="where the figure goes (%(default)s)")
-    demo.add_argument("--quick", action="store_true", help=f"only {QUICK_STEPS} steps each: shows that it runs")
-    demo.add_argument("--tune", action="store_true", help="search the grids instead and print the table of the best")
-    options = parser.parse_args(arguments)
     require_extra()
     steps = QUICK_STEPS if options.quick else None
     with one_thread():
