@@ -88,6 +88,15 @@ def test_a_bar_in_code_in_a_table_has_no_backslash() -> None:
     assert site.with_bars_in_code(page) == "| a | `x | y` \\| z |\n`x \\| y`"
 
 
+def test_a_mark_behind_a_fence_is_left_out() -> None:
+    page = "```python no-run\nx = 1\n```\n[c](../CHANGELOG.md)\n```python\ny\n```\n"
+    shown = "```python\nx = 1\n```\n[c](project/changelog.md)\n```python\ny\n```\n"
+    assert site.as_page_of_the_site(page, "start.md") == shown
+    assert {line for path in PAGES.values() for line in path.read_text().splitlines() if line.startswith("```")} <= {
+        *("```", "```python", "```python no-run", "```sh", "```text"),
+    }
+
+
 def test_the_reference_has_every_public_name_in_one_place() -> None:
     described = re.findall(r"^::: (\S+)$", "\n".join(site.api_pages().values()), re.MULTILINE)
     assert len(set(described)) == len(described)

@@ -89,6 +89,12 @@ def with_bars_in_code(markdown: str) -> str:
     return rows.sub(lambda row: re.sub("`[^`]*`", lambda code: code[0].replace(r"\|", "|"), row[0]), markdown)
 
 
+def as_page_of_the_site(markdown: str, page: str) -> str:
+    """A page with what the repository and MkDocs write differently: links, tables, and marks behind a fence."""
+    markdown = re.sub(r"^(```\w+) [\w-]+$", r"\1", markdown, flags=re.MULTILINE)
+    return with_links_of_the_site(with_bars_in_code(markdown), page)
+
+
 # The API reference: a page for each folder of a package that defines public names.
 
 
@@ -183,7 +189,7 @@ def on_files(files: Any, config: Any) -> Any:
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Turn links between files into links between pages."""
     made = page.file.src_uri.startswith(("api/", "source/"))
-    return markdown if made else with_links_of_the_site(with_bars_in_code(markdown), page.file.src_uri)
+    return markdown if made else as_page_of_the_site(markdown, page.file.src_uri)
 
 
 def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
