@@ -51,7 +51,7 @@ def batch_norm(): return problem(nn.BatchNorm1d(5))
 def no_data(): return problem(batches=0)
 def unknown_loss():
     model, _, data = problem()
-    return model, lambda z, y: z.square().mean(), data
+    return model, lambda z, y: z.square().mean() ** 2, data  # the examples meet in the square
 def bad_loss():
     model, loss_fn, data = problem()
     data[1][0][2, 1] = float("nan")
@@ -158,7 +158,7 @@ def test_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["density", "training:problem", "--samples", "3", "--steps", "20"]) == 0
     assert "#####" in capsys.readouterr().out
     assert main(["coverage", "training:problem"]) == 0
-    assert "0.weight   5x4    0.weight+0.bias  kronecker" in capsys.readouterr().out
+    assert "0.weight+bias  5x4+5   kronecker" in capsys.readouterr().out
 
 
 def test_report(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
