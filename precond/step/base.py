@@ -302,7 +302,9 @@ class SecondOrderOptimizer(ScheduledOptimizer):
         self, p: Tensor, known: Mapping[str, Any], group: dict[str, Any], schedules: Mapping[str, Any]
     ) -> dict[str, Any]:
         """What the state of every parameter holds in a checkpoint, with the values that it has before a first step."""
-        out = dict(self.expected_state(p, group) or {})
+        # A state without entries before its first step is packed whole, by a fresh optimizer and by one that has run.
+        begins = type(self).first_state is not SecondOrderOptimizer.first_state
+        out = dict(self.expected_state(p, group) or {}) if begins else {}
         if not out.keys() <= known.keys():
             out = self.first_state(p, group)
         own = self.update_options({**group, "momentum": 1.0} if "momentum" in schedules else group)
