@@ -15,6 +15,7 @@ from torch import Tensor
 from curvature.estimation import checks, snapshot
 from curvature.estimation.owners import by_row, owners
 from curvature.estimation.plan import BlockPlan, Group
+from curvature.estimation.shared_rows import SharedRows
 from curvature.layers import Site
 from curvature.layers.block import Block, BlockPart, BlockPlace
 from curvature.layers.recorder import Recorder
@@ -377,20 +378,26 @@ class Collector:
         """Which positions of each site count.
 
         A position whose loss term is masked out counts in no factor if nothing depends on it either: if a signal on
-        all valid terms comes back as exact zeros there.
+        all valid terms comes back as exact zeros there. Rows that serve all examples count for each example by itself.
         """
         probes = signals.probes() if sites else []
         if all(bool(mask.all()) for mask, _ in probes):
             return {}
         out: dict[int, Tensor] = {}
+        serving = [site for site in sites if site.serves_all and id(site) not in self._told_apart()]
+        shared = SharedRows(output, serving if signals.examples > 1 else [], signals)
         for mask, probe in probes:
             gradients = pull_back([output], [site.edge for site in sites], [probe])
             # Zeros everywhere: this loss is one of another part of the model.
             pairs = zip(sites, gradients, strict=True)
             arrived = {id(s): g for s, g in pairs if g is not None and (len(probes) == 1 or bool(g.any()))}
-            for key, counts in valid_positions(sites, arrived, mask).items():
+            for key, counts in valid_positions(sites, arrived, mask, shared.arriving(probe)).items():
                 out[key] = out[key] | counts if key in out else counts
         return out
+
+    def _told_apart(self) -> set[int]:
+        """Uses, not laid out by examples, of which each row is known to belong to one."""
+        return self._one_each
 
     def mixing(
         self, recorder: Recorder, groups: list[Group], output: Tensor, signals: Signals, cache: Cache
@@ -421,23 +428,24 @@ class Collector:
                 tagged.append((weights, arrived))
         meeting = [group for group in rest if _meets(group, plain, tagged, cache)]
         mixing |= {group.block.name for group in meeting}
-        return mixing - self._sort(sought + meeting, plain, [arrived for _, arrived in tagged], signals.examples, cache)
+        return mixing - self._sort(sought + meeting, plain, [arrived for _, arrived in tagged], signals, cache)
 
     def _sort(
-        self, groups: list[Group], plain: Arrived, tagged: list[Arrived], examples: int, cache: Cache
+        self, groups: list[Group], plain: Arrived, tagged: list[Arrived], signals: Signals, cache: Cache
     ) -> set[str]:
         """Names of blocks whose rows will be sorted by the examples that they belong to; none here.
 
         But rows that hold no example by their making, such as a state that starts at zero, and that belong to one each
-        are no table that every example reads.
+        are no table that every example reads. Rows that nothing reaches may be masked out.
         """
+        masked = not bool(signals.mask.all())
         for plain_uses, *tagged_uses in (
             [samples_of(group, arrived, {}, cache) for arrived in (plain, *tagged)] for group in groups
         ):
             for use, *weighted in zip(plain_uses, *tagged_uses, strict=True):
                 if isinstance(use, Outer) and use.repeats > 1:
-                    owner = owners(by_row(use), [by_row(other) for other in weighted], examples)
-                    if owner is not None and bool((owner >= 0).all()):
+                    owner = owners(by_row(use), [by_row(other) for other in weighted], signals.examples)
+                    if owner is not None and (masked or bool((owner >= 0).all())):
                         self._one_each.add(use.source)
         return set()
 
@@ -533,16 +541,33 @@ def _by_example(use: Outer | PerSample) -> Tensor:
     return use.gradients.movedim(1, 0).flatten(1)
 
 
-def valid_positions(sites: list[Site], gradients: Mapping[int, Tensor], mask: Tensor) -> dict[int, Tensor]:
+def valid_positions(
+    sites: list[Site],
+    gradients: Mapping[int, Tensor],
+    mask: Tensor,
+    by_example: Mapping[int, Tensor] | None = None,
+) -> dict[int, Tensor]:
     """Positions of each site that count: not masked out, or reached by the gradients all the same.
 
     What is left of terms that cancel (the softmax over a single position) is no signal.
+
+    Args:
+        sites: The sites.
+        gradients: What arrived at their edges.
+        mask: Terms of the loss that count, ``(n, positions)``.
+        by_example: What arrived from each example, ``(n, *shape)``, where the rows of a site serve all examples.
     """
+    by_example = by_example or {}
     out: dict[int, Tensor] = {}
     full = bool(mask.all())
     for site in sites:
         gradient = gradients.get(id(site))
-        g = None if gradient is None else site.row_gradients(site.arrived(gradient))
+        each = by_example.get(id(site))
+        if each is not None and gradient is not None:
+            g = site.row_gradients(site.arrived(each, len(each)))
+            g = None if g is None else g.movedim(-3, 0)
+        else:
+            g = None if gradient is None else site.row_gradients(site.arrived(gradient))
         if g is None:
             continue
         size = g[0].abs().amax(-1)  # (n, s)

@@ -88,7 +88,8 @@ class SortedRows:
             a = self._sorted(use.a.flatten(-3, -2), -2) * self.taken.unsqueeze(-1)
         valid = self.taken if count_all or not bool(self.owned.any()) else self.owned
         if use.valid is not None:
-            valid = valid & self._sorted(use.valid.flatten(), 0).bool()
+            rows = use.valid if len(use.valid) == use.examples else use.valid.any(0)
+            valid = valid & self._sorted(rows.flatten(), 0).bool()
         return replace(use, a=a, g=g, valid=None if bool(valid.all()) else valid, repeats=1)
 
     def _sorted(self, rows: Tensor, axis: int) -> Tensor:

@@ -169,9 +169,10 @@ class StepCollector(Collector):
         return mixing
 
     def _sort(
-        self, groups: list[Group], plain: Arrived, tagged: list[Arrived], examples: int, cache: Cache
+        self, groups: list[Group], plain: Arrived, tagged: list[Arrived], signals: Signals, cache: Cache
     ) -> set[str]:
         rows: Sorted = {}
+        examples = signals.examples
         for group in groups:
             found = _owners(group, [plain, *tagged], examples, cache)
             if found:
@@ -185,13 +186,18 @@ class StepCollector(Collector):
         self._sorted, self.by_rows = rows, {name for name, _ in rows}
 
     def _valid(self, sites: list[Site], output: Tensor, signals: Signals) -> dict[int, Tensor]:
-        return self._reached(super()._valid(sites, output, signals))
+        return self._reached(super()._valid(sites, output, signals), sites, signals.examples)
 
-    def _reached(self, valid: dict[int, Tensor]) -> dict[int, Tensor]:
+    def _told_apart(self) -> set[int]:
+        return {source for _, source in self._sorted}
+
+    def _reached(self, valid: dict[int, Tensor], sites: list[Site], examples: int) -> dict[int, Tensor]:
         """Positions that count; where rows lie elsewhere, those that belong to an example."""
+        serving = {id(site) for site in sites if site.serves_all}
         for (_, source), (owner, _) in self._sorted.items():
             if source in valid:
-                valid[source] = (owner >= 0).view_as(valid[source])
+                every = torch.arange(examples, device=owner.device).unsqueeze(1)
+                valid[source] = owner == every if source in serving else (owner >= 0).view_as(valid[source])
         return valid
 
     def sends_examples(self, signals: Signals) -> bool:
@@ -241,7 +247,7 @@ class StepCollector(Collector):
         # Without a term that counts, the share is 0 and there is nothing to scale.
         self._factor, self._linear, self._counted = torch.where(share == 0, 0, 1 / share), 1.0, counted
         valid = {} if bool(mask.all()) else valid_positions(sites_of(backward.groups), backward.gradients, mask)
-        valid = self._reached(valid)
+        valid = self._reached(valid, sites_of(backward.groups), backward.signals.examples)
         for group in backward.groups:
             uses = samples_of(group, backward.gradients, valid, cache, by_rows=group.block.name in self.by_rows)
             if uses:

@@ -50,11 +50,12 @@ class Outer:
     Attributes:
         a: Inputs ``(*, n, s, i)``.
         g: Output gradients ``(*, k, n, s, o)``.
-        valid: ``(n, s)`` 0/1 weights of the positions, or ``None`` where all count.
+        valid: ``(n, s)`` 0/1 weights of the positions, or ``None`` where all count. Where the rows serve all examples
+            (n = 1 in a and g), one row of weights for each example, for which they count.
         flipped: The block tensor is the transpose ``a g^T``, as for an embedding that shares its matrix with a head.
         ones: The block holds a bias: a one is appended to every input, in mind only until :attr:`rows` is asked for.
-        repeats: Number of examples that each row stands for: all of them for a table of positions, which is looked up
-            once per batch.
+        repeats: Number of examples that each row stands for where ``valid`` does not tell: all of them for a table of
+            positions, which is looked up once per batch.
         source: What tells the uses of a pass apart.
     """
 
@@ -98,12 +99,25 @@ class Outer:
         assert isinstance(self.a, Tensor)
         return torch.cat([self.a, self.a.new_ones(*self.a.shape[:-1], 1)], dim=-1) if self.ones else self.a
 
+    @property
+    def inputs(self) -> Tensor | OneHot:
+        """Inputs without the appended one, as :attr:`valid` counts them: rows that serve all examples once for each."""
+        if self.valid is None or len(self.valid) == self.examples:
+            return self.a
+        n = len(self.valid)
+        if isinstance(self.a, Tensor):
+            return self.a.expand(*self.a.shape[:-3], n, *self.a.shape[-2:])
+        keep = None if self.a.keep is None else self.a.keep.expand(n, -1)
+        return OneHot(self.a.index.expand(n, -1), self.a.size, keep)
+
     def transposed(self) -> Outer:
         """The same use for a block that is the transpose of the layer's matrix."""
         return replace(self, flipped=not self.flipped)
 
     def merged(self) -> Outer:
         """All examples as positions of one."""
+        if self.examples == 1:
+            return self
         a = self.a.merged() if isinstance(self.a, OneHot) else self.a.flatten(-3, -2).unsqueeze(-3)
         valid = None if self.valid is None else self.valid.reshape(1, -1)
         return replace(self, a=a, g=self.g.flatten(-3, -2).unsqueeze(-3), valid=valid)

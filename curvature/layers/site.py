@@ -202,13 +202,18 @@ class Site(ABC):
         Args:
             piece: As given by :meth:`blocks`.
             gradient: Gradients with respect to the output.
-            valid: ``(n, s)`` positions that count, ``None`` for all.
+            valid: ``(n, s)`` positions that count, ``None`` for all; of each example where the rows serve all.
             cache: Inputs already prepared in this pass, by site and piece.
         """
 
     @abstractmethod
     def keeps_examples(self, examples: int) -> bool:
         """Whether the output has a row (or several) for each of the examples."""
+
+    @property
+    def serves_all(self) -> bool:
+        """Whether each row serves all examples, as those of a table of positions that is looked up once."""
+        return False
 
     def row_gradients(self, gradient: Tensor) -> Tensor | None:
         """Output gradients as ``(k, n, s, o)``, where positions have a meaning; ``None`` elsewhere."""
@@ -281,7 +286,8 @@ class OuterSite(Site):
         key = (id(self), "bias" if piece == "bias" else "weight")
         if key not in cache:
             cache[key] = self._prepared(piece, g)
-        repeats = 1 if self.layout.batched else self.layout.batch or 1
+        by_example = valid is not None and len(valid) != g.shape[-3]
+        repeats = 1 if self.layout.batched or by_example else self.layout.batch or 1
         return Outer(cache[key], g, valid, ones=piece == "joint", repeats=repeats, source=id(self))
 
     def _prepared(self, piece: str, g: Tensor) -> Tensor | OneHot:
@@ -293,6 +299,10 @@ class OuterSite(Site):
 
     def keeps_examples(self, examples: int) -> bool:
         return self._layout_of_rows[0] == examples
+
+    @property
+    def serves_all(self) -> bool:
+        return not self.layout.batched and self.keeps_examples(1)
 
     @property
     def positions(self) -> int:

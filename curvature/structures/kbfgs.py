@@ -112,7 +112,7 @@ class Means:
 def _sum_of_rows(use: Outer) -> tuple[Tensor, Tensor | float]:
     a = use.a.dense(widen(use.g[:0]).dtype) if isinstance(use.a, OneHot) else widen(use.rows)
     if use.valid is None:
-        return a.sum((-3, -2)), float(a.shape[-3] * a.shape[-2])
+        return a.sum((-3, -2)) * use.repeats, float(a.shape[-3] * a.shape[-2] * use.repeats)
     valid = use.valid.to(a.dtype)
     return (a * valid.unsqueeze(-1)).sum((-3, -2)), valid.sum()
 

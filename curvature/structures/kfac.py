@@ -99,9 +99,10 @@ class KroneckerEstimator(MeansEstimator):
         return (self.sides.get(side) or self._side(side))["AB".index(factor)]
 
     def _input_moment(self, use: Outer) -> tuple[Tensor, Tensor | float]:
-        if isinstance(use.a, OneHot):
-            return self._one_hot_moment(use.a, use.valid, widen(use.g[:0]).dtype)
-        a, valid = widen(use.a), use.valid
+        inputs, valid = use.inputs, use.valid
+        if isinstance(inputs, OneHot):
+            return self._one_hot_moment(inputs, valid, widen(use.g[:0]).dtype)
+        a = widen(inputs)
         if valid is not None:
             valid = valid.to(a.dtype)
             a = a * valid.unsqueeze(-1)
