@@ -438,14 +438,13 @@ class Collector:
         But rows that hold no example by their making, such as a state that starts at zero, and that belong to one each
         are no table that every example reads. Rows that nothing reaches may be masked out.
         """
-        masked = not bool(signals.mask.all())
         for plain_uses, *tagged_uses in (
             [samples_of(group, arrived, {}, cache) for arrived in (plain, *tagged)] for group in groups
         ):
             for use, *weighted in zip(plain_uses, *tagged_uses, strict=True):
                 if isinstance(use, Outer) and use.repeats > 1:
                     owner = owners(by_row(use), [by_row(other) for other in weighted], signals.examples)
-                    if owner is not None and (masked or bool((owner >= 0).all())):
+                    if owner is not None and (bool((owner >= 0).all()) or not bool(signals.terms.mask.all())):
                         self._one_each.add(use.source)
         return set()
 

@@ -12,6 +12,7 @@ import curvature
 from curvature import EigenbasisFisher, InputKronecker, KroneckerFisher
 from curvature.estimation import shared_rows
 from curvature.estimation.shared_rows import SharedRows
+from curvature.losses import SumOfLosses
 from precond import KBFGS, KFAC, TNT
 from tests.curvature.loops import assert_same, fisher, statistics, watching
 
@@ -205,6 +206,61 @@ def test_several_losses_on_one_pass() -> None:
         optimizer.step()
         found.append(statistics(optimizer))
     assert_same(found[1], found[0])
+
+
+class TwoOutputs(Positions):
+    def forward(self, tokens: Tensor) -> Any:
+        z = super().forward(tokens)
+        return {"here": z, "back": z.flip(2)}
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_sum_of_losses(training: bool) -> None:
+    """Each loss has a mask of its own."""
+    x, y = batch(LENGTHS)
+    other = y.roll(1, 0)
+    loss_fn = SumOfLosses({"here": (1.0, nn.CrossEntropyLoss()), "back": (0.5, nn.CrossEntropyLoss())})
+    found = []
+    for each in (True, False):
+        torch.manual_seed(0)
+        model = TwoOutputs("add", each, looks_back=True).double()
+        if training:
+            optimizer = watching(model, loss_fn, "kfac", "empirical")
+            loss_fn(model(x), {"here": y, "back": other}).backward()
+            optimizer.step()
+            found.append(statistics(optimizer))
+        else:
+            found.append(fisher(model, loss_fn, (x, {"here": y, "back": other}), kind="exact"))
+    assert_same(found[1], found[0])
+
+
+class Unrolled(nn.Module):
+    """Two steps of a cell from a state that holds no example, unless it is made of one."""
+
+    def __init__(self, made_of_inputs: bool) -> None:
+        super().__init__()
+        self.made_of_inputs = made_of_inputs
+        self.cell, self.head = nn.Linear(D, D), nn.Linear(D, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = x * 0 + 1 if self.made_of_inputs else x.new_ones(len(x), D)
+        return self.head(torch.tanh(self.cell(torch.tanh(self.cell(state) + x))))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_states_of_examples_that_are_masked_out(training: bool) -> None:
+    """Rows of one example each are no table, also where nothing reaches some of them."""
+    x = torch.randn(4, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    y, loss_fn = torch.tensor([0, -100, 1, -100]), nn.CrossEntropyLoss()
+    found = []
+    for made_of_inputs in (True, False):
+        torch.manual_seed(0)
+        model = Unrolled(made_of_inputs).double()
+        for sizes in ([4], [1, 3]):
+            batches = cut((x, y), sizes)
+            found.append(trained(model, batches) if training else fisher(model, loss_fn, batches, kind="exact"))
+    for other in found[1:]:
+        assert_same(other, found[0])
 
 
 @pytest.mark.parametrize("examples", [4, 40])
