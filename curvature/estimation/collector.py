@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial, reduce
 from typing import Any, ClassVar
@@ -15,7 +15,7 @@ from torch import Tensor
 from curvature.estimation import checks, snapshot
 from curvature.estimation.owners import by_row, owners
 from curvature.estimation.plan import BlockPlan, Group
-from curvature.estimation.shared_rows import SharedRows
+from curvature.estimation.shared_rows import Arrived, Meeting, SharedRows
 from curvature.layers import Site
 from curvature.layers.block import Block, BlockPart, BlockPlace
 from curvature.layers.recorder import Recorder
@@ -33,8 +33,6 @@ from solvers import BlockDiagonal, Diagonal, LinearOperator
 
 #: Inputs of the uses in one pass, prepared once for all signals: by site and piece.
 Cache = dict[tuple[int, str], Tensor | OneHot]
-#: What arrived at the outputs of the uses under some signals, by the ``id`` of the site.
-Arrived = Mapping[int, Tensor | None]
 #: Bytes of output gradients that a vectorised backward pass of several signals may bring back, by type of device. It
 #: saves the overhead of its calls; where a signal brings more by itself, there is nothing to save.
 VECTORISED = {"cpu": 1 << 22, "cuda": 1 << 28}
@@ -89,6 +87,7 @@ class Collector:
         self._seen: dict[str, list[int]] = {}  # which of them reached a block
         self.only: set[str] | None = None  # blocks that still learn, in later passes over a data set
         self.by_rows: set[str] = set()  # blocks of this pass whose samples are single rows
+        self._shared: SharedRows | None = None  # uses of this pass whose rows serve all examples, where some are masked
         self._one_each: set[int] = set()  # uses of this pass, not laid out by examples, whose rows belong to one each
 
     def collect(self, recorder: Recorder, output: Tensor, signals: Signals) -> set[str]:
@@ -107,16 +106,25 @@ class Collector:
         groups = self.groups(recorder, output, signals, cache)
         if self.only is not None:
             groups = [group for group in groups if group.block.name in self.only]
-        mixing = self.mixing(recorder, groups, output, signals, cache)
-        if not recorder.examples_interact:
-            self.refuse_averages([g for g in groups if g.block.name in mixing], signals.examples)
-        if signals.kind == "mc" or not mixing:
-            return self.send(groups, output, signals, signals.stacks, None, cache, mixing)
-        together = [g for g in groups if g.block.name not in mixing]
-        apart = [g for g in groups if g.block.name in mixing]
-        reached = self.send(together, output, signals, signals.stacks, None, cache, set())
-        sent = partial(stacked, signals.one_by_one())
-        return reached | self.send(apart, output, signals, sent, None, cache, mixing)
+        with self.one_look():
+            mixing = self.mixing(recorder, groups, output, signals, cache)
+            if not recorder.examples_interact:
+                self.refuse_averages([g for g in groups if g.block.name in mixing], signals.examples)
+            if signals.kind == "mc" or not mixing:
+                return self.send(groups, output, signals, signals.stacks, None, cache, mixing)
+            together = [g for g in groups if g.block.name not in mixing]
+            apart = [g for g in groups if g.block.name in mixing]
+            reached = self.send(together, output, signals, signals.stacks, None, cache, set())
+            sent = partial(stacked, signals.one_by_one())
+            return reached | self.send(apart, output, signals, sent, None, cache, mixing)
+
+    @contextlib.contextmanager
+    def one_look(self) -> Iterator[None]:
+        """What :meth:`mixing` finds inside holds inside, so that no graph is kept."""
+        try:
+            yield
+        finally:
+            self._shared = None
 
     def survey(self, recorder: Recorder, output: Tensor, signals: Signals) -> None:
         """Make the estimates of the blocks that a pass reaches, without statistics; arguments as :meth:`collect`."""
@@ -361,9 +369,11 @@ class Collector:
             return replace(use, repeats=1)
         return use
 
-    def _arriving(self, groups: list[Group], output: Tensor, signal: Tensor) -> tuple[Arrived, Mapping[str, Any]]:
+    def _arriving(
+        self, groups: list[Group], output: Tensor, signal: Tensor, meetings: Sequence[Meeting] = ()
+    ) -> tuple[Arrived, Mapping[str, Any]]:
         """What arrives at every site, and at every parameter without uses, under signals ``(k, *output)``."""
-        sites = sites_of(groups)
+        sites: list[Site | Meeting] = [*sites_of(groups), *meetings]
         generic = [g.block.name for g in groups if not g.uses]
         targets: list[Any] = [*(site.edge for site in sites), *(self.parameters[name] for name in generic)]
         if not targets:
@@ -384,14 +394,17 @@ class Collector:
         if all(bool(mask.all()) for mask, _ in probes):
             return {}
         out: dict[int, Tensor] = {}
-        serving = [site for site in sites if site.serves_all and id(site) not in self._told_apart()]
-        shared = SharedRows(output, serving if signals.examples > 1 else [], signals)
+        shared = self._shared and self._shared.of(site for site in sites if id(site) not in self._told_apart())
+        meetings = shared.meetings if shared else []
+        places: list[Site | Meeting] = [*sites, *meetings]
         for mask, probe in probes:
-            gradients = pull_back([output], [site.edge for site in sites], [probe])
+            gradients = pull_back([output], [place.edge for place in places], [probe])
             # Zeros everywhere: this loss is one of another part of the model.
-            pairs = zip(sites, gradients, strict=True)
+            pairs = zip(sites, gradients, strict=False)
+            met = {id(m): g for m, g in zip(meetings, gradients[len(sites) :], strict=True)}
+            by_example = shared.arriving(probe, met) if shared else {}
             arrived = {id(s): g for s, g in pairs if g is not None and (len(probes) == 1 or bool(g.any()))}
-            for key, counts in valid_positions(sites, arrived, mask, shared.arriving(probe)).items():
+            for key, counts in valid_positions(sites, arrived, mask, by_example).items():
                 out[key] = out[key] | counts if key in out else counts
         return out
 
@@ -409,7 +422,7 @@ class Collector:
         the axis that was taken for the examples, tokens sent to experts), each pass for itself: what arrives in the
         rows of an example must grow by the weight of that example.
         """
-        self._one_each = set()
+        self._one_each, self._shared = set(), None
         if signals.examples <= 1:
             return set()
         mixing = {group.block.name for group in groups if mixes(group, signals.examples)}
@@ -420,12 +433,18 @@ class Collector:
         if not rest and not sought:
             return mixing
         fixed = recorder.examples_interact and self.statistics_given
+        serving = [site for site in sites_of(sought) if site.serves_all]
+        if serving and not bool(signals.terms.mask.all()):
+            self._shared = SharedRows(output, serving, signals)
+        meetings = self._shared.meetings if self._shared else []
         with statistics_given([output]) if fixed else contextlib.nullcontext():
-            plain, _ = self._arriving(rest + sought, output, signals.probe().unsqueeze(0))
+            plain, _ = self._arriving(rest + sought, output, signals.probe().unsqueeze(0), meetings)
             tagged = []
             for weights in signals.tags():
-                arrived, _ = self._arriving(rest + sought, output, signals.probe(weights).unsqueeze(0))
+                arrived, _ = self._arriving(rest + sought, output, signals.probe(weights).unsqueeze(0), meetings)
                 tagged.append((weights, arrived))
+        if self._shared:
+            self._shared.check(plain, tagged)
         meeting = [group for group in rest if _meets(group, plain, tagged, cache)]
         mixing |= {group.block.name for group in meeting}
         return mixing - self._sort(sought + meeting, plain, [arrived for _, arrived in tagged], signals, cache)

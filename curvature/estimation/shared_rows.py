@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,11 @@ from torch.autograd.graph import GradientEdge
 
 from curvature.layers import Site
 from curvature.losses.signals import Signals
-from curvature.model.graph_nodes import nodes, statistics_given
+from curvature.model.graph_nodes import nodes
 from curvature.model.pullback import pull_back
 
+#: What arrived under some signals, by the ``id`` of the place.
+Arrived = Mapping[int, Tensor | None]
 #: Nodes that hand on what arrives at them, summed over the axes along which they repeated what they got.
 _REPEATS = ("AddBackward0", "SubBackward0", "ExpandBackward0", "RepeatBackward0")
 
@@ -24,7 +26,7 @@ class Meeting:
     """Where rows that serve all examples are repeated for each of them.
 
     Attributes:
-        whole: Edge of the result, which has the examples along an axis.
+        edge: Edge of the result, which has the examples along an axis.
         examples: Number of examples.
         axis: That axis, of which they are the outermost part (windows or heads may lie inside).
         repeated: All axes along which the rows are repeated.
@@ -32,7 +34,7 @@ class Meeting:
         factor: What it is multiplied by (the ``alpha`` of a sum).
     """
 
-    whole: GradientEdge
+    edge: GradientEdge
     examples: int
     axis: int
     repeated: tuple[int, ...]
@@ -40,12 +42,12 @@ class Meeting:
     factor: float
 
     def apart(self, arrived: Tensor) -> Tensor:
-        """What each example sends to :attr:`own`, ``(n, *shape)``, from what arrived at :attr:`whole`."""
+        """What each example sends to :attr:`own`, ``(n, *shape)``, from what arrived at :attr:`edge`."""
         rows = self.by_example(arrived).sum([axis + 1 for axis in self.repeated]) * self.factor
         return rows.reshape(self.examples, *_shape(self.own))
 
     def by_example(self, arrived: Tensor) -> Tensor:
-        """What arrived at :attr:`whole`, with the examples first; what lies inside of them keeps the place."""
+        """What arrived at :attr:`edge`, with the examples first; what lies inside of them keeps the place."""
         return arrived.unflatten(self.axis, (self.examples, -1)).movedim(self.axis, 0)
 
 
@@ -65,29 +67,46 @@ class SharedRows:
     def __init__(self, output: Tensor, sites: Sequence[Site], signals: Signals) -> None:
         self._output, self._signals, self._sites = output, signals, sites
         users = _users(output) if sites else {}
-        found = [_meetings(users, site.edge, signals.examples) for site in sites]
-        shown = [meetings for meetings in found if meetings]
-        if not self._are_examples([m for meetings in shown for m in meetings]):
-            found = [None if meetings else meetings for meetings in found]
-        self._meetings = {id(site): meetings for site, meetings in zip(sites, found, strict=True)}
+        self._meetings = {id(site): _meetings(users, site.edge, signals.examples) for site in sites}
 
-    def arriving(self, signal: Tensor) -> Mapping[int, Tensor]:
-        """What each example sends to the edges of the uses, ``(n, *shape)`` by the ``id`` of the site."""
+    @property
+    def meetings(self) -> list[Meeting]:
+        """The sums to look at; what arrives at their results is handed over by their ``id``."""
+        return [meeting for found in self._meetings.values() for meeting in found or ()]
+
+    def of(self, sites: Iterable[Site]) -> SharedRows:
+        """Those of some uses alone."""
+        out = SharedRows(self._output, (), self._signals)
+        out._sites = [site for site in sites if id(site) in self._meetings]
+        out._meetings = {id(site): self._meetings[id(site)] for site in out._sites}
+        return out
+
+    def check(self, plain: Arrived, tagged: Iterable[tuple[Tensor, Arrived]]) -> None:
+        """Rely on the sums only if what arrives grows by the weights of the examples, wherever lengths agree.
+
+        Args:
+            plain: What arrived under the signal of :meth:`~curvature.losses.signals.Signals.probe`.
+            tagged: Weights of the examples, and what arrived under the signal with these.
+        """
+        pairs = [(m, plain[id(m)], w, arrived[id(m)]) for w, arrived in tagged for m in self.meetings]
+        if not all(_grew(meeting, before, weights, after) for meeting, before, weights, after in pairs):
+            self._meetings = {key: None if found else found for key, found in self._meetings.items()}
+
+    def arriving(self, signal: Tensor, arrived: Arrived) -> dict[int, Tensor]:
+        """What each example sends to the edges of the uses, ``(n, *shape)`` by the ``id`` of the site.
+
+        Args:
+            signal: What is sent back.
+            arrived: What arrived under it at the results of the sums.
+        """
         out: dict[int, Tensor] = {}
-        places = [m for meetings in self._meetings.values() for m in meetings or ()]
-        arrived = dict(zip(places, self._at(places, signal), strict=True))
-        rest = []
         for site in self._sites:
-            meetings = self._meetings[id(site)]
-            if meetings is None:
-                rest.append(site)
-                continue
-            for meeting in meetings:
-                gradient = arrived[meeting]
+            for meeting in self._meetings[id(site)] or ():
+                gradient = arrived[id(meeting)]
                 if gradient is not None:
                     each = _down(meeting.own, site.edge, meeting.apart(gradient))
                     out[id(site)] = out[id(site)] + each if id(site) in out else each
-        return out | self._one_by_one(rest, signal)
+        return out | self._one_by_one([site for site in self._sites if self._meetings[id(site)] is None], signal)
 
     def _one_by_one(self, sites: Sequence[Site], signal: Tensor) -> dict[int, Tensor]:
         if not sites:
@@ -101,28 +120,15 @@ class SharedRows:
             for (key, zero), column in zip(zeros.items(), columns, strict=True)
         }
 
-    def _at(self, places: Sequence[Meeting], signal: Tensor) -> list[Tensor | None]:
-        return pull_back([self._output], [m.whole for m in places], [signal]) if places else []
 
-    def _are_examples(self, places: Sequence[Meeting]) -> bool:
-        """Whether what arrives along the axes grows by the weights of the examples, which their lengths do not tell."""
-        if not places:
-            return True
-        with statistics_given([self._output]):
-            plain = self._at(places, self._signals.probe())
-            for weights in self._signals.tags():
-                grown = self._at(places, self._signals.probe(weights))
-                for meeting, before, after in zip(places, plain, grown, strict=True):
-                    if before is None or after is None:
-                        continue
-                    expected, rows = (meeting.by_example(g).flatten(1) for g in (before, after))
-                    expected = expected * weights.to(expected).unsqueeze(1)
-                    off = torch.linalg.vector_norm(rows - expected, dim=1)
-                    if not (
-                        off <= torch.finfo(rows.dtype).eps ** 0.5 * torch.linalg.vector_norm(expected, dim=1)
-                    ).all():
-                        return False
-        return True
+def _grew(meeting: Meeting, before: Tensor | None, weights: Tensor, after: Tensor | None) -> bool:
+    """Whether what arrived for each example has grown by its weight."""
+    if before is None or after is None:
+        return before is after
+    expected, rows = (meeting.by_example(g.reshape(_shape(meeting.edge))).flatten(1) for g in (before, after))
+    expected = expected * weights.to(expected).unsqueeze(1)
+    off = torch.linalg.vector_norm(rows - expected, dim=1)
+    return bool((off <= torch.finfo(rows.dtype).eps ** 0.5 * torch.linalg.vector_norm(expected, dim=1)).all())
 
 
 def _down(start: GradientEdge, end: GradientEdge, gradients: Tensor) -> Tensor:

@@ -10,9 +10,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from curvature.estimation.collector import Arrived, Cache, Collector, samples_of, sites_of, valid_positions
+from curvature.estimation.collector import Cache, Collector, samples_of, sites_of, valid_positions
 from curvature.estimation.owners import SortedRows, by_row, owners, sorted_rows
 from curvature.estimation.plan import Group
+from curvature.estimation.shared_rows import Arrived
 from curvature.layers import Site
 from curvature.layers.block import Block
 from curvature.layers.recorder import Recorder
@@ -144,20 +145,23 @@ class StepCollector(Collector):
         """
         cache: Cache = {}
         groups = self.groups(recorder, output, signals, cache)
-        mixing = self.mixing(recorder, groups, output, signals, cache)
-        drawn = mixing if signals.kind != "mc" and not self.sends_examples(signals) else set()
-        for name in (group.block.name for group in groups):
-            self.notes.pop(name, None)
-            if name in drawn:
-                self.notes[name] = "examples meet in its rows, told apart by random signs"
-        self._factor, self._linear, self._counted = factor, factor, counted
-        plain = partial(stacked, iter(signals))
-        if signals.kind == "mc" or not mixing:
-            return self.send(groups, output, signals, plain, scale, cache, mixing)
-        together = [group for group in groups if group.block.name not in mixing]
-        apart = [group for group in groups if group.block.name in mixing]
-        reached = self.send(together, output, signals, plain, scale, cache, set())
-        return reached | self.send(apart, output, signals, partial(stacked, self.apart(signals)), scale, cache, mixing)
+        with self.one_look():
+            mixing = self.mixing(recorder, groups, output, signals, cache)
+            drawn = mixing if signals.kind != "mc" and not self.sends_examples(signals) else set()
+            for name in (group.block.name for group in groups):
+                self.notes.pop(name, None)
+                if name in drawn:
+                    self.notes[name] = "examples meet in its rows, told apart by random signs"
+            self._factor, self._linear, self._counted = factor, factor, counted
+            plain = partial(stacked, iter(signals))
+            if signals.kind == "mc" or not mixing:
+                return self.send(groups, output, signals, plain, scale, cache, mixing)
+            together = [group for group in groups if group.block.name not in mixing]
+            apart = [group for group in groups if group.block.name in mixing]
+            reached = self.send(together, output, signals, plain, scale, cache, set())
+            return reached | self.send(
+                apart, output, signals, partial(stacked, self.apart(signals)), scale, cache, mixing
+            )
 
     def mixing(
         self, recorder: Recorder, groups: list[Group], output: Tensor, signals: Signals, cache: Cache
@@ -225,8 +229,9 @@ class StepCollector(Collector):
         """
         output = signals.terms.output
         groups = self.groups(recorder, output, signals, {})
-        if self.mixing(recorder, groups, output, signals, {}):
-            return None
+        with self.one_look():
+            if self.mixing(recorder, groups, output, signals, {}):
+                return None
         return Backward(groups, signals, listens, self._sorted)
 
     def collect_backward(self, backward: Backward, share: Tensor, counted: Counted) -> set[str]:

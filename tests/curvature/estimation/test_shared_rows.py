@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -263,32 +265,44 @@ def test_states_of_examples_that_are_masked_out(training: bool) -> None:
         assert_same(other, found[0])
 
 
-@pytest.mark.parametrize("examples", [4, 40])
-def test_a_sum_that_is_seen_takes_no_pass_for_each_example(monkeypatch: Any, examples: int) -> None:
-    passes = []
-    original = shared_rows.pull_back
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_sum_that_is_seen_takes_no_pass_of_its_own(monkeypatch: Any, masked: bool) -> None:
+    passes, looks = [], []
+    pull_back, init = shared_rows.pull_back, SharedRows.__init__
 
     def counted(outputs: Any, *args: Any, **kwargs: Any) -> Any:
         passes.extend(t for t in outputs if isinstance(t, Tensor))
-        return original(outputs, *args, **kwargs)
+        return pull_back(outputs, *args, **kwargs)
+
+    def noted(self: SharedRows, output: Tensor, sites: Any, signals: Any) -> None:
+        looks.extend(sites)
+        init(self, output, sites, signals)
 
     monkeypatch.setattr(shared_rows, "pull_back", counted)
-    model, loss_fn = made(), nn.CrossEntropyLoss()
-    generator = torch.Generator().manual_seed(0)
-    curvature.fisher(model, loss_fn, batch([2, 3] * (examples // 2)), kind="mc", structure="kfac", generator=generator)
-    tags = 1 if examples <= 32 else 2
-    assert len(passes) == 2 + tags
-
-
-def test_nothing_is_looked_for_where_every_term_counts(monkeypatch: Any) -> None:
-    sites = []
-    original = SharedRows.__init__
-
-    def noted(self: SharedRows, output: Tensor, found: Any, signals: Any) -> None:
-        sites.extend(found)
-        original(self, output, found, signals)
-
     monkeypatch.setattr(SharedRows, "__init__", noted)
-    data = batch([T] * 4)
-    assert_same(trained(made(), cut(data, [1, 3])), trained(made("add", True), [data]))
-    assert not sites
+    trained(made(), [batch([1, 3] * 20) if masked else batch([T] * 4)], kind="mc")
+    assert not passes and bool(looks) == masked
+    trained(made("product"), [batch([1, 3] * 2) if masked else batch([T] * 4)], kind="mc")
+    assert len(passes) == 4 * masked
+
+
+def test_full_and_cut_batches() -> None:
+    """A batch without a mask counts as one of the same terms beside others."""
+    data = batch([T, T, 2, 3])
+    expected = trained(made("add", True), [data])
+    for sizes in SPLITS:
+        assert_same(trained(made(), cut(data, sizes)), expected)
+
+
+@pytest.mark.parametrize("kind", ["mc", "empirical"])
+def test_no_graph_is_kept(kind: str) -> None:
+    model, loss_fn = made(), nn.CrossEntropyLoss()
+    optimizer = watching(model, loss_fn, "kfac", kind)
+    x, y = batch(LENGTHS)
+    z = model(x)
+    seen = weakref.ref(z)
+    loss_fn(z, y).backward()
+    optimizer.step()
+    del z
+    gc.collect()
+    assert seen() is None
