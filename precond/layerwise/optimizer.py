@@ -561,7 +561,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         """Renew the level of the loss, which is kept in the state of the first parameter, where something needs it."""
         if not any("loss" in (group["kl_unit"], group["damping_unit"]) for group in self.param_groups):
             return
-        first = self.param_groups[0]["params"][0]
+        first = next(p for group in self.param_groups for p in group["params"])  # a group may be empty
         before = self.state[first].get("level")
         self._level = LossLevel.after(before, self.statistics.level, first)
         self.state[first]["level"] = self._level.saved(before)

@@ -485,7 +485,7 @@ class SecondOrderOptimizer(ScheduledOptimizer):
         if self._ranks is None and self.process_group is not None:
             group = group_of(self.process_group, None)
             if group is not None:
-                self._ranks = Ranks(group, self.param_groups[0]["params"][0].device)
+                self._ranks = Ranks(group, next(p for g in self.param_groups for p in g["params"]).device)
         return self._ranks
 
     def _refuse(self, whole: Transaction, gradients: dict[Tensor, Tensor], results: Mapping[Tensor, Tensor]) -> None:

@@ -89,6 +89,6 @@ class FollowingDamping(Damping):
 
     def __call__(self, op: LinearOperator) -> LinearOperator:
         """The damped operator of a block."""
-        floor = FLOOR * torch.as_tensor(op.trace()) / op.shape[1]
+        floor = FLOOR * torch.as_tensor(op.trace()) / max(1, op.shape[1])
         lam = torch.as_tensor(self.strength, dtype=floor.dtype, device=floor.device)
         return self.form.with_strength(torch.maximum(lam, floor))(op)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from curvature.losses import AutogradLoss, CrossEntropy
-from precond import EKFAC, KFAC, HessianFree, NaturalGradient, Sophia
+from precond import EKFAC, KFAC, HessianFree, NaturalGradient, Sophia, TrustRegion
 
 
 def by_hand(z: Tensor, y: Tensor) -> Tensor:
@@ -51,11 +51,13 @@ def trained(make: Callable[..., Any], loss_fn: Any, call: Any = None, closure: b
     return [p.detach().clone() for p in model.parameters()]
 
 
+#: A loss of one's own has no level to be followed: nothing says that it is zero for a perfect fit.
+NUMBERS: dict[str, Any] = {"damping": 1e-2, "kl_clip": TrustRegion(1e-2, lr=0.1)}
 LAYERWISE: dict[str, Callable[..., Any]] = {
-    "KFAC": lambda model, loss: KFAC(model, loss, lr=0.05, fisher="exact"),
-    "EKFAC": lambda model, loss: EKFAC(model, loss, lr=0.05, fisher="exact"),
-    "empirical": lambda model, loss: KFAC(model, loss, lr=0.05, fisher="empirical"),
-    "NaturalGradient": lambda model, loss: NaturalGradient(model, loss, lr=0.05, fisher="exact"),
+    "KFAC": lambda model, loss: KFAC(model, loss, lr=0.05, fisher="exact", **NUMBERS),
+    "EKFAC": lambda model, loss: EKFAC(model, loss, lr=0.05, fisher="exact", **NUMBERS),
+    "empirical": lambda model, loss: KFAC(model, loss, lr=0.05, fisher="empirical", **NUMBERS),
+    "NaturalGradient": lambda model, loss: NaturalGradient(model, loss, lr=0.05, fisher="exact", **NUMBERS),
 }
 
 
@@ -101,7 +103,7 @@ def test_a_function_that_nobody_sees_is_refused_with_what_to_call() -> None:
 def test_a_penalty_in_the_loss_is_refused_with_the_way_that_works() -> None:
     model, ((x, y), *_) = made()
     loss = AutogradLoss(lambda z, t: by_hand(z, t) + 0.1 * model[0].weight.square().sum(), reduction="mean")
-    optimizer = KFAC(model, loss, lr=0.05, fisher="exact")
+    optimizer = KFAC(model, loss, lr=0.05, fisher="exact", **NUMBERS)
     with pytest.raises(ValueError, match=r"other than through the model's output.*optimizers take weight_decay="):
         loss(model(x), y).backward()
         optimizer.step()
