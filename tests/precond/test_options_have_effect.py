@@ -117,6 +117,7 @@ NEEDS: dict[tuple[str, str], dict[str, Any]] = {
     ("PSGD", "loop"): {"criterion": "hessian"},
     ("SMWNaturalGradient", "loop"): {"fisher": "mc"},
     ("SENG", "loop"): {"sketch": 2},
+    ("Shampoo", "grafting"): {"lr": 1e-3},  # without it a step of its own length, which is another unit
     ("GaussNewton", "acceleration"): {"damping": 50.0},  # steps so short that their bend counts
 }
 

@@ -267,7 +267,8 @@ def test_burn_in_is_part_of_a_resumed_run() -> None:
 
 def test_parts_have_other_structures() -> None:
     model, loss_fn = mlp(), nn.CrossEntropyLoss()
-    optimizer = KFAC(model, loss_fn, lr=0.05, structures={"2": "diagonal", "0": {"max_dim": 1}})
+    bound, structures = TrustRegion(1e-2, lr=0.1), {"2": "diagonal", "0": {"max_dim": 1}}
+    optimizer = KFAC(model, loss_fn, lr=0.05, damping=1e-2, kl_clip=bound, structures=structures)
     after = train(model, optimizer, BATCHES[:6])
     assert [row.structure for row in optimizer.coverage()] == ["kronecker", "kronecker", "diagonal", "diagonal"]
     assert refresh_cost(optimizer.preconditioners["0.weight+0.bias"].inverse) < 20  # type: ignore[arg-type]
@@ -281,7 +282,7 @@ def test_parts_have_other_structures() -> None:
         solver=Cholesky(),
         lr=0.05,
         momentum=0.9,
-        kl_clip=TrustRegion(1e-2, lr=0.1),
+        kl_clip=bound,
         inverse_update_period=Refresh(Doubling(10), stagger=True),
     )
     assert equal(after, train(other, same, BATCHES[:6]))
