@@ -58,6 +58,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 ABSENT = {
     "Newton": {"autoencoder": "a dense Hessian of 36 000 parameters", "language model": "of 33 000"},
     "GaussNewton": {"language model": "no least squares"},
+    "SSBFGS": {"autoencoder": "needs the same batch in every step", "language model": "needs the same batch"},
+    "SSBroyden": {"autoencoder": "a dense matrix of 36 000 parameters", "language model": "of 33 000"},
 }
 
 RATES = {
