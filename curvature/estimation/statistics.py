@@ -155,8 +155,9 @@ class Statistics:
                 raise
             return  # something the model computes by the way
         self._take(passes, terms, self._share(terms, gradient, call.place), call)
-        level = call.value if loss.zero_when_perfect else torch.ones_like(call.value)
-        self._step.values.append((gradient.abs() * level.detach()).sum())
+        level = call.value.detach() if loss.zero_when_perfect else torch.ones_like(call.value)
+        value = (gradient.abs() * level).sum()
+        self._step.values.append(torch.where(terms.total > 0, value, 0))  # a mean over no terms is 0/0
 
     def arrived_at_input(self, call: TapedLoss, gradient: Tensor) -> None:
         """A gradient arrived at what a loss of unknown type was called on."""

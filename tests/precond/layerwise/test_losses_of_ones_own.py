@@ -110,14 +110,15 @@ def test_a_penalty_in_the_loss_is_refused_with_the_way_that_works() -> None:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("method", LAYERWISE)
+@pytest.mark.parametrize("method", [*LAYERWISE, "in units of the loss"])
 def test_a_part_of_a_step_without_targets_counts_nothing(method: str, reduction: str) -> None:
     """Torch's gradient of it is zero, although its mean is 0/0."""
     loss_fn = nn.CrossEntropyLoss(reduction=reduction)
     runs = []
     for nothing in (None, "before", "after"):
         model, data = made()
-        optimizer = LAYERWISE[method](model, copy.deepcopy(loss_fn))
+        make = LAYERWISE.get(method, lambda model, loss: KFAC(model, loss, lr=0.05, fisher="exact"))
+        optimizer = make(model, copy.deepcopy(loss_fn))
         ignored = torch.full((6,), -100)
         for x, y in data:
             optimizer.zero_grad()
