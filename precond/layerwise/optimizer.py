@@ -190,6 +190,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         self._reported: set[str] = set()
         self._members: Membership | None = None
         self._level: LossLevel | None = None
+        self._dampings: dict[tuple[float, str], Damping] = {}  # of the step, by value and unit
         self._burning = False  # the step is one of the burn-in
         self._taps = RowTaps()
         self._shared: SharedCurvature | None = None
@@ -710,7 +711,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
         period = self.option("inverse_update_period")
         slot = self.preconditioners.slots(period) if self.stagger else {}
         bounded = any(group["kl_clip"] is not None for group in self.param_groups)
-        self._measured = {}
+        self._measured, self._dampings = {}, {}
         tasks: list[Refreshing] = []
         for name, preconditioner in self.preconditioners.items():
             due = preconditioner.unseen > 0 and (self.steps - slot.get(name, 0)) % period == 0
@@ -798,7 +799,12 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
                 f"the parameters of block {block.name} are in groups with different damping {sorted(values)}, but are "
                 "inverted together. Use one damping for them, or bias='separate'."
             )
-        value, unit = pairs.pop()
+        pair = pairs.pop()
+        if pair not in self._dampings:
+            self._dampings[pair] = self._damping_now(*pair)
+        return self._dampings[pair]
+
+    def _damping_now(self, value: float, unit: str) -> Damping:
         if unit == "loss" and self._level is not None:
             return FollowingDamping(self.damping.with_strength(value * self._level.mean.to(self.parameters.device)))
         return self.damping if value == float(self.damping.strength) else self.damping.with_strength(value)
@@ -879,6 +885,7 @@ class PreconditionedOptimizer(SecondOrderOptimizer):
             "_prepared_slopes": None,
             "_measured": {},
             "_level": None,
+            "_dampings": {},
             "_bounds": BoundRecord(),
             "_taps": RowTaps(),
             "_members": None,
