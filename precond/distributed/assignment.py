@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 
 
@@ -16,12 +16,31 @@ def cost(shapes: Mapping[str, tuple[tuple[int, ...], bool]]) -> int:
     return sum(cubes) + sum(prod(shape) for shape, _ in shapes.values())
 
 
+def shared_out(works: Sequence[float], loads: list[float]) -> list[int]:
+    """Who takes which piece of work: large ones first, each to who has the least so far.
+
+    At most 4/3 of the best possible largest load (Graham, 1969). Work that comes later leaves that from before where it
+    is, so that parameters which are added to an optimizer move none of the others.
+
+    >>> loads = [0.0, 0.0]
+    >>> shared_out([4, 8, 5], loads), loads
+    ([1, 0, 1], [8.0, 9.0])
+
+    Args:
+        works: The pieces.
+        loads: What everybody has so far; changed.
+    """
+    out = [0] * len(works)
+    for index in sorted(range(len(works)), key=lambda i: -works[i]):
+        out[index] = loads.index(min(loads))
+        loads[out[index]] += works[index]
+    return out
+
+
 def assigned(
     costs: Mapping[str, int], columns: int, before: Mapping[str, int], known: Mapping[str, int]
 ) -> dict[str, int]:
-    """The column of each block: costly ones first, each to the column with the least work so far.
-
-    At most 4/3 of the best possible largest load (Graham, 1969). Blocks that were assigned before stay where they are.
+    """The column of each block, by :func:`shared_out`. Blocks that were assigned before stay where they are.
 
     >>> assigned({"a": 8, "b": 5, "c": 4}, 2, {}, {})
     {'a': 0, 'b': 1, 'c': 1}
@@ -32,12 +51,8 @@ def assigned(
         before: Block -> column, where it has one.
         known: Block -> cost, of those that have one.
     """
-    loads = [0] * columns
+    loads = [0.0] * columns
     for name, column in before.items():
         loads[column] += known.get(name, 0)
-    out = dict(before)
-    for name, work in sorted(costs.items(), key=lambda item: (-item[1], item[0])):
-        if name not in out:
-            out[name] = loads.index(min(loads))
-            loads[out[name]] += work
-    return out
+    new = sorted(costs.keys() - before.keys())
+    return {**before, **dict(zip(new, shared_out([costs[name] for name in new], loads), strict=True))}

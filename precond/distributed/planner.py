@@ -10,7 +10,8 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from precond.distributed.sharded import pieces, shared_out
+from precond.distributed.assignment import shared_out
+from precond.distributed.sharded import pieces
 
 
 class Sharded(Protocol):

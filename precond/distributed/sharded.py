@@ -19,11 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from precond.distributed.assignment import shared_out
+from precond.distributed.ranks import OtherRankFailed
+
 Entries = dict[str, Any]
-
-
-class OtherProcessFailed(RuntimeError):
-    """The owner of a parameter could not compute its step, so that it is taken nowhere."""
 
 
 def is_sharded(x: Any) -> bool:
@@ -158,7 +157,8 @@ def refuse_left_behind(params: Iterable[Tensor], method: str) -> None:
 def owners(groups: Iterable[Sequence[Tensor]], work: Callable[[Tensor], float]) -> dict[Tensor, int]:
     """The process that keeps each sharded parameter, by its rank in the parameter's own group.
 
-    A function of shapes and options, so that all processes agree without a word; see :func:`shared_out`.
+    A function of shapes and options, so that all processes agree without a word; see
+    :func:`~precond.distributed.assignment.shared_out`.
 
     Args:
         groups: Parameters, by group of the optimizer.
@@ -174,27 +174,6 @@ def owners(groups: Iterable[Sequence[Tensor]], work: Callable[[Tensor], float]) 
         for group, some in cut.items():
             load = loads.setdefault(group, [0.0] * dist.get_world_size(group))
             out |= zip(some, shared_out([work(p) for p in some], load), strict=True)
-    return out
-
-
-def shared_out(works: Sequence[float], loads: list[float]) -> list[int]:
-    """Who takes which piece of work: large ones first, each to who has the least so far.
-
-    At most 4/3 of the best possible largest load (Graham, 1969). Work that comes later leaves that from before where it
-    is, so that parameters which are added to an optimizer move none of the others.
-
-    >>> loads = [0.0, 0.0]
-    >>> shared_out([4, 8, 5], loads), loads
-    ([1, 0, 1], [8.0, 9.0])
-
-    Args:
-        works: The pieces.
-        loads: What everybody has so far; changed.
-    """
-    out = [0] * len(works)
-    for index in sorted(range(len(works)), key=lambda i: -works[i]):
-        out[index] = loads.index(min(loads))
-        loads[out[index]] += works[index]
     return out
 
 
@@ -232,7 +211,7 @@ class Exchange:
             compute: Parameter -> whole gradient, of those kept here, to directions.
 
         Raises:
-            OtherProcessFailed: If it raised in another process; what it raised here is raised as it is.
+            OtherRankFailed: If it raised in another process; what it raised here is raised as it is.
         """
         laid = {p: g.redistribute(placements=p.placements) if is_sharded(g) else g for p, g in gradients.items()}  # type: ignore[attr-defined]
         cut = [p for p in laid if p in self.owner]
@@ -322,7 +301,7 @@ class Exchange:
         if error is not None:
             raise error
         if failed:
-            raise OtherProcessFailed(
+            raise OtherRankFailed(
                 "another process could not compute its part of the step, so that none takes it; its own error says why."
             )
 

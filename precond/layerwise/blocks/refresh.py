@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 
+from precond.distributed.assignment import shared_out
 from solvers import Diagonal, Eigen, Flattened, Kronecker, LinearOperator, rule
 from solvers.operators.dispatch import open_to_rules
 
@@ -47,9 +48,8 @@ DOUBLING_TO_10 = Doubling(10)
 def slots(costs: Mapping[str, int], period: int) -> dict[str, int]:
     """The step within a period at which each block is due, so that all steps cost about the same.
 
-    Longest first: each block goes to the step with the least work so far, costly blocks before cheap ones. At most 4/3
-    of the best possible largest load (Graham, 1969). A pure function of names and costs, whatever their order, so a
-    resumed run and all processes agree on it.
+    By :func:`~precond.distributed.assignment.shared_out`. A pure function of names and costs, whatever their order, so
+    a resumed run and all processes agree on it.
 
     >>> slots({"a": 8, "b": 5, "c": 4, "d": 1}, 2)
     {'a': 0, 'b': 1, 'c': 1, 'd': 0}
@@ -66,13 +66,8 @@ def slots(costs: Mapping[str, int], period: int) -> dict[str, int]:
 
 @lru_cache(maxsize=64)
 def _slots(costs: tuple[tuple[str, int], ...], period: int) -> tuple[tuple[str, int], ...]:
-    loads = [0] * period
-    out = []
-    for name, cost in sorted(costs, key=lambda item: (-item[1], item[0])):
-        slot = loads.index(min(loads))
-        loads[slot] += cost
-        out.append((name, slot))
-    return tuple(out)
+    places = shared_out([cost for _, cost in costs], [0.0] * period)
+    return tuple((name, slot) for (name, _), slot in zip(costs, places, strict=True))
 
 
 @open_to_rules

@@ -18,21 +18,10 @@ from curvature.laplace import EFBackend, GGNBackend, HessianBackend, LinearizedL
 from curvature.losses import SumOfLosses
 from precond import Loop
 from solvers import Dense
+from tests.curvature.estimation.test_batch_dim import TimeMajorOutput as TimeMajor
 
 CE, MSE = nn.CrossEntropyLoss(), nn.MSELoss()
 SIZES = [(2, 4), (4, 2), (3, 3)]  # times and examples; equal numbers leave nothing to shapes
-
-
-class TimeMajor(nn.Module):
-    """``(N, T, 3)`` or, with ``first=False``, ``(T, N, 3)`` to ``(T, N, 3)``; the times are joined by a sum."""
-
-    def __init__(self, first: bool = True) -> None:
-        super().__init__()
-        self.first, self.inp, self.out = first, nn.Linear(3, 4), nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.transpose(0, 1) if self.first else x
-        return self.out(self.inp(x).tanh().cumsum(0))
 
 
 class ExamplesFirst(TimeMajor):

@@ -27,7 +27,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import precond
 from precond import KFAC, MFAC, PSGD, SOAP, GaLore, KLShampoo, Momentum, Muon, Newton, Shampoo, SPlus, WeightDecay
-from precond.distributed.sharded import OtherProcessFailed, local
+from precond.distributed.ranks import OtherRankFailed
+from precond.distributed.sharded import local
 from solvers import SolverError
 
 #: Every method that needs gradients alone, with options under which short runs meet each of their parts.
@@ -194,7 +195,7 @@ def disagreements(shape: tuple[int, ...]) -> dict[str, Any]:
     soap.whole_directions = fails
     try:
         steps(net, soap, range(2, 3))
-    except (SolverError, OtherProcessFailed) as error:
+    except (SolverError, OtherRankFailed) as error:
         out["failure"] = f"{type(error).__name__}: {error}"
     del soap.whole_directions
     out["steps"] = soap.steps
