@@ -9,7 +9,6 @@ from torch import Tensor
 
 from precond.gradient.matrices import improved_basis, multiply, spectrum
 from precond.gradient.optimizer import State, state_zeros
-from precond.gradient.stacks import write
 
 
 def initial_bases(p: Tensor, sizes: Mapping[int, int]) -> State:
@@ -26,22 +25,27 @@ def initial_bases(p: Tensor, sizes: Mapping[int, int]) -> State:
     return state
 
 
-def eigenbases(state: State, axes: Iterable[int]) -> None:
-    """Write the eigenvectors of each ``factor.k`` into ``basis.k``.
+def eigenbases(state: State, axes: Iterable[int]) -> State:
+    """The eigenvectors of each ``factor.k``, as ``basis.k``.
 
     Raises:
-        SolverError: If a decomposition fails; nothing is written then.
+        SolverError: If a decomposition fails.
     """
-    write(state, {f"basis.{k}": spectrum(state[f"factor.{k}"])[1] for k in axes})
+    return {f"basis.{k}": spectrum(state[f"factor.{k}"])[1] for k in axes}
 
 
-def improve_bases(state: State, axes: Iterable[int]) -> None:
+def improve_bases(state: State, axes: Iterable[int]) -> State:
     """One step of orthogonal iteration on every ``basis.k``; ``exp_avg``, which is kept in these bases, turns along.
 
     Raises:
-        SolverError: If a factorisation fails; nothing is written then.
+        SolverError: If a factorisation fails.
     """
-    new = {k: improved_basis(state[f"factor.{k}"], state[f"basis.{k}"]) for k in axes}
-    turns = {k: torch.bmm(state[f"basis.{k}"].mT, basis) for k, basis in new.items()}
-    turned = multiply(state["exp_avg"], turns, transpose=True)
-    write(state, {"exp_avg": turned, **{f"basis.{k}": basis for k, basis in new.items()}})
+    old = {k: state[f"basis.{k}"] for k in axes}
+    new = {k: improved_basis(state[f"factor.{k}"], basis) for k, basis in old.items()}
+    average = state["exp_avg"]
+    per_axis = {k: average[0].numel() // basis.shape[-1] for k, basis in old.items()}
+    # From one basis to the other by their product (n, n), or by way of the parameter's own axes: what costs less.
+    far = {k for k, others in per_axis.items() if others < old[k].shape[-1]}
+    average = multiply(average, {k: old[k] for k in far})
+    turns = {k: basis if k in far else torch.bmm(old[k].mT, basis) for k, basis in new.items()}
+    return {"exp_avg": multiply(average, turns, transpose=True), **{f"basis.{k}": basis for k, basis in new.items()}}

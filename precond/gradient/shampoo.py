@@ -9,7 +9,7 @@ from torch import Tensor
 
 from precond.gradient.matrices import add_gram, blocks, merged_shape, multiply, rotated_root, spectrum, symmetric_power
 from precond.gradient.optimizer import Group, State, debiased, due, state_zeros
-from precond.gradient.stacks import Stack, StackedOptimizer, entries, write
+from precond.gradient.stacks import Stack, StackedOptimizer, entries
 from precond.step.base import MomentumOptions
 from precond.step.methods import Taxonomy
 from precond.step.schedules import FIXED, Scheduled, ScheduledInt
@@ -210,20 +210,20 @@ def _apply(m: Tensor, state: State, step: int, group: Group, b: int, part: Regio
     return multiply(multiply(m, matrices, transpose=True) / root, matrices)
 
 
-def _new_roots(state: State, group: Group, b: int, ndim: int, weight: float) -> None:
+def _new_roots(state: State, group: Group, b: int, ndim: int, weight: float) -> State:
     exponent = -1 / (2 * ndim) if group["exponent"] is None else group["exponent"]
     factors = {axis: factor / weight for axis, factor in entries(state, f"{b}.factor", ndim).items()}
-    roots = {axis: symmetric_power(factor, exponent, group["damping"]) for axis, factor in factors.items()}
-    write(state, {f"{b}.root.{axis}": root for axis, root in roots.items()})
+    damping = group["damping"]
+    return {f"{b}.root.{axis}": symmetric_power(factor, exponent, damping) for axis, factor in factors.items()}
 
 
-def _new_basis(state: State, b: int, ndim: int, part: Region) -> None:
+def _new_basis(state: State, b: int, ndim: int, part: Region) -> State:
     old, factors = entries(state, f"{b}.root", ndim), entries(state, f"{b}.factor", ndim)
     new = {axis: spectrum(factor)[1] for axis, factor in factors.items()}
     squares = {axis: (old[axis].mT @ basis).square() for axis, basis in new.items()}
     # The average along the old axes, expressed in the new ones.
     state["exp_avg_sq"][part] = multiply(state["exp_avg_sq"][part], squares, transpose=True)
-    write(state, {f"{b}.root.{axis}": basis for axis, basis in new.items()})
+    return {f"{b}.root.{axis}": basis for axis, basis in new.items()}
 
 
 def _graft(g: Tensor, momentum: Tensor, state: State, step: int, group: Group) -> Tensor:

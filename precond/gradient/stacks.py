@@ -54,10 +54,6 @@ class Stack:
         """Begin a step: copy the entries, but for those with one of these words in their names."""
         self.state = {name: x if kept.intersection(name.split(".")) else x.clone() for name, x in self._kept[0].items()}
 
-    def own(self) -> None:
-        """Copy the entries that are still those of the step before."""
-        self.state.update({name: x.clone() for name, x in self._kept[0].items() if self.state[name] is x})
-
     def close(self) -> dict[str, Tensor]:
         """Hand the state of the step to the parameters; returns what it has written."""
         before, old = self._kept
@@ -80,9 +76,13 @@ class Stack:
             for state, own, slices in zip(states, self._states, self._kept[1], strict=True)
         )
 
-    def part(self, index: int) -> State:
-        """State of one of the parameters, as a stack of one."""
-        return {name: joint[index : index + 1] for name, joint in self.state.items()}
+    def renew_part(self, index: int, compute: Callable[[State], State]) -> None:
+        """Compute new entries for one of the parameters alone."""
+        new = compute({name: joint[index : index + 1] for name, joint in self.state.items()})
+        for name, value in new.items():
+            if self.state[name] is self._kept[0][name]:  # that of the step before
+                self.state[name] = self.state[name].clone()
+            self.state[name][index : index + 1] = value
 
     def gather(self, tensors: Sequence[Tensor]) -> Tensor:
         """One tensor ``(k, *shape)`` from one for each parameter."""
@@ -95,8 +95,8 @@ class StackedOptimizer(GradientOptimizer):
     Many small matrices take many small operations one by one; together they take one operation of each kind.
     """
 
-    #: Words in the names of entries that :meth:`update` replaces and only :meth:`renew` writes to: a step copies the
-    #: others before it writes to them.
+    #: Words in the names of entries that :meth:`update` and :meth:`renew` replace: a step copies the others before it
+    #: writes to them.
     kept: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod
@@ -127,24 +127,24 @@ class StackedOptimizer(GradientOptimizer):
             out |= zip(places, directions.reshape(-1, *params[places[0]].shape), strict=True)
         return [out[i] for i in range(len(params))]
 
-    def renew(self, stack: Stack, compute: Callable[[State], None], prefix: str = "") -> None:
+    def renew(self, stack: Stack, compute: Callable[[State], State], prefix: str = "") -> None:
         """Refresh what needs a decomposition; where one fails, only that parameter keeps its last good one.
 
         Args:
             stack: The parameters.
-            compute: Writes the new entries into a stacked state, after everything that may fail.
+            compute: Returns the new entries of a stacked state.
             prefix: As for :meth:`refresh`.
 
         Raises:
             SolverError: As :meth:`refresh`.
         """
-        stack.own()
         try:
-            compute(stack.state)
+            new = compute(stack.state)
         except SolverError:
             for index, p in enumerate(stack.params):
-                self.refresh(p, partial(compute, stack.part(index)), prefix)
+                self.refresh(p, partial(stack.renew_part, index, compute), prefix)
             return
+        stack.state.update({name: value.contiguous() for name, value in new.items()})
         for p in stack.params:
             self.state[p][f"{prefix}failures"] = 0
         self.events[REFRESHES] += len(stack.params)
@@ -196,9 +196,3 @@ def _own(value: Tensor) -> Tensor:
 def entries(state: State, name: str, ndim: int) -> dict[int, Tensor]:
     """The entries ``name.k`` of a state, by their axis k, for the axes that have one."""
     return {k: state[f"{name}.{k}"] for k in range(ndim) if f"{name}.{k}" in state}
-
-
-def write(state: State, entries: State) -> None:
-    """Write new values into entries of a stacked state, in place."""
-    for name, value in entries.items():
-        state[name].copy_(value)

@@ -80,22 +80,37 @@ class Subspace(BasisSolver):
         op = matrix if isinstance(matrix, Dense) else Dense(matrix)
         if previous is None:
             return Eigh().basis(op)
+        a, size, q = self._stepped(op, previous)
+        return (q * (a @ q)).sum(-2) * size.squeeze(-1), q
+
+    def improve(self, matrix: Tensor | Dense, previous: Tensor) -> Tensor:
+        """The basis of :meth:`basis` alone, without the product for its quotients.
+
+        Args:
+            matrix: ``(*stack, n, n)``.
+            previous: The orthonormal basis to start from.
+        """
+        return self._stepped(matrix if isinstance(matrix, Dense) else Dense(matrix), previous)[2]
+
+    def _stepped(self, op: Dense, previous: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The matrix in units of a size, the size, and the stepped basis."""
         require_symmetric(op)
         a = widen(op.matrix)
         size = power_of_two(a)  # norms of products leave the floating range before the entries do
-        a = a / size
-        q = previous.to(a)
-        product = a @ q
-        require(torch.isfinite(product.abs().amax()), lambda: non_finite(op))  # a tenth of the time of a look at each
-        if self.tolerance and bool((off_diagonal_fraction(q.mT @ product) <= self.tolerance).all()):
-            return (q * product).sum(-2) * size.squeeze(-1), q
-        # Null directions would drown in the rounding errors eps |A| of A Q; a shift keeps them, and all eigenvectors.
-        norm = torch.linalg.matrix_norm(a)[..., None, None]
-        shift = torch.where(norm > 0, torch.finfo(a.dtype).eps ** 0.5 * norm, 1)  # zero keeps the basis it has
-        for _ in range(self.steps):
-            q = _qr_step(product + shift * q, q, (q * product).sum(-2))
-            product = a @ q
-        return (q * product).sum(-2) * size.squeeze(-1), q
+        a, rows = a / size, previous.to(a).mT.contiguous()  # rows are what LAPACK takes for columns
+        for step in range(self.steps):
+            product = rows @ a  # A q_j, as the matrix is symmetric
+            quotients = (rows * product).sum(-1)
+            norm = torch.linalg.vector_norm(product, dim=(-2, -1), keepdim=True)  # that of A, as Q is orthonormal
+            if step == 0:
+                require(torch.isfinite(norm).all(), lambda: non_finite(op))
+                if self.tolerance and bool((off_diagonal_fraction(product @ rows.mT) <= self.tolerance).all()):
+                    break
+            # Null directions would drown in the rounding errors eps |A| of A Q; a shift keeps them, and all
+            # eigenvectors.
+            shift = torch.where(norm > 0, torch.finfo(a.dtype).eps ** 0.5 * norm, 1)  # zero keeps the basis it has
+            rows = _orthonormal(product.addcmul_(rows, shift), quotients.abs(), quotients + shift.squeeze(-1) < 0)
+        return a, size, rows.mT
 
 
 def off_diagonal_fraction(matrix: Tensor) -> Tensor:
@@ -105,10 +120,19 @@ def off_diagonal_fraction(matrix: Tensor) -> Tensor:
     return torch.linalg.matrix_norm(matrix - diagonal) / torch.where(whole == 0, 1, whole)
 
 
-def _qr_step(product: Tensor, q: Tensor, values: Tensor) -> Tensor:
-    """The orthonormalised product, in descending order of the eigenvalues, where the fixed point is stable."""
-    order = values.abs().argsort(-1, descending=True)
-    columns = order.unsqueeze(-2).expand_as(q)
-    new = torch.linalg.qr(product.gather(-1, columns)).Q
-    sign = torch.where((new * q.gather(-1, columns)).sum(-2, keepdim=True) < 0, -1.0, 1.0).to(q)
-    return torch.empty_like(q).scatter_(-1, columns, new * sign)
+def _orthonormal(rows: Tensor, sizes: Tensor, opposite: Tensor) -> Tensor:
+    r"""The orthonormalised rows :math:`A q_j`, from the largest size on, where the fixed point is stable.
+
+    Args:
+        rows: ``(*stack, n, n)``.
+        sizes: :math:`|q_j^\top A q_j|`.
+        opposite: Whether the row points away from :math:`q_j`; the new one does not.
+    """
+    n = rows.shape[-1]
+    order = sizes.reshape(-1, n).argsort(-1, descending=True)
+    places = (order + n * torch.arange(len(order), device=order.device).unsqueeze(-1)).flatten()
+    reflectors, tau = torch.geqrf(rows.reshape(-1, n)[places].reshape(rows.shape).mT)
+    new = torch.linalg.householder_product(reflectors, tau).mT.reshape(-1, n)
+    flips = (reflectors.diagonal(dim1=-2, dim2=-1).flatten() < 0) ^ opposite.flatten()[places]
+    new *= torch.where(flips, -1.0, 1.0).to(new).unsqueeze(-1)
+    return torch.empty_like(new).index_copy_(0, places, new).reshape(rows.shape)
