@@ -31,3 +31,15 @@ def widen(x: Tensor) -> Tensor:
     """The tensor in its :func:`working_dtype`; itself if that is its dtype."""
     dtype = working_dtype(x)
     return x if x.dtype == dtype else x.to(dtype)
+
+
+@cache
+def multiplies_bfloat16_faster(device: torch.device) -> bool:
+    """Whether a device has units for products of bfloat16 matrices, several times as fast as those of float32."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    known = getattr(torch.cpu, "get_capabilities", dict)()  # from torch 2.10 on
+    return bool(known.get("amx_bf16") or known.get("avx512_bf16"))

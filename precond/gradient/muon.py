@@ -14,11 +14,13 @@ from precond.step.base import StepOptions
 from precond.step.methods import Taxonomy
 from precond.step.options import Momentum, choice
 from precond.step.schedules import Scheduled
-from solvers.iterative.newton_schulz import polar
+from solvers.iterative.newton_schulz import odd_polynomial, polar
 from solvers.outcome.arguments import number
+from solvers.precision import multiplies_bfloat16_faster
 
 Scaling = Literal["adam", "spectral", "none"]
 Polynomial = Literal["quintic", "polar_express"]
+Precision = Literal["auto", "bfloat16", "full"]
 
 QUINTIC = ((3.4445, -4.7750, 2.0315),) * 5
 
@@ -58,6 +60,9 @@ class Muon(StackedOptimizer):
             ``sqrt(max(1, m / n))``; ``"none"`` for 1, a learning rate in units of spectral norm per step.
         polynomial: Five steps of ``"polar_express"`` (singular values end between 0.85 and 1) or of the first paper's
             ``"quintic"`` (between 0.7 and 1.2).
+        precision: Of the products: ``"full"`` is that of the state, float32 or float64; ``"bfloat16"``; ``"auto"``
+            takes bfloat16 for float32 where the device multiplies it several times as fast. What five steps leave of
+            the polynomial's error, 0.12 of a singular value, is far above the rounding.
         orthogonalize: False for AdamW whatever the shape.
         stacked: Whether leading axes count matrices.
         betas: For AdamW.
@@ -94,6 +99,7 @@ class Muon(StackedOptimizer):
         momentum: Scheduled | Momentum = 0.95,
         scaling: Scaling = "adam",
         polynomial: Polynomial = "polar_express",
+        precision: Precision = "auto",
         orthogonalize: bool = True,
         stacked: bool = False,
         betas: tuple[float, float] = (0.9, 0.95),
@@ -109,6 +115,7 @@ class Muon(StackedOptimizer):
             defaults={
                 "scaling": scaling,
                 "polynomial": polynomial,
+                "precision": precision,
                 "orthogonalize": orthogonalize,
                 "stacked": stacked,
                 "betas": betas,
@@ -121,6 +128,7 @@ class Muon(StackedOptimizer):
         super().check(options)
         choice("scaling", options["scaling"], Scaling)
         choice("polynomial", options["polynomial"], Polynomial)
+        choice("precision", options["precision"], Precision)
         if not options["momentum"] < 1:
             raise ValueError(f"momentum is the weight of old gradients, in [0, 1); got {options['momentum']}.")
 
@@ -144,7 +152,7 @@ class Muon(StackedOptimizer):
             update = g.lerp(buffer, momentum)
         if not group["stacked"]:
             update = update.reshape(-1, *matrix_shape(g.shape[1:]))
-        return orthogonalized(update, group["polynomial"]).mul_(_scale(update, group["scaling"]))
+        return orthogonalized(update, group["polynomial"], group["precision"]).mul_(_scale(update, group["scaling"]))
 
 
 def _is_matrix(p: Tensor, group: Group) -> bool:
@@ -158,18 +166,22 @@ def _scale(matrices: Tensor, scaling: Scaling) -> float:
     return max(1, rows / columns) ** 0.5 if scaling == "spectral" else 1.0
 
 
-def orthogonalized(matrix: Tensor, polynomial: Polynomial) -> Tensor:
+def orthogonalized(matrix: Tensor, polynomial: Polynomial, precision: Precision = "full") -> Tensor:
     """Polar factor up to the polynomial's accuracy, ``(*stack, m, n)``; zero for a zero matrix."""
     # Squares of very small or very large entries leave the floating range.
     largest = matrix.abs().amax((-2, -1), keepdim=True)
-    matrix = matrix / torch.where(largest == 0, 1, largest)
+    x = matrix / torch.where(largest == 0, 1, largest)
+    if polynomial == "quintic":
+        size = torch.linalg.matrix_norm(x, keepdim=True)
+        x = x / torch.where(size == 0, 1, size)
+    fast = matrix.dtype == torch.float32 and multiplies_bfloat16_faster(matrix.device)
+    if precision == "bfloat16" or (precision == "auto" and fast):
+        x = x.bfloat16()
+    wide = x.shape[-2] <= x.shape[-1]
+    x = x if wide else x.mT
     if polynomial == "polar_express":
-        return polar(matrix, steps=5)
-    if matrix.shape[-2] > matrix.shape[-1]:
-        return orthogonalized(matrix.mT, polynomial).mT
-    size = torch.linalg.matrix_norm(matrix, keepdim=True)
-    x = matrix / torch.where(size == 0, 1, size)
-    for a, b, c in QUINTIC:
-        product = x @ x.mT
-        x = a * x + (b * product + c * product @ product) @ x
-    return x
+        x = polar(x, steps=5)
+    else:
+        for a, b, c in QUINTIC:
+            x = odd_polynomial(x, x @ x.mT, a, b, c)
+    return (x if wide else x.mT).to(matrix)

@@ -81,11 +81,18 @@ class NewtonSchulz(MatrixIteration):
         return symmetric_part(result), step - 1
 
 
+def odd_polynomial(x: Tensor, gram: Tensor, a: float, b: float, c: float) -> Tensor:
+    """``a X + b (X X^T) X + c (X X^T)^2 X`` of ``X (*stack, m, n)``, given ``gram = X X^T``."""
+    x, gram, shape = x.reshape(-1, *x.shape[-2:]), gram.reshape(-1, *gram.shape[-2:]), x.shape
+    inner = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+    return torch.baddbmm(x, inner, x, beta=a).reshape(shape)
+
+
 def polar(matrix: Tensor, steps: int | None = None) -> Tensor:
     r"""Orthogonal polar factor ``U V^T`` of ``M = U diag(s) V^T``, as Muon steps along; by matrix products alone.
 
     Args:
-        matrix: ``(*stack, m, n)`` of any shape and full rank; bfloat16 is fine for few steps.
+        matrix: ``(*stack, m, n)`` of any shape and full rank. In bfloat16 five steps come as near as in float32.
         steps: Number of Polar Express steps, unchecked: 5 bring the singular values above ``1e-3 |M|_F`` near one. None
             iterates until the factor is orthogonal to rounding.
 
@@ -120,7 +127,7 @@ def polar(matrix: Tensor, steps: int | None = None) -> Tensor:
                 break
         elif step == steps:
             return x
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
+        x = odd_polynomial(x, gram, a, b, c)
     worst = float(error.max()) if error.numel() else 0.0
     if not bool(torch.isfinite(matrix).all()):
         raise NonFiniteError("The polar factor of a matrix with NaN or infinity does not exist.")
