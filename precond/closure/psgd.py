@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from precond.closure.optimizer import ClosureOptimizer
-from precond.gradient.matrices import along, gram, largest, merged_shape, multiply, unfolded, worth_a_matrix
+from precond.gradient.matrices import add_gram, along, gram, largest, merged_shape, multiply, unfolded, worth_a_matrix
 from precond.gradient.optimizer import Group, State, debiased, due, state_zeros
 from precond.gradient.stacks import Stack, StackedOptimizer, entries
 from precond.step.base import MomentumOptions
@@ -134,6 +134,8 @@ class PSGD(ClosureOptimizer, StackedOptimizer):
         if options["max_rms"] is not None and not options["max_rms"] > 0:
             raise ValueError(f"max_rms is positive, or None for no bound; got {options['max_rms']}.")
 
+    kept: ClassVar[frozenset[str]] = frozenset({"root", "exp_avg"})
+
     def initial_state(self, p: Tensor, group: Group) -> State:
         shape = merged_shape(p.shape, group["merge_dims"]) or (1,)
         state: State = {"exp_avg": state_zeros(p, shape), "updates": 0}
@@ -182,7 +184,7 @@ class PSGD(ClosureOptimizer, StackedOptimizer):
     def update(self, stack: Stack, g: Tensor, group: Group) -> Tensor:
         state, step, beta = stack.state, stack.step, group["betas"][0]
         g = g.reshape(state["exp_avg"].shape)
-        state["exp_avg"].lerp_(g, 1 - beta)
+        average = state["exp_avg"] = state["exp_avg"].lerp(g, 1 - beta)
         if self.criterion == "whitening" and due(step, group["curvature_update_period"]):
             self._learn(stack, group, g, None)
         elif stack.params[0] in self._probes:
@@ -191,7 +193,7 @@ class PSGD(ClosureOptimizer, StackedOptimizer):
             self._learn(stack, group, h, v)
         if step % 100 == 0:
             _balance(state, g.ndim - 1)
-        out = _apply(debiased(state["exp_avg"], beta, step), _metrics(state, g.ndim - 1))
+        out = _apply(debiased(average, beta, step), _metrics(stack, g.ndim - 1))
         if group["max_rms"] is not None:
             rms = _mean(out.square()).sqrt_()
             if self.asked:
@@ -208,43 +210,51 @@ class PSGD(ClosureOptimizer, StackedOptimizer):
             if not self.kind(stack.params[0], h):
                 return
             scale = (_size(h) + noise) ** -0.5 * (1.0 if v is None else _size(v) ** 0.5)
-            for root in roots.values():
-                root.mul_(_like(scale ** (1 / len(roots)), root))
+            for axis, root in roots.items():
+                state[f"root.{axis}"] = roots[axis] = root * _like(scale ** (1 / len(roots)), root)
         for p in stack.params:
             self.state[p]["updates"] += 1
-        metrics = _metrics(state, len(roots))
+        metrics = _metrics(stack, len(roots))
         norms = [metric.square().flatten(1).sum(1) for metric in metrics.values()]
         image = _apply(h, metrics)
         for axis, metric in metrics.items():
             root, bound = roots[axis], state[f"bound.{axis}"]
             others = prod((n for k, n in enumerate(norms) if k != axis), start=noise.flatten() ** 2)
             dense = root.ndim == 3
-            # The second term is the mean over the noise.
-            c = _gram(image, axis, dense) + _like(others, root) * (metric @ metric if dense else metric.square())
+            c = _gram(image, axis, dense)
+            noisy = metric * _like(others.sqrt(), root)  # the mean over the noise
+            if dense:
+                add_gram(c, noisy, 0, old=1, new=1)
+            else:
+                c.addcmul_(noisy, noisy)
             t: Any = h[0].numel() / h.shape[axis + 1] if v is None else _gram(v, axis, dense)
             size = _norm(c) + t if v is None else _norm(c + t)
             bound.copy_(torch.maximum(0.9 * bound + 0.1 * size, size))
-            if dense:
-                change = c @ root - (t * root if v is None else t @ root)
-            else:
+            if not dense:
                 change = (c - t) * root
-            root.sub_(change * _like(group["preconditioner_lr"] / bound, root))
-            if dense:
-                root.copy_(_turned(root))
+            elif v is None:
+                change = torch.baddbmm(root, c, root, beta=-t)
+            else:
+                change = (c - t) @ root
+            root = root.addcmul(change, _like(group["preconditioner_lr"] / bound, root), value=-1)
+            state[f"root.{axis}"] = _turned(root) if dense else root
 
 
 def _balance(state: State, ndim: int) -> None:
     """Scale the factors to equal size; P stays the same."""
-    roots = list(entries(state, "root", ndim).values())
-    sizes = torch.stack([root.abs().flatten(1).amax(1) for root in roots])
-    for root, factor in zip(roots, sizes.log().mean(0).exp() / sizes, strict=True):
-        root.mul_(_like(factor, root))
-
-
-def _metrics(state: State, ndim: int) -> dict[int, Tensor]:
-    """The factors of P ``(k, n, n)``, or their diagonals ``(k, n)``."""
     roots = entries(state, "root", ndim)
-    return {axis: root.mT @ root if root.ndim == 3 else root.square() for axis, root in roots.items()}
+    sizes = {axis: root.abs().flatten(1).amax(1) for axis, root in roots.items()}
+    mean = torch.stack(list(sizes.values())).log().mean(0).exp()
+    state.update({f"root.{axis}": root * _like(mean / sizes[axis], root) for axis, root in roots.items()})
+
+
+def _metrics(stack: Stack, ndim: int) -> dict[int, Tensor]:
+    """The factors of P ``(k, n, n)``, or their diagonals ``(k, n)``."""
+    return {axis: stack.derived(f"root.{axis}", _metric) for axis in entries(stack.state, "root", ndim)}
+
+
+def _metric(root: Tensor) -> Tensor:
+    return gram(root, 1) if root.ndim == 3 else root.square()
 
 
 def _apply(x: Tensor, metrics: dict[int, Tensor]) -> Tensor:
@@ -296,10 +306,11 @@ def _turned(root: Tensor) -> Tensor:
     skew = root.mT - root
     # Singular values of a skew matrix come in pairs, so this is at least the largest.
     size = torch.linalg.matrix_norm(skew, keepdim=True) / 2**0.5
-    skew = skew / size.clamp(min=torch.finfo(root.dtype).tiny)
+    unit = torch.where(size > 0, 1 / size, 0)  # a symmetric root stays as it is
     first = skew @ root
     second = skew @ first
     slope, bend = (x.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None] for x in (first, second))
+    slope, bend = slope * unit, bend * unit.square()
     longest = torch.full_like(slope, 1 / 8)  # the error of the formula is of third order
-    a = torch.where(bend < 0, torch.minimum(-slope / bend, longest), longest)
-    return root + a * (first + 0.5 * a * second)
+    a = torch.where(bend < 0, torch.minimum(-slope / bend, longest), longest) * unit
+    return root.addcmul(first, a).addcmul_(second, a * a, value=0.5)

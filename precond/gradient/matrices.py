@@ -79,8 +79,10 @@ def unfolded(x: Tensor, axis: int) -> Tensor:
 
 def gram(x: Tensor, axis: int) -> Tensor:
     r""":math:`X_{(a)} X_{(a)}^\top` of the unfoldings along an axis, ``(k, n_a, n_a)`` for a stack ``(k, *shape)``."""
-    x = unfolded(x, axis)
-    return x @ x.mT
+    n = x.shape[axis + 1]
+    out = x.new_empty(len(x), n, n)
+    add_gram(out, x, axis, old=0, new=1)
+    return out
 
 
 def add_gram(factor: Tensor, x: Tensor, axis: int, *, old: float, new: float) -> None:

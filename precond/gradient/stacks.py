@@ -41,6 +41,14 @@ class Stack:
             self._kept = self._sliced({name: torch.stack([state[name] for state in states]) for name in names})
             self._hand_out()
         self.state: State = {}
+        self._derived: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def derived(self, name: str, compute: Callable[[Tensor], Tensor]) -> Tensor:
+        """``compute`` of an entry of the state, once for as long as the entry is the same; not to be altered."""
+        entry = self.state[name]
+        if name not in self._derived or self._derived[name][0] is not entry:
+            self._derived[name] = entry, compute(entry)
+        return self._derived[name][1]
 
     def _sliced(self, joint: State) -> tuple[State, list[State]]:
         parts = {name: value.unbind() for name, value in joint.items()}
