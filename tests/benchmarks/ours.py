@@ -34,3 +34,29 @@ def _layerwise(name: str, cls: Any, **fixed: Any) -> None:
 _layerwise("precond KFAC", precond.KFAC)
 _layerwise("precond KFAC empirical", precond.KFAC, fisher="empirical")
 _layerwise("precond EKFAC", precond.EKFAC)
+
+
+def _gradient(name: str, cls: Any, period: str | None, **fixed: Any) -> None:
+    @register(name, "optim", fixed=period is None, grid=[{"interval": 10, "lr": 3e-2}])
+    def _(w: Any, interval: int = 1, lr: float = 1e-4) -> Any:
+        own = {period: interval} if period else {}
+        return plain(w, cls(w.params, lr=lr, **own, **fixed))
+
+
+_gradient("precond SOAP", precond.SOAP, "inverse_update_period")
+_gradient("precond Shampoo", precond.Shampoo, "inverse_update_period")
+_gradient("precond KLShampoo", precond.KLShampoo, "inverse_update_period")
+_gradient("precond PSGD", precond.PSGD, "curvature_update_period")
+
+
+@register("precond SINGD", "optim", grid=[{"interval": 10, "lr": 0.03, "damping": 1e-2}])
+def _(w: Any, interval: int = 1, lr: float = 1e-4, damping: float = 1e-3, momentum: float = 0.9) -> Any:
+    optimizer = precond.SINGD(
+        w.model, w.loss_fn, lr=lr, damping=damping, momentum=momentum, curvature_update_period=interval
+    )
+    return plain(w, optimizer)
+
+
+@register("precond Muon", "optim", fixed=True)
+def _(w: Any, interval: int = 1, lr: float = 1e-4) -> Any:
+    return plain(w, precond.Muon(precond.param_groups(w.model, precond.Muon), lr=lr))
