@@ -33,6 +33,7 @@ DEV = [
     "expecttest>=0.2",  # torch's own checks of optimizers import it
     "gymnasium>=1.0",
     "hypothesis>=6.100",
+    "lightning>=2.4",
     "mypy>=1.11",
     "peft>=0.12",
     "playwright>=1.49",  # drives the machine's Chromium, to look at pages
@@ -41,8 +42,10 @@ DEV = [
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",
     "ruff>=0.6",
+    "skorch>=1.1",
     "tensorboard>=2.17",
     "transformers>=4.44",
+    "trl>=0.20",
 ]
 
 setup(
