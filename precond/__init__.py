@@ -41,10 +41,10 @@ from precond.layerwise.kbfgs import KBFGS
 from precond.layerwise.kfac import KFAC
 from precond.layerwise.natural_gradient import NaturalGradient
 from precond.layerwise.optimizer import PreconditionedOptimizer
+from precond.layerwise.quadratic_model import QuadraticModel
 from precond.layerwise.seng import SENG
 from precond.layerwise.singd import SINGD
 from precond.layerwise.smw import SMWNaturalGradient
-from precond.layerwise.step_size import QuadraticModel
 from precond.layerwise.tnt import TNT
 from precond.step.adapt import LevenbergMarquardt
 from precond.step.averaging import IterateAverage

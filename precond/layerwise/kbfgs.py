@@ -147,13 +147,13 @@ class KBFGS(LayerwiseMethod):
     def follows_move(self) -> bool:
         return self._waits or super().follows_move
 
-    def _collector(self) -> StepCollector:
+    def collector(self) -> StepCollector:
         return ApartCollector(self.parameters, self.begin_block, joint=self.curvature.joint, forget=self.drop_block)
 
-    def _follow(self) -> None:
+    def follow(self) -> None:
         # Called before a pass is recorded: parameters that another optimizer moved are where they were moved to.
         self._run_again()
-        super()._follow()
+        super().follow()
 
     def directions(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         passes = self.tape.passes if self.statistics.armed else []

@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 from curvature import Curvature
 from curvature.losses.signals import KINDS
 from precond.layerwise.optimizer import PreconditionedOptimizer
-from precond.layerwise.step_size import QuadraticModel
+from precond.layerwise.quadratic_model import QuadraticModel
 from precond.layerwise.structures import Structures, with_structures
 from precond.step.adapt import LevenbergMarquardt
 from precond.step.loop import Loop

@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from curvature.estimation.tape import Tape
 from curvature.losses.loss import watched
 from curvature.model.streams import random_state
+from precond.layerwise.quadratic_model import QuadraticModel
 from precond.layerwise.replay import ClosureReplay, LoopReplay, Replay
 from precond.step.adapt import LevenbergMarquardt, unseen
 from precond.step.graph import flatten, parameters_at, unflatten
-from precond.step.options import period as check_period
 from precond.step.trust_region import Move, kl_scale, reference_lr
-from solvers.outcome.arguments import fields_of
 
 # A step that raises the loss is halved so often; the last time it is taken back.
 _HALVINGS = 10
@@ -57,61 +56,6 @@ class Sized(Protocol):
     def set_damping(self, damping: float) -> None:
         """Give all groups the same damping."""
         ...
-
-
-@dataclass(frozen=True)
-class QuadraticModel:
-    r"""Learning rate and momentum that minimise the damped quadratic model of the current batch.
-
-    .. math:: \begin{pmatrix} \alpha \\ \mu \end{pmatrix} = -\big[V^\top (C + (\lambda + \eta) I) V\big]^{-1} V^\top g,
-        \qquad V = (-d, m_{previous}), \qquad m = V (\alpha, \mu)^\top
-
-    with the preconditioned gradient d, the previous move, the exact Gauss-Newton matrix C of the batch, the damping
-    :math:`\lambda` of the groups and the strength :math:`\eta` of L2 weight decay. At the first step, and where the two
-    vectors are parallel, the shortest solution is taken. The optimizer's ``lr`` multiplies the move; 1 is the method's.
-
-    A step that raises the loss of its own batch is halved until it does not, at most ten times; the length that is left
-    (:math:`m^\top C m`) is the trust region of the next steps, and grows by two, in length, when one that it bounds
-    keeps three quarters of its promise. ``kl_clip=None`` leaves this out.
-
-    The factors of a Kronecker product may have a damping :math:`\gamma^2` of their own (the entry ``factor_damping``)
-    that begins at :math:`\lambda`: every ``factor_period`` steps the inverses are computed for three values of it, and
-    the one stays whose step the model promises most. Otherwise :math:`\gamma^2 = \lambda`, which follows the rule at
-    once; on a deep autoencoder that was ahead for the first hundred steps.
-
-    Costs two more forward passes of the batch, two backward passes, and one more for each vector.
-
-    Args:
-        momentum: Whether the previous move takes part.
-        max_kl: An upper bound on :math:`m^\top C m` before ``lr``, in place of the optimizer's ``kl_clip``, which
-            bounds it otherwise; the move is shortened to it.
-        fraction: Share of the batch that C is taken from, every ``round(1 / fraction)``-th example; the gradient is
-            that of all. A quarter is the paper's (section 8). Needs a plain loop, with the examples along the first
-            axis.
-        factor_period: Steps between choices of :math:`\gamma`, 20 in the paper; ``None`` for
-            :math:`\gamma^2 = \lambda`. Without effect where the damping is not :class:`~solvers.FactoredTikhonov`.
-
-    Raises:
-        ValueError: If the bound is not positive, or the fraction not in (0, 1].
-
-    References:
-        Martens and Grosse (2015), sections 6.6 (:math:`\gamma`) and 7, https://arxiv.org/abs/1503.05671
-    """
-
-    momentum: bool = True
-    max_kl: float | None = None
-    fraction: float = 1.0
-    factor_period: int | None = None
-
-    def __post_init__(self) -> None:
-        """Validate the arguments."""
-        fields_of(self)
-        if self.max_kl is not None and not self.max_kl > 0:
-            raise ValueError(f"max_kl must be positive, or None for no bound; got {self.max_kl}.")
-        if not 0 < self.fraction <= 1:
-            raise ValueError(f"fraction is a share of the batch, in (0, 1]; got {self.fraction}.")
-        if self.factor_period is not None:
-            check_period("factor_period", self.factor_period)
 
 
 def minimiser(gram: Tensor, slopes: Tensor) -> Tensor:

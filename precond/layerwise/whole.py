@@ -49,9 +49,9 @@ class WholeModelOptimizer(LayerwiseMethod):
         """A preconditioner around an estimate."""
         return Preconditioner(estimator, self.solver, self.exponent)
 
-    def _collector(self) -> StepCollector:
+    def collector(self) -> StepCollector:
         if not isinstance(self.curvature, WholeFisher):
-            return super()._collector()
+            return super().collector()
         block = whole_block(self.parameters)
         if set(self.preconditioners) != {block.name} or self._whole.block != block:
             self.begin_block(block, "outer")
@@ -79,16 +79,16 @@ class WholeModelOptimizer(LayerwiseMethod):
         if isinstance(self.curvature, WholeFisher):
             self._reconnect()
 
-    def _follow(self) -> None:
+    def follow(self) -> None:
         before = self.parameters
-        super()._follow()
+        super().follow()
         if isinstance(self.curvature, WholeFisher) and self.parameters is not before:
             self.statistics.collector.estimators = {}
 
     def directions(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         if not isinstance(self.curvature, WholeFisher) or not gradients:
             return super().directions(gradients)
-        self._follow()
+        self.follow()
         filled: dict[Tensor, Tensor] = {}
         for p in self.parameters.values():
             filled[p] = gradients[p] if p in gradients else torch.zeros_like(p)
@@ -107,4 +107,4 @@ class WholeModelOptimizer(LayerwiseMethod):
 
     def _reconnect(self) -> None:
         """Let the blocks hand their samples to the estimate that was restored."""
-        self.statistics.collector = self._collector()
+        self.statistics.collector = self.collector()

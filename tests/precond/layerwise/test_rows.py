@@ -40,7 +40,7 @@ def train(model: nn.Module, loss_fn: nn.Module, optimizer: KFAC, steps: int, edi
 
 
 def counts(optimizer: KFAC) -> list[int]:
-    return [tap.count for tap in optimizer._taps.taps.values()]
+    return [tap.count for tap in optimizer.taps.taps.values()]
 
 
 def scale(factor: float) -> Edit:

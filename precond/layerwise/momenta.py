@@ -1,0 +1,88 @@
+r"""Lengths of momenta in the metric of the curvature, :math:`v^\top M v`, where that metric is new."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvature.model.parameters import Parameters
+from precond.layerwise.blocks.preconditioner import Preconditioner
+from precond.step.trust_region import products, reference_lr, vectors
+from solvers import Eigen, LinearOperator
+
+
+@dataclass(frozen=True)
+class Momenta:
+    """The momenta of a step.
+
+    Attributes:
+        parameters: Those that have curvature.
+        state: Of each parameter; has its ``momentum_buffer``, and its ``length`` where that was measured.
+        groups: Parameter groups.
+    """
+
+    parameters: Parameters
+    state: Mapping[Tensor, Mapping[str, Any]]
+    groups: Sequence[Mapping[str, Any]]
+
+    def of_block(
+        self,
+        preconditioner: Preconditioner,
+        metric: Callable[[], LinearOperator | None],
+        *,
+        renewed: bool,
+        counts: bool,
+    ) -> dict[Tensor, Tensor]:
+        r"""The length of a block's momentum, where its metric M is new or it was never measured.
+
+        A block counts as a whole, for the first of its parameters with the largest rate.
+
+        Args:
+            preconditioner: Of the block.
+            metric: Gives M, the damped C.
+            renewed: Whether it is new.
+            counts: Whether this process is the one that measures the block.
+        """
+        block = preconditioner.estimator.block
+        states = {name: self.state[p] for name in block.names if (p := self.parameters[name]) in self.state}
+        momenta = {name: s["momentum_buffer"] for name, s in states.items() if "momentum_buffer" in s}
+        if not momenta or not (renewed or any("length" not in states[name] for name in momenta)):
+            return {}
+        if preconditioner.absent or not preconditioner.keeps_curvature:
+            return {}  # measured with the plain gradients, or carried on from the step before
+        names = list(momenta)
+        if len(self.groups) > 1:
+            rate = {p: reference_lr(group) for group in self.groups for p in group["params"]}
+            names.sort(key=lambda name: -rate[self.parameters[name]])
+        if counts:
+            damped = metric()
+            assert damped is not None
+            v = {n: momenta.get(n, self.parameters[n].new_zeros(()).expand_as(self.parameters[n])) for n in block.names}
+            x = block.read(v).to(damped.dtype)
+            if isinstance(damped, Eigen):  # half the products
+                x = damped.basis.adjoint() @ x
+                image = damped.values * x
+            else:
+                image = damped @ x
+            length = products(vectors([image], True), vectors([x], True))[0]
+        else:
+            length = torch.zeros((), dtype=torch.float64, device=self.parameters[names[0]].device)
+        rest = torch.zeros_like(length)
+        return {self.parameters[name]: rest if i else length for i, name in enumerate(names)}
+
+    def without_curvature(self, preconditioners: Iterable[Preconditioner]) -> dict[Tensor, Tensor]:
+        """The lengths of momenta whose gradients go through as they are, where that was never measured."""
+        known = {p: self.state[p] for p in self.parameters.values() if p in self.state}
+        wanted = {p for p, state in known.items() if "momentum_buffer" in state and "length" not in state}
+        for preconditioner in preconditioners if wanted else ():
+            if not preconditioner.absent:
+                wanted -= {self.parameters[name] for name in preconditioner.estimator.block.names}
+        out: dict[Tensor, Tensor] = {}
+        for p in wanted:
+            v = vectors([known[p]["momentum_buffer"]], True)
+            out[p] = products(v, v)[0]
+        return out

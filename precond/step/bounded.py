@@ -1,0 +1,99 @@
+"""The trust region of an optimizer: lengths of moves in the metric of the curvature, and how often they were cut."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from precond.step.checked import CheckedOptimizer
+from precond.step.trust_region import BoundRecord, Move, Slopes, bounded_move, reference_lr, scaled
+
+log = logging.getLogger(__name__)
+
+#: Norms of gradients between which products with them can be taken in float32.
+_PLAIN = 1e-10, 1e10
+
+
+class BoundedOptimizer(CheckedOptimizer):
+    """A :class:`CheckedOptimizer` whose steps stay within ``kl_clip``, see :class:`~precond.TrustRegion`."""
+
+    #: Whether bounds may be in units of the loss (``TrustRegion(unit="loss")``).
+    sees_loss: ClassVar[bool] = False
+    #: Squared lengths of momenta in a metric that is new.
+    measured: dict[Tensor, Tensor]
+    #: How often the bound was active.
+    bounds: BoundRecord
+
+    def check(self, options: dict[str, Any]) -> None:
+        super().check(options)
+        if options.get("kl_unit") == "loss" and not self.sees_loss:
+            raise ValueError(
+                f"{type(self).__name__} does not see the loss, so kl_clip cannot be in its units: leave out "
+                "unit='loss'."
+            )
+
+    def bound_level(self) -> Tensor | None:
+        """What bounds in units of the loss are multiplied by, 0-d; ``None`` for a method that does not see the loss."""
+        return None
+
+    def images(self, directions: dict[Tensor, Tensor], gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        """``P^-1 d`` of every direction d; the gradient, unless there is more in d."""
+        return gradients
+
+    def slopes_of(self, directions: dict[Tensor, Tensor], gradients: dict[Tensor, Tensor]) -> Slopes:
+        """The slopes of directions, in the metric of the curvature that made them of the gradients."""
+        params = [p for group in self.param_groups for p in group["params"] if p in directions]
+        known = {p: self.state[p] for p in params if p in self.state}
+        momenta = {p: state["momentum_buffer"] for p, state in known.items() if "momentum_buffer" in state}
+        wide = not _PLAIN[0] < self.gradient_norm < _PLAIN[1]
+        return Slopes.of(params, directions, momenta, self.images(directions, gradients), wide=wide)
+
+    def shortened(
+        self, directions: dict[Tensor, Tensor], gradients: dict[Tensor, Tensor], known: Slopes | None
+    ) -> Move | None:
+        """Shorten the directions, and say by how much the whole move is to be shortened.
+
+        Args:
+            directions: Changed in place.
+            gradients: Those they come from.
+            known: The slopes, where :meth:`~precond.step.base.SecondOrderOptimizer.precondition` found them.
+        """
+        groups = [self.update_options(group) for group in self.param_groups]
+        if not directions or all(group["kl_clip"] is None for group in groups):
+            return None
+        slopes = self.slopes_of(directions, gradients) if known is None else known.of_those_in(directions)
+        lengths = {p: state["length"] for p in slopes.params if "length" in (state := self.state.get(p, {}))}
+        move = bounded_move(groups, slopes, lengths | self.measured, self.bound_level())
+        if move is not None:
+            directions.update(zip(directions, scaled(list(directions.values()), move.directions), strict=True))
+        return move
+
+    def note_move(self, move: Move | None) -> BoundRecord:
+        """Keep the lengths of the momenta; returns how often the bound was active, which is told once."""
+        lengths = {} if move is None else move.lengths
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state.get(p)
+                if state is not None and p in lengths:
+                    state["length"] = lengths[p]
+                elif state is not None and move is None:
+                    state.pop("length", None)  # the momentum goes on without being measured
+        if move is None:
+            return self.bounds
+        bounds = self.bounds.after(move)
+        if not bounds.worth_telling():
+            return bounds
+        group = self.param_groups[0]
+        log.warning(
+            "%s: kl_clip=%g has shortened %.0f%% of the steps so far. It sets their length, with lr over %s, "
+            "whatever the gradient%s. If that is not meant, raise kl_clip or the damping; metrics() has the share.",
+            type(self).__name__,
+            group["kl_clip"],
+            100 * bounds.share,
+            f"{reference_lr(group):g}",
+            "" if group["kl_lr"] else " and the lr to begin with: TrustRegion(kl, lr=...) gives that an effect",
+        )
+        return replace(bounds, told=True)
