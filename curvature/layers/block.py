@@ -40,6 +40,10 @@ class BlockPart:
         """Whether the segment keeps its order."""
         return self.permutation == tuple(range(len(self.permutation)))
 
+    def covers(self, parameter: Tensor) -> bool:
+        """Whether the segment is the whole parameter, in its order."""
+        return self.in_order and self.numel == parameter.numel()
+
     def read(self, parameter: Tensor) -> Tensor:
         """The segment in block form; ``parameter`` is ``(*batch, *parameter_shape)`` flattened to ``(*batch, n)``."""
         batch = parameter.shape[:-1]

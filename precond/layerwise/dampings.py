@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from curvature import Block
 from curvature.model.parameters import Parameters
 from precond.step.loss_level import FollowingDamping, LossLevel
@@ -50,7 +52,9 @@ class Dampings:
 
     def _make(self, value: float, unit: str) -> Damping:
         if unit == "loss" and self.level is not None:
-            return FollowingDamping(self.form.with_strength(value * self.level.mean.to(self.parameters.device)))
+            mean = self.level.mean
+            mean = mean.to(self.parameters.device) if isinstance(mean, Tensor) else mean
+            return FollowingDamping(self.form.with_strength(value * mean))
         return self.form if value == float(self.form.strength) else self.form.with_strength(value)
 
 

@@ -238,12 +238,11 @@ class LayerOptimizer(SecondOrderOptimizer):
         if self._statistics is None:
             return None
         collector = self.statistics.collector
-        refreshes = any(p.unseen or p.inverse is None for p in self.preconditioners.values())
-        changes = self.statistics.armed or self.follows_move or refreshes  # otherwise all estimates stay as they are
+        changes = self.statistics.armed or self.follows_move  # otherwise estimates change by refreshes alone
         known = [(entries, dict(entries)) for entries in (collector.estimators, collector.operations, collector.forms)]
         return (
             (self.statistics.mark(), collector, collector.plan.mark(), known),
-            [(p, p.mark(changes)) for p in self.preconditioners.values()],
+            [(p, p.mark(bool(changes or p.unseen or p.inverse is None))) for p in self.preconditioners.values()],
         )
 
     def back_to(self, mark: Any) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from curvature.model.parameters import Parameters
 from precond.layerwise.blocks.preconditioner import Preconditioner
-from precond.step.trust_region import products, reference_lr, vectors
+from precond.step.trust_region import dot, reference_lr
 from solvers import Eigen, LinearOperator
 
 
@@ -68,7 +68,7 @@ class Momenta:
                 image = damped.values * x
             else:
                 image = damped @ x
-            length = products(vectors([image], True), vectors([x], True))[0]
+            length = dot(image, x)
         else:
             length = torch.zeros((), dtype=torch.float64, device=self.parameters[names[0]].device)
         rest = torch.zeros_like(length)
@@ -83,6 +83,6 @@ class Momenta:
                 wanted -= {self.parameters[name] for name in preconditioner.estimator.block.names}
         out: dict[Tensor, Tensor] = {}
         for p in wanted:
-            v = vectors([known[p]["momentum_buffer"]], True)
-            out[p] = products(v, v)[0]
+            v = known[p]["momentum_buffer"]
+            out[p] = dot(v, v)
         return out

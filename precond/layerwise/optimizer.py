@@ -30,6 +30,7 @@ from precond.layerwise.blocks.block_state import (
 )
 from precond.layerwise.blocks.by_name import Preconditioners
 from precond.layerwise.blocks.rows import GradientRows, RowTaps
+from precond.layerwise.blocks.stacks import BlockStacks
 from precond.layerwise.dampings import Dampings
 from precond.layerwise.groups import as_groups
 from precond.layerwise.layer_optimizer import LayerOptimizer
@@ -39,6 +40,7 @@ from precond.layerwise.quadratic_model import QuadraticModel
 from precond.layerwise.step_size import StepModel
 from precond.layerwise.structures import Structures, on_model
 from precond.step.adapt import LevenbergMarquardt
+from precond.step.alike import Alike
 from precond.step.journal import FAILURES, REFRESHES
 from precond.step.loading import require_layout
 from precond.step.loop import Loop
@@ -183,6 +185,7 @@ class PreconditionedOptimizer(LayerOptimizer):
         self._level: LossLevel | None = None
         self._burning = False  # the step is one of the burn-in
         self.taps = RowTaps()
+        self._stacks = BlockStacks()
         self.shared: SharedCurvature | None = None
         self.memory_fraction = check_fraction(memory_fraction)
         super().__init__(
@@ -292,8 +295,9 @@ class PreconditionedOptimizer(LayerOptimizer):
         self, gradients: dict[str, Tensor], rows: dict[str, GradientRows], given: dict[Tensor, Tensor]
     ) -> dict[Tensor, Tensor]:
         """``P g`` of every parameter."""
-        results = {name: torch.empty_like(g, memory_format=torch.contiguous_format) for name, g in gradients.items()}
-        for name, rest in self.preconditioners.apply(gradients, rows, results, self.shared).items():
+        stacks = self._stacks.of(self.preconditioners, self.parameters) if self.shared is None else []
+        results, unchanged = self.preconditioners.apply(gradients, rows, stacks, self.shared)
+        for name, rest in unchanged.items():
             self.report_plain(name, rest)
         plain = self.without_curvature()
         out = {self.parameters[name]: d for name, d in results.items()}
@@ -306,9 +310,9 @@ class PreconditionedOptimizer(LayerOptimizer):
         first = next(p for group in self.param_groups for p in group["params"])  # a group may be empty
         before = self.state[first].get("level")
         self._level = LossLevel.after(before, self.statistics.level, first)
-        self.state[first]["level"] = self._level.saved(before)
+        self.state[first]["level"] = self._level.saved(before, first)
 
-    def bound_level(self) -> Tensor | None:
+    def bound_level(self) -> Tensor | float | None:
         return None if self._level is None else self._level.bound
 
     def _best(
@@ -507,7 +511,9 @@ class PreconditionedOptimizer(LayerOptimizer):
             "measured": {},
             "_level": None,
             "bounds": BoundRecord(),
+            "alike": Alike(),
             "taps": RowTaps(),
+            "_stacks": BlockStacks(),
             "_members": None,
             "shared": None,
             "_ranks": None,

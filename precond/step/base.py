@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from precond.distributed.ranks import check_group
+from precond.step.alike import Alike
 from precond.step.bounded import BoundedOptimizer
 from precond.step.described import described
 from precond.step.journal import FAILURES, REFRESHES, lengths, norm, shares
@@ -126,7 +127,7 @@ class SecondOrderOptimizer(BoundedOptimizer):
         self._prepared: dict[int, tuple[Tensor, int]] = {}  # result of precondition(): d, its version
         self._prepared_slopes: Slopes | None = None  # of that result
         self.gradient_norm, self.measured = math.inf, {}
-        self.bounds = BoundRecord()
+        self.bounds, self.alike = BoundRecord(), Alike()
         self.idle = False  # the step saw only zero gradients and zero rates, so it does not count
         #: Values that parameters take at the end of the step under way.
         self.coming: dict[Tensor, Tensor] = {}
@@ -313,7 +314,7 @@ class SecondOrderOptimizer(BoundedOptimizer):
             "process_group": None,
             "_ranks": None,
         }
-        return {**own, **fresh, "bounds": BoundRecord(), "coming": {}, "rows_written": []}
+        return {**own, **fresh, "bounds": BoundRecord(), "alike": Alike(), "coming": {}, "rows_written": []}
 
     def _evaluate(self, closure: Callable[[], Any] | None) -> Any:
         if closure is None:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from precond.step.alike import Alike
 from precond.step.checked import CheckedOptimizer
 from precond.step.trust_region import BoundRecord, Move, Slopes, bounded_move, reference_lr, scaled
 
@@ -26,6 +27,8 @@ class BoundedOptimizer(CheckedOptimizer):
     measured: dict[Tensor, Tensor]
     #: How often the bound was active.
     bounds: BoundRecord
+    #: The parameters, those of one shape together.
+    alike: Alike
 
     def check(self, options: dict[str, Any]) -> None:
         super().check(options)
@@ -35,8 +38,8 @@ class BoundedOptimizer(CheckedOptimizer):
                 "unit='loss'."
             )
 
-    def bound_level(self) -> Tensor | None:
-        """What bounds in units of the loss are multiplied by, 0-d; ``None`` for a method that does not see the loss."""
+    def bound_level(self) -> Tensor | float | None:
+        """What bounds in units of the loss are multiplied by; ``None`` for a method that does not see the loss."""
         return None
 
     def images(self, directions: dict[Tensor, Tensor], gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
@@ -49,7 +52,8 @@ class BoundedOptimizer(CheckedOptimizer):
         known = {p: self.state[p] for p in params if p in self.state}
         momenta = {p: state["momentum_buffer"] for p, state in known.items() if "momentum_buffer" in state}
         wide = not _PLAIN[0] < self.gradient_norm < _PLAIN[1]
-        return Slopes.of(params, directions, momenta, self.images(directions, gradients), wide=wide)
+        images = self.images(directions, gradients)
+        return Slopes.of(*self.alike.split(params), directions, momenta, images, wide=wide)
 
     def shortened(
         self, directions: dict[Tensor, Tensor], gradients: dict[Tensor, Tensor], known: Slopes | None

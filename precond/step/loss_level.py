@@ -15,6 +15,8 @@ from solvers.precision import working_dtype
 DECAY, GROWTH = 0.9, 1.01
 #: Smallest damping, as a fraction of the mean eigenvalue: a factored one shifts each factor by 1e-4 of its own.
 FLOOR = 1e-8
+#: Smallest loss.
+SMALLEST = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
@@ -27,20 +29,30 @@ class LossLevel:
     that has gone too far is not followed by longer ones. A bound takes the smaller one of :math:`\ell_t` and
     :math:`L_t`. Losses whose values are no distance from a perfect fit (densities, losses of one's own) have 1.
 
+    All are numbers where the parameters lie in the memory of the processor, and 0-d tensors elsewhere, where nobody
+    waits for them.
+
     Attributes:
-        mean: :math:`\ell_t`, 0-d.
-        bound: What a bound is multiplied by, 0-d.
-        known: Whether it rests on a loss that was seen, 0-d bool; ``None`` where there was none in this step.
+        mean: :math:`\ell_t`.
+        bound: What a bound is multiplied by.
+        known: Whether it rests on a loss that was seen; ``None`` where there was none in this step.
     """
 
-    mean: Tensor
-    bound: Tensor
-    known: Tensor | None = None
+    mean: Tensor | float
+    bound: Tensor | float
+    known: Tensor | bool | None = None
 
-    def saved(self, before: Tensor | None) -> Tensor:
-        """What the next level begins with: 0 where no loss was seen yet."""
-        if self.known is None:
-            return torch.zeros_like(self.mean) if before is None else before
+    def saved(self, before: Tensor | None, like: Tensor) -> Tensor:
+        """What the next level begins with: 0 where no loss was seen yet.
+
+        Args:
+            before: What this one began with.
+            like: A tensor of the device at which it is kept.
+        """
+        if self.known is None and before is not None:
+            return before
+        if self.known is None or isinstance(self.known, bool):
+            return torch.tensor(self.mean if self.known else 0.0, dtype=working_dtype(like), device=like.device)
         return torch.where(self.known, self.mean, 0)
 
     @classmethod
@@ -53,17 +65,34 @@ class LossLevel:
             like: A tensor of the device at which it is kept.
         """
         dtype, device = working_dtype(like), like.device
+        if device.type == "cpu":
+            largest = torch.finfo(dtype).max
+            return cls._of_numbers(
+                0.0 if before is None else float(before), None if loss is None else float(loss), largest
+            )
         unknown = torch.zeros((), dtype=dtype, device=device)
         before = unknown if before is None else before.to(device, dtype)
         carried = torch.where(before > 0, before, 1)
         if loss is None:
             return cls(carried, carried)
         # At zero nothing is left to do; the smallest number keeps what is divided by it finite.
-        loss = loss.to(device, dtype).clamp(min=torch.finfo(torch.float32).tiny)
+        loss = loss.to(device, dtype).clamp(min=SMALLEST)
         seen = loss.isfinite()  # gradients may be although squares of the outputs are not
         loss = torch.where(seen, loss, carried)
         mean = torch.where(before > 0, torch.minimum(before.lerp(loss, 1 - DECAY), GROWTH * before), loss)
         return cls(mean, torch.minimum(mean, loss), seen | (before > 0))
+
+    @classmethod
+    def _of_numbers(cls, before: float, loss: float | None, largest: float) -> LossLevel:
+        """:meth:`after`, without the calls that a device needs."""
+        carried = before if before > 0 else 1.0
+        if loss is None:
+            return cls(carried, carried)
+        loss = max(loss, SMALLEST)
+        seen = loss <= largest
+        loss = loss if seen else carried
+        mean = min(before + (1 - DECAY) * (loss - before), GROWTH * before) if before > 0 else loss
+        return cls(mean, min(mean, loss), seen or before > 0)
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ class Transaction:
         self._random = [] if device is None else random_state(device)
         self._last: Callable[[], None] | None = None
         held = {name: value for name, value in vars(owner).items() if not name.startswith("_optimizer_")}
-        self._held = {name: (value, _content(value)) for name, value in held.items()}
+        self._held = {n: (x, _content(x) if isinstance(x, (dict, list, set)) else None) for n, x in held.items()}
         self._moved: list[tuple[Tensor, int]] = []
         self._done = False
         self._before: list[Tensor] | None = None
@@ -94,9 +94,7 @@ class Transaction:
 
 
 def _content(value: Any) -> Any:
-    """Copies of a container and of the containers that it holds; ``None`` for what is no container."""
-    if not isinstance(value, (dict, list, set)):
-        return None
+    """Copies of a container and of the containers that it holds."""
     if not value or isinstance(value, set):
         return value.copy(), ()
     items = value.values() if isinstance(value, dict) else value

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,7 +33,8 @@ class Slopes:
 
     @staticmethod
     def of(
-        params: list[Tensor],
+        alone: Sequence[Tensor],
+        groups: Sequence[Sequence[Tensor]],
         directions: Mapping[Tensor, Tensor],
         momenta: Mapping[Tensor, Tensor],
         images: Mapping[Tensor, Tensor],
@@ -42,23 +44,25 @@ class Slopes:
         """The slopes of parameters that all have a direction; some may have no momentum.
 
         Args:
-            params: The parameters.
+            alone: Parameters, see :class:`~precond.step.alike.Alike`.
+            groups: Others, those of one shape together.
             directions: d.
             momenta: v.
             images: M d.
             wide: Whether to multiply in float64, because products of such numbers may leave float32.
         """
-        image = vectors([images[p] for p in params], wide)
-        d = vectors([directions[p] for p in params], wide)
-        # A momentum that the owner of a sharded parameter keeps is a part of the direction.
-        known = [p in momenta and is_sharded(momenta[p]) == is_sharded(images[p]) for p in params]
-        if not any(known):
-            dd = _over_shards(products(d, image), params)
-            return Slopes(params, dd, torch.zeros_like(dd))
-        none = torch.zeros(1, dtype=params[0].dtype, device=params[0].device)
-        v = vectors([momenta[p] if has else none for p, has in zip(params, known, strict=True)], wide)
-        met = [m if has else m.new_zeros(1) for m, has in zip(image, known, strict=True)]
-        return Slopes(params, _over_shards(products(d, image), params), _over_shards(products(v, met), params))
+        found = [_each(alone, directions, momenta, images, wide)] if alone else []
+        for group in groups:
+            k = len(group)
+            rows = [directions[p] for p in group]
+            rows += [v if (v := momenta.get(p)) is not None else torch.zeros_like(p) for p in group] if momenta else []
+            image = joint([images[p] for p in group], wide)
+            sums = (joint(rows, wide).view(-1, k, image.shape[1]) * image).sum(-1)
+            found.append(sums if momenta else torch.cat([sums, torch.zeros_like(sums)]))
+        params = [*alone, *(p for group in groups for p in group)]
+        sums = torch.cat(_alike(found), dim=1)
+        sums = sums if sums.device.type == "mps" else sums.double()
+        return Slopes(params, *_over_shards(sums, params).unbind())
 
     def of_those_in(self, params: Collection[Tensor]) -> Slopes:
         """The slopes of those of the parameters that are given."""
@@ -73,51 +77,84 @@ class Move:
     r"""What the bound does to a step.
 
     Attributes:
-        directions: Factor of the directions, before momentum.
+        directions: Factor of the directions, before momentum; like all numbers here one of Python where the parameters
+            lie in the memory of the processor, and 0-d elsewhere, where nobody waits for it.
         whole: Factor of the move, after momentum; ``None`` where it is not measured.
         lengths: Parameter -> its share of :math:`v^\top M v` of the new momentum v.
         kl: Twice the predicted divergence of the move.
-        active: 0-d bool, whether the step is shortened.
+        active: Whether the step is shortened.
     """
 
-    directions: Tensor
-    whole: Tensor | None
+    directions: Tensor | float
+    whole: Tensor | float | None
     lengths: dict[Tensor, Tensor]
-    kl: Tensor
-    active: Tensor
+    kl: Tensor | float
+    active: Tensor | bool
 
 
 def vectors(tensors: Sequence[Tensor], wide: bool) -> list[Tensor]:
     """Tensors as vectors, in float32 at least; in float64 where wide and possible; of shards the own one."""
     if any_sharded(tensors):
         tensors = list(map(local, tensors))
-    if wide:
-        return [t.reshape(-1).to(torch.float64 if t.device.type != "mps" else working_dtype(t)) for t in tensors]
-    return [widen(t.reshape(-1)) for t in tensors]
+    return [_widened(t.reshape(-1), wide) for t in tensors]
 
 
-def products(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
-    """Inner products of pairs of vectors, ``(k,)`` in float64, on the device of the first."""
-    found = [torch.dot(a, b if b.dtype == a.dtype else b.to(a.dtype)) for a, b in zip(left, right, strict=True)]
-    if len({(x.device, x.dtype) for x in found}) > 1:
-        found = [x.to(found[0].device, torch.float64) for x in found]
-    joint = torch.stack(found)
-    return joint if joint.device.type == "mps" else joint.double()
+def joint(tensors: Sequence[Tensor], wide: bool) -> Tensor:
+    """Tensors of one shape as rows ``(k, n)``, in the precision of :func:`vectors`."""
+    return _widened(torch.stack(list(tensors)).view(len(tensors), -1), wide)
+
+
+def _widened(t: Tensor, wide: bool) -> Tensor:
+    return t.to(torch.float64 if t.device.type != "mps" else working_dtype(t)) if wide else widen(t)
+
+
+def dot(left: Tensor, right: Tensor) -> Tensor:
+    """The inner product of two tensors in float64, 0-d."""
+    a, b = vectors([left, right], True)
+    return torch.dot(a, b)
+
+
+def _each(
+    params: Sequence[Tensor],
+    directions: Mapping[Tensor, Tensor],
+    momenta: Mapping[Tensor, Tensor],
+    images: Mapping[Tensor, Tensor],
+    wide: bool,
+) -> Tensor:
+    """``<d, M d>`` and ``<v, M d>`` of parameters one by one, ``(2, k)``."""
+    image, d = vectors([images[p] for p in params], wide), vectors([directions[p] for p in params], wide)
+    # A momentum that the owner of a sharded parameter keeps is a part of the direction.
+    known = [p in momenta and is_sharded(momenta[p]) == is_sharded(images[p]) for p in params]
+    none = torch.zeros(1, dtype=params[0].dtype, device=params[0].device)
+    v = vectors([momenta[p] if has else none for p, has in zip(params, known, strict=True)], wide)
+    met = [m if has else m.new_zeros(1) for m, has in zip(image, known, strict=True)]
+    pairs = zip([*d, *v], [*image, *met], strict=True)
+    return torch.stack(_alike([torch.dot(a, b if b.dtype == a.dtype else b.to(a.dtype)) for a, b in pairs])).view(2, -1)
+
+
+def _alike(numbers: list[Tensor]) -> list[Tensor]:
+    """Numbers in one precision and on one device, those of the first unless they differ."""
+    first = numbers[0]
+    if any(x.device != first.device or x.dtype != first.dtype for x in numbers):
+        return [x.to(first.device, torch.float64) for x in numbers]
+    return numbers
 
 
 def _over_shards(sums: Tensor, params: Sequence[Tensor]) -> Tensor:
-    """Numbers ``(k,)`` of parameters, summed over the processes that share them out."""
-    places = [i for i, p in enumerate(params) if is_sharded(p)]
-    return (
-        sums.index_copy(0, torch.tensor(places), summed(sums[places], [params[i] for i in places])) if places else sums
-    )
+    """Numbers ``(2, k)`` of parameters, summed over the processes that share them out."""
+    places = [i for i, p in enumerate(params) if is_sharded(p)] if any_sharded(params) else []
+    if not places:
+        return sums
+    return sums.index_copy(1, torch.tensor(places), summed(sums[:, places], [params[i] for i in places]))
 
 
-def scaled(tensors: list[Tensor], factor: Tensor) -> list[Tensor]:
-    """Tensors times a 0-d factor, in their own dtypes and on their own devices."""
+def scaled(tensors: list[Tensor], factor: Tensor | float) -> list[Tensor]:
+    """Tensors times a number, in their own dtypes and on their own devices."""
     if any_sharded(tensors):
         parts = scaled(list(map(local, tensors)), factor)
         return [like(part, t) if is_sharded(t) else part for part, t in zip(parts, tensors, strict=True)]
+    if not isinstance(factor, Tensor):
+        return tensors if factor == 1 else list(torch._foreach_mul(tensors, factor))
     kinds = {(t.device, t.dtype) for t in tensors}
     if len(kinds) == 1:
         return list(torch._foreach_mul(tensors, factor.to(*kinds.pop())))
@@ -134,30 +171,40 @@ def reference_lr(group: Mapping[str, Any]) -> float:
     return float(peak) or float(group["lr"])
 
 
-def _smallest(bounds: set[tuple[float, str]], level: Tensor | None, like: Tensor) -> Tensor | float:
+def _smallest(bounds: set[tuple[float, str]], level: Tensor | float | None, like: Tensor) -> Any:
     """The smallest of bounds ``(c, unit)``."""
     plain = [c for c, unit in bounds if unit == "curvature"]
     scaled = [c for c, unit in bounds if unit == "loss"]
     if not scaled or level is None:
         return min(plain + scaled)
-    bound = min(scaled) * level.to(like)
-    return bound.clamp(max=min(plain)) if plain else bound
+    bound: Any = min(scaled) * (_row(level.to(like)) if isinstance(level, Tensor) else level)
+    return bound if not plain else bound.clamp(max=min(plain)) if isinstance(bound, Tensor) else min(bound, *plain)
 
 
-def kl_scale(total: Tensor, bound: Tensor | float) -> Tensor:
+def kl_scale(total: Any, bound: Any) -> Any:
     r"""Factor that keeps a squared length below a bound: :math:`\nu = \min(1, \sqrt{c / t})`.
 
     Args:
-        total: t; a direction that does not descend has none, and stays the same. Where it overflows there is no such
-            factor: NaN, for which the step is refused.
+        total: t, a tensor or a number of NumPy; a direction that does not descend has none, and stays the same. Where
+            it overflows there is no such factor: NaN, for which the step is refused.
         bound: c.
     """
-    within = total.clamp(min=bound)
-    return (bound / within).sqrt() + 0 * within
+    within = total.clip(min=bound)
+    return (bound / within) ** 0.5 + 0 * within
+
+
+def _row(numbers: Tensor) -> Any:
+    """Numbers as NumPy has them where they lie in the memory of the processor, because its calls cost less there."""
+    return numbers.numpy() if numbers.device.type == "cpu" else numbers
+
+
+def _plain(number: Any) -> Any:
+    """A number of NumPy as one of Python, which multiplies tensors; a tensor as it is."""
+    return number if isinstance(number, Tensor) else number.item()
 
 
 def bounded_move(
-    groups: list[dict[str, Any]], slopes: Slopes, lengths: Mapping[Tensor, Tensor], level: Tensor | None = None
+    groups: list[dict[str, Any]], slopes: Slopes, lengths: Mapping[Tensor, Tensor], level: Tensor | float | None = None
 ) -> Move | None:
     r"""The factors that keep a step within its trust region.
 
@@ -180,7 +227,7 @@ def bounded_move(
         groups: Options of the second half of the step.
         slopes: Of all parameters that have a direction.
         lengths: Parameter -> its share of :math:`v^\top M v` before the step, where it has momentum.
-        level: What bounds in units of the loss are multiplied by, 0-d.
+        level: What bounds in units of the loss are multiplied by.
 
     Returns:
         ``None`` without a bound.
@@ -191,32 +238,61 @@ def bounded_move(
     bounds = {(group["kl_clip"], group["kl_unit"]) for group in groups if group["kl_clip"] is not None}
     if not bounds or not slopes.params:
         return None
-    bound = _smallest(bounds, level, slopes.direction)
-    group_of = {p: group for group in groups for p in group["params"]}
-    own = [group_of[p] for p in slopes.params]
+    if len(groups) == 1:
+        own = groups * len(slopes.params)
+    else:
+        group_of = {p: group for group in groups for p in group["params"]}
+        own = [group_of[p] for p in slopes.params]
+    with np.errstate(all="ignore"):  # what is not finite refuses the step
+        return _bounded(groups, own, slopes, lengths, _smallest(bounds, level, slopes.direction))
 
-    def row(values: list[float]) -> Any:
+
+def _bounded(
+    groups: list[dict[str, Any]],
+    own: list[dict[str, Any]],
+    slopes: Slopes,
+    lengths: Mapping[Tensor, Tensor],
+    bound: Any,
+) -> Move:
+    """:func:`bounded_move` within a bound, given the group of each parameter."""
+    like = slopes.direction
+
+    def row(option: Callable[[dict[str, Any]], float]) -> Any:
         """A number for each parameter; one number where all have the same."""
-        return values[0] if len(set(values)) == 1 else slopes.direction.new_tensor(values)
+        if len(groups) == 1:
+            return option(own[0])
+        values = [option(group) for group in own]
+        return values[0] if len(set(values)) == 1 else _row(like.new_tensor(values))
 
-    rates = row([reference_lr(group) ** 2 for group in own])
-    scale = kl_scale((rates * slopes.direction).sum(), bound)
-    dd = scale * scale * slopes.direction
-    present = row([float(group["lr"]) ** 2 for group in own])
-    mu = [float(group["momentum"]) for group in own]
-    if not any(mu) or any(group["kl_of"] == "direction" for group in groups):
-        return Move(scale, None, {}, (present * dd).sum(), scale < 1)
-    dv, m, zero = scale * slopes.momentum, row(mu), dd.new_zeros(())
-    vv = torch.stack([lengths[p].to(dd) if p in lengths else zero for p in slopes.params])
+    d = _row(like)
+    rates = row(lambda group: reference_lr(group) ** 2)
+    scale = kl_scale((rates * d).sum(), bound)
+    dd = scale * scale * d
+    present = row(lambda group: float(group["lr"]) ** 2)
+    m = row(lambda group: float(group["momentum"]))
+    strengths = [group["momentum"] for group in own]
+    if not any(strengths) or any(group["kl_of"] == "direction" for group in groups):
+        return Move(_plain(scale), None, {}, _plain((present * dd).sum()), _plain(scale < 1))
+    dv, zero = scale * _row(slopes.momentum), like.new_zeros(())
+    known = [lengths.get(p, zero) for p in slopes.params]
+    if any(x.device != like.device for x in known):
+        known = [x.to(like.device) for x in known]
+    vv = _row(torch.stack(known).to(like.dtype))
     new = m * dv + dd
     q = m * (m * vv + dv) + new
     n = q
     if any(group["nesterov"] for group in own):
-        ahead = dd.new_tensor([float(group["nesterov"]) for group in own])
-        n = torch.where(ahead > 0, dd + 2 * m * new + m * m * q, q)
+        ahead = row(lambda group: float(group["nesterov"]))
+        n = q + ahead * (dd + 2 * m * new + m * m * q - q)
     whole = kl_scale((rates * n).sum(), bound)
-    lasting = {p: length for p, length, strength in zip(slopes.params, q.unbind(), mu, strict=True) if strength}
-    return Move(scale, whole, lasting, whole.square() * (present * n).sum(), (scale < 1) | (whole < 1))
+    lasting = zip(slopes.params, torch.as_tensor(q, device=like.device).unbind(), strengths, strict=True)
+    return Move(
+        _plain(scale),
+        _plain(whole),
+        {p: length for p, length, strength in lasting if strength},
+        _plain(whole**2 * (present * n).sum()),
+        _plain((scale < 1) | (whole < 1)),
+    )
 
 
 @dataclass(frozen=True)
@@ -237,7 +313,8 @@ class BoundRecord:
 
     def after(self, move: Move) -> BoundRecord:
         """The record with one more step."""
-        return BoundRecord(self.steps + 1, self.told, self.active + move.active.to(torch.int64), move.kl)
+        active = move.active.to(torch.int64) if isinstance(move.active, Tensor) else move.active
+        return BoundRecord(self.steps + 1, self.told, self.active + active, move.kl)
 
     @property
     def share(self) -> float:

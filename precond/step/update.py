@@ -61,7 +61,7 @@ def apply_update(
     directions: list[Tensor],
     states: list[dict[str, Any]],
     group: dict[str, Any],
-    scale: Tensor | None = None,
+    scale: Tensor | float | None = None,
 ) -> list[Tensor]:
     r"""Momentum, weight decay and the values that parameters are to take, in the arithmetic of ``torch.optim.SGD``.
 
@@ -75,7 +75,7 @@ def apply_update(
         directions: Preconditioned gradients.
         states: State of each parameter; gets a new ``momentum_buffer`` where there is momentum.
         group: Options ``lr``, ``momentum``, ``nesterov``, ``weight_decay``, ``decay``, ``maximize``.
-        scale: :math:`\nu`, 0-d; 1 if ``None``.
+        scale: :math:`\nu`, a number or 0-d; 1 if ``None``.
 
     Returns:
         The new values.
@@ -106,8 +106,10 @@ def apply_update(
             values = list(torch._foreach_mul(params, [1 - rate * mask for mask in agree]))
         else:
             values = list(torch._foreach_mul(params, 1 - rate))
-    if scale is not None:
+    if isinstance(scale, Tensor):
         directions = scaled(directions, scale)
+    elif scale is not None:
+        lr = lr * scale
     if isinstance(lr, Tensor):
         return list(torch._foreach_sub(values, list(torch._foreach_mul(directions, lr))))
     return list(torch._foreach_add(values, directions, alpha=-lr))
@@ -118,7 +120,7 @@ def _update_of_shards(
     directions: list[Tensor],
     states: list[dict[str, Any]],
     group: dict[str, Any],
-    scale: Tensor | None,
+    scale: Tensor | float | None,
 ) -> list[Tensor]:
     """:func:`apply_update` on the parts that lie in this process; all of it is entry by entry."""
     own: list[dict[str, Any]] = [

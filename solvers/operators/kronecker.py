@@ -90,7 +90,9 @@ class Kronecker(Derived):
     def apply(self, x: Tensor) -> Tensor:
         match self.factors:
             case (Dense(matrix=left), Dense(matrix=right)) if left.ndim == right.ndim == 2:
-                return left @ (x @ right.mT)  # the common case, without bookkeeping
+                return left @ (x @ right.mT)  # the common cases, without bookkeeping
+            case (Dense(matrix=left), Dense(matrix=right)) if left.ndim == right.ndim == x.ndim == 3:
+                return torch.bmm(left, torch.bmm(x, right.mT))
         before: Shape = ()
         after = tuple(op.in_shape[-1] for op in self.factors)
         for factor in self.factors:

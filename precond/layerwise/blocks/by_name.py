@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 
 import torch
 from torch import Tensor
@@ -11,8 +11,9 @@ from curvature.layers.block import BlockPart
 from curvature.structures.weighted_mean import finite_each
 from precond.distributed.curvature import SharedCurvature
 from precond.layerwise.blocks.preconditioner import Preconditioner
-from precond.layerwise.blocks.refresh import refresh_cost, slots
+from precond.layerwise.blocks.refresh import slots
 from precond.layerwise.blocks.rows import GradientRows
+from precond.layerwise.blocks.stacks import BlockStack
 from solvers import Kronecker
 
 
@@ -48,43 +49,60 @@ class Preconditioners(dict[str, Preconditioner]):
 
     def slots(self, period: int) -> dict[str, int]:
         """The step within a period at which each inverse is due, so that all steps cost about the same."""
-        costs = {name: p.elsewhere if p.inverse is None else refresh_cost(p.inverse) for name, p in self.items()}
-        return slots({name: cost for name, cost in costs.items() if cost is not None}, period)
+        return slots({name: cost for name, p in self.items() if (cost := p.cost) is not None}, period)
 
     def apply(
         self,
         gradients: Mapping[str, Tensor],
         rows: Mapping[str, GradientRows],
-        results: Mapping[str, Tensor],
+        stacks: Iterable[BlockStack],
         shared: SharedCurvature | None = None,
-    ) -> dict[str, Tensor]:
-        """Write ``P g`` for every block that has an inverse and all of its gradients, and the plain ``g`` elsewhere.
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """``P g`` for every block that has an inverse and all of its gradients, and the plain ``g`` elsewhere.
 
         Args:
             gradients: Parameter's name -> gradient.
             rows: Block's name -> the rows behind its gradient, where they are at hand.
-            results: Parameter's name -> contiguous tensor to write to.
+            stacks: Blocks that are computed together.
             shared: Computes with other processes.
 
         Returns:
-            Parameter's name -> what of its gradient went through as it is, zero elsewhere; where there is such a part.
+            Parameter's name -> ``P g``; and what of its gradient went through as it is, zero elsewhere, where there is
+            such a part.
         """
-        written: dict[str, list[BlockPart]] = {name: [] for name in gradients}
-        found = self._directions(gradients, rows) if shared is None else shared.directions(self, gradients)
-        for key, direction in found:
+        out: dict[str, Tensor] = {}
+        done: set[str] = set()
+        for stack in stacks:
+            if shared is None and not rows.keys() & stack.parts.keys():
+                found = stack.apply(gradients)
+                if found is not None:
+                    out |= found
+                    done |= stack.parts.keys()
+        written: dict[str, list[BlockPart]] = {}
+        single = self._directions(gradients, rows, done) if shared is None else shared.directions(self, gradients)
+        for key, direction in single:
             block = self[key].estimator.block
-            block.write(direction, results)
-            for part in block.parts:
-                written[part.name].append(part)
-        plain = [name for name, parts in written.items() if sum(p.numel for p in parts) < gradients[name].numel()]
-        return {name: _fill(results[name], gradients[name], written[name]) for name in plain}
+            for part, piece in zip(block.parts, block.split(direction), strict=True):
+                g = gradients[part.name]
+                if part.covers(g):
+                    out[part.name] = piece.to(g.dtype).reshape(g.shape)
+                    continue
+                if part.name not in out:
+                    out[part.name] = torch.empty_like(g, memory_format=torch.contiguous_format)
+                part.write(piece, out[part.name].view(-1))
+                written.setdefault(part.name, []).append(part)
+        plain = {}
+        for name, g in gradients.items():
+            if name not in out or (name in written and sum(part.numel for part in written[name]) < g.numel()):
+                out[name], plain[name] = _filled(out.get(name), g, written.get(name, []))
+        return {name: out[name] for name in gradients}, plain
 
     def _directions(
-        self, gradients: Mapping[str, Tensor], rows: Mapping[str, GradientRows]
+        self, gradients: Mapping[str, Tensor], rows: Mapping[str, GradientRows], done: Set[str]
     ) -> Iterator[tuple[str, Tensor]]:
         for key, preconditioner in self.items():
             block, inverse = preconditioner.estimator.block, preconditioner.inverse
-            if inverse is None or not all(name in gradients for name in block.names):
+            if key in done or inverse is None or not all(name in gradients for name in block.names):
                 continue
             if key in rows and isinstance(inverse, Kronecker):
                 yield key, rows[key].apply(inverse)
@@ -92,13 +110,12 @@ class Preconditioners(dict[str, Preconditioner]):
                 yield key, preconditioner @ block.read(gradients)
 
 
-def _fill(result: Tensor, gradient: Tensor, written: list[BlockPart]) -> Tensor:
-    """Write a gradient outside these parts; returns it with zeros in them."""
+def _filled(result: Tensor | None, gradient: Tensor, written: list[BlockPart]) -> tuple[Tensor, Tensor]:
+    """A result with the gradient outside these parts, and the gradient with zeros in them."""
     rest = gradient.clone(memory_format=torch.contiguous_format)
-    for part in written:
-        part.write(torch.zeros_like(part.read(rest.view(-1))), rest.view(-1))
     whole = rest.clone()
     for part in written:
+        assert result is not None
+        part.write(torch.zeros_like(part.read(rest.view(-1))), rest.view(-1))
         part.write(part.read(result.view(-1)), whole.view(-1))
-    result.copy_(whole)
-    return rest
+    return whole, rest

@@ -49,6 +49,7 @@ class Preconditioner:
         self.elsewhere: int | None = None  # cost of a refresh, where another process has the inverse
         self.unseen = 0  # updates that the inverse does not include yet
         self.failures = 0
+        self._priced: tuple[LinearOperator | None, int] = None, 0  # an inverse and its cost
 
     @property
     def absent(self) -> bool:
@@ -58,7 +59,11 @@ class Preconditioner:
     @property
     def cost(self) -> int | None:
         """Cost of a refresh; ``None`` before the first one."""
-        return self.elsewhere if self.inverse is None else refresh_cost(self.inverse)
+        if self.inverse is None:
+            return self.elsewhere
+        if self._priced[0] is not self.inverse:  # asked for in every step
+            self._priced = self.inverse, refresh_cost(self.inverse)
+        return self._priced[1]
 
     def mark(self, estimate: bool = True) -> Any:
         """Inverse and, unless it stays the same, estimate as they are now, for :meth:`back_to`."""

@@ -105,14 +105,14 @@ def test_the_level_is_that_of_the_formula() -> None:
         level = level if k == 0 else min(0.9 * level + 0.1 * value, 1.01 * level)
         assert float(found.mean) == pytest.approx(level, rel=1e-12)
         assert float(found.bound) == pytest.approx(min(level, value), rel=1e-12, abs=1e-30)
-        before = found.mean
+        before = found.saved(before, like)
     carried = LossLevel.after(before, None, like)
     assert carried.mean == carried.bound == before
     assert LossLevel.after(None, None, like).mean == LossLevel.after(torch.zeros(()), None, like).mean == 1
     assert LossLevel.after(torch.zeros(()), torch.tensor(5.0), like).mean == 5
     lost = LossLevel.after(None, torch.tensor(math.inf), like)
-    assert lost.mean == 1 and lost.saved(None) == 0
-    assert LossLevel.after(None, None, like).saved(None) == 0 and carried.saved(before) is before
+    assert lost.mean == 1 and lost.saved(None, like) == 0
+    assert LossLevel.after(None, None, like).saved(None, like) == 0 and carried.saved(before, like) is before
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
