@@ -13,8 +13,9 @@ from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from curvature.model.fully_sharded import is_custom
 
 #: Nodes whose rows are picked, moved or merged by values, by the beginnings of their names.
 BY_VALUE = (
@@ -64,7 +65,7 @@ def graph(output: Tensor, parameters: Mapping[str, Tensor]) -> tuple[Hashable, d
     entries = []
     for node in waiting:  # grows on the way
         name = node.name()
-        if name.startswith(BY_VALUE) or isinstance(node, BackwardCFunction):
+        if name.startswith(BY_VALUE) or is_custom(node):
             return None
         before: list[tuple[int, int] | None] = []
         for earlier, slot in node.next_functions:
@@ -103,7 +104,7 @@ def custom_functions(output: Tensor, parameter: Tensor) -> list[str]:
     for node in seen:  # grows as well
         for user in users.get(node, ()):
             name = user.name().partition("Backward")[0]
-            if isinstance(user, BackwardCFunction):
+            if is_custom(user):
                 found[name] = None
             elif name in _VIEWS and user not in seen:
                 seen.append(user)

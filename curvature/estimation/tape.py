@@ -12,7 +12,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import FrameType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from curvature.losses.loss import called, module_called
 from curvature.losses.sum_of_losses import SumOfLosses
 from curvature.model.backward_hooks import muted, no_backward_hooks, of_leaves, ours
 from curvature.model.data import Output, batch_size, examples_of, inspecting, resolve_output, untouched
+from curvature.model.fully_sharded import FullyShard, Mark, shard_of
 from curvature.model.graph_nodes import nodes
 from curvature.model.hooks import At, Hook, OwnHook, calling_frame
 from curvature.model.streams import random_state, set_random_state
@@ -67,6 +68,8 @@ class Tape:
         reader: Computes statistics while gradients arrive.
         records: Whether the uses of parameters are recorded.
         parallel: The DistributedDataParallel through which the model is called, once that was seen.
+        shards: The parameters under ``fully_shard``, if there are any.
+        nonzero: Of these, those with a gradient that is not zero in some process, where that is known.
         repeats: Whether passes will be repeated, so that inputs and random states are kept.
         cautious: The same for passes of which nobody knows yet whether they hide anything.
     """
@@ -89,6 +92,10 @@ class Tape:
         self.output, self.mode, self.eval_mode, self.before_pass = output, mode, eval_mode, before_pass
         self.reader: Reader | None = None
         self.parallel = data_parallel(model)
+        self.shards = FullyShard.of(self.model)
+        self.nonzero: frozenset[str] | None = None
+        self._given: list[weakref.ref[Tensor]] = []  # arguments of a layer, before it is made whole
+        self._unmade: set[str] = set()  # parameters of which no pass had a whole one yet
         self.records = self.repeats = self.cautious = False
         self.compiled = False  # a call of the model ran compiled code
         self.shadows = mode == "shadow"  # nothing but inputs is recorded
@@ -101,8 +108,8 @@ class Tape:
         self._counting = 0  # which of the input tensors counts the examples
         self._latest: Callable[[], Tensor | None] = lambda: None  # value of the last call of the loss
         self._task: int | None = None  # the user's backward pass under way
-        self._before: dict[str, tuple[int, int]] = {}  # gradients when it began
-        self._marks: dict[str, tuple[int, int]] = {}  # gradients when the last one ended
+        self._before: dict[str, Mark] = {}  # gradients when it began
+        self._marks: dict[str, Mark] = {}  # gradients when the last one ended
         self._handles: list[Any] = []
         self.attach()
 
@@ -120,6 +127,9 @@ class Tape:
         weakref.finalize(self, guard.remove)
         if self.loss_module is not None:
             self._handles.append(self.loss_module.register_forward_hook(Hook(self, "_after_loss"), with_kwargs=True))
+        for module in [] if self.shards is None else self.shards.modules:
+            for hook, first in ((Hook(self, "_before_whole"), True), (Hook(self, "_after_whole"), False)):
+                self._handles.append(module.register_forward_pre_hook(hook, prepend=first, with_kwargs=True))
 
     def close(self) -> None:
         """Remove every hook and forget everything."""
@@ -134,7 +144,9 @@ class Tape:
         for origin in self.passes:
             release(origin)
         self.passes, self.outside = [], []
-        self._task, self._marks = None, {}
+        self._task, self._marks, self.nonzero = None, {}, None
+        if self.shards is not None:
+            self.shards.release()
 
     @property
     def active(self) -> bool:
@@ -166,6 +178,36 @@ class Tape:
             self._pass.recorder.on_loss = self._after_function
             self._pass.recorder.__enter__()
             self._open = self._pass.recorder
+            if self.shards is not None:
+                self.shards.keep_whole()
+                self._unmade = {name for name, p in self.seen().items() if p is self.parameters()[name]}
+
+    def _before_whole(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """The parameters of a layer under ``fully_shard`` will be made whole, and its arguments handed through."""
+        if self._open is not None:
+            self._given = [weakref.ref(t) for t in tensors_in((args, kwargs))]
+
+    def _after_whole(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self._open is None:
+            return
+        made = {name: p for name, p in self.seen().items() if name in self._unmade} if self._unmade else {}
+        for name, p in made.items():
+            if p is not self.parameters()[name]:
+                self._open.knows(p, name)
+                self._unmade.remove(name)
+        for p in module.parameters():
+            self._open.knows(p)
+        for ref, after in zip(self._given, tensors_in((args, kwargs)), strict=False):
+            if (before := ref()) is not None and before is not after:
+                self._open.continues(before, after)
+        self._given = []
+
+    def seen(self) -> Mapping[str, Tensor]:
+        """The tracked parameters by the tensors that passes use in their place."""
+        parameters = self.parameters()
+        if self.shards is None:
+            return parameters
+        return {name: self.shards.whole(cast(nn.Parameter, p)) for name, p in parameters.items()}
 
     def _after_forward(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
         if self._pass is None or (self._open is not None and self._frame is not calling_frame()):
@@ -234,6 +276,8 @@ class Tape:
         if recorder is not None:
             recorder.on_loss = None
             recorder.__exit__(None, None, None)
+            if self.shards is not None:
+                self.shards.forward_ended()
 
     def _runs(self) -> bool:
         """Whether the call that is being recorded has not returned: the model calls itself."""
@@ -310,7 +354,7 @@ class Tape:
         if direct:
             return direct
         ends = {edge.node: origin for origin in waiting for edge in origin.edges}
-        tracked = {id(p) for p in self.parameters().values()}
+        tracked = {id(p) for p in self.seen().values()}
         reached = list(nodes(tensors_in(z), until=ends))
         found = {id(ends[node]) for node in reached if node in ends}
         uses = any(id(getattr(node, "variable", None)) in tracked for node in reached)
@@ -352,9 +396,14 @@ class Tape:
             return
         self.settle()
         self._task, self._before = task, self._gradients()
-        torch.autograd.Variable._execution_engine.queue_callback(At(self, "_ended", task))
+        ended = "_ended" if self.shards is None else "_nearly_ended"
+        torch.autograd.Variable._execution_engine.queue_callback(At(self, ended, task))
         if self.reader is not None:
             self.reader.begin()
+
+    def _nearly_ended(self, task: int) -> None:
+        """``fully_shard`` hands over the last gradients at the end of the backward pass; ours comes after that."""
+        torch.autograd.Variable._execution_engine.queue_callback(At(self, "_ended", task))
 
     def _ended(self, task: int) -> None:
         """The backward pass came to its end: what it brought counts if it wrote to ``p.grad``."""
@@ -407,15 +456,23 @@ class Tape:
             if self.reader is not None:
                 self.reader.clear()
 
-    def _stands(self, name: str, mark: tuple[int, int]) -> bool:
+    def _stands(self, name: str, mark: Mark) -> bool:
         parameter = self.parameters().get(name)
+        if self.shards is not None and parameter is not None:
+            if mark == self.shards.mark(parameter) or self.shards.waits(parameter):
+                return True
+            if self.nonzero is not None:
+                return name in self.nonzero
         gradient = None if parameter is None else parameter.grad
         if gradient is None:
             return False
-        return mark == _mark(gradient) or bool(gradient.any())
+        return mark == _mark(gradient) or bool(shard_of(gradient).any())
 
-    def _gradients(self) -> dict[str, tuple[int, int]]:
+    def _gradients(self) -> dict[str, Mark]:
         """What tells whether a gradient was written since."""
+        if self.shards is not None:
+            marks = {name: self.shards.mark(cast(nn.Parameter, p)) for name, p in self.parameters().items()}
+            return {name: mark for name, mark in marks.items() if mark}
         return {name: _mark(p.grad) for name, p in self.parameters().items() if p.grad is not None}
 
     def _calls(self) -> list[TapedLoss]:
@@ -437,7 +494,9 @@ class Tape:
             _OWN_PASSES[self.model] = _OWN_PASSES.get(self.model, 0) + 1
         try:
             with torch.enable_grad(), undisturbed(self.parallel), contextlib.ExitStack() as stack:
-                stack.enter_context(muted(of_leaves(self.parameters().values())))
+                stack.enter_context(muted(of_leaves(self.seen().values())))
+                if self.shards is not None:
+                    stack.enter_context(self.shards.undisturbed())
                 for origin in passes:
                     assert origin.recorder is not None
                     stack.enter_context(origin.recorder.hooks.muted(outputs))
@@ -462,6 +521,13 @@ class Tape:
         Yields:
             The pass, with its output and its graph.
         """
+        if self.shards is not None:
+            raise NotImplementedError(
+                "this step needs a second forward pass (of a compiled model, a reentrant checkpoint, "
+                "Loop(capture='shadow'), or a method that evaluates the batch again), which is not served under "
+                "fully_shard. Use checkpoints with use_reentrant=False and uncompiled modules, or wrap the model in "
+                "DistributedDataParallel."
+            )
         args, kwargs = origin.inputs
         device = next(iter(self.parameters().values())).device
         with untouched(self.model), plain_checkpoints(), torch.enable_grad(), no_backward_hooks(self.model) as bare:
@@ -508,7 +574,7 @@ class Tape:
 
     def recorder(self, inputs: Any, *, own_pass: bool = False) -> Recorder:
         """A recorder of the uses of the tracked parameters in one pass on these inputs."""
-        parameters = self.parameters()
+        parameters = self.seen()
         tracked = {id(p) for p in parameters.values()}
         constants = [*self.model.buffers(), *(p for p in self.model.parameters() if id(p) not in tracked)]
         sizes = [t.shape[0] for t in tensors_in(inputs) if t.dim()]
@@ -549,5 +615,5 @@ def _first(tensor: Tensor, hook: OwnHook) -> Any:
     return handle
 
 
-def _mark(gradient: Tensor) -> tuple[int, int]:
+def _mark(gradient: Tensor) -> Mark:
     return id(gradient), gradient._version

@@ -154,6 +154,20 @@ class Recorder(TorchFunctionMode):
             self.axes.claim(site.place, int(site.layout.time_major))
         self.sites.append(site)
 
+    def knows(self, parameter: Tensor, name: str | None = None) -> None:
+        """Declare a tensor that the pass uses in the place of a parameter, of that name if it is tracked."""
+        if name is not None:
+            self._names[id(parameter)] = name
+        entry = self._depends.get(id(parameter))
+        if entry is None or entry[0]() is not parameter:
+            self._mark(parameter, False)
+            self.axes.constant(parameter)
+
+    def continues(self, before: Tensor, after: Tensor) -> None:
+        """Declare that a tensor holds what another one does, which something that function modes do not see made."""
+        self._mark(after, self._depends_on_example(before))
+        self.axes.call(Tensor.to, (before,), {}, after)
+
     def returned(self, result: Any) -> None:
         """Declare what the model returned."""
         for tensor in tensors_in(result):

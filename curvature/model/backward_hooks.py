@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from curvature.model.fully_sharded import notices_passes
 from curvature.model.graph_nodes import nodes
 from curvature.model.hooks import OwnHook, nothing
 from curvature.model.trees import tensors_in
@@ -79,7 +80,8 @@ class GraphHooks:
             self._walked = now
             for hooks in on_nodes(outputs):
                 self._keep(hooks)
-        return any(not isinstance(h, OwnHook) for hooks in self._hung.values() for h in hooks.values())
+        hung = (hook for hooks in self._hung.values() for hook in hooks.values())
+        return any(not isinstance(hook, OwnHook) and not notices_passes(hook) for hook in hung)
 
     @contextlib.contextmanager
     def muted(self, outputs: Iterable[Tensor]) -> Iterator[None]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
+
+from curvature.model.fully_sharded import named_parameters
 
 #: A name or glob, a parameter, or a module.
 Restriction = str | Tensor | nn.Module
@@ -32,7 +34,7 @@ class Parameters(Mapping[str, nn.Parameter]):
     """
 
     def __init__(self, model: nn.Module, params: Restriction | Iterable[Restriction] | None = None) -> None:
-        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        trainable = {name: p for name, p in named_parameters(model) if p.requires_grad}
         if not trainable:
             raise ValueError(
                 f"{type(model).__name__} has no trainable parameter: every requires_grad is False, or there are none. "
@@ -93,6 +95,22 @@ class Parameters(Mapping[str, nn.Parameter]):
             piece = vector[..., self.starts[name] : self.starts[name] + p.numel()]
             out[name] = piece.reshape((*vector.shape[:-1], *p.shape))
         return out
+
+
+class SeenParameters(Parameters):
+    """Parameters by the tensors that passes use in their place.
+
+    Args:
+        parameters: The parameters.
+        seen: Parameter -> the tensor.
+    """
+
+    def __init__(self, parameters: Parameters, seen: Callable[[nn.Parameter], nn.Parameter]) -> None:
+        vars(self).update(vars(parameters))
+        self._seen = seen
+
+    def __getitem__(self, name: str) -> nn.Parameter:
+        return self._seen(super().__getitem__(name))
 
 
 def tensor_of_its_own(x: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ def verdict(
     """
     ids = {id(p) for p in present}
     mask = bytes(id(p) in ids for p in params)
-    table = ranks.together(lambda: (float(quiet), float(not quiet and not finite()), zlib.crc32(mask)), 3)
+    table = ranks.together(lambda: (float(quiet), float(not finite() and not quiet), zlib.crc32(mask)), 3)
     if any(row[1] for row in table):
         return "broken"
     if any(row[0] for row in table):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from math import prod
 
 
@@ -38,21 +38,62 @@ def shared_out(works: Sequence[float], loads: list[float]) -> list[int]:
 
 
 def assigned(
-    costs: Mapping[str, int], columns: int, before: Mapping[str, int], known: Mapping[str, int]
+    costs: Mapping[str, int],
+    columns: int,
+    before: Mapping[str, int],
+    known: Mapping[str, int],
+    parts: Mapping[str, Collection[str]] | None = None,
 ) -> dict[str, int]:
     """The column of each block, by :func:`shared_out`. Blocks that were assigned before stay where they are.
 
     >>> assigned({"a": 8, "b": 5, "c": 4}, 2, {}, {})
     {'a': 0, 'b': 1, 'c': 1}
+    >>> assigned({"a": 8, "b": 5, "c": 4}, 2, {}, {}, {"a": ["p"], "b": ["q"], "c": ["p", "r"]})
+    {'a': 0, 'b': 1, 'c': 0}
 
     Args:
         costs: Block -> cost of its refresh.
         columns: Number of columns.
         before: Block -> column, where it has one.
         known: Block -> cost, of those that have one.
+        parts: Block -> its parameters, of all blocks there are now: those that share one are kept together.
+
+    Raises:
+        RuntimeError: If blocks that are to be kept together were assigned to several columns before.
     """
     loads = [0.0] * columns
     for name, column in before.items():
         loads[column] += known.get(name, 0)
     new = sorted(costs.keys() - before.keys())
-    return {**before, **dict(zip(new, shared_out([costs[name] for name in new], loads), strict=True))}
+    if parts is None or not new:
+        return {**before, **dict(zip(new, shared_out([costs[name] for name in new], loads), strict=True))}
+    out = dict(before)
+    free: list[list[str]] = []
+    for names in _together(parts):
+        places = {before[name] for name in names if name in before}
+        if len(places) > 1:
+            raise RuntimeError(
+                f"blocks {', '.join(names)} share a parameter now, and are kept by several processes. Make the "
+                "optimizer again, and load its state_dict()."
+            )
+        fresh = [name for name in names if name in costs and name not in before]
+        if places:
+            (place,) = places
+            out |= dict.fromkeys(fresh, place)
+            loads[place] += sum(costs[name] for name in fresh)
+        elif fresh:
+            free.append(fresh)
+    columns_of = shared_out([sum(costs[name] for name in names) for names in free], loads)
+    return out | {name: column for names, column in zip(free, columns_of, strict=True) for name in names}
+
+
+def _together(parts: Mapping[str, Collection[str]]) -> list[list[str]]:
+    """Blocks that share parameters, directly or through others."""
+    sets: list[tuple[set[str], list[str]]] = []
+    for name in sorted(parts):
+        mine, names = set(parts[name]), [name]
+        for entry in [entry for entry in sets if not mine.isdisjoint(entry[0])]:
+            sets.remove(entry)
+            mine, names = mine | entry[0], [*entry[1], *names]
+        sets.append((mine, names))
+    return [names for _, names in sets]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any, Protocol
@@ -16,6 +16,7 @@ from precond.distributed.agreement import Host, SharedPlan
 from precond.distributed.assignment import assigned, cost
 from precond.distributed.ranks import Ranks
 from precond.distributed.reduction import Item, Piece, add_up, spread
+from precond.distributed.sharded import local
 from solvers import LinearOperator, SolverError
 
 
@@ -108,10 +109,11 @@ class SharedCurvature:
 
     Args:
         ranks: The processes.
+        whole: Whether whatever belongs to one parameter is kept by one process, which gets its whole gradient.
     """
 
-    def __init__(self, ranks: Ranks) -> None:
-        self.ranks = ranks
+    def __init__(self, ranks: Ranks, whole: bool = False) -> None:
+        self.ranks, self.whole = ranks, whole
         self.plan = SharedPlan()
         self._columns: dict[str, int] = {}  # block -> column that keeps it
         self._costs: dict[str, int] = {}
@@ -140,6 +142,8 @@ class SharedCurvature:
         Returns:
             Calls of the loss that count, in all processes.
         """
+        if self.whole:
+            gradients = self._told(host, gradients)
         self._find_hidden(host, gradients)
         batches, self._weight = self._agreed(host, scale)
         if batches:
@@ -156,6 +160,16 @@ class SharedCurvature:
             reached = self._add_up(host, weighs=True)
             host.statistics.settle(self._weight, reached & host.statistics.collector.estimators.keys())
         return found > 0
+
+    def _told(self, host: Host, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """In the place of shards, numbers that are zero where a gradient is zero in all processes."""
+        names = list(host.parameters)
+        written = [host.parameters[name].grad for name in names]  # as it stands there; others hold L2 decay, say
+        both = [*written, *(gradients.get(name) for name in names)]
+        mask = self.ranks.largest(lambda: _nonzero(both), len(both))
+        host.statistics.tape.nonzero = frozenset(name for name, found in zip(names, mask, strict=False) if found)
+        own = zip(names, mask[len(names) :], strict=True)
+        return {name: torch.tensor(found) for name, found in own if name in gradients}
 
     def _find_hidden(self, host: Host, gradients: Mapping[str, Tensor]) -> None:
         """Repeat passes that hide parameters; a gradient may also come from another process alone."""
@@ -243,8 +257,12 @@ class SharedCurvature:
         }
         # A block without sums yet has some later, that of the whole model for instance; it is the only one.
         new |= {name: 1 for name in blocks if name not in self._columns and name not in new}
-        self._columns = assigned(new, self.ranks.columns, self._columns, self._costs)
-        self._costs |= new
+        self._place(new, {name: block.parts for name, block in blocks.items()})
+
+    def _place(self, costs: Mapping[str, int], parts: Mapping[str, Collection[str]]) -> None:
+        columns, together = self.ranks.columns, parts if self.whole else None
+        self._columns = assigned(costs, columns, self._columns, self._costs, together)
+        self._costs |= costs
 
     def commit(self, host: Host, blocks: Mapping[str, Kept], ema: float) -> list[str]:
         """Fold the sums of the step into the averages; in all processes or, if some are not finite, in none.
@@ -371,11 +389,7 @@ class SharedCurvature:
 
     def directions(self, blocks: Mapping[str, Kept], gradients: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
         """``P g`` of every block that has an inverse and all of its gradients, computed by those who keep it."""
-        names = [
-            name
-            for name in sorted(blocks)
-            if blocks[name].cost is not None and all(part in gradients for part in blocks[name].estimator.block.names)
-        ]
+        names = _ready(blocks, gradients)
         here = [name for name in names if self.ranks.columns == 1 or name not in self._columns]
         out = [(name, blocks[name] @ blocks[name].estimator.block.read(gradients)) for name in here]
         names = [name for name in names if name not in here]
@@ -392,6 +406,14 @@ class SharedCurvature:
             self.ranks.together(compute)
             out += zip(names, spread(self.ranks, pieces), strict=True)
         return out
+
+    def owners(self, blocks: Mapping[str, Kept], gradients: Collection[str]) -> dict[str, int]:
+        """The column that keeps a parameter's blocks, for those that have a direction other than their gradient."""
+        names = _ready(blocks, gradients)
+        loaded = {name: blocks[name].cost or 0 for name in names if name not in self._columns}
+        if loaded:
+            self._place(loaded, {name: block.estimator.block.names for name, block in blocks.items()})
+        return {part: self._columns[name] for name in names for part in blocks[name].estimator.block.names}
 
     @property
     def first(self) -> bool:
@@ -411,3 +433,19 @@ class SharedCurvature:
             return values
         sizes = [values.numel()] * self.ranks.columns
         return torch.stack(self.ranks.from_columns(values.reshape(-1), sizes)).sum(0).view_as(values)
+
+
+def _nonzero(tensors: Sequence[Tensor | None]) -> list[float]:
+    """Whether each has an entry that is not zero in this process; one wait for the device."""
+    parts = [local(t) for t in tensors if t is not None]
+    found = iter(torch.stack([part.any() for part in parts]).tolist() if parts else [])
+    return [0.0 if t is None else float(next(found)) for t in tensors]
+
+
+def _ready(blocks: Mapping[str, Kept], gradients: Collection[str]) -> list[str]:
+    """Names of the blocks that have an inverse in some process, and all of their gradients."""
+    return [
+        name
+        for name in sorted(blocks)
+        if blocks[name].cost is not None and all(part in gradients for part in blocks[name].estimator.block.names)
+    ]

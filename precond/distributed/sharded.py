@@ -345,17 +345,26 @@ class Exchange:
             entries: Tensors laid out over the processes, or whole ones.
             whole: Names of tensors that the owner keeps; others are cut as the parameter is.
         """
-        out = {}
+        out: Entries = {}
         for name, value in entries.items():
             if isinstance(value, Tensor) and value.ndim:
                 if name not in whole:
-                    same = is_sharded(value) and layout_of(value) == layout_of(p)
-                    out[name] = value if same else like(_own_part(_full(value), layout_of(p)), p)
+                    out |= cut_as(p, {name: value})
                     continue
                 value = _full(value)
             if self.mine(p) or name in ("step", "length"):
                 out[name] = value
         return out
+
+
+def cut_as(p: Tensor, entries: Entries) -> Entries:
+    """Tensors of a saved state, laid out as a parameter is; every process calls it."""
+    layout, out = layout_of(p), {}
+    for name, value in entries.items():
+        if isinstance(value, Tensor) and value.ndim:
+            same = is_sharded(value) and layout_of(value) == layout
+            out[name] = value if same else like(_own_part(_full(value), layout), p)
+    return out
 
 
 @dataclass(frozen=True)

@@ -135,6 +135,9 @@ class KBFGS(LayerwiseMethod):
             )
         self.tape.repeats = True
 
+    def unserved_on_shards(self) -> list[str]:
+        return [*super().unserved_on_shards(), "second passes on the same batch"]
+
     def after_move(self) -> None:
         super().after_move()  # a step that is shortened or taken back ends here
         if self.taken_back:  # it teaches nothing

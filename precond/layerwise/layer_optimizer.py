@@ -15,7 +15,8 @@ from curvature.estimation.passes import Pass
 from curvature.estimation.statistics import Statistics
 from curvature.estimation.step_collector import StepCollector
 from curvature.estimation.tape import Tape
-from curvature.model.parameters import Parameters
+from curvature.model.fully_sharded import named_parameters
+from curvature.model.parameters import Parameters, SeenParameters
 from curvature.model.wrappers import unwrapped
 from curvature.structures.estimator import Form
 from precond.distributed.curvature import SharedCurvature
@@ -81,7 +82,7 @@ class LayerOptimizer(SecondOrderOptimizer):
         )
 
     def name_of(self, parameter: Tensor) -> str:
-        names = (name for name, p in unwrapped(self.model).named_parameters() if p is parameter)
+        names = (name for name, p in named_parameters(unwrapped(self.model)) if p is parameter)
         return next(names, None) or super().name_of(parameter)
 
     def trainable(self) -> list[Tensor]:
@@ -97,11 +98,17 @@ class LayerOptimizer(SecondOrderOptimizer):
         """Parameters that get no curvature, by ``id``, and their names."""
         if not self.plain:
             return {}
-        return {id(p): name for name, p in unwrapped(self.model).named_parameters() if name in self.plain}
+        return {id(p): name for name, p in named_parameters(unwrapped(self.model)) if name in self.plain}
+
+    @property
+    def seen_parameters(self) -> Parameters:
+        """The tracked parameters by the tensors that passes use in their place: whole ones under ``fully_shard``."""
+        shards = self.tape.shards
+        return self.parameters if shards is None else SeenParameters(self.parameters, shards.whole)
 
     def collector(self) -> StepCollector:
         """What hands the samples of a pass to the blocks."""
-        return StepCollector(self.parameters, self.begin_block, joint=self.curvature.joint, forget=self.drop_block)
+        return StepCollector(self.seen_parameters, self.begin_block, joint=self.curvature.joint, forget=self.drop_block)
 
     def follow(self) -> None:
         """Notice parameters that were added, frozen or unfrozen; blocks that stay whole keep their statistics."""

@@ -36,6 +36,7 @@ class Momenta:
         *,
         renewed: bool,
         counts: bool,
+        whole: Mapping[str, Tensor] | None = None,
     ) -> dict[Tensor, Tensor]:
         r"""The length of a block's momentum, where its metric M is new or it was never measured.
 
@@ -46,6 +47,7 @@ class Momenta:
             metric: Gives M, the damped C.
             renewed: Whether it is new.
             counts: Whether this process is the one that measures the block.
+            whole: The momenta by parameter's name, where those of the state are shards.
         """
         block = preconditioner.estimator.block
         states = {name: self.state[p] for name in block.names if (p := self.parameters[name]) in self.state}
@@ -61,7 +63,8 @@ class Momenta:
         if counts:
             damped = metric()
             assert damped is not None
-            v = {n: momenta.get(n, self.parameters[n].new_zeros(()).expand_as(self.parameters[n])) for n in block.names}
+            momenta = momenta if whole is None else {n: whole[n] for n in names}
+            v = {n: momenta[n] if n in momenta else _zeros(self.parameters[n]) for n in block.names}
             x = block.read(v).to(damped.dtype)
             if isinstance(damped, Eigen):  # half the products
                 x = damped.basis.adjoint() @ x
@@ -86,3 +89,7 @@ class Momenta:
             v = known[p]["momentum_buffer"]
             out[p] = dot(v, v)
         return out
+
+
+def _zeros(p: Tensor) -> Tensor:
+    return torch.zeros((), dtype=p.dtype, device=p.device).expand(p.shape)

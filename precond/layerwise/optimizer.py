@@ -15,11 +15,14 @@ from torch.distributed import ProcessGroup
 from curvature import Curvature
 from curvature.estimation.statistics import Statistics
 from curvature.losses.loss import check_loss
+from curvature.model.fully_sharded import FullyShard
 from curvature.model.wrappers import unwrapped
 from curvature.structures.inverse import InverseEstimator
 from precond.distributed.checkpoint import unpacked
 from precond.distributed.curvature import Refreshing, SharedCurvature
+from precond.distributed.mesh_ranks import mesh_ranks, refuse_on_shards
 from precond.distributed.ranks import check_fraction, world_size
+from precond.distributed.sharded import cut_as
 from precond.layerwise.blocks.block_state import (
     add_blocks,
     copied,
@@ -29,6 +32,7 @@ from precond.layerwise.blocks.block_state import (
     split_blocks,
 )
 from precond.layerwise.blocks.by_name import Preconditioners
+from precond.layerwise.blocks.by_owner import directions_by_owners, momenta_at_owners
 from precond.layerwise.blocks.rows import GradientRows, RowTaps
 from precond.layerwise.blocks.stacks import BlockStacks
 from precond.layerwise.dampings import Dampings
@@ -188,6 +192,7 @@ class PreconditionedOptimizer(LayerOptimizer):
         self._stacks = BlockStacks()
         self.shared: SharedCurvature | None = None
         self.memory_fraction = check_fraction(memory_fraction)
+        self.takes_shards = FullyShard.of(unwrapped(model)) is not None
         super().__init__(
             as_groups(unwrapped(model), params),
             lr=lr,
@@ -220,7 +225,22 @@ class PreconditionedOptimizer(LayerOptimizer):
             guarded = "kl_clip" not in self.given or self.param_groups[0]["kl_clip"] is not None
             self._step_model = StepModel(self, self.step_size, self.damping_rule, guarded)
             self.tape.repeats = True
+        if self.tape.shards is not None:
+            refuse_on_shards(type(self).__name__, self.unserved_on_shards())
+            self._ranks = mesh_ranks(self.parameters, self.tape.shards, type(self).__name__)
+            self.shared = SharedCurvature(self._ranks, whole=True)
         self.arm()
+
+    def unserved_on_shards(self) -> list[str]:
+        """Options that need whole parameters in every process, and are refused where ``fully_shard`` cuts them."""
+        wanted = {
+            "step_size=": self.step_size,
+            "damping_rule=": self.damping_rule,
+            "process_group= (the mesh says who belongs together)": self.process_group,
+            "memory_fraction= (the owner of a parameter keeps its blocks)": "memory_fraction" in self.given,
+            "Loop(capture='shadow')": self.loop.capture == "shadow",
+        }
+        return [name for name, value in wanted.items() if value]
 
     # The step
 
@@ -295,6 +315,9 @@ class PreconditionedOptimizer(LayerOptimizer):
         self, gradients: dict[str, Tensor], rows: dict[str, GradientRows], given: dict[Tensor, Tensor]
     ) -> dict[Tensor, Tensor]:
         """``P g`` of every parameter."""
+        if self.shared is not None and self.shared.whole:
+            plain_at = self.report_plain
+            return directions_by_owners(self.shared, self.preconditioners, self.parameters, gradients, given, plain_at)
         stacks = self._stacks.of(self.preconditioners, self.parameters) if self.shared is None else []
         results, unchanged = self.preconditioners.apply(gradients, rows, stacks, self.shared)
         for name, rest in unchanged.items():
@@ -414,6 +437,8 @@ class PreconditionedOptimizer(LayerOptimizer):
         momenta = Momenta(self.parameters, self.state, self.param_groups)
         self.measured = {}
 
+        whole: dict[str, Tensor] | None = None
+
         def measure(name: str, damped: LinearOperator | None, renewed: bool) -> None:
             """Measure the momentum of a block; where processes share the blocks, in the one that keeps it."""
             kept = self.preconditioners[name]
@@ -422,6 +447,7 @@ class PreconditionedOptimizer(LayerOptimizer):
                 lambda: damped or kept.damped(dampings.of(kept.estimator.block)),
                 renewed=renewed,
                 counts=self.shared is None or self.shared.counts(name),
+                whole=whole,
             )
 
         tasks: list[Refreshing] = []
@@ -450,11 +476,17 @@ class PreconditionedOptimizer(LayerOptimizer):
             self.events[FAILURES] += sum(task.kept.failures > failed[task.name] for task in tasks)
             self.events[REFRESHES] += sum(task.basis and task.name in new for task in tasks)
             if bounded:
+                if self.shared.whole:
+                    blocks = self.preconditioners
+                    whole = momenta_at_owners(self.shared, blocks, self.parameters, self.state, new)
                 for name in sorted(self.preconditioners):  # each process has them in an order of its own
                     measure(name, None, name in new)
                 self.measured = self.shared.added(self.measured)
         if bounded:
-            self.measured |= momenta.without_curvature(self.preconditioners.values())
+            found = momenta.without_curvature(self.preconditioners.values())
+            if self.shared is not None and self.shared.whole:
+                found = self.shared.added({p: found[p] for p in self.parameters.values() if p in found})
+            self.measured |= found
 
     # State
 
@@ -494,6 +526,11 @@ class PreconditionedOptimizer(LayerOptimizer):
 
     def after_load(self) -> None:
         """The blocks were restored."""
+
+    def gather(self) -> None:
+        if self.tape.shards is not None:
+            for p in self.parameters.values():
+                self.state[p].update(cut_as(p, self.state.get(p, {})))
 
     def __getstate__(self) -> dict[str, Any]:
         if any(p.elsewhere is not None for p in self.preconditioners.values()):

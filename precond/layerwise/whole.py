@@ -49,6 +49,10 @@ class WholeModelOptimizer(LayerwiseMethod):
         """A preconditioner around an estimate."""
         return Preconditioner(estimator, self.solver, self.exponent)
 
+    def unserved_on_shards(self) -> list[str]:
+        dense = isinstance(self.curvature, WholeFisher)
+        return [*super().unserved_on_shards(), *["one matrix for all parameters"] * dense]
+
     def collector(self) -> StepCollector:
         if not isinstance(self.curvature, WholeFisher):
             return super().collector()

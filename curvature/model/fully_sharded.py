@@ -1,0 +1,177 @@
+"""Models under ``fully_shard``: parameters are ``DTensor`` shards between passes, and whole tensors inside.
+
+A forward pass uses whole parameters, which exist from the pass of their layers to the end of the backward pass; in the
+modules they stand in the place of the shards meanwhile. Gradients arrive at them, and are handed to the shards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
+
+_PACKAGE = "torch.distributed.fsdp"
+#: The node by which ``fully_shard`` notices the end of a layer's backward pass; it hands gradients on as they are.
+_NODE = "RegisterPostBackwardFunctionBackward"
+#: What tells a gradient from an earlier one: which tensors hold it, and their versions.
+Mark = tuple[Any, ...]
+
+
+class FullyShard:
+    """The parameter groups of a model's layers under ``fully_shard``.
+
+    Args:
+        model: The model.
+
+    Attributes:
+        groups: The groups, as torch has them.
+        modules: The modules that ``fully_shard`` was called on.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = [module for module in model.modules() if is_fully_sharded(module)]
+        states = dict.fromkeys(module._get_fsdp_state() for module in self.modules)  # type: ignore[operator]
+        self.groups: list[Any] = [group for state in states for group in _groups(state)]
+        self._entries: dict[int, tuple[Any, Any]] = {}  # by ``id`` of the parameter
+        self._waiting: list[tuple[Any, Any]] = []  # groups whose setting was changed for a pass, and the setting
+        self._whole: list[Any] = []  # groups that were kept whole
+
+    @staticmethod
+    def of(model: nn.Module) -> FullyShard | None:
+        """Those of a model; ``None`` where ``fully_shard`` was not called on any part of it."""
+        found = FullyShard(model) if _PACKAGE in sys.modules else None
+        return found if found is not None and found.modules else None
+
+    def _known(self, parameter: nn.Parameter) -> tuple[Any, Any]:
+        """Group and entry of a parameter, ``None`` where it has none; a model that moves gets new parameters."""
+        found = self._entries.get(id(parameter))
+        if found is None or found[1].sharded_param is not parameter:
+            self._entries = {id(p.sharded_param): (group, p) for group in self.groups for p in group.fsdp_params}
+            found = self._entries.get(id(parameter))
+        return found or (None, None)
+
+    def has(self, parameter: nn.Parameter) -> bool:
+        """Whether a parameter belongs to a group."""
+        return self._known(parameter)[1] is not None
+
+    def whole(self, parameter: nn.Parameter) -> nn.Parameter:
+        """The tensor that passes use in the place of a parameter; it itself where that never was made."""
+        return cast(nn.Parameter, getattr(self._known(parameter)[1], "_unsharded_param", parameter))
+
+    def sharded(self) -> dict[int, nn.Parameter]:
+        """``id`` of each tensor that passes use -> the parameter in whose place it stands."""
+        entries = (p for group in self.groups for p in group.fsdp_params)
+        return {id(p._unsharded_param): p.sharded_param for p in entries if hasattr(p, "_unsharded_param")}
+
+    def mark(self, parameter: nn.Parameter) -> Mark:
+        """What tells the gradient of a parameter from others; empty where it has none.
+
+        That of passes without a reduction (``set_requires_gradient_sync(False)``) is where torch keeps it.
+        """
+        given = parameter.grad
+        out = [] if given is None else [(id(given), shard_of(given)._version)]
+        return (*out, *((id(t), t._version) for t in self._pending(parameter)))
+
+    def waits(self, parameter: nn.Parameter) -> bool:
+        """Whether a gradient of a parameter was not reduced over the processes yet."""
+        return bool(self._pending(parameter))
+
+    def _pending(self, parameter: nn.Parameter) -> list[Tensor]:
+        group, known = self._known(parameter)
+        if known is None:
+            return []
+        whole = getattr(known, "_unsharded_param", None)
+        parts = (None if whole is None else whole.grad, known.unsharded_accumulated_grad, group._partial_reduce_output)
+        return [t for t in parts if t is not None]
+
+    # Passes
+
+    def keep_whole(self) -> None:
+        """Keep the parameters of the forward pass that begins whole until its backward pass has used them."""
+        self.forward_ended()
+        self._waiting = [(group, group.post_forward_mesh_info) for group in self.groups]
+        for group in self.groups:
+            group.post_forward_mesh_info = None
+
+    def forward_ended(self) -> None:
+        """The forward pass ended, whichever way: put the settings back."""
+        for group, setting in self._waiting:
+            group.post_forward_mesh_info = setting
+        if self._waiting:
+            self._whole = [group for group in self.groups if group.is_unsharded]
+        self._waiting = []
+
+    def release(self) -> None:
+        """Give up the whole parameters of a pass whose backward pass never came."""
+        for group in self._whole:
+            if group.is_unsharded:
+                group.reshard()
+        self._whole = []
+
+    @contextlib.contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """For backward passes that write no gradients: no layer takes its end for the end of the user's pass.
+
+        Parameters that an earlier backward pass has given up come back for as long, in all processes.
+        """
+        lacking = [group for group in self._whole if not group.is_unsharded]
+        changed = [group for group in self.groups if "post_backward" not in vars(group)]
+        try:
+            for group in lacking:
+                group.unshard(async_op=False)
+                group.wait_for_unshard()
+            for group in changed:
+                group.post_backward = _nothing
+            yield
+        finally:
+            for group in changed:
+                vars(group).pop("post_backward", None)
+            for group in lacking:
+                group.reshard()
+
+
+def is_fully_sharded(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` was called on a module."""
+    return hasattr(type(module), "_get_fsdp_state")
+
+
+def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of a model as optimizers have them, also while a pass uses whole ones in their place."""
+    shards = FullyShard.of(model)
+    known = {} if shards is None else shards.sharded()
+    for name, p in model.named_parameters():
+        yield name, known.get(id(p), p)
+
+
+def shard_of(x: Tensor) -> Tensor:
+    """The part of a tensor that lies in this process."""
+    return cast(Tensor, x.to_local()) if hasattr(x, "to_local") else x
+
+
+def is_custom(node: Any) -> bool:
+    """Whether a node of a graph is of a custom function, of which nobody knows what it does."""
+    return isinstance(node, BackwardCFunction) and node.name() != _NODE
+
+
+def is_custom_kind(kind: type) -> bool:
+    """:func:`is_custom` by the type of a node."""
+    return issubclass(kind, BackwardCFunction) and kind.__name__ != _NODE
+
+
+def notices_passes(hook: Any) -> bool:
+    """Whether a hook is one by which ``fully_shard`` notices a backward pass, and leaves gradients as they are."""
+    return type(getattr(hook, "__self__", None)).__module__.startswith(_PACKAGE)
+
+
+def _groups(state: Any) -> list[Any]:
+    several = getattr(state, "_fsdp_param_groups", None)  # torch 2.12; one before
+    one = state._fsdp_param_group if several is None else None
+    return [one] if one is not None else list(several or ())
+
+
+def _nothing(*args: Any) -> None:
+    """In the place of what follows a layer's backward pass."""
