@@ -124,9 +124,10 @@ def refuse(p: Tensor, method: str, served: bool) -> None:
         return
     if not served:
         raise NotImplementedError(
-            f"{method} does not take parameters that are shared out over processes (DTensors, as fully_shard and "
-            "tensor parallelism make them). Wrap the model in DistributedDataParallel, or take a method that uses "
-            "gradients alone, such as SOAP, Shampoo or Muon."
+            f"{method} does not take parameters that are shared out over processes in this way (DTensors, as "
+            "fully_shard and tensor parallelism make them; of these KFAC and other methods that learn from layers take "
+            "fully_shard). Wrap the model in DistributedDataParallel, or take a method that uses gradients alone, such "
+            "as SOAP, Shampoo or Muon."
         )
     layout_of(p)
 

@@ -529,8 +529,8 @@ class PreconditionedOptimizer(LayerOptimizer):
 
     def gather(self) -> None:
         if self.tape.shards is not None:
-            for p in self.parameters.values():
-                self.state[p].update(cut_as(p, self.state.get(p, {})))
+            for p in (p for group in self.param_groups for p in group["params"] if p in self.state):
+                self.state[p].update(cut_as(p, self.state[p]))
 
     def __getstate__(self) -> dict[str, Any]:
         if any(p.elsewhere is not None for p in self.preconditioners.values()):

@@ -6,6 +6,7 @@ import contextlib
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.checkpoint import checkpoint
 
@@ -76,7 +77,8 @@ def accumulated(optimizer: Any, net: Any, batches: list[Batch]) -> None:
         x, y = x[mine(len(x))], y[mine(len(y))]
         optimizer.zero_grad()
         for index, (a, b) in enumerate(zip(x.chunk(2), y.chunk(2), strict=True)):
-            net.set_requires_gradient_sync(index == 1)
+            if isinstance(net, FSDPModule):
+                net.set_requires_gradient_sync(index == 1)
             (optimizer.loss_fn(net(a), b) / 2).backward()
         optimizer.step()
 
@@ -292,23 +294,30 @@ def to_whole(saved: Any) -> Any:
     return saved.full_tensor() if hasattr(saved, "full_tensor") else saved
 
 
-def reloaded(shape: tuple[int, ...]) -> dict[str, list[Tensor]]:
-    """Plain ``state_dict``, into an optimizer of the same sharding; and that of one process."""
+def of_one_process() -> dict[str, Any]:
+    """The states of a model and its optimizer after two steps."""
     out = {}
     for name in SAVED:
-        first, second, third = Net(), sharded_or_whole(shape), sharded_or_whole(shape)
-        optimizers = [make(name, net, **OPTIONS) for net in (first, second, third)]
-        for x, y in vectors(5)[:2]:
-            optimizers[0].zero_grad()
-            optimizers[0].loss_fn(first(x), y).backward()
-            optimizers[0].step()
-        set_model_state_dict(second, first.state_dict(), options=StateDictOptions(full_state_dict=True))
-        optimizers[1].load_state_dict(optimizers[0].state_dict())
-        third.load_state_dict(second.state_dict())
-        optimizers[2].load_state_dict(optimizers[1].state_dict())
-        for net, optimizer in zip((second, third), optimizers[1:], strict=True):
+        net = Net()
+        optimizer = make(name, net, **OPTIONS)
+        train(optimizer, net, vectors(5)[:2])
+        out[name] = net.state_dict(), optimizer.state_dict()
+    return out
+
+
+def reloaded(shape: tuple[int, ...], saved: dict[str, Any]) -> dict[str, list[Tensor]]:
+    """Plain ``state_dict``: that of one process, and then the one that this gives."""
+    out = {}
+    for name in SAVED:
+        nets = [sharded_or_whole(shape) for _ in range(2)]
+        first, second = (make(name, net, **OPTIONS) for net in nets)
+        set_model_state_dict(nets[0], saved[name][0], options=StateDictOptions(full_state_dict=True))
+        first.load_state_dict(saved[name][1])
+        nets[1].load_state_dict(nets[0].state_dict())
+        second.load_state_dict(first.state_dict())
+        for net, optimizer in zip(nets, (first, second), strict=True):
             train(optimizer, net, vectors(5)[2:])
-        out[name], out[f"{name} again"] = whole(second), whole(third)
+        out[name], out[f"{name} again"] = map(whole, nets)
     return out
 
 
@@ -443,8 +452,11 @@ def sent_to_others() -> Iterator[list[int]]:
 
 def low_precision(shape: tuple[int, ...]) -> dict[str, Any]:
     """Parameters in float32 that are used in bfloat16; in one process by casts."""
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32)
-    net = shard(Net().float(), mesh_of(shape), ("first", "norm"), mp_policy=policy)
+    inside = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    net, mesh = Net().float(), mesh_of(shape)
+    for layer in (net.first, net.norm):
+        fully_shard(layer, mesh=mesh, mp_policy=inside)
+    fully_shard(net, mesh=mesh, mp_policy=replace(inside, output_dtype=torch.float32))
     batches = [(x.float(), y) for x, y in vectors()]
     optimizer = make("kfac exact", net, damping=0.1)
     train(optimizer, net, batches)
@@ -455,13 +467,14 @@ def low_precision(shape: tuple[int, ...]) -> dict[str, Any]:
 # One launch each: a process takes seconds to begin
 
 
-def on_two(folder: str) -> dict[str, Any]:
+def on_two(folder: str, saved: dict[str, Any]) -> dict[str, Any]:
     names = [name for name in METHODS if name not in UNSERVED]
-    checks = (undisturbed, reloaded, refusals, disagreements, traffic, low_precision)
+    checks = (undisturbed, refusals, disagreements, traffic, low_precision)
     return {
         "methods": every_method((2,), names),
         "ways": every_way((2,), ("kfac exact",), list(WAYS)) | every_way((2,), ("kfac empirical", "ekfac"), FEW),
         "saved": saves((2,), folder),
+        "reloaded": reloaded((2,), saved),
         **{check.__name__: check((2,)) for check in checks},
     }
 

@@ -144,7 +144,6 @@ def refusals(shape: tuple[int, ...]) -> dict[str, str]:
             told[name] = f"{type(error).__name__}: {error}"
 
     net = shard(square(), mesh)
-    tell("layers", lambda: KFAC(net, nn.MSELoss(), lr=0.1))
     tell("closure", lambda: Newton(net.parameters()))
     tell("hessian", lambda: PSGD(net.parameters(), criterion="hessian"))
     twice = init_device_mesh("cpu", (2, 1), mesh_dim_names=("rows", "columns"))

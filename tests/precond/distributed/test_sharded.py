@@ -38,7 +38,6 @@ def far(gaps: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
 
 #: What each case is told.
 TOLD = {
-    "layers": "KFAC does not take parameters that are shared out over processes.*DistributedDataParallel",
     "closure": "Newton does not take parameters that are shared out",
     "hessian": "PSGD does not take parameters that are shared out",
     "twice": r"shape \(2, 1\) as \(Shard\(dim=0\), Shard\(dim=1\)\).*cut along one axis of the mesh",
