@@ -101,7 +101,7 @@ def over_all_data(
     if not isinstance(loss, WeightedSum) or loss.reduction != "mean":
         return loss
     divisors: dict[Any, Any] = {}
-    with torch.no_grad(), untouched(model):
+    with shares.together(), torch.no_grad(), untouched(model):
         for x, y in start():
             x, y = to_device(x, device), to_device(y, device)
             terms = terms_of(loss, call(model, x), x, y, output, class_dim)

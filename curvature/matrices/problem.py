@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
+from itertools import islice
 from typing import Any
 
 import torch
@@ -204,9 +205,9 @@ class Problem:
     def _find_reduction(self) -> None:
         """Let the first batch tell how a loss joins examples, so that one that has no terms is refused at once."""
         device = self.parameters.device
-        with untouched(self.model):
-            x, y = next(self.start())
-            self.terms(to_device(x, device), to_device(y, device))
+        with self.shares.together(), untouched(self.model):
+            for x, y in islice(self.start(), 1):
+                self.terms(to_device(x, device), to_device(y, device))
 
     def terms(self, x: Any, y: Any) -> Terms:
         """The loss on a batch, attached to the graph."""

@@ -42,12 +42,15 @@ def checked(**own: Check) -> Callable[[Callable[P, R]], Callable[P, R]]:
         variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
         parameters = inspect.signature(called).parameters.values()
         names = [p.name for p in parameters if p.kind not in variadic]
+        alone = "process_group" not in names and all(p.kind != inspect.Parameter.VAR_KEYWORD for p in parameters)
         if missing := [name for name in names if name not in checks and name != "self"]:
             raise TypeError(f"{called.__qualname__} does not check {', '.join(missing)}.")
 
         @functools.wraps(called)
         def checking(*args: P.args, **kwargs: P.kwargs) -> R:
             shared = kwargs.get("process_group") is not None  # then a process may have no data at all
+            if alone and "process_group" in kwargs:
+                raise TypeError(_of_one_process(called.__qualname__))
             for name, value in (*zip(names, args, strict=False), *kwargs.items()):
                 if name in checks and not (shared and name == "data" and isinstance(value, list) and not value):
                     checks[name](name, value)
@@ -56,6 +59,15 @@ def checked(**own: Check) -> Callable[[Callable[P, R]], Callable[P, R]]:
         return checking
 
     return door
+
+
+def _of_one_process(name: str) -> str:
+    name = name.removesuffix(".__init__")
+    return (
+        f"{name} works on the data of one process and takes no process_group=. Call it with the data of this process "
+        "alone. Over processes there are hessian, ggn, fisher, gradient_covariance (and what solvers makes of them), "
+        "influence, self_influence, report and the posteriors of curvature.laplace."
+    )
 
 
 def optional(check: Check) -> Check:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import isfinite
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from curvature.model.messages import ProcessLost, answered
 
 
 class ShareFailed(RuntimeError):
@@ -42,24 +45,74 @@ class Shares:
         for dtype in dict.fromkeys(x.dtype for x in tensors):
             some = [x for x in tensors if x.dtype == dtype]
             if len(some) == 1 and some[0].is_contiguous():
-                dist.all_reduce(some[0], group=self.group)
+                self._all_reduce(some[0])
                 continue
             flat = torch.cat([x.reshape(-1) for x in some])
-            dist.all_reduce(flat, group=self.group)
+            self._all_reduce(flat)
             for x, part in zip(some, flat.split([x.numel() for x in some]), strict=True):
                 x.copy_(part.reshape(x.shape))
 
-    def gather(self, value: Any) -> list[Any]:
-        """What every process gives, by rank: small things, that pickle."""
+    def _all_reduce(self, x: Tensor) -> None:
+        with answered(self.group):
+            dist.all_reduce(x, group=self.group)
+
+    def add_up(self, tensors: Mapping[Any, Tensor], device: torch.device) -> dict[Any, Tensor]:
+        """Sums by key, where a process may lack some keys: what one lacks is zero. Tensors are not changed.
+
+        Args:
+            tensors: Key -> what this process has; keys pickle.
+            device: Of the result.
+        """
         if not self.several:
-            return [value]
+            return dict(tensors)
+        shapes = self.gather({key: (tuple(x.shape), x.dtype) for key, x in tensors.items()})
+        known = {key: what for one in shapes for key, what in one.items()}
+        if clashing := [key for one in shapes for key, what in one.items() if known[key] != what]:
+            raise ValueError(
+                f"{clashing[0]} has another shape or dtype on one rank than on another: the processes have different "
+                "models or options."
+            )
+        out = {}
+        for key, (shape, dtype) in known.items():
+            own = tensors.get(key)
+            zero = torch.zeros(shape, dtype=dtype, device=device)
+            out[key] = zero if own is None else zero.copy_(own)
+        self.sum(*out.values())
+        return out
+
+    def joined(self, rows: Tensor | None, device: torch.device) -> Tensor | None:
+        """Rows of all processes one below the other, by rank; ``None`` if nobody has any."""
+        found = [x.to(device) for x in self.gather(None if rows is None else rows.cpu()) if x is not None]
+        return torch.cat(found) if found else None
+
+    def gather(self, value: Any) -> list[Any]:
+        """What every process gives, by rank: small things, that pickle.
+
+        Raises:
+            ShareFailed: If a process has raised in :meth:`together` in the meantime.
+        """
+        return [value] if not self.several else self._gather(value, None)
+
+    def _gather(self, value: Any, failure: str | None) -> list[Any]:
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value, group=self.group)
-        return found
+        with answered(self.group):
+            dist.all_gather_object(found, (value, failure), group=self.group)
+        failed = [(rank, words) for rank, (_, words) in enumerate(found) if words is not None]
+        if failed and failure is None:
+            rank, words = failed[0]
+            raise ShareFailed(f"the pass over the data of rank {rank} failed, so that there is no sum: {words}")
+        return [one for one, _ in found]
+
+    def first(self, value: Any) -> Any:
+        """What the first process gives."""
+        return self.gather(value)[0]
 
     @contextmanager
     def together(self) -> Iterator[None]:
         """A part of the work that may raise: if it does in one process, it does in all. One message at the end.
+
+        One such part may hold others. An error that the others have been told of, or that came from them, is not told
+        again; any other meets them in the next message that they wait for.
 
         Raises:
             ShareFailed: If it raised in another process; what it raised in this one is raised as it is.
@@ -67,12 +120,11 @@ class Shares:
         try:
             yield
         except Exception as error:
-            self.gather(f"{type(error).__name__}: {error}" if self.several else None)
+            if self.several and not _was_told(error, self.group):
+                error.told = self.group  # type: ignore[attr-defined]  # whatever object of the group meets it next
+                self._gather(None, f"{type(error).__name__}: {error}")
             raise
-        failed = [(rank, words) for rank, words in enumerate(self.gather(None)) if words is not None]
-        if failed:
-            rank, words = failed[0]
-            raise ShareFailed(f"the pass over the data of rank {rank} failed, so that there is no sum: {words}")
+        self.gather(None)
 
     def same(self, x: Tensor, what: str) -> None:
         """Refuse a tensor that is not the same in all processes.
@@ -83,10 +135,9 @@ class Shares:
         if not self.several:
             return
         wide = x.detach().double()
-        marks = torch.stack([wide.sum(), wide.abs().sum(), torch.linalg.vector_norm(wide)])
-        high = torch.cat([marks, -marks])
-        dist.all_reduce(high, dist.ReduceOp.MAX, group=self.group)
-        if not torch.equal(high[:3], -high[3:]) and bool(torch.isfinite(high).all()):
+        marks = torch.stack([wide.sum(), wide.abs().sum(), torch.linalg.vector_norm(wide)]).tolist()
+        found = self.gather(marks)
+        if any(other != found[0] for other in found) and all(isfinite(mark) for one in found for mark in one):
             raise ValueError(
                 f"{what} is not the same in all {self.size} processes. They work on one matrix, so they must do the "
                 "same with it: draw vectors from generators with the same seed, and load the same model everywhere."
@@ -102,6 +153,17 @@ class Shares:
             return generator
         seed = torch.randint(1 << 62, (), generator=generator, device=generator.device)
         return torch.Generator(device=generator.device).manual_seed(int(seed) + self.rank)
+
+
+def _was_told(error: BaseException | None, group: Any) -> bool:
+    """Whether the others know of an error, or of one that it was raised for."""
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        if isinstance(error, (ShareFailed, ProcessLost)) or getattr(error, "told", None) is group:
+            return True
+        seen.append(error)
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def summed(shares: Shares, values: Sequence[Tensor | float], device: torch.device) -> list[Tensor]:

@@ -14,6 +14,7 @@ from curvature.losses import BatchDim, ClassDim
 from curvature.losses.loss import check_loss
 from curvature.model.arguments import Check, a, checked, optional, real
 from curvature.model.data import Data, Output
+from curvature.model.shares import Shares
 from curvature.reports.document import Plan, Report
 from curvature.reports.results import ON_REQUEST
 from curvature.reports.run import SECTIONS, Course
@@ -68,6 +69,7 @@ def report(
     resume: str | os.PathLike[str] | Checkpoint | None = ...,
     dry_run: Literal[False] = ...,
     progress: bool | None = ...,
+    process_group: Any = ...,
 ) -> Report: ...
 @checked(  # type: ignore[misc]  # as a dry run takes any options, its overload overlaps
     loss_fn=check_loss,
@@ -106,6 +108,7 @@ def report(  # the options of a dry run are those below
     resume: str | os.PathLike[str] | Checkpoint | None = None,
     dry_run: bool = False,
     progress: bool | None = None,
+    process_group: Any = None,
 ) -> Report | Plan:
     r"""Look at the curvature of a loss from all sides; every number comes with its error.
 
@@ -156,6 +159,9 @@ def report(  # the options of a dry run are those below
             search, to be resumed after a crash.
         dry_run: Predict costs instead, after two products with each matrix.
         progress: True shows a progress bar, False never, None on a terminal.
+        process_group: Processes whose data together are the data, see :func:`curvature.hessian`. All of them make this
+            call and get the same report, by the clock of the first; examples are counted rank by rank. ``save`` writes
+            in the first of them alone. Without ``resume``.
 
     Returns:
         The report; print it, or ``save("report.html")``. With ``dry_run`` the plan.
@@ -169,27 +175,32 @@ def report(  # the options of a dry run are those below
     matrices, chosen = _tuple(matrix), _tuple(_DEFAULT if sections is None else sections)
     if sections is not None and "distances" in chosen and "ggn" not in matrices:
         raise ValueError(f"distances are those to the GGN; add it to matrix={matrices}, or leave the section out.")
-    account = Budget(budget, products)
+    shares = Shares(process_group)
+    if shares.several and resume is not None:
+        raise ValueError("resume keeps the run of one process: leave it out, or process_group.")
+    account = Budget(budget, products, shares)
     with torch.inference_mode(False):
-        study = Study(
-            model,
-            loss_fn,
-            data,
-            budget=account,
-            store=Store(resume),
-            k=k,
-            damping=damping,
-            rtol=rtol,
-            seed=seed,
-            structures=_tuple(structures),
-            exact=exact,
-            params=params,
-            output=output,
-            class_dim=class_dim,
-            batch_dim=batch_dim,
-        )
-        course = Course(study, matrices, chosen)
-        course.begin(warm_start)
+        with shares.together():
+            study = Study(
+                model,
+                loss_fn,
+                data,
+                budget=account,
+                store=Store(resume),
+                k=k,
+                damping=damping,
+                rtol=rtol,
+                seed=seed,
+                structures=_tuple(structures),
+                exact=exact,
+                params=params,
+                output=output,
+                class_dim=class_dim,
+                batch_dim=batch_dim,
+                process_group=process_group,
+            )
+            course = Course(study, matrices, chosen)
+            course.begin(warm_start)
         if dry_run:
             return course.plan()
         course.all(progress)

@@ -73,12 +73,15 @@ class Report(Findings):
         """Write the report: ``.html`` for people, ``.json`` for programs, ``.pt`` with the eigenvectors.
 
         A file of that name is replaced at once, or not at all. ``.json`` and ``.pt`` carry a digest of what they hold.
+        Of the processes of a ``process_group``, which have the same report, the first one writes.
 
         Raises:
             ValueError: If the name ends otherwise.
             OSError: If it cannot be written; the old file is as it was.
         """
         target = Path(path)
+        if not self.writes and target.suffix in (".html", ".json", ".pt"):
+            return
         match target.suffix:
             case ".html":
                 write_text(target, self.to_html())

@@ -314,6 +314,7 @@ class Findings:
         created: Date and time.
         sensitivity: Of the loss to rounding, by layer; only where it was asked for.
         eigenvectors: Of the largest eigenvalues, ``(k, P)`` by matrix; not in JSON.
+        writes: Whether this process writes the files that all are asked for; one of several does.
     """
 
     model: str
@@ -343,3 +344,4 @@ class Findings:
     created: str
     sensitivity: SensitivityResult | None = None
     eigenvectors: dict[Matrix, Tensor] = field(default_factory=dict, repr=False)
+    writes: bool = field(default=True, repr=False)

@@ -16,6 +16,8 @@ from tqdm import tqdm
 
 from curvature.estimation.coverage import Coverage, coverage
 from curvature.model.determinism import NondeterministicError, check_deterministic, dropout_modules
+from curvature.model.messages import ProcessLost
+from curvature.model.shares import ShareFailed
 from curvature.reports.codec import decode, encode
 from curvature.reports.document import Plan, PlanRow, Report
 from curvature.reports.results import RESULTS, Cost, EigenvaluesResult, Matrix, Refusal, TraceResult
@@ -65,7 +67,7 @@ class Course:
     def begin(self, warm_start: Report | None) -> None:
         """Inspect the model and the data, and measure costs."""
         study = self.study
-        model, _, data = study.given
+        model = study.given[0]
         if names := ", ".join(dropout_modules(model)):
             raise NondeterministicError(
                 f"dropout is active in {names}, so the loss is another one in each pass: call model.eval(), or set p=0."
@@ -75,22 +77,40 @@ class Course:
         study.first_pass()
         self.found["loss"][None] = study.loss
         study.store.open(study.identity(), study.seen, study.order)
-        try:
-            check_deterministic(model, data, output=study.options["output"])
-        except NondeterministicError as error:
-            self.notes.append(f"{error}. The numbers of this report belong to one draw.")
+        if (reason := self._chance()) is not None:
+            self.notes.append(f"{reason}. The numbers of this report belong to one draw.")
         for matrix in self.matrices if _OF_MATRICES & {*self.sections} else ():
             try:
-                study.measure(matrix)
+                with study.shares.together():
+                    study.measure(matrix)
             except Exception as error:
                 self.refuse(matrix, error)
         study.choose_form()
         self.costs.append(Cost("measuring", study.budget.spent, study.budget.elapsed, study.budget.counted))
 
+    def _chance(self) -> str | None:
+        """Why the loss is another one in each pass, if it is in some process."""
+        study, own = self.study, None
+        model, _, data = study.given
+        with study.shares.together():
+            try:
+                if study.has_data:
+                    check_deterministic(model, data, output=study.options["output"])
+            except NondeterministicError as error:
+                own = str(error)
+        return next((reason for reason in study.shares.gather(own) if reason is not None), None)
+
     def refuse(self, part: str, error: Exception) -> None:
-        """Record a part that cannot be computed."""
-        message = " ".join(str(error).split()) or "no reason given"
-        self.refused.append(Refusal(part, type(error).__name__, message))
+        """Record a part that cannot be computed; all processes record the error of the one where it happened.
+
+        Raises:
+            ProcessLost: If a process is gone: nothing more can be computed then.
+        """
+        if isinstance(error, ProcessLost):
+            raise error
+        own = type(error).__name__, " ".join(str(error).split()) or "no reason given"
+        told = self.study.shares.gather(None if isinstance(error, ShareFailed) else own)
+        self.refused.append(Refusal(part, *next((words for words in told if words is not None), own)))
 
     def refuse_structure(self, structure: str, error: Exception) -> None:
         """Record that the distance of a structure could not be computed."""
@@ -108,7 +128,12 @@ class Course:
         known = [m for m in self.matrices if m in study.rates]
 
         def table(_: float) -> Coverage:
-            return coverage(model, loss_fn, data, **study.read)
+            own = None
+            with study.shares.together():
+                if study.has_data:
+                    own = coverage(model, loss_fn, data, **study.read)
+            found: Coverage = next(one for one in study.shares.gather(own) if one is not None)
+            return found
 
         def of(section: str, m: Matrix, module: Any, run: Callable[[Study, Matrix, float], Any]) -> Job:
             least, usual = (0, 0) if m in study.to_form else module.products(study, m)
@@ -148,7 +173,7 @@ class Course:
         study, jobs = self.study, self.jobs()
         planned = allot([job.need for job in jobs], study.budget.left)
         bar_format = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
-        hidden = None if progress is None else not progress
+        hidden = True if study.shares.rank else None if progress is None else not progress
         with tqdm(
             total=sum(planned), desc="curvature report", bar_format=bar_format, disable=hidden, leave=False
         ) as bar:
@@ -173,7 +198,8 @@ class Course:
                 result = decode(RESULTS[job.section], stored["sections"][job.name])
                 self._take_vectors(job)
             else:
-                result = job.run(amount)
+                with study.shares.together():
+                    result = job.run(amount)
         except Exception as error:
             self.refuse(job.name, error)
             return
@@ -226,14 +252,19 @@ class Course:
             costs=tuple(self.costs),
             budget=None if not study.budget.limited else f"{study.budget.amount:g} {study.budget.unit}",
             seconds=study.budget.elapsed,
-            peak_memory=peak_memory(study.problem.parameters.device),
+            peak_memory=_largest(study.shares.gather(peak_memory(study.problem.parameters.device))),
             k=study.k,
             damping=study.damping,
             rtol=study.rtol,
             seed=study.seed,
-            created=time.strftime("%Y-%m-%d %H:%M"),
+            created=study.shares.first(time.strftime("%Y-%m-%d %H:%M")),
             eigenvectors=dict(study.vectors),
+            writes=study.shares.rank == 0,
         )
+
+
+def _largest(sizes: list[int | None]) -> int | None:
+    return max((size for size in sizes if size is not None), default=None)
 
 
 def _by_matrix(found: dict[Matrix | None, Any]) -> dict[Matrix, Any]:

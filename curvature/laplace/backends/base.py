@@ -42,7 +42,7 @@ class Backend(JacobianBackend):
     """Base of the backends whose curvature is a sum of outer products of gradients.
 
     Attributes:
-        seed: Draws of the k-th batch that is sampled start from ``seed + k``.
+        seed: Draws of the k-th batch that is sampled start from ``seed + k``; over W processes from ``seed + W k + r``.
         max_dim: Kronecker factors larger than this are kept as their diagonals.
         max_dense: Other parameters than matrices of layers get a dense matrix up to this size, else their diagonal.
         low_rank: Largest number of eigenvalues of :meth:`eig_lowrank`; ``None`` for all.
@@ -87,7 +87,9 @@ class Backend(JacobianBackend):
     def _signals(self, terms: Terms, batch: int | None, samples: int | None) -> Signals:
         generator = None
         if self._kind() == "mc":
-            generator = torch.Generator(terms.output.device).manual_seed(self.seed + self.sampled)
+            generator = torch.Generator(terms.output.device).manual_seed(
+                self.seed + self.sampled * self.shares.size + self.shares.rank
+            )
             self.sampled += 1
         return Signals.of(terms, self._kind(), samples or self._samples(), generator, batch)
 
@@ -242,7 +244,18 @@ class Backend(JacobianBackend):
                 loss = one if loss is None else loss + one
         if loss is None:
             raise ValueError("data_loader has no batches.")
-        _, s, V = singular_value_decomposition(torch.cat(found))
+        rows = torch.cat(found)
+        if self.shares.several:
+            if sum(self.shares.gather(rows.nbytes)) > STORED:
+                raise ValueError(
+                    f"the gradients that span the curvature take more than 4 GiB over {self.shares.size} processes. "
+                    "Take fewer data, stochastic=True, or hessian_structure='kron'."
+                )
+            joined = self.shares.joined(rows, rows.device)
+            assert joined is not None
+            rows = joined
+            self.shares.sum(loss)
+        _, s, V = singular_value_decomposition(rows)
         values = self._scale() * s.square()
         keep = values > SMALLEST
         return largest(values[keep], V.mT[:, keep], loss, self.low_rank)

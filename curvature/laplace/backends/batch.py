@@ -20,6 +20,7 @@ from curvature.losses.picked import along
 from curvature.matrices.examples import Examples
 from curvature.model.data import resolve_output, untouched
 from curvature.model.parameters import Parameters
+from curvature.model.shares import Shares
 
 Inputs = Tensor | MutableMapping[str, Any]
 
@@ -58,11 +59,13 @@ class BatchBackend(CurvatureInterface):
         class_dim: Class axis of the outputs, as the user said; ``None`` where the shapes tell.
         batch_dim: Axis of the outputs and targets that counts the examples; ``None`` for the first.
         layout: Which axes of the outputs of the last batch belonged to one term; ``None`` before the first.
+        shares: Processes whose data together are the data.
     """
 
     class_dim: int | None = None
     batch_dim: int | None = None
     layout: Layout | None = None
+    shares: Shares = Shares()
 
     def trainable(self) -> Parameters:
         """The trainable parameters; with a subnetwork those that it touches."""

@@ -16,6 +16,7 @@ from curvature.laplace.factors.sums import SumOptions
 from curvature.laplace.factors.tensors import Tensors
 from curvature.losses.signals import FisherKind
 from curvature.model.arguments import checked, count
+from curvature.model.shares import Shares
 from solvers.outcome.arguments import flag
 
 
@@ -42,6 +43,8 @@ class GGNBackend(Backend, GGNInterface):
         max_dense: Other parameters than matrices of layers (norms, bare parameters) get a dense matrix up to this
             size, else its diagonal.
         low_rank: Largest number of eigenvalues of :meth:`eig_lowrank`; all by default.
+        process_group: Processes whose loaders together give the data: all of them fit, and end with the posterior of
+            all data.
         renamed: ``max_factor``, which is ``max_dim`` now.
 
     Raises:
@@ -66,12 +69,14 @@ class GGNBackend(Backend, GGNInterface):
         max_dim: int = SumOptions.max_dim,
         max_dense: int = SumOptions.max_dense,
         low_rank: int | None = None,
+        process_group: Any = None,
         **renamed: int,
     ) -> None:
         GGNInterface.__init__(
             self, model, likelihood, last_layer, subnetwork_indices, dict_key_x, dict_key_y, stochastic, num_samples
         )
         self.seed, self.class_dim, self.batch_dim = seed, class_dim, batch_dim
+        self.shares = Shares(process_group)
         self.configure(max_dim, max_dense, low_rank, renamed)
 
     def _kind(self) -> FisherKind:
@@ -159,6 +164,7 @@ class EFBackend(Backend, EFInterface):
         max_dim: As for :class:`GGNBackend`.
         max_dense: As for :class:`GGNBackend`.
         low_rank: As for :class:`GGNBackend`.
+        process_group: As for :class:`GGNBackend`.
         renamed: As for :class:`GGNBackend`.
 
     References:
@@ -181,10 +187,12 @@ class EFBackend(Backend, EFInterface):
         max_dim: int = SumOptions.max_dim,
         max_dense: int = SumOptions.max_dense,
         low_rank: int | None = None,
+        process_group: Any = None,
         **renamed: int,
     ) -> None:
         EFInterface.__init__(self, model, likelihood, last_layer, subnetwork_indices, dict_key_x, dict_key_y)
         self.unit_noise, self.class_dim, self.batch_dim = unit_noise, class_dim, batch_dim
+        self.shares = Shares(process_group)
         self.configure(max_dim, max_dense, low_rank, renamed)
 
     def _kind(self) -> FisherKind:

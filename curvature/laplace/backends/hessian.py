@@ -14,6 +14,7 @@ from curvature.laplace.backends.jacobians import JacobianBackend
 from curvature.laplace.factors.kron import BlockKron
 from curvature.matrices.hessian import Hessian, hessian
 from curvature.model.arguments import checked, count
+from curvature.model.shares import Shares
 from solvers import eigsh
 
 
@@ -33,6 +34,7 @@ class HessianBackend(JacobianBackend):
         class_dim: As for :class:`GGNBackend`.
         batch_dim: As for :class:`GGNBackend`.
         low_rank: Number of eigenvalues that :meth:`eig_lowrank` looks for.
+        process_group: As for :class:`GGNBackend`.
 
     Attributes:
         lowest: Lowest eigenvalue and its eigenvector, of the last :meth:`eig_lowrank`; ``None`` if it is not negative.
@@ -53,9 +55,11 @@ class HessianBackend(JacobianBackend):
         class_dim: int | None = None,
         batch_dim: int | None = None,
         low_rank: int = 10,
+        process_group: Any = None,
     ) -> None:
         super().__init__(model, likelihood, last_layer, subnetwork_indices, dict_key_x, dict_key_y)
         self.low_rank, self.class_dim, self.batch_dim = low_rank, class_dim, batch_dim
+        self.shares = Shares(process_group)
 
     def full(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         options(kwargs, "full", set())
@@ -92,11 +96,17 @@ class HessianBackend(JacobianBackend):
         """The class axis of a batch's loss, where there is more than one to choose from."""
         return run.loss.layout.class_axes[0] if run.output.dim() > 2 else None
 
-    def _operator(self, data: Any, class_dim: int | None) -> Hessian:
+    def _operator(self, data: Any, class_dim: int | None, process_group: Any = None) -> Hessian:
         tensors = list(self.trainable().values())
         with self.leaving_all():
             return hessian(
-                self.model, self.lossfunc, data, params=tensors, class_dim=class_dim, batch_dim=self.batch_dim
+                self.model,
+                self.lossfunc,
+                data,
+                params=tensors,
+                class_dim=class_dim,
+                batch_dim=self.batch_dim,
+                process_group=process_group,
             )
 
     def eig_lowrank(self, data_loader: Iterable[Any]) -> tuple[Tensor, Tensor, Tensor]:
@@ -117,7 +127,9 @@ class HessianBackend(JacobianBackend):
             data.append(((x,), y))
         if not losses:
             raise ValueError("data_loader has no batches.")
-        H = self._operator(data, class_dim)
+        loss = torch.stack(losses).sum()
+        self.shares.sum(loss)
+        H = self._operator(data, class_dim, self.shares.group)
         with self.leaving_all():
             pairs = eigsh(H, min(self.low_rank, H.shape[0]), which="LA")
             bottom = eigsh(H, 1, which="SA")
@@ -126,4 +138,4 @@ class HessianBackend(JacobianBackend):
         self.lowest = (value, vector) if value < -SMALLEST - self.factor * bottom.residuals[0] else None
         values = self.factor * pairs.values
         keep = values > SMALLEST
-        return largest(values[keep], pairs.vectors[keep].mT, torch.stack(losses).sum(), self.low_rank)
+        return largest(values[keep], pairs.vectors[keep].mT, loss, self.low_rank)

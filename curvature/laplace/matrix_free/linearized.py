@@ -47,6 +47,7 @@ class LinearizedLaplace:
         batch_dim: Axis of the output that counts the examples, where it is not the first.
         keep_graph: See :class:`curvature.matrices.dataset_operator.DatasetOperator`.
         progress: Show progress bars.
+        process_group: Processes whose data together are the data, see :func:`curvature.hessian`.
 
     Attributes:
         curvature: H, an operator on the flat parameter vector.
@@ -86,13 +87,14 @@ class LinearizedLaplace:
         batch_dim: int | None = None,
         keep_graph: bool | None = None,
         progress: bool | None = None,
+        process_group: Any = None,
     ) -> None:
         self.model, self.output = model, output
         self._loss = loss = summed(likelihood)
         self.regression = isinstance(loss, SquaredError)
         self._factor = 0.5 if self.regression else 1.0  # the squared error is twice the normal log-density
         read = {"params": params, "output": output, "class_dim": class_dim, "batch_dim": batch_dim}
-        self._problem = Problem(model, loss, data, progress=progress, **read)
+        self._problem = Problem(model, loss, data, progress=progress, process_group=process_group, **read)
         self.parameters = self._problem.parameters
         self._ggn = GaussNewtonOperator(self._problem, "exact", keep_graph=keep_graph)
         self.curvature: LinearOperator = self._factor * self._ggn
@@ -204,9 +206,11 @@ class LinearizedLaplace:
 
         Args:
             count: Number of draws.
-            generator: Where :math:`\xi` is drawn from, ``(count, N, R, columns)`` of each batch in turn.
+            generator: Where :math:`\xi` is drawn from, ``(count, N, R, columns)`` of each batch in turn; several
+                processes draw for their own data.
         """
         params = list(self.parameters.values())
+        generator = self._problem.shares.draws(generator)
         out = torch.zeros(count, self.parameters.size, dtype=self.curvature.dtype, device=self.parameters.device)
 
         def visit(evaluation: Evaluation) -> None:
@@ -223,6 +227,8 @@ class LinearizedLaplace:
                 out[part] += self.parameters.flatten(dict(zip(self.parameters, back, strict=True)))
 
         self._problem.visit(visit, "draws of the curvature", count=True)
+        self._problem.shares.sum(out)
+        self._agree()
         return self._factor**0.5 * out
 
     def _seen(self) -> list[tuple[Tensor, int]]:
@@ -235,7 +241,15 @@ class LinearizedLaplace:
                     self._found.append((evaluation.terms.value().double(), evaluation.output.numel()))
 
             self._problem.visit(visit, "likelihood")
+            everyone = self._problem.shares.gather(self._found)
+            self._found[:] = [(loss.to(self.mean.device), number) for found in everyone for loss, number in found]
+            self._agree()
         return self._found
+
+    def _agree(self) -> None:
+        """Let a process without data know the axes of the outputs, too."""
+        everyone = self._problem.shares.gather(self._layouts)
+        self._layouts[:] = next((layouts for layouts in everyone if layouts), [])
 
     def __repr__(self) -> str:
         prior = (

@@ -114,7 +114,7 @@ def state_of(la: Any) -> dict[str, Any]:
         raise ValueError(f"this {type(la).__name__} is not fitted, so there is nothing to save. Call fit() first.")
     own = {id(p) for p in _own(la)}
     network, likelihood = _network(la), Likelihood(la.likelihood).value
-    kwargs = {name: value for name, value in la._backend_kwargs.items() if name != "last_layer"}
+    kwargs = {name: value for name, value in la._backend_kwargs.items() if name not in ("last_layer", "process_group")}
     return {
         "key": key,
         "likelihood": likelihood,

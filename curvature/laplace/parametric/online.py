@@ -170,6 +170,10 @@ def _check(la: Any) -> None:
         )
     if getattr(la, "damping", False):
         raise TypeError("damping=True puts the prior into the Kronecker factors; an online posterior adds it to them.")
+    if la._backend_kwargs.get("process_group") is not None:
+        raise TypeError(
+            "an online posterior is extended task by task, in one process: leave process_group out of backend_kwargs."
+        )
     if isinstance(la, KronLaplace) and not issubclass(la._backend_cls, Backend):
         raise TypeError(
             f"the factors of {la._backend_cls.__name__} are not weighted by their examples, so tasks of other sizes "

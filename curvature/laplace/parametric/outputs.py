@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 from curvature.laplace.parametric.adopted import in_front_of
 from curvature.laplace.parametric.definite import refuse_indefinite
 from curvature.laplace.parametric.predictions import Predictions, of_moments
+from curvature.laplace.parametric.shared_fits import add_processes, shared_fit
 from curvature.losses import Layout
 
 Plain = Callable[..., Any]
@@ -67,8 +68,10 @@ def many_axes(la: Any) -> bool:
 
 @in_front_of(ParametricLaplace)
 def fit(la: Any, plain: Plain, train_loader: DataLoader, override: bool = True, progress_bar: bool = False) -> None:
-    """Fit, and keep the shape of the outputs."""
-    plain(train_loader, override=override, progress_bar=progress_bar)
+    """Fit, over all processes, and keep the shape of the outputs."""
+    with shared_fit(la, train_loader, override):
+        plain(train_loader, override=override, progress_bar=progress_bar)
+    add_processes(la)
     note_outputs(la)
 
 

@@ -131,13 +131,14 @@ class EKFACLaplace(KFACLaplace):
         super().fit(train_loader, progress_bar=progress_bar)
         backend: Any = self.backend
         spectra: dict[tuple[str, int], Tensor] = {}
-        for data in train_loader:
-            x, y = (data, data[self.dict_key_y]) if isinstance(data, MutableMapping) else data
-            x = x.to(self._device) if isinstance(x, Tensor) else x
-            new = backend.eigenvalues(x, y.to(self._device), self.H, **self._asdl_fisher_kwargs)
-            for key, values in new.items():
-                spectra[key] = spectra[key] + values if key in spectra else values
-        self.H = self.H.corrected(spectra)
+        with backend.shares.together():
+            for data in train_loader:
+                x, y = (data, data[self.dict_key_y]) if isinstance(data, MutableMapping) else data
+                x = x.to(self._device) if isinstance(x, Tensor) else x
+                new = backend.eigenvalues(x, y.to(self._device), self.H, **self._asdl_fisher_kwargs)
+                for key, values in new.items():
+                    spectra[key] = spectra[key] + values if key in spectra else values
+        self.H = self.H.corrected(backend.shares.add_up(spectra, self._device))
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors, numbers and names; factors and eigenvalues."""

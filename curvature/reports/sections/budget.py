@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf, isfinite
 
+from curvature.model.shares import Shares
+
 #: Replaced in tests, so that time passes as they say.
 clock: Callable[[], float] = time.perf_counter
 
@@ -20,12 +22,15 @@ class Budget:
     Args:
         seconds: Seconds that may pass.
         products: Products that may be made.
+        shares: Processes that spend it together, by the clock of the first of them.
 
     Raises:
         ValueError: If both are given, or one is not a positive number.
     """
 
-    def __init__(self, seconds: float | None = None, products: float | None = None) -> None:
+    def __init__(
+        self, seconds: float | None = None, products: float | None = None, shares: Shares | None = None
+    ) -> None:
         if seconds is not None and products is not None:
             raise ValueError(f"give budget={seconds} in seconds or products={products}, not both.")
         for name, amount in (("budget", seconds), ("products", products)):
@@ -33,7 +38,8 @@ class Budget:
                 raise ValueError(f"{name} is a positive number, or None for no limit, not {amount!r}.")
         self.seconds, self.products = seconds, products
         self.counted = 0.0
-        self._start = clock()
+        self._shares = Shares() if shares is None else shares
+        self._start = self._now()
 
     @property
     def unit(self) -> str:
@@ -54,7 +60,11 @@ class Budget:
     @property
     def elapsed(self) -> float:
         """Seconds since the beginning."""
-        return clock() - self._start
+        return self._now() - self._start
+
+    def _now(self) -> float:
+        now: float = self._shares.first(clock())
+        return now
 
     @property
     def spent(self) -> float:

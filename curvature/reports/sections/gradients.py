@@ -71,14 +71,19 @@ def noise(study: Study) -> NoiseResult:
 
     divisor = problem.visit(add, "gradients of single examples", recorded=True, every=True)
     study.budget.count(passes(study))
-    square, inner = torch.cat(norms), torch.cat(products)
+    square, inner = (torch.cat([mean.new_zeros(0), *own]) for own in (norms, products))
+    if study.shares.several:  # by rank, so that examples are numbered through
+        both = study.shares.joined(torch.stack([square, inner], 1), square.device)
+        assert both is not None
+        square, inner = both.unbind(1)
     n = len(square)
     if n < 3:
         raise ValueError(f"the noise of the gradient needs three examples at least; there are {n}.")
     factor = n / float(divisor)  # the mean of the scaled gradients is the gradient of the loss
     found = summarise(square * factor**2, inner * factor, mean.square().sum())
     # Numbers of examples mean something in one order only.
-    return replace(found, largest=()) if drawn_order(study.given[2]) else found
+    drawn = study.shares.gather(drawn_order(study.given[2]) is not None)
+    return replace(found, largest=()) if any(drawn) else found
 
 
 def summarise(square: Tensor, inner: Tensor, mean: Tensor) -> NoiseResult:

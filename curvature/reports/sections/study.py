@@ -58,6 +58,8 @@ class Study:
         dense: The matrices that were formed, float64.
         spectrum: Their eigenvalues, ascending, and eigenvectors, in columns.
         read: How the data are read: ``params``, ``output``, ``class_dim`` and ``batch_dim``.
+        shares: The processes whose data together are the data.
+        has_data: Whether this process has some of them.
         vectors: Approximate eigenvectors ``(k, P)`` of the largest eigenvalues, by matrix.
         start: Vectors to start the search for eigenvectors from, by matrix.
         eigenvalues: Those found so far, by matrix.
@@ -84,11 +86,13 @@ class Study:
         output: Output | None = None,
         class_dim: ClassDim = None,
         batch_dim: BatchDim = None,
+        process_group: Any = None,
     ) -> None:
         self.given = (model, loss_fn, data)
         self.read = {"params": params, "output": output, "class_dim": class_dim, "batch_dim": batch_dim}
-        self.options = {**self.read, "progress": False}
+        self.options = {**self.read, "progress": False, "process_group": process_group}
         self.problem = Problem(*self.given, **self.options, opaque=True)
+        self.shares, self.has_data = self.problem.shares, True
         self.budget, self.store = budget, store
         self.k, self.damping, self.rtol, self.seed = min(k, self.size), damping, rtol, seed
         self.structures = {label(structure): structure for structure in structures}
@@ -253,6 +257,12 @@ class Study:
                 self.columns = max(self.columns, len(signals))
 
         divisor = problem.visit(add, "loss and gradient")
+        self.has_data = batches > 0
+        if self.shares.several:
+            self.shares.sum(value, total)
+            found = self.shares.gather((batches, size, self.columns))
+            batches, size = sum(one[0] for one in found), sum(one[1] for one in found)
+            self.columns = max(one[2] for one in found)
         self.budget.count(1)
         self.pass_cost = max(self.budget.spent - before, 1e-9)
         self.gradient = total / divisor
