@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from fractions import Fraction
 from functools import cached_property
 from typing import Any
@@ -12,7 +13,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from curvature.model.messages import ProcessLost, answered
 from precond.distributed.triangles import tree_sum
+
+#: Numbers in the message that every decision begins with.
+MESSAGE = 8
 
 
 class OtherRankFailed(RuntimeError):
@@ -56,14 +61,17 @@ class Ranks:
         return dist.new_group(members, use_local_synchronization=True)
 
     # Decisions
+    #
+    # Every decision begins with one message of the same form, so that a process which fails between two of them can say
+    # so (:meth:`tell`) in the place of whichever the others wait for.
 
     def numbers(self, values: Sequence[float]) -> list[list[float]]:
-        """A few numbers of every process, by rank; all processes give equally many."""
-        mine = torch.tensor(values, dtype=torch.float64, device=self.device)
-        out = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(out, mine, group=self.group)
-        found: list[list[float]] = torch.stack(out).tolist()
-        return found
+        """A few numbers of every process, by rank; all processes give equally many.
+
+        Raises:
+            OtherRankFailed: If another process has failed since the last decision.
+        """
+        return self._decided(values, None)
 
     def together(self, work: Callable[[], Sequence[float] | None], width: int = 0) -> list[list[float]]:
         """Do a part of the step that may raise: if it raises in one process, it raises in all.
@@ -78,33 +86,69 @@ class Ranks:
         Raises:
             OtherRankFailed: If it raised in another process; what it raised in this one is raised as it is.
         """
-        values, error = _attempted(work, width)
-        table = self.numbers([float(error is not None), *values])
-        failed = [rank for rank, row in enumerate(table) if row[0]]
-        _raise_for(error, failed[-1] if failed else None)
-        return [row[1:] for row in table]
+        return self._decided(*_attempted(work, width))
 
     def largest(self, work: Callable[[], Sequence[float] | None], width: int) -> list[float]:
         """As :meth:`together`, with the largest of each number over all processes."""
         values, error = _attempted(work, width)
-        mine = [0.0 if error is None else self.rank + 1.0, *values]
-        out = torch.tensor(mine, dtype=torch.float64, device=self.device)
-        dist.all_reduce(out, dist.ReduceOp.MAX, group=self.group)
-        failed, *found = out.tolist()
-        _raise_for(error, int(failed) - 1 if failed else None)
+        self._decided((), error)
+        out = torch.tensor(values, dtype=torch.float64, device=self.device)
+        with answered(self.group):
+            dist.all_reduce(out, dist.ReduceOp.MAX, group=self.group)
+        found: list[float] = out.tolist()
         return found
 
-    def mean(self, values: Tensor) -> Tensor:
-        """The mean of each number over all processes, the same bits everywhere."""
-        mine = values.to(self.device, torch.float64)
+    def mean(self, work: Callable[[], Tensor], width: int) -> Tensor:
+        """The mean over all processes of the numbers ``(width,)`` that each of them computes, the same bits everywhere.
+
+        Raises:
+            OtherRankFailed: If another process failed to compute them.
+        """
+        own: list[Tensor] = []
+
+        def values() -> list[float]:
+            own.append(work())
+            found: list[float] = own[0].double().tolist()
+            return found
+
+        table = torch.tensor(self.together(values, width), dtype=torch.float64)
+        return (tree_sum(list(table)) / self.size).to(own[0])
+
+    def tell(self, error: BaseException) -> None:
+        """Let the others, who wait for a decision, know of an error of this process, unless they do already."""
+        if not _is_known(error):
+            with suppress(OtherRankFailed, ProcessLost):
+                self._messages((), failed=True)
+            error.told = True  # type: ignore[attr-defined]
+
+    def _decided(self, values: Sequence[float], error: BaseException | None) -> list[list[float]]:
+        table = self._messages(values, error is not None)
+        failed = [rank for rank, row in enumerate(table) if row[0]]
+        _raise_for(error, failed[-1] if failed else None)
+        return [row[1:] for row in table]
+
+    def _messages(self, values: Sequence[float], failed: bool) -> list[list[float]]:
+        """Whether each process failed, and its numbers; of the first message where one did."""
+        first = [float(failed), *values][:MESSAGE]
+        table = self._gathered([*first, *[0.0] * (MESSAGE - len(first))])
+        if len(values) < MESSAGE or any(row[0] for row in table):
+            return [row[: 1 + len(values)] for row in table]
+        rest = self._gathered(values[MESSAGE - 1 :])
+        return [one + other for one, other in zip(table, rest, strict=True)]
+
+    def _gathered(self, values: Sequence[float]) -> list[list[float]]:
+        mine = torch.tensor(values, dtype=torch.float64, device=self.device)
         out = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(out, mine, group=self.group)
-        return (tree_sum(out) / self.size).to(values)
+        with answered(self.group):
+            dist.all_gather(out, mine, group=self.group)
+        found: list[list[float]] = torch.stack(out).tolist()
+        return found
 
     def objects(self, value: Any) -> list[Any]:
         """A Python object of every process, by rank: for what changes rarely."""
         out: list[Any] = [None] * self.size
-        dist.all_gather_object(out, value, group=self.group)
+        with answered(self.group):
+            dist.all_gather_object(out, value, group=self.group)
         return out
 
     # Tensors
@@ -144,12 +188,24 @@ def _attempted(work: Callable[[], Sequence[float] | None], width: int) -> tuple[
 
 def _raise_for(error: BaseException | None, failed: int | None) -> None:
     if error is not None:
+        error.told = True  # type: ignore[attr-defined]
         raise error
     if failed is not None:
         raise OtherRankFailed(
             f"the step failed on rank {failed} of the group, so it is taken on no rank; the error there says why. "
             "Nothing has changed here."
         )
+
+
+def _is_known(error: BaseException | None) -> bool:
+    """Whether the other processes know of an error, or of one that it was raised for, or nobody answers any more."""
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        if isinstance(error, (OtherRankFailed, ProcessLost)) or getattr(error, "told", False):
+            return True
+        seen.append(error)
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _reduce_scatter(group: Any, parts: list[Tensor], place: int) -> Tensor:
@@ -159,7 +215,9 @@ def _reduce_scatter(group: Any, parts: list[Tensor], place: int) -> Tensor:
     sizes = [len(part) for part in parts]
     mine = sizes[place]
     out = parts[0].new_empty(len(parts) * mine)
-    dist.all_to_all_single(out, torch.cat(parts), [mine] * len(parts), sizes, group=group)
+    given = torch.cat(parts)
+    with answered(group):
+        dist.all_to_all_single(out, given, [mine] * len(parts), sizes, group=group)
     return tree_sum(list(out.split(mine))) if mine else out
 
 
@@ -172,7 +230,8 @@ def gathered(group: Any, part: Tensor, sizes: list[int]) -> list[Tensor]:
     padded[: len(part)] = part
     out = list(part.new_empty(len(sizes), longest).unbind())
     if longest:
-        dist.all_gather(out, padded, group=group)
+        with answered(group):
+            dist.all_gather(out, padded, group=group)
     return [row[:size] for row, size in zip(out, sizes, strict=True)]
 
 

@@ -408,9 +408,9 @@ class PreconditionedOptimizer(LayerOptimizer):
             trace, size = self.shared.row_sum(torch.tensor([trace, size], dtype=torch.float64)).tolist()
         return trace / size if size else 0.0
 
-    def over_ranks(self, value: Tensor) -> Tensor:
-        """The mean of numbers over the processes that take the step together; the same bits in all."""
-        return value if self.ranks is None else self.ranks.mean(value)
+    def over_ranks(self, work: Callable[[], Tensor], width: int) -> Tensor:
+        """The mean of computed numbers over the processes that take the step together; the same bits in all."""
+        return work() if self.ranks is None else self.ranks.mean(work, width)
 
     def set_damping(self, damping: float) -> None:
         """Give all groups the same damping; it counts from the next refresh of each block."""

@@ -49,8 +49,8 @@ class Sized(Protocol):
         """Mean eigenvalue of C, 0 where it is not known."""
         ...
 
-    def over_ranks(self, value: Tensor) -> Tensor:
-        """The mean of a number over the processes that take the step together."""
+    def over_ranks(self, work: Callable[[], Tensor], width: int) -> Tensor:
+        """The mean of computed numbers ``(width,)`` over the processes that take the step together."""
         ...
 
     def set_damping(self, damping: float) -> None:
@@ -200,12 +200,17 @@ class StepModel:
 
     def _gram_of_batch(self, params: list[Tensor], vectors: list[Tensor], stride: int = 1) -> tuple[Tensor, Tensor]:
         """``V^T C V`` and the loss of the batch; of the batches of all processes, whose mean gradient is followed."""
-        found, value = self.replay.gram(params, vectors, stride)
-        together = self.optimizer.over_ranks(torch.cat([found.reshape(-1), value.to(found).reshape(1)]))
-        return together[:-1].view_as(found), together[-1].to(value)
+
+        def own() -> Tensor:
+            found, value = self.replay.gram(params, vectors, stride)
+            return torch.cat([found.reshape(-1), value.to(found).reshape(1)])
+
+        k = len(vectors)
+        together = self.optimizer.over_ranks(own, k * k + 1)
+        return together[:-1].view(k, k), together[-1]
 
     def _value(self) -> Tensor:
-        return self.optimizer.over_ranks(self.replay.value())
+        return self.optimizer.over_ranks(lambda: self.replay.value().reshape(1), 1)[0]
 
     def candidates(self) -> list[float]:
         """The dampings of the factors to be compared at this step, the present one first; none where it is not due."""

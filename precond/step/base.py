@@ -6,6 +6,7 @@ import math
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from types import MappingProxyType
 from typing import Any, ClassVar, TypedDict
 
@@ -197,6 +198,7 @@ class SecondOrderOptimizer(BoundedOptimizer):
         with whole:
             self.apply_schedules()
             loss = self._evaluate(closure)
+            whole.tell = self._tell
             gradients = self.true_gradients()
         if gradients is None:
             return loss
@@ -207,7 +209,7 @@ class SecondOrderOptimizer(BoundedOptimizer):
             gradients = self.regularized(gradients)
             directions = self.directions_of_all(gradients)
             self.before_move()
-            fit = self.is_fit(directions)
+            fit, whole.tell = self.is_fit(directions), None
             if fit:
                 self.skipped_in_row = 0
                 self._write_directions(whole, directions, gradients)
@@ -244,16 +246,28 @@ class SecondOrderOptimizer(BoundedOptimizer):
             if closure is not None or not self._is_prepared():
                 self.apply_schedules()
             loss = self._evaluate(closure)
+            whole.tell = self._tell
             gradients = self.true_gradients()
         if gradients is None:
             return loss
         with remedies(self.remedies), whole:
             values, bounds = self._values(gradients)
-            if fit := self.is_fit(values):
+            fit, whole.tell = self.is_fit(values), None  # the last that the processes decide together
+            if fit:
                 self._move(whole, values, bounds)
         if not fit:
             self.refuse_results(whole, gradients, values)
         return loss
+
+    def _tell(self, error: BaseException) -> None:
+        """An error of this process is one in all that take the step together: they wait for its next decision.
+
+        Not one of the closure, where they wait for its gradient.
+        """
+        with suppress(ValueError, NotImplementedError):  # of who belongs together, which all of them raise
+            ranks = self.ranks
+            if ranks is not None:
+                ranks.tell(error)
 
     def _values(self, gradients: dict[Tensor, Tensor]) -> tuple[dict[Tensor, Tensor], BoundRecord]:
         """The values that parameters are to take, and how often the bound was active with this step."""

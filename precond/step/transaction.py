@@ -28,10 +28,14 @@ class Transaction:
         owner: The optimizer.
         back: Undoes what attributes and containers do not show; called after they were put back.
         device: Where the global random streams are to be put back as well, because the user's code draws from them.
+
+    Attributes:
+        tell: Told of what raises, as long as other processes wait for a word of this one; ``None`` where none does.
     """
 
     def __init__(self, owner: Any, back: Callable[[], None], device: torch.device | None = None) -> None:
         self._owner, self._back, self._device = owner, back, device
+        self.tell: Callable[[BaseException], None] | None = None
         self._random = [] if device is None else random_state(device)
         self._last: Callable[[], None] | None = None
         held = {name: value for name, value in vars(owner).items() if not name.startswith("_optimizer_")}
@@ -56,6 +60,8 @@ class Transaction:
         self.go_back()
         if self._device is not None:
             set_random_state(self._random, self._device)
+        if self.tell is not None and error is not None:
+            self.tell(error)
 
     def end(self) -> None:
         """Do what was left for the end, once."""

@@ -1,0 +1,332 @@
+"""Does what goes wrong on one rank end on all ranks, in time and in words?"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import curvature
+from curvature.model.messages import ProcessLost
+from precond import KFAC, SOAP, LevenbergMarquardt, QuadraticModel
+from precond.distributed.ranks import OtherRankFailed
+from precond.layerwise.replay import LoopReplay
+from tests.distributed_run import outcomes, ranks
+from tests.precond.distributed.checks import Net, alone, averaged, distance, make, mine, parameters, same, vectors
+
+pytestmark = pytest.mark.distributed
+
+MODEL = {"lr": 1.0, "step_size": QuadraticModel()}
+JUDGED = {"damping_rule": LevenbergMarquardt(reject_steps=True)}
+
+
+class Memory(RuntimeError):
+    """Stands for the error of an allocation."""
+
+
+@contextmanager
+def broken(owner: Any, name: str, after: int = 0) -> Iterator[None]:
+    """A function that raises on rank 1, from its call number ``after`` on."""
+    own, calls = getattr(owner, name), 0
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if dist.get_rank() == 1 and calls > after:
+            raise Memory(f"no memory in {name}")
+        return own(*args, **kwargs)
+
+    setattr(owner, name, fails)
+    try:
+        yield
+    finally:
+        setattr(owner, name, own)
+
+
+#: Where a step of rank 1 fails -> the options of the optimizer, the object and its function.
+PLACES: dict[str, tuple[dict[str, Any], Callable[[Any], tuple[Any, str]]]] = {
+    "before the first message": ({}, lambda o: (o, "_with_gradient")),
+    "statistics": ({}, lambda o: (o.statistics, "close")),
+    "a product with an inverse": ({}, lambda o: (o.preconditioners, "apply")),
+    "between two messages": ({}, lambda o: (o, "_keep_time")),
+    "the bound on the move": ({}, lambda o: (o, "_bound")),
+    "refresh": ({"inverse_update_period": 1}, lambda o: (o, "_damping")),
+    "passes of the quadratic model": (MODEL, lambda o: (LoopReplay, "gram")),
+    "loss of the quadratic model": (MODEL, lambda o: (LoopReplay, "value")),
+    "judgement of a step": (JUDGED, lambda o: (LoopReplay, "value")),
+}
+
+
+def backward(model: nn.Module, call: Callable[[Tensor], Tensor], step: int, loss_fn: nn.Module) -> None:
+    x, y = vectors()[step]
+    model.zero_grad()
+    loss_fn(call(x[mine(16)]), y[mine(16)]).backward()
+
+
+def caught(work: Callable[[], Any]) -> tuple[str, str]:
+    try:
+        work()
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return "nothing", ""
+
+
+def steps_that_fail() -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for fraction in (1.0, 0.5):
+        for name, (options, place) in PLACES.items():
+            model = Net()
+            parallel = DistributedDataParallel(model)
+            optimizer = make("kfac exact", parallel, memory_fraction=fraction, **options)
+            for step in range(2):
+                backward(model, parallel, step, optimizer.loss_fn)
+                optimizer.step()
+            before = parameters(model)
+            backward(model, parallel, 2, optimizer.loss_fn)
+            with broken(*place(optimizer)):
+                told = caught(optimizer.step)
+            unchanged = same(before, parameters(model))
+            optimizer.step()  # the same batch
+            backward(model, parallel, 3, optimizer.loss_fn)
+            optimizer.step()
+            out[f"{name}, {fraction}"] = told, unchanged, parameters(model)
+    return out
+
+
+def gradient_methods() -> tuple[Any, bool, Any]:
+    model = Net()
+    optimizer = SOAP(model.parameters(), lr=0.01, process_group=dist.group.WORLD)
+    for step in range(3):
+        backward(model, model, step, nn.CrossEntropyLoss())
+        averaged(model)
+        if step < 2:
+            optimizer.step()
+    before = parameters(model)
+    with broken(optimizer, "_bound"):
+        told = caught(optimizer.step)
+    unchanged = same(before, parameters(model))
+    optimizer.step()
+    return told, unchanged, parameters(model)
+
+
+def matrices() -> dict[str, tuple[str, str]]:
+    """Errors on rank 1 in the passes of matrices over data, or in the model that runs there."""
+    x, y = vectors()[0]
+    data, group, loss = [(x[mine(16)], y[mine(16)])], dist.group.WORLD, nn.CrossEntropyLoss()
+    model = Net()
+    H = curvature.hessian(model, loss, data, process_group=group, keep_graph=False)
+    vector = torch.ones(H.shape[1], dtype=torch.float64)
+    doors: dict[str, Callable[[], Any]] = {
+        "product": lambda: H @ vector,
+        "kfac": lambda: curvature.fisher(model, loss, data, structure="kfac", process_group=group),
+        "dense": lambda: curvature.ggn(model, loss, data, structure="dense", process_group=group),
+        "influence": lambda: curvature.influence(model, loss, data, (x, y), process_group=group),
+        "report": lambda: curvature.report(model, loss, data, process_group=group),
+    }
+    out = {}
+    for name, door in doors.items():
+        with broken(model.norm, "forward"):
+            out[name] = caught(door)
+        assert torch.equal(H @ vector, H @ vector)  # the processes are still at one
+    return out
+
+
+class Shuffled(nn.Module):
+    """The layers of a net in an order of registration that differs between ranks, with delays of their own."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        draw = random.Random(seed)
+        layers = {f"layer{i}": nn.Linear(5, 5).double() for i in range(4)}
+        generator = torch.Generator().manual_seed(0)
+        for layer in layers.values():
+            for p in layer.parameters():
+                p.data.copy_(torch.randn(p.shape, generator=generator, dtype=p.dtype) / 3)
+        for name in draw.sample(sorted(layers), 4):
+            self.add_module(name, layers[name])
+        for layer in draw.sample(list(layers.values()), 4):
+            pause = draw.random() / 200
+            layer.register_forward_hook(lambda *_, pause=pause: time.sleep(pause))
+            layer.weight.register_hook(lambda _, pause=pause: time.sleep(pause))
+        self.order = draw.sample(range(4), 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Branches that add up: the order of their calls is that of the backward pass, too.
+        branches = {i: getattr(self, f"layer{i}")(x).tanh() for i in self.order}
+        return sum(branches[i] for i in range(4))  # type: ignore[return-value]
+
+
+def orders() -> dict[str, Any]:
+    """Runs in which every rank registers, calls and differentiates its layers in an order of its own."""
+    out = {}
+    for fraction in (1.0, 1 / dist.get_world_size()):
+        for seed in range(3):
+            model, loss_fn = Shuffled(100 * seed + dist.get_rank()), nn.CrossEntropyLoss()
+            optimizer = KFAC(
+                model,
+                loss_fn,
+                lr=0.1,
+                fisher="exact",
+                process_group=dist.group.WORLD,
+                memory_fraction=fraction,
+                inverse_update_period=1,
+            )
+            for step in range(3):
+                x, y = vectors()[step]
+                model.zero_grad()
+                loss_fn(model(x[mine(16)]), y[mine(16)]).backward()
+                for name in sorted(dict(model.named_parameters())):
+                    p = model.get_parameter(name)
+                    dist.all_reduce(p.grad)
+                    p.grad /= dist.get_world_size()  # type: ignore[operator]
+                optimizer.step()
+            out[f"{seed}, {fraction}"] = {n: p.detach().clone() for n, p in sorted(model.named_parameters())}
+    return out
+
+
+def everything() -> dict[str, Any]:
+    return {f.__name__: f() for f in (steps_that_fail, gradient_methods, matrices, orders)}
+
+
+@pytest.fixture(scope="module")
+def found() -> list[dict[str, Any]]:
+    return ranks(everything, 2, timeout=400)
+
+
+@pytest.mark.parametrize("fraction", ["1.0", "0.5"])
+@pytest.mark.parametrize("place", PLACES)
+def test_a_step_that_fails_on_one_rank_fails_on_all_and_can_be_tried_again(
+    found: list[dict[str, Any]], place: str, fraction: str
+) -> None:
+    results = (rank["steps_that_fail"][f"{place}, {fraction}"] for rank in found)
+    (one, same_before, last), (other, unchanged, last_there) = results
+    assert one[0] == OtherRankFailed.__name__ and "failed on rank 1 of the group" in one[1]
+    assert other[0] == Memory.__name__
+    assert same_before and unchanged
+    assert same(last, last_there)
+    assert distance(last, alone("kfac exact", Net(), vectors(), **PLACES[place][0])) < 1e-10
+
+
+def test_so_do_steps_of_gradient_methods(found: list[dict[str, Any]]) -> None:
+    (one, same_before, last), (other, unchanged, last_there) = (rank["gradient_methods"] for rank in found)
+    assert (one[0], other[0]) == (OtherRankFailed.__name__, Memory.__name__)
+    assert same_before and unchanged and same(last, last_there)
+
+
+def test_a_matrix_fails_on_all(found: list[dict[str, Any]]) -> None:
+    first, second = (rank["matrices"] for rank in found)
+    for name in first:
+        assert first[name][0] == "ShareFailed" and "rank 1 failed" in first[name][1], name
+        assert second[name][0] == Memory.__name__, name
+
+
+def test_the_order_of_layers_may_differ_between_ranks(found: list[dict[str, Any]]) -> None:
+    for name, values in found[0]["orders"].items():
+        other = found[1]["orders"][name]
+        assert values.keys() == other.keys(), name
+        # Lengths of moves are added up in the order of the parameters.
+        assert max(float((values[n] - other[n]).abs().max()) for n in values) < 1e-13, name
+
+
+# Processes that are killed
+
+
+def train_until_killed(folder: str, victim: int) -> None:
+    """Checkpoints after each step; one rank is killed in the midst of the third, wherever the others are then."""
+    model = Net()
+    parallel = DistributedDataParallel(model)
+    optimizer = make("kfac exact", parallel, memory_fraction=1 / dist.get_world_size())
+    try:
+        for step in range(4):
+            backward(model, parallel, step, optimizer.loss_fn)
+            if step == 2 and dist.get_rank() == victim:
+                os.kill(os.getpid(), signal.SIGKILL)
+            optimizer.step()
+            state = optimizer.state_dict()
+            if dist.get_rank() == 0:
+                path = Path(folder) / "next"
+                torch.save({"model": model.state_dict(), "optimizer": state, "step": step}, path)
+                path.rename(Path(folder) / "last")
+    except ProcessLost as error:
+        (Path(folder) / f"lost{dist.get_rank()}").write_text(str(error))
+        raise
+
+
+def share_until_killed(folder: str, victim: int) -> None:
+    x, y = vectors()[0]
+    H = curvature.hessian(Net(), nn.CrossEntropyLoss(), [(x[mine(16)], y[mine(16)])], process_group=dist.group.WORLD)
+    try:
+        for number in range(3):
+            if number == 2 and dist.get_rank() == victim:
+                os.kill(os.getpid(), signal.SIGKILL)
+            H @ torch.ones(H.shape[1], dtype=torch.float64)
+    except ProcessLost as error:
+        (Path(folder) / f"lost{dist.get_rank()}").write_text(str(error))
+        raise
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_killed_rank_ends_the_others_and_the_last_checkpoint_loads(world: int, tmp_path: Path) -> None:
+    victim = world - 1
+    # Who has not ended 20 seconds after the first is killed, too, and has another exit code than 1.
+    ended = outcomes(train_until_killed, world, str(tmp_path), victim, timeout=100, grace=20)
+    assert ended[victim].code == -signal.SIGKILL
+    for rank in range(world - 1):
+        assert ended[rank].code == 1, ended[rank]
+        assert "the last checkpoint" in (tmp_path / f"lost{rank}").read_text()
+    saved = torch.load(tmp_path / "last", weights_only=True)
+    model = Net()
+    optimizer = make("kfac exact", model)
+    optimizer.load_state_dict(saved["optimizer"])
+    model.load_state_dict(saved["model"])
+    assert saved["step"] == 1
+    for x, y in vectors()[2:]:
+        optimizer.zero_grad()
+        optimizer.loss_fn(model(x), y).backward()
+        optimizer.step()
+    assert distance(parameters(model), alone("kfac exact", Net(), vectors())) < 1e-10
+
+
+def test_a_killed_rank_ends_products_with_a_matrix(tmp_path: Path) -> None:
+    ended = outcomes(share_until_killed, 2, str(tmp_path), 0, timeout=60)
+    assert ended[0].code == -signal.SIGKILL and ended[1].code == 1
+    assert "rank 1 of 2 got no answer from the others" in (tmp_path / "lost1").read_text()
+
+
+def silent() -> Any:
+    """A rank that does not answer: the others wait as long as their group says."""
+    group = dist.new_group([0, 1], timeout=timedelta(seconds=1))
+    x, y = vectors()[0]
+    H = curvature.hessian(Net(), nn.CrossEntropyLoss(), [(x[mine(16)], y[mine(16)])], process_group=group)
+    vector = torch.ones(H.shape[1], dtype=torch.float64)
+    H @ vector
+    begun = time.monotonic()
+    try:
+        if dist.get_rank() == 0:
+            H @ vector
+        else:
+            time.sleep(3)
+    except ProcessLost as error:
+        return str(error), time.monotonic() - begun, "".join(traceback.format_exception(error))
+    return None
+
+
+def test_the_group_says_how_long_is_waited() -> None:
+    told, none = ranks(silent, 2)
+    assert none is None
+    words, waited, trace = told
+    assert "longer than the group's timeout" in words and "timeout=datetime.timedelta" in words
+    assert waited < 2.9 and "torch.distributed" in trace
