@@ -147,6 +147,7 @@ def _report(source: Source, given: Namespace) -> Answer:
         "matrix": tuple(given.matrix or ("hessian", "ggn")),
         "k": given.k,
         "seed": given.seed,
+        "lr": given.lr,
         "resume": None if given.resume is None else _kept(given),
         "progress": _progress(given),
         **source.options,

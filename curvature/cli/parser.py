@@ -91,6 +91,7 @@ def _report(command: argparse.ArgumentParser) -> None:
     command.add_argument("--budget", metavar="SECONDS", type=positive(float), help="time to spend (default: no limit)")
     command.add_argument("--dry-run", action="store_true", help="say what it would cost, and stop")
     command.add_argument("-k", "--k", metavar="N", type=positive(int), default=10, help="eigenvalues (default: 10)")
+    command.add_argument("--lr", metavar="X", type=positive(float), help="rate whose edge, 2 / lr, they are compared with")
     _resume(command)
 
 

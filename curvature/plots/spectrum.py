@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from curvature.model.arguments import a, anything, checked
+from curvature.model.arguments import a, anything, checked, optional, real
 from curvature.plots.style import ERRORS, colour, ink, legend, numbers, prepare
 from solvers import Density, Eigenpairs
 from solvers.outcome.arguments import flag
@@ -15,22 +15,41 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-@checked(result=a(Density, "a Density"), ax=anything, log=flag, label=a(str, "a string"))
-def density(result: Density, ax: Axes | None = None, *, log: bool = True, label: str = "eigenvalue") -> Axes:
+@checked(
+    result=a(Density, "a Density"),
+    ax=anything,
+    log=flag,
+    label=a(str, "a string"),
+    floor=optional(real(low=0.0, open_low=True)),
+)
+def density(
+    result: Density,
+    ax: Axes | None = None,
+    *,
+    log: bool = True,
+    label: str = "eigenvalue",
+    floor: float | None = None,
+) -> Axes:
     """Spectral density with a band of two standard errors.
 
     Args:
         result: From :func:`solvers.spectral_density`.
         ax: Axes to draw into.
         log: Logarithmic density. The few outliers of a model with many parameters have little weight, and are seen
-            on this scale only. It begins a decade below the lowest peak.
+            on this scale only.
         label: Of the horizontal axis.
+        floor: Where the logarithmic scale begins; a decade below the lowest peak by default.
+
+    Raises:
+        ValueError: If a floor is given for a scale that is not logarithmic.
     """
+    if floor is not None and not log:
+        raise ValueError(f"floor={floor:g} is where a logarithmic scale begins; log=False begins at 0.")
     ax = prepare(ax)
     x, y, error = numbers(result.grid), numbers(result.density), ERRORS * numbers(result.stderr)
     low, high = y - error, y + error
     if log:
-        floor = _floor(y)
+        floor = lowest_shown(result) if floor is None else floor
         y, low, high = (np.maximum(values, floor) for values in (y, low, high))
         ax.set_yscale("log")
         ax.set_ylim(floor, 2 * max(float(high.max()), 10 * floor))
@@ -48,8 +67,12 @@ def density(result: Density, ax: Axes | None = None, *, log: bool = True, label:
     return ax
 
 
-def _floor(y: np.ndarray) -> float:
-    """A tenth of the lowest peak, above what rounding leaves of a random vector's weights."""
+def lowest_shown(result: Density) -> float:
+    """Where the logarithmic scale of a density begins.
+
+    A tenth of the lowest peak, above what rounding leaves of a random vector's weights.
+    """
+    y = numbers(result.density)
     padded = np.concatenate([[0.0], y, [0.0]])
     peaks = y[(y > padded[:-2]) & (y >= padded[2:])]
     peaks = peaks[peaks > 1e-10 * y.max()] if len(peaks) else y[y > 0]

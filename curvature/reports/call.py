@@ -65,6 +65,7 @@ def report(
     class_dim: ClassDim = ...,
     batch_dim: BatchDim = ...,
     seed: int = ...,
+    lr: float | None = ...,
     warm_start: Report | None = ...,
     resume: str | os.PathLike[str] | Checkpoint | None = ...,
     dry_run: Literal[False] = ...,
@@ -81,6 +82,7 @@ def report(
     structures=_check_among(tuple(BLOCKS), Curvature),
     exact=optional(flag),
     rtol=real(low=0.0, open_low=True),
+    lr=optional(real(low=0.0, open_low=True)),
     warm_start=optional(a(Report, "an earlier Report")),
     resume=optional(a((str, os.PathLike, Checkpoint), "a path or a Checkpoint")),
     dry_run=flag,
@@ -104,6 +106,7 @@ def report(  # the options of a dry run are those below
     class_dim: ClassDim = None,
     batch_dim: BatchDim = None,
     seed: int = 0,
+    lr: float | None = None,
     warm_start: Report | None = None,
     resume: str | os.PathLike[str] | Checkpoint | None = None,
     dry_run: bool = False,
@@ -154,6 +157,8 @@ def report(  # the options of a dry run are those below
         class_dim: Class axis of the output where the shapes leave it open.
         batch_dim: Axis of the output that counts the examples, where it is not the first; by key for a sum of losses.
         seed: Of the random vectors; each section has its own.
+        lr: Learning rate of plain gradient descent. The report then says where the largest eigenvalue of the Hessian
+            is against its edge of stability, ``2 / lr``; :func:`curvature.dynamics` tells it of other optimizers.
         warm_start: An earlier report on the same model: the search for eigenvalues starts from its eigenvectors.
         resume: A file (or :class:`~curvature.Checkpoint`) that keeps finished sections and the running
             search, to be resumed after a crash.
@@ -175,6 +180,11 @@ def report(  # the options of a dry run are those below
     matrices, chosen = _tuple(matrix), _tuple(_DEFAULT if sections is None else sections)
     if sections is not None and "distances" in chosen and "ggn" not in matrices:
         raise ValueError(f"distances are those to the GGN; add it to matrix={matrices}, or leave the section out.")
+    if lr is not None and not ("hessian" in matrices and "eigenvalues" in chosen):
+        raise ValueError(
+            f"lr={lr:g} is compared with the eigenvalues of the Hessian, which are left out here: leave lr out, or "
+            f"have 'hessian' in matrix={matrices} and 'eigenvalues' in sections={chosen}."
+        )
     shares = Shares(process_group)
     if shares.several and resume is not None:
         raise ValueError("resume keeps the run of one process: leave it out, or process_group.")
@@ -199,7 +209,7 @@ def report(  # the options of a dry run are those below
                 batch_dim=batch_dim,
                 process_group=process_group,
             )
-            course = Course(study, matrices, chosen)
+            course = Course(study, matrices, chosen, lr)
             course.begin(warm_start)
         if dry_run:
             return course.plan()

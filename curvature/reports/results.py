@@ -282,6 +282,31 @@ RESULTS: dict[str, type] = {
 ON_REQUEST = ("sensitivity",)
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What the numbers belong to: the state of the model, the data, and the software.
+
+    Attributes:
+        mode: "eval", "train", or both with the number of modules in each.
+        dtype: Of the parameters.
+        device: Of the parameters, by name where it has one.
+        examples: Number of examples; None where the loss does not tell them apart.
+        data: A number that adds up over the examples: equal for equal data, in whatever order and batches.
+        kinds: Class of the module of each layer.
+        versions: Of the software, by name.
+        lr: Learning rate that the eigenvalues are compared with; None where it was not given.
+    """
+
+    mode: str
+    dtype: str
+    device: str
+    examples: int | None
+    data: float
+    kinds: dict[str, str]
+    versions: dict[str, str]
+    lr: float | None = None
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Findings:
     """The curvature of one loss of one model: the contents of a report.
@@ -313,6 +338,7 @@ class Findings:
         seed: Of the random vectors.
         created: Date and time.
         sensitivity: Of the loss to rounding, by layer; only where it was asked for.
+        setting: What the numbers belong to; None in files of versions that did not say.
         eigenvectors: Of the largest eigenvalues, ``(k, P)`` by matrix; not in JSON.
         writes: Whether this process writes the files that all are asked for; one of several does.
     """
@@ -343,5 +369,6 @@ class Findings:
     seed: int
     created: str
     sensitivity: SensitivityResult | None = None
+    setting: Setting | None = None
     eigenvectors: dict[Matrix, Tensor] = field(default_factory=dict, repr=False)
     writes: bool = field(default=True, repr=False)

@@ -24,6 +24,7 @@ from curvature.reports.results import RESULTS, Cost, EigenvaluesResult, Matrix, 
 from curvature.reports.sections import density as densities
 from curvature.reports.sections import distances, eigenvalues, gradients, layers, sensitivity, traces
 from curvature.reports.sections.budget import Need, allot
+from curvature.reports.sections.setting import setting
 from curvature.reports.sections.study import Study
 
 SECTIONS = tuple(RESULTS)
@@ -38,13 +39,13 @@ class Job:
     Attributes:
         section: One of :data:`SECTIONS`.
         matrix: The matrix it is about, or None.
-        need: Its cost, in units of the budget.
+        need: Gives its cost, in units of the budget, as products cost now.
         run: Computes it with what it was allotted.
     """
 
     section: str
     matrix: Matrix | None
-    need: Need
+    need: Callable[[], Need]
     run: Callable[[float], Any]
 
     @property
@@ -56,8 +57,10 @@ class Job:
 class Course:
     """The run of a report: jobs planned, done, refused and cut."""
 
-    def __init__(self, study: Study, matrices: tuple[Matrix, ...], sections: tuple[str, ...]) -> None:
-        self.study, self.matrices, self.sections = study, matrices, sections
+    def __init__(
+        self, study: Study, matrices: tuple[Matrix, ...], sections: tuple[str, ...], lr: float | None = None
+    ) -> None:
+        self.study, self.matrices, self.sections, self.lr = study, matrices, sections, lr
         self.refused: list[Refusal] = []
         self.notes: list[str] = []
         self.cut: list[str] = []
@@ -119,7 +122,10 @@ class Course:
     def jobs(self) -> list[Job]:
         """The jobs to do, the most worthwhile first."""
         study, wanted = self.study, self.sections
-        jobs = [Job("matrix", m, study.form_need(m), partial(study.form, m)) for m in study.to_form]
+        jobs = []
+        for m in study.to_form:
+            need = study.form_need(m)
+            jobs.append(Job("matrix", m, partial(_settled, need), partial(study.form, m)))
         return jobs + [job for job in self._sections() if job.section in wanted]
 
     def _sections(self) -> Iterator[Job]:
@@ -138,60 +144,69 @@ class Course:
         def of(section: str, m: Matrix, module: Any, run: Callable[[Study, Matrix, float], Any]) -> Job:
             least, usual = (0, 0) if m in study.to_form else module.products(study, m)
             block = module in (traces, densities)
-            return Job(section, m, study.need(m, least, usual, block), partial(run, study, m))
+            return Job(section, m, partial(study.need, m, least, usual, block), partial(run, study, m))
 
-        yield Job("coverage", None, study.need(None, 1, 1), table)
-        for m in known:
+        def of_passes(section: str, passes: float, run: Callable[[float], Any]) -> Job:
+            return Job(section, None, partial(study.need, None, passes, passes), run)
+
+        for m in known:  # what a reader came for, even where there is time for nothing else
             yield of("eigenvalues", m, eigenvalues, eigenvalues.eigenvalues)
-            yield of("trace", m, traces, traces.traces)
-        passes = gradients.passes(study)
-        yield Job("noise", None, study.need(None, passes, passes), lambda _: gradients.noise(study))
-        for m in known:
             yield of("density", m, densities, densities.density)
+        yield of_passes("coverage", 1, table)
+        for m in known:
+            yield of("trace", m, traces, traces.traces)
+        yield of_passes("noise", gradients.passes(study), lambda _: gradients.noise(study))
         if "ggn" in known and study.structures:
             least, usual = (0, 0) if "ggn" in study.to_form else distances.products(study)
-            fixed = distances.passes(study) * study.pass_cost
-            need = Need(fixed + least * study.block_rates["ggn"], fixed + usual * study.block_rates["ggn"])
+
+            def need() -> Need:
+                fixed = distances.passes(study) * study.pass_cost
+                return Need(fixed + least * study.block_rates["ggn"], fixed + usual * study.block_rates["ggn"])
+
             yield Job("distances", None, need, lambda amount: distances.distances(study, amount, self.refuse_structure))
         for m in known:
             yield of("layers", m, layers, layers.layers)
-        passes = sensitivity.passes(study)
-        yield Job("sensitivity", None, study.need(None, passes, passes), lambda _: sensitivity.sensitivity(study))
+        yield of_passes("sensitivity", sensitivity.passes(study), lambda _: sensitivity.sensitivity(study))
 
     def plan(self) -> Plan:
         """The plan under the budget."""
         study, jobs = self.study, self.jobs()
-        amounts = allot([job.need for job in jobs], study.budget.left)
+        needs = [job.need() for job in jobs]
+        amounts = allot(needs, study.budget.left)
         rows = [
-            PlanRow(job.name, amount, job.need.wanted, amount < job.need.least)
-            for job, amount in zip(jobs, amounts, strict=True)
+            PlanRow(job.name, amount, need.wanted, amount < need.least)
+            for job, need, amount in zip(jobs, needs, amounts, strict=True)
         ]
         return Plan(study.budget.unit, study.budget.amount, study.budget.spent, tuple(rows), tuple(self.refused))
 
     def all(self, progress: bool | None) -> None:
         """Do all jobs; after each section the rest of the budget is shared out again."""
         study, jobs = self.study, self.jobs()
-        planned = allot([job.need for job in jobs], study.budget.left)
+        planned = allot([job.need() for job in jobs], study.budget.left)
         bar_format = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
         hidden = True if study.shares.rank else None if progress is None else not progress
         with tqdm(
             total=sum(planned), desc="curvature report", bar_format=bar_format, disable=hidden, leave=False
         ) as bar:
             for i, job in enumerate(jobs):
-                amounts = allot([job.need for job in jobs[i:]], study.budget.left)
+                if job.matrix is not None:
+                    with study.shares.together():
+                        study.measure_again(job.matrix, job.need().least > study.budget.left)
+                needs = [job.need() for job in jobs[i:]]
+                amounts = allot(needs, study.budget.left)
                 # The remainder serves a search that takes longer than predicted.
                 spare = max(0.0, study.budget.left - sum(amounts)) if study.budget.limited else inf
                 bar.set_postfix_str(job.name)
-                if amounts[0] < job.need.least:
+                if amounts[0] < needs[0].least:
                     self.cut.append(job.name)
                 else:
-                    self.one(job, amounts[0] + spare)
+                    self.one(job, amounts[0] + spare, needs[0].wanted)
                 bar.update(planned[i])
 
-    def one(self, job: Job, amount: float) -> None:
-        """Do a section, or take it from the file."""
+    def one(self, job: Job, amount: float, wanted: float) -> None:
+        """Do a section with an amount, where it wanted so much, or take it from the file."""
         study, stored = self.study, self.study.store.content
-        predicted = min(job.need.wanted, amount)
+        predicted = min(wanted, amount)
         before, counted = study.budget.elapsed, study.budget.counted
         try:
             if job.name in stored["sections"]:
@@ -206,6 +221,8 @@ class Course:
         self._keep(job, result)
         seconds = study.budget.elapsed - before
         self.costs.append(Cost(job.name, predicted, seconds, study.budget.counted - counted))
+        if job.matrix is not None:
+            study.learn(job.matrix, seconds, study.budget.counted - counted)
 
     def _take_vectors(self, job: Job) -> None:
         stored, m = self.study.store.content["vectors"], job.matrix
@@ -258,6 +275,7 @@ class Course:
             rtol=study.rtol,
             seed=study.seed,
             created=study.shares.first(time.strftime("%Y-%m-%d %H:%M")),
+            setting=setting(study, self.lr, found["noise"].get(None)),
             eigenvectors=dict(study.vectors),
             writes=study.shares.rank == 0,
         )
@@ -265,6 +283,10 @@ class Course:
 
 def _largest(sizes: list[int | None]) -> int | None:
     return max((size for size in sizes if size is not None), default=None)
+
+
+def _settled(need: Need) -> Need:
+    return need
 
 
 def _by_matrix(found: dict[Matrix | None, Any]) -> dict[Matrix, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -12,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from curvature import plots
+from curvature.plots.spectrum import lowest_shown
 from curvature.plots.style import colour, ink, library, prepare
-from curvature.reports.pages.view import NAMES
+from curvature.reports.pages.view import NAMES, named
 from curvature.reports.results import DensityResult, EigenvaluesResult, Findings, NoiseResult, Number
 from solvers import Density, Eigenpairs, Estimate
 
@@ -26,6 +28,7 @@ _CYCLE = ("#0a0b0c", "#0d0e0f", "#1a1b1c", "#1d1e1f")
 _WIDTH = 4.6  # inches: at the width of a phone, letters keep about their size
 _MOST = 12  # layers in a plot
 _LONGEST = 22  # letters of a layer's name
+_NEAR = 3.0  # a 2 / lr within so many times the largest eigenvalue is drawn
 
 
 #: Title, sentence, height in inches, and the drawing function.
@@ -81,10 +84,22 @@ def svg(draw: Callable[[Axes], object], name: str, title: str, height: float) ->
         title: Text for screen readers.
         height: In inches.
     """
+    with page_style(name):
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+        draw(figure.subplots())
+        target = io.StringIO()
+        figure.savefig(target, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return _inline(target.getvalue(), name, title)
+
+
+@contextmanager
+def page_style(name: str) -> Iterator[None]:
+    """Matplotlib's settings for a plot of the page; the user's own do not apply, and are restored afterwards."""
     library()
     import matplotlib
     from cycler import cycler
-    from matplotlib.figure import Figure
 
     style: dict[Any, Any] = {
         "text.color": _INK,
@@ -96,15 +111,10 @@ def svg(draw: Callable[[Axes], object], name: str, title: str, height: float) ->
         "svg.hashsalt": name,
         "font.size": 9.5,
     }
-    # The user's own styles do not apply to a page, and are restored afterwards.
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(style)
-        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-        draw(figure.subplots())
-        target = io.StringIO()
-        figure.savefig(target, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return _inline(target.getvalue(), name, title)
+        yield
 
 
 def _inline(content: str, name: str, title: str) -> str:
@@ -130,34 +140,79 @@ def _escape(text: str) -> str:
 
 
 def _densities(report: Findings) -> Iterator[Drawing]:
-    for matrix, found in report.densities.items():
+    found = {matrix: as_density(result) for matrix, result in report.densities.items()}
+    floor = min(map(lowest_shown, found.values()), default=None)
+    draws = [partial(plots.density, result, floor=floor) for result in found.values()]
+    for matrix, draw in zip(found, with_common_limits(draws), strict=True):
         plain = (
             "How many directions have which curvature: most are near zero, and the few far to the right are the steep "
             "ones. The scale is logarithmic, or those would be invisible."
         )
-        yield f"{NAMES[matrix]}: spectral density", plain, 2.9, partial(_density, found)
+        yield f"{NAMES[matrix]}: spectral density", plain, 2.9, draw
 
 
-def _density(found: DensityResult, ax: Axes) -> None:
+def as_density(found: DensityResult) -> Density:
+    """The density as :mod:`curvature.plots` takes it."""
     grid, density, stderr = (torch.tensor(x, dtype=torch.float64) for x in (found.grid, found.density, found.stderr))
     nothing = torch.zeros(4, dtype=torch.float64)
     moments = Estimate(nothing, nothing, found.samples, found.products, nothing)
-    plots.density(Density(grid, density, stderr, moments, found.width, found.samples, found.products), ax)
+    return Density(grid, density, stderr, moments, found.width, found.samples, found.products)
 
 
 def _eigenvalues(report: Findings) -> Iterator[Drawing]:
-    for matrix, found in report.eigenvalues.items():
+    lr = None if report.setting is None else report.setting.lr
+    draws = [
+        partial(_ranked, found, None if lr is None or matrix != "hessian" else 2 / lr)
+        for matrix, found in report.eigenvalues.items()
+    ]
+    for matrix, draw in zip(report.eigenvalues, with_common_limits(draws), strict=True):
         plain = (
             "The steepest directions, one dot each; bars show how far off a value can be, most of them too short to "
             "see."
         )
-        yield f"{NAMES[matrix]}: largest eigenvalues", plain, 2.9, partial(_ranked, found)
+        if matrix == "hessian" and lr is not None and _is_near(2 / lr, report.eigenvalues[matrix]):
+            plain += " Dashed: 2 / lr, above which gradient descent diverges."
+        yield f"{NAMES[matrix]}: largest eigenvalues", plain, 2.9, draw
 
 
-def _ranked(found: EigenvaluesResult, ax: Axes) -> None:
+def _ranked(found: EigenvaluesResult, edge: float | None, ax: Axes) -> None:
     columns = [torch.tensor([getattr(pair, name) for pair in found.largest]) for name in ("value", "residual")]
     done = torch.tensor([pair.converged for pair in found.largest])
     plots.eigenvalues(Eigenpairs(columns[0], torch.empty(0), columns[1], done, found.complete, found.products, {}), ax)
+    if edge is None:
+        return
+    if _is_near(edge, found):
+        ax.axhline(edge, color=ink(0.7), linewidth=0.9, linestyle="--")
+        ax.text(1, edge, "2 / lr", transform=ax.get_yaxis_transform(), ha="right", va="bottom", fontsize="small")
+        ax.set_ylim(top=max(ax.get_ylim()[1], 1.1 * edge))
+    else:  # the eigenvalues would lie flat on the axis below it
+        ax.text(1, 1, f"2 / lr = {edge:.3g} is far above", transform=ax.transAxes, ha="right", fontsize="small")
+
+
+def _is_near(edge: float, found: EigenvaluesResult) -> bool:
+    return edge <= _NEAR * max(pair.value + pair.residual for pair in found.largest)
+
+
+def with_common_limits(draws: list[Callable[[Axes], object]]) -> list[Callable[[Axes], object]]:
+    """The same drawings on axes of the same limits, so that equal values stand at equal places side by side."""
+    if len(draws) < 2:
+        return draws
+    from matplotlib.figure import Figure
+
+    limits = []
+    with page_style(""):
+        for draw in draws:
+            ax = Figure().subplots()
+            draw(ax)
+            limits.append((*ax.get_xlim(), *ax.get_ylim()))
+    lefts, rights, lows, highs = zip(*limits, strict=True)
+
+    def within(draw: Callable[[Axes], object], ax: Axes) -> None:
+        draw(ax)
+        ax.set_xlim(min(lefts), max(rights))
+        ax.set_ylim(min(lows), max(highs))
+
+    return [partial(within, draw) for draw in draws]
 
 
 def _shares(report: Findings) -> Iterator[Drawing]:
@@ -224,7 +279,7 @@ def _height(rows: int) -> float:
 
 def _short(report: Findings) -> dict[str, str]:
     """Names of layers that fit beside a plot, all different; the index of the layer where names leave it open."""
-    names = {layer: _fitting(layer) for layer in report.layers}
+    names = {layer: _fitting(named(report, layer)) for layer in report.layers}
     if len(set(names.values())) < len(names):
         names = {layer: f"{i}: {name[: _LONGEST - 5]}" for i, (layer, name) in enumerate(names.items())}
     return names

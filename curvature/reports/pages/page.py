@@ -90,9 +90,10 @@ def _rows(table: Table) -> str:
             cells[0] = f'<th scope="row">{escape(row[0])}</th>'
         rows.append(f"<tr>{''.join(cells)}</tr>")
     caption = escape(table.caption)
+    marks = f'<p class="marks">{"<br>".join(map(escape, table.notes))}</p>' if table.notes else ""
     return (
         f'<div class="table" role="region" aria-label="{caption}" tabindex="0"><table><caption>{caption}</caption>'
-        f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>{marks}</div>"
     )
 
 

@@ -30,7 +30,7 @@ code { font: 0.9em ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
 .over { margin: 0 0 0.25rem; color: var(--soft); font-size: 0.85rem; letter-spacing: 0.04em; }
 .facts { display: flex; flex-wrap: wrap; gap: 0.75rem 2rem; margin: 1.25rem 0; }
 .facts dt { color: var(--soft); font-size: 0.8rem; }
-.facts dd { margin: 0; font-size: 1.1rem; }
+.facts dd { margin: 0; font-size: 1.05rem; }
 nav ul { display: flex; flex-wrap: wrap; gap: 0.25rem 1.25rem; margin: 0; padding: 0; list-style: none; }
 nav { font-size: 0.9rem; }
 section { margin-top: 2.5rem; padding-top: 1.75rem; border-top: 1px solid var(--line); }
@@ -56,6 +56,7 @@ tbody th { font-weight: 400; overflow-wrap: anywhere; min-width: 6.5rem; }
 tbody tr:last-child > * { border-bottom: 0; }
 .n { text-align: right; white-space: nowrap; }
 thead .n { white-space: normal; }
+.marks { margin: 0.4rem 0 0; color: var(--soft); font-size: 0.8rem; }
 details { margin: 1rem 0; }
 details p { font-size: 0.9rem; color: var(--soft); }
 summary { cursor: pointer; color: var(--accent); font-size: 0.9rem; width: fit-content; }

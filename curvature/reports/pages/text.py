@@ -58,6 +58,8 @@ def _table(table: Table) -> list[str]:
         lines += line(row)
     if len(rows) < len(table.rows):
         lines.append(f"... and {len(table.rows) - len(rows)} more")
+    for note in table.notes:
+        lines += wrap(note, WIDTH)
     return lines
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 
@@ -22,6 +22,7 @@ class Table:
         rows: Cells, as many as there are names.
         words: How many columns, from the left, hold words; the others hold numbers.
         weights: How much each row matters, where there may be very many; where only some fit, these are shown.
+        notes: The meaning of the marks in its cells.
     """
 
     caption: str
@@ -29,6 +30,7 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     words: int = 1
     weights: tuple[float, ...] | None = None
+    notes: tuple[str, ...] = ()
 
     def largest(self, most: int) -> tuple[tuple[str, ...], ...]:
         """The rows that matter most, in their order."""
@@ -66,14 +68,51 @@ def chapters(report: Findings) -> list[Chapter]:
     return [chapter for make in made if (chapter := make(report)) is not None]
 
 
+ERROR = "± one standard error: the truth lies within two of them in 95 % of runs."
+BOUND = "± a bound: a true value lies within it."
+EIGENVALUE = "± of an eigenvalue, a bound: a true eigenvalue lies within it."
+STAR = "* not converged, or the search for those beyond it was not finished."
+
+
+def notes(*columns: tuple[str, Iterable[str]]) -> tuple[str, ...]:
+    """The meaning of the marks that cells hold: of ``±`` by the kind of number, and of ``*``.
+
+    Args:
+        columns: What ``±`` means in some cells, and these cells.
+    """
+    found: dict[str, None] = {}
+    star = False
+    for meaning, cells in columns:
+        for cell in cells:
+            if "±" in cell:
+                found[meaning] = None
+            star = star or cell.endswith("*")
+    return (*found, STAR) if star else tuple(found)
+
+
+def named(report: Findings, layer: str) -> str:
+    """A layer by its name, with the class of its module where that is only a number."""
+    kind = None if report.setting is None else report.setting.kinds.get(layer)
+    return f"{layer} ({kind})" if kind and layer.rpartition(".")[2].isdigit() else layer
+
+
 def facts(report: Findings) -> list[tuple[str, str]]:
-    """The facts at the top: the loss, and the sizes of model and data."""
+    """The facts at the top: the loss, the sizes of model and data, and what the numbers belong to."""
     rows = [("loss", plain(report.loss.value)), ("gradient norm", plain(report.loss.gradient_norm))]
     rows.append(("parameters", f"{report.parameters:,}"))
     rows.append(("layers", f"{len(report.layers):,}"))
+    setting = report.setting
     if report.noise is not None:
         rows.append(("examples", f"{report.noise.examples:,}"))
+    elif setting is not None and setting.examples is not None:
+        rows.append(("examples", f"{setting.examples:,}"))
     rows.append(("batches", f"{report.loss.batches:,}"))
+    if setting is not None:
+        rows += [("mode", setting.mode), ("dtype", setting.dtype), ("device", setting.device)]
+        rows += [("learning rate", f"{setting.lr:g}")] if setting.lr is not None else []
+    rows.append(("seed", f"{report.seed}"))
+    if setting is not None:
+        rows.append(("versions", ", ".join(f"{name} {version}" for name, version in setting.versions.items())))
     return rows
 
 
@@ -94,18 +133,23 @@ def _glance(report: Findings) -> Chapter | None:
     trace = [report.traces.get(m) for m in matrices]
     density = [report.densities.get(m) for m in matrices]
     lam = f"{report.damping:g}"
-    rows = [
+    lr = None if report.setting is None else report.setting.lr
+    edge = DASH if lr is None else plain(2 / lr)
+    ends = [
         row("largest eigenvalue", *(_end(e.largest, e.complete) if e else DASH for e in eigen)),
+        row(f"2 / lr at lr = {lr or 0:g}", *(edge if m == "hessian" else DASH for m in matrices)),
         row("smallest eigenvalue", *(_end(e.smallest, e.smallest_complete) if e else DASH for e in eigen)),
+    ]
+    sums = [
         row("trace", *(number(t.trace) if t else DASH for t in trace)),
         row("Frobenius norm", *(number(t.frobenius) if t else DASH for t in trace)),
         row(f"effective dimension at λ = {lam}", *(number(d.effective_dimension) if d else DASH for d in density)),
         row(f"condition with λ = {lam}", *(condition(d.condition) if d else DASH for d in density)),
-        row(f"gradient in the top {report.k} directions", *(_aligned(e.alignment) if e else DASH for e in eigen)),
     ]
-    table = Table(
-        "The matrices in numbers", ("", *(NAMES[m] for m in matrices)), tuple(r for r in rows if r is not None)
-    )
+    along = row(f"gradient in the top {report.k} directions", *(_aligned(e.alignment) if e else DASH for e in eigen))
+    rows = tuple(r for r in (*ends, *sums, along) if r is not None)
+    marks = notes((EIGENVALUE, _cells(ends)), (ERROR, _cells(sums)), (BOUND, _cells([along])))
+    table = Table("The matrices in numbers", ("", *(NAMES[m] for m in matrices)), rows, notes=marks)
     return Chapter(
         "At a glance",
         "Curvature says how fast the slope of the loss changes as the parameters move. The Hessian is the exact "
@@ -114,14 +158,17 @@ def _glance(report: Findings) -> Chapter | None:
         tuple(_findings(report)),
         (table,),
         expert=(
-            "± is one standard error: the truth lies within two of them in 95 % of runs. For an eigenvalue it is a "
-            "bound: an eigenvalue lies within it. Without ± all digits shown are right. * has not converged, or "
-            "the search for those beyond it did not end.",
+            "Without ± all digits shown are right.",
             "Effective dimension: tr C (C + λI)⁻¹. Condition: of C + λI, between bounds where it was estimated. Both "
             "are for the GGN only; the Hessian is indefinite. Share of the gradient: |Vᵀg|² / |g|², its error bounded "
             "by the residuals over the gap to the next eigenvalue.",
         ),
     )
+
+
+def _cells(rows: Iterable[tuple[str, ...] | None]) -> list[str]:
+    """Cells of rows, their names left out."""
+    return [cell for row in rows if row is not None for cell in row[1:]]
 
 
 def _end(pairs: tuple[Eigenvalue, ...], complete: bool) -> str:
@@ -146,6 +193,7 @@ def _findings(report: Findings) -> Iterator[str]:
                 f"Plain gradient descent is stable here up to a learning rate of about {plain(2 / top.value, 3)}: two "
                 "over the largest eigenvalue of the Hessian."
             )
+        yield from _at_the_edge(report, top, hessian.complete)
         low = hessian.smallest[0] if hessian.smallest else None
         if low is not None and low.value + low.residual < 0 < top.value:
             yield (
@@ -167,6 +215,25 @@ def _findings(report: Findings) -> Iterator[str]:
         yield f"Of the structures compared, {name} is nearest to the GGN: {share(best.whole.value)} of it is left out."
 
 
+def _at_the_edge(report: Findings, top: Eigenvalue, complete: bool) -> Iterator[str]:
+    """Where the largest eigenvalue is against 2 / lr."""
+    lr = None if report.setting is None else report.setting.lr
+    if lr is None:
+        return
+    known = top.converged and complete
+    low, high = lr * (top.value - top.residual) / 2, lr * (top.value + top.residual) / 2
+    if low > 1:
+        verdict = "as far as the loss is quadratic, gradient descent of this learning rate diverges in that direction"
+    elif high < 1 and known:
+        verdict = "gradient descent of this learning rate is stable"
+    else:
+        verdict = "whether gradient descent of this learning rate is stable cannot be told"
+    yield (
+        f"At lr = {lr:g} the edge of stability, 2 / lr, is {plain(2 / lr, 3)}, and the largest eigenvalue is "
+        f"{'' if known else 'at least '}{plain(lr * top.value / 2, 3)} of it: {verdict}."
+    )
+
+
 def _spectrum(report: Findings) -> Chapter | None:
     if not report.eigenvalues and not report.densities:
         return None
@@ -179,7 +246,10 @@ def _spectrum(report: Findings) -> Chapter | None:
         if not found.complete:
             state = "; the search was not finished, so larger ones may exist"
         head = ("", "eigenvalue", "share of gradient")
-        tables.append(Table(f"{NAMES[matrix]}: eigenvalues at the ends of the spectrum{state}", head, rows))
+        marks = notes((EIGENVALUE, [cell for _, cell, _ in rows]))
+        tables.append(
+            Table(f"{NAMES[matrix]}: eigenvalues at the ends of the spectrum{state}", head, rows, notes=marks)
+        )
     samples = {d.samples for d in report.densities.values()}
     how = "from all eigenvalues" if samples == {0} else f"from {max(samples, default=0)} random vectors"
     return Chapter(
@@ -204,22 +274,25 @@ def _layers(report: Findings) -> Chapter | None:
     for m in matrices:
         head += [f"{NAMES[m]}: share of trace"] if m in report.traces else []
         head += [f"{NAMES[m]}: largest eigenvalue"] if m in report.layer_eigenvalues else []
-    rows = []
+    rows, sums, tops = [], list[str](), list[str]()
     for name, size in report.layers.items():
-        cells = [name, f"{size:,}"]
+        cells = [named(report, name), f"{size:,}"]
         for m in matrices:
             if m in report.traces:
                 cells.append(trace_share(report, m, name))
+                sums.append(cells[-1])
             if m in report.layer_eigenvalues:
                 cells.append(eigenvalue(report.layer_eigenvalues[m].largest.get(name)))
+                tops.append(cells[-1])
         rows.append(tuple(cells))
+    marks = notes((ERROR, sums), (EIGENVALUE, tops))
     top = _dominant(report)
     return Chapter(
         "Layers",
         "The same curvature, layer by layer: which parts of the model are sensitive, and which could take larger "
         "steps.",
         () if top is None else (top,),
-        (Table("Curvature by layer", tuple(head), tuple(rows), weights=_weights(report)),),
+        (Table("Curvature by layer", tuple(head), tuple(rows), weights=_weights(report), notes=marks),),
         ("shares",),
         (
             "A layer is a module with the parameters it owns itself. Its block is the part of the matrix in which both "
@@ -252,7 +325,7 @@ def _dominant(report: Findings) -> str | None:
     of = "GGN" if "ggn" in report.traces else "Hessian"
     small = share(report.layers[name] / report.parameters)
     held = share(part.value / found.trace.value)
-    return f"{name} holds {held} of the trace of the {of}, with {small} of the parameters."
+    return f"{named(report, name)} holds {held} of the trace of the {of}, with {small} of the parameters."
 
 
 def _structures(report: Findings) -> Chapter | None:
@@ -265,14 +338,17 @@ def _structures(report: Findings) -> Chapter | None:
     for layer, weight in zip(report.layers, _weights(report), strict=True):
         cells = [_distance(found.structures[s].layers.get(layer)) for s in names]
         if any(cell != DASH for cell in cells):
-            rows.append((layer, *cells))
+            rows.append((named(report, layer), *cells))
             weights.append(weight)
+    marks = notes((ERROR, _cells(rows)))
     sampled = any(d.kind == "mc" for d in found.structures.values())
     return Chapter(
         "Approximations",
         "Optimizers store the GGN in a simpler form. The distance says what that form leaves out: 0 % is the GGN "
         "itself, 100 % is as far away as no curvature at all.",
-        tables=(Table("Relative distance to the GGN", ("layer", *names), tuple(rows), weights=tuple(weights)),),
+        tables=(
+            Table("Relative distance to the GGN", ("layer", *names), tuple(rows), weights=tuple(weights), notes=marks),
+        ),
         plots=("distances",),
         expert=(
             "|S - G| / |G| in the Frobenius norm, for the whole matrix (blocks off the diagonal included, which all of "
@@ -337,6 +413,7 @@ def _examples(report: Findings) -> Chapter | None:
             ("total variance of one example's gradient", number(noise.covariance_trace)),
             ("noise scale, in examples", number(noise.scale) if noise.scale else "undetermined"),
         ),
+        notes=notes((ERROR, (number(noise.squared_gradient), number(noise.covariance_trace), number(noise.scale)))),
     )
     longest = Table(
         "Examples with the longest gradients",
@@ -425,7 +502,7 @@ def _cost(report: Findings) -> Chapter:
         f"This report took {seconds(report.seconds)}{peak}, {limit}.{formed}",
         tables=(Table("Time by section", head, rows),),
         expert=(
-            f"Random seed {report.seed}; eigenvalues to a relative residual of {report.rtol:g}. Memory is that of the "
+            f"Eigenvalues to a relative residual of {report.rtol:g}. Memory is that of the "
             "whole process, or of the accelerator.",
         ),
     )

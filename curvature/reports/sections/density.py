@@ -15,7 +15,7 @@ from solvers.estimates.probes import flat_product, signs
 from solvers.estimates.spectral_density import smooth
 
 _SAMPLES = (4, 12)
-_STEPS = (20, 80)
+_STEPS = (10, 80)
 _POINTS = 512
 
 
@@ -44,9 +44,13 @@ def density(study: Study, matrix: Matrix, allotted: float) -> DensityResult:
     steps = int(min(_STEPS[1], study.size, max(_STEPS[0], affordable / least)))
     rules: list[Quadrature] = []
     begun, spent = study.budget.spent, 0
+
+    def late(_: Quadrature) -> bool:
+        return study.budget.spent - begun > allotted
+
     while len(rules) * least < most:  # groups of them share their passes over the data
         before = study.budget.spent
-        rules.append(quadrature(op, product, signs(op, least, generator), steps))
+        rules.append(quadrature(op, product, signs(op, least, generator), steps, late))
         spent += least * rules[-1].steps
         now = study.budget.spent
         if now - begun + (now - before) > allotted:

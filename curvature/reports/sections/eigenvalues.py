@@ -17,9 +17,9 @@ _SMALLEST = 3  # how many of the lowest eigenvalues are shown; what matters is w
 
 
 def products(study: Study, matrix: Matrix) -> tuple[int, int]:
-    """Products at least and as a rule: a basis and a restart or two for each end."""
+    """Products at least, a basis for each end, and as a rule, with a restart or two."""
     top, bottom = _counts(study, matrix)
-    return 4 * (top + bottom), (4 * top + 60) + (2 * bottom + 50 if bottom else 0)
+    return 2 * (top + bottom), (4 * top + 60) + (2 * bottom + 50 if bottom else 0)
 
 
 def _counts(study: Study, matrix: Matrix) -> tuple[int, int]:

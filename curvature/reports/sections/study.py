@@ -20,6 +20,7 @@ from curvature.matrices.ggn import ggn
 from curvature.matrices.hessian import hessian
 from curvature.matrices.problem import Evaluation, Problem
 from curvature.model.data import Data, Output
+from curvature.model.order import checksum
 from curvature.model.trees import tensors_in
 from curvature.reports.results import EigenvaluesResult, LossResult, Matrix, TraceResult
 from curvature.reports.sections.budget import Budget, Need
@@ -37,6 +38,7 @@ LARGE = 20_000
 #: Vectors that are multiplied at once.
 BLOCK = 8
 _QUICK = 0.1  # seconds; products that take longer are timed once
+_SMALL_SHARE = 0.02  # of what is left of a budget: so much may be spent on timing
 _PROBE = 200  # size of the matrix on which a diagonalisation is timed
 
 
@@ -64,6 +66,8 @@ class Study:
         start: Vectors to start the search for eigenvectors from, by matrix.
         eigenvalues: Those found so far, by matrix.
         traces: Those found so far, by matrix.
+        examples: Number of examples; None where the loss does not tell them apart.
+        checksum: A number that adds up over the examples, by which data are recognised.
         seen: What is computed on the data, by which a stored report is recognised.
         order: Digest of the data in their order, where results are stored.
     """
@@ -111,6 +115,9 @@ class Study:
         self.eigenvalues: dict[Matrix, EigenvaluesResult] = {}
         self.traces: dict[Matrix, TraceResult] = {}
         self._operators: dict[Matrix, DatasetOperator] = {}
+        self._looked_again: set[Matrix] = set()
+        self.examples: int | None = None
+        self.checksum = 0.0
         self.seen: dict[str, Sketches] = {}
         self.order = ""
 
@@ -156,10 +163,41 @@ class Study:
         op = self.counted(self.operator(matrix))
         self._cost(op, 1)
         self.rates[matrix] = self.block_rates[matrix] = self._cost(op, 1)
-        if self.budget.unit == "seconds" and self.rates[matrix] < _QUICK:
+        affordable = 2 * BLOCK * self.rates[matrix] <= _SMALL_SHARE * self.budget.left
+        if self.budget.unit == "seconds" and self.rates[matrix] < _QUICK and affordable:
             self.rates[matrix] = min(self.rates[matrix], self._cost(op, 1))
             self._cost(op, BLOCK)
             self.block_rates[matrix] = self._cost(op, BLOCK) / BLOCK
+
+    def measure_again(self, matrix: Matrix, dear: bool) -> None:
+        """Time a product once more: a machine can be busier, or less so, than it was in the beginning.
+
+        Args:
+            matrix: The matrix.
+            dear: Whether its section would be cut otherwise. Then a product is timed whatever it costs, since an
+                interruption may have been timed in its place, but once only.
+        """
+        budget, before = self.budget, self.rates[matrix]
+        if budget.unit == "products" or not budget.limited or matrix in self.dense:
+            return
+        cheap = before <= _SMALL_SHARE * budget.left
+        if cheap or (dear and matrix not in self._looked_again and before <= budget.left / 2):
+            if not cheap:
+                self._looked_again.add(matrix)
+            op = self.counted(self.operator(matrix))
+            now = self._cost(op, 1)
+            if cheap and now > 2 * before and now <= _SMALL_SHARE * budget.left:
+                now = min(now, self._cost(op, 1))
+            self._rescale(matrix, now)
+
+    def learn(self, matrix: Matrix, spent: float, products: float) -> None:
+        """Take note of what products cost in a section, where that is less than they seemed to cost."""
+        if self.budget.unit == "seconds" and products > 0 and 0 < spent < products * self.block_rates[matrix]:
+            self._rescale(matrix, self.rates[matrix] * spent / (products * self.block_rates[matrix]))
+
+    def _rescale(self, matrix: Matrix, rate: float) -> None:
+        self.block_rates[matrix] *= rate / self.rates[matrix]
+        self.rates[matrix] = rate
 
     def _cost(self, op: LinearOperator, count: int) -> float:
         before = self.budget.spent
@@ -231,10 +269,10 @@ class Study:
         problem, parameters = self.problem, self.problem.parameters
         before = self.budget.spent
         total = torch.zeros(parameters.size, dtype=torch.float64, device=parameters.device)
-        value, batches, size = torch.zeros_like(total[0]), 0, 0.0
+        value, batches, size, examples = torch.zeros_like(total[0]), 0, 0.0, 0
 
         def add(evaluation: Evaluation) -> None:
-            nonlocal batches, size
+            nonlocal batches, size, examples
             loss = evaluation.loss()
             if not loss.requires_grad:
                 raise ValueError(
@@ -252,20 +290,23 @@ class Study:
             size += float(torch.linalg.vector_norm(flat))
             value.add_(loss.detach())
             batches += 1
+            self.checksum += checksum((evaluation.x, evaluation.y))
             if evaluation.terms is not None:
                 signals = Signals.of(evaluation.terms, "exact")
                 self.columns = max(self.columns, len(signals))
+                examples += signals.examples
 
         divisor = problem.visit(add, "loss and gradient")
         self.has_data = batches > 0
         if self.shares.several:
             self.shares.sum(value, total)
-            found = self.shares.gather((batches, size, self.columns))
-            batches, size = sum(one[0] for one in found), sum(one[1] for one in found)
-            self.columns = max(one[2] for one in found)
+            found = self.shares.gather((batches, size, examples, self.checksum, self.columns))
+            batches, size, examples, self.checksum = (sum(parts) for parts in list(zip(*found, strict=True))[:4])
+            self.columns = max(one[-1] for one in found)
         self.budget.count(1)
         self.pass_cost = max(self.budget.spent - before, 1e-9)
         self.gradient = total / divisor
+        self.examples = None if problem.loss is None else examples
         loss, norm = float(value / divisor), float(self.gradient.norm())
         if not torch.isfinite(torch.tensor([loss, norm])).all():
             raise ValueError(

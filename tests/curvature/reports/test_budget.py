@@ -82,6 +82,42 @@ def test_a_budget_of_seconds_is_kept(seconds: float, monkeypatch: pytest.MonkeyP
     assert found.refused == ()
 
 
+class Busy(Slow):
+    """A machine whose pace changes: seconds of each evaluation, by how many there were; the last one stays."""
+
+    def __init__(self, clock: list[float], *pace: tuple[int, float]) -> None:
+        super().__init__(clock)
+        self.pace, self.count = pace, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        self.clock[0] += next((seconds for until, seconds in self.pace if self.count <= until), self.pace[-1][1]) - 1
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    "pace",
+    [
+        pytest.param(((10**9, 1.0),), id="steady"),
+        pytest.param(((16, 0.05), (10**9, 1.0)), id="busier than when it was measured"),
+        pytest.param(((14, 0.5), (15, 40.0), (10**9, 0.5)), id="interrupted while it was measured"),
+        pytest.param(((16, 3.0), (10**9, 0.25)), id="busy at first"),
+    ],
+)
+def test_eigenvalues_and_spectrum_come_first_on_a_busy_machine(
+    pace: tuple[tuple[int, float], ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(BUDGET, "clock", lambda: clock[0])
+    problem, model = made(), Busy(clock, *pace)
+    found = report(model, problem.loss_fn, problem.data, budget=240.0, k=3, exact=False, progress=False)
+    assert found.eigenvalues["hessian"].largest and "hessian" in found.densities
+    assert found.refused == () and not {"eigenvalues (hessian)", "density (hessian)"} & {*found.cut}
+    assert clock[0] <= 240 * 1.05 + 40
+    parts = [cost.part for cost in found.costs]
+    assert parts[:3] == ["measuring", "eigenvalues (hessian)", "density (hessian)"]
+
+
 def test_nothing_is_cut_without_a_budget() -> None:
     found = run(made())
     assert found.budget is None and found.cut == ()

@@ -20,7 +20,7 @@ from tests.curvature.problems import normal
 
 pytest.importorskip("matplotlib")
 
-from curvature.reports.pages.figures import _CYCLE, _INK, _fitting
+from curvature.reports.pages.figures import _CYCLE, _INK, _densities, _eigenvalues, _fitting, page_style
 
 
 @functools.cache
@@ -115,6 +115,24 @@ def test_plots_take_the_colours_of_the_page() -> None:
     svg = "".join(re.findall(r"<svg.*?</svg>", text, re.DOTALL))
     assert {"var(--ink)", "var(--c0)", "var(--c1)", "var(--c2)"} <= set(re.findall(r"var\(--\w+\)", svg))
     assert re.findall(r"#[0-9a-f]{6}\b", svg) == []  # no colour that a theme could not change
+
+
+def test_adjacent_pictures_have_the_same_scales() -> None:
+    found = made()
+
+    def limits(draw: Any) -> tuple[float, ...]:
+        from matplotlib.figure import Figure
+
+        with page_style(""):
+            ax = Figure().subplots()
+            draw(ax)
+        return (*ax.get_xlim(), *ax.get_ylim())
+
+    for drawings in (_densities, _eigenvalues):
+        hessian, ggn = (limits(draw) for _, _, _, draw in drawings(found))
+        assert hessian == ggn
+    values = [pair.value for result in found.eigenvalues.values() for pair in result.largest]
+    assert hessian[2] < min(values) and max(values) < hessian[3]
 
 
 def test_names_of_layers_fit_beside_a_plot() -> None:
