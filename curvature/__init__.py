@@ -2,6 +2,7 @@
 
 from curvature import neighbours as neighbours  # first: refuses a stranger called solvers
 from curvature import plots
+from curvature.comparison import Comparison, NotComparableWarning, compare
 from curvature.compression import Allocation, CompressedLayer, Compression, Grid, allocate, prune, quantize, sensitivity
 from curvature.estimation.checkpoint import Checkpoint, CheckpointError
 from curvature.estimation.coverage import Coverage, coverage
@@ -49,6 +50,7 @@ __all__ = [
     "Block",
     "Checkpoint",
     "CheckpointError",
+    "Comparison",
     "CompressedLayer",
     "Compression",
     "Coverage",
@@ -71,6 +73,7 @@ __all__ = [
     "Mixed",
     "Monitor",
     "NondeterministicError",
+    "NotComparableWarning",
     "NotOneLossWarning",
     "Report",
     "SINGDFisher",
@@ -82,6 +85,7 @@ __all__ = [
     "activation_hessian",
     "allocate",
     "check_deterministic",
+    "compare",
     "coverage",
     "dynamics",
     "fisher",

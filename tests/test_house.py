@@ -45,8 +45,8 @@ HOUSE: dict[str, str] = {
     "precond.distributed": "curvature.estimation curvature.structures curvature.layers curvature.model solvers"
     " solvers.tree",
     "curvature.__main__": ".cli",
-    "curvature.cli": ".reports .plots .matrices .estimation .structures .layers .losses .model solvers solvers.outcome"
-    " solvers.eigenpairs solvers.estimates solvers.tree solvers.files .compression",
+    "curvature.cli": ".comparison .reports .plots .matrices .estimation .structures .layers .losses .model solvers"
+    " solvers.outcome solvers.eigenpairs solvers.estimates solvers.tree solvers.files .compression",
     "curvature.laplace": ".laplace.parametric .laplace.matrix_free .laplace.backends .laplace.factors",
     "curvature.laplace.posteriors": ".laplace.backends .laplace.factors .losses .model",
     "curvature.laplace.parametric": ".laplace.backends .laplace.factors .matrices .estimation .losses solvers"
@@ -57,9 +57,10 @@ HOUSE: dict[str, str] = {
     " .losses .model solvers solvers.operators solvers.precision solvers.outcome",
     "curvature.laplace.factors": ".structures .layers solvers solvers.operators solvers.precision",
     "curvature.laplace.likelihoods": ".losses",
-    "curvature": ".reports .plots .influences .training .landscape .matrices .estimation .structures .layers .model"
-    " .compression .neighbours solvers",
+    "curvature": ".comparison .reports .plots .influences .training .landscape .matrices .estimation .structures"
+    " .layers .model .compression .neighbours solvers",
     "curvature.neighbours": "solvers",
+    "curvature.comparison": ".reports .reports.pages .reports.results .plots solvers solvers.files",
     "curvature.reports": ".reports.sections .reports.pages .reports.results .estimation .structures .losses .model"
     " solvers.tree solvers.files solvers.outcome",
     "curvature.reports.sections": ".reports.results .matrices .estimation .structures .losses .model solvers"

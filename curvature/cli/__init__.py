@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 import warnings
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 
-from curvature.cli.commands import run
+from curvature.cli.commands import Answer, compared, run
 from curvature.cli.output import to_json
 from curvature.cli.parser import make_parser
 from curvature.cli.source import UsageError, load
@@ -33,12 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = make_parser().parse_args(argv)
     try:
         with _warnings_in_one_line():
-            source = load(given.source).to(given.device, None if given.dtype is None else getattr(torch, given.dtype))
-            if given.eval:
-                source.model.eval()
-            if given.params is not None:
-                source.options["params"] = given.params
-            answer = run(source, given)
+            answer = compared(given) if given.command == "compare" else _of_source(given)
     except KeyboardInterrupt:
         _say("stopped")
         return 130
@@ -50,6 +46,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2 if isinstance(error, UsageError) else 1
     print(to_json(answer.content) if given.json else answer.text)
     return 0 if answer.good else 1
+
+
+def _of_source(given: Namespace) -> Answer:
+    source = load(given.source).to(given.device, None if given.dtype is None else getattr(torch, given.dtype))
+    if given.eval:
+        source.model.eval()
+    if given.params is not None:
+        source.options["params"] = given.params
+    return run(source, given)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from torch import Tensor
 import solvers
 from curvature.cli import output
 from curvature.cli.source import Source, UsageError
+from curvature.comparison import compare
 from curvature.compression import quantize
 from curvature.estimation.checkpoint import Checkpoint, save
 from curvature.estimation.coverage import coverage
@@ -69,6 +70,25 @@ def run(source: Source, given: Namespace) -> Answer:
     top = f"{op.title} of {head['model']} ({head['parameters']:,} parameters) under {head['loss_fn']}"
     text = f"{top}, loss {head['loss']:.6g}\n\n{answer.text}\n{answer.content['products']} products, {seconds:.1f} s"
     return Answer(text, about | answer.content, answer.good)
+
+
+def compared(given: Namespace) -> Answer:
+    """Compare saved reports."""
+    if len(given.reports) < 2:
+        raise UsageError(f"a comparison takes two reports or more, got {given.reports[0]} only.")
+    for place in given.out:
+        _folder_of("--out", place)
+        if Path(place).suffix not in (".html", ".json"):
+            raise UsageError(f"--out takes .html or .json, not {place!r}.")
+    for place in given.reports:
+        if not Path(place).is_file():
+            raise UsageError(f"there is no file {place}.")
+    if given.names is not None and len({*given.names}) != len(given.reports):
+        raise UsageError(f"--names takes {len(given.reports)} different names, one for each report.")
+    found = compare(*given.reports, names=given.names)
+    for place in given.out:
+        found.save(place)
+    return Answer(str(found), found.to_dict())
 
 
 def _operator(source: Source, given: Namespace) -> tuple[DatasetOperator, dict[str, Any]]:

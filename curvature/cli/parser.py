@@ -26,7 +26,7 @@ _EPILOG = """\
 exit status:
   0  done
   1  refused or failed, and why is said in one line; or printed, but not as exact as was asked for
-  2  a wrong command line, or no model, loss and data from SOURCE
+  2  a wrong command line, or no model, loss and data from SOURCE, or no reports to compare
 
 example:
   python -m curvature eigs train.py:problem -k 5 --resume eigs.pt
@@ -37,6 +37,7 @@ _COMMANDS = {
     "density": "the spectral density, with an error band",
     "trace": "the trace, with its standard error",
     "quantize": "round the weights with the curvature's factors and save them; what each layer costs",
+    "compare": "what differs between saved reports, with combined errors; as text, HTML or JSON",
     "coverage": "which curvature every parameter can get in the structured estimates",
 }
 _NO_CHECK = "go on where dropout, batch statistics or shuffled data leave the loss to chance; one draw is held fixed"
@@ -61,6 +62,7 @@ def make_parser() -> argparse.ArgumentParser:
         )
         for name, text in _COMMANDS.items()
     }
+    _compare(made.pop("compare"))
     for name, command in made.items():
         command.add_argument("source", metavar="SOURCE", help="function that returns (model, loss_fn, data)")
         if name not in ("coverage", "quantize"):
@@ -91,8 +93,15 @@ def _report(command: argparse.ArgumentParser) -> None:
     command.add_argument("--budget", metavar="SECONDS", type=positive(float), help="time to spend (default: no limit)")
     command.add_argument("--dry-run", action="store_true", help="say what it would cost, and stop")
     command.add_argument("-k", "--k", metavar="N", type=positive(int), default=10, help="eigenvalues (default: 10)")
-    command.add_argument("--lr", metavar="X", type=positive(float), help="rate whose edge, 2 / lr, they are compared with")
+    command.add_argument("--lr", metavar="X", type=positive(float), help="learning rate: is 2 / lr above them?")
     _resume(command)
+
+
+def _compare(command: argparse.ArgumentParser) -> None:
+    command.add_argument("reports", metavar="REPORT", nargs="+", help="two files or more that reports were saved to")
+    command.add_argument("-o", "--out", metavar="FILE", action="append", default=[], help="write it: .html, .json")
+    command.add_argument("--names", metavar="NAME", nargs="+", help="one for each (default: those of the files)")
+    _output(command)
 
 
 def _eigs(command: argparse.ArgumentParser) -> None:
@@ -156,10 +165,14 @@ def _shared(command: argparse.ArgumentParser) -> None:
     model.add_argument("--device", metavar="NAME", help="move the model there: cpu, cuda, cuda:1 (default: as it is)")
     model.add_argument("--dtype", choices=DTYPES, help="convert model and data (default: as they are)")
     model.add_argument("--eval", action="store_true", help="put the model in eval mode (default: the mode it is in)")
+    _output(command).add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def _output(command: argparse.ArgumentParser) -> Any:
     shown = command.add_argument_group("output")
     shown.add_argument("--json", action="store_true", help="print JSON in place of text")
-    shown.add_argument("--quiet", action="store_true", help="no progress bars")
     shown.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return shown
 
 
 def positive(kind: type) -> Any:

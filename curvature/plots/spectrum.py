@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,24 +17,24 @@ if TYPE_CHECKING:
 
 
 @checked(
-    result=a(Density, "a Density"),
+    result=a((Density, Mapping), "a Density, or a mapping of names to them"),
     ax=anything,
     log=flag,
     label=a(str, "a string"),
     floor=optional(real(low=0.0, open_low=True)),
 )
 def density(
-    result: Density,
+    result: Density | Mapping[str, Density],
     ax: Axes | None = None,
     *,
     log: bool = True,
     label: str = "eigenvalue",
     floor: float | None = None,
 ) -> Axes:
-    """Spectral density with a band of two standard errors.
+    """Spectral density with a band of two standard errors; several over each other, by name.
 
     Args:
-        result: From :func:`solvers.spectral_density`.
+        result: From :func:`solvers.spectral_density`, or ``{name: density}``.
         ax: Axes to draw into.
         log: Logarithmic density. The few outliers of a model with many parameters have little weight, and are seen
             on this scale only.
@@ -41,27 +42,39 @@ def density(
         floor: Where the logarithmic scale begins; a decade below the lowest peak by default.
 
     Raises:
-        ValueError: If a floor is given for a scale that is not logarithmic.
+        ValueError: If a floor is given for a scale that is not logarithmic, or there is no density.
     """
     if floor is not None and not log:
         raise ValueError(f"floor={floor:g} is where a logarithmic scale begins; log=False begins at 0.")
+    named = result if isinstance(result, Mapping) else {"": result}
+    if not named:
+        raise ValueError("there is nothing to draw: the mapping is empty.")
     ax = prepare(ax)
-    x, y, error = numbers(result.grid), numbers(result.density), ERRORS * numbers(result.stderr)
-    low, high = y - error, y + error
+    floor = min(map(lowest_shown, named.values())) if floor is None else floor
+    tops, banded = [], False
+    for index, (name, found) in enumerate(named.items()):
+        x, y, error = numbers(found.grid), numbers(found.density), ERRORS * numbers(found.stderr)
+        low, high = y - error, y + error
+        tops.append(float(high.max()))
+        if log:
+            y, low, high = (np.maximum(values, floor) for values in (y, low, high))
+        else:
+            low = np.maximum(low, 0)
+        if (error > 0).any() and np.isfinite(error).all():
+            band = None if banded else f"± {ERRORS:g} standard errors"
+            ax.fill_between(x, low, high, color=colour(index), alpha=0.25, linewidth=0, label=band)
+            banded = True
+        ax.plot(x, y, color=colour(index), linewidth=1.2, label=name or None)
     if log:
-        floor = lowest_shown(result) if floor is None else floor
-        y, low, high = (np.maximum(values, floor) for values in (y, low, high))
         ax.set_yscale("log")
-        ax.set_ylim(floor, 2 * max(float(high.max()), 10 * floor))
+        ax.set_ylim(floor, 2 * max(*tops, 10 * floor))
     else:
-        low = np.maximum(low, 0)
-        ax.set_ylim(0, 1.05 * float(high.max()))
-    if (error > 0).any() and np.isfinite(error).all():
-        ax.fill_between(x, low, high, color=colour(0), alpha=0.25, linewidth=0, label=f"± {ERRORS:g} standard errors")
+        ax.set_ylim(0, 1.05 * max(tops))
+    if banded or len(named) > 1:
         legend(ax)
-    ax.plot(x, y, color=colour(0), linewidth=1.2)
     ax.axvline(0, color=ink(0.4), linewidth=0.6)
-    ax.set_xlim(x[0], x[-1])
+    ends = [numbers(found.grid)[[0, -1]] for found in named.values()]
+    ax.set_xlim(min(left for left, _ in ends), max(right for _, right in ends))
     ax.set_xlabel(label)
     ax.set_ylabel("density")
     return ax
@@ -79,42 +92,65 @@ def lowest_shown(result: Density) -> float:
     return float(peaks.min()) / 10 if len(peaks) else 1e-10
 
 
-@checked(result=a(Eigenpairs, "Eigenpairs"), ax=anything, log=flag, label=a(str, "a string"))
-def eigenvalues(result: Eigenpairs, ax: Axes | None = None, *, log: bool = False, label: str = "eigenvalue") -> Axes:
+@checked(
+    result=a((Eigenpairs, Mapping), "Eigenpairs, or a mapping of names to them"),
+    ax=anything,
+    log=flag,
+    label=a(str, "a string"),
+)
+def eigenvalues(
+    result: Eigenpairs | Mapping[str, Eigenpairs],
+    ax: Axes | None = None,
+    *,
+    log: bool = False,
+    label: str = "eigenvalue",
+) -> Axes:
     """Eigenvalues by rank, each with a bar as long as its residual: there is an eigenvalue within the bar.
 
     Pairs that have not converged are hollow.
 
     Args:
-        result: From :func:`solvers.eigsh`.
+        result: From :func:`solvers.eigsh`, or ``{name: pairs}``, drawn side by side.
         ax: Axes to draw into.
         log: Logarithmic scale; where there are eigenvalues that are not positive, it is linear near zero.
         label: Of the vertical axis.
+
+    Raises:
+        ValueError: If there are no eigenvalues.
     """
+    named = result if isinstance(result, Mapping) else {"": result}
+    if not named:
+        raise ValueError("there is nothing to draw: the mapping is empty.")
     ax = prepare(ax, grid="y")
-    values, residuals = numbers(result.values), numbers(result.residuals)
-    done = numbers(result.converged).astype(bool)
-    rank = np.arange(1, len(values) + 1)
-    for chosen, fill, text in ((done, colour(0), "converged"), (~done, "none", "not converged")):
-        if chosen.any():
-            ax.errorbar(
-                rank[chosen],
-                values[chosen],
-                residuals[chosen],
-                fmt="o",
-                markersize=4.5,
-                markerfacecolor=fill,
-                color=colour(0),
-                elinewidth=1,
-                label=text,
-            )
-    if not done.all():
+    everything = np.concatenate([numbers(pairs.values) for pairs in named.values()])
+    hollow = False
+    for index, (name, pairs) in enumerate(named.items()):
+        values, residuals = numbers(pairs.values), numbers(pairs.residuals)
+        done = numbers(pairs.converged).astype(bool)
+        rank = np.arange(1, len(values) + 1) + 0.3 * (index - (len(named) - 1) / 2) / len(named)
+        for chosen, fill, text in ((done, colour(index), "converged"), (~done, "none", "not converged")):
+            if chosen.any():
+                words = ", ".join(word for word in (name, "" if name and done.all() else text) if word)
+                ax.errorbar(
+                    rank[chosen],
+                    values[chosen],
+                    residuals[chosen],
+                    fmt="o",
+                    markersize=4.5,
+                    markerfacecolor=fill,
+                    color=colour(index),
+                    elinewidth=1,
+                    label=words,
+                )
+        hollow = hollow or not done.all()
+    if hollow or len(named) > 1:
         legend(ax)
-    if log and (values > 0).all():
+    if log and (everything > 0).all():
         ax.set_yscale("log")
     elif log:
-        ax.set_yscale("symlog", linthresh=float(np.abs(values[values != 0]).min()) if values.any() else 1.0)
-    if not log or (values <= 0).any():
+        nonzero = np.abs(everything[everything != 0])
+        ax.set_yscale("symlog", linthresh=float(nonzero.min()) if len(nonzero) else 1.0)
+    if not log or (everything <= 0).any():
         ax.axhline(0, color=ink(0.4), linewidth=0.6)
     ax.locator_params(axis="x", integer=True)
     ax.set_xlabel("rank")

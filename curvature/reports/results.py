@@ -99,7 +99,8 @@ class EigenvaluesResult:
             exist.
         smallest_complete: The same for the smallest.
         alignment: Share of the squared gradient within the space of the largest ones; its error is a bound, from the
-            residuals over the gap to the next eigenvalue. None for a zero gradient.
+            residuals over the gap to the next eigenvalue. None for a zero gradient, or without
+            time for all of them.
         products: Products spent.
     """
 

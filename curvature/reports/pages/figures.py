@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -69,9 +69,14 @@ def figures(report: Findings, name: str) -> list[Plot]:
         "norms": _norms,
         "sensitivity": _sensitivity,
     }
+    return drawn(name, makers[name](report))
+
+
+def drawn(name: str, drawings: Iterable[Drawing]) -> list[Plot]:
+    """Plots of drawings, whose identifiers begin with a name."""
     return [
         Plot(title, plain, svg(draw, f"{name}-{number}", f"{title}. {plain}", height))
-        for number, (title, plain, height, draw) in enumerate(makers[name](report))
+        for number, (title, plain, height, draw) in enumerate(drawings)
     ]
 
 
@@ -193,10 +198,10 @@ def _is_near(edge: float, found: EigenvaluesResult) -> bool:
     return edge <= _NEAR * max(pair.value + pair.residual for pair in found.largest)
 
 
-def with_common_limits(draws: list[Callable[[Axes], object]]) -> list[Callable[[Axes], object]]:
+def with_common_limits(draws: Sequence[Callable[[Axes], object]]) -> list[Callable[[Axes], object]]:
     """The same drawings on axes of the same limits, so that equal values stand at equal places side by side."""
     if len(draws) < 2:
-        return draws
+        return list(draws)
     from matplotlib.figure import Figure
 
     limits = []

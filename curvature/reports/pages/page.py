@@ -1,7 +1,8 @@
-"""A report as one HTML page that needs nothing else: no network, no script."""
+"""Chapters as one HTML page that needs nothing else: no network, no script."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from html import escape
 
 from curvature.reports.pages.figures import Plot, available, figures
@@ -13,13 +14,43 @@ _LONG = 12  # rows of a long table that are shown at once
 
 
 def page(report: Findings) -> str:
-    """The page."""
-    parts, plots = chapters(report), available()
-    title = f"Curvature of {report.model}"
+    """The page of a report."""
+    return document(
+        f"Curvature of {report.model}",
+        "Curvature report",
+        f"{escape(report.model)} <span>under {escape(report.loss_fn)}</span>",
+        facts(report),
+        chapters(report),
+        lambda name: figures(report, name),
+        f"{escape(report.created)}, by <code>curvature.report</code> of precond.",
+    )
+
+
+def document(
+    title: str,
+    over: str,
+    heading: str,
+    given: Sequence[tuple[str, str]],
+    parts: Sequence[Chapter],
+    draw: Callable[[str], list[Plot]],
+    footer: str,
+) -> str:
+    """A page of chapters.
+
+    Args:
+        title: Of the page.
+        over: The line above the heading.
+        heading: As HTML.
+        given: Facts at the top.
+        parts: The chapters.
+        draw: Makes the plots that chapters name.
+        footer: As HTML.
+    """
+    plots = available()
     listed = "".join(f'<li><a href="#{_anchor(c)}">{escape(c.title)}</a></li>' for c in parts)
-    given = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts(report))
+    facts = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in given)
     missing = "" if plots else '<p class="note">Plots need matplotlib: <code>pip install "precond[plot]"</code>.</p>'
-    body = "\n".join(_chapter(report, chapter, plots) for chapter in parts)
+    body = "\n".join(_chapter(chapter, draw if plots else None) for chapter in parts)
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -32,15 +63,15 @@ def page(report: Findings) -> str:
 </head>
 <body>
 <header>
-<p class="over">Curvature report</p>
-<h1>{escape(report.model)} <span>under {escape(report.loss_fn)}</span></h1>
-<dl class="facts">{given}</dl>
+<p class="over">{escape(over)}</p>
+<h1>{heading}</h1>
+<dl class="facts">{facts}</dl>
 <nav aria-label="Chapters"><ul>{listed}</ul></nav>
 {missing}</header>
 <main>
 {body}
 </main>
-<footer><p>{escape(report.created)}, by <code>curvature.report</code> of precond.</p></footer>
+<footer><p>{footer}</p></footer>
 </body>
 </html>
 """
@@ -50,14 +81,14 @@ def _anchor(chapter: Chapter) -> str:
     return chapter.title.lower().replace(" ", "-")
 
 
-def _chapter(report: Findings, chapter: Chapter, plots: bool) -> str:
+def _chapter(chapter: Chapter, draw: Callable[[str], list[Plot]] | None) -> str:
     anchor = _anchor(chapter)
     parts = [f'<section aria-labelledby="{anchor}">', f'<h2 id="{anchor}">{escape(chapter.title)}</h2>']
     parts.append(f'<p class="plain">{escape(chapter.plain)}</p>')
     if chapter.findings:
         parts.append('<ul class="findings">' + "".join(f"<li>{escape(f)}</li>" for f in chapter.findings) + "</ul>")
-    if plots:
-        parts += [_figure(list(drawn)) for name in chapter.plots if (drawn := figures(report, name))]
+    if draw is not None:
+        parts += [_figure(drawn) for name in chapter.plots if (drawn := draw(name))]
     tables = "".join(_table(table) for table in chapter.tables)
     parts.append(f'<div class="tables">{tables}</div>' if len(chapter.tables) > 1 else tables)
     if chapter.expert:

@@ -1,7 +1,8 @@
-"""A report as text for a terminal, 100 columns wide."""
+"""Chapters as text for a terminal, 100 columns wide."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from textwrap import wrap
 
 from curvature.reports.pages.view import Chapter, Table, chapters, facts
@@ -12,10 +13,15 @@ _LONG = 12  # rows of a long table that are shown
 
 
 def text(report: Findings) -> str:
-    """All chapters, one after the other."""
-    lines = [f"Curvature of {report.model} under {report.loss_fn}", "=" * WIDTH]
-    lines += wrap("   ".join(f"{name} {value}" for name, value in facts(report)), WIDTH)
-    for chapter in chapters(report):
+    """A report, all chapters one after the other."""
+    return plain_text(f"Curvature of {report.model} under {report.loss_fn}", facts(report), chapters(report))
+
+
+def plain_text(title: str, given: Sequence[tuple[str, str]], parts: Sequence[Chapter]) -> str:
+    """Facts and chapters under a title."""
+    lines = [title, "=" * WIDTH]
+    lines += wrap("   ".join(f"{name} {value}" for name, value in given), WIDTH)
+    for chapter in parts:
         lines += ["", *_chapter(chapter)]
     return "\n".join(line.rstrip() for line in lines)
 

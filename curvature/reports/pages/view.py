@@ -246,9 +246,9 @@ def _spectrum(report: Findings) -> Chapter | None:
         if not found.complete:
             state = "; the search was not finished, so larger ones may exist"
         head = ("", "eigenvalue", "share of gradient")
-        marks = notes((EIGENVALUE, [cell for _, cell, _ in rows]))
+        explained = notes((EIGENVALUE, [cell for _, cell, _ in rows]))
         tables.append(
-            Table(f"{NAMES[matrix]}: eigenvalues at the ends of the spectrum{state}", head, rows, notes=marks)
+            Table(f"{NAMES[matrix]}: eigenvalues at the ends of the spectrum{state}", head, rows, notes=explained)
         )
     samples = {d.samples for d in report.densities.values()}
     how = "from all eigenvalues" if samples == {0} else f"from {max(samples, default=0)} random vectors"

@@ -13,13 +13,14 @@ from solvers import Eigenpairs, eigsh
 from solvers.outcome.solution import silenced
 
 _MOST = 2000  # products for one end of the spectrum, without another limit
+_FEW = 2  # largest eigenvalues where there is no time for all
 _SMALLEST = 3  # how many of the lowest eigenvalues are shown; what matters is whether there are negative ones
 
 
 def products(study: Study, matrix: Matrix) -> tuple[int, int]:
-    """Products at least, a basis for each end, and as a rule, with a restart or two."""
+    """Products at least, for an eigenvalue or two at each end, and as a rule, a basis and a restart or two."""
     top, bottom = _counts(study, matrix)
-    return 2 * (top + bottom), (4 * top + 60) + (2 * bottom + 50 if bottom else 0)
+    return 4 * (min(_FEW, top) + min(1, bottom)), (4 * top + 60) + (2 * bottom + 50 if bottom else 0)
 
 
 def _counts(study: Study, matrix: Matrix) -> tuple[int, int]:
@@ -35,6 +36,8 @@ def eigenvalues(study: Study, matrix: Matrix, allotted: float) -> EigenvaluesRes
     if matrix in study.dense:
         upper, lower = _from_dense(study, matrix, top)
     else:
+        if allotted < 2 * (top + bottom) * study.rates[matrix]:  # fewer of them, in place of none
+            top, bottom = min(_FEW, top), min(1, bottom)
         begun, share = study.budget.spent, (top + 15) / (top + 15 + (bottom + 12 if bottom else 0))
         upper = _search(study, matrix, top, "LA", 0.0, share * allotted)
         atol = study.rtol * float(upper.values.abs().max())
@@ -135,7 +138,7 @@ def _alignment(study: Study, pairs: Eigenpairs) -> Number | None:
     sine of it.
     """
     assert study.gradient is not None and study.loss is not None
-    if study.loss.gradient_norm == 0:
+    if study.loss.gradient_norm == 0 or len(pairs.values) < min(study.k + 1, study.size):
         return None
     share = float(_shares(study, pairs.vectors[: study.k]).sum().clamp(max=1))
     if study.size <= study.k:

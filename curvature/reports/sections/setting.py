@@ -22,7 +22,7 @@ def setting(study: Study, lr: float | None, noise: NoiseResult | None) -> Settin
         dtype=", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters.values()})),
         device=f"{device}{named}",
         examples=study.examples if noise is None else noise.examples,
-        data=study.checksum,
+        data=study.fingerprint,
         kinds=_kinds(study),
         versions={"precond": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
         lr=lr,

@@ -20,7 +20,7 @@ from curvature.matrices.ggn import ggn
 from curvature.matrices.hessian import hessian
 from curvature.matrices.problem import Evaluation, Problem
 from curvature.model.data import Data, Output
-from curvature.model.order import checksum
+from curvature.model.order import fingerprint
 from curvature.model.trees import tensors_in
 from curvature.reports.results import EigenvaluesResult, LossResult, Matrix, TraceResult
 from curvature.reports.sections.budget import Budget, Need
@@ -67,7 +67,7 @@ class Study:
         eigenvalues: Those found so far, by matrix.
         traces: Those found so far, by matrix.
         examples: Number of examples; None where the loss does not tell them apart.
-        checksum: A number that adds up over the examples, by which data are recognised.
+        fingerprint: A number that adds up over the examples, by which data are recognised.
         seen: What is computed on the data, by which a stored report is recognised.
         order: Digest of the data in their order, where results are stored.
     """
@@ -117,7 +117,7 @@ class Study:
         self._operators: dict[Matrix, DatasetOperator] = {}
         self._looked_again: set[Matrix] = set()
         self.examples: int | None = None
-        self.checksum = 0.0
+        self.fingerprint = 0.0
         self.seen: dict[str, Sketches] = {}
         self.order = ""
 
@@ -290,7 +290,7 @@ class Study:
             size += float(torch.linalg.vector_norm(flat))
             value.add_(loss.detach())
             batches += 1
-            self.checksum += checksum((evaluation.x, evaluation.y))
+            self.fingerprint += fingerprint((evaluation.x, evaluation.y))
             if evaluation.terms is not None:
                 signals = Signals.of(evaluation.terms, "exact")
                 self.columns = max(self.columns, len(signals))

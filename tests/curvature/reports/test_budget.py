@@ -118,6 +118,21 @@ def test_eigenvalues_and_spectrum_come_first_on_a_busy_machine(
     assert parts[:3] == ["measuring", "eigenvalues (hessian)", "density (hessian)"]
 
 
+def test_fewer_eigenvalues_are_better_than_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(BUDGET, "clock", lambda: clock[0])
+    problem, model = made(), Slow(clock)
+    options: dict[str, Any] = {"k": 10, "exact": False, "matrix": "hessian", "sections": ["eigenvalues"]}
+    found = report(model, problem.loss_fn, problem.data, budget=45.0, progress=False, **options)
+    result = found.eigenvalues["hessian"]
+    assert found.cut == () and clock[0] <= 45 * 1.1
+    assert 1 <= len(result.largest) < 10 and len(result.smallest) == 1
+    assert result.alignment is None and "gradient in the top" not in str(found)
+    values = torch.linalg.eigvalsh(curvature.hessian(made().model, made().loss_fn, made().data).to_dense())
+    for pair in (*result.largest, *result.smallest):
+        assert float((values - pair.value).abs().min()) <= pair.residual + 1e-12
+
+
 def test_nothing_is_cut_without_a_budget() -> None:
     found = run(made())
     assert found.budget is None and found.cut == ()
