@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import json
 import os
 import posixpath
 import re
@@ -27,6 +28,12 @@ spec.loader.exec_module(site)
 
 PAGES = {str(path.relative_to(ROOT / "docs")): path for path in sorted((ROOT / "docs").rglob("*.md"))}
 PAGES |= {page: ROOT / path for path, page in site.PROJECT.items()}
+NOTEBOOKS = site.notebook_pages()
+
+
+def text_of(page: str) -> str:
+    """The Markdown of a page, as it is in the repository."""
+    return NOTEBOOKS[page] if page in NOTEBOOKS else PAGES[page].read_text(encoding="utf-8")
 
 
 def settings() -> dict[str, Any]:
@@ -50,21 +57,20 @@ def leaves(navigation: Any) -> list[str]:
 def test_the_navigation_lists_every_page_once() -> None:
     listed = leaves(settings()["nav"])
     project = {page for path, page in site.PROJECT.items() if path in site.TITLES}  # added by the hooks
-    assert sorted(listed) == sorted(set(PAGES) - project)
+    assert sorted(listed) == sorted({*PAGES, *NOTEBOOKS} - project)
     assert sorted(leaves(site.api_navigation())) == sorted(site.api_pages())
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [*PAGES, *NOTEBOOKS])
 def test_every_link_leads_to_a_page_or_a_file_of_the_site(page: str) -> None:
-    text = PAGES[page].read_text(encoding="utf-8")
+    text = text_of(page)
     moved = site.with_links_of_the_site(text, page)
     lost = []
     for link in (match[2] for part in site.FENCE.split(moved)[::2] for match in site.LINK.finditer(part)):
         target = posixpath.normpath(posixpath.join(posixpath.dirname(page), link.partition("#")[0]))
         source = ROOT / target.removeprefix("source/").removesuffix(".md")
-        there = (
-            target in PAGES or (ROOT / "docs" / target).is_file() or (target.startswith("source/") and source.is_file())
-        )
+        known = target in PAGES or target in NOTEBOOKS or (ROOT / "docs" / target).is_file()
+        there = known or (target.startswith("source/") and source.is_file())
         if "://" not in link and link.partition("#")[0] and not there:
             lost.append(link)
     assert lost == []
@@ -81,6 +87,27 @@ def test_links_of_the_repository_become_links_of_the_site() -> None:
         "[s](start.md) [c](project/changelog.md)"
     )
     assert site.targets(text, "concepts/page.md") == ["docs/concepts/b.md", "solvers/rules.py", "README.md"]
+
+
+def test_a_notebook_becomes_a_page_with_its_outputs(tmp_path: Path) -> None:
+    cells = [
+        {"cell_type": "markdown", "source": ["# Title\n", "[s](../start.md)"]},
+        {
+            "cell_type": "code",
+            "source": ["print(1)\n", 'ax.set(title="a < b")'],
+            "outputs": [
+                {"output_type": "stream", "name": "stdout", "text": ["1\n", "```\n"]},
+                {"output_type": "display_data", "data": {"image/png": "iVBO\n"}},
+                {"output_type": "execute_result", "data": {"text/plain": ["'x'"]}},
+            ],
+        },
+    ]
+    (tmp_path / "n.ipynb").write_text(json.dumps({"cells": cells}))
+    assert site.notebook_page(tmp_path / "n.ipynb") == (
+        '# Title\n[s](../start.md)\n\n```python\nprint(1)\nax.set(title="a < b")\n```\n\n````text\n1\n```\n````\n\n'
+        '<img class="drawn" alt="Picture: a &lt; b" src="data:image/png;base64,iVBO">\n\n'
+        "````text\n'x'\n````\n\n[The notebook](n.ipynb) itself, to run it.\n"
+    )
 
 
 def test_a_bar_in_code_in_a_table_has_no_backslash() -> None:
@@ -166,5 +193,5 @@ def test_the_site_is_built_without_a_warning_and_needs_no_other_host(tmp_path: P
         r'<(?:script|img|iframe)[^>]* src="https?://|<link[^>]* rel="(?:stylesheet|preconnect)"[^>]*https?://'
     )
     pages = list(tmp_path.rglob("*.html"))
-    assert len(pages) > len(PAGES)
+    assert len(pages) > len(PAGES) + len(NOTEBOOKS)
     assert [str(page) for page in pages if loaded.search(page.read_text(encoding="utf-8"))] == []

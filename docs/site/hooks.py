@@ -6,9 +6,10 @@ MkDocs calls the functions ``on_...``; ``Markup`` is an extension of Griffe, whi
 from __future__ import annotations
 
 import ast
+import json
 import posixpath
 import re
-from html import unescape
+from html import escape, unescape
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,42 @@ def as_page_of_the_site(markdown: str, page: str) -> str:
     return with_links_of_the_site(with_bars_in_code(markdown), page)
 
 
+# Notebooks: a page for each, with the outputs that are kept in it.
+
+
+def notebook_pages() -> dict[str, str]:
+    """The notebooks in ``docs/`` as Markdown, by their place on the site."""
+    paths = sorted((ROOT / "docs").rglob("*.ipynb"))
+    return {str(path.relative_to(ROOT / "docs").with_suffix(".md")): notebook_page(path) for path in paths}
+
+
+def notebook_page(path: Path) -> str:
+    """A notebook as Markdown: code, and below it what it printed and drew."""
+    parts = []
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"]).rstrip("\n")
+        if cell["cell_type"] == "markdown":
+            parts.append(source)
+            continue
+        parts.append(f"```python\n{source}\n```")
+        for output in cell["outputs"]:
+            data = output.get("data", {})
+            text = "".join(output.get("text", data.get("text/plain", ""))).rstrip("\n")
+            if "image/png" in data:
+                address = f"data:image/png;base64,{data['image/png'].strip()}"
+                parts.append(f'<img class="drawn" alt="{escape(_title(source))}" src="{address}">')
+            elif text:
+                parts.append(f"````text\n{text}\n````")
+    parts.append(f"[The notebook]({path.name}) itself, to run it.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _title(source: str) -> str:
+    """What a picture shows, for readers who do not see it: its labels and titles in the code."""
+    found = re.findall(r"(?:title|xlabel|ylabel|label)=f?\"([^\"{]+)\"", source)
+    return f"Picture: {', '.join(dict.fromkeys(found))}" if found else "Picture drawn by the code above"
+
+
 # The API reference: a page for each folder of a package that defines public names.
 
 
@@ -170,7 +207,7 @@ def on_files(files: Any, config: Any) -> Any:
     """Add the pages that are made of something else than a file in ``docs/``."""
     from mkdocs.structure.files import File
 
-    made = api_pages()
+    made = api_pages() | notebook_pages()
     for path, page in PROJECT.items():
         text = (ROOT / path).read_text(encoding="utf-8")
         made[page] = text if path.endswith(".md") else f"# {TITLES[path]}\n\n{text}"
