@@ -63,11 +63,12 @@ def main(out: Path) -> None:
     for name, path in paths.items():
         left.plot(path.t, path.values, ".-", label=name)
     left.set(xlabel="share of the other network", ylabel="loss", title="the whole network")
-    for layer, values in far.from_a.items():
-        right.plot(far.t, values["loss"], ".-", label=f"layer {layer}")
+    for number, values in enumerate(far.from_a.values(), start=1):
+        right.plot(far.t, values["loss"], ".-", label=f"layer {number}")
     right.set(xlabel="share of network C in that layer", title="one layer alone, from A to C")
     for ax in (left, right):
         ax.legend(frameon=False)
+        ax.set_ylim(bottom=0)
         ax.spines[["top", "right"]].set_visible(False)
     figure.savefig(out / "connectivity.png", dpi=110)
 

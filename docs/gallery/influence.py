@@ -74,8 +74,12 @@ def trained(x: Tensor, y: Tensor, steps: int = 700) -> Transformer:
     return model.eval()
 
 
-def draw(ax: Axes, words: list[str], strengths: Tensor, row: float) -> None:
-    """A line of tokens, each on a colour: red raised the probability of the answer, blue lowered it."""
+def draw(ax: Axes, words: list[str], strengths: Tensor, row: float) -> float:
+    """A line of tokens, each on a colour: red raised the probability of the answer, blue lowered it.
+
+    Returns:
+        Its width.
+    """
     at = 0.0
     for word, strength in zip(words, strengths.tolist(), strict=True):
         shown = word.replace("\n", "\u21b5")[:14]
@@ -84,6 +88,7 @@ def draw(ax: Axes, words: list[str], strengths: Tensor, row: float) -> None:
         ax.add_patch(Rectangle((at, row - 0.4), width - 0.1, 0.8, color=plt.get_cmap("RdBu_r")(0.5 + 0.33 * strength)))
         ax.text(at + width / 2 - 0.05, row, shown, ha="center", va="center", family="monospace", fontsize=8)
         at += width
+    return at
 
 
 def main(out: Path) -> None:
@@ -120,12 +125,13 @@ def main(out: Path) -> None:
     print(f"{sum(near)} of {len(near)} have their most influential token next to the answer")
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained", width_ratios=[2.6, 1])
-    draw(left, [*QUERY, ANSWER], torch.tensor([0.0] * len(QUERY) + [1.0]), 0)
+    wide = [draw(left, [*QUERY, ANSWER], torch.tensor([0.0] * len(QUERY) + [1.0]), 0)]
     left.text(0, -0.75, "asked", fontsize=8, color="gray")
     left.text(0, 0.9, "the most influential windows", fontsize=8, color="gray")
     for row, n in enumerate(best[:11].tolist()):
-        draw(left, words[n * LENGTH : (n + 1) * LENGTH], by_token[n] / by_token[n].abs().max(), row + 1.6)
-    left.set(xlim=(0, 66), ylim=(12.2, -1.2))
+        line = words[n * LENGTH : (n + 1) * LENGTH]
+        wide.append(draw(left, line, by_token[n] / by_token[n].abs().max(), row + 1.6))
+    left.set(xlim=(0, max(wide)), ylim=(12.2, -1.2))
     left.axis("off")
     bars = right.barh(list(chances), list(chances.values()), color=["0.6", "0.6", "firebrick"], height=0.5)
     right.bar_label(bars, fmt=lambda value: f"{value:.2g}", padding=3)

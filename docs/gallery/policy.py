@@ -100,10 +100,10 @@ def main(out: Path) -> None:
             policy, likelihood, lr=1.0, momentum=0.0, damping=1e-2, kl_clip=0.02, inverse_update_period=1
         ),
     }
-    curves = {}
+    curves, runs = {}, {}
     for name, make in methods.items():
-        runs = [train(make, seed) for seed in range(2)]
-        curves[name] = np.array(runs).mean(0)
+        runs[name] = np.array([train(make, seed) for seed in range(2)])
+        curves[name] = runs[name].mean(0)
         print(f"{name:16s} mean length of an episode, updates 8 to 16: {curves[name][8:17].mean():.0f}")
     # Ten seeds: 1.13 times at least with each, 1.3 times with any two. Episodes differ on other machines, as seeds do.
     for natural in ("natural gradient", "K-FAC"):
@@ -147,9 +147,11 @@ def main(out: Path) -> None:
 
     figure = plt.figure(figsize=(13, 4), layout="constrained")
     left, middle = figure.add_subplot(1, 3, 1), figure.add_subplot(1, 3, 2)
-    for name, curve in curves.items():
-        left.plot(curve, label=name)
-    left.set(xlabel="update", ylabel="mean length of an episode", title="learning to balance a pole")
+    for i, (name, curve) in enumerate(curves.items()):
+        left.plot(runs[name].T, color=f"C{i}", linewidth=0.6, alpha=0.5)
+        left.plot(curve, color=f"C{i}", label=name)
+    left.set(xlabel="update", ylabel="length of an episode", ylim=(0, 210))
+    left.set_title("learning to balance a pole (thin: single runs)")
     left.legend(frameon=False, fontsize="small")
     left.spines[["top", "right"]].set_visible(False)
     plots.surface(plane, middle, contours=0)

@@ -88,7 +88,10 @@ def main(out: Path) -> None:
         left.plot(ANGLES, losses[name], marker="o", markersize=4, label=name, **style)
         right.plot(ANGLES, errors[name], marker="o", markersize=4, label=name, **style)
     left.set(title="negative log likelihood of the label", xlabel="degrees turned", yscale="log")
-    right.set(title="calibration error", xlabel="degrees turned")
+    shown = (0.3, 1, 3, 10)
+    left.set_yticks(shown, [f"{tick:g}" for tick in shown])
+    left.minorticks_off()
+    right.set(title="calibration error", xlabel="degrees turned", ylim=(0, 1))
     for ax in (left, right):
         ax.set_xticks(ANGLES)
         ax.spines[["top", "right"]].set_visible(False)

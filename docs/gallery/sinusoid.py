@@ -88,7 +88,7 @@ def main(out: Path) -> None:
             lower, upper = mean - 2 * deviation, mean + 2 * deviation
             ax.fill_between(grid.flatten(), lower, upper, color="C0", alpha=shade, linewidth=0, label=label)
         ax.plot(grid, mean, color="C0")
-        ax.plot(grid, grid.sin(), color="black", linestyle="--", linewidth=1)
+        ax.plot(grid, grid.sin(), color="black", linestyle="--", linewidth=1, label="the truth")
         ax.plot(x, y, ".", color="black", markersize=3)
         ax.set(title=f"{structure}: noise {noise[structure]:.2f}", ylim=(-4, 4), xlim=(-4, 12))
     axes[1, 0].legend(frameon=False, loc="lower right", title="two standard deviations")

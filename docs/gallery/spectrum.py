@@ -51,19 +51,21 @@ def main(out: Path) -> None:
         assert accuracy > 0.7, "it has not learned"
         hessian = curvature.hessian(model, nn.CrossEntropyLoss(), data)
         ggn = curvature.ggn(model, nn.CrossEntropyLoss(), data)
-        k = SHOWN if seed == SEEDS - 1 else 13
-        pair = (solvers.eigsh(hessian, k=k, rtol=1e-2), solvers.eigsh(ggn, k=k, rtol=1e-2))
+        shown = seed == SEEDS - 1
+        pair = (
+            solvers.eigsh(hessian, k=SHOWN if shown else 13, rtol=1e-2),
+            solvers.eigsh(ggn, k=SHOWN if shown else 7, rtol=1e-2),
+        )
         runs.append(pair)
-        lowest = solvers.eigsh(hessian, k=1, which="SA", rtol=1e-2).values[0]
+        lowest = solvers.eigsh(hessian, k=1, which="SA", rtol=0.1).values[0]
         H, G = pair[0].values, pair[1].values
-        gaps = (H[:-1] / H[1:])[:12]
-        place = int(gaps[3:].argmax()) + 4
-        apart = ((H - G) / H)[:7].abs().max()
+        drop, behind = float(H[CLASSES - 3] / H[CLASSES - 1]), float(H[CLASSES - 1] / H[CLASSES + 1])
+        apart = ((H[:7] - G[:7]) / H[:7]).abs().max()
         print(f"start {seed}: accuracy {accuracy:.3f} on new digits, largest {H[0]:.1f}, smallest {lowest:.2f};")
-        print(f"         the gap behind the {place}th is {gaps[place - 1]:.2f}, no other beyond the 3rd more than")
-        print(f"         {gaps[3:].topk(2).values[1]:.2f}; the first seven are within {apart:.3f} of Gauss-Newton's")
-        # Of twelve starts, trained for 8 and 25 epochs: behind the 8th or the 9th in each.
-        assert place in (CLASSES - 2, CLASSES - 1), "the spectrum breaks behind the eighth or the ninth eigenvalue"
+        print(f"         from the 8th to the 10th by {drop:.2f}, from there to the 12th by {behind:.2f};")
+        print(f"         the first seven are within {apart:.3f} of Gauss-Newton's")
+        # Of eight starts the widest gap beyond the 3rd was behind the 8th in four, behind the 9th in four.
+        assert drop > max(2, 1.5 * behind), "the spectrum breaks behind the eighth or the ninth eigenvalue"
         assert apart < 0.15, "the outliers are those of Gauss-Newton"
         assert -0.2 * H[0] < lowest < 0, "the Hessian is indefinite, but not by much"
     density = solvers.spectral_density(hessian, samples=4, steps=60)

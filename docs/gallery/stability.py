@@ -85,7 +85,7 @@ def main(out: Path) -> None:
     left.set(title="gradient descent stops at 2 / lr (dashed)", xlabel="step", ylabel="largest eigenvalue")
     right.plot(times, raw, color="C1", label="of H")
     right.plot(times, inside, color="C2", label="of P H")
-    right.axhline(2.0, color="C2", linestyle="--", linewidth=1)
+    right.axhline(2 / lr, color="C2", linestyle="--", linewidth=1, label="2 / lr")
     right.set(title="K-FAC, lr = 1: its edge is that of P H", xlabel="step")
     for ax in (left, right):
         ax.legend(frameon=False)

@@ -74,7 +74,10 @@ def main(out: Path) -> None:
         ax.set_xticks([])
         ax.set_yticks([])
         ax.set_title(name if name == "Gauss-Newton" else f"{name}, {distances[name]:.2f} away", fontsize="medium")
-    figure.colorbar(picture, ax=axes, shrink=0.7, label="entry")
+    ticks = [sign * 10.0**power for sign in (-1, 1) for power in (-3, -2, -1)]  # those nearer to zero would overlap
+    bar = figure.colorbar(picture, ax=axes, shrink=0.7, label="entry", ticks=sorted([0.0, *ticks]))
+    bar.ax.set_yticklabels([f"{tick:g}" for tick in sorted([0.0, *ticks])])
+    bar.ax.minorticks_off()
     figure.savefig(out / "structures.png", dpi=80)
 
 

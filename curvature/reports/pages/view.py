@@ -242,7 +242,10 @@ def _spectrum(report: Findings) -> Chapter | None:
         marks = [(f"{i}", pair) for i, pair in enumerate(found.largest, start=1)]
         marks += [(f"lowest {i}", pair) for i, pair in enumerate(found.smallest, start=1)]
         rows = tuple((label, eigenvalue(pair), share(pair.gradient_share)) for label, pair in marks)
-        state = "" if found.converged else "; not all have converged (*)"
+        all_met = all(pair.converged for pair in (*found.largest, *found.smallest))
+        state = "" if all_met else "; not all have converged (*)"
+        if all_met and not found.smallest_complete:
+            state = "; the search for the lowest was not finished, so lower ones may exist"
         if not found.complete:
             state = "; the search was not finished, so larger ones may exist"
         head = ("", "eigenvalue", "share of gradient")
