@@ -32,6 +32,7 @@ from precond.gradient.mfac import MFAC
 from precond.gradient.muon import Muon
 from precond.gradient.shampoo import Shampoo
 from precond.gradient.soap import SOAP
+from precond.gradient.soap_muon import SOAPMuon
 from precond.gradient.splus import SPlus
 from precond.grouping.groups import param_groups
 from precond.layerwise.blocks.preconditioner import Preconditioner
@@ -49,9 +50,11 @@ from precond.layerwise.tnt import TNT
 from precond.step.adapt import LevenbergMarquardt
 from precond.step.averaging import IterateAverage
 from precond.step.base import SecondOrderOptimizer
+from precond.step.lookahead import EMANesterov
 from precond.step.loop import Loop
 from precond.step.methods import Method, Taxonomy, methods
-from precond.step.options import LossDamping, Momentum, Refresh, TrustRegion, WeightDecay
+from precond.step.norm_control import Hyperball, RadialBrake, UpdateFloor
+from precond.step.options import LossDamping, Momentum, Refresh, TrustRegion, Vectors, WeightDecay
 from solvers import Cholesky, Eigh, FactoredTikhonov, Tikhonov
 from solvers import __version__ as __version__
 
@@ -78,17 +81,23 @@ __all__ = [
     "SINGD",
     "SMWNaturalGradient",
     "SOAP",
+    "SOAPMuon",
     "Sophia",
     "SPlus",
     "SSBFGS",
     "SSBroyden",
     "TNT",
     # options as objects
+    "EMANesterov",
+    "Hyperball",
     "Loop",
     "LossDamping",
     "Momentum",
+    "RadialBrake",
     "Refresh",
     "TrustRegion",
+    "UpdateFloor",
+    "Vectors",
     "WeightDecay",
     # groups of parameters
     "param_groups",

@@ -7,8 +7,7 @@ from typing import Any, ClassVar, Unpack
 from torch import Tensor
 
 from precond.closure.optimizer import ClosureOptimizer
-from precond.gradient.optimizer import GradientOptimizer, Group, State, debiased, state_zeros
-from precond.step.base import MomentumOptions
+from precond.gradient.optimizer import GradientMomentumOptions, GradientOptimizer, Group, State, debiased, state_zeros
 from precond.step.graph import Vectors
 from precond.step.methods import Taxonomy
 from solvers.outcome.arguments import number
@@ -41,7 +40,7 @@ class AdaHessian(ClosureOptimizer, GradientOptimizer):
         betas: Decay of the moments.
         eps: Added to the denominator.
         hessian_power: :math:`\kappa`, in (0, 1].
-        options: See :class:`SecondOrderOptimizer`.
+        options: See :class:`GradientOptimizer`.
 
     References:
         Yao et al. (2021), algorithm 1, https://arxiv.org/abs/2006.00719
@@ -68,7 +67,7 @@ class AdaHessian(ClosureOptimizer, GradientOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-4,
         hessian_power: float = 1.0,
-        **options: Unpack[MomentumOptions],
+        **options: Unpack[GradientMomentumOptions],
     ) -> None:
         number("hessian_power", hessian_power)
         if not 0 < hessian_power <= 1:

@@ -11,8 +11,7 @@ from torch import Tensor
 from precond.closure.optimizer import ClosureOptimizer
 from precond.gradient.matrices import add_gram, along, gram, largest, merged_shape, multiply, unfolded, worth_a_matrix
 from precond.gradient.optimizer import Group, State, debiased, due, state_zeros
-from precond.gradient.stacks import Stack, StackedOptimizer, entries
-from precond.step.base import MomentumOptions
+from precond.gradient.stacks import Stack, StackedMomentumOptions, StackedOptimizer, entries
 from precond.step.graph import Vectors, rademacher
 from precond.step.journal import REFRESHES
 from precond.step.methods import Taxonomy
@@ -72,7 +71,7 @@ class PSGD(ClosureOptimizer, StackedOptimizer):
         max_dim: Axes longer than this keep a diagonal.
         max_ratio: Axes longer than this many times all others together keep a diagonal; ``None`` for any.
         merge_dims: Join neighbouring axes up to this size; ``None`` keeps them apart.
-        options: See :class:`SecondOrderOptimizer`.
+        options: See :class:`StackedOptimizer`.
 
     References:
         Li (2015), https://arxiv.org/abs/1512.04202; Pooladzandi and Li (2024), https://arxiv.org/abs/2402.04553
@@ -107,7 +106,7 @@ class PSGD(ClosureOptimizer, StackedOptimizer):
         max_dim: int = 8192,
         max_ratio: float | None = 4.0,
         merge_dims: int | None = None,
-        **options: Unpack[MomentumOptions],
+        **options: Unpack[StackedMomentumOptions],
     ) -> None:
         self.criterion = choice("criterion", criterion, Criterion)
         super().__init__(

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from precond.closure.optimizer import ClosureOptimizer
-from precond.gradient.optimizer import GradientOptimizer, Group, State, state_zeros
-from precond.step.base import MomentumOptions
+from precond.gradient.optimizer import GradientMomentumOptions, GradientOptimizer, Group, State, state_zeros
 from precond.step.graph import Vectors
 from precond.step.journal import REFRESHES
 from precond.step.methods import Taxonomy
@@ -54,7 +53,7 @@ class Sophia(ClosureOptimizer, GradientOptimizer):
         eps: Smallest denominator.
         estimator: See above.
         curvature_update_period: Steps of a parameter between Hutchinson's estimates.
-        options: See :class:`SecondOrderOptimizer`.
+        options: See :class:`GradientOptimizer`.
 
     References:
         Liu et al. (2023), algorithms 1 to 3, https://arxiv.org/abs/2305.14342
@@ -83,7 +82,7 @@ class Sophia(ClosureOptimizer, GradientOptimizer):
         eps: Scheduled = 1e-12,
         estimator: Estimator = "hutchinson",
         curvature_update_period: ScheduledInt = 10,
-        **options: Unpack[MomentumOptions],
+        **options: Unpack[GradientMomentumOptions],
     ) -> None:
         self.estimator = choice("estimator", estimator, Estimator)
         super().__init__(

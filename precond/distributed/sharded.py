@@ -353,7 +353,7 @@ class Exchange:
                     out |= cut_as(p, {name: value})
                     continue
                 value = _full(value)
-            if self.mine(p) or name in ("step", "length"):
+            if self.mine(p) or name in ("step", "length", "lookahead", "radius"):
                 out[name] = value
         return out
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from precond.gradient.matrices import leading_vectors, matrix_shape
-from precond.gradient.optimizer import GradientOptimizer, Group, State, due, state_zeros
-from precond.step.base import MomentumOptions
+from precond.gradient.optimizer import GradientMomentumOptions, GradientOptimizer, Group, State, due, state_zeros
 from precond.step.methods import Taxonomy
 from precond.step.schedules import Scheduled, ScheduledInt
 
@@ -49,7 +48,7 @@ class GaLore(GradientOptimizer):
         inverse_update_period: Steps between projections.
         inner: Makes the inner optimizer: ``inner(list of tensors, lr=1.0, **inner_options)``.
         inner_options: Its options, without ``lr`` and ``weight_decay``.
-        options: See :class:`SecondOrderOptimizer`.
+        options: See :class:`GradientOptimizer`.
 
     Raises:
         ValueError: If an option is out of range.
@@ -82,7 +81,7 @@ class GaLore(GradientOptimizer):
         inverse_update_period: ScheduledInt = 200,
         inner: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
         inner_options: dict[str, Any] | None = None,
-        **options: Unpack[MomentumOptions],
+        **options: Unpack[GradientMomentumOptions],
     ) -> None:
         self.inner, self.inner_options = inner, dict(inner_options or {})
         reserved = {"lr", "weight_decay", "maximize"} & set(self.inner_options)

@@ -11,8 +11,7 @@ from torch import Tensor
 from precond.gradient.bases import improve_bases, initial_bases
 from precond.gradient.matrices import add_gram, along, merged_shape, multiply, unfolded, worth_a_matrix
 from precond.gradient.optimizer import Group, State, debiased, due, state_zeros
-from precond.gradient.stacks import Stack, StackedOptimizer, entries
-from precond.step.base import MomentumOptions
+from precond.gradient.stacks import Stack, StackedMomentumOptions, StackedOptimizer, entries
 from precond.step.methods import Taxonomy
 from precond.step.schedules import Scheduled, ScheduledInt
 
@@ -55,7 +54,7 @@ class KLShampoo(StackedOptimizer):
         max_ratio: Axes longer than this many times all others together have none (rows of embeddings); ``None``
             for any.
         merge_dims: Join neighbouring axes up to this size; ``None`` keeps them apart.
-        options: See :class:`SecondOrderOptimizer`.
+        options: See :class:`StackedOptimizer`.
 
     References:
         Lin et al. (2025), https://arxiv.org/abs/2509.03378
@@ -84,7 +83,7 @@ class KLShampoo(StackedOptimizer):
         max_dim: int = 10000,
         max_ratio: float | None = 4.0,
         merge_dims: int | None = None,
-        **options: Unpack[MomentumOptions],
+        **options: Unpack[StackedMomentumOptions],
     ) -> None:
         super().__init__(
             params,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from precond.distributed.sharded import is_sharded, layout_of, like, local, summed
 from precond.gradient.optimizer import Group
-from precond.step.base import SecondOrderOptimizer, StepOptions
+from precond.step.base import SecondOrderOptimizer, UpdateOptions
 from precond.step.divergence import squares_fit
 from precond.step.methods import Taxonomy
 from precond.step.options import Momentum, period
@@ -76,7 +76,7 @@ class MFAC(SecondOrderOptimizer):
         window: int = 256,
         damping: Scheduled = 1e-4,
         momentum: Scheduled | Momentum = 0.9,
-        **options: Unpack[StepOptions],
+        **options: Unpack[UpdateOptions],
     ) -> None:
         super().__init__(
             params,
@@ -93,6 +93,7 @@ class MFAC(SecondOrderOptimizer):
             raise ValueError(f"damping must be positive: a window of gradients is singular. Got {options['damping']}.")
 
     takes_shards = True
+    shapes_update = True
 
     # A gradient whose squares overflow counts as not finite.
     def takes(self, norm: float, gradients: dict[Tensor, Tensor]) -> bool:

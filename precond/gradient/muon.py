@@ -9,8 +9,7 @@ from torch import Tensor
 
 from precond.gradient.matrices import matrix_shape
 from precond.gradient.optimizer import Group, State, state_zeros
-from precond.gradient.stacks import Stack, StackedOptimizer
-from precond.step.base import StepOptions
+from precond.gradient.stacks import Stack, StackedOptimizer, StackedOptions
 from precond.step.methods import Taxonomy
 from precond.step.options import Momentum, choice
 from precond.step.schedules import Scheduled
@@ -46,7 +45,7 @@ class Muon(StackedOptimizer):
     Jordan et al.: Newton-Schulz, quintic     ``orthogonalized``, ``QUINTIC``
     Jordan et al.: convolutions as matrices   ``matrices.matrix_shape``
     Amsel et al.: Polar Express               ``solvers.iterative.newton_schulz.polar``
-    Liu et al.: :math:`0.2 \sqrt{\max(m, n)}` ``_scale``
+    Liu et al.: :math:`0.2 \sqrt{\max(m, n)}` ``polar_scale``
     AdamW for the others                      ``gradient.optimizer.adam``
     ========================================= =========================================
 
@@ -67,7 +66,7 @@ class Muon(StackedOptimizer):
         stacked: Whether leading axes count matrices.
         betas: For AdamW.
         eps: For AdamW.
-        options: See :class:`SecondOrderOptimizer`.
+        options: See :class:`StackedOptimizer`.
 
     References:
         Jordan et al. (2024), https://kellerjordan.github.io/posts/muon/; Liu et al. (2025), the scaling,
@@ -104,7 +103,7 @@ class Muon(StackedOptimizer):
         stacked: bool = False,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: Scheduled = 1e-8,
-        **options: Unpack[StepOptions],
+        **options: Unpack[StackedOptions],
     ) -> None:
         if not (isinstance(momentum, Momentum) or callable(momentum)):
             number("momentum", momentum)
@@ -152,14 +151,16 @@ class Muon(StackedOptimizer):
             update = g.lerp(buffer, momentum)
         if not group["stacked"]:
             update = update.reshape(-1, *matrix_shape(g.shape[1:]))
-        return orthogonalized(update, group["polynomial"], group["precision"]).mul_(_scale(update, group["scaling"]))
+        polar = orthogonalized(update, group["polynomial"], group["precision"])
+        return polar.mul_(polar_scale(update, group["scaling"]))
 
 
 def _is_matrix(p: Tensor, group: Group) -> bool:
     return p.ndim >= 2 and group["orthogonalize"]
 
 
-def _scale(matrices: Tensor, scaling: Scaling) -> float:
+def polar_scale(matrices: Tensor, scaling: Scaling) -> float:
+    """The factor s of polar factors ``(*stack, m, n)``; see :class:`Muon`."""
     rows, columns = matrices.shape[-2:]
     if scaling == "adam":
         return 0.2 * max(rows, columns) ** 0.5

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from precond.distributed.sharded import Exchange, is_sharded, owners
-from precond.step.base import SecondOrderOptimizer
+from precond.step.base import MomentumOptions, SecondOrderOptimizer, UpdateOptions
 from precond.step.divergence import TOLERATED_FAILURES, squares_fit
 from precond.step.journal import FAILURES, REFRESHES
+from precond.step.norm_control import is_matrix
+from precond.step.options import Vectors, vectors_entries
 from solvers import SolverError
 from solvers.precision import widen, working_dtype
 
@@ -21,6 +23,16 @@ log = logging.getLogger(__name__)
 
 State = dict[str, Any]
 Group = dict[str, Any]
+
+
+class GradientOptions(UpdateOptions, total=False):
+    """Options that every method of :class:`GradientOptimizer` has."""
+
+    vectors: Vectors | None
+
+
+class GradientMomentumOptions(GradientOptions, MomentumOptions, total=False):
+    """:class:`GradientOptions`, and ``momentum`` for methods with the default one."""
 
 
 class GradientOptimizer(SecondOrderOptimizer):
@@ -36,10 +48,37 @@ class GradientOptimizer(SecondOrderOptimizer):
 
     A direction is computed on copies of the tensors in the state, which a method may write to: those of the step before
     live until the step has ended, and come back if anything raises.
+
+    Args:
+        params: Parameters, groups, or named parameters.
+        lr: Learning rate.
+        vectors: Options of vectors and numbers, where they differ from those of matrices: :class:`~precond.Vectors`.
+        defaults: Further options of the parameter groups, of the method's own.
+        options: See :class:`SecondOrderOptimizer`.
     """
 
+    shapes_update = True
     #: Tensors that the step has written.
     written: list[Tensor]
+
+    def __init__(
+        self,
+        params: Any,
+        *,
+        lr: float | Tensor,
+        vectors: Vectors | None = None,
+        defaults: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(params, lr=lr, defaults={**vectors_entries(vectors), **(defaults or {})}, **options)
+
+    def check(self, options: Group) -> None:
+        super().check(options)
+        if options.get("vector_betas") is not None and len(options["vector_betas"]) != len(options.get("betas", ())):
+            has = f"has betas={options['betas']}" if "betas" in options else "has no betas"
+            raise ValueError(
+                f"{type(self).__name__} {has}, so vectors=Vectors(betas={options['vector_betas']}) does not fit it."
+            )
 
     @abstractmethod
     def initial_state(self, p: Tensor, group: Group) -> State:
@@ -135,9 +174,11 @@ class GradientOptimizer(SecondOrderOptimizer):
                 self.state[p]["step"] += 1
                 (entries if self.diagonal(self.state[p]) else whole).append(p)
             for params, compute in ((whole, self.several), (entries, self._adam)):
-                if params:
-                    raised = [widen(gradients[p]) for p in params]
-                    out |= zip(params, compute(params, raised, group), strict=True)
+                for some, options in _by_kind(params, group):
+                    raised = [widen(gradients[p]) for p in some]
+                    found = compute(some, raised, options)
+                    rate = 1 if options is group else group["vector_lr"]
+                    out |= zip(some, found if rate == 1 else torch._foreach_mul(found, rate), strict=True)
         return out
 
     def several(self, params: list[Tensor], gradients: list[Tensor], group: Group) -> list[Tensor]:
@@ -188,6 +229,16 @@ class GradientOptimizer(SecondOrderOptimizer):
             if first or state[failures] > TOLERATED_FAILURES:
                 raise type(error)(f"{where}: refresh failed {state[failures]} times in a row. {error}") from error
             log.warning("%s keeps its last decomposition: %s", where, error)
+
+
+def _by_kind(params: list[Tensor], group: Group) -> list[tuple[list[Tensor], Group]]:
+    """Parameters with the options that hold for them: vectors may have others than matrices."""
+    betas = group.get("vector_betas")
+    if not params or (betas is None and group.get("vector_lr", 1) == 1):
+        return [(params, group)] if params else []
+    matrices, vectors = [p for p in params if is_matrix(p)], [p for p in params if not is_matrix(p)]
+    own = {**group, "betas": betas} if betas is not None else dict(group)
+    return [pair for pair in ((matrices, group), (vectors, own)) if pair[0]]
 
 
 def state_zeros(p: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:

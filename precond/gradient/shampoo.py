@@ -9,8 +9,7 @@ from torch import Tensor
 
 from precond.gradient.matrices import add_gram, blocks, merged_shape, multiply, rotated_root, spectrum, symmetric_power
 from precond.gradient.optimizer import Group, State, debiased, due, state_zeros
-from precond.gradient.stacks import Stack, StackedOptimizer, entries
-from precond.step.base import MomentumOptions
+from precond.gradient.stacks import Stack, StackedMomentumOptions, StackedOptimizer, entries
 from precond.step.methods import Taxonomy
 from precond.step.schedules import FIXED, Scheduled, ScheduledInt
 
@@ -68,7 +67,7 @@ class Shampoo(StackedOptimizer):
         inverse_update_period: Steps between roots.
         start_step: First step that uses the factors; grafting alone before.
         block_size: Largest side of a block.
-        options: See :class:`SecondOrderOptimizer`.
+        options: See :class:`StackedOptimizer`.
 
     Raises:
         ValueError: If an option is out of range, or options exclude each other.
@@ -109,7 +108,7 @@ class Shampoo(StackedOptimizer):
         inverse_update_period: ScheduledInt = 10,
         start_step: int = 1,
         block_size: int = 1024,
-        **options: Unpack[MomentumOptions],
+        **options: Unpack[StackedMomentumOptions],
     ) -> None:
         super().__init__(
             params,

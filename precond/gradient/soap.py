@@ -9,8 +9,7 @@ from torch import Tensor
 from precond.gradient.bases import eigenbases, improve_bases, initial_bases
 from precond.gradient.matrices import add_gram, merged_shape, multiply, rotated_root, worth_a_matrix
 from precond.gradient.optimizer import Group, State, due, state_zeros
-from precond.gradient.stacks import Stack, StackedOptimizer, entries
-from precond.step.base import MomentumOptions
+from precond.gradient.stacks import Stack, StackedMomentumOptions, StackedOptimizer, entries
 from precond.step.methods import Taxonomy
 from precond.step.schedules import Scheduled, ScheduledInt
 
@@ -61,7 +60,7 @@ class SOAP(StackedOptimizer):
             for any.
         merge_dims: Join neighbouring axes up to this size (convolutions); ``None`` keeps them apart.
         rotate_vectors: Also rotate parameters of one axis.
-        options: See :class:`SecondOrderOptimizer`.
+        options: See :class:`StackedOptimizer`.
 
     References:
         Vyas et al. (2024), algorithm 3, https://arxiv.org/abs/2409.11321
@@ -92,7 +91,7 @@ class SOAP(StackedOptimizer):
         max_ratio: float | None = 4.0,
         merge_dims: int | None = None,
         rotate_vectors: bool = False,
-        **options: Unpack[MomentumOptions],
+        **options: Unpack[StackedMomentumOptions],
     ) -> None:
         super().__init__(
             params,

@@ -13,9 +13,8 @@ from precond.distributed.sharded import is_sharded
 from precond.gradient.bases import eigenbases, initial_bases
 from precond.gradient.matrices import gram, largest, matrix_shape, multiply, worth_a_matrix
 from precond.gradient.optimizer import Group, State, due, state_zeros
-from precond.gradient.stacks import Stack, StackedOptimizer, entries
+from precond.gradient.stacks import Stack, StackedMomentumOptions, StackedOptimizer, entries
 from precond.step.averaging import swapped, update_average
-from precond.step.base import MomentumOptions
 from precond.step.methods import Taxonomy
 from precond.step.schedules import Scheduled, ScheduledInt
 from solvers.precision import working_dtype
@@ -58,7 +57,7 @@ class SPlus(StackedOptimizer):
         inverse_update_period: Steps between decompositions.
         max_dim: Sides longer than this are not rotated.
         max_ratio: Sides longer than this many times the other are not rotated; ``None`` for any ratio.
-        options: See :class:`SecondOrderOptimizer`.
+        options: See :class:`StackedOptimizer`.
 
     References:
         Frans, Levine and Abbeel (2025), https://arxiv.org/abs/2506.07254
@@ -87,7 +86,7 @@ class SPlus(StackedOptimizer):
         inverse_update_period: ScheduledInt = 100,
         max_dim: int = 10000,
         max_ratio: float | None = 4.0,
-        **options: Unpack[MomentumOptions],
+        **options: Unpack[StackedMomentumOptions],
     ) -> None:
         super().__init__(
             params,

@@ -6,15 +6,27 @@ from abc import abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from math import prod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from precond.distributed.sharded import is_sharded
-from precond.gradient.optimizer import GradientOptimizer, Group, State
+from precond.gradient.optimizer import GradientMomentumOptions, GradientOptimizer, GradientOptions, Group, State
+from precond.gradient.rows import normalized_rows, row_state
 from precond.step.journal import REFRESHES
 from solvers import SolverError
+from solvers.outcome.arguments import number
+
+
+class StackedOptions(GradientOptions, total=False):
+    """Options that every method of :class:`StackedOptimizer` has."""
+
+    row_normalization: float | None
+
+
+class StackedMomentumOptions(StackedOptions, GradientMomentumOptions, total=False):
+    """:class:`StackedOptions`, and ``momentum`` for methods with the default one."""
 
 
 class Stack:
@@ -101,11 +113,41 @@ class StackedOptimizer(GradientOptimizer):
     """A :class:`GradientOptimizer` that is written for stacks of parameters of one shape.
 
     Many small matrices take many small operations one by one; together they take one operation of each kind.
+
+    Args:
+        params: Parameters, groups, or named parameters.
+        lr: Learning rate.
+        row_normalization: Divide the rows of the direction of each matrix (the first axis, which counts outputs) by the
+            root of their mean squares, averaged over the steps with this weight of the old value, and restore its norm:
+            NorMuon's normalisation (:func:`~precond.gradient.rows.normalized_rows`), of which the paper has 0.95.
+            ``None`` for none.
+        defaults: Further options of the parameter groups, of the method's own.
+        options: See :class:`GradientOptimizer`.
     """
 
     #: Words in the names of entries that :meth:`update` and :meth:`renew` replace: a step copies the others before it
     #: writes to them.
     kept: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(
+        self,
+        params: Any,
+        *,
+        lr: float | Tensor,
+        row_normalization: float | None = None,
+        defaults: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        defaults = {"row_normalization": row_normalization, **(defaults or {})}
+        super().__init__(params, lr=lr, defaults=defaults, **options)
+
+    def check(self, options: Group) -> None:
+        super().check(options)
+        number("row_normalization", options.get("row_normalization"), low=0, high=1, open_high=True, optional=True)
+
+    def first_state(self, p: Tensor, group: Group) -> State:
+        state = super().first_state(p, group)
+        return state if self.diagonal(state) or not p.numel() else {**state, **row_state(p, group)}
 
     @abstractmethod
     def update(self, stack: Stack, g: Tensor, group: Group) -> Tensor:
@@ -130,6 +172,9 @@ class StackedOptimizer(GradientOptimizer):
         for places, stack in self._stacked(params, gradients):
             stack.open(self.kept)
             directions = self.update(stack, stack.gather([gradients[i] for i in places]), group)
+            if "row_sq" in stack.state:
+                directions = directions.reshape(-1, *params[places[0]].shape)
+                directions = normalized_rows(directions, stack.state, group)
             # A factor enters directions by way of its basis or root, which is looked at with them.
             self.written += [x for name, x in stack.close().items() if "factor" not in name.split(".")]
             out |= zip(places, directions.reshape(-1, *params[places[0]].shape), strict=True)

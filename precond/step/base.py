@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from types import MappingProxyType
 from typing import Any, ClassVar, TypedDict
 
@@ -16,10 +16,13 @@ from torch.distributed import ProcessGroup
 
 from precond.distributed.ranks import check_group
 from precond.step.alike import Alike
+from precond.step.averaging import swapped
 from precond.step.bounded import BoundedOptimizer
 from precond.step.described import described
 from precond.step.journal import FAILURES, REFRESHES, lengths, norm, shares
+from precond.step.lookahead import EMANesterov, iterate
 from precond.step.loop import Loop
+from precond.step.norm_control import NormControl
 from precond.step.options import Momentum, TrustRegion, WeightDecay, in_groups
 from precond.step.schedules import Scheduled
 from precond.step.signature import announced
@@ -47,6 +50,13 @@ class MomentumOptions(StepOptions, total=False):
     momentum: Scheduled | Momentum
 
 
+class UpdateOptions(StepOptions, total=False):
+    """:class:`StepOptions`, and what is done with the update of methods that use gradients alone."""
+
+    norm_control: NormControl | None
+    lookahead: Scheduled | EMANesterov | None
+
+
 @announced
 class SecondOrderOptimizer(BoundedOptimizer):
     """A ``torch.optim.Optimizer`` that owns the order of a step, not the mathematics of C.
@@ -69,9 +79,15 @@ class SecondOrderOptimizer(BoundedOptimizer):
         loop: The parts of the training loop that cannot be seen, see :class:`Loop`.
         process_group: Processes whose gradients the loop averages by hand; they decide together whether a step is
             taken. Those of a model in ``DistributedDataParallel`` need no mention.
+        norm_control: Of methods that use gradients alone: control of the norm of matrices and of their updates, by
+            :class:`~precond.Hyperball`, :class:`~precond.UpdateFloor`, :class:`~precond.RadialBrake` or a tuple of
+            them.
+        lookahead: Likewise: gradients ahead of the iterate, the strength or :class:`~precond.EMANesterov`.
         defaults: Further options of the parameter groups, of the method's own.
     """
 
+    #: Whether the update may be changed after momentum, by ``norm_control`` and ``lookahead``.
+    shapes_update: ClassVar[bool] = False
     #: Options that schedulers of torch must not take for the momentum of the method (``OneCycleLR``, ``CyclicLR``).
     uncycled: ClassVar[frozenset[str]] = frozenset()
     #: Options of the groups of some roles, as the method's authors treat them; see :func:`precond.param_groups`.
@@ -98,6 +114,8 @@ class SecondOrderOptimizer(BoundedOptimizer):
         maximize: bool = False,
         loop: Loop = Loop(),
         process_group: ProcessGroup | None = None,
+        norm_control: NormControl | None = None,
+        lookahead: Scheduled | EMANesterov | None = None,
         defaults: dict[str, Any] | None = None,
     ) -> None:
         if isinstance(params, torch.nn.Module):
@@ -125,6 +143,9 @@ class SecondOrderOptimizer(BoundedOptimizer):
             "maximize": maximize,
             **(defaults or {}),
         }
+        if self.shapes_update or norm_control is not None or lookahead is not None:
+            options |= {"lookahead_decay": EMANesterov.decay}
+            options |= in_groups({"norm_control": norm_control, "lookahead": lookahead})
         self._prepared: dict[int, tuple[Tensor, int]] = {}  # result of precondition(): d, its version
         self._prepared_slopes: Slopes | None = None  # of that result
         self.gradient_norm, self.measured = math.inf, {}
@@ -171,6 +192,14 @@ class SecondOrderOptimizer(BoundedOptimizer):
     def regularized(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         """Gradients with the L2 part of the weight decay."""
         return regularized(gradients, self.param_groups)
+
+    def check(self, options: dict[str, Any]) -> None:
+        if not self.shapes_update and ("hyperball" in options or options.get("lookahead") is not None):
+            raise ValueError(
+                f"{type(self).__name__} takes no norm_control and no lookahead, which change the step behind its back. "
+                "They are options of the methods that use gradients alone, such as SOAP and Muon."
+            )
+        super().check(options)
 
     def before_move(self) -> None:
         """All values that the step gives are known (:attr:`coming`; none in its first half), and nothing has moved."""
@@ -284,7 +313,8 @@ class SecondOrderOptimizer(BoundedOptimizer):
             params = [p for p in group["params"] if p in directions]
             if params:
                 given, states = [directions[p] for p in params], [self.state[p] for p in params]
-                found = apply_update(params, given, states, self.update_options(group), scale)
+                options = self.update_options({**group, "lookahead": None} if self.idle else group)
+                found = apply_update(params, given, states, options, scale)
                 self.coming |= zip(params, found, strict=True)
         if not prepared:
             self.before_move()
@@ -306,6 +336,13 @@ class SecondOrderOptimizer(BoundedOptimizer):
         self.after_move()
         self._lengths_moved = tuple(found or lengths(before.items()))
         whole.end()
+
+    @contextmanager
+    def without_lookahead(self) -> Iterator[None]:
+        """Within the block the parameters hold the iterates, and not the points ahead of them (``lookahead``)."""
+        params = [p for group in self.param_groups for p in group["params"] if self.state.get(p, {}).get("lookahead")]
+        with swapped((p, iterate(p, self.state[p])) for p in params):
+            yield
 
     def _count(self) -> None:
         for group in self.param_groups:

@@ -8,6 +8,8 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
+from precond.step.lookahead import EMANesterov
+from precond.step.norm_control import check_norm_control, norm_control_entries
 from precond.step.schedules import Scheduled, ScheduledInt
 from precond.step.update import Decay
 from solvers.outcome.arguments import flag, number, whole
@@ -62,6 +64,59 @@ class WeightDecay:
     def in_groups(self) -> dict[str, Any]:
         """The entries of a parameter group."""
         return {"weight_decay": self.strength, "decay": self.form}
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """Options of vectors and numbers among the parameters of a group, as ``vectors``: biases, scales, shifts.
+
+    Their second moment, of few noisy entries, wants a longer memory than that of matrices.
+
+    Args:
+        betas: Decay of their averages; those of the group if ``None``.
+        lr: Their learning rate as a multiple of the group's.
+
+    References:
+        Track 3 of modded-nanogpt (2026), https://github.com/KellerJordan/modded-nanogpt/pull/321
+    """
+
+    betas: tuple[float, float] | None = None
+    lr: Scheduled = 1.0
+
+    def __post_init__(self) -> None:
+        """Validate the arguments."""
+        if self.betas is not None:
+            check_betas("betas of Vectors", self.betas)
+        if not callable(self.lr):
+            number("lr of Vectors", self.lr, low=0)
+
+    def in_groups(self) -> dict[str, Any]:
+        """The entries of a parameter group."""
+        return {"vector_betas": self.betas, "vector_lr": self.lr}
+
+
+def vectors_entries(given: Any) -> dict[str, Any]:
+    """The entries of a parameter group for ``vectors=``.
+
+    Raises:
+        TypeError: If it is no :class:`Vectors`.
+    """
+    if not (given is None or isinstance(given, Vectors)):
+        raise TypeError(f"vectors is a Vectors(betas, lr), or None for the options of the group; got {given!r}.")
+    return (Vectors() if given is None else given).in_groups()
+
+
+def check_betas(name: str, betas: Any) -> None:
+    """Refuse what are no two weights of old values.
+
+    Raises:
+        ValueError: If a number is out of range.
+        TypeError: If there are no numbers.
+    """
+    if not (isinstance(betas, (tuple, list)) and all(isinstance(b, Real) and not isinstance(b, bool) for b in betas)):
+        raise TypeError(f"{name} are numbers such as (0.9, 0.999), not {betas!r}.")
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"{name} are weights of old values, each in [0, 1); got {betas}.")
 
 
 Bounded = Literal["move", "direction"]
@@ -187,8 +242,11 @@ def in_groups(options: dict[str, Any]) -> dict[str, Any]:
     if "kl_clip" in options and "kl_lr" not in options and not isinstance(clip, TrustRegion):
         out |= TrustRegion(clip).in_groups()
     for value in options.values():
-        if isinstance(value, (Momentum, WeightDecay, TrustRegion)):
+        if isinstance(value, (Momentum, WeightDecay, TrustRegion, EMANesterov)):
             out |= value.in_groups()
+    for name, entries in (("norm_control", norm_control_entries), ("vectors", vectors_entries)):
+        if name in options:
+            out |= entries(out.pop(name))
     return out
 
 
@@ -209,9 +267,13 @@ def check_options(options: dict[str, Any]) -> None:
         if isinstance(value, (int, float)) and not (0 <= value < float("inf")):
             raise ValueError(f"{name} must be a non-negative finite number, got {value}.")
     _check_form("decay", options.get("decay", "decoupled"))
-    betas = options.get("betas", ())
-    if not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"betas are weights of old values, each in [0, 1); got {betas}.")
+    for name in ("betas", "vector_betas"):
+        if options.get(name) is not None:
+            check_betas(name, options[name])
+    if options.get("lookahead") is not None:
+        number("lookahead", options["lookahead"], low=0)
+        number("lookahead_decay", options["lookahead_decay"], low=0, high=1, open_high=True)
+    check_norm_control(options)
     ema = options.get("curvature_ema")
     if ema is not None and not 0 <= ema <= 1:
         raise ValueError(f"curvature_ema is the weight of old statistics, in [0, 1]; got {ema}.")
@@ -226,7 +288,7 @@ def check_options(options: dict[str, Any]) -> None:
     for name in _NUMBERS & options.keys():  # what the ranges above let pass
         if not isinstance(options[name], Tensor):
             number(name, options[name], optional=True)
-    for name in ("vector_scale", "scale", "max_ratio"):
+    for name in ("vector_scale", "vector_lr", "scale", "max_ratio"):
         if options.get(name) is not None:
             number(name, options[name], low=0)
 
@@ -236,13 +298,23 @@ _NUMBERS = frozenset(
     {
         *("lr", "momentum", "weight_decay", "kl_clip", "damping", "eps", "curvature_ema", "exponent", "max_rms"),
         *("preconditioner_lr", "average_decay", "vector_scale", "scale", "gamma", "hessian_power", "max_ratio"),
+        *("update_floor", "brake_outward", "brake_inward", "lookahead", "lookahead_decay", "vector_lr"),
+        "row_normalization",
     }
 )
 _WHOLE = frozenset({"max_dim", "merge_dims", "block_size", "rank", "start_step"})
 _FLAGS = frozenset(
-    {"nesterov", "maximize", "rotate_vectors", "eigenvalue_correction", "orthogonalize", "stacked"},
+    {
+        *("nesterov", "maximize", "rotate_vectors", "eigenvalue_correction", "orthogonalize", "stacked"),
+        *("hyperball", "floor_rows"),
+    },
 )
-_OPTIONAL = frozenset({"kl_clip", "curvature_ema", "exponent", "max_rms", "merge_dims", "max_ratio"})
+_OPTIONAL = frozenset(
+    {
+        *("kl_clip", "curvature_ema", "exponent", "max_rms", "merge_dims", "max_ratio"),
+        *("lookahead", "row_normalization"),
+    }
+)
 
 
 def _check_types(options: dict[str, Any]) -> None:
@@ -261,10 +333,8 @@ def _check_types(options: dict[str, Any]) -> None:
                 raise ValueError(f"{name} is at least 1, not {value}.")
         elif name in _FLAGS:
             flag(name, value)
-        elif name == "betas" and not (
-            isinstance(value, (tuple, list)) and all(isinstance(b, Real) and not isinstance(b, bool) for b in value)
-        ):
-            raise TypeError(f"betas are numbers such as (0.9, 0.999), not {value!r}.")
+        elif name == "betas":
+            check_betas(name, value)
 
 
 def choice(name: str, value: Any, of: Any) -> Any:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from precond.distributed.checkpoint import PACKED, asked_by_checkpoint, counted, packed, unpacked
+from precond.step.norm_control import is_matrix, radius
 from precond.step.scheduled import ScheduledOptimizer
 from precond.step.transaction import Transaction
 from solvers.precision import working_dtype
@@ -95,6 +96,10 @@ class StatefulOptimizer(ScheduledOptimizer):
         if own["momentum"] and self.needs != "closure":
             dtype = working_dtype(p) if self.needs == "grad" else p.dtype
             out.setdefault("momentum_buffer", torch.zeros_like(p, dtype=dtype))
+        if own.get("lookahead") is not None:
+            out |= {"trend": torch.zeros_like(p, dtype=working_dtype(p)), "lookahead": 0.0}
+        if own.get("hyperball") and is_matrix(p) and "radius" not in known:
+            out["radius"] = radius(p)
         return out
 
     def begin_states(self) -> None:

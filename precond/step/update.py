@@ -8,9 +8,14 @@ import torch
 from torch import Tensor
 
 from precond.distributed.sharded import any_sharded, is_sharded, like, local
+from precond.step.lookahead import looked_ahead
+from precond.step.norm_control import controlled_values, is_controlled, is_matrix
 from precond.step.trust_region import scaled
 
 Decay = Literal["decoupled", "l2", "independent", "corrected", "cautious"]
+
+#: Entries of a parameter's state that the second half of the step writes.
+_WRITTEN = ("momentum_buffer", "trend", "lookahead", "radius")
 
 #: Ways that compare the learning rate with its largest value.
 SCHEDULED_DECAY = ("independent", "corrected")
@@ -62,12 +67,14 @@ def apply_update(
     states: list[dict[str, Any]],
     group: dict[str, Any],
     scale: Tensor | float | None = None,
+    of: list[Tensor] | None = None,
 ) -> list[Tensor]:
     r"""Momentum, weight decay and the values that parameters are to take, in the arithmetic of ``torch.optim.SGD``.
 
     .. math:: v \leftarrow \mu v + d, \qquad p \leftarrow (1 - r) p - \eta \nu v
 
-    with the rate r of :func:`decay_rate` and the factor :math:`\nu` of a trust region. Nothing is changed in place:
+    with the rate r of :func:`decay_rate` and the factor :math:`\nu` of a trust region. Matrices under a control of
+    norms move as :mod:`~precond.step.norm_control` says, and a look-ahead comes last. Nothing is changed in place:
     parameters move when all values are known.
 
     Args:
@@ -76,6 +83,7 @@ def apply_update(
         states: State of each parameter; gets a new ``momentum_buffer`` where there is momentum.
         group: Options ``lr``, ``momentum``, ``nesterov``, ``weight_decay``, ``decay``, ``maximize``.
         scale: :math:`\nu`, a number or 0-d; 1 if ``None``.
+        of: The sharded parameters, of which ``params`` are the parts in this process; ``None`` for whole ones.
 
     Returns:
         The new values.
@@ -108,11 +116,22 @@ def apply_update(
             values = list(torch._foreach_mul(params, 1 - rate))
     if isinstance(scale, Tensor):
         directions = scaled(directions, scale)
+    elif scale is not None and is_controlled(group):  # what it controls is the update, apart from its rate
+        directions = list(torch._foreach_mul(directions, scale))
     elif scale is not None:
         lr = lr * scale
     if isinstance(lr, Tensor):
-        return list(torch._foreach_sub(values, list(torch._foreach_mul(directions, lr))))
-    return list(torch._foreach_add(values, directions, alpha=-lr))
+        found = list(torch._foreach_sub(values, list(torch._foreach_mul(directions, lr))))
+    else:
+        found = list(torch._foreach_add(values, directions, alpha=-lr))
+    if is_controlled(group):
+        whole = params if of is None else of
+        places = [i for i, p in enumerate(whole) if is_matrix(p)]
+        v, u, some = ([xs[i] for i in places] for xs in (values, directions, whole))
+        own = [states[i] for i in places]
+        for i, value in zip(places, controlled_values(v, u, own, {**group, "lr": lr}, some), strict=True):
+            found[i] = value
+    return looked_ahead(params, found, states, group) if group.get("lookahead") is not None else found
 
 
 def _update_of_shards(
@@ -122,12 +141,12 @@ def _update_of_shards(
     group: dict[str, Any],
     scale: Tensor | float | None,
 ) -> list[Tensor]:
-    """:func:`apply_update` on the parts that lie in this process; all of it is entry by entry."""
-    own: list[dict[str, Any]] = [
-        {"momentum_buffer": local(state["momentum_buffer"])} if "momentum_buffer" in state else {} for state in states
-    ]
-    values = apply_update(list(map(local, params)), list(map(local, directions)), own, group, scale)
-    if group["momentum"]:
-        for p, state, mine in zip(params, states, own, strict=True):
-            state["momentum_buffer"] = like(mine["momentum_buffer"], p) if is_sharded(p) else mine["momentum_buffer"]
+    """:func:`apply_update` on the parts that lie in this process; all but norms is entry by entry."""
+    # A momentum that a method keeps itself lies with the owner of its parameter.
+    names = [name for name in _WRITTEN if group["momentum"] or name != "momentum_buffer"]
+    own = [{name: local(state[name]) for name in names if name in state} for state in states]
+    values = apply_update(list(map(local, params)), list(map(local, directions)), own, group, scale, params)
+    for p, state, mine in zip(params, states, own, strict=True):
+        cut = {name for name in ("momentum_buffer", "trend") if name in mine and is_sharded(p)}
+        state.update({name: like(x, p) if name in cut else x for name, x in mine.items()})
     return [like(value, p) if is_sharded(p) else value for p, value in zip(params, values, strict=True)]

@@ -263,6 +263,57 @@ def muon(
         yield theta
 
 
+def soap_muon(
+    theta: Array,
+    gradients: list[Array],
+    lr: float,
+    momentum: float,
+    nesterov: bool,
+    ema: float,
+    betas: tuple,
+    eps: float,
+    period: int,
+    coefficients: list[tuple],
+    decay: float = 0.0,
+) -> Iterator:
+    if theta.ndim < 2:
+        yield from adam(theta, gradients, lr, betas, eps, decay)
+        return
+    m = v = 0.0
+    left = right = 0.0
+    for t, g in enumerate(gradients, 1):
+        matrix = g.reshape(len(theta), -1)
+        if t == 1:
+            left, right = (1 - ema) * matrix @ matrix.T, (1 - ema) * matrix.T @ matrix
+            ql, qr = np.linalg.eigh(left)[1], np.linalg.eigh(right)[1]
+        m = momentum * m + (1 - momentum) * matrix
+        n = (1 - momentum) * matrix + momentum * m if nesterov else m
+        v = ema * v + (1 - ema) * (ql.T @ matrix @ qr) ** 2
+        whitened = (ql.T @ n @ qr) / (np.sqrt(v / (1 - ema**t)) + eps)
+        # A matrix polynomial p(X X^T) X acts on the singular values alone.
+        u, s, vh = np.linalg.svd(ql @ whitened @ qr.T, full_matrices=False)
+        s = s / np.linalg.norm(s)
+        for a, b, c in coefficients:
+            s = a * s + b * s**3 + c * s**5
+        step = 0.2 * max(matrix.shape) ** 0.5 * u @ np.diag(s) @ vh
+        theta = (1 - lr * decay) * theta - lr * step.reshape(theta.shape)
+        yield theta
+        if t > 1:
+            left = ema * left + (1 - ema) * matrix @ matrix.T
+            right = ema * right + (1 - ema) * matrix.T @ matrix
+            if t % period == 0:
+                ql, rows = improved(left, ql)
+                qr, columns = improved(right, qr)
+                v = v[rows][:, columns]
+
+
+def improved(factor: Array, basis: Array) -> tuple[Array, Array]:
+    """One step of orthogonal iteration with columns by falling eigenvalue, and that order."""
+    order = np.argsort(-np.diag(basis.T @ factor @ basis))
+    shift = np.sqrt(np.finfo(float).eps) * np.linalg.norm(factor)
+    return np.linalg.qr(factor @ basis[:, order] + shift * basis[:, order])[0], order
+
+
 def kl_shampoo(theta: Array, gradients: list[Array], lr: float, betas: tuple, eps: float, period: int) -> Iterator:
     if theta.ndim < 2:
         yield from adam(theta, gradients, lr, betas, eps)

@@ -27,7 +27,9 @@ HOSTILE: dict[str, Any] = {
     "list": [float("nan")],
     "complex": 1j,
 }
-GRADIENT = ("SOAP", "Shampoo", "KLShampoo", "SPlus", "Muon", "GaLore", "MFAC", "PSGD", "AdaHessian", "Sophia")
+GRADIENT = (
+    *("SOAP", "Shampoo", "KLShampoo", "SPlus", "Muon", "SOAPMuon", "GaLore", "MFAC", "PSGD", "AdaHessian", "Sophia"),
+)
 CLOSURE = ("Newton", "GaussNewton")
 LAYERWISE = ("KFAC", "EKFAC", "TNT", "KBFGS", "SENG", "SINGD", "NaturalGradient", "SMWNaturalGradient")
 
@@ -40,6 +42,10 @@ def refused(x: torch.Tensor) -> torch.Tensor:
 OPTIONS: dict[str, Mapping[str, Any]] = {
     "Momentum": {},
     "WeightDecay": {"strength": 0.1},
+    "UpdateFloor": {},
+    "RadialBrake": {},
+    "EMANesterov": {},
+    "Vectors": {},
     "Refresh": {"period": 2},
     "Doubling": {"period": 2},
     "LevenbergMarquardt": {},

@@ -209,7 +209,7 @@ def test_refreshes_are_counted_at_their_times() -> None:
     assert sophia.metrics()["refreshes"] == 2 * len(list(model.parameters()))
 
 
-@pytest.mark.parametrize("name", ["KFAC", "SOAP", "Shampoo", "KLShampoo", "SPlus", "GaLore"])
+@pytest.mark.parametrize("name", ["KFAC", "SOAP", "SOAPMuon", "Shampoo", "KLShampoo", "SPlus", "GaLore"])
 def test_failures_are_counted_apart(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = network()
     optimizer = made(name, model, lr=0.01, inverse_update_period=1)

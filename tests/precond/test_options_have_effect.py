@@ -12,7 +12,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from precond import KroneckerBFGS, LevenbergMarquardt, Loop, QuadraticModel, SINGDFisher, methods
+from precond import (
+    EMANesterov,
+    Hyperball,
+    KroneckerBFGS,
+    LevenbergMarquardt,
+    Loop,
+    QuadraticModel,
+    SINGDFisher,
+    Vectors,
+    methods,
+)
 from tests.precond.test_protocol import METHODS, Training
 
 STEPS = 6
@@ -44,6 +54,10 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "max_dim": (10000, 1),
     "max_ratio": (4.0, 0.0),
     "merge_dims": (None, 64),
+    "norm_control": (None, Hyperball()),
+    "lookahead": (None, EMANesterov(5.0, 0.5)),
+    "vectors": (None, Vectors(lr=2.0)),
+    "row_normalization": (None, 0.5),
     "curvature": (KroneckerBFGS(), KroneckerBFGS(initial=0.1)),
     # one method each
     "rotate_vectors": (False, True),
@@ -94,6 +108,7 @@ SPECIAL: dict[tuple[str, str], tuple[Any, Any]] = {
     ("Muon", "eps"): (1e-8, 0.3),
     ("GaussNewton", "kl_clip"): (None, 1e-12),
     ("Muon", "momentum"): (0.5, 0.9),
+    ("SOAPMuon", "momentum"): (0.5, 0.9),
     ("SSBFGS", "window"): (None, 1),
     ("KBFGS", "loop"): (Loop(), Loop(output=lambda out: 0.5 * out)),  # it draws nothing
 }

@@ -16,7 +16,7 @@ from tests.precond.test_protocol import METHODS
 
 LAYERED = [method.name for method in methods() if method.needs == "layers"]
 #: Methods whose step on one parameter does not depend on the others.
-ALONE = ["SOAP", "Shampoo", "KLShampoo", "GaLore", "SPlus", "PSGD", "Muon", "Sophia", "AdaHessian"]
+ALONE = ["SOAP", "Shampoo", "KLShampoo", "GaLore", "SPlus", "PSGD", "Muon", "SOAPMuon", "Sophia", "AdaHessian"]
 OPTIONS: dict[str, Any] = {
     "GaLore": {"rank": 2},
     "SPlus": {"vector_scale": 1.0},

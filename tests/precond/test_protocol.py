@@ -39,6 +39,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "Shampoo": {"inverse_update_period": 4, "block_size": 3},
     "KLShampoo": {"inverse_update_period": 4},
     "SPlus": {"inverse_update_period": 4, "vector_scale": 1.0},
+    "SOAPMuon": {"inverse_update_period": 4},
     "GaLore": {"rank": 2, "inverse_update_period": 4},
     "Sophia": {"curvature_update_period": 4},
     "HessianFree": {"max_steps": 12, "samples": 1},
@@ -309,7 +310,9 @@ def test_parameters_without_gradient_and_frozen_ones_stay(name):
     assert extra.eq(1).all() and torch.equal(training.model.out.bias, bias)
 
 
-@pytest.mark.parametrize("name", ["SOAP", "Shampoo", "KLShampoo", "SPlus", "Muon", "GaLore", "PSGD", "MFAC"])
+@pytest.mark.parametrize(
+    "name", ["SOAP", "Shampoo", "KLShampoo", "SPlus", "Muon", "SOAPMuon", "GaLore", "PSGD", "MFAC"]
+)
 @pytest.mark.parametrize("flat", [False, True])
 def test_distributed_checkpoint_resumes_bit_for_bit(name, flat):
     options = StateDictOptions(flatten_optimizer_state_dict=flat)
@@ -466,7 +469,7 @@ def test_refuses_options_out_of_range(name, options, message):
         Training(name, **{key: Loop(**value) if key == "loop" else value for key, value in options.items()})
 
 
-@pytest.mark.parametrize("name", ["SOAP", "Shampoo", "Muon", "KLShampoo", "SPlus", "AdaHessian", "Sophia"])
+@pytest.mark.parametrize("name", ["SOAP", "Shampoo", "Muon", "SOAPMuon", "KLShampoo", "SPlus", "AdaHessian", "Sophia"])
 def test_refuses_betas_out_of_range(name):
     with pytest.raises(ValueError, match=r"betas are weights of old values, each in \[0, 1\); got \(1.0, 0.9\)"):
         Training(name, betas=(1.0, 0.9))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import precond.gradient.matrices
 import precond.layerwise.blocks.preconditioner
 from curvature.structures.inverse import InverseEstimator
-from precond import SOAP, GaLore, KLShampoo, Loop, Shampoo, SPlus
+from precond import SOAP, GaLore, KLShampoo, Loop, Shampoo, SOAPMuon, SPlus
 from solvers import SolverError
 from tests.precond.test_torch_checks import METHODS, NAMES, WITHOUT_CLOSURE, Problem, equal
 
@@ -196,6 +196,7 @@ def test_a_layer_that_is_unused_in_some_steps(name, used):
 DECOMPOSED = {
     "Shampoo": (lambda p: Shampoo(p, inverse_update_period=2), "0.root.0", "spectrum"),
     "SOAP": (lambda p: SOAP(p, inverse_update_period=2), "basis.0", "improved_basis"),
+    "SOAPMuon": (lambda p: SOAPMuon(p, inverse_update_period=2), "basis.0", "improved_basis"),
     "KLShampoo": (lambda p: KLShampoo(p, inverse_update_period=2), "basis.0", "improved_basis"),
     "SPlus": (lambda p: SPlus(p, inverse_update_period=2), "basis.0", "spectrum"),
     "GaLore": (lambda p: GaLore(p, rank=2, inverse_update_period=2), "projection", "leading_vectors"),

@@ -55,6 +55,10 @@ def test_a_step_from_gradients_costs_what_is_stated(name: str) -> None:
     assert min(counted(name)) == stated(name)
 
 
+def test_a_step_of_soap_muon_between_two_refreshes_costs_what_is_stated() -> None:
+    assert min(counted("SOAPMuon", inverse_update_period=5)) == stated("SOAPMuon")
+
+
 @pytest.mark.parametrize("name", ["EKFAC", "KFAC", "SINGD", "TNT"])
 def test_a_step_between_two_refreshes_costs_what_is_stated(name: str) -> None:
     assert min(counted(name, damping=1.0, curvature_update_period=5)) == stated(name)

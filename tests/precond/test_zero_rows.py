@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from precond import EKFAC, KFAC, PSGD, SINGD, SOAP, TNT, KLShampoo, Muon, Shampoo, SPlus
+from precond import EKFAC, KFAC, PSGD, SINGD, SOAP, TNT, KLShampoo, Muon, Shampoo, SOAPMuon, SPlus
 from solvers.outcome.remedies import FLOAT64
 
 GRADIENT: dict[str, Callable[[Any], Any]] = {
@@ -23,6 +23,8 @@ GRADIENT: dict[str, Callable[[Any], Any]] = {
     "SPlus": lambda p: SPlus(p, lr=0.5, inverse_update_period=2),
     "PSGD": lambda p: PSGD(p, lr=1e-2),
     "Muon": lambda p: Muon(p, lr=1e-2),
+    "SOAPMuon": lambda p: SOAPMuon(p, lr=1e-2, max_ratio=None),
+    "SOAP, rows": lambda p: SOAP(p, lr=1e-2, inverse_update_period=2, max_ratio=None, row_normalization=0.9),
 }
 LAYERWISE: dict[str, Callable[[nn.Module, Any], Any]] = {
     "KFAC": lambda model, loss: KFAC(model, loss, lr=0.1),

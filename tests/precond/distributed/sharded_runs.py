@@ -26,7 +26,26 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import precond
-from precond import KFAC, MFAC, PSGD, SOAP, GaLore, KLShampoo, Momentum, Muon, Newton, Shampoo, SPlus, WeightDecay
+from precond import (
+    KFAC,
+    MFAC,
+    PSGD,
+    SOAP,
+    EMANesterov,
+    GaLore,
+    Hyperball,
+    KLShampoo,
+    Momentum,
+    Muon,
+    Newton,
+    RadialBrake,
+    Shampoo,
+    SOAPMuon,
+    SPlus,
+    UpdateFloor,
+    Vectors,
+    WeightDecay,
+)
 from precond.distributed.ranks import OtherRankFailed
 from precond.distributed.sharded import local
 from solvers import SolverError
@@ -40,6 +59,15 @@ METHODS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "KLShampoo": lambda p: KLShampoo(p, lr=0.02, inverse_update_period=2),
     "SPlus": lambda p: SPlus(p, lr=0.02, inverse_update_period=2, weight_decay=WeightDecay(0.1, "cautious")),
     "Muon": lambda p: Muon(p, lr=0.02, weight_decay=WeightDecay(0.1, "l2"), kl_clip=1e-2),
+    "Muon controlled": lambda p: Muon(
+        p,
+        lr=0.02,
+        norm_control=(RadialBrake(0.5), UpdateFloor(5.0, rows=True), Hyperball()),
+        lookahead=EMANesterov(2.0, 0.5),
+        row_normalization=0.5,
+        vectors=Vectors((0.9, 0.99), 2.0),
+    ),
+    "SOAPMuon": lambda p: SOAPMuon(p, lr=0.02, inverse_update_period=2),
     "PSGD": lambda p: PSGD(p, lr=0.02, momentum=Momentum(0.9, nesterov=True)),
     "GaLore": lambda p: GaLore(p, lr=0.02, rank=2, inverse_update_period=2),
     "MFAC": lambda p: MFAC(p, lr=0.02, window=3, damping=0.1),
@@ -254,7 +282,7 @@ def tensor_parallel(shape: tuple[int, ...]) -> dict[str, float]:
 
 
 #: One of each kind: matrices and moments of an owner, averages and windows cut as the parameter is, inner optimizers.
-SAVED = ("SOAP", "Shampoo corrected", "Muon", "SPlus", "MFAC", "GaLore")
+SAVED = ("SOAP", "Shampoo corrected", "Muon", "SPlus", "MFAC", "GaLore", "Muon controlled")
 
 
 def saves(shape: tuple[int, ...], folder: str) -> None:

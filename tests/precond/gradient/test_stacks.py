@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from precond import PSGD, SOAP, KLShampoo, Muon, Shampoo, SPlus
+from precond import PSGD, SOAP, KLShampoo, Muon, Shampoo, SOAPMuon, SPlus, Vectors
 from precond.gradient.stacks import alike
 
 SHAPES = [(4, 4), (5, 3), (4, 4), (3, 2, 4), (4, 4), (7,), (5, 3), (3, 2, 4), (4, 4), ()]
@@ -28,6 +28,8 @@ METHODS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "SPlus": lambda p: SPlus(p, lr=0.1, inverse_update_period=3),
     "PSGD": lambda p: PSGD(p, lr=0.01, max_dim=4),
     "Muon": lambda p: Muon(p, lr=0.01),
+    "Muon, rows": lambda p: Muon(p, lr=0.01, row_normalization=0.9, vectors=Vectors((0.9, 0.99), 2.0)),
+    "SOAPMuon": lambda p: SOAPMuon(p, lr=0.01, inverse_update_period=3, eps=1e-3),
 }
 
 

@@ -31,6 +31,18 @@ def test_equals_the_weighted_mean():
     assert torch.equal(p.detach(), iterates[-1])
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_a_blend_lies_between_iterate_and_average(share):
+    p, _, average, iterates = trained(5)
+    with average.applied():
+        whole = p.detach().clone()
+    with average.applied(share):
+        torch.testing.assert_close(p.detach(), (1 - share) * iterates[-1] + share * whole, rtol=0, atol=1e-15)
+    assert torch.equal(p.detach(), iterates[-1])
+    with pytest.raises(ValueError, match="share"), average.applied(1.5):
+        pass
+
+
 def test_a_checkpoint_continues_bit_for_bit():
     p, optimizer, average, _ = trained(3)
     buffer = io.BytesIO()
