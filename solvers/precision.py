@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from functools import cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+#: Where torch has a precision for products of float32 numbers, and the names of full precision.
+_TORCH: Any = torch.backends
+_BACKENDS = _TORCH.cuda.matmul, _TORCH.mkldnn.matmul
+_FULL = "ieee", "none"
 
 
 class HasDtype(Protocol):
@@ -43,3 +49,47 @@ def multiplies_bfloat16_faster(device: torch.device) -> bool:
         return False
     known = getattr(torch.cpu, "get_capabilities", dict)()  # from torch 2.10 on
     return bool(known.get("amx_bf16") or known.get("avx512_bf16"))
+
+
+def reduced() -> bool:
+    """Whether the process has asked torch for products of float32 numbers in less than float32, by any of its APIs."""
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # the backends were set one by one
+        return any(backend.fp32_precision not in _FULL for backend in _BACKENDS)
+
+
+class FullFloat32:
+    """A block in which products of float32 numbers are float32 products, whatever the process has asked torch for.
+
+    TF32 and bfloat16 products are good enough for the passes of a model, but not for factors, eigenbases and solves,
+    whose errors they multiply by a condition number. The setting belongs to the process: while one thread is inside,
+    others get full products as well, and the last one to leave puts the setting back.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._undo: list[tuple[Any, str]] = []
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside and reduced():
+                whole = _TORCH.fp32_precision
+                # What follows the setting for all backends goes on following it.
+                now = [(backend, backend.fp32_precision) for backend in _BACKENDS]
+                self._undo = [(backend, "none" if p == whole else p) for backend, p in now if p not in _FULL]
+                for backend, _ in self._undo:
+                    backend.fp32_precision = "ieee"
+            self._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                undo, self._undo = self._undo, []
+                for backend, precision in undo:
+                    backend.fp32_precision = precision
+
+
+full_float32 = FullFloat32()

@@ -32,7 +32,7 @@ from solvers.operators.reshape import Reshape
 from solvers.outcome.arguments import flag, instance, number
 from solvers.outcome.checks import checked, require, working_on
 from solvers.outcome.errors import SingularMatrixError, StructureError
-from solvers.precision import working_dtype
+from solvers.precision import full_float32, working_dtype
 from solvers.solver import BasisSolver, Solver
 
 
@@ -76,8 +76,11 @@ def power(
     if op.in_shape != op.out_shape:
         raise StructureError(f"{op!r} is not square: it has no powers. LSMR() solves least squares with rectangles.")
     task = PowerTask(exponent, Auto() if solver is None else solver, previous, dense)
-    with checked():
-        return _power(op if task.by_products else _widened(op), task)
+    if task.by_products:  # they may be those of a model, whose precision is the user's
+        with checked():
+            return _power(op, task)
+    with checked(), full_float32:
+        return _power(_widened(op), task)
 
 
 @dataclass(frozen=True)
@@ -235,7 +238,7 @@ def diagonalize(
     _check_operator("op", op)
     instance("solver", solver, BasisSolver, "a solver that finds bases, such as Eigh()", optional=True)
     _check_operator("previous", previous, optional=True)
-    with checked():
+    with checked(), full_float32:
         return _diagonalize(_widened(op), BasisTask(Eigh() if solver is None else solver, _basis_of(previous)))
 
 

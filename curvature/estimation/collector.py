@@ -30,6 +30,7 @@ from curvature.model.shares import Shares
 from curvature.structures.estimator import CurvatureEstimator, Form, MeansEstimator
 from curvature.structures.weighted_mean import WeightedMean
 from solvers import BlockDiagonal, Diagonal, LinearOperator
+from solvers.precision import full_float32
 
 #: Inputs of the uses in one pass, prepared once for all signals: by site and piece.
 Cache = dict[tuple[int, str], Tensor | OneHot]
@@ -349,7 +350,8 @@ class Collector:
     def _update(self, group: Group, uses: list[Outer | PerSample], first: bool, **options: Any) -> None:
         if first:
             self._seen.setdefault(group.block.name, []).append(len(self._batches) - 1)
-        self.estimator_of(group).update(Samples(tuple(uses), self._batches[-1], first, **options))
+        with full_float32:
+            self.estimator_of(group).update(Samples(tuple(uses), self._batches[-1], first, **options))
 
     def _back(
         self, groups: list[Group], output: Tensor, signal: Tensor, cache: Cache, valid: Mapping[int, Tensor]

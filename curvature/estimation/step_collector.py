@@ -24,6 +24,7 @@ from curvature.model.backward_hooks import ours
 from curvature.model.parameters import Parameters
 from curvature.structures.estimator import CurvatureEstimator, Form
 from curvature.structures.whole import Share, WholeEstimator
+from solvers.precision import full_float32
 
 #: Block and use -> positions of it whose inputs were counted; ``None`` for all.
 Counted = dict[Any, Tensor | None]
@@ -265,7 +266,8 @@ class StepCollector(Collector):
             uses, first = self._new(group, uses)
         uses = [self._placed(group, use) for use in uses]
         samples = Samples(tuple(uses), 0.0, first, factor=self._factor, linear=self._linear, **options)
-        self.estimator_of(group).update(samples)
+        with full_float32:
+            self.estimator_of(group).update(samples)
 
     def _new(self, group: Group, uses: list[Outer | PerSample]) -> tuple[list[Outer | PerSample], bool]:
         """The uses with those positions alone that count and did not before; whether there are any."""

@@ -6,7 +6,7 @@ import math
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from types import MappingProxyType
 from typing import Any, ClassVar, TypedDict
 
@@ -32,6 +32,7 @@ from precond.step.uncompiled import uncompiled
 from precond.step.update import apply_update, regularized
 from solvers.outcome.arguments import flag, instance
 from solvers.outcome.remedies import FLOAT64, PERTURBED, remedies
+from solvers.precision import full_float32
 
 
 class StepOptions(TypedDict, total=False):
@@ -231,7 +232,7 @@ class SecondOrderOptimizer(BoundedOptimizer):
             gradients = self.true_gradients()
         if gradients is None:
             return loss
-        with remedies(self.remedies), whole:
+        with remedies(self.remedies), self._precision(), whole:
             self.idle, self.coming, self.rows_written = self.stands_still(gradients), {}, []
             self.same_precision(gradients)
             self.cut = {}
@@ -279,7 +280,7 @@ class SecondOrderOptimizer(BoundedOptimizer):
             gradients = self.true_gradients()
         if gradients is None:
             return loss
-        with remedies(self.remedies), whole:
+        with remedies(self.remedies), self._precision(), whole:
             values, bounds = self._values(gradients)
             fit, whole.tell = self.is_fit(values), None  # the last that the processes decide together
             if fit:
@@ -366,6 +367,10 @@ class SecondOrderOptimizer(BoundedOptimizer):
             "_ranks": None,
         }
         return {**own, **fresh, "bounds": BoundRecord(), "alike": Alike(), "coming": {}, "rows_written": []}
+
+    def _precision(self) -> AbstractContextManager[None]:
+        """In which float32 products are taken; in those that call the closure, the user's."""
+        return nullcontext() if self.needs == "closure" else full_float32
 
     def _evaluate(self, closure: Callable[[], Any] | None) -> Any:
         if closure is None:

@@ -14,6 +14,7 @@ from curvature.model.data import inspecting
 from curvature.model.hooks import At, EagerHook
 from precond.layerwise.blocks.preconditioner import Preconditioner
 from solvers import Kronecker, LinearOperator
+from solvers.precision import reduced
 
 
 @dataclass
@@ -114,7 +115,7 @@ class RowTap:
         number = base.output_nr
         ours(node.register_prehook(At(self, "backward", number)))
         kind = x.device.type
-        self._rough = torch.is_autocast_enabled(kind) or torch.get_float32_matmul_precision() != "highest"
+        self._rough = torch.is_autocast_enabled(kind) or reduced()
 
     def backward(self, number: int, gradients: tuple[Tensor | None, ...]) -> None:
         """Note the output's gradient, one of those that arrive at a node."""
