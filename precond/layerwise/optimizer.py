@@ -450,31 +450,27 @@ class PreconditionedOptimizer(LayerOptimizer):
                 whole=whole,
             )
 
-        tasks: list[Refreshing] = []
+        todo: dict[str, dict[str, Any]] = {}
         for name, preconditioner in self.preconditioners.items():
             due = preconditioner.unseen > 0 and (self.steps - slot.get(name, 0)) % period == 0
             due = due or preconditioner.absent
-            damped = None
             if due or updated:
-                before, failures = preconditioner.inverse, preconditioner.failures
-                options: dict[str, Any] = {
+                todo[name] = {
                     "damping": dampings.of(preconditioner.estimator.block),
                     "basis": due,
                     "applications": max(period, self.option("curvature_update_period")),
                 }
-                if self.shared is not None:
-                    tasks.append(Refreshing(name, preconditioner, due, partial(preconditioner.attempt, **options)))
-                    continue
-                damped = preconditioner.refresh(rows=self.taps.count(name), **options)
-                self.events[FAILURES] += preconditioner.failures > failures
-                self.events[REFRESHES] += due and preconditioner.inverse is not before
-            if bounded and self.shared is None:
-                measure(name, damped, damped is not None)
-        if self.shared is not None:
-            failed = {task.name: task.kept.failures for task in tasks}
+        failures = {name: self.preconditioners[name].failures for name in todo}
+        before = {name: self.preconditioners[name].inverse for name in todo}
+        if self.shared is None:
+            damped = self.preconditioners.refresh({n: {**o, "rows": self.taps.count(n)} for n, o in todo.items()})
+            new = {name for name in todo if self.preconditioners[name].inverse is not before[name]}
+            for name in self.preconditioners if bounded else ():
+                measure(name, damped.get(name), name in damped)
+        else:
+            kept = {name: self.preconditioners[name] for name in todo}
+            tasks = [Refreshing(n, kept[n], o["basis"], partial(kept[n].attempt, **o)) for n, o in todo.items()]
             new = self.shared.refresh(tasks)
-            self.events[FAILURES] += sum(task.kept.failures > failed[task.name] for task in tasks)
-            self.events[REFRESHES] += sum(task.basis and task.name in new for task in tasks)
             if bounded:
                 if self.shared.whole:
                     blocks = self.preconditioners
@@ -482,6 +478,8 @@ class PreconditionedOptimizer(LayerOptimizer):
                 for name in sorted(self.preconditioners):  # each process has them in an order of its own
                     measure(name, None, name in new)
                 self.measured = self.shared.added(self.measured)
+        self.events[FAILURES] += sum(self.preconditioners[name].failures > failures[name] for name in todo)
+        self.events[REFRESHES] += sum(todo[name]["basis"] and name in new for name in todo)
         if bounded:
             found = momenta.without_curvature(self.preconditioners.values())
             if self.shared is not None and self.shared.whole:

@@ -15,6 +15,7 @@ from solvers.outcome.memory import is_out_of_memory
 _Check = tuple[Tensor, Callable[[], Exception]]
 _where: ContextVar[str] = ContextVar("part of the operator at work", default="")
 _pending: ContextVar[list[_Check] | None] = ContextVar("pending checks", default=None)
+_later: ContextVar[list[_Check] | None] = ContextVar("checks that are read later", default=None)
 
 
 def require(ok: Tensor, error: Callable[[], Exception]) -> None:
@@ -55,6 +56,7 @@ def checked() -> Iterator[None]:
         Exception: The error of the first check that fails.
     """
     checks: list[_Check] = []
+    later = _later.get()
     token = _pending.set(checks)
     try:
         yield
@@ -66,7 +68,45 @@ def checked() -> Iterator[None]:
         raise
     finally:
         _pending.reset(token)
-    _raise_first_failure(checks)
+    if later is None:
+        _raise_first_failure(checks)
+    else:
+        later.extend(checks)
+
+
+class Verdicts:
+    """The checks of several pieces of work, read together when all of it is done: one host synchronisation.
+
+    For work whose checks nobody answers on the way, as a fallback to another solver would.
+    """
+
+    def __init__(self) -> None:
+        self._checks: list[tuple[str, _Check]] = []
+
+    @contextmanager
+    def of(self, name: str) -> Iterator[None]:
+        """A block of code whose :func:`checked` parts leave their checks for :meth:`failures`."""
+        found: list[_Check] = []
+        token = _later.set(found)
+        try:
+            yield
+        finally:
+            _later.reset(token)
+        self._checks += [(name, check) for check in found]
+
+    def failures(self) -> dict[str, Exception]:
+        """Name -> the error of its first check that fails, for those that have one."""
+        if not self._checks:
+            return {}
+        device = self._checks[0][1][0].device
+        fine = torch.stack([ok.to(device) for _, (ok, _) in self._checks])
+        if bool(fine.all()):
+            return {}
+        out: dict[str, Exception] = {}
+        for (name, (_, error)), ok in zip(self._checks, fine.tolist(), strict=True):
+            if not ok and name not in out:
+                out[name] = error()
+        return out
 
 
 def _raise_first_failure(checks: list[_Check]) -> None:

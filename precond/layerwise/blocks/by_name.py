@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Set
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +16,8 @@ from precond.layerwise.blocks.preconditioner import Preconditioner
 from precond.layerwise.blocks.refresh import slots
 from precond.layerwise.blocks.rows import GradientRows
 from precond.layerwise.blocks.stacks import BlockStack
-from solvers import Kronecker
+from solvers import Kronecker, LinearOperator, SolverError
+from solvers.outcome.checks import Verdicts
 
 
 class Preconditioners(dict[str, Preconditioner]):
@@ -50,6 +53,35 @@ class Preconditioners(dict[str, Preconditioner]):
     def slots(self, period: int) -> dict[str, int]:
         """The step within a period at which each inverse is due, so that all steps cost about the same."""
         return slots({name: cost for name, p in self.items() if (cost := p.cost) is not None}, period)
+
+    def refresh(self, due: Mapping[str, Mapping[str, Any]]) -> dict[str, LinearOperator]:
+        """Refresh blocks, with one wait for the device where their solver allows; one that fails keeps its inverse.
+
+        Args:
+            due: Block's name -> arguments of :meth:`Preconditioner.attempted`.
+
+        Returns:
+            Block's name -> the damped C, where P is its new inverse.
+
+        Raises:
+            SolverError: If a refresh fails without an earlier inverse, or too many fail in a row.
+        """
+        verdicts, damped = Verdicts(), dict[str, LinearOperator]()
+        errors, marks = dict[str, Exception](), dict[str, Any]()
+        for name, options in due.items():
+            marks[name] = self[name].mark(estimate=False)
+            try:
+                with verdicts.of(name) if self[name].fails_late else nullcontext():
+                    found = self[name].attempted(**options)[1]
+            except SolverError as error:
+                errors[name] = error
+            else:
+                damped |= {} if found is None else {name: found}
+        for name, failure in (errors | verdicts.failures()).items():
+            damped.pop(name, None)
+            self[name].back_to(marks[name])
+            self[name].failed(failure)
+        return damped
 
     def apply(
         self,

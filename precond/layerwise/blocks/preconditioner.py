@@ -18,6 +18,7 @@ from solvers import (
     Damping,
     Diagonal,
     Eigen,
+    Eigh,
     Kronecker,
     LinearOperator,
     Solver,
@@ -102,19 +103,24 @@ class Preconditioner:
             SolverError: If a refresh fails without an earlier inverse, or too many fail in a row.
         """
         try:
-            return self._attempt(damping, basis, rows, applications)[1]
+            return self.attempted(damping, basis=basis, rows=rows, applications=applications)[1]
         except SolverError as error:
             self.failed(error)
             return None
 
+    @property
+    def fails_late(self) -> bool:
+        """Whether a refresh may go on before its checks are read: nothing in it answers them."""
+        return type(self.solver) in (Cholesky, Eigh)
+
     def attempt(self, damping: Damping, *, basis: bool = True, applications: int | None = None) -> bool:
         """As :meth:`refresh`, but whatever fails is raised; whether there is a new P."""
-        return self._attempt(damping, basis, None, applications)[0]
+        return self.attempted(damping, basis=basis, applications=applications)[0]
 
-    def _attempt(
-        self, damping: Damping, basis: bool, rows: int | None, applications: int | None
+    def attempted(
+        self, damping: Damping, *, basis: bool = True, rows: int | None = None, applications: int | None = None
     ) -> tuple[bool, LinearOperator | None]:
-        """Whether there is a new P, and the damped C that it inverts."""
+        """As :meth:`refresh`, but whatever fails is raised: whether there is a new P, and the damped C."""
         if not self.estimator.ready:
             return False, None
         if basis and (self.inverse is not None or self.unseen > 1):  # the first update finds its own basis
