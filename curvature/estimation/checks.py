@@ -65,7 +65,7 @@ def graph(output: Tensor, parameters: Mapping[str, Tensor]) -> tuple[Hashable, d
     entries = []
     for node in waiting:  # grows on the way
         name = node.name()
-        if name.startswith(BY_VALUE) or is_custom(node):
+        if name.startswith(BY_VALUE) or is_custom(type(node)):
             return None
         before: list[tuple[int, int] | None] = []
         for earlier, slot in node.next_functions:
@@ -104,7 +104,7 @@ def custom_functions(output: Tensor, parameter: Tensor) -> list[str]:
     for node in seen:  # grows as well
         for user in users.get(node, ()):
             name = user.name().partition("Backward")[0]
-            if is_custom(user):
+            if is_custom(type(user)):
                 found[name] = None
             elif name in _VIEWS and user not in seen:
                 seen.append(user)

@@ -12,7 +12,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import FrameType
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -207,7 +207,7 @@ class Tape:
         parameters = self.parameters()
         if self.shards is None:
             return parameters
-        return {name: self.shards.whole(cast(nn.Parameter, p)) for name, p in parameters.items()}
+        return {name: self.shards.whole(p) for name, p in parameters.items()}
 
     def _after_forward(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
         if self._pass is None or (self._open is not None and self._frame is not calling_frame()):
@@ -471,7 +471,7 @@ class Tape:
     def _gradients(self) -> dict[str, Mark]:
         """What tells whether a gradient was written since."""
         if self.shards is not None:
-            marks = {name: self.shards.mark(cast(nn.Parameter, p)) for name, p in self.parameters().items()}
+            marks = {name: self.shards.mark(p) for name, p in self.parameters().items()}
             return {name: mark for name, mark in marks.items() if mark}
         return {name: _mark(p.grad) for name, p in self.parameters().items() if p.grad is not None}
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._C._autograd import _get_sequence_nr
 from torch.autograd.graph import get_gradient_edge
 
-from curvature.model.fully_sharded import is_custom_kind
+from curvature.model.fully_sharded import is_custom
 
 _LEAF = (1 << 64) - 1  # sequence number of the nodes that accumulate gradients
 _LEAF_NODE = type(get_gradient_edge(torch.zeros((), requires_grad=True)).node)
@@ -137,7 +137,7 @@ class Explained:
                 if earlier not in seen:
                     seen.add(earlier)
                     waiting.append(earlier)
-        self.custom = {kind.__name__ for kind in set(map(type, seen)) if is_custom_kind(kind)}
+        self.custom = {kind.__name__ for kind in set(map(type, seen)) if is_custom(kind)}
         return edges
 
 

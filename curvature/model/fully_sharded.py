@@ -46,7 +46,7 @@ class FullyShard:
         found = FullyShard(model) if _PACKAGE in sys.modules else None
         return found if found is not None and found.modules else None
 
-    def _known(self, parameter: nn.Parameter) -> tuple[Any, Any]:
+    def _known(self, parameter: Tensor) -> tuple[Any, Any]:
         """Group and entry of a parameter, ``None`` where it has none; a model that moves gets new parameters."""
         found = self._entries.get(id(parameter))
         if found is None or found[1].sharded_param is not parameter:
@@ -54,11 +54,11 @@ class FullyShard:
             found = self._entries.get(id(parameter))
         return found or (None, None)
 
-    def has(self, parameter: nn.Parameter) -> bool:
+    def has(self, parameter: Tensor) -> bool:
         """Whether a parameter belongs to a group."""
         return self._known(parameter)[1] is not None
 
-    def whole(self, parameter: nn.Parameter) -> nn.Parameter:
+    def whole(self, parameter: Tensor) -> nn.Parameter:
         """The tensor that passes use in the place of a parameter; it itself where that never was made."""
         return cast(nn.Parameter, getattr(self._known(parameter)[1], "_unsharded_param", parameter))
 
@@ -67,7 +67,7 @@ class FullyShard:
         entries = (p for group in self.groups for p in group.fsdp_params)
         return {id(p._unsharded_param): p.sharded_param for p in entries if hasattr(p, "_unsharded_param")}
 
-    def mark(self, parameter: nn.Parameter) -> Mark:
+    def mark(self, parameter: Tensor) -> Mark:
         """What tells the gradient of a parameter from others; empty where it has none.
 
         That of passes without a reduction (``set_requires_gradient_sync(False)``) is where torch keeps it.
@@ -76,11 +76,11 @@ class FullyShard:
         out = [] if given is None else [(id(given), shard_of(given)._version)]
         return (*out, *((id(t), t._version) for t in self._pending(parameter)))
 
-    def waits(self, parameter: nn.Parameter) -> bool:
+    def waits(self, parameter: Tensor) -> bool:
         """Whether a gradient of a parameter was not reduced over the processes yet."""
         return bool(self._pending(parameter))
 
-    def _pending(self, parameter: nn.Parameter) -> list[Tensor]:
+    def _pending(self, parameter: Tensor) -> list[Tensor]:
         group, known = self._known(parameter)
         if known is None:
             return []
@@ -152,13 +152,8 @@ def shard_of(x: Tensor) -> Tensor:
     return cast(Tensor, x.to_local()) if hasattr(x, "to_local") else x
 
 
-def is_custom(node: Any) -> bool:
-    """Whether a node of a graph is of a custom function, of which nobody knows what it does."""
-    return isinstance(node, BackwardCFunction) and node.name() != _NODE
-
-
-def is_custom_kind(kind: type) -> bool:
-    """:func:`is_custom` by the type of a node."""
+def is_custom(kind: type) -> bool:
+    """Whether nodes of a type belong to a custom function, of which nobody knows what it does."""
     return issubclass(kind, BackwardCFunction) and kind.__name__ != _NODE
 
 
@@ -168,7 +163,7 @@ def notices_passes(hook: Any) -> bool:
 
 
 def _groups(state: Any) -> list[Any]:
-    several = getattr(state, "_fsdp_param_groups", None)  # torch 2.12; one before
+    several = getattr(state, "_fsdp_param_groups", None)  # of newer versions of torch
     one = state._fsdp_param_group if several is None else None
     return [one] if one is not None else list(several or ())
 

@@ -49,7 +49,7 @@ def assigned(
     >>> assigned({"a": 8, "b": 5, "c": 4}, 2, {}, {})
     {'a': 0, 'b': 1, 'c': 1}
     >>> assigned({"a": 8, "b": 5, "c": 4}, 2, {}, {}, {"a": ["p"], "b": ["q"], "c": ["p", "r"]})
-    {'a': 0, 'b': 1, 'c': 0}
+    {'b': 1, 'a': 0, 'c': 0}
 
     Args:
         costs: Block -> cost of its refresh.

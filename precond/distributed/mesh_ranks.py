@@ -50,7 +50,7 @@ def mesh_ranks(parameters: Mapping[str, Tensor], shards: FullyShard, method: str
     Raises:
         NotImplementedError: If some parameters are not shared out, or not all in one way.
     """
-    aside = [name for name, p in parameters.items() if not shards.has(p)]  # type: ignore[arg-type]
+    aside = [name for name, p in parameters.items() if not shards.has(p)]
     if aside:
         raise NotImplementedError(
             f"{method}: {len(aside)} of {len(parameters)} parameters, the first {aside[0]}, are in no layer under "
@@ -63,7 +63,7 @@ def mesh_ranks(parameters: Mapping[str, Tensor], shards: FullyShard, method: str
             f"{method}: parameters lie on {len(meshes)} meshes, {' and '.join(meshes)}. Call fully_shard with one mesh "
             "for all layers."
         )
-    factors = {group.gradient_divide_factor for group in shards.groups} - {None}
+    factors = {getattr(group, "gradient_divide_factor", None) for group in shards.groups} - {None}
     ranks = MeshRanks(next(iter(meshes.values())))
     if factors - {float(ranks.size)}:
         raise NotImplementedError(

@@ -360,7 +360,8 @@ class Exchange:
 
 def cut_as(p: Tensor, entries: Entries) -> Entries:
     """Tensors of a saved state, laid out as a parameter is; every process calls it."""
-    layout, out = layout_of(p), {}
+    layout = layout_of(p)
+    out: Entries = {}
     for name, value in entries.items():
         if isinstance(value, Tensor) and value.ndim:
             same = is_sharded(value) and layout_of(value) == layout

@@ -95,13 +95,15 @@ class PreconditionedOptimizer(LayerOptimizer):
         maximize: Ascend.
         loop: What cannot be seen of the training loop, see :class:`~precond.Loop`.
         process_group: Processes whose gradients the loop averages by hand; those of a model in
-            ``DistributedDataParallel`` are found.
+            ``DistributedDataParallel`` or under ``fully_shard`` are found.
         memory_fraction: Share of the processes that keep each block, from 1 over their number (least memory, and a
-            message with the directions in each step) to 1 (all have everything).
+            message with the directions in each step) to 1 (all have everything). Under ``fully_shard`` the owner of a
+            parameter keeps its blocks.
 
     Raises:
         ValueError: If an option is out of range or there is nothing to train.
         UnknownLossError: If the loss is of unknown type and the curvature is not empirical.
+        NotImplementedError: If the model is under ``fully_shard`` and an option needs whole parameters.
     """
 
     sees_loss: ClassVar[bool] = True
@@ -316,8 +318,8 @@ class PreconditionedOptimizer(LayerOptimizer):
     ) -> dict[Tensor, Tensor]:
         """``P g`` of every parameter."""
         if self.shared is not None and self.shared.whole:
-            plain_at = self.report_plain
-            return directions_by_owners(self.shared, self.preconditioners, self.parameters, gradients, given, plain_at)
+            tell = self.report_plain
+            return directions_by_owners(self.shared, self.preconditioners, self.parameters, gradients, given, tell)
         stacks = self._stacks.of(self.preconditioners, self.parameters) if self.shared is None else []
         results, unchanged = self.preconditioners.apply(gradients, rows, stacks, self.shared)
         for name, rest in unchanged.items():

@@ -331,8 +331,9 @@ class SecondOrderOptimizer(BoundedOptimizer):
             if not prepared:
                 self._count()
 
-        before = {p: p.detach().clone() for p in values} if self.asked and self.follows_move else {}
-        found = lengths((value, p) for p, value in values.items()) if self.asked and not before else []
+        asked = self.asked and (self.ranks is not None or not any_sharded(values))
+        before = {p: p.detach().clone() for p in values} if asked and self.follows_move else {}
+        found = lengths((value, p) for p, value in values.items()) if asked and not before else []
         whole.move([*values.items(), *self.rows_written], last, more_follows=self.follows_move)
         self.after_move()
         self._lengths_moved = tuple(found or lengths(before.items()))
@@ -405,7 +406,7 @@ class SecondOrderOptimizer(BoundedOptimizer):
         ``lr``, ``damping``           of the first group
         ``steps``, ``skipped``        steps taken, and those that were skipped
         ``step_norm``                 norm of the last move of the parameters, weight decay included; measured from the
-                                      first call on
+                                      first call on; on shards by methods that learn from layers
         ``predicted_change``,         change of the loss of its batch in the last step that was compared with its
         ``actual_change``             quadratic model (by a ``damping_rule`` or ``step_size``): promised, and true
         ``bound``, ``kl``             with ``kl_clip``: share of the steps since the optimizer was made that the bound

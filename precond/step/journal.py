@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from precond.distributed.sharded import any_sharded, local, summed
 from solvers.precision import working_dtype
 
 #: Names of the counts.
@@ -19,12 +20,23 @@ def lengths(moves: Iterable[tuple[Tensor, Tensor]]) -> list[Tensor]:
     Args:
         moves: Pairs of values, after and before.
     """
+    moves = list(moves)
+    if any_sharded(after for after, _ in moves):
+        return [_length_over_shards(moves)]
     # Values round to the precision of what they are written into.
     rounded = [(after.to(before.dtype), before) for after, before in moves if after.numel()]
     pairs = [(after.to(dtype := working_dtype(before)), before.to(dtype)) for after, before in rounded]
     if not pairs:
         return []
     return list(torch._foreach_norm(torch._foreach_sub([after for after, _ in pairs], [before for _, before in pairs])))
+
+
+def _length_over_shards(moves: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """The norm of all differences, of whose tensors each process has a part; every process calls it."""
+    found = lengths([(local(after), local(before)) for after, before in moves])
+    device = local(moves[0][0]).device
+    squares = torch.stack([x.double() for x in found]).square().sum() if found else torch.zeros((), device=device)
+    return summed(squares.double(), [after for after, _ in moves]).sqrt()
 
 
 def norm(parts: Iterable[Tensor]) -> float:

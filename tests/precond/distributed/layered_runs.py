@@ -169,6 +169,18 @@ def scaled(optimizer: Any, net: nn.Module, batches: list[Batch]) -> None:
         scaler.update()
 
 
+def reduced_later(optimizer: Any, net: nn.Module, batches: list[Batch]) -> None:
+    """As :func:`accumulated`; under HSDP the first half is reduced within each replica, and not over them."""
+    for x, y in batches:
+        x, y = x[mine(len(x))], y[mine(len(y))]
+        optimizer.zero_grad()
+        for index, (a, b) in enumerate(zip(x.chunk(2), y.chunk(2), strict=True)):
+            if isinstance(net, FSDPModule):
+                net.set_requires_all_reduce(index == 1)
+            (optimizer.loss_fn(net(a), b) / 2).backward()
+        optimizer.step()
+
+
 Way = tuple[Callable[[], nn.Module], tuple[str, ...], dict[str, Any], Callable[[], list[Batch]], Callable[..., None]]
 
 #: Model, layers in groups of their own, options of ``fully_shard``, data, loop.
@@ -179,6 +191,7 @@ WAYS: dict[str, Way] = {
     "tied head": (Tied, ("layer",), {}, tokens, train),
     "unused": (Branch, ("first",), {}, vectors, train),
     "accumulated": (Net, ("first", "norm"), {}, vectors, accumulated),
+    "reduced later": (Net, ("first", "norm"), {}, vectors, reduced_later),
     "clipped": (Net, ("first", "norm"), {}, vectors, clipped),
     "halves": (Net, ("first", "norm"), {}, vectors, halves),
     "both first": (Net, ("first", "second"), {}, vectors, both_first),
@@ -406,6 +419,19 @@ def disagreements(shape: tuple[int, ...]) -> dict[str, Any]:
     return out
 
 
+def measured(shape: tuple[int, ...]) -> tuple[float, float]:
+    """The norm of the last step as it is told, for which one rank alone has asked before; and the true one."""
+    net = shard(Net(), mesh_of(shape), ("first", "norm"))
+    optimizer = make("kfac exact", net)
+    for one in vectors(3):
+        before = whole(net)
+        train(optimizer, net, [one])
+        if dist.get_rank() == 0:
+            optimizer.metrics()
+    moves = [(after - b).flatten() for after, b in zip(whole(net), before, strict=True)]
+    return optimizer.metrics()["step_norm"], float(torch.cat(moves).norm())
+
+
 # What is sent and kept
 
 
@@ -469,7 +495,7 @@ def low_precision(shape: tuple[int, ...]) -> dict[str, Any]:
 
 def on_two(folder: str, saved: dict[str, Any]) -> dict[str, Any]:
     names = [name for name in METHODS if name not in UNSERVED]
-    checks = (undisturbed, refusals, disagreements, traffic, low_precision)
+    checks = (undisturbed, refusals, disagreements, measured, traffic, low_precision)
     return {
         "methods": every_method((2,), names),
         "ways": every_way((2,), ("kfac exact",), list(WAYS)) | every_way((2,), ("kfac empirical", "ekfac"), FEW),
@@ -491,4 +517,6 @@ def on_four(folder: str) -> dict[str, Any]:
         "loaded hybrid": loads((2, 2), folder),
         "loaded": loads((4,), folder),
         "disagreements": disagreements((2, 2)),
+        "measured": measured((2, 2)),
+        "ways": every_way((2, 2), ("kfac exact",), ["accumulated", "reduced later"]),
     }

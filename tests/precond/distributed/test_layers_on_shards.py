@@ -64,6 +64,7 @@ def uninterrupted(name: str) -> list[Tensor]:
 def test_steps_checkpoints_refusals_and_traffic(found: dict[str, Any]) -> None:
     steps_are_those_of_one_process(found)
     the_way_of_the_loop_is_no_matter(found["two"])
+    the_way_of_the_loop_is_no_matter(found["four"])
     gradients_and_messages_of_passes_are_left_alone(found["two"])
     runs_go_on_on_other_meshes(found)
     what_is_not_served_is_refused_by_name(found["two"])
@@ -79,8 +80,8 @@ def steps_are_those_of_one_process(found: dict[str, Any]) -> None:
             assert distance(values, parameters(Net())) > 1e-3, f"{name} has not moved"
 
 
-def the_way_of_the_loop_is_no_matter(two: list[dict[str, Any]]) -> None:
-    for name, values in everywhere(two, "ways").items():
+def the_way_of_the_loop_is_no_matter(some: list[dict[str, Any]]) -> None:
+    for name, values in everywhere(some, "ways").items():
         method, way = name.split(", ")
         build, _, _, data, loop = runs.WAYS[way]
         model = build()
@@ -128,6 +129,7 @@ def what_is_not_served_is_refused_by_name(two: list[dict[str, Any]]) -> None:
 def all_ranks_decide_together(found: dict[str, Any]) -> None:
     """One skips, and a block keeps its last inverse: all do."""
     for some in (found["two"], found["four"]):
+        assert all(rank["measured"][0] == pytest.approx(rank["measured"][1], rel=1e-9) for rank in some)
         first = some[0]["disagreements"]
         for rank in some:
             of = rank["disagreements"]
