@@ -24,6 +24,7 @@ from precond.closure.sophia import Sophia
 from precond.closure.ssbfgs import SSBFGS
 from precond.closure.ssbroyden import SSBroyden
 from precond.closure.taylor import directional_derivatives, laplacian
+from precond.distributed.layer_planner import LayerPlan
 from precond.distributed.planner import ShardPlan, plan
 from precond.fitting import LeastSquaresResult, least_squares
 from precond.gradient.galore import GaLore
@@ -106,6 +107,7 @@ __all__ = [
     "Doubling",
     "IterateAverage",
     "laplacian",
+    "LayerPlan",
     "LevenbergMarquardt",
     "LeastSquaresResult",
     "least_squares",

@@ -24,7 +24,7 @@ from curvature.model import arguments
 from curvature.model.data import Data, Output, batches, to_device, untouched
 from curvature.model.parameters import Parameters
 from curvature.model.trees import tensors_in
-from curvature.structures.estimator import Curvature, CurvatureEstimator
+from curvature.structures.estimator import Curvature, CurvatureEstimator, Form
 from curvature.structures.kfac import KroneckerFisher
 
 #: How the reason ends for a parameter whose gradients no rule takes apart.
@@ -237,26 +237,60 @@ def _terms(
 _PAIRS = (("weight", "bias"), ("in_proj_weight", "in_proj_bias"))
 
 
-def _promised(model: nn.Module, parameters: Parameters, spec: Curvature) -> list[Row]:
-    """Rows from the types of the modules that own the parameters."""
+@dataclass(frozen=True)
+class Promise:
+    """A block as the type of the module that owns its parameters promises it.
+
+    Attributes:
+        block: The block.
+        form: How samples reach it.
+        operation: The module, or ``None`` for bare parameters, whose use decides.
+        one_hot: Whether its inputs are one-hot rows, as those of an embedding.
+    """
+
+    block: Block
+    form: Form
+    operation: str | None
+    one_hot: bool
+
+
+def promised(
+    model: nn.Module, parameters: Mapping[str, torch.Tensor], joint: bool
+) -> Iterator[tuple[Promise, dict[str, torch.Tensor]]]:
+    """The blocks of a model that nobody has run, with their parameters by name.
+
+    Args:
+        model: The model.
+        parameters: Those that count.
+        joint: Whether weight and bias of a layer form one block.
+    """
     names = {id(p): name for name, p in parameters.items()}
-    rows: dict[str, Row] = {}
+    done: set[str] = set()
     for module in model.modules():
         own = {key: p for key, p in module.named_parameters(recurse=False) if id(p) in names}
         kind = _kind(module)
         for key, p in own.items():
-            if names[id(p)] in rows:
+            if names[id(p)] in done:
                 continue  # tied: its first owner speaks
             pair = next((pair for pair in _PAIRS if key in pair and set(pair) <= set(own)), None)
-            together = {k: own[k] for k in pair} if pair and kind and spec.joint else {key: p}
+            together = {k: own[k] for k in pair} if pair and kind and joint else {key: p}
             together = {names[id(q)]: q for q in together.values()}
             block = Block("+".join(together), _parts(module, together, kind))
-            estimator = spec.estimator(block, "outer" if kind == "kronecker" else "per_sample")
-            why = type(module).__name__ if kind else "bare parameter; its use decides, see data="
-            embedding = isinstance(module, (nn.Embedding, nn.EmbeddingBag))
-            size = _stored(estimator, ("embedding",) if embedding else ())
-            for q in together.values():
-                rows[names[id(q)]] = Row(names[id(q)], tuple(q.shape), block.name, estimator.structure, size, why)
+            one_hot = isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+            form: Form = "outer" if kind == "kronecker" else "per_sample"
+            done |= together.keys()
+            yield Promise(block, form, type(module).__name__ if kind else None, one_hot), together
+
+
+def _promised(model: nn.Module, parameters: Parameters, spec: Curvature) -> list[Row]:
+    """Rows from the types of the modules that own the parameters."""
+    rows: dict[str, Row] = {}
+    for promise, together in promised(model, parameters, spec.joint):
+        estimator = spec.estimator(promise.block, promise.form)
+        why = promise.operation or "bare parameter; its use decides, see data="
+        size = _stored(estimator, ("embedding",) if promise.one_hot else ())
+        for name, p in together.items():
+            rows[name] = Row(name, tuple(p.shape), promise.block.name, estimator.structure, size, why)
     return [rows[name] for name in parameters]
 
 

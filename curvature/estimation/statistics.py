@@ -79,7 +79,8 @@ class Statistics:
         self.tape, self.collector, self.curvature = tape, collector, curvature
         self.class_dim, self.batch_dim = class_dim, batch_dim
         self.loss = _interpreted(loss_fn, curvature)
-        self.generator = torch.Generator(device=collector.parameters.device)
+        device = collector.parameters.device
+        self.generator = torch.Generator(device="cpu" if device.type == "meta" else device)  # nothing is drawn there
         self.level: Tensor | None = None
         self.armed = False
         self.hidden = False  # a pass was seen that hides parts of the model

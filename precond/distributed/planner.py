@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any, Protocol, cast
 
@@ -11,7 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from precond.distributed.assignment import shared_out
+from precond.distributed.layer_planner import LayerPlan, plan_layers
+from precond.distributed.ranks import check_fraction
 from precond.distributed.sharded import pieces
+from precond.distributed.tables import amounts
 
 
 class Sharded(Protocol):
@@ -79,23 +83,23 @@ class ShardPlan:
 
     def __str__(self) -> str:
         head = f"{self.world_size} processes, parameters cut among {self.shards}, {len(self.owners)} parameters"
-        rows = [head, f"{'per rank':32}{'mean':>12}{'largest':>12}"]
-        for name, values in (
-            ("sent in a step", self.sent),
-            ("received in a step", self.received),
-            ("sent in a refresh, besides", [0]),
-            ("parameters and gradients", self.weights),
-            ("state of the optimizer", self.state),
-            ("held during a step", self.whole),
-            ("memory together", self.memory),
-        ):
-            rows.append(f"{name:32}{_size(sum(values) / len(values)):>12}{_size(max(values)):>12}")
+        table = amounts(
+            {
+                "sent in a step": self.sent,
+                "received in a step": self.received,
+                "sent in a refresh, besides": [0],
+                "parameters and gradients": self.weights,
+                "state of the optimizer": self.state,
+                "held during a step": self.whole,
+                "memory together": self.memory,
+            }
+        )
         owning = len(set(self.owners.values()))
-        rows.append(
+        tail = (
             f"{owning} of {self.shards} ranks own parameters; the largest share of the work is "
             f"{self.balance:.3g} times the mean one"
         )
-        return "\n".join(rows)
+        return "\n".join([head, *table, tail])
 
 
 def plan(
@@ -104,8 +108,12 @@ def plan(
     world_size: int,
     optimizer: Any,
     replicas: int = 1,
-) -> ShardPlan:
-    """Owners, bytes per step and memory per rank of a method on parameters that ``fully_shard`` cuts, or HSDP.
+    memory_fraction: float = 1.0,
+) -> ShardPlan | LayerPlan:
+    """Owners, bytes per step and memory per rank, before there are processes.
+
+    Of a method that uses gradients alone, on parameters that ``fully_shard`` cuts, or HSDP: a :class:`ShardPlan`. Of
+    one that learns from layers, in ``DistributedDataParallel``: a :class:`LayerPlan`.
 
     Nothing is computed and nothing sent: the model may lie on the ``meta`` device, and no process group is needed. The
     optimizer uses the same functions, so that the counts are those of a run.
@@ -113,13 +121,14 @@ def plan(
     Args:
         model: The model, not sharded yet.
         world_size: Number of processes.
-        optimizer: A method that uses gradients alone, such as ``precond.SOAP``, or a function that makes one of
-            parameters: ``lambda params: precond.SOAP(params, max_dim=4096)``.
+        optimizer: A method, such as ``precond.SOAP`` or ``precond.KFAC``, or ``functools.partial`` of one with options.
+            A function makes one that uses gradients alone: ``lambda params: precond.SOAP(params, max_dim=4096)``.
         replicas: Number of copies of the parameters: 1 for ``fully_shard`` on one axis, more for HSDP.
+        memory_fraction: Share of the processes that keep each block, of a method that learns from layers.
 
     Raises:
-        ValueError: If the processes cannot be divided so.
-        TypeError: If the method takes no sharded parameters.
+        ValueError: If the processes cannot be divided so, or an option belongs to the other kind of method.
+        TypeError: If the method runs in one process only.
 
     Example:
         >>> import precond
@@ -135,12 +144,29 @@ def plan(
         raise ValueError(
             f"world_size is a positive multiple of replicas; got world_size={world_size}, replicas={replicas}."
         )
+    method = optimizer.func if isinstance(optimizer, partial) else optimizer
+    if getattr(method, "needs", None) == "layers":
+        if replicas != 1:
+            raise ValueError(
+                f"replicas={replicas} are copies of sharded parameters; {method.__name__} runs in "
+                "DistributedDataParallel, where memory_fraction= says how many processes keep a block."
+            )
+        made = optimizer(model, nn.MSELoss(), lr=0.1, memory_fraction=check_fraction(memory_fraction))
+        try:
+            return plan_layers(made, model, world_size, memory_fraction)
+        finally:
+            made.detach()
+    if memory_fraction != 1:
+        raise ValueError(
+            f"memory_fraction={memory_fraction} is an option of methods that learn from layers, such as precond.KFAC. "
+            "Matrices of gradients lie with one owner in each replica."
+        )
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     made = optimizer(_on_meta(trained))
     if not getattr(made, "takes_shards", False) or not hasattr(made, "work"):
         raise TypeError(
             f"{type(made).__name__} has no owners of sharded parameters; plan serves methods that use gradients alone "
-            "and keep matrices, such as SOAP, Shampoo, KLShampoo, SPlus, Muon, PSGD and GaLore."
+            "and keep matrices (SOAP, Shampoo, KLShampoo, SPlus, Muon, PSGD, GaLore), and those that learn from layers."
         )
     return _planned(cast(Sharded, made), [name for name, _ in trained], world_size, world_size // replicas)
 
@@ -205,11 +231,3 @@ def _add(lists: dict[str, list[int]], p: Tensor, kind: _Kind, owner: int, size: 
         if rank != owner:
             lists["sent"][rank] += there * shard
             lists["received"][rank] += back * shard
-
-
-def _size(nbytes: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000 or unit == "GB":
-            return f"{nbytes:.3g} {unit}"
-        nbytes /= 1000
-    raise AssertionError

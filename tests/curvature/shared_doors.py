@@ -82,14 +82,14 @@ def alike(one: Any, other: Any) -> bool:
 
 def reports() -> dict[str, Any]:
     group, out = dist.group.WORLD, {}
-    for shares in (SHARES, (0, 13)):
-        for name, options in settings().items():
-            loss = nn.CrossEntropyLoss()
-            found = curvature.report(Net(), loss, own(shares), k=2, process_group=group, **options)
-            gaps = {}
-            if dist.get_rank() == 0:
-                gaps = differences(found, curvature.report(Net(), loss, data(), k=2, **options))
-            out[f"{name}, {shares}"] = gaps, found.to_html(), found.to_json()
+    cases = [(SHARES, name) for name in settings()] + [((0, 13), "formed")]  # one rank may have no data
+    for shares, name in cases:
+        loss, options = nn.CrossEntropyLoss(), settings()[name]
+        found = curvature.report(Net(), loss, own(shares), k=2, process_group=group, **options)
+        gaps = {}
+        if dist.get_rank() == 0:
+            gaps = differences(found, curvature.report(Net(), loss, data(), k=2, **options))
+        out[f"{name}, {shares}"] = gaps, found.to_html(), found.to_json()
     return out
 
 

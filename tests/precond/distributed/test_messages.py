@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -13,9 +14,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+import precond
+import solvers
 from precond import EKFAC, KFAC, Refresh
 from precond.distributed.assignment import assigned, cost
-from precond.distributed.ranks import copies
+from precond.distributed.ranks import MESSAGE, copies
 from precond.distributed.triangles import pack, packed_size, tree_sum, unpack
 from tests.distributed_run import ranks
 from tests.precond.distributed.checks import fractions
@@ -26,17 +29,21 @@ BATCH = 8
 
 @contextmanager
 def counted() -> Iterator[dict[str, list[int]]]:
-    """Numbers that this rank gives to each collective; those of decisions apart from those of tensors."""
-    found: dict[str, list[int]] = {"decisions": [], "all_to_all": [], "all_gather": [], "objects": []}
+    """Numbers that this rank gives to each collective, decisions apart from tensors; and bytes that leave it."""
+    found: dict[str, list[int]] = {"decisions": [], "all_to_all": [], "all_gather": [], "objects": [], "sent": []}
     own = dist.all_to_all_single, dist.all_gather, dist.all_reduce, dist.all_gather_object
 
-    def all_to_all(out: Tensor, given: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def all_to_all(out: Tensor, given: Tensor, into: list[int], sizes: list[int], *, group: Any) -> Any:
         found["all_to_all"].append(given.numel())
-        return own[0](out, given, *args, **kwargs)
+        found["sent"].append(given.itemsize * (given.numel() - sizes[dist.get_rank(group)]))
+        return own[0](out, given, into, sizes, group=group)
 
     def all_gather(out: list[Tensor], given: Tensor, *args: Any, **kwargs: Any) -> Any:
         # Decisions travel in float64, and the tensors of these tests in float32.
-        found["decisions" if given.dtype == torch.float64 else "all_gather"].append(given.numel())
+        decides = given.dtype == torch.float64
+        found["decisions" if decides else "all_gather"].append(given.numel())
+        if not decides:
+            found["sent"].append(given.nbytes * (len(out) - 1))
         return own[1](out, given, *args, **kwargs)
 
     def all_reduce(given: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -55,11 +62,9 @@ def counted() -> Iterator[dict[str, list[int]]]:
         dist.all_to_all_single, dist.all_gather, dist.all_reduce, dist.all_gather_object = own
 
 
-def sent(cls: Any, fraction: float) -> list[dict[str, list[int]]]:
-    """What is sent in each step; statistics and inverses are due in every second one."""
-    torch.manual_seed(0)
-    model = nn.Sequential(*(nn.Linear(a, b) for a, b in pairwise(SIZES)))
-    parallel = DistributedDataParallel(model)
+def sent(cls: Any, fraction: float) -> list[dict[str, Any]]:
+    """What is sent in each step; statistics and inverses are due in every second one. At last what is held."""
+    parallel = DistributedDataParallel(network())
     optimizer = cls(
         parallel,
         nn.CrossEntropyLoss(),
@@ -77,13 +82,51 @@ def sent(cls: Any, fraction: float) -> list[dict[str, list[int]]]:
         with counted() as found:
             optimizer.step()
         out.append(found)
+    return [*out, held(optimizer)]
+
+
+def held(optimizer: Any) -> dict[str, int]:
+    """Bytes of averages, inverses and eigenbases that this rank keeps."""
+    averages = inverses = bases = 0
+    for kept in optimizer.preconditioners.values():
+        means = [mean.value for mean in kept.estimator.means().values() if mean.value is not None]
+        shared = list(kept.estimator.shared().values())
+        known = {x.data_ptr() for x in shared}
+        found = [] if kept.inverse is None else leaves(solvers.state(kept.inverse))
+        averages += sum(x.nbytes for x in means)
+        bases += sum(x.nbytes for x in shared)
+        inverses += sum(x.nbytes for x in found if x.data_ptr() not in known and x.ndim)
+    return {"averages": averages, "inverses": inverses, "bases": bases}
+
+
+def leaves(tree: Any) -> list[Tensor]:
+    if isinstance(tree, Tensor):
+        return [tree]
+    entries = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (list, tuple)) else ()
+    return [x for entry in entries for x in leaves(entry)]
+
+
+def network(sizes: tuple[int, ...] = SIZES) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(a, b) for a, b in pairwise(sizes)))
+
+
+def alike() -> dict[str, dict[str, int]]:
+    """What a rank holds of a model whose layers are all alike, by fraction."""
+    out = {}
+    for fraction in fractions():
+        parallel = DistributedDataParallel(network((6,) * 9))
+        optimizer = KFAC(parallel, nn.CrossEntropyLoss(), lr=0.1, fisher="exact", memory_fraction=fraction)
+        optimizer.loss_fn(parallel(torch.randn(BATCH, 6)), torch.randint(6, (BATCH,))).backward()
+        optimizer.step()
+        out[f"{fraction}"] = held(optimizer)
     return out
 
 
 def of_all() -> dict[str, Any]:
     names = {"KFAC": KFAC, "EKFAC": EKFAC}
     found: dict[str, Any] = {f"{n}, {f}": sent(cls, f) for n, cls in names.items() for f in fractions()}
-    return found | {"draws": draws()}
+    return found | {"draws": draws() if dist.get_world_size() == 2 else {}, "alike": alike()}
 
 
 def draws() -> dict[str, Any]:
@@ -106,42 +149,89 @@ def draws() -> dict[str, Any]:
     return {"factors": torch.stack(found), "own": torch.stack(own)}
 
 
-@pytest.fixture(scope="module")
-def results() -> list[dict[str, Any]]:
-    return ranks(of_all, 2, timeout=200)
+@pytest.fixture(scope="module", params=[2, 4])
+def results(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    return ranks(of_all, request.param, timeout=300)
 
 
 @pytest.mark.distributed
 def test_numbers_that_are_sent_are_those_of_the_page(results: list[dict[str, Any]]) -> None:
-    world = 2
+    world = len(results)
     layers = list(pairwise(SIZES))
     shapes = [(b, a + 1) for a, b in layers]
-    sums = sum(1 + d * (d + 1) // 2 for shape in shapes for d in shape)  # with the weight of each
-    spectra = sum(1 + b * a for b, a in shapes)
-    for key, steps in results[0].items():
-        if key == "draws":
-            continue
-        method, _, fraction = key.partition(", ")
-        columns = world // copies(float(fraction), world)
-        costs = {str(i): cost({"A": ((a, a), True), "B": ((b, b), True)}) for i, (b, a) in enumerate(shapes)}
-        owner = assigned(costs, columns, {}, {})
-        longest = max(sum(b * a for i, (b, a) in enumerate(shapes) if owner[str(i)] == c) for c in range(columns))
-        for number, step in enumerate(steps):
-            if number % 2:
-                assert step["all_to_all"] == [] and step["objects"] == []
-                assert step["all_gather"] == ([] if columns == 1 else [longest]), (key, number)
-                assert step["decisions"] == ([4, 2] if columns == 1 else [4, 1, 2])
-                continue
-            if method == "KFAC":
-                assert step["all_to_all"] == [sums]
-                assert step["all_gather"] == ([-(-sums // world)] if columns == 1 else [longest])
-            elif number:
-                assert step["all_to_all"] == [sums + spectra]
-            assert len(step["objects"]) <= (number == 0) * 3
+    sums = [sum(1 + d * (d + 1) // 2 for d in shape) for shape in shapes]  # with the weight of each
+    spectra = [1 + b * a for b, a in shapes]
+    for rank, result in enumerate(results):
+        for key in (key for key in result if "KFAC" in key):
+            steps = result[key][:-1]
+            method, _, fraction = key.partition(", ")
+            kept = copies(float(fraction), world)
+            columns = world // kept
+            costs = {str(i): cost({"A": ((a, a), True), "B": ((b, b), True)}) for i, (b, a) in enumerate(shapes)}
+            owner = assigned(costs, columns, {}, {})
+            mine = [i for i in range(len(shapes)) if owner[str(i)] == rank % columns]
+            longest = max(sum(b * a for i, (b, a) in enumerate(shapes) if owner[str(i)] == c) for c in range(columns))
+            directions = [] if columns == 1 else [longest]
+            for number, step in enumerate(steps):
+                if number % 2:
+                    assert step["all_to_all"] == [] and step["objects"] == []
+                    assert step["all_gather"] == directions, (key, number)
+                    assert step["decisions"] == [MESSAGE] * (2 if columns == 1 else 3)
+                    continue
+                assert len(step["objects"]) <= (number == 0) * 3
+                if method == "EKFAC" and not number:
+                    continue
+                each = [s + (p if method == "EKFAC" else 0) for s, p in zip(sums, spectra, strict=True)]
+                own = sum(each[i] for i in mine)
+                assert step["all_to_all"] == [sum(each)] * (columns > 1) + [own] * (kept > 1), (key, number)
+                if method == "KFAC":
+                    assert step["all_gather"] == [-(-own // kept)] * (kept > 1) + directions
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("method", [KFAC, EKFAC])
+def test_a_plan_counts_what_is_sent_and_held(results: list[dict[str, Any]], method: type[Any]) -> None:
+    world = len(results)
+    for kept in (k for k in range(1, world + 1) if world % k == 0):
+        options = functools.partial(method, fisher="exact")
+        with torch.device("meta"):
+            found = precond.plan(network(), world_size=world, optimizer=options, memory_fraction=kept / world)
+        for rank, result in enumerate(results):
+            *steps, memory = result[f"{method.__name__}, {kept / world}"]
+            between, both = steps[1], steps[2]
+            assert sum(between["sent"]) == found.stepping[rank]
+            assert sum(both["sent"]) == found.stepping[rank] + found.updating[rank] + found.refreshing[rank]
+            assert len(between["decisions"] + between["sent"]) == found.messages["step"]
+            assert len(both["decisions"] + both["sent"]) == sum(found.messages.values())
+            expected = {"averages": found.factors[rank], "inverses": found.inverses[rank], "bases": found.bases[rank]}
+            assert memory == expected, (kept, rank)
+
+
+def test_a_plan_of_one_process_counts_what_it_holds() -> None:
+    for method in (KFAC, EKFAC):
+        model = network()
+        optimizer = method(model, nn.CrossEntropyLoss(), lr=0.1, fisher="exact")
+        optimizer.loss_fn(model(torch.randn(BATCH, SIZES[0])), torch.randint(SIZES[-1], (BATCH,))).backward()
+        optimizer.step()
+        found = precond.plan(network(), world_size=1, optimizer=method)
+        assert held(optimizer) == {"averages": found.factors[0], "inverses": found.inverses[0], "bases": found.bases[0]}
+        assert found.stepping == found.updating == found.refreshing == [0]
+
+
+@pytest.mark.distributed
+def test_what_a_rank_holds_falls_with_the_fraction(results: list[dict[str, Any]]) -> None:
+    world = len(results)
+    for result in results:
+        whole = result["alike"]["1.0"]
+        for fraction, part in result["alike"].items():
+            for what in ("averages", "inverses"):
+                assert part[what] * world == whole[what] * float(fraction) * world, (fraction, what)
 
 
 @pytest.mark.distributed
 def test_draws_differ_between_ranks_and_are_unbiased(results: list[dict[str, Any]]) -> None:
+    if len(results) > 2:
+        return
     one, other = (result["draws"] for result in results)
     assert torch.equal(one["factors"], other["factors"])
     assert not torch.equal(one["own"], other["own"])

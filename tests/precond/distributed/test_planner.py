@@ -1,12 +1,18 @@
-"""What does the planner say before there are processes? Its counts beside measured ones are in ``test_sharded``."""
+"""What does the planner say before there are processes? Its counts beside measured ones are in ``test_sharded``
+and ``test_messages``.
+"""
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import precond
+from precond import EKFAC, KFAC, NaturalGradient
 
 
 def mlp() -> nn.Module:
@@ -56,5 +62,64 @@ def test_what_it_does_not_serve_is_refused() -> None:
     for method in (precond.MFAC, precond.Newton):
         with pytest.raises(TypeError, match=f"{method.__name__} has no owners of sharded parameters"):
             precond.plan(mlp(), world_size=2, optimizer=method)
-    with pytest.raises(TypeError, match="model"):
-        precond.plan(mlp(), world_size=2, optimizer=precond.KFAC)
+    with pytest.raises(ValueError, match=r"memory_fraction=0\.5 is an option of methods that learn from layers"):
+        precond.plan(mlp(), world_size=2, optimizer=precond.SOAP, memory_fraction=0.5)
+    with pytest.raises(ValueError, match=r"replicas=2 are copies .*; KFAC runs in DistributedDataParallel"):
+        precond.plan(mlp(), world_size=2, replicas=2, optimizer=precond.KFAC)
+    with pytest.raises(ValueError, match="does not divide 4 processes"):
+        precond.plan(mlp(), world_size=4, optimizer=precond.KFAC, memory_fraction=0.3)
+    with pytest.raises(NotImplementedError, match="keeps the rows of its own batch"):
+        precond.plan(mlp(), world_size=2, optimizer=precond.SENG)
+    with pytest.raises(NotImplementedError, match="KBFGS needs the averages of all blocks in every process"):
+        precond.plan(mlp(), world_size=2, optimizer=precond.KBFGS, memory_fraction=0.5)
+    with pytest.raises(TypeError, match="keeps one matrix of the whole model"):
+        dense = functools.partial(precond.NaturalGradient, structure="dense")
+        precond.plan(mlp(), world_size=2, optimizer=dense)
+
+
+class Mixed(nn.Module):
+    """Layers of several kinds: an embedding, a grouped convolution, a norm, a bare parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.conv = nn.Embedding(11, 6), nn.Conv1d(6, 4, 3, groups=2)
+        self.norm, self.head, self.scale = nn.LayerNorm(4), nn.Linear(4, 3), nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.conv(self.embed(x).mT).mT)).mean(1) * self.scale
+
+
+@pytest.mark.parametrize("method", [KFAC, EKFAC, precond.TNT, precond.SINGD, NaturalGradient, precond.KBFGS])
+@pytest.mark.parametrize("options", [{}, {"structure": "diagonal"}, {"structure": "unit"}], ids=str)
+def test_the_blocks_of_a_plan_are_those_of_a_run(method: Any, options: dict[str, Any]) -> None:
+    if options and method is not NaturalGradient:
+        return
+    torch.manual_seed(0)
+    model = Mixed()
+    own = {"fisher": "exact", **options} if method is not precond.KBFGS else {}
+    optimizer = method(model, nn.CrossEntropyLoss(), lr=0.01, **own)
+    optimizer.loss_fn(model(torch.randint(11, (5, 7))), torch.randint(3, (5,))).backward()
+    optimizer.step()
+    found = precond.plan(Mixed(), world_size=1, optimizer=functools.partial(method, **own))
+    estimators = {name: p.estimator for name, p in optimizer.preconditioners.items()}
+    assert found.owners.keys() == estimators.keys()
+    if method not in (precond.SINGD, precond.KBFGS):  # which learn an inverse
+        means = [m.value for e in estimators.values() for m in e.means().values() if m.value is not None]
+        assert found.factors == [sum(value.nbytes for value in means)]
+    assert set(found.owners.values()) == {0} and found.balance == 1
+
+
+def test_a_plan_leaves_the_model_alone_and_tells_a_time() -> None:
+    with torch.device("meta"):
+        model = Mixed()
+    before = [dict(vars(module)) for module in model.modules()]
+    found = precond.plan(model, world_size=4, optimizer=KFAC, memory_fraction=0.25)
+    assert [dict(vars(module)) for module in model.modules()] == before
+    lines = str(found).splitlines()
+    assert lines[0] == "4 processes, each block kept by 1 (memory_fraction=1/4), 5 blocks" and len(lines) == 11
+    waiting = max(found.stepping) + max(found.updating) / 2 + max(found.refreshing) / 5
+    late = found.messages["step"] + found.messages["update"] / 2 + found.messages["refresh"] / 5
+    done = 2 * (max(found.applying) + max(found.work) / 5)
+    periods = {"curvature_update_period": 2, "inverse_update_period": 5}
+    time = found.seconds(bandwidth=1e6, flops=1e9, latency=1e-3, **periods)
+    assert abs(time - (waiting / 1e6 + late * 1e-3 + done / 1e9)) < 1e-12
