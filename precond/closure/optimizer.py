@@ -37,6 +37,9 @@ from solvers import SolverError
 from solvers.outcome.arguments import instance
 from solvers.precision import working_dtype
 
+# Settings of a damping rule that need the statistics of layers.
+_OF_LAYERS = ("relative_minimum", "relative_maximum", "next_batch")
+
 
 class ClosureOptimizer(SecondOrderOptimizer):
     """Base of the methods that need more of the loss than its gradient.
@@ -396,14 +399,14 @@ class ClosureOptimizer(SecondOrderOptimizer):
         """A rule for :meth:`damped_direction`, which judges every step and takes back each that raises the loss."""
         instance("damping_rule", rule, LevenbergMarquardt, "a LevenbergMarquardt", optional=True)
         if rule is not None:
-            rule.refuse(type(self).__name__, "period", "reject_steps", "relative_minimum")
+            rule.refuse(type(self).__name__, "period", "reject_steps", *_OF_LAYERS)
         return rule
 
     def following(self, rule: LevenbergMarquardt | None) -> LevenbergMarquardt | None:
         """A rule for a method that takes every step, and adapts the damping by it periodically."""
         instance("damping_rule", rule, LevenbergMarquardt, "a LevenbergMarquardt", optional=True)
         if rule is not None:
-            rule.refuse(type(self).__name__, "attempts", "reject_steps", "relative_minimum")
+            rule.refuse(type(self).__name__, "attempts", "reject_steps", *_OF_LAYERS)
         return rule
 
     def damped_direction(

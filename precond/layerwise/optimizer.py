@@ -151,7 +151,13 @@ class PreconditionedOptimizer(LayerOptimizer):
         instance("solver", solver, Solver, "a solvers.Solver such as Cholesky()")
         flag("maximize", maximize)
         if damping_rule is not None:
-            damping_rule.refuse(type(self).__name__, "attempts")
+            judges_next = step_size is not None and damping_rule.next_batch is not False
+            damping_rule.refuse(type(self).__name__, "attempts", *(() if judges_next else ("relative_maximum",)))
+            if damping_rule.next_batch and step_size is None:
+                raise ValueError(
+                    f"{type(self).__name__}: next_batch=True of its damping_rule has no effect without "
+                    "step_size=QuadraticModel(), whose steps it judges; leave it out."
+                )
         if damping_rule is not None and callable(damping) and not isinstance(damping, Damping):
             raise ValueError(
                 "damping is both a function of the step count and adapted by damping_rule; give one of them."
@@ -205,7 +211,7 @@ class PreconditionedOptimizer(LayerOptimizer):
             loop=loop,
             process_group=process_group,
             defaults={
-                **({} if step_size is None else {"region": None, "factor_damping": self._factor_damping()}),
+                **({} if step_size is None else self._of_the_model()),
                 "damping": float(damping.strength) if isinstance(damping, Damping) else damping,
                 "damping_unit": damping_unit,
                 "curvature_ema": curvature_ema,
@@ -214,6 +220,10 @@ class PreconditionedOptimizer(LayerOptimizer):
             },
         )
         self._connect()
+
+    def _of_the_model(self) -> dict[str, float | None]:
+        """Options of the groups in which the quadratic model keeps its state."""
+        return {"region": None, "promised": None, "kept": None, "factor_damping": self._factor_damping()}
 
     def _factor_damping(self) -> float | None:
         """Where the damping that the factors have for themselves begins; ``None`` where they have none."""

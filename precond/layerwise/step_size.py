@@ -113,6 +113,7 @@ class StepModel:
         self.optimizer, self.quadratic, self.rule = optimizer, quadratic, rule
         self.reject = rule is not None and rule.reject_steps
         self.guarded = guarded and quadratic is not None and not self.reject
+        self.judges_next = rule is not None and quadratic is not None and rule.next_batch is not False
         what = f"{type(optimizer).__name__}'s {'damping_rule' if quadratic is None else 'step_size'}"
         watched(optimizer.loss_fn, what, "loop")
         self.loss_fn = optimizer.loss_fn
@@ -183,6 +184,7 @@ class StepModel:
             return directions
         model = self._model(directions, gradients)
         V, curved, slopes, c, value = model.V, model.curved, model.slopes, model.coefficients, model.value
+        self._judge_by_next(params, value)
         length = float(c @ curved @ c)
         lr = float(self.optimizer.option("lr"))
         limit = self._limit()
@@ -263,10 +265,15 @@ class StepModel:
         if unseen(trial.predicted, before, after, torch.float32):
             return
         if self.rule is not None and trial.adapts:
-            damping, mean = float(self.optimizer.option("damping")), self.optimizer.mean_eigenvalue()
-            self.optimizer.set_damping(self.rule.judged(damping, before - after, trial.predicted, mean))
+            ratio = (before - after) / trial.predicted if trial.predicted > 0 else float("nan")
+            if self.judges_next and ratio >= self.rule.lower:
+                self._keep(trial.predicted, ratio)
+            else:
+                damping, mean = float(self.optimizer.option("damping")), self.optimizer.mean_eigenvalue()
+                self.optimizer.set_damping(self.rule.adapted(damping, ratio, mean))
         if self.reject and not after <= before:
             self.taken_back = True
+            self._keep(None, None)
             for p, value in trial.own.items():
                 p.copy_(value)
                 self.optimizer.state[p].pop("momentum_buffer", None)
@@ -295,7 +302,29 @@ class StepModel:
             if "move" in self.optimizer.state[p]:
                 self.optimizer.state[p]["move"] = self.optimizer.state[p]["move"] * scale
         self.taken_back = not scale
+        self._keep(None, None)
         self._set_region((scale or 0.5**_HALVINGS) ** 2 * trial.length)
+
+    def _keep(self, promised: float | None, kept: float | None) -> None:
+        """Keep what a step promised, and the share of it that its own batch saw, until the next batch is there."""
+        for group in self.optimizer.param_groups:
+            group["promised"], group["kept"] = promised, kept
+
+    def _judge_by_next(self, params: list[Tensor], value: Tensor) -> None:
+        """Judge the step before this one by the batch of this one, whose loss at the parameters is ``value``."""
+        group = self.optimizer.param_groups[0]
+        promised, kept = group.get("promised"), group.get("kept")
+        if promised is None or kept is None or self.rule is None:
+            return
+        self._keep(None, None)
+        moves = {p: self.optimizer.state[p]["move"] for p in params if "move" in self.optimizer.state[p]}
+        with parameters_at({p: p.detach() - move for p, move in moves.items()}):
+            before = float(self._value() + self._penalty(params))
+        after = float(value + self._penalty(params))
+        if unseen(promised, before, after, torch.float32):
+            return
+        damping, mean = float(self.optimizer.option("damping")), self.optimizer.mean_eigenvalue()
+        self.optimizer.set_damping(self.rule.after_next(damping, kept, (before - after) / promised, mean))
 
     def _set_region(self, region: float) -> None:
         for group in self.optimizer.param_groups:

@@ -32,6 +32,14 @@ class LevenbergMarquardt:
         attempts: Steps that may be rejected before the parameters stay where they are; of methods with a closure.
         period: Steps between adaptations, each of which costs a forward pass.
         reject_steps: Take back a step that raises the loss of its own batch, and forget the momentum.
+        next_batch: Whether a step is also judged by the batch that comes after it, which had no part in it: at the
+            start of the next step, by one forward pass where the former step began. Let :math:`\rho'` be what the loss
+            of that batch has fallen by, over what the former batch had promised. Steps that follow the noise of their
+            batch have :math:`\rho` near one, and :math:`\rho'` below zero. Then the damping is raised where
+            :math:`\rho' < 0`, and lowered only where :math:`\rho' \ge` ``lower`` besides :math:`\rho >` ``upper``.
+            ``None`` is yes with ``step_size=QuadraticModel()``, and no elsewhere, where it has no effect.
+        relative_maximum: Damping up to which :math:`\rho'` may raise it, as a fraction of the mean eigenvalue of C:
+            more shortens the steps and hardly changes their direction. Where no estimate of C is kept, ``maximum``.
 
     Raises:
         ValueError: If a value is out of range.
@@ -50,6 +58,8 @@ class LevenbergMarquardt:
     attempts: int = 12
     period: int = 1
     reject_steps: bool = False
+    next_batch: bool | None = None
+    relative_maximum: float = 10.0
 
     def __post_init__(self) -> None:
         """Validate the arguments."""
@@ -60,6 +70,8 @@ class LevenbergMarquardt:
             raise ValueError(f"need 0 < minimum <= maximum; got {self.minimum} and {self.maximum}.")
         if not 0 <= self.relative_minimum < float("inf"):
             raise ValueError(f"relative_minimum must be non-negative and finite; got {self.relative_minimum}.")
+        if not self.relative_maximum > 0:
+            raise ValueError(f"relative_maximum must be positive; got {self.relative_maximum}.")
         if not self.lower <= self.upper:
             raise ValueError(f"need lower <= upper; got {self.lower} and {self.upper}.")
         if self.attempts < 1:
@@ -97,6 +109,22 @@ class LevenbergMarquardt:
         if ratio >= self.lower:
             return damping
         return self.raised(damping)
+
+    def after_next(self, damping: float, ratio: float, next_ratio: float, mean: float = 0.0) -> float:
+        """The next damping after a step that its own batch did not raise it for, judged by the next batch too.
+
+        Args:
+            damping: The present one.
+            ratio: The reduction ratio on the step's own batch, at least ``lower``.
+            next_ratio: The decrease of the loss of the next batch over the same promise.
+            mean: Mean eigenvalue of C, 0 where it is not known.
+        """
+        if next_ratio >= self.lower:
+            return self.adapted(damping, ratio, mean)
+        if next_ratio >= 0:
+            return damping
+        largest = self.relative_maximum * mean if mean > 0 else self.maximum
+        return max(damping, min(self.raised(damping), largest))
 
 
 def unseen(predicted: float, before: float, after: float, dtype: torch.dtype) -> bool:

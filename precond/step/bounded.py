@@ -87,10 +87,9 @@ class BoundedOptimizer(CheckedOptimizer):
                     state.pop("length", None)  # the momentum goes on without being measured
         if move is None:
             return self.bounds
-        bounds = self.bounds.after(move)
-        if not bounds.worth_telling():
+        bounds, group = self.bounds.after(move), self.param_groups[0]
+        if group["kl_clip"] is None or not bounds.worth_telling():  # a quadratic model's own region follows its steps
             return bounds
-        group = self.param_groups[0]
         log.warning(
             "%s: kl_clip=%g has shortened %.0f%% of the steps so far. It sets their length, with lr over %s, "
             "whatever the gradient%s. If that is not meant, raise kl_clip or the damping; metrics() has the share.",

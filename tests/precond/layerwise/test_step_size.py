@@ -300,7 +300,7 @@ def test_a_bound_that_is_given_holds_for_the_model_too() -> None:
 @pytest.mark.parametrize("options", [{"step_size": QuadraticModel()}, {}])
 def test_kbfgs_is_judged_as_the_others(options: Any) -> None:
     model, (x, y) = network(), data(0)
-    rule = LevenbergMarquardt(decrease=0.5, upper=-2.0, lower=-3.0)  # every step lowers the damping
+    rule = LevenbergMarquardt(decrease=0.5, upper=-2.0, lower=-3.0, next_batch=False)  # every step lowers the damping
     optimizer: Any = KBFGS(model, nn.MSELoss(), lr=0.1, damping=0.5, damping_rule=rule, **options)
     for k in range(3):
         step(model, optimizer, x, y)
@@ -348,7 +348,8 @@ def test_the_trust_region_bounds_the_predicted_divergence(bound: float) -> None:
 def test_damping_follows_the_reduction_ratio(every: int, sized: bool, closure: bool) -> None:
     """Whatever moved the parameters: momentum and a fixed learning rate, or the model itself."""
     model, lam = network(), 0.1
-    rule = LevenbergMarquardt(decrease=0.8, increase=1.25, lower=0.9, upper=1.05, period=every)
+    alone = False if sized else None
+    rule = LevenbergMarquardt(decrease=0.8, increase=1.25, lower=0.9, upper=1.05, period=every, next_batch=alone)
     options: Any = {"lr": 1.0, "step_size": QuadraticModel()} if sized else {"lr": 0.6, "momentum": 0.9}
     optimizer: Any = KFAC(model, nn.MSELoss(), damping=lam, damping_rule=rule, kl_clip=None, **options)
     factors = set()
@@ -368,6 +369,82 @@ def test_damping_follows_the_reduction_ratio(every: int, sized: bool, closure: b
         lam *= factor
         assert optimizer.param_groups[0]["damping"] == pytest.approx(lam, rel=1e-12)
     assert len(factors) > 1, "the damping always moved in one way, so the test says little"
+
+
+@pytest.mark.parametrize("closure", [False, True])
+@pytest.mark.parametrize("decay", [0.0, 0.3])
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_step_is_judged_by_the_next_batch_too(every: int, decay: float, closure: bool) -> None:
+    """Its own batch alone raises the damping; the next one raises it up to a bound, or lets it be lowered, or not."""
+    model, lam, bound = network(), 0.01, 2.0
+    rule = LevenbergMarquardt(decrease=0.5, increase=2.0, period=every, relative_maximum=bound)
+    optimizer: Any = KFAC(
+        model,
+        nn.MSELoss(),
+        lr=1.0,
+        damping=lam,
+        damping_rule=rule,
+        step_size=QuadraticModel(),
+        weight_decay=WeightDecay(decay, "l2"),
+        fisher="exact",
+    )
+    waiting: tuple[float, float, Tensor, Tensor] | None = None
+    found = set()
+    for k in range(24):
+        x, y = data(k, 6)  # few examples: steps follow the noise of their batch
+        g, C, mean_loss = dense(model, x, y)
+
+        def loss(theta: Tensor, of: Callable[[Tensor], Tensor] = mean_loss) -> Tensor:
+            return of(theta) + 0.5 * decay * theta @ theta
+
+        before = flat(model.parameters())
+        g, C = g + decay * before, C + decay * torch.eye(len(g)).double()
+        step(model, optimizer, x, y, closure)
+        operators = [p.estimator.operator() for p in optimizer.preconditioners.values()]
+        mean = float(sum(op.trace() for op in operators)) / sum(op.shape[0] for op in operators)
+        if waiting is not None:
+            promised, ratio, start, end = waiting
+            fallen = float(loss(start) - loss(end)) / promised
+            if fallen < 0:
+                lam, how = max(lam, min(2 * lam, bound * mean)), "raised" if 2 * lam < bound * mean else "bounded"
+            elif fallen >= 0.25 and ratio > 0.75:
+                lam, how = max(lam / 2, min(lam, 1e-4 * mean)), "lowered"
+            else:
+                how = "left"
+            found.add(how)
+        waiting = None
+        if k % every == 0:
+            m = flat(model.parameters()) - before
+            promised = -float(g @ m + 0.5 * m @ C @ m)
+            ratio = float(loss(before) - loss(before + m)) / promised
+            if not ratio >= 0.25:
+                lam *= 2
+                found.add("by its own")
+            else:
+                waiting = promised, ratio, before, before + m
+        assert optimizer.param_groups[0]["damping"] == pytest.approx(lam, rel=1e-9)
+    assert {"raised", "lowered", "left"} <= found, found
+
+
+def test_the_bound_of_what_the_next_batch_raises_is_no_bound_elsewhere() -> None:
+    rule = LevenbergMarquardt(relative_maximum=2.0)
+    assert rule.after_next(1.0, 1.0, -0.1, mean=1.0) == 2.0
+    assert rule.after_next(1.0, 1.0, float("nan"), mean=1.0) == 2.0
+    assert rule.after_next(5.0, 1.0, -0.1, mean=1.0) == 5.0
+    assert rule.after_next(1.0, 1.0, -0.1) == 3.0  # where no estimate of C is kept
+    assert rule.after_next(1.0, 0.5, 1.0) == rule.after_next(1.0, 1.0, 0.1) == 1.0
+    assert rule.after_next(3.0, 1.0, 0.25) == 1.0
+    for options in ({"next_batch": True}, {"relative_maximum": 2.0}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            KFAC(network(), nn.MSELoss(), damping=0.1, damping_rule=LevenbergMarquardt(**options))
+    with pytest.raises(ValueError, match="relative_maximum"):
+        KFAC(
+            network(),
+            nn.MSELoss(),
+            damping=0.1,
+            step_size=QuadraticModel(),
+            damping_rule=LevenbergMarquardt(next_batch=False, relative_maximum=2.0),
+        )
 
 
 def test_the_adapted_damping_is_the_one_of_the_next_inverse() -> None:
