@@ -47,7 +47,7 @@ def multiplies_bfloat16_faster(device: torch.device) -> bool:
             return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu":
         return False
-    known = getattr(torch.cpu, "get_capabilities", dict)()  # from torch 2.10 on
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # from torch 2.10 on
     return bool(known.get("amx_bf16") or known.get("avx512_bf16"))
 
 

@@ -33,7 +33,7 @@ HOUSE: dict[str, str] = {
     "precond.layerwise": ".layerwise.blocks .distributed .step curvature curvature.estimation curvature.structures"
     " curvature.losses curvature.model solvers solvers.outcome",
     "precond.layerwise.blocks": ".distributed .step curvature curvature.structures curvature.layers curvature.model"
-    " solvers solvers.operators solvers.outcome",
+    " solvers solvers.operators solvers.precision solvers.outcome",
     "precond.closure": ".distributed .gradient .step curvature.estimation curvature.layers curvature.losses"
     " curvature.model solvers solvers.precision solvers.outcome",
     "precond.fitting": ".step curvature.model solvers.outcome",

@@ -273,13 +273,13 @@ def promised(
             if names[id(p)] in done:
                 continue  # tied: its first owner speaks
             pair = next((pair for pair in _PAIRS if key in pair and set(pair) <= set(own)), None)
-            together = {k: own[k] for k in pair} if pair and kind and joint else {key: p}
-            together = {names[id(q)]: q for q in together.values()}
-            block = Block("+".join(together), _parts(module, together, kind))
+            pairs = {k: own[k] for k in pair} if pair and kind and joint else {key: p}
+            found: dict[str, torch.Tensor] = {names[id(q)]: q for q in pairs.values()}
+            block = Block("+".join(found), _parts(module, found, kind))
             one_hot = isinstance(module, (nn.Embedding, nn.EmbeddingBag))
             form: Form = "outer" if kind == "kronecker" else "per_sample"
-            done |= together.keys()
-            yield Promise(block, form, type(module).__name__ if kind else None, one_hot), together
+            done |= found.keys()
+            yield Promise(block, form, type(module).__name__ if kind else None, one_hot), found
 
 
 def _promised(model: nn.Module, parameters: Parameters, spec: Curvature) -> list[Row]:

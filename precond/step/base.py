@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from precond.distributed.ranks import check_group
+from precond.distributed.sharded import any_sharded
 from precond.step.alike import Alike
 from precond.step.averaging import swapped
 from precond.step.bounded import BoundedOptimizer
@@ -100,8 +101,6 @@ class SecondOrderOptimizer(BoundedOptimizer):
     _step_supports_amp_scaling = True
     #: Change of the objective in the last step that was compared with its quadratic model: promised, and true.
     judged: tuple[float, float] | None = None
-    #: Whether :meth:`metrics` was called, so that steps measure what takes work.
-    asked = False
     _lengths_moved: tuple[Tensor, ...] = ()  # norm of each parameter's last move
 
     def __init__(

@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 
 from precond.distributed.agreement import verdict
 from precond.distributed.ranks import Ranks, group_of
-from precond.distributed.sharded import refuse_left_behind
+from precond.distributed.sharded import any_sharded, refuse_left_behind
 from precond.step.divergence import Diverged, advice, all_finite, broken_gradients, broken_results, largest_norm
 from precond.step.journal import FAILURES
 from precond.step.loop import Loop
@@ -35,6 +35,8 @@ class CheckedOptimizer(StatefulOptimizer):
     skipped_in_row = 0
     #: The largest norm of the gradients of the step; infinite if not known.
     gradient_norm = math.inf
+    #: Whether :meth:`metrics` was called, so that steps measure what takes work.
+    asked = False
     _ranks: Ranks | None = None
     _reason = ""  # why a step is refused whose results are finite
     _empty_in_row = 0  # steps without any gradient
@@ -66,8 +68,12 @@ class CheckedOptimizer(StatefulOptimizer):
         fit = all_finite([*results.values(), *self.touched()])
         if self.ranks is None:
             return fit
-        table = self.ranks.numbers([float(fit), float(self.events[FAILURES])])
-        if len({failed for _, failed in table}) > 1:  # the decompositions of some are older than those of others
+        sharded = any_sharded(results.values())
+        asked = [float(self.asked)] if sharded else []  # measuring a move on shards takes all processes
+        table = self.ranks.numbers([float(fit), float(self.events[FAILURES]), *asked])
+        if sharded:
+            self.asked = any(row[2] for row in table)
+        if len({row[1] for row in table}) > 1:  # the decompositions of some are older than those of others
             self._reason = "a decomposition failed in some processes and not in others"
         return all(row[0] for row in table) and not self._reason
 

@@ -300,8 +300,8 @@ class Study:
         self.has_data = batches > 0
         if self.shares.several:
             self.shares.sum(value, total)
-            found = self.shares.gather((batches, size, examples, self.checksum, self.columns))
-            batches, size, examples, self.checksum = (sum(parts) for parts in list(zip(*found, strict=True))[:4])
+            found = self.shares.gather((batches, size, examples, self.fingerprint, self.columns))
+            batches, size, examples, self.fingerprint = (sum(parts) for parts in list(zip(*found, strict=True))[:4])
             self.columns = max(one[-1] for one in found)
         self.budget.count(1)
         self.pass_cost = max(self.budget.spent - before, 1e-9)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -320,7 +321,7 @@ def test_a_killed_run_goes_on_to_the_same_eigenvalues(tmp_path: Path, capsys: py
     arguments = ["eigs", "training:slow", "-k", "5", "--which", "BE", "--rtol", "1e-6", "--save-every", "0.001"]
     run, root = tmp_path / "run.pt", Path(curvature.__file__).parents[1]
     command = [sys.executable, "-m", "curvature", *arguments, "--resume", str(run)]
-    process = subprocess.Popen(command, cwd=tmp_path, env={"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(root)})
     deadline = time.monotonic() + 240
     while not run.exists():
         assert process.poll() is None and time.monotonic() < deadline

@@ -65,8 +65,8 @@ def test_each_structure_is_its_part_of_the_dense_matrix(problem: Problem, kind: 
         if isinstance(block, Dense):
             rows = index.reshape(-1, index.shape[-1])
             matrices = block.matrix.reshape(len(rows), rows.shape[1], rows.shape[1])
-            for matrix, row in zip(matrices, rows, strict=True):
-                assert_close(matrix, expected[row][:, row])
+            # All units of a layer at once: one whose gradients cancel is rounding errors alone.
+            assert_close(matrices, torch.stack([expected[row][:, row] for row in rows]))
         else:
             assert_close(block.diagonal(), expected.diagonal()[index])
 
