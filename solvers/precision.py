@@ -54,9 +54,11 @@ def multiplies_bfloat16_faster(device: torch.device) -> bool:
 def reduced() -> bool:
     """Whether the process has asked torch for products of float32 numbers in less than float32, by any of its APIs."""
     try:
-        return torch.get_float32_matmul_precision() != "highest"
+        if torch.get_float32_matmul_precision() == "highest":  # the quick answer, nearly always
+            return False
     except RuntimeError:  # the backends were set one by one
-        return any(backend.fp32_precision not in _FULL for backend in _BACKENDS)
+        pass
+    return any(backend.fp32_precision not in _FULL for backend in _BACKENDS)
 
 
 class FullFloat32:
