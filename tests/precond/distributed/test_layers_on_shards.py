@@ -103,7 +103,7 @@ def gradients_and_messages_of_passes_are_left_alone(two: list[dict[str, Any]]) -
 
 
 def runs_go_on_on_other_meshes(found: dict[str, Any]) -> None:
-    for part in (found["four"], "loaded hybrid"), (found["four"], "loaded"), ([{"one": found["one"]}], "one"):
+    for part in (found["four"], "loaded"), ([{"one": found["one"]}], "one"):
         values = everywhere(*part)
         assert values.keys() == set(runs.SAVED)
         for name, loaded in values.items():
