@@ -106,7 +106,7 @@ def test_a_notebook_becomes_a_page_with_its_outputs(tmp_path: Path) -> None:
     assert site.notebook_page(tmp_path / "n.ipynb") == (
         '# Title\n[s](../start.md)\n\n```python\nprint(1)\nax.set(title="a < b")\n```\n\n````text\n1\n```\n````\n\n'
         '<img class="drawn" alt="Picture: a &lt; b" src="data:image/png;base64,iVBO">\n\n'
-        "````text\n'x'\n````\n\n[The notebook](n.ipynb) itself, to run it.\n"
+        "````text\n'x'\n````\n\n<a href=\"n.ipynb\">The notebook</a> itself, to run it.\n"
     )
 
 

@@ -52,7 +52,7 @@ def site_path(path: str) -> str:
     if path in PROJECT:
         return PROJECT[path]
     if path.startswith("docs/") and not path.startswith("docs/site/"):
-        return path.removeprefix("docs/")
+        return path.removeprefix("docs/").replace(".ipynb", ".md")
     return f"source/{path}.md"
 
 
@@ -122,7 +122,7 @@ def notebook_page(path: Path) -> str:
                 parts.append(f'<img class="drawn" alt="{escape(_title(source))}" src="{address}">')
             elif text:
                 parts.append(f"````text\n{text}\n````")
-    parts.append(f"[The notebook]({path.name}) itself, to run it.")
+    parts.append(f'<a href="{path.name}">The notebook</a> itself, to run it.')
     return "\n\n".join(parts) + "\n"
 
 
