@@ -52,7 +52,7 @@ GRID: list[Method] = [
 VECTORS = "vectors=Vectors(betas=(0.9, 0.99))"
 #: The other methods, at the best of a handful of settings, and the parts of Muon's steps that are tried.
 METHODS: dict[str, tuple[Method, tuple[float, ...]]] = {
-    "SOAPMuon": ((f"SOAPMuon(lr=0.04, momentum=0.85, {VECTORS})", {"lr": 0.05}), (0.85, 1.0)),
+    "SOAPMuon": ((f"SOAPMuon(lr=0.04, momentum=0.85, curvature_ema=0.98, {VECTORS})", {"lr": 0.05}), (0.85, 0.9, 1.0)),
     "SOAP-H": (
         (
             "SOAP(lr=0.05, betas=(0.9, 0.95), inverse_update_period=1, norm_control=Hyperball())",
