@@ -249,7 +249,7 @@ class LayerOptimizer(SecondOrderOptimizer):
         known = [(entries, dict(entries)) for entries in (collector.estimators, collector.operations, collector.forms)]
         return (
             (self.statistics.mark(), collector, collector.plan.mark(), known),
-            [(p, p.mark(bool(changes or p.unseen or p.inverse is None))) for p in self.preconditioners.values()],
+            [(p, p.mark(changes or p.changes_estimate)) for p in self.preconditioners.values()],
         )
 
     def back_to(self, mark: Any) -> None:

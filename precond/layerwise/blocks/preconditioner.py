@@ -66,6 +66,14 @@ class Preconditioner:
             self._priced = self.inverse, refresh_cost(self.inverse)
         return self._priced[1]
 
+    @property
+    def changes_estimate(self) -> bool:
+        """Whether the coming step may refresh P and with it the estimate: its basis, or the inverse that it is."""
+        if not self.unseen and self.inverse is not None:
+            return False
+        keeps = type(self.estimator).refresh_basis is CurvatureEstimator.refresh_basis
+        return not keeps or isinstance(self.estimator, InverseEstimator)
+
     def mark(self, estimate: bool = True) -> Any:
         """Inverse and, unless it stays the same, estimate as they are now, for :meth:`back_to`."""
         return self.estimator.mark() if estimate else None, dict(vars(self))
