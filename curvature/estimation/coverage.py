@@ -266,6 +266,7 @@ def promised(
     """
     names = {id(p): name for name, p in parameters.items()}
     done: set[str] = set()
+    own: dict[str, torch.Tensor]
     for module in model.modules():
         own = {key: p for key, p in module.named_parameters(recurse=False) if id(p) in names}
         kind = _kind(module)

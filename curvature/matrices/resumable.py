@@ -50,10 +50,16 @@ def resumable_eigsh(
 
     Raises:
         CheckpointError: If the file is damaged or belongs to another problem.
-        ValueError: As :func:`solvers.eigsh`, and for ``state`` and ``checkpoint``, which are the file's.
+        ValueError: As :func:`solvers.eigsh`; for ``state`` and ``checkpoint``, which are the file's; and for a matrix
+            of data that are shared out over processes.
     """
     if given := [name for name in ("state", "checkpoint") if options.get(name) is not None]:
         raise ValueError(f"{given[0]}= is kept in the file here; leave it out, or call solvers.eigsh.")
+    if isinstance(op, DatasetOperator) and op.problem.shares.several:
+        raise ValueError(
+            f"{os.fspath(path.path if isinstance(path, Checkpoint) else path)} keeps the run of one process, and this "
+            "matrix is of the data of several. Call solvers.eigsh(op, ...) in all of them."
+        )
     shaping = {name: _shown(options.get(name)) for name in _SHAPING}
     file = Checkpoint.at(path).of(_identity(op) | {"k": k, "which": which} | shaping)
     saved = file.load()

@@ -92,6 +92,8 @@ class Ranks:
         """As :meth:`together`, with the largest of each number over all processes."""
         values, error = _attempted(work, width)
         self._decided((), error)
+        if not width:
+            return []
         out = torch.tensor(values, dtype=torch.float64, device=self.device)
         with answered(self.group):
             dist.all_reduce(out, dist.ReduceOp.MAX, group=self.group)

@@ -209,6 +209,9 @@ def refusals() -> dict[str, str]:
         "prune": lambda **k: curvature.prune(model, loss, mine, **k),
         "report, resumed": lambda **k: curvature.report(model, loss, mine, resume="unused", **k),
         "fisher, resumed": lambda **k: curvature.fisher(model, loss, mine, structure="kfac", resume="unused", **k),
+        "resumable_eigsh, of shares": lambda process_group: curvature.resumable_eigsh(
+            curvature.hessian(model, loss, mine, process_group=process_group), "unused"
+        ),
         "influence, stored": lambda **k: curvature.influence(model, loss, mine, (x, y), store="unused", **k),
     }
     told = {}

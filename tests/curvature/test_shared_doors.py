@@ -60,6 +60,7 @@ def test_other_doors_refuse_a_group_by_name(found: list[dict[str, Any]]) -> None
         assert told["report, resumed"].startswith("ValueError: resume keeps the run of one process")
         assert told["fisher, resumed"].startswith("ValueError: resume keeps the sums of one process")
         assert told["influence, stored"].startswith("ValueError: store keeps the files of one process")
+        assert told["resumable_eigsh, of shares"].startswith("ValueError: unused keeps the run of one process")
         assert runs.REFUSED == tuple(name for name in told if "," not in name)
         for name in runs.REFUSED:
             door = "Subspace" if name == "subspace" else name

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 import curvature
 from curvature.model.messages import ProcessLost
 from precond import KFAC, SOAP, LevenbergMarquardt, QuadraticModel
-from precond.distributed.ranks import OtherRankFailed
+from precond.distributed.ranks import OtherRankFailed, Ranks
 from precond.layerwise.replay import LoopReplay
 from tests.distributed_run import outcomes, ranks
 from tests.precond.distributed.checks import Net, alone, averaged, distance, make, mine, parameters, same, vectors
@@ -145,17 +145,22 @@ def matrices() -> dict[str, tuple[str, str]]:
 
 
 class Shuffled(nn.Module):
-    """The layers of a net in an order of registration that differs between ranks, with delays of their own."""
+    """A net whose layers are registered and called in drawn orders, with delays of their own.
 
-    def __init__(self, seed: int) -> None:
+    Args:
+        seed: Of the order of the calls, and of the delays.
+        registered: Of the order of registration.
+    """
+
+    def __init__(self, seed: int, registered: int) -> None:
         super().__init__()
-        draw = random.Random(seed)
+        draw, register = random.Random(seed), random.Random(registered)
         layers = {f"layer{i}": nn.Linear(5, 5).double() for i in range(4)}
         generator = torch.Generator().manual_seed(0)
         for layer in layers.values():
             for p in layer.parameters():
                 p.data.copy_(torch.randn(p.shape, generator=generator, dtype=p.dtype) / 3)
-        for name in draw.sample(sorted(layers), 4):
+        for name in register.sample(sorted(layers), 4):
             self.add_module(name, layers[name])
         for layer in draw.sample(list(layers.values()), 4):
             pause = draw.random() / 200
@@ -170,35 +175,53 @@ class Shuffled(nn.Module):
 
 
 def orders() -> dict[str, Any]:
-    """Runs in which every rank registers, calls and differentiates its layers in an order of its own."""
+    """Runs in which every rank calls its layers in an order of its own, and where it may, registers them so."""
     out = {}
-    for fraction in (1.0, 1 / dist.get_world_size()):
-        for seed in range(3):
-            model, loss_fn = Shuffled(100 * seed + dist.get_rank()), nn.CrossEntropyLoss()
+    rank, world = dist.get_rank(), dist.get_world_size()
+    for fraction in (1.0, 1 / world):
+        for seed, wrapped in ((0, False), (1, False), (2, True), (3, True)):
+            model = Shuffled(100 * seed + rank, seed if wrapped else 100 * seed + rank)
+            parallel = DistributedDataParallel(model) if wrapped else model
+            options = {} if wrapped else {"process_group": dist.group.WORLD}
             optimizer = KFAC(
-                model,
-                loss_fn,
+                parallel,
+                nn.CrossEntropyLoss(),
                 lr=0.1,
                 fisher="exact",
-                process_group=dist.group.WORLD,
                 memory_fraction=fraction,
                 inverse_update_period=1,
+                **options,
             )
             for step in range(3):
-                x, y = vectors()[step]
-                model.zero_grad()
-                loss_fn(model(x[mine(16)]), y[mine(16)]).backward()
-                for name in sorted(dict(model.named_parameters())):
+                backward(model, parallel, step, optimizer.loss_fn)
+                for name in sorted(dict(model.named_parameters())) if not wrapped else ():
                     p = model.get_parameter(name)
                     dist.all_reduce(p.grad)
-                    p.grad /= dist.get_world_size()  # type: ignore[operator]
+                    p.grad /= world  # type: ignore[operator]
                 optimizer.step()
             out[f"{seed}, {fraction}"] = {n: p.detach().clone() for n, p in sorted(model.named_parameters())}
     return out
 
 
+def decisions() -> list[Any]:
+    """As many numbers as there may be; then an error on one rank meets a decision of another kind on the other."""
+    own = Ranks(dist.group.WORLD, torch.device("cpu"))
+    out: list[Any] = [own.numbers([float(own.rank)] * width) for width in (0, 1, 7, 8, 20)]
+    out += [own.largest(list, 0), own.largest(lambda: [float(own.rank)] * 20, 20)]
+    for other in (
+        lambda: own.numbers([0.0] * 20),
+        lambda: own.largest(lambda: [0.0], 1),
+        lambda: own.together(lambda: ()),
+    ):
+        if own.rank == 1:
+            own.tell(Memory("between decisions"))
+        else:
+            out.append(caught(other)[0])
+    return out
+
+
 def everything() -> dict[str, Any]:
-    return {f.__name__: f() for f in (steps_that_fail, gradient_methods, matrices, orders)}
+    return {f.__name__: f() for f in (steps_that_fail, gradient_methods, matrices, orders, decisions)}
 
 
 @pytest.fixture(scope="module")
@@ -224,6 +247,14 @@ def test_so_do_steps_of_gradient_methods(found: list[dict[str, Any]]) -> None:
     (one, same_before, last), (other, unchanged, last_there) = (rank["gradient_methods"] for rank in found)
     assert (one[0], other[0]) == (OtherRankFailed.__name__, Memory.__name__)
     assert same_before and unchanged and same(last, last_there)
+
+
+def test_a_decision_of_any_width_is_met_by_an_error(found: list[dict[str, Any]]) -> None:
+    for rank, result in enumerate(found):
+        told = result["decisions"]
+        assert told[:5] == [[[0.0] * width, [1.0] * width] for width in (0, 1, 7, 8, 20)]
+        assert told[5:7] == [[], [1.0] * 20]
+        assert told[7:] == ([OtherRankFailed.__name__] * 3 if rank == 0 else [])
 
 
 def test_a_matrix_fails_on_all(found: list[dict[str, Any]]) -> None:
