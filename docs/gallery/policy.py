@@ -154,9 +154,10 @@ def main(out: Path) -> None:
     left.set_title("learning to balance a pole (thin: single runs)")
     left.legend(frameon=False, fontsize="small")
     left.spines[["top", "right"]].set_visible(False)
-    plots.surface(plane, middle, contours=0)
+    plots.surface(plane, middle, log=False, contours=0)  # one scale for both pictures, whatever the plane
     middle.set_title("mean return around a policy")
-    plots.surface_3d(plane, figure.add_subplot(1, 3, 3, projection="3d"))
+    relief = plots.surface_3d(plane, figure.add_subplot(1, 3, 3, projection="3d"), log=False)
+    relief.set(title="the same as a relief", zlabel="", zlim=(0, LONGEST))
     figure.savefig(out / "policy.png", dpi=100)
 
 

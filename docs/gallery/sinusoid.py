@@ -91,7 +91,7 @@ def main(out: Path) -> None:
         ax.plot(grid, grid.sin(), color="black", linestyle="--", linewidth=1, label="the truth")
         ax.plot(x, y, ".", color="black", markersize=3)
         ax.set(title=f"{structure}: noise {noise[structure]:.2f}", ylim=(-4, 4), xlim=(-4, 12))
-    axes[1, 0].legend(frameon=False, loc="lower right", title="two standard deviations")
+    axes[1, 0].legend(frameon=False, loc="upper left", title="two standard deviations", ncols=2)
     last = axes[1, 1]
     for structure, course in courses.items():
         dashed = structure == "ekfac"  # it lies on that of kron
