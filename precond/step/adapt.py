@@ -30,7 +30,7 @@ class LevenbergMarquardt:
             would drive the damping down until the run stalls.
         maximum: Largest damping.
         attempts: Steps that may be rejected before the parameters stay where they are; of methods with a closure.
-        period: Steps between adaptations, each of which costs a forward pass.
+        period: Steps between adaptations, each of which costs a forward pass, and one more under ``next_batch``.
         reject_steps: Take back a step that raises the loss of its own batch, and forget the momentum.
         next_batch: Whether a step is also judged by the batch that comes after it, which had no part in it: at the
             start of the next step, by one forward pass where the former step began. Let :math:`\rho'` be what the loss

@@ -32,7 +32,7 @@ RECIPE = {
     "curvature_ema": 0.9,
     "curvature_update_period": 5,
     "inverse_update_period": 5,
-    "step_size": QuadraticModel(fraction=0.25),
+    "step_size": QuadraticModel(),
     "damping_rule": LevenbergMarquardt(period=5),
 }
 
@@ -162,9 +162,9 @@ def main() -> None:
     for name in options.problems.split(","):
         tuned = {lr: run(name, {"lr": lr, **TUNED}, options.seconds, options.seed) for lr in RATES}
         lr, best = min(tuned.items(), key=lambda pair: pair[1][1])
-        print(f"| {name} | tuned, lr={lr:g} | {best[0]:.4f} | {best[1]:.4f} | {best[2]} |", flush=True)
+        print(f"| {name} | tuned, lr={lr:g} | {best[0]:.2g} | {best[1]:.2g} | {best[2]} |", flush=True)
         half, end, steps = run(name, RECIPE, options.seconds, options.seed)
-        print(f"| {name} | quadratic model | {half:.4f} | {end:.4f} | {steps} |", flush=True)
+        print(f"| {name} | quadratic model | {half:.2g} | {end:.2g} | {steps} |", flush=True)
 
 
 if __name__ == "__main__":
