@@ -61,17 +61,9 @@ class Momenta:
             rate = {p: reference_lr(group) for group in self.groups for p in group["params"]}
             names.sort(key=lambda name: -rate[self.parameters[name]])
         if counts:
-            damped = metric()
-            assert damped is not None
             momenta = momenta if whole is None else {n: whole[n] for n in names}
             v = {n: momenta[n] if n in momenta else _zeros(self.parameters[n]) for n in block.names}
-            x = block.read(v).to(damped.dtype)
-            if isinstance(damped, Eigen):  # half the products
-                x = damped.basis.adjoint() @ x
-                image = damped.values * x
-            else:
-                image = damped @ x
-            length = dot(image, x)
+            length = _length(block.read(v), preconditioner, metric)
         else:
             length = torch.zeros((), dtype=torch.float64, device=self.parameters[names[0]].device)
         rest = torch.zeros_like(length)
@@ -89,6 +81,21 @@ class Momenta:
             v = known[p]["momentum_buffer"]
             out[p] = dot(v, v)
         return out
+
+
+def _length(x: Tensor, preconditioner: Preconditioner, metric: Callable[[], LinearOperator | None]) -> Tensor:
+    triangles = preconditioner.triangles
+    if triangles is not None:
+        left, right = triangles
+        half = right.half(left.half(x.to(left.dtype)).mT)
+        return torch.linalg.vector_norm(half, dtype=torch.float64).square()
+    damped = metric()
+    assert damped is not None
+    x = x.to(damped.dtype)
+    if isinstance(damped, Eigen):  # half the products
+        x = damped.basis.adjoint() @ x
+        return dot(damped.values * x, x)
+    return dot(damped @ x, x)
 
 
 def _zeros(p: Tensor) -> Tensor:

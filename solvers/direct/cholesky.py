@@ -20,6 +20,9 @@ from solvers.outcome.errors import NonFiniteError, NotPositiveDefiniteError, Sol
 from solvers.precision import widen
 from solvers.solver import Solver
 
+# Triangles up to this size are multiplied whole: parts of them run below the speed of large products.
+_WHOLE = 256
+
 
 @dataclass(frozen=True)
 class Cholesky(Solver):
@@ -95,6 +98,13 @@ class CholeskyInverse(SelfAdjoint, Derived):
         columns = x.reshape(prod(batch), *self.in_shape).movedim(0, -1)  # (*stack, n, batch)
         return torch.cholesky_solve(columns, self.factor).movedim(-1, 0).reshape(x.shape)
 
+    def half(self, x: Tensor) -> Tensor:
+        r""":math:`L^\top X` of ``X (*stack, n, m)``: its squares add up to :math:`\operatorname{tr} X^\top L L^\top X`.
+
+        Large triangles are taken in parts, at 5/8 of the cost of a whole product.
+        """
+        return _triangle_times(self.factor.mT, x)
+
     def to_explicit(self) -> Dense:
         """The inverse as a matrix, exactly symmetric."""
         inverse = torch.cholesky_inverse(self.factor)
@@ -112,6 +122,16 @@ class CholeskyInverse(SelfAdjoint, Derived):
 
     def frobenius_norm(self) -> Tensor:
         return self.to_explicit().frobenius_norm()
+
+
+def _triangle_times(upper: Tensor, x: Tensor) -> Tensor:
+    n = upper.shape[-1]
+    if n <= _WHOLE:
+        return upper @ x
+    h = (n // 2 + 15) // 16 * 16  # whole vector registers
+    first, second = upper[..., :h, :], x[..., h:, :]
+    top = _triangle_times(first[..., :h], x[..., :h, :]).add_(first[..., h:] @ second)
+    return torch.cat([top, _triangle_times(upper[..., h:, h:], second)], -2)
 
 
 def cholesky_factor(op: Dense) -> Tensor:

@@ -15,6 +15,7 @@ from precond.layerwise.blocks.refresh import refresh_cost
 from precond.step.divergence import TOLERATED_FAILURES
 from solvers import (
     Cholesky,
+    CholeskyInverse,
     Damping,
     Diagonal,
     Eigen,
@@ -188,6 +189,13 @@ class Preconditioner:
     def keeps_curvature(self) -> bool:
         """Whether P is the inverse of a damped C that is kept."""
         return self.exponent == -1 and not isinstance(self.estimator, InverseEstimator)
+
+    @property
+    def triangles(self) -> tuple[CholeskyInverse, CholeskyInverse] | None:
+        """The factors of P where it is kept as two triangles, of the damped C."""
+        factors = self.inverse.factors if isinstance(self.inverse, Kronecker) and self.keeps_curvature else ()
+        found = [f for f in factors if isinstance(f, CholeskyInverse) and f.factor.ndim == 2]
+        return (found[0], found[1]) if len(factors) == len(found) == 2 else None
 
     def damped(self, damping: Damping) -> LinearOperator | None:
         """The damped C whose inverse P is; ``None`` where there is none."""

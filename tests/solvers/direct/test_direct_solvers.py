@@ -12,6 +12,7 @@ from solvers import (
     Auto,
     BlockDiagonal,
     Cholesky,
+    CholeskyInverse,
     Dense,
     Diagonal,
     Eigen,
@@ -298,3 +299,16 @@ def test_settings_are_checked() -> None:
         Eigh("plain", floor=0.1)
     with pytest.raises(ValueError, match=r"floor is a positive number"):
         Eigh("clamped", floor=0.0)
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 3), (301,), (2, 700)])
+def test_the_half_of_a_cholesky_inverse_is_a_root_of_what_was_inverted(shape):
+    """Large triangles are multiplied in parts."""
+    n = shape[-1]
+    root = torch.randn(*shape, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    matrix = root @ root.mT + n * torch.eye(n, dtype=torch.float64)
+    inverse = solvers.power(Dense(matrix), -1, Cholesky(explicit=False))
+    assert isinstance(inverse, CholeskyInverse)
+    x = torch.randn(*shape, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    half = inverse.half(x)
+    torch.testing.assert_close(half.mT @ half, x.mT @ matrix @ x)
