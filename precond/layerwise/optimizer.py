@@ -366,8 +366,8 @@ class PreconditionedOptimizer(LayerOptimizer):
             for group in self.param_groups:
                 group["factor_damping"] = strength
             if found:  # the first one is the present
-                for preconditioner in self.preconditioners.values():
-                    preconditioner.refresh(dampings.of(preconditioner.estimator.block), basis=True)
+                dampings_of = {name: dampings.of(p.estimator.block) for name, p in self.preconditioners.items()}
+                self.preconditioners.refresh({name: {"damping": damping} for name, damping in dampings_of.items()})
                 now = self._applied(gradients, rows, given)
             inverses = {name: p.inverse for name, p in self.preconditioners.items()}
             promise = self._step_model.promise(now, {p: given[p] for p in now})

@@ -161,9 +161,9 @@ class SpringPreconditioner(Preconditioner):
         self.previous: Tensor | None = None
         self.image: Tensor | None = None  # what the last solution is the solution for
 
-    def attempted(self, damping: Damping, **options: Any) -> tuple[bool, LinearOperator | None]:
+    def refresh(self, damping: Damping, **options: Any) -> tuple[bool, LinearOperator | None]:
         self.shift = float(damping.strength)
-        return super().attempted(damping, **options)
+        return super().refresh(damping, **options)
 
     def __matmul__(self, gradient: Tensor) -> Tensor:
         if not self.spring or self.inverse is None:

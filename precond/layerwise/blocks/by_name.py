@@ -58,7 +58,7 @@ class Preconditioners(dict[str, Preconditioner]):
         """Refresh blocks, with one wait for the device where their solver allows; one that fails keeps its inverse.
 
         Args:
-            due: Block's name -> arguments of :meth:`Preconditioner.attempted`.
+            due: Block's name -> arguments of :meth:`Preconditioner.refresh`.
 
         Returns:
             Block's name -> the damped C, where P is its new inverse.
@@ -72,7 +72,7 @@ class Preconditioners(dict[str, Preconditioner]):
             marks[name] = self[name].mark(estimate=False)
             try:
                 with verdicts.of(name) if self[name].fails_late else nullcontext():
-                    found = self[name].attempted(**options)[1]
+                    found = self[name].refresh(**options)[1]
             except SolverError as error:
                 errors[name] = error
             else:

@@ -23,7 +23,6 @@ from solvers import (
     Kronecker,
     LinearOperator,
     Solver,
-    SolverError,
     from_state,
     power,
     state,
@@ -36,7 +35,7 @@ class Preconditioner:
     """``P = (damped C)^exponent`` of one block, refreshed periodically.
 
     If a refresh fails (a factor that is not positive definite, say) the last good inverse stays, the failure is
-    counted, and after three in a row an error names the block.
+    counted, and after three in a row an error names the block (:meth:`failed`).
 
     Args:
         estimator: Estimate of C.
@@ -92,9 +91,18 @@ class Preconditioner:
         self.estimator.commit(ema)
         self.unseen += 1
 
+    @property
+    def fails_late(self) -> bool:
+        """Whether a refresh may go on before its checks are read: nothing in it answers them."""
+        return type(self.solver) in (Cholesky, Eigh)
+
+    def attempt(self, damping: Damping, *, basis: bool = True, applications: int | None = None) -> bool:
+        """:meth:`refresh`; whether there is a new P."""
+        return self.refresh(damping, basis=basis, applications=applications)[0]
+
     def refresh(
         self, damping: Damping, *, basis: bool = True, rows: int | None = None, applications: int | None = None
-    ) -> LinearOperator | None:
+    ) -> tuple[bool, LinearOperator | None]:
         """Recompute P from the current estimate.
 
         Args:
@@ -106,30 +114,11 @@ class Preconditioner:
                 known basis are inverted again, entry by entry.
 
         Returns:
-            The damped C, where P is its new inverse.
+            Whether there is a new P, and the damped C whose inverse it is, where that is kept.
 
         Raises:
-            SolverError: If a refresh fails without an earlier inverse, or too many fail in a row.
+            SolverError: If that fails, see :meth:`failed`.
         """
-        try:
-            return self.attempted(damping, basis=basis, rows=rows, applications=applications)[1]
-        except SolverError as error:
-            self.failed(error)
-            return None
-
-    @property
-    def fails_late(self) -> bool:
-        """Whether a refresh may go on before its checks are read: nothing in it answers them."""
-        return type(self.solver) in (Cholesky, Eigh)
-
-    def attempt(self, damping: Damping, *, basis: bool = True, applications: int | None = None) -> bool:
-        """As :meth:`refresh`, but whatever fails is raised; whether there is a new P."""
-        return self.attempted(damping, basis=basis, applications=applications)[0]
-
-    def attempted(
-        self, damping: Damping, *, basis: bool = True, rows: int | None = None, applications: int | None = None
-    ) -> tuple[bool, LinearOperator | None]:
-        """As :meth:`refresh`, but whatever fails is raised: whether there is a new P, and the damped C."""
         if not self.estimator.ready:
             return False, None
         if basis and (self.inverse is not None or self.unseen > 1):  # the first update finds its own basis
