@@ -8,6 +8,8 @@ from collections.abc import Collection, Iterable, Mapping
 
 from torch import Tensor, nn
 
+from curvature.model.fully_sharded import named_parameters
+
 
 class Membership:
     """Notices layers that were deleted, replaced, added or unfrozen after the optimizer was made.
@@ -19,7 +21,7 @@ class Membership:
 
     def __init__(self, model: nn.Module, method: str) -> None:
         self._model, self._method = weakref.ref(model), method
-        self._known = {id(p): weakref.ref(p) for p in model.parameters() if p.requires_grad}
+        self._known = {id(p): weakref.ref(p) for _, p in named_parameters(model) if p.requires_grad}
         self._looked_at: set[str] = set()
 
     def require(self, parameters: Mapping[str, Tensor], missing: Collection[str]) -> None:
@@ -36,7 +38,7 @@ class Membership:
         model = self._model()
         if missing <= self._looked_at or model is None:
             return
-        own = {id(p) for p in model.parameters()}
+        own = {id(p) for _, p in named_parameters(model)}
         if gone := [name for name in missing if id(parameters[name]) not in own]:
             names = ", ".join(name for name in parameters if name in gone)
             raise RuntimeError(
@@ -58,7 +60,7 @@ class Membership:
             return
         groups = {id(p) for p in trained}
         names = []
-        for name, p in model.named_parameters():
+        for name, p in named_parameters(model):
             known = self._known.get(id(p))
             if p.requires_grad and id(p) not in groups and (known is None or known() is not p):
                 names.append(name)

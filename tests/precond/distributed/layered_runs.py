@@ -86,14 +86,14 @@ def accumulated(optimizer: Any, net: Any, batches: list[Batch]) -> None:
 
 
 def clipped(optimizer: Any, net: nn.Module, batches: list[Batch]) -> None:
-    """Gradients are changed in place before the step; and a pass without a backward pass comes in between."""
+    """Gradients are changed in place before the step; and a pass without a backward pass comes before it."""
     for x, y in batches:
         part = mine(len(x))
         optimizer.zero_grad()
         optimizer.loss_fn(net(x[part]), y[part]).backward()
         nn.utils.clip_grad_norm_(net.parameters(), 0.05)
-        optimizer.step()
         net(x)
+        optimizer.step()
 
 
 def halves(optimizer: Any, net: nn.Module, batches: list[Batch]) -> None:
@@ -183,6 +183,23 @@ def reduced_later(optimizer: Any, net: nn.Module, batches: list[Batch]) -> None:
         optimizer.step()
 
 
+def one_layer() -> nn.Module:
+    """Of three rows: with four processes the last one has no part of any parameter."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 3)).double()
+
+
+def twice(optimizer: Any, net: nn.Module, batches: list[Batch]) -> None:
+    """Two backward passes, both reduced, and clipping."""
+    for x, y in batches:
+        x, y = x[mine(len(x))], y[mine(len(y))]
+        optimizer.zero_grad()
+        for a, b in zip(x.chunk(2), y.chunk(2), strict=True):
+            (optimizer.loss_fn(net(a), b) / 2).backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 0.05)
+        optimizer.step()
+
+
 Way = tuple[Callable[[], nn.Module], tuple[str, ...], dict[str, Any], Callable[[], list[Batch]], Callable[..., None]]
 
 #: Model, layers in groups of their own, options of ``fully_shard``, data, loop.
@@ -194,6 +211,7 @@ WAYS: dict[str, Way] = {
     "unused": (Branch, ("first",), {}, vectors, train),
     "accumulated": (Net, ("first", "norm"), {}, vectors, accumulated),
     "reduced later": (Net, ("first", "norm"), {}, vectors, reduced_later),
+    "no part": (one_layer, (), {}, vectors, twice),
     "clipped": (Net, ("first", "norm"), {}, vectors, clipped),
     "halves": (Net, ("first", "norm"), {}, vectors, halves),
     "both first": (Net, ("first", "second"), {}, vectors, both_first),
@@ -517,5 +535,6 @@ def on_four(folder: str) -> dict[str, Any]:
         "loaded": loads((2, 2), folder),
         "disagreements": disagreements((2, 2)),
         "measured": measured((2, 2)),
-        "ways": every_way((2, 2), ("kfac exact",), ["accumulated", "reduced later"]),
+        "ways": every_way((2, 2), ("kfac exact",), ["accumulated", "reduced later"])
+        | every_way((4,), ("kfac exact",), ["no part"]),
     }
