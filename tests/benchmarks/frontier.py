@@ -46,13 +46,13 @@ GRID: list[Method] = [
     (f"Muon(lr={lr:g}, momentum={momentum:g})", {"lr": rest})
     for lr, momentum, rest in (
         *((0.02, 0.95, 0.02), (0.02, 0.95, 0.05), (0.02, 0.95, 0.1), (0.03, 0.95, 0.05)),
-        *((0.02, 0.9, 0.05), (0.03, 0.9, 0.05), (0.05, 0.9, 0.05), (0.04, 0.85, 0.05)),
+        *((0.02, 0.9, 0.05), (0.03, 0.9, 0.05), (0.05, 0.9, 0.05), (0.02, 0.85, 0.05), (0.04, 0.85, 0.05)),
     )
 ]
 VECTORS = "vectors=Vectors(betas=(0.9, 0.99))"
 #: The other methods, at the best of a handful of settings, and the parts of Muon's steps that are tried.
 METHODS: dict[str, tuple[Method, tuple[float, ...]]] = {
-    "SOAPMuon": ((f"SOAPMuon(lr=0.04, momentum=0.85, curvature_ema=0.98, {VECTORS})", {"lr": 0.05}), (0.85, 0.9, 1.0)),
+    "SOAPMuon": ((f"SOAPMuon(lr=0.04, momentum=0.85, {VECTORS})", {"lr": 0.05}), (0.85, 0.9, 0.96)),
     "SOAP-H": (
         (
             "SOAP(lr=0.05, betas=(0.9, 0.95), inverse_update_period=1, norm_control=Hyperball())",
