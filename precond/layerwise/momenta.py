@@ -88,7 +88,7 @@ def _length(x: Tensor, preconditioner: Preconditioner, metric: Callable[[], Line
     if triangles is not None:
         left, right = triangles
         half = right.half(left.half(x.to(left.dtype)).mT)
-        return torch.linalg.vector_norm(half, dtype=torch.float64).square()
+        return torch.linalg.vector_norm(half).double().square()
     damped = metric()
     assert damped is not None
     x = x.to(damped.dtype)

@@ -103,7 +103,7 @@ class CholeskyInverse(SelfAdjoint, Derived):
 
         Large triangles are taken in parts, at 5/8 of the cost of a whole product.
         """
-        return _triangle_times(self.factor.mT, x)
+        return _triangle_times(self.factor.mT, x, x.new_empty(x.shape))
 
     def to_explicit(self) -> Dense:
         """The inverse as a matrix, exactly symmetric."""
@@ -124,14 +124,15 @@ class CholeskyInverse(SelfAdjoint, Derived):
         return self.to_explicit().frobenius_norm()
 
 
-def _triangle_times(upper: Tensor, x: Tensor) -> Tensor:
+def _triangle_times(upper: Tensor, x: Tensor, out: Tensor) -> Tensor:
     n = upper.shape[-1]
     if n <= _WHOLE:
-        return upper @ x
+        return torch.matmul(upper, x, out=out)
     h = (n // 2 + 15) // 16 * 16  # whole vector registers
-    first, second = upper[..., :h, :], x[..., h:, :]
-    top = _triangle_times(first[..., :h], x[..., :h, :]).add_(first[..., h:] @ second)
-    return torch.cat([top, _triangle_times(upper[..., h:, h:], second)], -2)
+    first, rest = upper[..., :h, :], x[..., h:, :]
+    _triangle_times(first[..., :h], x[..., :h, :], out[..., :h, :]).add_(first[..., h:] @ rest)
+    _triangle_times(upper[..., h:, h:], rest, out[..., h:, :])
+    return out
 
 
 def cholesky_factor(op: Dense) -> Tensor:
