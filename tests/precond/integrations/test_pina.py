@@ -23,6 +23,7 @@ def poisson() -> Any:
     from pina.domain import CartesianDomain
     from pina.equation import Equation, FixedValue
     from pina.operator import laplacian
+    from pina.problem import SpatialProblem
 
     square = CartesianDomain({"x": [0, 1], "y": [0, 1]})
 
@@ -30,7 +31,7 @@ def poisson() -> Any:
         source = 2 * PI**2 * torch.sin(PI * x.extract(["x"])) * torch.sin(PI * x.extract(["y"]))
         return laplacian(u, x, components=["u"], d=["x", "y"]) + source
 
-    class Poisson(pina.problem.SpatialProblem):
+    class Poisson(SpatialProblem):
         output_variables: ClassVar = ["u"]
         spatial_domain = square
         domains: ClassVar = {"inside": square, **{side: CartesianDomain(where) for side, where in SIDES.items()}}
@@ -57,11 +58,13 @@ def residuals_of(problem: Any, net: torch.nn.Module) -> list[Tensor]:
 
 
 def test_a_problem_of_pina_is_solved() -> None:
+    from pina.model import FeedForward
+
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float64)
     try:
         problem = poisson()
-        net = pina.model.FeedForward(2, 1, inner_size=12, n_layers=1, func=torch.nn.Tanh)
+        net = FeedForward(2, 1, inner_size=12, n_layers=1, func=torch.nn.Tanh)
         optimizer = GaussNewton(net)
         first = float(optimizer.step(lambda: residuals_of(problem, net)))
         for _ in range(25):
