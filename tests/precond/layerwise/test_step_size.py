@@ -436,11 +436,12 @@ def test_the_bound_of_what_the_next_batch_raises_is_no_bound_elsewhere() -> None
     assert rule.after_next(3.0, 1.0, 0.25) == 1.0
     for options in ({"next_batch": True}, {"relative_maximum": 2.0}):
         with pytest.raises(ValueError, match=next(iter(options))):
-            KFAC(network(), nn.MSELoss(), damping=0.1, damping_rule=LevenbergMarquardt(**options))
+            KFAC(network(), nn.MSELoss(), lr=1.0, damping=0.1, damping_rule=LevenbergMarquardt(**options))
     with pytest.raises(ValueError, match="relative_maximum"):
         KFAC(
             network(),
             nn.MSELoss(),
+            lr=1.0,
             damping=0.1,
             step_size=QuadraticModel(),
             damping_rule=LevenbergMarquardt(next_batch=False, relative_maximum=2.0),
