@@ -8,7 +8,7 @@ from torch import Tensor
 
 from precond.gradient.bases import eigenbases, improve_bases, initial_bases
 from precond.gradient.matrices import add_gram, matrix_shape, multiply, rotated_root, worth_a_matrix
-from precond.gradient.muon import Polynomial, Scaling, orthogonalized, polar_scale
+from precond.gradient.muon import Polynomial, Precision, Scaling, orthogonalized, polar_scale
 from precond.gradient.optimizer import Group, State, due, state_zeros
 from precond.gradient.stacks import Stack, StackedOptimizer, StackedOptions, entries
 from precond.step.methods import Taxonomy
@@ -49,6 +49,7 @@ class SOAPMuon(StackedOptimizer):
         curvature_ema: :math:`\beta`, of the factors and of V.
         scaling: s, see :class:`Muon`.
         polynomial: Five steps of ``"polar_express"`` or ``"quintic"``, see :class:`Muon`.
+        precision: Of the polynomial's products, see :class:`Muon`; bases and factors are in full precision.
         orthogonalize: False for AdamW whatever the shape.
         betas: For AdamW.
         eps: Added to the roots of second moments.
@@ -89,6 +90,7 @@ class SOAPMuon(StackedOptimizer):
         curvature_ema: float = 0.95,
         scaling: Scaling = "adam",
         polynomial: Polynomial = "polar_express",
+        precision: Precision = "auto",
         orthogonalize: bool = True,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: Scheduled = 1e-8,
@@ -107,6 +109,7 @@ class SOAPMuon(StackedOptimizer):
                 "curvature_ema": curvature_ema,
                 "scaling": scaling,
                 "polynomial": polynomial,
+                "precision": precision,
                 "orthogonalize": orthogonalize,
                 "betas": betas,
                 "eps": eps,
@@ -121,6 +124,7 @@ class SOAPMuon(StackedOptimizer):
         super().check(options)
         choice("scaling", options["scaling"], Scaling)
         choice("polynomial", options["polynomial"], Polynomial)
+        choice("precision", options["precision"], Precision)
         if not options["momentum"] < 1:
             raise ValueError(f"momentum is the weight of old gradients, in [0, 1); got {options['momentum']}.")
         number("curvature_ema", options["curvature_ema"], low=0, high=1, open_high=True)
@@ -157,7 +161,8 @@ class SOAPMuon(StackedOptimizer):
         second = state["exp_avg_sq"] = state["exp_avg_sq"].mul(ema).addcmul_(rotated, rotated, value=1 - ema)
         whitened = ahead / rotated_root(second, 1 - ema**step, group["eps"])
         # Rotations commute with the polar factor.
-        turned = orthogonalized(whitened, group["polynomial"]).mul_(polar_scale(whitened, group["scaling"]))
+        turned = orthogonalized(whitened, group["polynomial"], group["precision"])
+        turned.mul_(polar_scale(whitened, group["scaling"]))
         out = multiply(turned, bases)
         if step > 1:
             _update_factors(state, g, ema)

@@ -75,6 +75,7 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "window": (4, 2),
     "scaling": ("adam", "spectral"),
     "polynomial": ("polar_express", "quintic"),
+    "precision": ("full", "bfloat16"),
     "orthogonalize": (True, False),
     "stacked": (False, True),
     "gamma": (0.5, 5.0),
