@@ -55,7 +55,7 @@ def density(
     for index, (name, found) in enumerate(named.items()):
         x, y, error = numbers(found.grid), numbers(found.density), ERRORS * numbers(found.stderr)
         low, high = y - error, y + error
-        tops.append(float(high.max()))
+        tops.append(float(high.max() if np.isfinite(high).all() else y.max()))  # one probe has no error
         if log:
             y, low, high = (np.maximum(values, floor) for values in (y, low, high))
         else:

@@ -60,7 +60,7 @@ class LossLevel:
         """The level with one more loss.
 
         Args:
-            before: The level before, 0 where none is known.
+            before: The level before, 0 where none is known; from NaN comes NaN, which refuses the step.
             loss: Of the step; ``None`` where it was not seen.
             like: A tensor of the device at which it is kept.
         """
@@ -72,27 +72,27 @@ class LossLevel:
             )
         unknown = torch.zeros((), dtype=dtype, device=device)
         before = unknown if before is None else before.to(device, dtype)
-        carried = torch.where(before > 0, before, 1)
+        carried = torch.where(before == 0, 1, before)
         if loss is None:
             return cls(carried, carried)
         # At zero nothing is left to do; the smallest number keeps what is divided by it finite.
         loss = loss.to(device, dtype).clamp(min=SMALLEST)
         seen = loss.isfinite()  # gradients may be although squares of the outputs are not
         loss = torch.where(seen, loss, carried)
-        mean = torch.where(before > 0, torch.minimum(before.lerp(loss, 1 - DECAY), GROWTH * before), loss)
-        return cls(mean, torch.minimum(mean, loss), seen | (before > 0))
+        mean = torch.where(before == 0, loss, torch.minimum(before.lerp(loss, 1 - DECAY), GROWTH * before))
+        return cls(mean, torch.minimum(mean, loss), seen | (before != 0))
 
     @classmethod
     def _of_numbers(cls, before: float, loss: float | None, largest: float) -> LossLevel:
         """:meth:`after`, without the calls that a device needs."""
-        carried = before if before > 0 else 1.0
+        carried = before if before != 0 else 1.0
         if loss is None:
             return cls(carried, carried)
         loss = max(loss, SMALLEST)
         seen = loss <= largest
         loss = loss if seen else carried
-        mean = min(before + (1 - DECAY) * (loss - before), GROWTH * before) if before > 0 else loss
-        return cls(mean, min(mean, loss), seen or before > 0)
+        mean = min(before + (1 - DECAY) * (loss - before), GROWTH * before) if before != 0 else loss
+        return cls(mean, min(mean, loss), seen or before != 0)  # NaN stays: it is the first in both
 
 
 @dataclass(frozen=True)

@@ -99,6 +99,7 @@ PLOTS: dict[str, Mapping[str, Any]] = {
 OTHERS = {
     *("Allocation", "Block", "CompressedLayer", "Compression", "Coverage", "Dynamics", "Influence", "Interpolation"),
     *("Report", "Surface", "plots", "Mixed", "CheckpointError", "NondeterministicError", "NotOneLossWarning"),
+    *("Comparison", "NotComparableWarning", "compare"),  # of reports, one after another: tests/curvature/comparison
     *("Curvature", "CurvatureEstimator", "InverseEstimator", "MeanEstimator", "MeansEstimator"),
 }
 RESULTS_OF_LAPLACE = {
@@ -140,7 +141,7 @@ ZERO = (
     "contours",
 )
 HALF = (*ZERO[:5], "max_fraction", "budget", "products", "span", "sparsity", "prior_precision", "prior_mean")
-HALF = (*HALF, "sigma_noise", "temperature")
+HALF = (*HALF, "sigma_noise", "temperature", "floor")
 #: Values that have a meaning after all.
 ALLOWED = {
     *(

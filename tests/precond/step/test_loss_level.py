@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import precond
 from curvature.losses import AutogradLoss, SumOfLosses, loss_for
 from precond import (
     EKFAC,
@@ -263,3 +264,27 @@ def test_the_damping_has_a_floor_by_the_curvature() -> None:
     for lam, found in ((0.5, 0.5), (0.0, 2e-8)):
         damped = FollowingDamping(Tikhonov(torch.tensor(lam)))(op).to_dense()
         torch.testing.assert_close(damped, op.to_dense() + found * torch.eye(4).double(), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", ["KFAC", "EKFAC", "TNT"])
+def test_a_level_that_is_not_a_number_is_told_and_moves_nothing(name: str) -> None:
+    torch.manual_seed(0)
+    model, loss_fn = nn.Linear(3, 2).double(), nn.CrossEntropyLoss()
+    optimizer = getattr(precond, name)(model, loss_fn, lr=0.1)
+    x, y = torch.randn(8, 3).double(), torch.randint(2, (8,))
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss_fn(model(x), y).backward()
+        optimizer.step()
+
+    step()
+    level = optimizer.state[model.weight]["level"]
+    kept, before = level.clone(), [p.detach().clone() for p in model.parameters()]
+    level.fill_(torch.nan)
+    with pytest.raises(ValueError, match="damping must be finite"):
+        step()
+    assert all(map(torch.equal, before, model.parameters()))
+    level.copy_(kept)
+    step()
+    assert not torch.equal(before[0], model.weight)
