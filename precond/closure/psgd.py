@@ -83,7 +83,7 @@ class PSGD(ClosureOptimizer, StackedOptimizer):
         solver="multiplicative descent on the inverse's root",
         matrices=("gradient second moment", "Hessian"),
         forms=("Kronecker",),
-        step="6(m²n + mn²) + 12(m³ + n³)",
+        step="6(m²n + mn²) + 10(m³ + n³)",
         refresh="none",
         memory="m² + n²",
         paper="https://arxiv.org/abs/1512.04202",

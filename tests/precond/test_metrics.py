@@ -221,7 +221,7 @@ def test_failures_are_counted_apart(name: str, monkeypatch: pytest.MonkeyPatch) 
         raise SolverError("no")
 
     with monkeypatch.context() as patch:
-        for function in ("linalg.eigh", "linalg.qr", "linalg.svd", "linalg.cholesky_ex", "linalg.cholesky"):
+        for function in ("linalg.eigh", "geqrf", "linalg.svd", "linalg.cholesky_ex", "linalg.cholesky"):
             patch.setattr(f"torch.{function}", fail)
         step(model, optimizer, 1)
     failed = optimizer.metrics()
