@@ -49,6 +49,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "SINGD": {"lr": 0.1, "damping": 3e-2, "momentum": NESTEROV},
     "SMWNaturalGradient": {"lr": 1.0, "fisher": "mc", "average": 0.95},
     "SOAP": {"lr": 1e-2},
+    "SOAPMuon": {"lr": 1e-2},
     "SPlus": {"lr": 0.2, "average": 0.95},
     "Shampoo": {"lr": 1e-2},
     "Sophia": {"lr": 3e-3, "gamma": 1.0, "betas": (0.9, 0.99), "average": 0.95},
