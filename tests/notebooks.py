@@ -54,6 +54,8 @@ def execute(notebook: dict[str, Any]) -> dict[str, Any]:
 def _run(source: str, namespace: dict[str, Any], count: int) -> list[dict[str, Any]]:
     import matplotlib.pyplot as plt
 
+    if count == 1:
+        plt.close("all")  # pictures of whoever ran before
     body = ast.parse(source).body
     last = body.pop() if body and isinstance(body[-1], ast.Expr) and not source.rstrip().endswith(";") else None
     printed, value = io.StringIO(), None

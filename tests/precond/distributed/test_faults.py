@@ -23,6 +23,7 @@ import curvature
 from curvature.model.messages import ProcessLost
 from precond import KFAC, SOAP, LevenbergMarquardt, QuadraticModel
 from precond.distributed.ranks import OtherRankFailed, Ranks
+from precond.layerwise.dampings import Dampings
 from precond.layerwise.replay import LoopReplay
 from tests.distributed_run import outcomes, ranks
 from tests.precond.distributed.checks import Net, alone, averaged, distance, make, mine, parameters, same, vectors
@@ -58,12 +59,12 @@ def broken(owner: Any, name: str, after: int = 0) -> Iterator[None]:
 
 #: Where a step of rank 1 fails -> the options of the optimizer, the object and its function.
 PLACES: dict[str, tuple[dict[str, Any], Callable[[Any], tuple[Any, str]]]] = {
-    "before the first message": ({}, lambda o: (o, "_with_gradient")),
+    "before the first message": ({}, lambda o: (o, "with_gradient")),
     "statistics": ({}, lambda o: (o.statistics, "close")),
     "a product with an inverse": ({}, lambda o: (o.preconditioners, "apply")),
-    "between two messages": ({}, lambda o: (o, "_keep_time")),
-    "the bound on the move": ({}, lambda o: (o, "_bound")),
-    "refresh": ({"inverse_update_period": 1}, lambda o: (o, "_damping")),
+    "between two messages": ({}, lambda o: (o, "keep_time")),
+    "the bound on the move": ({}, lambda o: (o, "shortened")),
+    "refresh": ({"inverse_update_period": 1}, lambda o: (Dampings, "of")),
     "passes of the quadratic model": (MODEL, lambda o: (LoopReplay, "gram")),
     "loss of the quadratic model": (MODEL, lambda o: (LoopReplay, "value")),
     "judgement of a step": (JUDGED, lambda o: (LoopReplay, "value")),
@@ -115,7 +116,7 @@ def gradient_methods() -> tuple[Any, bool, Any]:
         if step < 2:
             optimizer.step()
     before = parameters(model)
-    with broken(optimizer, "_bound"):
+    with broken(optimizer, "shortened"):
         told = caught(optimizer.step)
     unchanged = same(before, parameters(model))
     optimizer.step()
