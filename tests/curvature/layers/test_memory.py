@@ -12,10 +12,11 @@ ROOT = Path(__file__).parents[3]
 
 #: 200 outputs, 0.24 M parameters, 64 inputs: gradients of all outputs of all inputs would take 11 GiB in float32.
 SCRIPT = """
-import resource, sys
+import sys
 import torch
 from torch import nn
 from curvature import fisher
+from tests.peak_memory import peak_kib
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -35,7 +36,7 @@ model, x = models[sys.argv[1]]
 assert 0.23e6 < sum(p.numel() for p in model.parameters()) < 0.25e6
 for structure in ("diagonal", "kfac"):
     fisher(model, nn.CrossEntropyLoss(), (x, torch.arange(64)), kind="exact", structure=structure, progress=False)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(peak_kib())
 """
 
 
