@@ -59,4 +59,4 @@ def _(w: Any, interval: int = 1, lr: float = 1e-4, damping: float = 1e-3, moment
 
 @register("precond Muon", "optim", fixed=True)
 def _(w: Any, interval: int = 1, lr: float = 1e-4) -> Any:
-    return plain(w, precond.Muon(precond.param_groups(w.model, precond.Muon), lr=lr))
+    return plain(w, precond.Muon(precond.param_groups(w.model, precond.Muon, (w.x, w.y)), lr=lr))
