@@ -34,12 +34,12 @@ HOUSE: dict[str, str] = {
     " curvature.losses curvature.model solvers solvers.outcome",
     "precond.layerwise.blocks": ".distributed .step curvature curvature.structures curvature.layers curvature.model"
     " solvers solvers.operators solvers.precision solvers.outcome",
-    "precond.closure": ".distributed .gradient .step curvature.estimation curvature.layers curvature.losses"
-    " curvature.model solvers solvers.precision solvers.outcome",
+    "precond.closure": ".distributed .gradient .step curvature.estimation curvature.losses"
+    " curvature.model solvers solvers.precision solvers.outcome solvers.triangles",
     "precond.fitting": ".step curvature.model solvers.outcome",
     "precond.gradient": ".distributed .step solvers solvers.iterative solvers.direct solvers.precision"
     " solvers.operators"
-    " solvers.outcome",
+    " solvers.outcome solvers.triangles",
     "precond.step": ".distributed curvature.estimation curvature.losses curvature.model solvers solvers.precision"
     " solvers.outcome solvers.tree",
     "precond.distributed": "curvature.estimation curvature.structures curvature.layers curvature.model solvers"
@@ -54,8 +54,8 @@ HOUSE: dict[str, str] = {
     "curvature.laplace.matrix_free": ".laplace.likelihoods .matrices .losses .model solvers solvers.estimates"
     " solvers.outcome solvers.precision solvers.operators",
     "curvature.laplace.backends": ".laplace.factors .laplace.likelihoods .matrices .estimation .structures .layers"
-    " .losses .model solvers solvers.operators solvers.precision solvers.outcome",
-    "curvature.laplace.factors": ".structures .layers solvers solvers.operators solvers.precision",
+    " .losses .model solvers solvers.operators solvers.precision solvers.outcome solvers.triangles",
+    "curvature.laplace.factors": ".structures .layers solvers solvers.operators solvers.precision solvers.triangles",
     "curvature.laplace.likelihoods": ".losses",
     "curvature": ".comparison .reports .plots .influences .training .landscape .matrices .estimation .structures"
     " .layers .model .compression .neighbours solvers",
@@ -75,11 +75,12 @@ HOUSE: dict[str, str] = {
     " solvers.files solvers.outcome",
     "curvature.landscape": ".matrices .estimation .losses .model solvers solvers.outcome",
     "curvature.matrices": ".estimation .structures .layers .losses .model solvers solvers.eigenpairs solvers.precision"
-    " solvers.outcome",
+    " solvers.outcome solvers.triangles",
     "curvature.estimation": ".structures .layers .losses .model solvers solvers.tree solvers.files solvers.precision"
     " solvers.outcome",
-    "curvature.structures": ".layers .losses .model solvers solvers.operators solvers.precision solvers.outcome",
-    "curvature.layers": ".losses .model solvers solvers.precision",
+    "curvature.structures": ".layers .losses .model solvers solvers.operators solvers.precision solvers.outcome"
+    " solvers.triangles",
+    "curvature.layers": ".losses .model solvers solvers.precision solvers.triangles",
     "curvature.losses": "solvers.precision solvers.outcome",
     "curvature.model": "solvers.outcome",
     "solvers": ".moved .fallback .rules .iterative .direct .solver .eigenpairs .estimates .operators .outcome",
@@ -87,12 +88,13 @@ HOUSE: dict[str, str] = {
     "solvers.fallback": ".rules .direct .solver .operators .outcome",
     "solvers.rules": ".iterative .direct .solver .operators .outcome .precision",
     "solvers.iterative": ".solver .operators .outcome .precision",
-    "solvers.direct": ".solver .operators .outcome .precision",
+    "solvers.direct": ".solver .operators .outcome .precision .triangles",
     "solvers.solver": ".operators .outcome",
     "solvers.eigenpairs": ".estimates .operators .outcome .precision",
     "solvers.estimates": ".operators .outcome .precision",
     "solvers.operators": ".tree .outcome",
     "solvers.tree": "",
+    "solvers.triangles": "",
     "solvers.outcome": "",
     "solvers.precision": "",
     "solvers.files": "",

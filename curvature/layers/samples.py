@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from solvers.triangles import gram
+
 # Elements of a per-sample gradient formed at once (16 Mi elements: 64 MiB in float32); on a CPU what its caches hold.
 CHUNK_ELEMENTS = 1 << 24
 CACHED_ELEMENTS = 1 << 20
@@ -308,37 +310,6 @@ def _one_hot_square_sum(a: OneHot, g: Tensor, flipped: bool) -> Tensor:
     return total if flipped else total.mT.contiguous()
 
 
-def gram(rows: Tensor, out: Tensor | None = None) -> Tensor:
-    r"""Symmetric product :math:`R^\top R` of ``rows (*, m, d)``, computing little more than one triangle.
-
-    The product is split in halves: two diagonal blocks (recursively) and one off-diagonal block, which is copied to
-    its mirror image. Two levels cost 5/8 of the full product.
-    """
-    if out is None:
-        out = rows.new_empty(*rows.shape[:-2], rows.shape[-1], rows.shape[-1])
-    if rows.dim() > 2:
-        out.copy_(rows.mT @ rows)
-    else:
-        _gram_into(rows, out)
-    return out
-
-
 def second_moment(rows: Tensor, max_dim: int) -> Tensor:
-    """:func:`gram` of ``rows (*, m, d)``, or its diagonal where d exceeds ``max_dim``."""
+    """Gram matrix of ``rows (*, m, d)``, or its diagonal where d exceeds ``max_dim``."""
     return rows.square().sum(-2) if rows.shape[-1] > max_dim else gram(rows)
-
-
-# Only products above this size are split: smaller ones run below the speed of large ones.
-_WHOLE = 256
-
-
-def _gram_into(rows: Tensor, out: Tensor) -> None:
-    d = rows.shape[-1]
-    if d <= _WHOLE:
-        torch.mm(rows.mT, rows, out=out)
-        return
-    h = (d // 2 + 15) // 16 * 16  # whole vector registers
-    _gram_into(rows[:, :h], out[:h, :h])
-    _gram_into(rows[:, h:], out[h:, h:])
-    torch.mm(rows[:, :h].mT, rows[:, h:], out=out[:h, h:])
-    out[h:, :h] = out[:h, h:].mT

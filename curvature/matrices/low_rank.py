@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from curvature.estimation.finite import refuse_nonfinite
-from curvature.layers.samples import gram
 from curvature.losses.signals import FisherKind, Signals
 from curvature.matrices.examples import Examples
 from curvature.matrices.problem import Problem
 from solvers import Dense, LinearOperator, LowRank
 from solvers.precision import widen, working_dtype
+from solvers.triangles import gram
 
 #: Bytes that a stored matrix or its root may take.
 STORED = 1 << 32

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from curvature.layers.block import Block
-from curvature.layers.samples import Outer, Samples, gram
+from curvature.layers.samples import Outer, Samples
 from curvature.matrices.examples import Examples, inner
 from curvature.matrices.jacobian import jacobian
 from curvature.model.arguments import checked, inputs, one_of, optional
 from curvature.model.data import Output
 from curvature.model.kernels import differentiable_kernels
 from solvers.precision import widen
+from solvers.triangles import gram
 
 NTKMode = Literal["full", "class", "trace"]
 

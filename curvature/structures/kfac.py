@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from curvature.layers.block import Block
-from curvature.layers.samples import OneHot, Outer, Samples, gram, second_moment
+from curvature.layers.samples import OneHot, Outer, Samples, second_moment
 from curvature.structures.estimator import Curvature, CurvatureEstimator, Form, MeansEstimator
 from curvature.structures.unit import unit_or_diagonal
 from curvature.structures.weighted_mean import WeightedMean
 from solvers import Dense, Diagonal, Kronecker, LinearOperator
 from solvers.precision import widen
+from solvers.triangles import add_gram, gram
 
 Sharing = Literal["expand", "reduce"]
 GradientFactor = Literal["second moment", "identity"]
@@ -151,7 +152,7 @@ class KroneckerEstimator(MeansEstimator):
             diagonal = rows.square().sum(-2)
             return torch.cat([diagonal, torch.as_tensor(ones).to(diagonal).expand(*diagonal.shape[:-1], 1)], dim=-1)
         out = rows.new_empty(*rows.shape[:-2], d + 1, d + 1)
-        gram(rows, out=out[..., :d, :d])
+        add_gram(out[..., :d, :d], rows, old=0, new=1)
         out[..., :d, d] = out[..., d, :d] = rows.sum(-2)
         out[..., d, d] = ones
         return out

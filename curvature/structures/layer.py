@@ -8,10 +8,11 @@ from typing import ClassVar
 from torch import Tensor
 
 from curvature.layers.block import Block
-from curvature.layers.samples import Samples, gram
+from curvature.layers.samples import Samples
 from curvature.structures.estimator import Curvature, CurvatureEstimator, Form, MeanEstimator
 from solvers import Dense, Flattened, LinearOperator
 from solvers.precision import widen
+from solvers.triangles import gram
 
 
 class DenseEstimator(MeanEstimator):

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from precond.closure.optimizer import ClosureOptimizer
-from precond.gradient.matrices import add_gram, along, gram, largest, merged_shape, multiply, unfolded, worth_a_matrix
+from precond.gradient.matrices import (
+    add_axis_gram,
+    along,
+    axis_gram,
+    largest,
+    merged_shape,
+    multiply,
+    unfolded,
+    worth_a_matrix,
+)
 from precond.gradient.optimizer import Group, State, debiased, due, state_zeros
 from precond.gradient.stacks import Stack, StackedMomentumOptions, StackedOptimizer, entries
 from precond.step.graph import Vectors, rademacher
@@ -223,7 +232,7 @@ class PSGD(ClosureOptimizer, StackedOptimizer):
             c = _gram(image, axis, dense)
             noisy = metric * _like(others.sqrt(), root)  # the mean over the noise
             if dense:
-                add_gram(c, noisy, 0, old=1, new=1)
+                add_axis_gram(c, noisy, 0, old=1, new=1)
             else:
                 c.addcmul_(noisy, noisy)
             t: Any = h[0].numel() / h.shape[axis + 1] if v is None else _gram(v, axis, dense)
@@ -253,7 +262,7 @@ def _metrics(stack: Stack, ndim: int) -> dict[int, Tensor]:
 
 
 def _metric(root: Tensor) -> Tensor:
-    return gram(root, 1) if root.ndim == 3 else root.square()
+    return axis_gram(root, 1) if root.ndim == 3 else root.square()
 
 
 def _apply(x: Tensor, metrics: dict[int, Tensor]) -> Tensor:
@@ -264,7 +273,7 @@ def _apply(x: Tensor, metrics: dict[int, Tensor]) -> Tensor:
 
 
 def _gram(x: Tensor, axis: int, dense: bool) -> Tensor:
-    return gram(x, axis) if dense else unfolded(x, axis).square().sum(-1)
+    return axis_gram(x, axis) if dense else unfolded(x, axis).square().sum(-1)
 
 
 def _like(values: Tensor, x: Tensor) -> Tensor:

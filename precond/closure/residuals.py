@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 
-from curvature.layers.samples import gram
 from precond.step.graph import GaussNewtonMatrix
 from solvers import CG, Cholesky, Dense, Function, LinearOperator, Nystrom, Tikhonov, power
+from solvers.triangles import gram
 
 
 @dataclass(frozen=True)

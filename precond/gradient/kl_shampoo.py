@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from precond.gradient.bases import improve_bases, initial_bases
-from precond.gradient.matrices import add_gram, along, merged_shape, multiply, unfolded, worth_a_matrix
+from precond.gradient.matrices import add_axis_gram, along, merged_shape, multiply, unfolded, worth_a_matrix
 from precond.gradient.optimizer import Group, State, debiased, due, state_zeros
 from precond.gradient.stacks import Stack, StackedMomentumOptions, StackedOptimizer, entries
 from precond.step.methods import Taxonomy
@@ -37,7 +37,7 @@ class KLShampoo(StackedOptimizer):
     ================================================================ ==================================================
     Lin et al.                                                       here
     ================================================================ ==================================================
-    :math:`S_a` and :math:`S_b`, each whitened by the other          ``_update_factors``: ``matrices.add_gram``
+    :math:`S_a` and :math:`S_b`, each whitened by the other          ``_update_factors``: ``matrices.add_axis_gram``
     :math:`\lambda` from the diagonal of :math:`Q^\top \Delta S\, Q` ``_update_factors``: ``eigenvalues.k``
     :math:`Q \leftarrow \operatorname{QR}(S Q)`                      ``bases.improve_bases``: :class:`solvers.Subspace`
     :math:`\lambda^{-1/2}`, from a smallest eigenvalue on            ``_root``
@@ -151,7 +151,7 @@ def _update_factors(rotated: Tensor, state: State, group: Group, axes: list[int]
         # The diagonal of the change in its own basis, and the change itself.
         state[f"eigenvalues.{k}"].mul_(beta2).add_(unfolded(whitened, k).square().sum(-1), alpha=weight)
         whitened = multiply(whitened, {k: state[f"basis.{k}"]})
-        add_gram(state[f"factor.{k}"], whitened, k, old=beta2, new=weight)
+        add_axis_gram(state[f"factor.{k}"], whitened, k, old=beta2, new=weight)
 
 
 def _root(state: State, group: Group, axis: int, ndim: int) -> Tensor:

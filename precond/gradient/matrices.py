@@ -11,6 +11,7 @@ from torch import Tensor
 
 from solvers import Dense, Eigh, Subspace
 from solvers.operators.decompositions import singular_value_decomposition
+from solvers.triangles import add_gram, gram
 
 
 def merged_shape(shape: tuple[int, ...], limit: int | None) -> tuple[int, ...]:
@@ -77,34 +78,14 @@ def unfolded(x: Tensor, axis: int) -> Tensor:
     return x.movedim(axis + 1, 1).reshape(len(x), x.shape[axis + 1], -1)
 
 
-def gram(x: Tensor, axis: int) -> Tensor:
+def axis_gram(x: Tensor, axis: int) -> Tensor:
     r""":math:`X_{(a)} X_{(a)}^\top` of the unfoldings along an axis, ``(k, n_a, n_a)`` for a stack ``(k, *shape)``."""
-    n = x.shape[axis + 1]
-    out = x.new_empty(len(x), n, n)
-    add_gram(out, x, axis, old=0, new=1)
-    return out
+    return gram(unfolded(x, axis).mT)
 
 
-def add_gram(factor: Tensor, x: Tensor, axis: int, *, old: float, new: float) -> None:
-    r""":math:`F \leftarrow old \cdot F + new \cdot X_{(a)} X_{(a)}^\top` for a stack, in place and in one pass.
-
-    Large products are made of halves, little more than one triangle of them: two levels cost 5/8 of the whole.
-    """
-    x = unfolded(x, axis)
-    _add_product(factor, x, old, new, whole=256 if min(x.shape[1:]) >= 256 else x.shape[1])
-
-
-def _add_product(factor: Tensor, x: Tensor, old: float, new: float, whole: int) -> None:
-    n = x.shape[1]
-    if n <= whole:
-        torch.baddbmm(factor, x, x.mT, beta=old, alpha=new, out=factor)
-        return
-    h = (n // 2 + 15) // 16 * 16  # whole vector registers
-    _add_product(factor[:, :h, :h], x[:, :h], old, new, whole)
-    _add_product(factor[:, h:, h:], x[:, h:], old, new, whole)
-    side = factor[:, :h, h:]
-    torch.baddbmm(side, x[:, :h], x[:, h:].mT, beta=old, alpha=new, out=side)
-    factor[:, h:, :h] = side.mT
+def add_axis_gram(factor: Tensor, x: Tensor, axis: int, *, old: float, new: float) -> None:
+    r""":math:`F \leftarrow old \cdot F + new \cdot X_{(a)} X_{(a)}^\top` for a stack, in place and in one pass."""
+    add_gram(factor, unfolded(x, axis).mT, old=old, new=new)
 
 
 def multiply(x: Tensor, matrices: Mapping[int, Tensor], *, transpose: bool = False) -> Tensor:

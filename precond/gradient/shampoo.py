@@ -7,7 +7,15 @@ from typing import Any, ClassVar, Literal, Unpack, get_args
 import torch
 from torch import Tensor
 
-from precond.gradient.matrices import add_gram, blocks, merged_shape, multiply, rotated_root, spectrum, symmetric_power
+from precond.gradient.matrices import (
+    add_axis_gram,
+    blocks,
+    merged_shape,
+    multiply,
+    rotated_root,
+    spectrum,
+    symmetric_power,
+)
 from precond.gradient.optimizer import Group, State, debiased, due, state_zeros
 from precond.gradient.stacks import Stack, StackedMomentumOptions, StackedOptimizer, entries
 from precond.step.methods import Taxonomy
@@ -42,7 +50,7 @@ class Shampoo(StackedOptimizer):
     =============================================================== ==============================================
     paper                                                           here
     =============================================================== ==============================================
-    Gupta et al.: :math:`L_k \leftarrow L_k + G_{(k)} G_{(k)}^\top` ``_learn``: ``matrices.add_gram``
+    Gupta et al.: :math:`L_k \leftarrow L_k + G_{(k)} G_{(k)}^\top` ``_learn``: ``matrices.add_axis_gram``
     Gupta et al.: :math:`L_k^{-1/(2K)}`                             ``_new_roots``: ``matrices.symmetric_power``
     Gupta et al.: the product along every axis                      ``_apply``: ``matrices.multiply``
     Anil et al.: grafting                                           ``_graft``, and its length in ``update``
@@ -189,7 +197,7 @@ class Shampoo(StackedOptimizer):
         state, step, beta2 = stack.state, stack.step, group["betas"][1]
         ema = beta2 if group["curvature_ema"] is None else group["curvature_ema"]
         for axis, factor in entries(state, f"{b}.factor", g.ndim - 1).items():
-            add_gram(factor, g, axis, old=ema, new=1 - ema if ema < 1 else 1)
+            add_axis_gram(factor, g, axis, old=ema, new=1 - ema if ema < 1 else 1)
         if due(step, group["inverse_update_period"]) or step == group["start_step"]:
             weight = 1 - ema**step if ema < 1 else 1
             if group["eigenvalue_correction"]:

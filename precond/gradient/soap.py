@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Unpack
 from torch import Tensor
 
 from precond.gradient.bases import eigenbases, improve_bases, initial_bases
-from precond.gradient.matrices import add_gram, merged_shape, multiply, rotated_root, worth_a_matrix
+from precond.gradient.matrices import add_axis_gram, merged_shape, multiply, rotated_root, worth_a_matrix
 from precond.gradient.optimizer import Group, State, due, state_zeros
 from precond.gradient.stacks import Stack, StackedMomentumOptions, StackedOptimizer, entries
 from precond.step.methods import Taxonomy
@@ -41,7 +41,7 @@ class SOAP(StackedOptimizer):
     :math:`G' = Q_L^\top G\, Q_R`, and the way back            ``update``: ``matrices.multiply``
     :math:`M' = Q_L^\top M Q_R`, the momentum rotated          ``update``: ``exp_avg``
     V, and :math:`M' / (\sqrt V + \epsilon)`                   ``update``: ``exp_avg_sq``, ``matrices.rotated_root``
-    :math:`L \leftarrow \beta L + (1 - \beta) G G^\top`, and R ``_update_factors``: ``matrices.add_gram``
+    :math:`L \leftarrow \beta L + (1 - \beta) G G^\top`, and R ``_update_factors``: ``matrices.add_axis_gram``
     the first basis: eigenvectors of L and R                   ``bases.eigenbases``
     :math:`Q_L \leftarrow \operatorname{QR}(L Q_L)`            ``bases.improve_bases``: :class:`solvers.Subspace`
     Adam where nothing is rotated                              ``gradient.optimizer.adam``
@@ -147,4 +147,4 @@ class SOAP(StackedOptimizer):
 def _update_factors(state: State, g: Tensor, group: Group) -> None:
     ema = group["betas"][1] if group["curvature_ema"] is None else group["curvature_ema"]
     for axis, factor in entries(state, "factor", g.ndim - 1).items():
-        add_gram(factor, g, axis, old=ema, new=1 - ema)
+        add_axis_gram(factor, g, axis, old=ema, new=1 - ema)

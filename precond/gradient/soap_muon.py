@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Unpack
 from torch import Tensor
 
 from precond.gradient.bases import eigenbases, improve_bases, initial_bases
-from precond.gradient.matrices import add_gram, matrix_shape, multiply, rotated_root, worth_a_matrix
+from precond.gradient.matrices import add_axis_gram, matrix_shape, multiply, rotated_root, worth_a_matrix
 from precond.gradient.muon import Polynomial, Precision, Scaling, orthogonalized, polar_scale
 from precond.gradient.optimizer import Group, State, due, state_zeros
 from precond.gradient.stacks import Stack, StackedOptimizer, StackedOptions, entries
@@ -173,4 +173,4 @@ class SOAPMuon(StackedOptimizer):
 
 def _update_factors(state: State, g: Tensor, ema: float) -> None:
     for axis, factor in entries(state, "factor", 2).items():
-        add_gram(factor, g, axis, old=ema, new=1 - ema)
+        add_axis_gram(factor, g, axis, old=ema, new=1 - ema)

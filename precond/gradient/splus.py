@@ -11,7 +11,7 @@ from torch import Tensor
 
 from precond.distributed.sharded import is_sharded
 from precond.gradient.bases import eigenbases, initial_bases
-from precond.gradient.matrices import gram, largest, matrix_shape, multiply, worth_a_matrix
+from precond.gradient.matrices import axis_gram, largest, matrix_shape, multiply, worth_a_matrix
 from precond.gradient.optimizer import Group, State, due, state_zeros
 from precond.gradient.stacks import Stack, StackedMomentumOptions, StackedOptimizer, entries
 from precond.step.averaging import swapped, update_average
@@ -130,7 +130,7 @@ class SPlus(StackedOptimizer):
         rows, columns = matrix_shape(g.shape[1:])
         g, momentum = (x.reshape(-1, rows, columns) for x in (g, momentum))
         for axis, factor in entries(state, "factor", 2).items():
-            factor.lerp_(gram(g, axis), 1 - beta2)
+            factor.lerp_(axis_gram(g, axis), 1 - beta2)
         if due(stack.step, group["inverse_update_period"]):
             self.renew(stack, lambda state: eigenbases(state, bases))
             bases = entries(state, "basis", 2)

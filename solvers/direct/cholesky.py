@@ -19,9 +19,7 @@ from solvers.outcome.checks import require
 from solvers.outcome.errors import NonFiniteError, NotPositiveDefiniteError, SolverError
 from solvers.precision import widen
 from solvers.solver import Solver
-
-# Triangles up to this size are multiplied whole: parts of them run below the speed of large products.
-_WHOLE = 256
+from solvers.triangles import upper_times
 
 
 @dataclass(frozen=True)
@@ -99,11 +97,8 @@ class CholeskyInverse(SelfAdjoint, Derived):
         return torch.cholesky_solve(columns, self.factor).movedim(-1, 0).reshape(x.shape)
 
     def half(self, x: Tensor) -> Tensor:
-        r""":math:`L^\top X` of ``X (*stack, n, m)``: its squares add up to :math:`\operatorname{tr} X^\top L L^\top X`.
-
-        Large triangles are taken in parts, at 5/8 of the cost of a whole product.
-        """
-        return _triangle_times(self.factor.mT, x, x.new_empty(x.shape))
+        r""":math:`L^\top X` of ``X (*stack, n, m)``: its squares add up to those of X in the inverted matrix."""
+        return upper_times(self.factor.mT, x)
 
     def to_explicit(self) -> Dense:
         """The inverse as a matrix, exactly symmetric."""
@@ -122,17 +117,6 @@ class CholeskyInverse(SelfAdjoint, Derived):
 
     def frobenius_norm(self) -> Tensor:
         return self.to_explicit().frobenius_norm()
-
-
-def _triangle_times(upper: Tensor, x: Tensor, out: Tensor) -> Tensor:
-    n = upper.shape[-1]
-    if n <= _WHOLE:
-        return torch.matmul(upper, x, out=out)
-    h = (n // 2 + 15) // 16 * 16  # whole vector registers
-    first, rest = upper[..., :h, :], x[..., h:, :]
-    _triangle_times(first[..., :h], x[..., :h, :], out[..., :h, :]).add_(first[..., h:] @ rest)
-    _triangle_times(upper[..., h:, h:], rest, out[..., h:, :])
-    return out
 
 
 def cholesky_factor(op: Dense) -> Tensor:

@@ -18,7 +18,6 @@ from curvature.laplace.factors.kron import BlockKron
 from curvature.laplace.factors.sums import SumOptions, read
 from curvature.laplace.factors.tensors import Tensors
 from curvature.layers.block import Block, BlockPlace
-from curvature.layers.samples import gram
 from curvature.losses import Terms
 from curvature.losses.signals import FisherKind, Signals
 from curvature.matrices.low_rank import STORED, chunks
@@ -31,6 +30,7 @@ from solvers.operators.decompositions import singular_value_decomposition
 from solvers.operators.diagonal import identity
 from solvers.outcome.arguments import flag, whole
 from solvers.precision import widen
+from solvers.triangles import gram
 
 #: Bytes of the rows of a dense matrix that are formed at once.
 ROWS = 1 << 26

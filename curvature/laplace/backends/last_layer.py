@@ -17,10 +17,10 @@ from torch.overrides import TorchFunctionMode
 
 from curvature.laplace.factors.sums import OuterSums
 from curvature.layers.block import Block, BlockPart
-from curvature.layers.samples import gram
 from curvature.losses import Terms
 from curvature.model.trees import tensors_in
 from solvers.precision import widen
+from solvers.triangles import gram
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from curvature.layers.block import Block, BlockPart
-from curvature.layers.samples import Samples, gram
+from curvature.layers.samples import Samples
 from curvature.structures.estimator import CurvatureEstimator, Form, MeanEstimator
 from curvature.structures.kfac import KroneckerEstimator, Sharing
 from curvature.structures.weighted_mean import WeightedMean
 from solvers import Dense, Diagonal, LinearOperator
 from solvers.precision import widen
+from solvers.triangles import gram
 
 Side = tuple[Tensor, Tensor, Tensor | float]
 #: A part of a block, and the matrices whose Kronecker product is its curvature: one or two.

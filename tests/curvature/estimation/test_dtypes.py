@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from curvature import fisher
-from curvature.layers.samples import gram
 from solvers import Dense, Diagonal, Eigen, Kronecker, LinearOperator
 from tests.curvature.estimates import estimate
 from tests.curvature.problems import PROBLEMS, Problem
@@ -115,12 +114,3 @@ class Cast(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.to(self.dtype)
-
-
-@pytest.mark.parametrize("d", [1, 7, 256, 257, 300, 530])
-def test_gram_matrices_are_whole(d: int) -> None:
-    """Large products are computed in pieces, of which some are copied."""
-    rows = torch.randn(5, d, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(gram(rows), rows.T @ rows, rtol=1e-12, atol=1e-12)
-    stack = torch.stack([rows, 2 * rows])
-    torch.testing.assert_close(gram(stack), stack.mT @ stack, rtol=1e-12, atol=1e-12)

@@ -1,0 +1,71 @@
+"""Products with one triangle to compute: Gram matrices, whose other one is its mirror image, and factors like L^T.
+
+Large ones are split in halves, down to parts that run at the speed of large products: two levels cost 5/8 of the whole.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Parts up to this size are multiplied whole: smaller ones run below the speed of large products.
+_WHOLE = 256
+
+
+def gram(rows: Tensor) -> Tensor:
+    r"""Symmetric product :math:`R^\top R` of ``rows (*, m, d)``, ``(*, d, d)``."""
+    d = rows.shape[-1]
+    return add_gram(rows.new_empty(*rows.shape[:-2], d, d), rows, old=0, new=1)
+
+
+def add_gram(out: Tensor, rows: Tensor, *, old: float, new: float) -> Tensor:
+    r""":math:`S \leftarrow old \cdot S + new \cdot R^\top R`, in place and in one pass.
+
+    Args:
+        out: Symmetric matrices S ``(*, d, d)``; what they hold is not read where ``old`` is zero.
+        rows: R ``(*, m, d)``.
+        old: Factor of what is there.
+        new: Factor of the product.
+
+    Returns:
+        ``out``.
+    """
+    if rows.ndim > 3:
+        _add_gram(out.view(-1, *out.shape[-2:]), rows.flatten(0, -3), old, new)
+    else:
+        _add_gram(out, rows, old, new)
+    return out
+
+
+def _add_gram(out: Tensor, rows: Tensor, old: float, new: float) -> None:
+    m, d = rows.shape[-2:]
+    add = torch.addmm if rows.ndim == 2 else torch.baddbmm
+    if min(m, d) <= _WHOLE:  # of few rows, parts are bound by what they write
+        add(out, rows.mT, rows, beta=old, alpha=new, out=out)
+        return
+    h = _half(d)
+    left, right, side = rows[..., :h], rows[..., h:], out[..., :h, h:]
+    _add_gram(out[..., :h, :h], left, old, new)
+    _add_gram(out[..., h:, h:], right, old, new)
+    add(side, left.mT, right, beta=old, alpha=new, out=side)
+    out[..., h:, :h] = side.mT
+
+
+def upper_times(upper: Tensor, x: Tensor) -> Tensor:
+    """``U X`` for upper triangles U ``(*, n, n)``, whose entries below the diagonal are zero, and X ``(*, n, m)``."""
+    return _upper_times(upper, x, x.new_empty(x.shape))
+
+
+def _upper_times(upper: Tensor, x: Tensor, out: Tensor) -> Tensor:
+    n = upper.shape[-1]
+    if n <= _WHOLE:
+        return torch.matmul(upper, x, out=out)
+    h = _half(n)
+    first, rest = upper[..., :h, :], x[..., h:, :]
+    _upper_times(first[..., :h], x[..., :h, :], out[..., :h, :]).add_(first[..., h:] @ rest)
+    _upper_times(upper[..., h:, h:], rest, out[..., h:, :])
+    return out
+
+
+def _half(n: int) -> int:
+    return (n // 2 + 15) // 16 * 16  # whole vector registers
