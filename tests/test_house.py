@@ -80,7 +80,8 @@ HOUSE: dict[str, str] = {
     " solvers.outcome",
     "curvature.structures": ".layers .losses .model solvers solvers.operators solvers.precision solvers.outcome"
     " solvers.triangles",
-    "curvature.layers": ".losses .model solvers solvers.precision solvers.triangles",
+    "curvature.layers": ".layers.axes .losses .model solvers solvers.precision solvers.triangles",
+    "curvature.layers.axes": "",
     "curvature.losses": "solvers.precision solvers.outcome",
     "curvature.model": "solvers.outcome",
     "solvers": ".moved .fallback .rules .iterative .direct .solver .eigenpairs .estimates .operators .outcome",

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from curvature.estimation.arrivals import Arrived
 from curvature.layers import Site
 from curvature.losses.signals import Signals
 from curvature.model.graph_nodes import nodes
 from curvature.model.pullback import pull_back
 
-#: What arrived under some signals, by the ``id`` of the place.
-Arrived = Mapping[int, Tensor | None]
 #: Nodes that hand on what arrives at them, summed over the axes along which they repeated what they got.
 _REPEATS = ("AddBackward0", "SubBackward0", "ExpandBackward0", "RepeatBackward0")
 

@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from curvature.estimation.collector import Cache, Collector, samples_of, sites_of, valid_positions
+from curvature.estimation.arrivals import Arrived, Cache, samples_of, sites_of, valid_positions
+from curvature.estimation.collector import Collector
 from curvature.estimation.owners import SortedRows, by_row, owners, sorted_rows
 from curvature.estimation.plan import Group
-from curvature.estimation.shared_rows import Arrived
 from curvature.layers import Site
 from curvature.layers.block import Block
 from curvature.layers.recorder import Recorder

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from curvature.layers.axes import ExampleAxes, Resolved
-from curvature.layers.axis_calls import Axis, Handle, getters
+from curvature.layers.axes.calls import Axis, Handle, getters
+from curvature.layers.axes.example_axes import ExampleAxes, Resolved
 from curvature.layers.explained import Explained, now
 from curvature.layers.rules import REPLACEMENTS, RULES
 from curvature.layers.site import Ref, RowLayout, Site

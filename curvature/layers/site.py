@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from curvature.layers.axis_calls import Handle
+from curvature.layers.axes.calls import Handle
 from curvature.layers.block import Block, BlockPart
 from curvature.layers.samples import OneHot, Outer, PerSample
 

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from curvature.layers.axes import ExampleAxes, Resolved
-from curvature.layers.axis_calls import CONSTANT, MIXED, Axis, State
+from curvature.layers.axes.calls import CONSTANT, MIXED, Axis, State
+from curvature.layers.axes.example_axes import ExampleAxes, Resolved
 from curvature.layers.recorder import tensors_in
 
 N = 3

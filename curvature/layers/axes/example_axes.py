@@ -2,7 +2,7 @@
 
 Every function call is noted with its arguments, as shapes and serial numbers. Which axis of which input counts the
 examples is often known only when outputs and targets have been seen; :meth:`ExampleAxes.resolve` then interprets the
-calls by the rules of :mod:`.axis_rules`, for as many readings of the inputs as are tried.
+calls by the rules of this package, for as many readings of the inputs as are tried.
 
 What a result says holds for the recorded calls. Where values decided in Python which calls are made, it holds given
 those decisions. The statistics of a batch norm in train mode count as fixed. The backward of a custom
@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-import curvature.layers.axis_rules  # noqa: F401  # registers the rules
-from curvature.layers.axis_calls import (
+from curvature.layers.axes.calls import (
     ASSIGNING,
     CONSTANT,
     COPYING,

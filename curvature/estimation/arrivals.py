@@ -1,0 +1,108 @@
+"""What arrived at the uses of blocks in a backward pass, as samples; and which examples and positions it tells of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from curvature.estimation.plan import Group
+from curvature.layers import Site
+from curvature.layers.samples import OneHot, Outer, PerSample
+from curvature.layers.site import ElementwiseSite
+
+#: Gradients by the ``id`` of the site at whose edge they arrived.
+Arrived = Mapping[int, Tensor | None]
+#: Inputs of the uses in one pass, prepared once for all signals: by site and piece.
+Cache = dict[tuple[int, str], Tensor | OneHot]
+
+
+def sites_of(groups: list[Group]) -> list[Site]:
+    """All sites of the groups, once each."""
+    return list({id(use.site): use.site for group in groups for use in group.uses}.values())
+
+
+def mixes(group: Group, examples: int) -> bool:
+    """Whether the rows of a use do not fall into the examples, as far as shapes tell."""
+    return not group.uses or any(not use.site.keeps_examples(examples) for use in group.uses)
+
+
+def _by_example(use: Outer | PerSample) -> Tensor:
+    """What arrived for each example, ``(n, *)``."""
+    if isinstance(use, Outer):
+        return use.g.movedim(-3, 0).flatten(1)
+    return use.gradients.movedim(1, 0).flatten(1)
+
+
+def valid_positions(
+    sites: list[Site],
+    gradients: Mapping[int, Tensor],
+    mask: Tensor,
+    by_example: Mapping[int, Tensor] | None = None,
+) -> dict[int, Tensor]:
+    """Positions of each site that count: not masked out, or reached by the gradients all the same.
+
+    What is left of terms that cancel (the softmax over a single position) is no signal.
+
+    Args:
+        sites: The sites.
+        gradients: What arrived at their edges.
+        mask: Terms of the loss that count, ``(n, positions)``.
+        by_example: What arrived from each example, ``(n, *shape)``, where the rows of a site serve all examples.
+    """
+    by_example = by_example or {}
+    out: dict[int, Tensor] = {}
+    full = bool(mask.all())
+    for site in sites:
+        gradient = gradients.get(id(site))
+        each = by_example.get(id(site))
+        if each is not None and gradient is not None:
+            g = site.row_gradients(site.arrived(each, len(each)))
+            g = None if g is None else g.movedim(-3, 0)
+        else:
+            g = None if gradient is None else site.row_gradients(site.arrived(gradient))
+        if g is None:
+            continue
+        size = g[0].abs().amax(-1)  # (n, s)
+        reached = size > min(16 * torch.finfo(g.dtype).eps, 1e-5) * (size.max() if size.numel() else 0)
+        if full:
+            reached = torch.ones_like(reached)
+        elif reached.shape == mask.shape:
+            reached = reached | mask
+        elif reached.shape[0] == mask.shape[0]:
+            reached = reached | mask.any(-1, keepdim=True)
+        out[id(site)] = reached
+    return out
+
+
+def meet(group: Group, plain: Arrived, tagged: list[tuple[Tensor, Arrived]], cache: Cache) -> bool:
+    """Whether what arrived in the rows of an example has not grown by its weight."""
+    for weights, arrived in tagged:
+        pairs = zip(samples_of(group, plain, {}, cache), samples_of(group, arrived, {}, cache), strict=True)
+        for use, weighted in pairs:
+            rows = _by_example(use)
+            expected = rows * weights.to(rows).unsqueeze(1)
+            off = torch.linalg.vector_norm(_by_example(weighted) - expected, dim=1)
+            if not (off <= torch.finfo(rows.dtype).eps ** 0.5 * torch.linalg.vector_norm(expected, dim=1)).all():
+                return True
+    return False
+
+
+def samples_of(
+    group: Group, gradients: Arrived, valid: Mapping[int, Tensor], cache: Cache, k: int = 1, by_rows: bool = False
+) -> list[Outer | PerSample]:
+    """Samples of the group's uses, from the gradients of their outputs under k signals; of single rows if asked."""
+    samples: list[Outer | PerSample] = []
+    for use in group.uses:
+        gradient = gradients.get(id(use.site))
+        if gradient is None:
+            continue
+        gradient = use.site.arrived(gradient, k)
+        sample: Outer | PerSample | None = None
+        if by_rows and isinstance(use.site, ElementwiseSite):
+            sample = use.site.rows(use.piece, gradient)
+        if sample is None:
+            sample = use.site.use(use.piece, gradient, valid.get(id(use.site)), cache)
+        samples.append(sample.transposed() if use.flipped else sample)
+    return samples
