@@ -134,7 +134,9 @@ class Lived:
     seconds: float
 
 
-def live(name: str, steps: int, path: Path, every: int, kill: tuple[str, float] | None = None) -> Lived:
+def live(
+    name: str, steps: int, path: Path, every: int, kill: tuple[str, float] | None = None, occurrence: int = 1
+) -> Lived:
     """Start or resume a run as a process.
 
     Args:
@@ -142,7 +144,8 @@ def live(name: str, steps: int, path: Path, every: int, kill: tuple[str, float] 
         steps: Of the whole run.
         path: Its checkpoint.
         every: So many steps lie between two checkpoints.
-        kill: Seconds after the first line that begins with a word (``"from"``, ``"save"``) in which it is killed.
+        kill: Seconds after a line that begins with a word (``"from"``, ``"save"``) in which it is killed.
+        occurrence: Of how many such lines that is the last.
     """
     command = [sys.executable, "-m", "tests.faults.soak", "train", name, str(steps), str(path), str(every)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(ROOT)}
@@ -156,7 +159,8 @@ def live(name: str, steps: int, path: Path, every: int, kill: tuple[str, float] 
         elif word == "save":
             sizes.append((int(numbers[0]), int(numbers[1]), int(numbers[2])))
         ended |= word == "end"
-        if kill is not None and timer is None and word == kill[0]:
+        occurrence -= kill is not None and word == kill[0]
+        if kill is not None and timer is None and occurrence == 0:
             timer = threading.Timer(kill[1], process.kill)
             timer.start()
     process.wait()
