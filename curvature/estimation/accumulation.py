@@ -73,7 +73,7 @@ class Accumulation:
         self._complete = False  # that is what the file held
         self._count = 0  # batches taken in since then
         self._seen = ""  # hash of the batches taken in during the pass that is on, or was the last
-        self._began: list[Tensor] = []  # random state when that pass began; a loader may draw its order from it
+        self._began: list[Tensor] = []  # random state when a pass begins; a loader may draw its order from it
         self._random: list[Tensor] = []  # random state after the last batch that the file knows of
         self._look, self._also = look, cache(also)
         self._start = {} if file is None else {name: b.detach().clone() for name, b in model.named_buffers()}
@@ -128,20 +128,23 @@ class Accumulation:
     def batches(self, start: Callable[[], Iterator[Batch]]) -> Iterator[Batch]:
         """The batches of a pass that are still to be taken in; one counts when the next is asked for.
 
+        Every pass begins with the random numbers of the first, so that a model that draws (dropout, noise in
+        ``forward``) is one function for all of them.
+
         Args:
             start: Starts a pass over the data.
 
         Raises:
             CheckpointError: If those taken in before are others now.
         """
+        if self._began:
+            set_random_state(self._began, self.device)
+        else:
+            self._began = random_state(self.device)
         if self.file is None:
             yield from start()
             return
         before, expected = self._count, self._seen
-        if before:
-            set_random_state(self._began, self.device)
-        else:
-            self._began = random_state(self.device)
         seen, index, first = "", 0, None
         for index, batch in enumerate(start(), 1):
             seen = digest(tensors_in(batch), seen)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import curvature
 from curvature import NondeterministicError, NotOneLossWarning, check_deterministic
+from curvature.estimation.checkpoint import Checkpoint
 from tests.curvature.problems import normal
 
 
@@ -101,6 +104,38 @@ def test_a_model_that_draws_numbers_itself() -> None:
     with pytest.warns(NotOneLossWarning, match="the model draws random numbers itself"):
         product = H @ v
     assert torch.equal(product, H @ v)
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["at once", "resumed in the second pass"])
+def test_the_second_pass_of_a_structure_draws_what_the_first_drew(killed: bool, tmp_path: Path) -> None:
+    """The spectrum of EKFAC comes from a second pass; an orthogonal change of basis keeps the trace."""
+    model = nn.Sequential(plain(), nn.Dropout(0.5))
+
+    class Batches:
+        lives = 3 if killed else 10**6
+
+        def __iter__(self) -> Iterator[Any]:
+            for batch in data():
+                if not self.lives:
+                    raise KeyboardInterrupt
+                self.lives -= 1
+                yield batch
+
+    def trace(batches: Any, structure: str, **options: Any) -> Tensor:
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", NotOneLossWarning)
+            torch.manual_seed(3)
+            C = curvature.fisher(
+                model, nn.CrossEntropyLoss(), batches, kind="exact", structure=structure, progress=False, **options
+            )
+        return C.diagonal().sum()
+
+    options = {"resume": Checkpoint(tmp_path / "sums", seconds=0)} if killed else {}
+    if killed:
+        with pytest.raises(KeyboardInterrupt):
+            trace(Batches(), "ekfac", **options)
+    found = trace(data(), "ekfac", **options)
+    torch.testing.assert_close(found, trace(data(), "diagonal"), rtol=1e-12, atol=0)
 
 
 def test_one_shot_iterators_are_refused() -> None:
