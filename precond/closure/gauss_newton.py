@@ -206,7 +206,7 @@ class GaussNewton(ClosureOptimizer):
 
     def _tensors(self, closure: Closure) -> list[Tensor]:
         with torch.enable_grad():
-            return _values(self._residuals(closure))
+            return _values(self._residuals(closure), graph=False)
 
     def _residuals(self, closure: Closure) -> list[Tensor | PointwiseResidual]:
         given, called = self.run(closure)
@@ -240,17 +240,9 @@ class GaussNewton(ClosureOptimizer):
             )
             slopes = dict(zip(params, found, strict=True))
         else:
-            values, rows = zip(*[self._rows(r, params) for r in residuals], strict=True)
-            self._residual, self._jacobian = torch.cat(values), torch.cat(rows)
+            self._residual, self._jacobian = _linearized(residuals, params)
             slopes = unflatten(self._jacobian.mT @ self._residual, params)
         return self.evaluated(0.5 * self._residual.detach().square().sum(), slopes)
-
-    def _rows(self, residual: Tensor | PointwiseResidual, params: list[Tensor]) -> tuple[Tensor, Tensor]:
-        if isinstance(residual, PointwiseResidual):
-            value, rows = residual.value_and_jacobian(params)
-        else:
-            value, rows = residual.reshape(-1), jacobian_rows(residual.reshape(-1), params)
-        return value.detach().to(rows.dtype), rows.detach()
 
     def directions(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         if self.sign < 0:
@@ -294,12 +286,15 @@ class GaussNewton(ClosureOptimizer):
             return MatrixFreeLeastSquares(matrix, _INEXACT, sketch)
         assert self._jacobian is not None
         scale = self._scale(params) if self.scaled else None
-        return DenseLeastSquares(self._jacobian, scale, self.choice.solver == "woodbury")
+        jacobian, self._jacobian = self._jacobian, None  # which is scaled in place
+        return DenseLeastSquares(jacobian, scale, self.choice.solver == "woodbury")
 
     def _scale(self, params: list[Tensor]) -> Tensor:
         """D, from the largest norms of the columns of J seen so far; a parameter without effect gets a small one."""
         assert self._jacobian is not None
-        for p, norms in unflatten(torch.linalg.vector_norm(self._jacobian, dim=0), params).items():
+        squares = sum(rows.square().sum(0) for rows in self._jacobian.split(64))  # in the cache of the processor
+        assert isinstance(squares, Tensor)
+        for p, norms in unflatten(squares.sqrt(), params).items():
             state = self.state[p]
             state["scale"] = torch.maximum(state["scale"], norms) if "scale" in state else norms.clone()
         scale = flatten({p: self.state[p]["scale"] for p in params})
@@ -309,5 +304,21 @@ class GaussNewton(ClosureOptimizer):
         return scale.clamp_min(1e-8 * largest if largest > 0 else 1.0)
 
 
-def _values(residuals: list[Tensor | PointwiseResidual]) -> list[Tensor]:
-    return [r.value() if isinstance(r, PointwiseResidual) else r for r in residuals]
+def _values(residuals: list[Tensor | PointwiseResidual], graph: bool = True) -> list[Tensor]:
+    return [r.value(graph) if isinstance(r, PointwiseResidual) else r for r in residuals]
+
+
+def _linearized(residuals: list[Tensor | PointwiseResidual], params: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """The values of all residuals, and their Jacobian in one piece of memory."""
+    counts = [r.numel() for r in residuals]
+    like = flatten({p: p.detach() for p in params})
+    jacobian = like.new_empty(sum(counts), len(like))
+    values = []
+    for residual, out in zip(residuals, jacobian.split(counts), strict=True):
+        if isinstance(residual, PointwiseResidual):
+            value = residual.value_and_jacobian(params, out)[0]
+        else:
+            value = residual.reshape(-1)
+            out.copy_(jacobian_rows(value, params).detach())
+        values.append(value.detach().to(like.dtype))
+    return torch.cat(values), jacobian

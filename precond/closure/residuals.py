@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 
@@ -42,12 +41,22 @@ class PointwiseResidual:
         """Number of residuals, ``N * entries``."""
         return 0 if not len(self.points) else len(self.points) * self._at({}, self.points[0]).numel()
 
-    def value(self) -> Tensor:
-        """``(N * entries,)``."""
-        return vmap(lambda x: self._at({}, x))(self.points).reshape(-1)
+    def value(self, graph: bool = True) -> Tensor:
+        """``(N * entries,)``.
 
-    def value_and_jacobian(self, params: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Residuals ``(R,)`` and their Jacobian ``(R, P)`` with respect to the concatenated parameters."""
+        Args:
+            graph: Whether it can be differentiated with respect to the parameters.
+        """
+        values = {} if graph else {name: p.detach() for name, p in self.model.named_parameters()}
+        return vmap(lambda x: self._at(values, x))(self.points).reshape(-1)
+
+    def value_and_jacobian(self, params: list[Tensor], out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Residuals ``(R,)`` and their Jacobian ``(R, P)`` with respect to the concatenated parameters.
+
+        Args:
+            params: The parameters.
+            out: Where the Jacobian goes.
+        """
         names = {id(p): name for name, p in self.model.named_parameters()}
         free = {names[id(p)]: p.detach() for p in params if id(p) in names}
 
@@ -57,11 +66,12 @@ class PointwiseResidual:
 
         rows, value = vmap(jacrev(both, has_aux=True), in_dims=(None, 0))(free, self.points)
         count = value.numel()
-        blocks = []
-        for p in params:
+        if out is None:
+            out = value.new_empty(count, sum(p.numel() for p in params))
+        for p, block in zip(params, out.split([p.numel() for p in params], 1), strict=True):
             name = names.get(id(p))
-            blocks.append(p.new_zeros(count, p.numel()) if name is None else rows[name].reshape(count, -1))
-        return value.reshape(-1), torch.cat(blocks, 1)
+            block.copy_(rows[name].reshape(count, -1)) if name is not None else block.zero_()
+        return value.reshape(-1), out
 
     def _at(self, values: dict[str, Tensor], x: Tensor) -> Tensor:
         def u(point: Tensor) -> Tensor:
@@ -96,22 +106,30 @@ class DenseLeastSquares(LeastSquares):
     :math:`\lambda` is tiny.
 
     Args:
-        jacobian: J, ``(R, P)``.
+        jacobian: J, ``(R, P)``; is scaled in place.
         scale: The diagonal of D, positive, ``(P,)``.
         rows: Solve in the size of the residuals.
     """
 
     def __init__(self, jacobian: Tensor, scale: Tensor | None, rows: bool) -> None:
         self.scale, self.rows = scale, rows
-        self.jacobian = jacobian if scale is None else jacobian / scale
+        self.jacobian = jacobian if scale is None else jacobian.div_(scale)
+        self._inverse: tuple[float, LinearOperator] | None = None
 
     @cached_property
     def gram(self) -> Tensor:
         """``J J^T (R, R)`` or ``J^T J (P, P)``, of the scaled Jacobian."""
-        return gram(self.jacobian.mT.contiguous() if self.rows else self.jacobian)
+        return gram(self.jacobian.mT if self.rows else self.jacobian)
+
+    def inverse(self, damping: float) -> LinearOperator:
+        """Of the damped Gram matrix; that of the last damping is kept."""
+        if self._inverse is None or self._inverse[0] != damping:
+            damped = Tikhonov(damping)(Dense(self.gram, is_gram=True))
+            self._inverse = damping, power(damped, -1, Cholesky(explicit=False))
+        return self._inverse[1]
 
     def fit(self, target: Tensor, damping: float) -> Tensor:
-        inverse = power(Tikhonov(damping)(Dense(self.gram)), -1, Cholesky(explicit=False))
+        inverse = self.inverse(damping)
         if self.rows:
             solution = self.jacobian.mT @ (inverse @ target)
         else:
