@@ -438,7 +438,7 @@ class PreconditionedOptimizer(LayerOptimizer):
     def _rows(self, gradients: dict[str, Tensor]) -> dict[str, GradientRows]:
         if getattr(self, "grad_scale", None) is not None or world_size() > 1:
             return {}  # gradients that were scaled or summed over processes after the rows were seen
-        return self.taps.rows(gradients, self.preconditioners)
+        return self.taps.rows(gradients)
 
     def _refresh(self, updated: bool) -> None:
         """Renew the inverses that are due, and after new statistics those that come at no cost."""

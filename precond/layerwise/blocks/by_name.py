@@ -16,7 +16,7 @@ from precond.layerwise.blocks.preconditioner import Preconditioner
 from precond.layerwise.blocks.refresh import slots
 from precond.layerwise.blocks.rows import GradientRows
 from precond.layerwise.blocks.stacks import BlockStack
-from solvers import Kronecker, LinearOperator, SolverError
+from solvers import Eigen, Kronecker, LinearOperator, SolverError
 from solvers.outcome.checks import Verdicts
 
 
@@ -111,13 +111,12 @@ class Preconditioners(dict[str, Preconditioner]):
                     out |= found
                     done |= stack.parts.keys()
         written: dict[str, list[BlockPart]] = {}
-        single = self._directions(gradients, rows, done) if shared is None else shared.directions(self, gradients)
-        for key, direction in single:
+        for key, direction in self._directions(gradients, rows, done, shared):
             block = self[key].estimator.block
-            for part, piece in zip(block.parts, block.split(direction), strict=True):
+            for part, piece in zip(block.parts, direction, strict=True):
                 g = gradients[part.name]
-                if part.covers(g):
-                    out[part.name] = piece.to(g.dtype).reshape(g.shape)
+                if part.covers(g):  # in one piece, since what follows reads the directions several times
+                    out[part.name] = piece.to(g.dtype).contiguous().view(g.shape)
                     continue
                 if part.name not in out:
                     out[part.name] = torch.empty_like(g, memory_format=torch.contiguous_format)
@@ -130,16 +129,25 @@ class Preconditioners(dict[str, Preconditioner]):
         return {name: out[name] for name in gradients}, plain
 
     def _directions(
-        self, gradients: Mapping[str, Tensor], rows: Mapping[str, GradientRows], done: Set[str]
-    ) -> Iterator[tuple[str, Tensor]]:
+        self,
+        gradients: Mapping[str, Tensor],
+        rows: Mapping[str, GradientRows],
+        done: Set[str],
+        shared: SharedCurvature | None,
+    ) -> Iterator[tuple[str, list[Tensor]]]:
+        """``P g`` of the blocks that are not done, part by part."""
+        if shared is not None:
+            for key, direction in shared.directions(self, gradients):
+                yield key, self[key].estimator.block.split(direction)
+            return
         for key, preconditioner in self.items():
             block, inverse = preconditioner.estimator.block, preconditioner.inverse
             if key in done or inverse is None or not all(name in gradients for name in block.names):
                 continue
-            if key in rows and isinstance(inverse, Kronecker):
+            if key in rows and isinstance(inverse, (Kronecker, Eigen)):
                 yield key, rows[key].apply(inverse)
             else:
-                yield key, preconditioner @ block.read(gradients)
+                yield key, block.split(preconditioner @ block.read(gradients))
 
 
 def _filled(result: Tensor | None, gradient: Tensor, written: list[BlockPart]) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from curvature.model.backward_hooks import ours
 from curvature.model.data import inspecting
 from curvature.model.hooks import At, EagerHook
 from precond.layerwise.blocks.preconditioner import Preconditioner
-from solvers import Kronecker, LinearOperator
+from solvers import Eigen, Kronecker, LinearOperator
 from solvers.precision import reduced
 
 
@@ -36,29 +36,52 @@ class GradientRows:
         """Inputs with the one of the bias appended."""
         return torch.cat([self.a, self.a.new_ones(len(self.a), 1)], dim=1) if self.ones else self.a
 
-    def agree(self, gradient: Tensor) -> Tensor:
-        """0-d bool: ``gradient (d_out, d_in)`` is the product of the rows, judged by one random combination.
+    def agree(self, seen: Tensor, probe: Tensor) -> Tensor:
+        """0-d bool: the gradient is the product of the rows, judged by one combination of its columns.
 
         Up to rounding, which is relative to the sizes of the terms: a gradient that was clipped or changed by a hook
         before it was written is another one.
+
+        Args:
+            seen: The combination ``(d_out,)``, that of the weight times ``probe``, and once that of the bias.
+            probe: Factors of the columns of the weight ``(d_in,)``.
         """
-        inputs = self.inputs
-        probe = combination(inputs)
-        seen, made = gradient @ probe, self.g.mT @ (inputs @ probe)
-        size = self.g.abs().mT @ (inputs.abs() @ probe.abs())
+        made = self.g.mT @ (self.a @ probe + float(self.ones))
+        size = self.g.abs().mT @ (self.a.abs() @ probe.abs() + float(self.ones))
         eps = torch.finfo(seen.dtype).eps
         return ((seen - made).abs() <= (16 * eps**0.5 if self.rough else 64 * eps) * size).all()
 
-    def apply(self, inverse: Kronecker) -> Tensor:
-        r""":math:`B^{-1} (g^\top a) A^{-1}` as :math:`(g B^{-1})^\top (a A^{-1})`; the factors are symmetric."""
-        B, A = inverse.factors
-        return (B @ self.g.to(B.dtype)).mT @ (A @ self.inputs.to(A.dtype))
+    def apply(self, inverse: Kronecker | Eigen) -> list[Tensor]:
+        r""":math:`B^{-1} (g^\top a) A^{-1}` as :math:`(g B^{-1})^\top (a A^{-1})`, for the weight and for the bias.
+
+        The factors are symmetric. Into an eigenbasis a gradient turns in the same way,
+        :math:`Q_B^\top (g^\top a) Q_A = (g Q_B)^\top (a Q_A)`.
+        """
+        if isinstance(inverse, Eigen):
+            assert isinstance(inverse.basis, Kronecker)
+            left, right = self._times(inverse.basis.adjoint())
+            d = inverse.basis @ (left.mT @ right).mul_(inverse.values)
+            return [d[:, :-1], d[:, -1:]] if self.ones else [d]
+        left, right = self._times(inverse)
+        if not self.ones:
+            return [left.mT @ right]
+        # Apart, so that each lies in one piece.
+        return [left.mT @ right[:, :-1], (left.mT @ right[:, -1]).unsqueeze(1)]
+
+    def _times(self, factors: Kronecker) -> tuple[Tensor, Tensor]:
+        B, A = factors.factors
+        return B @ self.g.to(B.dtype), A @ self.inputs.to(A.dtype)
 
 
-def combination(rows: Tensor) -> Tensor:
-    """Random numbers ``(d,)`` to combine the columns of ``rows (m, d)``, always the same."""
-    probe = torch.randn(rows.shape[1], generator=torch.Generator().manual_seed(0), dtype=rows.dtype)
-    return probe.to(rows.device)
+def has_rows(inverse: LinearOperator | None) -> bool:
+    """Whether an inverse can be applied to the rows behind a gradient: it takes a factor for each side."""
+    kronecker = inverse.basis if isinstance(inverse, Eigen) else inverse
+    return isinstance(kronecker, Kronecker) and len(kronecker.factors) == 2 and not kronecker.stack
+
+
+def combination(columns: int, like: Tensor) -> Tensor:
+    """Random numbers to combine columns, always the same."""
+    return torch.randn(columns, generator=torch.Generator().manual_seed(0), dtype=like.dtype).to(like.device)
 
 
 def cheaper(rows: int, d_out: int, d_in: int) -> bool:
@@ -82,6 +105,7 @@ class RowTap:
         self._gradient: Tensor | None = None
         self._written: dict[int, tuple[Tensor, int, Tensor]] = {}
         self._rough = False
+        self._probe: Tensor | None = None  # combines the columns of the weight
         self.handles = [module.register_forward_hook(EagerHook(self, "forward"))]
         self.handles += [p.register_post_accumulate_grad_hook(EagerHook(self, "written")) for p in params.values()]
 
@@ -127,7 +151,7 @@ class RowTap:
         grad = p.grad
         assert grad is not None
         if self._input is not None:
-            self._written[id(p)] = (grad, grad._version if id(p) not in self._written else -1, _fingerprint(grad))
+            self._written[id(p)] = (grad, grad._version if id(p) not in self._written else -1, self._combined(grad))
 
     def rows(self, gradients: Mapping[str, Tensor]) -> GradientRows | None:
         """The rows, if they stand for these gradients."""
@@ -150,14 +174,25 @@ class RowTap:
         self.count = len(rows.a)
         return rows
 
-    def unchanged(self) -> Tensor:
-        """0-d bool: the gradients hold what autograd wrote."""
-        pairs = [(seen, _fingerprint(grad)) for grad, _, seen in self._written.values()]
-        return torch.stack([(before == now).all() for before, now in pairs]).all()
+    def stand(self, rows: GradientRows) -> Tensor:
+        """0-d bool: the gradients hold what autograd wrote, bit by bit, and that is the product of the rows."""
+        now = [self._combined(grad) for grad, _, _ in self._written.values()]
+        same = [(seen == after).all() for (_, _, seen), after in zip(self._written.values(), now, strict=True)]
+        assert self._probe is not None
+        return torch.stack([*same, rows.agree(now[0] + now[1] if len(now) > 1 else now[0], self._probe)]).all()
+
+    @torch.no_grad()
+    def _combined(self, gradient: Tensor) -> Tensor:
+        """Numbers ``(d_out,)`` that change with any entry of a gradient; a bias as it is."""
+        if gradient.dim() == 1:
+            return gradient.clone()
+        if self._probe is None or (self._probe.dtype, self._probe.device) != (gradient.dtype, gradient.device):
+            self._probe = combination(gradient.shape[1], gradient)
+        return gradient @ self._probe
 
 
 def taps_for(model: nn.Module, blocks: Mapping[str, tuple[Block, LinearOperator | None]]) -> dict[str, RowTap]:
-    """A tap for every block that is one whole ``nn.Linear`` with dense Kronecker factors.
+    """A tap for every block that is one whole ``nn.Linear`` with a factor for each side in its inverse.
 
     Args:
         model: Where to look for the layers.
@@ -171,7 +206,7 @@ def taps_for(model: nn.Module, blocks: Mapping[str, tuple[Block, LinearOperator 
     out = {}
     for name, (block, inverse) in blocks.items():
         module = owners.get(block.names)
-        if module is None or not isinstance(inverse, Kronecker) or len(block.shape) != 2:
+        if module is None or not has_rows(inverse) or len(block.shape) != 2:
             continue
         params = dict(zip(block.names, (p for p in module.parameters() if p.requires_grad), strict=True))
         if len(params) == len(block.parts) and block.names[0].endswith("weight"):
@@ -187,7 +222,7 @@ class RowTaps:
         self._known: set[str] = set()
 
     def watch(self, model: nn.Module, preconditioners: Mapping[str, Preconditioner]) -> None:
-        """Watch the layers whose blocks have an inverse that is a dense Kronecker product."""
+        """Watch the layers whose blocks have an inverse that :func:`has_rows`."""
         known = {name: p for name, p in preconditioners.items() if p.inverse is not None}
         if self._known == set(known):
             return
@@ -210,22 +245,14 @@ class RowTaps:
         """The number of rows whose product is the last gradient of a block, if known."""
         return self.taps[name].count or None if name in self.taps else None
 
-    def rows(
-        self, gradients: Mapping[str, Tensor], preconditioners: Mapping[str, Preconditioner]
-    ) -> dict[str, GradientRows]:
-        """Preconditioners whose gradient is at hand as a product of few rows, checked against the gradient itself."""
+    def rows(self, gradients: Mapping[str, Tensor]) -> dict[str, GradientRows]:
+        """Blocks whose gradient is at hand as a product of few rows, checked against the gradient itself."""
         found = {name: rows for name, tap in self.taps.items() if (rows := tap.rows(gradients)) is not None}
         if not found:
             return {}
-        blocks = {name: preconditioners[name].estimator.block for name in found}
-        agree = [self.taps[name].unchanged() & rows.agree(blocks[name].read(gradients)) for name, rows in found.items()]
-        same = dict(zip(found, torch.stack(agree).tolist(), strict=True))
+        same = dict(
+            zip(found, torch.stack([self.taps[n].stand(rows) for n, rows in found.items()]).tolist(), strict=True)
+        )
         for name in found:
             self.taps[name].count *= same[name]
         return {name: rows for name, rows in found.items() if same[name]}
-
-
-@torch.no_grad()
-def _fingerprint(gradient: Tensor) -> Tensor:
-    """Numbers that change with any entry of a gradient."""
-    return gradient @ combination(gradient) if gradient.dim() == 2 else gradient.clone()
