@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -51,7 +51,7 @@ from precond.step.loop import Loop
 from precond.step.loss_level import LossLevel
 from precond.step.options import LossDamping, Momentum, Refresh, TrustRegion, WeightDecay
 from precond.step.schedules import Scheduled, ScheduledInt, at_start
-from precond.step.trust_region import BoundRecord, Move, Slopes
+from precond.step.trust_region import BoundRecord, Move, Slopes, scaled
 from solvers import Damping, FactoredTikhonov, LinearOperator, Solver, Tikhonov
 from solvers.outcome.arguments import flag, instance, number
 
@@ -391,6 +391,9 @@ class PreconditionedOptimizer(LayerOptimizer):
         if self._step_model is None or not sized:
             return super().shortened(directions, gradients, known)
         move = None if self.step_size is not None else super().shortened(directions, gradients, known)
+        if move is not None:
+            directions.update(zip(directions, scaled(list(directions.values()), move.directions), strict=True))
+            move = replace(move, directions=1.0)
         directions.update(self._step_model.size(directions, gradients))
         return move or self._step_model.bounded
 

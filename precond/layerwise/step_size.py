@@ -191,7 +191,7 @@ class StepModel:
         if limit is not None:
             scale = kl_scale(c.new_tensor(length), limit)
             c, length = scale * c, float(scale) ** 2 * length
-            self.bounded = Move(scale, None, {}, c.new_tensor(lr**2 * length), scale < 1)
+            self.bounded = Move(1.0, None, {}, c.new_tensor(lr**2 * length), scale < 1)
         self.coefficients, self._trial.length = c, length
         self._trial.predicted = -float(lr * (slopes @ c) + 0.5 * lr**2 * (c @ curved @ c))
         self._trial.before = value + self._penalty(params)

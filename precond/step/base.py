@@ -308,13 +308,13 @@ class SecondOrderOptimizer(BoundedOptimizer):
             gradients = self.regularized(gradients)
         directions = dict(gradients) if prepared else self.directions_of_all(gradients)
         move = self.shortened(directions, gradients, self._prepared_slopes if prepared else None)
-        scale = None if move is None else move.whole
+        scale, shortened = (None, 1.0) if move is None else (move.whole, move.directions)
         for group in self.param_groups:
             params = [p for p in group["params"] if p in directions]
             if params:
                 given, states = [directions[p] for p in params], [self.state[p] for p in params]
                 options = self.update_options({**group, "lookahead": None} if self.idle else group)
-                found = apply_update(params, given, states, options, scale)
+                found = apply_update(params, given, states, options, scale, shortened=shortened)
                 self.coming |= zip(params, found, strict=True)
         if not prepared:
             self.before_move()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from precond.step.alike import Alike
 from precond.step.checked import CheckedOptimizer
-from precond.step.trust_region import BoundRecord, Move, Slopes, bounded_move, reference_lr, scaled
+from precond.step.trust_region import BoundRecord, Move, Slopes, bounded_move, reference_lr
 
 log = logging.getLogger(__name__)
 
@@ -58,10 +58,10 @@ class BoundedOptimizer(CheckedOptimizer):
     def shortened(
         self, directions: dict[Tensor, Tensor], gradients: dict[Tensor, Tensor], known: Slopes | None
     ) -> Move | None:
-        """Shorten the directions, and say by how much the whole move is to be shortened.
+        """By how much the directions, and then the whole move, are to be shortened.
 
         Args:
-            directions: Changed in place.
+            directions: Those of the step; may be changed in place.
             gradients: Those they come from.
             known: The slopes, where :meth:`~precond.step.base.SecondOrderOptimizer.precondition` found them.
         """
@@ -70,10 +70,7 @@ class BoundedOptimizer(CheckedOptimizer):
             return None
         slopes = self.slopes_of(directions, gradients) if known is None else known.of_those_in(directions)
         lengths = {p: state["length"] for p in slopes.params if "length" in (state := self.state.get(p, {}))}
-        move = bounded_move(groups, slopes, lengths | self.measured, self.bound_level())
-        if move is not None:
-            directions.update(zip(directions, scaled(list(directions.values()), move.directions), strict=True))
-        return move
+        return bounded_move(groups, slopes, lengths | self.measured, self.bound_level())
 
     def note_move(self, move: Move | None) -> BoundRecord:
         """Keep the lengths of the momenta; returns how often the bound was active, which is told once."""

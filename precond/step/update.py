@@ -68,14 +68,15 @@ def apply_update(
     group: dict[str, Any],
     scale: Tensor | float | None = None,
     of: list[Tensor] | None = None,
+    shortened: Tensor | float = 1.0,
 ) -> list[Tensor]:
     r"""Momentum, weight decay and the values that parameters are to take, in the arithmetic of ``torch.optim.SGD``.
 
-    .. math:: v \leftarrow \mu v + d, \qquad p \leftarrow (1 - r) p - \eta \nu v
+    .. math:: v \leftarrow \mu v + \nu_d d, \qquad p \leftarrow (1 - r) p - \eta \nu v
 
-    with the rate r of :func:`decay_rate` and the factor :math:`\nu` of a trust region. Matrices under a control of
-    norms move as :mod:`~precond.step.norm_control` says, and a look-ahead comes last. Nothing is changed in place:
-    parameters move when all values are known.
+    with the rate r of :func:`decay_rate` and the factors :math:`\nu_d` and :math:`\nu` of a trust region. Matrices
+    under a control of norms move as :mod:`~precond.step.norm_control` says, and a look-ahead comes last. Nothing is
+    changed in place: parameters move when all values are known.
 
     Args:
         params: Parameters.
@@ -84,21 +85,24 @@ def apply_update(
         group: Options ``lr``, ``momentum``, ``nesterov``, ``weight_decay``, ``decay``, ``maximize``.
         scale: :math:`\nu`, a number or 0-d; 1 if ``None``.
         of: The sharded parameters, of which ``params`` are the parts in this process; ``None`` for whole ones.
+        shortened: :math:`\nu_d`, a number or 0-d.
 
     Returns:
         The new values.
     """
     if any_sharded(params):
-        return _update_of_shards(params, directions, states, group, scale)
+        return _update_of_shards(params, directions, states, group, scale, shortened)
     lr, momentum = group["lr"], group["momentum"]
     lr = lr.reshape(()) if isinstance(lr, Tensor) else lr
     if group["maximize"]:
         directions = list(torch._foreach_neg(directions))
+    if isinstance(shortened, Tensor) or group["nesterov"] or any("momentum_buffer" not in state for state in states):
+        directions, shortened = scaled(directions, shortened), 1.0
     if momentum:
         known = [i for i, state in enumerate(states) if "momentum_buffer" in state]
         if known:
             kept = torch._foreach_mul([states[i]["momentum_buffer"] for i in known], momentum)
-            torch._foreach_add_(kept, [directions[i] for i in known])
+            torch._foreach_add_(kept, [directions[i] for i in known], alpha=shortened)
             for i, buffer in zip(known, kept, strict=True):
                 states[i]["momentum_buffer"] = buffer
         for state, d in zip(states, directions, strict=True):
@@ -140,12 +144,13 @@ def _update_of_shards(
     states: list[dict[str, Any]],
     group: dict[str, Any],
     scale: Tensor | float | None,
+    shortened: Tensor | float,
 ) -> list[Tensor]:
     """:func:`apply_update` on the parts that lie in this process; all but norms is entry by entry."""
     # A momentum that a method keeps itself lies with the owner of its parameter.
     names = [name for name in _WRITTEN if group["momentum"] or name != "momentum_buffer"]
     own = [{name: local(state[name]) for name in names if name in state} for state in states]
-    values = apply_update(list(map(local, params)), list(map(local, directions)), own, group, scale, params)
+    values = apply_update(list(map(local, params)), list(map(local, directions)), own, group, scale, params, shortened)
     for p, state, mine in zip(params, states, own, strict=True):
         cut = {name for name in ("momentum_buffer", "trend") if name in mine and is_sharded(p)}
         state.update({name: like(x, p) if name in cut else x for name, x in mine.items()})
