@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from precond.gradient.matrices import improved_basis, multiply, spectrum
+from precond.gradient.matrices import eigenbasis, improved_basis, multiply
 from precond.gradient.optimizer import State, state_zeros
 
 
@@ -26,12 +26,12 @@ def initial_bases(p: Tensor, sizes: Mapping[int, int]) -> State:
 
 
 def eigenbases(state: State, axes: Iterable[int]) -> State:
-    """The eigenvectors of each ``factor.k``, as ``basis.k``.
+    """The eigenvectors of each ``factor.k``, as ``basis.k``; see :func:`~precond.gradient.matrices.eigenbasis`.
 
     Raises:
         SolverError: If a decomposition fails.
     """
-    return {f"basis.{k}": spectrum(state[f"factor.{k}"])[1] for k in axes}
+    return {f"basis.{k}": eigenbasis(state[f"factor.{k}"]) for k in axes}
 
 
 def improve_bases(state: State, axes: Iterable[int]) -> State:

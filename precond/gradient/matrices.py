@@ -123,6 +123,50 @@ def spectrum(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return Eigh().basis(Dense(matrix, is_gram=True))
 
 
+#: Eigenvalues below this fraction of the largest one belong to the null space, which rounding errors mix.
+_NULL = 1e-5
+
+
+def eigenbasis(matrix: Tensor) -> Tensor:
+    r"""Orthonormal eigenvectors, by ascending eigenvalue, of sums of Gram matrices, those of the null space chosen.
+
+    A gradient has a low rank, and any basis of the null space of its Gram matrix serves; but which one rounding errors
+    choose, and later gradients have parts there: two runs would go apart that differ in the order of a sum, as those on
+    another number of processes do. With the columns of N a basis of the null space, and the same matrix
+    :math:`\Omega` every time, it is replaced by :math:`N U` for :math:`N^\top \Omega = U R` with a positive diagonal
+    of R, the same for every N. Rows of zeros stay apart: their unit vectors are members of it.
+
+    Raises:
+        SolverError: If the decomposition fails.
+    """
+    values, basis = spectrum(matrix)
+    n = matrix.shape[-1]
+    null = values <= max(_NULL, 10 * n * torch.finfo(values.dtype).eps) * values[..., -1:].clamp(min=0)
+    count = int(null.sum(-1).max()) if null.numel() else 0
+    if count == 0:
+        return basis
+    null = null[..., :count].unsqueeze(-2)
+    some = torch.where(null, basis[..., :count], 0)  # (k, n, count)
+    unused = matrix.diagonal(dim1=-2, dim2=-1) == 0
+    units, is_unit = _units(unused, count, some)
+    numbers = torch.randn(n, n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)[:, :count].to(some)
+    used = ~unused.unsqueeze(-1)
+    left, right = torch.linalg.qr(some.mT @ torch.where(is_unit, units, numbers * used))
+    signs = torch.where(right.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(left).unsqueeze(-2)
+    basis = basis * used
+    basis[..., :count] = torch.where(
+        is_unit, units, torch.where(null, some @ (left * signs) * used, basis[..., :count])
+    )
+    return basis
+
+
+def _units(unused: Tensor, count: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Unit vectors ``(k, n, count)`` of unused rows ``(k, n)`` in the first columns, and whether a column has one."""
+    order = unused.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., :count]
+    units = torch.zeros_like(like).scatter_(-2, order.unsqueeze(-2), 1.0)
+    return units, (torch.arange(count, device=like.device) < unused.sum(-1, keepdim=True)).unsqueeze(-2)
+
+
 def leading_vectors(matrix: Tensor, rank: int) -> Tensor:
     """Left singular vectors, each with its largest entry positive, so that signs do not depend on the routine.
 
@@ -146,10 +190,11 @@ def symmetric_power(matrix: Tensor, exponent: float, floor: float) -> Tensor:
 
 
 def rotated_root(second_moment: Tensor, weight: float, eps: float) -> Tensor:
-    r""":math:`\sqrt{V / w} + \epsilon` for second moments ``(k, *shape)`` in a rotated basis, above rounding errors.
+    r""":math:`\sqrt{V / w} + \epsilon` for second moments ``(k, *shape)`` in a basis, infinite at rounding errors.
 
     A gradient of low rank has entries of zero in its own basis, which come out as rounding errors; divided by
-    themselves they would become steps in random directions.
+    themselves they would become steps in random directions. They are below the precision times the condition of the
+    basis, of which the precision to the power of 2/3 leaves room for that to -1/3.
 
     Args:
         second_moment: V, an average that began at zero.
@@ -157,7 +202,19 @@ def rotated_root(second_moment: Tensor, weight: float, eps: float) -> Tensor:
         eps: :math:`\epsilon`.
     """
     root = (second_moment / weight).sqrt_()
-    return torch.maximum(root, largest(root).mul_(10 * torch.finfo(root.dtype).eps), out=root).add_(eps)
+    noise = largest(root).mul_(torch.finfo(root.dtype).eps ** (2 / 3))
+    above = (root - noise).relu_().sign_()  # faster than a mask
+    return root.add_(eps).div_(above)
+
+
+def resolved(rotated: Tensor) -> Tensor:
+    """The first gradients ``(k, *shape)`` in their own bases, without entries that a Gram matrix does not resolve.
+
+    Its eigenvectors are those of singular values down to the root of the precision, in units of the largest; entries
+    below that are rounding errors of the decomposition.
+    """
+    size = rotated.abs()
+    return torch.where(size > largest(size).mul_(torch.finfo(size.dtype).eps ** 0.5), rotated, 0)
 
 
 def largest(x: Tensor) -> Tensor:

@@ -10,10 +10,10 @@ from torch import Tensor
 from precond.gradient.matrices import (
     add_axis_gram,
     blocks,
+    eigenbasis,
     merged_shape,
     multiply,
     rotated_root,
-    spectrum,
     symmetric_power,
 )
 from precond.gradient.optimizer import Group, State, debiased, due, state_zeros
@@ -226,7 +226,7 @@ def _new_roots(state: State, group: Group, b: int, ndim: int, weight: float) -> 
 
 def _new_basis(state: State, b: int, ndim: int, part: Region) -> State:
     old, factors = entries(state, f"{b}.root", ndim), entries(state, f"{b}.factor", ndim)
-    new = {axis: spectrum(factor)[1] for axis, factor in factors.items()}
+    new = {axis: eigenbasis(factor) for axis, factor in factors.items()}
     squares = {axis: (old[axis].mT @ basis).square() for axis, basis in new.items()}
     # The average along the old axes, expressed in the new ones.
     state["exp_avg_sq"][part] = multiply(state["exp_avg_sq"][part], squares, transpose=True)

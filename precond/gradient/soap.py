@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Unpack
 from torch import Tensor
 
 from precond.gradient.bases import eigenbases, improve_bases, initial_bases
-from precond.gradient.matrices import add_axis_gram, merged_shape, multiply, rotated_root, worth_a_matrix
+from precond.gradient.matrices import add_axis_gram, merged_shape, multiply, resolved, rotated_root, worth_a_matrix
 from precond.gradient.optimizer import Group, State, due, state_zeros
 from precond.gradient.stacks import Stack, StackedMomentumOptions, StackedOptimizer, entries
 from precond.step.methods import Taxonomy
@@ -133,6 +133,8 @@ class SOAP(StackedOptimizer):
             self.renew(stack, lambda state: eigenbases(state, bases))
             bases = entries(state, "basis", g.ndim - 1)
         rotated = multiply(g, bases, transpose=True)
+        if step == 1 and bases:
+            rotated = resolved(rotated)
         momentum = state["exp_avg"] = state["exp_avg"].lerp(rotated, 1 - beta1)
         second = state["exp_avg_sq"] = state["exp_avg_sq"].mul(beta2).addcmul_(rotated, rotated, value=1 - beta2)
         root = rotated_root(second, 1 - beta2**step, group["eps"])

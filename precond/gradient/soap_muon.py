@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Unpack
 from torch import Tensor
 
 from precond.gradient.bases import eigenbases, improve_bases, initial_bases
-from precond.gradient.matrices import add_axis_gram, matrix_shape, multiply, rotated_root, worth_a_matrix
+from precond.gradient.matrices import add_axis_gram, matrix_shape, multiply, resolved, rotated_root, worth_a_matrix
 from precond.gradient.muon import Polynomial, Precision, Scaling, orthogonalized, polar_scale
 from precond.gradient.optimizer import Group, State, due, state_zeros
 from precond.gradient.stacks import Stack, StackedOptimizer, StackedOptions, entries
@@ -155,6 +155,8 @@ class SOAPMuon(StackedOptimizer):
             self.renew(stack, lambda state: eigenbases(state, bases))
             bases = entries(state, "basis", 2)
         rotated = multiply(g, bases, transpose=True)
+        if step == 1 and bases:
+            rotated = resolved(rotated)
         ahead = state["exp_avg"] = state["exp_avg"].lerp(rotated, 1 - momentum)
         if group["nesterov"]:
             ahead = rotated.lerp(ahead, momentum)

@@ -107,8 +107,8 @@ class Subspace(BasisSolver):
                 if self.tolerance and bool((off_diagonal_fraction(product @ rows.mT) <= self.tolerance).all()):
                     break
             # Null directions would drown in the rounding errors eps |A| of A Q; a shift keeps them, and all
-            # eigenvectors.
-            shift = torch.where(norm > 0, torch.finfo(a.dtype).eps ** 0.5 * norm, 1)  # zero keeps the basis it has
+            # eigenvectors. They turn by eps / shift, so that float64 has them to 2e-10 whatever the order of a sum.
+            shift = torch.where(norm > 0, max(torch.finfo(a.dtype).eps ** 0.5, 1e-6) * norm, 1)  # zero keeps its basis
             rows = _orthonormal(product.addcmul_(rows, shift), quotients.abs(), quotients + shift.squeeze(-1) < 0)
         return a, size, rows.mT
 

@@ -150,7 +150,7 @@ def soap(
                 for k in axes:
                     order = np.argsort(-np.diag(bases[k].T @ factors[k] @ bases[k]))
                     # The square root of the rounding errors keeps null directions apart from rounding errors.
-                    shift = np.sqrt(np.finfo(float).eps) * np.linalg.norm(factors[k])
+                    shift = 1e-6 * np.linalg.norm(factors[k])
                     sorted_basis = bases[k][:, order]
                     bases[k] = np.linalg.qr(factors[k] @ sorted_basis + shift * sorted_basis)[0]
                     v = np.take(v, order, axis=k)
@@ -310,7 +310,7 @@ def soap_muon(
 def improved(factor: Array, basis: Array) -> tuple[Array, Array]:
     """One step of orthogonal iteration with columns by falling eigenvalue, and that order."""
     order = np.argsort(-np.diag(basis.T @ factor @ basis))
-    shift = np.sqrt(np.finfo(float).eps) * np.linalg.norm(factor)
+    shift = 1e-6 * np.linalg.norm(factor)
     return np.linalg.qr(factor @ basis[:, order] + shift * basis[:, order])[0], order
 
 
@@ -341,7 +341,7 @@ def kl_shampoo(theta: Array, gradients: list[Array], lr: float, betas: tuple, ep
         if t == 1 or t % period == 0:
             for k in axes:
                 order = np.argsort(-np.diag(bases[k].T @ factors[k] @ bases[k]))
-                shift = np.sqrt(np.finfo(float).eps) * np.linalg.norm(factors[k])
+                shift = 1e-6 * np.linalg.norm(factors[k])
                 image = factors[k] @ bases[k] + shift * bases[k]
                 new = np.empty_like(image)
                 new[:, order] = np.linalg.qr(image[:, order])[0]

@@ -1,0 +1,89 @@
+"""Does a run depend on the order of the sums in its gradients, as on several processes, only up to rounding?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from precond.gradient.matrices import eigenbasis
+from tests.precond.distributed.checks import Batch, Conv, images, tokens
+from tests.precond.distributed.sharded_runs import METHODS, batch, rich
+
+
+class Transformer(nn.Module):
+    """Without biases: that of the keys has no gradient, whose rounding errors Adam would follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(11, 6)
+        self.layer = nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=True, bias=False)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.layer(self.embed(x)), self.embed.weight).flatten(0, 1)
+
+
+def regression(out: Tensor, y: Tensor) -> Tensor:
+    return F.mse_loss(out, y[:, : out.shape[1]])
+
+
+def language(out: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(out, y.flatten().clamp(min=0))
+
+
+Problem = tuple[Callable[[], nn.Module], Callable[[], list[Batch]], Callable[[Tensor, Tensor], Tensor]]
+
+#: Gradients of low rank, of which some are so in every step: those of logits add up to zero.
+PROBLEMS: dict[str, Problem] = {
+    "mlp": (rich, lambda: [batch(step) for step in range(5)], regression),
+    "cnn": (Conv, lambda: images(5), F.cross_entropy),
+    "transformer": (Transformer, lambda: tokens(5), language),
+}
+
+
+def trained(method: str, problem: str, parts: int) -> list[Tensor]:
+    """Five steps, on gradients that are averaged over parts of the batch."""
+    build, data, loss_fn = PROBLEMS[problem]
+    model = build()
+    optimizer = METHODS[method](model.parameters())
+    for x, y in data():
+        optimizer.zero_grad()
+        for a, b in zip(x.chunk(parts), y.chunk(parts), strict=True):
+            (loss_fn(model(a), b) / parts).backward()
+        optimizer.step()
+    return [p.detach() for p in model.parameters()]
+
+
+#: Methods with a decomposition of Gram matrices; others are tried on one problem.
+WITH_BASES = [name for name in METHODS if name.startswith(("S", "KL"))]
+
+
+@pytest.mark.parametrize(
+    ("method", "problem"),
+    [(name, problem) for name in METHODS for problem in PROBLEMS if name in WITH_BASES or problem == "transformer"],
+)
+def test_runs_differ_by_rounding_errors(method: str, problem: str) -> None:
+    whole, halves = (trained(method, problem, parts) for parts in (1, 2))
+    assert max(float((a - b).abs().max()) for a, b in zip(whole, halves, strict=True)) < 1e-10
+
+
+def test_the_basis_of_a_null_space_is_one_whatever_is_given() -> None:
+    """In stacks of different ranks, and with rows that are not used, whose unit vectors are in it."""
+    torch.manual_seed(0)
+    turn = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64))[0]
+    x = torch.randn(3, 8, 4, dtype=torch.float64)
+    x[1, :, 2:], x[2, 3] = 0, 0
+    one, other = (y @ y.mT for y in (x, x @ turn))
+    first, second = eigenbasis(one), eigenbasis(other)
+    for k, null in enumerate([4, 6, 4]):
+        assert (first[k].mT @ first[k] - torch.eye(8, dtype=torch.float64)).abs().max() < 1e-14
+        assert (one[k] @ first[k, :, :null]).abs().max() < 1e-13
+        torch.testing.assert_close(first[k, :, :null], second[k, :, :null], rtol=0, atol=1e-12)
+        torch.testing.assert_close(first[k], eigenbasis(one[k : k + 1])[0], rtol=0, atol=1e-12)
+    assert torch.equal(first[2, :, 0], torch.eye(8, dtype=torch.float64)[3])
+    assert torch.equal(eigenbasis(torch.zeros(1, 3, 3))[0], torch.eye(3))
