@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from math import prod
 from typing import Any, Protocol
 
@@ -19,7 +19,7 @@ from curvature.structures.estimator import Curvature, CurvatureEstimator
 from curvature.structures.whole import WholeFisher
 from precond.distributed.agreement import Sums
 from precond.distributed.assignment import assigned, cost
-from precond.distributed.ranks import copies
+from precond.distributed.ranks import copies, gathering
 from precond.distributed.tables import amounts
 from precond.distributed.triangles import packed_size
 
@@ -208,21 +208,15 @@ def plan_layers(optimizer: Layerwise, model: nn.Module, world_size: int, fractio
         sizes = [sum(block.sent for block in some if block.wide == dtype) for some in own]
         for rank in range(world_size):
             updating[rank] += dtype.itemsize * _scattered(sizes, kept, rank % columns, rank // columns)
-    stepping = refreshing = 0
-    if columns > 1:
-        for dtype in narrow:
-            sizes = [sum(prod(block.shape) for block in some if block.narrow == dtype) for some in own]
-            stepping += dtype.itemsize * (columns - 1) * max(sizes)
-        for dtype in wide:
-            sizes = [sum(block.basis for block in some if block.wide == dtype) for some in own]
-            refreshing += dtype.itemsize * (columns - 1) * max(sizes)
-    several, turned = columns > 1, any(block.bases for block in blocks.values())
+    stepping, directions = _spread(own, {dtype: partial(_direction, dtype) for dtype in narrow})
+    refreshing, bases_sent = _spread(own, {dtype: partial(_basis, dtype) for dtype in wide})
+    several = columns > 1
     messages = {
-        "step": 2 + several * (1 + len(narrow)),  # are gradients fit? directions; are results?
+        "step": 2 + several + directions,  # are gradients fit? directions; are results?
         # What is hidden, the weights, which sums there are (2), are averages fit, which sums follow.
         "update": 6 + len(wide) * (several + 2 * (kept > 1)),
         # Who succeeded (2); the length of the momentum in the new metric; eigenbases.
-        "refresh": 2 + several * (1 + turned * len(wide)),
+        "refresh": 2 + several + bases_sent,
     }
 
     def by_rank(values: list[int]) -> list[int]:
@@ -235,8 +229,8 @@ def plan_layers(optimizer: Layerwise, model: nn.Module, world_size: int, fractio
         kept,
         owners,
         updating,
-        [stepping] * world_size,
-        [refreshing] * world_size,
+        by_rank(stepping),
+        by_rank(refreshing),
         messages,
         by_rank([sum(block.kept for block in some) for some in own]),
         by_rank([sum(block.inverse for block in some) for some in own]),
@@ -245,6 +239,26 @@ def plan_layers(optimizer: Layerwise, model: nn.Module, world_size: int, fractio
         by_rank([sum(block.cost for block in some) for some in own]),
         by_rank([sum(block.applied for block in some) for some in own]),
     )
+
+
+def _direction(dtype: torch.dtype, block: _Planned) -> int:
+    return prod(block.shape) if block.narrow == dtype else 0
+
+
+def _basis(dtype: torch.dtype, block: _Planned) -> int:
+    return block.basis if block.wide == dtype else 0
+
+
+def _spread(
+    own: list[list[_Planned]], counts: Mapping[torch.dtype, Callable[[_Planned], int]]
+) -> tuple[list[int], int]:
+    """Bytes that leave each column where tensors of all blocks are spread, and the number of messages."""
+    sent, messages = [0] * len(own), 0
+    for dtype, count in counts.items():
+        numbers, more = gathering([sum(map(count, blocks)) for blocks in own])
+        sent = [before + dtype.itemsize * n for before, n in zip(sent, numbers, strict=True)]
+        messages += more
+    return sent, messages
 
 
 def _scattered(sizes: list[int], kept: int, column: int, index: int) -> int:

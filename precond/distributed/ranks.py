@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from fractions import Fraction
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -224,17 +225,59 @@ def _reduce_scatter(group: Any, parts: list[Tensor], place: int) -> Tensor:
 
 
 def gathered(group: Any, part: Tensor, sizes: list[int]) -> list[Tensor]:
-    """Vectors of these lengths, one from every process of a group, padded on their way."""
+    """Vectors of these lengths, one from every process of a group.
+
+    Either padded to the longest in one message, or made equally long by another one before it, whichever sends less
+    from the process that sends most: :func:`gathering` counts.
+    """
     if len(sizes) == 1:
         return [part]
-    longest = max(sizes)
+    me, everyone, (longest, stays) = dist.get_rank(group), range(len(sizes)), _evened(sizes)
+    if stays:
+        starts = [0, *accumulate(sizes)]
+        given = [_overlap(starts, me, longest, to) for to in everyone]
+        taken = [_overlap(starts, rank, longest, me) for rank in everyone]
+        own = part.new_empty(sum(taken))
+        with answered(group):
+            dist.all_to_all_single(own, part, taken, given, group=group)
+        part = own
     padded = part.new_zeros(longest)
     padded[: len(part)] = part
     out = list(part.new_empty(len(sizes), longest).unbind())
     if longest:
         with answered(group):
             dist.all_gather(out, padded, group=group)
+    if stays:
+        return list(torch.cat(out)[: sum(sizes)].split(sizes))
     return [row[:size] for row, size in zip(out, sizes, strict=True)]
+
+
+def gathering(sizes: list[int]) -> tuple[list[int], int]:
+    """Numbers that leave each process in :func:`gathered`, and the number of its messages.
+
+    >>> gathering([3, 3, 3]), gathering([0, 9, 0])
+    (([6, 6, 6], 1), ([6, 12, 6], 2))
+    """
+    longest, stays = _evened(sizes)
+    sent = (len(sizes) - 1) * longest
+    moved = [size - kept for size, kept in zip(sizes, stays, strict=True)] if stays else [0] * len(sizes)
+    return [sent + more for more in moved], int(sent > 0) + bool(stays)
+
+
+def _evened(sizes: list[int]) -> tuple[int, list[int]]:
+    """Length of all parts in the last message, and how much each process keeps in a move to equal ones before it.
+
+    The parts are cut anew from all in a row; nothing is moved where that saves nothing, and the list is empty.
+    """
+    even, starts = -(-sum(sizes) // len(sizes)), [0, *accumulate(sizes)]
+    stays = [_overlap(starts, rank, even, rank) for rank in range(len(sizes))]
+    most = max(size - kept for size, kept in zip(sizes, stays, strict=True))
+    return (even, stays) if (len(sizes) - 1) * (max(sizes) - even) > most else (max(sizes), [])
+
+
+def _overlap(starts: list[int], rank: int, even: int, to: int) -> int:
+    """How many numbers of a part, as it lies in the row of all, are in a part of equal length."""
+    return max(0, min(starts[rank + 1], even * (to + 1)) - max(starts[rank], even * to))
 
 
 def copies(fraction: float, size: int) -> int:

@@ -18,7 +18,7 @@ import precond
 import solvers
 from precond import EKFAC, KFAC, Refresh
 from precond.distributed.assignment import assigned, cost
-from precond.distributed.ranks import MESSAGE, copies
+from precond.distributed.ranks import MESSAGE, copies, gathering
 from precond.distributed.triangles import pack, packed_size, tree_sum, unpack
 from tests.distributed_run import ranks
 from tests.precond.distributed.checks import fractions
@@ -170,11 +170,13 @@ def test_numbers_that_are_sent_are_those_of_the_page(results: list[dict[str, Any
             costs = {str(i): cost({"A": ((a, a), True), "B": ((b, b), True)}) for i, (b, a) in enumerate(shapes)}
             owner = assigned(costs, columns, {}, {})
             mine = [i for i in range(len(shapes)) if owner[str(i)] == rank % columns]
-            longest = max(sum(b * a for i, (b, a) in enumerate(shapes) if owner[str(i)] == c) for c in range(columns))
-            directions = [] if columns == 1 else [longest]
+            sizes = [sum(b * a for i, (b, a) in enumerate(shapes) if owner[str(i)] == c) for c in range(columns)]
+            evened = gathering(sizes)[1] == 2  # first made equally long
+            moved = [sizes[rank % columns]] if evened else []
+            directions = [-(-sum(sizes) // columns) if evened else max(sizes)] if columns > 1 else []
             for number, step in enumerate(steps):
                 if number % 2:
-                    assert step["all_to_all"] == [] and step["objects"] == []
+                    assert step["all_to_all"] == moved and step["objects"] == []
                     assert step["all_gather"] == directions, (key, number)
                     assert step["decisions"] == [MESSAGE] * (2 if columns == 1 else 3)
                     continue
@@ -183,9 +185,11 @@ def test_numbers_that_are_sent_are_those_of_the_page(results: list[dict[str, Any
                     continue
                 each = [s + (p if method == "EKFAC" else 0) for s, p in zip(sums, spectra, strict=True)]
                 own = sum(each[i] for i in mine)
-                assert step["all_to_all"] == [sum(each)] * (columns > 1) + [own] * (kept > 1), (key, number)
+                parts = [sum(each)] * (columns > 1) + [own] * (kept > 1)
+                assert step["all_to_all"][: len(parts)] == parts, (key, number)
                 if method == "KFAC":
                     assert step["all_gather"] == [-(-own // kept)] * (kept > 1) + directions
+                    assert step["all_to_all"] == parts + moved, (key, number)
 
 
 @pytest.mark.distributed
@@ -238,6 +242,18 @@ def test_draws_differ_between_ranks_and_are_unbiased(results: list[dict[str, Any
     mean, spread = one["factors"].mean(0), one["factors"].std(0) / 200**0.5
     expected = torch.eye(3, dtype=torch.float64) / 3 - 1 / 9
     assert ((mean - expected).abs() <= 4 * spread + 1e-12).all()
+
+
+@pytest.mark.parametrize("sizes", [[5], [3, 1], [9, 0, 0], [0, 0, 100, 1], [35, 24, 15, 0], [7, 7, 6]])
+def test_parts_that_differ_in_length_are_gathered_without_padding(sizes: list[int]) -> None:
+    """Never more than by padding leaves a process; and not much more than all of it where one has nearly all."""
+    sent, messages = gathering(sizes)
+    others, total = len(sizes) - 1, sum(sizes)
+    assert max(sent) <= others * max(sizes) and messages <= 2
+    if messages == 2:
+        assert all(n >= others * total / len(sizes) for n in sent)
+        assert max(sent) < others * (total / len(sizes) + 1) + max(sizes)
+        assert sum(sent) < others * (total + len(sizes)) + total
 
 
 @pytest.mark.parametrize("d", range(1, 8))
