@@ -177,6 +177,7 @@ class LayerOptimizer(SecondOrderOptimizer):
             self.statistics.collector.estimators[name] = estimator
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        param_group = self.group_of(param_group)
         damping = param_group.get("damping")
         if damping is not None and "damping_unit" not in param_group:  # of a group of its own
             follows = isinstance(damping, LossDamping)

@@ -20,6 +20,7 @@ from precond.step.alike import Alike
 from precond.step.averaging import swapped
 from precond.step.bounded import BoundedOptimizer
 from precond.step.described import described
+from precond.step.given import has_closure
 from precond.step.journal import FAILURES, REFRESHES, lengths, norm, shares
 from precond.step.lookahead import EMANesterov, iterate
 from precond.step.loop import Loop
@@ -223,7 +224,7 @@ class SecondOrderOptimizer(BoundedOptimizer):
         Returns:
             Whatever the closure returned.
         """
-        whole = self.transaction(closure is not None)
+        whole = self.transaction(has_closure(closure, type(self).__name__, self.needs))
         with whole:
             self.apply_schedules()
             loss = self._evaluate(closure)
@@ -270,7 +271,7 @@ class SecondOrderOptimizer(BoundedOptimizer):
         Returns:
             Whatever the closure returned, or ``None``.
         """
-        whole = self.transaction(closure is not None)
+        whole = self.transaction(has_closure(closure, type(self).__name__, self.needs))
         with whole:
             if closure is not None or not self._is_prepared():
                 self.apply_schedules()

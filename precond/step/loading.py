@@ -11,11 +11,11 @@ from torch import Tensor
 from precond.step.divergence import Name, all_finite
 from solvers.tree import Path, pieces, place
 
-#: What to do about a state that does not fit.
 #: Entries that a parameter has in some runs only: a clock of its own, the length of its momentum, the last move.
 OCCASIONAL = {"waited", "length", "move", "level", "trend", "lookahead", "radius"}
 #: Options with another meaning, or none, before they had a name in the groups.
 OLDER: Mapping[str, Any] = {"max_ratio": None, "kl_unit": "curvature", "damping_unit": "curvature"}
+#: What to do about a state that does not fit.
 _MEND = (
     "Load the state that was saved for this model and this method (built with the same options), or begin without one. "
     "The optimizer keeps its own state."
@@ -36,6 +36,19 @@ def require_layout(saved: Any, method: str) -> None:
         raise ValueError(
             f"{method}.load_state_dict takes what state_dict() returns: a dict with 'state' (the entries of each "
             f"parameter) and 'param_groups' (each with 'params'). This is something else. {_MEND}"
+        )
+
+
+def require_own(saved: Mapping[str, Any], method: str) -> None:
+    """Refuse the state of another library's optimizer, of which nothing would be left but its learning rate.
+
+    Raises:
+        ValueError: If a group does not count the steps, as every one here does.
+    """
+    if any("steps" not in group for group in saved["param_groups"]):
+        raise ValueError(
+            f"{method}.load_state_dict got the state of another optimizer, such as one of torch.optim, whose averages "
+            f"and learning rate mean something else. {_MEND}"
         )
 
 

@@ -10,6 +10,7 @@ from precond.step.calls import LOSS_WORDS
 #: Several spellings where methods differ; the first whose option the method has is shown.
 _OTHERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "learning_rate": ("kfac-jax", ("lr",)),
+    "wd": ("", ("weight_decay",)),
     **dict.fromkeys(LOSS_WORDS - {"loss_fn"}, ("", ("loss_fn",))),
     "beta": ("", ("betas", "curvature_ema", "momentum")),
     "betas": ("torch.optim.AdamW", ("curvature_ema", "momentum")),
@@ -80,7 +81,8 @@ _OTHERS: dict[str, tuple[str, tuple[str, ...]]] = {
     # K-FAC of several repositories
     "stat_decay": ("kfac_pytorch", ("curvature_ema",)),
     "TCov": ("kfac_pytorch", ("curvature_update_period",)),
-    "TInv": ("kfac_pytorch", ("inverse_update_period",)),
+    **dict.fromkeys(("TInv", "Tinv", "T_inv"), ("kfac_pytorch", ("inverse_update_period",))),
+    **dict.fromkeys(("kl_max", "kl_clip_max"), ("", ("kl_clip",))),
     # kfac-pytorch
     "factor_update_steps": ("kfac-pytorch", ("curvature_update_period",)),
     "inv_update_steps": ("kfac-pytorch", ("inverse_update_period",)),
@@ -112,6 +114,9 @@ _OTHERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "update_freq": ("", ("inverse_update_period", "curvature_update_period")),
 }
 
+#: Options of ``torch.optim`` that change no result.
+KERNELS = frozenset({"foreach", "fused", "capturable", "differentiable"})
+
 #: Options that have no counterpart -> why none is needed.
 _NEEDLESS = {
     "hessian_distribution": "is of pytorch-optimizer; the random vectors have signs as entries",
@@ -134,11 +139,17 @@ _NEEDLESS = {
         "says how Distributed Shampoo computes; factors are in float32 at least",
     ),
     **dict.fromkeys(
-        ("grad_clip", "max_grad_norm", "clip_grad_norm"),
+        ("grad_clip", "max_grad_norm", "clip_grad_norm", "clip_grad", "gradient_clip_val"),
         "is of the loop: call torch.nn.utils.clip_grad_norm_ before step(); kl_clip bounds a step by the curvature",
     ),
     "batch_averaged": "is of kfac_pytorch; the reduction of the loss is read off the loss",
-    **dict.fromkeys(("foreach", "fused", "capturable", "differentiable"), "says how torch.optim runs its kernels"),
+    **dict.fromkeys(KERNELS, "says how torch.optim runs its kernels"),
+    **dict.fromkeys(
+        ("warmup", "warmup_steps", "num_warmup_steps", "total_steps", "num_training_steps", "lr_decay"),
+        "is of a schedule: give the optimizer to one of torch.optim.lr_scheduler",
+    ),
+    **dict.fromkeys(("device", "dtype"), "follows the parameters: move the model, model.to(...), before"),
+    "closure": "is of the step: optimizer.step(closure)",
     "amsgrad": "is of torch.optim.Adam",
     "grad_scale": "is of ASDL and kfac-pytorch; a GradScaler is seen and divided out",
     "data_size": "is of ASDL; the sizes of batches are seen",

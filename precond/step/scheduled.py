@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from precond.distributed.sharded import refuse
-from precond.step.loading import meant_before, require_fit, require_layout
+from precond.step.given import group_of, listed, require_parameters
+from precond.step.loading import meant_before, require_fit, require_layout, require_own
 from precond.step.options import check_options, in_groups
 from precond.step.schedules import FIXED, numbers_at, split
 from precond.step.update import SCHEDULED_DECAY
@@ -39,7 +40,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         self.schedules: list[dict[str, Callable[[int], Any]]] = []  # of each group
         self._resolved(defaults)
-        super().__init__(params, defaults)
+        super().__init__(listed(params, type(self).__name__), defaults)
 
     @property
     def steps(self) -> int:
@@ -56,6 +57,8 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         check_options(options)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        param_group = self.group_of(param_group)
+        param_group["params"] = require_parameters(param_group["params"], type(self).__name__)
         plain, schedules = self._resolved({**self.reserved, **self.defaults, **in_groups(param_group)})
         if plain["decay"] in SCHEDULED_DECAY and "initial_lr" not in plain:
             if not float(plain["lr"]) > 0:
@@ -76,6 +79,10 @@ class ScheduledOptimizer(torch.optim.Optimizer):
                     f"a parameter of shape {tuple(p.shape)} is complex ({p.dtype}), which {type(self).__name__} does "
                     "not take. Train torch.view_as_real(p), of which p is a view, in its place."
                 )
+
+    def group_of(self, given: Any) -> dict[str, Any]:
+        """A group of parameters, or a refusal of what is none, see :func:`precond.step.given.group_of`."""
+        return group_of(given, type(self), {**self.reserved, **self.defaults})
 
     def apply_schedules(self) -> None:
         """Write the options of the coming step into the groups, where they are functions of the step count.
@@ -119,6 +126,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
     def _take(self, given: dict[str, Any], final: dict[str, Any]) -> None:
         require_layout(given, type(self).__name__)
         me = type(self).__name__
+        require_own(given, me)
         require_fit(given, self.param_groups, self.expected_state, self.check, self.name_of, me)
         final.update(given)
 
