@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from precond.distributed.sharded import Exchange, is_sharded, owners
+from precond.gradient.cautious import cautious
 from precond.step.base import MomentumOptions, SecondOrderOptimizer, UpdateOptions
 from precond.step.divergence import TOLERATED_FAILURES, squares_fit
 from precond.step.journal import FAILURES, REFRESHES
@@ -28,6 +29,7 @@ Group = dict[str, Any]
 class GradientOptions(UpdateOptions, total=False):
     """Options that every method of :class:`GradientOptimizer` has."""
 
+    cautious: bool
     vectors: Vectors | None
 
 
@@ -52,6 +54,7 @@ class GradientOptimizer(SecondOrderOptimizer):
     Args:
         params: Parameters, groups, or named parameters.
         lr: Learning rate.
+        cautious: Let no entry of the direction oppose the gradient (:func:`~precond.gradient.cautious.cautious`).
         vectors: Options of vectors and numbers, where they differ from those of matrices: :class:`~precond.Vectors`.
         defaults: Further options of the parameter groups, of the method's own.
         options: See :class:`SecondOrderOptimizer`.
@@ -66,11 +69,13 @@ class GradientOptimizer(SecondOrderOptimizer):
         params: Any,
         *,
         lr: float | Tensor,
+        cautious: bool = False,
         vectors: Vectors | None = None,
         defaults: dict[str, Any] | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(params, lr=lr, defaults={**vectors_entries(vectors), **(defaults or {})}, **options)
+        defaults = {"cautious": cautious, **vectors_entries(vectors), **(defaults or {})}
+        super().__init__(params, lr=lr, defaults=defaults, **options)
 
     def check(self, options: Group) -> None:
         super().check(options)
@@ -177,6 +182,7 @@ class GradientOptimizer(SecondOrderOptimizer):
                 for some, options in _by_kind(params, group):
                     raised = [widen(gradients[p]) for p in some]
                     found = compute(some, raised, options)
+                    found = cautious(found, raised) if group["cautious"] else found
                     rate = 1 if options is group else group["vector_lr"]
                     out |= zip(some, found if rate == 1 else torch._foreach_mul(found, rate), strict=True)
         return out

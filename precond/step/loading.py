@@ -14,7 +14,12 @@ from solvers.tree import Path, pieces, place
 #: Entries that a parameter has in some runs only: a clock of its own, the length of its momentum, the last move.
 OCCASIONAL = {"waited", "length", "move", "level", "trend", "lookahead", "radius"}
 #: Options with another meaning, or none, before they had a name in the groups.
-OLDER: Mapping[str, Any] = {"max_ratio": None, "kl_unit": "curvature", "damping_unit": "curvature"}
+OLDER: Mapping[str, Any] = {
+    "max_ratio": None,
+    "kl_unit": "curvature",
+    "damping_unit": "curvature",
+    "cautious": False,
+}
 #: What to do about a state that does not fit.
 _MEND = (
     "Load the state that was saved for this model and this method (built with the same options), or begin without one. "

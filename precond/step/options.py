@@ -306,7 +306,7 @@ _WHOLE = frozenset({"max_dim", "merge_dims", "block_size", "rank", "start_step"}
 _FLAGS = frozenset(
     {
         *("nesterov", "maximize", "rotate_vectors", "eigenvalue_correction", "orthogonalize", "stacked"),
-        *("hyperball", "floor_rows"),
+        *("hyperball", "floor_rows", "cautious"),
     },
 )
 _OPTIONAL = frozenset(

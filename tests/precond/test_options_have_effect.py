@@ -56,6 +56,7 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "merge_dims": (None, 64),
     "norm_control": (None, Hyperball()),
     "lookahead": (None, EMANesterov(5.0, 0.5)),
+    "cautious": (False, True),
     "vectors": (None, Vectors(lr=2.0)),
     "row_normalization": (None, 0.5),
     "curvature": (KroneckerBFGS(), KroneckerBFGS(initial=0.1)),

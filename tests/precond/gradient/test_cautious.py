@@ -1,0 +1,58 @@
+"""Does no entry move against its gradient, and by how much do the others move in return?"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from precond import PSGD, SOAP, GaLore, KLShampoo, Muon, Shampoo, SOAPMuon, SPlus
+
+METHODS = {cls.__name__: cls for cls in (SOAP, Muon, Shampoo, KLShampoo, SPlus, SOAPMuon, PSGD, GaLore)}
+SHAPES = ((5, 4), (5, 4), (6,), (90, 3), (2, 2, 3))
+
+
+def moves(name: str, **options) -> list[list[np.ndarray]]:
+    """What each step takes off each parameter, of gradients that do not depend on where the parameters are."""
+    params = [nn.Parameter(torch.zeros(shape, dtype=torch.float64)) for shape in SHAPES]
+    optimizer = METHODS[name](params, lr=1.0, **options)
+    out = []
+    for gradients in all_gradients():
+        before = [p.detach().clone() for p in params]
+        for p, g in zip(params, gradients, strict=True):
+            p.grad = torch.tensor(g)
+        optimizer.step()
+        out.append([(b - p.detach()).numpy() for p, b in zip(params, before, strict=True)])
+    return out
+
+
+def all_gradients() -> list[list[np.ndarray]]:
+    """Of five steps; some rows of the long matrix have none."""
+    rng = np.random.default_rng(0)
+    steps = [[rng.standard_normal(shape) for shape in SHAPES] for _ in range(5)]
+    for gradients in steps:
+        gradients[3][rng.permutation(90)[:60]] = 0
+    return steps
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_entries_that_oppose_their_gradient_stay_and_the_others_make_up_for_them(name):
+    plain, ours = moves(name), moves(name, cautious=True)
+    opposed = 0
+    for whole, left, gradients in zip(plain, ours, all_gradients(), strict=True):
+        for d, move, g in zip(whole, left, gradients, strict=True):
+            wrong = d * g < 0
+            opposed += wrong.sum()
+            expected = np.where(wrong, 0, d) * d.size / (d.size - wrong.sum())
+            np.testing.assert_allclose(move, expected, rtol=1e-9, atol=1e-12)
+    assert opposed > 50
+
+
+def test_nothing_moves_where_every_entry_opposes():
+    p = nn.Parameter(torch.zeros(3, 2))
+    optimizer = Muon([p], lr=0.1, momentum=0.95, cautious=True)
+    for sign in (1.0, 1.0, -0.1):
+        before, p.grad = p.detach().clone(), torch.full((3, 2), sign)
+        optimizer.step()
+    assert torch.equal(p, before)
