@@ -11,7 +11,7 @@ from torch import Tensor
 
 from curvature.losses import AmbiguousClassAxisError, BatchDim, ClassDim, Loss, Terms, UnknownLossError, WeightedSum
 from curvature.losses.picked import along
-from curvature.model.data import Collated, Output, loss_in, resolve_output
+from curvature.model.data import Collated, Output, loss_in, refuse_complex, resolve_output
 from solvers.outcome.memory import is_out_of_memory
 
 #: Targets in words -> the targets.
@@ -46,6 +46,7 @@ def terms_of(
     Raises:
         UnknownLossError: If ``output`` picks several tensors for a loss of one.
         ValueError: If the model's own loss is another one.
+        TypeError: If the output is complex.
     """
     picked = result if output is None else output(result)
     joined = isinstance(loss, WeightedSum)
@@ -59,6 +60,7 @@ def terms_of(
             "curvature.losses.SumOfLosses; curvature.hessian on one batch takes any."
         )
     z = picked if read else resolve_output(result, output)
+    refuse_complex(z)
 
     def terms(targets: Any, axis: ClassDim) -> Terms:
         if isinstance(loss, WeightedSum):

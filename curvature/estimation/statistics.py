@@ -30,6 +30,7 @@ from curvature.losses import (
 from curvature.losses.from_gradient import from_output_gradient
 from curvature.losses.signals import Signals
 from curvature.model.backward_hooks import ours
+from curvature.model.data import refuse_complex
 from curvature.structures.estimator import Curvature
 
 
@@ -228,6 +229,7 @@ class Statistics:
     def _terms(self, loss: Loss, call: TapedLoss) -> Terms:
         args, kwargs = call.arguments(call.output)
         rest = [a for a in (*args, *kwargs.values()) if a is not call.output]
+        refuse_complex(call.output)
         terms = loss.terms(call.output, *rest, as_called=True)
         if isinstance(loss, AutogradLoss):
             refuse_beyond_outputs(terms, self.collector.parameters)

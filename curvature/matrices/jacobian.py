@@ -16,7 +16,7 @@ from curvature.layers.recorder import Recorder
 from curvature.matrices.examples import Examples
 from curvature.matrices.problem import gradient_of
 from curvature.model.arguments import checked, one_of
-from curvature.model.data import Output, call, resolve_output, to_device
+from curvature.model.data import Output, call, refuse_complex, resolve_output, to_device
 from curvature.model.parameters import Parameters, tensor_of_its_own
 from curvature.model.pullback import (
     NoSecondDerivativeError,
@@ -290,6 +290,7 @@ def jacobian(
 
     Raises:
         ValueError: If the output does not depend on the parameters, or the mode is unknown.
+        TypeError: If the output is complex.
     """
     parameters = Parameters(model, params)
     device = parameters.device
@@ -302,6 +303,7 @@ def jacobian(
     with settings(model, random, device):
         result, recorder = record(model, parameters, x)
         z = pick(result)
+    refuse_complex(z)
     return Jacobian(Linearization(model, x, z, pick, parameters, parameters, mode, random), recorder)
 
 

@@ -268,6 +268,20 @@ def resolve_output(result: Any, output: Output | None = None) -> Tensor:
     )
 
 
+def refuse_complex(output: Any) -> None:
+    """Refuse outputs of a model that are complex: derivatives of a loss in them have other rules than real ones.
+
+    Raises:
+        TypeError: If a tensor among them is complex.
+    """
+    for z in tensors_in(output):
+        if z.is_complex():
+            raise TypeError(
+                f"the model's output is complex ({z.dtype}). Curvature is that of real outputs: return "
+                "torch.view_as_real(output) from the model, and let the loss join the parts by torch.view_as_complex."
+            )
+
+
 class _Depth(threading.local):
     """How deep this thread is in passes of our own."""
 

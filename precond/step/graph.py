@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from curvature.losses import Terms, loss_for, module_called
+from curvature.model.data import refuse_complex
 from curvature.model.parameters import tensor_of_its_own
 from curvature.model.pullback import Pullback, pull_back
 from solvers import Function
@@ -297,9 +298,11 @@ def curved_output(loss_fn: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 
     Raises:
         ValueError: If the module gives one value per term, or the weight is negative.
+        TypeError: If the output is complex.
     """
     given = list(args)
     given += [kwargs[name] for name in ("input", "target")[len(args) :]]
+    refuse_complex(given[0])
     terms = loss_for(loss_fn).terms(*given, as_called=True)
     if terms.reduction == "none":
         raise ValueError(f"{loss_fn!r} returned one value per term, but its Hessian needs reduction='mean' or 'sum'.")

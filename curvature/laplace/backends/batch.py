@@ -18,7 +18,7 @@ from curvature.layers.recorder import Recorder
 from curvature.losses import AmbiguousClassAxisError, Layout, Terms
 from curvature.losses.picked import along
 from curvature.matrices.examples import Examples
-from curvature.model.data import resolve_output, untouched
+from curvature.model.data import refuse_complex, resolve_output, untouched
 from curvature.model.parameters import Parameters
 from curvature.model.shares import Shares
 
@@ -117,6 +117,7 @@ class BatchBackend(CurvatureInterface):
         with self.leaving_all():
             result, recorder = record(self.model, parameters, (x,), y, self.count(x), self.batch_dim)
             output = resolve_output(result)
+            refuse_complex(output)
             if not output.requires_grad:
                 raise ValueError(
                     f"the output of {type(self.model).__name__} does not depend on its trainable parameters through "

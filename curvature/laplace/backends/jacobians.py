@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from curvature.laplace.backends.batch import BatchBackend, BatchPass, Inputs
 from curvature.matrices.examples import Examples, KeptGradients
-from curvature.model.data import resolve_output
+from curvature.model.data import refuse_complex, resolve_output
 from curvature.model.kernels import differentiable_kernels
 from curvature.model.parameters import Parameters
 from curvature.model.trees import tensors_in
@@ -100,6 +100,7 @@ class JacobianBackend(BatchBackend):
         def run(values: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
             buffers = {name: b.clone() for name, b in self.model.named_buffers()}  # some are updated in train mode
             output = resolve_output(functional_call(self.model, buffers | values, (x,)))
+            refuse_complex(output)
             return output.flatten(1), output
 
         with self.leaving_all(), torch.enable_grad(), differentiable_kernels(), _PlainLayerNorm():

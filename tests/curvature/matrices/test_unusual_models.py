@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from torch.nn.functional import embedding_bag, grid_sample, one_hot, scaled_dot_
 from torch.nn.utils import parametrizations, parametrize
 
 import curvature
+import precond
+from curvature.losses import AutogradLoss
 from curvature.model.pullback import NoSecondDerivativeError
 
 Y = torch.tensor([0, 1, 1, 0])
@@ -185,6 +188,50 @@ def test_what_has_no_place_in_a_real_vector(function: Any) -> None:
         function(model, LOSS, (torch.randn(4, 3).double(), Y))
     with pytest.raises(ValueError, match=r"0.weight has no shape yet: .* Run the model once"):
         function(nn.Sequential(nn.LazyLinear(2)), LOSS, (torch.randn(4, 3), Y))
+
+
+def squared(z: Tensor, y: Tensor) -> Tensor:
+    return (z - y).abs().square().mean()
+
+
+def stepped(optimizer: Any, model: nn.Module, loss_fn: nn.Module, data: Any) -> None:
+    loss_fn(model(data[0]), data[1]).backward()
+    optimizer.step()
+
+
+def solved(optimizer: Any, model: nn.Module, loss_fn: nn.Module, data: Any) -> None:
+    optimizer.step(lambda: loss_fn(model(data[0]), data[1]))
+
+
+DOORS_OF_OUTPUTS: dict[str, Callable[..., Any]] = {
+    "hessian": curvature.hessian,
+    "ggn": curvature.ggn,
+    "kfac": partial(curvature.fisher, structure="kfac", kind="empirical"),
+    "per_sample_gradients": curvature.per_sample_gradients,
+    "report": partial(curvature.report, sections=["trace"]),
+    "jacobian": lambda model, loss_fn, data: curvature.jacobian(model, data[0]),
+    "KFAC": lambda model, loss_fn, data: stepped(precond.KFAC(model, loss_fn, lr=0.1), model, loss_fn, data),
+    "HessianFree": lambda model, loss_fn, data: solved(precond.HessianFree(model, loss_fn), model, loss_fn, data),
+}
+
+
+@pytest.mark.parametrize("door", DOORS_OF_OUTPUTS)
+def test_complex_outputs_are_refused_and_their_parts_served(door: str) -> None:
+    torch.manual_seed(0)
+    net = nn.Linear(3, 4).double()
+    x, y = torch.randn(5, 3).double(), torch.randn(5, 2, dtype=torch.complex128)
+    loss_fn = AutogradLoss(squared, reduction="mean")
+    model = Model(lambda m, x: torch.complex(*m.net(x).chunk(2, -1)), net=net)
+    with pytest.raises(TypeError, match=r"the model's output is complex \(torch.complex128\).*torch.view_as_real"):
+        found = DOORS_OF_OUTPUTS[door](model, loss_fn, (x, y))
+        _ = found @ torch.zeros(16).double()
+    if door == "hessian":
+        alone = curvature.hessian(model, squared, (x, y)).to_dense()  # needs no output
+        parts = Model(lambda m, x: torch.view_as_real(torch.complex(*m.net(x).chunk(2, -1))), net=net)
+        joined = AutogradLoss(
+            lambda z, y: squared(torch.view_as_complex(z), torch.view_as_complex(y)), reduction="mean"
+        )
+        torch.testing.assert_close(curvature.hessian(parts, joined, (x, torch.view_as_real(y))).to_dense(), alone)
 
 
 # Sparse tensors ------------------------------------------------------------------------------------------------------
