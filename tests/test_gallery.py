@@ -9,11 +9,16 @@ import pytest
 
 GALLERY = Path(__file__).resolve().parents[1] / "docs" / "gallery"
 SCRIPTS = sorted(GALLERY.glob("*.py"))
+#: They train for more than ten seconds each.
+LONG = ("gpt2", "influence", "lm_head", "policy", "spectrum")
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:By default `link_approx`:UserWarning")  # laplace-torch says so each time
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "script",
+    [pytest.param(path, marks=[pytest.mark.long] * (path.stem in LONG), id=path.stem) for path in SCRIPTS],
+)
 def test_a_script_holds_what_it_says(script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MPLBACKEND", "Agg")
     import matplotlib.pyplot as plt
