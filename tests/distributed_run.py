@@ -1,9 +1,16 @@
-"""Run one function in several processes that form a group, and bring back what each returned."""
+"""Run one function in several processes that form a group, and bring back what each returned.
+
+Importing torch and the packages takes a process seconds, so ranks are forked from two that have done it: even and odd
+ranks from another one each, since the order of sets of strings differs between processes as it does between machines.
+"""
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import importlib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,6 +28,8 @@ import torch.distributed as dist
 
 #: Warnings of torch's own imports, as in ``pyproject.toml``.
 TOLERATED = ("`torch.jit.script` is deprecated",)
+#: What the functions that are run import.
+PRELOADED = ("pytest", "precond", "curvature", "torch.distributed.checkpoint", "torch.distributed.fsdp")
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -36,7 +45,7 @@ class Outcome:
 def ranks(function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = 120.0) -> list[Any]:
     """``function(*arguments)`` on each rank of a gloo group: what every rank returned, in the order of the ranks.
 
-    One launch costs seconds (each process imports torch), so let one function make many checks.
+    Checks of a kind share a launch, and so the models that they train.
 
     Args:
         function: Defined at the top of an importable module; warnings are errors in it, as in the suite.
@@ -59,24 +68,59 @@ def outcomes(
     """As :func:`ranks`, for checks where ranks fail: once one has failed the others have ``grace`` seconds to end."""
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        torch.save((function.__module__, function.__qualname__, arguments), place / "task")
-        command = [sys.executable, "-m", "tests.distributed_run", folder, str(world_size)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        processes = [subprocess.Popen([*command, str(rank)], cwd=ROOT, env=environment) for rank in range(world_size)]
+        torch.save((function.__module__, function.__qualname__, arguments, environment), place / "task")
+        for rank in range(world_size):
+            print(folder, world_size, rank, file=parent(rank % 2).stdin, flush=True)
         try:
-            wait(processes, timeout, grace)
+            codes = wait(place, world_size, timeout, grace)
         finally:
-            for process in processes:
-                process.kill()  # does nothing to one that has ended
-                process.wait()
-        return [outcome(place, rank, process.returncode) for rank, process in enumerate(processes)]
+            for rank in range(world_size):
+                end(place, rank)
+        return [outcome(place, rank, codes[rank]) for rank in range(world_size)]
 
 
-def wait(processes: list[subprocess.Popen[bytes]], timeout: float, grace: float) -> None:
+_parents: dict[int, subprocess.Popen[str]] = {}
+
+
+def parent(number: int) -> subprocess.Popen[str]:
+    """A process that forks ranks, started when it is first needed; it ends with this one."""
+    if number not in _parents:
+        command = [sys.executable, "-m", "tests.distributed_run"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        _parents[number] = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, text=True)
+        atexit.register(_parents[number].kill)
+    return _parents[number]
+
+
+def wait(place: Path, world_size: int, timeout: float, grace: float) -> list[int]:
+    """The exit codes of the ranks; those that have not ended in time are killed."""
+    every = range(world_size)
+    while not all((place / f"pid{rank}").exists() for rank in every):
+        assert all(process.poll() is None for process in _parents.values()), "a process that forks ranks has ended"
+        time.sleep(0.02)
     deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline and any(process.poll() is None for process in processes):
-        if any(process.poll() for process in processes):
+    while time.monotonic() < deadline and None in (codes := [code(place, rank) for rank in every]):
+        if any(codes):
             deadline = min(deadline, time.monotonic() + grace)
+        time.sleep(0.02)
+    for rank in every:
+        end(place, rank)
+    return [code(place, rank) or 0 for rank in every]
+
+
+def code(place: Path, rank: int) -> int | None:
+    """The exit code of a rank, negative where a signal killed it; ``None`` while it lives."""
+    file = place / f"code{rank}"
+    return int(file.read_text()) if file.exists() else None
+
+
+def end(place: Path, rank: int) -> None:
+    """Kill a rank that has not ended, and see it end."""
+    file = place / f"pid{rank}"
+    while file.exists() and code(place, rank) is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(file.read_text()), signal.SIGKILL)
         time.sleep(0.02)
 
 
@@ -91,7 +135,9 @@ def work(folder: str, world_size: str, rank: str) -> None:
     """The life of one process."""
     place = Path(folder)
     torch.set_num_threads(1)
-    module, name, arguments = torch.load(place / "task", weights_only=False)
+    module, name, arguments, environment = torch.load(place / "task", weights_only=False)
+    os.environ.clear()
+    os.environ.update(environment)
     try:
         function = getattr(importlib.import_module(module), name)
         dist.init_process_group(
@@ -116,5 +162,31 @@ def work(folder: str, world_size: str, rank: str) -> None:
         os._exit(1)
 
 
+def write(file: Path, number: int) -> None:
+    """All of it at once."""
+    draft = file.with_suffix(".draft")
+    draft.write_text(str(number))
+    draft.rename(file)
+
+
+def serve() -> None:
+    """Fork a rank for each line ``folder world_size rank`` that comes in, and note its exit code when it ends."""
+    for module in PRELOADED:
+        importlib.import_module(module)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that wait
+    for line in sys.stdin:
+        folder, world_size, rank = line.split()
+        if os.fork():
+            continue
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        if pid := os.fork():
+            write(Path(folder) / f"pid{rank}", pid)
+            _, status = os.waitpid(pid, 0)
+            write(Path(folder) / f"code{rank}", os.waitstatus_to_exitcode(status))
+            os._exit(0)
+        work(folder, world_size, rank)
+        return  # and end as any process does
+
+
 if __name__ == "__main__":
-    work(*sys.argv[1:])
+    serve()
