@@ -60,9 +60,9 @@ _TOLERANCE = real(low=0.0, high=1.0, open_high=True)
     fun=function,
     x0=_check_start,
     bounds=anything,
-    ftol=_TOLERANCE,
-    xtol=_TOLERANCE,
-    gtol=_TOLERANCE,
+    ftol=optional(_TOLERANCE),
+    xtol=optional(_TOLERANCE),
+    gtol=optional(_TOLERANCE),
     x_scale=_check_scale,
     loss=one_of(LossName),
     f_scale=real(low=0.0, open_low=True),
@@ -78,9 +78,9 @@ def least_squares(
     x0: Any,
     *,
     bounds: tuple[Any, Any] = (-math.inf, math.inf),
-    ftol: float = 1e-15,
-    xtol: float = 1e-10,
-    gtol: float = 1e-10,
+    ftol: float | None = 1e-15,
+    xtol: float | None = 1e-10,
+    gtol: float | None = 1e-10,
     x_scale: Any = "jac",
     loss: LossName = "linear",
     f_scale: float = 1.0,
@@ -111,9 +111,10 @@ def least_squares(
     Args:
         fun: Residuals r of the unknowns: a tensor of any shape, or a tree of tensors.
         x0: Start: a tensor, a tree of tensors (a dict of named unknowns), or a module, which ``fun`` is called with and
-            whose trainable parameters are fitted in place. float64 is recommended.
-        bounds: ``(lower, upper)``, each a number or like ``x0``.
-        ftol: Stop when a step lowers the cost by less than this fraction, and was predicted to.
+            whose trainable parameters are fitted in place. Numbers are taken in float64, which is recommended.
+        bounds: ``(lower, upper)``, each a number or like ``x0``; or SciPy's ``Bounds``.
+        ftol: Stop when a step lowers the cost by less than this fraction, and was predicted to; ``None`` (here and
+            below) is never.
         xtol: Stop when a step is shorter than this fraction of the scaled unknowns.
         gtol: Stop when the cosine between the residuals and every column of their Jacobian is below this.
         x_scale: Typical sizes of the unknowns, a number or like ``x0``; ``"jac"`` takes the inverse norms of the
@@ -133,7 +134,7 @@ def least_squares(
 
     Raises:
         ValueError: If an option is out of range, bounds cross or exclude the start, or the Jacobian would not fit.
-        TypeError: If ``x0`` holds nothing to fit.
+        TypeError: If ``x0`` holds nothing to fit, or the residuals are complex, sparse, or do not depend on it.
 
     References:
         Moré (1978); Transtrum and Sethna (2012), https://arxiv.org/abs/1201.5885; Triggs et al. (2000), section 4.3
@@ -151,17 +152,18 @@ def least_squares(
             scale = variables.like("x_scale", x_scale, 1.0)
             if not bool((scale > 0).all()):
                 raise ValueError("x_scale must be 'jac' or positive numbers.")
-        m = variables.residuals(rows).shape[1]
+        residuals = variables.residuals(rows)
+        m = residuals.shape[1]
         if len(rows) * m * rows.shape[1] > _LARGEST:
             raise ValueError(
                 f"the Jacobian has {len(rows)} x {m} x {rows.shape[1]} numbers. Use precond.GaussNewton(solver='cg'), "
                 "which never forms it, or fewer problems at once."
             )
         settings = Settings(
-            lower, upper, scale, LOSSES[loss], f_scale, ftol, xtol, gtol,
+            lower, upper, scale, LOSSES[loss], f_scale, ftol or 0.0, xtol or 0.0, gtol or 0.0,
             200 * (rows.shape[1] + 1) if max_nfev is None else max_nfev, acceleration, _line if verbose > 1 else None,
         )  # fmt: skip
-        state = fit(variables, settings)
+        state = fit(variables, settings, rows, residuals)
         r, J = reweighted(state.r, state.J, settings.rho, f_scale)
         gradient = (J.mT @ r.unsqueeze(-1)).squeeze(-1)
         mask = at_bound(state.x, gradient, lower, upper)
@@ -195,6 +197,8 @@ def least_squares(
 
 
 def _bounds(variables: Variables, bounds: Any) -> tuple[Tensor, Tensor]:
+    if hasattr(bounds, "lb") and hasattr(bounds, "ub"):
+        bounds = (bounds.lb, bounds.ub)
     if not (isinstance(bounds, (tuple, list)) and len(bounds) == 2):
         raise ValueError(f"bounds must be (lower, upper), got {bounds!r}.")
     lower, upper = variables.like("bounds", bounds[0], -math.inf), variables.like("bounds", bounds[1], math.inf)

@@ -52,12 +52,22 @@ class State:
     njev: int = 0
 
 
-def fit(variables: Variables, settings: Settings) -> State:
-    """Fit every problem until it meets a tolerance."""
+def fit(variables: Variables, settings: Settings, x: Tensor, r: Tensor) -> State:
+    """Fit every problem until it meets a tolerance.
+
+    Args:
+        variables: The problems.
+        settings: Tolerances and options.
+        x: Where they begin, ``(problems, n)``.
+        r: The residuals there.
+
+    Raises:
+        TypeError: If the residuals do not depend on the unknowns.
+    """
     s = settings
-    x = variables.rows().clamp(s.lower, s.upper)
-    r = variables.residuals(x)
     J = variables.jacobian(x)
+    if not bool(J.any()):
+        variables.require_dependence(x)
     state = State(x, r, J, cost(r, s.rho, s.f_scale), torch.full((len(x),), -2, device=x.device), 1)
     broken = ~(r.isfinite().all(1) & J.flatten(1).isfinite().all(1))
     state.status[broken] = -1

@@ -76,6 +76,8 @@ class LeastSquaresResult:
 def covariance_of(jacobian: Tensor, residuals: Tensor, held: Tensor, trusted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Covariance ``(problems, n, n)``, whether it can be trusted, and the rank of the Jacobian."""
     m, n = jacobian.shape[-2:]
+    finite = jacobian.isfinite().all(-1).all(-1)
+    jacobian = torch.where(finite[..., None, None], jacobian, 0.0)
     norms = torch.linalg.vector_norm(jacobian, dim=-2, keepdim=True)
     norms = torch.where(norms > 0, norms, 1.0)
     free = torch.where(held, 0.0, 1.0).unsqueeze(-2).to(jacobian.dtype)
@@ -86,5 +88,6 @@ def covariance_of(jacobian: Tensor, residuals: Tensor, held: Tensor, trusted: Te
     variance = residuals.square().sum(-1) / max(m - n, 1)
     covariance = inverse.mT @ inverse * variance[..., None, None]
     free_count = (~held).sum(-1)
+    covariance = torch.where(finite[..., None, None], covariance, torch.nan)
     valid = trusted & (rank == free_count) & ~held.any(-1) & torch.tensor(m > n, device=rank.device)
     return covariance, valid, rank

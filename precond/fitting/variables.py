@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
@@ -39,12 +40,16 @@ class Variables:
             leaves: list[Any] = [p for p in self.module.parameters() if p.requires_grad]
         else:
             leaves, self.spec = tree_flatten(x0)
-            leaves = [torch.as_tensor(leaf) for leaf in leaves]
-            leaves = [leaf if leaf.is_floating_point() else leaf.to(torch.float64) for leaf in leaves]
-        if not leaves or not all(leaf.is_floating_point() for leaf in leaves):
-            raise TypeError(
-                "x0 must hold real numbers to fit: tensors, a tree of tensors, or a module with parameters."
-            )
+            leaves = [leaf if isinstance(leaf, Tensor) else torch.as_tensor(np.asarray(leaf)) for leaf in leaves]
+            leaves = [leaf.to(torch.float64) if _whole(leaf) else leaf for leaf in leaves]
+        if not any(leaf.numel() for leaf in leaves):
+            raise TypeError("x0 must hold numbers to fit: tensors, a tree of tensors, or a module with parameters.")
+        for leaf in leaves:
+            if leaf.dtype not in (torch.float32, torch.float64) or leaf.layout != torch.strided:
+                raise TypeError(
+                    f"x0 holds a tensor of {leaf.dtype} and {leaf.layout}; fits are of dense real numbers in float32 "
+                    "or float64. Fit a complex number as torch.view_as_real of it."
+                )
         self.parameters = leaves
         self.shapes = [leaf.shape[1:] if batched else leaf.shape for leaf in leaves]
         self.problems = leaves[0].shape[0] if batched and leaves[0].dim() else 1
@@ -107,10 +112,11 @@ class Variables:
 
         Raises:
             ValueError: If they have no axis of problems, or there are none.
+            TypeError: If they are no dense real tensors.
         """
         self.calls += 1
-        leaves, _ = tree_flatten(self.fun(self.tree(rows)))
-        found = [torch.as_tensor(leaf) for leaf in leaves]
+        leaves, _ = tree_flatten(self.fun(self.tree(rows.clone())))  # of its own, which fun may write to
+        found = [_residual(leaf) for leaf in leaves]
         if self.batched and any(leaf.dim() < 1 or leaf.shape[0] != self.problems for leaf in found):
             raise ValueError(
                 f"with batched=True fun must return residuals (problems, m) with {self.problems} problems; got "
@@ -119,6 +125,26 @@ class Variables:
         if not found or not sum(leaf.numel() for leaf in found):
             raise ValueError("fun returned no residuals.")
         return torch.cat([leaf.reshape(self.problems, -1).to(rows.dtype) for leaf in found], 1)
+
+    def require_dependence(self, rows: Tensor) -> None:
+        """Look whether the residuals depend on the unknowns, where their Jacobian is zero.
+
+        Raises:
+            TypeError: If torch sees no dependence.
+        """
+        before = self.calls
+        with torch.enable_grad():
+            if self.module is not None:
+                self.tree(rows)
+                depends = any(_residual(leaf).requires_grad for leaf in tree_flatten(self.fun(self.module))[0])
+            else:
+                depends = self.residuals(rows.detach().requires_grad_()).requires_grad
+        self.calls = before
+        if not depends:
+            raise TypeError(
+                "the residuals do not depend on the unknowns as far as torch sees, so there is nothing to fit. Compute "
+                "them from x by torch operations on real numbers, without NumPy, .item(), .detach(), .data or rounding."
+            )
 
     def jacobian(self, rows: Tensor) -> Tensor:
         """Jacobian ``(problems, m, n)``: by columns, forward; by rows, backward, where forward mode is missing."""
@@ -156,3 +182,24 @@ class Variables:
             pull = (torch.autograd.grad(r_k.sum(), x, retain_graph=True, allow_unused=True)[0] for r_k in r.unbind(1))
             out = list(pull)
         return torch.stack([torch.zeros_like(rows) if g is None else g for g in out], 1)
+
+
+def _whole(leaf: Tensor) -> bool:
+    return not leaf.is_floating_point() and not leaf.is_complex()
+
+
+def _residual(leaf: Any) -> Tensor:
+    """Residuals as they are computed with; what holds no derivative or would lose a part is refused."""
+    if not isinstance(leaf, (Tensor, int, float)):
+        raise TypeError(
+            f"fun returned {type(leaf).__name__}; residuals are tensors, made from x by torch operations so that they "
+            "can be differentiated (torch.exp in place of numpy.exp)."
+        )
+    found = torch.as_tensor(leaf)
+    if found.is_complex() or found.layout != torch.strided:
+        kind = "complex" if found.is_complex() else f"sparse ({found.layout})"
+        raise TypeError(
+            f"fun returned {kind} residuals; residuals are dense and real. Return torch.view_as_real(r) of complex ones "
+            "and r.to_dense() of sparse ones."
+        )
+    return found

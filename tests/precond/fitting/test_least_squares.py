@@ -202,3 +202,54 @@ def test_options_that_mean_nothing_are_refused(options, error, message):
         least_squares(lambda x: decay(x) - y, START, **options)
     with pytest.raises(TypeError, match="x0 must hold"):
         least_squares(lambda x: x, [])
+
+
+@pytest.mark.parametrize(
+    ("fun", "start", "message"),
+    [
+        (lambda x: x.detach() - T[:3], START, "do not depend on the unknowns"),
+        (lambda x: x.data - T[:3], START, "do not depend on the unknowns"),
+        (lambda x: (x - T[:3]).round().int(), START, "do not depend on the unknowns"),
+        (lambda x: x * torch.exp(1j * T[:3]), START, "complex residuals"),
+        (lambda x: (x - T[:3]).to_sparse(), START, "sparse"),
+        (lambda x: np.exp(x.numpy()), START, "fun returned ndarray"),
+        (lambda x: None, START, "fun returned NoneType"),
+        (lambda x: x - 1, START.to(torch.complex128), "torch.complex128"),
+        (lambda x: x - 1, START.half(), "torch.float16"),
+        (lambda x: x - 1, torch.zeros(0), "x0 must hold"),
+    ],
+)
+def test_what_would_be_fitted_wrongly_is_refused(fun, start, message):
+    with pytest.raises(TypeError, match=message):
+        least_squares(fun, start)
+
+
+def test_a_start_with_zero_derivatives_is_a_solution():
+    found = least_squares(lambda x: x**2 - 2, torch.zeros(1, dtype=F64))
+    assert found.status == 1 and found.x == 0
+
+
+def test_numbers_of_python_are_fitted_in_double_precision():
+    found = least_squares(lambda x: x**2 - 2, 1.0)
+    assert found.x.dtype == F64 and found.x.item() == pytest.approx(2**0.5, rel=1e-12)
+
+
+def test_none_is_no_tolerance_and_bounds_may_be_scipys():
+    y = noisy(0)
+    limits = optimize.Bounds([0.0, 0.0, 0.0], [2.5, math.inf, 1.0])
+    found = least_squares(lambda x: decay(x) - y, START, bounds=limits, ftol=None, xtol=None, gtol=1e-10)
+    expected = optimize.least_squares(reference(y), START.numpy(), bounds=limits, **TIGHT)
+    assert found.success
+    torch.testing.assert_close(found.x, torch.tensor(expected.x), rtol=1e-7, atol=1e-9)
+
+
+def test_what_fun_writes_into_its_argument_stays_there():
+    y, start = noisy(0), START.clone()
+    found = least_squares(lambda x: decay(x.add_(0.5)) - y, start)
+    torch.testing.assert_close(found.x + 0.5, least_squares(lambda x: decay(x) - y, START).x, rtol=1e-7, atol=1e-9)
+    assert torch.equal(start, START)
+
+
+def test_derivatives_that_are_not_finite_at_the_start_are_reported():
+    found = least_squares(lambda x: torch.sqrt((x - START) ** 2) + 1, START)
+    assert found.status == -1 and not found.success and found.covariance.isnan().all() and found.nfev == 1
