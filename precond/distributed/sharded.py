@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from curvature.model.messages import answered
 from precond.distributed.assignment import shared_out
 from precond.distributed.ranks import OtherRankFailed
 
@@ -214,7 +215,7 @@ class Exchange:
         Raises:
             OtherRankFailed: If it raised in another process; what it raised here is raised as it is.
         """
-        laid = {p: g.redistribute(placements=p.placements) if is_sharded(g) else g for p, g in gradients.items()}  # type: ignore[attr-defined]
+        laid = {p: _laid_as(p, g) if is_sharded(g) else g for p, g in gradients.items()}
         cut = [p for p in laid if p in self.owner]
         whole = {p: local(g) for p, g in laid.items() if p not in self.owner}
         whole |= self.gathered({p: local(laid[p]) for p in cut})
@@ -297,8 +298,7 @@ class Exchange:
         for group in bad:
             device = next(local(p).device for p in params if layout_of(p).group is group)
             flag = torch.tensor(int(error is not None), device=device)
-            dist.all_reduce(flag, dist.ReduceOp.MAX, group=group)
-            failed = failed or bool(flag)
+            failed = bool(_reduced(flag, dist.ReduceOp.MAX, group)) or failed
         if error is not None:
             raise error
         if failed:
@@ -320,7 +320,8 @@ class Exchange:
             params = [p for p in known if layout_of(p).group is group]
             mine = {numbers[p]: _described(known[p]) for p in params if self.mine(p)}
             everyone: list[Any] = [None] * dist.get_world_size(group)
-            dist.all_gather_object(everyone, mine, group=group)
+            with answered(group):
+                dist.all_gather_object(everyone, mine, group=group)
             found = {number: entries for one in everyone for number, entries in one.items()}
             described |= {p: found.get(numbers[p], {}) for p in params}
         tensors = {
@@ -387,8 +388,26 @@ def _described(entries: Entries) -> Entries:
 
 
 def _full(x: Any) -> Tensor:
-    whole: Tensor = x.full_tensor() if is_sharded(x) else x
+    if not is_sharded(x):
+        whole: Tensor = x
+        return whole
+    with answered(None):
+        whole = x.full_tensor()
     return whole
+
+
+def _laid_as(p: Any, g: Any) -> Tensor:
+    """A gradient that is cut as its parameter is; one that is already is returned as it is."""
+    with answered(layout_of(p).group):
+        laid: Tensor = g.redistribute(placements=p.placements)
+    return laid
+
+
+def _reduced(values: Tensor, operation: Any, group: Any) -> Tensor:
+    """Reduced over a group, in place."""
+    with answered(group):
+        dist.all_reduce(values, operation, group=group)
+    return values
 
 
 def _own_part(whole: Tensor, layout: ShardLayout) -> Tensor:
@@ -415,7 +434,8 @@ def _all_to_all(
     """What all processes send to this one, in the order of their ranks."""
     packed = torch.cat([x.detach().to(dtype) for x in sent]) if sent else torch.empty(0, dtype=dtype, device=device)
     got = torch.empty(sum(sizes), dtype=dtype, device=device)
-    dist.all_to_all_single(got, packed, sizes, counts, group=group)
+    with answered(group):
+        dist.all_to_all_single(got, packed, sizes, counts, group=group)
     return got
 
 
@@ -432,7 +452,7 @@ def summed(values: Tensor, tensors: Iterable[Tensor], operation: Any = None) -> 
     """
     for group in dict.fromkeys(layout_of(x).group for x in tensors if is_sharded(x)):
         if group is not None:
-            dist.all_reduce(values, operation or dist.ReduceOp.SUM, group=group)
+            _reduced(values, operation or dist.ReduceOp.SUM, group)
     return values
 
 
@@ -441,7 +461,5 @@ def agreed(flag: bool, tensors: Sequence[Tensor]) -> bool:
     meshes = {x.device_mesh: local(x).device for x in tensors if is_sharded(x)}  # type: ignore[attr-defined]
     groups = {mesh.get_group(dim): device for mesh, device in meshes.items() for dim in range(mesh.ndim)}
     for group, device in groups.items():
-        value = torch.tensor(int(flag), device=device)
-        dist.all_reduce(value, dist.ReduceOp.MIN, group=group)
-        flag = bool(value)
+        flag = bool(_reduced(torch.tensor(int(flag), device=device), dist.ReduceOp.MIN, group))
     return flag

@@ -27,6 +27,8 @@ from precond.layerwise.dampings import Dampings
 from precond.layerwise.replay import LoopReplay
 from tests.distributed_run import outcomes, ranks
 from tests.precond.distributed.checks import Net, alone, averaged, distance, make, mine, parameters, same, vectors
+from tests.precond.distributed.sharded_runs import METHODS, batch, mesh_of, shard, square
+from tests.precond.distributed.sharded_runs import steps as rank_steps
 
 pytestmark = pytest.mark.distributed
 
@@ -297,6 +299,27 @@ def train_until_killed(folder: str, victim: int) -> None:
         raise
 
 
+def shards_until_killed(folder: str) -> None:
+    """Rank 1 is killed before a step of sharded parameters; then every door of the other, which is left alone."""
+    runs = {"SOAP": METHODS["SOAP"], "MFAC": METHODS["MFAC"], "KFAC": None}
+    made: dict[str, Any] = {}
+    for name, method in runs.items():
+        net = shard(square(), mesh_of((2,)))
+        optimizer: Any = KFAC(net, nn.MSELoss(), lr=0.1) if method is None else method(net.parameters())
+        rank_steps(net, optimizer, range(1), dist.get_rank(), 2)
+        x, y = batch(1)
+        getattr(optimizer, "loss_fn", nn.functional.mse_loss)(net(x), y).backward()
+        made[name] = optimizer
+    saved = made["SOAP"].state_dict()
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    doors = {name: optimizer.step for name, optimizer in made.items()}
+    doors |= {f"{name}, state": made[name].state_dict for name in ("SOAP", "KFAC")}
+    doors["load"] = lambda: made["SOAP"].load_state_dict(saved)
+    torch.save({name: caught(door) for name, door in doors.items()}, Path(folder) / "told")
+    raise ProcessLost
+
+
 def share_until_killed(folder: str, victim: int) -> None:
     x, y = vectors()[0]
     H = curvature.hessian(Net(), nn.CrossEntropyLoss(), [(x[mine(16)], y[mine(16)])], process_group=dist.group.WORLD)
@@ -310,9 +333,8 @@ def share_until_killed(folder: str, victim: int) -> None:
         raise
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_a_killed_rank_ends_the_others_and_the_last_checkpoint_loads(world: int, tmp_path: Path) -> None:
-    victim = world - 1
+def test_a_killed_rank_ends_the_others_and_the_last_checkpoint_loads(tmp_path: Path) -> None:
+    world, victim = 4, 3
     # Who has not ended 20 seconds after the first is killed, too, and has another exit code than 1.
     ended = outcomes(train_until_killed, world, str(tmp_path), victim, timeout=100, grace=20)
     assert ended[victim].code == -signal.SIGKILL
@@ -330,6 +352,14 @@ def test_a_killed_rank_ends_the_others_and_the_last_checkpoint_loads(world: int,
         optimizer.loss_fn(model(x), y).backward()
         optimizer.step()
     assert distance(parameters(model), alone("kfac exact", Net(), vectors())) < 1e-10
+
+
+def test_a_killed_rank_ends_the_steps_and_states_of_sharded_parameters(tmp_path: Path) -> None:
+    ended = outcomes(shards_until_killed, 2, str(tmp_path), timeout=100)
+    assert ended[1].code == -signal.SIGKILL and ended[0].code == 1
+    told = torch.load(tmp_path / "told")
+    assert {name: words for name, words in told.items() if words[0] != ProcessLost.__name__} == {}
+    assert len(told) == 6 and all("rank 0 of 2 got no answer" in words for _, words in told.values())
 
 
 def test_a_killed_rank_ends_products_with_a_matrix(tmp_path: Path) -> None:
