@@ -11,12 +11,25 @@ import sys
 from collections.abc import Iterator
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
 _PACKAGE = "torch.distributed.fsdp"
 #: The node by which ``fully_shard`` notices the end of a layer's backward pass; it hands gradients on as they are.
 _NODE = "RegisterPostBackwardFunctionBackward"
+#: What is read and set here of torch's own objects, which are not documented: of a group, and of a parameter in it.
+_OF_GROUP = (
+    "fsdp_params",
+    "is_unsharded",
+    "post_backward",
+    "post_forward_mesh_info",
+    "reshard",
+    "unshard",
+    "wait_for_unshard",
+    "_partial_reduce_output",
+)
+_OF_PARAMETER = ("sharded_param", "unsharded_accumulated_grad")
 #: What tells a gradient from an earlier one: which tensors hold it, and their versions.
 Mark = tuple[Any, ...]
 
@@ -27,6 +40,9 @@ class FullyShard:
     Args:
         model: The model.
 
+    Raises:
+        NotImplementedError: If this version of torch keeps them in another way than is known here.
+
     Attributes:
         groups: The groups, as torch has them.
         modules: The modules that ``fully_shard`` was called on.
@@ -36,6 +52,7 @@ class FullyShard:
         self.modules = [module for module in model.modules() if is_fully_sharded(module)]
         states = dict.fromkeys(module._get_fsdp_state() for module in self.modules)  # type: ignore[operator]
         self.groups: list[Any] = [group for state in states for group in _groups(state)]
+        _require_known(self.groups)
         self._entries: dict[int, tuple[Any, Any]] = {}  # by ``id`` of the parameter
         self._waiting: list[tuple[Any, Any]] = []  # groups whose setting was changed for a pass, and the setting
         self._whole: list[Any] = []  # groups that were kept whole
@@ -164,8 +181,27 @@ def notices_passes(hook: Any) -> bool:
 
 def _groups(state: Any) -> list[Any]:
     several = getattr(state, "_fsdp_param_groups", None)  # of newer versions of torch
+    if several is None and not hasattr(state, "_fsdp_param_group"):
+        raise _unknown("_fsdp_param_group")
     one = state._fsdp_param_group if several is None else None
     return [one] if one is not None else list(several or ())
+
+
+def _require_known(groups: list[Any]) -> None:
+    for group in groups[:1]:
+        for name in _OF_GROUP:
+            if not hasattr(group, name):
+                raise _unknown(name)
+        for name in _OF_PARAMETER:
+            if any(not hasattr(p, name) for p in group.fsdp_params[:1]):
+                raise _unknown(name)
+
+
+def _unknown(name: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"a model under fully_shard is not served by torch {torch.__version__}, whose objects have no {name}; it is by "
+        "torch 2.13. Wrap the model in DistributedDataParallel, or take another version of torch."
+    )
 
 
 def _nothing(*args: Any) -> None:
