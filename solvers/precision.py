@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import warnings
+from contextlib import suppress
 from functools import cache
 from typing import Any, Protocol
 
@@ -51,13 +53,21 @@ def multiplies_bfloat16_faster(device: torch.device) -> bool:
     return bool(known.get("amx_bf16") or known.get("avx512_bf16"))
 
 
+@cache
+def _asks_quietly() -> bool:
+    """Whether torch says what was asked for without a warning; that of 2.9 recommends its newer interface."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with suppress(RuntimeError):
+            torch.get_float32_matmul_precision()
+    return not said
+
+
 def reduced() -> bool:
     """Whether the process has asked torch for products of float32 numbers in less than float32, by any of its APIs."""
-    try:
-        if torch.get_float32_matmul_precision() == "highest":  # the quick answer, nearly always
+    with suppress(RuntimeError):  # the backends were set one by one
+        if _asks_quietly() and torch.get_float32_matmul_precision() == "highest":  # the quick answer, nearly always
             return False
-    except RuntimeError:  # the backends were set one by one
-        pass
     return any(backend.fp32_precision not in _FULL for backend in _BACKENDS)
 
 
