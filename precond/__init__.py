@@ -55,7 +55,7 @@ from precond.step.lookahead import EMANesterov
 from precond.step.loop import Loop
 from precond.step.methods import Method, Taxonomy, methods
 from precond.step.norm_control import Hyperball, RadialBrake, UpdateFloor
-from precond.step.options import LossDamping, Momentum, Refresh, TrustRegion, Vectors, WeightDecay
+from precond.step.options import LossDamping, Momentum, Refresh, Tables, TrustRegion, Vectors, WeightDecay
 from solvers import Cholesky, Eigh, FactoredTikhonov, Tikhonov
 from solvers import __version__ as __version__
 
@@ -96,6 +96,7 @@ __all__ = [
     "Momentum",
     "RadialBrake",
     "Refresh",
+    "Tables",
     "TrustRegion",
     "UpdateFloor",
     "Vectors",

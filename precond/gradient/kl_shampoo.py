@@ -60,6 +60,7 @@ class KLShampoo(StackedOptimizer):
         Lin et al. (2025), https://arxiv.org/abs/2509.03378
     """
 
+    has_adam: ClassVar[bool] = True
     taxonomy: ClassVar = Taxonomy(
         curvature="gradient covariance, nearest in KL divergence",
         structure="Kronecker, one factor per axis",

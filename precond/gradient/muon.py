@@ -78,6 +78,7 @@ class Muon(StackedOptimizer):
         **{role: {"orthogonalize": False} for role in ("embedding", "head", "norm", "bias", "vector")},
         "experts": {"stacked": True},
     }
+    has_adam: ClassVar[bool] = True
     taxonomy: ClassVar = Taxonomy(
         curvature="gradient second moment, of the momentum alone",
         structure="one-sided matrix",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from precond.step.base import MomentumOptions, SecondOrderOptimizer, UpdateOptio
 from precond.step.divergence import TOLERATED_FAILURES, squares_fit
 from precond.step.journal import FAILURES, REFRESHES
 from precond.step.norm_control import is_matrix
-from precond.step.options import Vectors, vectors_entries
+from precond.step.options import Tables, Vectors, tables_entries, vectors_entries
 from solvers import SolverError
 from solvers.precision import widen, working_dtype
 
@@ -31,6 +32,7 @@ class GradientOptions(UpdateOptions, total=False):
 
     cautious: bool
     vectors: Vectors | None
+    tables: Tables | None
 
 
 class GradientMomentumOptions(GradientOptions, MomentumOptions, total=False):
@@ -56,11 +58,14 @@ class GradientOptimizer(SecondOrderOptimizer):
         lr: Learning rate.
         cautious: Let no entry of the direction oppose the gradient (:func:`~precond.gradient.cautious.cautious`).
         vectors: Options of vectors and numbers, where they differ from those of matrices: :class:`~precond.Vectors`.
+        tables: Options of matrices with far more rows than columns: :class:`~precond.Tables`; ``None`` for no tables.
         defaults: Further options of the parameter groups, of the method's own.
         options: See :class:`SecondOrderOptimizer`.
     """
 
     shapes_update = True
+    #: Whether what has no matrix takes Adam's step, by options ``betas`` and ``eps``.
+    has_adam: ClassVar[bool] = False
     #: Tensors that the step has written.
     written: list[Tensor]
 
@@ -71,10 +76,12 @@ class GradientOptimizer(SecondOrderOptimizer):
         lr: float | Tensor,
         cautious: bool = False,
         vectors: Vectors | None = None,
+        tables: Tables | None = None,
         defaults: dict[str, Any] | None = None,
         **options: Any,
     ) -> None:
-        defaults = {"cautious": cautious, **vectors_entries(vectors), **(defaults or {})}
+        own = {"cautious": cautious, **vectors_entries(vectors), **tables_entries(tables)}
+        defaults = {**own, **(defaults or {})}
         super().__init__(params, lr=lr, defaults=defaults, **options)
 
     def check(self, options: Group) -> None:
@@ -104,7 +111,11 @@ class GradientOptimizer(SecondOrderOptimizer):
         return self.first_state(torch.empty_like(p, device="meta"), options)
 
     def first_state(self, p: Tensor, group: Group) -> State:
-        return {"step": 0, **(self.initial_state(p, group) if p.numel() else {})}
+        if not p.numel():
+            return {"step": 0}
+        if self.has_adam and is_table(p, group):
+            return {"step": 0, "exp_avg": state_zeros(p), "exp_avg_sq": state_zeros(p)}
+        return {"step": 0, **self.initial_state(p, group)}
 
     def diagonal(self, state: State) -> bool:
         """Whether a parameter, by its state, has no matrix and takes Adam's step."""
@@ -179,11 +190,10 @@ class GradientOptimizer(SecondOrderOptimizer):
                 self.state[p]["step"] += 1
                 (entries if self.diagonal(self.state[p]) else whole).append(p)
             for params, compute in ((whole, self.several), (entries, self._adam)):
-                for some, options in _by_kind(params, group):
+                for some, options, rate in _by_kind(params, group):
                     raised = [widen(gradients[p]) for p in some]
                     found = compute(some, raised, options)
                     found = cautious(found, raised) if group["cautious"] else found
-                    rate = 1 if options is group else group["vector_lr"]
                     out |= zip(some, found if rate == 1 else torch._foreach_mul(found, rate), strict=True)
         return out
 
@@ -237,14 +247,23 @@ class GradientOptimizer(SecondOrderOptimizer):
             log.warning("%s keeps its last decomposition: %s", where, error)
 
 
-def _by_kind(params: list[Tensor], group: Group) -> list[tuple[list[Tensor], Group]]:
-    """Parameters with the options that hold for them: vectors may have others than matrices."""
+def is_table(p: Tensor, group: Group) -> bool:
+    """Whether a parameter has far more rows than columns; see :class:`~precond.Tables`."""
+    ratio = group.get("table_ratio", math.inf)
+    return p.ndim == 2 and is_matrix(p) and p.shape[0] ** 2 > ratio * max(p.numel(), 256)
+
+
+def _by_kind(params: list[Tensor], group: Group) -> list[tuple[list[Tensor], Group, float]]:
+    """Parameters with the options that hold for them, and the factor of their rate: matrices, vectors, tables."""
     betas = group.get("vector_betas")
-    if not params or (betas is None and group.get("vector_lr", 1) == 1):
-        return [(params, group)] if params else []
-    matrices, vectors = [p for p in params if is_matrix(p)], [p for p in params if not is_matrix(p)]
-    own = {**group, "betas": betas} if betas is not None else dict(group)
-    return [pair for pair in ((matrices, group), (vectors, own)) if pair[0]]
+    own = {**group, "betas": betas} if betas is not None else group
+    kinds: dict[str, list[Tensor]] = {"matrix": [], "vector": [], "table": []}
+    alike = betas is None and group.get("vector_lr", 1) == 1
+    for p in params:
+        kind = "table" if is_table(p, group) else "matrix" if alike or is_matrix(p) else "vector"
+        kinds[kind].append(p)
+    rates = {"matrix": 1.0, "vector": group.get("vector_lr", 1.0), "table": group.get("table_lr", 1.0)}
+    return [(some, own if kind == "vector" else group, rates[kind]) for kind, some in kinds.items() if some]
 
 
 def state_zeros(p: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:

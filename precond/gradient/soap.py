@@ -66,6 +66,7 @@ class SOAP(StackedOptimizer):
         Vyas et al. (2024), algorithm 3, https://arxiv.org/abs/2409.11321
     """
 
+    has_adam: ClassVar[bool] = True
     taxonomy: ClassVar = Taxonomy(
         curvature="gradient second moment",
         structure="diagonal in a Kronecker eigenbasis",

@@ -69,6 +69,7 @@ class SOAPMuon(StackedOptimizer):
     by_role: ClassVar = {
         role: {"orthogonalize": False} for role in ("experts", "embedding", "head", "norm", "bias", "vector")
     }
+    has_adam: ClassVar[bool] = True
     taxonomy: ClassVar = Taxonomy(
         curvature="gradient second moment",
         structure="diagonal in a Kronecker eigenbasis, then one-sided matrix",

@@ -19,6 +19,8 @@ OLDER: Mapping[str, Any] = {
     "kl_unit": "curvature",
     "damping_unit": "curvature",
     "cautious": False,
+    "table_lr": 1.0,
+    "table_ratio": math.inf,
 }
 #: What to do about a state that does not fit.
 _MEND = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from numbers import Real
 from typing import Any, Literal, get_args
 
@@ -93,6 +94,48 @@ class Vectors:
     def in_groups(self) -> dict[str, Any]:
         """The entries of a parameter group."""
         return {"vector_betas": self.betas, "vector_lr": self.lr}
+
+
+@dataclass(frozen=True)
+class Tables:
+    r"""Options of tables among the matrices of a group, as ``tables``: a row for each word, user or item.
+
+    A matrix ``(rows, columns)`` is taken for one if ``rows`` is more than ``ratio`` times ``columns``, one of less than
+    256 numbers as if it had 256. Its rows have gradients of their own, so it takes Adam's step in the methods that give
+    vectors that; and entries of the size of one want larger steps than weights that are summed over.
+
+    Args:
+        lr: Learning rate of tables as a multiple of the group's.
+        ratio: Least rows for each column; ``inf`` for no tables.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    lr: Scheduled = 3.0
+    ratio: float = 4.0
+
+    def __post_init__(self) -> None:
+        """Validate the arguments."""
+        if not callable(self.lr):
+            number("lr of Tables", self.lr, low=0)
+        if not (isinstance(self.ratio, float) and self.ratio == inf):
+            number("ratio of Tables", self.ratio, low=0)
+
+    def in_groups(self) -> dict[str, Any]:
+        """The entries of a parameter group."""
+        return {"table_lr": self.lr, "table_ratio": self.ratio}
+
+
+def tables_entries(given: Any) -> dict[str, Any]:
+    """The entries of a parameter group for ``tables=``.
+
+    Raises:
+        TypeError: If it is no :class:`Tables`.
+    """
+    if not (given is None or isinstance(given, Tables)):
+        raise TypeError(f"tables is a Tables(lr, ratio), or None to treat them as other matrices; got {given!r}.")
+    return (Tables(1.0, inf) if given is None else given).in_groups()
 
 
 def vectors_entries(given: Any) -> dict[str, Any]:
@@ -244,7 +287,11 @@ def in_groups(options: dict[str, Any]) -> dict[str, Any]:
     for value in options.values():
         if isinstance(value, (Momentum, WeightDecay, TrustRegion, EMANesterov)):
             out |= value.in_groups()
-    for name, entries in (("norm_control", norm_control_entries), ("vectors", vectors_entries)):
+    for name, entries in (
+        ("norm_control", norm_control_entries),
+        ("vectors", vectors_entries),
+        ("tables", tables_entries),
+    ):
         if name in options:
             out |= entries(out.pop(name))
     return out
@@ -288,7 +335,7 @@ def check_options(options: dict[str, Any]) -> None:
     for name in _NUMBERS & options.keys():  # what the ranges above let pass
         if not isinstance(options[name], Tensor):
             number(name, options[name], optional=True)
-    for name in ("vector_scale", "vector_lr", "scale", "max_ratio"):
+    for name in ("vector_scale", "vector_lr", "table_lr", "scale", "max_ratio"):
         if options.get(name) is not None:
             number(name, options[name], low=0)
 
@@ -299,6 +346,7 @@ _NUMBERS = frozenset(
         *("lr", "momentum", "weight_decay", "kl_clip", "damping", "eps", "curvature_ema", "exponent", "max_rms"),
         *("preconditioner_lr", "average_decay", "vector_scale", "scale", "gamma", "hessian_power", "max_ratio"),
         *("update_floor", "brake_outward", "brake_inward", "lookahead", "lookahead_decay", "vector_lr"),
+        "table_lr",
         "row_normalization",
     }
 )

@@ -46,6 +46,7 @@ OPTIONS: dict[str, Mapping[str, Any]] = {
     "RadialBrake": {},
     "EMANesterov": {},
     "Vectors": {},
+    "Tables": {},
     "Refresh": {"period": 2},
     "Doubling": {"period": 2},
     "LevenbergMarquardt": {},

@@ -20,6 +20,7 @@ from precond import (
     Loop,
     QuadraticModel,
     SINGDFisher,
+    Tables,
     Vectors,
     methods,
 )
@@ -57,6 +58,7 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "norm_control": (None, Hyperball()),
     "lookahead": (None, EMANesterov(5.0, 0.5)),
     "cautious": (False, True),
+    "tables": (None, Tables(ratio=0.0)),
     "vectors": (None, Vectors(lr=2.0)),
     "row_normalization": (None, 0.5),
     "curvature": (KroneckerBFGS(), KroneckerBFGS(initial=0.1)),
