@@ -75,6 +75,7 @@ ALLOWED = {
     ("least_squares", "x0", "-1"),
     ("least_squares", "args", "list"),
     ("Loop", "class_dim", "-1"),
+    ("Tables", "ratio", "inf"),  # no tables
     ("LevenbergMarquardt", "lower", "-1"),
     ("Refresh", "period", "-1"),
     ("Momentum", "strength", "-1"),  # refused with the group, by its name there
