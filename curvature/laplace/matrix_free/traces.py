@@ -9,6 +9,7 @@ Axis letters: m random vectors, l rows of the sketch, k steps.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 import torch
@@ -64,7 +65,8 @@ class WhitenedTraces:
         posterior: Says which curvature; its hyperparameters do not matter.
         samples: Random vectors; with no fewer than dimensions the matrix is formed instead.
         steps: Products per vector at most.
-        sketch: Reduces the variance, for as many products as its rank; or ``None``.
+        sketch: Reduces the variance where the curvature is positive semi-definite, for as many products as its rank; or
+            ``None``.
         batch_size: Vectors per product; ``None`` takes what fits in 256 MiB.
         seed: Of the random vectors, which are drawn again for each run: they are as large as the model.
 
@@ -88,9 +90,11 @@ class WhitenedTraces:
         self._eps = torch.finfo(posterior.curvature.dtype).eps
         self._root: Tensor | None = None
         if sketch is not None and not self.whole:
-            near: LowRank = sketch.approximate(posterior.curvature)
-            assert isinstance(near.root, Tensor)
-            self._root, self.products = near.root, near.rank
+            self.products = min(sketch.rank, size)
+            with contextlib.suppress(NotPositiveDefiniteError):  # one that is indefinite does without a sketch
+                near: LowRank = sketch.approximate(posterior.curvature)
+                assert isinstance(near.root, Tensor)
+                self._root = near.root
         self._shape: Tensor | None = None
         self._rules: list[Rule] = []
 
