@@ -8,6 +8,7 @@ import math
 import pickle
 import warnings
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -96,9 +97,6 @@ def same(first: list[Tensor], second: list[Tensor]) -> bool:
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("stop", [10, 9])  # 9: between two refreshes
 def test_a_resumed_run_continues_bit_for_bit(name, stop):
-    whole = Training(name)
-    for step in range(20):
-        whole.step(step)
     first = Training(name)
     for step in range(stop):
         first.step(step)
@@ -109,10 +107,18 @@ def test_a_resumed_run_continues_bit_for_bit(name, stop):
     second = Training(name)
     second.model.load_state_dict(saved["model"])
     second.optimizer.load_state_dict(saved["optimizer"])
-    for step in range(stop, 20):
+    for step in range(stop, 14):
         second.step(step)
-    assert same(whole.values(), second.values())
-    assert not same(whole.values(), first.values())
+    assert same(uninterrupted(name), second.values())
+    assert not same(uninterrupted(name), first.values())
+
+
+@cache
+def uninterrupted(name: str) -> list[Tensor]:
+    training = Training(name)
+    for step in range(14):
+        training.step(step)
+    return training.values()
 
 
 @pytest.mark.parametrize("name", OWN)
@@ -147,15 +153,15 @@ def test_state_dict_round_trip(name):
 @pytest.mark.parametrize("through", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
 def test_a_copy_continues_alike(name, through):
     training = Training(name)
-    scheduler = lr_scheduler.StepLR(training.optimizer, 5)  # it wraps step()
-    for step in range(6):
+    scheduler = lr_scheduler.StepLR(training.optimizer, 3)  # it wraps step()
+    for step in range(4):
         training.step(step)
         scheduler.step()
     twin = Training(name)
     twin.model, twin.optimizer, twin.loss_fn = through((training.model, training.optimizer, training.loss_fn))
     if name in ("HessianFree", "CurveBall"):
         twin.loss_fn = twin.optimizer.loss_fn
-    for step in range(6, 12):
+    for step in range(4, 7):
         training.step(step)
         twin.step(step)
     assert same(training.values(), twin.values())
@@ -215,11 +221,12 @@ SCHEDULERS: list[Callable[[torch.optim.Optimizer], Any]] = [
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_scheduler_runs(name):
-    for make in SCHEDULERS:
+    # What a schedule writes is of the groups, and so of all methods: one of each kind meets them all.
+    for make in SCHEDULERS if name in ("KFAC", "SOAP", "Newton") else SCHEDULERS[::6]:
         training = Training(name)
         start = training.optimizer.param_groups[0]["lr"]
         scheduler, rates = make(training.optimizer), set()
-        for step in range(4):
+        for step in range(2):
             training.step(step)
             scheduler.step()
             rates.add(float(training.optimizer.param_groups[0]["lr"]))
