@@ -101,7 +101,7 @@ def test_twenty_steps_are_those_of_the_formulas(structure: Any, coupled: bool) -
 
 @pytest.mark.parametrize("structure", ["dense", "triangular"])
 def test_ikfac_tends_to_the_damped_inverses_of_kfac(structure: Any) -> None:
-    net, data = ref.mlp(6, 3), ref.batches(1) * 400
+    net, data = ref.mlp(6, 3), ref.batches(1) * 100
     fisher = SINGDFisher("empirical", coupled=False, factor_lr=0.3)
     optimizer = SINGD(net, LOSS, lr=0.0, structure=structure, damping=0.3, fisher=fisher)
     ref.train(net, optimizer, data, LOSS)
