@@ -192,7 +192,7 @@ def test_the_support_table_tells_right_from_wrong(monkeypatch):
     assert support.cell(case, None.__class__, "full", reference) == "error"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_linearised_predictions_are_better_than_sampled_networks():
     laplace = laplace_benchmarks()[0]

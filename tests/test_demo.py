@@ -93,7 +93,10 @@ def test_a_run_repeats(name: str) -> None:
     assert first.steps == [0, 5, 10, 12]
 
 
-@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+@pytest.mark.parametrize(
+    "task",
+    [pytest.param(task, marks=[pytest.mark.long] * (task is AUTOENCODER), id=task.name) for task in TASKS],
+)
 def test_second_order_wins_in_steps(task: Task) -> None:
     """With the settings and the seed of the demo: first-order methods need a quarter more steps, at least.
 
