@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, ClassVar, Literal, Unpack, get_args
 
 import torch
 from torch import Tensor, nn
 
+from precond.closure.layer_rows import LayeredLeastSquares, layered
 from precond.closure.optimizer import ClosureOptimizer
 from precond.closure.residuals import DenseLeastSquares, LeastSquares, MatrixFreeLeastSquares, PointwiseResidual
-from precond.closure.solver_choice import SolverChoice, cheapest
+from precond.closure.solver_choice import MANY, SolverChoice, by_layers, cheapest
 from precond.step.adapt import LevenbergMarquardt
 from precond.step.base import MomentumOptions
 from precond.step.graph import Closure, CurvedOutput, GaussNewtonMatrix, flatten, jacobian_rows, unflatten
@@ -21,7 +23,7 @@ from solvers.outcome.arguments import flag, number
 
 log = logging.getLogger(__name__)
 
-SolverName = Literal["auto", "cholesky", "woodbury", "cg", "nystrom"]
+SolverName = Literal["auto", "cholesky", "woodbury", "kfac", "cg", "nystrom"]
 
 # The matrix-free solvers by name. With Nystrom's preconditioner the steps are inexact, as those of Hessian-free: the
 # damping rule judges them all the same.
@@ -81,6 +83,7 @@ class GaussNewton(ClosureOptimizer):
     Transtrum and Sethna: the bound of a                      ``directions``: ``_BEND``
     Mueller and Zeinhofer: J of a network at points           ``residuals.PointwiseResidual.value_and_jacobian``
     Goldshlager et al.: SPRING                                ``directions``: ``solve``
+    Dangel et al.: K-FAC of residuals                         ``layer_rows``
     ========================================================= ==================================================
 
     Args:
@@ -88,11 +91,13 @@ class GaussNewton(ClosureOptimizer):
         lr: Step length.
         damping: :math:`\lambda`, relative to :math:`J^\top J`, or in its units where not ``scaled``; where it starts,
             under a rule.
-        solver: ``"cholesky"`` in the size of the parameters, ``"woodbury"`` in that of the residuals, ``"nystrom"`` or
-            a :class:`~solvers.Nystrom` for products alone: CG, preconditioned from a sketch of ``rank`` products (100),
-            until it gains no more; ``"cg"`` or a :class:`~solvers.CG` without a preconditioner. ``"auto"`` is the
-            cheaper of the first two, or ``"nystrom"`` where J would hold more than 2^29 numbers.
-            ``optimizer.choice`` has the solver of the last step, and why.
+        solver: ``"cholesky"`` in the size of the parameters, ``"woodbury"`` in that of the residuals; ``"kfac"``, of
+            :class:`PointwiseResidual` of networks whose parameters are all in linear layers: CG with products from the
+            rows of the layers, preconditioned by K-FAC, until it gains no more; ``"nystrom"`` or a
+            :class:`~solvers.Nystrom` for the same by any residuals, preconditioned from a sketch of ``rank`` products
+            (100); ``"cg"`` or a :class:`~solvers.CG` without a preconditioner. ``"auto"`` is ``"kfac"`` beyond 50,000
+            parameters where it can be had, otherwise the cheaper of the first two, or ``"nystrom"`` where J would hold
+            more than 2^29 numbers. ``optimizer.choice`` has the solver of the last step, and why.
         damping_rule: The rule above, another :class:`LevenbergMarquardt`, or ``None`` for a fixed damping and no
             rejection.
         scaled: ``"balanced"``, ``True`` or ``False`` as above. ``None`` is ``"balanced"`` wherever J is formed (CG does
@@ -107,7 +112,8 @@ class GaussNewton(ClosureOptimizer):
     References:
         Marquardt (1963); Moré (1978), section 4 (scaling); Transtrum and Sethna (2012), sections 2 and 4
         (acceleration, and the rule), https://arxiv.org/abs/1201.5885; Mueller and Zeinhofer (2023),
-        https://arxiv.org/abs/2302.13163; Goldshlager, Abrahamsen and Lin (2024), SPRING,
+        https://arxiv.org/abs/2302.13163; Dangel, Mueller and Zeinhofer (2024), https://arxiv.org/abs/2405.15603
+        (K-FAC); Goldshlager, Abrahamsen and Lin (2024), SPRING,
         https://arxiv.org/abs/2401.10190
     """
 
@@ -147,7 +153,7 @@ class GaussNewton(ClosureOptimizer):
             flag("scaled", scaled, optional=True)
         flag("acceleration", acceleration)
         self.solver = solver
-        free = isinstance(solver, (CG, Nystrom)) or solver in ("cg", "nystrom")
+        free = isinstance(solver, (CG, Nystrom)) or solver in ("kfac", "cg", "nystrom")
         if scaled and free:
             raise ValueError(f"scaled={scaled!r} needs the diagonal of J^T J, which CG never forms; use scaled=False.")
         usual: bool | Literal["balanced"] = False if free or spring else "balanced"
@@ -162,6 +168,7 @@ class GaussNewton(ClosureOptimizer):
         self.acceleration, self.spring = acceleration, spring
         self._jacobian: Tensor | None = None
         self._residual: Tensor | None = None
+        self._layers: LayeredLeastSquares | None = None
         params = params.parameters() if isinstance(params, nn.Module) else params
         super().__init__(params, lr=lr, defaults={"damping": damping}, **options)
 
@@ -176,7 +183,7 @@ class GaussNewton(ClosureOptimizer):
     @property
     def matrix_free(self) -> bool:
         """Whether J was used by products only."""
-        return self.choice is not None and self.choice.solver in ("cg", "nystrom")
+        return self.choice is not None and self.choice.solver in ("kfac", "cg", "nystrom")
 
     def _choose(self, residuals: list[Tensor | PointwiseResidual], params: list[Tensor]) -> None:
         """Settle the solver of the step."""
@@ -185,7 +192,10 @@ class GaussNewton(ClosureOptimizer):
         if self.choice is not None and sizes == self.chosen_for:
             return
         if self.solver == "auto":
-            choice = cheapest(sum(r.numel() for r in residuals), parameters)
+            pointwise = all(isinstance(r, PointwiseResidual) for r in residuals)
+            rows = sum(r.numel() for r in residuals)
+            by_rows = pointwise and parameters > MANY and not self.scaled_asked
+            choice = by_layers(rows, parameters) if by_rows else cheapest(rows, parameters)
         else:
             name = self.solver if isinstance(self.solver, str) else "cg" if isinstance(self.solver, CG) else "nystrom"
             choice = SolverChoice(name, f"solver={self.solver!r} was asked for")
@@ -199,7 +209,7 @@ class GaussNewton(ClosureOptimizer):
 
     def release(self) -> None:
         super().release()
-        self._jacobian = self._residual = None
+        self._jacobian = self._residual = self._layers = None
 
     def objective(self, closure: Closure) -> Tensor:
         return sum((0.5 * r.detach().square().sum() for r in self._tensors(closure)), torch.zeros(()))
@@ -233,7 +243,12 @@ class GaussNewton(ClosureOptimizer):
         self._closure, params = closure, self.parameters()
         residuals = self._residuals(closure)
         self._choose(residuals, params)
-        if self.matrix_free:
+        if self.choice is not None and self.choice.solver == "kfac":
+            self._layers = self._by_layers(residuals, params)
+        if self._layers is not None:
+            self._residual = self._layers.values
+            slopes = unflatten(self._layers.pull(self._residual), params)
+        elif self.matrix_free:
             self._residual = torch.cat([r.reshape(-1) for r in _values(residuals)])
             found = torch.autograd.grad(
                 self._residual, params, self._residual.detach(), retain_graph=True, allow_unused=True
@@ -243,6 +258,24 @@ class GaussNewton(ClosureOptimizer):
             self._residual, self._jacobian = _linearized(residuals, params)
             slopes = unflatten(self._jacobian.mT @ self._residual, params)
         return self.evaluated(0.5 * self._residual.detach().square().sum(), slopes)
+
+    def _by_layers(
+        self, residuals: list[Tensor | PointwiseResidual], params: list[Tensor]
+    ) -> LayeredLeastSquares | None:
+        """The problem from the rows of layers; where these are not all, another solver is chosen."""
+        found = layered(residuals, params, _INEXACT)
+        if found is not None:
+            return found
+        if self.solver == "kfac":
+            raise ValueError(
+                "solver='kfac' needs residuals at points (PointwiseResidual), of a network whose trained parameters "
+                "are all in linear layers, with derivatives by laplacian and directional_derivatives up to the second "
+                "order; this one has others. Use solver='nystrom'."
+            )
+        choice = cheapest(sum(r.numel() for r in residuals), sum(p.numel() for p in params))
+        self.choice = replace(choice, reason=f"{choice.reason}; linear layers alone do not explain the residuals")
+        log.info("%s: %s, since %s.", type(self).__name__, choice.solver, self.choice.reason)
+        return None
 
     def directions(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         if self.sign < 0:
@@ -278,6 +311,8 @@ class GaussNewton(ClosureOptimizer):
 
     def _problem(self, params: list[Tensor]) -> LeastSquares:
         assert self._residual is not None and self.choice is not None
+        if self._layers is not None:
+            return self._layers
         if self.matrix_free:
             matrix = GaussNewtonMatrix([CurvedOutput(self._residual, lambda x: x)], params)
             if self.choice.solver == "cg":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +15,24 @@ from torch.func import jvp
 
 class NoRuleError(Exception):
     """An operation of the function has no rule here."""
+
+
+class NestedError(Exception):
+    """Derivatives would be nested where they are needed in one pass."""
+
+
+_ONLY = threading.local()
+
+
+@contextmanager
+def one_pass_only() -> Iterator[None]:
+    """Within the block, derivatives that do not go by one pass of jets raise :class:`NestedError`."""
+    before = getattr(_ONLY, "on", False)
+    _ONLY.on = True
+    try:
+        yield
+    finally:
+        _ONLY.on = before
 
 
 class Jet:
@@ -139,10 +159,22 @@ def second_order(u: Callable[[Any], Any], x: Tensor, directions: Tensor) -> Tens
     try:
         found = u(start)
     except (NoRuleError, TypeError, AttributeError):  # what is wrong with u itself is found by the general way
+        nested()
         return None
     if isinstance(found, Jet):
         return found.parts
+    nested()
     return None
+
+
+def nested() -> None:
+    """Derivatives are about to be nested.
+
+    Raises:
+        NestedError: Within :func:`one_pass_only`.
+    """
+    if getattr(_ONLY, "on", False):
+        raise NestedError
 
 
 # Rules

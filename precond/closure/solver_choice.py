@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
-Direct = Literal["cholesky", "woodbury", "nystrom"]
-
+#: Parameters from which products by layers are preferred to the Jacobian.
+MANY = 50_000
 #: Numbers in a Jacobian and in its Gram matrix, at most: 4 GiB in float64.
 LARGEST = 2**29
 
@@ -16,7 +15,7 @@ class SolverChoice:
     """The solver of a step.
 
     Attributes:
-        solver: ``"cholesky"``, ``"woodbury"``, ``"nystrom"`` or ``"cg"``.
+        solver: ``"cholesky"``, ``"woodbury"``, ``"kfac"``, ``"nystrom"`` or ``"cg"``.
         reason: Why, with the sizes.
     """
 
@@ -46,4 +45,17 @@ def cheapest(rows: int, parameters: int, largest: int = LARGEST) -> SolverChoice
     return SolverChoice(
         name,
         f"{sizes}: {name} takes {cost + few**3 // 3:,} operations, {other} {more + many**3 // 3:,}",
+    )
+
+
+def by_layers(rows: int, parameters: int) -> SolverChoice:
+    """CG by the rows of layers, with K-FAC.
+
+    Args:
+        rows: R, residuals.
+        parameters: P.
+    """
+    return SolverChoice(
+        "kfac",
+        f"{rows:,} residuals, {parameters:,} parameters: beyond {MANY:,}, products by layers cost less than J J^T",
     )

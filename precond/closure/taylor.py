@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.func import jacrev, jvp, vmap
 from torch.overrides import TorchFunctionMode
 
-from precond.closure.jets import second_order
+from precond.closure.jets import nested, second_order
 from solvers.outcome.arguments import whole
 
 Field = Callable[[Tensor], Tensor]
@@ -45,6 +45,7 @@ def directional_derivatives(u: Field, x: Tensor, v: Tensor, order: int = 2) -> t
     parts = second_order(u, x, v.unsqueeze(0)) if order <= 2 else None
     if parts is not None:
         return tuple(parts[: order + 1])
+    nested()
     try:
         with _TrustedForward():
             return _series(u, v, order, _forward)(x)

@@ -199,7 +199,7 @@ def _residual(leaf: Any) -> Tensor:
     if found.is_complex() or found.layout != torch.strided:
         kind = "complex" if found.is_complex() else f"sparse ({found.layout})"
         raise TypeError(
-            f"fun returned {kind} residuals; residuals are dense and real. Return torch.view_as_real(r) of complex "
-            "ones and r.to_dense() of sparse ones."
+            f"fun returned {kind} residuals, but they are dense and real. Return torch.view_as_real(r) of complex "
+            "ones, r.to_dense() of sparse ones."
         )
     return found
