@@ -11,6 +11,7 @@ from torch import Tensor
 
 from curvature.losses import NonFiniteCurvatureError
 from curvature.model.parameters import Parameters
+from solvers.outcome.finite import is_finite
 
 
 def refuse_nonfinite(
@@ -27,7 +28,7 @@ def refuse_nonfinite(
     Raises:
         NonFiniteCurvatureError: If there are any.
     """
-    if bool(torch.isfinite(result).all()):
+    if is_finite(result):
         return
     where: Iterable[str] = ()
     if parameters is not None:

@@ -32,6 +32,7 @@ from curvature.losses.signals import Signals
 from curvature.model.backward_hooks import ours
 from curvature.model.data import refuse_complex
 from curvature.structures.estimator import Curvature
+from solvers.outcome.finite import is_finite
 
 
 class Statistics:
@@ -173,7 +174,7 @@ class Statistics:
         self._take(passes, terms, self._share(terms, call.arriving, call.place), call)
 
     def arrived_at_output(self, origin: Pass, gradient: Tensor) -> None:
-        if not bool(torch.isfinite(gradient).all()):
+        if not is_finite(gradient):
             return  # nothing can be read off it, and the step will be skipped
         if not self._open([origin]):
             return

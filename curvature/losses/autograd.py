@@ -20,6 +20,7 @@ from torch.func import grad, jacrev, vmap
 from curvature.losses.errors import EMPIRICAL, NoCurvatureError, NonFiniteLossError, UnknownLossError
 from curvature.losses.loss import Loss, loss_for
 from curvature.losses.terms import Layout, Terms, noise
+from solvers.outcome.finite import is_finite
 from solvers.outcome.memory import is_out_of_memory
 from solvers.precision import widen
 
@@ -251,7 +252,7 @@ class AutogradTerms(Terms):
                 "max_entries."
             )
         H = self._hessians()
-        if not bool(torch.isfinite(H).all()):
+        if not is_finite(H):
             self.refuse_undefined()
         values, vectors = torch.linalg.eigh(H)
         largest, smallest = values.abs().max(), values.min()

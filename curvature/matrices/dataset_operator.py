@@ -17,6 +17,7 @@ from curvature.model.data import Output
 from curvature.model.parameters import Parameters
 from curvature.model.settings import settings
 from solvers import LinearOperator, StructureError
+from solvers.outcome.finite import is_finite
 from solvers.precision import working_dtype
 
 #: Memory in bytes that a block of vectors may take at once, beyond the vectors themselves and their products.
@@ -168,7 +169,7 @@ class DatasetOperator(LinearOperator):
         self.problem.shares.sum(out)
         if not isinstance(self._total, float) or self._total != 1.0:
             out /= self._total
-        if not bool(torch.isfinite(out).all()) and bool(torch.isfinite(vectors).all()):
+        if not is_finite(out) and is_finite(vectors):
             refuse_nonfinite(out, f"a product with the {self.title}", self.rows, self.again)
         return out.reshape(*x.shape[:-1], self.rows.size)
 

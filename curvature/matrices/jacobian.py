@@ -29,6 +29,7 @@ from curvature.model.pullback import (
 from curvature.model.settings import refuse_changes, settings, versions
 from curvature.model.streams import random_state, set_random_state
 from solvers import LinearOperator, StructureError
+from solvers.outcome.finite import is_finite
 from solvers.outcome.memory import is_out_of_memory
 from solvers.precision import working_dtype
 
@@ -242,7 +243,7 @@ class Jacobian(LinearOperator):
                 result = line.pull(x.reshape(math.prod(batch), *self.in_shape).to(line.output.dtype))
             else:
                 result = line.push(x.reshape(math.prod(batch), *self.in_shape))
-        if not bool(torch.isfinite(result).all()) and bool(torch.isfinite(x).all()):
+        if not is_finite(result) and is_finite(x):
             refuse_nonfinite(result, "a product with the Jacobian")
         return result.to(self.dtype).reshape(*batch, *self.out_shape)
 

@@ -16,6 +16,7 @@ from solvers.operators.decompositions import power_of_two
 from solvers.operators.linear_operator import LinearOperator
 from solvers.outcome.arguments import choice, number, whole
 from solvers.outcome.errors import NonFiniteError
+from solvers.outcome.finite import is_finite
 from solvers.outcome.progress import progress_bar
 from solvers.outcome.solution import OnFailure, not_converged
 from solvers.precision import working_dtype
@@ -272,7 +273,7 @@ def exact(name: str, op: LinearOperator, value: Tensor, products: int = 0) -> Es
 
 def require_finite(name: str, op: LinearOperator, value: Tensor) -> None:
     """Refuse NaN and infinity by the operator's name."""
-    if not bool(torch.isfinite(value).all()):
+    if not is_finite(value):
         raise NonFiniteError(
             f"{name} of {op!r} is not finite: the operator holds NaN or infinity, or overflows {op.dtype}. Leave the "
             "batch that caused it out, or use float64."

@@ -12,6 +12,7 @@ from solvers.operators.decompositions import power_of_two
 from solvers.operators.dense import Dense, non_finite, require_symmetric
 from solvers.operators.linear_operator import LinearOperator
 from solvers.outcome.arguments import choice, number, whole
+from solvers.outcome.finite import is_finite
 from solvers.outcome.solution import OnFailure, Solution, SolveInfo, not_converged
 from solvers.precision import widen
 from solvers.solver import Solver
@@ -81,7 +82,7 @@ class MatrixIteration(Solver):
         """As :meth:`power`, but returns the report without judging it; ``x`` is the matrix."""
         require_symmetric(op)
         matrix = widen(op.matrix)
-        if not bool(torch.isfinite(matrix).all()):
+        if not is_finite(matrix):
             raise non_finite(op)
         size = power_of_two(matrix)  # squared norms leave the floating range before the entries do
         matrix = matrix / size

@@ -15,6 +15,7 @@ from solvers.iterative.matrix_iteration import MatrixIteration, distance_to_iden
 from solvers.operators.dense import symmetric_part
 from solvers.outcome.arguments import real_tensor, whole
 from solvers.outcome.errors import NonFiniteError, NotConvergedError
+from solvers.outcome.finite import is_finite
 from solvers.outcome.solution import OnFailure
 
 # Odd quintics x (a + b x^2 + c x^4), each the best one for what the one before leaves of [1e-3, 1]; the last one is
@@ -129,7 +130,7 @@ def polar(matrix: Tensor, steps: int | None = None) -> Tensor:
             return x
         x = odd_polynomial(x, gram, a, b, c)
     worst = float(error.max()) if error.numel() else 0.0
-    if not bool(torch.isfinite(matrix).all()):
+    if not is_finite(matrix):
         raise NonFiniteError("The polar factor of a matrix with NaN or infinity does not exist.")
     if not worst <= 10 * torch.finfo(x.dtype).eps ** 0.5:
         raise NotConvergedError(

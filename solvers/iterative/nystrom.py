@@ -21,6 +21,7 @@ from solvers.operators.linear_operator import LinearOperator
 from solvers.operators.low_rank import LowRank, Rows
 from solvers.outcome.arguments import instance, whole
 from solvers.outcome.errors import NonFiniteError, NotPositiveDefiniteError, StructureError
+from solvers.outcome.finite import is_finite
 from solvers.outcome.solution import OnFailure
 
 
@@ -139,7 +140,7 @@ class Nystrom(IterativeSolver):
         gaussian = torch.randn(size, generator=generator, dtype=op.dtype, device=generator.device).to(op.device)
         omega = torch.linalg.qr(gaussian).Q  # (n, l)
         y = (op @ omega.mT.reshape(-1, *op.in_shape)).reshape(-1, n).mT
-        if not bool(torch.isfinite(y).all()):
+        if not is_finite(y):
             raise NonFiniteError(f"Nystrom met NaN or infinity in the products of {op!r}.")
         unit = power_of_two(y)  # squares of norms leave the floating range before the entries do
         y = y / unit

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from solvers.operators.dense import Dense, non_finite, symmetric_part
 from solvers.outcome.errors import SolverError
+from solvers.outcome.finite import is_finite
 from solvers.outcome.memory import is_out_of_memory
 from solvers.outcome.remedies import FLOAT64, PERTURBED, note
 
@@ -94,7 +95,7 @@ def _with_zeros(zero: Tensor, kept: Tensor, values: Tensor, vectors: Tensor) -> 
 
 def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     found = _attempt(_symmetric, matrix)
-    if found is None and prod(matrix.shape[:-2]) > 1 and bool(torch.isfinite(matrix).all()):
+    if found is None and prod(matrix.shape[:-2]) > 1 and is_finite(matrix):
         # One bad block spoils a stack; alone, each also leaves out zeros of its own.
         parts = [eigendecomposition(part) for part in matrix.flatten(0, -3)]
         found = tuple(
@@ -151,7 +152,7 @@ def _remedied(routine: Routine, matrix: Tensor, name: str, like: Callable[[Tenso
         name: The decomposition, for messages.
         like: Makes a matrix, or a perturbation of it, exactly of its kind (symmetric).
     """
-    if not bool(torch.isfinite(matrix).all()):
+    if not is_finite(matrix):
         raise non_finite(Dense(matrix))
     size = power_of_two(matrix)
     for remedy, attempt in _attempts(matrix / size, like):
