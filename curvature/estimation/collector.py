@@ -33,8 +33,9 @@ from curvature.structures.weighted_mean import WeightedMean
 from solvers import BlockDiagonal, Diagonal, LinearOperator
 from solvers.precision import full_float32
 
-#: Bytes of output gradients that a vectorised backward pass of several signals may bring back, by type of device. It
-#: saves the overhead of its calls; where a signal brings more by itself, there is nothing to save.
+#: Bytes of output gradients that a vectorised backward pass of several signals may bring back, by type of device: it
+#: saves the overhead of its calls. Four times the size of the parameters may come back in any case: where a signal
+#: brings less than they take, the statistics of all signals are written once in the place of once for each.
 VECTORISED = {"cpu": 1 << 22, "cuda": 1 << 28}
 
 
@@ -343,8 +344,9 @@ class Collector:
             return 1
         numbers = sum(math.prod(site.output_shape) for site in sites_of(groups))
         numbers += sum(group.block.numel for group in groups if not group.uses)
-        budget = VECTORISED.get(self.parameters.device.type, VECTORISED["cuda"])
-        return max(1, budget // max(1, numbers * self.parameters.dtype.itemsize))
+        size = self.parameters.dtype.itemsize
+        budget = max(VECTORISED.get(self.parameters.device.type, VECTORISED["cuda"]), 4 * size * self.parameters.size)
+        return max(1, budget // max(1, numbers * size))
 
     def _update(self, group: Group, uses: list[Outer | PerSample], first: bool, **options: Any) -> None:
         if first:

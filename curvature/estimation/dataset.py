@@ -198,7 +198,7 @@ def estimate(
 
     def sums(reasons: dict[str, str]) -> BlockDiagonal:
         """One run over the data, with some parameters taken by autograd from the first batch on."""
-        collector = Collector(parameters, make, joint=curvature.joint)
+        collector = Collector(parameters, make, joint=curvature.joint, vectorised=True)
         collector.plan.without_rule |= reasons
         run = Accumulation(model, collector, generator, curvature.passes, file, look)
         with torch.inference_mode(False), untouched(model):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from curvature import fisher
+from curvature.estimation.collector import Collector
 from tests.curvature import dense_reference as dense
 from tests.curvature.problems import PROBLEMS
 
@@ -20,3 +21,17 @@ def test_diagonal_is_exact(name: str, kind: str) -> None:
         problem.model, problem.loss_fn, problem.data, kind=kind, structure="diagonal", class_dim=problem.class_dim
     )
     torch.testing.assert_close(got.diagonal(), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("structure", ["diagonal", "kfac", "ekfac", "layer"])
+def test_signals_give_the_same_together_and_one_by_one(structure: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = PROBLEMS["cnn"]()
+
+    def found(at_once: int) -> torch.Tensor:
+        monkeypatch.setattr(Collector, "_together", lambda self, groups: at_once)
+        matrix = fisher(problem.model, problem.loss_fn, problem.data, kind="exact", structure=structure)
+        return matrix.to_dense()
+
+    alone = found(1)
+    for at_once in (2, 100):  # two at a time do not divide every number of classes
+        torch.testing.assert_close(found(at_once), alone, rtol=1e-10, atol=1e-12)
