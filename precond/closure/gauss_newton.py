@@ -129,6 +129,11 @@ class GaussNewton(ClosureOptimizer):
         paper="https://arxiv.org/abs/2302.13163",
     )
 
+    # Of the step that is on its way; copies of the optimizer begin without.
+    _jacobian: Tensor | None = None
+    _residual: Tensor | None = None
+    _layers: LayeredLeastSquares | None = None
+
     def __init__(
         self,
         params: Any,
@@ -166,9 +171,6 @@ class GaussNewton(ClosureOptimizer):
         if damping_rule is None and acceleration and "acceleration" in self.given:
             raise ValueError("acceleration=True needs a damping_rule, which judges the bent step; leave it out.")
         self.acceleration, self.spring = acceleration, spring
-        self._jacobian: Tensor | None = None
-        self._residual: Tensor | None = None
-        self._layers: LayeredLeastSquares | None = None
         params = params.parameters() if isinstance(params, nn.Module) else params
         super().__init__(params, lr=lr, defaults={"damping": damping}, **options)
 

@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.func import jacrev, vmap
 from torch.overrides import TorchFunctionMode
 
-from curvature.layers.samples import gram
 from precond.closure.jets import Jet, NestedError, one_pass_only
 from precond.closure.residuals import LeastSquares, PointwiseResidual
 from precond.step.graph import flatten, unflatten
 from solvers import CG, Function, LinearOperator, Tikhonov
 from solvers.outcome.memory import is_out_of_memory
+from solvers.triangles import gram
 
 
 @dataclass(frozen=True)
