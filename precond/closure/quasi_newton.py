@@ -18,6 +18,9 @@ from precond.step.divergence import all_finite
 from precond.step.graph import flatten, unflatten
 from solvers.outcome.arguments import whole
 
+#: ``b, h, size, fresh`` to :math:`\tau` and :math:`\phi`; see :meth:`QuasiNewton.scales`.
+Scales = Callable[[float, float, int, bool], tuple[float, float]]
+
 
 @dataclass(frozen=True)
 class Secant:
@@ -65,7 +68,7 @@ class DenseInverse(InverseHessian):
         matrix: H; ``None`` for the identity.
     """
 
-    scales: Callable[[float, float, int, bool], tuple[float, float]]
+    scales: Scales
     matrix: Tensor | None = None
 
     @property

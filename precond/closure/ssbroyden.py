@@ -1,15 +1,15 @@
-"""Self-scaled Broyden."""
+"""Self-scaled Broyden, dense or of limited memory."""
 
 from __future__ import annotations
 
 import math
 from typing import ClassVar
 
-from precond.closure.quasi_newton import QuasiNewton
+from precond.closure.recent_pairs import RecentFamily, WindowedQuasiNewton
 from precond.step.methods import Taxonomy
 
 
-class SSBroyden(QuasiNewton):
+class SSBroyden(WindowedQuasiNewton):
     r"""Self-scaled Broyden: a quasi-Newton method that chooses its member of Broyden's family at every update.
 
     With the inverse Hessian H, the move s, the change y of the gradient, and :math:`h = y^\top H y / y^\top s`,
@@ -31,12 +31,13 @@ class SSBroyden(QuasiNewton):
 
     Prefer it, and :class:`SSBFGS`, to ``torch.optim.LBFGS`` for smooth deterministic losses solved to high accuracy,
     such as physics-informed networks whose loss is no sum of squares; for those that are, :class:`GaussNewton` needs
-    fewer steps. Memory ``P^2``.
+    fewer steps. Memory ``P^2``; with ``window=m`` H is known from the last m pairs alone, at 3mP numbers and
+    ``4m^2 P`` an iteration.
 
     ============================== =============================================================
     Urbán, Stefanou and Pons       here
     ============================== =============================================================
-    the update                     ``quasi_newton.DenseInverse.updated``
+    the update                     ``quasi_newton.DenseInverse.updated``, ``recent_pairs.RecentFamily``
     :math:`\tau`, :math:`\phi`     ``scales``
     the line search (strong Wolfe) ``line_search.strong_wolfe``: Nocedal and Wright, 3.5 and 3.6
     ============================== =============================================================
@@ -44,6 +45,7 @@ class SSBroyden(QuasiNewton):
     Args:
         params: The model, or parameters, groups, or named parameters; all are solved for together.
         lr: Multiplies the move of a step; 1 is the method's.
+        window: Pairs that H is made from; ``None`` for all of them, in a dense matrix.
         iterations: Iterations of a step, each with its line search.
         wolfe: The constants :math:`(c_1, c_2)` of the Wolfe conditions.
         options: See :class:`SecondOrderOptimizer`.
@@ -55,15 +57,17 @@ class SSBroyden(QuasiNewton):
 
     taxonomy: ClassVar = Taxonomy(
         curvature="Hessian, from differences of gradients",
-        structure="dense",
+        structure="dense, or low rank from a window of pairs",
         solver="self-scaled Broyden updates",
         matrices=("Hessian",),
-        forms=("dense",),
-        step="a line search and 6P² for each iteration",
+        forms=("dense", "low rank"),
+        step="a line search and 6P², or 4M²P for a window of M, for each iteration",
         refresh="none",
-        memory="P²",
+        memory="P², or 3MP",
         paper="https://arxiv.org/abs/2405.04230",
     )
+
+    recent: ClassVar = RecentFamily
 
     def scales(self, b: float, h: float, size: int, fresh: bool) -> tuple[float, float]:
         a = max(h * b - 1, 0.0)  # not negative, by Cauchy and Schwarz

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ import torch
 
 from precond import SSBFGS, SSBroyden
 from precond.closure.line_search import strong_wolfe
+from precond.closure.quasi_newton import Secant
+from precond.closure.recent_pairs import RecentFamily
 
 
 def bfgs(H, s, y, b, h, fresh):
@@ -48,14 +51,19 @@ def gradient(x):
     return torch.func.grad(loss_of)(torch.as_tensor(x)).numpy()
 
 
-METHODS = {"SSBFGS": SSBFGS, "SSBroyden": SSBroyden, "SSBFGS, window": lambda p, **o: SSBFGS(p, window=50, **o)}
+METHODS = {
+    "SSBFGS": SSBFGS,
+    "SSBroyden": SSBroyden,
+    "SSBFGS, window": lambda p, **o: SSBFGS(p, window=50, **o),
+    "SSBroyden, window": lambda p, **o: SSBroyden(p, window=50, **o),
+}
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_updates_are_those_of_the_paper(name):
     p = torch.nn.Parameter(start())
     optimizer = METHODS[name]([p], iterations=1)
-    H, update = np.eye(6), broyden if name == "SSBroyden" else bfgs
+    H, update = np.eye(6), broyden if name.startswith("SSBroyden") else bfgs
     shown = []
     for step in range(40):
         before = p.detach().numpy().copy()
@@ -99,6 +107,43 @@ def test_a_window_leaves_the_scales_of_forgotten_pairs_behind():
         y = gradient(before + s) - g
         tau.append((y @ y) / (y @ s) if step == 0 else min(1, (y @ s) / (alpha * (-g @ s))))
         pairs.append((s, y))
+
+
+def test_the_family_from_a_window_is_the_recursion_from_what_is_left(generator):
+    root = torch.randn(6, 6, generator=generator, dtype=torch.float64)
+    hessian, identity = root @ root.mT + 0.1 * torch.eye(6, dtype=torch.float64), np.eye(6)
+    signs = iter([1, -1] * 5)
+
+    def scales(b, h, size, fresh):  # a member of the family whose estimate is positive definite
+        return 0.7 + 0.1 * b / (1 + b), next(signs) * 0.5 / (h * b - 1 + 1e-3)
+
+    none = torch.zeros(0, 6, dtype=torch.float64)
+    inverse = RecentFamily(scales, 3, none, none)
+    pairs, members = [], []
+    for step in range(9):
+        s = torch.randn(6, generator=generator, dtype=torch.float64)
+        y = hessian @ s
+        H = identity.copy()
+        for i, (a, c, tau) in enumerate(pairs):
+            if i < len(pairs) - 3:
+                H = H / tau
+            else:
+                Hc = H @ c
+                v = a / (c @ a) - Hc / (c @ Hc)
+                H = (H - np.outer(Hc, Hc) / (c @ Hc) + members[i] * (c @ Hc) * np.outer(v, v)) / tau
+                H = H + np.outer(a, a) / (c @ a)
+        found = torch.stack([inverse.apply(e) for e in torch.eye(6, dtype=torch.float64)])
+        np.testing.assert_allclose(found.numpy(), H, rtol=1e-8, atol=1e-9 * np.abs(H).max(), err_msg=f"pair {step}")
+        assert np.linalg.eigvalsh(H).min() > 0
+        slope = float(y @ s)
+        b, h = s.numpy() @ np.linalg.solve(H, s.numpy()) / slope, y.numpy() @ H @ y.numpy() / slope
+        inverse = inverse.updated(Secant(s, y, slope, b))
+        tau, phi = inverse.tau[-1], inverse.phi[-1]
+        assert phi == pytest.approx((-1) ** step * 0.5 / (h * b - 1 + 1e-3), rel=1e-6)
+        if len(pairs) >= 3:
+            members = [max(member, 0.0) for member in members]
+        members.append(phi)
+        pairs.append((s.numpy(), y.numpy(), tau))
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -172,7 +217,7 @@ def test_a_wall_of_infinity_is_stepped_back_from():
 
 def test_parameters_that_come_later_begin_the_estimate_again():
     p, q = torch.nn.Parameter(start()), torch.nn.Parameter(torch.ones(2, dtype=torch.float64))
-    for method in (SSBroyden, SSBFGS, lambda params, **o: SSBFGS(params, window=4, **o)):
+    for method in (SSBroyden, SSBFGS, partial(SSBFGS, window=4), partial(SSBroyden, window=4)):
         optimizer = method([p], iterations=2)
         optimizer.step(lambda: loss_of(p))
         optimizer.add_param_group({"params": [q]})
