@@ -258,7 +258,7 @@ def test_refuses_what_is_no_residual(make, message):
 def test_refuses_options_out_of_range():
     p = torch.nn.Parameter(torch.ones(2))
     with pytest.raises(
-        ValueError, match="solver is one of auto, cholesky, woodbury, cg, nystrom, a CG or a Nystrom; got 'lu'"
+        ValueError, match="solver is one of auto, cholesky, woodbury, kfac, cg, nystrom, a CG or a Nystrom; got 'lu'"
     ):
         GaussNewton([p], solver="lu")
     with pytest.raises(ValueError, match=r"spring is the weight of the previous step, in \[0, 1\); got 1"):
