@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from curvature.model.arguments import checked
 from curvature.model.data import Data, Output, batches, call, resolve_output, to_device
 from curvature.model.order import checksum
 from curvature.model.settings import settings
+from curvature.model.trees import tensors_in
 
 
 class NondeterministicError(RuntimeError):
@@ -34,7 +36,7 @@ def check_deterministic(model: nn.Module, data: Data, *, output: Output | None =
     Args:
         model: Any module; evaluated in its current mode, and left as it is.
         data: One batch ``(x, y)`` or a re-iterable of batches.
-        output: Picks the output tensor where the model does not return a tensor.
+        output: Picks the output tensor; by default all that the model returns is compared.
 
     Raises:
         NondeterministicError: If anything differs; the message names all that was found: active dropout, batch norm in
@@ -60,8 +62,9 @@ def check_deterministic(model: nn.Module, data: Data, *, output: Output | None =
     outputs = []
     for seed in range(2):
         with settings(model, seeded(seed, device), device), torch.no_grad():
-            outputs.append(resolve_output(call(model, to_device(x, device)), output))
-    found += chance_in(model, drew=not torch.equal(outputs[0], outputs[1]), split=True)
+            outputs.append(_outputs(call(model, to_device(x, device)), output))
+    drew = not all(map(torch.equal, *outputs))
+    found += chance_in(model, drew=drew, split=True)
     if found:
         raise NondeterministicError(_listed(found))
 
@@ -102,6 +105,16 @@ def chance_in(model: nn.Module, *, drew: bool, split: bool) -> list[str]:
             "(model.eval())"
         )
     return found
+
+
+def _outputs(result: Any, output: Output | None) -> list[Tensor]:
+    """What the loss sees: one tensor, or all that there are, of which a sum of losses picks its own."""
+    try:
+        return [resolve_output(result, output)]
+    except TypeError:
+        if output is not None or not (found := tensors_in(result)):
+            raise
+        return found
 
 
 def _listed(found: list[str]) -> str:

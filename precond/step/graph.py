@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from curvature.losses import Terms, loss_for, module_called
+from curvature.losses import SumOfLosses, Terms, loss_for, module_called
 from curvature.model.data import refuse_complex
 from curvature.model.parameters import tensor_of_its_own
 from curvature.model.pullback import Pullback, pull_back
@@ -301,7 +301,8 @@ def curved_output(loss_fn: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         TypeError: If the output is complex.
     """
     given = list(args)
-    given += [kwargs[name] for name in ("input", "target")[len(args) :]]
+    names = ("outputs", "targets") if isinstance(loss_fn, SumOfLosses) else ("input", "target")
+    given += [kwargs[name] for name in names[len(args) :]]
     refuse_complex(given[0])
     terms = loss_for(loss_fn).terms(*given, as_called=True)
     if terms.reduction == "none":
@@ -313,4 +314,5 @@ def curved_output(loss_fn: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
             f"what is minimised holds a negative multiple of {loss_fn!r}, whose Gauss-Newton matrix is not positive "
             "semi-definite. maximize=True and a negated loss both turn signs."
         )
-    return CurvedOutput(given[0], lambda x: scale * terms.hessian_product(x), terms, scale)
+    value = terms.output if isinstance(loss_fn, SumOfLosses) else given[0]  # all outputs of a sum in one vector
+    return CurvedOutput(value, lambda x: scale * terms.hessian_product(x), terms, scale)

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import curvature
 from curvature import NondeterministicError, NotOneLossWarning, check_deterministic
 from curvature.estimation.checkpoint import Checkpoint
+from curvature.losses import SumOfLosses
 from tests.curvature.problems import normal
 
 
@@ -136,6 +137,29 @@ def test_the_second_pass_of_a_structure_draws_what_the_first_drew(killed: bool, 
             trace(Batches(), "ekfac", **options)
     found = trace(data(), "ekfac", **options)
     torch.testing.assert_close(found, trace(data(), "diagonal"), rtol=1e-12, atol=0)
+
+
+class Heads(nn.Module):
+    """Two outputs, and chance in one of them on request."""
+
+    def __init__(self, p: float = 0.0) -> None:
+        super().__init__()
+        self.inner, self.drop = plain(), nn.Dropout(p)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        z = self.inner(x)
+        return {"label": z, "size": self.drop(z[:, :1])}
+
+
+def test_outputs_of_several_losses_are_compared_and_reported() -> None:
+    loss_fn = SumOfLosses({"label": (1.0, nn.CrossEntropyLoss()), "size": (0.5, nn.MSELoss())})
+    batches = [(x, {"label": y, "size": x[:, :1]}) for x, y in data()]
+    with pytest.raises(NondeterministicError, match="dropout is active in drop"):
+        check_deterministic(Heads(0.5), batches)
+    found = curvature.report(Heads(), loss_fn, batches, sections=["trace"], progress=False)
+    exact = float(curvature.hessian(Heads(), loss_fn, batches).to_dense().trace())
+    trace = found.traces["hessian"].trace
+    assert trace.value == pytest.approx(exact, rel=1e-9, abs=5 * trace.error)
 
 
 def test_one_shot_iterators_are_refused() -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
+from curvature.losses import SumOfLosses
 from precond.closure.curveball import CurveBall
 from precond.closure.hessian_free import HessianFree
 from precond.step.graph import CurvedOutput, GaussNewtonMatrix, unflatten
@@ -81,6 +84,24 @@ def test_products_sum_over_outputs_with_their_weights_in_the_loss(generator):
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
     diagonal = matrix.sampled_diagonal(2000, torch.Generator().manual_seed(0))
     assert (diagonal - expected.diagonal()).abs().max() < 0.15 * expected.diagonal().max()
+
+
+TO_THE_END = {"max_steps": 500, "rtol": 1e-13, "min_progress": 0.0, "preconditioner": False}
+
+
+@pytest.mark.parametrize("method", [partial(HessianFree, **TO_THE_END), CurveBall], ids=["HessianFree", "CurveBall"])
+def test_a_sum_of_losses_on_two_outputs_is_the_loss_on_both(method):
+    """Means over equally many numbers: the sum of the two is twice the mean over all."""
+    both, halves = ref.SmallModel(), ref.SmallModel()
+    whole = nn.MSELoss()
+    parts = SumOfLosses({key: (1.0, nn.MSELoss()) for key in (0, 1)})
+    first, second = method(both, whole), method(halves, parts)
+    for step in range(3):
+        x, y = ref.batch(step)
+        first.step(lambda x=x, y=y: 2 * whole(both(x), y))
+        second.step(lambda x=x, y=y: parts(outputs=halves(x).chunk(2, 1), targets=y.chunk(2, 1)))
+    for p, q in zip(both.parameters(), halves.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
 
 
 def test_an_output_that_a_parameter_does_not_reach_has_zero_columns():
