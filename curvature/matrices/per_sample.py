@@ -107,6 +107,7 @@ def gradient_second_moment(
     class_dim: int | None = None,
     batch_dim: int | None = None,
     progress: bool | None = None,
+    process_group: Any = None,
 ) -> dict[str, Tensor]:
     r"""Mean over all examples of the squares of :func:`per_sample_gradients`, :math:`\frac{1}{N} \sum_n g_n^2`.
 
@@ -119,12 +120,13 @@ def gradient_second_moment(
         class_dim: Class axis of the output where the shapes leave it open.
         batch_dim: Axis of the output that counts the examples, where it is not the first.
         progress: Show a progress bar.
+        process_group: Processes whose data together are the data, see :func:`curvature.hessian`.
 
     Returns:
         ``{name: shape}``.
     """
     options = {"params": params, "output": output, "class_dim": class_dim, "batch_dim": batch_dim}
-    problem = Problem(model, loss_fn, data, progress=progress, **options)
+    problem = Problem(model, loss_fn, data, progress=progress, process_group=process_group, **options)
     squares, _ = _moments(problem, mean=False)
     return problem.parameters.unflatten(squares)
 
@@ -140,6 +142,7 @@ def gradient_variance(
     class_dim: int | None = None,
     batch_dim: int | None = None,
     progress: bool | None = None,
+    process_group: Any = None,
 ) -> dict[str, Tensor]:
     r"""Variance over all examples of :func:`per_sample_gradients`, :math:`\frac{1}{N} \sum_n (g_n - \bar g)^2`.
 
@@ -152,13 +155,14 @@ def gradient_variance(
         class_dim: Class axis of the output where the shapes leave it open.
         batch_dim: Axis of the output that counts the examples, where it is not the first.
         progress: Show a progress bar.
+        process_group: Processes whose data together are the data, see :func:`curvature.hessian`.
 
     Returns:
         ``{name: shape}``. Computed as the second moment minus the square of the mean, so entries far below the squared
         mean carry its rounding error.
     """
     options = {"params": params, "output": output, "class_dim": class_dim, "batch_dim": batch_dim}
-    problem = Problem(model, loss_fn, data, progress=progress, **options)
+    problem = Problem(model, loss_fn, data, progress=progress, process_group=process_group, **options)
     squares, mean = _moments(problem, mean=True)
     return problem.parameters.unflatten((squares - mean.square()).clamp(min=0))
 
@@ -185,6 +189,8 @@ def _moments(problem: Problem, mean: bool) -> tuple[Tensor, Tensor]:
             total.add_(p.flatten(gradient_of(examples.output, p, signal)))
 
     _visit(problem, add)
+    problem.shares.sum(squares, total)
+    count = sum(problem.shares.gather(count))
     return squares / count, total / count
 
 

@@ -66,7 +66,8 @@ def _of_one_process(name: str) -> str:
     return (
         f"{name} works on the data of one process and takes no process_group=. Call it with the data of this process "
         "alone. Over processes there are hessian, ggn, fisher, gradient_covariance (and what solvers makes of them), "
-        "influence, self_influence, report and the posteriors of curvature.laplace."
+        "gradient_second_moment, gradient_variance, influence, self_influence, report and the posteriors of "
+        "curvature.laplace."
     )
 
 

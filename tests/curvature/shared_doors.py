@@ -20,13 +20,21 @@ from tests.curvature.matrices.shared_runs import Net, data, own
 
 SHARES = (9, 4)
 #: Functions that take a group, by the table; matrices, influences and posteriors are tested beside their own.
-SERVED = ("hessian", "ggn", "fisher", "gradient_covariance", "report", "influence", "self_influence")
+SERVED = (
+    "hessian",
+    "ggn",
+    "fisher",
+    "gradient_covariance",
+    "gradient_variance",
+    "gradient_second_moment",
+    "report",
+    "influence",
+    "self_influence",
+)
 #: Functions that do not.
 REFUSED = (
     "per_sample_gradients",
     "per_sample_norms",
-    "gradient_variance",
-    "gradient_second_moment",
     "jacobian",
     "ntk",
     "kernel_eigenvalues",
@@ -161,9 +169,13 @@ def operators() -> dict[str, float]:
         "sketch": lambda H: (solvers.Nystrom(5).approximate(H).to_dense(),),
         "block": lambda H: (H.block("first.*").to_dense(),),
     }
+    looks = {name: (look(found), look(alone)) for name, look in tries.items()}
+    for door in (curvature.gradient_second_moment, curvature.gradient_variance):
+        mine = door(Net(), nn.CrossEntropyLoss(), own(SHARES), process_group=group)
+        looks[door.__name__] = tuple(mine.values()), tuple(door(Net(), nn.CrossEntropyLoss(), data()).values())
     return {
         name: max(float((torch.as_tensor(a) - torch.as_tensor(b)).abs().max()) for a, b in zip(*both, strict=True))
-        for name, both in ((name, (look(found), look(alone))) for name, look in tries.items())
+        for name, both in looks.items()
     }
 
 

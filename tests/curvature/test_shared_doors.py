@@ -49,7 +49,7 @@ def test_a_section_that_fails_on_one_rank_is_refused_on_all(found: list[dict[str
 
 def test_solvers_find_of_shared_data_what_they_find_of_all(found: list[dict[str, Any]]) -> None:
     for rank in found:
-        assert len(rank["operators"]) == 11
+        assert len(rank["operators"]) == 13
         assert {name: gap for name, gap in rank["operators"].items() if not gap < 1e-9} == {}
         assert {name: gap for name, gap in rank["compressed"].items() if not gap < 1e-9} == {}
 
