@@ -455,10 +455,11 @@ def measured(shape: tuple[int, ...]) -> tuple[float, float]:
 # What is sent and kept
 
 
-def traffic(shape: tuple[int, ...]) -> dict[str, Any]:
+def traffic(shape: tuple[int, ...], methods: tuple[Any, ...] = (KFAC, EKFAC)) -> dict[str, Any]:
     """Numbers that a rank gives to others, in a step with statistics and in one without; and what it keeps."""
     out: dict[str, Any] = {}
-    for name, cls in {"KFAC": KFAC, "EKFAC": EKFAC}.items():
+    for cls in methods:
+        name = cls.__name__
         torch.manual_seed(0)
         net = shard(nn.Sequential(*(nn.Linear(a, b) for a, b in pairwise(SIZES))).double(), mesh_of(shape))
         refresh = Refresh(2, stagger=False)
@@ -482,18 +483,24 @@ SIZES = (6, 8, 4, 2)
 
 @contextlib.contextmanager
 def sent_to_others() -> Iterator[list[int]]:
+    """Messages of tensors; of those to all processes of a mesh, which decide, none."""
     found: list[int] = []
-    own = dist.all_to_all_single
+    own, gather = dist.all_to_all_single, dist.all_gather
 
     def counting(out: Tensor, given: Tensor, into: list[int], of: list[int], group: Any) -> Any:
         found.append(sum(of) - of[dist.get_rank(group)])
         return own(out, given, into, of, group=group)
 
-    dist.all_to_all_single = counting
+    def gathering(out: list[Tensor], given: Tensor, group: Any) -> Any:
+        if len(out) < dist.get_world_size():
+            found.append(given.numel() * (len(out) - 1))
+        return gather(out, given, group=group)
+
+    dist.all_to_all_single, dist.all_gather = counting, gathering
     try:
         yield found
     finally:
-        dist.all_to_all_single = own
+        dist.all_to_all_single, dist.all_gather = own, gather
 
 
 def low_precision(shape: tuple[int, ...]) -> dict[str, Any]:
@@ -535,6 +542,7 @@ def on_four(folder: str) -> dict[str, Any]:
         "loaded": loads((2, 2), folder),
         "disagreements": disagreements((2, 2)),
         "measured": measured((2, 2)),
+        "traffic": traffic((2, 2), (KFAC,)),
         "ways": every_way((2, 2), ("kfac exact",), ["accumulated", "reduced later"])
         | every_way((4,), ("kfac exact",), ["no part"]),
     }

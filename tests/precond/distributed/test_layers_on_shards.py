@@ -70,6 +70,7 @@ def test_steps_checkpoints_refusals_and_traffic(found: dict[str, Any]) -> None:
     what_is_not_served_is_refused_by_name(found["two"])
     all_ranks_decide_together(found)
     owners_get_and_keep_what_the_page_says(found["two"])
+    replicas_add_up_what_the_page_says(found["four"])
     factors_are_in_float32_where_parameters_are_not(found["two"])
 
 
@@ -158,6 +159,24 @@ def owners_get_and_keep_what_the_page_says(two: list[dict[str, Any]]) -> None:
         kept = [rank["traffic"][f"{name}, kept"] for rank in two]
         assert len({block for blocks, _ in kept for block in blocks}) == len(shapes) == sum(len(b) for b, _ in kept)
         assert all(0 < len(blocks) < number == len(shapes) for blocks, number in kept)
+
+
+def replicas_add_up_what_the_page_says(four: list[dict[str, Any]]) -> None:
+    """Two replicas of two shards: twice what one sends, and the sums of each owner between them, there and back."""
+    shapes = [(b, a) for a, b in pairwise(runs.SIZES)]
+    gradient = sum(b * a + b for b, a in shapes)
+    sums = {n: sum(1 + d * (d + 1) // 2 for d in (b, a + 1)) for n, (b, a) in enumerate(shapes)}
+    owned = [sum(sums[int(name[0])] for name in rank["traffic"]["KFAC, kept"][0]) for rank in four]
+    assert sum(owned) == 2 * sum(sums.values())  # each block lies on one rank of each replica
+    for step in range(4):
+        given = [rank["traffic"][f"KFAC, {step}"] for rank in four]
+        if step % 2:
+            assert all(len(numbers) == 2 for numbers in given) and sum(map(sum, given)) == 2 * gradient
+            continue
+        assert all(len(numbers) == (7 if step else 5) for numbers in given)
+        between = sum(owned) // 2 + sum(-(-own // 2) for own in owned)  # scattered; gathered, padded by at most one
+        momenta = gradient + 4 * 2 * len(shapes) if step else 0  # and the length of that of each parameter
+        assert sum(map(sum, given)) == 2 * gradient + 2 * sum(sums.values()) + between + momenta, step
 
 
 def factors_are_in_float32_where_parameters_are_not(two: list[dict[str, Any]]) -> None:
