@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -79,6 +80,32 @@ def test_quantities_of_backpack(problem: Any) -> None:
     close(hessian, torch.cat([p.diag_h.flatten() for p in model.parameters()]))
     blocks = [p.kflr[0] if len(p.kflr) == 1 else torch.kron(*p.kflr) for p in model.parameters()]
     close(kfac, torch.block_diag(*blocks))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_weights_that_asdl_preconditions(problem: Any) -> None:
+    """Biases differ: there they take the damping of their weight's factor."""
+    asdl = pytest.importorskip("asdl")
+    model, loss_fn, data = problem
+    x, y = data[0]
+    theirs, ours = copy.deepcopy(model), copy.deepcopy(model)
+    config = asdl.PreconditioningConfig(data_size=len(x), damping=1e-2)
+    maker = asdl.KfacGradientMaker(theirs, config, fisher_type="fisher_exact")
+    maker.setup_loss_call(loss_fn, maker.setup_model_call(theirs, x), y)
+    maker.forward_and_backward()
+    optimizer = precond.PreconditionedOptimizer(
+        ours,
+        loss_fn,
+        curvature=precond.KroneckerFisher("exact", bias="separate"),
+        damping=precond.FactoredTikhonov(1e-2),
+        solver=precond.Cholesky(),
+        lr=1.0,
+    )
+    loss_fn(ours(x), y).backward()
+    optimizer.precondition()
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        if name.endswith("weight"):
+            close(p.grad, q.grad)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("scaling,adjust", [("spectral", "original"), ("adam", "match_rms_adamw")])
