@@ -18,16 +18,16 @@ from tests.precond.distributed.checks import Batch, Language, Net, parameters, t
 #: Methods of both kinds.
 METHODS: dict[str, Callable[[nn.Module, nn.Module], torch.optim.Optimizer]] = {
     "KFAC": lambda model, loss_fn: KFAC(
-        model, loss_fn, lr=0.1, fisher="exact", inverse_update_period=2, memory_fraction=1 / ranks()
+        model, loss_fn, lr=0.1, fisher="empirical", inverse_update_period=2, memory_fraction=1 / processes()
     ),
-    "EKFAC": lambda model, loss_fn: EKFAC(model, loss_fn, lr=0.1, fisher="exact", inverse_update_period=2),
+    "EKFAC": lambda model, loss_fn: EKFAC(model, loss_fn, lr=0.1, fisher="empirical", inverse_update_period=2),
     "SOAP": lambda model, _: SOAP(model.parameters(), lr=0.02, inverse_update_period=2),
     "Muon": lambda model, _: Muon(model.parameters(), lr=0.02),
     "Shampoo": lambda model, _: Shampoo(model.parameters(), lr=0.02, inverse_update_period=2, damping=1e-8),
 }
 
 
-def ranks() -> int:
+def processes() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 

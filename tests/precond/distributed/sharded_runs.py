@@ -147,10 +147,10 @@ def differences(shape: tuple[int, ...], names: list[str] | None = None) -> dict[
     mesh, rank, size = mesh_of(shape), dist.get_rank(), dist.get_world_size()
     out = {}
     for name in names or METHODS:
-        gaps = []
+        alone, gaps = rich(), []
+        steps(alone, METHODS[name](alone.parameters()), range(6))
         for place in ((0, 1), (rank, size)):
-            alone, net = rich(), shard(rich(), mesh)
-            steps(alone, METHODS[name](alone.parameters()), range(6))
+            net = shard(rich(), mesh)
             steps(net, METHODS[name](net.parameters()), range(6), *place)
             gaps.append(gap(alone, net))
         out[name] = (gaps[0], gaps[1])
