@@ -21,6 +21,7 @@ from curvature.layers.samples import Outer, PerSample, Samples
 from curvature.layers.site import ElementwiseSite
 from curvature.losses.signals import Signals, stacked
 from curvature.model.backward_hooks import ours
+from curvature.model.hooks import stands_for_several
 from curvature.model.parameters import Parameters
 from curvature.structures.estimator import CurvatureEstimator, Form
 from curvature.structures.whole import Share, WholeEstimator
@@ -47,7 +48,7 @@ class Backward:
 
     def _note(self, key: int, site: Site, gradients: tuple[Tensor | None, ...]) -> None:
         gradient = gradients[site.edge.output_nr]
-        if gradient is not None and self._listens():
+        if gradient is not None and self._listens() and not stands_for_several(gradient):
             self.gradients[key] = gradient.detach()
 
     def close(self) -> None:

@@ -292,8 +292,8 @@ _depth = _Depth()
 
 
 def inspecting() -> bool:
-    """Whether a forward or backward pass is the library's own, which no optimizer must take for a training step."""
-    return _depth.value > 0
+    """Whether a pass is no training step: the library's own, or under a transform of ``torch.func``."""
+    return _depth.value > 0 or torch._C._functorch.maybe_current_level() is not None
 
 
 @contextlib.contextmanager

@@ -15,8 +15,19 @@ class OwnHook:
     """What the library hangs on backward passes."""
 
 
+def stands_for_several(gradient: Any) -> bool:
+    """Whether a gradient is that of a vectorised pass (``is_grads_batched=True``, ``vmap``): it writes no ``p.grad``.
+
+    It has no values of its own that could be looked at.
+    """
+    return isinstance(gradient, torch.Tensor) and "Batched" in str(torch._C._dispatch_keys(gradient))
+
+
 class At(OwnHook):
-    """Calls a method of its owner with something it is about, and keeps neither alive."""
+    """Calls a method of its owner with something it is about, and keeps neither alive.
+
+    Vectorised passes are none that the owner waits for.
+    """
 
     def __init__(self, owner: Any, method: str, about: Any) -> None:
         self._owner, self._method = weakref.ref(owner), method
@@ -24,7 +35,9 @@ class At(OwnHook):
 
     def __call__(self, *args: Any) -> None:
         owner, about = self._owner(), self._about()
-        if owner is not None and about is not None:
+        if owner is None or about is None:
+            return
+        if not any(map(stands_for_several, args[0] if args and isinstance(args[0], tuple) else args)):
             getattr(owner, self._method)(about, *args)
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call, grad, jacrev, vmap
 
 from precond import PreconditionedOptimizer
 from tests.curvature.loops import assert_same, statistics, watching
@@ -247,6 +248,22 @@ def evaluated_in_between(model: nn.Module, loss_fn: nn.Module, optimizer: Precon
     return [mean(x, y)]
 
 
+def vectorised_derivatives(model: nn.Module, loss_fn: nn.Module, optimizer: PreconditionedOptimizer) -> Counts:
+    """Jacobians and gradients of single examples for the log, before the backward pass and from its own graph."""
+    x, y = batch(6)
+    named = dict(model.named_parameters())
+    jacrev(lambda p: loss_fn(functional_call(model, p, (x,)), y))(named)
+    single = grad(lambda p, a, b: loss_fn(functional_call(model, p, (a.unsqueeze(0),)), b.unsqueeze(0)))
+    vmap(single, in_dims=(None, 0, 0), randomness="different")(named, x, y)
+    z = model(x)
+    loss = loss_fn(z, y)
+    options = {"is_grads_batched": True, "retain_graph": True, "allow_unused": True}
+    torch.autograd.grad(z, list(named.values()), torch.ones(2, *z.shape, dtype=z.dtype), **options)
+    torch.autograd.grad(loss, list(named.values()), torch.ones(2, dtype=z.dtype), **options)
+    loss.backward()
+    return [mean(x, y)]
+
+
 MEANS: dict[str, Loop] = {
     "plain": plain,
     "unequal micro-batches": unequal_micro_batches,
@@ -267,6 +284,7 @@ MEANS: dict[str, Loop] = {
     "two backward passes": two_backward_passes,
     "a power of the loss": power_of_the_loss,
     "evaluated in between": evaluated_in_between,
+    "vectorised derivatives": vectorised_derivatives,
 }
 SINGLE: dict[str, Loop] = {"weights of examples": weights_of_examples, "hardest examples": hardest_examples}
 LOOPS = {**MEANS, **SINGLE}
