@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from precond.closure.layer_rows import LayeredLeastSquares, layered
 from precond.closure.optimizer import ClosureOptimizer
 from precond.closure.residuals import DenseLeastSquares, LeastSquares, MatrixFreeLeastSquares, PointwiseResidual
-from precond.closure.solver_choice import MANY, SolverChoice, by_layers, cheapest
+from precond.closure.solver_choice import SolverChoice, cheapest
 from precond.step.adapt import LevenbergMarquardt
 from precond.step.base import MomentumOptions
 from precond.step.graph import Closure, CurvedOutput, GaussNewtonMatrix, flatten, jacobian_rows, unflatten
@@ -29,6 +29,7 @@ SolverName = Literal["auto", "cholesky", "woodbury", "kfac", "cg", "nystrom"]
 # damping rule judges them all the same.
 _CG = CG(rtol=1e-8, progress=False)
 _INEXACT = CG(rtol=1e-8, max_steps=500, stop="progress", progress=False)
+_BY_LAYERS = CG(rtol=1e-2, max_steps=100, stop="progress", progress=False)
 _NYSTROM = Nystrom(100)
 
 # Transtrum and Sethna (2012): any decrease counts as success ("delayed gratification", with 2 and 5), the second
@@ -93,11 +94,11 @@ class GaussNewton(ClosureOptimizer):
             under a rule.
         solver: ``"cholesky"`` in the size of the parameters, ``"woodbury"`` in that of the residuals; ``"kfac"``, of
             :class:`PointwiseResidual` of networks whose parameters are all in linear layers: CG with products from the
-            rows of the layers, preconditioned by K-FAC, until it gains no more; ``"nystrom"`` or a
+            rows of the layers, preconditioned by K-FAC, to a hundredth of the residual; ``"nystrom"`` or a
             :class:`~solvers.Nystrom` for the same by any residuals, preconditioned from a sketch of ``rank`` products
-            (100); ``"cg"`` or a :class:`~solvers.CG` without a preconditioner. ``"auto"`` is ``"kfac"`` beyond 50,000
-            parameters where it can be had, otherwise the cheaper of the first two, or ``"nystrom"`` where J would hold
-            more than 2^29 numbers. ``optimizer.choice`` has the solver of the last step, and why.
+            (100); ``"cg"`` or a :class:`~solvers.CG` without a preconditioner. ``"auto"`` is the cheaper of the first
+            two, or, where J would hold more than 2^29 numbers, ``"kfac"`` if it can be had and ``"nystrom"`` if not.
+            ``optimizer.choice`` has the solver of the last step, and why.
         damping_rule: The rule above, another :class:`LevenbergMarquardt`, or ``None`` for a fixed damping and no
             rejection.
         scaled: ``"balanced"``, ``True`` or ``False`` as above. ``None`` is ``"balanced"`` wherever J is formed (CG does
@@ -194,10 +195,10 @@ class GaussNewton(ClosureOptimizer):
         if self.choice is not None and sizes == self.chosen_for:
             return
         if self.solver == "auto":
+            choice = cheapest(sum(r.numel() for r in residuals), parameters)
             pointwise = all(isinstance(r, PointwiseResidual) for r in residuals)
-            rows = sum(r.numel() for r in residuals)
-            by_rows = pointwise and parameters > MANY and not self.scaled_asked
-            choice = by_layers(rows, parameters) if by_rows else cheapest(rows, parameters)
+            if choice.solver == "nystrom" and pointwise and not self.scaled_asked:
+                choice = replace(choice, solver="kfac")
         else:
             name = self.solver if isinstance(self.solver, str) else "cg" if isinstance(self.solver, CG) else "nystrom"
             choice = SolverChoice(name, f"solver={self.solver!r} was asked for")
@@ -265,7 +266,7 @@ class GaussNewton(ClosureOptimizer):
         self, residuals: list[Tensor | PointwiseResidual], params: list[Tensor]
     ) -> LayeredLeastSquares | None:
         """The problem from the rows of layers; where these are not all, another solver is chosen."""
-        found = layered(residuals, params, _INEXACT)
+        found = layered(residuals, params, _BY_LAYERS)
         if found is not None:
             return found
         if self.solver == "kfac":

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-#: Parameters from which products by layers are preferred to the Jacobian.
-MANY = 50_000
 #: Numbers in a Jacobian and in its Gram matrix, at most: 4 GiB in float64.
 LARGEST = 2**29
 
@@ -45,17 +43,4 @@ def cheapest(rows: int, parameters: int, largest: int = LARGEST) -> SolverChoice
     return SolverChoice(
         name,
         f"{sizes}: {name} takes {cost + few**3 // 3:,} operations, {other} {more + many**3 // 3:,}",
-    )
-
-
-def by_layers(rows: int, parameters: int) -> SolverChoice:
-    """CG by the rows of layers, with K-FAC.
-
-    Args:
-        rows: R, residuals.
-        parameters: P.
-    """
-    return SolverChoice(
-        "kfac",
-        f"{rows:,} residuals, {parameters:,} parameters: beyond {MANY:,}, products by layers cost less than J J^T",
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -10,6 +12,7 @@ from torch.func import hessian, jacrev
 from precond import GaussNewton, PointwiseResidual, directional_derivatives, laplacian
 from precond.closure import gauss_newton
 from precond.closure.layer_rows import LayeredLeastSquares, layer_rows
+from precond.closure.solver_choice import cheapest
 from solvers import CG
 
 F64 = torch.float64
@@ -120,8 +123,8 @@ def test_the_preconditioner_inverts_the_damped_factors_of_one_kind_of_residual()
 
 @pytest.mark.parametrize("solver", ["kfac", "auto"])
 def test_gauss_newton_steps_by_layers_as_by_the_jacobian(solver, monkeypatch):
-    monkeypatch.setattr(gauss_newton, "MANY", 10)
-    monkeypatch.setattr(gauss_newton, "_INEXACT", CG(rtol=1e-13, max_steps=400, progress=False))
+    monkeypatch.setattr(gauss_newton, "cheapest", partial(cheapest, largest=10))
+    monkeypatch.setattr(gauss_newton, "_BY_LAYERS", CG(rtol=1e-13, max_steps=400, progress=False))
     ours, theirs = network(), network()
     options = {"scaled": False, "damping": 1e-2}
     by_layers = GaussNewton(ours, solver=solver, **({"damping": 1e-2} if solver == "auto" else options))
@@ -136,7 +139,7 @@ def test_gauss_newton_steps_by_layers_as_by_the_jacobian(solver, monkeypatch):
 
 
 def test_other_parameters_are_found_and_solved_for_by_other_means(monkeypatch):
-    monkeypatch.setattr(gauss_newton, "MANY", 10)
+    monkeypatch.setattr(gauss_newton, "cheapest", partial(cheapest, largest=10))
     model = network()
     model.register_parameter("factor", nn.Parameter(torch.ones(1, dtype=F64)))
     points = parts(model)[0].points
@@ -151,11 +154,11 @@ def test_other_parameters_are_found_and_solved_for_by_other_means(monkeypatch):
         with pytest.raises(ValueError, match="solver='kfac' needs"):
             GaussNewton(model, solver="kfac").step(closure)
     with pytest.raises(ValueError, match=r"shapes \(4, 3\) other than through u"):
-        GaussNewton(model).step(scaled)
+        GaussNewton(model, solver="woodbury").step(scaled)
     normed = nn.Sequential(nn.Linear(3, 4), nn.RMSNorm(4), nn.Linear(4, 1)).double()
     optimizer = GaussNewton(normed)
     optimizer.step(lambda: PointwiseResidual(normed, lambda u, x: u(x) - 1, points))
-    assert optimizer.choice.solver == "woodbury" and "linear layers alone" in optimizer.choice.reason
+    assert optimizer.choice.solver == "nystrom" and "linear layers alone" in optimizer.choice.reason
 
 
 def test_what_is_not_seen_by_the_layers_is_left_to_others():
