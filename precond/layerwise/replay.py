@@ -14,6 +14,7 @@ from torch.func import functional_call
 
 from curvature.estimation.passes import Pass, TapedLoss
 from curvature.estimation.tape import Tape
+from curvature.losses import SumOfLosses
 from curvature.model.backward_hooks import no_backward_hooks
 from curvature.model.data import inspection
 from curvature.model.settings import settings
@@ -127,7 +128,7 @@ class LoopReplay(Replay):
         return [self._part(call, z, stride) for call, z in self._evaluate(stride)], self._seen()
 
     def gram(self, params: list[Tensor], vectors: list[Tensor], stride: int = 1) -> tuple[Tensor, Tensor]:
-        if self.forward_mode:
+        if self.forward_mode and not isinstance(self.loss_fn, SumOfLosses):
             try:
                 return self._forward_gram(params, vectors, stride), self._seen()
             except (NotImplementedError, RuntimeError) as error:
@@ -160,6 +161,11 @@ class LoopReplay(Replay):
         weight = float(call.weight.sum())
         if stride == 1:
             return curved_output(self.loss_fn, *_given(call, z), weight)
+        if isinstance(self.loss_fn, SumOfLosses):
+            raise ValueError(
+                "QuadraticModel(fraction=...) takes a part of the examples of one output and its targets, and the loss "
+                "is a sum of losses. Pass fraction=1."
+            )
         _refuse_unpicked(call, z, stride)
         if getattr(self.loss_fn, "reduction", "mean") == "sum":
             weight *= call.shape[0] / len(z)
@@ -253,9 +259,9 @@ def _refuse_unpicked(call: TapedLoss, z: Tensor, stride: int) -> None:
         )
 
 
-def _given(call: TapedLoss, z: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _given(call: TapedLoss, z: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a call of the loss, with an output in the place of the one that was seen."""
-    return call.arguments(z.reshape(call.shape))
+    return call.arguments(z.reshape(call.shape) if isinstance(z, Tensor) else z)
 
 
 def _picked_arguments(call: TapedLoss, z: Tensor, stride: int) -> tuple[tuple[Any, ...], dict[str, Any]]:

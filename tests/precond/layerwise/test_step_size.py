@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from curvature.estimation.tape import Tape
+from curvature.losses import SumOfLosses
 from precond import EKFAC, KBFGS, KFAC, LevenbergMarquardt, QuadraticModel, TrustRegion, WeightDecay
 from precond.layerwise.replay import ClosureReplay, LoopReplay
 from precond.layerwise.step_size import minimiser
@@ -170,6 +171,50 @@ def test_one_linear_layer_with_the_exact_fisher_is_solved_in_one_step(cls: Any, 
     torch.testing.assert_close(model.weight.detach(), solution[:4].T, rtol=0, atol=atol)
     torch.testing.assert_close(model.bias.detach(), solution[4], rtol=0, atol=atol)
     torch.testing.assert_close(optimizer.coefficients, torch.ones(1).double(), rtol=0, atol=atol)
+
+
+class Halves(nn.Module):
+    """A network whose output comes in two parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = network()
+
+    def forward(self, x: Tensor) -> Any:
+        return self.net(x).tensor_split(2, 1)
+
+
+def trained(model: nn.Module, loss_fn: nn.Module, factor: float, parts: bool, closure: bool) -> Tensor:
+    optimizer = KFAC(model, loss_fn, lr=1.0, fisher="exact", step_size=QuadraticModel(), damping_rule=SLOW)
+    for seed in range(3):
+        x, y = data(seed)
+        targets = y.tensor_split(2, 1) if parts else y
+
+        def loss(x: Tensor = x, targets: Any = targets) -> Tensor:
+            optimizer.zero_grad()
+            value: Tensor = factor * loss_fn(model(x), targets)
+            value.backward()
+            return value
+
+        if closure:
+            optimizer.step(loss)
+        else:
+            loss()
+            optimizer.step()
+    return flat(model.parameters())
+
+
+@pytest.mark.parametrize("closure", [False, True])
+def test_a_sum_of_losses_on_two_outputs_is_the_loss_on_both(closure: bool) -> None:
+    """The mean over three numbers is two thirds of that over two, and a third of the last."""
+    model, loss_fn = Halves(), SumOfLosses({0: (0.2 / 3, nn.MSELoss()), 1: (0.1 / 3, nn.MSELoss())})
+    whole = trained(network(), nn.MSELoss(), 0.1, False, closure)
+    torch.testing.assert_close(trained(model, loss_fn, 1.0, True, closure), whole, rtol=1e-8, atol=1e-10)
+    x, y = data(3)
+    optimizer = KFAC(model, loss_fn, lr=1.0, step_size=QuadraticModel(fraction=0.5))
+    loss_fn(model(x), y.tensor_split(2, 1)).backward()
+    with pytest.raises(ValueError, match=r"the loss is a sum of losses\. Pass fraction=1"):
+        optimizer.step()
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
