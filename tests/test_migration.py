@@ -105,7 +105,7 @@ def test_weights_that_asdl_preconditions(problem: Any) -> None:
     optimizer.precondition()
     for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         if name.endswith("weight"):
-            close(p.grad, q.grad)  # type: ignore[arg-type]
+            close(p.grad, q.grad)
 
 
 @pytest.mark.parametrize("scaling,adjust", [("spectral", "original"), ("adam", "match_rms_adamw")])
