@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 
-def cautious(directions: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
+def cautious(directions: list[Tensor], gradients: list[Tensor], *, stacked: bool = False) -> list[Tensor]:
     r"""Directions without the entries that oppose the gradient at hand, the others lengthened in return.
 
     .. math:: m_i = [d_i g_i \ge 0], \qquad d'_i = \frac{d_i m_i}{\operatorname{mean}(m)}
@@ -17,6 +16,7 @@ def cautious(directions: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
     Args:
         directions: d, each with a g of its shape.
         gradients: g.
+        stacked: Whether leading axes count matrices, each with a mean of its own.
 
     Returns:
         Zero where all entries oppose.
@@ -25,7 +25,6 @@ def cautious(directions: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
         Liang et al. (2024), algorithm 1, there without the entries of no gradient, https://arxiv.org/abs/2411.16085
     """
     agree = [(d * g >= 0).to(d.dtype) for d, g in zip(directions, gradients, strict=True)]
-    shares = [m.mean().clamp(min=1 / max(m.numel(), 1)) for m in agree]
-    out = torch._foreach_mul(directions, agree)
-    torch._foreach_div_(out, shares)
-    return list(out)
+    shares = [m.mean((-2, -1), keepdim=True) if stacked and m.ndim > 2 else m.mean() for m in agree]
+    # Where no entry is left, 0 / 1.
+    return [d * m / s.masked_fill(s == 0, 1) for d, m, s in zip(directions, agree, shares, strict=True)]

@@ -193,7 +193,7 @@ class GradientOptimizer(SecondOrderOptimizer):
                 for some, options, rate in _by_kind(params, group):
                     raised = [widen(gradients[p]) for p in some]
                     found = compute(some, raised, options)
-                    found = cautious(found, raised) if group["cautious"] else found
+                    found = cautious(found, raised, stacked=group.get("stacked", False)) if group["cautious"] else found
                     out |= zip(some, found if rate == 1 else torch._foreach_mul(found, rate), strict=True)
         return out
 
