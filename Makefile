@@ -9,7 +9,7 @@ IS_SUPPORTED := import sys; sys.exit(sys.version_info < (3, 11))
 PACKAGES := precond curvature solvers
 JOBS ?= 2
 
-.PHONY: help install demo docs test test-long lint types format
+.PHONY: help install demo docs test test-long bench lint types format
 
 help:
 	@echo "make install   create $(VENV) and install precond with pinned versions"
@@ -17,6 +17,7 @@ help:
 	@echo "make docs      build the documentation into build/site (in an environment of its own)"
 	@echo "make test      run the tests (MARK='not slow' for some of them)"
 	@echo "make test-long run the tests that take minutes each"
+	@echo "make bench     measure costs beside other libraries, into docs/performance.md (hours; ARGS='--only HVP' for some)"
 	@echo "make lint      check style and format"
 	@echo "make types     check types"
 	@echo "make format    mend style and format"
@@ -42,6 +43,10 @@ $(VENV)/docs/installed: docs/site/requirements.txt | $(BIN)/python
 
 test-long: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m long $(ARGS)
+
+# One thread, and the CPU time of one process: other programs on the machine change little.
+bench: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.harness --write $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,7 +1,7 @@
 """Our entries in the benchmark harness: one training step of each optimizer, and curvature of one batch.
 
-The harness (its ``registry``, ``peers_optim`` and workloads) lies outside this repository; this file is found by it
-through ``PYTHONPATH``.
+The harness (``registry``, ``peers_optim`` and workloads) is ``tests/benchmarks/harness``, or another with files of
+these names that finds this one through ``PYTHONPATH``.
 """
 
 from __future__ import annotations
