@@ -194,7 +194,8 @@ def rotated_root(second_moment: Tensor, weight: float, eps: float) -> Tensor:
 
     A gradient of low rank has entries of zero in its own basis, which come out as rounding errors; divided by
     themselves they would become steps in random directions. They are below the precision times the condition of the
-    basis, of which the precision to the power of 2/3 leaves room for that to -1/3.
+    basis, of which the precision to the power of 4/5 leaves room for three decimal digits in float64 and one in
+    float32. Entries that are 3e5 times smaller than the largest, as columns of a raw table may be, still move in it.
 
     Args:
         second_moment: V, an average that began at zero.
@@ -202,7 +203,7 @@ def rotated_root(second_moment: Tensor, weight: float, eps: float) -> Tensor:
         eps: :math:`\epsilon`.
     """
     root = (second_moment / weight).sqrt_()
-    noise = largest(root).mul_(torch.finfo(root.dtype).eps ** (2 / 3))
+    noise = largest(root).mul_(torch.finfo(root.dtype).eps ** 0.8)
     above = (root - noise).relu_().sign_()  # faster than a mask
     return root.add_(eps).div_(above)
 
