@@ -74,7 +74,7 @@ class EKFAC(LayerwiseMethod):
         model: nn.Module,
         loss_fn: Any,
         *,
-        lr: float | Tensor,
+        lr: float | Tensor = 0.1,
         damping: Scheduled | Damping | LossDamping = LossDamping(3e-2),
         fisher: FisherKind | EigenbasisFisher = "mc",
         sharing: Sharing = "expand",

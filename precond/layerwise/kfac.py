@@ -49,6 +49,7 @@ class KFAC(LayerwiseMethod):
         model: The model that is trained.
         loss_fn: The loss module the loop calls.
         lr: Learning rate, in natural-gradient units: at 1, without momentum, a step minimises the quadratic model.
+            The default is that at which ``kl_clip`` gives a move 1e-2 of the loss.
             0.01 to 0.3 is common; where ``kl_clip`` binds, the share of the loss that a move may change goes with its
             square.
         damping: Shift :math:`\lambda`: by default 1e-2 of the loss, and smaller as that falls
@@ -93,7 +94,7 @@ class KFAC(LayerwiseMethod):
         model: nn.Module,
         loss_fn: Any,
         *,
-        lr: float | Tensor,
+        lr: float | Tensor = 0.1,
         damping: Scheduled | Damping | LossDamping = LossDamping(1e-2),
         fisher: FisherKind | KroneckerFisher = "mc",
         sharing: Sharing = "expand",

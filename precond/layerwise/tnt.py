@@ -78,7 +78,7 @@ class TNT(LayerwiseMethod):
         model: nn.Module,
         loss_fn: Any,
         *,
-        lr: float | Tensor,
+        lr: float | Tensor = 0.1,
         damping: Scheduled | Damping | LossDamping = LossDamping(1e-2),
         fisher: FisherKind | TensorNormal = "mc",
         curvature_ema: Scheduled = 0.95,

@@ -101,7 +101,7 @@ def test_classes_of_users_are_served_alike() -> None:
         (lambda: SOAP(model().parameters(), ns_steps=5), "'ns_steps', which is of torch.optim.Muon"),
         (
             lambda: KFAC(model().parameters(), lr=0.1),
-            r"and the loss that the loop calls: KFAC\(model, loss_fn, lr=\.\.\.\)",
+            r"and the loss that the loop calls: KFAC\(model, loss_fn\)",
         ),
         (
             lambda: KFAC(model().parameters(), lr=0.1),
