@@ -192,13 +192,16 @@ def draw(found: dict[str, dict[str, list[float]]], picture: str) -> None:
             ax.loglog(values, [1e3 * s for s in seconds], marker="o", label=method)
         top = 1e3 * max(seconds[-1] for seconds in lines.values())
         low = 1e3 * min(seconds[-1] for seconds in lines.values())
-        for height, exponent in ((1.5 * top, dense), (low / 1.5, plain)):
+        for height, exponent, side in ((1.5 * top, dense, "bottom"), (low / 1.5, plain, "top")):
             guide = [height * (v / values[-1]) ** exponent for v in values]
             ax.loglog(values, guide, color="grey", linestyle=":")
-            ax.annotate(f"{axis}$^{exponent}$", (values[-1], height), color="grey", fontsize=8)
+            place = {"ha": "right", "va": side, "fontsize": 8, "color": "grey"}
+            ax.annotate(f"{axis}$^{exponent}$", (values[-1], height), **place)
         ax.set_xlabel(axis)
         ax.set_xticks(values, [str(v) for v in values])
         ax.minorticks_off()
+    every = [1e3 * s for lines in found.values() for seconds in lines.values() for s in seconds]
+    axes[0].set_ylim(min(every) / 3, 4 * max(every))  # the guides may leave it
     axes[0].set_ylabel("ms per step")
     axes[0].legend(fontsize=8)
     figure.savefig(picture, dpi=120)
