@@ -189,7 +189,8 @@ def estimate(
         loss = over_all_data(loss, model, start, parameters.device, output, class_dim, shares)
     file = None
     if resume is not None:
-        described = repr(curvature).replace("max_dim=", "max_factor=")  # as files of version 0.1 have it
+        # As files of version 0.1 have it.
+        described = repr(curvature).replace("max_dim=", "max_factor=").replace(", max_ratio=4.0", "")
         what = {"curvature": described, "draws": digest([generator.get_state()])}
         file = Checkpoint.at(resume).of(problem_identity(model, loss_fn, parameters, batch_dim) | what)
 

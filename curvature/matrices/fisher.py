@@ -92,9 +92,9 @@ def fisher(
             ``"layer"``     a dense matrix per block: weight and bias of a layer (``max_size``)
             ``"unit"``      a dense matrix per output unit of a layer; 2 x 2 for scale and shift (``max_size``)
             ``"diagonal"``  exact diagonal
-            ``"kfac"``      Kronecker factors per layer (``sharing``, ``bias``, ``max_dim``)
+            ``"kfac"``      Kronecker factors per layer (``sharing``, ``bias``, ``max_dim``, ``max_ratio``)
             ``"ekfac"``     the same with the exact diagonal in their eigenbasis
-            ``"tnt"``       Kronecker factors of the gradients themselves (``max_dim``)
+            ``"tnt"``       Kronecker factors of the gradients themselves (``max_dim``, ``max_ratio``)
             ``"foof"``      Kronecker factors of the inputs alone: no gradients, no scale of the loss
             ==============  =========================================================================================
 

@@ -20,7 +20,7 @@ from curvature.matrices.full import GaussNewtonOperator
 from curvature.matrices.jacobian import Mode
 from curvature.matrices.low_rank import dense, low_rank
 from curvature.matrices.problem import Problem
-from curvature.model.arguments import Check, a, count, one_of, optional
+from curvature.model.arguments import Check, a, count, one_of, optional, real
 from curvature.model.data import Data, Output
 from curvature.structures.by_name import BLOCKS, curvature_of
 from curvature.structures.estimator import Curvature
@@ -48,6 +48,7 @@ CHECKS: dict[str, Check] = {
     "mode": one_of(Mode),
     "max_size": count(),
     "max_dim": count(),
+    "max_ratio": optional(real(low=0, open_low=True)),
 }
 
 
@@ -63,6 +64,7 @@ class Arguments(MatrixArguments, total=False):
     sharing: Sharing
     bias: Literal["joint", "separate"]
     max_dim: int
+    max_ratio: float | None
 
 
 @dataclass(frozen=True, eq=False)

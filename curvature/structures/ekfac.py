@@ -193,5 +193,5 @@ class EigenbasisFisher(KroneckerFisher):
 
     def estimator(self, block: Block, form: Form) -> CurvatureEstimator:
         if form == "outer":
-            return EigenbasisEstimator(block, self.sharing, self.max_dim)
+            return EigenbasisEstimator(block, self.sharing, self.largest(block))
         return unit_or_diagonal(block)

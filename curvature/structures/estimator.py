@@ -15,7 +15,7 @@ from curvature.layers.samples import Samples
 from curvature.losses.signals import FisherKind, check_kind
 from curvature.structures.weighted_mean import WeightedMean, finite_each
 from solvers import LinearOperator
-from solvers.outcome.arguments import fields_of, whole
+from solvers.outcome.arguments import fields_of, number, whole
 from solvers.precision import widen
 
 Form = Literal["outer", "per_sample"]
@@ -330,6 +330,7 @@ class Curvature(ABC):
         fields_of(self)
         for name in ("max_dim", "max_size"):
             whole(name, getattr(self, name, None), optional=True)
+        number("max_ratio", getattr(self, "max_ratio", None), low=0, open_low=True, optional=True)
         check_kind(self.kind)
         if self.samples < 1:
             raise ValueError(f"samples must be at least 1, got {self.samples}.")

@@ -49,5 +49,5 @@ class InputKronecker(KroneckerFisher):
 
     def estimator(self, block: Block, form: Form) -> CurvatureEstimator:
         if form == "outer":
-            return KroneckerEstimator(block, self.sharing, self.max_dim, gradient_factor="identity")
+            return KroneckerEstimator(block, self.sharing, self.largest(block), gradient_factor="identity")
         return IdentityEstimator(block)

@@ -21,6 +21,8 @@ from solvers.triangles import add_gram, gram
 
 Sharing = Literal["expand", "reduce"]
 GradientFactor = Literal["second moment", "identity"]
+#: Sides up to this length have whole factors however short the other side is: they are decomposed within a second.
+LONG = 5000
 
 
 class KroneckerEstimator(MeansEstimator):
@@ -212,6 +214,23 @@ def stored_in_factors(block: Block, max_dim: int) -> int:
     return math.prod(stack) * sum(d * d if d <= max_dim else d for d in (d_out, d_in))
 
 
+def largest_side(block: Block, max_dim: int, max_ratio: float | None) -> int:
+    """Length of the longest side of a block that has a whole factor.
+
+    Decomposing a factor costs the cube of a side, and the products of the layer itself what its two sides multiply to:
+    a side that is far longer than the other would take nearly all of a step.
+
+    Args:
+        block: The block.
+        max_dim: Longest side with a whole factor in any case.
+        max_ratio: So many times as long as the other side may a side beyond :data:`LONG` be; ``None`` for any.
+    """
+    short, long = sorted(block.shape[-2:])
+    if max_ratio is None or long <= max(LONG, max_ratio * short):
+        return max_dim
+    return min(max_dim, max(LONG, short))
+
+
 def nearest_kronecker(products: list[Kronecker]) -> Kronecker:
     r"""The Kronecker product nearest to a sum of Kronecker products in Frobenius norm.
 
@@ -270,11 +289,14 @@ class KroneckerFisher(Curvature):
             are pooled (vision).
         bias: ``"joint"`` (a one appended to the input) or ``"separate"`` blocks.
         max_dim: Factors larger than this are kept as their diagonals.
+        max_ratio: So are factors of sides beyond 5,000 that are more than so many times as long as the other side of
+            the layer (a bag of 12,000 words into 100 units); ``None`` keeps them whole.
     """
 
     sharing: Sharing = "expand"
     bias: Literal["joint", "separate"] = "joint"
     max_dim: int = 16384
+    max_ratio: float | None = 4.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -290,5 +312,9 @@ class KroneckerFisher(Curvature):
 
     def estimator(self, block: Block, form: Form) -> CurvatureEstimator:
         if form == "outer":
-            return KroneckerEstimator(block, self.sharing, self.max_dim)
+            return KroneckerEstimator(block, self.sharing, self.largest(block))
         return unit_or_diagonal(block)
+
+    def largest(self, block: Block) -> int:
+        """Length of the longest side of a block that has a whole factor."""
+        return largest_side(block, self.max_dim, self.max_ratio)

@@ -276,7 +276,7 @@ class SINGDFisher(KroneckerFisher):
         if form != "outer":
             return unit_or_diagonal(block)
         size = {"diagonal": 1, "block": self.block_size}.get(self.factor)
-        moments = BlockMoments(block, self.sharing, self.max_dim, size)
+        moments = BlockMoments(block, self.sharing, self.largest(block) if size is None else self.max_dim, size)
         return SINGDEstimator(
             block,
             moments,

@@ -12,7 +12,7 @@ from torch import Tensor
 from curvature.layers.block import Block
 from curvature.layers.samples import Outer, Samples, second_moment
 from curvature.structures.estimator import Curvature, CurvatureEstimator, Form, MeansEstimator
-from curvature.structures.kfac import stored_in_factors
+from curvature.structures.kfac import largest_side, stored_in_factors
 from curvature.structures.unit import unit_or_diagonal
 from curvature.structures.weighted_mean import WeightedMean
 from solvers import Dense, Diagonal, Kronecker
@@ -100,9 +100,13 @@ class TensorNormal(Curvature):
         kind: ``"exact"``, ``"mc"`` or ``"empirical"``.
         samples: Draws per batch for ``"mc"``.
         max_dim: Factors larger than this are kept as their diagonals.
+        max_ratio: As for :class:`KroneckerFisher`.
     """
 
     max_dim: int = 16384
+    max_ratio: float | None = 4.0
 
     def estimator(self, block: Block, form: Form) -> CurvatureEstimator:
-        return TensorNormalEstimator(block, self.max_dim) if form == "outer" else unit_or_diagonal(block)
+        if form != "outer":
+            return unit_or_diagonal(block)
+        return TensorNormalEstimator(block, largest_side(block, self.max_dim, self.max_ratio))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import curvature
 from curvature.structures.kfac import nearest_kronecker
 from solvers import Diagonal, Kronecker, LinearOperator
 from tests.curvature import dense_reference as dense
@@ -263,3 +265,32 @@ def test_factors_above_the_limit_keep_their_diagonal() -> None:
     assert isinstance(first, Kronecker) and isinstance(second, Kronecker)
     assert [type(f).__name__ for f in first.factors + second.factors] == ["Diagonal", "Diagonal", "Dense", "Diagonal"]
     torch.testing.assert_close(cut.diagonal(), full.diagonal(), rtol=1e-12, atol=0)
+
+
+def test_a_long_side_of_a_narrow_layer_keeps_its_diagonal(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = PROBLEMS["mlp_ce"]()
+    full = estimate(problem, "kfac", "exact")
+    monkeypatch.setattr("curvature.structures.kfac.LONG", 2)
+    assert torch.equal(estimate(problem, "kfac", "exact", max_ratio=None).to_dense(), full.to_dense())
+    cut = estimate(problem, "kfac", "exact", max_ratio=1.5)
+    kinds = [type(factor).__name__ for block in cut.blocks for factor in block.factors]  # type: ignore[attr-defined]
+    assert kinds == ["Dense", "Dense", "Dense", "Diagonal"]  # sides of 5 and 5, of 3 and 6
+    torch.testing.assert_close(cut.diagonal(), full.diagonal(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("structure", ["kfac", "ekfac", "tnt", "foof"])
+def test_twelve_thousand_inputs_of_a_narrow_layer_make_no_matrix_by_default(structure: str) -> None:
+    data = torch.randn(2, 12_000), torch.tensor([0, 2])
+    found = curvature.fisher(nn.Linear(12_000, 3), nn.CrossEntropyLoss(), data, structure=structure, progress=False)
+    assert 12_000 < max(sizes_in(found)) < 12_001 * 4
+    with pytest.raises(ValueError, match="max_ratio is a finite number above 0"):
+        curvature.fisher(nn.Linear(2, 3), nn.CrossEntropyLoss(), data, structure="kfac", max_ratio=0)
+
+
+def sizes_in(value: Any) -> list[int]:
+    """Of all tensors that an operator holds."""
+    if isinstance(value, Tensor):
+        return [value.numel()]
+    if isinstance(value, LinearOperator):
+        value = list(vars(value).values())
+    return [size for entry in value for size in sizes_in(entry)] if isinstance(value, (list, tuple)) else []
