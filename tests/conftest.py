@@ -1,7 +1,8 @@
-"""What every test relies on: seeded randomness, one thread, and torch's global settings as they were."""
+"""What every test relies on: seeded randomness, one thread or ``OMP_NUM_THREADS``, settings of torch as they were."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 # One thread makes sums, and so results, independent of the machine; a run of the suite repeats the one before it.
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("repeatable")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import logging
 import pprint
 import time
 from collections.abc import Iterator
@@ -43,7 +44,7 @@ def run(options: argparse.Namespace) -> None:
     """
     require_extra()
     steps = QUICK_STEPS if options.quick else None
-    with one_thread():
+    with one_thread(), bounds_untold():
         if options.tune:
             search(steps)
         else:
@@ -59,6 +60,18 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def bounds_untold() -> Iterator[None]:
+    """No warnings inside that a bound sets the length of most steps: that is what the contenders' bound is for."""
+    log = logging.getLogger("precond.step.bounded")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def require_extra() -> None:
