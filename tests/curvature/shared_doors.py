@@ -204,8 +204,6 @@ def refusals() -> dict[str, str]:
     doors: dict[str, Callable[..., Any]] = {
         "per_sample_gradients": lambda **k: curvature.per_sample_gradients(model, loss, (x, y), **k),
         "per_sample_norms": lambda **k: curvature.per_sample_norms(model, loss, (x, y), **k),
-        "gradient_variance": lambda **k: curvature.gradient_variance(model, loss, (x, y), **k),
-        "gradient_second_moment": lambda **k: curvature.gradient_second_moment(model, loss, (x, y), **k),
         "jacobian": lambda **k: curvature.jacobian(model, x, **k),
         "ntk": lambda **k: curvature.ntk(model, x, **k),
         "kernel_eigenvalues": lambda **k: curvature.kernel_eigenvalues(model, loss, mine, **k),
