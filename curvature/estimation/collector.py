@@ -327,7 +327,7 @@ class Collector:
         valid = self._valid(sites_of(groups), output, signals)
         reached: set[str] = set()
         first = True
-        for signal in sent(self._together(groups)):
+        for signal in sent(self._together(groups, output)):
             signal = signal if scale is None else signal * scale.to(signal.dtype)
             for group, uses in self._back(groups, output, signal, cache, valid):
                 if not uses:
@@ -338,11 +338,11 @@ class Collector:
             first = False
         return reached
 
-    def _together(self, groups: list[Group]) -> int:
+    def _together(self, groups: list[Group], output: Tensor) -> int:
         """How many signals are sent together."""
         if not self.vectorised:
             return 1
-        numbers = sum(math.prod(site.output_shape) for site in sites_of(groups))
+        numbers = output.numel() + sum(math.prod(site.output_shape) for site in sites_of(groups))
         numbers += sum(group.block.numel for group in groups if not group.uses)
         size = self.parameters.dtype.itemsize
         budget = max(VECTORISED.get(self.parameters.device.type, VECTORISED["cuda"]), 4 * size * self.parameters.size)

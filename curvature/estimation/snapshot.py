@@ -58,4 +58,7 @@ def restore(estimator: CurvatureEstimator, taken: dict[str, Any], device: torch.
                 return mean
         return from_state(content).to(device=device)
 
-    vars(estimator).update(map_inside(restored, taken))
+    held = map_inside(restored, taken)
+    if "max_factor" in held:  # as files of version 0.1 have it
+        held["max_dim"] = held.pop("max_factor")
+    vars(estimator).update(held)

@@ -249,13 +249,24 @@ class Samples:
         use = self.uses[0]
         return use.g if isinstance(use, Outer) else use.gradients
 
+    @property
+    def _at_a_time(self) -> int:
+        """Number of gradients of the block in one chunk."""
+        elements = CACHED_ELEMENTS if self.device.type == "cpu" else CHUNK_ELEMENTS
+        return max(1, elements // max(1, math.prod(self.block_shape)))
+
+    def in_parts(self) -> Iterator[Samples]:
+        """The same, so many signals at a time as :meth:`gradients` can give without a larger chunk."""
+        signals, step = self.uses[0].signals, self._at_a_time
+        for start in range(0, signals, step):
+            part = slice(start, start + step)
+            yield self if signals <= step else replace(self, uses=tuple(use.only(part) for use in self.uses))
+
     def gradients(self) -> Iterator[Tensor]:
-        """Per-sample gradients, a chunk ``(k * n, *block_shape)`` at a time."""
+        """Per-sample gradients, a chunk ``(k * n, *block_shape)`` at a time, of all signals."""
         uses = self.aligned()
         n = uses[0].examples
-        signals = uses[0].g.shape[-4] if isinstance(uses[0], Outer) else uses[0].gradients.shape[0]
-        elements = CACHED_ELEMENTS if self.device.type == "cpu" else CHUNK_ELEMENTS
-        step = max(1, elements // max(1, signals * math.prod(self.block_shape)))
+        step = max(1, self._at_a_time // uses[0].signals)
         for start in range(0, n, step):
             stop = min(n, start + step)
             total = uses[0].gradient(start, stop)
@@ -265,7 +276,7 @@ class Samples:
 
     def summed(self, of: Callable[[Tensor], Tensor]) -> Tensor:
         """The sum of ``of(chunk)`` over the chunks of :meth:`gradients`."""
-        chunks = self.gradients()
+        chunks = (chunk for part in self.in_parts() for chunk in part.gradients())
         total = of(next(chunks))
         for chunk in chunks:
             total.add_(of(chunk))

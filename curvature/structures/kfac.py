@@ -17,7 +17,7 @@ from curvature.structures.unit import unit_or_diagonal
 from curvature.structures.weighted_mean import WeightedMean
 from solvers import Dense, Diagonal, Kronecker, LinearOperator
 from solvers.precision import widen
-from solvers.triangles import add_gram, gram
+from solvers.triangles import add_gram
 
 Sharing = Literal["expand", "reduce"]
 GradientFactor = Literal["second moment", "identity"]
@@ -127,14 +127,9 @@ class KroneckerEstimator(MeansEstimator):
         weight = ones if valid is None else valid.to(ones.dtype)
         kept = weight if a.keep is None else weight * a.keep
         if self.sharing == "reduce" and a.index.shape[-1] > 1:
-            if a.size > self.max_dim:
-                raise ValueError(
-                    f"block {self.block.name}: sharing='reduce' makes the input factor of an embedding dense "
-                    f"({a.size} x {a.size}). Use sharing='expand', where it is diagonal."
-                )
             rows = kept.new_zeros(a.index.shape[0], a.size).scatter_add_(1, a.index, kept)
             positions = weight.sum(-1)
-            return gram(rows / positions.clamp(min=1).unsqueeze(-1)), (positions > 0).sum()
+            return second_moment(rows / positions.clamp(min=1).unsqueeze(-1), self.max_dim), (positions > 0).sum()
         total = kept.new_zeros(a.size).index_add_(0, a.index.reshape(-1), kept.reshape(-1))
         return total, count
 

@@ -83,9 +83,10 @@ def _pairs(samples: Samples) -> Iterator[tuple[Tensor, Tensor]]:
         pair = (outer.flatten(-3, -2), inner)
         yield pair[::-1] if use.flipped else pair
         return
-    for chunk in samples.gradients():
-        rows = widen(chunk).movedim(0, -3)  # (*, kn, o, i)
-        yield rows.mT.flatten(-3, -2), rows.flatten(-3, -2)
+    for part in samples.in_parts():
+        for chunk in part.gradients():
+            rows = widen(chunk).movedim(0, -3)  # (*, kn, o, i)
+            yield rows.mT.flatten(-3, -2), rows.flatten(-3, -2)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,12 @@ def finite_each(witnesses: Sequence[Tensor]) -> Tensor:
     return torch.isfinite(torch.stack(list(witnesses)))
 
 
+_OTHER_SHAPE = (
+    "an average of shape {} cannot take in statistics of shape {}. Go on with the options (max_dim, max_ratio) that it "
+    "was saved with."
+)
+
+
 class WeightedMean:
     r"""Mean of batches within a step, and exponential mean over steps, both with their exact weight.
 
@@ -47,6 +53,8 @@ class WeightedMean:
         if total is not None:
             if self._total is None:
                 self._total = total
+            elif self._total.shape != total.shape:
+                raise ValueError(_OTHER_SHAPE.format(tuple(self._total.shape), tuple(total.shape)))
             else:  # in place, unless a mark holds the buffer
                 self._total = self._total + total if self._marked else self._total.add_(total)
             self._marked = False
@@ -108,6 +116,10 @@ class WeightedMean:
         if self._total is None:
             return
         mean = self.step_mean()
+        if self.value is not None and self.value.shape != mean.shape:
+            if self.value.dim() != mean.dim() + 1 or self.value.shape[:-1] != mean.shape:
+                raise ValueError(_OTHER_SHAPE.format(tuple(self.value.shape), tuple(mean.shape)))
+            self.value = self.value.diagonal(dim1=-2, dim2=-1)  # a factor that was kept whole when it was saved
         old = ema * self.weight
         self.weight = old + 1.0
         if self.value is not None:  # a model may go on in another precision

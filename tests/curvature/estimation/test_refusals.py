@@ -122,13 +122,12 @@ def test_sampling_without_a_generator() -> None:
         next(iter(Signals(terms, "mc")))
 
 
-def test_a_dense_input_factor_of_a_large_embedding() -> None:
+def test_a_dense_input_factor_of_a_large_embedding_is_not_made() -> None:
     model = nn.Sequential(nn.Embedding(9, 2), Fn(lambda x: x.sum(1)), nn.Linear(2, 3)).double()
     data = (torch.tensor([[1, 2], [3, 4]]), torch.tensor([0, 1]))
-    with pytest.raises(
-        ValueError, match=r"block 0\.weight: sharing='reduce' makes .* dense \(9 x 9\).*sharing='expand'"
-    ):
-        fisher(model, LOSS, data, sharing="reduce", max_dim=8, structure="kfac")
+    whole, cut = (fisher(model, LOSS, data, sharing="reduce", max_dim=n, structure="kfac") for n in (9, 8))
+    assert [type(factor).__name__ for factor in cut.blocks[0].factors] == ["Dense", "Diagonal"]
+    torch.testing.assert_close(cut.diagonal(), whole.diagonal(), rtol=1e-12, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore:not one loss")  # one of the problems has a batch norm in train mode

@@ -16,8 +16,10 @@ from curvature import Curvature, CurvatureEstimator, MeansEstimator, TensorNorma
 from curvature.estimation import checkpoint
 from curvature.estimation.dataset import estimate
 from curvature.layers.block import Block
+from curvature.layers.samples import Outer, Samples
 from curvature.structures.estimator import Form
 from curvature.structures.singd import DiagonalBlocks
+from curvature.structures.weighted_mean import WeightedMean
 from solvers import Dense, Kronecker, LinearOperator, from_state, state
 
 LOSS = nn.CrossEntropyLoss()
@@ -151,3 +153,31 @@ def test_stored_operators_keep_the_names_of_version_0_1() -> None:
     blocks = DiagonalBlocks(torch.eye(2).expand(2, 2, 2), 3)
     assert state(blocks)["class"] == "Blocks"
     assert torch.equal(from_state(state(blocks)).to_dense(), torch.eye(3))
+
+
+def test_a_mean_that_was_kept_whole_goes_on_as_a_diagonal_and_takes_no_other_shape() -> None:
+    mean, whole, part = WeightedMean(2), torch.eye(3) * 2 + 1, torch.tensor([1.0, 2.0, 3.0])
+    mean.add(whole * 4, 4.0)
+    mean.commit(0.5)
+    mean.add(part * 2, 2.0)
+    mean.commit(0.5)
+    torch.testing.assert_close(mean.value, (0.5 * whole.diagonal() + part) / 1.5)
+    for other in (torch.ones(4), torch.ones(3, 3)):
+        mean.add(other, 1.0)
+        with pytest.raises(ValueError, match="cannot take in statistics of shape"):
+            mean.commit(0.5)
+        mean.discard()
+    mean.add(part, 1.0)
+    with pytest.raises(ValueError, match="options \\(max_dim, max_ratio\\) that it was saved with"):
+        mean.add(whole, 1.0)
+
+
+def test_chunks_of_many_signals_are_no_larger_than_those_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("curvature.layers.samples.CACHED_ELEMENTS", 40)
+    use = Outer(torch.randn(3, 2, 4), torch.randn(7, 3, 2, 5))
+    samples = Samples((use,), 3.0)
+    sizes: list[int] = []
+    found = samples.summed(lambda chunk: sizes.append(len(chunk)) or chunk.square().sum(0))  # type: ignore[func-returns-value]
+    gradients = torch.einsum("knso,nsi->knoi", use.g, use.a)
+    assert max(sizes) * 20 <= 40 and sum(sizes) == 21
+    torch.testing.assert_close(found, gradients.square().sum((0, 1)))
