@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import jvp
 
+from solvers.outcome.memory import is_out_of_memory
+
 
 class NoRuleError(Exception):
     """An operation of the function has no rule here."""
@@ -61,11 +63,6 @@ class Jet:
     def __init__(self, parts: Tensor) -> None:
         self.parts = parts
 
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        """So that a model which asks whether its input is a tensor goes its usual way."""
-        return Tensor
-
     @property
     def shape(self) -> torch.Size:
         return self.parts.shape[1:]
@@ -110,9 +107,15 @@ class Jet:
 
     def __getitem__(self, index: Any) -> Jet:
         index = index if isinstance(index, tuple) else (index,)
-        if any(isinstance(i, Jet) for i in index):
+        if any(isinstance(i, Jet) for i in index) or sum(isinstance(i, (Tensor, list)) for i in index) > 1:
             raise NoRuleError("an index")
         return Jet(self.parts[(slice(None), *index)])
+
+    def __eq__(self, other: object) -> Any:
+        raise NoRuleError("a comparison")
+
+    __ne__ = __eq__
+    __hash__ = object.__hash__
 
     def __neg__(self) -> Jet:
         return Jet(-self.parts)
@@ -158,7 +161,11 @@ def second_order(u: Callable[[Any], Any], x: Tensor, directions: Tensor) -> Tens
     start = Jet(torch.cat([x.unsqueeze(0), directions, torch.zeros_like(x).unsqueeze(0)]))
     try:
         found = u(start)
-    except (NoRuleError, TypeError, AttributeError):  # what is wrong with u itself is found by the general way
+    except NestedError:
+        raise
+    except Exception as error:  # what is wrong with u itself is found by the general way
+        if is_out_of_memory(error):
+            raise
         nested()
         return None
     if isinstance(found, Jet):
@@ -185,8 +192,14 @@ def _lifted(other: Any, like: Jet) -> Tensor:
     if isinstance(other, Jet):
         return other.parts
     constant = torch.as_tensor(other, dtype=None if isinstance(other, Tensor) else like.dtype, device=like.device)
+    constant = _as_beside(constant, like)
     rest = torch.zeros_like(constant).expand(len(like.parts) - 1, *constant.shape)
     return torch.cat([constant.unsqueeze(0), rest])
+
+
+def _as_beside(constant: Tensor, z: Jet) -> Tensor:
+    """A constant in the dtype of its product with z: a number does not promote a tensor."""
+    return constant.to(torch.result_type(z.parts[0], constant))
 
 
 def _jet(*candidates: Any) -> Jet:
@@ -216,7 +229,7 @@ def _product(function: Any, a: Any, b: Any) -> Jet:
     if not isinstance(b, Jet):
         if not isinstance(b, Tensor):
             return Jet(a.parts * b)
-        left, right = _broadcast(a.parts, b.unsqueeze(0))
+        left, right = _broadcast(a.parts, _as_beside(b, a).unsqueeze(0))
         return Jet(left * right)
     left, right = _broadcast(a.parts, b.parts)
     x, y, dx, dy = left[:1], right[:1], left[1:-1], right[1:-1]
@@ -226,7 +239,8 @@ def _product(function: Any, a: Any, b: Any) -> Jet:
 
 def _quotient(function: Any, a: Any, b: Any) -> Jet:
     if not isinstance(b, Jet):
-        left, right = _broadcast(a.parts, b.unsqueeze(0) if isinstance(b, Tensor) else a.parts.new_full((1,), b))
+        divisor = _as_beside(b, a).unsqueeze(0) if isinstance(b, Tensor) else a.parts.new_full((1,), b)
+        left, right = _broadcast(a.parts, divisor)
         return Jet(left / right)
     return _product(torch.mul, a, _pointwise(torch.reciprocal, b))
 
@@ -274,7 +288,7 @@ def _axis(dim: int, axes: int) -> int:
 
 
 def _reduced(function: Any, z: Any, dim: Any = None, *args: Any, **kwargs: Any) -> Jet:
-    dims = range(z.ndim) if dim is None else (dim,) if isinstance(dim, int) else dim
+    dims = range(z.ndim) if dim is None or dim == () else (dim,) if isinstance(dim, int) else dim
     axes = tuple(_axis(d, z.ndim) for d in dims)
     return Jet(function(z.parts, axes, *args, **kwargs)) if axes else z
 

@@ -165,6 +165,12 @@ def layered(residuals: list[Any], params: list[Tensor], solver: CG) -> LayeredLe
         if found is None:
             return None
         parts.append(found)
+    biases: dict[int, set[int]] = {}
+    for _, rows in parts:
+        for r in rows:
+            biases.setdefault(id(r.weight), set()).add(id(r.bias))
+    if any(len(found) > 1 for found in biases.values()):  # one block with its bias and without
+        return None
     problem = LayeredLeastSquares(parts, params, solver)
     signs = torch.randn(len(problem.values), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     signs = signs.to(problem.values)

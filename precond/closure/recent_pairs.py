@@ -183,7 +183,8 @@ class WindowedQuasiNewton(QuasiNewton):
             torch.cat([self.state[p][name][:count].reshape(count, -1) for p in params], 1)
             for name in ("moves", "changes")
         )
-        tau, phi = (tuple(head[name][:count].tolist()) for name in ("scales", "members"))
+        tau = tuple(head["scales"][:count].tolist())
+        phi = tuple(head["members"][:count].tolist()) if "members" in head else (1.0,) * count  # BFGS's, saved before
         return self.recent(self.scales, self.window, s, y, tau, phi, float(head["base"]))
 
     def keep(self, inverse: InverseHessian, params: list[Tensor]) -> None:

@@ -123,7 +123,8 @@ def spectrum(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return Eigh().basis(Dense(matrix, is_gram=True))
 
 
-#: Eigenvalues below this fraction of the largest one belong to the null space, which rounding errors mix.
+#: Eigenvalues below this fraction of the largest one belong to the null space, whose vectors rounding errors mix: at
+#: 1e-6 SPlus, which takes signs in the basis, still parts from itself where a sum has another order.
 _NULL = 1e-5
 
 
@@ -141,7 +142,7 @@ def eigenbasis(matrix: Tensor) -> Tensor:
     """
     values, basis = spectrum(matrix)
     n = matrix.shape[-1]
-    null = values <= max(_NULL, 10 * n * torch.finfo(values.dtype).eps) * values[..., -1:].clamp(min=0)
+    null = values <= max(2 * n**0.5 * torch.finfo(values.dtype).eps, _NULL) * values[..., -1:].clamp(min=0)
     count = int(null.sum(-1).max()) if null.numel() else 0
     if count == 0:
         return basis
@@ -149,7 +150,7 @@ def eigenbasis(matrix: Tensor) -> Tensor:
     some = torch.where(null, basis[..., :count], 0)  # (k, n, count)
     unused = matrix.diagonal(dim1=-2, dim2=-1) == 0
     units, is_unit = _units(unused, count, some)
-    numbers = torch.randn(n, n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)[:, :count].to(some)
+    numbers = torch.randn(count, n, generator=torch.Generator().manual_seed(n)).mT.to(some)
     used = ~unused.unsqueeze(-1)
     left, right = torch.linalg.qr(some.mT @ torch.where(is_unit, units, numbers * used))
     signs = torch.where(right.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(left).unsqueeze(-2)
@@ -205,7 +206,7 @@ def rotated_root(second_moment: Tensor, weight: float, eps: float) -> Tensor:
     root = (second_moment / weight).sqrt_()
     noise = largest(root).mul_(torch.finfo(root.dtype).eps ** 0.8)
     above = (root - noise).relu_().sign_()  # faster than a mask
-    return root.add_(eps).div_(above)
+    return root.add_(eps or torch.finfo(root.dtype).tiny).div_(above)
 
 
 def resolved(rotated: Tensor) -> Tensor:

@@ -86,6 +86,11 @@ class GradientOptimizer(SecondOrderOptimizer):
 
     def check(self, options: Group) -> None:
         super().check(options)
+        if options.get("cautious") and self.update_options(options).get("momentum"):
+            raise ValueError(
+                f"{type(self).__name__}: cautious=True looks at directions, before momentum={options['momentum']} adds "
+                "to them. Give one of the two; the averages of betas and of beta2 are part of a direction."
+            )
         if options.get("vector_betas") is not None and len(options["vector_betas"]) != len(options.get("betas", ())):
             has = f"has betas={options['betas']}" if "betas" in options else "has no betas"
             raise ValueError(

@@ -81,7 +81,8 @@ def group_of(given: Any, method: type, known: Mapping[str, Any]) -> dict[str, An
 
 def _meant(key: Any, options: list[str]) -> str | None:
     """Which option a key of a group was meant for, as the rest of a sentence; ``None`` if it is a label."""
-    if not isinstance(key, str):
+    # Schedulers and loops keep numbers beside an option under its name and a word: base_momentum, weight_decay_mult.
+    if not isinstance(key, str) or any(key.startswith(f"{o}_") or key.endswith(f"_{o}") for o in options):
         return None
     hint = counterpart(key, options)
     close = difflib.get_close_matches(key, options, n=1, cutoff=NEAR)
@@ -95,6 +96,8 @@ def require_parameters(params: Any, method: str) -> list[Any]:
         TypeError: If one is no parameter.
         ValueError: If one is not to be trained by itself, or comes twice.
     """
+    if isinstance(params, (set, frozenset)):
+        raise TypeError(f"{method} takes parameters in order; those of a set come in another one in every run.")
     found = [params] if isinstance(params, Tensor) else list(params)
     for each in found:
         _require_parameter(each, method)

@@ -96,7 +96,8 @@ def apply_update(
     lr = lr.reshape(()) if isinstance(lr, Tensor) else lr
     if group["maximize"]:
         directions = list(torch._foreach_neg(directions))
-    if isinstance(shortened, Tensor) or group["nesterov"] or any("momentum_buffer" not in state for state in states):
+    apart = not momentum or group["nesterov"] or any("momentum_buffer" not in state for state in states)
+    if isinstance(shortened, Tensor) or apart:
         directions, shortened = scaled(directions, shortened), 1.0
     if momentum:
         known = [i for i, state in enumerate(states) if "momentum_buffer" in state]

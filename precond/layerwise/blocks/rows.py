@@ -165,9 +165,10 @@ class RowTap:
         a, version = self._input
         if a._version != version:
             return None
+        dtype = next(iter(self.params.values())).dtype  # autocast has rows of its own
         rows = GradientRows(
-            a.reshape(-1, a.shape[-1]),
-            self._gradient.reshape(-1, self._gradient.shape[-1]),
+            a.reshape(-1, a.shape[-1]).to(dtype),
+            self._gradient.reshape(-1, self._gradient.shape[-1]).to(dtype),
             len(self.params) > 1,
             self._rough,
         )

@@ -42,8 +42,11 @@ KNOWN = {
     "weights first": lambda x: WEIGHT.mT @ torch.tanh(x),
     "parts": lambda x: sum(part.sum() for part in torch.split(torch.tanh(x) * 2, 2)) + x.unbind()[1].mean(),
     "constant beside": lambda x: torch.cat([PLAIN(x), torch.ones(1, dtype=torch.float64)]),
+    "number of another precision": lambda x: (
+        PLAIN(x) * torch.tensor(0.5) + torch.tensor(2.0) - x.sum() / torch.tensor(3.0)
+    ),
+    "sum over no axis in particular": lambda x: (x**2).sum(()),
     "shapes": lambda x: torch.flatten(x.reshape(1, 3) * x.view(3, 1)).unsqueeze(-1).squeeze(),
-    "asks for a tensor": asks,
 }
 # What has no rule, or one that does not fit, is left to nested forward mode.
 UNKNOWN = {
@@ -52,6 +55,10 @@ UNKNOWN = {
     "in place": nn.Sequential(nn.Linear(3, 2), nn.ELU(1.0, True)).double(),
     "power of powers": lambda x: x**x,
     "scaled sum": lambda x: torch.add(x * x, x, alpha=2),
+    "asks for a tensor": asks,
+    "hard mask": lambda x: PLAIN[0](x) * (x[0] != 0),
+    "two lists of places": lambda x: (x.reshape(1, 3) * x.reshape(3, 1)).unsqueeze(1)[[0, 1], :, [1, 2]].sin(),
+    "gradient inside": lambda x: torch.func.grad(lambda q: PLAIN(q).sum())(x),
 }
 
 

@@ -170,3 +170,25 @@ def test_what_is_not_seen_by_the_layers_is_left_to_others():
     assert (
         layer_rows(PointwiseResidual(normed, lambda u, x: laplacian(u, x), points), list(normed.parameters())) is None
     )
+
+
+class Twice(nn.Module):
+    """A layer that is used once with its bias and once without."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 1)
+
+    def forward(self, x):
+        h = torch.tanh(self.second(torch.tanh(self.first(x))))
+        return self.last(torch.tanh(nn.functional.linear(h, self.second.weight)))
+
+
+def test_a_layer_with_its_bias_and_without_is_left_to_others():
+    model = Twice().double()
+    residual = PointwiseResidual(model, lambda u, x: laplacian(u, x) - 1, torch.rand(5, 3, dtype=F64))
+    optimizer = GaussNewton(model, solver="kfac")
+    with pytest.raises(ValueError, match="solver='kfac' needs"):
+        optimizer.step(lambda: residual)
+    first = GaussNewton(model, solver="nystrom").step(lambda: residual)
+    assert first.isfinite()

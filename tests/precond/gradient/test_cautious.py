@@ -71,3 +71,21 @@ def test_nothing_moves_where_every_entry_opposes():
         before, p.grad = p.detach().clone(), torch.full((3, 2), sign)
         optimizer.step()
     assert torch.equal(p, before)
+
+
+def test_momentum_on_top_is_refused_where_it_would_oppose_gradients_again():
+    p = nn.Parameter(torch.ones(2, 2))
+    with pytest.raises(ValueError, match=r"looks at directions, before momentum=0\.9 adds to them"):
+        Shampoo([p], cautious=True, momentum=0.9)
+    Muon([p], cautious=True, momentum=0.9)  # its momentum is a part of the direction
+
+
+def test_entries_without_gradient_stay_where_eps_is_zero():
+    p = nn.Parameter(torch.randn(6, 4, dtype=torch.float64))
+    optimizer, before = SOAP([p], lr=1e-2, eps=0.0), p.detach().clone()
+    for _ in range(3):
+        p.grad = torch.randn(6, 4, dtype=torch.float64)
+        p.grad[0] = 0
+        optimizer.step()
+    moved = (p.detach() - before).abs()
+    assert moved.isfinite().all() and moved[1:].min() > 0 and moved[0].max() == 0

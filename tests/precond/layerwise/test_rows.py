@@ -151,3 +151,26 @@ def test_detach_removes_the_taps() -> None:
     optimizer.detach()
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in [*model.modules(), loss_fn])
     assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+@pytest.mark.parametrize("make", [KFAC, EKFAC])
+def test_rows_of_autocast_are_those_of_its_gradients(make: Any) -> None:
+    moved = {}
+    for rows in (True, False):
+        torch.manual_seed(0)
+        model, loss_fn = nn.Sequential(nn.Linear(64, 96), nn.Tanh(), nn.Linear(96, 80)), nn.CrossEntropyLoss()
+        optimizer = make(model, loss_fn, lr=0.05, kl_clip=None)
+        x, y = torch.randn(8, 64), torch.randint(80, (8,))
+        before = model[0].weight.detach().clone()
+        for _ in range(3):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = loss_fn(model(x), y)
+            loss.backward()
+            for p in () if rows else model.parameters():
+                p.grad = p.grad.clone()  # no longer what autograd wrote, so taken as it is
+            optimizer.step()
+        moved[rows] = model[0].weight.detach() - before
+    assert moved[False].norm() > 0
+    # Rows of bfloat16: 2^-8 of each, and sums of eight.
+    torch.testing.assert_close(moved[True], moved[False], rtol=0, atol=0.02 * float(moved[False].abs().max()))

@@ -134,3 +134,17 @@ def test_a_schedule_in_a_group_is_no_label() -> None:
         KFAC(model, LOSS, lr=0.1, params=[{"params": ["*"], "weight_decay": lambda step: 0.1 * step}]),
     ):
         assert optimizer.param_groups[0]["weight_decay"] == 0.0
+
+
+@pytest.mark.parametrize("make", [torch.optim.lr_scheduler.OneCycleLR, torch.optim.lr_scheduler.CyclicLR])
+def test_groups_that_a_scheduler_wrote_to_make_another_optimizer(make: Any) -> None:
+    old = SOAP(network().parameters(), lr=1e-2, betas=(0.9, 0.95))
+    make(old, 0.1, 10)
+    for group in old.param_groups:
+        group |= {"weight_decay_mult": 0.5, "max_momentum": 0.95, "base_momentum": 0.85}
+    assert SOAP(old.param_groups, lr=1e-2).param_groups[0]["weight_decay_mult"] == 0.5
+
+
+def test_a_set_has_no_order() -> None:
+    with pytest.raises(TypeError, match="those of a set come in another one in every run"):
+        SOAP([{"params": set(network().parameters())}], lr=1e-2)

@@ -219,3 +219,25 @@ def test_groups_may_have_bounds_of_their_own_form() -> None:
 def test_values_out_of_range(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_momentum_that_ends_leaves_the_bound() -> None:
+    """The buffer of the momentum is still there."""
+    moves = []
+    for kept in (True, False):
+        torch.manual_seed(0)
+        model, loss_fn = nn.Linear(3, 2), nn.MSELoss()
+        x, y = torch.randn(8, 3), torch.randn(8, 2)
+        optimizer = KFAC(model, loss_fn, lr=0.1, momentum=0.9, kl_clip=1e-6)
+        for step in range(4):
+            if step == 3:
+                optimizer.param_groups[0]["momentum"] = 0.0
+                before = model.weight.detach().clone()
+                for state in () if kept else optimizer.state.values():
+                    state.pop("momentum_buffer", None)
+            optimizer.zero_grad()
+            loss_fn(model(x), y).backward()
+            optimizer.step()
+        moves.append(model.weight.detach() - before)
+    torch.testing.assert_close(moves[0], moves[1])
+    assert moves[0].norm() < 0.01
