@@ -28,7 +28,7 @@ def test_signals_give_the_same_together_and_one_by_one(structure: str, monkeypat
     problem = PROBLEMS["cnn"]()
 
     def found(at_once: int) -> torch.Tensor:
-        monkeypatch.setattr(Collector, "_together", lambda self, groups: at_once)
+        monkeypatch.setattr(Collector, "_together", lambda self, groups, output: at_once)
         matrix = fisher(problem.model, problem.loss_fn, problem.data, kind="exact", structure=structure)
         return matrix.to_dense()
 
