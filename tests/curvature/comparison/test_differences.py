@@ -94,6 +94,7 @@ def test_a_report_does_not_differ_from_itself_or_from_its_repetition() -> None:
         assert "differ beyond their errors" in str(found) and "\n* 0 of " in str(found)
 
 
+@pytest.mark.long
 def test_combined_errors_cover_the_true_differences() -> None:
     (first, a), (other, b) = known()
     hits, runs = {"hessian": 0, "ggn": 0}, 40

@@ -374,7 +374,7 @@ def test_sections_do_not_change_each_others_numbers() -> None:
     assert others.noise is not None
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_top_eigenvalue_of_a_million_parameters_repeats() -> None:
     generator = torch.Generator().manual_seed(0)
     with torch.random.fork_rng():
