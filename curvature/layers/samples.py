@@ -255,12 +255,13 @@ class Samples:
         elements = CACHED_ELEMENTS if self.device.type == "cpu" else CHUNK_ELEMENTS
         return max(1, elements // max(1, math.prod(self.block_shape)))
 
-    def in_parts(self) -> Iterator[Samples]:
-        """The same, so many signals at a time as :meth:`gradients` can give without a larger chunk."""
+    def chunks(self) -> Iterator[Tensor]:
+        """As :meth:`gradients`, in chunks that are no larger for many signals: of some of them at a time."""
         signals, step = self.uses[0].signals, self._at_a_time
         for start in range(0, signals, step):
             part = slice(start, start + step)
-            yield self if signals <= step else replace(self, uses=tuple(use.only(part) for use in self.uses))
+            few = self if signals <= step else replace(self, uses=tuple(use.only(part) for use in self.uses))
+            yield from few.gradients()
 
     def gradients(self) -> Iterator[Tensor]:
         """Per-sample gradients, a chunk ``(k * n, *block_shape)`` at a time, of all signals."""
@@ -275,8 +276,8 @@ class Samples:
             yield total.flatten(0, 1)
 
     def summed(self, of: Callable[[Tensor], Tensor]) -> Tensor:
-        """The sum of ``of(chunk)`` over the chunks of :meth:`gradients`."""
-        chunks = (chunk for part in self.in_parts() for chunk in part.gradients())
+        """The sum of ``of(chunk)`` over :meth:`chunks`."""
+        chunks = self.chunks()
         total = of(next(chunks))
         for chunk in chunks:
             total.add_(of(chunk))

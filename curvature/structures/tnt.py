@@ -83,10 +83,9 @@ def _pairs(samples: Samples) -> Iterator[tuple[Tensor, Tensor]]:
         pair = (outer.flatten(-3, -2), inner)
         yield pair[::-1] if use.flipped else pair
         return
-    for part in samples.in_parts():
-        for chunk in part.gradients():
-            rows = widen(chunk).movedim(0, -3)  # (*, kn, o, i)
-            yield rows.mT.flatten(-3, -2), rows.flatten(-3, -2)
+    for chunk in samples.chunks():
+        rows = widen(chunk).movedim(0, -3)  # (*, kn, o, i)
+        yield rows.mT.flatten(-3, -2), rows.flatten(-3, -2)
 
 
 @dataclass(frozen=True)

@@ -141,16 +141,7 @@ def _weights(a: Tensor, b: Tensor, tau: Tensor | float, phi: Tensor | float, rat
 
 
 class WindowedQuasiNewton(QuasiNewton):
-    """Base of the methods that keep a dense H, or make it from a window of pairs.
-
-    Args:
-        params: The model, or parameters, groups, or named parameters; all are solved for together.
-        lr: Multiplies the move of a step; 1 is the method's.
-        window: Pairs that H is made from; ``None`` for all of them, in a dense matrix.
-        iterations: Iterations of a step, each with its line search.
-        wolfe: The constants :math:`(c_1, c_2)` of the Wolfe conditions.
-        options: See :class:`SecondOrderOptimizer`.
-    """
+    """Base of the methods that keep a dense H, or make it from a window of pairs; arguments as for :class:`SSBFGS`."""
 
     #: The estimate from a window.
     recent: ClassVar[type[RecentInverse]]

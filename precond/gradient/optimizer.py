@@ -261,9 +261,11 @@ def is_table(p: Tensor, group: Group) -> bool:
 def _by_kind(params: list[Tensor], group: Group) -> list[tuple[list[Tensor], Group, float]]:
     """Parameters with the options that hold for them, and the factor of their rate: matrices, vectors, tables."""
     betas = group.get("vector_betas")
+    alike = betas is None and group.get("vector_lr", 1) == 1
+    if alike and group.get("table_ratio", math.inf) == math.inf:  # nobody asked for kinds
+        return [(params, group, 1.0)] if params else []
     own = {**group, "betas": betas} if betas is not None else group
     kinds: dict[str, list[Tensor]] = {"matrix": [], "vector": [], "table": []}
-    alike = betas is None and group.get("vector_lr", 1) == 1
     for p in params:
         kind = "table" if is_table(p, group) else "matrix" if alike or is_matrix(p) else "vector"
         kinds[kind].append(p)

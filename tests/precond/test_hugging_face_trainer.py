@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,9 @@ import precond
 transformers: Any = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-VOCABULARY, LENGTH, ACCUMULATION = 7, 5, 2
+from tests.precond.integrations.trainer_processes import LENGTH, VOCABULARY, Seen, rows  # noqa: E402
+
+ACCUMULATION = 2
 METHODS: dict[str, Callable[[nn.Module], precond.PreconditionedOptimizer]] = {
     "KFAC": lambda model: precond.KFAC(model, nn.CrossEntropyLoss(), lr=0.1, kl_clip=None),
     "KFAC, exact": lambda model: precond.KFAC(model, nn.CrossEntropyLoss(), lr=0.1, fisher="exact"),
@@ -42,29 +43,6 @@ def model_of(seed: int = 0) -> nn.Module:
     return model
 
 
-def data() -> list[dict[str, Tensor]]:
-    """Sequences of different lengths: labels of the padding are ignored, so that micro-batches weigh differently."""
-    g = torch.Generator().manual_seed(1)
-    found = []
-    for n in range(12):
-        ids = torch.randint(1, VOCABULARY, (LENGTH,), generator=g)
-        labels = ids.clone()
-        labels[2 + n % 4 :] = -100
-        found.append({"input_ids": ids, "labels": labels})
-    return found
-
-
-class Seen(transformers.Trainer):  # type: ignore[misc]
-    """Notes the batches it is given, and how many labels count in each step."""
-
-    batches: list[tuple[dict[str, Tensor], Any]]
-
-    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        self.batches.append((copy.deepcopy(dict(inputs)), num_items_in_batch))
-        result: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        return result
-
-
 def trainer(method: str, folder: Path, bf16: bool, steps: int = 4, **options: Any) -> tuple[Any, nn.Module]:
     model = model_of()
     optimizer = METHODS[method](model)
@@ -84,7 +62,7 @@ def trainer(method: str, folder: Path, bf16: bool, steps: int = 4, **options: An
         **options,
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    made = Seen(model=model, args=arguments, train_dataset=data(), optimizers=(optimizer, scheduler))
+    made = Seen(model=model, args=arguments, train_dataset=rows(12), optimizers=(optimizer, scheduler))
     made.batches = []
     return made, model
 

@@ -126,7 +126,7 @@ class PartsEstimator(MeanEstimator):
     def total(self, samples: Samples) -> Tensor:
         """All matrices, flattened and joined."""
         totals: list[Tensor] | None = None
-        for chunk in (chunk for part in samples.in_parts() for chunk in part.gradients()):
+        for chunk in samples.chunks():
             rows = [widen(piece).flatten(1) for piece in self.block.split(chunk)]
             new = [gram(r) if self._is_dense(part) else r.square().sum(0) for part, r in self._with_parts(rows)]
             totals = new if totals is None else [old.add_(t) for old, t in zip(totals, new, strict=True)]

@@ -17,8 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import precond
 
-warnings.simplefilter("ignore")  # of the imports of other libraries
-import transformers  # noqa: E402
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")  # of the imports of other libraries
+import transformers
 
 STEPS, KILLED, LENGTH, VOCABULARY = 6, 4, 5, 7
 METHODS: dict[str, Callable[[nn.Module], Any]] = {
@@ -35,10 +36,10 @@ def model_of() -> nn.Module:
     return model
 
 
-def rows() -> list[dict[str, Tensor]]:
-    """Sequences with different numbers of labels, so that processes weigh differently."""
+def rows(count: int = 24) -> list[dict[str, Tensor]]:
+    """Sequences with different numbers of labels, so that processes and micro-batches weigh differently."""
     g, found = torch.Generator().manual_seed(1), []
-    for n in range(24):
+    for n in range(count):
         ids = torch.randint(1, VOCABULARY, (LENGTH,), generator=g)
         labels = ids.clone()
         labels[2 + n % 4 :] = -100
