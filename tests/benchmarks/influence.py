@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
-from torch.profiler import ProfilerActivity, profile
 
 import curvature
 from solvers import LinearOperator
 from tests.benchmarks.problems import Transformer, language_model
+from tests.peak_memory import peak_of_tensors
 
 BATCH = 32
 
@@ -56,18 +56,6 @@ def seconds(run: Callable[[], Any]) -> float:
     start = time.process_time()
     run()
     return time.process_time() - start
-
-
-def peak(run: Callable[[], Any]) -> int:
-    """Bytes of tensors that were alive at once."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    alive = most = 0
-    for event in profiler.profiler.kineto_results.events():  # type: ignore[union-attr]
-        if event.name() == "[memory]":
-            alive += event.nbytes()
-            most = max(most, alive)
-    return most
 
 
 def main() -> None:
@@ -108,7 +96,8 @@ def main() -> None:
         times = {name: min(seconds(run) for _ in range(2)) for name, run in ways.items()}
         for name, run in ways.items():
             off = (run() - expected).abs().max() / expected.abs().max()
-            print(f"| {number} | {name} | {1e3 * times[name] / examples:.2f} | {peak(run) / 2**20:.0f} | {off:.1e} |")
+            memory = peak_of_tensors(run) / 2**20
+            print(f"| {number} | {name} | {1e3 * times[name] / examples:.2f} | {memory:.0f} | {off:.1e} |")
 
 
 if __name__ == "__main__":
