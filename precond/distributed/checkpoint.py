@@ -21,6 +21,8 @@ from solvers.tree import map_tree
 PACKED = "packed"
 #: Option of the first group in a ``state_dict``: the number of entries that belong to it.
 COUNT = "entries"
+#: Option of the first group in a ``state_dict``: the method that saved it.
+METHOD = "method"
 _CHECKPOINT = "torch.distributed.checkpoint"
 
 
@@ -76,27 +78,35 @@ def packed(entries: Mapping[str, Any], template: Mapping[str, Any]) -> dict[str,
     return {**{name: entries.get(name, first) for name, first in template.items()}, PACKED: Packed(rest)}
 
 
-def counted(saved: dict[str, Any], trained: set[int]) -> None:
-    """Write into the first group how many entries the state of trained parameters has.
+def marked(saved: dict[str, Any], trained: set[int], method: str) -> None:
+    """Write into the first group which method saved it, and how many entries the state of trained parameters has.
 
     Args:
         saved: A ``state_dict``; changed.
         trained: Numbers of the parameters that are not frozen; a loader may leave out the others.
+        method: Its name.
     """
-    saved["param_groups"][0][COUNT] = _number(entries for key, entries in saved["state"].items() if key in trained)
+    number = _number(entries for key, entries in saved["state"].items() if key in trained)
+    saved["param_groups"][0].update({COUNT: number, METHOD: method})
 
 
 def unpacked(saved: Any, method: str) -> Any:
-    """A ``state_dict`` without :data:`PACKED` and :data:`COUNT`: all entries under their own names.
+    """A ``state_dict`` without :data:`PACKED`, :data:`COUNT` and :data:`METHOD`: all entries under their own names.
 
     Raises:
-        ValueError: If entries are missing, because a loader filled a template that did not name them.
+        ValueError: If another method saved it, or if entries are missing, because a loader filled a template that did
+            not name them.
     """
     state, groups = (saved.get("state"), saved.get("param_groups")) if isinstance(saved, Mapping) else (None, None)
     if not isinstance(state, Mapping) or not (isinstance(groups, (list, tuple)) and groups):
         return saved
     if not all(isinstance(part, Mapping) for part in (*state.values(), *groups)):
         return saved
+    if (other := groups[0].get(METHOD, method)) != method:
+        raise ValueError(
+            f"{method}.load_state_dict got the state of another method, {other}: their options and averages differ. "
+            f"Load it into {other}, or begin without a state. The optimizer keeps its own state."
+        )
     state = _rejoined(state)
     expected, found = groups[0].get(COUNT, 0), _number(state.values())
     if found < expected:
@@ -107,7 +117,7 @@ def unpacked(saved: Any, method: str) -> Any:
             "(dcp.save({'optimizer': optimizer})). To load a part on purpose, remove "
             f"state_dict['param_groups'][0][{COUNT!r}]."
         )
-    groups = [{name: value for name, value in group.items() if name != COUNT} for group in groups]
+    groups = [{name: value for name, value in group.items() if name not in (COUNT, METHOD)} for group in groups]
     return {**saved, "state": {key: _whole(entries) for key, entries in state.items()}, "param_groups": groups}
 
 

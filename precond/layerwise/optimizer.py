@@ -520,7 +520,7 @@ class PreconditionedOptimizer(LayerOptimizer):
             ValueError: If blocks are not those of the model and the method, or hold NaN; nothing has changed then.
         """
         require_layout(state_dict, type(self).__name__)
-        plain, blocks = split_blocks(unpacked(state_dict, type(self).__name__))
+        plain, blocks = split_blocks(unpacked(state_dict, self.method_name()))
         with self.transaction():
             super().load_state_dict(plain)
             estimators = self.statistics.collector.estimators

@@ -172,7 +172,8 @@ class SecondOrderOptimizer(BoundedOptimizer):
 
     def __repr__(self) -> str:
         """The options, and the groups where there are several."""
-        return described(type(self).__name__, self.steps, getattr(self, "param_groups", []))
+        groups, schedules = getattr(self, "param_groups", []), getattr(self, "schedules", [])
+        return described(type(self).__name__, self.steps, groups, schedules)
 
     @abstractmethod
     def directions(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:

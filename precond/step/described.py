@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -14,20 +14,26 @@ from curvature.estimation.text_table import WIDTH, equal_but_numbers, text_table
 _SILENT = frozenset({"params", "param_names", "steps", "name", "first_lr", "initial_lr", "max_lr"})
 
 
-def described(method: str, steps: int, groups: Sequence[Mapping[str, Any]]) -> str:
+def described(
+    method: str,
+    steps: int,
+    groups: Sequence[Mapping[str, Any]],
+    schedules: Sequence[Mapping[str, Callable[[int], Any]]],
+) -> str:
     """Options that all groups share on some lines, then a table of the groups and of what differs.
 
     Args:
         method: Name of the optimizer's class.
         steps: Steps taken.
         groups: Its parameter groups.
+        schedules: Options of each that follow functions of the step; their values are those of now.
     """
     names = [name for name in groups[0] if name not in _SILENT] if groups else []
     names += sorted({name for group in groups for name in group} - set(names) - _SILENT)
     missing = object()
     shared = [n for n in names if all(_same(group.get(n, missing), groups[0].get(n, missing)) for group in groups)]
     differing = [name for name in names if name not in shared]
-    options = ", ".join(f"{name}={_shown(groups[0][name])}" for name in shared)
+    options = ", ".join(f"{name}={_shown(groups[0][name])}{_until(name, schedules)}" for name in shared)
     total = sum(p.numel() for group in groups for p in group["params"])
     tensors = sum(len(group["params"]) for group in groups)
     head = f"{method}: step {steps}, {tensors} parameters, {total:,} numbers"
@@ -53,6 +59,15 @@ def _parameters(group: Mapping[str, Any]) -> str:
     if not names:
         return str(len(group["params"]))
     return ", ".join(label for label, _ in equal_but_numbers([(name, None) for name in names]))
+
+
+def _until(name: str, schedules: Sequence[Mapping[str, Callable[[int], Any]]]) -> str:
+    """What a value follows, where it is one of now."""
+    followed = {str(own[name]) for own in schedules if name in own}
+    if not followed:
+        return ""
+    rule = followed.pop()
+    return " now, by a function of the step" if followed or rule.startswith("<") else f" now, by {rule}"
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -77,7 +78,10 @@ def numbers_at(
     try:
         check({**group, **numbers})
     except ValueError as error:
-        raise ValueError(f"{error} (At step {step}, by the schedule given for {', '.join(schedules)}.)") from error
+        blamed = [name for name in schedules if re.search(rf"\b{name}\b", str(error))]
+        if not blamed:
+            raise
+        raise ValueError(f"{error} (At step {step}, by the schedule given for {', '.join(blamed)}.)") from error
     return numbers
 
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from precond.distributed.checkpoint import PACKED, asked_by_checkpoint, counted, packed, unpacked
+from precond.distributed.checkpoint import PACKED, asked_by_checkpoint, marked, packed, unpacked
 from precond.step.norm_control import is_matrix, radius
 from precond.step.scheduled import ScheduledOptimizer
 from precond.step.transaction import Transaction
@@ -24,6 +24,11 @@ class StatefulOptimizer(ScheduledOptimizer):
     def update_options(self, group: dict[str, Any]) -> dict[str, Any]:
         """Options of a group for the second half of the step."""
         return group
+
+    @classmethod
+    def method_name(cls) -> str:
+        """The name of the method in checkpoints: that of its class here, also for classes that users derive from it."""
+        return next(base.__name__ for base in cls.__mro__ if base.__module__.split(".")[0] == "precond")
 
     # Whole or not at all
 
@@ -66,7 +71,7 @@ class StatefulOptimizer(ScheduledOptimizer):
                 for p in group["params"]:
                     entries = out["state"].get(numbers[p], {})
                     out["state"][numbers[p]] = packed(entries, self._template(p, entries, group, schedules))
-        counted(out, {number for p, number in numbers.items() if p.requires_grad})
+        marked(out, {number for p, number in numbers.items() if p.requires_grad}, self.method_name())
         return out
 
     def spread(self, states: dict[int, Any]) -> dict[int, Any]:
@@ -116,7 +121,7 @@ class StatefulOptimizer(ScheduledOptimizer):
         Raises:
             ValueError: If entries are missing, or are not those of the parameters; nothing has changed then.
         """
-        state_dict = unpacked(state_dict, type(self).__name__)
+        state_dict = unpacked(state_dict, self.method_name())
         with self.transaction():
             super().load_state_dict(state_dict)
             self.gather()

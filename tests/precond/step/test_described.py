@@ -43,6 +43,16 @@ def test_one_group_has_no_table_and_the_step_moves_on() -> None:
     assert "lr=0.1, momentum=0.9" in rest[0] and not any("group" in line for line in rest)
 
 
+def test_a_value_that_follows_the_steps_says_so() -> None:
+    """KFAC's period is 1 at its first step, and will be 10."""
+    model = nn.Linear(3, 2)
+    text = " ".join(repr(KFAC(model, nn.MSELoss(), damping=lambda step: 0.5)).split())
+    assert "inverse_update_period=1 now, by Doubling(period=10)" in text
+    assert "damping=0.5 now, by a function of the step" in text and "curvature_update_period=1," in text
+    text = " ".join(repr(KFAC(model, nn.MSELoss(), inverse_update_period=5)).split())
+    assert "inverse_update_period=5" in text and "now" not in text
+
+
 @pytest.mark.parametrize("name", [m.name for m in methods() if m.needs == "grad"])
 def test_lines_are_short_for_every_method_of_a_deep_model(name: str) -> None:
     cls = next(m.cls for m in methods() if m.name == name)

@@ -148,3 +148,36 @@ def test_groups_that_a_scheduler_wrote_to_make_another_optimizer(make: Any) -> N
 def test_a_set_has_no_order() -> None:
     with pytest.raises(TypeError, match="those of a set come in another one in every run"):
         SOAP([{"params": set(network().parameters())}], lr=1e-2)
+
+
+def test_the_state_of_another_method_is_refused_before_its_first_step() -> None:
+    """It has no entries of parameters yet, only options, some with the same names and another meaning."""
+    states = {name: made(name, network()).state_dict() for name in METHODS}
+    for name in METHODS:
+        optimizer = made(name, network())
+        before = dict(optimizer.param_groups[0])
+        for other in states.keys() - {name}:
+            with pytest.raises(ValueError, match=rf"^{name}.load_state_dict got the state of another method, {other}:"):
+                optimizer.load_state_dict(states[other])
+        assert optimizer.param_groups[0] == before
+        optimizer.load_state_dict(states[name])
+
+
+def test_a_class_derived_by_a_user_takes_the_states_of_its_method() -> None:
+    class Mine(SOAP):
+        pass
+
+    theirs, own = SOAP(network().parameters(), lr=0.2), Mine(network().parameters())
+    own.load_state_dict(theirs.state_dict())
+    theirs.load_state_dict(own.state_dict())
+    assert own.param_groups[0]["lr"] == 0.2
+
+
+@pytest.mark.parametrize("lr", [torch.tensor([0.1, 0.2]), float("nan")])
+def test_a_schedule_is_blamed_for_its_own_option_alone(lr: Any) -> None:
+    """KFAC's period follows a function of the step by default."""
+    with pytest.raises(ValueError, match="lr must be") as refusal:
+        KFAC(network(), LOSS, lr=lr)
+    assert "schedule" not in str(refusal.value)
+    with pytest.raises(ValueError, match=r"weight_decay.*by the schedule given for weight_decay\.\)"):
+        KFAC(network(), LOSS, lr=0.1, weight_decay=lambda step: -1.0)
