@@ -1,63 +1,123 @@
 """Second-order optimizers with the interface of ``torch.optim``."""
 
-from curvature import (
-    DiagonalFisher,
-    EigenbasisFisher,
-    GramFisher,
-    KroneckerBFGS,
-    KroneckerFisher,
-    LayerFisher,
-    SINGDFisher,
-    SketchedFisher,
-    TensorNormal,
-    UnitFisher,
-)
-from curvature.structures.whole import WholeFisher
-from precond.closure.adahessian import AdaHessian
-from precond.closure.curveball import CurveBall
-from precond.closure.gauss_newton import GaussNewton
-from precond.closure.hessian_free import HessianFree
-from precond.closure.newton import Newton
-from precond.closure.psgd import PSGD
-from precond.closure.residuals import PointwiseResidual
-from precond.closure.sophia import Sophia
-from precond.closure.ssbfgs import SSBFGS
-from precond.closure.ssbroyden import SSBroyden
-from precond.closure.taylor import directional_derivatives, laplacian
-from precond.distributed.layer_planner import LayerPlan
-from precond.distributed.planner import ShardPlan, plan
-from precond.fitting import LeastSquaresResult, least_squares
-from precond.gradient.galore import GaLore
-from precond.gradient.kl_shampoo import KLShampoo
-from precond.gradient.mfac import MFAC
-from precond.gradient.muon import Muon
-from precond.gradient.shampoo import Shampoo
-from precond.gradient.soap import SOAP
-from precond.gradient.soap_muon import SOAPMuon
-from precond.gradient.splus import SPlus
-from precond.grouping.groups import param_groups
-from precond.layerwise.blocks.preconditioner import Preconditioner
-from precond.layerwise.blocks.refresh import Doubling
-from precond.layerwise.ekfac import EKFAC
-from precond.layerwise.kbfgs import KBFGS
-from precond.layerwise.kfac import KFAC
-from precond.layerwise.natural_gradient import NaturalGradient
-from precond.layerwise.optimizer import PreconditionedOptimizer
-from precond.layerwise.quadratic_model import QuadraticModel
-from precond.layerwise.seng import SENG
-from precond.layerwise.singd import SINGD
-from precond.layerwise.smw import SMWNaturalGradient
-from precond.layerwise.tnt import TNT
-from precond.step.adapt import LevenbergMarquardt
-from precond.step.averaging import IterateAverage
-from precond.step.base import SecondOrderOptimizer
-from precond.step.lookahead import EMANesterov
-from precond.step.loop import Loop
-from precond.step.methods import Method, Taxonomy, methods
-from precond.step.norm_control import Hyperball, RadialBrake, UpdateFloor
-from precond.step.options import LossDamping, Momentum, Refresh, Tables, TrustRegion, Vectors, WeightDecay
+from typing import TYPE_CHECKING
+
+from curvature import neighbours as neighbours  # first: refuses a stranger called solvers
 from solvers import Cholesky, Eigh, FactoredTikhonov, Tikhonov
 from solvers import __version__ as __version__
+from solvers.lazy import on_first_use
+
+if TYPE_CHECKING:  # what each name is; loaded when it is first used, by the same list below
+    from curvature import (
+        DiagonalFisher,
+        EigenbasisFisher,
+        GramFisher,
+        KroneckerBFGS,
+        KroneckerFisher,
+        LayerFisher,
+        SINGDFisher,
+        SketchedFisher,
+        TensorNormal,
+        UnitFisher,
+    )
+    from curvature.structures.whole import WholeFisher
+    from precond.catalogue import Method, methods
+    from precond.closure.adahessian import AdaHessian
+    from precond.closure.curveball import CurveBall
+    from precond.closure.gauss_newton import GaussNewton
+    from precond.closure.hessian_free import HessianFree
+    from precond.closure.newton import Newton
+    from precond.closure.psgd import PSGD
+    from precond.closure.residuals import PointwiseResidual
+    from precond.closure.sophia import Sophia
+    from precond.closure.ssbfgs import SSBFGS
+    from precond.closure.ssbroyden import SSBroyden
+    from precond.closure.taylor import directional_derivatives, laplacian
+    from precond.distributed.layer_planner import LayerPlan
+    from precond.distributed.planner import ShardPlan, plan
+    from precond.fitting import LeastSquaresResult, least_squares
+    from precond.gradient.galore import GaLore
+    from precond.gradient.kl_shampoo import KLShampoo
+    from precond.gradient.mfac import MFAC
+    from precond.gradient.muon import Muon
+    from precond.gradient.shampoo import Shampoo
+    from precond.gradient.soap import SOAP
+    from precond.gradient.soap_muon import SOAPMuon
+    from precond.gradient.splus import SPlus
+    from precond.grouping.groups import param_groups
+    from precond.layerwise.blocks.preconditioner import Preconditioner
+    from precond.layerwise.blocks.refresh import Doubling
+    from precond.layerwise.ekfac import EKFAC
+    from precond.layerwise.kbfgs import KBFGS
+    from precond.layerwise.kfac import KFAC
+    from precond.layerwise.natural_gradient import NaturalGradient
+    from precond.layerwise.optimizer import PreconditionedOptimizer
+    from precond.layerwise.quadratic_model import QuadraticModel
+    from precond.layerwise.seng import SENG
+    from precond.layerwise.singd import SINGD
+    from precond.layerwise.smw import SMWNaturalGradient
+    from precond.layerwise.tnt import TNT
+    from precond.step.adapt import LevenbergMarquardt
+    from precond.step.averaging import IterateAverage
+    from precond.step.base import SecondOrderOptimizer
+    from precond.step.lookahead import EMANesterov
+    from precond.step.loop import Loop
+    from precond.step.methods import Taxonomy
+    from precond.step.norm_control import Hyperball, RadialBrake, UpdateFloor
+    from precond.step.options import LossDamping, Momentum, Refresh, Tables, TrustRegion, Vectors, WeightDecay
+else:
+    __getattr__, __dir__ = on_first_use(
+        __name__,
+        {
+            "curvature": "DiagonalFisher EigenbasisFisher GramFisher KroneckerBFGS KroneckerFisher LayerFisher"
+            " SINGDFisher SketchedFisher TensorNormal UnitFisher",
+            "curvature.structures.whole": "WholeFisher",
+            ".catalogue": "Method methods",
+            ".closure.adahessian": "AdaHessian",
+            ".closure.curveball": "CurveBall",
+            ".closure.gauss_newton": "GaussNewton",
+            ".closure.hessian_free": "HessianFree",
+            ".closure.newton": "Newton",
+            ".closure.psgd": "PSGD",
+            ".closure.residuals": "PointwiseResidual",
+            ".closure.sophia": "Sophia",
+            ".closure.ssbfgs": "SSBFGS",
+            ".closure.ssbroyden": "SSBroyden",
+            ".closure.taylor": "directional_derivatives laplacian",
+            ".distributed.layer_planner": "LayerPlan",
+            ".distributed.planner": "ShardPlan plan",
+            ".fitting": "LeastSquaresResult least_squares",
+            ".gradient.galore": "GaLore",
+            ".gradient.kl_shampoo": "KLShampoo",
+            ".gradient.mfac": "MFAC",
+            ".gradient.muon": "Muon",
+            ".gradient.shampoo": "Shampoo",
+            ".gradient.soap": "SOAP",
+            ".gradient.soap_muon": "SOAPMuon",
+            ".gradient.splus": "SPlus",
+            ".grouping.groups": "param_groups",
+            ".layerwise.blocks.preconditioner": "Preconditioner",
+            ".layerwise.blocks.refresh": "Doubling",
+            ".layerwise.ekfac": "EKFAC",
+            ".layerwise.kbfgs": "KBFGS",
+            ".layerwise.kfac": "KFAC",
+            ".layerwise.natural_gradient": "NaturalGradient",
+            ".layerwise.optimizer": "PreconditionedOptimizer",
+            ".layerwise.quadratic_model": "QuadraticModel",
+            ".layerwise.seng": "SENG",
+            ".layerwise.singd": "SINGD",
+            ".layerwise.smw": "SMWNaturalGradient",
+            ".layerwise.tnt": "TNT",
+            ".step.adapt": "LevenbergMarquardt",
+            ".step.averaging": "IterateAverage",
+            ".step.base": "SecondOrderOptimizer",
+            ".step.lookahead": "EMANesterov",
+            ".step.loop": "Loop",
+            ".step.methods": "Taxonomy",
+            ".step.norm_control": "Hyperball RadialBrake UpdateFloor",
+            ".step.options": "LossDamping Momentum Refresh Tables TrustRegion Vectors WeightDecay",
+        },
+    )
 
 __all__ = [
     # optimizers

@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Sequence
 
 from precond import demo
-from precond.step.methods import methods
+from precond.catalogue import methods
 from solvers import __version__
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import get_args
 
-from precond.step.methods import Form, Matrix, Method, methods
+from precond.catalogue import Method, methods
+from precond.step.methods import Form, Matrix
 
 _INTRODUCTION = """\
 # The methods

@@ -58,7 +58,8 @@ FOLDERS = {
         "layerwise": "ekfac groups kbfgs kfac natural_gradient replay seng singd smw step_size tnt whole"
         " rules=structures",
         "layerwise.blocks": "block_state preconditioner refresh rows blocks=by_name",
-        "step": "adapt averaging base divergence methods options scheduled schedules update",
+        "step": "adapt averaging base divergence options scheduled schedules update",
+        "": "methods=catalogue",
     },
 }
 

@@ -22,12 +22,12 @@ PACKAGES = ("solvers", "curvature", "precond")
 #: of the same package. Every arrow is used, so that a new one is written down here on purpose.
 HOUSE: dict[str, str] = {
     "precond.__main__": ".command_line",
-    "precond.command_line": ".demo .step solvers",
+    "precond.command_line": ".demo .catalogue solvers",
     "precond.demo": ".layerwise .step solvers solvers.files",
-    "precond.taxonomy": ".step",
-    "precond": ".distributed .layerwise .layerwise.blocks .closure .gradient .step curvature"
-    " curvature.structures solvers .fitting"
-    " .grouping",
+    "precond.taxonomy": ".catalogue .step",
+    "precond": ".catalogue .distributed .layerwise .layerwise.blocks .closure .gradient .step curvature"
+    " curvature.structures curvature.neighbours solvers solvers.lazy .fitting .grouping",
+    "precond.catalogue": ".layerwise .closure .gradient .step",
     "precond.integrations": ".step curvature.model",
     "precond.grouping": ".step curvature.estimation curvature.layers curvature.model solvers.outcome",
     "precond.layerwise": ".layerwise.blocks .distributed .step curvature curvature.estimation curvature.structures"
@@ -58,7 +58,7 @@ HOUSE: dict[str, str] = {
     "curvature.laplace.factors": ".structures .layers solvers solvers.operators solvers.precision solvers.triangles",
     "curvature.laplace.likelihoods": ".losses",
     "curvature": ".comparison .reports .plots .influences .training .landscape .matrices .estimation .structures"
-    " .layers .model .compression .neighbours solvers",
+    " .layers .model .compression .neighbours solvers solvers.lazy solvers.operators",
     "curvature.neighbours": "solvers",
     "curvature.comparison": ".reports .reports.pages .reports.results .plots solvers solvers.files",
     "curvature.reports": ".reports.sections .reports.pages .reports.results .estimation .structures .losses .model"
@@ -94,6 +94,7 @@ HOUSE: dict[str, str] = {
     "solvers.eigenpairs": ".estimates .operators .outcome .precision",
     "solvers.estimates": ".operators .outcome .precision",
     "solvers.operators": ".tree .outcome",
+    "solvers.lazy": "",
     "solvers.tree": "",
     "solvers.triangles": "",
     "solvers.outcome": "",
@@ -389,6 +390,27 @@ def test_no_private_name_is_used_by_another_module(tree: Tree) -> None:
     assert borrowed_names(tree) == []
 
 
+@pytest.mark.parametrize("package", ["curvature", "precond"])
+def test_names_that_load_late_are_those_that_type_checkers_see(tree: Tree, package: str) -> None:
+    source = tree.sources[package]
+    (test,) = (node for node in source.body if isinstance(node, ast.If))
+    seen = {
+        (alias.name, node.module)
+        for node in test.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if f"{node.module}.{alias.name}" not in tree.files  # a module of the package is found without a list
+    }
+    (table,) = (node for node in ast.walk(test.orelse[0]) if isinstance(node, ast.Dict))
+    homes: dict[str, str] = ast.literal_eval(table)
+    late = {(name, importlib.util.resolve_name(home, package)) for home in homes for name in homes[home].split()}
+    assert late == seen
+    public = importlib.import_module(package)
+    for name, home in late:
+        assert getattr(public, name) is getattr(importlib.import_module(home), name)
+    assert set(public.__all__) <= set(dir(public))
+
+
 def test_every_folder_says_what_it_holds(tree: Tree) -> None:
     assert folders_without_docstring(tree) == []
 
@@ -404,7 +426,7 @@ def rows_of(page: str) -> dict[str, int]:
 def test_the_page_on_the_architecture_draws_this_house() -> None:
     rows = rows_of((ROOT / "docs" / "architecture.md").read_text(encoding="utf-8"))
     # Modules beside a package's own names, which the page leaves out.
-    faces = {"moved", "neighbours", "taxonomy", "command_line", "__main__"}
+    faces = {"catalogue", "lazy", "moved", "neighbours", "taxonomy", "command_line", "__main__"}
     drawn = {name: rows[room(name, rows)] for name in HOUSE if name not in PACKAGES and name.split(".")[1] not in faces}
     assert [name for name in rows if room(name, HOUSE) != name] == []
     assert set(rows) - set(PACKAGES) == {".".join(name.split(".")[:2]) for name in drawn}

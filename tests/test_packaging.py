@@ -14,8 +14,8 @@ import yaml
 import curvature
 import precond
 import solvers
+from precond.catalogue import methods
 from precond.command_line import main
-from precond.step.methods import methods
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -140,7 +140,8 @@ def exports(package: str) -> dict[str, str]:
     tree = ast.parse((ROOT / package / "__init__.py").read_text(encoding="utf-8"))
     sources: dict[str, str] = {}
     public: list[str] = []
-    for node in tree.body:
+    late = [node for test in tree.body if isinstance(test, ast.If) for node in test.body]  # if TYPE_CHECKING
+    for node in [*tree.body, *late]:
         if isinstance(node, ast.ImportFrom) and node.module:
             sources |= {alias.asname or alias.name: node.module for alias in node.names}
         elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":

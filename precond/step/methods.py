@@ -1,12 +1,9 @@
-"""Every optimizer on three axes (curvature, structure, solver), with its costs."""
+"""The place of a method on three axes (curvature, structure, solver), and its costs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
-
-from precond.step.base import SecondOrderOptimizer
+from typing import Literal
 
 Matrix = Literal["Hessian", "GGN", "Fisher", "gradient second moment"]
 Form = Literal["dense", "low rank", "Kronecker", "Kronecker eigenbasis", "diagonal", "matrix-free"]
@@ -40,38 +37,3 @@ class Taxonomy:
     refresh: str
     memory: str
     paper: str
-
-
-@dataclass(frozen=True)
-class Method(Taxonomy):
-    """A method of this package: its :class:`Taxonomy`, and its class.
-
-    Args:
-        name: Name of its class.
-        cls: The class.
-        needs: What a training step must provide: ``"grad"``, ``"layers"`` or ``"closure"``.
-    """
-
-    name: str
-    cls: type[SecondOrderOptimizer]
-    needs: str
-
-
-def methods() -> list[Method]:
-    """All methods of this package, by name.
-
-    >>> [method.needs for method in methods() if method.name == "SOAP"]
-    ['grad']
-    """
-    found = set()  # a class with two bases is a subclass of both
-    for cls in _subclasses(SecondOrderOptimizer):  # type: ignore[type-abstract]
-        taxonomy: Any = vars(cls).get("taxonomy")
-        if isinstance(taxonomy, Taxonomy) and cls.__module__.partition(".")[0] == "precond":
-            found.add(Method(**vars(taxonomy), name=cls.__name__, cls=cls, needs=cls.needs))
-    return sorted(found, key=lambda method: method.name)
-
-
-def _subclasses(cls: type[SecondOrderOptimizer]) -> Iterator[type[SecondOrderOptimizer]]:
-    for sub in cls.__subclasses__():
-        yield sub
-        yield from _subclasses(sub)

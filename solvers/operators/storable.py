@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar, overload
@@ -17,6 +18,7 @@ from solvers.tree import Path, map_inside, map_tree, place
 T = TypeVar("T")
 
 _KINDS: dict[str, type] = {}  # class name -> class
+_HOMES: dict[str, str] = {}  # class name -> module that defines it, of packages that import their modules late
 
 
 @overload
@@ -43,6 +45,11 @@ def storable(kind: type | None = None, *, name: str = "") -> Any:
     if _KINDS.setdefault(name, kind) is not kind:
         raise ValueError(f"The name {name} is taken by {_KINDS[name]}.")
     return kind
+
+
+def stored_in(module: str, *names: str) -> None:
+    """Say which module defines stored classes, so that :func:`from_state` finds them before anything imported it."""
+    _HOMES.update(dict.fromkeys(names, module))
 
 
 def state(op: LinearOperator) -> dict[str, Any]:
@@ -83,8 +90,10 @@ def _restored(piece: Any, path: Path) -> Any:
     if not isinstance(piece, dict):
         return NotImplemented
     name = piece.get("class")
+    if name not in _KINDS and name in _HOMES:
+        importlib.import_module(_HOMES[name])
     if name not in _KINDS:
-        raise StructureError(f"No stored class {name!r}; known are {', '.join(sorted(_KINDS))}.")
+        raise StructureError(f"No stored class {name!r}; known are {', '.join(sorted({*_KINDS, *_HOMES}))}.")
     kind = _KINDS[name]
     fields = map_inside(_restored, {key: item for key, item in piece.items() if key != "class"}, path, tuple)
     return kind.from_fields(**fields) if issubclass(kind, LinearOperator) else kind(**fields)
