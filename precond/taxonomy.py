@@ -12,7 +12,7 @@ _INTRODUCTION = """\
 # The methods
 
 Made from the code by `python -m precond.taxonomy`; a test holds the two together. Which one to take is said in
-[choose.md](../choose.md).
+[Choose](../choose.md).
 
 Every method here computes `P g`, with P a power (mostly -1 or -1/2) of an estimate of the curvature, and what makes it
 that method are three choices: *which matrix* is estimated, *in which structure* it is kept, and *which solver* inverts
