@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -28,6 +28,15 @@ _OF_GROUP = (
     "unshard",
     "wait_for_unshard",
     "_partial_reduce_output",
+)
+#: What a pass leaves there, of which passes of our own leave nothing.
+_OF_PASSES = (
+    "iter_forward_root",
+    "post_backward",
+    "post_forward_mesh_info",
+    "post_forward_order",
+    "_post_forward_indices",
+    "_training_state",
 )
 _OF_PARAMETER = ("sharded_param", "unsharded_accumulated_grad")
 #: What tells a gradient from an earlier one: which tensors hold it, and their versions.
@@ -149,6 +158,58 @@ class FullyShard:
                 vars(group).pop("post_backward", None)
             for group in lacking:
                 group.reshard()
+
+    @contextlib.contextmanager
+    def made_whole(self, values: Mapping[Tensor, Tensor] | None = None) -> Iterator[None]:
+        """Whole parameters in all layers, for passes of our own that write no gradients; all processes call it.
+
+        Args:
+            values: The part of this process, of parameters that have other values inside.
+        """
+        own = [(shard_of(p), shard_of(p).detach().clone(), value) for p, value in (values or {}).items()]
+        kept = [(part, self._settings(part)) for part in self._changing()]
+        try:
+            for part, _, value in own:
+                part.copy_(value)
+            for group in self.groups:
+                if group.is_unsharded:  # maybe from before the parameters moved
+                    group.reshard()
+                group.unshard(async_op=False)
+                group.wait_for_unshard()
+                group.post_forward_mesh_info, group.post_backward = None, _nothing
+            yield
+        finally:
+            for part, settings in kept:
+                vars(part).pop("post_backward", None)
+                vars(part).update(settings)
+            for group in self.groups:
+                group.reshard()
+            for part, before, _ in own:
+                part.copy_(before)
+
+    def _changing(self) -> list[Any]:
+        """Torch's own objects in which a pass writes."""
+        states = dict.fromkeys(module._get_fsdp_state() for module in self.modules)  # type: ignore[operator]
+        shared = (getattr(one, name, None) for one in (*states, *self.groups) for name in ("_state_ctx", "comm_ctx"))
+        contexts = {id(context): context for context in shared if context is not None}
+        return [*states, *self.groups, *contexts.values()]
+
+    @staticmethod
+    def _settings(part: Any) -> dict[str, Any]:
+        """What passes change in torch's own objects."""
+        known = {name: value for name, value in vars(part).items() if name in _OF_PASSES}
+        return {name: list(value) if isinstance(value, list) else value for name, value in known.items()}
+
+
+def call_forward(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """``model.forward`` without the hooks on the model itself, but for those by which ``fully_shard`` casts."""
+    given: tuple[Any, dict[str, Any]] = (args, dict(kwargs))
+    for hook in [h for h in model._forward_pre_hooks.values() if notices_passes(h)]:
+        given = hook(model, *given)
+    result = model.forward(*given[0], **given[1])
+    for hook in [h for h in model._forward_hooks.values() if notices_passes(h)]:
+        result = hook(model, given[0], result)
+    return result
 
 
 def is_fully_sharded(module: nn.Module) -> bool:

@@ -73,12 +73,23 @@ def mesh_ranks(parameters: Mapping[str, Tensor], shards: FullyShard, method: str
     return ranks
 
 
-def refuse_on_shards(method: str, options: Sequence[str]) -> None:
+def refuse_on_shards(method: str, options: Sequence[str], *, keeps_rows: bool = False) -> None:
     """Refuse what is not served where ``fully_shard`` cuts the parameters.
+
+    Args:
+        method: The method.
+        options: What of it is not served.
+        keeps_rows: Whether it keeps the rows of one batch.
 
     Raises:
         NotImplementedError: Naming the options.
     """
+    if keeps_rows:
+        raise NotImplementedError(
+            f"{method} does not run in several processes: it keeps the rows of its own batch, which do not add up over "
+            "processes. Train in one process, or take KFAC, EKFAC or NaturalGradient(structure='layer'), whose "
+            "structures are sums."
+        )
     if options:
         raise NotImplementedError(
             f"{method}: not served on a model under fully_shard: {', '.join(options)}. Leave them out, or wrap the "

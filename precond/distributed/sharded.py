@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from curvature.model.messages import answered
 from precond.distributed.assignment import shared_out
-from precond.distributed.ranks import OtherRankFailed
+from precond.distributed.ranks import OtherRankFailed, gathered
 
 Entries = dict[str, Any]
 
@@ -357,6 +357,25 @@ class Exchange:
             if self.mine(p) or name in ("step", "length", "lookahead", "radius"):
                 out[name] = value
         return out
+
+
+def whole_of(parts: Mapping[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+    """Whole tensors of the shapes of parameters, in all processes, from the parts; one message for all.
+
+    Args:
+        parts: Parameter -> the part of this process; of one that is not cut all of it.
+    """
+    out = {p: part for p, part in parts.items() if not is_sharded(p)}
+    cut = {p: part for p, part in parts.items() if is_sharded(p)}
+    for (group, _, _), params in Exchange._alike({p: part.dtype for p, part in cut.items()}).items():
+        layouts = [layout_of(p) for p in params]
+        counts = [[prod(layout.shards()[rank]) for layout in layouts] for rank in range(dist.get_world_size(group))]
+        rows = gathered(group, torch.cat([cut[p].reshape(-1) for p in params]), [sum(own) for own in counts])
+        pieces_of = [row.split(own) for row, own in zip(rows, counts, strict=True)]
+        for i, (p, layout) in enumerate(zip(params, layouts, strict=True)):
+            shards = [own[i].view(shape) for own, shape in zip(pieces_of, layout.shards(), strict=True)]
+            out[p] = torch.cat(shards, layout.axis)
+    return {p: out[p] for p in parts}
 
 
 def cut_as(p: Tensor, entries: Entries) -> Entries:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -114,6 +114,8 @@ class PreconditionedOptimizer(LayerOptimizer):
     #: Whether refreshes are spread over their period, where the caller says nothing.
     staggers: ClassVar[bool] = False
     loop_settings: ClassVar = frozenset(field.name for field in fields(Loop))
+    #: Whether the curvature is that of the rows of one batch, which do not add up over processes.
+    keeps_rows: ClassVar[bool] = False
     #: Whether the damping must be in units of C, as where an inverse is learned and no C is kept.
     absolute_damping: ClassVar[bool] = False
 
@@ -238,7 +240,7 @@ class PreconditionedOptimizer(LayerOptimizer):
             self._step_model = StepModel(self, self.step_size, self.damping_rule, guarded)
             self.tape.repeats = True
         if self.tape.shards is not None:
-            refuse_on_shards(type(self).__name__, self.unserved_on_shards())
+            refuse_on_shards(type(self).__name__, self.unserved_on_shards(), keeps_rows=self.keeps_rows)
             self._ranks = mesh_ranks(self.parameters, self.tape.shards, type(self).__name__)
             self.shared = SharedCurvature(self._ranks, whole=True)
         self.arm()
@@ -246,8 +248,6 @@ class PreconditionedOptimizer(LayerOptimizer):
     def unserved_on_shards(self) -> list[str]:
         """Options that need whole parameters in every process, and are refused where ``fully_shard`` cuts them."""
         wanted = {
-            "step_size=": self.step_size,
-            "damping_rule=": self.damping_rule,
             "process_group= (the mesh says who belongs together)": self.process_group,
             "memory_fraction= (the owner of a parameter keeps its blocks)": "memory_fraction" in self.given,
             "Loop(capture='shadow')": self.loop.capture == "shadow",
@@ -316,11 +316,6 @@ class PreconditionedOptimizer(LayerOptimizer):
         self._refresh(updated)
         out = self._applied(by_name, rows, given)
         candidates = [] if self._step_model is None else self._step_model.candidates()
-        if candidates and self.shared is not None:
-            raise NotImplementedError(
-                f"{type(self).__name__}: QuadraticModel(factor_period=) compares dampings in one process only. Leave "
-                "it out where several train together."
-            )
         return self._best(candidates, out, by_name, rows, given) if candidates else out
 
     def _applied(
@@ -366,8 +361,11 @@ class PreconditionedOptimizer(LayerOptimizer):
             for group in self.param_groups:
                 group["factor_damping"] = strength
             if found:  # the first one is the present
-                dampings_of = {name: dampings.of(p.estimator.block) for name, p in self.preconditioners.items()}
-                self.preconditioners.refresh({name: {"damping": damping} for name, damping in dampings_of.items()})
+                due = {n: {"damping": dampings.of(p.estimator.block)} for n, p in self.preconditioners.items()}
+                if self.shared is None:
+                    self.preconditioners.refresh(due)
+                else:
+                    self._refreshed_together(due)
                 now = self._applied(gradients, rows, given)
             inverses = {name: p.inverse for name, p in self.preconditioners.items()}
             promise = self._step_model.promise(now, {p: given[p] for p in now})
@@ -420,7 +418,8 @@ class PreconditionedOptimizer(LayerOptimizer):
         kept = [e.operator() for e in known if not isinstance(e, InverseEstimator)]
         trace, size = float(sum(op.trace() for op in kept)), float(sum(op.shape[0] for op in kept))
         if self.shared is not None:
-            trace, size = self.shared.row_sum(torch.tensor([trace, size], dtype=torch.float64)).tolist()
+            both = torch.tensor([trace, size], dtype=torch.float64, device=self.shared.ranks.device)
+            trace, size = self.shared.row_sum(both).tolist()
         return trace / size if size else 0.0
 
     def over_ranks(self, work: Callable[[], Tensor], width: int) -> Tensor:
@@ -483,9 +482,7 @@ class PreconditionedOptimizer(LayerOptimizer):
             for name in self.preconditioners if bounded else ():
                 measure(name, damped.get(name), name in damped)
         else:
-            kept = {name: self.preconditioners[name] for name in todo}
-            tasks = [Refreshing(n, kept[n], o["basis"], partial(kept[n].attempt, **o)) for n, o in todo.items()]
-            new = self.shared.refresh(tasks)
+            new = self._refreshed_together(todo)
             if bounded:
                 if self.shared.whole:
                     blocks = self.preconditioners
@@ -500,6 +497,14 @@ class PreconditionedOptimizer(LayerOptimizer):
             if self.shared is not None and self.shared.whole:
                 found = self.shared.added({p: found[p] for p in self.parameters.values() if p in found})
             self.measured |= found
+
+    def _refreshed_together(self, todo: Mapping[str, Mapping[str, Any]]) -> set[str]:
+        """Refresh blocks in several processes; the names of those that are new."""
+        assert self.shared is not None
+        kept = {name: self.preconditioners[name] for name in todo}
+        return self.shared.refresh(
+            [Refreshing(n, kept[n], o.get("basis", True), partial(kept[n].attempt, **o)) for n, o in todo.items()]
+        )
 
     # State
 

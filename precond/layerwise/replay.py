@@ -17,6 +17,7 @@ from curvature.estimation.tape import Tape
 from curvature.losses import SumOfLosses
 from curvature.model.backward_hooks import no_backward_hooks
 from curvature.model.data import inspection
+from curvature.model.fully_sharded import call_forward, named_parameters
 from curvature.model.settings import settings
 from curvature.model.streams import set_random_state
 from curvature.model.wrappers import plain_checkpoints, unwrapped
@@ -114,7 +115,7 @@ class LoopReplay(Replay):
                 no_backward_hooks(self.model) as bare,
             ):
                 if values is None:
-                    result = self.model.forward(*args, **kwargs)
+                    result = call_forward(self.model, args, kwargs)
                 else:
                     result = functional_call(_Bare(self.model), dict(values), args, kwargs)
                 bare(result)
@@ -202,7 +203,7 @@ class ClosureReplay(Replay):
 
     @contextmanager
     def _undisturbed(self) -> Iterator[None]:
-        gradients = {p: p.grad for p in self.model.parameters()}
+        gradients = {p: p.grad for _, p in named_parameters(self.model)}
         device = next(iter(gradients)).device
         try:
             with settings(self.model, self.random, device), inspection(), torch.enable_grad(), BackwardDoesNothing():
@@ -241,7 +242,7 @@ class _Bare(nn.Module):
         self.model = model
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model.forward(*args, **kwargs)
+        return call_forward(self.model, args, kwargs)
 
 
 def _every(value: Any, number: int, stride: int) -> Any:

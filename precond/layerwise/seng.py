@@ -66,6 +66,7 @@ class SENG(LayerwiseMethod):
 
     fisher_types: ClassVar = {None: SketchedFisher}
     needs_damping: ClassVar = True
+    keeps_rows: ClassVar = True
     absolute_damping: ClassVar = True
     taxonomy: ClassVar = Taxonomy(
         curvature="empirical Fisher of one batch",

@@ -78,6 +78,7 @@ class SMWNaturalGradient(WholeModelOptimizer):
 
     fisher_types: ClassVar = {"dense": WholeFisher, "layer": GramFisher}
     needs_damping: ClassVar = True
+    keeps_rows: ClassVar = True
     absolute_damping: ClassVar = True  # it weighs the pull towards the last solution
     taxonomy: ClassVar = Taxonomy(
         curvature="Fisher (empirical, mc or exact), of one batch",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from curvature.estimation.tape import Tape
 from curvature.losses.loss import watched
 from curvature.model.streams import random_state
+from precond.distributed.sharded import is_sharded, like, local, summed, whole_of
 from precond.layerwise.quadratic_model import QuadraticModel
 from precond.layerwise.replay import ClosureReplay, LoopReplay, Replay
 from precond.step.adapt import LevenbergMarquardt, unseen
@@ -76,8 +78,8 @@ class _Trial:
 
     before: Tensor  # value of what is minimised
     predicted: float | None  # decrease that the undamped model promises
-    own: dict[Tensor, Tensor]  # parameters before it; empty where nobody will ask
-    gradients: dict[Tensor, Tensor]
+    own: dict[Tensor, Tensor]  # parameters before it, as far as they lie here; empty where nobody will ask
+    gradients: dict[Tensor, Tensor]  # likewise
     adapts: bool  # the damping is adapted by it
     length: float = 0.0  # m^T C m before the learning rate
 
@@ -95,6 +97,9 @@ class _Model:
 
 class StepModel:
     """Sizes the step of a layer-based optimizer, judges it afterwards, and adapts the damping.
+
+    Vectors are flat, and where processes share parameters out each has a part of them: inner products are summed over
+    the parts, and passes on the batch take whole ones.
 
     Args:
         optimizer: Whose steps they are.
@@ -178,8 +183,8 @@ class StepModel:
         params = list(directions)
         adapts = self.rule is not None and self.optimizer.steps % self.rule.period == 0
         keep = self.reject or self.guarded or (self.quadratic is None and adapts)
-        own = {p: p.detach().clone() for p in params} if keep else {}
-        self._trial = _Trial(torch.zeros(()), None, own, {p: gradients[p] for p in params}, adapts)
+        own = {p: local(p).detach().clone() for p in params} if keep else {}
+        self._trial = _Trial(torch.zeros(()), None, own, {p: local(gradients[p]) for p in params}, adapts)
         if self.quadratic is None:
             return directions
         model = self._model(directions, gradients)
@@ -195,24 +200,46 @@ class StepModel:
         self.coefficients, self._trial.length = c, length
         self._trial.predicted = -float(lr * (slopes @ c) + 0.5 * lr**2 * (c @ curved @ c))
         self._trial.before = value + self._penalty(params)
-        found = unflatten((c @ V).to(flatten(directions)), params)
+        found = _parts((c.to(V) @ V).to(_flat(directions)), params)
         for p, move in found.items():
-            self.optimizer.state[p]["move"] = (lr * move).to(p.dtype)
-        return {p: -move.to(p.dtype) for p, move in found.items()}
+            self.optimizer.state[p]["move"] = _as(p, (lr * move).to(p.dtype))
+        return {p: _as(p, -move.to(p.dtype)) for p, move in found.items()}
 
-    def _gram_of_batch(self, params: list[Tensor], vectors: list[Tensor], stride: int = 1) -> tuple[Tensor, Tensor]:
+    @contextmanager
+    def _passes(self, params: list[Tensor], values: Mapping[Tensor, Tensor] | None = None) -> Iterator[list[Tensor]]:
+        """The tensors that passes on the batch use in the place of parameters, which may have other values inside."""
+        shards = self.optimizer.tape.shards
+        if shards is not None:
+            with shards.made_whole(values):
+                yield [shards.whole(p) for p in params]
+        else:
+            with parameters_at(values or {}):
+                yield params
+
+    def _gram_of_batch(
+        self,
+        params: list[Tensor],
+        vectors: list[Tensor],
+        stride: int = 1,
+        values: Mapping[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """``V^T C V`` and the loss of the batch; of the batches of all processes, whose mean gradient is followed."""
-
-        def own() -> Tensor:
-            found, value = self.replay.gram(params, vectors, stride)
-            return torch.cat([found.reshape(-1), value.to(found).reshape(1)])
-
+        wholes = [flatten(whole_of(_parts(vector, params))) for vector in vectors]
         k = len(vectors)
-        together = self.optimizer.over_ranks(own, k * k + 1)
+        with self._passes(params, values) as seen:
+
+            def own() -> Tensor:
+                found, value = self.replay.gram(seen, wholes, stride)
+                return torch.cat([found.reshape(-1), value.to(found).reshape(1)])
+
+            together = self.optimizer.over_ranks(own, k * k + 1)
         return together[:-1].view(k, k), together[-1]
 
-    def _value(self) -> Tensor:
-        return self.optimizer.over_ranks(lambda: self.replay.value().reshape(1), 1)[0]
+    def _value(self, params: list[Tensor], values: Mapping[Tensor, Tensor] | None = None) -> Tensor:
+        """What is minimised, the term of L2 weight decay included."""
+        with self._passes(params, values):
+            found = self.optimizer.over_ranks(lambda: self.replay.value().reshape(1), 1)[0]
+        return found + self._penalty(params, values)
 
     def candidates(self) -> list[float]:
         """The dampings of the factors to be compared at this step, the present one first; none where it is not due."""
@@ -233,14 +260,14 @@ class StepModel:
         """The quadratic model of the batch over the preconditioned gradient and the previous move."""
         assert self.quadratic is not None
         params = list(directions)
-        vectors = [-flatten(directions)]
+        vectors = [-_flat(directions)]
         moves = {p: self.optimizer.state[p].get("move") for p in params}
         if self.quadratic.momentum and any(m is not None for m in moves.values()):
-            vectors.append(flatten({p: torch.zeros_like(p) if m is None else m for p, m in moves.items()}))
+            vectors.append(_flat({p: torch.zeros_like(local(p)) if m is None else m for p, m in moves.items()}))
         curved, value = self._gram_of_batch(params, vectors, round(1 / self.quadratic.fraction))
         V = torch.stack(vectors).double()
         curved = curved + self._gram(V, params, _penalty)
-        slopes = V @ flatten({p: gradients[p] for p in params}).double()
+        slopes = self._added(V @ _flat({p: gradients[p] for p in params}).double(), params)
         return _Model(V, curved, slopes, minimiser(curved + self._gram(V, params, _damping), slopes), value)
 
     def _limit(self) -> float | None:
@@ -260,7 +287,7 @@ class StepModel:
         if trial.predicted is None:
             self._predict(trial, params)
         assert trial.predicted is not None
-        after, before = float(self._value() + self._penalty(params)), float(trial.before)
+        after, before = float(self._value(params)), float(trial.before)
         self.optimizer.judged = (-trial.predicted, after - before)
         if unseen(trial.predicted, before, after, torch.float32):
             return
@@ -275,7 +302,7 @@ class StepModel:
             self.taken_back = True
             self._keep(None, None)
             for p, value in trial.own.items():
-                p.copy_(value)
+                local(p).copy_(value)
                 self.optimizer.state[p].pop("momentum_buffer", None)
                 self.optimizer.state[p].pop("length", None)
                 self.optimizer.state[p].pop("move", None)
@@ -291,12 +318,12 @@ class StepModel:
             if region is not None and kept and trial.length > 0.99 * region:
                 self._set_region(4 * region)
             return
-        moves, scale = {p: p - trial.own[p] for p in params}, 1.0
+        moves, scale = {p: local(p) - trial.own[p] for p in params}, 1.0
         for attempt in range(1, _HALVINGS + 1):
             scale = 0.5**attempt if attempt < _HALVINGS else 0.0
             for p, move in moves.items():
-                p.copy_(trial.own[p] + scale * move if scale else trial.own[p])
-            if not scale or float(self._value() + self._penalty(params)) <= before:
+                local(p).copy_(trial.own[p] + scale * move if scale else trial.own[p])
+            if not scale or float(self._value(params)) <= before:
                 break
         for p in params:
             if "move" in self.optimizer.state[p]:
@@ -318,8 +345,7 @@ class StepModel:
             return
         self._keep(None, None)
         moves = {p: self.optimizer.state[p]["move"] for p in params if "move" in self.optimizer.state[p]}
-        with parameters_at({p: p.detach() - move for p, move in moves.items()}):
-            before = float(self._value() + self._penalty(params))
+        before = float(self._value(params, {p: local(p).detach() - local(move) for p, move in moves.items()}))
         after = float(value + self._penalty(params))
         if unseen(promised, before, after, torch.float32):
             return
@@ -333,14 +359,12 @@ class StepModel:
     def _predict(self, trial: _Trial, params: list[Tensor]) -> None:
         """Compute the decrease that the model had promised for the move that was made."""
         own = {p: trial.own[p] for p in params}
-        m = flatten({p: p - value for p, value in own.items()})
-        with parameters_at(own):
-            found, value = self._gram_of_batch(params, [m])
-            curved = float(found)
-            trial.before = value + self._penalty(params)
+        m = flatten({p: local(p) - value for p, value in own.items()})
+        found, value = self._gram_of_batch(params, [m], values=own)
+        trial.before = value + self._penalty(params, own)
         m = m.double()
-        curved += float(self._gram(m.unsqueeze(0), params, _penalty))
-        slope = float(flatten({p: trial.gradients[p] for p in params}).double() @ m)
+        curved = float(found) + float(self._gram(m.unsqueeze(0), params, _penalty))
+        slope = float(self._added(flatten({p: trial.gradients[p] for p in params}).double() @ m, params))
         trial.predicted = -(slope + 0.5 * curved)
 
     def _gram(self, V: Tensor, params: list[Tensor], option: Callable[[dict[str, Any]], float]) -> Tensor:
@@ -348,17 +372,39 @@ class StepModel:
         groups = self.optimizer.param_groups
         if len({option(group) for group in groups}) == 1:
             s = option(groups[0])
-            return s * (V @ V.mT) if s else V.new_zeros(len(V), len(V))
+            if not s:
+                return torch.zeros(len(V), len(V), dtype=V.dtype)
+            return s * self._added(V @ V.mT, params)
         group_of = {p: group for group in groups for p in group["params"]}
-        each = [V.new_full((p.numel(),), option(group_of[p])) for p in params]
-        return (V * torch.cat(each)) @ V.mT
+        each = [V.new_full((local(p).numel(),), option(group_of[p])) for p in params]
+        return self._added((V * torch.cat(each)) @ V.mT, params)
 
-    def _penalty(self, params: list[Tensor]) -> Tensor:
+    @staticmethod
+    def _added(numbers: Tensor, params: list[Tensor]) -> Tensor:
+        """Inner products of vectors of which each process has a part, as numbers of the processor."""
+        return summed(numbers, params).cpu()
+
+    def _penalty(self, params: list[Tensor], values: Mapping[Tensor, Tensor] | None = None) -> Tensor:
         """The term that L2 weight decay adds to the loss; a closure's loss and that of the loop do not hold it."""
         if not any(_penalty(group) for group in self.optimizer.param_groups):
             return torch.zeros((), dtype=torch.float64)
-        theta = flatten({p: p.detach() for p in params}).double()
-        return 0.5 * self._gram(theta.unsqueeze(0), params, _penalty).sum().cpu()
+        theta = flatten({p: local(p).detach() if values is None or p not in values else values[p] for p in params})
+        return 0.5 * self._gram(theta.double().unsqueeze(0), params, _penalty).sum()
+
+
+def _flat(vectors: Mapping[Tensor, Tensor]) -> Tensor:
+    """The parts of this process as one vector."""
+    return flatten({p: local(x) for p, x in vectors.items()})
+
+
+def _parts(flat: Tensor, params: list[Tensor]) -> dict[Tensor, Tensor]:
+    """Inverse of :func:`_flat`."""
+    return dict(zip(params, unflatten(flat, [local(p) for p in params]).values(), strict=True))
+
+
+def _as(p: Tensor, part: Tensor) -> Tensor:
+    """The part of this process, laid out as a parameter is."""
+    return like(part, p) if is_sharded(p) else part
 
 
 def _penalty(group: dict[str, Any]) -> float:

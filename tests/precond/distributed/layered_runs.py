@@ -22,10 +22,21 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.checkpoint import checkpoint
 
-from precond import EKFAC, KFAC, SENG, LevenbergMarquardt, Loop, QuadraticModel, Refresh, SMWNaturalGradient
+from precond import (
+    EKFAC,
+    KFAC,
+    SENG,
+    LevenbergMarquardt,
+    Loop,
+    QuadraticModel,
+    Refresh,
+    SMWNaturalGradient,
+    WeightDecay,
+)
 from solvers import SolverError
 from tests.precond.distributed.checks import (
     METHODS,
@@ -235,6 +246,50 @@ def every_way(shape: tuple[int, ...], names: tuple[str, ...], ways: list[str]) -
     return out
 
 
+# Steps that are judged by the loss of all
+
+
+def closures(optimizer: Any, net: nn.Module, batches: list[Batch]) -> None:
+    for x, y in batches:
+        part = mine(len(x))
+
+        def closure(x: Tensor = x[part], y: Tensor = y[part]) -> Tensor:
+            optimizer.zero_grad()
+            loss: Tensor = optimizer.loss_fn(net(x), y)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+
+
+_CHOSEN = {"damping_rule": LevenbergMarquardt(), "damping": 1e-2, "lr": 1.0, "weight_decay": WeightDecay(0.01, "l2")}
+#: Method, its options, loop.
+JUDGED: dict[str, tuple[str, dict[str, Any], Callable[..., None]]] = {
+    "chosen": ("kfac exact", {**_CHOSEN, "step_size": QuadraticModel(factor_period=2)}, train),
+    "closure": ("ekfac", {**_CHOSEN, "step_size": QuadraticModel()}, closures),
+    "rejected": (
+        "kfac exact",
+        {"damping_rule": LevenbergMarquardt(reject_steps=True), "damping": 1e-3, "lr": 1.3, "kl_clip": None},
+        train,
+    ),
+}
+
+
+def judged(shape: tuple[int, ...], names: tuple[str, ...] = tuple(JUDGED)) -> dict[str, Any]:
+    """Parameters, damping, and the steps that were taken back."""
+    out = {}
+    for case in names:
+        name, options, loop = JUDGED[case]
+        net = shard(Net(), mesh_of(shape), ("first", "norm")) if shape else Net()
+        optimizer, back = make(name, net, **options), []
+        for one in vectors(5):
+            loop(optimizer, net, [one])
+            back.append(optimizer.taken_back)
+        assert all(isinstance(p, DTensor) == bool(shape) for p in net.parameters()), "some stayed whole"
+        out[case] = whole(net), optimizer.param_groups[0]["damping"], back
+    return out
+
+
 # What a pass leaves alone
 
 
@@ -373,8 +428,6 @@ def refusals(shape: tuple[int, ...]) -> dict[str, str]:
         tell(name, lambda name=name: make(name, net))
     loss_fn = nn.CrossEntropyLoss()
     options: dict[str, dict[str, Any]] = {
-        "step size": {"step_size": QuadraticModel(), "damping": 1e-3, "momentum": 0.0, "kl_clip": None},
-        "damping rule": {"damping_rule": LevenbergMarquardt(), "damping": 1e-3},
         "group": {"process_group": dist.group.WORLD},
         "fraction": {"memory_fraction": 1.0},
         "shadow": {"loop": Loop(capture="shadow")},
@@ -382,7 +435,7 @@ def refusals(shape: tuple[int, ...]) -> dict[str, str]:
     for name, some in options.items():
         tell(name, lambda some=some: KFAC(net, loss_fn, lr=0.1, **some))
     tell("rows", lambda: SMWNaturalGradient(net, loss_fn, lr=0.1))
-    tell("sketch", lambda: train(SENG(net, loss_fn, lr=0.1), net, vectors(1)))
+    tell("sketch", lambda: SENG(net, loss_fn, lr=0.1))
     part = Net()
     fully_shard(part.first, mesh=mesh)
     tell("part", lambda: KFAC(part, loss_fn, lr=0.1))
@@ -521,7 +574,7 @@ def low_precision(shape: tuple[int, ...]) -> dict[str, Any]:
 
 
 def on_two(folder: str, saved: dict[str, Any]) -> dict[str, Any]:
-    checks = (undisturbed, refusals, disagreements, measured, traffic, low_precision)
+    checks = (judged, undisturbed, refusals, disagreements, measured, traffic, low_precision)
     return {
         "methods": every_method((2,), SERVED),
         "ways": every_way((2,), ("kfac exact",), list(WAYS)) | every_way((2,), ("kfac empirical", "ekfac"), FEW),
@@ -541,6 +594,7 @@ def on_four(folder: str) -> dict[str, Any]:
         "one axis": every_method((4,), ["kfac exact"]),
         "loaded": loads((2, 2), folder),
         "disagreements": disagreements((2, 2)),
+        "judged": judged((2, 2), ("chosen",)),
         "measured": measured((2, 2)),
         "traffic": traffic((2, 2), (KFAC,)),
         "ways": every_way((2, 2), ("kfac exact",), ["accumulated", "reduced later"])

@@ -50,7 +50,7 @@ pytestmark = pytest.mark.distributed
 GRADIENT_METHODS = [method.name for method in methods() if method.needs == "grad"]
 #: Options of K-FAC that judge a step by its loss.
 JUDGED: dict[str, dict[str, Any]] = {
-    "quadratic model": {"lr": 1.0, "step_size": QuadraticModel()},
+    "quadratic model": {"lr": 1.0, "step_size": QuadraticModel(factor_period=2)},
     "damping rule": {"damping_rule": LevenbergMarquardt()},
     "rejection": {"lr": 3.0, "kl_clip": None, "damping_rule": LevenbergMarquardt(reject_steps=True)},
 }

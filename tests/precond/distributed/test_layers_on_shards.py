@@ -26,13 +26,11 @@ pytestmark = [
 TOLD = {
     "kbfgs": "KBFGS: not served on a model under fully_shard: second passes on the same batch.*DistributedDataParallel",
     "natural dense": "NaturalGradient: not served on a model under fully_shard: one matrix for all parameters",
-    "step size": "KFAC: not served on a model under fully_shard: step_size=",
-    "damping rule": "KFAC: not served on a model under fully_shard: damping_rule=",
     "group": "KFAC: not served on a model under fully_shard: process_group=",
     "fraction": "KFAC: not served on a model under fully_shard: memory_fraction=",
     "shadow": r"KFAC: not served on a model under fully_shard: Loop\(capture='shadow'\)",
-    "rows": "SMWNaturalGradient: not served on a model under fully_shard: one matrix for all parameters",
-    "sketch": "SENG does not run in several processes: .*keeps the rows of its own batch",
+    "rows": "SMWNaturalGradient does not run in several processes: it keeps the rows of its own batch.*KFAC, EKFAC",
+    "sketch": "SENG does not run in several processes: it keeps the rows of its own batch.*KFAC, EKFAC",
     "part": "KFAC: 5 of 7 parameters, the first scale, are in no layer under fully_shard",
     "factor": r"KFAC: set_gradient_divide_factor\(1.0\) makes gradients another mean",
     "reentrant": "KFAC does not run in several processes: this step needs a second forward pass.*use_reentrant=False",
@@ -65,6 +63,7 @@ def test_steps_checkpoints_refusals_and_traffic(found: dict[str, Any]) -> None:
     steps_are_those_of_one_process(found)
     the_way_of_the_loop_is_no_matter(found["two"])
     the_way_of_the_loop_is_no_matter(found["four"])
+    steps_are_judged_by_the_loss_of_all(found)
     gradients_and_messages_of_passes_are_left_alone(found["two"])
     runs_go_on_on_other_meshes(found)
     what_is_not_served_is_refused_by_name(found["two"])
@@ -88,6 +87,19 @@ def the_way_of_the_loop_is_no_matter(some: list[dict[str, Any]]) -> None:
         model = build()
         loop(make(method, model), model, data())
         assert distance(values, parameters(model)) < 1e-10, name
+
+
+def steps_are_judged_by_the_loss_of_all(found: dict[str, Any]) -> None:
+    alone = runs.judged(())
+    assert any(alone["rejected"][2]) and not all(alone["rejected"][2])
+    for some in found["two"], found["four"]:
+        for case in some[0]["judged"]:
+            values, damping, back = alone[case]
+            for rank in some:
+                own, its_damping, taken_back = rank["judged"][case]
+                assert same(own, some[0]["judged"][case][0]), case
+                assert distance(own, values) < 1e-10 and taken_back == back, case
+                assert its_damping == pytest.approx(damping, rel=1e-12), case
 
 
 def gradients_and_messages_of_passes_are_left_alone(two: list[dict[str, Any]]) -> None:
