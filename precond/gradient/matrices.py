@@ -123,8 +123,9 @@ def spectrum(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return Eigh().basis(Dense(matrix, is_gram=True))
 
 
-#: Eigenvalues below this fraction of the largest one belong to the null space, whose vectors rounding errors mix: at
-#: 1e-6 SPlus, which takes signs in the basis, still parts from itself where a sum has another order.
+#: Eigenvalues below this fraction of the numbers that they are computed from belong to the null space, whose vectors
+#: rounding errors mix: at 1e-6 SPlus, which takes signs in the basis, still parts from itself where a sum has another
+#: order.
 _NULL = 1e-5
 
 
@@ -137,16 +138,28 @@ def eigenbasis(matrix: Tensor) -> Tensor:
     :math:`\Omega` every time, it is replaced by :math:`N U` for :math:`N^\top \Omega = U R` with a positive diagonal
     of R, the same for every N. Rows of zeros stay apart: their unit vectors are members of it.
 
+    What is null is measured by the numbers that an eigenvalue is computed from, which are those of all only at first.
+    In a raw table columns have scales of their own, and the numbers in :math:`N^\top A N` are as small as those of the
+    small columns; its eigenvectors are resolved as those of A are, and so on. With r the lengths of the rows of N, the
+    numbers are :math:`s = r^\top |A|\, r`, whatever basis N is. Where large columns depend on one another, which makes
+    a large s, small ones stay mixed with what they have in common.
+
     Raises:
         SolverError: If the decomposition fails.
     """
     values, basis = spectrum(matrix)
     n = matrix.shape[-1]
-    null = values <= max(2 * n**0.5 * torch.finfo(values.dtype).eps, _NULL) * values[..., -1:].clamp(min=0)
-    count = int(null.sum(-1).max()) if null.numel() else 0
-    if count == 0:
-        return basis
-    null = null[..., :count].unsqueeze(-2)
+    share = max(2 * n**0.5 * torch.finfo(values.dtype).eps, _NULL)
+    null = values <= share * values[..., -1:].clamp(min=0)
+    resolved_more = True
+    while resolved_more:
+        count = int(null.sum(-1).max()) if null.numel() else 0
+        if count == 0:
+            return basis
+        null = null[..., :count]
+        basis[..., :count], now = _resolved_within(matrix, basis[..., :count], null, share)
+        resolved_more, null = not torch.equal(now, null), now
+    null = null.unsqueeze(-2)
     some = torch.where(null, basis[..., :count], 0)  # (k, n, count)
     unused = matrix.diagonal(dim1=-2, dim2=-1) == 0
     units, is_unit = _units(unused, count, some)
@@ -159,6 +172,29 @@ def eigenbasis(matrix: Tensor) -> Tensor:
         is_unit, units, torch.where(null, some @ (left * signs) * used, basis[..., :count])
     )
     return basis
+
+
+def _resolved_within(matrix: Tensor, basis: Tensor, null: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """The eigenvectors within null spaces, and which of them stay null.
+
+    Args:
+        matrix: A ``(k, n, n)``.
+        basis: The first eigenvectors ``(k, n, count)``.
+        null: Which of them are a basis of the null space ``(k, count)``.
+        share: Of s, below which an eigenvalue is not resolved.
+    """
+    members = null.unsqueeze(-2)
+    some = torch.where(members, basis, 0)
+    inner = some.mT @ matrix @ some
+    lengths = some.norm(dim=-1, keepdim=True)
+    bound = share * (lengths.mT @ matrix.abs() @ lengths).squeeze(-1)  # (k, 1)
+    trace = inner.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
+    if not bool((trace > bound).any()):
+        return basis, null
+    # Columns that are no members stay where they are: behind these, and apart.
+    apart = torch.where(null, 0, torch.where(trace > 0, 2 * trace, 1))
+    values, turn = spectrum(inner + torch.diag_embed(apart))
+    return torch.where(members, some @ turn, basis), null & (values <= bound)
 
 
 def _units(unused: Tensor, count: int, like: Tensor) -> tuple[Tensor, Tensor]:

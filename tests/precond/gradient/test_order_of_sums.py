@@ -87,3 +87,20 @@ def test_the_basis_of_a_null_space_is_one_whatever_is_given() -> None:
         torch.testing.assert_close(first[k], eigenbasis(one[k : k + 1])[0], rtol=0, atol=1e-12)
     assert torch.equal(first[2, :, 0], torch.eye(8, dtype=torch.float64)[3])
     assert torch.equal(eigenbasis(torch.zeros(1, 3, 3))[0], torch.eye(3))
+
+
+@pytest.mark.parametrize(("dtype", "places"), [(torch.float64, 1e-12), (torch.float32, 1e-4)])
+def test_the_columns_of_a_raw_table_keep_their_own_directions(dtype: torch.dtype, places: float) -> None:
+    """Each set of columns is resolved in its own scale, beside others and a full rank; columns of zeros are null."""
+    torch.manual_seed(0)
+    scales = torch.tensor([[1, 1, 1e-3, 1e-3, 1e-5, 0], [1, 1e-5, 0, 1e-5, 0, 0], [1] * 6], dtype=torch.float64)
+    tables = (torch.randn(3, 200, 6) * scales.unsqueeze(1)).to(dtype)
+    gram, other = (x.mT @ x for x in (tables, tables.flip(1)))
+    basis = eigenbasis(gram)
+    assert (basis.mT @ basis - torch.eye(6)).abs().max() < 100 * torch.finfo(dtype).eps
+    inner = basis.double().mT @ gram.double() @ basis.double()
+    for one, null in zip(inner, (1, 3, 0), strict=True):
+        scale = one.diagonal()[null:].sqrt()
+        assert (one[null:, null:] / torch.outer(scale, scale) - torch.eye(len(scale))).abs().max() < places
+        assert not one[:null].any()
+    torch.testing.assert_close(basis.abs(), eigenbasis(other).abs(), rtol=0, atol=places)
