@@ -146,7 +146,7 @@ class Statistics:
     def arrived(self, call: TapedLoss, gradient: Tensor) -> None:
         passes = self._open(call.passes)
         loss = self._loss_of(call)
-        if not passes or loss is None:
+        if not passes or loss is None or _has_no_example(call.output):
             return
         try:
             terms = self._terms(loss, call)
@@ -162,7 +162,7 @@ class Statistics:
     def arrived_at_input(self, call: TapedLoss, gradient: Tensor) -> None:
         """A gradient arrived at what a loss of unknown type was called on."""
         passes = self._open(call.passes)
-        if not passes or call.arriving is None:
+        if not passes or call.arriving is None or _has_no_example(call.output):
             return
         if call.arriving.dim() > 0:
             raise ValueError(
@@ -174,7 +174,7 @@ class Statistics:
         self._take(passes, terms, self._share(terms, call.arriving, call.place), call)
 
     def arrived_at_output(self, origin: Pass, gradient: Tensor) -> None:
-        if not is_finite(gradient):
+        if _has_no_example(gradient) or not is_finite(gradient):
             return  # nothing can be read off it, and the step will be skipped
         if not self._open([origin]):
             return
@@ -491,6 +491,11 @@ class Waiting:
     backward: Backward
     passes: list[Pass]
     share: Tensor  # what the loss's sum of terms is multiplied by
+
+
+def _has_no_example(output: Any) -> bool:
+    """Whether a batch is empty, as that of a process without data: it adds nothing."""
+    return isinstance(output, Tensor) and output.numel() == 0
 
 
 def merged(recorders: list[Recorder]) -> Recorder:

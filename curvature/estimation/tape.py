@@ -241,7 +241,7 @@ class Tape:
         """See whether the output has as many rows as another input than the one that counted the examples."""
         assert origin.recorder is not None
         number = examples_of(origin.inputs, origin.output)
-        if isinstance(origin.output, Tensor) and number is not None and number != origin.recorder.batch:
+        if isinstance(origin.output, Tensor) and number and number != origin.recorder.batch:
             sizes = [t.shape[0] for t in tensors_in(origin.inputs) if t.dim()]
             self._counting = sizes.index(number)
             origin.recorder, origin.again = None, True
@@ -579,7 +579,7 @@ class Tape:
         constants = [*self.model.buffers(), *(p for p in self.model.parameters() if id(p) not in tracked)]
         sizes = [t.shape[0] for t in tensors_in(inputs) if t.dim()]
         number = sizes[self._counting] if self._counting < len(sizes) else batch_size(inputs)
-        recorder = Recorder(parameters, constants, number, own_pass=own_pass)
+        recorder = Recorder(parameters, constants, number or None, own_pass=own_pass)  # there may be no example
         recorder.mark_inputs(inputs)
         return recorder
 

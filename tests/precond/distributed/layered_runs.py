@@ -182,6 +182,18 @@ def scaled(optimizer: Any, net: nn.Module, batches: list[Batch]) -> None:
         scaler.update()
 
 
+def idle(optimizer: Any, net: nn.Module, batches: list[Batch]) -> None:
+    """The first rank has all examples; others take part with empty batches."""
+    adds_up = nn.CrossEntropyLoss(reduction="sum")
+    optimizer = type(optimizer)(net, adds_up, lr=0.1, fisher="exact")
+    size = dist.get_world_size() if dist.is_initialized() else 1
+    for x, y in batches:
+        rows = slice(0 if dist.is_initialized() and dist.get_rank() else len(x))
+        optimizer.zero_grad()
+        (adds_up(net(x[rows]), y[rows]) * (size / len(x))).backward()
+        optimizer.step()
+
+
 def reduced_later(optimizer: Any, net: nn.Module, batches: list[Batch]) -> None:
     """As :func:`accumulated`; under HSDP the first half is reduced within each replica, and not over them."""
     for x, y in batches:
@@ -229,6 +241,7 @@ WAYS: dict[str, Way] = {
     "no rule": (NoRule, ("first", "second"), {}, few, train),
     "freezing": (Net, ("first", "norm"), {}, vectors, freezing),
     "scaled": (Net, ("first", "norm"), {}, vectors, scaled),
+    "no data on one rank": (Net, ("first", "norm"), {}, vectors, idle),
     "loss inside": (Inside, ("first", "second"), {}, vectors, loss_inside),
 }
 

@@ -81,6 +81,12 @@ def unequal(step: int) -> list[Micro]:
     return [[({}, x, y, 1.0)] for x, y in shares(vectors()[step], [11, 5])]
 
 
+def idle(step: int) -> list[Micro]:
+    """One rank has no examples, and takes part with an empty batch."""
+    x, y = vectors()[step]
+    return [[({}, x, y, 1 / 8)], [({}, x[:0], y[:0], 1 / 8)]]
+
+
 def padded(step: int) -> list[Micro]:
     return [[({}, x, y, 1.0)] for x, y in shares(tokens()[step], [5, 3])]
 
@@ -102,6 +108,7 @@ LOOPS: dict[str, Loop] = {
     "frozen for a step": (Net, {"find_unused_parameters": True}, unequal, freeze, False),
     "tied head, padded": (Padded, {"static_graph": True}, padded, leave, False),
     "inf on one rank": (Net, {}, unequal, leave, True),
+    "no data on one rank": (Net, {}, idle, leave, False),
 }
 
 
@@ -110,7 +117,7 @@ def loop(method: str, name: str) -> list[Tensor]:
     build, wrap, micro, prepare, scaled = LOOPS[name]
     net, several = build(), dist.is_initialized()
     model = DistributedDataParallel(net, **wrap) if several else net
-    loss_fn = nn.CrossEntropyLoss()
+    loss_fn = nn.CrossEntropyLoss(reduction="sum" if micro is idle else "mean")
     optimizer = METHODS[method](model, loss_fn)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0, enabled=scaled)
     for step in range(4):
