@@ -10,8 +10,9 @@ from typing import Any, ClassVar, Literal, Unpack, get_args
 import torch
 from torch import Tensor, nn
 
+from precond.closure.geodesic import curved
 from precond.closure.layer_rows import LayeredLeastSquares, layered
-from precond.closure.optimizer import ClosureOptimizer
+from precond.closure.optimizer import Bent, ClosureOptimizer
 from precond.closure.residuals import DenseLeastSquares, LeastSquares, MatrixFreeLeastSquares, PointwiseResidual
 from precond.closure.solver_choice import SolverChoice, cheapest
 from precond.step.adapt import LevenbergMarquardt
@@ -32,11 +33,9 @@ _INEXACT = CG(rtol=1e-8, max_steps=500, stop="progress", progress=False)
 _BY_LAYERS = CG(rtol=1e-2, max_steps=100, stop="progress", progress=False)
 _NYSTROM = Nystrom(100)
 
-# Transtrum and Sethna (2012): any decrease counts as success ("delayed gratification", with 2 and 5), the second
-# derivative is taken over a tenth of the step (section 2), and the acceleration bounded by 2|a| / |v| <= 0.75.
-_RULE = LevenbergMarquardt(decrease=0.2, increase=2.0, lower=0.0, upper=0.0, attempts=30)
-_PROBE = 0.1
-_BEND = 0.75
+# Transtrum and Sethna (2012), section 4: any decrease counts as success ("delayed gratification", with 2 and 5). The
+# first damping may be wrong by many orders of magnitude: from the fourth rejection on it grows as Nielsen's.
+_RULE = LevenbergMarquardt(decrease=0.2, increase=2.0, growth=2.0, lower=0.0, upper=0.0, attempts=30)
 
 
 class GaussNewton(ClosureOptimizer):
@@ -50,15 +49,17 @@ class GaussNewton(ClosureOptimizer):
     :class:`PointwiseResidual`; scale them so that L is the intended loss (``N ** -0.5`` for a mean of squares,
     halved). ``step`` returns L.
 
-    Under the default ``damping_rule`` a step that does not lower L is rejected and tried again with twice the damping,
-    and any other one divides the damping by five. Narrow curved valleys, frequent in such problems, are then
-    followed along their curvature (``acceleration``): the step is a parabola instead of a line,
+    Under the default ``damping_rule`` a step that does not lower L is rejected and tried again with twice the damping
+    (after three rejections with 4, 8, 16 ... times), and any other one divides the damping by five. Narrow curved
+    valleys, frequent in such problems, are then followed along their curvature (``acceleration``): the step is a
+    parabola instead of a line,
 
     .. math:: \theta \leftarrow \theta - d + \tfrac12 a, \qquad
         a = -(J^\top J + \lambda D^2)^{-1} J^\top \frac{\partial^2 r}{\partial d^2}
 
     with the second derivative from one more evaluation of the residuals, a tenth of the step away; it is left out
-    where ``|D a| > 0.75 |D d|``, too far for a parabola.
+    where ``|D a| > 0.75 |D d|``, too far for a parabola. Where J is factored, up to eight more evaluations follow the
+    curve beyond the parabola, as long as each of them brings the residuals nearer to those of the linear model.
 
     With ``scaled``, :math:`\lambda` is a plain number. ``scaled=True`` takes for :math:`D^2` the largest diagonal of
     :math:`J^\top J` seen so far, which makes the method blind to the units of single parameters. But parameters that
@@ -80,8 +81,7 @@ class GaussNewton(ClosureOptimizer):
     Marquardt: :math:`(J^\top J + \lambda D^2)^{-1} J^\top r` ``residuals.DenseLeastSquares.fit``
     Marquardt: damping by the outcome, rejection              ``damped_direction``: ``_RULE``
     Moré, section 4: D under ``scaled=True``                  ``_scale``
-    Transtrum and Sethna, section 2: a                        ``directions``: ``bend``, ``_PROBE``
-    Transtrum and Sethna: the bound of a                      ``directions``: ``_BEND``
+    Transtrum and Sethna, section 2: a, and beyond            ``geodesic.curved``
     Mueller and Zeinhofer: J of a network at points           ``residuals.PointwiseResidual.value_and_jacobian``
     Goldshlager et al.: SPRING                                ``directions``: ``solve``
     Dangel et al.: K-FAC of residuals                         ``layer_rows``
@@ -103,7 +103,7 @@ class GaussNewton(ClosureOptimizer):
             rejection.
         scaled: ``"balanced"``, ``True`` or ``False`` as above. ``None`` is ``"balanced"`` wherever J is formed (CG does
             not form it), but ``False`` with ``spring``, which has no scaling in its paper.
-        acceleration: Geodesic acceleration; only under a rule.
+        acceleration: Follow the curve, as above; only under a rule.
         spring: :math:`\mu`, momentum inside the solve (SPRING), in [0, 1).
         options: See :class:`SecondOrderOptimizer`.
 
@@ -293,13 +293,13 @@ class GaussNewton(ClosureOptimizer):
             previous = self.spring * old
             return previous + problem.fit(residual - problem.push(previous), damping)
 
-        def bend(move: Tensor, damping: float) -> Tensor:
-            probe = _PROBE * move
-            with self.moved(unflatten(probe, params)):
-                there = torch.cat([r.detach().reshape(-1) for r in self._tensors(self.required_closure())])
-            second = 2 / _PROBE**2 * (there.to(g.dtype) - residual - problem.push(probe))
-            out = -0.5 * problem.fit(second, damping)
-            return out if problem.size(out) <= 0.5 * _BEND * problem.size(move) else torch.zeros_like(out)
+        def residuals(move: Tensor) -> Tensor:
+            with self.moved(unflatten(move, params)):
+                found = self._tensors(self.required_closure())
+            return torch.cat([r.detach().reshape(-1) for r in found]).to(g.dtype)
+
+        def bend(move: Tensor, damping: float, predicted: float) -> Bent:
+            return curved(problem, residuals, residual, move, damping, predicted)
 
         direction = self.damped_direction(
             self.rule, g, solve, lambda v: problem.push(v).square().sum(), bend if self.acceleration else None

@@ -37,6 +37,9 @@ from solvers import SolverError
 from solvers.outcome.arguments import instance
 from solvers.precision import working_dtype
 
+#: A correction of a move, and the objective at the corrected one.
+Bent = tuple[Tensor, float]
+
 # Settings of a damping rule that need the statistics of layers.
 _OF_LAYERS = ("relative_minimum", "relative_maximum", "next_batch")
 
@@ -406,7 +409,7 @@ class ClosureOptimizer(SecondOrderOptimizer):
         """A rule for a method that takes every step, and adapts the damping by it periodically."""
         instance("damping_rule", rule, LevenbergMarquardt, "a LevenbergMarquardt", optional=True)
         if rule is not None:
-            rule.refuse(type(self).__name__, "attempts", "reject_steps", *_OF_LAYERS)
+            rule.refuse(type(self).__name__, "attempts", "growth", "reject_steps", *_OF_LAYERS)
         return rule
 
     def damped_direction(
@@ -415,7 +418,7 @@ class ClosureOptimizer(SecondOrderOptimizer):
         gradient: Tensor,
         solve: Callable[[float], Tensor],
         quadratic: Callable[[Tensor], Tensor],
-        bend: Callable[[Tensor, float], Tensor] | None = None,
+        bend: Callable[[Tensor, float, float], Bent] | None = None,
     ) -> Tensor:
         r"""The direction under the damping of the groups, or under one whose step lowers the loss, which is adapted.
 
@@ -428,7 +431,7 @@ class ClosureOptimizer(SecondOrderOptimizer):
             gradient: g of what is minimised, ``(P,)``.
             solve: Damping to direction d.
             quadratic: A vector v to ``v^T C v``.
-            bend: A correction of second order to a move; the model does not see it.
+            bend: Corrects a move, given the damping and the promised decrease; the model does not see it.
 
         Returns:
             The direction; zero if every attempt was rejected.
@@ -439,29 +442,31 @@ class ClosureOptimizer(SecondOrderOptimizer):
         rates = torch.cat(
             [p.new_full((p.numel(),), float(self._group_of(p)["lr"]), dtype=working_dtype(p)) for p in params]
         )
-        direction = torch.zeros_like(gradient)
-        for _ in range(rule.attempts):
+        direction, before = torch.zeros_like(gradient), float(self.value)
+        for rejected in range(rule.attempts):
             damping = float(self.common("damping"))
             try:
                 direction = solve(damping)
             except SolverError:
-                self.set_damping(rule.raised(damping))
+                self.set_damping(rule.raised(damping, rejected))
                 continue
             move = -rates * direction
             predicted = -float(gradient @ move + 0.5 * quadratic(move))
-            if bend is not None:
-                correction = bend(move, damping)
+            if bend is None:
+                after = float(self.value_at(unflatten(move, params)))
+            else:
+                correction, after = bend(move, damping, predicted)
                 move = move + correction
                 direction = direction - torch.where(rates > 0, correction / rates, 0.0)
-            after, before = float(self.value_at(unflatten(move, params))), float(self.value)
             if not math.isfinite(before):
                 return torch.full_like(direction, torch.nan)  # no step can be judged by such a loss: refused, aloud
             self.judged = (-predicted, after - before)
             if unseen(predicted, before, after, move.dtype):
                 return direction
-            self.set_damping(rule.judged(damping, before - after, predicted))
             if after <= before and predicted > 0:
+                self.set_damping(rule.judged(damping, before - after, predicted))
                 return direction
+            self.set_damping(rule.raised(damping, rejected))
         return torch.where(direction.isfinite().all(), 0.0, direction)  # what is not finite is refused, not rejected
 
     def _group_of(self, parameter: Tensor) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -102,7 +103,13 @@ class PointwiseResidual:
 
 
 class LeastSquares(ABC):
-    r"""Damped linear least squares in the Jacobian of residuals, ``J (R, P)``."""
+    r"""Damped linear least squares in the Jacobian of residuals, ``J (R, P)``.
+
+    Attributes:
+        factored: Whether a second fit with the same damping costs little beside the first.
+    """
+
+    factored: ClassVar[bool] = False
 
     @abstractmethod
     def fit(self, target: Tensor, damping: float) -> Tensor:
@@ -131,6 +138,8 @@ class DenseLeastSquares(LeastSquares):
         scale: The diagonal of D, positive, ``(P,)``.
         rows: Solve in the size of the residuals.
     """
+
+    factored = True
 
     def __init__(self, jacobian: Tensor, scale: Tensor | None, rows: bool) -> None:
         self.scale, self.rows = scale, rows

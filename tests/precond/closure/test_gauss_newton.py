@@ -189,6 +189,36 @@ def test_acceleration_is_the_second_directional_derivative(generator):
     torch.testing.assert_close(p.detach(), theta + move + bend, rtol=0, atol=1e-12)
 
 
+def naive_curve(residual, theta, move, inverse, chords):
+    """A parabola by a difference quotient, and Newton's method for what the linear model promises, with J at theta."""
+    jacobian, here = torch.func.jacrev(residual)(theta), residual(theta)
+    bent = (residual(theta + 0.1 * move) - here - 0.1 * jacobian @ move) / 0.1**2
+    points = [theta + move - inverse @ jacobian.mT @ bent]
+    for _ in range(chords):
+        lacking = residual(points[-1]) - here - jacobian @ move
+        points.append(points[-1] - inverse @ jacobian.mT @ lacking)
+    return points, [0.5 * residual(x).square().sum().item() for x in points]
+
+
+@pytest.mark.parametrize("rows", [2, 5])  # by Woodbury, and by Cholesky
+def test_chords_bring_the_residuals_to_what_the_linear_model_promises(rows):
+    def residual(x):  # a steep and winding valley
+        valley = torch.stack([30 * (x[1] - torch.sin(2 * x[0])), 1 - x[0], 0.1 * (x[2] - x[0]) - 0.2, 0.1 * x[1], x[2]])
+        return valley[:rows]
+
+    theta, lam = torch.tensor([-0.3, -0.5, 0.1], dtype=torch.float64), 0.4
+    jacobian, here = torch.func.jacrev(residual)(theta), residual(theta)
+    inverse = torch.linalg.inv(jacobian.mT @ jacobian + lam * torch.eye(3, dtype=torch.float64))
+    move = -inverse @ jacobian.mT @ here
+    points, losses = naive_curve(residual, theta, move, inverse, 8)
+    before, promised = (0.5 * r.square().sum().item() for r in (here, here + jacobian @ move))
+    last = next(k for k, loss in enumerate(losses) if loss - promised <= 0.1 * (before - promised))
+    assert last >= 1 and losses[last] < before  # the parabola alone is not enough
+    p = torch.nn.Parameter(theta.clone())
+    GaussNewton([p], damping=lam, scaled=False).step(lambda: residual(p))
+    torch.testing.assert_close(p.detach(), points[last], rtol=0, atol=1e-11)
+
+
 def test_acceleration_is_left_out_where_the_parabola_is_too_wide():
     # r = x^3 - 8 at 1: with the damping equal to J^2, the move is 7/6 and the bend 0.58 of it.
     p, q = (torch.nn.Parameter(torch.ones(1, dtype=torch.float64)) for _ in range(2))
@@ -306,7 +336,7 @@ def test_a_sketch_preconditions_a_network_of_steep_spectrum():
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(2, 12), torch.nn.Tanh(), torch.nn.Linear(12, 1)).double()
         points = torch.rand(40, 2, dtype=torch.float64)
-        optimizer = GaussNewton(model, solver=solver, scaled=False)
+        optimizer = GaussNewton(model, solver=solver, scaled=False, acceleration=False)
 
         def residual(u, x):
             return laplacian(u, x) - x.sum()
