@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from curvature.estimation.checkpoint import Checkpoint, digest
 from curvature.estimation.probe import Sketches, different, sketches
 from curvature.losses import Terms
-from curvature.model.data import Batch, inspection, to_device
+from curvature.model.data import Batch, to_device
 from curvature.model.determinism import seeded
 from curvature.model.parameters import Parameters
 from curvature.model.settings import settings
@@ -194,7 +194,7 @@ class Accumulation:
     def _sketches(self, batch: Batch) -> Sketches:
         """What is computed on a batch: at the buffers with which the run began, and with random numbers of its own."""
         assert self._look is not None
-        with settings(self.model, seeded(0, self.device), self.device), inspection(), plain_checkpoints():
+        with settings(self.model, seeded(0, self.device), self.device), plain_checkpoints():
             with torch.no_grad():
                 for name, buffer in self.model.named_buffers():
                     buffer.copy_(self._start[name])

@@ -21,8 +21,9 @@ from curvature.losses import BatchDim, ClassDim, Terms, UnknownLossError, loss_f
 from curvature.losses.loss import check_loss
 from curvature.losses.signals import Signals
 from curvature.model import arguments
-from curvature.model.data import Data, Output, batches, to_device, untouched
+from curvature.model.data import Data, Output, batches, to_device
 from curvature.model.parameters import Parameters
+from curvature.model.settings import untouched
 from curvature.model.trees import tensors_in
 from curvature.structures.estimator import Curvature, CurvatureEstimator, Form
 from curvature.structures.kfac import KroneckerFisher

@@ -37,10 +37,10 @@ from curvature.model.data import (
     is_one_batch,
     shown,
     to_device,
-    untouched,
 )
 from curvature.model.determinism import warn_of_chance
 from curvature.model.parameters import Parameters
+from curvature.model.settings import untouched
 from curvature.model.shares import Shares, summed
 from curvature.model.streams import drew_since, random_state
 from curvature.model.trees import tensors_in

@@ -13,6 +13,8 @@ from curvature.layers.recorder import Recorder
 
 #: Stands for the model's output among the arguments of a loss.
 OUTPUT = object()
+#: Positional and named arguments of a model.
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(eq=False)
@@ -44,6 +46,10 @@ class TapedLoss:
     arriving: Tensor | None = None  # the weight over the backward pass under way
     alive: Callable[[], Any] = lambda: None  # a hook that lives as long as a gradient may arrive at the value
 
+    def seen(self, output: Any) -> Any:
+        """An output of the pass, repeated, as this loss sees it."""
+        return output.reshape(self.shape) if isinstance(output, Tensor) else output
+
     def arguments(self, output: Any, other: Callable[[Any], Any] = lambda value: value) -> tuple[tuple[Any, ...], dict]:
         """The arguments with ``output`` in the place of what the loss saw, and others changed by a function."""
         fill = lambda value: output if value is OUTPUT else other(value)  # noqa: E731
@@ -56,15 +62,15 @@ class Pass:
 
     Attributes:
         inputs: Positional and named arguments of the model.
-        random: Random states at its beginning, where somebody may repeat it.
+        random: Random states at its beginning.
         recorder: The uses of parameters in it; ``None`` if none were recorded.
         output: What the loss is expected to see; ``None`` where the model's result does not tell.
         edges: Where gradients of the tensors that the model returned arrive.
         calls: Calls of the loss that it led to.
     """
 
-    inputs: tuple[tuple[Any, ...], dict[str, Any]]
-    random: list[Tensor] | None = None
+    inputs: Inputs
+    random: list[Tensor]
     recorder: Recorder | None = None
     output: Any = None
     edges: tuple[GradientEdge, ...] = ()
@@ -79,6 +85,11 @@ class Pass:
     again: bool = False  # it hides something, or another input counts the examples than was thought: to be repeated
 
     unseen: set[str] = field(default_factory=set)  # parameters with a gradient in it that no statistics reached
+
+    @property
+    def counted(self) -> list[TapedLoss]:
+        """The calls of the loss at which a gradient arrived for good."""
+        return [call for call in self.calls if call.weight is not None]
 
     @property
     def opaque(self) -> bool:

@@ -454,15 +454,14 @@ class Statistics:
 
     def _repeat(self, origin: Pass) -> None:
         """Collect from a pass that is run again."""
-        calls = [call for call in origin.calls if call.weight is not None and call.whole]
+        calls = [call for call in origin.counted if call.whole]
         if not calls and origin.gradient is None:
             return
         with self.tape.repeat(origin) as again:
             for call in calls:
                 assert call.weight is not None
-                z = again.output
-                z = z.reshape(call.shape) if isinstance(z, Tensor) else z
-                other = TapedLoss(call.module, call.args, call.kwargs, z, [again], call.place, call.value)
+                z, place = call.seen(again.output), call.place
+                other = TapedLoss(call.module, call.args, call.kwargs, z, [again], place, call.value)
                 self.arrived(other, call.weight)
             if origin.gradient is not None and not calls:
                 terms, share = self._from_gradient(again.output, origin.gradient, origin.seen)

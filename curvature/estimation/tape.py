@@ -18,16 +18,18 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from curvature.estimation.passes import OUTPUT, Pass, Reader, TapedLoss, release
+from curvature.estimation.passes import OUTPUT, Inputs, Pass, Reader, TapedLoss, release
 from curvature.layers.recorder import Recorder
 from curvature.losses.loss import called, module_called
 from curvature.losses.sum_of_losses import SumOfLosses
 from curvature.model.backward_hooks import muted, no_backward_hooks, of_leaves, ours
-from curvature.model.data import Output, batch_size, examples_of, inspecting, resolve_output, untouched
-from curvature.model.fully_sharded import FullyShard, Mark, shard_of
+from curvature.model.data import Output, batch_size, examples_of, inspecting, resolve_output
+from curvature.model.fully_sharded import FullyShard, Mark, call_forward, shard_of
 from curvature.model.graph_nodes import nodes
 from curvature.model.hooks import At, Hook, OwnHook, calling_frame
-from curvature.model.streams import random_state, set_random_state
+from curvature.model.parameters import with_values
+from curvature.model.settings import settings, untouched
+from curvature.model.streams import random_state
 from curvature.model.trees import tensors_in
 from curvature.model.wrappers import (
     CallGuard,
@@ -508,7 +510,15 @@ class Tape:
     # Once more
 
     @contextlib.contextmanager
-    def repeat(self, origin: Pass, *, record: bool = True) -> Iterator[Pass]:
+    def repeat(
+        self,
+        origin: Pass,
+        *,
+        record: bool = True,
+        inputs: Inputs | None = None,
+        values: Mapping[str, Tensor] | None = None,
+        twice: bool = False,
+    ) -> Iterator[Pass]:
         """Run a pass of this step again, eagerly, with the random numbers it had.
 
         Buffers, random states and hooks see nothing of it. Reentrant checkpoints run as plain calls, so that what they
@@ -516,27 +526,35 @@ class Tape:
 
         Args:
             origin: One of :attr:`passes`.
-            record: Whether the uses of parameters are recorded.
+            record: Whether the uses of parameters are recorded, which takes a graph; otherwise there is one where
+                gradients are enabled.
+            inputs: In the place of those it had.
+            values: In the places of parameters, by name.
+            twice: Whether its graph will be differentiated twice, or forwards.
 
         Yields:
             The pass, with its output and its graph.
         """
-        if self.shards is not None:
+        if self.shards is not None and record:
             raise NotImplementedError(
                 "this step needs a second forward pass (of a compiled model, a reentrant checkpoint, "
                 "Loop(capture='shadow'), or a method that evaluates the batch again), which is not served under "
                 "fully_shard. Use checkpoints with use_reentrant=False and uncompiled modules, or wrap the model in "
                 "DistributedDataParallel."
             )
-        args, kwargs = origin.inputs
+        args, kwargs = inputs or origin.inputs
         device = next(iter(self.parameters().values())).device
-        with untouched(self.model), plain_checkpoints(), torch.enable_grad(), no_backward_hooks(self.model) as bare:
-            if origin.random is not None:
-                set_random_state(origin.random, device)
-            again = Pass(origin.inputs, origin.random)
+        run = lambda: call_forward(self.model, args, kwargs)  # noqa: E731  # neither hooks nor a compiled call
+        with (
+            settings(self.model, origin.random, device) if twice else untouched(self.model, device, origin.random),
+            plain_checkpoints(),
+            torch.set_grad_enabled(record or torch.is_grad_enabled()),
+            no_backward_hooks(self.model) as bare,
+        ):
+            again = Pass((args, kwargs), origin.random)
             again.recorder = self.recorder((args, kwargs)) if record else None
             with again.recorder or contextlib.nullcontext():
-                result = self.model.forward(*args, **kwargs)  # neither hooks nor a compiled call
+                result = run() if values is None else with_values(self.model, values, run)
             bare(result)
             if again.recorder is not None:
                 again.recorder.returned(result)
@@ -563,7 +581,7 @@ class Tape:
         kept = []
         for origin in self.passes:
             waits = any(call.alive() is not None for call in origin.calls) or not origin.calls
-            counts = any(call.weight is not None for call in origin.calls) or origin.gradient is not None
+            counts = bool(origin.counted) or origin.gradient is not None
             if waits and not counts:
                 kept.append(origin)
             else:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from curvature.estimation.dataset import examples_along
 from curvature.influences.rows import numbers
 from curvature.losses import BatchDim
-from curvature.model.data import Batch, Data, batch_size, batches, map_tensors, untouched
+from curvature.model.data import Batch, Data, batch_size, batches, map_tensors
+from curvature.model.settings import untouched
 from curvature.model.trees import tensors_in
 from solvers import BlockDiagonal, LinearOperator
 

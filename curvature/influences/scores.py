@@ -17,7 +17,7 @@ from curvature.influences.rows import QueryRows
 from curvature.layers.block import BlockPlace
 from curvature.matrices.examples import Examples, Keeper
 from curvature.matrices.problem import Evaluation, Problem
-from curvature.model.data import untouched
+from curvature.model.settings import untouched
 from solvers import Place
 
 

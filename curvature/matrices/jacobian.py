@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp, vmap
+from torch.func import jvp, vmap
 
 from curvature.estimation.dataset import record
 from curvature.estimation.finite import refuse_nonfinite
@@ -17,7 +17,7 @@ from curvature.matrices.examples import Examples
 from curvature.matrices.problem import gradient_of
 from curvature.model.arguments import checked, one_of
 from curvature.model.data import Output, call, refuse_complex, resolve_output, to_device
-from curvature.model.parameters import Parameters, tensor_of_its_own
+from curvature.model.parameters import Parameters, tensor_of_its_own, with_values
 from curvature.model.pullback import (
     NoSecondDerivativeError,
     Pullback,
@@ -150,8 +150,7 @@ class Linearization:
     def _run(self, values: dict[str, Tensor]) -> Tensor:
         """The output as a function of the columns; statistics that the model updates go to copies."""
         buffers = {name: b.clone() for name, b in self.model.named_buffers()}
-        changed = {f"model.{name}": value for name, value in {**buffers, **values}.items()}
-        return self.pick(functional_call(_Caller(self.model), changed, (self.x,)))
+        return self.pick(with_values(self.model, {**buffers, **values}, lambda: call(self.model, self.x)))
 
     def _check_forward(self) -> None:
         """Compare forward mode with reverse mode in a random direction.
@@ -179,17 +178,6 @@ class Linearization:
                 "through a reference that replacing it by name does not reach, (b) gradients stop somewhere that "
                 "tangents do not (detach, no_grad, padding_idx). Use mode='reverse'."
             )
-
-
-class _Caller(nn.Module):
-    """Calls a model with inputs as data sets hold them."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Any) -> Any:
-        return call(self.model, x)
 
 
 class Jacobian(LinearOperator):

@@ -38,12 +38,11 @@ from curvature.model.data import (
     resolve_output,
     shown,
     to_device,
-    untouched,
 )
 from curvature.model.determinism import warn_of_chance
 from curvature.model.parameters import Parameters
 from curvature.model.pullback import pull_back
-from curvature.model.settings import refuse_changes, settings, versions
+from curvature.model.settings import refuse_changes, settings, untouched, versions
 from curvature.model.shares import Shares, summed
 from curvature.model.streams import drew_since, random_state
 from solvers.precision import working_dtype

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from curvature.model.backward_hooks import no_backward_hooks
-from curvature.model.streams import own_stream
 from curvature.model.trees import tensors_in
-from curvature.model.wrappers import as_written, unwrapped
+from curvature.model.wrappers import unwrapped
 
 Batch = tuple[Any, Any]
 Data = Batch | Mapping[str, Any] | Iterable[Any]
@@ -304,35 +303,3 @@ def inspection() -> Iterator[None]:
         yield
     finally:
         _depth.value -= 1
-
-
-@contextlib.contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Restore buffers and random states afterwards, exceptions included; nothing is compiled inside."""
-    buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
-    device = next((p.device for p in model.parameters() if p.device.type == "cuda"), torch.device("cpu"))
-    with inspection(), as_written(model), own_stream(model, device):
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for name, b in model.named_buffers():
-                    if name in buffers and not _equal(b, buffers[name]):
-                        b.copy_(buffers[name])
-
-
-#: Layout of a sparse tensor -> the methods that give its dense parts.
-_PARTS = {
-    torch.sparse_coo: ("_indices", "_values"),
-    **dict.fromkeys((torch.sparse_csr, torch.sparse_bsr), ("crow_indices", "col_indices", "values")),
-    **dict.fromkeys((torch.sparse_csc, torch.sparse_bsc), ("ccol_indices", "row_indices", "values")),
-}
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors hold the same, sparse ones included."""
-    if a.layout != b.layout or a.shape != b.shape:
-        return False
-    if a.layout not in _PARTS:
-        return torch.equal(a, b)
-    return all(torch.equal(getattr(a, part)(), getattr(b, part)()) for part in _PARTS[a.layout])

@@ -5,9 +5,11 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.parameter import UninitializedParameter
 
 from curvature.model.fully_sharded import named_parameters
@@ -166,3 +168,19 @@ def _names(trainable: Mapping[str, Tensor], most: int = 8) -> str:
 def numel(shape: Iterable[int]) -> int:
     """Number of elements of a shape."""
     return math.prod(shape)
+
+
+def with_values(model: nn.Module, values: Mapping[str, Tensor], run: Callable[[], Any]) -> Any:
+    """What a function returns while a model has other tensors in the places of its parameters and buffers, by name."""
+    return functional_call(_Running(model, run), {f"model.{name}": value for name, value in values.items()})
+
+
+class _Running(nn.Module):
+    """Runs a function beside a model, so that its values can be replaced without a call of the model."""
+
+    def __init__(self, model: nn.Module, run: Callable[[], Any]) -> None:
+        super().__init__()
+        self.model, self.run = model, run
+
+    def forward(self) -> Any:
+        return self.run()

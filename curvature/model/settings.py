@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from curvature.model.data import inspection
 from curvature.model.kernels import differentiable_kernels
 from curvature.model.streams import own_stream
 from curvature.model.wrappers import as_written
@@ -15,12 +16,28 @@ from curvature.model.wrappers import as_written
 
 @contextlib.contextmanager
 def settings(model: nn.Module, random: list[Tensor], device: torch.device) -> Iterator[None]:
-    """The settings under which a model is evaluated for products; restored afterwards, exceptions included.
+    """:func:`untouched`, with random numbers from ``random`` on and kernels that can be differentiated twice."""
+    with untouched(model, device, random), differentiable_kernels():
+        yield
 
-    Random numbers start from ``random``; buffers are copies, so running statistics stay the same and kept
-    graphs refer to constant values; kernels are those that can be differentiated twice, and nothing is compiled.
+
+@contextlib.contextmanager
+def untouched(
+    model: nn.Module, device: torch.device | None = None, random: list[Tensor] | None = None
+) -> Iterator[None]:
+    """Passes inside are the library's own, and leave the model as it is; restored afterwards, exceptions included.
+
+    Buffers are copies, so running statistics stay the same, and graphs that hold one, the user's or one that is kept,
+    refer to constant values. Random numbers come from a stream beside that of the process; nothing is compiled.
+
+    Args:
+        model: The model that will run.
+        device: Where it runs; where its parameters are, by default.
+        random: Where the random numbers begin; where the stream of the process is, by default.
     """
-    with own_stream(model, device, random), own_buffers(model), as_written(model), differentiable_kernels():
+    if device is None:
+        device = next((p.device for p in model.parameters() if p.device.type == "cuda"), torch.device("cpu"))
+    with inspection(), own_stream(model, device, random), own_buffers(model), as_written(model):
         yield
 
 

@@ -13,8 +13,9 @@ from curvature.estimation.dataset import record
 from curvature.layers import MODULES
 from curvature.layers.recorder import Recorder
 from curvature.layers.site import ElementwiseSite, OuterSite, Ref, Site
-from curvature.model.data import Data, batches, resolve_output, to_device, untouched
+from curvature.model.data import Data, batches, resolve_output, to_device
 from curvature.model.parameters import Parameters
+from curvature.model.settings import untouched
 from curvature.model.trees import tensors_in
 
 Role = Literal["matrix", "experts", "embedding", "head", "norm", "bias", "vector"]

@@ -10,17 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.func import functional_call
 
 from curvature.estimation.passes import Pass, TapedLoss
 from curvature.estimation.tape import Tape
 from curvature.losses import SumOfLosses
-from curvature.model.backward_hooks import no_backward_hooks
-from curvature.model.data import inspection
-from curvature.model.fully_sharded import call_forward, named_parameters
+from curvature.model.fully_sharded import named_parameters
 from curvature.model.settings import settings
-from curvature.model.streams import set_random_state
-from curvature.model.wrappers import plain_checkpoints, unwrapped
+from curvature.model.wrappers import unwrapped
 from precond.step.graph import (
     BackwardDoesNothing,
     CurvedOutput,
@@ -75,7 +71,6 @@ class LoopReplay(Replay):
 
     def __init__(self, tape: Tape, loss_fn: nn.Module) -> None:
         self.tape, self.model, self.loss_fn = tape, tape.model, loss_fn
-        self.device = next(self.model.parameters()).device
         self.forward_mode = True  # until an operation of the model turns out to have no forward derivative
         self._passes: list[Pass] = []
         self._elsewhere: list[TapedLoss] = []  # calls of the loss on something else
@@ -97,32 +92,19 @@ class LoopReplay(Replay):
             stride: Of every so many examples only.
             values: In the places of parameters.
         """
-        calls = [call for p in self._passes for call in p.calls if call.weight is not None]
+        calls = [call for origin in self._passes for call in origin.counted]
         if not calls or any(not c.whole for c in calls) or any(c.weight is not None for c in self._elsewhere):
             raise RuntimeError(
                 "the batch of this step cannot be run again, because the loss module given to the optimizer was not "
                 "called on the model's output as it is or as a view of it. Call loss_fn(model(x), y), name the output "
                 "with loop=Loop(output=...), or call step(closure)."
             )
-        seen = [p for p in self._passes if any(call in calls for call in p.calls)]
-        for origin in seen:
-            args, kwargs = origin.inputs if stride == 1 else _picked(origin, stride)
-            assert origin.random is not None
-            with (
-                settings(self.model, origin.random, self.device),
-                inspection(),
-                plain_checkpoints(),
-                no_backward_hooks(self.model) as bare,
-            ):
-                if values is None:
-                    result = call_forward(self.model, args, kwargs)
-                else:
-                    result = functional_call(_Bare(self.model), dict(values), args, kwargs)
-                bare(result)
-                z = self.tape.seen_by_the_loss(result)
-                for call in origin.calls:
-                    if call.weight is not None:
-                        yield call, z
+        for origin in self._passes:
+            if origin.counted:
+                inputs = origin.inputs if stride == 1 else _picked(origin, stride)
+                with self.tape.repeat(origin, record=False, inputs=inputs, values=values, twice=True) as again:
+                    for call in origin.counted:
+                        yield call, again.output
 
     @torch.enable_grad()
     def parts(self, stride: int = 1) -> tuple[list[CurvedOutput], Tensor]:
@@ -147,7 +129,7 @@ class LoopReplay(Replay):
         for vector in vectors:
             with forward_ad.dual_level():
                 values = {
-                    f"model.{names[p]}": forward_ad.make_dual(p.detach(), v.to(p.dtype))
+                    names[p]: forward_ad.make_dual(p.detach(), v.to(p.dtype))
                     for p, v in unflatten(vector, params).items()
                 }
                 pushed = [(call, forward_ad.unpack_dual(z)) for call, z in self._evaluate(stride, values)]
@@ -161,7 +143,7 @@ class LoopReplay(Replay):
         assert call.weight is not None
         weight = float(call.weight.sum())
         if stride == 1:
-            return curved_output(self.loss_fn, *_given(call, z), weight)
+            return curved_output(self.loss_fn, *call.arguments(call.seen(z)), weight)
         if isinstance(self.loss_fn, SumOfLosses):
             raise ValueError(
                 "QuadraticModel(fraction=...) takes a part of the examples of one output and its targets, and the loss "
@@ -174,7 +156,7 @@ class LoopReplay(Replay):
 
     def _seen(self) -> Tensor:
         """The loss as the loop computed it."""
-        seen = [(call.weight, call.value) for p in self._passes for call in p.calls]
+        seen = [(call.weight, call.value) for origin in self._passes for call in origin.counted]
         terms = [(weight.double() * value.double()).sum() for weight, value in seen if weight is not None]
         return torch.stack(terms).sum().cpu()
 
@@ -182,7 +164,7 @@ class LoopReplay(Replay):
     def value(self) -> Tensor:
         total = torch.zeros((), dtype=torch.float64)
         for call, z in self._evaluate():
-            args, kwargs = _given(call, z)
+            args, kwargs = call.arguments(call.seen(z))
             assert call.weight is not None
             total += (call.weight * self.loss_fn.forward(*args, **kwargs)).sum().double().cpu()
         return total
@@ -206,8 +188,7 @@ class ClosureReplay(Replay):
         gradients = {p: p.grad for _, p in named_parameters(self.model)}
         device = next(iter(gradients)).device
         try:
-            with settings(self.model, self.random, device), inspection(), torch.enable_grad(), BackwardDoesNothing():
-                set_random_state(self.random, device)
+            with settings(self.model, self.random, device), torch.enable_grad(), BackwardDoesNothing():
                 yield
         finally:
             for p, gradient in gradients.items():
@@ -234,17 +215,6 @@ class ClosureReplay(Replay):
             return self._loss().detach().double()
 
 
-class _Bare(nn.Module):
-    """Runs a model without the hooks on the model itself."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return call_forward(self.model, args, kwargs)
-
-
 def _every(value: Any, number: int, stride: int) -> Any:
     """Every ``stride``-th entry of what has one entry per example."""
     return value[::stride] if isinstance(value, Tensor) and value.dim() and len(value) == number else value
@@ -258,11 +228,6 @@ def _refuse_unpicked(call: TapedLoss, z: Tensor, stride: int) -> None:
             f"an output of shape {tuple(expected)}; it is {tuple(z.shape)}. Let inputs, outputs and targets have the "
             "examples along their first axis, or pass fraction=1."
         )
-
-
-def _given(call: TapedLoss, z: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a call of the loss, with an output in the place of the one that was seen."""
-    return call.arguments(z.reshape(call.shape) if isinstance(z, Tensor) else z)
 
 
 def _picked_arguments(call: TapedLoss, z: Tensor, stride: int) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -18,8 +18,9 @@ from curvature.layers.recorder import Recorder
 from curvature.losses import AmbiguousClassAxisError, Layout, Terms
 from curvature.losses.picked import along
 from curvature.matrices.examples import Examples
-from curvature.model.data import refuse_complex, resolve_output, untouched
+from curvature.model.data import refuse_complex, resolve_output
 from curvature.model.parameters import Parameters
+from curvature.model.settings import untouched
 from curvature.model.shares import Shares
 
 Inputs = Tensor | MutableMapping[str, Any]

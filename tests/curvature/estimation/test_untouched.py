@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from curvature import fisher
+from curvature import coverage, fisher, hessian
+from curvature.estimation.tape import Tape
 from tests.curvature.problems import PROBLEMS, Problem, classes, normal
 
 
@@ -134,3 +135,42 @@ def test_twice_gives_the_same() -> None:
             for _ in range(2)
         )
         assert torch.equal(one, two)
+
+
+@pytest.mark.filterwarnings("ignore:not one loss")
+@pytest.mark.parametrize("door", ["fisher", "hessian", "coverage", "repeat"])
+def test_a_graph_of_the_users_stands_across_passes_of_ours(door: str) -> None:
+    """Batch norm keeps its statistics in the graph: between a loss and its backward pass nobody may write to them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.3), nn.Linear(4, 3)).double()
+    twin, loss_fn = copy.deepcopy(model), nn.CrossEntropyLoss()
+    data = [(normal(n, 4), classes(n, of=3)) for n in (3, 5)]
+    doors: dict[str, Any] = {
+        "fisher": lambda: fisher(model, loss_fn, data[1], kind="mc", structure="kfac"),
+        "hessian": lambda: hessian(model, loss_fn, data[1]) @ normal(35 + 8),
+        "coverage": lambda: coverage(model, loss_fn, data=data[1]),
+        "repeat": lambda: again(tape, model),
+    }
+    tape = Tape(model, loss_fn, lambda: dict(model.named_parameters()))
+    tape.repeats = door == "repeat"
+    state = torch.get_rng_state()
+    loss = loss_fn(model(data[0][0]), data[0][1])
+    kept = [(b, b._version) for b in model.buffers()]
+    doors[door]()
+    assert [(id(b), b._version) for b in model.buffers()] == [(id(b), version) for b, version in kept]
+    loss.backward()
+    torch.set_rng_state(state)
+    loss_fn(twin(data[0][0]), data[0][1]).backward()
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def again(tape: Tape, model: nn.Module) -> None:
+    """The same pass once more gives the same numbers, and other values in the places of parameters give theirs."""
+    (origin,) = tape.passes
+    with torch.no_grad(), tape.repeat(origin, record=False) as plain:
+        assert torch.equal(plain.output, origin.output)
+        assert not plain.output.requires_grad
+    zeros = {name: torch.zeros_like(p) for name, p in model.named_parameters() if name.startswith("3.")}
+    with tape.repeat(origin, values=zeros, twice=True) as changed:
+        assert not changed.output.any()
+        assert {site.operation for site in changed.recorder.sites}
