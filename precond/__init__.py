@@ -45,6 +45,7 @@ if TYPE_CHECKING:  # what each name is; loaded when it is first used, by the sam
     from precond.gradient.soap_muon import SOAPMuon
     from precond.gradient.splus import SPlus
     from precond.grouping.groups import param_groups
+    from precond.layerwise.adam_step import AdamStep
     from precond.layerwise.blocks.preconditioner import Preconditioner
     from precond.layerwise.blocks.refresh import Doubling
     from precond.layerwise.ekfac import EKFAC
@@ -96,6 +97,7 @@ else:
             ".gradient.soap_muon": "SOAPMuon",
             ".gradient.splus": "SPlus",
             ".grouping.groups": "param_groups",
+            ".layerwise.adam_step": "AdamStep",
             ".layerwise.blocks.preconditioner": "Preconditioner",
             ".layerwise.blocks.refresh": "Doubling",
             ".layerwise.ekfac": "EKFAC",
@@ -149,6 +151,7 @@ __all__ = [
     "SSBroyden",
     "TNT",
     # options as objects
+    "AdamStep",
     "EMANesterov",
     "Hyperball",
     "Loop",

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from curvature import EigenbasisFisher
 from curvature.losses.signals import FisherKind
 from curvature.structures.kfac import Sharing
+from precond.layerwise.adam_step import AdamStep
 from precond.layerwise.method import LayerwiseMethod, LayerwiseOptions
 from precond.step.methods import Taxonomy
-from precond.step.options import TRUST_REGION, LossDamping, Momentum, Refresh, TrustRegion
+from precond.step.options import NESTEROV, TRUST_REGION, LossDamping, Momentum, Refresh, TrustRegion
 from precond.step.schedules import Scheduled, ScheduledInt
 from solvers import Damping, Eigh
 
@@ -42,14 +43,15 @@ class EKFAC(LayerwiseMethod):
         fisher: ``"mc"``, ``"exact"`` or ``"empirical"``; or an :class:`~curvature.EigenbasisFisher`.
         sharing: ``"expand"`` or ``"reduce"``: of the factors whose eigenbasis is taken.
         curvature_ema: Weight of old statistics.
-        momentum: Momentum: its strength, or :class:`~precond.Momentum`.
+        momentum: Momentum: its strength, or :class:`~precond.Momentum`; by default 0.9 with Nesterov's look-ahead.
         kl_clip: Bound on twice the predicted divergence of a move, momentum included, without which large learning
             rates diverge: a number, the bound at the learning rate to begin with; or a :class:`~precond.TrustRegion`,
             by default 1e-2 of the loss at ``lr=0.1``, proportional to ``lr ** 2``; ``None`` for none.
         curvature_update_period: Steps between updates of the statistics, see :class:`KFAC`.
         inverse_update_period: Steps between eigenbases, spread over the blocks; a number, a function of the step
             count, or :class:`~precond.Refresh`.
-        options: See :class:`LayerwiseMethod` and :class:`PreconditionedOptimizer`.
+        options: See :class:`LayerwiseMethod` and :class:`PreconditionedOptimizer`. Tables of embeddings take
+            :class:`~precond.AdamStep` unless ``structures={nn.Embedding: {}}`` gives them the curvature of all others.
 
     References:
         George et al. (2018), https://arxiv.org/abs/1806.03884
@@ -57,6 +59,7 @@ class EKFAC(LayerwiseMethod):
 
     fisher_types: ClassVar = {None: EigenbasisFisher}
     staggers: ClassVar = True
+    table_step: ClassVar = AdamStep()
     taxonomy: ClassVar = Taxonomy(
         curvature="Fisher (exact, mc or empirical)",
         structure="diagonal in a Kronecker eigenbasis, per layer",
@@ -74,12 +77,12 @@ class EKFAC(LayerwiseMethod):
         model: nn.Module,
         loss_fn: Any,
         *,
-        lr: float | Tensor = 0.1,
+        lr: float | Tensor = 0.2,
         damping: Scheduled | Damping | LossDamping = LossDamping(3e-2),
         fisher: FisherKind | EigenbasisFisher = "mc",
         sharing: Sharing = "expand",
         curvature_ema: Scheduled = 0.95,
-        momentum: Scheduled | Momentum = 0.9,
+        momentum: Scheduled | Momentum = NESTEROV,
         kl_clip: Scheduled | TrustRegion | None = TRUST_REGION,
         curvature_update_period: ScheduledInt = 1,
         inverse_update_period: ScheduledInt | Refresh = 10,

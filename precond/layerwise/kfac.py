@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from curvature import KroneckerFisher
 from curvature.losses.signals import FisherKind
 from curvature.structures.kfac import Sharing
+from precond.layerwise.adam_step import AdamStep
 from precond.layerwise.blocks.refresh import DOUBLING_TO_10
 from precond.layerwise.method import LayerwiseMethod, LayerwiseOptions
 from precond.step.methods import Taxonomy
-from precond.step.options import TRUST_REGION, LossDamping, Momentum, Refresh, TrustRegion
+from precond.step.options import NESTEROV, TRUST_REGION, LossDamping, Momentum, Refresh, TrustRegion
 from precond.step.schedules import Scheduled, ScheduledInt
 from solvers import Cholesky, Damping, FactoredTikhonov
 
@@ -23,8 +24,8 @@ class KFAC(LayerwiseMethod):
     .. math:: d = (B + \tfrac{1}{\pi}\sqrt\lambda I)^{-1}\, \nabla_W L\, (A + \pi\sqrt\lambda I)^{-1}
 
     Prefer it for deterministic or large-batch problems, autoencoders and regression, and wherever AdamW needs many
-    steps. Parameters outside linear, convolutional and embedding layers get small exact blocks (norms) or a diagonal
-    (everything else), so that all are covered.
+    steps. Parameters outside linear and convolutional layers get small exact blocks (norms) or a diagonal
+    (everything else), so that all are covered; tables of embeddings take Adam's step (:class:`~precond.AdamStep`).
 
     A step costs the gradient, two triangular products per layer, and on steps that update the curvature one backward
     pass through the activations plus ``O(rows * d^2)``; an inverse ``O(d^3)`` per factor d. Memory: two factors and
@@ -49,16 +50,15 @@ class KFAC(LayerwiseMethod):
         model: The model that is trained.
         loss_fn: The loss module the loop calls.
         lr: Learning rate, in natural-gradient units: at 1, without momentum, a step minimises the quadratic model.
-            The default is that at which ``kl_clip`` gives a move 1e-2 of the loss.
-            0.01 to 0.3 is common; where ``kl_clip`` binds, the share of the loss that a move may change goes with its
-            square.
+            At the default ``kl_clip`` lets a move change 4e-2 of the loss; where it binds, that share goes with the
+            square of the learning rate. 0.01 to 0.3 is common.
         damping: Shift :math:`\lambda`: by default 1e-2 of the loss, and smaller as that falls
             (:class:`~precond.LossDamping`). A number is in units of the curvature; or a :class:`~solvers.Damping`.
         fisher: ``"mc"`` (sampled labels, the default), ``"exact"`` (one backward pass per output), ``"empirical"``; or
             a :class:`~curvature.KroneckerFisher` with its number of samples, its bias and its largest factor.
         sharing: ``"expand"`` or ``"reduce"`` for layers used at several positions.
         curvature_ema: Weight of old statistics.
-        momentum: Momentum: its strength, or :class:`~precond.Momentum`.
+        momentum: Momentum: its strength, or :class:`~precond.Momentum`; by default 0.9 with Nesterov's look-ahead.
         kl_clip: Bound on twice the predicted divergence of a move, momentum included, without which large learning
             rates diverge: a number, the bound at the learning rate to begin with; or a :class:`~precond.TrustRegion`,
             by default 1e-2 of the loss at ``lr=0.1``, proportional to ``lr ** 2``; ``None`` for none.
@@ -66,7 +66,8 @@ class KFAC(LayerwiseMethod):
             costs about half on small models.
         inverse_update_period: Steps between inverses, spread over the blocks; by default at steps 0, 1, 2, 4, 8 and
             then every 10. A number, a function of the step count, or :class:`~precond.Refresh`.
-        options: See :class:`LayerwiseMethod` and :class:`PreconditionedOptimizer`.
+        options: See :class:`LayerwiseMethod` and :class:`PreconditionedOptimizer`. Tables of embeddings take
+            :class:`~precond.AdamStep` unless ``structures={nn.Embedding: {}}`` gives them the curvature of all others.
 
     References:
         Martens and Grosse (2015), https://arxiv.org/abs/1503.05671; Grosse and Martens (2016),
@@ -77,6 +78,7 @@ class KFAC(LayerwiseMethod):
     damping_form: ClassVar = FactoredTikhonov
     fisher_types: ClassVar = {None: KroneckerFisher}
     staggers: ClassVar = True
+    table_step: ClassVar = AdamStep()
     taxonomy: ClassVar = Taxonomy(
         curvature="Fisher (exact, mc or empirical)",
         structure="Kronecker, per layer",
@@ -94,12 +96,12 @@ class KFAC(LayerwiseMethod):
         model: nn.Module,
         loss_fn: Any,
         *,
-        lr: float | Tensor = 0.1,
+        lr: float | Tensor = 0.2,
         damping: Scheduled | Damping | LossDamping = LossDamping(1e-2),
         fisher: FisherKind | KroneckerFisher = "mc",
         sharing: Sharing = "expand",
         curvature_ema: Scheduled = 0.95,
-        momentum: Scheduled | Momentum = 0.9,
+        momentum: Scheduled | Momentum = NESTEROV,
         kl_clip: Scheduled | TrustRegion | None = TRUST_REGION,
         curvature_update_period: ScheduledInt = 1,
         inverse_update_period: ScheduledInt | Refresh = DOUBLING_TO_10,

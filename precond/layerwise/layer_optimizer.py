@@ -21,6 +21,7 @@ from curvature.model.wrappers import unwrapped
 from curvature.structures.estimator import Form
 from precond.distributed.curvature import SharedCurvature
 from precond.distributed.ranks import Ranks, group_of, world_rank, world_size
+from precond.layerwise.adam_step import AdamStep
 from precond.layerwise.blocks.by_name import Preconditioners
 from precond.layerwise.blocks.preconditioner import Preconditioner
 from precond.layerwise.blocks.rows import RowTaps
@@ -46,8 +47,14 @@ class LayerOptimizer(SecondOrderOptimizer):
     model: nn.Module
     loss_fn: Any
     curvature: Curvature
-    #: Names of parameters that get no curvature.
-    plain: frozenset[str]
+    #: Names of parameters that get no curvature, and the step that they take; ``None`` for the plain gradient.
+    plain: dict[str, AdamStep | None]
+    #: Likewise by ``id``: their names.
+    _without: dict[int, str]
+    #: The parameters that take Adam's step.
+    adam_steps: dict[Tensor, AdamStep]
+    #: What tables of embeddings get that ``structures`` does not name; ``None`` for the curvature of all others.
+    table_step: ClassVar[AdamStep | None] = None
     solver: Solver
     exponent: float
     parameters: Parameters
@@ -66,6 +73,10 @@ class LayerOptimizer(SecondOrderOptimizer):
     def watch(self) -> None:
         """Track the parameters of the groups, and hook the model."""
         self._members = Membership(unwrapped(self.model), type(self).__name__)
+        self._find_plain()
+        if not self._tracked():  # tables alone
+            self.plain = {name: step for name, step in self.plain.items() if not (step and step is self.table_step)}
+            self._find_plain()
         self.parameters = Parameters(unwrapped(self.model), self._tracked())
         self.tape = Tape(
             self.model,
@@ -96,9 +107,14 @@ class LayerOptimizer(SecondOrderOptimizer):
 
     def without_curvature(self) -> dict[int, str]:
         """Parameters that get no curvature, by ``id``, and their names."""
-        if not self.plain:
-            return {}
-        return {id(p): name for name, p in named_parameters(unwrapped(self.model)) if name in self.plain}
+        return self._without
+
+    def _find_plain(self) -> None:
+        """Find the parameters without curvature, and those of them that take Adam's step."""
+        named = list(named_parameters(unwrapped(self.model))) if self.plain else []
+        named = [(name, p) for name, p in named if name in self.plain]
+        self._without = {id(p): name for name, p in named}
+        self.adam_steps = {p: step for name, p in named if (step := self.plain[name]) is not None}
 
     @property
     def seen_parameters(self) -> Parameters:
@@ -141,7 +157,7 @@ class LayerOptimizer(SecondOrderOptimizer):
         collector = self.statistics.collector
         rows = table(self.parameters, collector)
         plain = self.without_curvature()
-        rows += [plain_row(plain[id(p)], p) for p in self.trainable() if id(p) in plain]
+        rows += [plain_row(plain[id(p)], p, self.plain[plain[id(p)]]) for p in self.trainable() if id(p) in plain]
         # By identity, since a wrapper of torch.compile around a layer changes names.
         order = {id(p): index for index, p in enumerate(unwrapped(self.model).parameters())}
         own = {**self.parameters, **{name: p for p in self.trainable() if (name := plain.get(id(p)))}}
@@ -186,6 +202,7 @@ class LayerOptimizer(SecondOrderOptimizer):
         with self.transaction():
             super().add_param_group({**param_group, "params": members(unwrapped(self.model), param_group["params"])})
             if self._statistics is not None:
+                self._find_plain()
                 self.follow()
 
     def option(self, name: str) -> Any:

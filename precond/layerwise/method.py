@@ -45,10 +45,9 @@ class LayerwiseMethod(PreconditionedOptimizer):
         structures: ``{layers: structure}`` for parts of the model. Layers are a module, a class of modules, or a name
             or glob of modules or parameters, as for :class:`~curvature.Mixed`. A structure is a name (``"layer"``); a
             curvature object; a dict of options that differ from those of ``curvature``, as ``{"head": {"sharing":
-            "reduce"}}``; or ``None`` for no curvature: the direction is the plain gradient, with the momentum, decay
-            and learning rate of its group (as ``skip_layers`` of kfac-pytorch). Natural-gradient learning rates seldom
-            suit it: give it a group. To train such layers by AdamW, leave them out by ``params`` and hand them to
-            ``torch.optim.AdamW``.
+            "reduce"}}``; an :class:`~precond.AdamStep` for Adam's step; or ``None`` for the plain gradient, with the
+            momentum, decay and learning rate of its group (as ``skip_layers`` of kfac-pytorch): natural-gradient
+            learning rates seldom suit it, so give it a group.
         options: See :class:`PreconditionedOptimizer`.
     """
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -23,6 +24,7 @@ from precond.distributed.curvature import Refreshing, SharedCurvature
 from precond.distributed.mesh_ranks import mesh_ranks, refuse_on_shards
 from precond.distributed.ranks import check_fraction, world_size
 from precond.distributed.sharded import cut_as
+from precond.layerwise.adam_step import SQUARES
 from precond.layerwise.blocks.block_state import (
     add_blocks,
     copied,
@@ -182,7 +184,13 @@ class PreconditionedOptimizer(LayerOptimizer):
                         "learned inverses need a damping in units of C: give a number."
                     )
             damping = damping.fraction
-        self.curvature, self.plain = on_model(curvature, unwrapped(model))
+        judged = step_size is not None or damping_rule is not None  # by a quadratic model of whole steps
+        self.curvature, self.plain = on_model(curvature, unwrapped(model), None if judged else self.table_step)
+        if judged and any(self.plain.values()):
+            raise ValueError(
+                f"{type(self).__name__}: step_size and damping_rule judge steps by their quadratic model, to which an "
+                "AdamStep in structures= does not belong; leave it out."
+            )
         self.damping = damping if isinstance(damping, Damping) else type(self).damping_form(at_start(damping))
         self.solver, self.exponent = solver, exponent
         refresh = Refresh.of(inverse_update_period)
@@ -316,7 +324,7 @@ class PreconditionedOptimizer(LayerOptimizer):
         if self._burning:
             return {p: torch.zeros_like(g) for p, g in given.items()}
         self._refresh(updated)
-        out = self._applied(by_name, rows, given)
+        out = self._applied(by_name, rows, given) | self._by_adam(given)
         candidates = [] if self._step_model is None else self._step_model.candidates()
         return self._best(candidates, out, by_name, rows, given) if candidates else out
 
@@ -334,6 +342,26 @@ class PreconditionedOptimizer(LayerOptimizer):
         plain = self.without_curvature()
         out = {self.parameters[name]: d for name, d in results.items()}
         return out | {p: g.clone() for p, g in given.items() if id(p) in plain}
+
+    def _by_adam(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        """The directions of parameters that take Adam's step."""
+        steps = {p: step for p, step in self.adam_steps.items() if p in gradients}
+        groups = {p: group for group in self.param_groups for p in group["params"]} if steps else {}
+        return {p: s.direction(p, gradients[p], self.state[p], groups[p], self.idle) for p, s in steps.items()}
+
+    def touched(self) -> list[Tensor]:
+        squares = [self.state[p].get(SQUARES) for p in self.adam_steps if p in self.state]
+        return [*super().touched(), *(x for x in squares if x is not None)]
+
+    def apart(self) -> Collection[Tensor]:
+        return self.adam_steps
+
+    def first_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        step = self.adam_steps.get(p)
+        return {} if step is None else step.begin(p)
+
+    def expected_state(self, p: Tensor, options: dict[str, Any]) -> Mapping[str, Any] | None:
+        return self.first_state(p, options) or None
 
     def _follow_loss(self) -> None:
         """Renew the level of the loss, which is kept in the state of the first parameter, where something needs it."""
@@ -533,9 +561,18 @@ class PreconditionedOptimizer(LayerOptimizer):
             estimators = self.statistics.collector.estimators
             estimators.clear()
             self.preconditioners.clear()
+            known = {**self.parameters, **{self._without[id(p)]: p for p in self.adam_steps}}
             for name, saved in copied(blocks, self.parameters.device).items():
                 whose = f"{type(self).__name__}: the saved state of block {name}"
-                block = saved_block(name, saved, self.parameters, whose)
+                block = saved_block(name, saved, known, whose)
+                if not all(part in self.parameters for part in block.names):
+                    warnings.warn(
+                        f"{whose} is not taken over, because its parameters take Adam's step now. For the curvature "
+                        "that they had, give structures={nn.Embedding: {}}.",
+                        UserWarning,
+                        stacklevel=2,
+                    )
+                    continue
                 estimators[name] = self.begin_block(block, saved_form(saved))
                 load_block(self.preconditioners[name], saved, whose)
             self.after_load()

@@ -13,16 +13,20 @@ from curvature.estimation.coverage import Row
 from curvature.structures.by_name import BLOCKS
 from curvature.structures.mixed import Mixed, label
 from curvature.structures.whole import WholeFisher
+from precond.layerwise.adam_step import AdamStep, embeddings
 from solvers.outcome.arguments import instance
 
 #: Layers (a module, a class of modules, a name or a glob) -> structure by name or as an object; a dict of options that
-#: differ from those of the structure of all others (``"*"``); or ``None`` for plain gradients.
-Structures = Mapping[Any, str | Curvature | Mapping[str, Any] | None]
+#: differ from those of the structure of all others (``"*"``); an :class:`~precond.AdamStep`; or ``None`` for plain
+#: gradients.
+Structures = Mapping[Any, str | Curvature | AdamStep | Mapping[str, Any] | None]
 
 
 @dataclass(frozen=True)
 class _NoCurvature(DiagonalFisher):
-    """Marks parameters that get no curvature."""
+    """Marks parameters that get no curvature, and says what they get."""
+
+    step: AdamStep | None = None
 
 
 def with_structures(curvature: Curvature, structures: Structures | None) -> Curvature | Structures:
@@ -37,30 +41,43 @@ def with_structures(curvature: Curvature, structures: Structures | None) -> Curv
     return {"*": curvature, **{layers: _resolved(layers, value, curvature) for layers, value in structures.items()}}
 
 
-def on_model(curvature: Curvature | Structures, model: nn.Module) -> tuple[Curvature, frozenset[str]]:
-    """The curvature of a model, and the names of the parameters that get none.
+def on_model(
+    curvature: Curvature | Structures, model: nn.Module, tables: AdamStep | None = None
+) -> tuple[Curvature, dict[str, AdamStep | None]]:
+    """The curvature of a model, and what parameters that get none have in its place; ``None`` for the plain gradient.
 
     Args:
         curvature: For all layers, or by layers.
         model: The model.
+        tables: What tables of embeddings get that nothing is said of.
 
     Raises:
         ValueError: If layers are named that are not in the model, or a structure is unknown or fits no part.
     """
+    names = embeddings(model) if tables is not None else []
+    if names and not isinstance(curvature, Mapping):
+        curvature = {"*": curvature}
     if not isinstance(curvature, Mapping):
-        return curvature.on(model), frozenset()
+        return curvature.on(model), {}
+    curvature = {**dict.fromkeys(names, tables), **curvature}  # of several names that fit, the last one counts
     default = _default(curvature)
     chosen = {layers: _resolved(layers, value, default) for layers, value in curvature.items()}
-    marks = {layers: _NoCurvature() if value is None else DiagonalFisher() for layers, value in chosen.items()}
+    marks = {layers: _mark(value) for layers, value in chosen.items()}
     marked = Mixed({"*": DiagonalFisher(), **marks}).on(model).chosen
     assert marked is not None
-    plain = frozenset(name for name, mark in marked.items() if isinstance(mark, _NoCurvature))
-    structures = {layers: value for layers, value in chosen.items() if value is not None}
+    plain = {name: mark.step for name, mark in marked.items() if isinstance(mark, _NoCurvature)}
+    structures: dict[Any, str | Curvature] = {
+        layers: value for layers, value in chosen.items() if not (value is None or isinstance(value, AdamStep))
+    }
     if structures.keys() <= {"*"}:
         return default.on(model), plain
     if isinstance(default, WholeFisher):
         raise ValueError("one matrix over the whole model has no structures for its parts; take one of blocks.")
     return Mixed({"*": default, **structures}, default.kind, default.samples).on(model), plain
+
+
+def _mark(value: str | Curvature | AdamStep | None) -> Curvature:
+    return _NoCurvature(step=value) if value is None or isinstance(value, AdamStep) else DiagonalFisher()
 
 
 def _default(structures: Structures) -> Curvature:
@@ -76,7 +93,7 @@ def _default(structures: Structures) -> Curvature:
     return found
 
 
-def _resolved(layers: Any, value: Any, default: Curvature) -> str | Curvature | None:
+def _resolved(layers: Any, value: Any, default: Curvature) -> str | Curvature | AdamStep | None:
     """The structure of some layers; a dict of options is the default with these."""
     if not isinstance(value, Mapping):
         return value
@@ -88,6 +105,8 @@ def _resolved(layers: Any, value: Any, default: Curvature) -> str | Curvature | 
         ) from error
 
 
-def plain_row(name: str, p: Tensor) -> Row:
+def plain_row(name: str, p: Tensor, step: AdamStep | None) -> Row:
     """The row of a parameter without curvature in the coverage table."""
+    if step is not None:
+        return Row(name, tuple(p.shape), "-", "ignored", 0, f"no rule: {step!r}, no curvature; structures= has others")
     return Row(name, tuple(p.shape), "-", "ignored", 0, "no rule: None in structures=, trained by its plain gradient")

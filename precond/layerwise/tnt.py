@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from curvature import TensorNormal
 from curvature.losses.signals import FisherKind
+from precond.layerwise.adam_step import AdamStep
 from precond.layerwise.blocks.refresh import DOUBLING_TO_10
 from precond.layerwise.method import LayerwiseMethod, LayerwiseOptions
 from precond.step.methods import Taxonomy
-from precond.step.options import TRUST_REGION, LossDamping, Momentum, Refresh, TrustRegion
+from precond.step.options import NESTEROV, TRUST_REGION, LossDamping, Momentum, Refresh, TrustRegion
 from precond.step.schedules import Scheduled, ScheduledInt
 from solvers import Cholesky, Damping, FactoredTikhonov
 
@@ -52,7 +53,8 @@ class TNT(LayerwiseMethod):
         curvature_update_period: Steps between updates of the statistics.
         inverse_update_period: Steps between inverses, spread over the blocks; by default at steps 0, 1, 2, 4, 8 and
             then every 10. A number, a function of the step count, or :class:`~precond.Refresh`.
-        options: See :class:`LayerwiseMethod` and :class:`PreconditionedOptimizer`.
+        options: See :class:`LayerwiseMethod` and :class:`PreconditionedOptimizer`. Tables of embeddings take
+            :class:`~precond.AdamStep` unless ``structures={nn.Embedding: {}}`` gives them the curvature of all others.
 
     References:
         Ren and Goldfarb (2021), "Tensor normal training for deep learning models", https://arxiv.org/abs/2106.02925
@@ -61,6 +63,7 @@ class TNT(LayerwiseMethod):
     damping_form: ClassVar = FactoredTikhonov
     fisher_types: ClassVar = {None: TensorNormal}
     staggers: ClassVar = True
+    table_step: ClassVar = AdamStep()
     taxonomy: ClassVar = Taxonomy(
         curvature="Fisher (exact, mc or empirical)",
         structure="Kronecker per dimension (tensor normal), per layer",
@@ -78,11 +81,11 @@ class TNT(LayerwiseMethod):
         model: nn.Module,
         loss_fn: Any,
         *,
-        lr: float | Tensor = 0.1,
+        lr: float | Tensor = 0.2,
         damping: Scheduled | Damping | LossDamping = LossDamping(1e-2),
         fisher: FisherKind | TensorNormal = "mc",
         curvature_ema: Scheduled = 0.95,
-        momentum: Scheduled | Momentum = 0.9,
+        momentum: Scheduled | Momentum = NESTEROV,
         kl_clip: Scheduled | TrustRegion | None = TRUST_REGION,
         curvature_update_period: ScheduledInt = 1,
         inverse_update_period: ScheduledInt | Refresh = DOUBLING_TO_10,

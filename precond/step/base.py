@@ -311,13 +311,19 @@ class SecondOrderOptimizer(BoundedOptimizer):
         directions = dict(gradients) if prepared else self.directions_of_all(gradients)
         move = self.shortened(directions, gradients, self._prepared_slopes if prepared else None)
         scale, shortened = (None, 1.0) if move is None else (move.whole, move.directions)
+        apart = self.apart()
         for group in self.param_groups:
-            params = [p for p in group["params"] if p in directions]
-            if params:
-                given, states = [directions[p] for p in params], [self.state[p] for p in params]
-                options = self.update_options({**group, "lookahead": None} if self.idle else group)
-                found = apply_update(params, given, states, options, scale, shortened=shortened)
-                self.coming |= zip(params, found, strict=True)
+            moving = [p for p in group["params"] if p in directions]
+            options = self.update_options({**group, "lookahead": None} if self.idle else group)
+            by_kind = (
+                ([p for p in moving if p not in apart], options, scale, shortened),
+                ([p for p in moving if p in apart], {**options, "momentum": 0.0, "nesterov": False}, None, 1.0),
+            )
+            for params, own, whole, each in by_kind:
+                if params:
+                    given, states = [directions[p] for p in params], [self.state[p] for p in params]
+                    found = apply_update(params, given, states, own, whole, shortened=each)
+                    self.coming |= zip(params, found, strict=True)
         if not prepared:
             self.before_move()
         return dict(self.coming), self.note_move(move)

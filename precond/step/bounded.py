@@ -48,7 +48,8 @@ class BoundedOptimizer(CheckedOptimizer):
 
     def slopes_of(self, directions: dict[Tensor, Tensor], gradients: dict[Tensor, Tensor]) -> Slopes:
         """The slopes of directions, in the metric of the curvature that made them of the gradients."""
-        params = [p for group in self.param_groups for p in group["params"] if p in directions]
+        apart = self.apart()
+        params = [p for group in self.param_groups for p in group["params"] if p in directions and p not in apart]
         known = {p: self.state[p] for p in params if p in self.state}
         momenta = {p: state["momentum_buffer"] for p, state in known.items() if "momentum_buffer" in state}
         wide = not _PLAIN[0] < self.gradient_norm < _PLAIN[1]

@@ -284,6 +284,8 @@ def in_groups(options: dict[str, Any]) -> dict[str, Any]:
     clip: Any = options.get("kl_clip")
     if "kl_clip" in options and "kl_lr" not in options and not isinstance(clip, TrustRegion):
         out |= TrustRegion(clip).in_groups()
+    if "momentum" in options and "nesterov" not in options:
+        out["nesterov"] = False  # which a number means; an object says it below
     for value in options.values():
         if isinstance(value, (Momentum, WeightDecay, TrustRegion, EMANesterov)):
             out |= value.in_groups()
@@ -404,6 +406,8 @@ def _check_form(name: str, form: Any) -> None:
         raise ValueError(f"{name} is one of {', '.join(get_args(Decay))}; got {form!r}.")
 
 
+#: Default of the layer-based methods that keep a Kronecker product.
+NESTEROV = Momentum(0.9, nesterov=True)
 #: Default of the layer-based methods that learn an inverse: before it is learned it says nothing about large losses.
 CURVATURE_REGION = TrustRegion(1e-2, lr=0.1)
 #: Default of the other layer-based methods.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -29,6 +29,10 @@ class StatefulOptimizer(ScheduledOptimizer):
     def method_name(cls) -> str:
         """The name of the method in checkpoints: that of its class here, also for classes that users derive from it."""
         return next(base.__name__ for base in cls.__mro__ if base.__module__.split(".")[0] == "precond")
+
+    def apart(self) -> Collection[Tensor]:
+        """Parameters whose directions are all there is to their moves but the rate: no momentum, no bound."""
+        return ()
 
     # Whole or not at all
 
@@ -98,7 +102,7 @@ class StatefulOptimizer(ScheduledOptimizer):
         if not out.keys() <= known.keys():
             out = self.first_state(p, group)
         own = self.update_options({**group, "momentum": 1.0} if "momentum" in schedules else group)
-        if own["momentum"] and self.needs != "closure":
+        if own["momentum"] and self.needs != "closure" and p not in self.apart():
             dtype = working_dtype(p) if self.needs == "grad" else p.dtype
             out.setdefault("momentum_buffer", torch.zeros_like(p, dtype=dtype))
         if own.get("lookahead") is not None:
