@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FunctionType
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -191,17 +192,18 @@ def test_a_test_that_changes_global_settings_fails(pytester: pytest.Pytester) ->
 import torch
 
 def test_dtype(): torch.set_default_dtype(torch.float64)
-def test_threads(): torch.set_num_threads(2)
+def test_threads(): torch.set_num_threads(torch.get_num_threads() + 1)
 def test_deterministic(): torch.use_deterministic_algorithms(True)
 def test_finds_all_mended(): pass
 """)
+    threads = torch.get_num_threads()
     # A process of its own: in this one, pytester would forget the modules of torch that are imported meanwhile.
     outcome = pytester.runpytest_subprocess("-p", "no:xdist")
     outcome.assert_outcomes(passed=4, errors=3)
     outcome.stdout.fnmatch_lines(
         [
             "*settings changed (default dtype: torch.float32 -> torch.float64)",
-            "*settings changed (number of threads: 1 -> 2)",
+            f"*settings changed (number of threads: {threads} -> {threads + 1})",
             "*settings changed (deterministic algorithms: 0 -> 2)",
         ]
     )

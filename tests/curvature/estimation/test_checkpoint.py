@@ -305,7 +305,6 @@ slow_run(sys.argv[1])
 
 def slow_run(path: str | Path) -> solvers.Eigenpairs:
     """A run of a few hundred products that takes a second at least."""
-    torch.set_num_threads(1)
     values = torch.linspace(1, 30, 150, dtype=F64)
 
     def product(x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed_run import ranks
+from tests.distributed_run import one_thread, ranks
 from tests.precond.distributed import sharded_runs as runs
 
 pytestmark = [
@@ -47,7 +47,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = str(tmp_path_factory.mktemp("checkpoints"))
     four = ranks(runs.on_four, 4, folder, timeout=400.0)
     two = ranks(runs.on_two, 2, folder, timeout=400.0)
-    return {"four": four, "two": two, "one": runs.loads((), folder)}
+    with one_thread():
+        return {"four": four, "two": two, "one": runs.loads((), folder)}
 
 
 def test_steps_checkpoints_refusals_and_traffic(found: dict[str, Any]) -> None:
