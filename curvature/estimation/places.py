@@ -34,12 +34,15 @@ def in_their_places(terms: Terms, passes: list[Pass], batch_dim: BatchDim) -> Te
         return terms
     z = terms.output
     whole = passed_on(whole, z)
-    if z is whole or isinstance(batch_dim, Mapping):
+    detached = not whole.requires_grad  # the model calls the loss itself, and returns a copy for the log
+    if z is whole or isinstance(batch_dim, Mapping) or (detached and z.shape == whole.shape):
         return along(terms, batch_dim)
     if batch_dim is None and in_order(z, whole):
         return terms
 
     def pull(sent: Tensor) -> Tensor | None:
+        if detached:
+            return None
         found: Tensor | None = torch.autograd.grad(z, whole, sent, retain_graph=True, allow_unused=True)[0]
         return found
 

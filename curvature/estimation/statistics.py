@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from curvature.estimation.batch_loss import refuse_beyond_outputs
 from curvature.estimation.passes import Pass, TapedLoss
@@ -259,19 +261,22 @@ class Statistics:
             # What hooks make of gradients on their way is no matter of curvature.
             if call is not None and not hooked and self._waits(passes, recorder, terms, share, call):
                 return self._refuse_hidden(recorder)
-            terms = in_their_places(terms, passes, self.batch_dim)
-            if self.curvature.kind != "empirical":
-                terms = terms.fisher(strict=False)
-            signals = Signals.of(
-                terms, self.curvature.kind, self.curvature.samples, self.generator, recorder.batch, together=True
-            )
-            scale = None if share.entries is None else share.entries.sqrt()
-            counted = self._step.counted_in(passes)
-            reached = self.collector.collect(
-                recorder, terms.output, signals, counted=counted, scale=scale, factor=share.factor
-            )
-            self._refuse_hidden(recorder)
-            self._note(reached)
+            self._send(passes, recorder, terms, share)
+
+    def _send(self, passes: list[Pass], recorder: Recorder, terms: Terms, share: Weight) -> None:
+        """Collect by passes of our own; inside :meth:`_open_graph`."""
+        terms = in_their_places(terms, passes, self.batch_dim)
+        kind = self.curvature.kind
+        if kind != "empirical":
+            terms = terms.fisher(strict=False)
+        signals = Signals.of(terms, kind, self.curvature.samples, self.generator, recorder.batch, together=True)
+        scale = None if share.entries is None else share.entries.sqrt()
+        counted = self._step.counted_in(passes)
+        reached = self.collector.collect(
+            recorder, terms.output, signals, counted=counted, scale=scale, factor=share.factor
+        )
+        self._refuse_hidden(recorder)
+        self._note(reached)
 
     def _note(self, reached: set[str]) -> None:
         self._step.note(reached)
@@ -288,16 +293,40 @@ class Statistics:
         """Whether the user's own backward pass brings empirical statistics, so that none of ours is needed."""
         if self.curvature.kind != "empirical" or share.factor is None or isinstance(terms, JoinedTerms):
             return False
-        if any(origin.calls != [call] for origin in passes):
-            return False  # the gradients of several losses arrive as one
+        if any(origin.calls != [call] or len(origin.edges) > 1 for origin in passes):
+            return False  # the gradients of several losses arrive as one, and those of penalties on what else came out
         signals = Signals(
             in_their_places(terms, passes, self.batch_dim), "empirical", batch=recorder.batch, together=True
         )
         backward = self.collector.await_backward(recorder, signals, lambda: not self.tape.inside)
         if backward is None:
             return False
-        self._waiting.append(Waiting(backward, passes, share.factor))
+        self._waiting.append(item := Waiting(backward, passes, share.factor))
+        for origin in passes:
+            if isinstance(origin.output, Tensor) and origin.output.requires_grad:
+                expected = self._sent_to(origin.output, call.output, share.factor * terms.gradient())
+                compare = partial(self._compare, item, recorder, terms, expected)
+                backward.listen(get_gradient_edge(origin.output), compare)
         return True
+
+    def _sent_to(self, output: Tensor, z: Tensor, gradient: Tensor) -> Tensor | None:
+        """What a gradient at what the loss saw is at the output of a pass; ``None`` for nothing."""
+        if z is output:
+            return gradient
+        found = torch.autograd.grad(z, output, gradient, retain_graph=True, allow_unused=True)
+        return found[0]
+
+    def _compare(self, item: Waiting, recorder: Recorder, terms: Terms, expected: Tensor | None, found: Tensor) -> None:
+        """A gradient arrived at an output: if something besides the loss sent some of it, ours are sent instead."""
+        if item not in self._waiting:
+            return
+        off = found if expected is None else found - expected
+        bound = torch.finfo(found.dtype).eps ** 0.5
+        if not bool(torch.linalg.vector_norm(off) <= bound * torch.linalg.vector_norm(found)):
+            self._waiting.remove(item)
+            item.backward.close()
+            with self._open_graph(item.passes, terms.output):
+                self._send(item.passes, recorder, terms, Weight(item.share))
 
     def _stop_waiting(self) -> None:
         for item in self._waiting:
@@ -483,7 +512,7 @@ class Statistics:
         self.generator.manual_seed(self._seed)
 
 
-@dataclass
+@dataclass(eq=False)
 class Waiting:
     """Statistics that the user's backward pass will bring."""
 

@@ -79,8 +79,8 @@ class Step:
         if self.signs and bool(torch.stack(self.signs).any(0).all()):
             raise ValueError(
                 "what backward() was called on holds positive and negative multiples of the loss, so its curvature is "
-                "not positive semi-definite. Leave the negative part out of the statistics: compute it under "
-                "torch.func.functional_call, or with another loss function than the optimizer's."
+                "not positive semi-definite. Leave the negative part out of the statistics: compute it with another "
+                "loss function than the optimizer's, on the output of the same pass."
             )
         if self.sums and self.absolute:
             raise ValueError(

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from curvature.estimation.arrivals import Arrived, Cache, samples_of, sites_of, valid_positions
 from curvature.estimation.collector import Collector
@@ -41,15 +42,19 @@ class Backward:
     def __init__(self, groups: list[Group], signals: Signals, listens: Callable[[], bool], rows: Sorted) -> None:
         self.groups, self.signals, self._listens, self.rows = groups, signals, listens, rows
         self.gradients: dict[int, Tensor] = {}
-        self._handles = []
+        self._handles: list[Any] = []
         for site in sites_of(groups):
-            hook = partial(self._note, id(site), site)
-            self._handles.append(ours(site.edge.node.register_prehook(hook)))
+            self.listen(site.edge, partial(self.gradients.__setitem__, id(site)))
 
-    def _note(self, key: int, site: Site, gradients: tuple[Tensor | None, ...]) -> None:
-        gradient = gradients[site.edge.output_nr]
-        if gradient is not None and self._listens() and not stands_for_several(gradient):
-            self.gradients[key] = gradient.detach()
+    def listen(self, edge: GradientEdge, hook: Callable[[Tensor], None]) -> None:
+        """Call a function with what arrives at an edge, before what leads to it runs."""
+
+        def note(gradients: tuple[Tensor | None, ...]) -> None:
+            gradient = gradients[edge.output_nr]
+            if gradient is not None and self._listens() and not stands_for_several(gradient):
+                hook(gradient.detach())
+
+        self._handles.append(ours(edge.node.register_prehook(note)))
 
     def close(self) -> None:
         """Stop listening."""

@@ -148,6 +148,7 @@ def _class_axis(gradient: Tensor, class_dim: int | None) -> int:
             f"the class axis of an output of shape {tuple(gradient.shape)} cannot be read off its gradient: "
             f"{len(found)} of the axes {axes} sum to zero, as the gradient of a cross-entropy does along its classes. "
             "Pass class_dim= if both do. If none does, the loss is more than a cross-entropy of this output: call the "
-            "loss module that was given to the optimizer in the loop itself."
+            "loss module that was given to the optimizer in the loop itself; or, where a penalty sends this gradient, "
+            "let only calls of that module count: loop=Loop(capture='loss')."
         )
     return found[0]

@@ -175,6 +175,23 @@ def penalty_on_the_input(model: nn.Module, loss_fn: nn.Module, optimizer: Precon
     return [mean(x.detach(), y)]
 
 
+def slope_penalty(model: nn.Module, loss_fn: nn.Module, optimizer: PreconditionedOptimizer) -> Counts:
+    """Differentiated twice; like all penalties it is in the gradient, and no loss of which C would be the curvature."""
+    x, y = batch(6)
+    loss = loss_fn(model(x.requires_grad_()), y)
+    (slope,) = torch.autograd.grad(loss, x, create_graph=True)
+    (loss + 0.5 * slope.square().sum()).backward()
+    return [mean(x.detach(), y)]
+
+
+def output_penalty(model: nn.Module, loss_fn: nn.Module, optimizer: PreconditionedOptimizer) -> Counts:
+    """Distillation and the like: something else on the same output."""
+    x, y = batch(6)
+    z = model(x)
+    (loss_fn(z[:4], y[:4]) + 0.5 * F.mse_loss(z, torch.ones_like(z))).backward()
+    return [mean(x[:4], y[:4])]
+
+
 def adversarial_examples(model: nn.Module, loss_fn: nn.Module, optimizer: PreconditionedOptimizer) -> Counts:
     x, y = batch(6)
     x.requires_grad_()
@@ -277,6 +294,8 @@ MEANS: dict[str, Loop] = {
     "retried, out of memory at the start": retried("at the start"),
     "interrupted forward": interrupted_forward,
     "a slope in the input": penalty_on_the_input,
+    "a slope as a penalty": slope_penalty,
+    "a penalty on the output": output_penalty,
     "adversarial examples": adversarial_examples,
     "picked outputs": picked_outputs,
     "sliced outputs": sliced_outputs,
@@ -346,6 +365,42 @@ def test_c_is_the_curvature_of_what_was_minimised(loop: str, name: str, kind: st
         for n, p in model.named_parameters():
             assert p.grad is None or torch.equal(p.grad, gradients[n])
     optimizer.detach()
+
+
+class Own(nn.Module):
+    """Computes its own loss, and returns a detached copy of the output for the log; or some activations as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.last = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Any:
+        h = self.inner(x).tanh()
+        z = self.last(h)
+        return (z, h) if y is None else {"loss": F.cross_entropy(z, y), "logits": z.detach()}
+
+
+OUTPUTS: dict[str, Any] = {"detached logits": None, "activations": lambda result: result[0]}
+
+
+@pytest.mark.parametrize("kind", ["exact", "empirical"])
+@pytest.mark.parametrize("returns", OUTPUTS)
+def test_what_else_a_model_returns_takes_no_part(returns: str, kind: str) -> None:
+    torch.manual_seed(0)
+    model = Own().double()
+    optimizer = watching(model, MEAN, "diagonal", kind, curvature_ema=0.0, output=OUTPUTS[returns])
+    x, y = batch(6)
+    if returns == "detached logits":
+        model(x, y)["loss"].backward()
+    else:
+        z, h = model(x)
+        (MEAN(z, y) + h.square().mean()).backward()
+    optimizer.step()
+    optimizer.detach()
+    found = diagonals(optimizer, model)
+    for parameter, block in reference(nn.Sequential(model.inner, nn.Tanh(), model.last), [mean(x, y)], kind).items():
+        name = parameter.replace("0.", "inner.").replace("2.", "last.")
+        torch.testing.assert_close(found[name], block, rtol=1e-9, atol=1e-13)
 
 
 @pytest.mark.parametrize("loop", MEANS)
