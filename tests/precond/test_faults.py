@@ -30,14 +30,15 @@ from precond import (
 
 
 class Fault(TorchDispatchMode):
-    """Raises at one operation, counted from when ``left`` was set."""
+    """Raises at one operation, counted from when ``left`` was set: memory runs out, or somebody stops the cell."""
 
     left = 0
+    error: type[BaseException] = KeyboardInterrupt
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.left -= 1
         if self.left == 0:
-            raise torch.OutOfMemoryError("simulated")
+            raise self.error("simulated")
         return function(*args, **(kwargs or {}))
 
 
@@ -90,7 +91,8 @@ def run(name: str, at: int, step_of_fault: int) -> str:
 
         if at and step == step_of_fault:
             before, mode.left = moving(optimizer), at
-            with mode, suppress(torch.OutOfMemoryError):
+            mode.error = (torch.OutOfMemoryError, KeyboardInterrupt)[at // 89 % 2]
+            with mode, suppress(mode.error):
                 once()
             if mode.left > 0:
                 return "over"
