@@ -221,6 +221,7 @@ class KroneckerBFGSEstimator(MeansEstimator, InverseEstimator):
         assert value is not None
         return value
 
+    @torch.no_grad()
     def begin(self, weights: Tensor) -> None:
         """Before the step: note the mean output.
 
@@ -232,6 +233,7 @@ class KroneckerBFGSEstimator(MeansEstimator, InverseEstimator):
             self._before = (self._output(weights, a), g)
         self._committed = None
 
+    @torch.no_grad()
     def end(self, weights: Tensor) -> None:
         """After the step and a second pass: learn from the changes of outputs and gradients.
 

@@ -95,3 +95,23 @@ def test_state_round_trip_continues_alike() -> None:
 def test_nothing_to_average_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="nothing was added since the last commit"):
         WeightedMean().step_mean()
+
+
+def test_the_mean_takes_the_memory_of_the_sum_unless_a_mark_holds_it() -> None:
+    mean, total = WeightedMean(), torch.tensor([2.0, 6.0])
+    mean.add(total, 2.0)
+    mark = mean.mark()
+    mean.commit(0.5)
+    assert mean.value is not None
+    assert mean.value.tolist() == [1.0, 3.0] and total.tolist() == [2.0, 6.0]
+    mean.back_to(mark)
+    assert mean.value is None and mean.step_mean().tolist() == [1.0, 3.0]
+    plain = WeightedMean()
+    plain.add(total, 2.0)
+    plain.commit(0.5)
+    assert plain.value is not None and plain.value.data_ptr() == total.data_ptr()
+    first = plain.value
+    plain.add(again := torch.tensor([10.0, 10.0]), 2.0)
+    plain.commit(1.0)
+    assert plain.value.data_ptr() == again.data_ptr()
+    assert plain.value.tolist() == [3.0, 4.0] and first.tolist() == [1.0, 3.0]

@@ -190,7 +190,7 @@ def test_a_resumed_run_continues_bit_for_bit(stop: int) -> None:
 
 def test_another_optimizer_may_move_the_parameters() -> None:
     """The pair of a step is the same whether step() moves or another optimizer does, later."""
-    data, found = ref.batches(4), []
+    data, found, learnt = ref.batches(4), [], False
     for split in (False, True):
         net = ref.net()
         optimizer = KBFGS(net, LOSS, lr=0.1, momentum=0.0, kl_clip=None)
@@ -201,10 +201,14 @@ def test_another_optimizer_may_move_the_parameters() -> None:
             if split:
                 optimizer.precondition()
                 plain.step()
+                for estimator in (block.estimator for block in optimizer.preconditioners.values()):
+                    if isinstance(estimator, KroneckerBFGSEstimator) and estimator.s.value is not None:
+                        assert not estimator.s.value.requires_grad  # no graph is kept
+                        learnt = True
             else:
                 optimizer.step()
         found.append(ref.flat(net.parameters()))
-    assert torch.equal(*found)
+    assert torch.equal(*found) and learnt
 
 
 def test_accumulated_batches_are_one_batch() -> None:
