@@ -11,8 +11,17 @@ from torch.profiler import ProfilerActivity, profile
 
 def peak_kib() -> int:
     """KiB, on Linux; ``ru_maxrss`` would begin with the peak of the process that started the program."""
+    return _status("VmHWM")
+
+
+def resident_kib() -> int:
+    """KiB in use now, on Linux."""
+    return _status("VmRSS")
+
+
+def _status(key: str) -> int:
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
+    return int(next(line for line in lines if line.startswith(f"{key}:")).split()[1])
 
 
 def peak_of_tensors(run: Callable[[], Any]) -> int:

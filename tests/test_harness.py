@@ -41,6 +41,17 @@ def test_steps_of_ours_and_of_sgd_are_timed() -> None:
     assert row.low <= row.median <= row.high and row.n >= 3 and result is None
 
 
+def test_the_memory_of_steps_is_measured_and_a_peer_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(w: object, interval: int) -> None:
+        raise RuntimeError("no")
+
+    kfac = next(e for e in tables.registered() if e.name == "precond KFAC")
+    monkeypatch.setattr(tables, "ENTRIES", [kfac, replace(kfac, name="other KFAC", build=broken)])
+    lines = list(tables.memory(["mlp-small"], "KFAC", 0.01))
+    assert lines[0] == "| optimizer | refresh every | mlp-small |"
+    assert float(lines[2].split("|")[3]) > 1 and lines[3] == "| other KFAC | 1 | fails |"
+
+
 def test_what_fails_is_named_unless_it_is_ours() -> None:
     def broken(w: object) -> None:
         raise RuntimeError("no")

@@ -18,12 +18,12 @@ def main() -> None:
     read.add_argument("--only", default="", help="operations and optimizers whose name holds this")
     read.add_argument("--workloads", default="mlp,cnn,vit,gpt")
     read.add_argument("--seconds", type=float, default=2.0, help="CPU time of each measurement")
-    read.add_argument("--skip", choices=("steps", "curvature"), default=None)
+    read.add_argument("--skip", choices=("steps", "curvature", "memory"), default=[], action="append")
     chosen = read.parse_args()
     torch.set_num_threads(1)
     workloads = chosen.workloads.split(",")
-    for name, make in (("curvature", tables.curvature), ("steps", tables.steps)):
-        if chosen.skip == name:
+    for name, make in (("curvature", tables.curvature), ("steps", tables.steps), ("memory", tables.memory)):
+        if name in chosen.skip:
             continue
         lines: list[str] = []
         for line in make(workloads, chosen.only, chosen.seconds):

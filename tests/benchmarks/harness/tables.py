@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -16,6 +18,8 @@ import torch
 from registry import ENTRIES, Entry
 from timing import Ratio, ratio
 from workloads import Workload, epoch_data, make
+
+from tests.peak_memory import peak_kib, resident_kib
 
 #: Operations that are affordable, or mean something, on some workloads only.
 WHERE = {
@@ -143,6 +147,57 @@ def steps(workloads: Iterable[str], only: str, seconds: float) -> Iterator[str]:
             cells = [cell(_tried(entry, name, seconds, interval)[0]) for name in chosen]
             if any(cells):
                 yield f"| {entry.name} | {interval} | {' | '.join(cells)} |"
+
+
+def peak(build: Callable[..., Any], name: str) -> int | str:
+    """KiB that a process of its own takes for a model and three steps, every one of which refreshes; or what it said.
+
+    The process is a copy of this one, in which torch and the entries are loaded already.
+    """
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            with _quiet():
+                before = resident_kib()
+                step = build(make(name), interval=1)
+                for _ in range(3):
+                    step()
+            answer: int | str = peak_kib() - before
+        except BaseException as error:
+            answer = f"{type(error).__name__}: {error}"
+        os.write(write, json.dumps(answer).encode()[:4096])
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        text = pipe.read()
+    os.waitpid(child, 0)
+    found: int | str = json.loads(text or '"was ended"')
+    return found
+
+
+def memory(workloads: Iterable[str], only: str, seconds: float) -> Iterator[str]:
+    """Lines of a table of the peak of training, in that of SGD; in no need of ``seconds``."""
+    chosen = list(workloads)
+    yield f"| optimizer | refresh every | {' | '.join(chosen)} |"
+    yield "| --- | --- |" + " --- |" * len(chosen)
+    with _quiet():  # what is loaded at first use is no part of a step
+        peers_optim.sgd(make(chosen[0]))()
+    plain = {name: peak(lambda w, interval: peers_optim.sgd(w), name) for name in chosen}
+    for entry in ENTRIES:
+        if entry.kind != "optim" or only not in entry.name:
+            continue
+        cells = []
+        for name in chosen:
+            found, base = peak(entry.build, name), plain[name]
+            if isinstance(found, str) or isinstance(base, str):
+                if is_ours(entry):
+                    raise RuntimeError(f"{entry.name} on {name}: {found}")
+                cells.append("" if "ModuleNotFoundError" in str(found) else "fails")
+            else:
+                cells.append(f"{found / base:.2f}")
+        if any(cells):
+            yield f"| {entry.name} | 1 | {' | '.join(cells)} |"
 
 
 def put(page: str, name: str, lines: list[str]) -> str:
