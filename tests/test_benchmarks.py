@@ -88,6 +88,13 @@ def test_a_trial_repeats_and_its_row_says_what_happened(monkeypatch):
     assert row.markdown(100.0) == f"| `AdamW` | lr=0.01 | not (best 3.5) | {first.steps:.0f} - - | - | 1.0 |"
 
 
+def test_the_settings_of_the_autoencoder_are_ones_that_the_methods_take():
+    problem = autoencoder.autoencoder(0, logits=True)
+    for name, grid in autoencoder.GRIDS.items():
+        for settings in grid:
+            autoencoder.make(problem, name, settings)
+
+
 def test_the_autoencoder_learns_in_the_time_of_a_hundred_steps():
     course = autoencoder.run("SOAP", {"lr": 1e-2}, budget=100, seed=0, decay=0.9)
     assert course.error < 4.0 and course.reached == math.inf and course.steps > 5

@@ -101,8 +101,10 @@ def build(problem: Problem, name: str, settings: dict[str, Any]) -> tuple[torch.
     else:
         method = next(m for m in precond.methods() if m.name == name)
         needs = method.needs
-        if needs == "layers":  # the settings were found with this bound
-            settings = {**settings, "kl_clip": TrustRegion(settings.get("kl_clip", 1e-3), of="direction")}
+        clip = settings.get("kl_clip", 1e-3)
+        # The settings were found with this bound; a step size from the quadratic model has one of its own.
+        if needs == "layers" and "step_size" not in settings and not isinstance(clip, TrustRegion):
+            settings = {**settings, "kl_clip": TrustRegion(clip, of="direction")}
         takes_loss = needs == "layers" or name in ("CurveBall", "HessianFree")
         optimizer = method.cls(model, loss_fn, **settings) if takes_loss else method.cls(params, **settings)
 
