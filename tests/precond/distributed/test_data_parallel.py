@@ -29,6 +29,7 @@ from tests.precond.distributed.checks import (
     vectors,
 )
 from tests.precond.distributed.loops import LOOPS, every_loop, loop
+from tests.precond.distributed.moving import MOVED, RUNS, joined, joined_alone, moved, uninterrupted
 
 pytestmark = pytest.mark.distributed
 
@@ -185,18 +186,35 @@ def test_memory_falls_with_the_fraction(found: list[dict[str, Any]]) -> None:
         assert numbers == tuple(fraction * n for n in whole)
 
 
-def four() -> dict[str, list[Tensor]]:
+def four(folder: str) -> dict[str, Any]:
     out = {}
     for name in ("kfac exact", "ekfac"):
         for fraction in fractions():
             out[f"{name}, {fraction}"] = in_parallel(name, Net(), vectors(), {}, memory_fraction=fraction)
     assert dist.get_world_size() == 4
-    return out
+    return {"four": out, "moved": moved(folder), "joined": joined()}
 
 
-def test_four_processes_in_rows_and_columns() -> None:
-    found = [{"four": result} for result in ranks(four, 4, timeout=200)]
-    results = assert_equal_everywhere(found, "four")
+@pytest.fixture(scope="module")
+def of_four(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return ranks(four, 4, str(tmp_path_factory.mktemp("checkpoints")), timeout=400)
+
+
+def test_a_run_goes_on_with_twice_and_with_half_the_processes(of_four: list[dict[str, Any]]) -> None:
+    results = assert_equal_everywhere(of_four[:2], "moved")
+    expected = {name: uninterrupted(name) for name in MOVED}
+    assert results.keys() == {f"{name}, {way}" for name, way in RUNS}
+    for name, values in results.items():
+        assert distance(values, expected[name.split(", ")[0]]) < 1e-10, name
+
+
+def test_gradient_methods_train_on_unequal_data_under_join(of_four: list[dict[str, Any]]) -> None:
+    for name, values in assert_equal_everywhere(of_four, "joined").items():
+        assert distance(values, joined_alone(name)) < 1e-10, name
+
+
+def test_four_processes_in_rows_and_columns(of_four: list[dict[str, Any]]) -> None:
+    results = assert_equal_everywhere(of_four, "four")
     for name, values in results.items():
         method = name.split(", ")[0]
         assert distance(values, alone(method, Net(), vectors())) < 1e-10, name
