@@ -20,7 +20,7 @@ from curvature.model.parameters import Parameters, SeenParameters
 from curvature.model.wrappers import unwrapped
 from curvature.structures.estimator import Form
 from precond.distributed.curvature import SharedCurvature
-from precond.distributed.ranks import Ranks, group_of, world_rank, world_size
+from precond.distributed.ranks import Ranks, group_of, refuse_synchronized, world_rank, world_size
 from precond.layerwise.adam_step import AdamStep
 from precond.layerwise.blocks.by_name import Preconditioners
 from precond.layerwise.blocks.preconditioner import Preconditioner
@@ -72,6 +72,7 @@ class LayerOptimizer(SecondOrderOptimizer):
 
     def watch(self) -> None:
         """Track the parameters of the groups, and hook the model."""
+        refuse_synchronized(unwrapped(self.model), type(self).__name__)
         self._members = Membership(unwrapped(self.model), type(self).__name__)
         self._find_plain()
         if not self._tracked():  # tables alone
@@ -300,6 +301,7 @@ class LayerOptimizer(SecondOrderOptimizer):
         if self._ranks is None and (self.process_group is not None or self.tape.parallel is not None):
             group = group_of(self.process_group, self.tape.parallel)
             if group is not None:
+                refuse_synchronized(unwrapped(self.model), type(self).__name__)
                 self._ranks = Ranks(group, self.parameters.device, self.memory_fraction)
                 self.shared = SharedCurvature(self._ranks)
                 self.taps.close()

@@ -232,6 +232,16 @@ def refusals() -> dict[str, str]:
             backward(model, parallel, 0, loss_fn)
             optimizer.step()
 
+    def synchronized(after: bool) -> None:
+        model: nn.Module = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4))
+        model = model if after else nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        KFAC(model.eval(), loss_fn, lr=0.1)  # takes no statistics of others
+        optimizer = KFAC(model.train(), loss_fn, lr=0.1, process_group=dist.group.WORLD)
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        optimizer.step()
+
+    note("synchronized", lambda: synchronized(False))
+    note("synchronized later", lambda: synchronized(True))
     note("joined", joined)
     note("smw", lambda: step(SMWNaturalGradient))
     note("seng", lambda: step(SENG))
@@ -341,6 +351,8 @@ REFUSALS = {
     "unwrapped": "UserWarning: KFAC runs in one of 2 processes, with the curvature of its own data alone",
     "other group": r"ValueError: process_group holds ranks \[\d\], but DistributedDataParallel .* over \[0, 1\]",
     "own model": "nothing",
+    "synchronized": "NotImplementedError: KFAC: 1 is a SyncBatchNorm, whose passes send messages.*SOAP, Shampoo, Muon",
+    "synchronized later": "NotImplementedError: KFAC: 1 is a SyncBatchNorm, whose passes send messages",
     "joined": r"NotImplementedError: DistributedDataParallel.join\(\) lets ranks without data stay away",
 }
 
