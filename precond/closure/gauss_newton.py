@@ -34,8 +34,9 @@ _BY_LAYERS = CG(rtol=1e-2, max_steps=100, stop="progress", progress=False)
 _NYSTROM = Nystrom(100)
 
 # Transtrum and Sethna (2012), section 4: any decrease counts as success ("delayed gratification", with 2 and 5). The
-# first damping may be wrong by many orders of magnitude: from the fourth rejection on it grows as Nielsen's.
-_RULE = LevenbergMarquardt(decrease=0.2, increase=2.0, growth=2.0, lower=0.0, upper=0.0, attempts=30)
+# first damping may be wrong by some powers of ten, and is found by doubling all the same: growing it faster (Nielsen)
+# ended above the least that serves, and cost ten steps where points are redrawn.
+_RULE = LevenbergMarquardt(decrease=0.2, increase=2.0, lower=0.0, upper=0.0, attempts=30)
 
 
 class GaussNewton(ClosureOptimizer):
@@ -49,10 +50,9 @@ class GaussNewton(ClosureOptimizer):
     :class:`PointwiseResidual`; scale them so that L is the intended loss (``N ** -0.5`` for a mean of squares,
     halved). ``step`` returns L.
 
-    Under the default ``damping_rule`` a step that does not lower L is rejected and tried again with twice the damping
-    (after three rejections with 4, 8, 16 ... times), and any other one divides the damping by five. Narrow curved
-    valleys, frequent in such problems, are then followed along their curvature (``acceleration``): the step is a
-    parabola instead of a line,
+    Under the default ``damping_rule`` a step that does not lower L is rejected and tried again with twice the damping,
+    and any other one divides the damping by five. Narrow curved valleys, frequent in such problems, are then followed
+    along their curvature (``acceleration``): the step is a parabola instead of a line,
 
     .. math:: \theta \leftarrow \theta - d + \tfrac12 a, \qquad
         a = -(J^\top J + \lambda D^2)^{-1} J^\top \frac{\partial^2 r}{\partial d^2}

@@ -409,7 +409,7 @@ class ClosureOptimizer(SecondOrderOptimizer):
         """A rule for a method that takes every step, and adapts the damping by it periodically."""
         instance("damping_rule", rule, LevenbergMarquardt, "a LevenbergMarquardt", optional=True)
         if rule is not None:
-            rule.refuse(type(self).__name__, "attempts", "growth", "reject_steps", *_OF_LAYERS)
+            rule.refuse(type(self).__name__, "attempts", "reject_steps", *_OF_LAYERS)
         return rule
 
     def damped_direction(
@@ -443,12 +443,12 @@ class ClosureOptimizer(SecondOrderOptimizer):
             [p.new_full((p.numel(),), float(self._group_of(p)["lr"]), dtype=working_dtype(p)) for p in params]
         )
         direction, before = torch.zeros_like(gradient), float(self.value)
-        for rejected in range(rule.attempts):
+        for _ in range(rule.attempts):
             damping = float(self.common("damping"))
             try:
                 direction = solve(damping)
             except SolverError:
-                self.set_damping(rule.raised(damping, rejected))
+                self.set_damping(rule.raised(damping))
                 continue
             move = -rates * direction
             predicted = -float(gradient @ move + 0.5 * quadratic(move))
@@ -466,7 +466,7 @@ class ClosureOptimizer(SecondOrderOptimizer):
             if after <= before and predicted > 0:
                 self.set_damping(rule.judged(damping, before - after, predicted))
                 return direction
-            self.set_damping(rule.raised(damping, rejected))
+            self.set_damping(rule.raised(damping))
         return torch.where(direction.isfinite().all(), 0.0, direction)  # what is not finite is refused, not rejected
 
     def _group_of(self, parameter: Tensor) -> dict[str, Any]:

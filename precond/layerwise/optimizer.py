@@ -156,9 +156,7 @@ class PreconditionedOptimizer(LayerOptimizer):
         flag("maximize", maximize)
         if damping_rule is not None:
             judges_next = step_size is not None and damping_rule.next_batch is not False
-            damping_rule.refuse(
-                type(self).__name__, "attempts", "growth", *(() if judges_next else ("relative_maximum",))
-            )
+            damping_rule.refuse(type(self).__name__, "attempts", *(() if judges_next else ("relative_maximum",)))
             if damping_rule.next_batch and step_size is None:
                 raise ValueError(
                     f"{type(self).__name__}: next_batch=True of its damping_rule has no effect without "

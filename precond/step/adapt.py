@@ -22,9 +22,6 @@ class LevenbergMarquardt:
     Args:
         decrease: a, in (0, 1].
         increase: b, at least 1.
-        growth: What b is multiplied by with each rejection of a step after the third, at least 1 (Nielsen: 2): a
-            damping that is wrong by many orders of magnitude is then found in few. Of methods with a closure that
-            reject.
         lower: Ratio below which the damping is raised.
         upper: Ratio above which it is lowered.
         minimum: Smallest damping, in units of C.
@@ -48,8 +45,7 @@ class LevenbergMarquardt:
         ValueError: If a value is out of range.
 
     References:
-        Marquardt (1963); Martens (2010), section 4.1; Nielsen (1999), Damping parameter in Marquardt's method
-        (``growth``)
+        Marquardt (1963); Martens (2010), section 4.1
     """
 
     decrease: float = 1 / 3
@@ -64,15 +60,12 @@ class LevenbergMarquardt:
     reject_steps: bool = False
     next_batch: bool | None = None
     relative_maximum: float = 10.0
-    growth: float = 1.0
 
     def __post_init__(self) -> None:
         """Validate the arguments."""
         fields_of(self)
         if not 0 < self.decrease <= 1 <= self.increase:
             raise ValueError(f"need 0 < decrease <= 1 <= increase; got {self.decrease} and {self.increase}.")
-        if not 1 <= self.growth < float("inf"):
-            raise ValueError(f"growth must be finite and at least 1; got {self.growth}.")
         if not 0 < self.minimum <= self.maximum:
             raise ValueError(f"need 0 < minimum <= maximum; got {self.minimum} and {self.maximum}.")
         if not 0 <= self.relative_minimum < float("inf"):
@@ -95,14 +88,9 @@ class LevenbergMarquardt:
             if getattr(self, name) != getattr(type(self), name):
                 raise ValueError(f"{method}: {name}={getattr(self, name)!r} of its damping_rule has no effect on it.")
 
-    def raised(self, damping: float, rejected: int = 0) -> float:
-        """More damping, at least the smallest one.
-
-        Args:
-            damping: The present one.
-            rejected: Steps from the same parameters that were rejected before this one.
-        """
-        return min(max(damping, self.minimum) * self.increase * self.growth ** max(0, rejected - 2), self.maximum)
+    def raised(self, damping: float) -> float:
+        """More damping, at least the smallest one."""
+        return min(max(damping, self.minimum) * self.increase, self.maximum)
 
     def judged(self, damping: float, decrease: float, predicted: float, mean: float = 0.0) -> float:
         """The next damping, from the decrease of the loss and the predicted one; see :meth:`adapted`."""

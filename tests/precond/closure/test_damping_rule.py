@@ -49,7 +49,7 @@ def test_the_old_spelling_means_the_same(method, old, rule):
 @pytest.mark.parametrize("method", METHODS)
 def test_refuses_settings_of_a_rule_without_effect(method):
     unused = {"reject_steps": True, "relative_minimum": 0.1, "relative_maximum": 5.0, "next_batch": True}
-    unused |= {"period": 2} if method in (Newton, GaussNewton) else {"attempts": 2, "growth": 2.0}
+    unused |= {"period": 2} if method in (Newton, GaussNewton) else {"attempts": 2}
     for name, value in unused.items():
         with pytest.raises(ValueError, match=rf"{method.__name__}: {name}={value!r} of its damping_rule has no effect"):
             make(method, damping_rule=LevenbergMarquardt(**{name: value}))

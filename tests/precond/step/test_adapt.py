@@ -16,15 +16,6 @@ def test_the_ratio_decides(decrease, predicted, factor):
     assert LevenbergMarquardt().judged(2.0, decrease, predicted) == pytest.approx(2 * factor)
 
 
-def test_from_the_fourth_rejection_on_the_damping_grows_faster():
-    rule, damping, found = LevenbergMarquardt(increase=3.0, growth=2.0), 1.0, []
-    for rejected in range(5):
-        damping = rule.raised(damping, rejected)
-        found.append(damping)
-    assert found == [3, 9, 27, 27 * 6, 27 * 6 * 12]
-    assert LevenbergMarquardt(increase=3.0).raised(1.0, rejected=9) == 3.0
-
-
 def test_the_mean_eigenvalue_bounds_the_damping_from_below():
     rule = LevenbergMarquardt(relative_minimum=0.1)
     assert rule.judged(2.0, 1.0, 1.0, mean=10.0) == 1.0
