@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Number
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ from precond.fitting.result import MESSAGES, LeastSquaresResult, covariance_of
 from precond.fitting.robust import LOSSES, LossName, reweighted
 from precond.fitting.variables import Variables
 from solvers.outcome.arguments import choice, flag, function, number, whole
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 #: Numbers in a Jacobian, at most.
 _LARGEST = 2**28
@@ -53,9 +57,42 @@ def _check_verbose(name: str, value: Any) -> Any:
     return value
 
 
+#: Arguments of SciPy's functions and lmfit's that have no counterpart, and what to do instead.
+_ELSEWHERE = {
+    "jac": "derivatives are exact, by torch",
+    "diff_step": "derivatives are exact, by torch",
+    "jac_sparsity": "precond.GaussNewton never forms a large Jacobian",
+    "method": "there is one method, within bounds or without",
+    "tr_solver": "there is one method, within bounds or without",
+    "tr_options": "there is one method, within bounds or without",
+    "workers": "batched=True solves many problems at once",
+    "callback": "verbose=2 prints each step",
+    "sigma": "divide the residuals by it",
+    "absolute_sigma": "with residuals in units of their errors, the covariance divided by 2 cost / (m - n)",
+    "weights": "multiply the residuals by them",
+    "p0": "it is x0 here",
+}
+
+
+def _refusing(door: Callable[P, R]) -> Callable[P, R]:
+    """The door, which says of arguments known from elsewhere what to do instead."""
+
+    @functools.wraps(door)
+    def refusing(*args: P.args, **kwargs: P.kwargs) -> R:
+        for name in kwargs:
+            if name in _ELSEWHERE:
+                raise TypeError(f"least_squares takes no {name}: {_ELSEWHERE[name]}. Leave it out.")
+        if len(args) > 2:
+            raise TypeError("least_squares takes fun and x0 by position, and everything else by name; it takes no jac.")
+        return door(*args, **kwargs)
+
+    return refusing
+
+
 _TOLERANCE = real(low=0.0, high=1.0, open_high=True)
 
 
+@_refusing
 @checked(
     fun=function,
     x0=_check_start,

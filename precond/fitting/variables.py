@@ -13,6 +13,11 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from precond.step.graph import jacobian_rows
 from solvers.outcome.memory import is_out_of_memory
 
+_BY_TORCH = (
+    "residuals are tensors, made from x by torch operations so that they can be differentiated (torch.exp in place of "
+    "numpy.exp, torch.as_tensor of data)."
+)
+
 #: Columns of the Jacobian that are pushed forward at once.
 _COLUMNS = 64
 
@@ -43,12 +48,14 @@ class Variables:
             leaves = [leaf if isinstance(leaf, Tensor) else torch.as_tensor(np.asarray(leaf)) for leaf in leaves]
             leaves = [leaf.to(torch.float64) if _whole(leaf) else leaf for leaf in leaves]
         if not any(leaf.numel() for leaf in leaves):
+            if self.module is not None and any(True for _ in self.module.parameters()):
+                raise TypeError("all parameters of the module have requires_grad=False; set it on those to fit.")
             raise TypeError("x0 must hold numbers to fit: tensors, a tree of tensors, or a module with parameters.")
         for leaf in leaves:
             if leaf.dtype not in (torch.float32, torch.float64) or leaf.layout != torch.strided:
                 raise TypeError(
                     f"x0 holds a tensor of {leaf.dtype} and {leaf.layout}; fits are of dense real numbers in float32 "
-                    "or float64. Fit a complex number as torch.view_as_real of it."
+                    f"or float64. Give {'torch.view_as_real(x0)' if leaf.is_complex() else 'x0.double()'} in its place."
                 )
         self.parameters = leaves
         self.shapes = [leaf.shape[1:] if batched else leaf.shape for leaf in leaves]
@@ -177,7 +184,13 @@ class Variables:
     def _by_rows(self, rows: Tensor) -> Tensor:
         with torch.enable_grad():
             x = rows.detach().requires_grad_()
-            before, r = self.calls, self.residuals(x)
+            before = self.calls
+            try:
+                r = self.residuals(x)
+            except RuntimeError as error:
+                if "numpy()" not in str(error):
+                    raise
+                raise TypeError(f"fun computes the residuals by NumPy; {_BY_TORCH}") from error
             self.calls = before
             pull = (torch.autograd.grad(r_k.sum(), x, retain_graph=True, allow_unused=True)[0] for r_k in r.unbind(1))
             out = list(pull)
@@ -191,10 +204,7 @@ def _whole(leaf: Tensor) -> bool:
 def _residual(leaf: Any) -> Tensor:
     """Residuals as they are computed with; what holds no derivative or would lose a part is refused."""
     if not isinstance(leaf, (Tensor, int, float)):
-        raise TypeError(
-            f"fun returned {type(leaf).__name__}; residuals are tensors, made from x by torch operations so that they "
-            "can be differentiated (torch.exp in place of numpy.exp)."
-        )
+        raise TypeError(f"fun returned {type(leaf).__name__}; {_BY_TORCH}")
     found = torch.as_tensor(leaf)
     if found.is_complex() or found.layout != torch.strided:
         kind = "complex" if found.is_complex() else f"sparse ({found.layout})"

@@ -213,15 +213,33 @@ def test_options_that_mean_nothing_are_refused(options, error, message):
         (lambda x: x * torch.exp(1j * T[:3]), START, "complex residuals"),
         (lambda x: (x - T[:3]).to_sparse(), START, "sparse"),
         (lambda x: np.exp(x.numpy()), START, "fun returned ndarray"),
+        (lambda x: torch.tensor(np.exp(x.numpy())) - 2, START, "by NumPy; .*torch.exp in place of"),
         (lambda x: None, START, "fun returned NoneType"),
         (lambda x: x - 1, START.to(torch.complex128), "torch.complex128"),
-        (lambda x: x - 1, START.half(), "torch.float16"),
+        (lambda x: x - 1, START.half(), r"torch.float16.* Give x0.double\(\)"),
+        (lambda m: m.weight - 1, torch.nn.Linear(2, 1).requires_grad_(False), "all parameters .* requires_grad=False"),
         (lambda x: x - 1, torch.zeros(0), "x0 must hold"),
     ],
 )
 def test_what_would_be_fitted_wrongly_is_refused(fun, start, message):
     with pytest.raises(TypeError, match=message):
         least_squares(fun, start)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "instead"),
+    [
+        ("jac", "3-point", "exact"),
+        ("method", "lm", "one method"),
+        ("callback", print, "verbose=2"),
+        ("sigma", 1, "divide"),
+    ],
+)
+def test_arguments_of_others_are_refused_with_what_to_do(name, value, instead):
+    with pytest.raises(TypeError, match=f"takes no {name}: .*{instead}"):
+        least_squares(lambda x: x - 1, START, **{name: value})
+    with pytest.raises(TypeError, match="everything else by name"):
+        least_squares(lambda x: x - 1, START, "2-point")
 
 
 def test_a_start_with_zero_derivatives_is_a_solution():
