@@ -31,7 +31,7 @@ HOUSE: dict[str, str] = {
     "precond.integrations": ".step curvature.model",
     "precond.grouping": ".step curvature.estimation curvature.layers curvature.model solvers.outcome",
     "precond.layerwise": ".layerwise.blocks .distributed .step curvature curvature.estimation curvature.structures"
-    " curvature.losses curvature.model solvers solvers.outcome",
+    " curvature.losses curvature.model solvers solvers.outcome solvers.precision",
     "precond.layerwise.blocks": ".distributed .step curvature curvature.structures curvature.layers curvature.model"
     " solvers solvers.operators solvers.precision solvers.outcome",
     "precond.closure": ".distributed .gradient .step curvature.estimation curvature.losses"

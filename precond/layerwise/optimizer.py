@@ -559,7 +559,8 @@ class PreconditionedOptimizer(LayerOptimizer):
             estimators = self.statistics.collector.estimators
             estimators.clear()
             self.preconditioners.clear()
-            known = {**self.parameters, **{self._without[id(p)]: p for p in self.adam_steps}}
+            names = self.without_curvature()
+            known = {**self.parameters, **{names[id(p)]: p for p in self.adam_steps}}
             for name, saved in copied(blocks, self.parameters.device).items():
                 whose = f"{type(self).__name__}: the saved state of block {name}"
                 block = saved_block(name, saved, known, whose)
