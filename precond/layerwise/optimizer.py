@@ -559,8 +559,7 @@ class PreconditionedOptimizer(LayerOptimizer):
             estimators = self.statistics.collector.estimators
             estimators.clear()
             self.preconditioners.clear()
-            names = self.without_curvature()
-            known = {**self.parameters, **{names[id(p)]: p for p in self.adam_steps}}
+            known = {**self.parameters, **{self.without_curvature()[id(p)]: p for p in self.adam_steps}}
             for name, saved in copied(blocks, self.parameters.device).items():
                 whose = f"{type(self).__name__}: the saved state of block {name}"
                 block = saved_block(name, saved, known, whose)
