@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from precond.step.options import check_betas
 from precond.step.trust_region import reference_lr
 from solvers.outcome.arguments import number
+from solvers.precision import widen
 
 #: Entries of the state of such a parameter.
 MEAN, SQUARES, STEP = "mean", "squares", "step"
@@ -56,7 +57,7 @@ class AdamStep:
 
     def begin(self, p: Tensor) -> dict[str, Any]:
         """The state of a parameter before its first step."""
-        zeros = torch.zeros_like(p.detach(), dtype=_wide(p))
+        zeros = torch.zeros_like(widen(p.detach()))
         return {MEAN: zeros, SQUARES: zeros.clone(), STEP: 0}
 
     def direction(self, p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any], idle: bool) -> Tensor:
@@ -74,7 +75,7 @@ class AdamStep:
         if idle:
             return torch.zeros_like(g)
         first, second = self.betas
-        wide, step = g.to(_wide(g)), state[STEP] + 1
+        wide, step = widen(g), state[STEP] + 1
         mean = state[MEAN].lerp(wide, 1 - first)
         squares = (state[SQUARES] * second).addcmul(wide, wide, value=1 - second)
         state.update({MEAN: mean, SQUARES: squares, STEP: step})
@@ -82,11 +83,6 @@ class AdamStep:
         rate = reference_lr(group)
         factor = self.lr / rate / (1 - first**step) if rate else 0.0
         return (mean / root * factor).to(g.dtype)
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    """Its precision, float32 at least."""
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def embeddings(model: nn.Module) -> list[str]:
