@@ -84,6 +84,7 @@ class Collector:
         self.forms: dict[str, Form] = {}
         self.notes: dict[str, str] = {}  # what else is to be said about a block
         self._verified = False  # the rules explained the gradients of a pass
+        self._examples = 1  # of the batch at hand
         self._batches: list[Tensor | float] = []  # weights of the step's batches so far
         self._seen: dict[str, list[int]] = {}  # which of them reached a block
         self.only: set[str] | None = None  # blocks that still learn, in later passes over a data set
@@ -324,6 +325,7 @@ class Collector:
     ) -> set[str]:
         if not groups:
             return set()
+        self._examples = signals.examples
         valid = self._valid(sites_of(groups), output, signals)
         reached: set[str] = set()
         first = True
@@ -352,7 +354,8 @@ class Collector:
         if first:
             self._seen.setdefault(group.block.name, []).append(len(self._batches) - 1)
         with full_float32:
-            self.estimator_of(group).update(Samples(tuple(uses), self._batches[-1], first, **options))
+            samples = Samples(tuple(uses), self._batches[-1], first, examples=self._examples, **options)
+            self.estimator_of(group).update(samples)
 
     def _back(
         self, groups: list[Group], output: Tensor, signal: Tensor, cache: Cache, valid: Mapping[int, Tensor]
@@ -369,7 +372,7 @@ class Collector:
 
     def _as_counted(self, use: Outer | PerSample) -> Outer | PerSample:
         if isinstance(use, Outer) and use.source in self._one_each:
-            return replace(use, repeats=1)
+            return replace(use, serves_all=False)
         return use
 
     def _arriving(
@@ -464,7 +467,7 @@ class Collector:
             [samples_of(group, arrived, {}, cache) for arrived in (plain, *tagged)] for group in groups
         ):
             for use, *weighted in zip(plain_uses, *tagged_uses, strict=True):
-                if isinstance(use, Outer) and use.repeats > 1:
+                if isinstance(use, Outer) and use.serves_all:
                     owner = owners(by_row(use), [by_row(other) for other in weighted], signals.examples)
                     if owner is not None and (bool((owner >= 0).all()) or not bool(signals.terms.mask.all())):
                         self._one_each.add(use.source)

@@ -90,7 +90,7 @@ class SortedRows:
         if use.valid is not None:
             rows = use.valid if len(use.valid) == use.examples else use.valid.any(0)
             valid = valid & self._sorted(rows.flatten(), 0).bool()
-        return replace(use, a=a, g=g, valid=None if bool(valid.all()) else valid, repeats=1)
+        return replace(use, a=a, g=g, valid=None if bool(valid.all()) else valid, serves_all=False)
 
     def _sorted(self, rows: Tensor, axis: int) -> Tensor:
         """``(*, m, *)`` to ``(*, n, s, *)``."""

@@ -255,6 +255,7 @@ class StepCollector(Collector):
         reached: set[str] = set()
         cache: Cache = {}
         mask = backward.signals.mask
+        self._examples = backward.signals.examples
         self._keep_sorted(backward.rows)
         # Without a term that counts, the share is 0 and there is nothing to scale.
         self._factor, self._linear, self._counted = torch.where(share == 0, 0, 1 / share), 1.0, counted
@@ -271,7 +272,8 @@ class StepCollector(Collector):
         if first:
             uses, first = self._new(group, uses)
         uses = [self._placed(group, use) for use in uses]
-        samples = Samples(tuple(uses), 0.0, first, factor=self._factor, linear=self._linear, **options)
+        scales: dict[str, Any] = {"factor": self._factor, "linear": self._linear}
+        samples = Samples(tuple(uses), 0.0, first, examples=self._examples, **scales, **options)
         with full_float32:
             self.estimator_of(group).update(samples)
 

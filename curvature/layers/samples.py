@@ -56,7 +56,7 @@ class Outer:
             (n = 1 in a and g), one row of weights for each example, for which they count.
         flipped: The block tensor is the transpose ``a g^T``, as for an embedding that shares its matrix with a head.
         ones: The block holds a bias: a one is appended to every input, in mind only until :attr:`rows` is asked for.
-        repeats: Number of examples that each row stands for where ``valid`` does not tell: all of them for a table of
+        serves_all: Whether each row counts for all examples where ``valid`` does not tell: those of a table of
             positions, which is looked up once per batch.
         source: What tells the uses of a pass apart.
     """
@@ -66,7 +66,7 @@ class Outer:
     valid: Tensor | None = None
     flipped: bool = False
     ones: bool = False
-    repeats: int = 1
+    serves_all: bool = False
     source: int = 0
 
     @property
@@ -216,6 +216,7 @@ class Samples:
             wherever it was found, or has no cross terms in expectation.
         factor: What products of two gradients are multiplied by, 0-d; ``None`` for one.
         linear: What makes a gradient that of the loss of the step; ``None`` where its terms have weights of their own.
+        examples: Number of examples of the batch.
     """
 
     uses: tuple[Outer | PerSample, ...]
@@ -224,6 +225,11 @@ class Samples:
     merge: bool = False
     factor: Tensor | None = None
     linear: Tensor | float | None = 1.0
+    examples: int = 1
+
+    def times(self, use: Outer) -> int:
+        """How often the inputs of a use count."""
+        return self.examples if use.serves_all else 1
 
     def scaled(self, total: Tensor) -> Tensor:
         """A sum of products of two gradients in its true scale; may work in place."""

@@ -287,8 +287,8 @@ class OuterSite(Site):
         if key not in cache:
             cache[key] = self._prepared(piece, g)
         by_example = valid is not None and len(valid) != g.shape[-3]
-        repeats = 1 if self.layout.batched or by_example else self.layout.batch or 1
-        return Outer(cache[key], g, valid, ones=piece == "joint", repeats=repeats, source=id(self))
+        serves_all = not self.layout.batched and not by_example
+        return Outer(cache[key], g, valid, ones=piece == "joint", serves_all=serves_all, source=id(self))
 
     def _prepared(self, piece: str, g: Tensor) -> Tensor | OneHot:
         if piece == "bias":

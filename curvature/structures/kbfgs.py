@@ -104,15 +104,15 @@ class Means:
             )
         for index, use in enumerate(uses):
             if samples.first:
-                self.inputs.add(*_sum_of_rows(use))
+                self.inputs.add(*_sum_of_rows(use, samples.times(use)))
             total = widen(use.g).sum((-4, -3, -2)) * samples.linear
             self.gradients.add(total, weight if index == 0 else 0.0)
 
 
-def _sum_of_rows(use: Outer) -> tuple[Tensor, Tensor | float]:
+def _sum_of_rows(use: Outer, times: int) -> tuple[Tensor, Tensor | float]:
     a = use.a.dense(widen(use.g[:0]).dtype) if isinstance(use.a, OneHot) else widen(use.rows)
     if use.valid is None:
-        return a.sum((-3, -2)) * use.repeats, float(a.shape[-3] * a.shape[-2] * use.repeats)
+        return a.sum((-3, -2)) * times, float(a.shape[-3] * a.shape[-2] * times)
     valid = use.valid.to(a.dtype)
     return (a * valid.unsqueeze(-1)).sum((-3, -2)), valid.sum()
 

@@ -79,7 +79,8 @@ class KroneckerEstimator(MeansEstimator):
             for index, use in enumerate(uses):
                 if samples.first:
                     total, count = self._input_moment(use)
-                    inputs.add(total if use.repeats == 1 else total * use.repeats, count * use.repeats)
+                    times = samples.times(use)
+                    inputs.add(total if times == 1 else total * times, count * times)
                 if self.gradient_factor == "second moment":
                     gradients.add(samples.scaled(self._gradient_moment(use)), weight if index == 0 else 0.0)
             if self.gradient_factor == "identity" and samples.first:

@@ -137,3 +137,33 @@ def test_outputs_with_the_time_first_are_refused(quantity: Any) -> None:
     model, x, y = TimeMajor().double(), normal(2, 4, 3), classes(4, 2, of=3)
     with pytest.raises(ValueError, match=r"2 examples along their first axis.*\(4, 2, 3\).*with the examples first"):
         quantity(model, nn.CrossEntropyLoss(), (x, y))
+
+
+class Positions(nn.Module):
+    """One table for tokens and, looked up once for all examples, for their places."""
+
+    def __init__(self, time_major: bool) -> None:
+        super().__init__()
+        self.table, self.head, self.time = nn.Embedding(5, 3), nn.Linear(3, 2), 0 if time_major else 1
+
+    def forward(self, ids: Tensor) -> Tensor:
+        places = self.table(torch.arange(ids.shape[self.time])).unsqueeze(1 - self.time)
+        return self.head((self.table(ids) + places).tanh().mean(self.time))
+
+
+@pytest.mark.parametrize("kind", ["exact", "empirical"])
+def test_a_table_of_places_counts_once_for_each_example_wherever_these_lie(kind: Any) -> None:
+    """Not once for each entry of the first axis of the input: the first axis may be time."""
+    torch.manual_seed(0)
+    ids, y = torch.randint(5, (6, 4)), torch.randint(2, (6,))
+    first, last = Positions(False).double(), Positions(True).double()
+    last.load_state_dict(first.state_dict())
+    loss_fn = nn.CrossEntropyLoss()
+    inputs = {first: ids, last: ids.mT.contiguous()}
+    one, other = (fisher(model, loss_fn, (x, y), kind=kind) for model, x in inputs.items())
+    assert_same(other, one)
+    one, other = (
+        step(watching(model, loss_fn, "kfac", kind), [lambda m=model, x=x: loss_fn(m(x), y)])
+        for model, x in inputs.items()
+    )
+    assert_same(other, one)
