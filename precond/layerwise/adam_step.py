@@ -31,7 +31,10 @@ class AdamStep:
     are not within ``kl_clip``, and have no part in it. Weight decay is that of the group.
 
     Rows of an embedding that few examples use have a small curvature, below any damping, so a natural gradient hardly
-    moves them; a step relative to the gradients of each entry does.
+    moves them; a step relative to the gradients of each entry does. ``KFAC``, ``EKFAC`` and ``TNT`` give it to the
+    weights of ``nn.Embedding`` and ``nn.EmbeddingBag`` that no other module has; a product with such a weight in a
+    ``forward`` of one's own is not seen: ``structures={"embed": {}}`` gives a table curvature, and
+    ``{"table": AdamStep()}`` the step to a parameter of one's own.
 
     Args:
         lr: :math:`\bar\eta_A`.

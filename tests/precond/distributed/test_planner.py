@@ -116,7 +116,7 @@ def test_a_plan_leaves_the_model_alone_and_tells_a_time() -> None:
     found = precond.plan(model, world_size=4, optimizer=KFAC, memory_fraction=0.25)
     assert [dict(vars(module)) for module in model.modules()] == before
     lines = str(found).splitlines()
-    assert lines[0] == "4 processes, each block kept by 1 (memory_fraction=1/4), 5 blocks" and len(lines) == 11
+    assert lines[0] == "4 processes, each block kept by 1 (memory_fraction=1/4), 4 blocks" and len(lines) == 11
     waiting = max(found.stepping) + max(found.updating) / 2 + max(found.refreshing) / 5
     late = found.messages["step"] + found.messages["update"] / 2 + found.messages["refresh"] / 5
     done = 2 * (max(found.applying) + max(found.work) / 5)
