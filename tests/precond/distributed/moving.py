@@ -1,4 +1,4 @@
-"""Runs that go from two ranks to four and back by checkpoints, and gradient methods whose ranks have unequal data."""
+"""Runs that go from two ranks to four and back, teams of two among four, and gradient methods under ``join()``."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from precond import EKFAC, KFAC, SOAP, Muon, Shampoo
 from tests.precond.distributed.checks import Net, parameters, vectors
+from tests.precond.distributed.layered_runs import shard
+from tests.precond.distributed.sharded_runs import whole
 
 #: Method, made for a number of ranks; statistics and inverses are due within stages and at their borders.
 MOVED: dict[str, Callable[[nn.Module, nn.Module, int], torch.optim.Optimizer]] = {
@@ -119,3 +122,33 @@ def joined_alone(name: str) -> list[Tensor]:
         loss.backward()
         optimizer.step()
     return parameters(net)
+
+
+def of_a_team(team: int, rank: int = 0, size: int = 1, group: Any = None, mesh: Any = None) -> list[Tensor]:
+    """K-FAC on the batches of one team, with gradients averaged by hand or with a model under ``fully_shard``."""
+    net, loss_fn = Net(), nn.CrossEntropyLoss()
+    if mesh is not None:
+        shard(net, mesh, ("first", "norm"))
+    by_hand = {} if group is None else {"process_group": group, "memory_fraction": 0.5}
+    optimizer = KFAC(net, loss_fn, lr=0.1, fisher="exact", **by_hand)
+    for x, y in vectors(6)[3 * team : 3 * team + 3]:
+        mine = slice(rank * len(x) // size, (rank + 1) * len(x) // size)
+        optimizer.zero_grad()
+        loss_fn(net(x[mine]), y[mine]).backward()
+        for p in net.parameters() if group is not None else ():
+            assert p.grad is not None
+            dist.all_reduce(p.grad, group=group)
+            p.grad /= size
+        optimizer.step()
+    return parameters(net) if mesh is None else whole(net)
+
+
+def teams() -> dict[str, list[Tensor]]:
+    """The first two of four ranks train one model, the others another one."""
+    team, rank = divmod(dist.get_rank(), 2)
+    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("team", "shard"))["shard"]
+    return {
+        f"{team}, by hand": of_a_team(team, rank, 2, group=groups[team]),
+        f"{team}, shards": of_a_team(team, rank, 2, mesh=mesh),
+    }

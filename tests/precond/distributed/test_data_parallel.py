@@ -29,7 +29,7 @@ from tests.precond.distributed.checks import (
     vectors,
 )
 from tests.precond.distributed.loops import LOOPS, every_loop, loop
-from tests.precond.distributed.moving import MOVED, RUNS, joined, joined_alone, moved, uninterrupted
+from tests.precond.distributed.moving import MOVED, RUNS, joined, joined_alone, moved, of_a_team, teams, uninterrupted
 
 pytestmark = pytest.mark.distributed
 
@@ -192,7 +192,7 @@ def four(folder: str) -> dict[str, Any]:
         for fraction in fractions():
             out[f"{name}, {fraction}"] = in_parallel(name, Net(), vectors(), {}, memory_fraction=fraction)
     assert dist.get_world_size() == 4
-    return {"four": out, "moved": moved(folder), "joined": joined()}
+    return {"four": out, "moved": moved(folder), "joined": joined(), "teams": teams()}
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +211,14 @@ def test_a_run_goes_on_with_twice_and_with_half_the_processes(of_four: list[dict
 def test_gradient_methods_train_on_unequal_data_under_join(of_four: list[dict[str, Any]]) -> None:
     for name, values in assert_equal_everywhere(of_four, "joined").items():
         assert distance(values, joined_alone(name)) < 1e-10, name
+
+
+def test_teams_of_ranks_train_models_of_their_own(of_four: list[dict[str, Any]]) -> None:
+    for team in (0, 1):
+        expected = of_a_team(team)
+        for name, values in assert_equal_everywhere(of_four[2 * team : 2 * team + 2], "teams").items():
+            assert distance(values, expected) < 1e-10, name
+            assert distance(values, of_a_team(1 - team)) > 1e-3, name
 
 
 def test_four_processes_in_rows_and_columns(of_four: list[dict[str, Any]]) -> None:
