@@ -49,12 +49,7 @@ class WeightedMean:
         self._count: Tensor | float = 0.0
 
     def add(self, total: Tensor | None, weight: Tensor | float) -> None:
-        """Add a sum over some of the step's samples and the weight of those samples.
-
-        Args:
-            total: The sum, which becomes the mean's memory and is written over; ``None`` adds the weight alone.
-            weight: The weight.
-        """
+        """Add a sum over some of the step's samples (``None``: only the weight) and the weight of those samples."""
         if total is not None:
             if self._total is None:
                 self._total = total
@@ -121,9 +116,7 @@ class WeightedMean:
         if self._total is None:
             return
         total, count = self.step_sum()
-        # Fresh memory costs more than the arithmetic: of large factors three times as much.
-        total = total.detach()  # the graph of a sum would live as long as the average
-        mean = total / count if self._marked else total.div_(count)
+        mean = total.detach() / count  # the graph of a sum would live as long as the average
         if self.value is not None and self.value.shape != mean.shape:
             if self.value.dim() != mean.dim() + 1 or self.value.shape[:-1] != mean.shape:
                 raise ValueError(_OTHER_SHAPE.format(tuple(self.value.shape), tuple(mean.shape)))
@@ -132,6 +125,7 @@ class WeightedMean:
         self.weight = old + 1.0
         if self.value is not None:  # a model may go on in another precision
             if self.value.dtype == mean.dtype:
+                # Fresh memory costs more than the arithmetic: of large factors three times as much.
                 mean = torch.lerp(self.value, mean, 1.0 / self.weight, out=mean)
             else:
                 dtype = torch.promote_types(self.value.dtype, mean.dtype)

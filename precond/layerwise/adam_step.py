@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from precond.step.options import check_betas
-from precond.step.trust_region import reference_lr
+from precond.step.trust_region import peak_lr
 from solvers.outcome.arguments import number
 from solvers.precision import widen
 
@@ -26,9 +26,9 @@ class AdamStep:
         \frac{m / (1 - \beta_1^t)}{\sqrt{s / (1 - \beta_2^t)} + \epsilon}
 
     with the learning rate :math:`\eta` of the group and the reference rate :math:`\bar\eta` of its bound
-    (:class:`~precond.TrustRegion`), so that entries move by about :math:`\bar\eta_A` in a step at that rate, and in
-    proportion at others. These moves have no other momentum; they
-    are not within ``kl_clip``, and have no part in it. Weight decay is that of the group.
+    (:class:`~precond.TrustRegion`; the group's largest rate where it has none, 0.1 where that is 0), so that entries
+    move by about :math:`\bar\eta_A` in a step at that rate, and in proportion at others. These moves have no other
+    momentum; they are not within ``kl_clip``, and have no part in it. Weight decay is that of the group.
 
     Rows of an embedding that few examples use have a small curvature, below any damping, so a natural gradient hardly
     moves them; a step relative to the gradients of each entry does. ``KFAC``, ``EKFAC`` and ``TNT`` give it to the
@@ -83,9 +83,13 @@ class AdamStep:
         squares = (state[SQUARES] * second).addcmul(wide, wide, value=1 - second)
         state.update({MEAN: mean, SQUARES: squares, STEP: step})
         root = (squares / (1 - second**step)).sqrt_().add_(self.eps)
-        rate = reference_lr(group)
-        factor = self.lr / rate / (1 - first**step) if rate else 0.0
+        factor = self.lr / _reference(group) / (1 - first**step)
         return (mean / root * factor).to(g.dtype)
+
+
+def _reference(group: dict[str, Any]) -> float:
+    """The learning rate at which entries move by that of the step."""
+    return float(peak_lr(group) if group["kl_lr"] is None else group["kl_lr"]) or AdamStep.lr
 
 
 def embeddings(model: nn.Module) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -53,6 +53,8 @@ class LayerOptimizer(SecondOrderOptimizer):
     _without: dict[int, str]
     #: The parameters that take Adam's step.
     adam_steps: dict[Tensor, AdamStep]
+    #: Names of those that do so by default.
+    tables: frozenset[str]
     #: What tables of embeddings get that ``structures`` does not name; ``None`` for the curvature of all others.
     table_step: ClassVar[AdamStep | None] = None
     solver: Solver
@@ -75,10 +77,7 @@ class LayerOptimizer(SecondOrderOptimizer):
         refuse_synchronized(unwrapped(self.model), type(self).__name__)
         self._members = Membership(unwrapped(self.model), type(self).__name__)
         self._find_plain()
-        if not self._tracked():  # tables alone
-            self.plain = {name: step for name, step in self.plain.items() if not (step and step is self.table_step)}
-            self._find_plain()
-        self.parameters = Parameters(unwrapped(self.model), self._tracked())
+        self.parameters = Parameters(unwrapped(self.model), self._tracked() or self.trainable())
         self.tape = Tape(
             self.model,
             self.loss_fn,
@@ -106,9 +105,26 @@ class LayerOptimizer(SecondOrderOptimizer):
         plain = self.without_curvature()
         return [p for p in self.trainable() if id(p) not in plain]
 
+    def beside(self) -> dict[str, Tensor]:
+        """Parameters that take Adam's step, by name."""
+        return {self._without[id(p)]: p for p in self.adam_steps}
+
     def without_curvature(self) -> dict[int, str]:
         """Parameters that get no curvature, by ``id``, and their names."""
         return self._without
+
+    def settle_tables(self) -> None:
+        """Leave the curvature to tables that are all there is to train."""
+        self.tables = frozenset(name for name, step in self.plain.items() if step and step is self.table_step)
+        self._find_plain()
+        if not self._tracked():
+            self.curve_again(self.tables)
+
+    def curve_again(self, tables: Collection[str]) -> None:
+        """Give tables that take Adam's step by default the curvature of the other layers."""
+        self.plain = {name: step for name, step in self.plain.items() if name not in tables}
+        self.tables -= set(tables)
+        self._find_plain()
 
     def _find_plain(self) -> None:
         """Find the parameters without curvature, and those of them that take Adam's step."""
@@ -134,12 +150,16 @@ class LayerOptimizer(SecondOrderOptimizer):
             return
         self.taps.close()
         self.parameters = Parameters(unwrapped(self.model), trainable)
-        for name, preconditioner in list(self.preconditioners.items()):
-            if not all(part in self.parameters for part in preconditioner.estimator.block.names):
-                self.drop_block(name)
+        self.drop_absent()
         collector = self.collector()
         collector.estimators = self.statistics.collector.estimators
         self.statistics.collector = collector
+
+    def drop_absent(self) -> None:
+        """Forget blocks with parameters that are not tracked."""
+        for name, preconditioner in list(self.preconditioners.items()):
+            if not all(part in self.parameters for part in preconditioner.estimator.block.names):
+                self.drop_block(name)
 
     def drop_block(self, name: str) -> None:
         """Forget the statistics and the preconditioner of a block."""
@@ -287,8 +307,9 @@ class LayerOptimizer(SecondOrderOptimizer):
     def look_at_members(self, present: Mapping[str, Tensor]) -> None:
         """Look for layers that have gone or come: where a gradient is missing, and in ever rarer steps."""
         assert self._members is not None
-        if len(present) < len(self.parameters):
-            self._members.require(self.parameters, self.parameters.keys() - present.keys())
+        members = {**self.parameters, **self.beside()}
+        if len(present) < len(members):
+            self._members.require(members, members.keys() - present.keys())
         if self.steps & (self.steps - 1) == 0:
             self._members.tell_untrained(p for group in self.param_groups for p in group["params"])
 

@@ -229,6 +229,7 @@ class PreconditionedOptimizer(LayerOptimizer):
                 "inverse_update_period": refresh.period,
             },
         )
+        self.settle_tables()
         self._connect()
 
     def _of_the_model(self) -> dict[str, float | None]:
@@ -305,7 +306,7 @@ class PreconditionedOptimizer(LayerOptimizer):
     def directions(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         self.follow()
         by_name = {name: gradients[p] for name, p in self.parameters.items() if p in gradients}
-        self.look_at_members(by_name)
+        self.look_at_members({**by_name, **{name: p for name, p in self.beside().items() if p in gradients}})
         given = {p: g for p, g in gradients.items() if p.requires_grad}  # what is frozen stays where it is
         gradients = {self.parameters[name]: g for name, g in by_name.items()}
         rows = self._rows(by_name)
@@ -559,10 +560,14 @@ class PreconditionedOptimizer(LayerOptimizer):
             estimators = self.statistics.collector.estimators
             estimators.clear()
             self.preconditioners.clear()
-            known = {**self.parameters, **{self.without_curvature()[id(p)]: p for p in self.adam_steps}}
+            known = {**self.parameters, **self.beside()}
+            whoses = {name: f"{type(self).__name__}: the saved state of block {name}" for name in blocks}
+            shapes = {name: saved_block(name, saved, known, whoses[name]) for name, saved in blocks.items()}
+            if again := self.tables & {part for block in shapes.values() for part in block.names}:
+                self.curve_again(again)  # the saved run had curvature for them, and goes on with it
+                self.follow()
             for name, saved in copied(blocks, self.parameters.device).items():
-                whose = f"{type(self).__name__}: the saved state of block {name}"
-                block = saved_block(name, saved, known, whose)
+                whose, block = whoses[name], shapes[name]
                 if not all(part in self.parameters for part in block.names):
                     warnings.warn(
                         f"{whose} is not taken over, because its parameters take Adam's step now. For the curvature "
@@ -622,4 +627,5 @@ class PreconditionedOptimizer(LayerOptimizer):
         estimators = {name: p.estimator for name, p in self.preconditioners.items()}
         self._connect()
         self.statistics.collector.estimators = estimators
+        self.drop_absent()
         self.taps.watch(unwrapped(self.model), self.preconditioners)

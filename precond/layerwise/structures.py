@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -59,7 +60,8 @@ def on_model(
         curvature = {"*": curvature}
     if not isinstance(curvature, Mapping):
         return curvature.on(model), {}
-    curvature = {**dict.fromkeys(names, tables), **curvature}  # of several names that fit, the last one counts
+    # Of several names that fit, the last one counts.
+    curvature = {**{glob.escape(name): tables for name in names}, **curvature}
     default = _default(curvature)
     chosen = {layers: _resolved(layers, value, default) for layers, value in curvature.items()}
     marks = {layers: _mark(value) for layers, value in chosen.items()}

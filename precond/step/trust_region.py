@@ -51,6 +51,8 @@ class Slopes:
             images: M d.
             wide: Whether to multiply in float64, because products of such numbers may leave float32.
         """
+        if not (alone or groups):
+            return Slopes([], torch.zeros(0), torch.zeros(0))
         found = [_each(alone, directions, momenta, images, wide)] if alone else []
         for group in groups:
             k = len(group)
@@ -167,8 +169,12 @@ def reference_lr(group: Mapping[str, Any]) -> float:
         return float(group["lr"])
     if group["kl_lr"] is not None:
         return float(group["kl_lr"])
-    peak = group.get("max_lr", group.get("initial_lr", group["first_lr"]))  # as torch's schedulers write them
-    return float(peak) or float(group["lr"])
+    return peak_lr(group) or float(group["lr"])
+
+
+def peak_lr(group: Mapping[str, Any]) -> float:
+    """The largest learning rate of a group, as far as torch's schedulers write it there, or its first one."""
+    return float(group.get("max_lr", group.get("initial_lr", group["first_lr"])))
 
 
 def _smallest(bounds: set[tuple[float, str]], level: Tensor | float | None, like: Tensor) -> Any:

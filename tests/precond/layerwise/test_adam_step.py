@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from typing import Any
 
 import pytest
@@ -148,17 +147,80 @@ def test_a_resumed_run_goes_on_and_a_copy_does() -> None:
         assert equal([p.detach() for p in each.parameters()], [p.detach() for p in net.parameters()])
 
 
-def test_a_state_with_curvature_of_the_table_is_told_of() -> None:
+def test_a_table_goes_on_with_the_curvature_that_its_state_has() -> None:
     net = model()
     before = KFAC(net, nn.CrossEntropyLoss(), structures={nn.Embedding: {}})
     train(net, before, 2)
-    after = KFAC(net, nn.CrossEntropyLoss())
+    again = copy.deepcopy(net)
+    after = KFAC(again, nn.CrossEntropyLoss())
+    after.load_state_dict(before.state_dict())
+    asked = KFAC(copy.deepcopy(net), nn.CrossEntropyLoss(), structures={nn.Embedding: AdamStep()})
     with pytest.warns(UserWarning, match="block words.weight is not taken over, because its parameters take Adam's"):
-        after.load_state_dict(before.state_dict())
-    assert set(after.preconditioners) == set(before.preconditioners) - {"words.weight"}
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        train(net, after, 2)
+        asked.load_state_dict(before.state_dict())
+    assert set(asked.preconditioners) == set(before.preconditioners) - {"words.weight"}
+    for each, optimizer in ((net, before), (again, after)):
+        train(each, optimizer, 2, first=2)
+    assert equal([p.detach() for p in again.parameters()], [p.detach() for p in net.parameters()])
+
+
+def test_a_step_in_which_tables_alone_have_a_gradient() -> None:
+    """The bound has nothing to measure; momenta of the others keep their lengths."""
+    net = model()
+    optimizer = KFAC(net, nn.CrossEntropyLoss())
+    train(net, optimizer, 2)
+    x, y = batches(1)[0]
+    rest = [p for name, p in net.named_parameters() if name != "words.weight"]
+    optimizer.zero_grad()
+    nn.CrossEntropyLoss()(net(x), y).backward()
+    for p in rest:
+        p.grad = None
+    before, kept = net.words.weight.detach().clone(), [p.detach().clone() for p in rest]
+    optimizer.step()
+    assert not torch.equal(net.words.weight, before) and equal([p.detach() for p in rest], kept)
+    assert all("length" in optimizer.state[p] for p in rest)
+    train(net, optimizer, 1)
+
+
+def test_a_copy_where_tables_alone_are_left_to_train() -> None:
+    net = model()
+    optimizer = KFAC(net, nn.CrossEntropyLoss())
+    train(net, optimizer, 2)
+    for name, p in net.named_parameters():
+        p.requires_grad_(name == "words.weight")
+    twin, second = copy.deepcopy((net, optimizer))
+    for each, opt in ((net, optimizer), (twin, second)):
+        train(each, opt, 2, first=2)
+    assert equal([p.detach() for p in twin.parameters()], [p.detach() for p in net.parameters()])
+
+
+def test_names_of_tables_are_no_patterns() -> None:
+    tables = {"x?": nn.Embedding(5, 3), "xy": nn.Linear(3, 3), "price[usd]": nn.Embedding(5, 3)}
+    assert list(KFAC(nn.ModuleDict(tables), nn.CrossEntropyLoss()).parameters) == ["xy.weight", "xy.bias"]
+
+
+def test_a_table_that_was_replaced_is_missed() -> None:
+    net = model()
+    optimizer = KFAC(net, nn.CrossEntropyLoss())
+    train(net, optimizer, 1)
+    net.words = nn.Embedding(9, 4).double()
+    with pytest.raises(RuntimeError, match=r"was made for words\.weight, which the model no longer has"):
+        train(net, optimizer, 1)
+
+
+@pytest.mark.parametrize(
+    "options", [{"kl_clip": TrustRegion(1e-2, of="direction")}, {"kl_clip": None}, {"kl_clip": None, "lr": 0.0}]
+)
+def test_tables_follow_the_learning_rate(options: Any) -> None:
+    moves = []
+    for rate in (0.02, 0.01):
+        net = model()
+        optimizer = KFAC(net, nn.CrossEntropyLoss(), **options)
+        optimizer.param_groups[0]["lr"] = rate
+        before = net.words.weight.detach().clone()
+        train(net, optimizer, 1)
+        moves.append(net.words.weight.detach() - before)
+    assert bool(moves[0].any())
+    torch.testing.assert_close(moves[0], 2 * moves[1])
 
 
 def test_zero_gradients_at_a_zero_rate_leave_the_average_as_it_was() -> None:
