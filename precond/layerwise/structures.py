@@ -110,5 +110,7 @@ def _resolved(layers: Any, value: Any, default: Curvature) -> str | Curvature | 
 def plain_row(name: str, p: Tensor, step: AdamStep | None) -> Row:
     """The row of a parameter without curvature in the coverage table."""
     if step is not None:
-        return Row(name, tuple(p.shape), "-", "ignored", 0, f"no rule: {step!r}, no curvature; structures= has others")
+        return Row(
+            name, tuple(p.shape), name, "diagonal", p.numel(), f"root of averaged squares of gradients: {step!r}"
+        )
     return Row(name, tuple(p.shape), "-", "ignored", 0, "no rule: None in structures=, trained by its plain gradient")

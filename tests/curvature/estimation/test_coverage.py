@@ -52,7 +52,7 @@ def test_every_trainable_parameter_has_one_row() -> None:
 
 def test_rows_say_what_is_estimated() -> None:
     model, loss_fn, (x, y) = Mixed(), nn.CrossEntropyLoss(), batch()
-    optimizer = KFAC(model, loss_fn, lr=0.1)
+    optimizer = KFAC(model, loss_fn, lr=0.1, structures={nn.Embedding: {}})
     loss_fn(model(x), y).backward()
     optimizer.step()
     told, done = curvature.coverage(model, loss_fn, (x, y)), optimizer.coverage()

@@ -105,7 +105,7 @@ def test_all_others_move_as_if_there_were_no_table(method: Any) -> None:
     assert equal([p.detach() for p in net.parameters()], [p.detach() for p in other.parameters()])
     assert optimizer.metrics()["bound"] == without.metrics()["bound"] > 0
     row = next(row for row in optimizer.coverage() if row.parameter == "words.weight")
-    assert row.structure == "ignored" and "AdamStep" in row.why
+    assert (row.structure, row.block, row.size) == ("diagonal", "words.weight", 36) and "AdamStep" in row.why
 
 
 def test_who_takes_it() -> None:
