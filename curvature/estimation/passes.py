@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
@@ -67,10 +68,12 @@ class Pass:
         output: What the loss is expected to see; ``None`` where the model's result does not tell.
         edges: Where gradients of the tensors that the model returned arrive.
         calls: Calls of the loss that it led to.
+        autocast: The dtype to which operations cast in it; ``None`` without autocast.
     """
 
     inputs: Inputs
     random: list[Tensor]
+    autocast: torch.dtype | None = None
     recorder: Recorder | None = None
     output: Any = None
     edges: tuple[GradientEdge, ...] = ()

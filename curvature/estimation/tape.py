@@ -28,7 +28,7 @@ from curvature.model.fully_sharded import FullyShard, Mark, call_forward, shard_
 from curvature.model.graph_nodes import nodes
 from curvature.model.hooks import At, Hook, OwnHook, calling_frame
 from curvature.model.parameters import with_values
-from curvature.model.settings import settings, untouched
+from curvature.model.settings import autocast_dtype, autocasting, settings, untouched
 from curvature.model.streams import random_state
 from curvature.model.trees import tensors_in
 from curvature.model.wrappers import (
@@ -173,7 +173,7 @@ class Tape:
         device = next(iter(self.parameters().values())).device
         random = random_state(device)
         self._thread = threading.get_ident()
-        self._pass = Pass((args, kwargs), random)
+        self._pass = Pass((args, kwargs), random, autocast_dtype(device))
         self._frame = calling_frame()
         if self.records and not self.shadows and not self.is_compiled():
             self._pass.recorder = self.recorder((args, kwargs))
@@ -519,7 +519,7 @@ class Tape:
         values: Mapping[str, Tensor] | None = None,
         twice: bool = False,
     ) -> Iterator[Pass]:
-        """Run a pass of this step again, eagerly, with the random numbers it had.
+        """Run a pass of this step again, eagerly, with the random numbers and the autocast it had.
 
         Buffers, random states and hooks see nothing of it. Reentrant checkpoints run as plain calls, so that what they
         hide is recorded.
@@ -548,10 +548,11 @@ class Tape:
         with (
             settings(self.model, origin.random, device) if twice else untouched(self.model, device, origin.random),
             plain_checkpoints(),
+            autocasting(device, origin.autocast),
             torch.set_grad_enabled(record or torch.is_grad_enabled()),
             no_backward_hooks(self.model) as bare,
         ):
-            again = Pass((args, kwargs), origin.random)
+            again = Pass((args, kwargs), origin.random, origin.autocast)
             again.recorder = self.recorder((args, kwargs)) if record else None
             with again.recorder or contextlib.nullcontext():
                 result = run() if values is None else with_values(self.model, values, run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,3 +77,17 @@ def refuse_changes(model: nn.Module, before: dict[str, tuple[int, int]]) -> None
             f"{changed[0]} was changed after this operator was made (by an optimizer step?), so products before and "
             "after would belong to different matrices. Make the operator anew."
         )
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype to which operations on a device are cast now; ``None`` without autocast."""
+    kind = device.type
+    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if casts else None
+
+
+def autocasting(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
+    """Cast operations on a device to a dtype, or none of them, whatever is cast now."""
+    if dtype == autocast_dtype(device):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)

@@ -235,3 +235,20 @@ def test_a_scaler_that_unscales_first_changes_nothing() -> None:
     nn.utils.clip_grad_norm_(model.parameters(), 0.1)
     scaler.step(optimizer)
     assert_same(statistics(optimizer), expected, rtol=1e-4)
+
+
+def test_a_repeated_pass_casts_as_the_first_did() -> None:
+    """A frozen trunk in half precision under autocast; the step itself is outside."""
+    found = []
+    for capture in ("auto", "shadow"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 5).bfloat16().requires_grad_(False), nn.Tanh(), nn.Linear(5, 3))
+        loss_fn, x, y = nn.CrossEntropyLoss(), torch.randn(8, 4), torch.randint(3, (8,))
+        optimizer = watching(model, loss_fn, "diagonal", "exact", capture=capture)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_fn(model(x), y)
+        loss.backward()
+        optimizer.step()
+        (block,) = optimizer.preconditioners.values()
+        found.append(block.estimator.operator().to_dense())
+    assert bool(found[0].any()) and torch.equal(*found)
