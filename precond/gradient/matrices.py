@@ -151,6 +151,9 @@ def eigenbasis(matrix: Tensor) -> Tensor:
     n = matrix.shape[-1]
     share = max(2 * n**0.5 * torch.finfo(values.dtype).eps, _NULL)
     null = values <= share * values[..., -1:].clamp(min=0)
+    unused = matrix.diagonal(dim1=-2, dim2=-1) == 0
+    # A routine for stacks may leave parts of used rows in the vectors of unused ones: as many stay null regardless.
+    stays = torch.arange(n, device=null.device) < unused.sum(-1, keepdim=True)
     resolved_more = True
     while resolved_more:
         count = int(null.sum(-1).max()) if null.numel() else 0
@@ -158,10 +161,10 @@ def eigenbasis(matrix: Tensor) -> Tensor:
             return basis
         null = null[..., :count]
         basis[..., :count], now = _resolved_within(matrix, basis[..., :count], null, share)
+        now = now | (null & stays[..., :count])
         resolved_more, null = not torch.equal(now, null), now
     null = null.unsqueeze(-2)
     some = torch.where(null, basis[..., :count], 0)  # (k, n, count)
-    unused = matrix.diagonal(dim1=-2, dim2=-1) == 0
     units, is_unit = _units(unused, count, some)
     numbers = torch.randn(count, n, generator=torch.Generator().manual_seed(n)).mT.to(some)
     used = ~unused.unsqueeze(-1)
@@ -189,12 +192,15 @@ def _resolved_within(matrix: Tensor, basis: Tensor, null: Tensor, share: float) 
     lengths = some.norm(dim=-1, keepdim=True)
     bound = share * (lengths.mT @ matrix.abs() @ lengths).squeeze(-1)  # (k, 1)
     trace = inner.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
-    if not bool((trace > bound).any()):
+    more = trace > bound  # (k, 1): a matrix without more to resolve stays as it is, whatever others of the stack have
+    if not bool(more.any()):
         return basis, null
-    # Columns that are no members stay where they are: behind these, and apart.
-    apart = torch.where(null, 0, torch.where(trace > 0, 2 * trace, 1))
+    # Columns that are no members stay where they are: behind these, and apart, by a bound on all eigenvalues, which
+    # the trace is not where it is a rounding error.
+    size = inner.abs().sum(-1).amax(-1, keepdim=True)
+    apart = torch.where(null, 0, torch.where(size > 0, 2 * size, 1))
     values, turn = spectrum(inner + torch.diag_embed(apart))
-    return torch.where(members, some @ turn, basis), null & (values <= bound)
+    return torch.where(members & more.unsqueeze(-1), some @ turn, basis), null & ((values <= bound) | ~more)
 
 
 def _units(unused: Tensor, count: int, like: Tensor) -> tuple[Tensor, Tensor]:

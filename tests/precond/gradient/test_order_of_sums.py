@@ -104,3 +104,19 @@ def test_the_columns_of_a_raw_table_keep_their_own_directions(dtype: torch.dtype
         assert (one[null:, null:] / torch.outer(scale, scale) - torch.eye(len(scale))).abs().max() < places
         assert not one[:null].any()
     torch.testing.assert_close(basis.abs(), eigenbasis(other).abs(), rtol=0, atol=places)
+
+
+@pytest.mark.parametrize(("dtype", "places"), [(torch.float64, 1e-8), (torch.float32, 0.05)])
+def test_a_stack_gives_each_matrix_the_basis_that_it_has_alone(dtype: torch.dtype, places: float) -> None:
+    """One with scales that are resolved in turn, beside those of a low rank, of rows that are not used, and of both."""
+    torch.manual_seed(0)
+    for _ in range(40):
+        tables = torch.randn(4, 32, 16, dtype=dtype)
+        tables[:2] *= 10.0 ** -torch.randint(0, 6, (2, 1, 16))
+        tables[2:, 8:] = 0
+        tables[1::2, :, :5] = 0
+        stack = tables.mT @ tables
+        bases = eigenbasis(stack)
+        alone = torch.cat([eigenbasis(gram[None]) for gram in stack])
+        assert (bases.mT @ bases - torch.eye(16)).abs().max() < 100 * torch.finfo(dtype).eps
+        torch.testing.assert_close(bases.abs(), alone.abs(), rtol=0, atol=places)
