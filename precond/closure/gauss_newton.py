@@ -299,7 +299,7 @@ class GaussNewton(ClosureOptimizer):
             return torch.cat([r.detach().reshape(-1) for r in found]).to(g.dtype)
 
         def bend(move: Tensor, damping: float, predicted: float) -> Bent:
-            return curved(problem, residuals, residual, move, damping, predicted)
+            return curved(problem, residuals, residual, move, damping, predicted, self.rates(params) > 0)
 
         direction = self.damped_direction(
             self.rule, g, solve, lambda v: problem.push(v).square().sum(), bend if self.acceleration else None

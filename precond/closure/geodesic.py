@@ -27,6 +27,7 @@ def curved(
     move: Tensor,
     damping: float,
     predicted: float,
+    moving: Tensor,
 ) -> tuple[Tensor, float]:
     r"""Correct a move so that the residuals become what the linear model promises.
 
@@ -51,6 +52,7 @@ def curved(
         move: m ``(P,)``.
         damping: The one of the move.
         predicted: Promised decrease of half the sum of squares.
+        moving: Which numbers may be corrected ``(P,)``: not those of a learning rate of 0, which no step moves.
 
     Returns:
         c, and half the sum of squares after ``m + c``.
@@ -61,7 +63,7 @@ def curved(
     """
     change, widest = problem.push(move), 0.5 * BEND * problem.size(move)
     bent = residuals(PROBE * move) - here - PROBE * change
-    correction = -problem.fit(bent / PROBE**2, damping)
+    correction = -problem.fit(bent / PROBE**2, damping) * moving
     narrow = problem.size(correction) <= widest
     correction = correction if narrow else zeros_like(correction)
     promised, there = here + change, residuals(move + correction)
@@ -70,7 +72,7 @@ def curved(
         excess = loss - (before - predicted)
         if not MISSING * predicted < excess or loss > HOPELESS * before:
             break
-        closer = correction - problem.fit(there - promised, damping)
+        closer = correction - problem.fit(there - promised, damping) * moving
         if not problem.size(closer) <= widest:
             break
         found = residuals(move + closer)

@@ -439,9 +439,7 @@ class ClosureOptimizer(SecondOrderOptimizer):
         if rule is None:
             return solve(float(self.common("damping")))
         params = list(self._slopes or {})
-        rates = torch.cat(
-            [p.new_full((p.numel(),), float(self._group_of(p)["lr"]), dtype=working_dtype(p)) for p in params]
-        )
+        rates = self.rates(params)
         direction, before = torch.zeros_like(gradient), float(self.value)
         for _ in range(rule.attempts):
             damping = float(self.common("damping"))
@@ -468,6 +466,12 @@ class ClosureOptimizer(SecondOrderOptimizer):
                 return direction
             self.set_damping(rule.raised(damping))
         return torch.where(direction.isfinite().all(), 0.0, direction)  # what is not finite is refused, not rejected
+
+    def rates(self, params: list[Tensor]) -> Tensor:
+        """The learning rate of each number in some parameters, ``(P,)``."""
+        return torch.cat(
+            [p.new_full((p.numel(),), float(self._group_of(p)["lr"]), dtype=working_dtype(p)) for p in params]
+        )
 
     def _group_of(self, parameter: Tensor) -> dict[str, Any]:
         return next(group for group in self.param_groups for p in group["params"] if p is parameter)

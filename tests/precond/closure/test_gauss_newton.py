@@ -242,6 +242,26 @@ def test_acceleration_follows_a_curved_valley_in_fewer_steps():
     assert counts[0] < 0.7 * counts[1] < 100
 
 
+def test_a_step_is_judged_where_it_goes_when_a_group_stands_still():
+    for start in torch.linspace(-2, 2, 9, dtype=torch.float64):
+        a, b = (torch.nn.Parameter(x * start.new_ones(1)) for x in (start, 0.5 - start))
+
+        def closure(a=a, b=b):
+            return torch.cat([3 * (b - a**2), 1 - a, torch.sin(2 * a * b)])
+
+        optimizer = GaussNewton([{"params": [a]}, {"params": [b], "lr": 0.0}])
+        before = [0.5 * closure().detach().square().sum().item()]
+        for _ in range(6):
+            moved = a.item()
+            optimizer.step(closure)
+            after = 0.5 * closure().detach().square().sum().item()
+            if a.item() != moved:
+                assert after - before[-1] == pytest.approx(optimizer.judged[1], abs=1e-12)
+            assert after <= before[-1]
+            before.append(after)
+        assert b.item() == 0.5 - start.item()
+
+
 def test_a_tiny_damping_loses_no_accuracy_in_the_size_of_the_residuals(generator):
     weights = torch.randn(4, 9, generator=generator, dtype=torch.float64)
     target = torch.randn(4, generator=generator, dtype=torch.float64)
