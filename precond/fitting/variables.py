@@ -53,9 +53,14 @@ class Variables:
             raise TypeError("x0 must hold numbers to fit: tensors, a tree of tensors, or a module with parameters.")
         for leaf in leaves:
             if leaf.dtype not in (torch.float32, torch.float64) or leaf.layout != torch.strided:
+                dense = "x0" if leaf.layout == torch.strided else "x0.to_dense()"
+                if leaf.is_complex():
+                    dense = f"torch.view_as_real({dense})"
+                elif leaf.dtype not in (torch.float32, torch.float64):
+                    dense = f"{dense}.double()"
                 raise TypeError(
                     f"x0 holds a tensor of {leaf.dtype} and {leaf.layout}; fits are of dense real numbers in float32 "
-                    f"or float64. Give {'torch.view_as_real(x0)' if leaf.is_complex() else 'x0.double()'} in its place."
+                    f"or float64. Give {dense} in its place."
                 )
         self.parameters = leaves
         self.shapes = [leaf.shape[1:] if batched else leaf.shape for leaf in leaves]

@@ -217,6 +217,8 @@ def test_options_that_mean_nothing_are_refused(options, error, message):
         (lambda x: None, START, "fun returned NoneType"),
         (lambda x: x - 1, START.to(torch.complex128), "torch.complex128"),
         (lambda x: x - 1, START.half(), r"torch.float16.* Give x0.double\(\)"),
+        (lambda x: x - 1, START.to_sparse(), r"torch.sparse_coo.* Give x0.to_dense\(\) in"),
+        (lambda x: x - 1, START.half().to_sparse(), r"Give x0.to_dense\(\).double\(\) in"),
         (lambda m: m.weight - 1, torch.nn.Linear(2, 1).requires_grad_(False), "all parameters .* requires_grad=False"),
         (lambda x: x - 1, torch.zeros(0), "x0 must hold"),
     ],
