@@ -221,8 +221,9 @@ def bounded_move(
     .. math:: \nu_d = \min\Big(1, \sqrt{c / \textstyle\sum_p \bar\eta_p^2 \langle d, M d \rangle_p}\Big), \qquad
         \nu = \min\Big(1, \sqrt{c / \textstyle\sum_p \bar\eta_p^2 \langle n, M n \rangle_p}\Big)
 
-    with the reference rates :math:`\bar\eta`, so that a move :math:`\eta \nu n` has at most
-    :math:`c\, (\eta / \bar\eta)^2`. The momentum's length follows from inner products alone,
+    with the reference rates :math:`\bar\eta` (0 for a group that stays where it is while others move), so that a move
+    :math:`\eta \nu n` has at most :math:`c\, (\eta / \bar\eta)^2`. The momentum's length follows from inner products
+    alone,
 
     .. math:: \langle v, M v \rangle \leftarrow \mu^2 \langle v, M v \rangle + 2 \mu \nu_d \langle v, M d \rangle
         + \nu_d^2 \langle d, M d \rangle
@@ -271,7 +272,8 @@ def _bounded(
         return values[0] if len(set(values)) == 1 else _row(like.new_tensor(values))
 
     d = _row(like)
-    rates = row(lambda group: reference_lr(group) ** 2)
+    resting = all(float(group["lr"]) == 0 for group in groups)  # as in the first step of a warm-up
+    rates = row(lambda group: reference_lr(group) ** 2 if resting or float(group["lr"]) else 0.0)
     scale = kl_scale((rates * d).sum(), bound)
     dd = scale * scale * d
     present = row(lambda group: float(group["lr"]) ** 2)

@@ -11,7 +11,17 @@ import pytest
 import torch
 from torch import nn
 
-from precond import KFAC, SINGD, SOAP, Muon, PreconditionedOptimizer, SecondOrderOptimizer, SMWNaturalGradient, methods
+from precond import (
+    KFAC,
+    SINGD,
+    SOAP,
+    Momentum,
+    Muon,
+    PreconditionedOptimizer,
+    SecondOrderOptimizer,
+    SMWNaturalGradient,
+    methods,
+)
 from precond.step.other_names import counterpart
 from precond.step.signature import refusal
 
@@ -47,7 +57,7 @@ def test_shared_options_have_the_defaults_of_the_base() -> None:
     own, base = inspect.signature(KFAC).parameters, inspect.signature(PreconditionedOptimizer).parameters
     for name in ("weight_decay", "step_size", "damping_rule", "params", "maximize", "loop"):
         assert (own[name].default, own[name].annotation) == (base[name].default, base[name].annotation)
-    assert own["momentum"].default == 0.9 and base["momentum"].default == 0.0
+    assert own["momentum"].default == Momentum(0.9, nesterov=True) and base["momentum"].default == 0.0
     assert own["structures"].default is None
 
 
