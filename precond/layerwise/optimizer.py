@@ -363,13 +363,20 @@ class PreconditionedOptimizer(LayerOptimizer):
         return self.first_state(p, options) or None
 
     def _follow_loss(self) -> None:
-        """Renew the level of the loss, which is kept in the state of the first parameter, where something needs it."""
+        """Renew the level of the loss, kept in the state of the first trainable parameter, where something needs it.
+
+        Checkpoints in the flat form leave out the states of frozen ones.
+        """
         if not any("loss" in (group["kl_unit"], group["damping_unit"]) for group in self.param_groups):
             return
-        first = next(p for group in self.param_groups for p in group["params"])  # a group may be empty
-        before = self.state[first].get("level")
+        params = [p for group in self.param_groups for p in group["params"]]  # a group may be empty
+        first = next((p for p in params if p.requires_grad), params[0])
+        keeper = next((p for p in params if "level" in self.state.get(p, ())), first)  # as others were frozen, or older
+        before = self.state[keeper].get("level")
         self._level = LossLevel.after(before, self.statistics.level, first)
-        self.state[first]["level"] = self._level.saved(before, first)
+        saved = self._level.saved(before, first)
+        self.state[keeper].pop("level", None)
+        self.state[first]["level"] = saved
 
     def bound_level(self) -> Tensor | float | None:
         return None if self._level is None else self._level.bound

@@ -10,6 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 import precond
 from curvature.losses import AutogradLoss, SumOfLosses, loss_for
@@ -288,3 +293,27 @@ def test_a_level_that_is_not_a_number_is_told_and_moves_nothing(name: str) -> No
     level.copy_(kept)
     step()
     assert not torch.equal(before[0], model.weight)
+
+
+def test_the_level_is_kept_where_the_first_parameter_is_frozen_later() -> None:
+    """The flat form of a checkpoint leaves out what is kept for frozen parameters."""
+
+    def train(model: nn.Module, optimizer: Any, steps: range) -> None:
+        for k in steps:
+            optimizer.zero_grad()
+            plain(model, optimizer.loss_fn, *regression(k))
+            optimizer.step()
+
+    form = StateDictOptions(flatten_optimizer_state_dict=True)
+    model, other = network(), network()
+    optimizer, again = (KFAC(x, nn.MSELoss(), lr=0.1) for x in (model, other))
+    train(model, optimizer, range(2))
+    model[0].requires_grad_(False)
+    train(model, optimizer, range(2, 4))
+    assert [p for p in model.parameters() if "level" in optimizer.state[p]] == [model[2].weight]
+    other.load_state_dict(model.state_dict())
+    other[0].requires_grad_(False)
+    set_optimizer_state_dict(other, again, get_optimizer_state_dict(model, optimizer, options=form), options=form)
+    train(model, optimizer, range(4, 6))
+    train(other, again, range(4, 6))
+    assert torch.equal(flat(model), flat(other))
