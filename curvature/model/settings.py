@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,7 +31,8 @@ def untouched(
     """Passes inside are the library's own, and leave the model as it is; restored afterwards, exceptions included.
 
     Buffers are copies, so running statistics stay the same, and graphs that hold one, the user's or one that is kept,
-    refer to constant values. Random numbers come from a stream beside that of the process; nothing is compiled.
+    refer to constant values. Attributes that a pass sets are put back. Random numbers come from a stream beside that of
+    the process; nothing is compiled.
 
     Args:
         model: The model that will run.
@@ -44,23 +47,57 @@ def untouched(
 
 @contextlib.contextmanager
 def own_buffers(model: nn.Module) -> Iterator[None]:
-    """Let the model work on copies of its buffers."""
-    before = [(module, dict(module._buffers.items())) for module in model.modules()]
-    copies: dict[int, Tensor] = {}
-    for module, buffers in before:
-        for name, b in buffers.items():
-            if b is not None:
-                module._buffers[name] = copies.setdefault(id(b), b.detach().clone())
+    """Let the model work on copies of its buffers, and leave the attributes of its modules as they were.
+
+    A model that makes or grows a buffer remembers so in an attribute, which has to agree with the buffer afterwards.
+    """
+    before = [(module, dict(vars(module)), dict(module._buffers.items())) for module in model.modules()]
+    originals = {id(b): b for *_, buffers in before for b in buffers.values() if b is not None}
+    copies = copied(originals)
+    written = {key: (writes(b), writes(copies[key])) for key, b in originals.items()}
     try:
+        for module, _, buffers in before:
+            for name, b in buffers.items():
+                if b is not None:
+                    module._buffers[name] = copies[id(b)]
         yield
     finally:
-        for module, buffers in before:
+        for module, attributes, buffers in before:
+            now = vars(module)
+            for name in now.keys() - attributes.keys():
+                del now[name]
+            for name, value in attributes.items():
+                if now.get(name, now) is not value:
+                    now[name] = value
             if list(module._buffers.keys()) != list(
                 buffers
             ):  # the pass made or dropped one; those of torch.jit cannot be cleared
                 module._buffers.clear()
             for name, b in buffers.items():
                 module._buffers[name] = b
+        with torch.no_grad():
+            for key, b in originals.items():
+                original, own = written[key]
+                # The model wrote to it by another name; the copy has the value from before, unless written as well.
+                if writes(b) != original and writes(copies[key]) == own:
+                    b.copy_(copies[key])
+
+
+def copied(tensors: dict[int, Tensor]) -> dict[int, Tensor]:
+    """Copies of tensors, of which those that share memory share it again."""
+    homes = {
+        key: t.untyped_storage()._cdata if type(t) is Tensor and t.layout is torch.strided else key
+        for key, t in tensors.items()
+    }
+    count = Counter(homes.values())
+    together = {key: t.detach() for key, t in tensors.items() if count[homes[key]] > 1}
+    alone = {key: t.detach().clone() for key, t in tensors.items() if key not in together}
+    return alone | copy.deepcopy(together)
+
+
+def writes(tensor: Tensor) -> int:
+    """How often a tensor was written to in place, as far as torch counts it."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def versions(model: nn.Module) -> dict[str, tuple[int, int]]:

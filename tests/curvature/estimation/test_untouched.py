@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations
 
 from curvature import coverage, fisher, hessian
 from curvature.estimation.tape import Tape
+from curvature.model.settings import own_buffers
 from tests.curvature.problems import PROBLEMS, Problem, classes, normal
 
 
@@ -174,3 +175,60 @@ def again(tape: Tape, model: nn.Module) -> None:
     with tape.repeat(origin, values=zeros, twice=True) as changed:
         assert not changed.output.any()
         assert {site.operation for site in changed.recorder.sites}
+
+
+class Positions(nn.Module):
+    """A buffer that grows, one made when it is needed, two that share memory, one written by another name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.ready = nn.Linear(4, 3).double(), False
+        self.grow(2)
+        self.register_buffer("both", normal(2).fill_(1))
+        self.register_buffer("first", self.both[:1])
+        self.register_buffer("count", torch.zeros(1))
+        self.numbers = {"count": self.count}
+
+    def grow(self, length: int) -> None:
+        self.length = length
+        self.register_buffer("table", torch.arange(1.0, length + 1).double()[:, None], persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] > self.length:
+            self.grow(x.shape[1])
+        if not self.ready:
+            self.register_buffer("shift", x.mean((0, 1)))
+            self.ready = True
+        self.both += 1
+        self.numbers["count"] += 1
+        self.kept = (x - self.shift) * self.table[: x.shape[1]] * self.first
+        return self.linear(self.kept).mean(1)
+
+
+def test_buffers_agree_with_what_the_model_remembers_of_them() -> None:
+    torch.manual_seed(0)
+    model, loss_fn, x, y = Positions(), nn.CrossEntropyLoss(), normal(4, 5, 4), classes(4, of=3)
+    before, attributes = fingerprint(model), dict(vars(model))
+    found = fisher(model, loss_fn, (x, y), kind="exact", structure="full").to_dense()
+    same(before, fingerprint(model))
+    assert vars(model).keys() == attributes.keys()
+    assert all(vars(model)[name] is value for name, value in attributes.items())
+    model(x)  # longer than the table was, and for the first time
+    assert model.first == 2
+    linear = fisher(model.linear, loss_fn, (model.kept.mean(1), y), kind="exact", structure="full").to_dense()
+    torch.testing.assert_close(found, linear)
+
+
+def test_buffers_are_the_models_own_if_memory_ends_while_they_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = everything()
+    before, clone, left = [id(b) for b in model.buffers()], Tensor.clone, iter(range(2))
+
+    def until(tensor: Tensor, **options: Any) -> Tensor:
+        if next(left, None) is None:
+            raise torch.OutOfMemoryError
+        return clone(tensor, **options)
+
+    monkeypatch.setattr(Tensor, "clone", until)
+    with pytest.raises(torch.OutOfMemoryError), own_buffers(model):
+        pass
+    assert [id(b) for b in model.buffers()] == before
