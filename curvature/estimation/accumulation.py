@@ -106,9 +106,7 @@ class Accumulation:
             self.total = self.total.to(self.device)
         self.collector.restore(saved["collector"])
         self.generator.set_state(saved["generator"])
-        with torch.no_grad():
-            for name, buffer in self.model.named_buffers():
-                buffer.copy_(saved["buffers"][name])
+        write_buffers(self.model, saved["buffers"])
 
     def state(self) -> dict[str, Any]:
         """Everything that the next batch depends on."""
@@ -195,9 +193,7 @@ class Accumulation:
         """What is computed on a batch: at the buffers with which the run began, and with random numbers of its own."""
         assert self._look is not None
         with settings(self.model, seeded(0, self.device), self.device), plain_checkpoints():
-            with torch.no_grad():
-                for name, buffer in self.model.named_buffers():
-                    buffer.copy_(self._start[name])
+            write_buffers(self.model, self._start)
             x, y = (to_device(part, self.device) for part in batch)
             with torch.enable_grad():
                 return sketches(self._look(x, y), self.collector.parameters)
@@ -229,3 +225,11 @@ class Accumulation:
         if not same_data:
             assert self.file is not None
             self.file.refuse({"data": ("other batches", "these")})
+
+
+def write_buffers(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Set buffers to values, except those that were made or grown in between."""
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name in values and values[name].shape == buffer.shape:
+                buffer.copy_(values[name])

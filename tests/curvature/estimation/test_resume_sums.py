@@ -189,3 +189,26 @@ def test_other_problems_are_refused(tmp_path: Path) -> None:
                 curvature.fisher(**arguments)
         with pytest.raises(ValueError, match=r"structure='full' keeps no sums.*resumable_eigsh"):
             curvature.ggn(made.model, made.loss_fn, made.data, resume=path)
+
+
+class Growing(nn.Module):
+    """A buffer that a longer input makes longer, beside one of which it is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.length = nn.Linear(4, 3), 0
+        self.register_buffer("table", torch.ones(0, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] > self.length:
+            self.length = x.shape[1]
+            self.table = torch.arange(1.0, self.length + 1)[:, None]
+            self.register_buffer("scale", 1 / self.table)
+        return self.linear(x * self.table[: x.shape[1]] * self.scale[: x.shape[1]].sqrt()).mean(1)
+
+
+def test_buffers_that_a_pass_makes_or_grows(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    data: list[tuple[Any, Tensor]] = [(torch.randn(3, n, 4), torch.randint(3, (3,))) for n in (2, 5, 3)]
+    made = Problem(Growing(), nn.CrossEntropyLoss(), data)
+    assert assert_resumes(made, 1, tmp_path / "run.pt", structure="ekfac") >= 2
