@@ -12,8 +12,10 @@ from typing import Any
 def on_first_use(package: str, names: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """The functions ``__getattr__`` and ``__dir__`` of a package (PEP 562) whose public names load when asked for.
 
-    Modules of the package are found as its attributes, too, as if it had imported them. Type checkers and editors read
-    the imports that the package writes below ``if TYPE_CHECKING``; ``tests/test_house.py`` holds both to one list.
+    Modules and folders of the package are found as its attributes, too, as if it had imported them, but not the modules
+    in these folders: ``curvature.structures.kfac`` needs ``import curvature.structures.kfac``. Type checkers and
+    editors read the imports that the package writes below ``if TYPE_CHECKING``; ``tests/test_house.py`` holds both to
+    one list.
 
     Args:
         package: The package's ``__name__``.
