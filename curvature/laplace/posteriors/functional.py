@@ -42,7 +42,8 @@ class _Module(nn.Module):
         for name in sorted(params):
             # Not register_parameter, which refuses the dots of state_dict names.
             self._parameters[name] = nn.Parameter(params[name].detach())
-        self._forward, self.aux = forward, None
+        self._forward = forward
+        self.aux: list[Any] = []  # of the last pass; attributes are put back after each
 
     def forward(self, batch: Any) -> Tensor:
         """The output; the rest is kept."""
@@ -52,7 +53,7 @@ class _Module(nn.Module):
                 "forward(params, batch) must return the output, a tensor, and auxiliary information (torch.tensor([]) "
                 f"if there is none); got {type(result).__name__}."
             )
-        output, self.aux = result
+        output, self.aux[:] = result[0], [result[1]]
         return output
 
 
@@ -71,13 +72,15 @@ class FunctionalBackend(GGNBackend):
     """
 
     def __init__(self, params: Params, forward: Forward, outer_log_likelihood: OuterLogLikelihood) -> None:
-        super().__init__(_Module(check_params(params), forward), "classification")
+        module = _Module(check_params(params), forward)
+        super().__init__(module, "classification")
+        self._aux = module.aux
         self._log_likelihood = outer_log_likelihood
 
     @property
     def aux(self) -> Any:
         """Auxiliary information that ``forward`` gave for the last batch."""
-        return self.model.aux
+        return self._aux[0] if self._aux else None
 
     def count(self, x: Any, y: Any = None) -> int:
         """Number of examples: the first axis of the first tensor that has one."""

@@ -87,11 +87,11 @@ class Busy(Slow):
 
     def __init__(self, clock: list[float], *pace: tuple[int, float]) -> None:
         super().__init__(clock)
-        self.pace, self.count = pace, 0
+        self.pace, self.count = pace, [0]  # what is no attribute of a module is not put back after a pass
 
     def forward(self, x: Tensor) -> Tensor:
-        self.count += 1
-        self.clock[0] += next((seconds for until, seconds in self.pace if self.count <= until), self.pace[-1][1]) - 1
+        self.count[0] += 1
+        self.clock[0] += next((seconds for until, seconds in self.pace if self.count[0] <= until), self.pace[-1][1]) - 1
         return super().forward(x)
 
 
