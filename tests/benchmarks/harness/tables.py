@@ -158,6 +158,7 @@ def peak(build: Callable[..., Any], name: str) -> int | str:
     child = os.fork()
     if child == 0:
         try:
+            torch.set_num_threads(1)  # a copy has none of the threads that its operations would wait for
             with _quiet():
                 before = resident_kib()
                 step = build(make(name), interval=1)
