@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from curvature import Block, Curvature, CurvatureEstimator
 from curvature.estimation.coverage import Coverage, describe_loss, table
@@ -21,21 +21,20 @@ from curvature.model.wrappers import unwrapped
 from curvature.structures.estimator import Form
 from precond.distributed.curvature import SharedCurvature
 from precond.distributed.ranks import Ranks, group_of, refuse_synchronized, world_rank, world_size
-from precond.layerwise.adam_step import AdamStep
 from precond.layerwise.blocks.by_name import Preconditioners
 from precond.layerwise.blocks.preconditioner import Preconditioner
 from precond.layerwise.blocks.rows import RowTaps
 from precond.layerwise.groups import members
 from precond.layerwise.membership import Membership
 from precond.layerwise.structures import plain_row
-from precond.step.base import SecondOrderOptimizer
+from precond.layerwise.without_curvature import WithoutCurvature
 from precond.step.grad_scaler import scale_in_use
 from precond.step.options import LossDamping
 from precond.step.schedules import value_at
 from solvers import Solver
 
 
-class LayerOptimizer(SecondOrderOptimizer):
+class LayerOptimizer(WithoutCurvature):
     """An optimizer that watches a model, and estimates the curvature of its blocks.
 
     Which parameters have curvature, in which blocks, when statistics are due, and what they bring in one process or in
@@ -44,19 +43,8 @@ class LayerOptimizer(SecondOrderOptimizer):
 
     needs: ClassVar[str] = "layers"
 
-    model: nn.Module
     loss_fn: Any
     curvature: Curvature
-    #: Names of parameters that get no curvature, and the step that they take; ``None`` for the plain gradient.
-    plain: dict[str, AdamStep | None]
-    #: Likewise by ``id``: their names.
-    _without: dict[int, str]
-    #: The parameters that take Adam's step.
-    adam_steps: dict[Tensor, AdamStep]
-    #: Names of those that do so by default.
-    tables: frozenset[str]
-    #: What tables of embeddings get that ``structures`` does not name; ``None`` for the curvature of all others.
-    table_step: ClassVar[AdamStep | None] = None
     solver: Solver
     exponent: float
     parameters: Parameters
@@ -76,8 +64,8 @@ class LayerOptimizer(SecondOrderOptimizer):
         """Track the parameters of the groups, and hook the model."""
         refuse_synchronized(unwrapped(self.model), type(self).__name__)
         self._members = Membership(unwrapped(self.model), type(self).__name__)
-        self._find_plain()
-        self.parameters = Parameters(unwrapped(self.model), self._tracked() or self.trainable())
+        self.find_plain()
+        self.parameters = Parameters(unwrapped(self.model), self.tracked() or self.trainable())
         self.tape = Tape(
             self.model,
             self.loss_fn,
@@ -96,43 +84,6 @@ class LayerOptimizer(SecondOrderOptimizer):
         names = (name for name, p in named_parameters(unwrapped(self.model)) if p is parameter)
         return next(names, None) or super().name_of(parameter)
 
-    def trainable(self) -> list[Tensor]:
-        """The parameters of the groups that are not frozen."""
-        return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
-
-    def _tracked(self) -> list[Tensor]:
-        """Parameters that get curvature."""
-        plain = self.without_curvature()
-        return [p for p in self.trainable() if id(p) not in plain]
-
-    def beside(self) -> dict[str, Tensor]:
-        """Parameters that take Adam's step, by name."""
-        return {self._without[id(p)]: p for p in self.adam_steps}
-
-    def without_curvature(self) -> dict[int, str]:
-        """Parameters that get no curvature, by ``id``, and their names."""
-        return self._without
-
-    def settle_tables(self) -> None:
-        """Leave the curvature to tables that are all there is to train."""
-        self.tables = frozenset(name for name, step in self.plain.items() if step and step is self.table_step)
-        self._find_plain()
-        if not self._tracked():
-            self.curve_again(self.tables)
-
-    def curve_again(self, tables: Collection[str]) -> None:
-        """Give tables that take Adam's step by default the curvature of the other layers."""
-        self.plain = {name: step for name, step in self.plain.items() if name not in tables}
-        self.tables -= set(tables)
-        self._find_plain()
-
-    def _find_plain(self) -> None:
-        """Find the parameters without curvature, and those of them that take Adam's step."""
-        named = list(named_parameters(unwrapped(self.model))) if self.plain else []
-        named = [(name, p) for name, p in named if name in self.plain]
-        self._without = {id(p): name for name, p in named}
-        self.adam_steps = {p: step for name, p in named if (step := self.plain[name]) is not None}
-
     @property
     def seen_parameters(self) -> Parameters:
         """The tracked parameters by the tensors that passes use in their place: whole ones under ``fully_shard``."""
@@ -145,7 +96,7 @@ class LayerOptimizer(SecondOrderOptimizer):
 
     def follow(self) -> None:
         """Notice parameters that were added, frozen or unfrozen; blocks that stay whole keep their statistics."""
-        trainable = self._tracked()
+        trainable = self.tracked()
         if not trainable or {id(p) for p in trainable} == {id(p) for p in self.parameters.values()}:
             return
         self.taps.close()
@@ -223,7 +174,7 @@ class LayerOptimizer(SecondOrderOptimizer):
         with self.transaction():
             super().add_param_group({**param_group, "params": members(unwrapped(self.model), param_group["params"])})
             if self._statistics is not None:
-                self._find_plain()
+                self.find_plain()
                 self.follow()
 
     def option(self, name: str) -> Any:
@@ -307,8 +258,8 @@ class LayerOptimizer(SecondOrderOptimizer):
     def look_at_members(self, present: Mapping[str, Tensor]) -> None:
         """Look for layers that have gone or come: where a gradient is missing, and in ever rarer steps."""
         assert self._members is not None
-        members = {**self.parameters, **self.beside()}
-        if len(present) < len(members):
+        if len(present) < len(self.parameters) + len(self.adam_steps):
+            members = {**self.parameters, **self.beside()}
             self._members.require(members, members.keys() - present.keys())
         if self.steps & (self.steps - 1) == 0:
             self._members.tell_untrained(p for group in self.param_groups for p in group["params"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -24,7 +24,6 @@ from precond.distributed.curvature import Refreshing, SharedCurvature
 from precond.distributed.mesh_ranks import mesh_ranks, refuse_on_shards
 from precond.distributed.ranks import check_fraction, world_size
 from precond.distributed.sharded import cut_as
-from precond.layerwise.adam_step import SQUARES
 from precond.layerwise.blocks.block_state import (
     add_blocks,
     copied,
@@ -323,7 +322,7 @@ class PreconditionedOptimizer(LayerOptimizer):
         if self._burning:
             return {p: torch.zeros_like(g) for p, g in given.items()}
         self._refresh(updated)
-        out = self._applied(by_name, rows, given) | self._by_adam(given)
+        out = self._applied(by_name, rows, given) | self.by_adam(given)
         candidates = [] if self._step_model is None else self._step_model.candidates()
         return self._best(candidates, out, by_name, rows, given) if candidates else out
 
@@ -341,26 +340,6 @@ class PreconditionedOptimizer(LayerOptimizer):
         plain = self.without_curvature()
         out = {self.parameters[name]: d for name, d in results.items()}
         return out | {p: g.clone() for p, g in given.items() if id(p) in plain}
-
-    def _by_adam(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
-        """The directions of parameters that take Adam's step."""
-        steps = {p: step for p, step in self.adam_steps.items() if p in gradients}
-        groups = {p: group for group in self.param_groups for p in group["params"]} if steps else {}
-        return {p: s.direction(p, gradients[p], self.state[p], groups[p], self.idle) for p, s in steps.items()}
-
-    def touched(self) -> list[Tensor]:
-        squares = [self.state[p].get(SQUARES) for p in self.adam_steps if p in self.state]
-        return [*super().touched(), *(x for x in squares if x is not None)]
-
-    def apart(self) -> Collection[Tensor]:
-        return self.adam_steps
-
-    def first_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-        step = self.adam_steps.get(p)
-        return {} if step is None else step.begin(p)
-
-    def expected_state(self, p: Tensor, options: dict[str, Any]) -> Mapping[str, Any] | None:
-        return self.first_state(p, options) or None
 
     def _follow_loss(self) -> None:
         """Renew the level of the loss, kept in the state of the first trainable parameter, where something needs it.
