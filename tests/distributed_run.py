@@ -17,7 +17,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -40,17 +40,6 @@ class Outcome:
     result: Any
     error: str | None
     code: int | None
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """As each rank has, for what is to equal theirs bit for bit: threads share out the terms of a sum."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def ranks(function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = 120.0) -> list[Any]:

@@ -69,9 +69,8 @@ def own_buffers(model: nn.Module) -> Iterator[None]:
             for name, value in attributes.items():
                 if now.get(name, now) is not value:
                     now[name] = value
-            if list(module._buffers.keys()) != list(
-                buffers
-            ):  # the pass made or dropped one; those of torch.jit cannot be cleared
+            # The pass made or dropped one; the buffers of torch.jit cannot be cleared.
+            if list(module._buffers.keys()) != list(buffers):
                 module._buffers.clear()
             for name, b in buffers.items():
                 module._buffers[name] = b

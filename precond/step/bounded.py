@@ -70,8 +70,6 @@ class BoundedOptimizer(CheckedOptimizer):
         if not directions or all(group["kl_clip"] is None for group in groups):
             return None
         slopes = self.slopes_of(directions, gradients) if known is None else known.of_those_in(directions)
-        if not slopes.params:  # all that has a gradient moves beside the bound; other momenta keep their lengths
-            return Move(1.0, None, {}, 0.0, False)
         lengths = {p: state["length"] for p in slopes.params if "length" in (state := self.state.get(p, {}))}
         return bounded_move(groups, slopes, lengths | self.measured, self.bound_level())
 

@@ -243,8 +243,10 @@ def bounded_move(
         Ba, Grosse and Martens (2017), section 5, which bounds d, https://openreview.net/forum?id=SkkTMpjex
     """
     bounds = {(group["kl_clip"], group["kl_unit"]) for group in groups if group["kl_clip"] is not None}
-    if not bounds or not slopes.params:
+    if not bounds:
         return None
+    if not slopes.params:  # all that has a gradient moves beside the bound; other momenta keep their lengths
+        return Move(1.0, None, {}, 0.0, False)
     if len(groups) == 1:
         own = groups * len(slopes.params)
     else:

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.distributed_run import one_thread, ranks
+from precond.demo.command import one_thread
+from tests.distributed_run import ranks
 from tests.precond.distributed import sharded_runs as runs
 
 pytestmark = [
@@ -47,7 +48,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = str(tmp_path_factory.mktemp("checkpoints"))
     four = ranks(runs.on_four, 4, folder, timeout=400.0)
     two = ranks(runs.on_two, 2, folder, timeout=400.0)
-    with one_thread():
+    with one_thread():  # as each rank has: threads share out the terms of a sum
         return {"four": four, "two": two, "one": runs.loads((), folder)}
 
 
