@@ -20,6 +20,8 @@ if TYPE_CHECKING:  # what each name is; loaded when it is first used, by the sam
         TensorNormal,
         UnitFisher,
     )
+    from curvature.residuals.points import PointwiseResidual
+    from curvature.residuals.taylor import directional_derivatives, laplacian
     from curvature.structures.whole import WholeFisher
     from precond.catalogue import Method, methods
     from precond.closure.adahessian import AdaHessian
@@ -28,11 +30,9 @@ if TYPE_CHECKING:  # what each name is; loaded when it is first used, by the sam
     from precond.closure.hessian_free import HessianFree
     from precond.closure.newton import Newton
     from precond.closure.psgd import PSGD
-    from precond.closure.residuals import PointwiseResidual
     from precond.closure.sophia import Sophia
     from precond.closure.ssbfgs import SSBFGS
     from precond.closure.ssbroyden import SSBroyden
-    from precond.closure.taylor import directional_derivatives, laplacian
     from precond.distributed.layer_planner import LayerPlan
     from precond.distributed.planner import ShardPlan, plan
     from precond.fitting import LeastSquaresResult, least_squares
@@ -72,6 +72,8 @@ else:
         {
             "curvature": "DiagonalFisher EigenbasisFisher GramFisher KroneckerBFGS KroneckerFisher LayerFisher"
             " SINGDFisher SketchedFisher TensorNormal UnitFisher",
+            "curvature.residuals.points": "PointwiseResidual",
+            "curvature.residuals.taylor": "directional_derivatives laplacian",
             "curvature.structures.whole": "WholeFisher",
             ".catalogue": "Method methods",
             ".closure.adahessian": "AdaHessian",
@@ -80,11 +82,9 @@ else:
             ".closure.hessian_free": "HessianFree",
             ".closure.newton": "Newton",
             ".closure.psgd": "PSGD",
-            ".closure.residuals": "PointwiseResidual",
             ".closure.sophia": "Sophia",
             ".closure.ssbfgs": "SSBFGS",
             ".closure.ssbroyden": "SSBroyden",
-            ".closure.taylor": "directional_derivatives laplacian",
             ".distributed.layer_planner": "LayerPlan",
             ".distributed.planner": "ShardPlan plan",
             ".fitting": "LeastSquaresResult least_squares",

@@ -26,7 +26,7 @@ HOUSE: dict[str, str] = {
     "precond.demo": ".layerwise .step solvers solvers.files",
     "precond.taxonomy": ".catalogue .step",
     "precond": ".catalogue .distributed .layerwise .layerwise.blocks .closure .gradient .step curvature"
-    " curvature.structures curvature.neighbours solvers solvers.lazy .fitting .grouping",
+    " curvature.structures curvature.residuals curvature.neighbours solvers solvers.lazy .fitting .grouping",
     "precond.catalogue": ".layerwise .closure .gradient .step",
     "precond.integrations": ".step curvature.model",
     "precond.grouping": ".step curvature.estimation curvature.layers curvature.model solvers.outcome",
@@ -34,7 +34,7 @@ HOUSE: dict[str, str] = {
     " curvature.losses curvature.model solvers solvers.outcome solvers.precision",
     "precond.layerwise.blocks": ".distributed .step curvature curvature.structures curvature.layers curvature.model"
     " solvers solvers.operators solvers.precision solvers.outcome",
-    "precond.closure": ".distributed .gradient .step curvature.estimation curvature.losses"
+    "precond.closure": ".distributed .gradient .step curvature.estimation curvature.residuals curvature.losses"
     " curvature.model solvers solvers.precision solvers.outcome solvers.triangles",
     "precond.fitting": ".step curvature.model solvers.outcome",
     "precond.gradient": ".distributed .step solvers solvers.iterative solvers.direct solvers.precision"
@@ -76,6 +76,7 @@ HOUSE: dict[str, str] = {
     "curvature.landscape": ".matrices .estimation .losses .model solvers solvers.outcome",
     "curvature.matrices": ".estimation .structures .layers .losses .model solvers solvers.eigenpairs solvers.precision"
     " solvers.outcome solvers.triangles",
+    "curvature.residuals": "solvers.outcome solvers.triangles",
     "curvature.estimation": ".structures .layers .losses .model solvers solvers.tree solvers.files solvers.precision"
     " solvers.outcome",
     "curvature.structures": ".layers .losses .model solvers solvers.operators solvers.precision solvers.outcome"

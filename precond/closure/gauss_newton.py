@@ -10,10 +10,11 @@ from typing import Any, ClassVar, Literal, Unpack, get_args
 import torch
 from torch import Tensor, nn
 
+from curvature.residuals.points import PointwiseResidual
 from precond.closure.geodesic import curved
-from precond.closure.layer_rows import LayeredLeastSquares, layered
+from precond.closure.layered import LayeredLeastSquares, layered
 from precond.closure.optimizer import Bent, ClosureOptimizer
-from precond.closure.residuals import DenseLeastSquares, LeastSquares, MatrixFreeLeastSquares, PointwiseResidual
+from precond.closure.residuals import DenseLeastSquares, LeastSquares, MatrixFreeLeastSquares
 from precond.closure.solver_choice import SolverChoice, cheapest
 from precond.step.adapt import LevenbergMarquardt
 from precond.step.base import MomentumOptions
@@ -82,9 +83,9 @@ class GaussNewton(ClosureOptimizer):
     Marquardt: damping by the outcome, rejection              ``damped_direction``: ``_RULE``
     Moré, section 4: D under ``scaled=True``                  ``_scale``
     Transtrum and Sethna, section 2: a, and beyond            ``geodesic.curved``
-    Mueller and Zeinhofer: J of a network at points           ``residuals.PointwiseResidual.value_and_jacobian``
+    Mueller and Zeinhofer: J of a network at points           ``PointwiseResidual.value_and_jacobian``
     Goldshlager et al.: SPRING                                ``directions``: ``solve``
-    Dangel et al.: K-FAC of residuals                         ``layer_rows``
+    Dangel et al.: K-FAC of residuals                         ``layered``
     ========================================================= ==================================================
 
     Args:

@@ -7,10 +7,10 @@ from functools import partial
 import pytest
 import torch
 
+from curvature.residuals.points import PointwiseResidual
 from precond import laplacian
 from precond.closure import gauss_newton
 from precond.closure.gauss_newton import GaussNewton
-from precond.closure.residuals import PointwiseResidual
 from precond.closure.solver_choice import cheapest
 from solvers import CG, Nystrom
 from tests.precond import references as ref

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from torch.func import hessian, jacrev
 
+from curvature.residuals.layer_rows import layer_rows
 from precond import GaussNewton, PointwiseResidual, directional_derivatives, laplacian
 from precond.closure import gauss_newton
-from precond.closure.layer_rows import LayeredLeastSquares, layer_rows
+from precond.closure.layered import LayeredLeastSquares
 from precond.closure.solver_choice import cheapest
 from solvers import CG
 

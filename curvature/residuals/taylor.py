@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.func import jacrev, jvp, vmap
 from torch.overrides import TorchFunctionMode
 
-from precond.closure.jets import nested, second_order
+from curvature.residuals.jets import nested, second_order
 from solvers.outcome.arguments import whole
 
 Field = Callable[[Tensor], Tensor]
@@ -22,9 +22,9 @@ def directional_derivatives(u: Field, x: Tensor, v: Tensor, order: int = 2) -> t
 
     .. math:: \partial_t^k\, u(x + t v) \text{ at } t = 0, \qquad k = 0, \dots, \text{order}
 
-    In one forward pass of all orders (:mod:`precond.closure.jets`) up to the second, where the operations of ``u`` are
-    known, and by forward mode nested ``order`` times otherwise; by reverse mode where torch's derivative of a forward
-    derivative is wrong (of layer norm, ``torch.linalg.solve`` and determinants). Within a
+    In one forward pass of all orders (:mod:`curvature.residuals.jets`) up to the second, where the operations of ``u``
+    are known, and by forward mode nested ``order`` times otherwise; by reverse mode where torch's derivative of a
+    forward derivative is wrong (of layer norm, ``torch.linalg.solve`` and determinants). Within a
     :class:`~precond.PointwiseResidual`, whose Jacobian is a reverse pass over all this, that is many times cheaper than
     ``torch.func.hessian`` or nested ``torch.func.grad``.
 

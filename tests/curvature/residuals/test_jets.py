@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import hessian, jacrev, vmap
 
+from curvature.residuals.jets import second_order
 from precond import PointwiseResidual, directional_derivatives, laplacian
-from precond.closure.jets import second_order
 
 torch.manual_seed(0)
 WEIGHT = torch.randn(3, 4, dtype=torch.float64)

@@ -1,0 +1,1 @@
+"""Residuals of equations at points: their derivatives, their rows of layers, and their curvature."""
