@@ -42,6 +42,7 @@ if TYPE_CHECKING:  # what each name is; loaded when it is first used, by the sam
     from curvature.matrices.resumable import resumable_eigsh
     from curvature.model.determinism import NondeterministicError, NotOneLossWarning, check_deterministic
     from curvature.reports import Report, report
+    from curvature.residuals.ggn import residual_ggn
     from curvature.structures.diagonal import DiagonalFisher
     from curvature.structures.ekfac import EigenbasisFisher
     from curvature.structures.estimator import Curvature, CurvatureEstimator, MeanEstimator, MeansEstimator
@@ -82,6 +83,7 @@ else:
             ".matrices.resumable": "resumable_eigsh",
             ".model.determinism": "NondeterministicError NotOneLossWarning check_deterministic",
             ".reports": "Report report",
+            ".residuals.ggn": "residual_ggn",
             ".structures.diagonal": "DiagonalFisher",
             ".structures.ekfac": "EigenbasisFisher",
             ".structures.estimator": "Curvature CurvatureEstimator MeanEstimator MeansEstimator",
@@ -169,6 +171,7 @@ __all__ = [
     "prune",
     "quantize",
     "report",
+    "residual_ggn",
     "resumable_eigsh",
     "self_influence",
     "sensitivity",

@@ -57,7 +57,8 @@ HOUSE: dict[str, str] = {
     " .losses .model solvers solvers.operators solvers.precision solvers.outcome solvers.triangles",
     "curvature.laplace.factors": ".structures .layers solvers solvers.operators solvers.precision solvers.triangles",
     "curvature.laplace.likelihoods": ".losses",
-    "curvature": ".comparison .reports .plots .influences .training .landscape .matrices .estimation .structures"
+    "curvature": ".comparison .reports .plots .influences .training .landscape .matrices .residuals .estimation"
+    " .structures"
     " .layers .model .compression .neighbours solvers solvers.lazy solvers.operators",
     "curvature.neighbours": "solvers",
     "curvature.comparison": ".reports .reports.pages .reports.results .plots solvers solvers.files",
@@ -76,7 +77,7 @@ HOUSE: dict[str, str] = {
     "curvature.landscape": ".matrices .estimation .losses .model solvers solvers.outcome",
     "curvature.matrices": ".estimation .structures .layers .losses .model solvers solvers.eigenpairs solvers.precision"
     " solvers.outcome solvers.triangles",
-    "curvature.residuals": "solvers.outcome solvers.triangles",
+    "curvature.residuals": ".layers .model solvers solvers.outcome solvers.triangles",
     "curvature.estimation": ".structures .layers .losses .model solvers solvers.tree solvers.files solvers.precision"
     " solvers.outcome",
     "curvature.structures": ".layers .losses .model solvers solvers.operators solvers.precision solvers.outcome"

@@ -84,6 +84,8 @@ def layer_rows(residual: PointwiseResidual, params: list[Tensor]) -> tuple[Tenso
         with one_pass_only():
             with torch.no_grad(), _Probed(owners) as seen:
                 residual.at(values, residual.points[0])
+            if not seen.calls:
+                return None
             blank = [torch.zeros_like(call.output) for call in seen.calls]
 
             def probed(probes: list[Tensor], x: Tensor) -> tuple[Tensor, tuple[Tensor, list[Tensor]]]:

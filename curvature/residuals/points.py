@@ -69,7 +69,7 @@ class PointwiseResidual:
             out = value.new_empty(count, sum(p.numel() for p in params))
         for p, block in zip(params, out.split([p.numel() for p in params], 1), strict=True):
             name = names.get(id(p))
-            block.copy_(rows[name].reshape(count, -1)) if name is not None else block.zero_()
+            block.copy_(rows[name].detach().reshape(count, -1)) if name is not None else block.zero_()
         return value.reshape(-1), out
 
     def _require_through_model(self, free: dict[str, Tensor], params: list[Tensor]) -> None:

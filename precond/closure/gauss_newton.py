@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from curvature.residuals.points import PointwiseResidual
+from curvature.residuals.residual_rows import residual_rows
 from precond.closure.geodesic import curved
-from precond.closure.layered import LayeredLeastSquares, layered
+from precond.closure.layered import LayeredLeastSquares
 from precond.closure.optimizer import Bent, ClosureOptimizer
 from precond.closure.residuals import DenseLeastSquares, LeastSquares, MatrixFreeLeastSquares
 from precond.closure.solver_choice import SolverChoice, cheapest
@@ -267,9 +268,9 @@ class GaussNewton(ClosureOptimizer):
         self, residuals: list[Tensor | PointwiseResidual], params: list[Tensor]
     ) -> LayeredLeastSquares | None:
         """The problem from the rows of layers; where these are not all, another solver is chosen."""
-        found = layered(residuals, params, _BY_LAYERS)
-        if found is not None:
-            return found
+        rows = residual_rows(residuals, params)
+        if rows is not None:
+            return LayeredLeastSquares(rows, _BY_LAYERS)
         if self.solver == "kfac":
             raise ValueError(
                 "solver='kfac' needs residuals at points (PointwiseResidual), of a network whose trained parameters "

@@ -367,3 +367,35 @@ def test_a_sketch_preconditions_a_network_of_steep_spectrum():
 
     exact, inexact = train("cholesky"), train(Nystrom(40))
     assert inexact < 1.5 * exact < 0.02
+
+
+@pytest.mark.parametrize("solver", ["cholesky", "woodbury", "kfac"])
+def test_the_last_layer_alone_is_trained_on_residuals_at_points(solver, monkeypatch):
+    monkeypatch.setattr(gauss_newton, "_BY_LAYERS", CG(rtol=1e-13, max_steps=400, progress=False))
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1)).double()
+    points = torch.rand(6, 2, dtype=torch.float64)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = GaussNewton(model[2].parameters(), solver=solver, damping=1e-3, damping_rule=None, scaled=False)
+    residual = PointwiseResidual(model, lambda u, x: laplacian(u, x) + u(x) - 1, points)
+    rows = torch.func.jacrev(of_last(model, residual), argnums=(0, 1))(before[2], before[3])
+    J = torch.cat([row.flatten(1) for row in rows], 1)
+    optimizer.step(lambda: residual)
+    with torch.no_grad():
+        r = of_last(model, residual)(before[2], before[3])
+    step = torch.linalg.solve(J.mT @ J + 1e-3 * torch.eye(5, dtype=torch.float64), J.mT @ r)
+    moved = torch.cat([(b - p.detach()).flatten() for b, p in zip(before, model.parameters(), strict=True)])
+    torch.testing.assert_close(moved[-5:], step.detach(), rtol=1e-8, atol=1e-10)
+    assert not moved[:-5].any()
+
+
+def of_last(model, residual):
+    """Residuals at all points by parameters of the last layer, in which they are linear."""
+
+    def function(weight, bias):
+        h = [model[:2](x) for x in residual.points]
+        twice = torch.func.jacrev(torch.func.jacrev(model[:2]))
+        second = [twice(x).diagonal(dim1=-2, dim2=-1).sum(-1) for x in residual.points]
+        return torch.cat([weight @ s + weight @ a + bias - 1 for a, s in zip(h, second, strict=True)])
+
+    return function

@@ -10,6 +10,7 @@ from torch import nn
 from torch.func import hessian, jacrev
 
 from curvature.residuals.layer_rows import layer_rows
+from curvature.residuals.residual_rows import ResidualRows
 from precond import GaussNewton, PointwiseResidual, directional_derivatives, laplacian
 from precond.closure import gauss_newton
 from precond.closure.layered import LayeredLeastSquares
@@ -57,7 +58,7 @@ def parts(model, weight=0.7):
 def test_products_are_those_of_the_jacobian(make):
     model = make()
     params = [p for p in model.parameters() if p.requires_grad]
-    problem = LayeredLeastSquares([layer_rows(part, params) for part in parts(model)], params, CG(progress=False))
+    problem = ResidualRows([layer_rows(part, params) for part in parts(model)], params)
     J = torch.cat([part.value_and_jacobian(params)[1] for part in parts(model)])
     v, w = torch.randn(J.shape[1], dtype=F64), torch.randn(J.shape[0], dtype=F64)
     torch.testing.assert_close(problem.push(v), J @ v, rtol=1e-11, atol=1e-12)
@@ -70,7 +71,7 @@ def test_a_step_is_that_of_the_normal_equations():
     model = network()
     params = list(model.parameters())
     found = [layer_rows(part, params) for part in parts(model)]
-    problem = LayeredLeastSquares(found, params, CG(rtol=1e-12, max_steps=200, progress=False))
+    problem = LayeredLeastSquares(ResidualRows(found, params), CG(rtol=1e-12, max_steps=200, progress=False))
     J = torch.cat([part.value_and_jacobian(params)[1] for part in parts(model)])
     target = torch.randn(len(J), dtype=F64)
     expected = torch.linalg.solve(J.mT @ J + 1e-3 * torch.eye(J.shape[1], dtype=F64), J.mT @ target)
@@ -109,7 +110,7 @@ def test_the_preconditioner_inverts_the_damped_factors_of_one_kind_of_residual()
     params = list(model.parameters())
     points = parts(model)[0].points
     found = layer_rows(PointwiseResidual(model, laplacian, points), params)
-    problem = LayeredLeastSquares([found], params, CG(progress=False))
+    problem = LayeredLeastSquares(ResidualRows([found], params), CG(progress=False))
     v = torch.randn(sum(p.numel() for p in params), dtype=F64)
     pieces = dict(zip(params, v.split([p.numel() for p in params]), strict=True))
     expected = []
