@@ -20,7 +20,7 @@ def version() -> str:
 def description() -> str:
     """The README for the page of an index, where links into the repository lead nowhere: their text alone."""
     page = (HERE / "README.md").read_text(encoding="utf-8")
-    page = re.sub(r"^!\[[^]]*\]\((?!https?:)[^)]*\)\n+", "", page, flags=re.MULTILINE)
+    page = re.sub(r"^(?:!\[[^]]*\]\((?!https?:)[^)]*\) ?)+\n+", "", page, flags=re.MULTILINE)
     return re.sub(r"\[([^]]*)\]\((?!https?:)[^)]*\)", r"\1", page)
 
 

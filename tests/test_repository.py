@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -62,13 +63,40 @@ def tracked_files() -> list[Path]:
 def test_top_level_has_the_agreed_folders_and_files() -> None:
     tracked = tracked_files()
     folders = {path.parts[0] for path in tracked if len(path.parts) > 1}
-    assert folders <= {*PACKAGES, "tests", "docs", ".ci"}
+    assert folders <= {*PACKAGES, "tests", "docs", ".ci", ".github"}
     files = {str(path) for path in tracked if len(path.parts) == 1}
     assert files == {
         *("setup.py", "pyproject.toml", "constraints.txt", "MANIFEST.in", "Makefile"),
         *("README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md"),
         *(".gitignore", ".editorconfig", ".pre-commit-config.yaml"),
     }
+
+
+def test_badges_say_what_the_setup_says() -> None:
+    setup = (ROOT / "setup.py").read_text(encoding="utf-8")
+    python = re.findall(r'python_requires=">=([\d.]+)"', setup)[0]
+    torch = re.findall(r'"torch>=([\d.]+)"', setup)[0]
+    licence = re.findall(r'license="(\w+)"', setup)[0]
+    said = {"python": f"{python} or newer", "torch": f"{torch} or newer", "types": "in the package", "licence": licence}
+    shown = dict(re.findall(r"!\[(\w+: [^]]+)\]\(docs/badges/(\w+)\.svg\)", (ROOT / "README.md").read_text("utf-8")))
+    assert shown == {f"{left}: {right}": left for left, right in said.items()}
+    assert {path.stem for path in (ROOT / "docs" / "badges").iterdir()} == set(said)
+    for left, right in said.items():
+        picture = (ROOT / "docs" / "badges" / f"{left}.svg").read_text(encoding="utf-8")
+        assert re.findall(r">([^<>\n]+)</(?:title|text)>", picture) == [f"{left}: {right}", left, right]
+
+
+def test_questions_of_an_issue_have_an_answer_here() -> None:
+    """A template names commands and pages; they exist."""
+    templates = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.md"))
+    assert [path.stem for path in templates] == ["crash", "method-or-layer", "training", "wrong-number"]
+    for path in templates:
+        head, _, body = path.read_text(encoding="utf-8").removeprefix("---\n").partition("---\n")
+        assert {line.split(":")[0] for line in head.splitlines()} == {"name", "about", "title"}
+        for page in re.findall(r"`(docs/[^`]+)`", body):
+            assert (ROOT / page).exists(), page
+        if path.stem != "method-or-layer":
+            assert "python -m precond --version" in body
 
 
 def test_every_test_folder_is_a_package() -> None:
