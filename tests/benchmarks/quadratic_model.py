@@ -1,10 +1,11 @@
 """K-FAC without a learning rate beside K-FAC with its best: three autoencoders and two ReLU classifiers.
 
-    python -m tests.benchmarks.quadratic_model [--problems curves,digits] [--seconds 30] [--seed 0]
+    python -m tests.benchmarks.quadratic_model [--problems curves,digits] [--seconds 30] [--steps 300] [--seed 0]
 
-Both see the same batches for the same seconds of CPU, from the same start. "Tuned" is the best of a grid of learning
-rates with Nesterov's momentum, each run to the end; "quadratic model" is the one recipe of docs/choose.md. Shown is the
-training loss on all data at the end, half-way, and the steps.
+All see the same batches for the same seconds of CPU, or for the same steps, from the same start. "Tuned" is the best of
+a grid of learning rates with Nesterov's momentum, each run to the end; "quadratic model" is the one recipe of
+docs/choose.md, with the factors damped as the model is, or apart from it. Shown is the training loss on all data at the
+end, half-way, the steps and the seconds.
 """
 
 from __future__ import annotations
@@ -34,6 +35,12 @@ RECIPE = {
     "inverse_update_period": 5,
     "step_size": QuadraticModel(),
     "damping_rule": LevenbergMarquardt(period=5),
+}
+
+
+RECIPES = {
+    "quadratic model": RECIPE,
+    "quadratic model, factor_period=20": {**RECIPE, "step_size": QuadraticModel(factor_period=20)},
 }
 
 
@@ -127,14 +134,27 @@ PROBLEMS = {
 }
 
 
-def run(name: str, options: dict[str, Any], seconds: float, seed: int) -> tuple[float, float, int]:
-    """Loss half-way and at the end, and steps."""
+@dataclass(frozen=True)
+class Run:
+    """Losses half-way and at the end, steps and seconds of CPU."""
+
+    half: float
+    end: float
+    steps: int
+    seconds: float
+
+    def row(self, name: str, method: str) -> str:
+        return f"| {name} | {method} | {self.half:.4f} | {self.end:.4f} | {self.steps} | {self.seconds:.1f} |"
+
+
+def run(name: str, options: dict[str, Any], seconds: float, steps: float, seed: int) -> Run:
+    """One method, until the seconds or the steps are over."""
     torch.manual_seed(seed)
     problem = PROBLEMS[name]()
     optimizer = KFAC(problem.model, problem.loss_fn, **options)
     generator = torch.Generator().manual_seed(seed)
-    spent, steps, half = 0.0, 0, math.nan
-    while spent < seconds:
+    spent, taken, half = 0.0, 0, math.nan
+    while spent < seconds and taken < steps:
         rows = torch.randint(len(problem.x), (problem.batch,), generator=generator)
         start = time.process_time()
         optimizer.zero_grad()
@@ -142,29 +162,32 @@ def run(name: str, options: dict[str, Any], seconds: float, seed: int) -> tuple[
         try:
             optimizer.step()
         except FloatingPointError:  # diverged
-            return half, math.inf, steps
+            return Run(half, math.inf, taken, spent)
         spent += time.process_time() - start
-        steps += 1
-        if math.isnan(half) and spent > seconds / 2:
+        taken += 1
+        if math.isnan(half) and (spent > seconds / 2 or taken >= steps / 2):
             half = problem.loss()
-    return half, problem.loss(), steps
+    return Run(half, problem.loss(), taken, spent)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--problems", default=",".join(PROBLEMS))
     parser.add_argument("--seconds", type=float, default=30.0, help="of CPU for each run")
+    parser.add_argument("--steps", type=float, default=math.inf, help="of each run, at most")
+    parser.add_argument("--rates", default=",".join(str(lr) for lr in RATES), help="the grid of the tuned one")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    print("| problem | method | half-way | at the end | steps |\n| --- | --- | ---: | ---: | ---: |")
+    limits = options.seconds, options.steps, options.seed
+    print("| problem | method | half-way | at the end | steps | seconds |\n| --- | --- | ---: | ---: | ---: | ---: |")
     for name in options.problems.split(","):
-        tuned = {lr: run(name, {"lr": lr, **TUNED}, options.seconds, options.seed) for lr in RATES}
-        lr, best = min(tuned.items(), key=lambda pair: pair[1][1])
-        print(f"| {name} | tuned, lr={lr:g} | {best[0]:.2g} | {best[1]:.2g} | {best[2]} |", flush=True)
-        half, end, steps = run(name, RECIPE, options.seconds, options.seed)
-        print(f"| {name} | quadratic model | {half:.2g} | {end:.2g} | {steps} |", flush=True)
+        tuned = {lr: run(name, {"lr": lr, **TUNED}, *limits) for lr in map(float, options.rates.split(","))}
+        lr, best = min(tuned.items(), key=lambda pair: pair[1].end)
+        print(best.row(name, f"tuned, lr={lr:g}"), flush=True)
+        for method, recipe in RECIPES.items():
+            print(run(name, recipe, *limits).row(name, method), flush=True)
 
 
 if __name__ == "__main__":
