@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from curvature.layers.recorder import Recorder
+from curvature.model.moment import Moment
 
 #: Stands for the model's output among the arguments of a loss.
 OUTPUT = object()
@@ -64,6 +65,7 @@ class Pass:
     Attributes:
         inputs: Positional and named arguments of the model.
         random: Random states at its beginning.
+        moment: The model at its beginning.
         recorder: The uses of parameters in it; ``None`` if none were recorded.
         output: What the loss is expected to see; ``None`` where the model's result does not tell.
         edges: Where gradients of the tensors that the model returned arrive.
@@ -73,6 +75,7 @@ class Pass:
 
     inputs: Inputs
     random: list[Tensor]
+    moment: Moment
     autocast: torch.dtype | None = None
     recorder: Recorder | None = None
     output: Any = None
@@ -86,7 +89,6 @@ class Pass:
     at_output: Any = None  # the one of these on the output
     released: bool = False  # nothing can arrive any more
     again: bool = False  # it hides something, or another input counts the examples than was thought: to be repeated
-
     unseen: set[str] = field(default_factory=set)  # parameters with a gradient in it that no statistics reached
 
     @property

@@ -27,6 +27,7 @@ from curvature.model.data import Output, batch_size, examples_of, inspecting, re
 from curvature.model.fully_sharded import FullyShard, Mark, call_forward, shard_of
 from curvature.model.graph_nodes import nodes
 from curvature.model.hooks import At, Hook, OwnHook, calling_frame
+from curvature.model.moment import Moment
 from curvature.model.parameters import with_values
 from curvature.model.settings import autocast_dtype, autocasting, settings, untouched
 from curvature.model.streams import random_state
@@ -107,6 +108,7 @@ class Tape:
         self._open: Recorder | None = None  # that is active in it
         self._frame: FrameType | None = None  # of that call of the model
         self._thread = threading.get_ident()  # that calls the model; a loss module may be shared with other threads
+        self._written: set[int] = set()  # buffers, by id, that changed in a pass or after it
         self._counting = 0  # which of the input tensors counts the examples
         self._latest: Callable[[], Tensor | None] = lambda: None  # value of the last call of the loss
         self._task: int | None = None  # the user's backward pass under way
@@ -144,6 +146,7 @@ class Tape:
         """A new step begins: forget all passes."""
         self._leave()
         for origin in self.passes:
+            self._written |= origin.moment.written()
             release(origin)
         self.passes, self.outside = [], []
         self._task, self._marks, self.nonzero = None, {}, None
@@ -173,16 +176,24 @@ class Tape:
         device = next(iter(self.parameters().values())).device
         random = random_state(device)
         self._thread = threading.get_ident()
-        self._pass = Pass((args, kwargs), random, autocast_dtype(device))
+        self._pass = Pass((args, kwargs), random, moment := self._moment(), autocast_dtype(device))
         self._frame = calling_frame()
         if self.records and not self.shadows and not self.is_compiled():
-            self._pass.recorder = self.recorder((args, kwargs))
+            self._pass.recorder = self.recorder((args, kwargs), moment.tensors())
             self._pass.recorder.on_loss = self._after_function
             self._pass.recorder.__enter__()
             self._open = self._pass.recorder
             if self.shards is not None:
                 self.shards.keep_whole()
                 self._unmade = {name for name, p in self.seen().items() if p is self.parameters()[name]}
+
+    def _moment(self) -> Moment:
+        """The model as it is now, with what a repeated pass needs of its buffers.
+
+        Where no repeat is expected, buffers that were never seen to change are not copied.
+        """
+        last = self.passes[-1].moment if self.passes else None
+        return Moment(self.model, last, None if self.keeps_inputs else self._written)
 
     def _before_whole(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """The parameters of a layer under ``fully_shard`` will be made whole, and its arguments handed through."""
@@ -216,6 +227,7 @@ class Tape:
             return
         origin = self._pass
         self._leave()
+        self._written |= origin.moment.written()
         if result is None or not self._wants(module):
             return  # it raised
         try:
@@ -519,7 +531,7 @@ class Tape:
         values: Mapping[str, Tensor] | None = None,
         twice: bool = False,
     ) -> Iterator[Pass]:
-        """Run a pass of this step again, eagerly, with the random numbers and the autocast it had.
+        """Run a pass of this step again, eagerly, with the random numbers, modes, buffers and autocast it had.
 
         Buffers, random states and hooks see nothing of it. Reentrant checkpoints run as plain calls, so that what they
         hide is recorded.
@@ -546,13 +558,15 @@ class Tape:
         device = next(iter(self.parameters().values())).device
         run = lambda: call_forward(self.model, args, kwargs)  # noqa: E731  # neither hooks nor a compiled call
         with (
-            settings(self.model, origin.random, device) if twice else untouched(self.model, device, origin.random),
+            settings(self.model, origin.random, device, origin.moment)
+            if twice
+            else untouched(self.model, device, origin.random, origin.moment),
             plain_checkpoints(),
             autocasting(device, origin.autocast),
             torch.set_grad_enabled(record or torch.is_grad_enabled()),
             no_backward_hooks(self.model) as bare,
         ):
-            again = Pass((args, kwargs), origin.random, origin.autocast)
+            again = Pass((args, kwargs), origin.random, origin.moment, origin.autocast)
             again.recorder = self.recorder((args, kwargs)) if record else None
             with again.recorder or contextlib.nullcontext():
                 result = run() if values is None else with_values(self.model, values, run)
@@ -591,14 +605,21 @@ class Tape:
                     kept.append(origin)
         self.passes = kept
 
-    def recorder(self, inputs: Any, *, own_pass: bool = False) -> Recorder:
-        """A recorder of the uses of the tracked parameters in one pass on these inputs."""
+    def recorder(self, inputs: Any, tensors: list[Tensor] | None = None) -> Recorder:
+        """A recorder of the uses of the tracked parameters in one pass on these inputs.
+
+        Args:
+            inputs: Of the model.
+            tensors: Buffers and parameters of the model; those that it has, by default.
+        """
         parameters = self.seen()
         tracked = {id(p) for p in parameters.values()}
-        constants = [*self.model.buffers(), *(p for p in self.model.parameters() if id(p) not in tracked)]
+        if tensors is None:
+            tensors = [*self.model.buffers(), *self.model.parameters()]
+        constants = [t for t in tensors if id(t) not in tracked]
         sizes = [t.shape[0] for t in tensors_in(inputs) if t.dim()]
         number = sizes[self._counting] if self._counting < len(sizes) else batch_size(inputs)
-        recorder = Recorder(parameters, constants, number or None, own_pass=own_pass)  # there may be no example
+        recorder = Recorder(parameters, constants, number or None)  # there may be no example
         recorder.mark_inputs(inputs)
         return recorder
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,20 +11,24 @@ from torch import Tensor, nn
 
 from curvature.model.data import inspection
 from curvature.model.kernels import differentiable_kernels
+from curvature.model.moment import Moment, copied, writes
 from curvature.model.streams import own_stream
 from curvature.model.wrappers import as_written
 
 
 @contextlib.contextmanager
-def settings(model: nn.Module, random: list[Tensor], device: torch.device) -> Iterator[None]:
+def settings(model: nn.Module, random: list[Tensor], device: torch.device, at: Moment | None = None) -> Iterator[None]:
     """:func:`untouched`, with random numbers from ``random`` on and kernels that can be differentiated twice."""
-    with untouched(model, device, random), differentiable_kernels():
+    with untouched(model, device, random, at), differentiable_kernels():
         yield
 
 
 @contextlib.contextmanager
 def untouched(
-    model: nn.Module, device: torch.device | None = None, random: list[Tensor] | None = None
+    model: nn.Module,
+    device: torch.device | None = None,
+    random: list[Tensor] | None = None,
+    at: Moment | None = None,
 ) -> Iterator[None]:
     """Passes inside are the library's own, and leave the model as it is; restored afterwards, exceptions included.
 
@@ -38,65 +40,54 @@ def untouched(
         model: The model that will run.
         device: Where it runs; where its parameters are, by default.
         random: Where the random numbers begin; where the stream of the process is, by default.
+        at: The model is as it was then: in modes, attributes and buffers.
     """
     if device is None:
         device = next((p.device for p in model.parameters() if p.device.type == "cuda"), torch.device("cpu"))
-    with inspection(), own_stream(model, device, random), own_buffers(model), as_written(model):
+    with inspection(), own_stream(model, device, random), own_buffers(model, at), as_written(model):
         yield
+
+
+#: Bytes of the largest buffer of which a pass of ours keeps a second copy, for one that is written by two names.
+_SECOND = 1 << 20
 
 
 @contextlib.contextmanager
-def own_buffers(model: nn.Module) -> Iterator[None]:
-    """Let the model work on copies of its buffers, and leave the attributes of its modules as they were.
+def own_buffers(model: nn.Module, at: Moment | None = None) -> Iterator[None]:
+    """Let the model work on copies of its buffers, and leave what its modules remember as it was.
 
     A model that makes or grows a buffer remembers so in an attribute, which has to agree with the buffer afterwards.
+
+    Args:
+        model: The model.
+        at: Inside, attributes, modes, generators and values of buffers are those of then.
+
+    Raises:
+        RuntimeError: If a buffer of then is gone, or a large one was written by its name and by another.
     """
-    before = [(module, dict(vars(module)), dict(module._buffers.items())) for module in model.modules()]
-    originals = {id(b): b for *_, buffers in before for b in buffers.values() if b is not None}
-    copies = copied(originals)
-    written = {key: (writes(b), writes(copies[key])) for key, b in originals.items()}
+    now = Moment(model)
+    own = now.values if at is None else at.had()
+    begun = {key: writes(b) for key, b in own.items()}
+    second = (
+        copied({k: b for k, b in now.buffers.items() if k in own and b.nbytes <= _SECOND}) if at is None else now.values
+    )
     try:
-        for module, _, buffers in before:
-            for name, b in buffers.items():
-                if b is not None:
-                    module._buffers[name] = copies[id(b)]
+        (now if at is None else at).restore(own)
         yield
     finally:
-        for module, attributes, buffers in before:
-            now = vars(module)
-            for name in now.keys() - attributes.keys():
-                del now[name]
-            for name, value in attributes.items():
-                if now.get(name, now) is not value:
-                    now[name] = value
-            # The pass made or dropped one; the buffers of torch.jit cannot be cleared.
-            if list(module._buffers.keys()) != list(buffers):
-                module._buffers.clear()
-            for name, b in buffers.items():
-                module._buffers[name] = b
+        now.restore()
         with torch.no_grad():
-            for key, b in originals.items():
-                original, own = written[key]
-                # The model wrote to it by another name; the copy has the value from before, unless written as well.
-                if writes(b) != original and writes(copies[key]) == own:
-                    b.copy_(copies[key])
-
-
-def copied(tensors: dict[int, Tensor]) -> dict[int, Tensor]:
-    """Copies of tensors, of which those that share memory share it again."""
-    homes = {
-        key: t.untyped_storage()._cdata if type(t) is Tensor and t.layout is torch.strided else key
-        for key, t in tensors.items()
-    }
-    count = Counter(homes.values())
-    together = {key: t.detach() for key, t in tensors.items() if count[homes[key]] > 1}
-    alone = {key: t.detach().clone() for key, t in tensors.items() if key not in together}
-    return alone | copy.deepcopy(together)
-
-
-def writes(tensor: Tensor) -> int:
-    """How often a tensor was written to in place, as far as torch counts it."""
-    return 0 if tensor.is_inference() else tensor._version
+            for key in now.written():
+                # The model wrote to it by another name. Its own copy has the value from before, unless written as well.
+                b = now.buffers[key]
+                value = second.get(key, own[key] if key in own and writes(own[key]) == begun[key] else None)
+                if value is None:
+                    raise RuntimeError(
+                        f"{now.name(b)} was written by its name and by another name of the same tensor, in a pass that "
+                        "leaves the model as it was, and is too large for a second copy. Let the model write it by "
+                        "one name."
+                    )
+                b.copy_(value)
 
 
 def versions(model: nn.Module) -> dict[str, tuple[int, int]]:

@@ -15,8 +15,8 @@ from curvature.estimation.passes import Pass, TapedLoss
 from curvature.estimation.tape import Tape
 from curvature.losses import SumOfLosses
 from curvature.model.fully_sharded import named_parameters
+from curvature.model.moment import Moment
 from curvature.model.settings import settings
-from curvature.model.wrappers import unwrapped
 from precond.step.graph import (
     BackwardDoesNothing,
     CurvedOutput,
@@ -178,17 +178,21 @@ class ClosureReplay(Replay):
         model: The model.
         loss_fn: The loss module that the closure calls.
         random: Random states at the start of the step.
+        moment: The model at the start of the step.
     """
 
-    def __init__(self, closure: Callable[[], Any], model: nn.Module, loss_fn: nn.Module, random: list[Tensor]) -> None:
-        self.closure, self.model, self.loss_fn, self.random = closure, unwrapped(model), loss_fn, random
+    def __init__(
+        self, closure: Callable[[], Any], model: nn.Module, loss_fn: nn.Module, random: list[Tensor], moment: Moment
+    ) -> None:
+        self.closure, self.model, self.loss_fn, self.random = closure, model, loss_fn, random
+        self.moment = moment
 
     @contextmanager
     def _undisturbed(self) -> Iterator[None]:
         gradients = {p: p.grad for _, p in named_parameters(self.model)}
         device = next(iter(gradients)).device
         try:
-            with settings(self.model, self.random, device), torch.enable_grad(), BackwardDoesNothing():
+            with settings(self.model, self.random, device, self.moment), torch.enable_grad(), BackwardDoesNothing():
                 yield
         finally:
             for p, gradient in gradients.items():

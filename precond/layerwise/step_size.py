@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from curvature.estimation.tape import Tape
 from curvature.losses.loss import watched
+from curvature.model.moment import Moment
 from curvature.model.streams import random_state
+from curvature.model.wrappers import unwrapped
 from precond.distributed.sharded import is_sharded, like, local, summed, whole_of
 from precond.layerwise.quadratic_model import QuadraticModel
 from precond.layerwise.replay import ClosureReplay, LoopReplay, Replay
@@ -139,12 +141,12 @@ class StepModel:
 
         One that ran the backward pass and returns a detached loss, as trainers do, is a plain loop.
         """
-        model: nn.Module = self.optimizer.model
-        random = random_state(next(model.parameters()).device)
+        model = unwrapped(self.optimizer.model)
+        random, moment = random_state(next(model.parameters()).device), Moment(model)
         with torch.enable_grad():
             loss = closure()
         if isinstance(loss, Tensor) and loss.requires_grad:
-            self._closure = ClosureReplay(closure, model, self.loss_fn, random)
+            self._closure = ClosureReplay(closure, model, self.loss_fn, random, moment)
         return loss
 
     @property

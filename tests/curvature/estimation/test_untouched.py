@@ -178,7 +178,7 @@ def again(tape: Tape, model: nn.Module) -> None:
 
 
 class Positions(nn.Module):
-    """A buffer that grows, one made when it is needed, two that share memory, one written by another name."""
+    """A buffer that grows, one made when it is needed, two that share memory, one written by two names."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -201,6 +201,7 @@ class Positions(nn.Module):
             self.ready = True
         self.both += 1
         self.numbers["count"] += 1
+        self.count += 1
         self.kept = (x - self.shift) * self.table[: x.shape[1]] * self.first
         return self.linear(self.kept).mean(1)
 
@@ -217,6 +218,13 @@ def test_buffers_agree_with_what_the_model_remembers_of_them() -> None:
     assert model.first == 2
     linear = fisher(model.linear, loss_fn, (model.kept.mean(1), y), kind="exact", structure="full").to_dense()
     torch.testing.assert_close(found, linear)
+
+
+def test_a_large_buffer_that_is_written_by_two_names_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, loss_fn, x, y = Positions(), nn.CrossEntropyLoss(), normal(4, 5, 4), classes(4, of=3)
+    monkeypatch.setattr("curvature.model.settings._SECOND", 0)
+    with pytest.raises(RuntimeError, match="buffer 'count' of a Positions was written by its name and by another name"):
+        fisher(model, loss_fn, (x, y), kind="exact", structure="kfac")
 
 
 def test_buffers_are_the_models_own_if_memory_ends_while_they_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,141 @@
+"""A pass that is run again is the pass that was: in its modes, its buffers, its own random numbers, what it counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+from curvature.estimation.tape import Tape
+from precond import KFAC, QuadraticModel
+from precond.layerwise.step_size import StepModel
+from tests.curvature.loops import assert_same, batch, silently, statistics, watching
+
+LOSS = nn.CrossEntropyLoss()
+
+
+class Warming(nn.Module):
+    """Grows with the number of its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x * self.calls
+
+
+class Noisy(nn.Module):
+    """Draws from a generator of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rand(x.shape, generator=self.generator, dtype=x.dtype)
+
+
+class Centred(nn.Module):
+    """Subtracts a centre, which the loop moves after the pass, and which the pass moves by its name and by another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("centre", torch.zeros(5, dtype=torch.float64))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.float64))
+        self.other_name = [self.seen]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = (x - self.centre) * (1 + self.seen)
+        self.seen += 1
+        self.other_name[0] *= 2
+        return x
+
+
+def iterating() -> nn.Module:
+    """Spectral norm far from the end of its power iteration, which goes on in buffers."""
+    layer = parametrizations.spectral_norm(nn.Linear(5, 5), n_power_iterations=1)
+    with torch.no_grad():
+        layer.parametrizations.weight[0]._u.copy_(torch.eye(5)[0])
+        layer.parametrizations.weight[0]._v.copy_(torch.eye(5)[1])
+    return layer
+
+
+MIDDLES: dict[str, Callable[[], nn.Module]] = {
+    "dropout": nn.Dropout,
+    "batch norm": lambda: nn.BatchNorm1d(5, momentum=0.5),
+    "power iteration": iterating,
+    "attribute": Warming,
+    "generator": Noisy,
+    "buffers": Centred,
+}
+
+
+def model(name: str) -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 5), MIDDLES[name](), nn.Tanh(), nn.Linear(5, 3)).double()
+
+
+def loop(net: nn.Sequential, optimizer: Any, evaluates: bool) -> list[dict[str, Tensor]]:
+    """Two steps of two micro-batches; what the loop changes before ``step()`` is no part of the passes."""
+    found = []
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        for number in range(2):
+            net.train(not (evaluates and number))  # fine-tuning with frozen statistics
+            for seed in (2, 3):
+                x, y = batch(6, seed=seed + 2 * number)
+                LOSS(net(x), y).backward()
+            net.train(not net.training)  # validation between backward and step, say
+            net(batch(6)[0])
+            if isinstance(net[1], Centred):
+                net[1].centre += 1.0
+            silently(optimizer.step)
+            optimizer.zero_grad()
+            found.append(statistics(optimizer))
+    return found
+
+
+@pytest.mark.parametrize("name", MIDDLES)
+def test_repeated_passes_are_those_that_were(name: str) -> None:
+    found = {}
+    for capture in ("loss", "shadow"):
+        net = model(name)
+        optimizer = watching(net, LOSS, "kfac", "exact", curvature_ema=0.0, capture=capture, eval_mode=True)
+        found[capture] = loop(net, optimizer, evaluates=name == "batch norm")
+    for got, expected in zip(found["shadow"], found["loss"], strict=True):
+        assert_same(got, expected)
+
+
+@pytest.mark.parametrize("name", MIDDLES)
+def test_a_closure_that_is_called_again_finds_the_model_as_it_was(name: str) -> None:
+    net = model(name)
+    steps = StepModel(KFAC(net, LOSS, step_size=QuadraticModel()), QuadraticModel(), None, False)
+    x, y = batch(6)
+    loss = steps.evaluated(lambda: LOSS(net(x), y))
+    assert steps.replay.value() == loss
+    assert steps.replay.value() == loss
+
+
+def test_a_buffer_that_is_gone_is_refused_once_and_kept_from_then_on() -> None:
+    net = model("buffers")
+    tape = Tape(net, LOSS, lambda: dict(net.named_parameters()))
+    tape.records = True  # and no pass is expected to be run again
+    x, _ = batch(6)
+    for number in range(2):
+        expected = net(x)
+        net[1].centre += 1.0
+        (origin,) = tape.passes
+        if number == 0:
+            with pytest.raises(RuntimeError, match="the buffer 'centre' of a Centred was written since"):
+                tape.repeat(origin).__enter__()
+            tape.clear()
+        else:
+            with tape.repeat(origin) as again:
+                assert torch.equal(again.output, expected)
