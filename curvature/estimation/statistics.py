@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
 
 from curvature.estimation.batch_loss import refuse_beyond_outputs
 from curvature.estimation.passes import Pass, TapedLoss
@@ -33,6 +30,7 @@ from curvature.losses.from_gradient import from_output_gradient
 from curvature.losses.signals import Signals
 from curvature.model.backward_hooks import ours
 from curvature.model.data import refuse_complex
+from curvature.model.graph_nodes import only_way
 from curvature.structures.estimator import Curvature
 from solvers.outcome.finite import is_finite
 
@@ -93,7 +91,7 @@ class Statistics:
         self._step = Step()
         self._mark: tuple[Any, Any] | None = None  # the step when the backward pass under way began
         self._seed = 0  # of the draws of this step
-        self._waiting: list[Waiting] = []
+        self._waiting: list[tuple[Backward, list[Pass], Tensor]] = []  # with what its sum of terms is multiplied by
         self._refusal: Exception | None = None  # of what a gradient brought, if it turns out to count
         tape.reader = self
 
@@ -191,9 +189,9 @@ class Statistics:
         if self._refusal is not None:
             raise self._refusal
         waiting, self._waiting = self._waiting, []
-        for item in waiting:
-            item.backward.close()
-            self._note(self.collector.collect_backward(item.backward, item.share, self._step.counted_in(item.passes)))
+        for backward, passes, share in waiting:
+            backward.close()
+            self._note(self.collector.collect_backward(backward, share, self._step.counted_in(passes)))
         if self._opaque and self.tape.mode == "auto" and not self.shadows:
             found = {name: self.tape.parameters()[name].grad for name in written}
             unseen = self._missing({name: g for name, g in found.items() if g is not None}, self._now)
@@ -259,24 +257,20 @@ class Statistics:
         hooked = [o for o in passes if o.recorder is not None and o.recorder.hooks.look([terms.output])]
         with self._open_graph(passes, terms.output):
             # What hooks make of gradients on their way is no matter of curvature.
-            if call is not None and not hooked and self._waits(passes, recorder, terms, share, call):
+            if call is not None and not hooked and self._waits(passes, recorder, terms, share):
                 return self._refuse_hidden(recorder)
-            self._send(passes, recorder, terms, share)
-
-    def _send(self, passes: list[Pass], recorder: Recorder, terms: Terms, share: Weight) -> None:
-        """Collect by passes of our own; inside :meth:`_open_graph`."""
-        terms = in_their_places(terms, passes, self.batch_dim)
-        kind = self.curvature.kind
-        if kind != "empirical":
-            terms = terms.fisher(strict=False)
-        signals = Signals.of(terms, kind, self.curvature.samples, self.generator, recorder.batch, together=True)
-        scale = None if share.entries is None else share.entries.sqrt()
-        counted = self._step.counted_in(passes)
-        reached = self.collector.collect(
-            recorder, terms.output, signals, counted=counted, scale=scale, factor=share.factor
-        )
-        self._refuse_hidden(recorder)
-        self._note(reached)
+            terms = in_their_places(terms, passes, self.batch_dim)
+            kind = self.curvature.kind
+            if kind != "empirical":
+                terms = terms.fisher(strict=False)
+            signals = Signals.of(terms, kind, self.curvature.samples, self.generator, recorder.batch, together=True)
+            scale = None if share.entries is None else share.entries.sqrt()
+            counted = self._step.counted_in(passes)
+            reached = self.collector.collect(
+                recorder, terms.output, signals, counted=counted, scale=scale, factor=share.factor
+            )
+            self._refuse_hidden(recorder)
+            self._note(reached)
 
     def _note(self, reached: set[str]) -> None:
         self._step.note(reached)
@@ -289,48 +283,27 @@ class Statistics:
         if hides and self.tape.mode == "auto" and self._mark is not None:
             raise RuntimeError("a checkpoint with use_reentrant=True hides parameters")
 
-    def _waits(self, passes: list[Pass], recorder: Recorder, terms: Terms, share: Weight, call: TapedLoss) -> bool:
-        """Whether the user's own backward pass brings empirical statistics, so that none of ours is needed."""
+    def _waits(self, passes: list[Pass], recorder: Recorder, terms: Terms, share: Weight) -> bool:
+        """Whether the user's own backward pass brings empirical statistics, so that none of ours is needed.
+
+        It does not where it brings something besides the loss: that of another loss, of a penalty on activations.
+        """
         if self.curvature.kind != "empirical" or share.factor is None or isinstance(terms, JoinedTerms):
             return False
-        if any(origin.calls != [call] or len(origin.edges) > 1 for origin in passes):
-            return False  # the gradients of several losses arrive as one, and those of penalties on what else came out
+        sites = {site.edge.node for site in recorder.sites}
+        if not only_way(torch._C._current_autograd_node(), terms.output.grad_fn, sites):
+            return False
         signals = Signals(
             in_their_places(terms, passes, self.batch_dim), "empirical", batch=recorder.batch, together=True
         )
         backward = self.collector.await_backward(recorder, signals, lambda: not self.tape.inside)
-        if backward is None:
-            return False
-        self._waiting.append(item := Waiting(backward, passes, share.factor))
-        for origin in passes:
-            if isinstance(origin.output, Tensor) and origin.output.requires_grad:
-                expected = self._sent_to(origin.output, call.output, share.factor * terms.gradient())
-                compare = partial(self._compare, item, recorder, terms, expected)
-                backward.listen(get_gradient_edge(origin.output), compare)
-        return True
-
-    def _sent_to(self, output: Tensor, z: Tensor, gradient: Tensor) -> Tensor | None:
-        """What a gradient at what the loss saw is at the output of a pass; ``None`` for nothing."""
-        if z is output:
-            return gradient
-        found = torch.autograd.grad(z, output, gradient, retain_graph=True, allow_unused=True)
-        return found[0]
-
-    def _compare(self, item: Waiting, recorder: Recorder, terms: Terms, expected: Tensor | None, found: Tensor) -> None:
-        """A gradient arrived at an output: if something besides the loss sent some of it, ours are sent instead."""
-        if item not in self._waiting:
-            return
-        off = found if expected is None else found - expected
-        bound = torch.finfo(found.dtype).eps ** 0.5
-        if not bool(torch.linalg.vector_norm(off) <= bound * torch.linalg.vector_norm(found)):
-            self._waiting.remove(item)
-            item.backward.close()
-            with self._open_graph(item.passes, terms.output):
-                self._send(item.passes, recorder, terms, Weight(item.share))
+        if backward is not None:
+            self._waiting.append((backward, passes, share.factor))
+        return backward is not None
 
     def _stop_waiting(self) -> None:
-        for item in self._waiting:
-            item.backward.close()
+        for backward, *_ in self._waiting:
+            backward.close()
         self._waiting = []
 
     def _from_gradient(self, z: Tensor, gradient: Tensor, arrived_at: Tensor | None = None) -> tuple[Terms, Weight]:
@@ -510,15 +483,6 @@ class Statistics:
         self.collector.forget()
         self._step = Step()
         self.generator.manual_seed(self._seed)
-
-
-@dataclass(eq=False)
-class Waiting:
-    """Statistics that the user's backward pass will bring."""
-
-    backward: Backward
-    passes: list[Pass]
-    share: Tensor  # what the loss's sum of terms is multiplied by
 
 
 def _has_no_example(output: Any) -> bool:

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
 
 from curvature.estimation.arrivals import Arrived, Cache, samples_of, sites_of, valid_positions
 from curvature.estimation.collector import Collector
@@ -44,17 +43,12 @@ class Backward:
         self.gradients: dict[int, Tensor] = {}
         self._handles: list[Any] = []
         for site in sites_of(groups):
-            self.listen(site.edge, partial(self.gradients.__setitem__, id(site)))
+            self._handles.append(ours(site.edge.node.register_prehook(partial(self._arrived, site))))
 
-    def listen(self, edge: GradientEdge, hook: Callable[[Tensor], None]) -> None:
-        """Call a function with what arrives at an edge, before what leads to it runs."""
-
-        def note(gradients: tuple[Tensor | None, ...]) -> None:
-            gradient = gradients[edge.output_nr]
-            if gradient is not None and self._listens() and not stands_for_several(gradient):
-                hook(gradient.detach())
-
-        self._handles.append(ours(edge.node.register_prehook(note)))
+    def _arrived(self, site: Site, gradients: tuple[Tensor | None, ...]) -> None:
+        gradient = gradients[site.edge.output_nr]
+        if gradient is not None and self._listens() and not stands_for_several(gradient):
+            self.gradients[id(site)] = gradient.detach()
 
     def close(self) -> None:
         """Stop listening."""

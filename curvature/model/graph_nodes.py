@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Container, Iterable, Iterator
+import sys
+from collections.abc import Container, Iterable, Iterator, Set
 from functools import partial
+from types import FrameType
 from typing import Any
 
 from torch import Tensor
+from torch.autograd import graph
 
 
 def nodes(tensors: Iterable[Tensor], until: Container[Any] = ()) -> Iterator[Any]:
@@ -17,7 +20,11 @@ def nodes(tensors: Iterable[Tensor], until: Container[Any] = ()) -> Iterator[Any
         tensors: Those without a graph have no node.
         until: Nodes below which nothing is looked at.
     """
-    waiting: list[Any] = [t.grad_fn for t in tensors if t.grad_fn is not None]
+    return _below([t.grad_fn for t in tensors], until)
+
+
+def _below(starts: Iterable[Any], until: Container[Any]) -> Iterator[Any]:
+    waiting = [node for node in starts if node is not None]
     seen = set(waiting)
     while waiting:
         node = waiting.pop()
@@ -27,6 +34,32 @@ def nodes(tensors: Iterable[Tensor], until: Container[Any] = ()) -> Iterator[Any
         following = [before for before, _ in node.next_functions if before is not None and before not in seen]
         seen.update(following)
         waiting.extend(following)
+
+
+def only_way(value: Any, output: Any, targets: Set[Any]) -> bool:
+    """Whether all that the backward pass under way brings to some nodes goes through one node, and then another.
+
+    What else it is called on tells, such as a penalty on activations. Where nobody can tell what that is, it is not.
+
+    Args:
+        value: The node that is evaluated now.
+        output: A node below it, or itself.
+        targets: Nodes below that.
+    """
+    for frame in sys._current_frames().values():  # on an accelerator the pass runs in a thread of its own
+        before = set(_below(_called_on(frame), {value}))
+        if value in before:
+            others = before - {value} | set(_below([value], {output})) - {output}
+            return targets.isdisjoint(others) and output not in before - {value}
+    return False
+
+
+def _called_on(frame: FrameType | None) -> list[Any]:
+    """The nodes on which the innermost backward pass of a thread was called."""
+    while frame is not None and frame.f_code is not graph._engine_run_backward.__code__:
+        frame = frame.f_back
+    roots = [] if frame is None else frame.f_locals["t_outputs"]
+    return [root.grad_fn if isinstance(root, Tensor) else root.node for root in roots]
 
 
 @contextlib.contextmanager

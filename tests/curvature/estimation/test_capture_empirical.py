@@ -113,3 +113,55 @@ def test_two_losses_on_one_pass_are_kept_apart() -> None:
     for a, b, place in zip(first.blocks, second.blocks, first.places, strict=True):  # type: ignore[attr-defined]
         estimate = optimizer.preconditioners[place.block.name].estimator.operator().to_dense()
         torch.testing.assert_close(estimate, a.to_dense() + b.to_dense(), rtol=1e-10, atol=1e-14)
+
+
+class Routed(nn.Module):
+    """Keeps activations for penalties, and may compute one on weights in its forward pass."""
+
+    def __init__(self, multiplies: bool) -> None:
+        super().__init__()
+        self.multiplies = multiplies
+        self.first, self.router, self.last = nn.Linear(6, 7), nn.Linear(7, 7), nn.Linear(7, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.input = x.requires_grad_()
+        self.inner = self.first(x).tanh()
+        self.logits = self.router(self.inner)
+        if self.multiplies:
+            self.product = nn.functional.linear(self.first.weight.T, self.router.weight)
+        self.output = self.last(self.inner * self.logits.softmax(-1))
+        return self.output
+
+
+#: What a loop adds to the loss; where the empirical Fisher nevertheless comes from the user's own pass.
+PENALTIES: dict[str, tuple[Callable[[Routed, Tensor], Tensor], bool]] = {
+    "decay": (lambda net, loss: sum(p.square().sum() for p in net.parameters()), True),  # type: ignore[arg-type]
+    "z-loss": (lambda net, loss: net.logits.logsumexp(-1).square().mean(), False),
+    "activations": (lambda net, loss: net.inner.square().sum(), False),
+    "logits": (lambda net, loss: net.output.square().mean(), False),
+    "weights inside": (lambda net, loss: net.product.square().sum(), False),
+    "slopes": (
+        lambda net, loss: torch.autograd.grad(loss, net.input, create_graph=True)[0].square().sum(),
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+@pytest.mark.parametrize("first", [False, True], ids=["loss first", "penalty first"])
+def test_penalties_are_left_out(name: str, first: bool) -> None:
+    """As every other curvature leaves them out: it is that of the calls of the loss."""
+    torch.manual_seed(0)
+    net, (x, y) = Routed(name == "weights inside").double(), batch()
+    optimizer = KFAC(net, loss_fn := nn.CrossEntropyLoss(), lr=0.1, fisher="empirical", curvature_ema=0.0)
+    penalty, waits = PENALTIES[name]
+    passes = 0
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss = loss_fn(net(x), y)
+        more = 0.1 * penalty(net, loss)
+        total = more + loss if first else loss + more
+        passes = count_passes(total.backward)
+        optimizer.precondition()
+    assert (passes == 0) == waits
+    check(optimizer, curvature.fisher(net, loss_fn, (x, y), kind="empirical", structure="kfac"))
