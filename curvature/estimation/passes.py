@@ -45,6 +45,7 @@ class TapedLoss:
     weight: Tensor | None = None
     shape: tuple[int, ...] = ()  # of the output as the loss saw it
     whole: bool = False  # that is all of the model's output in its order
+    inside: bool = False  # the model called it
     arriving: Tensor | None = None  # the weight over the backward pass under way
     alive: Callable[[], Any] = lambda: None  # a hook that lives as long as a gradient may arrive at the value
 
@@ -82,6 +83,7 @@ class Pass:
     edges: tuple[GradientEdge, ...] = ()
     calls: list[TapedLoss] = field(default_factory=list)
     examples: int = -1  # size of the first axis of the output
+    own_loss: bool = False  # ``output`` is the loss that the model returned, beside outputs without a graph
     gradient: Tensor | None = None  # that arrived at ``output``, where the loss was not called on all of it
     arriving: Tensor | None = None  # the same over the backward pass under way
     seen: Tensor | None = None  # the output itself, without its graph

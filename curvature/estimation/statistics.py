@@ -456,18 +456,34 @@ class Statistics:
 
     def _repeat(self, origin: Pass) -> None:
         """Collect from a pass that is run again."""
-        calls = [call for call in origin.counted if call.whole]
+        calls = [call for call in origin.counted if call.whole or call.inside]
         if not calls and origin.gradient is None:
             return
         with self.tape.repeat(origin) as again:
+            if origin.own_loss:
+                self._arrived_at_own_loss(again, origin.gradient)
+            inside = dict(zip([call for call in origin.calls if call.inside], again.calls, strict=False))
             for call in calls:
                 assert call.weight is not None
-                z, place = call.seen(again.output), call.place
-                other = TapedLoss(call.module, call.args, call.kwargs, z, [again], place, call.value)
+                other = inside.get(call)
+                if other is None:
+                    z, place = call.seen(again.output), call.place
+                    other = TapedLoss(call.module, call.args, call.kwargs, z, [again], place, call.value)
                 self.arrived(other, call.weight)
-            if origin.gradient is not None and not calls:
+            if origin.gradient is not None and not calls and not origin.own_loss:
                 terms, share = self._from_gradient(again.output, origin.gradient, origin.seen)
                 self._take([again], terms, share, None)
+
+    def _arrived_at_own_loss(self, again: Pass, gradient: Tensor | None) -> None:
+        """Hand the gradient at the loss that a repeated pass computed on to the calls of losses that it consists of."""
+        values = [call.value for call in again.calls]
+        if not values or gradient is None:
+            return
+        with self.tape.own_pass([again], again.output):
+            weights = torch.autograd.grad(again.output, values, gradient, retain_graph=True, allow_unused=True)
+        for call, weight in zip(again.calls, weights, strict=True):
+            if weight is not None:
+                self.arrived(call, weight)
 
     def _missing(self, gradients: Mapping[str, Tensor], reached: Iterable[str] | None = None) -> set[str]:
         """Parameters with a gradient that no statistics explain; of the blocks ``reached``, by default in the step."""

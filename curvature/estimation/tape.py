@@ -11,6 +11,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from types import FrameType
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ from curvature.layers.recorder import Recorder
 from curvature.losses.loss import called, module_called
 from curvature.losses.sum_of_losses import SumOfLosses
 from curvature.model.backward_hooks import muted, no_backward_hooks, of_leaves, ours
-from curvature.model.data import Output, batch_size, examples_of, inspecting, resolve_output
+from curvature.model.data import Output, batch_size, examples_of, inspecting, loss_in, resolve_output
 from curvature.model.fully_sharded import FullyShard, Mark, call_forward, shard_of
 from curvature.model.graph_nodes import nodes
 from curvature.model.hooks import At, Hook, OwnHook, calling_frame
@@ -237,6 +238,9 @@ class Tape:
                 raise
         if isinstance(origin.output, Tensor) and origin.output.dim():
             origin.examples = len(origin.output)
+        own = loss_in(result)
+        if own is not None and origin.recorder is None and not any(t.requires_grad for t in tensors_in(origin.output)):
+            origin.output, origin.own_loss = own, True
         if origin.recorder is not None:
             origin.recorder.returned(result)
             self._count_by(origin)
@@ -336,22 +340,10 @@ class Tape:
         passes = [self._pass] if self._pass is not None else self._leading_to(z)
         if passes is None:
             return
-        call = TapedLoss(
-            module,
-            tuple(OUTPUT if a is z else a for a in args),
-            {key: OUTPUT if a is z else a for key, a in kwargs.items()},
-            z,
-            passes,
-            _place(passes, z),
-            value.detach(),
-            shape=tuple(z.shape) if isinstance(z, Tensor) else (),
-            whole=any(_same(origin.output, z) for origin in passes),
-        )
+        call = _taped(module, args, kwargs, z, value.detach(), passes, self._pass is not None)
         hook = At(self, "_gradient_at_loss", call)
         ours(value.register_hook(hook))
         call.alive, self._latest = weakref.ref(hook), weakref.ref(value)
-        for origin in passes:
-            origin.calls.append(call)
         if not passes:
             self.outside.append(call)
         if self.reader is not None and self.records:
@@ -567,13 +559,15 @@ class Tape:
             no_backward_hooks(self.model) as bare,
         ):
             again = Pass((args, kwargs), origin.random, origin.moment, origin.autocast)
-            again.recorder = self.recorder((args, kwargs)) if record else None
+            if record:
+                again.recorder = self.recorder((args, kwargs))
+                again.recorder.on_loss = partial(_called_again, again)
             with again.recorder or contextlib.nullcontext():
                 result = run() if values is None else with_values(self.model, values, run)
             bare(result)
             if again.recorder is not None:
                 again.recorder.returned(result)
-            again.output = self.seen_by_the_loss(result)
+            again.output = loss_in(result) if origin.own_loss else self.seen_by_the_loss(result)
             yield again
 
     def at_input(self, call: TapedLoss) -> Callable[[Tensor], None]:
@@ -624,6 +618,34 @@ class Tape:
         return recorder
 
 
+def _taped(
+    module: nn.Module, args: Any, kwargs: Any, z: Any, value: Tensor, passes: list[Pass], inside: bool
+) -> TapedLoss:
+    """Note a call of the loss on ``z`` in the passes that led to it."""
+    call = TapedLoss(
+        module,
+        tuple(OUTPUT if a is z else a for a in args),
+        {key: OUTPUT if a is z else a for key, a in kwargs.items()},
+        z,
+        passes,
+        _place(passes, z),
+        value,
+        shape=tuple(z.shape) if isinstance(z, Tensor) else (),
+        whole=any(_same(origin.output, z) for origin in passes),
+        inside=inside,
+    )
+    for origin in passes:
+        origin.calls.append(call)
+    return call
+
+
+def _called_again(again: Pass, func: Any, args: Any, kwargs: Any, value: Any) -> None:
+    """One of torch's loss functions was called in a repeated pass; its value keeps its graph."""
+    found = called(func, args, kwargs)
+    if found is not None and isinstance(value, Tensor) and value.requires_grad:
+        _taped(found[0], found[1], {}, found[1][0], value, [again], True)
+
+
 def _place(passes: list[Pass], z: Any) -> int:
     """Which output of its pass a loss is called on: a number for each tensor."""
     if not passes:
@@ -642,7 +664,7 @@ def _same(output: Any, z: Any) -> bool:
     if not isinstance(output, Tensor) or not isinstance(z, Tensor):
         return False
     plain = z.numel() == output.numel() and z.is_contiguous() and output.is_contiguous()
-    return plain and z.data_ptr() == output.data_ptr()
+    return plain and z.data_ptr() == output.data_ptr() and z.requires_grad == output.requires_grad
 
 
 def _first(tensor: Tensor, hook: OwnHook) -> Any:

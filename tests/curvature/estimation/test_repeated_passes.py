@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
 
 from curvature.estimation.tape import Tape
 from precond import KFAC, QuadraticModel
@@ -139,3 +141,37 @@ def test_a_buffer_that_is_gone_is_refused_once_and_kept_from_then_on() -> None:
         else:
             with tape.repeat(origin) as again:
                 assert torch.equal(again.output, expected)
+
+
+class OwnLoss(nn.Module):
+    """Returns a loss of two parts, and logits without their graph; hides a layer while told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.drop, self.last = nn.Linear(4, 5), nn.Dropout(0.3), nn.Linear(5, 3)
+        self.hides = False
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        inner = lambda z: self.drop(self.first(z).tanh())  # noqa: E731
+        x = checkpoint(inner, x.requires_grad_(), use_reentrant=True) if self.hides else inner(x)
+        z = self.last(x)
+        losses = [F.cross_entropy(z, labels), F.cross_entropy(z[:3], labels[:3])]
+        return {"loss": 0.5 * losses[0] + 0.1 * losses[1], "logits": z.detach()}
+
+
+@pytest.mark.parametrize("how", ["shadow", "compiled", "hidden"])
+def test_detached_logits_beside_an_own_loss(how: str) -> None:
+    found = []
+    for capture in ("plain", how):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            net = OwnLoss().double()
+            net.hides = capture == "hidden"
+            called = torch.compile(net, backend="eager") if capture == "compiled" else net
+            mode = "shadow" if capture == "shadow" else "auto"
+            optimizer = watching(called, LOSS, "kfac", "exact", curvature_ema=0.0, capture=mode)
+            for seed in (1, 2):
+                (called(*batch(6, seed=seed))["loss"] / 2).backward()
+            silently(optimizer.step)
+            found.append(statistics(optimizer))
+    assert_same(found[1], found[0])
