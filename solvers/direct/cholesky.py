@@ -21,6 +21,9 @@ from solvers.precision import widen
 from solvers.solver import Solver
 from solvers.triangles import upper_times
 
+# From this size on one matrix is factored by blocks, of so many rows: the sizes at which that is faster.
+_BY_BLOCKS, _BLOCK = 640, 192
+
 
 @dataclass(frozen=True)
 class Cholesky(Solver):
@@ -94,7 +97,12 @@ class CholeskyInverse(SelfAdjoint, Derived):
     def apply(self, x: Tensor) -> Tensor:
         batch = x.shape[: x.ndim - len(self.in_shape)]
         columns = x.reshape(prod(batch), *self.in_shape).movedim(0, -1)  # (*stack, n, batch)
-        return torch.cholesky_solve(columns, self.factor).movedim(-1, 0).reshape(x.shape)
+        if self.factor.device.type == "cpu":  # where torch.cholesky_solve copies the triangle first
+            half = torch.linalg.solve_triangular(self.factor, columns, upper=False)
+            solved = torch.linalg.solve_triangular(self.factor.mT, half, upper=True)
+        else:
+            solved = torch.cholesky_solve(columns, self.factor)
+        return solved.movedim(-1, 0).reshape(x.shape)
 
     def half(self, x: Tensor) -> Tensor:
         r""":math:`L^\top X` of ``X (*stack, n, m)``: its squares add up to those of X in the inverted matrix."""
@@ -102,9 +110,11 @@ class CholeskyInverse(SelfAdjoint, Derived):
 
     def to_explicit(self) -> Dense:
         """The inverse as a matrix, exactly symmetric."""
-        inverse = torch.cholesky_inverse(self.factor)
-        # LAPACK computes one triangle and torch copies it: symmetric to the last bit on CPU, made so elsewhere.
-        return Dense(inverse if inverse.device.type == "cpu" else symmetric_part(inverse), is_gram=True)
+        if self.factor.device.type == "cpu":
+            # L lies in rows, so L^T in the columns that LAPACK takes. It computes one triangle and torch copies it:
+            # symmetric to the last bit here, made so elsewhere.
+            return Dense(torch.cholesky_inverse(self.factor.mT, upper=True), is_gram=True)
+        return Dense(symmetric_part(torch.cholesky_inverse(self.factor)), is_gram=True)
 
     def to_dense(self) -> Tensor:
         return self.to_explicit().to_dense()
@@ -123,11 +133,40 @@ def cholesky_factor(op: Dense) -> Tensor:
     """``L`` with ``L L^T = op``, lower triangular ``(*stack, n, n)``, in float32 at least; checked."""
     require_symmetric(op)
     matrix = widen(op.matrix)
-    factor, info = torch.linalg.cholesky_ex(matrix)
+    factor, info = _triangle(matrix)
     # NaN and infinity can pass without a bad pivot, but in row i of the triangle they reach the pivot L_ii.
     pivots = factor.diagonal(dim1=-2, dim2=-1)
     require((info == 0).all() & torch.isfinite(pivots).all(), lambda: _failure(op, matrix))
     return factor
+
+
+def _triangle(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    r"""``L``, and 0 where it exists; on the processor L lies in rows.
+
+    Before LAPACK works there, torch writes the triangle column by column, which takes as long as the factorisation from
+    some hundred columns on, and twice as long where the columns are a power of two apart: large ones go by blocks of
+    rows of :math:`L^\top = U`, from the rows of U that are known:
+    :math:`U_{ii}^\top U_{i,\ge i} = A_{i,\ge i} - U_{<i,i}^\top U_{<i,\ge i}`.
+    """
+    if matrix.device.type != "cpu":
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        return factor, info
+    n = matrix.shape[-1]
+    if matrix.ndim > 2 or n < _BY_BLOCKS:
+        upper, info = torch.linalg.cholesky_ex(matrix, upper=True)
+        return upper.mT, info
+    upper, infos = matrix.new_zeros(n, n).mT, []
+    for start in range(0, n, _BLOCK):
+        end = min(start + _BLOCK, n)
+        rows = matrix[start:end, start:]
+        if start:
+            known = upper[:start, start:]
+            rows = torch.addmm(rows, known[:, : end - start].mT, known, alpha=-1)
+        block, info = torch.linalg.cholesky_ex(rows[:, : end - start])
+        upper[start:end, start:end] = block.mT
+        upper[start:end, end:] = torch.linalg.solve_triangular(block, rows[:, end - start :], upper=False)
+        infos.append(info)
+    return upper.mT, torch.stack(infos).amax()
 
 
 def _failure(op: Dense, matrix: Tensor) -> SolverError:

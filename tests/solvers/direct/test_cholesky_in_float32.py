@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from solvers import Cholesky, Dense, NotPositiveDefiniteError
+from solvers import Cholesky, Dense, NonFiniteError, NotPositiveDefiniteError
+from solvers.direct.cholesky import cholesky_factor
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -52,3 +53,32 @@ def test_scales_of_the_rows_do_not_matter(n: int) -> None:
     scaled = (scale[:, None] * A * scale).float()
     found = Cholesky().power(Dense((scaled + scaled.T) / 2), -1).to_dense().double()
     assert distance(scale[:, None] * found * scale, inverse) < 1e4 * EPS
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_large_matrices_are_factored_by_blocks_as_well_as_at_once(dtype: torch.dtype) -> None:
+    X = torch.randn(700, 800, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    A = (X @ X.T / 800 + 0.1 * torch.eye(700, dtype=torch.float64)).to(dtype)
+    L = cholesky_factor(Dense(A, is_gram=True)).double()
+    exact = torch.linalg.cholesky(A.double())
+    eps = torch.finfo(dtype).eps
+    assert torch.equal(L, L.tril())
+    # As far from the triangle of these entries as that of LAPACK in one piece, up to a factor.
+    at_once = (torch.linalg.cholesky(A).double() - exact).abs().max()
+    assert (L - exact).abs().max() <= 4 * (at_once + eps)
+    assert (L @ L.T - A.double()).abs().max() <= 32 * eps
+    v = torch.randn(3, 700, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+    for explicit in (False, True):
+        inverse = Cholesky(explicit).power(Dense(A, is_gram=True), -1)
+        assert ((inverse @ v).double() @ A.double() - v.double()).abs().max() <= 200 * eps
+
+
+@pytest.mark.parametrize("place", [3, 650])
+def test_a_bad_pivot_in_any_block_is_refused(place: int) -> None:
+    bad = torch.eye(700)
+    bad[place, place] = -1
+    with pytest.raises(NotPositiveDefiniteError, match="smallest eigenvalue is -1"):
+        Cholesky().power(Dense(bad, is_gram=True), -1)
+    bad[place, place] = torch.nan
+    with pytest.raises(NonFiniteError):
+        Cholesky().power(Dense(bad, is_gram=True), -1)
