@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
+from curvature.cli.blame import called_on
 from curvature.cli.commands import Answer, compared, run
 from curvature.cli.output import to_json
 from curvature.cli.parser import make_parser
@@ -42,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if given.debug:
             raise
         named = isinstance(error, (UsageError, *_EXPLAINED)) and str(error)
-        _say(f"error: {error if named else f'{type(error).__name__}: {error} (--debug shows where)'}")
+        where = called_on(error)
+        _say(f"error: {where}{error if named else f'{type(error).__name__}: {error} (--debug shows where)'}")
         return 2 if isinstance(error, UsageError) else 1
     print(to_json(answer.content) if given.json else answer.text)
     return 0 if answer.good else 1
@@ -59,10 +61,13 @@ def _of_source(given: Namespace) -> Answer:
 
 @contextmanager
 def _warnings_in_one_line() -> Iterator[None]:
-    """Print warnings without the place in the code that they come from."""
+    """Print warnings once, without the places in the code that they come from."""
+    seen = set[str]()
 
     def show(message: Warning | str, *_: object, **__: object) -> None:
-        _say(f"warning: {message}")
+        if str(message) not in seen:
+            seen.add(str(message))
+            _say(f"warning: {message}")
 
     with warnings.catch_warnings():
         warnings.simplefilter("default")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from typing import Any, get_args
 
 from curvature.matrices.by_name import MATRICES
+from solvers import __version__
 from solvers.eigenpairs.result import Which
 from solvers.estimates.spectral_density import DensityMethod
 from solvers.estimates.trace import TraceMethod
@@ -14,19 +16,22 @@ FACTORED = ("kfac", "ekfac", "foof", "diagonal")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 _DESCRIPTION = """\
-The curvature of a model's loss: its Hessian, or the Gauss-Newton matrix (GGN), which for cross-entropy and squared
-errors is the Fisher information.
+The curvature of a model's loss: its Hessian, or the Gauss-Newton matrix (GGN),
+which for cross-entropy and squared errors is the Fisher information.
 
-SOURCE names a function of yours, module:function or path/to/file.py:function. It is called without arguments and
-returns (model, loss_fn, data): the model in the mode and with the weights to look at, the loss module, and one batch
-(x, y), a list of batches or a DataLoader. A dict with these keys may add params, output, class_dim and batch_dim,
-as for curvature.hessian.
+SOURCE names a function of yours, module:function or path/to/file.py:function.
+It is called without arguments and returns (model, loss_fn, data): the model in
+the mode and with the weights to look at, the loss module, and one batch (x, y),
+a list of batches or a DataLoader. A dict with these keys may add params, output,
+class_dim and batch_dim, as for curvature.hessian.
 """
 _EPILOG = """\
 exit status:
   0  done
-  1  refused or failed, and why is said in one line; or printed, but not as exact as was asked for
-  2  a wrong command line, or no model, loss and data from SOURCE, or no reports to compare
+  1  refused or failed, and why is said in one line; or printed, but not as
+     exact as was asked for
+  2  a wrong command line, or no model, loss and data from SOURCE, or no reports
+     to compare
 
 example:
   python -m curvature eigs train.py:problem -k 5 --resume eigs.pt
@@ -51,12 +56,13 @@ def make_parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    top.add_argument("--version", action="version", version=f"curvature of precond {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
     made = {
         name: commands.add_parser(
             name,
             help=text,
-            description=f"{text[0].upper()}{text[1:]}.",
+            description=textwrap.fill(f"{text[0].upper()}{text[1:]}.", 80),
             epilog=_EPILOG,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )

@@ -60,6 +60,12 @@ def bad_loss():
 def one_shot():
     model, loss_fn, data = problem()
     return model, loss_fn, (batch for batch in data)
+def strings():
+    model, loss_fn, data = problem()
+    return model, loss_fn, (["a", "b"], data[0][1][:2])
+def whole_numbers():
+    model, loss_fn, data = problem()
+    return model, loss_fn, [(x.long(), y) for x, y in data]
 def frozen():
     model, loss_fn, data = problem()
     return model.requires_grad_(False), loss_fn, data
@@ -245,15 +251,37 @@ def test_wrong_sources(source: str, message: str, capsys: pytest.CaptureFixture[
         ("training:bad_loss", "nan"),
         ("training:unknown_loss", ""),
         ("training:frozen", "has no trainable parameter"),
+        ("training:strings", "must be Tensor, not list"),
+        ("training:whole_numbers", "same dtype"),
     ],
 )
 def test_refusals(command: str, source: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, source]) == 1
     shown = capsys.readouterr()
-    assert message in shown.err.lower() and shown.out == ""
+    assert message.lower() in shown.err.lower() and shown.out == ""
     assert shown.err.startswith("curvature: error: ") and shown.err.count("\n") == 1, "one line"
     with pytest.raises(Exception, match="(?i)" + message):
         main([command, source, "--debug"])
+
+
+@pytest.mark.parametrize(
+    ("source", "call"),
+    [
+        ("training:strings", "in Sequential(list of 2 str): "),
+        ("training:whole_numbers", "in Sequential(int64 of shape (6, 4)): "),
+        ("training:no_data", ""),
+        ("training:bad_loss", ""),
+    ],
+)
+def test_an_error_of_the_model_names_its_call(source: str, call: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", source]) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"curvature: error: {call}") and ("error: in " in shown) == bool(call)
+
+
+def test_warnings_are_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", "training:batch_norm", "-k", "1", "--quiet", "--budget", "0.5"]) in (0, 1)
+    assert capsys.readouterr().err.count("warning: not one loss") == 1
 
 
 def test_batch_statistics_are_named(capsys: pytest.CaptureFixture[str]) -> None:
@@ -308,13 +336,20 @@ def test_not_converged(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out)["complete"] is False
 
 
-@pytest.mark.parametrize("command", ["", "report", "eigs", "density", "trace", "quantize", "coverage"])
-def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("command", ["", "report", "eigs", "density", "trace", "quantize", "coverage", "compare"])
+def test_help(command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "82")  # argparse leaves two free
     with pytest.raises(SystemExit) as caught:
         main([*command.split(), "--help"])
     assert caught.value.code == 0
     shown = capsys.readouterr().out
-    assert "exit status:" in shown and max(map(len, shown.splitlines())) <= 120
+    assert "exit status:" in shown and max(map(len, shown.splitlines())) <= 82
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert solvers.__version__ in capsys.readouterr().out
 
 
 def test_a_killed_run_goes_on_to_the_same_eigenvalues(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
