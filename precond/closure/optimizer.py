@@ -145,12 +145,18 @@ class ClosureOptimizer(SecondOrderOptimizer):
 
         Args:
             closure: The closure.
-            instead: What ``backward()`` does, with the tensor; nothing by default.
+            instead: What ``backward()`` does, with the tensor; by default it leaves zeros, for closures that go on to
+                clip their gradients or to take their norm.
         """
         own = [(p, p.grad) for p in self.parameters()]
         for p, _ in own:
             p.grad = None
-        mode = BackwardDoesNothing(instead)
+
+        def zeros(_: Tensor) -> None:
+            for p, _grad in own:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+
+        mode = BackwardDoesNothing(instead or zeros)
         try:
             with torch.enable_grad(), mode:
                 return closure(), mode.called
@@ -195,6 +201,8 @@ class ClosureOptimizer(SecondOrderOptimizer):
             result = closure()
             if any(p.grad is not None and not _same(p.grad, before.get(p)) for p in params):
                 return result  # it ran the backward pass, as in a plain loop
+            if result is None and before:
+                return None  # it does nothing, as that of Lightning's manual optimization: the loop ran the pass
             loss = loss_tensor(result, type(self).__name__) + self._penalty()
             refuse_closure(type(self).__name__, parallel, self.ranks)
             slopes = self._differentiated(loss, params)

@@ -46,7 +46,7 @@ def _with_model(me: str, given: Mapping[str, Any], more: int, call: str, closure
         return (
             f"{me} learns from the layers of a model: pass the model itself, not {type(model).__name__} (such as "
             f"model.parameters()), and the loss that the loop calls: {call}. Methods that need gradients alone, such "
-            "as SOAP, take parameters."
+            f"as SOAP, take parameters.{_bound(me) if isinstance(model, list) else ''}"
         )
     if isinstance(model, nn.Module) and isinstance(loss, nn.Module) and not _trains(model) and _trains(loss):
         return f"{me} takes the model first, then the loss, which came the other way round: {call}."
@@ -59,6 +59,11 @@ def _with_model(me: str, given: Mapping[str, Any], more: int, call: str, closure
     if "model" in given and "loss_fn" not in given:
         return _without_loss(me, call)
     return None
+
+
+def _bound(me: str) -> str:
+    """For trainers, which make optimizers from lists of groups."""
+    return f" A trainer that makes its optimizer itself takes precond.integrations.with_model({me}, model, loss_fn)."
 
 
 def _without_loss(me: str, call: str) -> str:

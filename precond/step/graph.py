@@ -71,6 +71,12 @@ def loss_tensor(loss: Any, whose: str, called: Sequence[Tensor] = ()) -> Tensor:
         return sum((tensor.reshape(()) for tensor in called[1:]), called[0].reshape(()))
     if isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad:
         return loss.reshape(())
+    if loss is None:
+        raise TypeError(
+            f"the closure of {whose} returned None and ran no backward pass: it must compute the loss of one batch and "
+            "return it. A trainer that is called without a closure may pass one that does nothing (Lightning's manual "
+            "optimization): call step(closure=...) of its optimizer with yours."
+        )
     what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
     raise TypeError(
         f"the closure of {whose} must return the loss as a tensor with one number and its graph, not {what}"

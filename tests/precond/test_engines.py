@@ -213,6 +213,16 @@ def test_gradients_that_a_trainer_clips_count_as_clipped(name: str) -> None:
     assert not torch.allclose(found, engine_closure(SECOND[name], whole), atol=1e-6)
 
 
+def read_and_clip(model: nn.Module) -> None:
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    nn.utils.clip_grad_value_([*model.parameters()], 1e3)  # torch refuses to clip where there is no gradient at all
+
+
+@pytest.mark.parametrize("name", SECOND)
+def test_closures_find_gradients_after_each_of_their_backward_passes(name: str) -> None:
+    assert torch.equal(engine_closure(SECOND[name], whole, read_and_clip), engine_closure(SECOND[name], whole))
+
+
 @pytest.mark.parametrize("name", SECOND)
 def test_a_closure_that_does_not_clear_the_gradients_of_our_last_step_adds_nothing(name: str) -> None:
     assert torch.equal(engine_closure(SECOND[name], whole, zero=False), engine_closure(SECOND[name], whole))
@@ -257,6 +267,19 @@ def test_a_closure_without_loss_is_refused() -> None:
     optimizer = AdaHessian(model.parameters())
     with pytest.raises(TypeError, match=r"Return the loss itself, not loss\.item\(\) or loss\.detach\(\)"):
         optimizer.step(lambda: LOSS(model(batch(0)[0]), batch(0)[1]).detach())
+
+
+def test_a_closure_that_does_nothing_is_a_plain_loop_or_refused() -> None:
+    """As Lightning's manual optimization passes it where the user passes none."""
+
+    def manual(optimizer: SecondOrderOptimizer) -> Callable[[Callable[[], Tensor]], Any]:
+        return lambda closure: (closure(), optimizer.step(lambda: None))
+
+    assert torch.equal(run(METHODS["PSGD"], manual), run(METHODS["PSGD"], plain_loop))
+    for make in (*SECOND.values(), METHODS["PSGD"]):
+        optimizer = make(network())
+        with pytest.raises(TypeError, match=r"returned None and ran no backward pass.*call step\(closure=\.\.\.\)"):
+            optimizer.step(lambda: None)
 
 
 @pytest.mark.parametrize("backward", [False, True])

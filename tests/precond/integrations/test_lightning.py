@@ -56,12 +56,16 @@ class Module(lightning.LightningModule):
 
 def fitted(make: Any, folder: Path | None = None, epochs: int = 2, resume: str | None = None, **options: Any) -> Module:
     module = Module(make)
+    fit(module, folder, epochs, resume, **options)
+    return module
+
+
+def fit(module: Module, folder: Path | None = None, epochs: int = 2, resume: str | None = None, **options: Any) -> None:
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
     trainer = lightning.Trainer(max_epochs=epochs, enable_checkpointing=False, **quiet, **options)
     trainer.fit(module, loader(), ckpt_path=resume)
     if folder is not None:
         trainer.save_checkpoint(folder / "last.ckpt")
-    return module
 
 
 def plain(make: Any, clip: float = 0.0, parts: int = 1) -> Tensor:
@@ -114,6 +118,45 @@ def test_every_method_equals_the_plain_loop(name: str) -> None:
 def test_clipping_and_accumulation(name: str) -> None:
     assert torch.equal(flat(fitted(METHODS[name], gradient_clip_val=0.05).net), plain(METHODS[name], clip=0.05))
     assert torch.equal(flat(fitted(METHODS[name], accumulate_grad_batches=2).net), plain(METHODS[name], parts=2))
+
+
+class Manual(Module):
+    """Its loop by itself, with a closure or without."""
+
+    def __init__(self, make: Callable[[nn.Module], Any], closure: bool) -> None:
+        super().__init__(make)
+        self.automatic_optimization, self.closure = False, closure
+
+    def training_step(self, batch: Any, index: int) -> None:
+        optimizer: Any = self.optimizers()
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            self.manual_backward(loss := super(Manual, self).training_step(batch, index))
+            return loss
+
+        if self.closure:
+            optimizer.step(closure=closure)
+        else:
+            closure()
+            optimizer.step()
+
+
+@pytest.mark.parametrize("closure", [True, False])
+@pytest.mark.parametrize("name", ["KFAC, rule", "PSGD", "SOAP", "HessianFree"])
+def test_manual_optimization(name: str, closure: bool) -> None:
+    module = Manual(METHODS[name], closure)
+    if name == "HessianFree" and not closure:
+        with pytest.raises(TypeError, match=r"call step\(closure=\.\.\.\) of its optimizer with yours"):
+            fit(module)
+    else:
+        fit(module)
+        assert torch.equal(flat(module.net), plain(METHODS[name]))
+
+
+def test_clipping_by_value_in_a_method_that_runs_the_closure_again() -> None:
+    options = {"gradient_clip_val": 1e3, "gradient_clip_algorithm": "value"}
+    assert torch.equal(flat(fitted(METHODS["HessianFree"], **options).net), plain(METHODS["HessianFree"]))
 
 
 @pytest.mark.parametrize("name", SECOND)

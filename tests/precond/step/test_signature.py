@@ -185,6 +185,7 @@ LAYERED = [name for name, cls in ALL.items() if cls.needs == "layers"]
     [
         ((LINEAR.parameters(),), r"learns from the layers of a model: pass the model itself, not generator"),
         (([*LINEAR.parameters()], MSE), r"learns from the layers of a model: pass the model itself, not list"),
+        (([{"params": [*LINEAR.parameters()]}],), r"learns from .*itself takes precond\.integrations\.with_model\("),
         ((LINEAR,), r"needs the loss, too, and loss_fn is missing"),
         ((MSE, LINEAR), r"takes the model first, then the loss, which came the other way round"),
         (
