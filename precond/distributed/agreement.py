@@ -151,7 +151,7 @@ class SharedPlan:
         Raises:
             RuntimeError: If the processes use the same parameters in ways that have no common blocks.
         """
-        found = ranks.objects(self._own(host))
+        found = ranks.objects(lambda: self._own(host))
         ranks.together(lambda: self._adopt(found, host))
 
     def _adopt(self, found: list[tuple[dict[str, SharedBlock], dict[str, str]]], host: Host) -> None:

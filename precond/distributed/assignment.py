@@ -69,7 +69,7 @@ def assigned(
         return {**before, **dict(zip(new, shared_out([costs[name] for name in new], loads), strict=True))}
     out = dict(before)
     free: list[list[str]] = []
-    for names in _together(parts):
+    for names in blocks_together(parts):
         places = {before[name] for name in names if name in before}
         if len(places) > 1:
             raise RuntimeError(
@@ -87,7 +87,7 @@ def assigned(
     return out | {name: column for names, column in zip(free, columns_of, strict=True) for name in names}
 
 
-def _together(parts: Mapping[str, Collection[str]]) -> list[list[str]]:
+def blocks_together(parts: Mapping[str, Collection[str]]) -> list[list[str]]:
     """Blocks that share parameters, directly or through others."""
     sets: list[tuple[set[str], list[str]]] = []
     for name in sorted(parts):

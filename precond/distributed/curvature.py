@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any, Protocol
@@ -14,7 +14,7 @@ from curvature.model.data import to_device
 from curvature.structures.estimator import CurvatureEstimator
 from precond.distributed.agreement import Host, SharedPlan
 from precond.distributed.assignment import assigned, cost
-from precond.distributed.ranks import Ranks
+from precond.distributed.ranks import Ranks, gathering_of
 from precond.distributed.reduction import Item, Piece, add_up, spread
 from precond.distributed.sharded import local
 from solvers import LinearOperator, SolverError
@@ -297,9 +297,12 @@ class SharedCurvature:
 
     def states(self, blocks: Mapping[str, Kept]) -> dict[str, dict[str, Any]]:
         """The state of every block, of those that others keep as well; all processes call it."""
-        own = {name: block.state_dict() for name, block in blocks.items() if self.counts(name)}
+
+        def own() -> dict[str, dict[str, Any]]:
+            return {name: block.state_dict() for name, block in blocks.items() if self.counts(name)}
+
         if self.ranks.columns == 1:
-            return own
+            return own()
         found: dict[str, dict[str, Any]] = {}
         for part in self.ranks.objects(own):
             found |= part
@@ -325,17 +328,26 @@ class SharedCurvature:
         names = sorted(name for name in names if name in self._columns)
         if self.ranks.columns == 1 or not names:
             return
-        shared = {name: blocks[name].estimator.shared() if self.keeps(name) else {} for name in names}
-        if any(name not in self._published for name in names):
-            own = {
-                name: [Published.of(key, x) for key, x in shared[name].items()] for name in names if self.keeps(name)
+
+        def shared(name: str) -> dict[str, Tensor]:
+            return blocks[name].estimator.shared() if self.keeps(name) else {}
+
+        def described() -> dict[str, list[Published]]:
+            return {
+                name: [Published.of(key, x) for key, x in shared(name).items()] for name in names if self.keeps(name)
             }
-            for found in self.ranks.objects(own):
+
+        if any(name not in self._published for name in names):
+            for found in self.ranks.objects(described):
                 self._published |= found
         layouts = [(name, layout) for name in names for layout in self._published[name]]
-        pieces = [Piece(self._columns[n], x.shape, x.dtype, shared[n].get(x.key)) for n, x in layouts]
+
+        def pieces() -> list[Piece]:
+            own = {name: shared(name) for name in names}
+            return [Piece(self._columns[n], x.shape, x.dtype, own[n].get(x.key)) for n, x in layouts]
+
         received: dict[str, dict[str, Tensor]] = {name: {} for name in names}
-        for (name, layout), tensor in zip(layouts, spread(self.ranks, pieces) if pieces else [], strict=True):
+        for (name, layout), tensor in zip(layouts, spread(self.ranks, pieces) if layouts else [], strict=True):
             received[name][layout.key] = layout.laid_out(tensor)
         for name in names:
             if not self.keeps(name) and received[name]:
@@ -393,18 +405,16 @@ class SharedCurvature:
         here = [name for name in names if self.ranks.columns == 1 or name not in self._columns]
         out = [(name, blocks[name] @ blocks[name].estimator.block.read(gradients)) for name in here]
         names = [name for name in names if name not in here]
-        pieces: list[Piece] = []
 
-        def compute() -> None:
+        def compute() -> Iterator[Piece]:
             for name in names:
                 block = blocks[name].estimator.block
                 dtype = reduce(torch.promote_types, (gradients[part].dtype for part in block.names))
                 own = blocks[name] @ block.read(gradients) if self.keeps(name) else None
-                pieces.append(Piece(self._columns[name], tuple(block.shape), dtype, own))
+                yield Piece(self._columns[name], tuple(block.shape), dtype, own)
 
         if names:
-            self.ranks.together(compute)
-            out += zip(names, spread(self.ranks, pieces), strict=True)
+            out += zip(names, spread(self.ranks, lambda: list(compute())), strict=True)
         return out
 
     def owners(self, blocks: Mapping[str, Kept], gradients: Collection[str]) -> dict[str, int]:
@@ -432,7 +442,8 @@ class SharedCurvature:
         if self.ranks.columns == 1:
             return values
         sizes = [values.numel()] * self.ranks.columns
-        return torch.stack(self.ranks.from_columns(values.reshape(-1), sizes)).sum(0).view_as(values)
+        parts = self.ranks.sent(lambda: gathering_of(self.ranks.row, values.reshape(-1), sizes))
+        return torch.stack(parts).sum(0).view_as(values)
 
 
 def _nonzero(tensors: Sequence[Tensor | None]) -> list[float]:

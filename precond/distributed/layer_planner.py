@@ -213,10 +213,10 @@ def plan_layers(optimizer: Layerwise, model: nn.Module, world_size: int, fractio
     several = columns > 1
     messages = {
         "step": 2 + several + directions,  # are gradients fit? directions; are results?
-        # What is hidden, the weights, which sums there are (2), are averages fit, which sums follow.
-        "update": 6 + len(wide) * (several + 2 * (kept > 1)),
-        # Who succeeded (2); the length of the momentum in the new metric; eigenbases.
-        "refresh": 2 + several + bases_sent,
+        # What is hidden, the weights, which sums there are (2), are they ready, are averages fit, which sums follow.
+        "update": 7 + len(wide) * (several + 2 * (kept > 1)),
+        # Who succeeded (2); the length of the momentum in the new metric (2); eigenbases, when they are ready.
+        "refresh": 2 + 2 * several + bases_sent + (bases_sent > 0),
     }
 
     def by_rank(values: list[int]) -> list[int]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from curvature.model.fully_sharded import FullyShard
 from precond.distributed.ranks import Ranks
-from precond.distributed.sharded import layout_of
+from precond.distributed.sharded import layout_of, ranks_over
 
 
 class MeshRanks(Ranks):
@@ -26,11 +26,9 @@ class MeshRanks(Ranks):
     def __init__(self, parameter: Any) -> None:
         self._mesh = parameter.device_mesh
         self._shards = layout_of(parameter).group
-        size = self._mesh.size()
-        world = size == dist.get_world_size()
-        members = self._mesh.mesh.flatten().tolist()
-        group = dist.group.WORLD if world else dist.new_group(sorted(members), use_local_synchronization=True)
-        super().__init__(group, parameter.to_local().device, dist.get_world_size(self._shards) ** -1)
+        device = parameter.to_local().device
+        group = ranks_over(self._mesh, device).group
+        super().__init__(group, device, dist.get_world_size(self._shards) ** -1)
         self.column = dist.get_rank(self._shards)
         self.index = dist.get_rank(self.same_blocks)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from fractions import Fraction
 from functools import cached_property
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,10 +16,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from curvature.model.messages import ProcessLost, answered
-from precond.distributed.triangles import tree_sum
+from precond.distributed.triangles import add_up_in_place, tree_sum
 
 #: Numbers in the message that every decision begins with.
 MESSAGE = 8
+
+T = TypeVar("T")
 
 
 class OtherRankFailed(RuntimeError):
@@ -87,15 +90,30 @@ class Ranks:
         Raises:
             OtherRankFailed: If it raised in another process; what it raised in this one is raised as it is.
         """
-        return self._decided(*_attempted(work, width))
+        values, error = _attempted(work, width)
+        if error is not None and _is_known(error):  # all have left for it
+            raise error
+        return self._decided(values, error)
+
+    def decide(self, error: BaseException | None) -> None:
+        """Go on, unless there is an error in this process or another.
+
+        Raises:
+            OtherRankFailed: If another process has failed.
+        """
+        self._decided((), error)
 
     def largest(self, work: Callable[[], Sequence[float] | None], width: int) -> list[float]:
         """As :meth:`together`, with the largest of each number over all processes."""
-        values, error = _attempted(work, width)
-        self._decided((), error)
+        out = torch.empty(0)
+
+        def attempt() -> None:
+            nonlocal out
+            out = torch.tensor(work(), dtype=torch.float64, device=self.device)
+
+        self.together(attempt)
         if not width:
             return []
-        out = torch.tensor(values, dtype=torch.float64, device=self.device)
         with answered(self.group):
             dist.all_reduce(out, dist.ReduceOp.MAX, group=self.group)
         found: list[float] = out.tolist()
@@ -147,39 +165,56 @@ class Ranks:
         found: list[list[float]] = torch.stack(out).tolist()
         return found
 
-    def objects(self, value: Any) -> list[Any]:
+    def objects(self, make: Callable[[], Any]) -> list[Any]:
         """A Python object of every process, by rank: for what changes rarely."""
-        out: list[Any] = [None] * self.size
-        with answered(self.group):
-            dist.all_gather_object(out, value, group=self.group)
-        return out
+        own: list[Tensor] = []
+
+        def pickled() -> tuple[float]:
+            own.append(torch.frombuffer(bytearray(pickle.dumps(make())), dtype=torch.uint8).to(self.device))
+            return (float(own[0].numel()),)
+
+        sizes = [int(size) for (size,) in self.together(pickled, 1)]
+        found = self.sent(lambda: gathering_of(self.group, own[0], sizes))
+        return [pickle.loads(part.cpu().numpy().tobytes()) for part in found]
 
     # Tensors
+    #
+    # What may fail, memory for a message above all, comes before it, and is decided on: a process that has begun to
+    # send needs no more memory until all have what they need.
 
-    def scattered_sum(self, parts: list[Tensor]) -> Tensor:
-        """Sum over all processes of the part of one's own column, the same bits for everyone who gets it.
+    def sent(self, prepare: Callable[[], Callable[[], T]]) -> T:
+        """Send what all are prepared to send.
+
+        Args:
+            prepare: Takes the memory of the message, and returns what sends it.
+
+        Raises:
+            OtherRankFailed: If another process could not prepare it.
+        """
+        ready: list[Callable[[], T]] = []
+        self.together(lambda: ready.append(prepare()))
+        return ready[0]()
+
+    def summing(self, parts: list[Tensor]) -> Callable[[], Tensor]:
+        """Prepare the sum over all processes of the part of one's own column, the same bits for everyone who gets it.
 
         Args:
             parts: One vector for each column; those of a column are equally long everywhere.
         """
-        return self._all_sum(_reduce_scatter(self.row, parts, self.column))
-
-    def _all_sum(self, part: Tensor) -> Tensor:
-        """Sum of a vector over those with the same blocks."""
+        given = parts[0] if len(parts) == 1 else torch.cat(parts)
+        in_row = _summing(self.row, given, [len(part) for part in parts], self.column)
         if self.copies == 1:
-            return part
-        pieces = list(part.tensor_split(self.copies))
-        mine = _reduce_scatter(self.same_blocks, pieces, self.index)
-        return torch.cat(gathered(self.same_blocks, mine, [len(piece) for piece in pieces]))
+            return in_row
+        # Between those with the same blocks: each adds up a piece of it.
+        own = parts[self.column]
+        sizes = [len(piece) for piece in own.tensor_split(self.copies)]
+        over_rows = _summing(self.same_blocks, own, sizes, self.index)
+        back = gathering_of(self.same_blocks, own[: sizes[self.index]], sizes)
 
-    def from_columns(self, part: Tensor, sizes: list[int]) -> list[Tensor]:
-        """What each column has, by column, from one's own row.
+        def send() -> Tensor:
+            return torch.cat(back(over_rows(in_row())))
 
-        Args:
-            part: A vector, of one's own column.
-            sizes: Lengths of all of them.
-        """
-        return gathered(self.row, part, sizes)
+        return send
 
 
 def _attempted(work: Callable[[], Sequence[float] | None], width: int) -> tuple[Sequence[float], BaseException | None]:
@@ -211,49 +246,65 @@ def _is_known(error: BaseException | None) -> bool:
     return False
 
 
-def _reduce_scatter(group: Any, parts: list[Tensor], place: int) -> Tensor:
-    """Sum of one's own part over a group, in an order that depends on neither the backend nor the sizes."""
-    if len(parts) == 1:
-        return parts[0]
-    sizes = [len(part) for part in parts]
+def _summing(group: Any, given: Tensor, sizes: list[int], place: int) -> Callable[..., Tensor]:
+    """Prepare the sum of one's own part over a group, in an order that depends on neither the backend nor the sizes.
+
+    Args:
+        group: The processes.
+        given: The parts of all in a row; what sends them may be given another such vector.
+        sizes: Lengths of the parts.
+        place: Of one's own.
+    """
     mine = sizes[place]
-    out = parts[0].new_empty(len(parts) * mine)
-    given = torch.cat(parts)
-    with answered(group):
-        dist.all_to_all_single(out, given, [mine] * len(parts), sizes, group=group)
-    return tree_sum(list(out.split(mine))) if mine else out
+    out = given.new_empty(len(sizes) * mine if len(sizes) > 1 else 0)
+
+    def send(given: Tensor = given) -> Tensor:
+        if len(sizes) == 1:
+            return given
+        with answered(group):
+            dist.all_to_all_single(out, given, [mine] * len(sizes), sizes, group=group)
+        return add_up_in_place(list(out.split(mine))) if mine else out
+
+    return send
 
 
-def gathered(group: Any, part: Tensor, sizes: list[int]) -> list[Tensor]:
-    """Vectors of these lengths, one from every process of a group.
+def gathering_of(group: Any, part: Tensor, sizes: list[int]) -> Callable[..., list[Tensor]]:
+    """Prepare to gather vectors of these lengths, one from every process of a group.
 
     Either padded to the longest in one message, or made equally long by another one before it, whichever sends less
     from the process that sends most: :func:`gathering` counts.
+
+    Args:
+        group: The processes.
+        part: One's own vector; what sends it may be given another one.
+        sizes: Lengths of all.
     """
     if len(sizes) == 1:
-        return [part]
+        return lambda part=part: [part]
     me, everyone, (longest, stays) = dist.get_rank(group), range(len(sizes)), _evened(sizes)
-    if stays:
-        starts = [0, *accumulate(sizes)]
-        given = [_overlap(starts, me, longest, to) for to in everyone]
-        taken = [_overlap(starts, rank, longest, me) for rank in everyone]
-        own = part.new_empty(sum(taken))
-        with answered(group):
-            dist.all_to_all_single(own, part, taken, given, group=group)
-        part = own
-    padded = part.new_zeros(longest)
-    padded[: len(part)] = part
-    out = list(part.new_empty(len(sizes), longest).unbind())
-    if longest:
-        with answered(group):
-            dist.all_gather(out, padded, group=group)
-    if stays:
-        return list(torch.cat(out)[: sum(sizes)].split(sizes))
-    return [row[:size] for row, size in zip(out, sizes, strict=True)]
+    starts = [0, *accumulate(sizes)]
+    given = [_overlap(starts, me, longest, to) for to in everyone] if stays else []
+    taken = [_overlap(starts, rank, longest, me) for rank in everyone] if stays else []
+    padded, rows = part.new_zeros(longest), part.new_empty(len(sizes), longest)
+
+    def send(part: Tensor = part) -> list[Tensor]:
+        if stays:
+            with answered(group):
+                dist.all_to_all_single(padded[: sum(taken)], part, taken, given, group=group)
+        else:
+            padded[: len(part)] = part
+        if longest:
+            with answered(group):
+                dist.all_gather(list(rows.unbind()), padded, group=group)
+        if stays:
+            return list(rows.view(-1)[: sum(sizes)].split(sizes))
+        return [row[:size] for row, size in zip(rows.unbind(), sizes, strict=True)]
+
+    return send
 
 
 def gathering(sizes: list[int]) -> tuple[list[int], int]:
-    """Numbers that leave each process in :func:`gathered`, and the number of its messages.
+    """Numbers that leave each process in :func:`gathering_of`, and the number of its messages.
 
     >>> gathering([3, 3, 3]), gathering([0, 9, 0])
     (([6, 6, 6], 1), ([6, 12, 6], 2))

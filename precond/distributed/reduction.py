@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from curvature.structures.weighted_mean import WeightedMean
-from precond.distributed.ranks import Ranks
+from precond.distributed.ranks import Ranks, gathering_of
 from precond.distributed.triangles import pack, packed_size, unpack
 
 
@@ -55,17 +55,24 @@ class Item:
 def add_up(ranks: Ranks, items: Sequence[Item]) -> None:
     """Add sums over all processes; those of other columns are forgotten here.
 
-    One message for each dtype, in a row, and one between rows; see :class:`~precond.distributed.ranks.Ranks`.
+    One message for each dtype, in a row, and one between rows; see :class:`~precond.distributed.ranks.Ranks`. All of
+    them are prepared before the first one is sent.
     """
-    for dtype in sorted({item.dtype for item in items}, key=str):
-        columns = [[i for i in items if (i.dtype, i.column) == (dtype, c)] for c in range(ranks.columns)]
-        empty = torch.empty(0, dtype=dtype, device=ranks.device)
-        parts = [torch.cat([empty, *(item.packed(ranks.device) for item in column)]) for column in columns]
-        for item in (item for column in columns for item in column):
-            item.mean.discard()
-        mine = columns[ranks.column]
-        found = ranks.scattered_sum(parts)
-        for item, vector in zip(mine, found.split([item.size for item in mine]), strict=True):
+    received: list[tuple[list[Item], Callable[[], Tensor]]] = []
+
+    def prepare() -> None:
+        for dtype in sorted({item.dtype for item in items}, key=str):
+            columns = [[i for i in items if (i.dtype, i.column) == (dtype, c)] for c in range(ranks.columns)]
+            empty = torch.empty(0, dtype=dtype, device=ranks.device)
+            parts = [torch.cat([empty, *(item.packed(ranks.device) for item in column)]) for column in columns]
+            for item in (item for column in columns for item in column):
+                item.mean.discard()
+            received.append((columns[ranks.column], ranks.summing(parts)))
+
+    if items:
+        ranks.together(prepare)
+    for mine, send in received:
+        for item, vector in zip(mine, send().split([item.size for item in mine]), strict=True):
             item.take(vector)
 
 
@@ -86,17 +93,32 @@ class Piece:
     tensor: Tensor | None
 
 
-def spread(ranks: Ranks, pieces: Sequence[Piece]) -> list[Tensor]:
-    """Tensors of every column, on all processes, in the order of the pieces; one message for each dtype."""
+def spread(ranks: Ranks, make: Callable[[], Sequence[Piece]]) -> list[Tensor]:
+    """Tensors of every column, on all processes, in the order of the pieces; one message for each dtype.
+
+    Args:
+        ranks: The processes.
+        make: Makes the pieces; where it raises in one process, :func:`spread` does in all.
+    """
+    pieces: list[Piece] = []
     out: dict[int, Tensor] = {}
-    for dtype in sorted({piece.dtype for piece in pieces}, key=str):
-        columns = [
-            [(n, p) for n, p in enumerate(pieces) if (p.dtype, p.column) == (dtype, c)] for c in range(ranks.columns)
-        ]
-        own = [p.tensor.reshape(-1) for _, p in columns[ranks.column] if p.tensor is not None]
-        part = torch.cat([torch.empty(0, dtype=dtype, device=ranks.device), *own])
-        sizes = [sum(prod(p.shape) for _, p in column) for column in columns]
-        for column, vector in zip(columns, ranks.from_columns(part, sizes), strict=True):
+    received: list[tuple[list[list[tuple[int, Piece]]], Callable[[], list[Tensor]]]] = []
+
+    def prepare() -> None:
+        pieces.extend(make())
+        for dtype in sorted({piece.dtype for piece in pieces}, key=str):
+            columns = [
+                [(n, p) for n, p in enumerate(pieces) if (p.dtype, p.column) == (dtype, c)]
+                for c in range(ranks.columns)
+            ]
+            own = [p.tensor.reshape(-1) for _, p in columns[ranks.column] if p.tensor is not None]
+            part = torch.cat([torch.empty(0, dtype=dtype, device=ranks.device), *own])
+            sizes = [sum(prod(p.shape) for _, p in column) for column in columns]
+            received.append((columns, gathering_of(ranks.row, part, sizes)))
+
+    ranks.together(prepare)
+    for columns, send in received:
+        for column, vector in zip(columns, send(), strict=True):
             cut = vector.split([prod(p.shape) for _, p in column])
             out |= {n: x.view(p.shape) for (n, p), x in zip(column, cut, strict=True)}
     return [out[n] for n in range(len(pieces))]

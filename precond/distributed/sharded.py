@@ -1,17 +1,18 @@
 r"""Parameters whose rows are shared out over processes: ``fully_shard``, HSDP, tensor parallelism along one axis.
 
 A step of curvature needs whole matrices. Each parameter has an owner among the processes that share it: all send it
-their shards of the gradient (one ``all_to_all``), it computes the direction, and sends each the shard of the result
-(another one). With P numbers on W processes each sends and gets about ``2 P (1 - 1 / W) / W`` numbers in a step, and
-the matrices of a parameter are kept and decomposed once. Nothing is approximated.
+their shards of the gradient (one ``all_to_all`` for each bucket of parameters), it computes the direction, and sends
+each the shard of the result (another one), while other buckets are on their way. With P numbers on W processes each
+sends and gets about ``2 P (1 - 1 / W) / W`` numbers in a step, and the matrices of a parameter are kept and decomposed
+once. Nothing is approximated.
 """
 
 from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -21,9 +22,12 @@ from torch import Tensor, nn
 
 from curvature.model.messages import answered
 from precond.distributed.assignment import shared_out
-from precond.distributed.ranks import OtherRankFailed, gathered
+from precond.distributed.ranks import Ranks, gathering_of
 
 Entries = dict[str, Any]
+
+#: Bytes of the gradients of a bucket, from which on the next one begins.
+BUCKET = 2**25
 
 
 def is_sharded(x: Any) -> bool:
@@ -172,11 +176,16 @@ def owners(groups: Iterable[Sequence[Tensor]], work: Callable[[Tensor], float]) 
         cut: dict[Any, list[Tensor]] = {}
         for p in params:
             if is_sharded(p) and (group := layout_of(p).group) is not None:
-                cut.setdefault(group, []).append(p)
-        for group, some in cut.items():
-            load = loads.setdefault(group, [0.0] * dist.get_world_size(group))
+                cut.setdefault(_members(group), []).append(p)
+        for members, some in cut.items():
+            load = loads.setdefault(members, [0.0] * len(members))
             out |= zip(some, shared_out([work(p) for p in some], load), strict=True)
     return out
+
+
+def _members(group: Any) -> tuple[int, ...]:
+    """The ranks of a group, which tell it from others: a mesh that is made twice has two groups of the same ones."""
+    return tuple(dist.get_process_group_ranks(group))
 
 
 def pieces(n: int, size: int) -> list[int]:
@@ -189,8 +198,185 @@ def pieces(n: int, size: int) -> list[int]:
     return [max(0, min(most, n - rank * most)) for rank in range(size)]
 
 
+# Processes
+
+_known: tuple[Any, dict[Any, Ranks]] = (None, {})  # the whole run; its processes by members and device
+
+
+def ranks_over(mesh: Any, device: torch.device) -> Ranks:
+    """All processes of a mesh, who decide together about what lies on it."""
+    global _known
+    if _known[0] is not dist.group.WORLD:
+        _known = dist.group.WORLD, {}
+    members = tuple(sorted(mesh.mesh.flatten().tolist()))
+    if (members, device) not in _known[1]:
+        if len(members) == dist.get_world_size():
+            group: Any = dist.group.WORLD
+        elif mesh.ndim == 1:
+            group = mesh.get_group()
+        else:
+            group = dist.new_group(list(members), use_local_synchronization=True)
+        _known[1][members, device] = Ranks(group, device)
+    return _known[1][members, device]
+
+
+def ranks_of(tensors: Iterable[Any]) -> list[Ranks]:
+    """The processes that share some tensors, replicas included; one entry, unless their meshes have other members."""
+    meshes = {x.device_mesh: x for x in tensors if is_sharded(x)}
+    return list(dict.fromkeys(ranks_over(mesh, local(x).device) for mesh, x in meshes.items()))
+
+
+def together(tensors: Iterable[Any], work: Callable[[], object] = lambda: None) -> None:
+    """Do a part of a step that may raise: if it raises in one of the processes that share some tensors, then in all.
+
+    Every message about shards comes after one of these, in which an error since the last one is told as well: see
+    :meth:`~precond.distributed.ranks.Ranks.tell`.
+
+    Raises:
+        OtherRankFailed: If it raised in another process; what it raised in this one is raised as it is.
+    """
+    error: BaseException | None = None
+    try:
+        work()
+    except BaseException as raised:
+        error = raised
+    for ranks in ranks_of(tensors):
+        try:
+            ranks.decide(error)
+        except BaseException as raised:
+            error = raised
+    if error is not None:
+        raise error
+
+
+# Between shards and owners
+
+
+@dataclass
+class _Message:
+    """An ``all_to_all`` whose memory is taken before it is sent.
+
+    Attributes:
+        group: The processes.
+        given: What is sent, by rank.
+        got: What is received, by rank.
+        into: How many numbers go to each rank.
+        of: How many come from each.
+    """
+
+    group: Any
+    given: Tensor
+    got: Tensor
+    into: list[int]
+    of: list[int]
+    _work: Any = None
+
+    def begin(self) -> None:
+        """Send it, and go on."""
+        with answered(self.group):
+            self._work = dist.all_to_all_single(
+                self.got, self.given, self.of, self.into, group=self.group, async_op=True
+            )
+
+    def wait(self) -> None:
+        """Until it is here, as far as work that follows on the device is concerned."""
+        with answered(self.group):
+            if self._work is not None:
+                self._work.wait()
+        self._work = None
+
+
+@dataclass
+class _Gather:
+    """Shards of tensors that have the shapes of parameters, on their way to the owners.
+
+    Attributes:
+        message: What is sent.
+        layouts: Parameter -> how it is cut, of those kept here.
+    """
+
+    message: _Message
+    layouts: dict[Tensor, ShardLayout]
+
+    @classmethod
+    def of(
+        cls, owner: Mapping[Tensor, int], shards: Mapping[Tensor, Tensor], group: Any, dtype: torch.dtype
+    ) -> _Gather:
+        """That of some shards of one group, in a precision."""
+        me, size = dist.get_rank(group), dist.get_world_size(group)
+        layouts = {p: layout_of(p) for p in shards}
+        sent = [shards[p].reshape(-1) for rank in range(size) for p in shards if owner[p] == rank]
+        into = [sum(prod(layouts[p].piece(me)) for p in shards if owner[p] == rank) for rank in range(size)]
+        mine = {p: layouts[p] for p in shards if owner[p] == me}
+        of = [sum(prod(layout.piece(rank)) for layout in mine.values()) for rank in range(size)]
+        given = torch.cat([x.detach().to(dtype) for x in sent])
+        return cls(_Message(group, given, given.new_empty(sum(of)), into, of), mine)
+
+    def wholes(self) -> dict[Tensor, Tensor]:
+        """Whole tensors of the parameters kept here, once the message has come; it is forgotten."""
+        parts: dict[Tensor, list[Tensor]] = {p: [] for p in self.layouts}
+        for rank, received in enumerate(self.message.got.split(self.message.of)):
+            shapes = [layout.piece(rank) for layout in self.layouts.values()]
+            pieces_of = received.split([prod(shape) for shape in shapes])
+            for p, shape, part in zip(self.layouts, shapes, pieces_of, strict=True):
+                parts[p].append(part.reshape(shape))
+        out = {p: torch.cat(found, self.layouts[p].axis) for p, found in parts.items()}
+        self.message.given = self.message.got = self.message.given.new_empty(0)
+        return out
+
+
+@dataclass
+class _Spread:
+    """Whole tensors on their way from the owners to everybody's shards.
+
+    Attributes:
+        message: What is sent.
+        layouts: Key -> how its tensor is cut, those of a lower owner first.
+        mine: Keys of the tensors that are sent from here.
+    """
+
+    message: _Message
+    layouts: dict[Any, ShardLayout]
+    mine: list[Any] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls,
+        owner: Mapping[Tensor, int],
+        layouts: Mapping[Any, ShardLayout],
+        group: Any,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> _Spread:
+        """That of tensors of one group, in a precision; what is sent is to be filled in."""
+        me, size = dist.get_rank(group), dist.get_world_size(group)
+        by_rank = [[key for key in layouts if owner[_parameter(key)] == rank] for rank in range(size)]
+        into = [sum(prod(layouts[key].piece(rank)) for key in by_rank[me]) for rank in range(size)]
+        of = [sum(prod(layouts[key].piece(me)) for key in some) for some in by_rank]
+        given, got = (torch.empty(sum(sizes), dtype=dtype, device=device) for sizes in (into, of))
+        ordered = {key: layouts[key] for some in by_rank for key in some}
+        return cls(_Message(group, given, got, into, of), ordered, by_rank[me])
+
+    def fill(self, wholes: Mapping[Any, Tensor]) -> None:
+        """Put the tensors that lie here into what is sent."""
+        start = 0
+        cuts = {key: self.layouts[key].cut(wholes[key].detach()) for key in self.mine}
+        for rank in range(len(self.message.into)):
+            for key in self.mine:
+                part = cuts[key][rank]
+                self.message.given[start : start + part.numel()].view(part.shape).copy_(part)
+                start += part.numel()
+
+    def parts(self) -> dict[Any, Tensor]:
+        """The shards of this process, once the message has come."""
+        me = dist.get_rank(self.message.group)
+        shapes = [layout.piece(me) for layout in self.layouts.values()]
+        found = self.message.got.split([prod(shape) for shape in shapes])
+        return {key: part.reshape(shape) for key, part, shape in zip(self.layouts, found, shapes, strict=True)}
+
+
 class Exchange:
-    """The two messages of a step between the shards of parameters and their owners.
+    """The messages of a step between the shards of parameters and their owners.
 
     Args:
         owner: Parameter -> rank of its owner, as :func:`owners` has it; the same in all processes.
@@ -204,53 +390,77 @@ class Exchange:
         return p not in self.owner or self.owner[p] == dist.get_rank(layout_of(p).group)
 
     def through(
-        self, gradients: Mapping[Tensor, Tensor], compute: Callable[[dict[Tensor, Tensor]], Mapping[Tensor, Tensor]]
+        self,
+        gradients: Mapping[Tensor, Tensor],
+        compute: Callable[[dict[Tensor, Tensor]], Mapping[Tensor, Tensor]],
+        kind: Callable[[Tensor], Hashable],
     ) -> dict[Tensor, Tensor]:
         """Directions of all parameters, each computed by its owner from the whole gradient.
 
+        All buckets of gradients set out at once. An owner waits for one of them when it needs it, and its directions
+        set out when it has computed them.
+
         Args:
             gradients: Parameter -> gradient, laid out like it; the same parameters in all processes.
-            compute: Parameter -> whole gradient, of those kept here, to directions.
+            compute: Parameter -> whole gradient, of those of a bucket that are kept here, to directions.
+            kind: Parameters of one kind are computed by one call.
 
         Raises:
             OtherRankFailed: If it raised in another process; what it raised here is raised as it is.
         """
         laid = {p: _laid_as(p, g) if is_sharded(g) else g for p, g in gradients.items()}
         cut = [p for p in laid if p in self.owner]
-        whole = {p: local(g) for p, g in laid.items() if p not in self.owner}
-        whole |= self.gathered({p: local(laid[p]) for p in cut})
-        order = [p for p in laid if p in whole]
-        found: Mapping[Tensor, Tensor] = {}
+        here = {p: local(g) for p, g in laid.items() if p not in self.owner}
+        if not cut:
+            return {p: like(d, laid[p]) if is_sharded(laid[p]) else d for p, d in compute(here).items()}
+        buckets: list[tuple[list[_Gather], list[_Spread]]] = []
+
+        def prepare() -> None:
+            for params in _buckets(cut, laid, kind):
+                back = {p: (tuple(p.shape), _wide(laid[p])) for p in params}
+                buckets.append((self._gathers({p: local(laid[p]) for p in params}), self._spreads(back)))
+
+        together(cut, prepare)
+        for gathers, _ in buckets:
+            for gather in gathers:
+                gather.message.begin()
         error: BaseException | None = None
-        try:
-            found = compute({p: whole[p] for p in order})
-        except Exception as raised:
-            error = raised
-        self._agree(cut, error)
-        parts = self.spread({p: (found.get(p), tuple(p.shape), _wide(laid[p])) for p in cut})
-        out = {}
-        for p, g in laid.items():
-            part = parts[p] if p in parts else found[p]
-            out[p] = like(part, g) if is_sharded(g) else part
-        return out
+        found: dict[Tensor, Tensor] = {}
+        for gathers, spreads in buckets:
+            for gather in gathers:
+                gather.message.wait()
+            try:
+                if error is None:
+                    whole, here = here, {}
+                    for gather in gathers:
+                        whole |= gather.wholes()
+                    directions = compute({p: whole[p] for p in laid if p in whole})
+                    for spread in spreads:
+                        spread.fill(directions)
+                    found |= {p: d for p, d in directions.items() if p not in self.owner}
+            except BaseException as raised:  # the others wait for its directions, and are told then
+                error = raised
+            for spread in spreads:
+                spread.message.begin()
+        together(cut, lambda: _raise(error))
+        for _, spreads in buckets:
+            for spread in spreads:
+                spread.message.wait()
+                found |= spread.parts()
+        return {p: like(found[p], g) if is_sharded(g) else found[p] for p, g in laid.items()}
 
     def gathered(self, shards: Mapping[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         """Whole tensors of the shape of the parameters kept here, from everybody's shards."""
+        if not shards:
+            return {}
+        gathers: list[_Gather] = []
+        together(shards, lambda: gathers.extend(self._gathers(shards)))
         out: dict[Tensor, Tensor] = {}
-        for (group, dtype, device), params in self._alike({p: shard.dtype for p, shard in shards.items()}).items():
-            me, size = dist.get_rank(group), dist.get_world_size(group)
-            layouts = {p: layout_of(p) for p in params}
-            sent = [shards[p].reshape(-1) for rank in range(size) for p in params if self.owner[p] == rank]
-            counts = [sum(prod(layouts[p].piece(me)) for p in params if self.owner[p] == r) for r in range(size)]
-            mine = [p for p in params if self.owner[p] == me]
-            sizes = [sum(prod(layouts[p].piece(rank)) for p in mine) for rank in range(size)]
-            got = _all_to_all(sent, counts, sizes, group, dtype, device)
-            parts: dict[Tensor, list[Tensor]] = {p: [] for p in mine}
-            for rank, received in enumerate(got.split(sizes)):
-                shapes = [layouts[p].piece(rank) for p in mine]
-                for p, shape, part in zip(mine, shapes, received.split([prod(s) for s in shapes]), strict=True):
-                    parts[p].append(part.reshape(shape))
-            out |= {p: torch.cat(found, layouts[p].axis) for p, found in parts.items()}
+        for gather in gathers:
+            gather.message.begin()
+        for gather in gathers:
+            gather.message.wait()
+            out |= gather.wholes()
         return out
 
     def spread(self, wholes: Mapping[Any, tuple[Tensor | None, tuple[int, ...], torch.dtype]]) -> dict[Any, Tensor]:
@@ -260,22 +470,37 @@ class Exchange:
             wholes: Parameter, or ``(parameter, name)`` -> the tensor where this process is the owner, its shape and
                 dtype. Tensors of a parameter's own shape are cut as it is, others along their first axis.
         """
+        if not wholes:
+            return {}
+        spreads: list[_Spread] = []
+        given = {key: whole for key, (whole, _, _) in wholes.items() if whole is not None}
+
+        def prepare() -> None:
+            spreads.extend(self._spreads({key: what[1:] for key, what in wholes.items()}))
+            for spread in spreads:
+                spread.fill(given)
+
+        together(map(_parameter, wholes), prepare)
         out: dict[Any, Tensor] = {}
-        for (group, dtype, device), keys in self._alike({key: x[2] for key, x in wholes.items()}).items():
-            me, size = dist.get_rank(group), dist.get_world_size(group)
-            layouts = {key: self._layout(key, wholes[key][1]) for key in keys}
-            theirs = {key: self.owner[_parameter(key)] for key in keys}
-            cuts = {key: layouts[key].cut(_given(wholes[key][0], dtype)) for key in keys if theirs[key] == me}
-            sent = [cut[rank].reshape(-1) for rank in range(size) for cut in cuts.values()]
-            counts = [sum(cut[rank].numel() for cut in cuts.values()) for rank in range(size)]
-            by_rank = [[key for key in keys if theirs[key] == rank] for rank in range(size)]
-            sizes = [sum(prod(layouts[key].piece(me)) for key in own) for own in by_rank]
-            got = _all_to_all(sent, counts, sizes, group, dtype, device)
-            order = [key for own in by_rank for key in own]
-            shapes = [layouts[key].piece(me) for key in order]
-            parts = got.split([prod(shape) for shape in shapes])
-            out |= {key: part.reshape(shape) for key, part, shape in zip(order, parts, shapes, strict=True)}
+        for spread in spreads:
+            spread.message.begin()
+        for spread in spreads:
+            spread.message.wait()
+            out |= spread.parts()
         return out
+
+    def _gathers(self, shards: Mapping[Tensor, Tensor]) -> list[_Gather]:
+        alike = self._alike({p: shard.dtype for p, shard in shards.items()})
+        return [
+            _Gather.of(self.owner, {p: shards[p] for p in params}, group, dtype) for (group, dtype, _), params in alike
+        ]
+
+    def _spreads(self, wholes: Mapping[Any, tuple[tuple[int, ...], torch.dtype]]) -> list[_Spread]:
+        alike = self._alike({key: dtype for key, (_, dtype) in wholes.items()})
+        return [
+            _Spread.of(self.owner, {key: self._layout(key, wholes[key][0]) for key in keys}, *place)
+            for place, keys in alike
+        ]
 
     @staticmethod
     def _layout(key: Any, shape: tuple[int, ...]) -> ShardLayout:
@@ -283,28 +508,14 @@ class Exchange:
         return own if own.shape == shape and not isinstance(key, tuple) else ShardLayout(own.group, 0, shape)
 
     @staticmethod
-    def _alike(dtypes: Mapping[Any, torch.dtype]) -> dict[Any, list[Any]]:
-        """Tensors that travel in one message."""
-        out: dict[Any, list[Any]] = {}
+    def _alike(dtypes: Mapping[Any, torch.dtype]) -> list[tuple[tuple[Any, torch.dtype, torch.device], list[Any]]]:
+        """Tensors that travel in one message: its group, dtype and device, and their keys."""
+        out: dict[Any, tuple[tuple[Any, torch.dtype, torch.device], list[Any]]] = {}
         for key, dtype in dtypes.items():
             p = _parameter(key)
-            out.setdefault((layout_of(p).group, dtype, local(p).device), []).append(key)
-        return out
-
-    @staticmethod
-    def _agree(params: Sequence[Tensor], error: BaseException | None) -> None:
-        bad = dict.fromkeys(layout_of(p).group for p in params)
-        failed = False
-        for group in bad:
-            device = next(local(p).device for p in params if layout_of(p).group is group)
-            flag = torch.tensor(int(error is not None), device=device)
-            failed = bool(_reduced(flag, dist.ReduceOp.MAX, group)) or failed
-        if error is not None:
-            raise error
-        if failed:
-            raise OtherRankFailed(
-                "another process could not compute its part of the step, so that none takes it; its own error says why."
-            )
+            group, device = layout_of(p).group, local(p).device
+            out.setdefault((_members(group), dtype, device), ((group, dtype, device), []))[1].append(key)
+        return list(out.values())
 
     # State
 
@@ -316,13 +527,13 @@ class Exchange:
         known = {p: states[p] for p in self.owner if p in states}  # in one order everywhere
         numbers = {p: i for i, p in enumerate(self.owner)}
         described: dict[Tensor, Entries] = {}
-        for group in dict.fromkeys(layout_of(p).group for p in self.owner):
-            params = [p for p in known if layout_of(p).group is group]
-            mine = {numbers[p]: _described(known[p]) for p in params if self.mine(p)}
-            everyone: list[Any] = [None] * dist.get_world_size(group)
-            with answered(group):
-                dist.all_gather_object(everyone, mine, group=group)
-            found = {number: entries for one in everyone for number, entries in one.items()}
+        for ranks in ranks_of(self.owner):
+            params = [p for p in known if ranks in ranks_of([p])]
+
+            def own(params: list[Tensor] = params) -> dict[int, Entries]:
+                return {numbers[p]: _described(known[p]) for p in params if self.mine(p)}
+
+            found = {number: entries for one in ranks.objects(own) for number, entries in one.items()}
             described |= {p: found.get(numbers[p], {}) for p in params}
         tensors = {
             (p, name): (known[p].get(name) if self.mine(p) else None, what.shape, what.dtype)
@@ -367,10 +578,18 @@ def whole_of(parts: Mapping[Tensor, Tensor]) -> dict[Tensor, Tensor]:
     """
     out = {p: part for p, part in parts.items() if not is_sharded(p)}
     cut = {p: part for p, part in parts.items() if is_sharded(p)}
-    for (group, _, _), params in Exchange._alike({p: part.dtype for p, part in cut.items()}).items():
+    for (group, _, _), params in Exchange._alike({p: part.dtype for p, part in cut.items()}):
         layouts = [layout_of(p) for p in params]
         counts = [[prod(layout.shards()[rank]) for layout in layouts] for rank in range(dist.get_world_size(group))]
-        rows = gathered(group, torch.cat([cut[p].reshape(-1) for p in params]), [sum(own) for own in counts])
+        sizes, messages = [sum(own) for own in counts], list[Callable[[], list[Tensor]]]()
+
+        def prepare(
+            group: Any = group, params: list[Tensor] = params, sizes: list[int] = sizes, messages: Any = messages
+        ) -> None:
+            messages.append(gathering_of(group, torch.cat([cut[p].reshape(-1) for p in params]), sizes))
+
+        together(params, prepare)
+        rows = messages[0]()
         pieces_of = [row.split(own) for row, own in zip(rows, counts, strict=True)]
         for i, (p, layout) in enumerate(zip(params, layouts, strict=True)):
             shards = [own[i].view(shape) for own, shape in zip(pieces_of, layout.shards(), strict=True)]
@@ -417,16 +636,34 @@ def _full(x: Any) -> Tensor:
 
 def _laid_as(p: Any, g: Any) -> Tensor:
     """A gradient that is cut as its parameter is; one that is already is returned as it is."""
+    if g.placements != p.placements:
+        together([p])
     with answered(layout_of(p).group):
         laid: Tensor = g.redistribute(placements=p.placements)
     return laid
 
 
-def _reduced(values: Tensor, operation: Any, group: Any) -> Tensor:
-    """Reduced over a group, in place."""
-    with answered(group):
-        dist.all_reduce(values, operation, group=group)
-    return values
+def _buckets(
+    params: Sequence[Tensor], gradients: Mapping[Tensor, Tensor], kind: Callable[[Tensor], Hashable]
+) -> list[list[Tensor]]:
+    """Parameters that travel together: those of one kind, and of the next until there are enough bytes."""
+    kinds: dict[Hashable, list[Tensor]] = {}
+    for p in params:
+        kinds.setdefault(kind(p), []).append(p)
+    out: list[list[Tensor]] = []
+    filled = BUCKET
+    for some in kinds.values():
+        if filled >= BUCKET:
+            out.append([])
+            filled = 0
+        out[-1] += some
+        filled += sum(p.numel() * gradients[p].itemsize for p in some)
+    return out
+
+
+def _raise(error: BaseException | None) -> None:
+    if error is not None:
+        raise error
 
 
 def _own_part(whole: Tensor, layout: ShardLayout) -> Tensor:
@@ -438,47 +675,42 @@ def _parameter(key: Any) -> Tensor:
     return found
 
 
-def _given(whole: Tensor | None, dtype: torch.dtype) -> Tensor:
-    assert whole is not None
-    return whole.to(dtype)
-
-
 def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
-
-
-def _all_to_all(
-    sent: Sequence[Tensor], counts: list[int], sizes: list[int], group: Any, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """What all processes send to this one, in the order of their ranks."""
-    packed = torch.cat([x.detach().to(dtype) for x in sent]) if sent else torch.empty(0, dtype=dtype, device=device)
-    got = torch.empty(sum(sizes), dtype=dtype, device=device)
-    with answered(group):
-        dist.all_to_all_single(got, packed, sizes, counts, group=group)
-    return got
 
 
 # Numbers on which all processes agree
 
 
-def summed(values: Tensor, tensors: Iterable[Tensor], operation: Any = None) -> Tensor:
-    """Numbers of every process, reduced over all that share some tensors; in place.
+def summed(parts: Sequence[Tensor], tensors: Sequence[Any]) -> list[Tensor]:
+    """Numbers that are made of each process's part of a tensor, added up over those that share that tensor.
+
+    One message for each group of processes, whichever of several groups with the same members it is.
 
     Args:
-        values: The numbers; of parts of tensors, so that replicas hold equal ones.
+        parts: Numbers of each tensor, of any shape; of parts of it, so that replicas hold equal ones.
         tensors: The tensors.
-        operation: ``dist.ReduceOp``; the sum by default.
     """
-    for group in dict.fromkeys(layout_of(x).group for x in tensors if is_sharded(x)):
+    out = list(parts)
+    places: dict[Any, tuple[Any, list[int]]] = {}
+    for i, (part, x) in enumerate(zip(out, tensors, strict=True)):
+        group = layout_of(x).group if is_sharded(x) else None
         if group is not None:
-            _reduced(values, operation or dist.ReduceOp.SUM, group)
-    return values
+            key = _members(group), part.dtype, part.device
+            places.setdefault(key, (group, []))[1].append(i)
+    if places:
+        together(x for x in tensors if is_sharded(x))
+    for group, some in places.values():
+        total = torch.cat([out[i].reshape(-1) for i in some])
+        with answered(group):
+            dist.all_reduce(total, group=group)
+        for i, part in zip(some, total.split([out[i].numel() for i in some]), strict=True):
+            out[i] = part.view_as(out[i])
+    return out
 
 
 def agreed(flag: bool, tensors: Sequence[Tensor]) -> bool:
     """Whether a condition holds in all processes that share some tensors, replicas included."""
-    meshes = {x.device_mesh: local(x).device for x in tensors if is_sharded(x)}  # type: ignore[attr-defined]
-    groups = {mesh.get_group(dim): device for mesh, device in meshes.items() for dim in range(mesh.ndim)}
-    for group, device in groups.items():
-        flag = bool(_reduced(torch.tensor(int(flag), device=device), dist.ReduceOp.MIN, group))
+    for ranks in ranks_of(tensors):
+        flag = all(row[0] for row in ranks.numbers([float(flag)]))
     return flag

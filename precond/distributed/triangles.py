@@ -52,3 +52,12 @@ def tree_sum(parts: list[Tensor]) -> Tensor:
         pairs = [a + b for a, b in zip(parts[::2], parts[1::2], strict=False)]
         parts = pairs + parts[2 * len(pairs) :]
     return parts[0]
+
+
+def add_up_in_place(parts: list[Tensor]) -> Tensor:
+    """:func:`tree_sum` without memory of its own: it writes into the parts."""
+    while len(parts) > 1:
+        for a, b in zip(parts[::2], parts[1::2], strict=False):
+            a += b
+        parts = parts[::2]
+    return parts[0]

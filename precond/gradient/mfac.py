@@ -156,8 +156,9 @@ class MFAC(SecondOrderOptimizer):
                 shares[place] = p, before + found.to(products)
             else:
                 products += found.to(products)
-        for p, share in shares.values():
-            products += summed(share, [p])
+        owners, parts = [p for p, _ in shares.values()], [part for _, part in shares.values()]
+        for part in summed(parts, owners):
+            products += part
         gram[slot] = gram[:, slot] = products
         first["gram"] = gram
         weights = self._weights(gram[:count, :count], slot, group["damping"])

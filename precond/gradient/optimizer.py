@@ -133,6 +133,7 @@ class GradientOptimizer(SecondOrderOptimizer):
         return {}
 
     def directions(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        self.written = []
         if (exchange := self._exchange()) is None:
             return self.whole_directions(gradients)
         for p in gradients:  # its clock runs in all processes
@@ -140,7 +141,8 @@ class GradientOptimizer(SecondOrderOptimizer):
                 state = self.state[p]
                 state.update({"step": 0, **self.shard_state(p)} if "step" not in state else {})
                 state["step"] += not self.idle
-        return exchange.through(gradients, self.whole_directions)
+        group_of = {p: number for number, group in enumerate(self.param_groups) for p in group["params"]}
+        return exchange.through(gradients, self.whole_directions, lambda p: (group_of[p], p.shape, p.dtype))
 
     def work(self, p: Tensor, group: Group) -> float:
         """What the step of a parameter costs, up to a constant: of each matrix ``(n, n)`` a cube, and its products."""
@@ -181,7 +183,7 @@ class GradientOptimizer(SecondOrderOptimizer):
 
     def whole_directions(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         """:meth:`directions` for whole parameters."""
-        out, self.written = {}, []
+        out: dict[Tensor, Tensor] = {}
         for group in self.param_groups:
             whole: list[Tensor] = []  # with a matrix
             entries: list[Tensor] = []  # Adam's

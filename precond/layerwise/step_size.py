@@ -384,7 +384,8 @@ class StepModel:
     @staticmethod
     def _added(numbers: Tensor, params: list[Tensor]) -> Tensor:
         """Inner products of vectors of which each process has a part, as numbers of the processor."""
-        return summed(numbers, params).cpu()
+        first = next((p for p in params if is_sharded(p)), params[0])  # all lie on one mesh
+        return summed([numbers], [first])[0].cpu()
 
     def _penalty(self, params: list[Tensor], values: Mapping[Tensor, Tensor] | None = None) -> Tensor:
         """The term that L2 weight decay adds to the loss; a closure's loss and that of the loop do not hold it."""

@@ -42,8 +42,8 @@ def largest_norm(tensors: Sequence[Tensor]) -> float:
 def _largest_norm_of_shards(tensors: Sequence[Tensor]) -> float:
     """:func:`largest_norm` where tensors are shared out over processes, which all get the same."""
     sharded = [t for t in tensors if is_sharded(t)]
-    squares = torch.stack([torch.linalg.vector_norm(local(t).to(_widest(t))).square() for t in sharded])
-    found = [math.sqrt(float(summed(squares, sharded).max())), largest_norm([t for t in tensors if not is_sharded(t)])]
+    squares = summed([torch.linalg.vector_norm(local(t).to(_widest(t))).square() for t in sharded], sharded)
+    found = [math.sqrt(float(_row(squares).max())), largest_norm([t for t in tensors if not is_sharded(t)])]
     return max(found) if agreed(all(map(math.isfinite, found)), sharded) else math.nan
 
 

@@ -33,10 +33,12 @@ def lengths(moves: Iterable[tuple[Tensor, Tensor]]) -> list[Tensor]:
 
 def _length_over_shards(moves: list[tuple[Tensor, Tensor]]) -> Tensor:
     """The norm of all differences, of whose tensors each process has a part; every process calls it."""
-    found = lengths([(local(after), local(before)) for after, before in moves])
     device = local(moves[0][0]).device
-    squares = torch.stack([x.double() for x in found]).square().sum() if found else torch.zeros((), device=device)
-    return summed(squares.double(), [after for after, _ in moves]).sqrt()
+    squares = []
+    for after, before in moves:
+        found = lengths([(local(after), local(before))])  # none of a shard without entries
+        squares.append(found[0].double().square() if found else torch.zeros((), dtype=torch.float64, device=device))
+    return torch.stack(summed(squares, [after for after, _ in moves])).sum().sqrt()
 
 
 def norm(parts: Iterable[Tensor]) -> float:

@@ -286,13 +286,11 @@ def _products(
 
 
 def _over_shards(sums: Iterable[Tensor], of: Sequence[Tensor], axes: Sequence[tuple[int, ...] | None]) -> list[Tensor]:
-    """Sums over the processes that share a parameter, where the axis that is cut is summed along."""
-    out = []
-    for x, p, dims in zip(sums, of, axes, strict=True):
-        layout = layout_of(p) if is_sharded(p) else None
-        cut = layout is not None and layout.group is not None
-        if layout is not None and cut and (dims is None or layout.axis in [d % p.ndim for d in dims]):
-            out.append(summed(x.contiguous(), [p]))
-        else:
-            out.append(x)
+    """Sums over the processes that share a parameter, where the axis that is cut is summed along; in one message."""
+    out, places = list(sums), []
+    for i, (p, dims) in enumerate(zip(of, axes, strict=True)):
+        if is_sharded(p) and (dims is None or layout_of(p).axis in [d % p.ndim for d in dims]):
+            places.append(i)
+    for i, total in zip(places, summed([out[i] for i in places], [of[i] for i in places]), strict=True):
+        out[i] = total
     return out

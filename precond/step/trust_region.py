@@ -147,7 +147,8 @@ def _over_shards(sums: Tensor, params: Sequence[Tensor]) -> Tensor:
     places = [i for i, p in enumerate(params) if is_sharded(p)] if any_sharded(params) else []
     if not places:
         return sums
-    return sums.index_copy(1, torch.tensor(places), summed(sums[:, places], [params[i] for i in places]))
+    found = summed([sums[:, i] for i in places], [params[i] for i in places])
+    return sums.index_copy(1, torch.tensor(places, device=sums.device), torch.stack(found, 1))
 
 
 def scaled(tensors: list[Tensor], factor: Tensor | float) -> list[Tensor]:

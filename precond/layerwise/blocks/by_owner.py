@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import chain
 from typing import Any
 
 from torch import Tensor
 
+from precond.distributed.assignment import blocks_together
 from precond.distributed.curvature import SharedCurvature
 from precond.distributed.sharded import Exchange, local
 from precond.layerwise.blocks.by_name import Preconditioners
@@ -43,7 +45,10 @@ def directions_by_owners(
                 plain(names[p], g)
         return {p: results[names[p]] if names.get(p) in results else g.clone() for p, g in here.items()}
 
-    return Exchange({parameters[name]: column for name, column in columns.items()}).through(given, compute)
+    parts = {name: block.estimator.block.names for name, block in blocks.items()}
+    first = {parameters[n]: names[0] for names in blocks_together(parts) for n in chain(*(parts[b] for b in names))}
+    exchange = Exchange({parameters[name]: column for name, column in columns.items()})
+    return exchange.through(given, compute, lambda p: first.get(p))
 
 
 def momenta_at_owners(

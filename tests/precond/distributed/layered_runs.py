@@ -549,13 +549,14 @@ SIZES = (6, 8, 4, 2)
 
 @contextlib.contextmanager
 def sent_to_others() -> Iterator[list[int]]:
-    """Messages of tensors; of those to all processes of a mesh, which decide, none."""
+    """Numbers in messages of tensors; of those to all processes of a mesh, which decide, none."""
     found: list[int] = []
     own, gather = dist.all_to_all_single, dist.all_gather
 
-    def counting(out: Tensor, given: Tensor, into: list[int], of: list[int], group: Any) -> Any:
-        found.append(sum(of) - of[dist.get_rank(group)])
-        return own(out, given, into, of, group=group)
+    def counting(out: Tensor, given: Tensor, into: list[int], of: list[int], group: Any, **more: Any) -> Any:
+        if given.dtype != torch.uint8:  # names and shapes, once
+            found.append(sum(of) - of[dist.get_rank(group)])
+        return own(out, given, into, of, group=group, **more)
 
     def gathering(out: list[Tensor], given: Tensor, group: Any) -> Any:
         if len(out) < dist.get_world_size():

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -46,6 +46,7 @@ from precond import (
     Vectors,
     WeightDecay,
 )
+from precond.distributed import sharded
 from precond.distributed.ranks import OtherRankFailed
 from precond.distributed.sharded import local
 from solvers import SolverError
@@ -239,9 +240,9 @@ def traffic(shape: tuple[int, ...]) -> dict[str, Any]:
     for name in ("SOAP with momentum", "Shampoo", "SPlus", "Muon"):
         sent: list[tuple[int, int]] = []
 
-        def counting(got: Tensor, given: Tensor, into: list[int], of: list[int], group: Any, sent: Any = sent) -> Any:
+        def counting(got: Tensor, given: Tensor, into: list[int], of: list[int], sent: Any = sent, **more: Any) -> Any:
             sent.append(((sum(of) - of[rank]) * given.itemsize, (sum(into) - into[rank]) * got.itemsize))
-            return original(got, given, into, of, group=group)
+            return original(got, given, into, of, **more)
 
         net, alone = shard(rich(), mesh), rich()
         optimizer, single = (METHODS[name](model.parameters()) for model in (net, alone))
@@ -260,6 +261,87 @@ def traffic(shape: tuple[int, ...]) -> dict[str, Any]:
             "alone": kept(single),
             "all planned": sum(found.state),
         }
+    return out
+
+
+def buckets(shape: tuple[int, ...]) -> dict[str, Any]:
+    """Runs with as many buckets as there are kinds of parameters: the distance to one of one bucket, and the order."""
+    out: dict[str, Any] = {}
+    for name in ("SOAP", "KFAC"):
+        nets = [shard(rich(), mesh_of(shape)) for _ in range(2)]
+        makes: Any = METHODS.get(name) or (lambda params: None)
+        made = [
+            makes(net.parameters()) or KFAC(net, nn.MSELoss(), lr=0.1, fisher="exact", kl_clip=None) for net in nets
+        ]
+        steps(nets[0], made[0], range(3))
+        usual, sharded.BUCKET = sharded.BUCKET, 0
+        try:
+            steps(nets[1], made[1], range(2))
+            with recorded(made[1]) as events:
+                steps(nets[1], made[1], range(2, 3))
+        finally:
+            sharded.BUCKET = usual
+        out[name] = gap(*nets), events
+    return out
+
+
+@contextlib.contextmanager
+def recorded(optimizer: Any) -> Iterator[list[tuple[str, int]]]:
+    """When messages to and from owners begin, when they are waited for, and when directions are computed."""
+    message, events, known = sharded._Message, list[tuple[str, int]](), list[Any]()
+    layered = hasattr(optimizer, "preconditioners")
+    owner, compute = (optimizer.preconditioners, "apply") if layered else (optimizer, "whole_directions")
+    own, begin, wait = getattr(owner, compute), message.begin, message.wait
+
+    def computes(*args: Any, **kwargs: Any) -> Any:
+        events.append(("compute", -1))
+        return own(*args, **kwargs)
+
+    def note(kind: str, function: Any) -> Any:
+        def call(self: Any) -> None:
+            if not any(self is one for one in known):
+                known.append(self)
+            events.append((kind, next(i for i, one in enumerate(known) if self is one)))
+            function(self)
+
+        return call
+
+    setattr(owner, compute, computes)
+    message.begin, message.wait = note("begin", begin), note("wait", wait)  # type: ignore[method-assign]
+    try:
+        yield events
+    finally:
+        message.begin, message.wait = begin, wait  # type: ignore[method-assign]
+        delattr(owner, compute)
+
+
+def alike_meshes(shape: tuple[int, ...]) -> dict[str, float]:
+    """Two meshes of the same ranks, as a mesh that is made twice: distances to one process."""
+    first, second = (
+        mesh_of(shape),
+        DeviceMesh.from_group(dist.new_group(list(range(shape[0]))), "cpu", mesh_dim_names=("shard",)),
+    )
+    out: dict[str, float] = {}
+    methods: dict[str, Callable[[nn.Module], Any]] = {
+        "SOAP bounded": lambda net: SOAP(net.parameters(), lr=0.5, kl_clip=1e-3),
+        "Muon": lambda net: METHODS["Muon"](net.parameters()),
+        "Muon controlled": lambda net: METHODS["Muon controlled"](net.parameters()),
+        "KFAC": lambda net: KFAC(
+            net, nn.MSELoss(), lr=0.1, fisher="exact", process_group=None if isinstance(net, FSDPModule) else alone_here
+        ),
+    }
+    alone_here = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    for name, make in methods.items():
+        alone, net = rich(), rich()
+        fully_shard(next(layer for layer in net if isinstance(layer, nn.Linear)), mesh=first)
+        fully_shard(net, mesh=second)
+        single, several = make(alone), make(net)
+        single.metrics(), several.metrics()  # the lengths of moves are measured from now on
+        steps(alone, single, range(4))
+        steps(net, several, range(4), dist.get_rank(), dist.get_world_size())
+        out[name] = gap(alone, net)
+        if name == "KFAC":
+            out["step norm"] = abs(single.metrics()["step_norm"] - several.metrics()["step_norm"])
     return out
 
 
@@ -404,6 +486,16 @@ def on_four(folder: str) -> dict[str, Any]:
 
 
 def on_two(folder: str) -> dict[str, Any]:
-    checks = (differences, refusals, disagreements, traffic, tensor_parallel, plain_states, other_ways)
+    checks = (
+        differences,
+        refusals,
+        disagreements,
+        traffic,
+        tensor_parallel,
+        plain_states,
+        other_ways,
+        buckets,
+        alike_meshes,
+    )
     found = {"loads": loads((2,), folder), "replicated": replicated(f"{folder}/replicated")}
     return {**found, **{check.__name__: check((2,)) for check in checks}}

@@ -21,13 +21,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 import curvature
 from curvature.model.messages import ProcessLost
-from precond import KFAC, SOAP, LevenbergMarquardt, QuadraticModel
+from precond import KFAC, SOAP, LevenbergMarquardt, QuadraticModel, WeightDecay
+from precond.distributed import curvature as shared
+from precond.distributed import reduction, sharded
 from precond.distributed.ranks import OtherRankFailed, Ranks
+from precond.distributed.reduction import Item
+from precond.layerwise.blocks.preconditioner import Preconditioner
 from precond.layerwise.dampings import Dampings
 from precond.layerwise.replay import LoopReplay
+from precond.step import divergence
 from tests.distributed_run import outcomes, ranks
 from tests.precond.distributed.checks import Net, alone, averaged, distance, make, mine, parameters, same, vectors
-from tests.precond.distributed.sharded_runs import METHODS, batch, mesh_of, shard, square
+from tests.precond.distributed.sharded_runs import METHODS, batch, mesh_of, shard, square, whole
 from tests.precond.distributed.sharded_runs import steps as rank_steps
 
 pytestmark = pytest.mark.distributed
@@ -73,6 +78,42 @@ PLACES: dict[str, tuple[dict[str, Any], Callable[[Any], tuple[Any, str]]]] = {
 }
 
 
+#: As :data:`PLACES`, where a message of directions is at work: below fraction 1.
+PLACES_OF_PARTS: dict[str, tuple[dict[str, Any], Callable[[Any], tuple[Any, str]]]] = {
+    "packing sums": ({}, lambda o: (Item, "packed")),
+    "memory for sums": ({}, lambda o: (Ranks, "summing")),
+    "taking sums": ({}, lambda o: (Item, "take")),
+    "memory for directions": ({}, lambda o: (reduction, "gathering_of")),
+    "directions of others": ({}, lambda o: (o.preconditioners, "apply")),
+    "memory for lengths": ({"momentum": 0.9, "inverse_update_period": 1}, lambda o: (shared, "gathering_of")),
+}
+#: Where a step on shards fails: of methods that use gradients alone, and of layer-based ones.
+PLACES_OF_SHARDS: dict[str, dict[str, Callable[[Any], tuple[Any, str]]]] = {
+    "SOAP": {
+        "norm of gradients": lambda o: (divergence, "_row"),
+        "decay": lambda o: (o, "regularized"),
+        "packing gradients": lambda o: (sharded, "_buckets"),
+        "whole gradients": lambda o: (sharded._Gather, "wholes"),
+        "directions": lambda o: (o, "whole_directions"),
+        "packing directions": lambda o: (sharded._Spread, "fill"),
+        "taking directions": lambda o: (sharded._Spread, "parts"),
+        "bound": lambda o: (o, "shortened"),
+        "new values": lambda o: (o, "update_options"),
+        "are results fit": lambda o: (o, "touched"),
+    },
+    "KFAC": {
+        "statistics": lambda o: (o.statistics, "close"),
+        "packing sums": lambda o: (Item, "packed"),
+        "taking sums": lambda o: (Item, "take"),
+        "whole momenta": lambda o: (sharded._Gather, "wholes"),
+        "directions": lambda o: (o.preconditioners, "apply"),
+        "taking directions": lambda o: (sharded._Spread, "parts"),
+        "bound": lambda o: (o, "shortened"),
+        "new values": lambda o: (o, "update_options"),
+    },
+}
+
+
 def backward(model: nn.Module, call: Callable[[Tensor], Tensor], step: int, loss_fn: nn.Module) -> None:
     x, y = vectors()[step]
     model.zero_grad()
@@ -90,7 +131,7 @@ def caught(work: Callable[[], Any]) -> tuple[str, str]:
 def steps_that_fail() -> dict[str, Any]:
     out: dict[str, Any] = {}
     for fraction in (1.0, 0.5):
-        for name, (options, place) in PLACES.items():
+        for name, (options, place) in (PLACES if fraction == 1 else PLACES | PLACES_OF_PARTS).items():
             model = Net()
             parallel = DistributedDataParallel(model)
             optimizer = make("kfac exact", parallel, memory_fraction=fraction, **options)
@@ -107,6 +148,39 @@ def steps_that_fail() -> dict[str, Any]:
             optimizer.step()
             out[f"{name}, {fraction}"] = told, unchanged, parameters(model)
     return out
+
+
+def states_that_fail() -> tuple[str, str]:
+    """``state_dict`` where each rank has a part of it."""
+    parallel = DistributedDataParallel(Net())
+    optimizer = make("kfac exact", parallel, memory_fraction=0.5)
+    backward(parallel.module, parallel, 0, optimizer.loss_fn)
+    optimizer.step()
+    with broken(Preconditioner, "state_dict"):
+        told = caught(optimizer.state_dict)
+    assert optimizer.state_dict()["state"]
+    return told
+
+
+def shards_that_fail() -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for method, places in PLACES_OF_SHARDS.items():
+        for name, place in places.items():
+            net = shard(square(), mesh_of((2,)))
+            optimizer = on_shards(method, net)
+            rank_steps(net, optimizer, range(2))
+            with broken(*place(optimizer)):
+                told = caught(lambda net=net, optimizer=optimizer: rank_steps(net, optimizer, range(2, 3)))
+            optimizer.step()  # the same batch
+            rank_steps(net, optimizer, range(3, 4))
+            out[f"{method}, {name}"] = told, whole(net)
+    return out
+
+
+def on_shards(method: str, net: nn.Module) -> Any:
+    if method == "KFAC":
+        return KFAC(net, nn.MSELoss(), lr=0.1, fisher="exact", momentum=0.9, inverse_update_period=1)
+    return SOAP(net.parameters(), lr=0.02, weight_decay=WeightDecay(0.1, "l2"), kl_clip=1e-3)
 
 
 def gradient_methods() -> tuple[Any, bool, Any]:
@@ -223,8 +297,11 @@ def decisions() -> list[Any]:
     return out
 
 
+CHECKS = (steps_that_fail, states_that_fail, shards_that_fail, gradient_methods, matrices, orders, decisions)
+
+
 def everything() -> dict[str, Any]:
-    return {f.__name__: f() for f in (steps_that_fail, gradient_methods, matrices, orders, decisions)}
+    return {f.__name__: f() for f in CHECKS}
 
 
 @pytest.fixture(scope="module")
@@ -232,8 +309,10 @@ def found() -> list[dict[str, Any]]:
     return ranks(everything, 2, timeout=400)
 
 
-@pytest.mark.parametrize("fraction", ["1.0", "0.5"])
-@pytest.mark.parametrize("place", PLACES)
+CASES = [(name, "1.0") for name in PLACES] + [(name, "0.5") for name in PLACES | PLACES_OF_PARTS]
+
+
+@pytest.mark.parametrize(("place", "fraction"), CASES)
 def test_a_step_that_fails_on_one_rank_fails_on_all_and_can_be_tried_again(
     found: list[dict[str, Any]], place: str, fraction: str
 ) -> None:
@@ -243,7 +322,21 @@ def test_a_step_that_fails_on_one_rank_fails_on_all_and_can_be_tried_again(
     assert other[0] == Memory.__name__
     assert same_before and unchanged
     assert same(last, last_there)
-    assert distance(last, alone("kfac exact", Net(), vectors(), **PLACES[place][0])) < 1e-10
+    assert distance(last, alone("kfac exact", Net(), vectors(), **(PLACES | PLACES_OF_PARTS)[place][0])) < 1e-10
+
+
+def test_a_state_fails_on_all(found: list[dict[str, Any]]) -> None:
+    assert [rank["states_that_fail"][0] for rank in found] == [OtherRankFailed.__name__, Memory.__name__]
+
+
+@pytest.mark.parametrize("place", [f"{method}, {name}" for method, some in PLACES_OF_SHARDS.items() for name in some])
+def test_a_step_on_shards_fails_on_all_and_can_be_tried_again(found: list[dict[str, Any]], place: str) -> None:
+    (one, last), (other, last_there) = (rank["shards_that_fail"][place] for rank in found)
+    assert (one[0], other[0]) == (OtherRankFailed.__name__, Memory.__name__), (one, other)
+    assert same(last, last_there)
+    net = square()
+    rank_steps(net, on_shards(place.split(", ")[0], net), range(4))
+    assert distance(last, parameters(net)) < 1e-12
 
 
 def test_so_do_steps_of_gradient_methods(found: list[dict[str, Any]]) -> None:

@@ -58,6 +58,8 @@ def test_steps_checkpoints_refusals_and_traffic(found: dict[str, Any]) -> None:
     what_is_not_served_is_refused_by_name(found)
     all_ranks_decide_together(found)
     traffic_and_memory_are_those_of_the_plan(found)
+    buckets_are_computed_while_others_are_on_their_way(found["two"])
+    meshes_of_the_same_ranks_are_one(found["two"])
 
 
 def steps_are_those_of_one_process(found: dict[str, Any]) -> None:
@@ -91,7 +93,9 @@ def all_ranks_decide_together(found: dict[str, Any]) -> None:
         of = rank["disagreements"]
         # Skipped once, nothing moved, one warning: also on the rank whose gradients were finite.
         assert of["SOAP"] == of["Muon"] == of["MFAC"] == (1, True, 1)
-        assert of["failure"].startswith("SolverError: the factors" if number == 1 else "OtherRankFailed: another")
+        assert of["failure"].startswith(
+            "SolverError: the factors" if number == 1 else "OtherRankFailed: the step failed on rank 1"
+        )
         assert of["steps"] == 2 and of["afterwards"] == 0  # the same batch could be tried again
 
 
@@ -101,3 +105,23 @@ def traffic_and_memory_are_those_of_the_plan(found: dict[str, Any]) -> None:
         for of in rank["traffic"].values():
             assert of["messages"] == 2 and of["measured"] == of["planned"]
             assert of["all planned"] == of["alone"]
+
+
+def buckets_are_computed_while_others_are_on_their_way(two: list[dict[str, Any]]) -> None:
+    """With the bits that one bucket gives."""
+    for rank in two:
+        for gap, events in rank["buckets"].values():
+            assert gap == 0
+            kinds = [kind for kind, _ in events]
+            count = kinds.count("compute")
+            assert count > 2
+            assert kinds == ["begin"] * count + ["wait", "compute", "begin"] * count + ["wait"] * count
+            # All gradients set out; each is waited for, computed, and sent back; all directions are waited for.
+            started, waited = ([which for kind, which in events if kind == name] for name in ("begin", "wait"))
+            assert started == waited and len(set(started)) == 2 * count
+
+
+def meshes_of_the_same_ranks_are_one(two: list[dict[str, Any]]) -> None:
+    for rank in two:
+        assert rank["alike_meshes"].keys() == {"SOAP bounded", "Muon", "Muon controlled", "KFAC", "step norm"}
+        assert {name: gap for name, gap in rank["alike_meshes"].items() if gap > 1e-10} == {}
