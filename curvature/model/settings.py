@@ -13,6 +13,7 @@ from curvature.model.data import inspection
 from curvature.model.kernels import differentiable_kernels
 from curvature.model.moment import Moment, copied, writes
 from curvature.model.streams import own_stream
+from curvature.model.synchronized import refuse_synchronized
 from curvature.model.wrappers import as_written
 
 
@@ -29,6 +30,8 @@ def untouched(
     device: torch.device | None = None,
     random: list[Tensor] | None = None,
     at: Moment | None = None,
+    *,
+    together: bool = False,
 ) -> Iterator[None]:
     """Passes inside are the library's own, and leave the model as it is; restored afterwards, exceptions included.
 
@@ -41,7 +44,13 @@ def untouched(
         device: Where it runs; where its parameters are, by default.
         random: Where the random numbers begin; where the stream of the process is, by default.
         at: The model is as it was then: in modes, attributes and buffers.
+        together: Whether all processes of a run do the same pass, so that its layers may send messages.
+
+    Raises:
+        NotImplementedError: If a layer sends messages to other processes, which do not expect them.
     """
+    if not together:
+        refuse_synchronized(model)
     if device is None:
         device = next((p.device for p in model.parameters() if p.device.type == "cuda"), torch.device("cpu"))
     with inspection(), own_stream(model, device, random), own_buffers(model, at), as_written(model):

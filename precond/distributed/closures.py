@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from precond.distributed.ranks import Ranks, world_size
+from curvature.model.synchronized import world_size
+from precond.distributed.ranks import Ranks
 
 
 @contextmanager

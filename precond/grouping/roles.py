@@ -88,7 +88,7 @@ def roles_by_use(model: nn.Module, parameters: Parameters, data: Data) -> tuple[
         The roles, and the uses of those parameters that nobody can read a role off.
     """
     x, y = next(batches(data)())
-    with torch.inference_mode(False), untouched(model):
+    with torch.inference_mode(False), untouched(model, together=True):
         x, y = to_device(x, parameters.device), to_device(y, parameters.device)
         result, recorder = record(model, parameters, x, y)
         heads = _heads_by_use(result, recorder)

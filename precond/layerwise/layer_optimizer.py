@@ -17,10 +17,11 @@ from curvature.estimation.step_collector import StepCollector
 from curvature.estimation.tape import Tape
 from curvature.model.fully_sharded import named_parameters
 from curvature.model.parameters import Parameters, SeenParameters
+from curvature.model.synchronized import refuse_synchronized, world_size
 from curvature.model.wrappers import unwrapped
 from curvature.structures.estimator import Form
 from precond.distributed.curvature import SharedCurvature
-from precond.distributed.ranks import Ranks, group_of, refuse_synchronized, world_rank, world_size
+from precond.distributed.ranks import Ranks, group_of, world_rank
 from precond.layerwise.blocks.by_name import Preconditioners
 from precond.layerwise.blocks.preconditioner import Preconditioner
 from precond.layerwise.blocks.rows import RowTaps
@@ -95,7 +96,13 @@ class LayerOptimizer(WithoutCurvature):
         return StepCollector(self.seen_parameters, self.begin_block, joint=self.curvature.joint, forget=self.drop_block)
 
     def follow(self) -> None:
-        """Notice parameters that were added, frozen or unfrozen; blocks that stay whole keep their statistics."""
+        """Notice parameters that were added, frozen or unfrozen; blocks that stay whole keep their statistics.
+
+        Raises:
+            NotImplementedError: If a layer sends messages in the pass that is to be watched.
+        """
+        if self._statistics is not None and self.statistics.armed:
+            refuse_synchronized(unwrapped(self.model), type(self).__name__)
         trainable = self.tracked()
         if not trainable or {id(p) for p in trainable} == {id(p) for p in self.parameters.values()}:
             return

@@ -17,12 +17,13 @@ from curvature import Curvature
 from curvature.estimation.statistics import Statistics
 from curvature.losses.loss import check_loss
 from curvature.model.fully_sharded import FullyShard
+from curvature.model.synchronized import world_size
 from curvature.model.wrappers import unwrapped
 from curvature.structures.inverse import InverseEstimator
 from precond.distributed.checkpoint import unpacked
 from precond.distributed.curvature import Refreshing, SharedCurvature
 from precond.distributed.mesh_ranks import mesh_ranks, refuse_on_shards
-from precond.distributed.ranks import check_fraction, world_size
+from precond.distributed.ranks import check_fraction
 from precond.distributed.sharded import cut_as
 from precond.layerwise.blocks.block_state import (
     add_blocks,

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+import curvature
 from precond import (
     EKFAC,
     KBFGS,
@@ -240,6 +241,33 @@ def refusals() -> dict[str, str]:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
         optimizer.step()
 
+    def converted() -> None:
+        """After the first step, and in the midst of products with a matrix."""
+        model: nn.Module = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4)).double()
+        optimizer = KFAC(model, loss_fn, lr=0.1, process_group=dist.group.WORLD)
+        backward(model, model, 0, loss_fn)
+        averaged(model)
+        optimizer.step()
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        note("synchronized in training", lambda: backward(model, model, 1, loss_fn))
+
+    def matrices() -> None:
+        x, y = vectors()[0]
+        x, y = x[mine(16)], y[mine(16)]
+        plain = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4)).double()
+        matrix = curvature.hessian(plain, loss_fn, [(x, y)], process_group=dist.group.WORLD)
+        vector = torch.ones(matrix.shape[1], dtype=torch.float64)
+        matrix @ vector
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(plain)
+        note("synchronized matrix", lambda: matrix @ vector)
+        note("synchronized alone", lambda: curvature.ggn(model, loss_fn, (x, y)) @ vector)
+        note("synchronized report", lambda: curvature.report(model, loss_fn, (x, y)))
+        curvature.ggn(model.eval(), loss_fn, (x, y)) @ vector
+
+    converted()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the statistics of a batch are part of the loss
+        matrices()
     note("synchronized", lambda: synchronized(False))
     note("synchronized later", lambda: synchronized(True))
     note("joined", joined)
@@ -352,6 +380,10 @@ REFUSALS = {
     "other group": r"ValueError: process_group holds ranks \[\d\], but DistributedDataParallel .* over \[0, 1\]",
     "own model": "nothing",
     "synchronized": "NotImplementedError: KFAC: 1 is a SyncBatchNorm, whose passes send messages.*SOAP, Shampoo, Muon",
+    "synchronized in training": "NotImplementedError: KFAC: 1 is a SyncBatchNorm",
+    "synchronized matrix": "NotImplementedError: curvature: 1 is a SyncBatchNorm",
+    "synchronized alone": "NotImplementedError: curvature: 1 is a SyncBatchNorm",
+    "synchronized report": "NotImplementedError: curvature: 1 is a SyncBatchNorm",
     "synchronized later": "NotImplementedError: KFAC: 1 is a SyncBatchNorm, whose passes send messages",
     "joined": r"NotImplementedError: DistributedDataParallel.join\(\) lets ranks without data stay away",
 }
