@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
+from curvature.estimation.selection import SeenPart
 from curvature.layers.recorder import Recorder
 from curvature.model.moment import Moment
 
@@ -46,6 +48,8 @@ class TapedLoss:
     shape: tuple[int, ...] = ()  # of the output as the loss saw it
     whole: bool = False  # that is all of the model's output in its order
     inside: bool = False  # the model called it
+    selection: SeenPart | None = None  # of what a pass returned, if it was looked for
+    looked: bool = False  # since the pass was expected to be run again
     arriving: Tensor | None = None  # the weight over the backward pass under way
     alive: Callable[[], Any] = lambda: None  # a hook that lives as long as a gradient may arrive at the value
 
@@ -83,6 +87,7 @@ class Pass:
     edges: tuple[GradientEdge, ...] = ()
     calls: list[TapedLoss] = field(default_factory=list)
     examples: int = -1  # size of the first axis of the output
+    returned: list[weakref.ref[Tensor]] = field(default_factory=list)  # all tensors that the model returned
     own_loss: bool = False  # ``output`` is the loss that the model returned, beside outputs without a graph
     gradient: Tensor | None = None  # that arrived at ``output``, where the loss was not called on all of it
     arriving: Tensor | None = None  # the same over the backward pass under way

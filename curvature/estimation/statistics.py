@@ -456,23 +456,35 @@ class Statistics:
 
     def _repeat(self, origin: Pass) -> None:
         """Collect from a pass that is run again."""
-        calls = [call for call in origin.counted if call.whole or call.inside]
+        calls = [call for call in origin.counted if call.whole or call.inside or call.looked]
         if not calls and origin.gradient is None:
             return
         with self.tape.repeat(origin) as again:
             if origin.own_loss:
                 self._arrived_at_own_loss(again, origin.gradient)
+            elif not calls:
+                assert origin.gradient is not None
+                terms, share = self._from_gradient(again.output, origin.gradient, origin.seen)
+                self._take([again], terms, share, None)
             inside = dict(zip([call for call in origin.calls if call.inside], again.calls, strict=False))
             for call in calls:
                 assert call.weight is not None
-                other = inside.get(call)
-                if other is None:
-                    z, place = call.seen(again.output), call.place
-                    other = TapedLoss(call.module, call.args, call.kwargs, z, [again], place, call.value)
-                self.arrived(other, call.weight)
-            if origin.gradient is not None and not calls and not origin.own_loss:
-                terms, share = self._from_gradient(again.output, origin.gradient, origin.seen)
-                self._take([again], terms, share, None)
+                self.arrived(inside.get(call) or self._seen_again(call, again), call.weight)
+
+    def _seen_again(self, call: TapedLoss, again: Pass) -> TapedLoss:
+        """A call of the loss on what a repeated pass returned."""
+        if call.selection is not None:
+            z = call.selection.of([ref() for ref in again.returned])
+        elif call.whole:  # of several outputs
+            z = call.seen(again.output)
+        else:
+            raise ValueError(
+                f"the curvature of a step is taken from a repeated forward pass here (of a compiled model, a reentrant "
+                f"checkpoint, or Loop(capture='shadow')), and the loss saw a tensor of shape {call.shape} that was "
+                "computed from the output outside of the model, by another model or from several passes. Let the model "
+                "compute what the loss sees, or give the optimizer a model that is not compiled."
+            )
+        return TapedLoss(call.module, call.args, call.kwargs, z, [again], call.place, call.value)
 
     def _arrived_at_own_loss(self, again: Pass, gradient: Tensor | None) -> None:
         """Hand the gradient at the loss that a repeated pass computed on to the calls of losses that it consists of."""

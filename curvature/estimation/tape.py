@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from curvature.estimation.passes import OUTPUT, Inputs, Pass, Reader, TapedLoss, release
+from curvature.estimation.selection import selection
 from curvature.layers.recorder import Recorder
 from curvature.losses.loss import called, module_called
 from curvature.losses.sum_of_losses import SumOfLosses
@@ -231,11 +232,7 @@ class Tape:
         self._written |= origin.moment.written()
         if result is None or not self._wants(module):
             return  # it raised
-        try:
-            origin.output = self.seen_by_the_loss(result)
-        except TypeError:
-            if self.output is not None:
-                raise
+        origin.output = self._expected(result)
         if isinstance(origin.output, Tensor) and origin.output.dim():
             origin.examples = len(origin.output)
         own = loss_in(result)
@@ -244,6 +241,7 @@ class Tape:
         if origin.recorder is not None:
             origin.recorder.returned(result)
             self._count_by(origin)
+        origin.returned = [weakref.ref(t) for t in tensors_in(result)]
         origin.edges = tuple(get_gradient_edge(t) for t in tensors_in(result) if t.requires_grad)
         self.passes.append(origin)
         self._listen(origin)
@@ -263,6 +261,15 @@ class Tape:
             sizes = [t.shape[0] for t in tensors_in(origin.inputs) if t.dim()]
             self._counting = sizes.index(number)
             origin.recorder, origin.again = None, True
+
+    def _expected(self, result: Any) -> Any:
+        """What the loss is expected to see; ``None`` where the result does not tell."""
+        try:
+            return self.seen_by_the_loss(result)
+        except TypeError:
+            if self.output is not None:
+                raise
+            return None
 
     def seen_by_the_loss(self, result: Any) -> Any:
         """What the loss is called on: a tensor, or several where it is a sum of losses."""
@@ -341,6 +348,10 @@ class Tape:
         if passes is None:
             return
         call = _taped(module, args, kwargs, z, value.detach(), passes, self._pass is not None)
+        if len(passes) == 1 and isinstance(z, Tensor) and self.keeps_inputs:
+            with self.own_pass(passes, z):
+                call.selection = selection([ref() for ref in passes[0].returned], z)
+        call.looked = self.keeps_inputs
         hook = At(self, "_gradient_at_loss", call)
         ours(value.register_hook(hook))
         call.alive, self._latest = weakref.ref(hook), weakref.ref(value)
@@ -567,7 +578,8 @@ class Tape:
             bare(result)
             if again.recorder is not None:
                 again.recorder.returned(result)
-            again.output = loss_in(result) if origin.own_loss else self.seen_by_the_loss(result)
+            again.returned = [weakref.ref(t) for t in tensors_in(result)]
+            again.output = loss_in(result) if origin.own_loss else self._expected(result)
             yield again
 
     def at_input(self, call: TapedLoss) -> Callable[[Tensor], None]:

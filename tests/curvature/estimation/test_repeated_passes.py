@@ -175,3 +175,69 @@ def test_detached_logits_beside_an_own_loss(how: str) -> None:
             silently(optimizer.step)
             found.append(statistics(optimizer))
     assert_same(found[1], found[0])
+
+
+class Heads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.heads = nn.Linear(4, 5), nn.ModuleList(nn.Linear(5, 3) for _ in range(3))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        x = self.body(x).tanh()
+        return [head(x) for head in self.heads]
+
+
+def of_heads(net: nn.Module, loss_fn: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """One head is left out, and one counts half."""
+    z = net(x)
+    return 0.5 * loss_fn(z[0], y) + loss_fn(z[2], y)
+
+
+def of_actions(net: nn.Module, loss_fn: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Values of the actions that were taken, as in Q-learning."""
+    return loss_fn(net(x).gather(1, y[:, None]).squeeze(1), y.double())
+
+
+def of_some_rows(net: nn.Module, loss_fn: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return loss_fn(net(x)[1:].flip(0), F.one_hot(y[1:], 3).double())
+
+
+def of_differences(net: nn.Module, loss_fn: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Siamese networks."""
+    return loss_fn(net(x) - net(x + 1), F.one_hot(y, 3).double())
+
+
+def of_a_critic(net: nn.Module, loss_fn: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """The generator's loss."""
+    critic = torch.ones(3, 1, dtype=torch.float64)
+    return loss_fn((net(x).tanh() @ critic).squeeze(1), y.double())
+
+
+LOOPS: dict[str, tuple[Callable[..., Tensor], Callable[[], nn.Module], nn.Module, bool]] = {
+    "heads": (of_heads, Heads, LOSS, True),
+    "actions": (of_actions, lambda: model("dropout"), nn.MSELoss(), True),
+    "robust actions": (of_actions, lambda: model("dropout"), nn.SmoothL1Loss(), True),
+    "some rows": (of_some_rows, lambda: model("dropout"), nn.MSELoss(), True),
+    "differences": (of_differences, lambda: model("dropout"), nn.MSELoss(), False),
+    "critic": (of_a_critic, lambda: model("dropout"), nn.BCEWithLogitsLoss(), False),
+}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_what_the_loss_sees_of_a_repeated_pass(name: str) -> None:
+    """Some numbers of what the model returned are found again; what was computed from them outside is refused."""
+    loop, make, loss_fn, served = LOOPS[name]
+    found = []
+    for capture in ("loss", "shadow"):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            net = make().double()
+            optimizer = watching(net, loss_fn, "kfac", "exact", curvature_ema=0.0, capture=capture)
+            loop(net, loss_fn, *batch(6)).backward()
+            if capture == "shadow" and not served:
+                with pytest.raises(ValueError, match="was computed from the output outside of the model"):
+                    optimizer.step()
+                return
+            silently(optimizer.step)
+            found.append(statistics(optimizer))
+    assert_same(found[1], found[0])
