@@ -362,9 +362,13 @@ class Collector:
     ) -> Iterator[tuple[Group, list[Outer | PerSample]]]:
         """Send signals ``(k, *output)`` back; every group with the samples of those of its uses that they reached."""
         by_site, by_name = self._arriving(groups, output, signal)
+        last = {id(use.site): group for group in groups for use in group.uses}
         for group in groups:
             if group.uses:
                 uses = samples_of(group, by_site, valid, cache, len(signal), group.block.name in self.by_rows)
+                for use in group.uses:  # what nobody waits for any more makes room for the sums
+                    if last[id(use.site)] is group:
+                        by_site.pop(id(use.site), None)
                 yield group, [self._as_counted(use) for use in uses]
             else:
                 gradient = by_name[group.block.name]
@@ -377,7 +381,7 @@ class Collector:
 
     def _arriving(
         self, groups: list[Group], output: Tensor, signal: Tensor, meetings: Sequence[Meeting] = ()
-    ) -> tuple[Arrived, Mapping[str, Any]]:
+    ) -> tuple[dict[int, Tensor | None], Mapping[str, Any]]:
         """What arrives at every site, and at every parameter without uses, under signals ``(k, *output)``."""
         sites: list[Site | Meeting] = [*sites_of(groups), *meetings]
         generic = [g.block.name for g in groups if not g.uses]
@@ -445,7 +449,7 @@ class Collector:
         meetings = self._shared.meetings if self._shared else []
         with statistics_given([output]) if fixed else contextlib.nullcontext():
             plain, _ = self._arriving(rest + sought, output, signals.probe().unsqueeze(0), meetings)
-            tagged = []
+            tagged: list[tuple[Tensor, Arrived]] = []
             for weights in signals.tags():
                 arrived, _ = self._arriving(rest + sought, output, signals.probe(weights).unsqueeze(0), meetings)
                 tagged.append((weights, arrived))

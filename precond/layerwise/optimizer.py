@@ -465,14 +465,13 @@ class PreconditionedOptimizer(LayerOptimizer):
         bounded = any(group["kl_clip"] is not None for group in self.param_groups)
         dampings = Dampings(self.damping, self.param_groups, self.parameters, self._level)
         momenta = Momenta(self.parameters, self.state, self.param_groups)
-        self.measured = {}
-
         whole: dict[str, Tensor] | None = None
+        lengths: dict[str, dict[Tensor, Tensor]] = {}
 
-        def measure(name: str, damped: LinearOperator | None, renewed: bool) -> None:
+        def measure(name: str, damped: LinearOperator | None, renewed: bool = True) -> None:
             """Measure the momentum of a block; where processes share the blocks, in the one that keeps it."""
             kept = self.preconditioners[name]
-            self.measured |= momenta.of_block(
+            lengths[name] = momenta.of_block(
                 kept,
                 lambda: damped or kept.damped(dampings.of(kept.estimator.block)),
                 renewed=renewed,
@@ -491,12 +490,12 @@ class PreconditionedOptimizer(LayerOptimizer):
                     "applications": max(period, self.option("curvature_update_period")),
                 }
         failures = {name: self.preconditioners[name].failures for name in todo}
-        before = {name: self.preconditioners[name].inverse for name in todo}
         if self.shared is None:
-            damped = self.preconditioners.refresh({n: {**o, "rows": self.taps.count(n)} for n, o in todo.items()})
-            new = {name for name in todo if self.preconditioners[name].inverse is not before[name]}
+            by_rows = {n: {**o, "rows": self.taps.count(n)} for n, o in todo.items()}
+            new = self.preconditioners.refresh(by_rows, *([measure] if bounded else []))
             for name in self.preconditioners if bounded else ():
-                measure(name, damped.get(name), name in damped)
+                if name not in new:
+                    measure(name, None, False)
         else:
             new = self._refreshed_together(todo)
             if bounded:
@@ -505,7 +504,9 @@ class PreconditionedOptimizer(LayerOptimizer):
                     whole = momenta_at_owners(self.shared, blocks, self.parameters, self.state, new)
                 for name in sorted(self.preconditioners):  # each process has them in an order of its own
                     measure(name, None, name in new)
-                self.measured = self.shared.added(self.measured)
+        self.measured = {p: length for each in lengths.values() for p, length in each.items()}
+        if self.shared is not None and bounded:
+            self.measured = self.shared.added(self.measured)
         self.events[FAILURES] += sum(self.preconditioners[name].failures > failures[name] for name in todo)
         self.events[REFRESHES] += sum(todo[name]["basis"] and name in new for name in todo)
         if bounded:

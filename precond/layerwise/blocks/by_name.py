@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import nullcontext
 from typing import Any
 
@@ -54,34 +54,43 @@ class Preconditioners(dict[str, Preconditioner]):
         """The step within a period at which each inverse is due, so that all steps cost about the same."""
         return slots({name: cost for name, p in self.items() if (cost := p.cost) is not None}, period)
 
-    def refresh(self, due: Mapping[str, Mapping[str, Any]]) -> dict[str, LinearOperator]:
+    def refresh(
+        self,
+        due: Mapping[str, Mapping[str, Any]],
+        then: Callable[[str, LinearOperator | None], None] = lambda name, damped: None,
+    ) -> set[str]:
         """Refresh blocks, with one wait for the device where their solver allows; one that fails keeps its inverse.
 
         Args:
             due: Block's name -> arguments of :meth:`Preconditioner.refresh`.
+            then: Called with the name of each block that has a new P, and the damped C whose inverse it is, where that
+                is kept; before its checks are read. Nothing holds the damped C after that.
 
         Returns:
-            Block's name -> the damped C, where P is its new inverse.
+            Names of the blocks that have a new P.
 
         Raises:
             SolverError: If a refresh fails without an earlier inverse, or too many fail in a row.
         """
-        verdicts, damped = Verdicts(), dict[str, LinearOperator]()
+        verdicts, renewed = Verdicts(), set[str]()
         errors, marks = dict[str, Exception](), dict[str, Any]()
         for name, options in due.items():
             marks[name] = self[name].mark(estimate=False)
             try:
                 with verdicts.of(name) if self[name].fails_late else nullcontext():
-                    found = self[name].refresh(**options)[1]
+                    new, damped = self[name].refresh(**options)
             except SolverError as error:
                 errors[name] = error
-            else:
-                damped |= {} if found is None else {name: found}
+                continue
+            if new:
+                renewed.add(name)
+                then(name, damped)
+            del damped
         for name, failure in (errors | verdicts.failures()).items():
-            damped.pop(name, None)
+            renewed.discard(name)
             self[name].back_to(marks[name])
             self[name].failed(failure)
-        return damped
+        return renewed
 
     def apply(
         self,

@@ -50,7 +50,7 @@ class Preconditioner:
         self.elsewhere: int | None = None  # cost of a refresh, where another process has the inverse
         self.unseen = 0  # updates that the inverse does not include yet
         self.failures = 0
-        self._priced: tuple[LinearOperator | None, int] = None, 0  # an inverse and its cost
+        self._priced: tuple[LinearOperator | None, int] = None, 0  # the present inverse and its cost, once asked for
 
     @property
     def absent(self) -> bool:
@@ -131,12 +131,14 @@ class Preconditioner:
                 )
             self.estimator.improve(float(damping.strength))
             self.inverse, self.failures, self.unseen = self.estimator.operator(), 0, 0
+            self._priced = None, 0
             return True, None
         operator = self.estimator.operator()
         if not basis and self.inverse is not None and not isinstance(operator, (Eigen, Diagonal)):
             return False, None
         damped = damping(operator)
         self.inverse = self._power(damped, rows, applications)
+        self._priced = None, 0  # which would hold the one before until somebody asks
         self.failures, self.unseen = 0, 0 if basis else self.unseen
         return True, damped if self.keeps_curvature else None
 
