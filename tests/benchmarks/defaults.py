@@ -12,7 +12,6 @@ above their first loss or at no number. Runs are kept in ``--out``, a line each,
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 import math
 import time
@@ -28,6 +27,7 @@ import torch
 
 import precond
 from solvers import SolverError
+from tests.benchmarks.calls import read_call
 from tests.benchmarks.small_problems import CONFIRM, PROBLEMS, TUNE, SmallProblem
 
 GRID = [
@@ -80,9 +80,7 @@ class Run:
 
 def build(method: str, problem: SmallProblem) -> torch.optim.Optimizer:
     """The optimizer that a call means."""
-    call: Any = ast.parse(method, mode="eval").body
-    name, keywords = (call.func.id, call.keywords) if isinstance(call, ast.Call) else (call.id, [])
-    options = {k.arg: eval(ast.unparse(k.value), vars(precond)) for k in keywords}
+    name, options = read_call(method)
     params = list(problem.model.parameters())
     if name == "AdamW":
         return torch.optim.AdamW(params, **options)

@@ -11,7 +11,6 @@ that length. Runs are kept in ``--out``, a line each, and are not made again.
 from __future__ import annotations
 
 import argparse
-import ast
 import inspect
 import json
 import math
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import precond
+from tests.benchmarks.calls import read_call
 
 TRAIN = (
     *("argparse", "ast", "dis", "tokenize", "typing", "inspect", "difflib", "pydoc", "tarfile", "zipfile", "turtle"),
@@ -143,9 +143,8 @@ class Run:
 
 def build(call: str, rest: dict[str, Any], model: nn.Module, pieces: Tensor) -> torch.optim.Optimizer:
     """The optimizer that a call means, with the roles of the parameters as its groups."""
-    found: Any = ast.parse(call, mode="eval").body
-    cls = getattr(precond, found.func.id)
-    options = {k.arg: eval(ast.unparse(k.value), vars(precond)) for k in found.keywords}
+    name, options = read_call(call)
+    cls = getattr(precond, name)
     roles = ("embedding", "head", "norm", "bias", "vector")
     groups = precond.param_groups(model, cls, (pieces[:, :-1], pieces[:, 1:]), options={role: rest for role in roles})
     return cls(groups, **options)

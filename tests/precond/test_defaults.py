@@ -8,6 +8,10 @@ import pytest
 
 pytest.importorskip("sklearn")
 
+from torch import nn
+
+from precond import Doubling
+from tests.benchmarks.calls import read_call
 from tests.benchmarks.defaults import GRID, METHODS, Results, Run, run, score
 from tests.benchmarks.small_problems import CONFIRM, PROBLEMS, TUNE
 
@@ -24,6 +28,12 @@ def test_nothing_crashes_or_diverges(problem: str) -> None:
             assert not found.error, (method, found.error)
             # A few steps may go up a little; those that run away go up by orders of magnitude.
             assert found.losses[-1] <= 2 * found.losses[0], (method, found.losses)
+
+
+def test_calls_know_the_public_names_though_they_load_late() -> None:
+    name, options = read_call("KFAC(curvature_update_period=Doubling(10), structures={nn.Embedding: {}})")
+    assert name == "KFAC" and options == {"curvature_update_period": Doubling(10), "structures": {nn.Embedding: {}}}
+    assert read_call("SOAP") == read_call("SOAP()") == ("SOAP", {})
 
 
 def test_the_halves_share_nothing_and_are_all() -> None:
