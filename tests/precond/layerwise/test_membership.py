@@ -80,10 +80,12 @@ def test_a_weight_that_is_parametrized_later_is_named() -> None:
         train(model, optimizer, 1)
 
 
+@pytest.mark.parametrize("period", [1, 10])
 @pytest.mark.parametrize("first", [0, 4])
-def test_a_layer_that_came_later_is_told_once_and_can_be_added(first: int) -> None:
+def test_a_layer_that_came_later_is_told_once_and_can_be_added(first: int, period: int) -> None:
+    """And has curvature in its first step, whenever statistics are due."""
     model = network()
-    optimizer = KFAC(model, LOSS, lr=0.1, fisher="exact")
+    optimizer = KFAC(model, LOSS, lr=0.1, fisher="exact", curvature_update_period=period)
     train(model, optimizer, first)
     model.append(nn.Linear(3, 3).double())
     with pytest.warns(UserWarning, match=r"KFAC does not train 5\.weight, 5\.bias: added to the model, or unfrozen"):
