@@ -45,8 +45,10 @@ def run(command: list[str], folder: Path, seconds: int) -> tuple[str, str]:
 
 
 def wheel(folder: Path) -> Path:
-    """A wheel of this checkout, built apart from it."""
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT)]
+    """A wheel of this checkout, built from a copy, where no earlier build has left modules that moved since."""
+    source = folder / "source"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "tests", "docs"))
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(source)]
     wrong, _ = run(command, folder, 600)
     if wrong:
         raise SystemExit(f"the wheel cannot be built: {wrong}")
