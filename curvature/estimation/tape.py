@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from curvature.estimation.passes import OUTPUT, Inputs, Pass, Reader, TapedLoss, release
+from curvature.estimation.passes import Inputs, Pass, Reader, TapedLoss, release
 from curvature.estimation.selection import selection
+from curvature.estimation.taped_losses import called_again, same_numbers, taped
 from curvature.layers.recorder import Recorder
 from curvature.losses.loss import called, module_called
 from curvature.losses.sum_of_losses import SumOfLosses
@@ -38,7 +39,6 @@ from curvature.model.wrappers import (
     CallGuard,
     data_parallel,
     is_compiled,
-    passed_on,
     plain_checkpoints,
     undisturbed,
     unwrapped,
@@ -290,7 +290,7 @@ class Tape:
             return
         with contextlib.suppress(TypeError):
             z = self.seen_by_the_loss(result)
-            if z is not origin.output and z.requires_grad and _same(origin.output, z):
+            if z is not origin.output and z.requires_grad and same_numbers(origin.output, z):
                 origin.edges += (get_gradient_edge(z),)
                 origin.output = z
                 self._listen(origin)
@@ -347,7 +347,7 @@ class Tape:
         passes = [self._pass] if self._pass is not None else self._leading_to(z)
         if passes is None:
             return
-        call = _taped(module, args, kwargs, z, value.detach(), passes, self._pass is not None)
+        call = taped(module, args, kwargs, z, value.detach(), passes, self._pass is not None)
         if len(passes) == 1 and isinstance(z, Tensor) and self.keeps_inputs:
             with self.own_pass(passes, z):
                 call.selection = selection([ref() for ref in passes[0].returned], z)
@@ -572,7 +572,7 @@ class Tape:
             again = Pass((args, kwargs), origin.random, origin.moment, origin.autocast)
             if record:
                 again.recorder = self.recorder((args, kwargs))
-                again.recorder.on_loss = partial(_called_again, again)
+                again.recorder.on_loss = partial(called_again, again)
             with again.recorder or contextlib.nullcontext():
                 result = run() if values is None else with_values(self.model, values, run)
             bare(result)
@@ -628,55 +628,6 @@ class Tape:
         recorder = Recorder(parameters, constants, number or None)  # there may be no example
         recorder.mark_inputs(inputs)
         return recorder
-
-
-def _taped(
-    module: nn.Module, args: Any, kwargs: Any, z: Any, value: Tensor, passes: list[Pass], inside: bool
-) -> TapedLoss:
-    """Note a call of the loss on ``z`` in the passes that led to it."""
-    call = TapedLoss(
-        module,
-        tuple(OUTPUT if a is z else a for a in args),
-        {key: OUTPUT if a is z else a for key, a in kwargs.items()},
-        z,
-        passes,
-        _place(passes, z),
-        value,
-        shape=tuple(z.shape) if isinstance(z, Tensor) else (),
-        whole=any(_same(origin.output, z) for origin in passes),
-        inside=inside,
-    )
-    for origin in passes:
-        origin.calls.append(call)
-    return call
-
-
-def _called_again(again: Pass, func: Any, args: Any, kwargs: Any, value: Any) -> None:
-    """One of torch's loss functions was called in a repeated pass; its value keeps its graph."""
-    found = called(func, args, kwargs)
-    if found is not None and isinstance(value, Tensor) and value.requires_grad:
-        _taped(found[0], found[1], {}, found[1][0], value, [again], True)
-
-
-def _place(passes: list[Pass], z: Any) -> int:
-    """Which output of its pass a loss is called on: a number for each tensor."""
-    if not passes:
-        return 0
-    known = {call.place for call in passes[0].calls if call.output is z}
-    return known.pop() if known else len({call.place for call in passes[0].calls})
-
-
-def _same(output: Any, z: Any) -> bool:
-    """Whether the loss sees the output, or a view of all of it in its order."""
-    if z is output:
-        return True
-    output = passed_on(output, z)
-    if z is output:
-        return True
-    if not isinstance(output, Tensor) or not isinstance(z, Tensor):
-        return False
-    plain = z.numel() == output.numel() and z.is_contiguous() and output.is_contiguous()
-    return plain and z.data_ptr() == output.data_ptr() and z.requires_grad == output.requires_grad
 
 
 def _first(tensor: Tensor, hook: OwnHook) -> Any:

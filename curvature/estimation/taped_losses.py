@@ -1,0 +1,60 @@
+"""Calls of a loss as a tape notes them: on which passes, and on which of their outputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from curvature.estimation.passes import OUTPUT, Pass, TapedLoss
+from curvature.losses.loss import called
+from curvature.model.wrappers import passed_on
+
+
+def taped(
+    module: nn.Module, args: Any, kwargs: Any, z: Any, value: Tensor, passes: list[Pass], inside: bool
+) -> TapedLoss:
+    """Note a call of the loss on ``z`` in the passes that led to it."""
+    call = TapedLoss(
+        module,
+        tuple(OUTPUT if a is z else a for a in args),
+        {key: OUTPUT if a is z else a for key, a in kwargs.items()},
+        z,
+        passes,
+        _place(passes, z),
+        value,
+        shape=tuple(z.shape) if isinstance(z, Tensor) else (),
+        whole=any(same_numbers(origin.output, z) for origin in passes),
+        inside=inside,
+    )
+    for origin in passes:
+        origin.calls.append(call)
+    return call
+
+
+def called_again(again: Pass, func: Any, args: Any, kwargs: Any, value: Any) -> None:
+    """One of torch's loss functions was called in a repeated pass; its value keeps its graph."""
+    found = called(func, args, kwargs)
+    if found is not None and isinstance(value, Tensor) and value.requires_grad:
+        taped(found[0], found[1], {}, found[1][0], value, [again], True)
+
+
+def _place(passes: list[Pass], z: Any) -> int:
+    """Which output of its pass a loss is called on: a number for each tensor."""
+    if not passes:
+        return 0
+    known = {call.place for call in passes[0].calls if call.output is z}
+    return known.pop() if known else len({call.place for call in passes[0].calls})
+
+
+def same_numbers(output: Any, z: Any) -> bool:
+    """Whether the loss sees the output, or a view of all of it in its order."""
+    if z is output:
+        return True
+    output = passed_on(output, z)
+    if z is output:
+        return True
+    if not isinstance(output, Tensor) or not isinstance(z, Tensor):
+        return False
+    plain = z.numel() == output.numel() and z.is_contiguous() and output.is_contiguous()
+    return plain and z.data_ptr() == output.data_ptr() and z.requires_grad == output.requires_grad
