@@ -604,8 +604,6 @@ FEW = ["tied head", "both first"]
 
 def on_four(folder: str) -> dict[str, Any]:
     return {
-        "hybrid": every_method((2, 2), ["kfac exact", "ekfac"]),
-        "one axis": every_method((4,), ["kfac exact"]),
         "loaded": loads((2, 2), folder),
         "disagreements": disagreements((2, 2)),
         "judged": judged((2, 2), ("chosen",)),

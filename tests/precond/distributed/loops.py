@@ -69,6 +69,15 @@ def uneven(step: int) -> list[Micro]:
     ]
 
 
+def numbers(step: int) -> list[Micro]:
+    """One rank accumulates over three micro-batches, the other takes one."""
+    cuts = [[3, 2, 3], [8]]
+    return [
+        [({}, x, y, len(x) / 8) for x, y in shares(share, cut)]
+        for share, cut in zip(shares(vectors()[step], [8, 8]), cuts, strict=True)
+    ]
+
+
 def unused(step: int) -> list[Micro]:
     """In every other step one rank uses a layer that the other does not."""
     return [
@@ -104,6 +113,7 @@ Loop = tuple[Callable[[], nn.Module], dict[str, Any], Callable[[int], list[Micro
 #: Model, options of DistributedDataParallel, micro-batches by rank, what is done before a step, whether it is scaled.
 LOOPS: dict[str, Loop] = {
     "uneven micro-batches": (Net, {"gradient_as_bucket_view": True}, uneven, leave, False),
+    "unequal numbers of micro-batches": (Net, {}, numbers, leave, False),
     "unused on one rank": (Two, {"find_unused_parameters": True}, unused, leave, False),
     "frozen for a step": (Net, {"find_unused_parameters": True}, unequal, freeze, False),
     "tied head, padded": (Padded, {"static_graph": True}, padded, leave, False),
@@ -124,7 +134,7 @@ def loop(method: str, name: str) -> list[Tensor]:
         prepare(net, step)
         by_rank = micro(step)
         mine = by_rank[dist.get_rank()] if several else [one for some in by_rank for one in some]
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=micro is not numbers)
         for index, (options, x, y, weight) in enumerate(mine):
             last = index == len(mine) - 1
             with model.no_sync() if several and not last else nullcontext():
