@@ -16,6 +16,7 @@ from torch.func import functional_call
 
 from curvature.estimation.tape import Tape
 from curvature.losses import SumOfLosses
+from curvature.model.moment import Moment
 from precond import EKFAC, KBFGS, KFAC, LevenbergMarquardt, QuadraticModel, TrustRegion, WeightDecay
 from precond.layerwise.replay import ClosureReplay, LoopReplay
 from precond.layerwise.step_size import minimiser
@@ -592,7 +593,7 @@ def test_the_batch_repeats_itself_and_nothing_changes(way: str) -> None:
     tape = Tape(model, loss_fn, lambda: dict(model.named_parameters()))
     tape.repeats = True
     loop = LoopReplay(tape, loss_fn)
-    replay = loop if way == "loop" else ClosureReplay(evaluate, model, loss_fn, [state])
+    replay = loop if way == "loop" else ClosureReplay(evaluate, model, loss_fn, [state], Moment(model))
     torch.set_rng_state(state)
     value = evaluate().detach()
     kept = [p.grad for p in model.parameters()]
