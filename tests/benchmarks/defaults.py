@@ -36,7 +36,7 @@ GRID = [
 ]
 METHODS = (
     *("SOAP", "Muon", "KLShampoo", "Shampoo", "PSGD", "SPlus"),
-    *("KFAC", "EKFAC", "TNT", "SINGD"),
+    *("KFAC", "EKFAC", "TNT", "SINGD(lr=0.1)"),
 )
 EVERY = 5
 MISS = 2.0
