@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from precond.distributed.sharded import Exchange, is_sharded, owners
+from precond.distributed.exchange import Exchange, owners
+from precond.distributed.sharded import is_sharded
 from precond.gradient.cautious import cautious
 from precond.step.base import MomentumOptions, SecondOrderOptimizer, UpdateOptions
 from precond.step.divergence import TOLERATED_FAILURES, squares_fit

@@ -22,9 +22,9 @@ from curvature.model.wrappers import unwrapped
 from curvature.structures.inverse import InverseEstimator
 from precond.distributed.checkpoint import unpacked
 from precond.distributed.curvature import Refreshing, SharedCurvature
+from precond.distributed.exchange import cut_as
 from precond.distributed.mesh_ranks import mesh_ranks, refuse_on_shards
 from precond.distributed.ranks import check_fraction
-from precond.distributed.sharded import cut_as
 from precond.layerwise.blocks.block_state import (
     add_blocks,
     copied,

@@ -15,7 +15,8 @@ from curvature.losses.loss import watched
 from curvature.model.moment import Moment
 from curvature.model.streams import random_state
 from curvature.model.wrappers import unwrapped
-from precond.distributed.sharded import is_sharded, like, local, summed, whole_of
+from precond.distributed.exchange import whole_of
+from precond.distributed.sharded import is_sharded, like, local, summed
 from precond.layerwise.quadratic_model import QuadraticModel
 from precond.layerwise.replay import ClosureReplay, LoopReplay, Replay
 from precond.step.adapt import LevenbergMarquardt, unseen

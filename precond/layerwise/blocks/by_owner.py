@@ -10,7 +10,8 @@ from torch import Tensor
 
 from precond.distributed.assignment import blocks_together
 from precond.distributed.curvature import SharedCurvature
-from precond.distributed.sharded import Exchange, local
+from precond.distributed.exchange import Exchange
+from precond.distributed.sharded import local
 from precond.layerwise.blocks.by_name import Preconditioners
 
 
@@ -22,7 +23,7 @@ def directions_by_owners(
     given: Mapping[Tensor, Tensor],
     plain: Callable[[str, Tensor], None],
 ) -> dict[Tensor, Tensor]:
-    """``P g`` of every parameter, by the process that keeps its blocks; see :mod:`precond.distributed.sharded`.
+    """``P g`` of every parameter, by the process that keeps its blocks; see :mod:`precond.distributed.exchange`.
 
     Args:
         shared: The processes.

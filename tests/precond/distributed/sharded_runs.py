@@ -46,7 +46,7 @@ from precond import (
     Vectors,
     WeightDecay,
 )
-from precond.distributed import sharded
+from precond.distributed import exchange
 from precond.distributed.ranks import OtherRankFailed
 from precond.distributed.sharded import local
 from solvers import SolverError
@@ -274,13 +274,13 @@ def buckets(shape: tuple[int, ...]) -> dict[str, Any]:
             makes(net.parameters()) or KFAC(net, nn.MSELoss(), lr=0.1, fisher="exact", kl_clip=None) for net in nets
         ]
         steps(nets[0], made[0], range(3))
-        usual, sharded.BUCKET = sharded.BUCKET, 0
+        usual, exchange.BUCKET = exchange.BUCKET, 0
         try:
             steps(nets[1], made[1], range(2))
             with recorded(made[1]) as events:
                 steps(nets[1], made[1], range(2, 3))
         finally:
-            sharded.BUCKET = usual
+            exchange.BUCKET = usual
         out[name] = gap(*nets), events
     return out
 
@@ -288,7 +288,7 @@ def buckets(shape: tuple[int, ...]) -> dict[str, Any]:
 @contextlib.contextmanager
 def recorded(optimizer: Any) -> Iterator[list[tuple[str, int]]]:
     """When messages to and from owners begin, when they are waited for, and when directions are computed."""
-    message, events, known = sharded._Message, list[tuple[str, int]](), list[Any]()
+    message, events, known = exchange._Message, list[tuple[str, int]](), list[Any]()
     layered = hasattr(optimizer, "preconditioners")
     owner, compute = (optimizer.preconditioners, "apply") if layered else (optimizer, "whole_directions")
     own, begin, wait = getattr(owner, compute), message.begin, message.wait
