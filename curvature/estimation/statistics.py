@@ -324,8 +324,13 @@ class Statistics:
         self._step.absolute = True
         counted = weights[terms.mask]
         if counted.numel() and bool(counted.max() - counted.min() <= torch.finfo(z.dtype).eps ** 0.5 * counted.max()):
-            self._step.seen.append(torch.stack([counted.mean(), terms.total.to(counted)]))
-            return terms, Weight(counted.mean())
+            share = counted.mean()
+            self._step.seen.append(torch.stack([share, terms.total.to(counted)]))
+            # One weight for all terms: the labels are those of the user's loss, so its value is known as well.
+            values = terms.values().detach() if self.loss is not None and self.loss.zero_when_perfect else None
+            value = terms.total if values is None else torch.where(terms.mask, values, 0).sum()
+            self._step.values.append(share * value.to(share))
+            return terms, Weight(share)
         n, r, c = terms.shape
         return terms, Weight(None, terms.unrows(weights.reshape(n, r, 1).expand(n, r, c)))
 

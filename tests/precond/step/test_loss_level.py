@@ -102,6 +102,44 @@ def test_accumulated_batches_are_one(make: Any) -> None:
     torch.testing.assert_close(trained(exact, nn.MSELoss(), halves), whole, rtol=1e-7, atol=1e-7)
 
 
+def functional(model: nn.Module, loss_fn: Any, x: Tensor, y: Tensor, own: bool, parts: int) -> None:
+    for xs, ys in zip(x.chunk(parts), y.chunk(parts), strict=True):
+        z = model(xs)
+        if own:
+            loss = loss_fn(z, ys)
+        elif isinstance(loss_fn, nn.CrossEntropyLoss):
+            loss = torch.nn.functional.cross_entropy(
+                z, ys, loss_fn.weight, ignore_index=-1, reduction=loss_fn.reduction
+            )
+        else:
+            loss = torch.nn.functional.binary_cross_entropy_with_logits(z, ys, reduction=loss_fn.reduction)
+        (loss if loss_fn.reduction == "sum" else loss / parts).backward()
+
+
+@pytest.mark.parametrize("make", FOLLOWING)
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("what", ["mean", "sum", "weights", "binary"])
+def test_a_function_after_the_model_is_the_same_run_as_the_module(make: Any, parts: int, what: str) -> None:
+    """Labels are read off its gradient, so its value is known."""
+    weight = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64) if what == "weights" else None
+    loss_fn: Any = nn.CrossEntropyLoss(weight, ignore_index=-1, reduction="sum" if what == "sum" else "mean")
+    if what == "binary":
+        loss_fn = nn.BCEWithLogitsLoss()
+
+    def batches(k: int) -> tuple[Tensor, Tensor]:
+        x, _ = data(k)
+        labels = torch.randint(3, (len(x),), generator=torch.Generator().manual_seed(k))
+        if what == "binary":
+            return x, torch.nn.functional.one_hot(labels, 3).to(x.dtype)
+        return x, torch.where(torch.arange(len(x)) % 5 == 0, -1, labels)
+
+    runs = [
+        trained(make, loss_fn, lambda *args, own=own: functional(*args, own=own, parts=parts), batches)
+        for own in (True, False)
+    ]
+    torch.testing.assert_close(*runs, rtol=1e-11, atol=1e-13)
+
+
 def test_the_level_is_that_of_the_formula() -> None:
     values = [3.0, 2.0, 50.0, 1e9, 0.5, float("inf"), 0.1, 0.0, 0.2]
     like, before, level = torch.zeros((), dtype=torch.float64), None, values[0]
