@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -87,7 +86,7 @@ class Pass:
     edges: tuple[GradientEdge, ...] = ()
     calls: list[TapedLoss] = field(default_factory=list)
     examples: int = -1  # size of the first axis of the output
-    returned: list[weakref.ref[Tensor]] = field(default_factory=list)  # all tensors that the model returned
+    returned: list[Tensor] = field(default_factory=list)  # all that the model returned, where it may be repeated
     own_loss: bool = False  # ``output`` is the loss that the model returned, beside outputs without a graph
     gradient: Tensor | None = None  # that arrived at ``output``, where the loss was not called on all of it
     arriving: Tensor | None = None  # the same over the backward pass under way
@@ -143,6 +142,7 @@ def release(origin: Pass) -> None:
         handle.remove()
     origin.at_output = None
     origin.handles, origin.recorder, origin.output, origin.edges = [], None, None, ()
+    origin.returned = []
     origin.released = True
     for call in origin.calls:
         call.output = None

@@ -14,6 +14,12 @@ from curvature.model.graph_nodes import nodes
 
 #: Nodes of the graph between an output and what a loss sees of it, at most: more are a computation.
 _FEW = 32
+#: Beginnings of the names of nodes that move numbers. Others, a user's own functions among them, are not run for this.
+_MOVES = (
+    *("View", "UnsafeView", "Reshape", "Slice", "Select", "Index", "Gather", "Take", "Masked", "Squeeze", "Unsqueeze"),
+    *("Transpose", "TBackward", "Permute", "Flip", "Roll", "Clone", "ToCopy", "Split", "Unbind", "AsStrided", "Alias"),
+    *("Expand", "Cat", "Stack"),
+)
 #: Places are told in digits to this base, which every dtype holds exactly.
 _BASE = 128
 
@@ -46,11 +52,19 @@ class SeenPart:
 
 def selection(returned: Sequence[Tensor | None], z: Tensor) -> SeenPart | None:
     """What ``z`` is of the tensors that a pass returned; ``None`` for anything else than some of their numbers."""
-    between = set(islice(nodes([z]), _FEW))
+    ends = {t.grad_fn for t in returned if t is not None and t.grad_fn is not None}
+    between = set(islice(nodes([z], until=ends), _FEW))
+    moves = all(node in ends or node.name().startswith(_MOVES) for node in between)
     for place, output in enumerate(returned):
         if output is z:
             return SeenPart(place, None, 1, tuple(z.shape), z.dtype)
-        if output is None or output.numel() < z.numel() or output.grad_fn is None or output.grad_fn not in between:
+        if (
+            not moves
+            or output is None
+            or output.numel() < z.numel()
+            or output.grad_fn is None
+            or output.grad_fn not in between
+        ):
             continue
         last = z.shape[-1] if z.dim() and output.dim() and z.shape[-1] == output.shape[-1] else 1
         for width in dict.fromkeys((last, 1)):  # rows of classes, mostly
@@ -68,7 +82,9 @@ def _places(output: Tensor, z: Tensor, width: int) -> Tensor | None:
         digits = (number // place % _BASE + 1).to(z.dtype)  # from one on: zero is where nothing arrives
         with GraphHooks().muted([z]):
             sent = digits.unsqueeze(1).expand(-1, width).reshape(z.shape)
-            (arrived,) = torch.autograd.grad(z, output, sent, retain_graph=True)
+            (arrived,) = torch.autograd.grad(z, output, sent, retain_graph=True, allow_unused=True)
+        if arrived is None:  # another output of the same operation
+            return None
         rows = arrived.reshape(-1, width)
         if not bool((rows == rows[:, :1]).all()):
             return None

@@ -471,7 +471,14 @@ class Statistics:
                 assert origin.gradient is not None
                 terms, share = self._from_gradient(again.output, origin.gradient, origin.seen)
                 self._take([again], terms, share, None)
-            inside = dict(zip([call for call in origin.calls if call.inside], again.calls, strict=False))
+            inside, rest = {}, list(again.calls)
+            for call in (call for call in origin.calls if call.inside):
+                same = next(
+                    (c for c in rest if c.shape == call.shape and torch.equal(c.value.detach(), call.value)), None
+                )
+                if same is not None:
+                    inside[call] = same
+                    rest.remove(same)
             for call in calls:
                 assert call.weight is not None
                 self.arrived(inside.get(call) or self._seen_again(call, again), call.weight)
@@ -479,7 +486,7 @@ class Statistics:
     def _seen_again(self, call: TapedLoss, again: Pass) -> TapedLoss:
         """A call of the loss on what a repeated pass returned."""
         if call.selection is not None:
-            z = call.selection.of([ref() for ref in again.returned])
+            z = call.selection.of(again.returned)
         elif call.whole:  # of several outputs
             z = call.seen(again.output)
         else:

@@ -241,7 +241,7 @@ class Tape:
         if origin.recorder is not None:
             origin.recorder.returned(result)
             self._count_by(origin)
-        origin.returned = [weakref.ref(t) for t in tensors_in(result)]
+        origin.returned = list(tensors_in(result)) if self.keeps_inputs else []
         origin.edges = tuple(get_gradient_edge(t) for t in tensors_in(result) if t.requires_grad)
         self.passes.append(origin)
         self._listen(origin)
@@ -348,9 +348,9 @@ class Tape:
         if passes is None:
             return
         call = taped(module, args, kwargs, z, value.detach(), passes, self._pass is not None)
-        if len(passes) == 1 and isinstance(z, Tensor) and self.keeps_inputs:
+        if len(passes) == 1 and isinstance(z, Tensor) and self.keeps_inputs and not call.whole:
             with self.own_pass(passes, z):
-                call.selection = selection([ref() for ref in passes[0].returned], z)
+                call.selection = selection(passes[0].returned, z)
         call.looked = self.keeps_inputs
         hook = At(self, "_gradient_at_loss", call)
         ours(value.register_hook(hook))
@@ -578,7 +578,7 @@ class Tape:
             bare(result)
             if again.recorder is not None:
                 again.recorder.returned(result)
-            again.returned = [weakref.ref(t) for t in tensors_in(result)]
+            again.returned = list(tensors_in(result))
             again.output = loss_in(result) if origin.own_loss else self._expected(result)
             yield again
 

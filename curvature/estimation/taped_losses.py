@@ -35,7 +35,7 @@ def taped(
 def called_again(again: Pass, func: Any, args: Any, kwargs: Any, value: Any) -> None:
     """One of torch's loss functions was called in a repeated pass; its value keeps its graph."""
     found = called(func, args, kwargs)
-    if found is not None and isinstance(value, Tensor) and value.requires_grad:
+    if found is not None and isinstance(value, Tensor) and value.requires_grad and found[1][0].requires_grad:
         taped(found[0], found[1], {}, found[1][0], value, [again], True)
 
 

@@ -9,6 +9,9 @@ from collections.abc import Container
 import torch
 from torch import Tensor, nn
 
+#: Buffers that batch norm writes in train mode without telling their version, and reads in eval mode.
+_RUNNING = ("running_mean", "running_var")
+
 
 class Moment:
     """Attributes and buffers of all modules as they are now, and copies of what a pass may write in place.
@@ -30,9 +33,19 @@ class Moment:
         self.modules = [(m, dict(vars(m)), dict(m._buffers.items())) for m in model.modules()]
         self.buffers = {id(b): b for *_, buffers in self.modules for b in buffers.values() if b is not None}
         self.versions = {key: writes(b) for key, b in self.buffers.items()}
+        # Batch norm writes them in train mode without telling their version, and reads them in eval mode.
+        running = {id(buffers.get(name)): m.training for m, _, buffers in self.modules for name in _RUNNING}
         then = {} if last is None else last.values
-        known = {key: b for key, b in then.items() if last and last.versions[key] == self.versions.get(key)}
-        new = {key: b for key, b in self.buffers.items() if key not in known and (only is None or key in only)}
+        known = {
+            key: b
+            for key, b in then.items()
+            if last and last.versions[key] == self.versions.get(key) and key not in running
+        }
+        new = {
+            key: b
+            for key, b in self.buffers.items()
+            if key not in known and (only is None or key in only or running.get(key) is False)
+        }
         self.values: dict[int, Tensor] = known | copied(new)
         self.generators = {
             value: value.get_state()

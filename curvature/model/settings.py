@@ -74,8 +74,9 @@ def own_buffers(model: nn.Module, at: Moment | None = None) -> Iterator[None]:
     Raises:
         RuntimeError: If a buffer of then is gone, or a large one was written by its name and by another.
     """
-    now = Moment(model)
+    now = Moment(model, at, only=None if at is None else {id(b) for b in model.buffers() if b.nbytes <= _SECOND})
     own = now.values if at is None else at.had()
+    of_now = {key for key in own if at is None or at.versions[key] == now.versions.get(key)}
     begun = {key: writes(b) for key, b in own.items()}
     second = (
         copied({k: b for k, b in now.buffers.items() if k in own and b.nbytes <= _SECOND}) if at is None else now.values
@@ -89,7 +90,7 @@ def own_buffers(model: nn.Module, at: Moment | None = None) -> Iterator[None]:
             for key in now.written():
                 # The model wrote to it by another name. Its own copy has the value from before, unless written as well.
                 b = now.buffers[key]
-                value = second.get(key, own[key] if key in own and writes(own[key]) == begun[key] else None)
+                value = second.get(key, own[key] if key in of_now and writes(own[key]) == begun[key] else None)
                 if value is None:
                     raise RuntimeError(
                         f"{now.name(b)} was written by its name and by another name of the same tensor, in a pass that "

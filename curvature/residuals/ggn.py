@@ -10,6 +10,7 @@ from torch import Tensor
 
 from curvature.layers.block import Block, BlockPart, BlockPlace
 from curvature.model.parameters import Parameters, Restriction
+from curvature.model.settings import refuse_changes, versions
 from curvature.residuals.points import PointwiseResidual
 from curvature.residuals.residual_rows import residual_rows
 from solvers import BlockDiagonal, Dense, Diagonal, Function, LinearOperator, Segment
@@ -79,6 +80,8 @@ def residual_ggn(
             )
     if not several or any(residual.model is not several[0].model for residual in several):
         raise ValueError("residual_ggn takes at least one residual, and all of them of one model.")
+    if any(not len(residual.points) for residual in several):
+        raise ValueError("residual_ggn takes residuals with at least one point each; leave out those without.")
     parameters = Parameters(several[0].model, params)
     if structure in ("dense", "diagonal"):
         return _formed(several, parameters, structure == "dense")
@@ -87,7 +90,8 @@ def residual_ggn(
         return _products(several, parameters) if rows is None else rows.gram
     if rows is None:
         raise ValueError(
-            "structure='kfac' needs a network whose parameters are all in linear layers, and derivatives by "
+            "structure='kfac' needs a network whose parameters are all in linear layers, with the weight of each bias "
+            "among them, and derivatives by "
             "precond.laplacian and precond.directional_derivatives up to the second order; these residuals have "
             "others. Use structure='full' or 'diagonal', or leave parameters out by params=."
         )
@@ -117,24 +121,28 @@ def _part(name: str, matrix: Tensor) -> BlockPart:
 
 def _formed(residuals: list[PointwiseResidual], parameters: Parameters, dense: bool) -> LinearOperator:
     """From the Jacobian of one kind of residuals after another."""
-    terms = []
+    total: Tensor | None = None
     for residual in residuals:
         jacobian = residual.value_and_jacobian(list(parameters.values()))[1]
-        terms.append(gram(jacobian) if dense else jacobian.square().sum(0))
-    total = torch.stack(terms).sum(0)
+        term = gram(jacobian) if dense else jacobian.square().sum(0)
+        total = term if total is None else total.add_(term)
+    assert total is not None
     return Dense(total, is_gram=True) if dense else Diagonal(total)
 
 
 def _products(residuals: list[PointwiseResidual], parameters: Parameters) -> LinearOperator:
     """By autograd, for what linear layers do not explain: a graph of all residuals, kept for the products."""
-    params = list(parameters.values())
+    params, before = list(parameters.values()), versions(residuals[0].model)
     with torch.enable_grad():
         values = torch.cat([residual.value() for residual in residuals])
+        if not values.requires_grad:
+            return Diagonal(torch.zeros(parameters.size, dtype=parameters.dtype, device=parameters.device))
         probe = torch.zeros_like(values, requires_grad=True)
         slopes = torch.autograd.grad(values, params, probe, create_graph=True, allow_unused=True)
         used = [(p, slope) for p, slope in zip(params, slopes, strict=True) if slope is not None]
 
     def product(v: Tensor) -> Tensor:
+        refuse_changes(residuals[0].model, before)
         move = dict(zip(params, v.split([p.numel() for p in params]), strict=True))
         along = [move[p].view_as(slope) for p, slope in used]
         pushed = torch.autograd.grad([slope for _, slope in used], probe, along, retain_graph=True)[0]

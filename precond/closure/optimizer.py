@@ -201,7 +201,7 @@ class ClosureOptimizer(SecondOrderOptimizer):
             result = closure()
             if any(p.grad is not None and not _same(p.grad, before.get(p)) for p in params):
                 return result  # it ran the backward pass, as in a plain loop
-            if result is None and before:
+            if result is None and before and all(p.grad is not None and _same(p.grad, b) for p, b in before.items()):
                 return None  # it does nothing, as that of Lightning's manual optimization: the loop ran the pass
             loss = loss_tensor(result, type(self).__name__) + self._penalty()
             refuse_closure(type(self).__name__, parallel, self.ranks)

@@ -89,11 +89,14 @@ def assigned(
 
 def blocks_together(parts: Mapping[str, Collection[str]]) -> list[list[str]]:
     """Blocks that share parameters, directly or through others."""
-    sets: list[tuple[set[str], list[str]]] = []
+    groups: dict[str, tuple[list[str], list[str]]] = {}  # by its last block: parameters and blocks
+    home: dict[str, str] = {}  # parameter -> its group
     for name in sorted(parts):
-        mine, names = set(parts[name]), [name]
-        for entry in [entry for entry in sets if not mine.isdisjoint(entry[0])]:
-            sets.remove(entry)
-            mine, names = mine | entry[0], [*entry[1], *names]
-        sets.append((mine, names))
-    return [names for _, names in sets]
+        mine, names = list(parts[name]), [name]
+        touched = {home[p] for p in mine if p in home}
+        for old in [group for group in groups if group in touched] if touched else ():
+            params, others = groups.pop(old)
+            mine, names = mine + params, [*others, *names]
+        groups[name] = mine, names
+        home |= dict.fromkeys(mine, name)
+    return [names for _, names in groups.values()]

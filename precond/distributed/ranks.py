@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from fractions import Fraction
@@ -90,8 +91,9 @@ class Ranks:
         Raises:
             OtherRankFailed: If it raised in another process; what it raised in this one is raised as it is.
         """
+        handled = sys.exc_info()[1]  # of an earlier step, which is tried again while it is handled
         values, error = _attempted(work, width)
-        if error is not None and _is_known(error):  # all have left for it
+        if error is not None and _is_known(error, handled):  # all have left for it
             raise error
         return self._decided(values, error)
 
@@ -135,9 +137,14 @@ class Ranks:
         table = torch.tensor(self.together(values, width), dtype=torch.float64)
         return (tree_sum(list(table)) / self.size).to(own[0])
 
-    def tell(self, error: BaseException) -> None:
-        """Let the others, who wait for a decision, know of an error of this process, unless they do already."""
-        if not _is_known(error):
+    def tell(self, error: BaseException, handled: BaseException | None = None) -> None:
+        """Let the others, who wait for a decision, know of an error of this process, unless they do already.
+
+        Args:
+            error: The error.
+            handled: One of before, in whose handling this one was raised, so that it is its context.
+        """
+        if not _is_known(error, handled):
             with suppress(OtherRankFailed, ProcessLost):
                 self._messages((), failed=True)
             error.told = True  # type: ignore[attr-defined]
@@ -235,10 +242,10 @@ def _raise_for(error: BaseException | None, failed: int | None) -> None:
         )
 
 
-def _is_known(error: BaseException | None) -> bool:
-    """Whether the other processes know of an error, or of one that it was raised for, or nobody answers any more."""
+def _is_known(error: BaseException | None, handled: BaseException | None) -> bool:
+    """Whether the others know of an error, or of one since ``handled`` that it was raised for, or nobody answers."""
     seen: list[BaseException] = []
-    while error is not None and error not in seen:
+    while error is not None and error is not handled and error not in seen:
         if isinstance(error, (OtherRankFailed, ProcessLost)) or getattr(error, "told", False):
             return True
         seen.append(error)

@@ -183,8 +183,11 @@ class LayerOptimizer(WithoutCurvature):
             if self._statistics is not None:
                 self.find_plain()
                 self.follow()
-                if not self.statistics.armed:
-                    self.arm(due=True)  # the new ones have no curvature yet
+                new = {id(p) for p in self.param_groups[-1]["params"]}
+                for p in self.parameters.values():
+                    if id(p) in new:  # by their own clock: without curvature until a step brings it
+                        self.state[p]["waited"] = self.option("curvature_update_period")
+                self.arm()
 
     def option(self, name: str) -> Any:
         """The value of an option at the coming step, which all groups must share because blocks may span them.
@@ -203,10 +206,10 @@ class LayerOptimizer(WithoutCurvature):
             )
         return values.pop()
 
-    def arm(self, due: bool = False) -> None:
-        """Watch the coming step, if its statistics are due, by the period or by what is said."""
+    def arm(self) -> None:
+        """Watch the coming step, if its statistics are due."""
         period = self.option("curvature_update_period")
-        if due or self.steps % period == 0 or self._overdue(period):
+        if self.steps % period == 0 or self._overdue(period):
             rank = world_rank() if self._ranks is None else self._ranks.rank
             words = f"{self.loop.seed},{rank},{self.steps}"
             self.statistics.arm(int.from_bytes(hashlib.sha256(words.encode()).digest()[:7], "big"))

@@ -290,7 +290,7 @@ class SecondOrderOptimizer(BoundedOptimizer):
             self.refuse_results(whole, gradients, values)
         return loss
 
-    def _tell(self, error: BaseException) -> None:
+    def _tell(self, error: BaseException, handled: BaseException | None = None) -> None:
         """An error of this process is one in all that take the step together: they wait for its next decision.
 
         Not one of the closure, where they wait for its gradient.
@@ -300,7 +300,7 @@ class SecondOrderOptimizer(BoundedOptimizer):
                 [self.ranks] if self.ranks is not None else ranks_of(p for g in self.param_groups for p in g["params"])
             )
             if len(ranks) == 1:
-                ranks[0].tell(error)
+                ranks[0].tell(error, handled)
 
     def _values(self, gradients: dict[Tensor, Tensor]) -> tuple[dict[Tensor, Tensor], BoundRecord]:
         """The values that parameters are to take, and how often the bound was active with this step."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any
@@ -30,12 +31,14 @@ class Transaction:
         device: Where the global random streams are to be put back as well, because the user's code draws from them.
 
     Attributes:
-        tell: Told of what raises, as long as other processes wait for a word of this one; ``None`` where none does.
+        tell: Told of what raises, and of what was handled when the work began, as long as other processes wait for a
+            word of this one; ``None`` where none does.
     """
 
     def __init__(self, owner: Any, back: Callable[[], None], device: torch.device | None = None) -> None:
         self._owner, self._back, self._device = owner, back, device
-        self.tell: Callable[[BaseException], None] | None = None
+        self.tell: Callable[[BaseException, BaseException | None], None] | None = None
+        self._handled: BaseException | None = None
         self._random = [] if device is None else random_state(device)
         self._last: Callable[[], None] | None = None
         held = {name: value for name, value in vars(owner).items() if not name.startswith("_optimizer_")}
@@ -45,6 +48,7 @@ class Transaction:
         self._before: list[Tensor] | None = None
 
     def __enter__(self) -> Transaction:
+        self._handled = sys.exc_info()[1]
         return self
 
     def __exit__(
@@ -61,7 +65,7 @@ class Transaction:
         if self._device is not None:
             set_random_state(self._random, self._device)
         if self.tell is not None and error is not None:
-            self.tell(error)
+            self.tell(error, self._handled)
 
     def end(self) -> None:
         """Do what was left for the end, once."""

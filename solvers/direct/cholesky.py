@@ -152,7 +152,8 @@ def _triangle(matrix: Tensor) -> tuple[Tensor, Tensor]:
         factor, info = torch.linalg.cholesky_ex(matrix)
         return factor, info
     n = matrix.shape[-1]
-    if matrix.ndim > 2 or n < _BY_BLOCKS:
+    differentiated = matrix.requires_grad and torch.is_grad_enabled()
+    if matrix.ndim > 2 or n < _BY_BLOCKS or differentiated:
         upper, info = torch.linalg.cholesky_ex(matrix, upper=True)
         return upper.mT, info
     upper, infos = matrix.new_zeros(n, n).mT, []

@@ -177,6 +177,42 @@ def test_detached_logits_beside_an_own_loss(how: str) -> None:
     assert_same(found[1], found[0])
 
 
+class Quantized(nn.Module):
+    """Losses inside, one of detached codes; what is hidden calls another one, for a log."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.codes, self.last = nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+        self.hides = False
+
+    def inner(self, x: Tensor) -> Tensor:
+        h = self.first(x).tanh()
+        self.log = F.mse_loss(self.codes(h), h.detach()).detach()
+        return h
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        h = checkpoint(self.inner, x.requires_grad_(), use_reentrant=True) if self.hides else self.inner(x)
+        q = self.codes(h)
+        near, code = F.mse_loss(q.detach(), h), F.mse_loss(q, h.detach())
+        z = self.last(h + (q - h).detach())
+        return {"loss": F.cross_entropy(z, labels) + code + 0.25 * near, "logits": z.detach()}
+
+
+def test_losses_inside_are_told_from_others_that_a_repeated_pass_calls() -> None:
+    found = []
+    for hides in (False, True):
+        torch.manual_seed(0)
+        net = Quantized().double()
+        net.hides = hides
+        optimizer = watching(net, LOSS, "kfac", "exact", curvature_ema=0.0)
+        for _ in range(2):
+            optimizer.zero_grad()
+            net(*batch(6, seed=1))["loss"].backward()
+            silently(optimizer.step)
+        found.append(statistics(optimizer))
+    assert_same(found[1], found[0])
+
+
 class Heads(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -191,6 +227,22 @@ def of_heads(net: nn.Module, loss_fn: nn.Module, x: Tensor, y: Tensor) -> Tensor
     """One head is left out, and one counts half."""
     z = net(x)
     return 0.5 * loss_fn(z[0], y) + loss_fn(z[2], y)
+
+
+class ActorCritic(nn.Module):
+    """Outputs of one operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.last = nn.Linear(4, 5), nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        logits, value = self.last(self.body(x).tanh()).split([3, 1], -1)
+        return logits, value
+
+
+def of_the_value(net: nn.Module, loss_fn: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return loss_fn(net(x)[1].squeeze(-1), y.double())
 
 
 def of_actions(net: nn.Module, loss_fn: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -215,6 +267,7 @@ def of_a_critic(net: nn.Module, loss_fn: nn.Module, x: Tensor, y: Tensor) -> Ten
 
 LOOPS: dict[str, tuple[Callable[..., Tensor], Callable[[], nn.Module], nn.Module, bool]] = {
     "heads": (of_heads, Heads, LOSS, True),
+    "a value": (of_the_value, ActorCritic, nn.MSELoss(), True),
     "actions": (of_actions, lambda: model("dropout"), nn.MSELoss(), True),
     "robust actions": (of_actions, lambda: model("dropout"), nn.SmoothL1Loss(), True),
     "some rows": (of_some_rows, lambda: model("dropout"), nn.MSELoss(), True),

@@ -97,6 +97,31 @@ def test_a_layer_that_came_later_is_told_once_and_can_be_added(first: int, perio
     assert not torch.equal(model[5].weight, before)  # type: ignore[arg-type]
 
 
+def test_a_layer_that_was_added_has_its_curvature_after_a_skipped_step_and_after_a_checkpoint() -> None:
+    def added(steps: int) -> tuple[nn.Sequential, KFAC]:
+        model = network()
+        optimizer = KFAC(model, LOSS, lr=0.1, fisher="exact", curvature_update_period=10)
+        train(model, optimizer, steps)
+        model.append(nn.Linear(3, 3).double())
+        optimizer.add_param_group({"params": [*model[5].parameters()]})
+        return model, optimizer
+
+    model, optimizer = added(3)
+    resumed, other = added(0)
+    resumed.load_state_dict(model.state_dict())
+    other.load_state_dict(optimizer.state_dict())
+    for each, its in ((model, optimizer), (resumed, other)):
+        its.zero_grad()
+        LOSS(each(X), Y).backward()
+        each[0].weight.grad.fill_(float("nan"))  # type: ignore[union-attr, operator]
+        with pytest.warns(RuntimeWarning, match="skips a step"):
+            its.step()
+        train(each, its, 1)
+        assert its.preconditioners["5.weight+5.bias"].inverse is not None
+    for p, q in zip(model.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
 def test_a_layer_that_was_unfrozen_later_is_told_and_one_that_was_left_out_is_not() -> None:
     model = network()
     model[0].requires_grad_(False)

@@ -82,3 +82,13 @@ def test_a_bad_pivot_in_any_block_is_refused(place: int) -> None:
     bad[place, place] = torch.nan
     with pytest.raises(NonFiniteError):
         Cholesky().power(Dense(bad, is_gram=True), -1)
+
+
+@pytest.mark.parametrize("n", [8, 650])
+def test_a_solve_can_be_differentiated_in_the_matrix(n: int) -> None:
+    A = (2 * torch.eye(n, dtype=torch.float64) + 1 / n).requires_grad_()
+    ones = torch.ones(n, dtype=torch.float64)
+    (slope,) = torch.autograd.grad((Cholesky(explicit=False).power(Dense(A), -1) @ ones).sum(), A)
+    x = torch.linalg.solve(A.detach(), ones)
+    expected = -torch.outer(x, x)
+    torch.testing.assert_close((slope + slope.mT) / 2, expected, rtol=1e-10, atol=1e-14)
