@@ -82,7 +82,7 @@ def _places(output: Tensor, z: Tensor, width: int) -> Tensor | None:
         digits = (number // place % _BASE + 1).to(z.dtype)  # from one on: zero is where nothing arrives
         with GraphHooks().muted([z]):
             sent = digits.unsqueeze(1).expand(-1, width).reshape(z.shape)
-            (arrived,) = torch.autograd.grad(z, output, sent, retain_graph=True, allow_unused=True)
+            arrived: Tensor | None = torch.autograd.grad(z, [output], sent, retain_graph=True, allow_unused=True)[0]
         if arrived is None:  # another output of the same operation
             return None
         rows = arrived.reshape(-1, width)
