@@ -61,6 +61,10 @@ def untouched(
 _SECOND = 1 << 20
 
 
+def _is_small(buffer: Tensor) -> bool:
+    return buffer.numel() * buffer.element_size() <= _SECOND  # a sparse one has no bytes of its own
+
+
 @contextlib.contextmanager
 def own_buffers(model: nn.Module, at: Moment | None = None) -> Iterator[None]:
     """Let the model work on copies of its buffers, and leave what its modules remember as it was.
@@ -74,13 +78,11 @@ def own_buffers(model: nn.Module, at: Moment | None = None) -> Iterator[None]:
     Raises:
         RuntimeError: If a buffer of then is gone, or a large one was written by its name and by another.
     """
-    now = Moment(model, at, only=None if at is None else {id(b) for b in model.buffers() if b.nbytes <= _SECOND})
+    now = Moment(model, at, only=None if at is None else {id(b) for b in model.buffers() if _is_small(b)})
     own = now.values if at is None else at.had()
     of_now = {key for key in own if at is None or at.versions[key] == now.versions.get(key)}
     begun = {key: writes(b) for key, b in own.items()}
-    second = (
-        copied({k: b for k, b in now.buffers.items() if k in own and b.nbytes <= _SECOND}) if at is None else now.values
-    )
+    second = copied({k: b for k, b in now.buffers.items() if k in own and _is_small(b)}) if at is None else now.values
     try:
         (now if at is None else at).restore(own)
         yield

@@ -101,6 +101,7 @@ OTHERS = {
     *("Report", "Surface", "plots", "Mixed", "CheckpointError", "NondeterministicError", "NotOneLossWarning"),
     *("Comparison", "NotComparableWarning", "compare"),  # of reports, one after another: tests/curvature/comparison
     *("Curvature", "CurvatureEstimator", "InverseEstimator", "MeanEstimator", "MeansEstimator"),
+    "residual_ggn",  # of residuals, not of a model and a loss: tests/curvature/residuals
 }
 RESULTS_OF_LAPLACE = {
     *("BlockKron", "BlockKronDecomposed", "Evidence", "IndefinitePosteriorError", "PosteriorSamples", "Predictive"),

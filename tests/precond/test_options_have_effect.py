@@ -115,7 +115,7 @@ SPECIAL: dict[tuple[str, str], tuple[Any, Any]] = {
     ("Muon", "momentum"): (0.5, 0.9),
     ("SOAPMuon", "momentum"): (0.5, 0.9),
     ("SSBFGS", "window"): (None, 1),
-    ("KBFGS", "loop"): (Loop(), Loop(output=lambda out: 0.5 * out)),  # it draws nothing
+    ("KBFGS", "loop"): (Loop(), Loop(batch_dim=1)),  # it draws nothing
 }
 #: What a method needs besides, so that it runs and the option acts.
 BESIDE: dict[str, dict[str, Any]] = {
