@@ -46,16 +46,15 @@ def only_way(value: Any, output: Any, targets: Set[Any]) -> bool:
         output: A node below it, or itself.
         targets: Nodes below that.
     """
-    for frame in sys._current_frames().values():  # on an accelerator the pass runs in a thread of its own
-        before = set(_below(_called_on(frame), {value}))
-        if value in before:
-            others = before - {value} | set(_below([value], {output})) - {output}
-            return targets.isdisjoint(others) and output not in before - {value}
-    return False
+    before = set(_below(_called_on(sys._getframe()), {value}))  # an accelerator's pass has a thread of its own: unknown
+    if value not in before:
+        return False
+    others = before - {value} | set(_below([value], {output})) - {output}
+    return targets.isdisjoint(others) and output not in before - {value}
 
 
 def _called_on(frame: FrameType | None) -> list[Any]:
-    """The nodes on which the innermost backward pass of a thread was called."""
+    """The nodes on which the innermost backward pass of this thread was called."""
     while frame is not None and frame.f_code is not graph._engine_run_backward.__code__:
         frame = frame.f_back
     roots = [] if frame is None else frame.f_locals["t_outputs"]
