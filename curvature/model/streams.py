@@ -30,6 +30,7 @@ class _Own(threading.local):
 
 
 _own = _Own()
+_making, _made = threading.Lock(), list[bool]()
 
 
 @contextlib.contextmanager
@@ -55,6 +56,7 @@ def own_stream(model: nn.Module, device: torch.device, states: list[Tensor] | No
             stack.enter_context(_accelerator_restored(device))
             if torch.is_inference_mode_enabled():  # which shows a mode less than all
                 stack.enter_context(_no_inference())
+            _make_operations()
             before, _own.stream = _own.stream, _Stream()
             stack.callback(setattr, _own, "stream", before)
             stack.enter_context(_own.stream)
@@ -107,6 +109,22 @@ class _Stream(TorchDispatchMode):
             else:
                 kwargs = {**kwargs, "generator": self.generator}
         return drawing(*args, **kwargs)
+
+
+def _make_operations() -> None:
+    """Have torch make the objects of all its operations, before modes of several threads ask for them.
+
+    It makes each at its first use, and where two threads do so at once, it may go on with one that nobody keeps, and
+    the process dies (torch 2.13). Costs 0.2 s, once.
+    """
+    with _making:
+        if not _made:
+            for name in torch._C._dispatch_get_all_op_names():
+                space, _, operation = name.partition("::")
+                packet, _, overload = operation.partition(".")
+                if space == "aten":
+                    getattr(getattr(torch.ops.aten, packet), overload or "default", None)
+            _made.append(True)
 
 
 @cache
