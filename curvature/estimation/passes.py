@@ -50,6 +50,7 @@ class TapedLoss:
     selection: SeenPart | None = None  # of what a pass returned, if it was looked for
     looked: bool = False  # since the pass was expected to be run again
     arriving: Tensor | None = None  # the weight over the backward pass under way
+    number: int = -1  # of the node of its value in the graph
     alive: Callable[[], Any] = lambda: None  # a hook that lives as long as a gradient may arrive at the value
 
     def seen(self, output: Any) -> Any:
@@ -94,6 +95,7 @@ class Pass:
     handles: list[Any] = field(default_factory=list)  # of hooks on tensors
     at_output: Any = None  # the one of these on the output
     released: bool = False  # nothing can arrive any more
+    beside: bool = False  # ``gradient`` is of several losses, or of what is besides the calls that were seen
     again: bool = False  # it hides something, or another input counts the examples than was thought: to be repeated
     unseen: set[str] = field(default_factory=set)  # parameters with a gradient in it that no statistics reached
 
@@ -124,7 +126,10 @@ class Reader(Protocol):
         """A gradient arrived at what the loss was called on, where the reader asked for it."""
 
     def arrived_at_output(self, origin: Pass, gradient: Tensor) -> None:
-        """A gradient arrived at the output of a pass on which no loss was seen."""
+        """A gradient arrived at the output of a pass, besides what calls of the loss explain."""
+
+    def not_told(self) -> None:
+        """A gradient arrived at a pass from a loss that nobody saw."""
 
     def keep(self, written: Iterable[str]) -> None:
         """The backward pass has ended, and its gradients are in ``p.grad`` of these parameters."""

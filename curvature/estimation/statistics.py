@@ -34,6 +34,12 @@ from curvature.model.graph_nodes import only_way
 from curvature.structures.estimator import Curvature
 from solvers.outcome.finite import is_finite
 
+_NOT_TOLD = TypeError(
+    "what backward() was called on holds a loss like the optimizer's besides the calls of the module that was given to "
+    "it, as a function or by another module, and its terms cannot be read off its gradient. Call the given module for "
+    "it as well, or let only calls of that module count: loop=Loop(capture='loss')."
+)
+
 
 class Statistics:
     r"""Feeds a collector from a tape.
@@ -179,11 +185,14 @@ class Statistics:
         if not self._open([origin]):
             return
         try:
-            terms, share = self._from_gradient(origin.output, gradient)
+            terms, share = self._from_gradient(origin.output, gradient, beside=origin.beside)
         except (TypeError, ValueError) as error:
             self._refusal = error  # no matter for a gradient that is not for the parameters
             return
         self._take([origin], terms, share, None)
+
+    def not_told(self) -> None:
+        self._refusal = _NOT_TOLD
 
     def keep(self, written: Iterable[str]) -> None:
         if self._refusal is not None:
@@ -306,7 +315,9 @@ class Statistics:
             backward.close()
         self._waiting = []
 
-    def _from_gradient(self, z: Tensor, gradient: Tensor, arrived_at: Tensor | None = None) -> tuple[Terms, Weight]:
+    def _from_gradient(
+        self, z: Tensor, gradient: Tensor, arrived_at: Tensor | None = None, beside: bool = False
+    ) -> tuple[Terms, Weight]:
         if self.loss is None and self.tape.mode == "auto":
             raise TypeError(
                 "an empirical Fisher from the gradient at the model's output has the scale of whatever backward() is "
@@ -318,10 +329,15 @@ class Statistics:
         terms, weights = from_output_gradient(
             self.loss, z, gradient, None, "mean", self.class_dim, empirical=empirical, arrived_at=arrived_at
         )
+        if weights is None and beside:
+            raise _NOT_TOLD
         if weights is None:
             self._step.unscaled = True
             return terms, Weight(1 / terms.total)
-        self._step.absolute = True
+        if beside and self._step.sums:
+            self._step.add_sum(min(self._step.sums), weights[terms.mask].sum())
+        else:
+            self._step.absolute = True
         counted = weights[terms.mask]
         if counted.numel() and bool(counted.max() - counted.min() <= torch.finfo(z.dtype).eps ** 0.5 * counted.max()):
             share = counted.mean()
@@ -467,10 +483,6 @@ class Statistics:
         with self.tape.repeat(origin) as again:
             if origin.own_loss:
                 self._arrived_at_own_loss(again, origin.gradient)
-            elif not calls:
-                assert origin.gradient is not None
-                terms, share = self._from_gradient(again.output, origin.gradient, origin.seen)
-                self._take([again], terms, share, None)
             inside, rest = {}, list(again.calls)
             for call in (call for call in origin.calls if call.inside):
                 same = next(
@@ -482,6 +494,9 @@ class Statistics:
             for call in calls:
                 assert call.weight is not None
                 self.arrived(inside.get(call) or self._seen_again(call, again), call.weight)
+            if origin.gradient is not None and not origin.own_loss and (not calls or origin.beside):
+                terms, share = self._from_gradient(again.output, origin.gradient, origin.seen, origin.beside)
+                self._take([again], terms, share, None)
 
     def _seen_again(self, call: TapedLoss, again: Pass) -> TapedLoss:
         """A call of the loss on what a repeated pass returned."""

@@ -79,8 +79,9 @@ class Step:
         if self.signs and bool(torch.stack(self.signs).any(0).all()):
             raise ValueError(
                 "what backward() was called on holds positive and negative multiples of the loss, so its curvature is "
-                "not positive semi-definite. Leave the negative part out of the statistics: compute it with another "
-                "loss function than the optimizer's, on the output of the same pass."
+                "not positive semi-definite. Leave the negative part out of the statistics: let only calls of the "
+                "optimizer's loss module count, loop=Loop(capture='loss'), and compute it as a function on the output "
+                "of the same pass."
             )
         if self.sums and self.absolute:
             raise ValueError(
@@ -89,6 +90,12 @@ class Step:
             )
         if self.sums:  # the weight of their terms, on the output that has most
             return torch.stack(list(self.sums.values())).max()
+        if self.unscaled and self.batches > 1:
+            raise ValueError(
+                "this step accumulates several losses of which only gradients at the model's output were seen, and "
+                "these do not tell the weight of each (of a squared error, or of smoothed labels), so their curvatures "
+                "have no common scale. Call the loss module that was given to the optimizer in the loop itself."
+            )
         if self.unscaled:
             return 1.0
         found = self._seen_as_sum(scale)

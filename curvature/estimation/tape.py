@@ -21,7 +21,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from curvature.estimation.passes import Inputs, Pass, Reader, TapedLoss, release
 from curvature.estimation.selection import selection
-from curvature.estimation.taped_losses import called_again, same_numbers, taped
+from curvature.estimation.taped_losses import beside, called_again, explained, same_numbers, taped
 from curvature.layers.recorder import Recorder
 from curvature.losses.loss import called, module_called
 from curvature.losses.sum_of_losses import SumOfLosses
@@ -114,6 +114,7 @@ class Tape:
         self._counting = 0  # which of the input tensors counts the examples
         self._latest: Callable[[], Tensor | None] = lambda: None  # value of the last call of the loss
         self._task: int | None = None  # the user's backward pass under way
+        self._beside: dict[Any, int] = {}  # losses that were not seen, through which it comes to where passes end
         self._before: dict[str, Mark] = {}  # gradients when it began
         self._marks: dict[str, Mark] = {}  # gradients when the last one ended
         self._handles: list[Any] = []
@@ -235,6 +236,8 @@ class Tape:
         origin.output = self._expected(result)
         if isinstance(origin.output, Tensor) and origin.output.dim():
             origin.examples = len(origin.output)
+        for call in origin.calls:
+            call.whole = same_numbers(origin.output, call.output)
         own = loss_in(result)
         if own is not None and origin.recorder is None and not any(t.requires_grad for t in tensors_in(origin.output)):
             origin.output, origin.own_loss = own, True
@@ -242,7 +245,10 @@ class Tape:
             origin.recorder.returned(result)
             self._count_by(origin)
         origin.returned = list(tensors_in(result)) if self.keeps_inputs else []
-        origin.edges = tuple(get_gradient_edge(t) for t in tensors_in(result) if t.requires_grad)
+        ends = [t for t in tensors_in(result) if t.requires_grad]
+        if origin.recorder is None and not origin.own_loss:  # nobody saw what is inside the model's own loss
+            ends = [t for t in ends if t is not own]
+        origin.edges = tuple(map(get_gradient_edge, ends))
         self.passes.append(origin)
         self._listen(origin)
 
@@ -263,13 +269,18 @@ class Tape:
             origin.recorder, origin.again = None, True
 
     def _expected(self, result: Any) -> Any:
-        """What the loss is expected to see; ``None`` where the result does not tell."""
+        """What the loss is expected to see; ``None`` where the result does not tell.
+
+        Of several tensors that is the only one that is no loss by itself and can be differentiated.
+        """
         try:
             return self.seen_by_the_loss(result)
         except TypeError:
             if self.output is not None:
                 raise
-            return None
+            own = loss_in(result)
+            outputs = [t for t in tensors_in(result) if t.requires_grad and t is not own]
+            return outputs[0] if len(outputs) == 1 else None
 
     def seen_by_the_loss(self, result: Any) -> Any:
         """What the loss is called on: a tensor, or several where it is a sum of losses."""
@@ -351,7 +362,7 @@ class Tape:
         if len(passes) == 1 and isinstance(z, Tensor) and self.keeps_inputs and not call.whole:
             with self.own_pass(passes, z):
                 call.selection = selection(passes[0].returned, z)
-        call.looked = self.keeps_inputs
+        call.looked, call.number = self.keeps_inputs, _number(value)
         hook = At(self, "_gradient_at_loss", call)
         ours(value.register_hook(hook))
         call.alive, self._latest = weakref.ref(hook), weakref.ref(value)
@@ -393,10 +404,16 @@ class Tape:
     def _gradient_at_output(self, origin: Pass, gradient: Tensor) -> None:
         if self.inside or not self.active:
             return
+        self._enter()
         seen = [call for call in origin.calls if call.arriving is not None]
+        unseen = self._beside.pop(origin.output.grad_fn, 0)
+        origin.beside |= unseen > 1 or bool(seen and unseen)
+        if seen and unseen:
+            if not all(call.whole for call in seen):
+                return self.reader.not_told() if self.reader is not None else None
+            gradient, seen = gradient - explained(origin.output, seen), []
         if any(call.whole for call in seen):
             return
-        self._enter()
         if self.keeps_inputs or origin.again or origin.opaque:
             gradient = gradient.detach()
             origin.seen = origin.output.detach()
@@ -413,6 +430,8 @@ class Tape:
             return
         self.settle()
         self._task, self._before = task, self._gradients()
+        if self.mode != "loss":
+            self._beside = beside(self.loss_module, self.passes, self._calls())
         ended = "_ended" if self.shards is None else "_nearly_ended"
         torch.autograd.Variable._execution_engine.queue_callback(At(self, ended, task))
         if self.reader is not None:
@@ -432,6 +451,8 @@ class Tape:
             return
         if self.reader is not None:
             try:
+                if self._beside and self.records:
+                    self.reader.not_told()
                 self.reader.keep([name for name, mark in after.items() if mark != self._before.get(name)])
             except BaseException:
                 self._abandon()
@@ -638,6 +659,10 @@ def _first(tensor: Tensor, hook: OwnHook) -> Any:
     handle = ours(tensor.register_hook(hook))
     tensor._backward_hooks.update(before)  # type: ignore[union-attr]  # there is one
     return handle
+
+
+def _number(value: Tensor) -> int:
+    return value.grad_fn._sequence_nr() if value.grad_fn is not None else -1
 
 
 def _mark(gradient: Tensor) -> Mark:

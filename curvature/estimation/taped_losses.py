@@ -4,11 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from curvature.estimation.passes import OUTPUT, Pass, TapedLoss
 from curvature.losses.loss import called
+from curvature.model.data import inspection
+from curvature.model.graph_nodes import calls_beside
 from curvature.model.wrappers import passed_on
+
+#: How the names of the nodes of loss functions begin, by the module that calls them.
+_NODES: dict[type[nn.Module], str] = {
+    nn.CrossEntropyLoss: "NllLoss",
+    nn.NLLLoss: "NllLoss",
+    nn.MSELoss: "MseLoss",
+    nn.BCEWithLogitsLoss: "BinaryCrossEntropyWithLogits",
+    nn.BCELoss: "BinaryCrossEntropyBackward",
+    nn.SmoothL1Loss: "SmoothL1Loss",
+    nn.HuberLoss: "HuberLoss",
+}
 
 
 def taped(
@@ -37,6 +51,29 @@ def called_again(again: Pass, func: Any, args: Any, kwargs: Any, value: Any) -> 
     found = called(func, args, kwargs)
     if found is not None and isinstance(value, Tensor) and value.requires_grad and found[1][0].requires_grad:
         taped(found[0], found[1], {}, found[1][0], value, [again], True)
+
+
+def beside(loss: nn.Module | None, passes: list[Pass], calls: list[TapedLoss]) -> dict[Any, int]:
+    """Through how many losses that nobody saw the backward pass under way comes to the nodes where passes end.
+
+    They are of the kind of the optimizer's, called as functions or by another module. Losses of other kinds are
+    penalties, which count nowhere, and so is one that is put together from other operations.
+    """
+    kind = next((name for cls, name in _NODES.items() if isinstance(loss, cls)), None)
+    if kind is None:
+        return {}
+    ends = {edge.node for origin in passes for edge in origin.edges}
+    return calls_beside(kind, ends, {call.number for call in calls})
+
+
+def explained(output: Tensor, calls: list[TapedLoss]) -> Tensor:
+    """The gradient at a model's output of calls of the loss on all of it, with the weights that arrived at them."""
+    z, total = output.detach().requires_grad_(), torch.zeros_like(output)
+    with inspection(), torch.enable_grad():
+        for call in calls:
+            args, kwargs = call.arguments(call.seen(z).to(call.output.dtype))
+            total += torch.autograd.grad(call.module(*args, **kwargs), z, call.arriving)[0]
+    return total
 
 
 def _place(passes: list[Pass], z: Any) -> int:

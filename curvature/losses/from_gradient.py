@@ -92,7 +92,10 @@ def from_output_gradient(
     seen = loss.terms(output if arrived_at is None else arrived_at, target, class_dim=class_dim, mask=mask)
     if labelled and not _proportional(seen.gradient(), gradient):
         raise _needs_targets(options)
-    return loss.terms(output, target, class_dim=class_dim, mask=mask), _weights(seen, gradient)
+    weights = _weights(seen, gradient)
+    if weights is None and isinstance(options, nn.CrossEntropyLoss) and options.weight is None:
+        weights = _weights_of_mixed_labels(seen, gradient)
+    return loss.terms(output, target, class_dim=class_dim, mask=mask), weights
 
 
 def _gradient_terms(output: Tensor, gradient: Tensor, scale: Tensor | None, reduction: str) -> GradientTerms:
@@ -111,6 +114,25 @@ def _weights(terms: Terms, gradient: Tensor) -> Tensor | None:
     off = torch.linalg.vector_norm(own * weights.unsqueeze(-1) - arrived, dim=-1)
     explained = (off <= slack * torch.linalg.vector_norm(arrived, dim=-1)).all()
     return weights.clamp(min=0) if bool(explained) and bool((weights >= 0).all()) else None
+
+
+def _weights_of_mixed_labels(terms: Terms, gradient: Tensor) -> Tensor | None:
+    r"""What each term of a cross-entropy with several labels is multiplied by, of mixup, say.
+
+    In :math:`w\,(p - t)` with targets :math:`t \ge 0` the weight is the largest ratio to p if some class has no target.
+    That is so where two classes have this ratio, and where it is the same in all rows.
+    """
+    if torch.finfo(gradient.dtype).eps > 1e-6:  # too coarse to tell
+        return None
+    slack = torch.finfo(gradient.dtype).eps ** 0.5
+    counts = terms.mask.reshape(len(terms.rows(gradient)), -1)
+    arrived, p = terms.rows(gradient), terms.rows(terms.output).detach().softmax(-1)
+    weights = (arrived / p).amax(-1)
+    twice = ((arrived - weights.unsqueeze(-1) * p).abs() <= slack * weights.unsqueeze(-1) * p).sum(-1) > 1
+    found = weights[counts]
+    alike = len(found) > 1 and bool(found.max() - found.min() <= slack * found.max())
+    certain = (alike or bool(twice[counts].all())) and bool((found > 0).all())
+    return torch.where(counts, weights, 0) if certain else None
 
 
 def _needs_targets(loss_fn: nn.Module) -> TypeError:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Container, Iterable, Iterator, Set
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Iterator, Set
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -20,16 +21,16 @@ def nodes(tensors: Iterable[Tensor], until: Container[Any] = ()) -> Iterator[Any
         tensors: Those without a graph have no node.
         until: Nodes below which nothing is looked at.
     """
-    return _below([t.grad_fn for t in tensors], until)
+    return _below([t.grad_fn for t in tensors], until.__contains__)
 
 
-def _below(starts: Iterable[Any], until: Container[Any]) -> Iterator[Any]:
+def _below(starts: Iterable[Any], until: Callable[[Any], bool]) -> Iterator[Any]:
     waiting = [node for node in starts if node is not None]
     seen = set(waiting)
     while waiting:
         node = waiting.pop()
         yield node
-        if node in until:
+        if until(node):
             continue
         following = [before for before, _ in node.next_functions if before is not None and before not in seen]
         seen.update(following)
@@ -46,11 +47,37 @@ def only_way(value: Any, output: Any, targets: Set[Any]) -> bool:
         output: A node below it, or itself.
         targets: Nodes below that.
     """
-    before = set(_below(_called_on(sys._getframe()), {value}))  # an accelerator's pass has a thread of its own: unknown
+    before = set(
+        _below(_called_on(sys._getframe()), {value}.__contains__)
+    )  # an accelerator's pass has a thread of its own: unknown
     if value not in before:
         return False
-    others = before - {value} | set(_below([value], {output})) - {output}
+    others = before - {value} | set(_below([value], {output}.__contains__)) - {output}
     return targets.isdisjoint(others) and output not in before - {value}
+
+
+def calls_beside(kind: str, ends: Set[Any], known: Set[int]) -> dict[Any, int]:
+    """How many functions of one kind, besides known calls, the backward pass under way goes through to some ends.
+
+    Where nobody can tell what the pass was called on, as on an accelerator, there is none.
+
+    Args:
+        kind: Beginning of the name of their nodes; that of a derivative, which a gradient penalty goes through, is not
+            meant.
+        ends: Nodes below which nothing is looked at.
+        known: Sequence numbers of the nodes of calls that are known; likewise.
+
+    Returns:
+        The number, by the ends that have some above.
+    """
+    until = lambda node: node in ends or node._sequence_nr() in known  # noqa: E731
+    above = _below(_called_on(sys._getframe()), until)
+    calls = [node for node in above if not until(node) and _is_call(node.name(), kind)]
+    return Counter(node for call in calls for node in _below([call], until) if node in ends)
+
+
+def _is_call(name: str, kind: str) -> bool:
+    return name.startswith(kind) and "BackwardBackward" not in name
 
 
 def _called_on(frame: FrameType | None) -> list[Any]:

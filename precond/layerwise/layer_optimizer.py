@@ -383,6 +383,6 @@ class LayerOptimizer(WithoutCurvature):
                 else "in train mode (it is in eval mode now: call model.train(), or pass loop=Loop(eval_mode=True)), "
             )
             + "with gradients enabled; (b) it calls the loss module given to the optimizer, or backward() reaches the "
-            "model's output; (c) step() is called once per backward(). loop=Loop(capture='shadow') repeats the forward "
-            "pass instead of watching it."
+            "model's output (of several tensors, say which: loop=Loop(output=lambda result: result[0])); (c) step() is "
+            "called once per backward(). loop=Loop(capture='shadow') repeats the forward pass instead of watching it."
         )

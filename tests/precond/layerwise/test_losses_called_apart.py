@@ -1,0 +1,164 @@
+"""One loss in several spellings within a step: the module, a function, another module, and the model's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from precond import KFAC, Loop
+
+MEAN, SUM = nn.CrossEntropyLoss(), nn.CrossEntropyLoss(reduction="sum")
+with torch.random.fork_rng():
+    torch.manual_seed(1)
+    X, Y, OTHER = torch.randn(8, 4).double(), torch.randint(3, (8,)), torch.randint(3, (8,))
+#: What the loop minimises: of the model's result and the loss module, for both examples of a batch.
+Minimised = Callable[[Any, nn.Module], Tensor]
+
+
+class Heads(nn.Module):
+    """Logits; two of them; or its own loss beside them, in a tuple or a mapping."""
+
+    def __init__(self, returns: str = "logits") -> None:
+        super().__init__()
+        self.returns = returns
+        self.inner, self.first, self.second = nn.Linear(4, 5), nn.Linear(5, 3), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        h = self.inner(x).tanh()
+        z = self.first(h)
+        if self.returns == "logits":
+            return z
+        if self.returns == "two":
+            return z, self.second(h)
+        loss = F.cross_entropy(z, Y)
+        return (loss, z) if self.returns == "tuple" else {"loss": loss, "logits": z}
+
+
+def trained(minimised: Minimised, returns: str, loss_fn: nn.Module, kind: str, **loop: Any) -> list[Tensor]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Heads(returns).double()
+    optimizer = KFAC(model, loss_fn, lr=0.1, damping=1e-2, kl_clip=None, momentum=0, fisher=kind, loop=Loop(**loop))
+    for _ in range(2):
+        optimizer.zero_grad()
+        for _ in range(2):
+            minimised(model(X), loss_fn).backward()
+        optimizer.step()
+    return [p.detach() for p in model.parameters()]
+
+
+def own(result: Any) -> tuple[Tensor, Tensor]:
+    return tuple(result.values()) if isinstance(result, dict) else result
+
+
+#: What the model returns, the loss module, and one loss in two spellings: apart, and by calls of the module alone.
+SPELLINGS: dict[str, tuple[str, nn.Module, Minimised, Minimised]] = {
+    "a function": ("logits", MEAN, lambda z, f: F.cross_entropy(z, Y), lambda z, f: f(z, Y)),
+    "mixed targets": (
+        "logits",
+        MEAN,
+        lambda z, f: 0.3 * f(z, Y) + 0.7 * F.cross_entropy(z, OTHER),
+        lambda z, f: 0.3 * f(z, Y) + 0.7 * f(z, OTHER),
+    ),
+    "two functions": (
+        "logits",
+        MEAN,
+        lambda z, f: 0.3 * F.cross_entropy(z, Y) + F.cross_entropy(z, OTHER),
+        lambda z, f: 0.3 * f(z, Y) + f(z, OTHER),
+    ),
+    "mixed targets of a function": (
+        "logits",
+        MEAN,
+        lambda z, f: 2 * F.cross_entropy(z, 0.3 * F.one_hot(Y, 3).to(z) + 0.7 * F.one_hot(OTHER, 3).to(z)),
+        lambda z, f: 0.6 * f(z, Y) + 1.4 * f(z, OTHER),
+    ),
+    "another module": (
+        "logits",
+        SUM,
+        lambda z, f: f(z, Y) + nn.CrossEntropyLoss(reduction="sum")(z, OTHER),
+        lambda z, f: f(z, Y) + f(z, OTHER),
+    ),
+}
+for name in ("tuple", "mapping"):
+    SPELLINGS |= {
+        f"own loss, {name}": (name, MEAN, lambda r, f: own(r)[0], lambda z, f: f(z, Y)),
+        f"own loss unused, {name}": (name, MEAN, lambda r, f: F.cross_entropy(own(r)[1], Y), lambda z, f: f(z, Y)),
+        f"own loss and the module, {name}": (
+            name,
+            MEAN,
+            lambda r, f: 0.3 * own(r)[0] + f(own(r)[1], OTHER),
+            lambda z, f: 0.3 * f(z, Y) + f(z, OTHER),
+        ),
+        f"own loss and a function, {name}": (
+            name,
+            MEAN,
+            lambda r, f: 0.3 * own(r)[0] + F.cross_entropy(own(r)[1], OTHER),
+            lambda z, f: 0.3 * f(z, Y) + f(z, OTHER),
+        ),
+    }
+
+
+#: An empirical Fisher takes the gradient of each call, which their sum does not tell.
+SUMS_ALONE = [
+    *[(name, capture) for name in ("two functions", "mixed targets of a function") for capture in ("auto", "shadow")],
+    *[(f"own loss and a function, {returns}", "shadow") for returns in ("tuple", "mapping")],
+]
+
+
+@pytest.mark.parametrize("capture", ["auto", "shadow"])
+@pytest.mark.parametrize("kind", ["exact", "empirical"])
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_spellings_are_equal(name: str, kind: str, capture: str) -> None:
+    returns, loss_fn, apart, together = SPELLINGS[name]
+    if kind == "empirical" and (name, capture) in SUMS_ALONE:
+        with pytest.raises(TypeError, match="depends on targets"):
+            trained(apart, returns, loss_fn, kind, capture=capture)
+        return
+    expected = trained(together, "logits", loss_fn, kind)
+    for got, p in zip(trained(apart, returns, loss_fn, kind, capture=capture), expected, strict=True):
+        torch.testing.assert_close(got, p, rtol=1e-11, atol=1e-12)
+
+
+#: What cannot be read off a gradient: of part of the output, of another output, with another sign, without labels.
+REFUSED: dict[str, tuple[str, nn.Module, Minimised]] = {
+    "a part": ("logits", MEAN, lambda z, f: f(z[:4], Y[:4]) + F.cross_entropy(z[4:], Y[4:])),
+    "another head": ("two", MEAN, lambda z, f: f(z[0], Y) + F.cross_entropy(z[1], OTHER)),
+    "taken away": ("logits", MEAN, lambda z, f: f(z, Y) - 0.3 * F.cross_entropy(z, OTHER)),
+    "smoothed": ("logits", MEAN, lambda z, f: f(z, Y) + F.cross_entropy(z, Y, label_smoothing=0.1)),
+    "squares": ("logits", nn.MSELoss(), lambda z, f: f(z, X[:, :3]) + F.mse_loss(z, X[:, 1:])),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*has a gradient but no curvature:UserWarning")
+@pytest.mark.parametrize("capture", ["auto", "shadow"])
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_gradient_does_not_tell_is_refused(name: str, capture: str) -> None:
+    returns, loss_fn, minimised = REFUSED[name]
+    with pytest.raises(TypeError, match=r"a loss like the optimizer's besides .* loop=Loop\(capture='loss'\)"):
+        trained(minimised, returns, loss_fn, "exact", capture=capture)
+    trained(minimised, returns, loss_fn, "exact", capture="loss")  # as the message says
+
+
+def test_accumulated_squares_by_function_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"do not tell the weight of each .* Call the loss module"):
+        trained(lambda z, f: F.mse_loss(z, X[:, 1:]) / 2, "logits", nn.MSELoss(), "exact")
+
+
+@pytest.mark.filterwarnings("ignore:.*has a gradient but no curvature:UserWarning")
+def test_one_of_several_outputs_is_chosen_and_the_others_are_not_forgotten() -> None:
+    def first(z: Any, loss_fn: nn.Module) -> Tensor:
+        return F.cross_entropy(z[0], Y)
+
+    def both(z: Any, loss_fn: nn.Module) -> Tensor:
+        return F.cross_entropy(z[0], Y) + F.cross_entropy(z[1], Y)
+
+    with pytest.raises(RuntimeError, match=r"loop=Loop\(output=lambda result: result\[0\]\)"):
+        trained(first, "two", MEAN, "exact")
+    trained(first, "two", MEAN, "exact", output=lambda result: result[0])
+    with pytest.raises(TypeError, match="a loss like the optimizer's besides"):
+        trained(both, "two", MEAN, "exact", output=lambda result: result[0])
