@@ -88,7 +88,8 @@ class Pass:
     calls: list[TapedLoss] = field(default_factory=list)
     examples: int = -1  # size of the first axis of the output
     returned: list[Tensor] = field(default_factory=list)  # all that the model returned, where it may be repeated
-    own_loss: bool = False  # ``output`` is the loss that the model returned, beside outputs without a graph
+    own: TapedLoss | None = None  # the loss that the model returned, where nobody saw what it consists of
+    loss: Tensor | None = None  # the same of a repeated pass, with its graph
     gradient: Tensor | None = None  # that arrived at ``output``, where the loss was not called on all of it
     arriving: Tensor | None = None  # the same over the backward pass under way
     seen: Tensor | None = None  # the output itself, without its graph
@@ -103,6 +104,11 @@ class Pass:
     def counted(self) -> list[TapedLoss]:
         """The calls of the loss at which a gradient arrived for good."""
         return [call for call in self.calls if call.weight is not None]
+
+    @property
+    def own_weight(self) -> Tensor | None:
+        """What arrived at the loss that the model returned, for good."""
+        return None if self.own is None else self.own.weight
 
     @property
     def opaque(self) -> bool:

@@ -478,12 +478,11 @@ class Statistics:
     def _repeat(self, origin: Pass) -> None:
         """Collect from a pass that is run again."""
         calls = [call for call in origin.counted if call.whole or call.inside or call.looked]
-        if not calls and origin.gradient is None:
+        if not calls and origin.gradient is None and origin.own_weight is None:
             return
         with self.tape.repeat(origin) as again:
-            if origin.own_loss:
-                self._arrived_at_own_loss(again, origin.gradient)
             inside, rest = {}, list(again.calls)
+            own = self._arrived_at_own_loss(again, origin.own_weight)
             for call in (call for call in origin.calls if call.inside):
                 same = next(
                     (c for c in rest if c.shape == call.shape and torch.equal(c.value.detach(), call.value)), None
@@ -494,8 +493,9 @@ class Statistics:
             for call in calls:
                 assert call.weight is not None
                 self.arrived(inside.get(call) or self._seen_again(call, again), call.weight)
-            if origin.gradient is not None and not origin.own_loss and (not calls or origin.beside):
-                terms, share = self._from_gradient(again.output, origin.gradient, origin.seen, origin.beside)
+            if origin.gradient is not None and (origin.beside or not (calls or own is not None)):
+                gradient = origin.gradient if own is None else origin.gradient - own
+                terms, share = self._from_gradient(again.output, gradient, origin.seen, origin.beside)
                 self._take([again], terms, share, None)
 
     def _seen_again(self, call: TapedLoss, again: Pass) -> TapedLoss:
@@ -513,16 +513,24 @@ class Statistics:
             )
         return TapedLoss(call.module, call.args, call.kwargs, z, [again], call.place, call.value)
 
-    def _arrived_at_own_loss(self, again: Pass, gradient: Tensor | None) -> None:
-        """Hand the gradient at the loss that a repeated pass computed on to the calls of losses that it consists of."""
-        values = [call.value for call in again.calls]
-        if not values or gradient is None:
-            return
-        with self.tape.own_pass([again], again.output):
-            weights = torch.autograd.grad(again.output, values, gradient, retain_graph=True, allow_unused=True)
-        for call, weight in zip(again.calls, weights, strict=True):
-            if weight is not None:
-                self.arrived(call, weight)
+    def _arrived_at_own_loss(self, again: Pass, weight: Tensor | None) -> Tensor | None:
+        """Hand the gradient at the loss that a repeated pass computed on to the calls of losses that it consists of.
+
+        Returns:
+            What it sends to the output; ``None`` where it consists of none that were seen.
+        """
+        calls = [call for call in again.calls if call.value.requires_grad]
+        if not calls or weight is None or again.loss is None:
+            return None
+        output = again.output if isinstance(again.output, Tensor) and again.output.requires_grad else None
+        ends = [call.value for call in calls] + ([] if output is None else [output])
+        with self.tape.own_pass([again], again.loss):
+            weights = torch.autograd.grad(again.loss, ends, weight, retain_graph=True, allow_unused=True)
+        for call, arrived in zip(calls, weights, strict=False):
+            if arrived is not None:
+                self.arrived(call, arrived)
+        sent = None if output is None else weights[-1]
+        return torch.zeros_like(again.loss) if sent is None else sent
 
     def _missing(self, gradients: Mapping[str, Tensor], reached: Iterable[str] | None = None) -> set[str]:
         """Parameters with a gradient that no statistics explain; of the blocks ``reached``, by default in the step."""

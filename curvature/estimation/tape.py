@@ -238,17 +238,16 @@ class Tape:
             origin.examples = len(origin.output)
         for call in origin.calls:
             call.whole = same_numbers(origin.output, call.output)
-        own = loss_in(result)
-        if own is not None and origin.recorder is None and not any(t.requires_grad for t in tensors_in(origin.output)):
-            origin.output, origin.own_loss = own, True
+        if origin.recorder is None and (own := loss_in(result)) is not None and own.requires_grad:
+            origin.own = taped(self.model, (), {}, None, own.detach(), [], True)
+            hook = At(self, "_gradient_at_own_loss", origin)
+            ours(own.register_hook(hook))
+            origin.own.alive = weakref.ref(hook)
         if origin.recorder is not None:
             origin.recorder.returned(result)
             self._count_by(origin)
         origin.returned = list(tensors_in(result)) if self.keeps_inputs else []
-        ends = [t for t in tensors_in(result) if t.requires_grad]
-        if origin.recorder is None and not origin.own_loss:  # nobody saw what is inside the model's own loss
-            ends = [t for t in ends if t is not own]
-        origin.edges = tuple(map(get_gradient_edge, ends))
+        origin.edges = tuple(get_gradient_edge(t) for t in tensors_in(result) if t.requires_grad)
         self.passes.append(origin)
         self._listen(origin)
 
@@ -401,13 +400,23 @@ class Tape:
         if self.reader is not None and self.records:
             self.reader.arrived(call, gradient)
 
+    def _gradient_at_own_loss(self, origin: Pass, gradient: Tensor) -> None:
+        """Of a model in which nobody saw the losses that it consists of: it is run again."""
+        if self.inside or not self.active or self.mode == "loss":
+            return
+        self._enter()
+        assert origin.own is not None
+        origin.own.arriving = gradient.detach() + (0 if origin.own.arriving is None else origin.own.arriving)
+        origin.again = True
+
     def _gradient_at_output(self, origin: Pass, gradient: Tensor) -> None:
         if self.inside or not self.active:
             return
         self._enter()
         seen = [call for call in origin.calls if call.arriving is not None]
         unseen = self._beside.pop(origin.output.grad_fn, 0)
-        origin.beside |= unseen > 1 or bool(seen and unseen)
+        own = origin.own is not None and origin.own.arriving is not None
+        origin.beside |= unseen > 1 or bool(unseen and (seen or own))
         if seen and unseen:
             if not all(call.whole for call in seen):
                 return self.reader.not_told() if self.reader is not None else None
@@ -514,7 +523,8 @@ class Tape:
         return {name: _mark(p.grad) for name, p in self.parameters().items() if p.grad is not None}
 
     def _calls(self) -> list[TapedLoss]:
-        return [*self.outside, *dict.fromkeys(call for origin in self.passes for call in origin.calls)]
+        own = [origin.own for origin in self.passes if origin.own is not None]
+        return [*self.outside, *own, *dict.fromkeys(call for origin in self.passes for call in origin.calls)]
 
     @contextlib.contextmanager
     def own_pass(self, passes: Iterable[Pass], output: Any) -> Iterator[None]:
@@ -600,7 +610,7 @@ class Tape:
             if again.recorder is not None:
                 again.recorder.returned(result)
             again.returned = list(tensors_in(result))
-            again.output = loss_in(result) if origin.own_loss else self._expected(result)
+            again.output, again.loss = self._expected(result), loss_in(result)
             yield again
 
     def at_input(self, call: TapedLoss) -> Callable[[Tensor], None]:
@@ -623,7 +633,7 @@ class Tape:
         kept = []
         for origin in self.passes:
             waits = any(call.alive() is not None for call in origin.calls) or not origin.calls
-            counts = bool(origin.counted) or origin.gradient is not None
+            counts = bool(origin.counted) or origin.gradient is not None or origin.own_weight is not None
             if waits and not counts:
                 kept.append(origin)
             else:
