@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from curvature.model.moment import Moment
 
 #: Stands for the model's output among the arguments of a loss.
 OUTPUT = object()
+Reduction = Literal["mean", "sum", "none"]
 #: Positional and named arguments of a model.
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -97,6 +98,7 @@ class Pass:
     at_output: Any = None  # the one of these on the output
     released: bool = False  # nothing can arrive any more
     beside: bool = False  # ``gradient`` is of several losses, or of what is besides the calls that were seen
+    reduction: Reduction | None = None  # by which that loss enters, where it is one and somebody can tell
     again: bool = False  # it hides something, or another input counts the examples than was thought: to be repeated
     unseen: set[str] = field(default_factory=set)  # parameters with a gradient in it that no statistics reached
 

@@ -35,9 +35,10 @@ from curvature.structures.estimator import Curvature
 from solvers.outcome.finite import is_finite
 
 _NOT_TOLD = TypeError(
-    "what backward() was called on holds a loss like the optimizer's besides the calls of the module that was given to "
-    "it, as a function or by another module, and its terms cannot be read off its gradient. Call the given module for "
-    "it as well, or let only calls of that module count: loop=Loop(capture='loss')."
+    "what backward() was called on holds a loss like the optimizer's that is no call of the module given to it, but of "
+    "a function or another module, and neither its gradient nor the way to it tells its terms and their weight (a "
+    "multiple of a squared error, smoothed labels, a loss of a part of the output, ...). Call the given module in its "
+    "place, or let only calls of that module count: loop=Loop(capture='loss')."
 )
 
 
@@ -185,7 +186,7 @@ class Statistics:
         if not self._open([origin]):
             return
         try:
-            terms, share = self._from_gradient(origin.output, gradient, beside=origin.beside)
+            terms, share = self._from_gradient(origin, origin.output, gradient)
         except (TypeError, ValueError) as error:
             self._refusal = error  # no matter for a gradient that is not for the parameters
             return
@@ -315,9 +316,8 @@ class Statistics:
             backward.close()
         self._waiting = []
 
-    def _from_gradient(
-        self, z: Tensor, gradient: Tensor, arrived_at: Tensor | None = None, beside: bool = False
-    ) -> tuple[Terms, Weight]:
+    def _from_gradient(self, origin: Pass, z: Tensor, gradient: Tensor) -> tuple[Terms, Weight]:
+        """What the gradient at the output of a pass tells, for the same output ``z`` or that of a repetition."""
         if self.loss is None and self.tape.mode == "auto":
             raise TypeError(
                 "an empirical Fisher from the gradient at the model's output has the scale of whatever backward() is "
@@ -327,14 +327,11 @@ class Statistics:
             )
         empirical = self.curvature.kind == "empirical"
         terms, weights = from_output_gradient(
-            self.loss, z, gradient, None, "mean", self.class_dim, empirical=empirical, arrived_at=arrived_at
+            self.loss, z, gradient, None, "mean", self.class_dim, empirical=empirical, arrived_at=origin.seen
         )
-        if weights is None and beside:
-            raise _NOT_TOLD
         if weights is None:
-            self._step.unscaled = True
-            return terms, Weight(1 / terms.total)
-        if beside and self._step.sums:
+            return terms, self._weight_by_graph(origin, terms)
+        if origin.beside and self._step.sums:
             self._step.add_sum(min(self._step.sums), weights[terms.mask].sum())
         else:
             self._step.absolute = True
@@ -349,6 +346,19 @@ class Statistics:
             return terms, Weight(share)
         n, r, c = terms.shape
         return terms, Weight(None, terms.unrows(weights.reshape(n, r, 1).expand(n, r, c)))
+
+    def _weight_by_graph(self, origin: Pass, terms: Terms) -> Weight:
+        """The weight of a loss, where its gradient does not tell and the way to it may."""
+        if origin.beside or origin.reduction == "none":
+            raise _NOT_TOLD
+        if origin.reduction == "sum":
+            self._step.add_sum(0, terms.total)
+            return Weight(torch.ones_like(terms.total))
+        if origin.reduction == "mean":
+            self._step.absolute = True
+        else:
+            self._step.unscaled = True
+        return Weight(1 / terms.total)
 
     @contextlib.contextmanager
     def _open_graph(self, passes: list[Pass], output: Any) -> Iterator[None]:
@@ -495,7 +505,7 @@ class Statistics:
                 self.arrived(inside.get(call) or self._seen_again(call, again), call.weight)
             if origin.gradient is not None and (origin.beside or not (calls or own is not None)):
                 gradient = origin.gradient if own is None else origin.gradient - own
-                terms, share = self._from_gradient(again.output, gradient, origin.seen, origin.beside)
+                terms, share = self._from_gradient(origin, again.output, gradient)
                 self._take([again], terms, share, None)
 
     def _seen_again(self, call: TapedLoss, again: Pass) -> TapedLoss:

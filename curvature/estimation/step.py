@@ -93,7 +93,7 @@ class Step:
         if self.unscaled and self.batches > 1:
             raise ValueError(
                 "this step accumulates several losses of which only gradients at the model's output were seen, and "
-                "these do not tell the weight of each (of a squared error, or of smoothed labels), so their curvatures "
+                "these do not tell the weight of each (of soft labels, say), so their curvatures "
                 "have no common scale. Call the loss module that was given to the optimizer in the loop itself."
             )
         if self.unscaled:

@@ -28,7 +28,7 @@ from curvature.losses.sum_of_losses import SumOfLosses
 from curvature.model.backward_hooks import muted, no_backward_hooks, of_leaves, ours
 from curvature.model.data import Output, batch_size, examples_of, inspecting, loss_in, resolve_output
 from curvature.model.fully_sharded import FullyShard, Mark, call_forward, shard_of
-from curvature.model.graph_nodes import nodes
+from curvature.model.graph_nodes import nodes, reduction_of
 from curvature.model.hooks import At, Hook, OwnHook, calling_frame
 from curvature.model.moment import Moment
 from curvature.model.parameters import with_values
@@ -114,7 +114,7 @@ class Tape:
         self._counting = 0  # which of the input tensors counts the examples
         self._latest: Callable[[], Tensor | None] = lambda: None  # value of the last call of the loss
         self._task: int | None = None  # the user's backward pass under way
-        self._beside: dict[Any, int] = {}  # losses that were not seen, through which it comes to where passes end
+        self._beside: dict[Any, list[Any]] = {}  # losses that were not seen, through which it comes to ends of passes
         self._before: dict[str, Mark] = {}  # gradients when it began
         self._marks: dict[str, Mark] = {}  # gradients when the last one ended
         self._handles: list[Any] = []
@@ -414,9 +414,11 @@ class Tape:
             return
         self._enter()
         seen = [call for call in origin.calls if call.arriving is not None]
-        unseen = self._beside.pop(origin.output.grad_fn, 0)
+        unseen = self._beside.pop(origin.output.grad_fn, [])
         own = origin.own is not None and origin.own.arriving is not None
-        origin.beside |= unseen > 1 or bool(unseen and (seen or own))
+        origin.beside |= len(unseen) > 1 or bool(unseen and (seen or own))
+        if len(unseen) == 1:
+            origin.reduction = reduction_of(unseen[0]) if origin.seen is None else "none"
         if seen and unseen:
             if not all(call.whole for call in seen):
                 return self.reader.not_told() if self.reader is not None else None

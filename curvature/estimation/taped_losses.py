@@ -53,8 +53,8 @@ def called_again(again: Pass, func: Any, args: Any, kwargs: Any, value: Any) -> 
         taped(found[0], found[1], {}, found[1][0], value, [again], True)
 
 
-def beside(loss: nn.Module | None, passes: list[Pass], calls: list[TapedLoss]) -> dict[Any, int]:
-    """Through how many losses that nobody saw the backward pass under way comes to the nodes where passes end.
+def beside(loss: nn.Module | None, passes: list[Pass], calls: list[TapedLoss]) -> dict[Any, list[Any]]:
+    """The nodes of losses that nobody saw, by the nodes where passes end to which the backward pass under way comes.
 
     They are of the kind of the optimizer's, called as functions or by another module. Losses of other kinds are
     penalties, which count nowhere, and so is one that is put together from other operations.

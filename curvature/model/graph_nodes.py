@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Set
 from functools import partial
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 from torch.autograd import graph
@@ -56,8 +55,8 @@ def only_way(value: Any, output: Any, targets: Set[Any]) -> bool:
     return targets.isdisjoint(others) and output not in before - {value}
 
 
-def calls_beside(kind: str, ends: Set[Any], known: Set[int]) -> dict[Any, int]:
-    """How many functions of one kind, besides known calls, the backward pass under way goes through to some ends.
+def calls_beside(kind: str, ends: Set[Any], known: Set[int]) -> dict[Any, list[Any]]:
+    """The functions of one kind, besides known calls, that the backward pass under way goes through to some ends.
 
     Where nobody can tell what the pass was called on, as on an accelerator, there is none.
 
@@ -68,12 +67,35 @@ def calls_beside(kind: str, ends: Set[Any], known: Set[int]) -> dict[Any, int]:
         known: Sequence numbers of the nodes of calls that are known; likewise.
 
     Returns:
-        The number, by the ends that have some above.
+        Their nodes, by the ends that have some above.
     """
     until = lambda node: node in ends or node._sequence_nr() in known  # noqa: E731
     above = _below(_called_on(sys._getframe()), until)
-    calls = [node for node in above if not until(node) and _is_call(node.name(), kind)]
-    return Counter(node for call in calls for node in _below([call], until) if node in ends)
+    found: dict[Any, list[Any]] = {}
+    for call in [node for node in above if not until(node) and _is_call(node.name(), kind)]:
+        for end in [node for node in _below([call], until) if node in ends]:
+            found.setdefault(end, []).append(call)
+    return found
+
+
+def reduction_of(call: Any) -> Literal["mean", "sum", "none"]:
+    """How a loss function enters what the backward pass under way was called on.
+
+    Its values are averaged or added up, by itself or by the loop, and this is added to the rest; or, with ``"none"``,
+    they are multiplied or come by another way.
+    """
+    alone = call in _reached_by("Add")
+    own = getattr(call, "_saved_reduction", 0)  # of torch: none, mean, sum
+    if own:
+        return ("mean", "sum")[own - 1] if alone else "none"
+    ways: tuple[tuple[Literal["mean", "sum"], str], ...] = (("mean", "Mean"), ("sum", "Sum"))
+    return next((way for way, name in ways if not alone and call in _reached_by("Add", name)), "none")
+
+
+def _reached_by(*names: str) -> set[Any]:
+    """The nodes to which the backward pass under way comes through nodes alone whose names begin like these."""
+    ends = lambda node: not node.name().startswith(names) or getattr(node, "_saved_alpha", 1) != 1  # noqa: E731
+    return set(_below(_called_on(sys._getframe()), ends))
 
 
 def _is_call(name: str, kind: str) -> bool:

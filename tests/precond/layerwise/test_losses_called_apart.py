@@ -149,21 +149,61 @@ REFUSED: dict[str, tuple[str, nn.Module, Minimised]] = {
     "smoothed": ("logits", MEAN, lambda z, f: f(z, Y) + F.cross_entropy(z, Y, label_smoothing=0.1)),
     "squares": ("logits", nn.MSELoss(), lambda z, f: f(z, X[:, :3]) + F.mse_loss(z, X[:, 1:])),
 }
+#: The same without any call of the module.
+ALONE: dict[str, tuple[str, nn.Module, Minimised]] = {
+    "half a square": ("logits", nn.MSELoss(), lambda z, f: F.mse_loss(z, X[:, 1:]) / 2),
+    "added with a factor": ("logits", nn.MSELoss(), lambda z, f: torch.add(z.mean(), F.mse_loss(z, X[:, 1:]), alpha=2)),
+    "sums of means": ("logits", nn.MSELoss(), lambda z, f: F.mse_loss(z, X[:, 1:], reduction="none").sum(1).mean()),
+}
 
 
 @pytest.mark.filterwarnings("ignore:.*has a gradient but no curvature:UserWarning")
 @pytest.mark.parametrize("capture", ["auto", "shadow"])
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", [*REFUSED, *ALONE])
 def test_what_a_gradient_does_not_tell_is_refused(name: str, capture: str) -> None:
-    returns, loss_fn, minimised = REFUSED[name]
-    with pytest.raises(TypeError, match=r"a loss like the optimizer's besides .* loop=Loop\(capture='loss'\)"):
+    returns, loss_fn, minimised = (REFUSED | ALONE)[name]
+    with pytest.raises(TypeError, match=r"a loss like the optimizer's that is no call .* loop=Loop\(capture='loss'\)"):
         trained(minimised, returns, loss_fn, "exact", capture=capture)
-    trained(minimised, returns, loss_fn, "exact", capture="loss")  # as the message says
+    if name not in ALONE:  # as the message says
+        trained(minimised, returns, loss_fn, "exact", capture="loss")
 
 
-def test_accumulated_squares_by_function_are_refused() -> None:
+#: Squared errors, whose gradient does not tell their weight, but how they enter does: by a function, by the module.
+SQUARES: dict[str, tuple[str, Minimised, Minimised]] = {
+    "mean": ("mean", lambda z, f: F.mse_loss(z, X[:, 1:]), lambda z, f: f(z, X[:, 1:])),
+    "mean of values": (
+        "mean",
+        lambda z, f: F.mse_loss(z, X[:, 1:], reduction="none").mean(),
+        lambda z, f: f(z, X[:, 1:]),
+    ),
+    "with a penalty": (
+        "mean",
+        lambda z, f: 0.1 * z.abs().mean() + F.mse_loss(z, X[:, 1:]),
+        lambda z, f: f(z, X[:, 1:]) + 0.1 * z.abs().mean(),
+    ),
+    "sum": ("sum", lambda z, f: F.mse_loss(z, X[:, 1:], reduction="sum"), lambda z, f: f(z, X[:, 1:])),
+    "sum of values": (
+        "sum",
+        lambda z, f: nn.MSELoss(reduction="none")(z, X[:, 1:]).sum(),
+        lambda z, f: f(z, X[:, 1:]),
+    ),
+}
+
+
+@pytest.mark.parametrize("capture", ["auto", "shadow"])
+@pytest.mark.parametrize("name", SQUARES)
+def test_squares_by_function_are_accumulated_like_those_of_the_module(name: str, capture: str) -> None:
+    reduction, apart, together = SQUARES[name]
+    loss_fn = nn.MSELoss(reduction=reduction)
+    expected = trained(together, "logits", loss_fn, "exact")
+    for got, p in zip(trained(apart, "logits", loss_fn, "exact", capture=capture), expected, strict=True):
+        torch.testing.assert_close(got, p, rtol=1e-11, atol=1e-12)
+
+
+def test_soft_labels_by_function_are_no_more_than_one_loss_of_a_step() -> None:
+    soft = torch.softmax(X[:, 1:], -1)
     with pytest.raises(ValueError, match=r"do not tell the weight of each .* Call the loss module"):
-        trained(lambda z, f: F.mse_loss(z, X[:, 1:]) / 2, "logits", nn.MSELoss(), "exact")
+        trained(lambda z, f: F.cross_entropy(z, soft), "logits", MEAN, "exact")
 
 
 @pytest.mark.filterwarnings("ignore:.*has a gradient but no curvature:UserWarning")
@@ -177,5 +217,5 @@ def test_one_of_several_outputs_is_chosen_and_the_others_are_not_forgotten() -> 
     with pytest.raises(RuntimeError, match=r"loop=Loop\(output=lambda result: result\[0\]\)"):
         trained(first, "two", MEAN, "exact")
     trained(first, "two", MEAN, "exact", output=lambda result: result[0])
-    with pytest.raises(TypeError, match="a loss like the optimizer's besides"):
+    with pytest.raises(TypeError, match="a loss like the optimizer's that is no call"):
         trained(both, "two", MEAN, "exact", output=lambda result: result[0])
