@@ -89,6 +89,16 @@ def test_the_basis_of_a_null_space_is_one_whatever_is_given() -> None:
     assert torch.equal(eigenbasis(torch.zeros(1, 3, 3))[0], torch.eye(3))
 
 
+@pytest.mark.parametrize("n", [3, 5, 9])
+def test_null_spaces_of_small_matrices_do_not_depend_on_others_of_the_stack(n: int) -> None:
+    """torch draws other numbers where fewer than sixteen are asked for, and in the last sixteen."""
+    torch.manual_seed(0)
+    low, high = torch.randn(n, 1, dtype=torch.float64), torch.randn(n, n - 1, dtype=torch.float64)
+    stack = torch.stack([low @ low.mT, high @ high.mT])
+    alone = torch.cat([eigenbasis(gram[None]) for gram in stack])
+    torch.testing.assert_close(eigenbasis(stack), alone, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize(("dtype", "places"), [(torch.float64, 1e-12), (torch.float32, 1e-4)])
 def test_the_columns_of_a_raw_table_keep_their_own_directions(dtype: torch.dtype, places: float) -> None:
     """Each set of columns is resolved in its own scale, beside others and a full rank; columns of zeros are null."""
