@@ -27,6 +27,8 @@ Entries = dict[str, Any]
 
 #: Bytes of the gradients of a bucket, from which on the next one begins.
 BUCKET = 2**25
+#: Numbers in a state that are those of a whole parameter, the same in all processes.
+COMMON = frozenset({"step", "length", "lookahead", "radius"})
 
 
 def owners(groups: Iterable[Sequence[Tensor]], work: Callable[[Tensor], float]) -> dict[Tensor, int]:
@@ -365,7 +367,7 @@ class Exchange:
                     out |= cut_as(p, {name: value})
                     continue
                 value = _full(value)
-            if self.mine(p) or name in ("step", "length", "lookahead", "radius"):
+            if self.mine(p) or name in COMMON:
                 out[name] = value
         return out
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -19,7 +19,7 @@ from precond.distributed.tables import amounts
 
 
 class Sharded(Protocol):
-    """An optimizer that takes sharded parameters and gives each to an owner."""
+    """An optimizer that takes sharded parameters and gives each to an owner, or takes its shards for parameters."""
 
     param_groups: list[dict[str, Any]]
 
@@ -43,12 +43,14 @@ class ShardPlan:
     Attributes:
         world_size: Number of processes.
         shards: Number of processes among which a parameter is cut.
-        owners: Parameter -> rank of the process that keeps its matrices and computes its step.
+        owners: Parameter -> rank of the process that keeps its matrices and computes its step; none of parameters with
+            ``shards="local"``, where each process does so for the rows that it holds.
         sent: Bytes that a rank sends to others in a step: shards of gradients to owners, and of directions from them.
         received: Bytes that it gets.
         state: Bytes of the optimizer's state.
         weights: Bytes of its shards of parameters and gradients.
-        whole: Bytes of gradients and directions of the parameters that it owns, which a step holds for a while.
+        whole: Bytes of gradients and directions of the parameters that it owns, which a step holds for a while; of
+            directions of the rows that it holds with ``shards="local"``.
         work: Operations of a step, up to a constant; the largest share is what all wait for.
     """
 
@@ -95,10 +97,8 @@ class ShardPlan:
             }
         )
         owning = len(set(self.owners.values()))
-        tail = (
-            f"{owning} of {self.shards} ranks own parameters; the largest share of the work is "
-            f"{self.balance:.3g} times the mean one"
-        )
+        who = f"{owning} of {self.shards} ranks own parameters" if self.owners else "each rank works on its own rows"
+        tail = f"{who}; the largest share of the work is {self.balance:.3g} times the mean one"
         return "\n".join([head, *table, tail])
 
 
@@ -204,22 +204,47 @@ def _planned(optimizer: Sharded, names: list[str], world_size: int, size: int) -
     lists = {name: [0] * size for name in ("sent", "received", "state", "weights", "whole")}
     for group in optimizer.param_groups:
         known: dict[Any, _Kind] = {}
-        kinds = []
-        for p in group["params"]:
+
+        def kind(p: Tensor, group: dict[str, Any] = group, known: dict[Any, _Kind] = known) -> _Kind:
             key = p.shape, p.dtype
-            known[key] = kind = known.get(key) or _kind(optimizer, p, group)
-            kinds.append(kind)
-        found = shared_out([kind.work for kind in kinds], work)
-        for p, kind, rank, name in zip(group["params"], kinds, found, order, strict=False):
+            known[key] = found = known.get(key) or _kind(optimizer, p, group)
+            return found
+
+        if group["shards"] == "local":
+            for p in group["params"]:
+                next(order)
+                _add_local(lists, work, p, kind, size)
+            continue
+        kinds = [kind(p) for p in group["params"]]
+        found = shared_out([own.work for own in kinds], work)
+        for p, own, rank, name in zip(group["params"], kinds, found, order, strict=False):
             owner[name] = rank
-            _add(lists, p, kind, rank, size)
+            _add(lists, p, own, rank, size)
     return ShardPlan(world_size, size, owner, work=work, **lists)
+
+
+def _shapes(p: Tensor, size: int) -> list[tuple[int, ...]]:
+    """Shapes of the shards of a parameter, by rank."""
+    return [(n, *p.shape[1:]) for n in pieces(p.shape[0], size)] if p.ndim else [()] * size
+
+
+def _add_local(
+    lists: dict[str, list[int]], work: list[float], p: Tensor, kind: Callable[[Tensor], _Kind], size: int
+) -> None:
+    """Count the memory and the work of a parameter whose shards are parameters of their own: no messages."""
+    there, back = p.dtype.itemsize, torch.promote_types(p.dtype, torch.float32).itemsize
+    for rank, shape in enumerate(_shapes(p, size)):
+        own = kind(torch.empty(shape, dtype=p.dtype, device="meta"))
+        work[rank] += own.work
+        lists["weights"][rank] += 2 * there * prod(shape)
+        lists["state"][rank] += own.kept + back * own.spread * prod(shape)
+        lists["whole"][rank] += back * prod(shape)
 
 
 def _add(lists: dict[str, list[int]], p: Tensor, kind: _Kind, owner: int, size: int) -> None:
     """Count the messages and the memory of a parameter."""
     there, back = p.dtype.itemsize, torch.promote_types(p.dtype, torch.float32).itemsize
-    shards = [n * prod(p.shape[1:]) for n in pieces(p.shape[0], size)] if p.ndim else [p.numel()] * size
+    shards = [prod(shape) for shape in _shapes(p, size)]
     others = sum(shards) - shards[owner]
     lists["sent"][owner] += back * others
     lists["received"][owner] += there * others

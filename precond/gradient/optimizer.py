@@ -6,19 +6,20 @@ import logging
 import math
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from precond.distributed import shard_blocks
 from precond.distributed.exchange import Exchange, owners
-from precond.distributed.sharded import is_sharded
+from precond.distributed.sharded import is_sharded, local
 from precond.gradient.cautious import cautious
 from precond.step.base import MomentumOptions, SecondOrderOptimizer, UpdateOptions
 from precond.step.divergence import TOLERATED_FAILURES, squares_fit
 from precond.step.journal import FAILURES, REFRESHES
 from precond.step.norm_control import is_matrix
-from precond.step.options import Tables, Vectors, tables_entries, vectors_entries
+from precond.step.options import Tables, Vectors, choice, tables_entries, vectors_entries
 from solvers import SolverError
 from solvers.precision import widen, working_dtype
 
@@ -26,6 +27,7 @@ log = logging.getLogger(__name__)
 
 State = dict[str, Any]
 Group = dict[str, Any]
+Shards = Literal["lossless", "local"]
 
 
 class GradientOptions(UpdateOptions, total=False):
@@ -34,6 +36,7 @@ class GradientOptions(UpdateOptions, total=False):
     cautious: bool
     vectors: Vectors | None
     tables: Tables | None
+    shards: Shards
 
 
 class GradientMomentumOptions(GradientOptions, MomentumOptions, total=False):
@@ -60,6 +63,9 @@ class GradientOptimizer(SecondOrderOptimizer):
         cautious: Let no entry of the direction oppose the gradient (:func:`~precond.gradient.cautious.cautious`).
         vectors: Options of vectors and numbers, where they differ from those of matrices: :class:`~precond.Vectors`.
         tables: Options of matrices with far more rows than columns: :class:`~precond.Tables`; ``None`` for no tables.
+        shards: Of parameters that are sharded over processes: ``"lossless"`` sends them to owners, who take the steps
+            of one process; ``"local"`` sends nothing, and takes the rows that each process holds for a parameter of
+            their own, so that steps depend on the number of processes. Without shards they are one.
         defaults: Further options of the parameter groups, of the method's own.
         options: See :class:`SecondOrderOptimizer`.
     """
@@ -78,15 +84,21 @@ class GradientOptimizer(SecondOrderOptimizer):
         cautious: bool = False,
         vectors: Vectors | None = None,
         tables: Tables | None = None,
+        shards: Shards = "lossless",
         defaults: dict[str, Any] | None = None,
         **options: Any,
     ) -> None:
-        own = {"cautious": cautious, **vectors_entries(vectors), **tables_entries(tables)}
+        own = {"cautious": cautious, "shards": shards, **vectors_entries(vectors), **tables_entries(tables)}
         defaults = {**own, **(defaults or {})}
         super().__init__(params, lr=lr, defaults=defaults, **options)
 
     def check(self, options: Group) -> None:
         super().check(options)
+        if choice("shards", options["shards"], Shards) == "local" and not self.takes_shards:
+            raise ValueError(
+                f"{type(self).__name__} does not take sharded parameters as it is used here, so shards='local' has no "
+                "effect. Leave it out."
+            )
         if options.get("cautious") and self.update_options(options).get("momentum"):
             raise ValueError(
                 f"{type(self).__name__}: cautious=True looks at directions, before momentum={options['momentum']} adds "
@@ -114,14 +126,31 @@ class GradientOptimizer(SecondOrderOptimizer):
         """
 
     def expected_state(self, p: Tensor, options: Group) -> State:
-        return self.first_state(torch.empty_like(p, device="meta"), options)
+        shape = torch.empty_like(p, device="meta")
+        if not self.divides(p, options):
+            return self.first_state(shape, options)
+        table = shard_blocks.table(p, lambda part: self.first_state(part, options))
+        return {"step": 0, **self.shard_state(shape), shard_blocks.TABLE: table}
 
     def first_state(self, p: Tensor, group: Group) -> State:
-        if not p.numel():
-            return {"step": 0}
-        if self.has_adam and is_table(p, group):
-            return {"step": 0, "exp_avg": state_zeros(p), "exp_avg_sq": state_zeros(p)}
-        return {"step": 0, **self.initial_state(p, group)}
+        part = self.part(p, group)
+        # In a checkpoint the tensors of a part are one entry, which its flat form looks for here.
+        cut = {**self.shard_state(p), shard_blocks.TABLE: 0} if part is not p and p.numel() else {}
+        if not part.numel():
+            return {"step": 0, **cut}
+        if self.has_adam and is_table(part, group):
+            return {"step": 0, "exp_avg": state_zeros(part), "exp_avg_sq": state_zeros(part), **cut}
+        return {"step": 0, **self.initial_state(part, group), **cut}
+
+    @staticmethod
+    def divides(p: Tensor, group: Group) -> bool:
+        """Whether the rows of a parameter that each process holds are a parameter of their own."""
+        return group["shards"] == "local" and shard_blocks.is_cut(p)
+
+    def part(self, p: Tensor, group: Group) -> Tensor:
+        """What the method takes for a parameter: all of it, or the rows that this process holds."""
+        part: Tensor = local(p) if self.divides(p, group) else p
+        return part
 
     def diagonal(self, state: State) -> bool:
         """Whether a parameter, by its state, has no matrix and takes Adam's step."""
@@ -153,34 +182,56 @@ class GradientOptimizer(SecondOrderOptimizer):
 
     def _exchange(self) -> Exchange | None:
         """The messages between shards of parameters and their owners; ``None`` where nothing is sharded."""
-        groups = [group["params"] for group in self.param_groups]
-        key = [len(params) for params in groups]
+        key = [len(group["params"]) for group in self.param_groups]
         known = self.__dict__.get("_shards")  # not in __init__, because copies start without it
         if known is None or known[0] != key:
-            options = {p: group for group in self.param_groups for p in group["params"]}
-            owner = owners(groups, lambda p: self.work(p, options[p]))
-            sharded = any(is_sharded(p) for params in groups for p in params)
+            options = self._options_of()
+            whole = [[p for p in group["params"] if not self.divides(p, group)] for group in self.param_groups]
+            owner = owners(whole, lambda p: self.work(p, options[p]))
+            sharded = any(map(is_sharded, options))
             known = self._shards = key, Exchange(owner) if sharded else None
         return known[1]
+
+    def _options_of(self) -> dict[Tensor, Group]:
+        """The parameters, in their order, and their groups."""
+        return {p: group for group in self.param_groups for p in group["params"]}
 
     def spread(self, states: dict[int, State]) -> dict[int, State]:
         exchange = self._exchange()
         if exchange is None:
             return states
-        numbers = dict(enumerate(p for group in self.param_groups for p in group["params"]))
+        options = self._options_of()
+        numbers = dict(enumerate(options))
         found = exchange.saved({numbers[number]: entries for number, entries in states.items()})
+        divided = {p: entries for p, entries in found.items() if self.divides(p, options[p])}
+        meta = {p: torch.empty_like(p, device="meta") for p in divided}
+        tables = {p: self.expected_state(p, options[p])[shard_blocks.TABLE] for p in divided}
+        found |= shard_blocks.saved(divided, {p: self.first_state(x, options[p]) for p, x in meta.items()}, tables)
         return {number: found[numbers[number]] for number in sorted(states)}  # in one order everywhere
 
     def gather(self) -> None:
         exchange = self._exchange()
         if exchange is None:
             return
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p in exchange.owner and p in self.state:
-                    first = self.first_state(torch.empty(p.shape, dtype=p.dtype, device="meta"), group)
-                    whole = first.keys() - self.shard_state(p).keys()
-                    self.state[p] = exchange.kept(p, self.state[p], whole)
+        for p, group in self._options_of().items():
+            if p not in self.state or not self.state[p]:
+                continue
+            if p in exchange.owner:
+                first = self.first_state(torch.empty(p.shape, dtype=p.dtype, device="meta"), group)
+                whole = first.keys() - self.shard_state(p).keys()
+                self.state[p] = exchange.kept(p, self.state[p], whole)
+            elif self.divides(p, group):
+                first = self.first_state(torch.empty_like(p, device="meta"), group)
+                self.state[p] = shard_blocks.kept(p, self.state[p], first)
+
+    def require_fitting(self, state_dict: dict[str, Any]) -> None:
+        groups = state_dict.get("param_groups", ())
+        for own, given in zip(self.param_groups, groups, strict=False):
+            ways = own["shards"], given.get("shards", "lossless")
+            for p, number in zip(own["params"], given["params"], strict=False):
+                entries = state_dict["state"].get(number, {})
+                whose = f"{type(self).__name__}: the saved state of {self.name_of(p)} was"
+                shard_blocks.require_same_cut(p, entries, ways, whose)
 
     def whole_directions(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         """:meth:`directions` for whole parameters."""
@@ -192,18 +243,33 @@ class GradientOptimizer(SecondOrderOptimizer):
                 if p not in gradients:
                     continue
                 self.begin(p, group)
-                if self.idle or not p.numel():
-                    out[p] = torch.zeros_like(gradients[p])
+                self.state[p]["step"] += bool(p.numel()) and not self.idle
+                if self.idle or not gradients[p].numel():
+                    out[p] = torch.zeros_like(widen(gradients[p]))
                     continue
-                self.state[p]["step"] += 1
                 (entries if self.diagonal(self.state[p]) else whole).append(p)
             for params, compute in ((whole, self.several), (entries, self._adam)):
-                for some, options, rate in _by_kind(params, group):
+                for some, options, rate in self._by_kind(params, group):
                     raised = [widen(gradients[p]) for p in some]
                     found = compute(some, raised, options)
                     found = cautious(found, raised, stacked=group.get("stacked", False)) if group["cautious"] else found
                     out |= zip(some, found if rate == 1 else torch._foreach_mul(found, rate), strict=True)
         return out
+
+    def _by_kind(self, params: list[Tensor], group: Group) -> list[tuple[list[Tensor], Group, float]]:
+        """Parameters with the options that hold for them, and the factor of their rate: matrices, vectors, tables."""
+        betas = group.get("vector_betas")
+        alike = betas is None and group.get("vector_lr", 1) == 1
+        if alike and group.get("table_ratio", math.inf) == math.inf:  # nobody asked for kinds
+            return [(params, group, 1.0)] if params else []
+        own = {**group, "betas": betas} if betas is not None else group
+        kinds: dict[str, list[Tensor]] = {"matrix": [], "vector": [], "table": []}
+        for p in params:
+            part = self.part(p, group)
+            kind = "table" if is_table(part, group) else "matrix" if alike or is_matrix(part) else "vector"
+            kinds[kind].append(p)
+        rates = {"matrix": 1.0, "vector": group.get("vector_lr", 1.0), "table": group.get("table_lr", 1.0)}
+        return [(some, own if kind == "vector" else group, rates[kind]) for kind, some in kinds.items() if some]
 
     def several(self, params: list[Tensor], gradients: list[Tensor], group: Group) -> list[Tensor]:
         """Directions of some parameters of a group; see :meth:`direction`."""
@@ -259,21 +325,6 @@ def is_table(p: Tensor, group: Group) -> bool:
     """Whether a parameter has far more rows than columns; see :class:`~precond.Tables`."""
     ratio = group.get("table_ratio", math.inf)
     return p.ndim == 2 and is_matrix(p) and p.shape[0] ** 2 > ratio * max(p.numel(), 256)
-
-
-def _by_kind(params: list[Tensor], group: Group) -> list[tuple[list[Tensor], Group, float]]:
-    """Parameters with the options that hold for them, and the factor of their rate: matrices, vectors, tables."""
-    betas = group.get("vector_betas")
-    alike = betas is None and group.get("vector_lr", 1) == 1
-    if alike and group.get("table_ratio", math.inf) == math.inf:  # nobody asked for kinds
-        return [(params, group, 1.0)] if params else []
-    own = {**group, "betas": betas} if betas is not None else group
-    kinds: dict[str, list[Tensor]] = {"matrix": [], "vector": [], "table": []}
-    for p in params:
-        kind = "table" if is_table(p, group) else "matrix" if alike or is_matrix(p) else "vector"
-        kinds[kind].append(p)
-    rates = {"matrix": 1.0, "vector": group.get("vector_lr", 1.0), "table": group.get("table_lr", 1.0)}
-    return [(some, own if kind == "vector" else group, rates[kind]) for kind, some in kinds.items() if some]
 
 
 def state_zeros(p: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:

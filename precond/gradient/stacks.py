@@ -146,8 +146,8 @@ class StackedOptimizer(GradientOptimizer):
         number("row_normalization", options.get("row_normalization"), low=0, high=1, open_high=True, optional=True)
 
     def first_state(self, p: Tensor, group: Group) -> State:
-        state = super().first_state(p, group)
-        return state if self.diagonal(state) or not p.numel() else {**state, **row_state(p, group)}
+        state, part = super().first_state(p, group), self.part(p, group)
+        return state if self.diagonal(state) or not part.numel() else {**state, **row_state(part, group)}
 
     @abstractmethod
     def update(self, stack: Stack, g: Tensor, group: Group) -> Tensor:
@@ -173,11 +173,11 @@ class StackedOptimizer(GradientOptimizer):
             stack.open(self.kept)
             directions = self.update(stack, stack.gather([gradients[i] for i in places]), group)
             if "row_sq" in stack.state:
-                directions = directions.reshape(-1, *params[places[0]].shape)
+                directions = directions.reshape(-1, *gradients[places[0]].shape)
                 directions = normalized_rows(directions, stack.state, group)
             # A factor enters directions by way of its basis or root, which is looked at with them.
             self.written += [x for name, x in stack.close().items() if "factor" not in name.split(".")]
-            out |= zip(places, directions.reshape(-1, *params[places[0]].shape), strict=True)
+            out |= zip(places, directions.reshape(-1, *gradients[places[0]].shape), strict=True)
         return [out[i] for i in range(len(params))]
 
     def renew(self, stack: Stack, compute: Callable[[State], State], prefix: str = "") -> None:
@@ -212,10 +212,10 @@ class StackedOptimizer(GradientOptimizer):
         last, stacks = known.get(params[0], (None, []))
         if last == kinds and all(stack.holds([states[i] for i in places]) for places, stack in stacks):
             return stacks
-        keys = [(p.shape, _layout(s), kind[1:]) for p, s, kind in zip(params, states, kinds, strict=True)]
+        keys = [(g.shape, _layout(s), kind[1:]) for g, s, kind in zip(gradients, states, kinds, strict=True)]
         stacks = [
             (places, Stack([params[i] for i in places], [states[i] for i in places]))
-            for places in alike(keys, [p.numel() for p in params])
+            for places in alike(keys, [g.numel() for g in gradients])
         ]
         known[params[0]] = kinds, stacks
         return stacks

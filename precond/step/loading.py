@@ -19,6 +19,7 @@ OLDER: Mapping[str, Any] = {
     "kl_unit": "curvature",
     "damping_unit": "curvature",
     "cautious": False,
+    "shards": "lossless",
     "table_lr": 1.0,
     "table_ratio": math.inf,
 }

@@ -149,6 +149,10 @@ _NEEDLESS = {
         "is of a schedule: give the optimizer to one of torch.optim.lr_scheduler",
     ),
     **dict.fromkeys(("device", "dtype"), "follows the parameters: move the model, model.to(...), before"),
+    "shards": (
+        "is of methods that keep matrices of the gradients of single parameters, such as SOAP and Muon; those of this "
+        "method belong to whole parameters"
+    ),
     "closure": "is of the step: optimizer.step(closure)",
     "amsgrad": "is of torch.optim.Adam",
     "grad_scale": "is of ASDL and kfac-pytorch; a GradScaler is seen and divided out",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from precond.distributed.checkpoint import PACKED, asked_by_checkpoint, marked, packed, unpacked
+from precond.step.loading import require_layout
 from precond.step.norm_control import is_matrix, radius
 from precond.step.scheduled import ScheduledOptimizer
 from precond.step.transaction import Transaction
@@ -82,6 +83,13 @@ class StatefulOptimizer(ScheduledOptimizer):
         """States by number, with what single processes keep laid out over all of them."""
         return states
 
+    def require_fitting(self, state_dict: dict[str, Any]) -> None:
+        """Refuse a state that was saved under conditions that do not hold any more; nothing has changed yet.
+
+        Raises:
+            ValueError: Naming them.
+        """
+
     def gather(self) -> None:
         """After loading: keep what belongs to this process."""
 
@@ -126,6 +134,8 @@ class StatefulOptimizer(ScheduledOptimizer):
             ValueError: If entries are missing, or are not those of the parameters; nothing has changed then.
         """
         state_dict = unpacked(state_dict, self.method_name())
+        require_layout(state_dict, type(self).__name__)
+        self.require_fitting(state_dict)
         with self.transaction():
             super().load_state_dict(state_dict)
             self.gather()

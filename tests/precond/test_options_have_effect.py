@@ -31,7 +31,7 @@ STEPS = (2, 6)
 #: Given by the harness itself.
 GIVEN = {"model", "loss_fn", "params"}
 #: They act in several processes: ``tests/precond/distributed``.
-GIVEN |= {"process_group", "memory_fraction"}
+GIVEN |= {"process_group", "memory_fraction", "shards"}
 _RULE = LevenbergMarquardt(decrease=0.5, increase=2.0)
 
 #: Option -> two values; and what else it needs to act, by method or for all.

@@ -136,7 +136,11 @@ def whole(net: nn.Module) -> list[Tensor]:
 
 
 def gap(first: nn.Module, second: nn.Module) -> float:
-    return max(float((a - b).abs().max()) for a, b in zip(whole(first), whole(second), strict=True))
+    return apart(whole(first), whole(second))
+
+
+def apart(first: list[Tensor], second: list[Tensor]) -> float:
+    return max(float((a - b).abs().max()) for a, b in zip(first, second, strict=True))
 
 
 def mesh_of(shape: tuple[int, ...]) -> DeviceMesh:
