@@ -217,6 +217,13 @@ def together(tensors: Iterable[Any], work: Callable[[], object] = lambda: None) 
 
 
 def summed(parts: Sequence[Tensor], tensors: Sequence[Any]) -> list[Tensor]:
+    """:func:`added_up`, after a decision whether all processes are there for it."""
+    if any(is_sharded(x) and layout_of(x).group is not None for x in tensors):
+        together(x for x in tensors if is_sharded(x))
+    return added_up(parts, tensors)
+
+
+def added_up(parts: Sequence[Tensor], tensors: Sequence[Any]) -> list[Tensor]:
     """Numbers that are made of each process's part of a tensor, added up over those that share that tensor.
 
     One message for each group of processes, whichever of several groups with the same members it is.
@@ -232,8 +239,6 @@ def summed(parts: Sequence[Tensor], tensors: Sequence[Any]) -> list[Tensor]:
         if group is not None:
             key = members_of(group), part.dtype, part.device
             places.setdefault(key, (group, []))[1].append(i)
-    if places:
-        together(x for x in tensors if is_sharded(x))
     for group, some in places.values():
         total = torch.cat([out[i].reshape(-1) for i in some])
         with answered(group):

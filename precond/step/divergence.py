@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from precond.distributed.sharded import agreed, any_sharded, is_sharded, local, summed
+from precond.distributed.sharded import added_up, agreed, any_sharded, is_sharded, local
 from solvers.precision import working_dtype
 from solvers.tree import pieces, place
 
@@ -42,9 +42,11 @@ def largest_norm(tensors: Sequence[Tensor]) -> float:
 def _largest_norm_of_shards(tensors: Sequence[Tensor]) -> float:
     """:func:`largest_norm` where tensors are shared out over processes, which all get the same."""
     sharded = [t for t in tensors if is_sharded(t)]
-    squares = summed([torch.linalg.vector_norm(local(t).to(_widest(t))).square() for t in sharded], sharded)
-    found = [math.sqrt(float(_row(squares).max())), largest_norm([t for t in tensors if not is_sharded(t)])]
-    return max(found) if agreed(all(map(math.isfinite, found)), sharded) else math.nan
+    squares = [torch.linalg.vector_norm(local(t).to(_widest(t))).square() for t in sharded]
+    whole = largest_norm([t for t in tensors if not is_sharded(t)])
+    if not agreed(math.isfinite(whole) and math.isfinite(float(_row(squares).max())), sharded):
+        return math.nan
+    return max(whole, math.sqrt(float(_row(added_up(squares, sharded)).max())))
 
 
 def _widest(t: Tensor) -> torch.dtype:
