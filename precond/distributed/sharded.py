@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -211,6 +212,19 @@ def together(tensors: Iterable[Any], work: Callable[[], object] = lambda: None) 
             error = raised
     if error is not None:
         raise error
+
+
+def tell(tensors: Iterable[Any], error: BaseException, handled: BaseException | None = None) -> None:
+    """Let the processes that share some tensors, and wait for a decision, know of an error of this one.
+
+    Args:
+        tensors: The tensors.
+        error: The error.
+        handled: As for :meth:`~precond.distributed.ranks.Ranks.tell`.
+    """
+    with suppress(NotImplementedError):  # of how they are shared, which all of them raise
+        for ranks in ranks_of(tensors):
+            ranks.tell(error, handled)
 
 
 # Numbers on which all processes agree

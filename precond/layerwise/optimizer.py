@@ -541,9 +541,9 @@ class PreconditionedOptimizer(LayerOptimizer):
         Raises:
             ValueError: If blocks are not those of the model and the method, or hold NaN; nothing has changed then.
         """
-        require_layout(state_dict, type(self).__name__)
-        plain, blocks = split_blocks(unpacked(state_dict, self.method_name()))
-        with self.transaction():
+        with self.loading():
+            require_layout(state_dict, type(self).__name__)
+            plain, blocks = split_blocks(unpacked(state_dict, self.method_name()))
             super().load_state_dict(plain)
             estimators = self.statistics.collector.estimators
             estimators.clear()

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from precond.distributed.ranks import check_group
-from precond.distributed.sharded import any_sharded, ranks_of
+from precond.distributed.sharded import any_sharded, tell
 from precond.step.alike import Alike
 from precond.step.averaging import swapped
 from precond.step.bounded import BoundedOptimizer
@@ -296,11 +296,10 @@ class SecondOrderOptimizer(BoundedOptimizer):
         Not one of the closure, where they wait for its gradient.
         """
         with suppress(ValueError, NotImplementedError):  # of who belongs together, which all of them raise
-            ranks = (
-                [self.ranks] if self.ranks is not None else ranks_of(p for g in self.param_groups for p in g["params"])
-            )
-            if len(ranks) == 1:
-                ranks[0].tell(error, handled)
+            if self.ranks is not None:
+                self.ranks.tell(error, handled)
+            else:
+                tell((p for group in self.param_groups for p in group["params"]), error, handled)
 
     def _values(self, gradients: dict[Tensor, Tensor]) -> tuple[dict[Tensor, Tensor], BoundRecord]:
         """The values that parameters are to take, and how often the bound was active with this step."""

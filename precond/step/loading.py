@@ -6,8 +6,10 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from precond.distributed.sharded import local
 from precond.step.divergence import Name, all_finite
 from solvers.tree import Path, pieces, place
 
@@ -139,13 +141,15 @@ def require_finite(tree: Any, whose: str) -> None:
     Raises:
         ValueError: Naming the place.
     """
-    if all_finite([value for _, value in _numbers(tree) if isinstance(value, Tensor)]) and all(
-        math.isfinite(value) for _, value in _numbers(tree) if not isinstance(value, Tensor)
-    ):
+    found = list(_numbers(tree))
+    broken = next((path for path, x in found if not isinstance(x, Tensor) and not math.isfinite(x)), None)
+    if broken is None and all_finite([x for _, x in found if isinstance(x, Tensor)]):
         return
-    for path, value in _numbers(tree):
-        if not (all_finite([value]) if isinstance(value, Tensor) else math.isfinite(value)):
-            raise ValueError(f"{whose} holds NaN or inf, in {place(path)}. {_MEND}")
+    if broken is None:  # here, without a message: others may have what is broken
+        parts = ((path, local(x)) for path, x in found if isinstance(x, Tensor))
+        broken = next((path for path, x in parts if not torch.isfinite(x).all()), None)
+    where = "the part of another process" if broken is None else place(broken)
+    raise ValueError(f"{whose} holds NaN or inf, in {where}. {_MEND}")
 
 
 def _numbers(tree: Any) -> Iterator[tuple[Path, Any]]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from precond.distributed.checkpoint import PACKED, asked_by_checkpoint, marked, packed, unpacked
+from precond.distributed.sharded import any_sharded, tell, together
 from precond.step.loading import require_layout
 from precond.step.norm_control import is_matrix, radius
 from precond.step.scheduled import ScheduledOptimizer
@@ -133,12 +136,26 @@ class StatefulOptimizer(ScheduledOptimizer):
         Raises:
             ValueError: If entries are missing, or are not those of the parameters; nothing has changed then.
         """
-        state_dict = unpacked(state_dict, self.method_name())
-        require_layout(state_dict, type(self).__name__)
-        self.require_fitting(state_dict)
-        with self.transaction():
+        with self.loading():
+            state_dict = unpacked(state_dict, self.method_name())
+            require_layout(state_dict, type(self).__name__)
+            self.require_fitting(state_dict)
             super().load_state_dict(state_dict)
             self.gather()
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """A block that loads whole or not at all; of sharded parameters in all processes that share them, or in none.
+
+        Raises:
+            OtherRankFailed: If another process could not load its part.
+        """
+        params = [p for group in self.param_groups for p in group["params"]]
+        with self.transaction() as whole:
+            if any_sharded(params):
+                whole.tell = partial(tell, params)
+            yield
+            together(params)
 
     def same_precision(self, gradients: dict[Tensor, Tensor]) -> None:
         """Take the state along where the model went on in another precision, by ``model.double()``."""

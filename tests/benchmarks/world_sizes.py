@@ -3,12 +3,15 @@
 Prints the table of ``docs/how-to/distributed.md``: every method that runs in several processes, by how they share the
 model. Four steps of three models in float64: an MLP with a norm and a bare parameter, a CNN with groups, and a
 transformer whose head is tied to the embedding and whose targets are padded. A number is the largest difference of a
-parameter over the largest move of one, of the worst model.
+parameter over the largest move of one, of the worst model. The last column, of the worst way, is that of a fourth model
+without directions in which gradients vanish but for rounding errors, as those of logits do, which add up to zero: the
+MLP with real targets and squared errors, in batches of more rows than its layers are wide.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -29,20 +32,20 @@ from tests.precond.distributed.loops import Padded
 OPTIONS: dict[str, Any] = {"fisher": "exact", "inverse_update_period": 2}
 
 
-def made(name: str, **more: Any) -> Callable[[nn.Module], Any]:
-    """Makes an optimizer of a model."""
+def made(name: str, **more: Any) -> Callable[..., Any]:
+    """Makes an optimizer of a model and a loss."""
     cls = getattr(precond, name)
     known = inspect.signature(cls).parameters
     own = {key: value for key, value in OPTIONS.items() if key in known} | {"lr": 0.02} | more
     if "loss_fn" in known:
-        return lambda model: cls(model, nn.CrossEntropyLoss(), **own)
-    return lambda model: cls(model.parameters(), **own)
+        return lambda model, loss_fn: cls(model, loss_fn, **own)
+    return lambda model, loss_fn: cls(model.parameters(), **own)
 
 
 #: They keep the rows of one batch, and are refused.
 REFUSED = ("SENG", "SMWNaturalGradient")
 #: Every method but those, and those with a closure; and options that weigh rounding errors otherwise.
-METHODS: dict[str, Callable[[nn.Module], Any]] = {
+METHODS: dict[str, Callable[..., Any]] = {
     **{m.name: made(m.name) for m in precond.methods() if m.needs != "closure" and m.name not in REFUSED},
     "SOAP(eps=1e-5)": made("SOAP", eps=1e-5),
     "Shampoo(damping=1e-8)": made("Shampoo", damping=1e-8),
@@ -57,12 +60,21 @@ class Tied(Padded):
         return super().forward(x).clone()
 
 
+def real() -> list[Batch]:
+    """Real targets."""
+    torch.manual_seed(2)
+    return [(x, torch.randn(len(x), 3, dtype=x.dtype)) for x, _ in vectors()]
+
+
 #: Model, its data, layers in groups of their own.
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], list[Batch]], tuple[str, ...]]] = {
     "mlp": (Net, vectors, ("first",)),
     "cnn": (Conv, images, ("one",)),
     "transformer": (Tied, tokens, ("layer",)),
+    "regression": (Net, real, ("first",)),
 }
+#: The model of the last column.
+FULL_RANK = "regression"
 #: Shape of the mesh of ``fully_shard``; none for DistributedDataParallel.
 WAYS: dict[str, tuple[int, tuple[int, ...]]] = {
     "DDP 2": (2, ()),
@@ -91,15 +103,15 @@ def run(method: str, model: str, shape: tuple[int, ...] = ()) -> list[Tensor]:
         fully_shard(net, mesh=mesh)
     elif dist.is_initialized():
         call = DistributedDataParallel(net)
-    optimizer = METHODS[method](call)
+    loss_fn = nn.MSELoss() if model == FULL_RANK else nn.CrossEntropyLoss()
+    optimizer = METHODS[method](call, loss_fn)
+    size = dist.get_world_size() if dist.is_initialized() else 1
     for x, y in data():
         part = mine(len(x))
         optimizer.zero_grad()
-        size = dist.get_world_size() if dist.is_initialized() else 1
-        share = int((y[part] >= 0).sum()) / int((y >= 0).sum()) * size  # padding is -100, and ranks differ in it
-        (
-            share * getattr(optimizer, "loss_fn", nn.functional.cross_entropy)(call(x[part]), y[part].flatten())
-        ).backward()
+        target, counted = (y[part], y[part] < math.inf) if y.is_floating_point() else (y[part].flatten(), y[part] >= 0)
+        share = int(counted.sum()) / int((y > -100).sum()) * size  # padding is -100, and ranks differ in it
+        (share * getattr(optimizer, "loss_fn", loss_fn)(call(x[part]), target)).backward()
         optimizer.step()
     return [p.full_tensor().detach() if shape else p.detach() for p in net.parameters()]  # type: ignore[operator]
 
@@ -142,11 +154,13 @@ def deviations(methods: list[str], ways: list[str], models: list[str]) -> dict[s
 def main() -> None:
     """Print the table."""
     torch.set_num_threads(1)
-    table = deviations(list(METHODS), list(WAYS), list(MODELS))
-    print("| method | " + " | ".join(WAYS) + " |")
-    print("| --- |" + " --- |" * len(WAYS))
+    table = deviations(list(METHODS), list(WAYS), [name for name in MODELS if name != FULL_RANK])
+    full = deviations(list(METHODS), list(WAYS), [FULL_RANK])
+    print("| method | " + " | ".join(WAYS) + " | full rank |")
+    print("| --- |" + " --- |" * (len(WAYS) + 1))
     for method, row in table.items():
-        cells = [x.partition(":")[0] if isinstance(x, str) else f"{x:.0e}" for x in row.values()]
+        worst = max(x for x in full[method].values() if not isinstance(x, str))
+        cells = [x.partition(":")[0] if isinstance(x, str) else f"{x:.0e}" for x in [*row.values(), worst]]
         print(f"| `{method}` | " + " | ".join(cells) + " |")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import os
 import random
 import signal
@@ -177,7 +179,39 @@ def shards_that_fail() -> dict[str, Any]:
     return out
 
 
+#: What is wrong with the state that rank 1 is given; SOAP, local is that on the rows of each process.
+SPOILT: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "no state": lambda state: {"step": 1},
+    "an entry less": lambda state: {**state, "state": {**state["state"], 0: {"step": 1}}},
+    "not finite": lambda state: {**state, "state": {**state["state"], 0: {**state["state"][0], "step": math.nan}}},
+    "a group less": lambda state: {**state, "param_groups": []},
+}
+
+
+def loads_that_fail() -> dict[str, Any]:
+    """On shards; and the steps after one that does not."""
+    out: dict[str, Any] = {}
+    for method in ("SOAP", "SOAP, local", "KFAC"):
+        net, other = (shard(square(), mesh_of((2,))) for _ in range(2))
+        first, second = on_shards(method, net), on_shards(method, other)
+        rank_steps(net, first, range(2))
+        state = first.state_dict()
+        told = []
+        for spoil in SPOILT.values():
+            given = spoil(copy.copy(state)) if dist.get_rank() == 1 else state
+            told.append(caught(lambda given=given, second=second: second.load_state_dict(given)))
+        fresh = not second.state and not second.steps
+        second.load_state_dict(state)
+        other.load_state_dict(net.state_dict())
+        for model, optimizer in ((net, first), (other, second)):
+            rank_steps(model, optimizer, range(2, 4))
+        out[method] = told, fresh, same(whole(net), whole(other))
+    return out
+
+
 def on_shards(method: str, net: nn.Module) -> Any:
+    if method == "SOAP, local":
+        return SOAP(net.parameters(), lr=0.02, shards="local")
     if method == "KFAC":
         return KFAC(net, nn.MSELoss(), lr=0.1, fisher="exact", momentum=0.9, inverse_update_period=1)
     return SOAP(net.parameters(), lr=0.02, weight_decay=WeightDecay(0.1, "l2"), kl_clip=1e-3)
@@ -302,7 +336,16 @@ def decisions() -> list[Any]:
     return out
 
 
-CHECKS = (steps_that_fail, states_that_fail, shards_that_fail, gradient_methods, matrices, orders, decisions)
+CHECKS = (
+    steps_that_fail,
+    states_that_fail,
+    shards_that_fail,
+    loads_that_fail,
+    gradient_methods,
+    matrices,
+    orders,
+    decisions,
+)
 
 
 def everything() -> dict[str, Any]:
@@ -342,6 +385,14 @@ def test_a_step_on_shards_fails_on_all_and_can_be_tried_again(found: list[dict[s
     net = square()
     rank_steps(net, on_shards(place.split(", ")[0], net), range(4))
     assert distance(last, parameters(net)) < 1e-12
+
+
+@pytest.mark.parametrize("method", ["SOAP", "SOAP, local", "KFAC"])
+def test_a_state_on_shards_that_fits_one_rank_alone_is_loaded_on_none(found: list[dict[str, Any]], method: str) -> None:
+    (one, fresh, equal), (other, fresh_there, equal_there) = (rank["loads_that_fail"][method] for rank in found)
+    assert [kind for kind, _ in one] == [OtherRankFailed.__name__] * len(SPOILT)
+    assert [kind for kind, _ in other] == [ValueError.__name__] * len(SPOILT), other
+    assert fresh and fresh_there and equal and equal_there
 
 
 def test_so_do_steps_of_gradient_methods(found: list[dict[str, Any]]) -> None:
