@@ -125,6 +125,21 @@ def refuse(p: Tensor, method: str, served: bool) -> None:
     layout_of(p)
 
 
+def refuse_several_meshes(params: Iterable[Tensor], method: str) -> None:
+    """Refuse parameters that are not shared by the same processes, who decide together about each step.
+
+    Raises:
+        NotImplementedError: Naming the processes.
+    """
+    found = dict.fromkeys(tuple(sorted(p.device_mesh.mesh.flatten().tolist())) for p in params if is_sharded(p))  # type: ignore[attr-defined]
+    if len(found) > 1:
+        ranks = " and ".join(", ".join(map(str, members)) for members in found)
+        raise NotImplementedError(
+            f"{method}: sharded parameters lie on meshes of different ranks, {ranks}, and all ranks decide together "
+            "about each step. Give those on each mesh an optimizer of their own."
+        )
+
+
 def refuse_left_behind(params: Iterable[Tensor], method: str) -> None:
     """Refuse parameters that are no longer the model's, because it was sharded after they were given.
 

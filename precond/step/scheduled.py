@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from precond.distributed.sharded import refuse
+from precond.distributed.sharded import refuse, refuse_several_meshes
 from precond.step.given import group_of, listed, require_parameters
 from precond.step.loading import meant_before, require_fit, require_layout, require_own
 from precond.step.options import check_options, in_groups
@@ -68,6 +68,8 @@ class ScheduledOptimizer(torch.optim.Optimizer):
                 )
             plain["initial_lr"] = float(plain["lr"])
         plain.setdefault("first_lr", float(plain["lr"]))
+        others = [p for group in self.param_groups for p in group["params"]]
+        refuse_several_meshes([*others, *param_group["params"]], type(self).__name__)
         super().add_param_group({**plain, "steps": self.steps})
         self.schedules.append(schedules)
         for p in self.param_groups[-1]["params"]:

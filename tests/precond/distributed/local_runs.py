@@ -13,6 +13,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import precond
@@ -257,6 +258,28 @@ def replicas(shape: tuple[int, ...]) -> bool:
     return alike(net)
 
 
+def several_meshes() -> list[str]:
+    """Experts on two ranks each, the rest on all: refused together and as a group that is added; apart they train."""
+    all_ranks, pair = mesh_of((4,)), mesh_of((2, 2))["shard"]
+    net = rich()
+    for layer in net[3:6]:
+        fully_shard(layer, mesh=pair)
+    fully_shard(net, mesh=all_ranks)
+    experts = [p for p in net.parameters() if p.device_mesh.size() == 2]  # type: ignore[attr-defined]
+    others = [p for p in net.parameters() if p.device_mesh.size() == 4]  # type: ignore[attr-defined]
+    told = []
+    first, second = precond.SOAP(experts), precond.SOAP(others)
+    for make in (lambda: precond.SOAP(net.parameters()), lambda: first.add_param_group({"params": others})):
+        try:
+            make()
+        except NotImplementedError as error:
+            told.append(str(error))
+    before = whole(net)
+    nn.functional.mse_loss(net(torch.ones(2, 4, dtype=torch.float64)), torch.ones(2, 1, dtype=torch.float64)).backward()
+    first.step(), second.step()
+    return [*told, str(len(first.param_groups)), str(apart(before, whole(net)) > 0)]
+
+
 def on_four(folder: str) -> dict[str, Any]:
     net = shard(rich(), mesh_of((4,)))
     optimizer = locally("SOAP", net)
@@ -273,6 +296,7 @@ def on_four(folder: str) -> dict[str, Any]:
         "one axis": differences((4,), ["SOAP", "SPlus", "PSGD"]),
         "hybrid": differences((2, 2), ["SOAP"]),
         "replicas": replicas((2, 2)),
+        "meshes": several_meshes(),
     }
 
 

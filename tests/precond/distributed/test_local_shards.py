@@ -48,6 +48,18 @@ def test_rows_are_parameters_of_their_own(found: dict[str, Any]) -> None:
         assert {name: told[name] for name, words in TOLD.items() if not re.search(words, told[name])} == {}
 
 
+def test_meshes_of_different_ranks_have_an_optimizer_each(found: dict[str, Any]) -> None:
+    for number, rank in enumerate(found["four"]):
+        pair = "0, 1" if number < 2 else "2, 3"
+        assert [
+            bool(re.search(f"different ranks, .*{pair}.*an optimizer of their own", x)) for x in rank["meshes"][:2]
+        ] == [
+            True,
+            True,
+        ]
+        assert rank["meshes"][2:] == ["1", "True"]
+
+
 def test_all_ranks_decide_together(found: dict[str, Any]) -> None:
     for number, rank in enumerate(found["two"]):
         of = rank["disagreements"]
