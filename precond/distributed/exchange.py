@@ -348,7 +348,8 @@ class Exchange:
         for p, entries in described.items():
             laid = {name: x for name, x in known[p].items() if is_sharded(x)}
             for name, what in entries.items():
-                laid[name] = like(parts[p, name], p, 0, what.shape) if isinstance(what, _Kept) else what
+                # In memory of its own, without which torch cannot copy a DTensor.
+                laid[name] = like(parts[p, name].clone(), p, 0, what.shape) if isinstance(what, _Kept) else what
             out[p] = laid
         return out
 

@@ -407,7 +407,7 @@ def plain_states(shape: tuple[int, ...]) -> dict[str, float]:
         optimizers = [METHODS[name](net.parameters()) for net in (first, second, third)]
         steps(first, optimizers[0], range(4))
         second.load_state_dict(first.state_dict())
-        optimizers[1].load_state_dict(optimizers[0].state_dict())
+        optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))  # as a snapshot in memory
         optimizers[0].zero_grad()
         third.load_state_dict(first.state_dict())
         whole_state = get_optimizer_state_dict(first, optimizers[0], options=StateDictOptions(full_state_dict=True))
