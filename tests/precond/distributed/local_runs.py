@@ -17,14 +17,19 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import precond
-from precond import Hyperball
+from precond import Hyperball, Tables, Vectors
 from precond.distributed.ranks import OtherRankFailed
 from precond.distributed.sharded import local
 from solvers import SolverError
 from tests.precond.distributed.sharded_runs import METHODS, apart, gap, kept, mesh_of, rich, seeded, shard, steps, whole
 
-#: Those that keep matrices of parameters, without control of the norms of whole ones.
-NAMES = [name for name in METHODS if name not in ("MFAC", "Muon controlled")]
+#: Those that keep matrices of parameters, without control of the norms of whole ones; and options that look at shapes.
+MAKES: dict[str, Callable[..., Any]] = {
+    **{name: make for name, make in METHODS.items() if name not in ("MFAC", "Muon controlled")},
+    "SOAP of kinds": lambda p: precond.SOAP(
+        p, lr=0.02, cautious=True, row_normalization=0.5, vectors=Vectors((0.9, 0.99), 2.0), tables=Tables(0.5, 0.01)
+    ),
+}
 
 
 class InBlocks(nn.Module):
@@ -59,7 +64,7 @@ class InBlocks(nn.Module):
 
 def locally(name: str, net: nn.Module) -> Any:
     """A method, on the rows of each process."""
-    return METHODS[name]([{"params": list(net.parameters()), "shards": "local"}])
+    return {**METHODS, **MAKES}[name]([{"params": list(net.parameters()), "shards": "local"}])
 
 
 def differences(shape: tuple[int, ...], names: list[str]) -> dict[str, tuple[float, float]]:
@@ -68,7 +73,7 @@ def differences(shape: tuple[int, ...], names: list[str]) -> dict[str, tuple[flo
     out = {}
     for name in names:
         alone, gaps = InBlocks(rich(), shape[-1]), []
-        steps(alone, METHODS[name](alone.parameters()), range(4))
+        steps(alone, MAKES[name](alone.parameters()), range(4))
         for place in ((0, 1), (rank, size)):
             net = shard(rich(), mesh)
             steps(net, locally(name, net), range(4), *place)
@@ -302,7 +307,7 @@ def on_four(folder: str) -> dict[str, Any]:
 
 def on_two(folder: str) -> dict[str, Any]:
     return {
-        "differences": differences((2,), NAMES),
+        "differences": differences((2,), list(MAKES)),
         "tensor parallel": tensor_parallel((2,)),
         "norms": whole_norms((2,)),
         "traffic": traffic((2,)),

@@ -37,7 +37,7 @@ def test_rows_are_parameters_of_their_own(found: dict[str, Any]) -> None:
     for rank in found["four"]:
         assert far(rank["one axis"]) == far(rank["hybrid"]) == {} and rank["replicas"]
     for rank in found["two"]:
-        assert rank["differences"].keys() == set(runs.NAMES)
+        assert rank["differences"].keys() == runs.MAKES.keys()
         assert far(rank["differences"]) == {} and max(rank["tensor parallel"].values()) <= 1e-10
         # Norms that are controlled are those of whole matrices.
         assert rank["norms"][0] < 1e-12 and rank["norms"][1] > 1e-3
