@@ -137,6 +137,9 @@ class Muon(StackedOptimizer):
 
     kept: ClassVar[frozenset[str]] = frozenset({"momentum_buffer"})
 
+    def work(self, p: Tensor, group: Group) -> float:
+        return super().work(p, group) + (polar_work(p) if p.numel() and _is_matrix(p, group) else 0)
+
     def initial_state(self, p: Tensor, group: Group) -> State:
         if _is_matrix(p, group):
             return {"momentum_buffer": state_zeros(p)}
@@ -158,6 +161,12 @@ class Muon(StackedOptimizer):
 
 def _is_matrix(p: Tensor, group: Group) -> bool:
     return p.ndim >= 2 and group["orthogonalize"]
+
+
+def polar_work(p: Tensor) -> float:
+    """Multiplications of five steps on ``(m, n)``, m <= n: ``5 (2 m^2 n + m^3)``."""
+    m, n = sorted(matrix_shape(tuple(p.shape)))
+    return 5.0 * (2 * m * m * n + m**3)
 
 
 def polar_scale(matrices: Tensor, scaling: Scaling) -> float:

@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 State = dict[str, Any]
 Group = dict[str, Any]
 Shards = Literal["lossless", "local"]
+#: Words in the names of entries that are matrices of an axis, and no moments, which may be square as well.
+MATRICES = frozenset({"factor", "basis", "root"})
 
 
 class GradientOptions(UpdateOptions, total=False):
@@ -175,10 +177,10 @@ class GradientOptimizer(SecondOrderOptimizer):
         return exchange.through(gradients, self.whole_directions, lambda p: (group_of[p], p.shape, p.dtype))
 
     def work(self, p: Tensor, group: Group) -> float:
-        """What the step of a parameter costs, up to a constant: of each matrix ``(n, n)`` a cube, and its products."""
-        shapes = [tuple(x.shape) for x in self.expected_state(p, group).values() if isinstance(x, Tensor)]
-        sides = [shape[-1] for shape in shapes if len(shape) > 1 and shape[-1] == shape[-2]]
-        return float(p.numel() + sum(n**3 + n * p.numel() for n in sides))
+        """Multiplications of the step of a parameter, about: of each matrix ``(n, n)`` a cube, and its products."""
+        state = self.expected_state(p, group).items()
+        matrices = [x for name, x in state if isinstance(x, Tensor) and x.ndim == 2 and MATRICES & {*name.split(".")}]
+        return float(p.numel() + sum(n**3 + n * p.numel() for n in (x.shape[-1] for x in matrices)))
 
     def _exchange(self) -> Exchange | None:
         """The messages between shards of parameters and their owners; ``None`` where nothing is sharded."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from precond.gradient.bases import eigenbases, improve_bases, initial_bases
 from precond.gradient.matrices import add_axis_gram, matrix_shape, multiply, resolved, rotated_root, worth_a_matrix
-from precond.gradient.muon import Polynomial, Precision, Scaling, orthogonalized, polar_scale
+from precond.gradient.muon import Polynomial, Precision, Scaling, orthogonalized, polar_scale, polar_work
 from precond.gradient.optimizer import Group, State, due, state_zeros
 from precond.gradient.stacks import Stack, StackedOptimizer, StackedOptions, entries
 from precond.step.methods import Taxonomy
@@ -134,6 +134,9 @@ class SOAPMuon(StackedOptimizer):
         return {**group, "momentum": 0.0}  # the direction includes it already
 
     kept: ClassVar[frozenset[str]] = frozenset({"basis", "exp_avg", "exp_avg_sq"})
+
+    def work(self, p: Tensor, group: Group) -> float:
+        return super().work(p, group) + (polar_work(p) if not self.diagonal(self.expected_state(p, group)) else 0)
 
     def initial_state(self, p: Tensor, group: Group) -> State:
         if is_matrix(p) and group["orthogonalize"]:

@@ -37,6 +37,18 @@ def test_what_is_sent_is_received(world_size: int) -> None:
     assert sum(found.work) == sum(alone.work)
 
 
+def test_work_is_that_of_matrices_and_of_polar_factors() -> None:
+    """A moment of a square parameter is no matrix of an axis, and wide matrices cost more than square ones."""
+    with torch.device("meta"):
+        model = nn.Sequential(*(nn.Linear(n, 64, bias=False) for n in (64, 64, 256, 256, 256, 256)))
+    owners = precond.plan(model, world_size=3, optimizer=precond.Muon).owners
+    wide = [rank for name, rank in owners.items() if name[0] in "2345"]
+    assert sorted(map(wide.count, range(3))) == [1, 1, 2]
+    soap = precond.SOAP(model.parameters())
+    n, numel = 64, 64 * 64
+    assert soap.work(model[0].weight, soap.param_groups[0]) == numel + 4 * (n**3 + n * numel)
+
+
 def test_replicas_do_the_same_again() -> None:
     hybrid = precond.plan(mlp(), world_size=6, replicas=3, optimizer=precond.SOAP)
     single = precond.plan(mlp(), world_size=2, optimizer=precond.SOAP)
