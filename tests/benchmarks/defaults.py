@@ -1,6 +1,6 @@
 """Who wins out of the box? One configuration of each method on many problems, against AdamW at its best of twelve.
 
-    python -m tests.benchmarks.defaults [--methods SOAP "Muon(lr=0.03)"] [--problems words] [--seeds 3] [--half tune]
+    python -m tests.benchmarks.defaults [--methods SOAP "Muon(lr=0.03)"] [--problems words] [--seeds 3] [--half tune|confirm|later]
 
 A method is a call as in a script, without parameters, model and loss: ``SOAP``, ``KFAC(lr=0.1)``. All have the same
 problems, batches, steps and schedule (warm-up of a twentieth, then a cosine to zero). The target of a problem and a
@@ -28,6 +28,7 @@ import torch
 import precond
 from solvers import SolverError
 from tests.benchmarks.calls import read_call
+from tests.benchmarks.later_problems import LATER
 from tests.benchmarks.small_problems import CONFIRM, PROBLEMS, TUNE, SmallProblem
 
 GRID = [
@@ -40,6 +41,8 @@ METHODS = (
 )
 EVERY = 5
 MISS = 2.0
+ALL = PROBLEMS | LATER
+PARTS = {None: PROBLEMS, "tune": TUNE, "confirm": CONFIRM, "later": LATER}
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,7 @@ def run(method: str, name: str, seed: int, steps: int | None = None) -> Run:
     """Train once."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        problem = PROBLEMS[name](seed)
+        problem = ALL[name](seed)
         generator = torch.Generator().manual_seed(seed)
         steps = steps or problem.steps
         losses, seconds, error = [problem.measure()], 0.0, ""
@@ -230,13 +233,13 @@ def main() -> None:
     """Print a table: a row for each method; with ``--each`` the shares of every problem as well."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="*", default=METHODS)
-    parser.add_argument("--problems", nargs="*", choices=tuple(PROBLEMS))
-    parser.add_argument("--half", choices=("tune", "confirm"))
+    parser.add_argument("--problems", nargs="*", choices=tuple(ALL))
+    parser.add_argument("--half", choices=("tune", "confirm", "later"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--each", action="store_true", help="also every problem")
     parser.add_argument("--out", type=Path, default=Path("tests/benchmarks/output/defaults.jsonl"))
     given = parser.parse_args()
-    problems = given.problems or list({None: PROBLEMS, "tune": TUNE, "confirm": CONFIRM}[given.half])
+    problems = given.problems or list(PARTS[given.half])
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     results = Results(given.out)

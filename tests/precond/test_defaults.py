@@ -13,6 +13,7 @@ from torch import nn
 from precond import Doubling
 from tests.benchmarks.calls import read_call
 from tests.benchmarks.defaults import GRID, METHODS, Results, Run, run, score
+from tests.benchmarks.later_problems import LATER
 from tests.benchmarks.small_problems import CONFIRM, PROBLEMS, TUNE
 
 WITHOUT_LR = {"SINGD"}  # no default for it
@@ -39,6 +40,7 @@ def test_calls_know_the_public_names_though_they_load_late() -> None:
 def test_the_halves_share_nothing_and_are_all() -> None:
     assert TUNE.keys() | CONFIRM.keys() == PROBLEMS.keys() and not TUNE.keys() & CONFIRM.keys()
     assert len(TUNE) == len(CONFIRM) == 7
+    assert len(LATER) == 8 and not LATER.keys() & PROBLEMS.keys()
 
 
 def made(method: str, losses: list[float], seconds: float = 1.0, error: str = "") -> Run:
