@@ -85,6 +85,8 @@ class Collector:
         self.notes: dict[str, str] = {}  # what else is to be said about a block
         self._verified = False  # the rules explained the gradients of a pass
         self._examples = 1  # of the batch at hand
+        self._aggregated = False  # its loss has one term for each example
+        self.sharing: dict[str, str] = {}  # what was chosen for the positions of a block, where that was to be chosen
         self._batches: list[Tensor | float] = []  # weights of the step's batches so far
         self._seen: dict[str, list[int]] = {}  # which of them reached a block
         self.only: set[str] | None = None  # blocks that still learn, in later passes over a data set
@@ -134,7 +136,7 @@ class Collector:
         groups = self.groups(recorder, output, signals, cache)
         for group, uses in self._back(groups, output, signals.probe().unsqueeze(0), cache, {}):
             if uses:
-                self.estimator_of(group)
+                self._tell_sharing(self.estimator_of(group), uses, signals.aggregated)
 
     def _doubt(self, name: str, groups: list[Group], output: Tensor) -> str:
         """Why the recorded uses of a parameter are not relied on."""
@@ -325,7 +327,7 @@ class Collector:
     ) -> set[str]:
         if not groups:
             return set()
-        self._examples = signals.examples
+        self._examples, self._aggregated = signals.examples, signals.aggregated
         valid = self._valid(sites_of(groups), output, signals)
         reached: set[str] = set()
         first = True
@@ -354,8 +356,25 @@ class Collector:
         if first:
             self._seen.setdefault(group.block.name, []).append(len(self._batches) - 1)
         with full_float32:
-            samples = Samples(tuple(uses), self._batches[-1], first, examples=self._examples, **options)
-            self.estimator_of(group).update(samples)
+            samples = Samples(tuple(uses), self._batches[-1], first, **self.of_batch, **options)
+            self.learn(group, samples)
+
+    @property
+    def of_batch(self) -> dict[str, Any]:
+        """What samples say of the batch at hand."""
+        return {"examples": self._examples, "aggregated": self._aggregated}
+
+    def learn(self, group: Group, samples: Samples) -> None:
+        """Update the estimate of a block."""
+        estimator = self.estimator_of(group)
+        self._tell_sharing(estimator, samples.uses, samples.aggregated and not samples.merge)
+        estimator.update(samples)
+
+    def _tell_sharing(self, estimator: CurvatureEstimator, uses: Iterable[Outer | PerSample], aggregated: bool) -> None:
+        several = (use for use in uses if isinstance(use, Outer) and use.positions > 1)
+        chosen = dict.fromkeys(c for use in several if (c := estimator.chosen_sharing(use, aggregated)))
+        if chosen:
+            self.sharing[estimator.block.name] = " and ".join(chosen)
 
     def _back(
         self, groups: list[Group], output: Tensor, signal: Tensor, cache: Cache, valid: Mapping[int, Tensor]

@@ -208,7 +208,8 @@ def table(parameters: Parameters, collector: Collector) -> list[Row]:
             continue
         used = [collector.operations.get(e.block.name, ("used before it was loaded",)) for e in mine]
         reason = collector.plan.without_rule.get(name)
-        notes = (note for e in mine if (note := collector.notes.get(e.block.name)))
+        notes = [note for e in mine if (note := collector.notes.get(e.block.name))]
+        notes += [f"positions: {chosen}" for e in mine if (chosen := collector.sharing.get(e.block.name))]
         why = ", ".join(dict.fromkeys(chain(*used, notes) if reason is None else chain([reason], notes)))
         why += "" if reason is None else BY_AUTOGRAD
         names, structures = ", ".join(e.block.name for e in mine), "/".join(dict.fromkeys(e.structure for e in mine))

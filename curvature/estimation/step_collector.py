@@ -249,7 +249,7 @@ class StepCollector(Collector):
         reached: set[str] = set()
         cache: Cache = {}
         mask = backward.signals.mask
-        self._examples = backward.signals.examples
+        self._examples, self._aggregated = backward.signals.examples, backward.signals.aggregated
         self._keep_sorted(backward.rows)
         # Without a term that counts, the share is 0 and there is nothing to scale.
         self._factor, self._linear, self._counted = torch.where(share == 0, 0, 1 / share), 1.0, counted
@@ -267,9 +267,9 @@ class StepCollector(Collector):
             uses, first = self._new(group, uses)
         uses = [self._placed(group, use) for use in uses]
         scales: dict[str, Any] = {"factor": self._factor, "linear": self._linear}
-        samples = Samples(tuple(uses), 0.0, first, examples=self._examples, **scales, **options)
+        samples = Samples(tuple(uses), 0.0, first, **self.of_batch, **scales, **options)
         with full_float32:
-            self.estimator_of(group).update(samples)
+            self.learn(group, samples)
 
     def _new(self, group: Group, uses: list[Outer | PerSample]) -> tuple[list[Outer | PerSample], bool]:
         """The uses with those positions alone that count and did not before; whether there are any."""
@@ -293,7 +293,12 @@ class StepCollector(Collector):
         if (group.block.name, use.source) not in self._sorted:
             return use
         _, rows = self._sorted[group.block.name, use.source]
-        return rows.of(use, not self.estimator_of(group).averages_positions)
+        estimator = self.estimator_of(group)
+        averages = estimator.averages_positions
+        if isinstance(use, Outer):  # sorted, its rows are no table any more
+            here = replace(use, serves_all=False, valid=None)
+            averages |= estimator.chosen_sharing(here, self._aggregated) == "reduce"
+        return rows.of(use, not averages)
 
 
 def _owners(group: Group, arrived: list[Arrived], examples: int, cache: Cache) -> dict[int, Tensor] | None:

@@ -131,6 +131,13 @@ class ConvSite(PatchSite):
 
     kind = "convolution"
 
+    @property
+    def dense(self) -> bool:
+        """Whether its patches do not overlap: a dense layer on patches, or with a kernel of one entry on pixels."""
+        sizes, window = self.weight_shape[2:], self.window
+        reach = (1 + dilation * (size - 1) for size, dilation in zip(sizes, window.dilation, strict=True))
+        return all(size <= stride for size, stride in zip(reach, window.stride, strict=True))
+
     def patches(self, x: Tensor) -> Tensor:
         return patches(x, self.weight_shape[2:], self.window.stride, self.window.padding, self.window.dilation)
 

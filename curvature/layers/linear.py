@@ -40,6 +40,10 @@ class LinearSite(OuterSite):
         self.lead = input.dim() - 1
         self.input = self.save(input) if weight is not None else None
 
+    @property
+    def dense(self) -> bool:
+        return self.operation != "recurrent"
+
     def inputs(self) -> Tensor:
         assert self.input is not None
         return self.layout.rows(self.input, self.lead)

@@ -59,6 +59,7 @@ class Outer:
         serves_all: Whether each row counts for all examples where ``valid`` does not tell: those of a table of
             positions, which is looked up once per batch.
         source: What tells the uses of a pass apart.
+        dense: The layer is a dense one, whose positions are neither patches that overlap nor steps in time.
     """
 
     a: Tensor | OneHot
@@ -68,6 +69,7 @@ class Outer:
     ones: bool = False
     serves_all: bool = False
     source: int = 0
+    dense: bool = False
 
     @property
     def examples(self) -> int:
@@ -78,6 +80,11 @@ class Outer:
     def signals(self) -> int:
         """Number of signals k."""
         return self.g.shape[-4]
+
+    @property
+    def is_table(self) -> bool:
+        """Whether the rows are those of no example, but serve all."""
+        return self.serves_all or (self.valid is not None and len(self.valid) != self.examples)
 
     def only(self, chosen: slice | Tensor) -> Outer:
         """The same use under some of the signals."""
@@ -217,6 +224,7 @@ class Samples:
         factor: What products of two gradients are multiplied by, 0-d; ``None`` for one.
         linear: What makes a gradient that of the loss of the step; ``None`` where its terms have weights of their own.
         examples: Number of examples of the batch.
+        aggregated: The loss has one term for each example: whatever positions there are, the model aggregates them.
     """
 
     uses: tuple[Outer | PerSample, ...]
@@ -226,6 +234,7 @@ class Samples:
     factor: Tensor | None = None
     linear: Tensor | float | None = 1.0
     examples: int = 1
+    aggregated: bool = False
 
     def times(self, use: Outer) -> int:
         """How often the inputs of a use count."""

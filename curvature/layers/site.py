@@ -249,6 +249,11 @@ class OuterSite(Site):
 
     groups: int = 1
 
+    @property
+    def dense(self) -> bool:
+        """Whether the layer is a dense one, whose positions are neither patches that overlap nor steps in time."""
+        return False
+
     @abstractmethod
     def inputs(self) -> Tensor | OneHot:
         """Inputs ``(*, n, s, i)`` without the bias column."""
@@ -288,7 +293,8 @@ class OuterSite(Site):
             cache[key] = self._prepared(piece, g)
         by_example = valid is not None and len(valid) != g.shape[-3]
         serves_all = not self.layout.batched and not by_example
-        return Outer(cache[key], g, valid, ones=piece == "joint", serves_all=serves_all, source=id(self))
+        ones = piece == "joint"
+        return Outer(cache[key], g, valid, ones=ones, serves_all=serves_all, source=id(self), dense=self.dense)
 
     def _prepared(self, piece: str, g: Tensor) -> Tensor | OneHot:
         if piece == "bias":

@@ -89,6 +89,11 @@ class Signals:
         return n * r // max(1, self.examples)
 
     @property
+    def aggregated(self) -> bool:
+        """Whether the loss has one term for each example, so that the model aggregates whatever positions it has."""
+        return self.positions == 1
+
+    @property
     def mask(self) -> Tensor:
         """Valid terms, ``(examples, positions)``."""
         return self.terms.mask.reshape(self.examples, self.positions)
@@ -216,6 +221,10 @@ class JointSignals(Signals):
                 "example. The first axis of every output must count the same examples."
             )
         return next(iter(found.values()))
+
+    @property
+    def aggregated(self) -> bool:
+        return all(part.aggregated for part in self.parts)
 
     def __len__(self) -> int:
         if self.given is not None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from curvature.layers.block import Block
-from curvature.layers.samples import Samples
+from curvature.layers.samples import Outer, PerSample, Samples
 from curvature.losses.signals import FisherKind, check_kind
 from curvature.structures.weighted_mean import WeightedMean, finite_each
 from solvers import LinearOperator
@@ -37,6 +37,15 @@ class CurvatureEstimator(ABC):
     def averages_positions(self) -> bool:
         """Whether the positions of an example are averaged, so that samples must say which belong to one example."""
         return False
+
+    def chosen_sharing(self, use: Outer | PerSample, aggregated: bool) -> Literal["expand", "reduce"] | None:
+        """What is chosen for the positions of a use, where that is left to the pass; ``None`` where it is not.
+
+        Args:
+            use: The use.
+            aggregated: Whether the loss has one term for each example.
+        """
+        return None
 
     def __init__(self, block: Block) -> None:
         self.block = block
@@ -239,6 +248,10 @@ class MeansEstimator(CurvatureEstimator):
     @property
     def averages_positions(self) -> bool:
         return any(isinstance(part, CurvatureEstimator) and part.averages_positions for part in self.parts())
+
+    def chosen_sharing(self, use: Outer | PerSample, aggregated: bool) -> Literal["expand", "reduce"] | None:
+        estimates = (part for part in self.parts() if isinstance(part, CurvatureEstimator))
+        return next((choice for part in estimates if (choice := part.chosen_sharing(use, aggregated))), None)
 
     def update(self, samples: Samples) -> None:
         weight = samples.weight if samples.first else 0.0

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from curvature.layers.block import Block
-from curvature.layers.samples import OneHot, Outer, Samples, second_moment
+from curvature.layers.samples import OneHot, Outer, PerSample, Samples, second_moment
 from curvature.structures.estimator import Curvature, CurvatureEstimator, Form, MeansEstimator
 from curvature.structures.unit import unit_or_diagonal
 from curvature.structures.weighted_mean import WeightedMean
@@ -19,7 +19,7 @@ from solvers import Dense, Diagonal, Kronecker, LinearOperator
 from solvers.precision import widen
 from solvers.triangles import add_gram
 
-Sharing = Literal["expand", "reduce"]
+Sharing = Literal["expand", "reduce", "auto"]
 GradientFactor = Literal["second moment", "identity"]
 #: Sides up to this length have whole factors however short the other side is: they are decomposed within a second.
 LONG = 5000
@@ -32,6 +32,11 @@ class KroneckerEstimator(MeansEstimator):
         \text{expand:}\quad B = \tfrac{1}{total} \sum_{k,n,s} g g^\top,\quad A = \tfrac{1}{\#(n,s)} \sum_{n,s} a a^\top
         \qquad
         \text{reduce:}\quad g \to \textstyle\sum_s g,\; a \to \tfrac{1}{S} \sum_s a \text{ first, then over } n.
+
+    With ``"auto"`` a dense layer at several positions has ``reduce`` in a pass whose loss has one term for each
+    example, since the model then aggregates the positions; so has a convolution whose patches do not overlap, which is
+    one. It has ``expand`` where the loss has terms for the positions (language models), and so have other convolutions
+    and recurrent layers, and all layers where it is not known which positions belong to an example.
 
     All uses of the block count as further positions. Where a matrix is used from both sides (an embedding tied to a
     head), each side has its own Kronecker product and the block is the nearest Kronecker product to their sum.
@@ -69,6 +74,16 @@ class KroneckerEstimator(MeansEstimator):
     def averages_positions(self) -> bool:
         return self.sharing == "reduce"
 
+    def chosen_sharing(self, use: Outer | PerSample, aggregated: bool) -> Literal["expand", "reduce"] | None:
+        if self.sharing != "auto" or not isinstance(use, Outer):
+            return None
+        return "reduce" if aggregated and use.dense and not use.is_table else "expand"
+
+    def _reduces(self, samples: Samples, use: Outer) -> bool:
+        """Whether the positions of a use are averaged, and their gradients summed, before the moments are taken."""
+        known = samples.aggregated and not samples.merge
+        return (self.chosen_sharing(use, known) or self.sharing) == "reduce"
+
     def update(self, samples: Samples) -> None:
         for side in ("straight", "flipped"):
             uses = [use for use in samples.uses if isinstance(use, Outer) and use.flipped == (side == "flipped")]
@@ -77,12 +92,13 @@ class KroneckerEstimator(MeansEstimator):
             inputs, gradients = self.sides.get(side) or self._side(side)
             weight = samples.weight if samples.first else 0.0
             for index, use in enumerate(uses):
+                reduces = self._reduces(samples, use)
                 if samples.first:
-                    total, count = self._input_moment(use)
+                    total, count = self._input_moment(use, reduces)
                     times = samples.times(use)
                     inputs.add(total if times == 1 else total * times, count * times)
                 if self.gradient_factor == "second moment":
-                    gradients.add(samples.scaled(self._gradient_moment(use)), weight if index == 0 else 0.0)
+                    gradients.add(samples.scaled(self._gradient_moment(use, reduces)), weight if index == 0 else 0.0)
             if self.gradient_factor == "identity" and samples.first:
                 g = uses[0].g  # only its size and dtype count
                 gradients.add(widen(g.new_zeros((*self.block.shape[:-2], g.shape[-1]))), weight)
@@ -102,16 +118,16 @@ class KroneckerEstimator(MeansEstimator):
         side, _, factor = name.partition(".")
         return (self.sides.get(side) or self._side(side))["AB".index(factor)]
 
-    def _input_moment(self, use: Outer) -> tuple[Tensor, Tensor | float]:
+    def _input_moment(self, use: Outer, reduces: bool) -> tuple[Tensor, Tensor | float]:
         inputs, valid = use.inputs, use.valid
         if isinstance(inputs, OneHot):
-            return self._one_hot_moment(inputs, valid, widen(use.g[:0]).dtype)
+            return self._one_hot_moment(inputs, valid, widen(use.g[:0]).dtype, reduces)
         a = widen(inputs)
         if valid is not None:
             valid = valid.to(a.dtype)
             a = a * valid.unsqueeze(-1)
         count: Tensor | float
-        if self.sharing == "expand":
+        if not reduces:
             rows = a.flatten(-3, -2)
             count = float(rows.shape[-2]) if valid is None else valid.sum()
         elif valid is None:
@@ -121,22 +137,24 @@ class KroneckerEstimator(MeansEstimator):
             rows, count = a.sum(-2) / positions.clamp(min=1).unsqueeze(-1), (positions > 0).sum()
         return self.moment(rows, count if use.ones else None), count
 
-    def _one_hot_moment(self, a: OneHot, valid: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | float]:
+    def _one_hot_moment(
+        self, a: OneHot, valid: Tensor | None, dtype: torch.dtype, reduces: bool
+    ) -> tuple[Tensor, Tensor | float]:
         """Frequencies of the ids: the second moment of one-hot rows is diagonal (but not that of their means)."""
         ones = torch.ones(a.index.shape, dtype=dtype, device=a.index.device)
         count = float(a.index.numel()) if valid is None else valid.sum()
         weight = ones if valid is None else valid.to(ones.dtype)
         kept = weight if a.keep is None else weight * a.keep
-        if self.sharing == "reduce" and a.index.shape[-1] > 1:
+        if reduces and a.index.shape[-1] > 1:
             rows = kept.new_zeros(a.index.shape[0], a.size).scatter_add_(1, a.index, kept)
             positions = weight.sum(-1)
             return second_moment(rows / positions.clamp(min=1).unsqueeze(-1), self.max_dim), (positions > 0).sum()
         total = kept.new_zeros(a.size).index_add_(0, a.index.reshape(-1), kept.reshape(-1))
         return total, count
 
-    def _gradient_moment(self, use: Outer) -> Tensor:
+    def _gradient_moment(self, use: Outer, reduces: bool) -> Tensor:
         g = widen(use.g)
-        return self.moment(g.sum(-2).flatten(-3, -2) if self.sharing == "reduce" else g.flatten(-4, -2))
+        return self.moment(g.sum(-2).flatten(-3, -2) if reduces else g.flatten(-4, -2))
 
     def moment(self, rows: Tensor, ones: Tensor | float | None = None) -> Tensor:
         """Second moment of ``rows (*, m, d)``; its diagonal only where d exceeds ``max_dim``.
@@ -282,7 +300,7 @@ class KroneckerFisher(Curvature):
         kind: ``"exact"``, ``"mc"`` or ``"empirical"``.
         samples: Draws per batch for ``"mc"``.
         sharing: ``"expand"`` where each position has a loss of its own (language models), ``"reduce"`` where positions
-            are pooled (vision).
+            are pooled (vision), ``"auto"`` to have each pass choose for each layer, see :class:`KroneckerEstimator`.
         bias: ``"joint"`` (a one appended to the input) or ``"separate"`` blocks.
         max_dim: Factors larger than this are kept as their diagonals.
         max_ratio: So are factors of sides beyond 5,000 that are more than so many times as long as the other side of
@@ -296,8 +314,8 @@ class KroneckerFisher(Curvature):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.sharing not in ("expand", "reduce"):
-            raise ValueError(f"sharing must be 'expand' or 'reduce', got {self.sharing!r}.")
+        if self.sharing not in get_args(Sharing):
+            raise ValueError(f"sharing must be 'expand', 'reduce' or 'auto', got {self.sharing!r}.")
         if self.bias not in ("joint", "separate"):
             raise ValueError(f"bias must be 'joint' or 'separate', got {self.bias!r}.")
 

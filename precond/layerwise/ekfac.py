@@ -41,12 +41,13 @@ class EKFAC(LayerwiseMethod):
         damping: Shift: by default 3e-2 of the loss, and smaller as that falls
             (:class:`~precond.LossDamping`). A number is in units of the curvature; or a :class:`~solvers.Damping`.
         fisher: ``"mc"``, ``"exact"`` or ``"empirical"``; or an :class:`~curvature.EigenbasisFisher`.
-        sharing: ``"expand"`` or ``"reduce"``: of the factors whose eigenbasis is taken.
+        sharing: Of the factors whose eigenbasis is taken: ``"expand"`` or ``"reduce"`` for layers used at several
+            positions; or ``"auto"``, the default, see :class:`KFAC`.
         curvature_ema: Weight of old statistics.
         momentum: Momentum: its strength, or :class:`~precond.Momentum`; by default 0.9 with Nesterov's look-ahead.
         kl_clip: Bound on twice the predicted divergence of a move, momentum included, without which large learning
             rates diverge: a number, the bound at the learning rate to begin with; or a :class:`~precond.TrustRegion`,
-            by default 1e-2 of the loss at ``lr=0.1``, proportional to ``lr ** 2``; ``None`` for none.
+            by default 3e-3 of the loss at ``lr=0.1``, proportional to ``lr ** 2``; ``None`` for none.
         curvature_update_period: Steps between updates of the statistics, see :class:`KFAC`.
         inverse_update_period: Steps between eigenbases, spread over the blocks; a number, a function of the step
             count, or :class:`~precond.Refresh`.
@@ -80,7 +81,7 @@ class EKFAC(LayerwiseMethod):
         lr: float | Tensor = 0.2,
         damping: Scheduled | Damping | LossDamping = LossDamping(3e-2),
         fisher: FisherKind | EigenbasisFisher = "mc",
-        sharing: Sharing = "expand",
+        sharing: Sharing | None = None,
         curvature_ema: Scheduled = 0.95,
         momentum: Scheduled | Momentum = NESTEROV,
         kl_clip: Scheduled | TrustRegion | None = TRUST_REGION,
@@ -91,7 +92,7 @@ class EKFAC(LayerwiseMethod):
         super().__init__(
             model,
             loss_fn,
-            curvature=self.curvature_of(fisher, sharing=sharing),
+            curvature=self.curvature_of(fisher, sharing=self.sharing_of(fisher, sharing)),
             damping=damping,
             solver=Eigh(),
             lr=lr,

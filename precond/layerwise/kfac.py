@@ -56,12 +56,15 @@ class KFAC(LayerwiseMethod):
             (:class:`~precond.LossDamping`). A number is in units of the curvature; or a :class:`~solvers.Damping`.
         fisher: ``"mc"`` (sampled labels, the default), ``"exact"`` (one backward pass per output), ``"empirical"``; or
             a :class:`~curvature.KroneckerFisher` with its number of samples, its bias and its largest factor.
-        sharing: ``"expand"`` or ``"reduce"`` for layers used at several positions.
+        sharing: ``"expand"`` or ``"reduce"`` for layers used at several positions; or
+            ``"auto"``, the default: ``"reduce"`` for dense layers in passes whose loss has one term for each example
+            (vision transformers), ``"expand"`` elsewhere, see :class:`~curvature.KroneckerFisher`. A ``fisher`` that
+            is an object keeps its own.
         curvature_ema: Weight of old statistics.
         momentum: Momentum: its strength, or :class:`~precond.Momentum`; by default 0.9 with Nesterov's look-ahead.
         kl_clip: Bound on twice the predicted divergence of a move, momentum included, without which large learning
             rates diverge: a number, the bound at the learning rate to begin with; or a :class:`~precond.TrustRegion`,
-            by default 1e-2 of the loss at ``lr=0.1``, proportional to ``lr ** 2``; ``None`` for none.
+            by default 3e-3 of the loss at ``lr=0.1``, proportional to ``lr ** 2``; ``None`` for none.
         curvature_update_period: Steps between updates of the statistics; with 4 to 10, or ``Doubling(10)``, a step
             costs about half on small models.
         inverse_update_period: Steps between inverses, spread over the blocks; by default at steps 0, 1, 2, 4, 8 and
@@ -99,7 +102,7 @@ class KFAC(LayerwiseMethod):
         lr: float | Tensor = 0.2,
         damping: Scheduled | Damping | LossDamping = LossDamping(1e-2),
         fisher: FisherKind | KroneckerFisher = "mc",
-        sharing: Sharing = "expand",
+        sharing: Sharing | None = None,
         curvature_ema: Scheduled = 0.95,
         momentum: Scheduled | Momentum = NESTEROV,
         kl_clip: Scheduled | TrustRegion | None = TRUST_REGION,
@@ -110,7 +113,7 @@ class KFAC(LayerwiseMethod):
         super().__init__(
             model,
             loss_fn,
-            curvature=self.curvature_of(fisher, sharing=sharing),
+            curvature=self.curvature_of(fisher, sharing=self.sharing_of(fisher, sharing)),
             damping=damping,
             solver=Cholesky(),
             lr=lr,

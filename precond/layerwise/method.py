@@ -11,6 +11,7 @@ from torch.distributed import ProcessGroup
 
 from curvature import Curvature
 from curvature.losses.signals import KINDS
+from curvature.structures.kfac import Sharing
 from precond.layerwise.optimizer import PreconditionedOptimizer
 from precond.layerwise.quadratic_model import QuadraticModel
 from precond.layerwise.structures import Structures, with_structures
@@ -65,13 +66,19 @@ class LayerwiseMethod(PreconditionedOptimizer):
     ) -> None:
         super().__init__(model, loss_fn, curvature=with_structures(curvature, structures), **options)
 
+    @staticmethod
+    def sharing_of(fisher: str | Curvature, sharing: Sharing | None) -> Sharing | None:
+        """The sharing that is meant: without one ``"auto"``, or that of a ``fisher`` that is an object (``None``)."""
+        return "auto" if sharing is None and isinstance(fisher, str) else sharing
+
     def curvature_of(self, fisher: str | Curvature, structure: str | None = None, **plain: Any) -> Curvature:
         """The curvature that ``fisher=`` means.
 
         Args:
             fisher: A kind of Fisher by its name, or an object of the type that the method is made for.
             structure: One of :attr:`fisher_types`, where that is a choice.
-            plain: Fields that are also options of the method; those options apply where the object has the default.
+            plain: Fields that are also options of the method; those options apply where the object has the default,
+                and ``None`` leaves a field to the object.
 
         Raises:
             TypeError: If an object is of another type.
@@ -89,6 +96,7 @@ class LayerwiseMethod(PreconditionedOptimizer):
         changes = {}
         for field in fields(made):
             own, other = getattr(fisher, field.name), plain.get(field.name, field.default)
+            other = own if other is None else other
             if field.default not in (own, other) and own != other:
                 raise ValueError(f"{me}: {field.name} is {other!r}, but {own!r} in {fisher!r}; give one value.")
             if own == field.default != other:

@@ -1,6 +1,6 @@
 """Who wins out of the box? One configuration of each method on many problems, against AdamW at its best of twelve.
 
-    python -m tests.benchmarks.defaults [--methods SOAP "Muon(lr=0.03)"] [--problems words] [--seeds 3] [--half tune|confirm|later]
+    python -m tests.benchmarks.defaults [--methods SOAP "Muon(lr=0.03)"] [--problems words] [--seeds 3] [--half tune]
 
 A method is a call as in a script, without parameters, model and loss: ``SOAP``, ``KFAC(lr=0.1)``. All have the same
 problems, batches, steps and schedule (warm-up of a twentieth, then a cosine to zero). The target of a problem and a

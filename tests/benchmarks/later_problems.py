@@ -171,8 +171,10 @@ def described_lines() -> tuple[Tensor, Tensor]:
     first = [(re.findall(r"\w+", line) or [""])[0] for line, _ in found]
     common = {word: k + 1 for k, word in enumerate(sorted(set(first), key=lambda w: (-first.count(w), w))[:100])}
     rows = [
-        (common.get(word, 0), place, len(line) - len(line.lstrip()), len(re.findall(r"\w+", line)))
-        + (sum(line.count(c) for c in "()[]{}"), sum(c.isdigit() for c in line))
+        (
+            *(common.get(word, 0), place, len(line) - len(line.lstrip()), len(re.findall(r"\w+", line))),
+            *(sum(line.count(c) for c in "()[]{}"), sum(c.isdigit() for c in line)),
+        )
         for word, (line, place) in zip(first, found, strict=True)
     ]
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))

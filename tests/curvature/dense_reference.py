@@ -149,7 +149,8 @@ def kfac(
     positions of each other.
 
     A position counts if its own loss term does, or if another one that does depends on it. Several calls of a layer
-    are further positions under ``expand``; under ``reduce`` each call is reduced by itself.
+    are further positions under ``expand``; under ``reduce`` each call is reduced by itself. ``auto`` is ``reduce`` for
+    Linears and convolutions without overlap where an example has one loss term, and ``expand`` elsewhere.
     """
     model = copy.deepcopy(problem.model)
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -188,7 +189,9 @@ def kfac(
                     keep = size > 1e-14 * size.max()  # zero up to rounding, as behind the softmax of a single position
                     keep = keep | (counts if len(counts) == len(keep) else counts.any())
                     a = a[:, keep]
-                    if sharing == "reduce":
+                    m = call.module
+                    dense = isinstance(m, nn.Linear) or (m.stride == m.kernel_size and set(m.dilation) == {1})
+                    if sharing == "reduce" or (sharing == "auto" and dense and len(counts) == 1):
                         g, a = g.sum(2, keepdim=True), a.mean(1, keepdim=True)
                     sums[name][0] = sums[name][0] + torch.einsum("kgso,kgsp->gop", g, g)
                     sums[name][1] = sums[name][1] + torch.einsum("gsi,gsj->gij", a, a)

@@ -86,6 +86,29 @@ def test_reduced_factors_follow_the_definition(name: str, joint: bool) -> None:
     check_layers(problem, got, dense.kfac(problem, "exact", "reduce", joint), joint)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("mlp_ce", "linear_on_sequences", "linear_on_images", "cnn", "encoder_pre_norm", "module_used_twice"),
+        *("cross_attention", "two_inputs"),
+    ],
+)
+def test_each_pass_chooses_for_each_layer(name: str) -> None:
+    problem = PROBLEMS[name]()
+    got = estimate(problem, "kfac", "exact", sharing="auto")
+    check_layers(problem, got, dense.kfac(problem, "exact", "auto"), joint=True)
+
+
+def test_what_is_chosen_differs_where_positions_are_aggregated_alone() -> None:
+    for name, same in (("linear_on_sequences", "expand"), ("encoder_pre_norm", "reduce")):
+        auto, expand, reduce = (
+            estimate(PROBLEMS[name](), "kfac", "exact", sharing=sharing).to_dense()
+            for sharing in ("auto", "expand", "reduce")
+        )
+        assert not torch.allclose(expand, reduce, rtol=1e-3)
+        assert torch.equal(auto, expand if same == "expand" else reduce)
+
+
 @pytest.mark.filterwarnings("ignore:not one loss")  # a batch norm in train mode, on two batches
 @pytest.mark.parametrize("kind", ["exact", "empirical"])
 def test_factors_where_batch_norm_mixes_the_examples(kind: str) -> None:

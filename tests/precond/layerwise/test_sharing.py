@@ -1,0 +1,113 @@
+"""Does every pass choose by itself how the positions of a layer are treated, and say so?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from curvature import EigenbasisFisher, KroneckerFisher
+from precond import EKFAC, KFAC
+
+F64 = torch.float64
+
+
+class Pooled(nn.Module):
+    """Patches of a line of 8 numbers, attention, a mean over the patches, a head."""
+
+    def __init__(self, batch_first: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.patches = nn.Conv1d(1, 4, 2, stride=2)
+        self.layer = nn.TransformerEncoderLayer(4, 2, 6, 0.0, "gelu", batch_first=batch_first)
+        self.head, self.batch_first = nn.Linear(4, 3), batch_first
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patches(x.unsqueeze(1)).mT
+        out = self.layer(tokens if self.batch_first else tokens.transpose(0, 1))
+        return self.head(out.mean(1 if self.batch_first else 0))
+
+
+class Tagger(nn.Module):
+    """A class for each position, as rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x).flatten(0, 1)
+
+
+def data() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(6, 8, generator=generator, dtype=F64), torch.randint(3, (6,), generator=generator)
+
+
+def factors(model: nn.Module, parts: list[tuple[Any, ...]], **options: Any) -> dict[str, Tensor]:
+    """The estimates after one step of several backward passes; a part is inputs and a target."""
+    loss_fn, fisher = nn.CrossEntropyLoss(), options.pop("fisher", "empirical")
+    optimizer = KFAC(model, loss_fn, fisher=fisher, **options)
+    number = sum(len(part[-1]) for part in parts)
+    for *x, y in parts:
+        (loss_fn(model(*x), y) * (len(y) / number)).backward()
+    optimizer.step()
+    return {name: p.estimator.operator().to_dense() for name, p in optimizer.preconditioners.items()}
+
+
+def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.allclose(left[n], right[n], rtol=1e-9, atol=1e-14) for n in left)
+
+
+def test_a_pooling_model_is_reduced_and_a_tagger_is_not() -> None:
+    x, y = data()
+    auto, expand, reduce = (factors(Pooled(), [(x, y)], sharing=s) for s in (None, "expand", "reduce"))
+    assert same(auto, reduce) and not same(auto, expand)
+    x, y = x[:4, :, None].expand(4, 8, 4) + torch.arange(4.0, dtype=F64), torch.arange(32) % 3
+    auto, expand, reduce = (factors(Tagger(), [(x, y)], sharing=s) for s in (None, "expand", "reduce"))
+    assert same(auto, expand) and not same(auto, reduce)
+
+
+def test_micro_batches_add_up() -> None:
+    x, y = data()
+    assert same(factors(Pooled(), [(x, y)]), factors(Pooled(), [(x[:2], y[:2]), (x[2:], y[2:])]))
+
+
+def test_positions_first_are_the_same_model() -> None:
+    x, y = data()
+    assert same(factors(Pooled(), [(x, y)]), factors(Pooled(batch_first=False), [(x, y)]))
+
+
+def test_an_ignored_example_has_no_part() -> None:
+    x, y = data()
+    ignored = torch.cat([y[:4], torch.full((2,), -100)])
+    assert same(factors(Pooled(), [(x, ignored)]), factors(Pooled(), [(x[:4], y[:4])]))
+
+
+@pytest.mark.parametrize("method", [KFAC, EKFAC])
+def test_the_table_says_what_was_chosen(method: Any) -> None:
+    model, loss_fn = Pooled(), nn.CrossEntropyLoss()
+    optimizer = method(model, loss_fn)
+    x, y = data()
+    loss_fn(model(x), y).backward()
+    optimizer.step()
+    table = optimizer.coverage()
+    assert table["patches.weight"].why == "convolution, positions: reduce"
+    assert table["layer.linear1.weight"].why.endswith("positions: reduce")
+    assert table["head.weight"].why == "linear"  # one position
+
+
+def test_an_object_keeps_its_own_and_contradictions_are_refused() -> None:
+    model, loss_fn = Pooled(), nn.CrossEntropyLoss()
+    assert KFAC(model, loss_fn).curvature == KroneckerFisher("mc", sharing="auto")
+    assert KFAC(model, loss_fn, fisher=KroneckerFisher("exact")).curvature == KroneckerFisher("exact")
+    own = EigenbasisFisher("mc", sharing="reduce")
+    assert EKFAC(model, loss_fn, fisher=own).curvature == own
+    with pytest.raises(ValueError, match="sharing is 'auto', but 'reduce'"):
+        EKFAC(model, loss_fn, fisher=own, sharing="auto")
+    with pytest.raises(ValueError, match="sharing must be 'expand', 'reduce' or 'auto', got 'both'"):
+        KFAC(model, loss_fn, sharing="both")  # type: ignore[arg-type]
