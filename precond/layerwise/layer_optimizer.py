@@ -209,7 +209,8 @@ class LayerOptimizer(WithoutCurvature):
     def arm(self) -> None:
         """Watch the coming step, if its statistics are due."""
         period = self.option("curvature_update_period")
-        if self.steps % period == 0 or self._overdue(period):
+        needed = any(p not in self.adam_steps for p in self.parameters.values())
+        if needed and (self.steps % period == 0 or self._overdue(period)):
             rank = world_rank() if self._ranks is None else self._ranks.rank
             words = f"{self.loop.seed},{rank},{self.steps}"
             self.statistics.arm(int.from_bytes(hashlib.sha256(words.encode()).digest()[:7], "big"))
@@ -325,7 +326,7 @@ class LayerOptimizer(WithoutCurvature):
 
     def report_plain(self, name: str, gradient: Tensor) -> None:
         """Say once that a gradient has no curvature and goes through as it is."""
-        if name not in self._reported and bool(gradient.any()):
+        if name not in self._reported and name not in self.beside() and bool(gradient.any()):
             self._reported.add(name)
             warnings.warn(
                 f"{type(self).__name__}: {name} has a gradient but no curvature yet, because no recorded forward pass "

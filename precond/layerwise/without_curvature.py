@@ -46,11 +46,9 @@ class WithoutCurvature(SecondOrderOptimizer):
         return {self._without[id(p)]: p for p in self.adam_steps}
 
     def settle_tables(self) -> None:
-        """Leave the curvature to tables that are all there is to train."""
+        """Note the tables that take Adam's step by default."""
         self.tables = frozenset(name for name, step in self.plain.items() if step and step is self.table_step)
         self.find_plain()
-        if not self.tracked():
-            self.curve_again(self.tables)
 
     def curve_again(self, tables: Collection[str]) -> None:
         """Give tables that take Adam's step by default the curvature of the other layers."""

@@ -120,9 +120,10 @@ def test_who_takes_it() -> None:
         assert list(KFAC(net, loss, lr=1.0, damping=1e-2, **judged).parameters) == every
         with pytest.raises(ValueError, match="an AdamStep in structures= does not belong; leave it out"):
             KFAC(net, loss, lr=1.0, damping=1e-2, structures={"words": AdamStep()}, **judged)
-    # tables alone, in the model or among what is trained, have the curvature that they had
-    assert list(KFAC(nn.Embedding(4, 3), nn.MSELoss()).parameters) == ["weight"]
-    assert list(KFAC(net, loss, params=["words.weight"]).parameters) == ["words.weight"]
+    # tables alone as well, in the model or among what is trained
+    table = nn.Embedding(4, 3)
+    assert list(KFAC(table, nn.MSELoss()).adam_steps) == [table.weight]
+    assert not KFAC(net, loss, params=["words.weight"]).tracked()
     tied = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 6, bias=False))
     tied[1].weight = tied[0].weight
     assert list(KFAC(tied, loss).parameters) == ["0.weight"]  # a matrix as well
