@@ -12,7 +12,7 @@ from curvature.structures.whole import WholeFisher
 from precond.layerwise.method import LayerwiseOptions
 from precond.layerwise.whole import WholeModelOptimizer
 from precond.step.methods import Taxonomy
-from precond.step.options import TRUST_REGION, Momentum, Refresh, TrustRegion
+from precond.step.options import WHOLE_REGION, Momentum, Refresh, TrustRegion
 from precond.step.schedules import Scheduled, ScheduledInt
 from solvers import Cholesky, Damping
 
@@ -102,7 +102,7 @@ class NaturalGradient(WholeModelOptimizer):
         fisher: FisherKind | WholeFisher | LayerFisher | UnitFisher | DiagonalFisher = "mc",
         curvature_ema: Scheduled = 0.95,
         momentum: Scheduled | Momentum = 0.0,
-        kl_clip: Scheduled | TrustRegion | None = TRUST_REGION,
+        kl_clip: Scheduled | TrustRegion | None = WHOLE_REGION,
         curvature_update_period: ScheduledInt = 1,
         inverse_update_period: ScheduledInt | Refresh = 1,
         **options: Unpack[LayerwiseOptions],

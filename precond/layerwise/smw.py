@@ -15,7 +15,7 @@ from precond.layerwise.blocks.preconditioner import Preconditioner
 from precond.layerwise.method import LayerwiseOptions
 from precond.layerwise.whole import WholeModelOptimizer
 from precond.step.methods import Taxonomy
-from precond.step.options import TRUST_REGION, Momentum, Refresh, TrustRegion
+from precond.step.options import WHOLE_REGION, Momentum, Refresh, TrustRegion
 from precond.step.schedules import Scheduled, ScheduledInt
 from solvers import Auto, Damping, LinearOperator, Solver
 from solvers.outcome.arguments import number
@@ -103,7 +103,7 @@ class SMWNaturalGradient(WholeModelOptimizer):
         fisher: FisherKind | WholeFisher | GramFisher = "empirical",
         spring: float = 0.0,
         momentum: Scheduled | Momentum = 0.0,
-        kl_clip: Scheduled | TrustRegion | None = TRUST_REGION,
+        kl_clip: Scheduled | TrustRegion | None = WHOLE_REGION,
         curvature_update_period: ScheduledInt = 1,
         inverse_update_period: ScheduledInt | Refresh = 1,
         **options: Unpack[LayerwiseOptions],

@@ -49,7 +49,7 @@ class TNT(LayerwiseMethod):
         momentum: Momentum: its strength, or :class:`~precond.Momentum`.
         kl_clip: Bound on twice the predicted divergence of a move, momentum included, without which large learning
             rates diverge: a number, the bound at the learning rate to begin with; or a :class:`~precond.TrustRegion`,
-            by default 1e-2 of the loss at ``lr=0.1``, proportional to ``lr ** 2``; ``None`` for none.
+            by default 3e-3 of the loss at ``lr=0.1``, proportional to ``lr ** 2``; ``None`` for none.
         curvature_update_period: Steps between updates of the statistics.
         inverse_update_period: Steps between inverses, spread over the blocks; by default at steps 0, 1, 2, 4, 8 and
             then every 10. A number, a function of the step count, or :class:`~precond.Refresh`.

@@ -410,5 +410,7 @@ def _check_form(name: str, form: Any) -> None:
 NESTEROV = Momentum(0.9, nesterov=True)
 #: Default of the layer-based methods that learn an inverse: before it is learned it says nothing about large losses.
 CURVATURE_REGION = TrustRegion(1e-2, lr=0.1)
-#: Default of the other layer-based methods.
-TRUST_REGION = TrustRegion(1e-2, lr=0.1, unit="loss")
+#: Default of the layer-based methods with whole blocks.
+WHOLE_REGION = TrustRegion(1e-2, lr=0.1, unit="loss")
+#: Default of the layer-based methods that keep a Kronecker product.
+TRUST_REGION = TrustRegion(3e-3, lr=0.1, unit="loss")
