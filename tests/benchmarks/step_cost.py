@@ -1,0 +1,71 @@
+"""What does a step cost beside one of AdamW, on small models? ``python -m tests.benchmarks.step_cost --methods KFAC``.
+
+All methods train in one process, ten steps of each in turn after twenty to begin with; counted is the least CPU time of
+:data:`TURNS` such turns, the batch and its loss included, over that of AdamW. Ten steps hold the refreshes of a period
+of ten once. Methods are calls as in :mod:`tests.benchmarks.defaults`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from statistics import geometric_mean
+
+import torch
+
+from tests.benchmarks.defaults import ALL, PARTS, build
+
+ADAMW = "AdamW(lr=0.006)"
+TURNS = 8
+
+
+def trainer(method: str, name: str) -> Callable[[int], float]:
+    """A function that takes some steps and returns the seconds of CPU that they took."""
+    torch.manual_seed(0)
+    problem = ALL[name](0)
+    optimizer, generator = build(method, problem), torch.Generator().manual_seed(0)
+
+    def go(steps: int) -> float:
+        begin = time.process_time()
+        for _ in range(steps):
+            x, y = problem.batch(generator)
+            optimizer.zero_grad()
+            problem.loss(x, y).backward()
+            optimizer.step()
+        return time.process_time() - begin
+
+    return go
+
+
+def costs(methods: Iterable[str], name: str) -> list[float]:
+    """Of a step of each method, in steps of AdamW."""
+    trainers = [trainer(method, name) for method in (ADAMW, *methods)]
+    for go in trainers:
+        go(20)
+    turns = [[go(10) for go in trainers] for _ in range(TURNS)]
+    adamw, *others = (min(times) for times in zip(*turns, strict=True))
+    return [other / adamw for other in others]
+
+
+def main() -> None:
+    """Print a table: a row for each method."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="*", default=("KFAC", "EKFAC", "TNT", "SOAP"))
+    parser.add_argument("--problems", nargs="*", choices=tuple(ALL))
+    parser.add_argument("--half", choices=("tune", "confirm", "later"))
+    given = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    problems = given.problems or list(PARTS[given.half])
+    found = {name: costs(given.methods, name) for name in problems}
+    print(f"| steps of AdamW | geometric mean | {' | '.join(problems)} |")
+    print(f"| --- | --- |{' --- |' * len(problems)}")
+    for i, method in enumerate(given.methods):
+        each = [found[name][i] for name in problems]
+        print(f"| `{method}` | {geometric_mean(each):.2f} | {' | '.join(f'{cost:.1f}' for cost in each)} |")
+
+
+if __name__ == "__main__":
+    main()
