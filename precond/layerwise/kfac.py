@@ -10,7 +10,7 @@ from curvature import KroneckerFisher
 from curvature.losses.signals import FisherKind
 from curvature.structures.kfac import Sharing
 from precond.layerwise.adam_step import AdamStep
-from precond.layerwise.blocks.refresh import DOUBLING_TO_10
+from precond.layerwise.blocks.refresh import DOUBLING_TO_5, DOUBLING_TO_10
 from precond.layerwise.method import LayerwiseMethod, LayerwiseOptions
 from precond.step.methods import Taxonomy
 from precond.step.options import NESTEROV, TRUST_REGION, LossDamping, Momentum, Refresh, TrustRegion
@@ -65,8 +65,8 @@ class KFAC(LayerwiseMethod):
         kl_clip: Bound on twice the predicted divergence of a move, momentum included, without which large learning
             rates diverge: a number, the bound at the learning rate to begin with; or a :class:`~precond.TrustRegion`,
             by default 3e-3 of the loss at ``lr=0.1``, proportional to ``lr ** 2``; ``None`` for none.
-        curvature_update_period: Steps between updates of the statistics; with 4 to 10, or ``Doubling(10)``, a step
-            costs about half on small models.
+        curvature_update_period: Steps between updates of the statistics, by default at steps 0, 1, 2, 4, 5 and then
+            every 5; with 1 a step costs nearly twice as much on small models, and small batches gain.
         inverse_update_period: Steps between inverses, spread over the blocks; by default at steps 0, 1, 2, 4, 8 and
             then every 10. A number, a function of the step count, or :class:`~precond.Refresh`.
         options: See :class:`LayerwiseMethod` and :class:`PreconditionedOptimizer`. Tables of embeddings take
@@ -106,7 +106,7 @@ class KFAC(LayerwiseMethod):
         curvature_ema: Scheduled = 0.95,
         momentum: Scheduled | Momentum = NESTEROV,
         kl_clip: Scheduled | TrustRegion | None = TRUST_REGION,
-        curvature_update_period: ScheduledInt = 1,
+        curvature_update_period: ScheduledInt = DOUBLING_TO_5,
         inverse_update_period: ScheduledInt | Refresh = DOUBLING_TO_10,
         **options: Unpack[LayerwiseOptions],
     ) -> None:

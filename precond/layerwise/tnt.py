@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from curvature import TensorNormal
 from curvature.losses.signals import FisherKind
 from precond.layerwise.adam_step import AdamStep
-from precond.layerwise.blocks.refresh import DOUBLING_TO_10
+from precond.layerwise.blocks.refresh import DOUBLING_TO_5, DOUBLING_TO_10
 from precond.layerwise.method import LayerwiseMethod, LayerwiseOptions
 from precond.step.methods import Taxonomy
 from precond.step.options import NESTEROV, TRUST_REGION, LossDamping, Momentum, Refresh, TrustRegion
@@ -50,7 +50,7 @@ class TNT(LayerwiseMethod):
         kl_clip: Bound on twice the predicted divergence of a move, momentum included, without which large learning
             rates diverge: a number, the bound at the learning rate to begin with; or a :class:`~precond.TrustRegion`,
             by default 3e-3 of the loss at ``lr=0.1``, proportional to ``lr ** 2``; ``None`` for none.
-        curvature_update_period: Steps between updates of the statistics.
+        curvature_update_period: Steps between updates of the statistics, see :class:`KFAC`.
         inverse_update_period: Steps between inverses, spread over the blocks; by default at steps 0, 1, 2, 4, 8 and
             then every 10. A number, a function of the step count, or :class:`~precond.Refresh`.
         options: See :class:`LayerwiseMethod` and :class:`PreconditionedOptimizer`. Tables of embeddings take
@@ -87,7 +87,7 @@ class TNT(LayerwiseMethod):
         curvature_ema: Scheduled = 0.95,
         momentum: Scheduled | Momentum = NESTEROV,
         kl_clip: Scheduled | TrustRegion | None = TRUST_REGION,
-        curvature_update_period: ScheduledInt = 1,
+        curvature_update_period: ScheduledInt = DOUBLING_TO_5,
         inverse_update_period: ScheduledInt | Refresh = DOUBLING_TO_10,
         **options: Unpack[LayerwiseOptions],
     ) -> None:

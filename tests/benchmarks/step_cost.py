@@ -1,8 +1,9 @@
 """What does a step cost beside one of AdamW, on small models? ``python -m tests.benchmarks.step_cost --methods KFAC``.
 
-All methods train in one process, ten steps of each in turn after twenty to begin with; counted is the least CPU time of
-:data:`TURNS` such turns, the batch and its loss included, over that of AdamW. Ten steps hold the refreshes of a period
-of ten once. Methods are calls as in :mod:`tests.benchmarks.defaults`.
+All methods train in one process, ten steps of each in turn, so that other work on the machine slows all alike; counted
+is the CPU time of a whole run, the batch and its loss included, over that of AdamW. With ``--later`` it is the least
+time of a turn after the first twenty steps in place of the sum: what a step costs in the long run, in which ten steps
+hold the refreshes of a period of ten once. Methods are calls as in :mod:`tests.benchmarks.defaults`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import torch
 from tests.benchmarks.defaults import ALL, PARTS, build
 
 ADAMW = "AdamW(lr=0.006)"
-TURNS = 8
 
 
 def trainer(method: str, name: str) -> Callable[[int], float]:
@@ -39,13 +39,12 @@ def trainer(method: str, name: str) -> Callable[[int], float]:
     return go
 
 
-def costs(methods: Iterable[str], name: str) -> list[float]:
-    """Of a step of each method, in steps of AdamW."""
+def costs(methods: Iterable[str], name: str, steps: int = 200, later: bool = False) -> list[float]:
+    """Of a step of each method, in steps of AdamW; the least ``later``, or the mean over a run."""
+    trainer(ADAMW, name)(20)  # what the first steps of all in a process cost is nobody's
     trainers = [trainer(method, name) for method in (ADAMW, *methods)]
-    for go in trainers:
-        go(20)
-    turns = [[go(10) for go in trainers] for _ in range(TURNS)]
-    adamw, *others = (min(times) for times in zip(*turns, strict=True))
+    turns = [[go(10) for go in trainers] for _ in range(steps // 10)]
+    adamw, *others = (min(times[2:]) if later else sum(times) for times in zip(*turns, strict=True))
     return [other / adamw for other in others]
 
 
@@ -55,11 +54,13 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", default=("KFAC", "EKFAC", "TNT", "SOAP"))
     parser.add_argument("--problems", nargs="*", choices=tuple(ALL))
     parser.add_argument("--half", choices=("tune", "confirm", "later"))
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--later", action="store_true")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     problems = given.problems or list(PARTS[given.half])
-    found = {name: costs(given.methods, name) for name in problems}
+    found = {name: costs(given.methods, name, given.steps, given.later) for name in problems}
     print(f"| steps of AdamW | geometric mean | {' | '.join(problems)} |")
     print(f"| --- | --- |{' --- |' * len(problems)}")
     for i, method in enumerate(given.methods):

@@ -17,7 +17,7 @@ class Doubling:
     """A period that doubles with the steps taken up to its final length: due at steps 0, 1, 2, 4, 8, ...
 
     The first statistics are poor and change fast, the later ones are good and change slowly; a few early
-    refreshes cost as much as a few periods. A schedule for ``inverse_update_period``.
+    refreshes cost as much as a few periods. A schedule for ``inverse_update_period`` and ``curvature_update_period``.
 
     >>> [step for step in range(50) if step % Doubling(10)(step) == 0]
     [0, 1, 2, 4, 8, 10, 20, 30, 40]
@@ -41,8 +41,10 @@ class Doubling:
         return self.period if step >= self.period else 1 << (max(step, 1).bit_length() - 1)
 
 
-#: Default period of layer-based methods.
+#: Default period of the inverses of layer-based methods.
 DOUBLING_TO_10 = Doubling(10)
+#: Default period of the statistics of those that keep Kronecker factors.
+DOUBLING_TO_5 = Doubling(5)
 
 
 def slots(costs: Mapping[str, int], period: int) -> dict[str, int]:

@@ -182,7 +182,8 @@ def test_nesterov_and_maximize_are_those_of_sgd() -> None:
 def test_statistics_are_the_written_out_weighted_mean(ema: float) -> None:
     """Newest step: weight one; each older one: a factor ``ema``; the sum of the weights divides. From step one on."""
     model, loss_fn = mlp(), nn.CrossEntropyLoss()
-    single, running = [], KFAC(model, loss_fn, lr=0.0, fisher="exact", curvature_ema=ema)
+    options: dict[str, Any] = {"lr": 0.0, "fisher": "exact", "curvature_update_period": 1}
+    single, running = [], KFAC(model, loss_fn, curvature_ema=ema, **options)
     for k, pair in enumerate(BATCHES[:4], 1):
         fresh = KFAC(model, loss_fn, lr=0.0, fisher="exact")
         train(model, fresh, loss_fn, [pair])

@@ -163,7 +163,8 @@ class Branches(nn.Module):
 def test_unused_layers_keep_their_factors_and_their_weights(make: Any, set_to_none: bool) -> None:
     torch.manual_seed(0)
     model, loss_fn = Branches().double(), nn.CrossEntropyLoss()
-    optimizer = make(model, loss_fn, lr=0.05, fisher="exact", momentum=0.0, curvature_ema=0.5)
+    options = {"lr": 0.05, "fisher": "exact", "momentum": 0.0, "curvature_ema": 0.5, "curvature_update_period": 1}
+    optimizer = make(model, loss_fn, **options)
     seen = []
     for number in range(6):
         model.use = number % 2 == 1

@@ -270,8 +270,8 @@ def test_burn_in_is_part_of_a_resumed_run() -> None:
 def test_parts_have_other_structures() -> None:
     model, loss_fn = mlp(), nn.CrossEntropyLoss()
     bound, structures = TrustRegion(1e-2, lr=0.1), {"2": "diagonal", "0": {"max_dim": 1}}
-    options = {"lr": 0.05, "damping": 1e-2, "momentum": 0.9, "kl_clip": bound}
-    optimizer = KFAC(model, loss_fn, structures=structures, **options)
+    options: dict[str, Any] = {"lr": 0.05, "damping": 1e-2, "momentum": 0.9, "kl_clip": bound}
+    optimizer = KFAC(model, loss_fn, structures=structures, curvature_update_period=1, **options)
     after = train(model, optimizer, BATCHES[:6])
     assert [row.structure for row in optimizer.coverage()] == ["kronecker", "kronecker", "diagonal", "diagonal"]
     assert refresh_cost(optimizer.preconditioners["0.weight+0.bias"].inverse) < 20  # type: ignore[arg-type]

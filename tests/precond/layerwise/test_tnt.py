@@ -75,6 +75,7 @@ def test_twenty_steps_are_those_of_the_formula(kind: Any) -> None:
         fisher=kind,
         curvature_ema=EMA,
         momentum=0.0,
+        curvature_update_period=1,
         inverse_update_period=1,
     )
     ref.assert_follows(net, optimizer, by_the_book(data, kind), data, LOSS)

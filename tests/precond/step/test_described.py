@@ -44,13 +44,14 @@ def test_one_group_has_no_table_and_the_step_moves_on() -> None:
 
 
 def test_a_value_that_follows_the_steps_says_so() -> None:
-    """KFAC's period is 1 at its first step, and will be 10."""
+    """KFAC's periods are 1 at its first step, and will be 5 and 10."""
     model = nn.Linear(3, 2)
     text = " ".join(repr(KFAC(model, nn.MSELoss(), damping=lambda step: 0.5)).split())
     assert "inverse_update_period=1 now, by Doubling(period=10)" in text
-    assert "damping=0.5 now, by a function of the step" in text and "curvature_update_period=1," in text
-    text = " ".join(repr(KFAC(model, nn.MSELoss(), inverse_update_period=5)).split())
-    assert "inverse_update_period=5" in text and "now" not in text
+    assert "curvature_update_period=1 now, by Doubling(period=5)" in text
+    assert "damping=0.5 now, by a function of the step" in text and "curvature_ema=0.95," in text
+    text = " ".join(repr(KFAC(model, nn.MSELoss(), curvature_update_period=3, inverse_update_period=5)).split())
+    assert "curvature_update_period=3," in text and "inverse_update_period=5" in text and "now" not in text
 
 
 @pytest.mark.parametrize("name", [m.name for m in methods() if m.needs == "grad"])
