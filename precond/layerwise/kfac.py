@@ -50,7 +50,7 @@ class KFAC(LayerwiseMethod):
         model: The model that is trained.
         loss_fn: The loss module the loop calls.
         lr: Learning rate, in natural-gradient units: at 1, without momentum, a step minimises the quadratic model.
-            At the default ``kl_clip`` lets a move change 4e-2 of the loss; where it binds, that share goes with the
+            At the default ``kl_clip`` lets a move change 1.2e-2 of the loss; where it binds, that share goes with the
             square of the learning rate. 0.01 to 0.3 is common.
         damping: Shift :math:`\lambda`: by default 1e-2 of the loss, and smaller as that falls
             (:class:`~precond.LossDamping`). A number is in units of the curvature; or a :class:`~solvers.Damping`.
