@@ -11,9 +11,16 @@ import torch
 from torch import nn
 
 from precond import EKFAC, KFAC
+from precond.layerwise.blocks import rows as by_rows
 from solvers import CholeskyInverse
 
 Edit = Callable[[nn.Module], object]
+
+
+@pytest.fixture(autouse=True)
+def _rows_of_small_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are used where they save anything at all."""
+    monkeypatch.setattr(by_rows, "WORTH", 0)
 
 
 def setup(period: int = 1, method: Any = KFAC) -> tuple[nn.Module, nn.Module, KFAC]:
@@ -51,10 +58,10 @@ def scale(factor: float) -> Edit:
 @pytest.mark.parametrize(("period", "method"), [(1, KFAC), (4, KFAC), (30, KFAC), (30, EKFAC)])
 def test_rows_give_what_the_gradient_gives(period: int, method: Any) -> None:
     """EKFAC turns them into its eigenbasis; a new one has rounding errors for directions where factors have zeros."""
-    by_rows, by_gradient = setup(period, method), setup(period, method)
-    a = train(*by_rows, steps=9)
+    few, by_gradient = setup(period, method), setup(period, method)
+    a = train(*few, steps=9)
     b = train(*by_gradient, steps=9, edit=scale(1.0))  # a new version, so the rows no longer vouch for it
-    assert max(counts(by_rows[2])) == 6 and max(counts(by_gradient[2])) == 0
+    assert max(counts(few[2])) == 6 and max(counts(by_gradient[2])) == 0
     torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
@@ -142,6 +149,13 @@ def test_resume_is_exact(period: int) -> None:
     again[0].load_state_dict(saved["model"])
     again[2].load_state_dict(saved["optimizer"])
     assert torch.equal(train(model, loss_fn, optimizer, 5), train(*again, steps=5))
+
+
+def test_small_layers_are_not_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    model, loss_fn, optimizer = setup()
+    train(model, loss_fn, optimizer, 2)
+    assert not optimizer.taps.taps and not by_rows.cheaper(16, 128, 128) and by_rows.cheaper(16, 256, 256)
 
 
 def test_detach_removes_the_taps() -> None:
