@@ -132,8 +132,11 @@ class FullyShard:
         self._waiting = []
 
     def release(self) -> None:
-        """Give up the whole parameters of a pass whose backward pass never came."""
-        for group in self._whole:
+        """Give up whole parameters, those of a pass whose backward pass never came: the next one needs new ones.
+
+        Torch keeps those of the outermost module, whatever optimizer moves their shards.
+        """
+        for group in self.groups:
             if group.is_unsharded:
                 group.reshard()
         self._whole = []

@@ -115,7 +115,7 @@ def foof(model: nn.Module, loss_fn: nn.Module, **options: Any) -> Preconditioned
 
 #: Every method that learns from layers and adds up over processes, with one set of options for each structure.
 METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "kfac exact": (KFAC, {"fisher": "exact", "curvature_update_period": 1, "inverse_update_period": 2}),
+    "kfac exact": (KFAC, {"fisher": "exact", "inverse_update_period": 2}),
     "kfac empirical": (KFAC, {"fisher": "empirical", "curvature_update_period": 2}),
     "ekfac": (EKFAC, {"fisher": "exact", "inverse_update_period": 2}),
     "tnt": (TNT, {"fisher": "exact"}),
