@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +12,11 @@ from torch.autograd.graph import GradientEdge
 
 from curvature.estimation.selection import SeenPart
 from curvature.layers.recorder import Recorder
+from curvature.model.graph_nodes import Call
 from curvature.model.moment import Moment
 
 #: Stands for the model's output among the arguments of a loss.
 OUTPUT = object()
-Reduction = Literal["mean", "sum", "none"]
 #: Positional and named arguments of a model.
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -86,6 +86,7 @@ class Pass:
     recorder: Recorder | None = None
     output: Any = None
     edges: tuple[GradientEdge, ...] = ()
+    end: Any = None  # the node of ``output`` in the graph
     calls: list[TapedLoss] = field(default_factory=list)
     examples: int = -1  # size of the first axis of the output
     returned: list[Tensor] = field(default_factory=list)  # all that the model returned, where it may be repeated
@@ -98,7 +99,10 @@ class Pass:
     at_output: Any = None  # the one of these on the output
     released: bool = False  # nothing can arrive any more
     beside: bool = False  # ``gradient`` is of several losses, or of what is besides the calls that were seen
-    reduction: Reduction | None = None  # by which that loss enters, where it is one and somebody can tell
+    unseen_loss: Call | None = None  # that loss, where it is a single one and somebody can tell
+    edited: bool = False  # ``output`` was changed in place before the loss
+    size: Tensor | None = None  # largest entry of all that arrived, of which ``gradient`` is a part
+    task: int = -1  # the backward pass that brought it
     again: bool = False  # it hides something, or another input counts the examples than was thought: to be repeated
     unseen: set[str] = field(default_factory=set)  # parameters with a gradient in it that no statistics reached
 
@@ -154,7 +158,7 @@ def release(origin: Pass) -> None:
     for handle in filter(None, (*origin.handles, origin.at_output)):
         handle.remove()
     origin.at_output = None
-    origin.handles, origin.recorder, origin.output, origin.edges = [], None, None, ()
+    origin.handles, origin.recorder, origin.output, origin.edges, origin.end = [], None, None, (), None
     origin.returned = []
     origin.released = True
     for call in origin.calls:

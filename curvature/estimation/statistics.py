@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from curvature.estimation.batch_loss import refuse_beyond_outputs
 from curvature.estimation.passes import Pass, TapedLoss
@@ -183,14 +183,15 @@ class Statistics:
     def arrived_at_output(self, origin: Pass, gradient: Tensor) -> None:
         if _has_no_example(gradient) or not is_finite(gradient):
             return  # nothing can be read off it, and the step will be skipped
-        if not self._open([origin]):
+        passes = self._open([origin, *self.tape.feeding([origin])])
+        if origin not in passes:
             return
         try:
             terms, share = self._from_gradient(origin, origin.output, gradient)
         except (TypeError, ValueError) as error:
             self._refusal = error  # no matter for a gradient that is not for the parameters
             return
-        self._take([origin], terms, share, None)
+        self._take(passes, terms, share, None)
 
     def not_told(self) -> None:
         self._refusal = _NOT_TOLD
@@ -327,10 +328,18 @@ class Statistics:
             )
         empirical = self.curvature.kind == "empirical"
         terms, weights = from_output_gradient(
-            self.loss, z, gradient, None, "mean", self.class_dim, empirical=empirical, arrived_at=origin.seen
+            self.loss,
+            z,
+            gradient,
+            None,
+            "mean",
+            self.class_dim,
+            empirical=empirical,
+            arrived_at=origin.seen,
+            size=origin.size,
         )
         if weights is None:
-            return terms, self._weight_by_graph(origin, terms)
+            return terms, self._weight_by_graph(origin, terms, gradient)
         if origin.beside and self._step.sums:
             self._step.add_sum(min(self._step.sums), weights[terms.mask].sum())
         else:
@@ -347,18 +356,25 @@ class Statistics:
         n, r, c = terms.shape
         return terms, Weight(None, terms.unrows(weights.reshape(n, r, 1).expand(n, r, c)))
 
-    def _weight_by_graph(self, origin: Pass, terms: Terms) -> Weight:
+    def _weight_by_graph(self, origin: Pass, terms: Terms, gradient: Tensor) -> Weight:
         """The weight of a loss, where its gradient does not tell and the way to it may."""
-        if origin.beside or origin.reduction == "none":
+        call, squares = origin.unseen_loss, isinstance(self.tape.loss_module, nn.MSELoss)
+        if origin.beside or (squares and call is not None and not call.adds and call.root is None):
             raise _NOT_TOLD
-        if origin.reduction == "sum":
-            self._step.add_sum(0, terms.total)
-            return Weight(torch.ones_like(terms.total))
-        if origin.reduction == "mean":
-            self._step.absolute = True
-        else:
-            self._step.unscaled = True
-        return Weight(1 / terms.total)
+        weight = torch.ones_like(terms.total)
+        if call is not None and not call.adds and squares and call.root is not None:
+            # From the value R = w (z - y)^2 / n and the gradient 2 w (z - y) / n, with n = 1 for a sum.
+            n = gradient.numel() if call.reduction == "mean" else 1
+            weight = gradient.to(weight).square().sum() * n / (4 * call.root.to(weight).reshape(()))
+            weight = torch.where(call.root.reshape(()) == 0, torch.ones_like(weight), weight)
+        elif call is None or not call.adds:
+            self._step.unscaled.add(origin.task)
+            return Weight(1 / terms.total)
+        if call.reduction == "sum":
+            self._step.add_sum(0, weight * terms.total)
+            return Weight(weight)
+        self._step.absolute = True
+        return Weight(weight / terms.total)
 
     @contextlib.contextmanager
     def _open_graph(self, passes: list[Pass], output: Any) -> Iterator[None]:
@@ -493,6 +509,7 @@ class Statistics:
         with self.tape.repeat(origin) as again:
             inside, rest = {}, list(again.calls)
             own = self._arrived_at_own_loss(again, origin.own_weight)
+            origin.beside |= own is not None and origin.unseen_loss is not None
             for call in (call for call in origin.calls if call.inside):
                 same = next(
                     (c for c in rest if c.shape == call.shape and torch.equal(c.value.detach(), call.value)), None
@@ -504,6 +521,8 @@ class Statistics:
                 assert call.weight is not None
                 self.arrived(inside.get(call) or self._seen_again(call, again), call.weight)
             if origin.gradient is not None and (origin.beside or not (calls or own is not None)):
+                if origin.edited:
+                    raise _not_repeated(tuple(again.output.shape))
                 gradient = origin.gradient if own is None else origin.gradient - own
                 terms, share = self._from_gradient(origin, again.output, gradient)
                 self._take([again], terms, share, None)
@@ -515,12 +534,7 @@ class Statistics:
         elif call.whole:  # of several outputs
             z = call.seen(again.output)
         else:
-            raise ValueError(
-                f"the curvature of a step is taken from a repeated forward pass here (of a compiled model, a reentrant "
-                f"checkpoint, or Loop(capture='shadow')), and the loss saw a tensor of shape {call.shape} that was "
-                "computed from the output outside of the model, by another model or from several passes. Let the model "
-                "compute what the loss sees, or give the optimizer a model that is not compiled."
-            )
+            raise _not_repeated(call.shape)
         return TapedLoss(call.module, call.args, call.kwargs, z, [again], call.place, call.value)
 
     def _arrived_at_own_loss(self, again: Pass, weight: Tensor | None) -> Tensor | None:
@@ -556,6 +570,15 @@ class Statistics:
         self.collector.forget()
         self._step = Step()
         self.generator.manual_seed(self._seed)
+
+
+def _not_repeated(shape: tuple[int, ...]) -> ValueError:
+    return ValueError(
+        "the curvature of a step is taken from a repeated forward pass here (of a compiled model, a reentrant "
+        f"checkpoint, or Loop(capture='shadow')), and the loss saw a tensor of shape {shape} that was computed from "
+        "the output outside of the model (or is the output, changed in place), by another model or from several "
+        "passes. Let the model compute what the loss sees, or give the optimizer a model that is not compiled."
+    )
 
 
 def _has_no_example(output: Any) -> bool:

@@ -32,7 +32,9 @@ class Step:
     reached: set[str] = field(default_factory=set)
     sums: dict[int, Tensor] = field(default_factory=dict)  # total weight of sums, by the output that they are on
     absolute: bool = False  # a mean, or weights of single terms, was among the losses
-    unscaled: bool = False  # a loss whose weight nobody knows, which counts as a plain mean
+    unscaled: set[int] = field(
+        default_factory=set
+    )  # backward passes with losses whose weight nobody knows: plain means
     signs: list[Tensor] = field(default_factory=list)
     seen: list[Tensor] = field(default_factory=list)  # weight and number of terms that gradients at outputs showed
     counted: dict[Pass, Counted] = field(default_factory=dict)  # uses whose inputs were counted
@@ -42,8 +44,10 @@ class Step:
         """An independent one."""
         counted = {origin: dict(uses) for origin, uses in self.counted.items()}
         signs, seen, sums, values = list(self.signs), list(self.seen), dict(self.sums), list(self.values)
-        reached = set(self.reached)
-        return replace(self, reached=reached, sums=sums, signs=signs, seen=seen, counted=counted, values=values)
+        reached, unscaled = set(self.reached), set(self.unscaled)
+        return replace(
+            self, reached=reached, unscaled=unscaled, sums=sums, signs=signs, seen=seen, counted=counted, values=values
+        )
 
     def note(self, reached: set[str]) -> None:
         """A call of the loss was collected."""
@@ -90,11 +94,12 @@ class Step:
             )
         if self.sums:  # the weight of their terms, on the output that has most
             return torch.stack(list(self.sums.values())).max()
-        if self.unscaled and self.batches > 1:
+        if len(self.unscaled) > 1:
             raise ValueError(
                 "this step accumulates several losses of which only gradients at the model's output were seen, and "
                 "these do not tell the weight of each (of soft labels, say), so their curvatures "
-                "have no common scale. Call the loss module that was given to the optimizer in the loop itself."
+                "have no common scale. Call the loss module that was given to the optimizer in the loop itself, or let "
+                "only its calls count: loop=Loop(capture='loss')."
             )
         if self.unscaled:
             return 1.0

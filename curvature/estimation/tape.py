@@ -28,7 +28,7 @@ from curvature.losses.sum_of_losses import SumOfLosses
 from curvature.model.backward_hooks import muted, no_backward_hooks, of_leaves, ours
 from curvature.model.data import Output, batch_size, examples_of, inspecting, loss_in, resolve_output
 from curvature.model.fully_sharded import FullyShard, Mark, call_forward, shard_of
-from curvature.model.graph_nodes import nodes, reduction_of
+from curvature.model.graph_nodes import Call, nodes
 from curvature.model.hooks import At, Hook, OwnHook, calling_frame
 from curvature.model.moment import Moment
 from curvature.model.parameters import with_values
@@ -114,7 +114,8 @@ class Tape:
         self._counting = 0  # which of the input tensors counts the examples
         self._latest: Callable[[], Tensor | None] = lambda: None  # value of the last call of the loss
         self._task: int | None = None  # the user's backward pass under way
-        self._beside: dict[Any, list[Any]] = {}  # losses that were not seen, through which it comes to ends of passes
+        self._beside: dict[Any, list[Call]] = {}  # losses that were not seen, through which it comes to ends of passes
+        self._direct: set[Any] | None = None  # these ends, and those to which it comes otherwise, but not by other ends
         self._before: dict[str, Mark] = {}  # gradients when it began
         self._marks: dict[str, Mark] = {}  # gradients when the last one ended
         self._handles: list[Any] = []
@@ -248,6 +249,7 @@ class Tape:
             self._count_by(origin)
         origin.returned = list(tensors_in(result)) if self.keeps_inputs else []
         origin.edges = tuple(get_gradient_edge(t) for t in tensors_in(result) if t.requires_grad)
+        origin.end = origin.output.grad_fn if isinstance(origin.output, Tensor) else None
         self.passes.append(origin)
         self._listen(origin)
 
@@ -379,7 +381,7 @@ class Tape:
         waiting = [origin for origin in self.passes if not origin.released]
         direct = [origin for origin in waiting if origin.output is z]
         if direct:
-            return direct
+            return direct + self.feeding(direct)
         ends = {edge.node: origin for origin in waiting for edge in origin.edges}
         tracked = {id(p) for p in self.seen().values()}
         reached = list(nodes(tensors_in(z), until=ends))
@@ -387,7 +389,14 @@ class Tape:
         uses = any(id(getattr(node, "variable", None)) in tracked for node in reached)
         if not found and not uses:
             return None
-        return [origin for origin in waiting if id(origin) in found or (uses and not origin.edges)]
+        passes = [origin for origin in waiting if id(origin) in found or (uses and not origin.edges)]
+        return passes + self.feeding(passes)
+
+    def feeding(self, passes: list[Pass]) -> list[Pass]:
+        """Further passes, whose outputs are inputs of these."""
+        inputs = [t for origin in passes for t in tensors_in(origin.inputs) if t.grad_fn is not None]
+        before = (self._leading_to(inputs) or []) if inputs else []
+        return [origin for origin in before if origin not in passes]
 
     # Gradients
 
@@ -414,15 +423,22 @@ class Tape:
             return
         self._enter()
         seen = [call for call in origin.calls if call.arriving is not None]
-        unseen = self._beside.pop(origin.output.grad_fn, [])
-        own = origin.own is not None and origin.own.arriving is not None
-        origin.beside |= len(unseen) > 1 or bool(unseen and (seen or own))
-        if len(unseen) == 1:
-            origin.reduction = reduction_of(unseen[0]) if origin.seen is None else "none"
+        ends = {origin.end, origin.output.grad_fn}  # it may have been changed in place
+        unseen = [call for end in ends for call in self._beside.pop(end, [])]
+        ends |= {edge.node for edge in origin.edges}
+        if not seen and self._direct is not None and not ends & self._direct:
+            return  # it was an input of another pass, whose losses tell
+        origin.beside |= len(unseen) > 1 or bool(unseen and seen)
+        origin.unseen_loss = unseen[0] if len(unseen) == 1 and origin.gradient is None else None
+        origin.task, origin.edited = torch._C._current_graph_task_id(), origin.output.grad_fn is not origin.end
+        if any(not call.moved for call in unseen):
+            return self._not_told()
         if seen and unseen:
-            if not all(call.whole for call in seen):
-                return self.reader.not_told() if self.reader is not None else None
-            gradient, seen = gradient - explained(origin.output, seen), []
+            with self.own_pass([origin], origin.output):
+                part = explained(origin.output, seen)
+            if part is None:
+                return self._not_told()
+            origin.size, gradient, seen = gradient.abs().amax(), gradient - part, []
         if any(call.whole for call in seen):
             return
         if self.keeps_inputs or origin.again or origin.opaque:
@@ -434,6 +450,10 @@ class Tape:
         if self.reader is not None and self.records:
             self.reader.arrived_at_output(origin, gradient.detach())
 
+    def _not_told(self) -> None:
+        if self.reader is not None and self.records:
+            self.reader.not_told()
+
     def _enter(self) -> None:
         """A gradient of the user's backward pass arrived: the first one begins a transaction."""
         task = torch._C._current_graph_task_id()
@@ -442,7 +462,7 @@ class Tape:
         self.settle()
         self._task, self._before = task, self._gradients()
         if self.mode != "loss":
-            self._beside = beside(self.loss_module, self.passes, self._calls())
+            self._beside, self._direct = beside(self.loss_module, self.passes, self._calls())
         ended = "_ended" if self.shards is None else "_nearly_ended"
         torch.autograd.Variable._execution_engine.queue_callback(At(self, ended, task))
         if self.reader is not None:
@@ -462,8 +482,8 @@ class Tape:
             return
         if self.reader is not None:
             try:
-                if self._beside and self.records:
-                    self.reader.not_told()
+                if self._beside:
+                    self._not_told()
                 self.reader.keep([name for name, mark in after.items() if mark != self._before.get(name)])
             except BaseException:
                 self._abandon()
@@ -485,6 +505,8 @@ class Tape:
         self._task = None
         for origin in self.passes:
             origin.arriving = None
+            if origin.gradient is None:
+                origin.beside, origin.seen = False, None
         for call in self._calls():
             call.arriving = None
         if self.reader is not None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from curvature.estimation.passes import OUTPUT, Pass, TapedLoss
 from curvature.losses.loss import called
 from curvature.model.data import inspection
-from curvature.model.graph_nodes import calls_beside
+from curvature.model.graph_nodes import Call, calls_beside
 from curvature.model.wrappers import passed_on
 
 #: How the names of the nodes of loss functions begin, by the module that calls them.
@@ -53,26 +53,38 @@ def called_again(again: Pass, func: Any, args: Any, kwargs: Any, value: Any) -> 
         taped(found[0], found[1], {}, found[1][0], value, [again], True)
 
 
-def beside(loss: nn.Module | None, passes: list[Pass], calls: list[TapedLoss]) -> dict[Any, list[Any]]:
-    """The nodes of losses that nobody saw, by the nodes where passes end to which the backward pass under way comes.
+def beside(
+    loss: nn.Module | None, passes: list[Pass], calls: list[TapedLoss]
+) -> tuple[dict[Any, list[Call]], set[Any] | None]:
+    """The losses that nobody saw, by the nodes where passes end to which the backward pass under way comes.
 
     They are of the kind of the optimizer's, called as functions or by another module. Losses of other kinds are
-    penalties, which count nowhere, and so is one that is put together from other operations.
+    penalties, which count nowhere, and so is one that is put together from other operations. See :func:`calls_beside`.
     """
-    kind = next((name for cls, name in _NODES.items() if isinstance(loss, cls)), None)
-    if kind is None:
-        return {}
+    kind = next((name for cls, name in _NODES.items() if isinstance(loss, cls)), "no loss")
     ends = {edge.node for origin in passes for edge in origin.edges}
+    ends |= {o.output.grad_fn for o in passes if isinstance(o.output, Tensor) and o.output.grad_fn is not None}
     return calls_beside(kind, ends, {call.number for call in calls})
 
 
-def explained(output: Tensor, calls: list[TapedLoss]) -> Tensor:
-    """The gradient at a model's output of calls of the loss on all of it, with the weights that arrived at them."""
-    z, total = output.detach().requires_grad_(), torch.zeros_like(output)
+def explained(output: Tensor, calls: list[TapedLoss]) -> Tensor | None:
+    """The gradient at a model's output of some calls of the loss, with the weights that arrived at them.
+
+    ``None`` where the way from the output to what a call saw is not there any more.
+    """
+    total = torch.zeros_like(output)
     with inspection(), torch.enable_grad():
         for call in calls:
-            args, kwargs = call.arguments(call.seen(z).to(call.output.dtype))
-            total += torch.autograd.grad(call.module(*args, **kwargs), z, call.arriving)[0]
+            z = call.output.detach().requires_grad_()
+            args, kwargs = call.arguments(z)
+            (sent,) = torch.autograd.grad(call.module(*args, **kwargs), z, call.arriving)
+            if call.whole:
+                total += sent.reshape(output.shape).to(output.dtype)
+                continue
+            try:
+                total += torch.autograd.grad(call.output, output, sent, retain_graph=True)[0]
+            except RuntimeError:  # it had saved something
+                return None
     return total
 
 

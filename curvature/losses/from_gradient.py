@@ -46,6 +46,7 @@ def from_output_gradient(
     class_dim: int | None,
     empirical: bool = False,
     arrived_at: Tensor | None = None,
+    size: Tensor | None = None,
 ) -> tuple[Terms, Tensor | None]:
     """The terms of a loss from ``dL/dz``, and their weights in L.
 
@@ -62,6 +63,7 @@ def from_output_gradient(
         class_dim: Class axis, where the user said.
         empirical: The gradients of the terms are needed, not only their curvature.
         arrived_at: The output at which the gradient arrived, if ``output`` is a repetition of it with other dropout.
+        size: Largest entry of what the gradient is a difference of, where it is one: its rounding errors are of this.
 
     Returns:
         The terms, and what each of them is multiplied by in L, ``(N, R)``; ``None`` where only their mean can be meant.
@@ -74,7 +76,7 @@ def from_output_gradient(
         return _gradient_terms(output, gradient, scale, reduction), None
     options = loss.loss_fn
     if isinstance(options, nn.CrossEntropyLoss):
-        class_dim = _class_axis(gradient, class_dim)
+        class_dim = _class_axis(gradient, class_dim, size)
         rows = gradient.movedim(class_dim, -1)
         target, mask = rows.argmin(-1), (rows != 0).any(-1)
         labelled = empirical or options.weight is not None
@@ -90,9 +92,9 @@ def from_output_gradient(
         mask = (terms.rows(gradient) != 0).any(-1).reshape(terms.layout.term_shape)
         labelled = empirical or (binary and options.pos_weight is not None)
     seen = loss.terms(output if arrived_at is None else arrived_at, target, class_dim=class_dim, mask=mask)
-    if labelled and not _proportional(seen.gradient(), gradient):
+    if labelled and not _proportional(seen.gradient(), gradient, size):
         raise _needs_targets(options)
-    weights = _weights(seen, gradient)
+    weights = _weights(seen, gradient, size)
     if weights is None and isinstance(options, nn.CrossEntropyLoss) and options.weight is None:
         weights = _weights_of_mixed_labels(seen, gradient)
     return loss.terms(output, target, class_dim=class_dim, mask=mask), weights
@@ -106,33 +108,38 @@ def _gradient_terms(output: Tensor, gradient: Tensor, scale: Tensor | None, redu
     return GradientTerms(output, layout, mask, total, unscaled * total if reduction == "mean" else unscaled, reduction)
 
 
-def _weights(terms: Terms, gradient: Tensor) -> Tensor | None:
+def _weights(terms: Terms, gradient: Tensor, size: Tensor | None) -> Tensor | None:
     """What each term is multiplied by, if the gradients of the terms, so multiplied, are the one that arrived."""
     own, arrived = (terms.rows(g).to(working_dtype(gradient)) for g in (terms.gradient(), gradient))
-    weights = (own * arrived).sum(-1) / own.square().sum(-1).clamp(min=torch.finfo(own.dtype).tiny)
+    lengths = torch.linalg.vector_norm(own, dim=-1).clamp(min=torch.finfo(own.dtype).tiny)
+    weights = (own * arrived).sum(-1) / lengths.square()
     slack = torch.finfo(gradient.dtype).eps ** 0.5
     off = torch.linalg.vector_norm(own * weights.unsqueeze(-1) - arrived, dim=-1)
-    explained = (off <= slack * torch.linalg.vector_norm(arrived, dim=-1)).all()
-    return weights.clamp(min=0) if bool(explained) and bool((weights >= 0).all()) else None
+    noise = 0 if size is None else 16 * torch.finfo(gradient.dtype).eps * own.shape[-1] ** 0.5 * size.to(own)
+    explained = (off <= slack * torch.linalg.vector_norm(arrived, dim=-1) + noise).all()
+    positive = (weights * lengths >= -noise).all()
+    return weights.clamp(min=0) if bool(explained) and bool(positive) else None
 
 
 def _weights_of_mixed_labels(terms: Terms, gradient: Tensor) -> Tensor | None:
     r"""What each term of a cross-entropy with several labels is multiplied by, of mixup, say.
 
     In :math:`w\,(p - t)` with targets :math:`t \ge 0` the weight is the largest ratio to p if some class has no target.
-    That is so where two classes have this ratio, and where it is the same in all rows.
+    That is so where two classes of a row have this ratio, and where it is the same in half of the rows or more.
     """
-    if torch.finfo(gradient.dtype).eps > 1e-6:  # too coarse to tell
-        return None
-    slack = torch.finfo(gradient.dtype).eps ** 0.5
-    counts = terms.mask.reshape(len(terms.rows(gradient)), -1)
-    arrived, p = terms.rows(gradient), terms.rows(terms.output).detach().softmax(-1)
-    weights = (arrived / p).amax(-1)
+    eps = torch.finfo(gradient.dtype).eps
+    slack = eps**0.5 if eps < 1e-6 else 4 * eps
+    p, arrived = terms.rows(terms.output).detach().softmax(-1), terms.rows(gradient)
+    counts = terms.mask.reshape(arrived.shape[:-1])
+    weights = torch.where(p > eps, arrived / p, 0).amax(-1)
     twice = ((arrived - weights.unsqueeze(-1) * p).abs() <= slack * weights.unsqueeze(-1) * p).sum(-1) > 1
     found = weights[counts]
-    alike = len(found) > 1 and bool(found.max() - found.min() <= slack * found.max())
-    certain = (alike or bool(twice[counts].all())) and bool((found > 0).all())
-    return torch.where(counts, weights, 0) if certain else None
+    if not len(found) or not bool(found.max() > 0):
+        return None
+    alike = found >= (1 - slack) * found.max()
+    if bool(alike.sum() >= max(2, len(found) / 2)):
+        return torch.where(counts, found[alike].median(), 0)
+    return torch.where(counts, weights, 0) if bool((twice[counts] & (found > 0)).all()) else None
 
 
 def _needs_targets(loss_fn: nn.Module) -> TypeError:
@@ -144,16 +151,18 @@ def _needs_targets(loss_fn: nn.Module) -> TypeError:
     )
 
 
-def _proportional(expected: Tensor, gradient: Tensor) -> bool:
+def _proportional(expected: Tensor, gradient: Tensor, size: Tensor | None = None) -> bool:
     """Whether two gradients point the same way."""
     slack = torch.finfo(gradient.dtype).eps ** 0.5
     expected, gradient = expected.double().flatten(), gradient.double().flatten()
+    if size is not None:  # what is lost in a difference
+        slack += 16 * slack**2 * float(size) * gradient.numel() ** 0.5 / max(float(gradient.norm()), 1e-300)
     if not gradient.any():
         return True  # everything is masked
     return bool(expected.any()) and bool(expected @ gradient >= (1 - slack) * expected.norm() * gradient.norm())
 
 
-def _class_axis(gradient: Tensor, class_dim: int | None) -> int:
+def _class_axis(gradient: Tensor, class_dim: int | None, size: Tensor | None = None) -> int:
     """The axis along which a softmax's gradient sums to zero."""
     rank = gradient.dim()
     candidates = {class_dim % rank} if class_dim is not None else {1, rank - 1} if rank > 1 else {0}
@@ -161,7 +170,8 @@ def _class_axis(gradient: Tensor, class_dim: int | None) -> int:
     found = []
     for axis in sorted(candidates):
         # Rounding: a sum of n numbers of low precision.
-        slack = 16 * torch.finfo(gradient.dtype).eps * values.abs().sum(axis).max()
+        largest = values.abs().sum(axis).max() if size is None else size.to(values) * values.shape[axis]
+        slack = 16 * torch.finfo(gradient.dtype).eps * largest
         if bool((values.sum(axis).abs() <= slack).all()):
             found.append(axis)
     if len(found) != 1:

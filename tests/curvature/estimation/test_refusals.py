@@ -30,7 +30,7 @@ MODEL, LOSS, DATA = PROBLEM.model, PROBLEM.loss_fn, PROBLEM.data
         ({"kind": "sampled"}, r"kind is one of exact, mc, empirical, not 'sampled'"),
         ({"samples": 0}, "samples is at least 1, not 0"),
         ({"samples": -2}, "samples is at least 1, not -2"),
-        ({"sharing": "sum"}, r"sharing must be 'expand' or 'reduce', got 'sum'"),
+        ({"sharing": "sum"}, r"sharing must be 'expand', 'reduce' or 'auto', got 'sum'"),
         ({"bias": "none"}, r"bias must be 'joint' or 'separate', got 'none'"),
         ({"params": "encoder.*"}, r"params= names 'encoder\.\*', which is no trainable parameter.*0\.weight"),
         ({"params": [torch.zeros(2)]}, r"params= names a tensor of shape \(2,\), which is no trainable parameter"),

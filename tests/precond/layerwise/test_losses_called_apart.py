@@ -43,14 +43,16 @@ class Heads(nn.Module):
         return (loss, z) if self.returns == "tuple" else {"loss": loss, "logits": z}
 
 
-def trained(minimised: Minimised, returns: str, loss_fn: nn.Module, kind: str, **loop: Any) -> list[Tensor]:
+def trained(
+    minimised: Minimised, returns: str, loss_fn: nn.Module, kind: str, parts: int = 2, **loop: Any
+) -> list[Tensor]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = Heads(returns).double()
     optimizer = KFAC(model, loss_fn, lr=0.1, damping=1e-2, kl_clip=None, momentum=0, fisher=kind, loop=Loop(**loop))
     for _ in range(2):
         optimizer.zero_grad()
-        for _ in range(2):
+        for _ in range(parts):
             minimised(model(X), loss_fn).backward()
         optimizer.step()
     return [p.detach() for p in model.parameters()]
@@ -68,6 +70,24 @@ SPELLINGS: dict[str, tuple[str, nn.Module, Minimised, Minimised]] = {
         MEAN,
         lambda z, f: 0.3 * f(z, Y) + 0.7 * F.cross_entropy(z, OTHER),
         lambda z, f: 0.3 * f(z, Y) + 0.7 * f(z, OTHER),
+    ),
+    "a part": (
+        "logits",
+        MEAN,
+        lambda z, f: f(z[:4], Y[:4]) + 2 * F.cross_entropy(z[4:], Y[4:]),
+        lambda z, f: f(z[:4], Y[:4]) + 2 * f(z[4:], Y[4:]),
+    ),
+    "a view": (
+        "logits",
+        MEAN,
+        lambda z, f: 0.3 * f(z.T.contiguous().T, Y) + 0.7 * F.cross_entropy(z.T.contiguous().T, OTHER),
+        lambda z, f: 0.3 * f(z, Y) + 0.7 * f(z, OTHER),
+    ),
+    "in place": (
+        "logits",
+        MEAN,
+        lambda z, f: F.cross_entropy(z.add_(X[:, :3]), Y),
+        lambda z, f: f(z.add_(X[:, :3]), Y),
     ),
     "two functions": (
         "logits",
@@ -116,6 +136,10 @@ SUMS_ALONE = ("two functions", "mixed targets of a function")
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_spellings_are_equal(name: str, kind: str, capture: str) -> None:
     returns, loss_fn, apart, together = SPELLINGS[name]
+    if name == "in place" and capture == "shadow":
+        with pytest.raises(ValueError, match="changed in place"):
+            trained(apart, returns, loss_fn, kind, capture=capture)
+        return
     if kind == "empirical" and name in SUMS_ALONE:
         with pytest.raises(TypeError, match="depends on targets"):
             trained(apart, returns, loss_fn, kind, capture=capture)
@@ -143,7 +167,7 @@ def test_the_own_loss_counts_whole_where_passes_are_repeated(returns: str, kind:
 
 #: What cannot be read off a gradient: of part of the output, of another output, with another sign, without labels.
 REFUSED: dict[str, tuple[str, nn.Module, Minimised]] = {
-    "a part": ("logits", MEAN, lambda z, f: f(z[:4], Y[:4]) + F.cross_entropy(z[4:], Y[4:])),
+    "a temperature": ("logits", MEAN, lambda z, f: f(z, Y) + F.cross_entropy(z / 2, OTHER)),
     "another head": ("two", MEAN, lambda z, f: f(z[0], Y) + F.cross_entropy(z[1], OTHER)),
     "taken away": ("logits", MEAN, lambda z, f: f(z, Y) - 0.3 * F.cross_entropy(z, OTHER)),
     "smoothed": ("logits", MEAN, lambda z, f: f(z, Y) + F.cross_entropy(z, Y, label_smoothing=0.1)),
@@ -151,7 +175,9 @@ REFUSED: dict[str, tuple[str, nn.Module, Minimised]] = {
 }
 #: The same without any call of the module.
 ALONE: dict[str, tuple[str, nn.Module, Minimised]] = {
-    "half a square": ("logits", nn.MSELoss(), lambda z, f: F.mse_loss(z, X[:, 1:]) / 2),
+    "squares of slopes": ("logits", nn.MSELoss(), lambda z, f: F.mse_loss(z.sigmoid(), X[:, 1:])),
+    "a column": ("logits", nn.MSELoss(), lambda z, f: F.mse_loss(z[:, 0], X[:, 1])),
+    "half a square and a penalty": ("logits", nn.MSELoss(), lambda z, f: F.mse_loss(z, X[:, 1:]) / 2 + z.abs().mean()),
     "added with a factor": ("logits", nn.MSELoss(), lambda z, f: torch.add(z.mean(), F.mse_loss(z, X[:, 1:]), alpha=2)),
     "sums of means": ("logits", nn.MSELoss(), lambda z, f: F.mse_loss(z, X[:, 1:], reduction="none").sum(1).mean()),
 }
@@ -181,6 +207,13 @@ SQUARES: dict[str, tuple[str, Minimised, Minimised]] = {
         lambda z, f: 0.1 * z.abs().mean() + F.mse_loss(z, X[:, 1:]),
         lambda z, f: f(z, X[:, 1:]) + 0.1 * z.abs().mean(),
     ),
+    "a share": ("mean", lambda z, f: F.mse_loss(z, X[:, 1:]) / 2, lambda z, f: f(z, X[:, 1:]) / 2),
+    "a product": (
+        "mean",
+        lambda z, f: torch.tensor(3.0) * (0.2 * F.mse_loss(z, X[:, 1:])),
+        lambda z, f: 0.6 * f(z, X[:, 1:]),
+    ),
+    "half a sum": ("sum", lambda z, f: F.mse_loss(z, X[:, 1:], reduction="sum") / 2, lambda z, f: f(z, X[:, 1:]) / 2),
     "sum": ("sum", lambda z, f: F.mse_loss(z, X[:, 1:], reduction="sum"), lambda z, f: f(z, X[:, 1:])),
     "sum of values": (
         "sum",
@@ -198,6 +231,14 @@ def test_squares_by_function_are_accumulated_like_those_of_the_module(name: str,
     expected = trained(together, "logits", loss_fn, "exact")
     for got, p in zip(trained(apart, "logits", loss_fn, "exact", capture=capture), expected, strict=True):
         torch.testing.assert_close(got, p, rtol=1e-11, atol=1e-12)
+
+
+def test_one_loss_with_smoothed_labels_by_function_is_a_plain_mean() -> None:
+    smooth = nn.CrossEntropyLoss(label_smoothing=0.1)
+    expected = trained(lambda z, f: f(z, Y), "logits", smooth, "exact", parts=1)
+    got = trained(lambda z, f: F.cross_entropy(z, Y, label_smoothing=0.1), "logits", MEAN, "exact", parts=1)
+    for p, q in zip(got, expected, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-11, atol=1e-12)
 
 
 def test_soft_labels_by_function_are_no_more_than_one_loss_of_a_step() -> None:
@@ -219,3 +260,42 @@ def test_one_of_several_outputs_is_chosen_and_the_others_are_not_forgotten() -> 
     trained(first, "two", MEAN, "exact", output=lambda result: result[0])
     with pytest.raises(TypeError, match="a loss like the optimizer's that is no call"):
         trained(both, "two", MEAN, "exact", output=lambda result: result[0])
+
+
+class Twice(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(self.inner(x))
+
+
+@pytest.mark.parametrize("loss", [F.cross_entropy, MEAN], ids=["function", "module"])
+def test_a_pass_on_the_output_of_a_pass_is_a_use_of_the_same_weights(loss: Any) -> None:
+    moved = []
+    for inside in (False, True):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            inner = nn.Linear(4, 4).double()
+        model = Twice(inner) if inside else inner
+        optimizer = KFAC(model, MEAN, lr=0.1, damping=1e-2, kl_clip=None, momentum=0, fisher="exact")
+        for _ in range(2):
+            optimizer.zero_grad()
+            (MEAN if inside else loss)(model(X) if inside else model(model(X)), Y).backward()
+            optimizer.step()
+        moved.append(inner.weight.detach())
+    torch.testing.assert_close(moved[0], moved[1], rtol=1e-11, atol=1e-12)
+
+
+def test_a_share_that_is_hardly_there_is_no_error() -> None:
+    """Rounding errors of what is taken away are larger than what is left."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 10))
+    optimizer = KFAC(model, MEAN, lr=0.1, fisher="exact", curvature_update_period=1)
+    x = X.float()
+    for share in (1 - 1e-7, 1 - 1e-6, 1 - 1e-4, 0.99, 0.05, 1e-4, 1e-7):
+        optimizer.zero_grad()
+        z = model(x)
+        (share * MEAN(z, Y) + (1 - share) * F.cross_entropy(z, OTHER)).backward()
+        optimizer.step()
