@@ -58,6 +58,7 @@ class AdaHessian(ClosureOptimizer, GradientOptimizer):
         paper="https://arxiv.org/abs/2006.00719",
     )
     loop_settings: ClassVar[frozenset[str]] = ClosureOptimizer.loop_settings | {"seed"}
+    takes_shards = False
 
     def __init__(
         self,

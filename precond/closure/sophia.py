@@ -71,6 +71,7 @@ class Sophia(ClosureOptimizer, GradientOptimizer):
         paper="https://arxiv.org/abs/2305.14342",
     )
     loop_settings: ClassVar[frozenset[str]] = ClosureOptimizer.loop_settings | {"seed"}
+    takes_shards = False
 
     def __init__(
         self,

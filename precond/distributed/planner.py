@@ -52,6 +52,7 @@ class ShardPlan:
         whole: Bytes of gradients and directions of the parameters that it owns, which a step holds for a while; of
             directions of the rows that it holds with ``shards="local"``.
         work: Operations of a step, up to a constant; the largest share is what all wait for.
+        parameters: Number of parameters.
     """
 
     world_size: int
@@ -63,6 +64,7 @@ class ShardPlan:
     weights: list[int]
     whole: list[int]
     work: list[float]
+    parameters: int = 0
 
     @property
     def memory(self) -> list[int]:
@@ -84,7 +86,7 @@ class ShardPlan:
         return max(self.sent) / bandwidth + 2 * max(self.work) / flops
 
     def __str__(self) -> str:
-        head = f"{self.world_size} processes, parameters cut among {self.shards}, {len(self.owners)} parameters"
+        head = f"{self.world_size} processes, parameters cut among {self.shards}, {self.parameters} parameters"
         table = amounts(
             {
                 "sent in a step": self.sent,
@@ -97,8 +99,10 @@ class ShardPlan:
             }
         )
         owning = len(set(self.owners.values()))
-        who = f"{owning} of {self.shards} ranks own parameters" if self.owners else "each rank works on its own rows"
-        tail = f"{who}; the largest share of the work is {self.balance:.3g} times the mean one"
+        some = f"{owning} of {self.shards} ranks own parameters"
+        if len(self.owners) < self.parameters:
+            some = f"{some}, and each works on its own rows" if self.owners else "each rank works on its own rows"
+        tail = f"{some}; the largest share of the work is {self.balance:.3g} times the mean one"
         return "\n".join([head, *table, tail])
 
 
@@ -220,7 +224,7 @@ def _planned(optimizer: Sharded, names: list[str], world_size: int, size: int) -
         for p, own, rank, name in zip(group["params"], kinds, found, order, strict=False):
             owner[name] = rank
             _add(lists, p, own, rank, size)
-    return ShardPlan(world_size, size, owner, work=work, **lists)
+    return ShardPlan(world_size, size, owner, work=work, parameters=len(names), **lists)
 
 
 def _shapes(p: Tensor, size: int) -> list[tuple[int, ...]]:

@@ -131,8 +131,6 @@ def require_same_cut(p: Any, entries: Mapping[str, Any], ways: tuple[str, str], 
     Raises:
         ValueError: Saying how it was cut, and how it is.
     """
-    if not entries:
-        return
     now = cut_of(p)
     if now and ways[0] != ways[1]:
         raise ValueError(
@@ -140,6 +138,8 @@ def require_same_cut(p: Any, entries: Mapping[str, Any], ways: tuple[str, str], 
             f"other shapes. Make the optimizer with shards={ways[1]!r}, or begin without a state, from the weights "
             "alone."
         )
+    if not entries:
+        return
     before = entries[HELD]["cut"] if HELD in entries else []
     if before != (now if ways[1] == "local" else []):
         raise ValueError(

@@ -166,8 +166,9 @@ def eigenbasis(matrix: Tensor) -> Tensor:
     null = null.unsqueeze(-2)
     some = torch.where(null, basis[..., :count], 0)  # (k, n, count)
     units, is_unit = _units(unused, count, some)
-    # As many as there can be: a generator gives other numbers where fewer are drawn, and others of the stack need more.
-    numbers = torch.randn(n, n, generator=torch.Generator().manual_seed(n))[:count].mT.to(some)
+    # In whole blocks of 16: a generator gives other numbers to what is left of one, and others of the stack need more.
+    drawn = torch.randn(-(-count * n // 16) * 16, generator=torch.Generator().manual_seed(n), dtype=torch.float32)
+    numbers = drawn[: count * n].reshape(count, n).mT.to(some)
     used = ~unused.unsqueeze(-1)
     left, right = torch.linalg.qr(some.mT @ torch.where(is_unit, units, numbers * used))
     signs = torch.where(right.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(left).unsqueeze(-2)

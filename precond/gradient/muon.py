@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any, ClassVar, Literal, Unpack
 
 import torch
@@ -138,7 +139,7 @@ class Muon(StackedOptimizer):
     kept: ClassVar[frozenset[str]] = frozenset({"momentum_buffer"})
 
     def work(self, p: Tensor, group: Group) -> float:
-        return super().work(p, group) + (polar_work(p) if p.numel() and _is_matrix(p, group) else 0)
+        return super().work(p, group) + (polar_work(p, group) if p.numel() and _is_matrix(p, group) else 0)
 
     def initial_state(self, p: Tensor, group: Group) -> State:
         if _is_matrix(p, group):
@@ -163,10 +164,11 @@ def _is_matrix(p: Tensor, group: Group) -> bool:
     return p.ndim >= 2 and group["orthogonalize"]
 
 
-def polar_work(p: Tensor) -> float:
-    """Multiplications of five steps on ``(m, n)``, m <= n: ``5 (2 m^2 n + m^3)``."""
-    m, n = sorted(matrix_shape(tuple(p.shape)))
-    return 5.0 * (2 * m * m * n + m**3)
+def polar_work(p: Tensor, group: Group) -> float:
+    """Multiplications of five steps on ``(m, n)``, m <= n: ``5 (2 m^2 n + m^3)``, for each matrix of a stack."""
+    stack = prod(p.shape[:-2]) if group.get("stacked") else 1
+    m, n = sorted(p.shape[-2:] if group.get("stacked") else matrix_shape(tuple(p.shape)))
+    return 5.0 * stack * (2 * m * m * n + m**3)
 
 
 def polar_scale(matrices: Tensor, scaling: Scaling) -> float:

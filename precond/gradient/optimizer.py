@@ -184,7 +184,7 @@ class GradientOptimizer(SecondOrderOptimizer):
 
     def _exchange(self) -> Exchange | None:
         """The messages between shards of parameters and their owners; ``None`` where nothing is sharded."""
-        key = [len(group["params"]) for group in self.param_groups]
+        key = [(len(group["params"]), group["shards"]) for group in self.param_groups]
         known = self.__dict__.get("_shards")  # not in __init__, because copies start without it
         if known is None or known[0] != key:
             options = self._options_of()

@@ -136,7 +136,9 @@ class SOAPMuon(StackedOptimizer):
     kept: ClassVar[frozenset[str]] = frozenset({"basis", "exp_avg", "exp_avg_sq"})
 
     def work(self, p: Tensor, group: Group) -> float:
-        return super().work(p, group) + (polar_work(p) if not self.diagonal(self.expected_state(p, group)) else 0)
+        return super().work(p, group) + (
+            polar_work(p, group) if not self.diagonal(self.expected_state(p, group)) else 0
+        )
 
     def initial_state(self, p: Tensor, group: Group) -> State:
         if is_matrix(p) and group["orthogonalize"]:

@@ -68,8 +68,9 @@ class ScheduledOptimizer(torch.optim.Optimizer):
                 )
             plain["initial_lr"] = float(plain["lr"])
         plain.setdefault("first_lr", float(plain["lr"]))
-        others = [p for group in self.param_groups for p in group["params"]]
-        refuse_several_meshes([*others, *param_group["params"]], type(self).__name__)
+        if self.takes_shards:
+            others = [p for group in self.param_groups for p in group["params"]]
+            refuse_several_meshes([*others, *param_group["params"]], type(self).__name__)
         super().add_param_group({**plain, "steps": self.steps})
         self.schedules.append(schedules)
         for p in self.param_groups[-1]["params"]:

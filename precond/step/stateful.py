@@ -78,6 +78,8 @@ class StatefulOptimizer(ScheduledOptimizer):
             for group, schedules in zip(self.param_groups, self.schedules, strict=True):
                 for p in group["params"]:
                     entries = out["state"].get(numbers[p], {})
+                    if not entries and not p.requires_grad:
+                        continue  # it is frozen
                     out["state"][numbers[p]] = packed(entries, self._template(p, entries, group, schedules))
         marked(out, {number for p, number in numbers.items() if p.requires_grad}, self.method_name())
         return out

@@ -209,6 +209,9 @@ def refusals(shape: tuple[int, ...], folder: str) -> dict[str, str]:
     tell("four", lambda: locally("SOAP", same).load_state_dict(torch.load(f"{folder}/four", weights_only=False)))
     tell("word", lambda: precond.SOAP(same.parameters(), shards="rows"))  # type: ignore[arg-type]
     tell("hessian", lambda: precond.PSGD(alone.parameters(), criterion="hessian", shards="local"))
+    for closure in (precond.AdaHessian, precond.Sophia):
+        tell(closure.__name__, lambda make=closure: make(alone.parameters(), shards="local"))  # type: ignore[misc]
+    tell("unmoved", lambda: locally("SOAP", same).load_state_dict(precond.SOAP(same.parameters()).state_dict()))
     tell("layers", lambda: precond.KFAC(alone, nn.MSELoss(), lr=0.1, shards="local"))  # type: ignore[call-arg]
     tell("window", lambda: precond.MFAC(alone.parameters(), shards="local"))  # type: ignore[call-arg]
     return told

@@ -20,6 +20,9 @@ TOLD = {
     "lossless": r"saved with shards='local', and the optimizer has shards='lossless'.*Make the optimizer with",
     "word": "shards is one of lossless, local, not 'rows'",
     "hessian": "PSGD does not take sharded parameters as it is used here, so shards='local' has no effect",
+    "AdaHessian": "AdaHessian does not take sharded parameters as it is used here",
+    "Sophia": "Sophia does not take sharded parameters as it is used here",
+    "unmoved": r"saved with shards='lossless', and the optimizer has shards='local'",
     "layers": r"KFAC has no option 'shards', which is of methods that keep matrices of the gradients",
     "window": r"MFAC has no option 'shards'.*those of this method belong to whole parameters",
 }

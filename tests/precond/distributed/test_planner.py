@@ -68,6 +68,7 @@ def test_local_shards_send_nothing_and_keep_smaller_matrices() -> None:
     moments = [2 * (3 * 8 + 3 + 2 * 6), 2 * (3 * 8 + 3 + 1 * 6)]
     matrices = [2 * (9 + 64) + 2 * (4 + 36), 2 * (9 + 64) + 2 * 36]  # one row has a matrix for its columns alone
     assert found.state == [4 * (a + b) for a, b in zip(matrices, moments, strict=True)]
+    assert str(found).splitlines()[0].endswith(f"{len(list(mlp().parameters()))} parameters")
     assert str(found).splitlines()[-1].startswith("each rank works on its own rows; the largest share")
 
 
