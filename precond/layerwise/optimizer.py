@@ -352,11 +352,12 @@ class PreconditionedOptimizer(LayerOptimizer):
         params = [p for group in self.param_groups for p in group["params"]]  # a group may be empty
         first = next((p for p in params if p.requires_grad), params[0])
         keeper = next((p for p in params if "level" in self.state.get(p, ())), first)  # as others were frozen, or older
-        before = self.state[keeper].get("level")
-        self._level = LossLevel.after(before, self.statistics.level, first)
-        saved = self._level.saved(before, first)
-        self.state[keeper].pop("level", None)
-        self.state[first]["level"] = saved
+        before, latest = (self.state[keeper].get(name) for name in ("level", "loss"))  # older states have no "loss"
+        self._level = LossLevel.after(before, self.statistics.level, first, latest)
+        saved = self._level.saved(first)
+        for name in saved:
+            self.state[keeper].pop(name, None)
+        self.state[first].update(saved)
 
     def bound_level(self) -> Tensor | float | None:
         return None if self._level is None else self._level.bound

@@ -14,7 +14,9 @@ from precond.step.divergence import Name, all_finite
 from solvers.tree import Path, pieces, place
 
 #: Entries that a parameter has in some runs only: a clock of its own, the length of its momentum, the last move.
-OCCASIONAL = {"waited", "length", "move", "level", "trend", "lookahead", "radius", "members", "mean", "squares"}
+OCCASIONAL = {
+    *("waited", "length", "move", "level", "loss", "trend", "lookahead", "radius", "members", "mean", "squares"),
+}
 #: Options with another meaning, or none, before they had a name in the groups.
 OLDER: Mapping[str, Any] = {
     "max_ratio": None,

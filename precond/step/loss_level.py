@@ -27,7 +27,8 @@ class LossLevel:
 
     with :math:`L_t` the loss of the batch, in the scale of C. It falls with the loss, and hardly rises, so that a step
     that has gone too far is not followed by longer ones. A bound takes the smaller one of :math:`\ell_t` and
-    :math:`L_t`. Losses whose values are no distance from a perfect fit (densities, losses of one's own) have 1.
+    :math:`L_t`. Losses whose values are no distance from a perfect fit (densities, losses of one's own) have 1. Where a
+    step does not show its loss, as between updates of the statistics, :math:`L_t` is the last one that was seen.
 
     All are numbers where the parameters lie in the memory of the processor, and 0-d tensors elsewhere, where nobody
     waits for them.
@@ -35,64 +36,65 @@ class LossLevel:
     Attributes:
         mean: :math:`\ell_t`.
         bound: What a bound is multiplied by.
-        known: Whether it rests on a loss that was seen; ``None`` where there was none in this step.
+        known: Whether it rests on a loss that was seen.
+        latest: The loss that was seen last, 0 where none was.
     """
 
     mean: Tensor | float
     bound: Tensor | float
-    known: Tensor | bool | None = None
+    known: Tensor | bool
+    latest: Tensor | float
 
-    def saved(self, before: Tensor | None, like: Tensor) -> Tensor:
-        """What the next level begins with: 0 where no loss was seen yet.
+    def saved(self, like: Tensor) -> dict[str, Tensor]:
+        """What the next level begins with, ``before`` and ``latest``: 0 where no loss was seen yet.
 
         Args:
-            before: What this one began with.
             like: A tensor of the device at which it is kept.
         """
-        if self.known is None and before is not None:
-            return before
-        if self.known is None or isinstance(self.known, bool):
-            return torch.tensor(self.mean if self.known else 0.0, dtype=working_dtype(like), device=like.device)
-        return torch.where(self.known, self.mean, 0)
+        if isinstance(self.known, Tensor):
+            assert isinstance(self.latest, Tensor)
+            return {"level": torch.where(self.known, self.mean, 0), "loss": self.latest}
+        numbers = {"level": self.mean if self.known else 0.0, "loss": self.latest}
+        return {name: torch.tensor(x, dtype=working_dtype(like), device=like.device) for name, x in numbers.items()}
 
     @classmethod
-    def after(cls, before: Tensor | None, loss: Tensor | None, like: Tensor) -> LossLevel:
-        """The level with one more loss.
+    def after(cls, before: Tensor | None, loss: Tensor | None, like: Tensor, latest: Tensor | None = None) -> LossLevel:
+        """The level after one more step.
 
         Args:
             before: The level before, 0 where none is known; from NaN comes NaN, which refuses the step.
             loss: Of the step; ``None`` where it was not seen.
             like: A tensor of the device at which it is kept.
+            latest: The loss that was seen last, 0 where none was, in whose place ``loss`` comes.
         """
         dtype, device = working_dtype(like), like.device
         if device.type == "cpu":
             largest = torch.finfo(dtype).max
-            return cls._of_numbers(
-                0.0 if before is None else float(before), None if loss is None else float(loss), largest
-            )
+            level, last = (0.0 if x is None else float(x) for x in (before, latest))
+            return cls._of_numbers(level, last, None if loss is None else float(loss), largest)
         unknown = torch.zeros((), dtype=dtype, device=device)
-        before = unknown if before is None else before.to(device, dtype)
-        carried = torch.where(before == 0, 1, before)
-        if loss is None:
-            return cls(carried, carried)
-        # At zero nothing is left to do; the smallest number keeps what is divided by it finite.
-        loss = loss.to(device, dtype).clamp(min=SMALLEST)
-        seen = loss.isfinite()  # gradients may be although squares of the outputs are not
-        loss = torch.where(seen, loss, carried)
-        mean = torch.where(before == 0, loss, torch.minimum(before.lerp(loss, 1 - DECAY), GROWTH * before))
-        return cls(mean, torch.minimum(mean, loss), seen | (before != 0))
+        begin, seen = (unknown if x is None else x.to(device, dtype) for x in (before, latest))
+        return cls._of_tensors(begin, seen, None if loss is None else loss.to(device, dtype))
 
     @classmethod
-    def _of_numbers(cls, before: float, loss: float | None, largest: float) -> LossLevel:
+    def _of_tensors(cls, before: Tensor, latest: Tensor, loss: Tensor | None) -> LossLevel:
+        """:meth:`after`, without waiting for a device."""
+        if loss is not None:
+            # At zero nothing is left to do; the smallest number keeps what is divided by it finite.
+            loss = loss.clamp(min=SMALLEST)
+            latest = torch.where(loss.isfinite(), loss, latest)  # gradients may be although squares of outputs are not
+        used = torch.where(latest != 0, latest, torch.where(before != 0, before, 1))
+        mean = torch.where(before == 0, used, torch.minimum(before.lerp(used, 1 - DECAY), GROWTH * before))
+        return cls(mean, torch.minimum(mean, used), (latest != 0) | (before != 0), latest)
+
+    @classmethod
+    def _of_numbers(cls, before: float, latest: float, loss: float | None, largest: float) -> LossLevel:
         """:meth:`after`, without the calls that a device needs."""
-        carried = before if before != 0 else 1.0
-        if loss is None:
-            return cls(carried, carried)
-        loss = max(loss, SMALLEST)
-        seen = loss <= largest
-        loss = loss if seen else carried
-        mean = min(before + (1 - DECAY) * (loss - before), GROWTH * before) if before != 0 else loss
-        return cls(mean, min(mean, loss), seen or before != 0)  # NaN stays: it is the first in both
+        if loss is not None and max(loss, SMALLEST) <= largest:
+            latest = max(loss, SMALLEST)
+        used = latest or before or 1.0
+        mean = min(before + (1 - DECAY) * (used - before), GROWTH * before) if before != 0 else used
+        return cls(mean, min(mean, used), latest != 0 or before != 0, latest)  # NaN stays: it is the first in both
 
 
 @dataclass(frozen=True)

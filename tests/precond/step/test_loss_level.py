@@ -141,22 +141,39 @@ def test_a_function_after_the_model_is_the_same_run_as_the_module(make: Any, par
 
 
 def test_the_level_is_that_of_the_formula() -> None:
-    values = [3.0, 2.0, 50.0, 1e9, 0.5, float("inf"), 0.1, 0.0, 0.2]
-    like, before, level = torch.zeros((), dtype=torch.float64), None, values[0]
+    values = [3.0, 2.0, 50.0, 1e9, 0.5, None, None, float("inf"), 0.1, None, 0.0, 0.2, 7.0, None]
+    like, saved, level, latest = torch.zeros((), dtype=torch.float64), {}, 0.0, 0.0
     for k, value in enumerate(values):
-        found = LossLevel.after(before, torch.tensor(value, dtype=torch.float64), like)
-        value = value if math.isfinite(value) else level  # it says nothing
-        level = level if k == 0 else min(0.9 * level + 0.1 * value, 1.01 * level)
+        loss = None if value is None else torch.tensor(value, dtype=torch.float64)
+        found = LossLevel.after(saved.get("level"), loss, like, saved.get("loss"))
+        latest = value if value is not None and math.isfinite(value) else latest  # others say nothing
+        level = latest if k == 0 else min(0.9 * level + 0.1 * latest, 1.01 * level)
         assert float(found.mean) == pytest.approx(level, rel=1e-12)
-        assert float(found.bound) == pytest.approx(min(level, value), rel=1e-12, abs=1e-30)
-        before = found.saved(before, like)
-    carried = LossLevel.after(before, None, like)
-    assert carried.mean == carried.bound == before
+        assert float(found.bound) == pytest.approx(min(level, latest), rel=1e-12, abs=1e-30)
+        saved = found.saved(like)
+    older = LossLevel.after(saved["level"], None, like)  # of a state without the last loss
+    assert older.mean == older.bound == saved["level"] and older.saved(like) == {"level": saved["level"], "loss": 0}
     assert LossLevel.after(None, None, like).mean == LossLevel.after(torch.zeros(()), None, like).mean == 1
     assert LossLevel.after(torch.zeros(()), torch.tensor(5.0), like).mean == 5
     lost = LossLevel.after(None, torch.tensor(math.inf), like)
-    assert lost.mean == 1 and lost.saved(None, like) == 0
-    assert LossLevel.after(None, None, like).saved(None, like) == 0 and carried.saved(before, like) is before
+    assert lost.mean == 1 and lost.saved(like) == LossLevel.after(None, None, like).saved(like)
+    assert lost.saved(like) == {"level": 0, "loss": 0}
+
+
+@pytest.mark.parametrize("make", FOLLOWING)
+def test_between_updates_the_last_loss_that_was_seen_stands(make: Any) -> None:
+    """A move is a share of the loss, not of an average that looks at it in some steps only."""
+    model, level, seen = network(), None, 0.0
+    optimizer = make(model, nn.MSELoss(), lr=0.1, curvature_update_period=4)
+    for k in range(10):
+        x, y = regression(k)
+        optimizer.zero_grad()
+        loss = optimizer.loss_fn(model(x), 0.2**k * y)
+        loss.backward()
+        optimizer.step()
+        seen = loss.item() if k % 4 == 0 else seen
+        level = seen if level is None else min(0.9 * level + 0.1 * seen, 1.01 * level)
+        assert float(optimizer.bound_level()) == pytest.approx(min(level, seen), rel=1e-9)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
