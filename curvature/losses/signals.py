@@ -90,8 +90,11 @@ class Signals:
 
     @property
     def aggregated(self) -> bool:
-        """Whether the loss has one term for each example, so that the model aggregates whatever positions it has."""
-        return self.positions == 1
+        """Whether one term of each example counts at most: the model aggregates whatever positions it has.
+
+        Slicing the other positions away, masking them and ignoring their targets are one loss.
+        """
+        return self.positions == 1 or bool((self.mask.sum(-1) <= 1).all())
 
     @property
     def mask(self) -> Tensor:

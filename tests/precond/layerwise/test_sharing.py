@@ -72,6 +72,48 @@ def test_a_pooling_model_is_reduced_and_a_tagger_is_not() -> None:
     assert same(auto, expand) and not same(auto, reduce)
 
 
+class Encoded(nn.Module):
+    """Classes of each of four positions, ``(N, 4, 3)``, after attention among them; or those of the first alone."""
+
+    def __init__(self, first: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.head = nn.TransformerEncoderLayer(2, 1, 6, 0.0, "gelu", batch_first=True), nn.Linear(2, 3)
+        self.first = first
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.layer(x.unflatten(1, (4, 2)))
+        return self.head(out[:, 0] if self.first else out)
+
+
+def test_one_position_is_one_loss_however_it_is_picked() -> None:
+    """Inside the model, outside of it, or by ignoring all others."""
+    x, y = data()
+    ignoring = torch.cat([y[:, None], torch.full((6, 3), -100)], 1)
+    found = []
+    for first, pick, target in (
+        (True, lambda z: z, y),
+        (False, lambda z: z[:, 0], y),
+        (False, lambda z: z.mT, ignoring),
+    ):
+        model, loss_fn = Encoded(first), nn.CrossEntropyLoss()
+        optimizer = KFAC(model, loss_fn, fisher="empirical")
+        loss_fn(pick(model(x)), target).backward()
+        optimizer.step()
+        assert optimizer.coverage()["layer.linear1.weight"].why.endswith("positions: reduce")
+        found.append({name: p.estimator.operator().to_dense() for name, p in optimizer.preconditioners.items()})
+    inside, outside, ignored = found
+    assert same(outside, ignored)
+    for name in (
+        "layer.self_attn.in_proj",
+        "layer.norm2",
+        "head",
+    ):  # of others, inputs of positions without effect count
+        block = f"{name}_weight+{name}_bias" if "proj" in name else f"{name}.weight+{name}.bias"
+        torch.testing.assert_close(inside[block], outside[block], rtol=1e-9, atol=1e-14)
+
+
 def test_micro_batches_add_up() -> None:
     x, y = data()
     assert same(factors(Pooled(), [(x, y)]), factors(Pooled(), [(x[:2], y[:2]), (x[2:], y[2:])]))
