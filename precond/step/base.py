@@ -97,8 +97,6 @@ class SecondOrderOptimizer(BoundedOptimizer):
     by_role: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({})
     #: The settings of :class:`Loop` that affect the method.
     loop_settings: ClassVar[frozenset[str]] = frozenset({"nonfinite", "max_skips"})
-    #: Names of the options that the constructor was given, so that one without effect is refused and a default is not.
-    given: frozenset[str] = frozenset()
     _step_supports_amp_scaling = True
     #: Change of the objective in the last step that was compared with its quadratic model: promised, and true.
     judged: tuple[float, float] | None = None

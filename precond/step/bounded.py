@@ -23,6 +23,8 @@ class BoundedOptimizer(CheckedOptimizer):
 
     #: Whether bounds may be in units of the loss (``TrustRegion(unit="loss")``).
     sees_loss: ClassVar[bool] = False
+    #: Names of the options that the constructor was given, so that one without effect is refused and a default is not.
+    given: frozenset[str] = frozenset()
     #: Squared lengths of momenta in a metric that is new.
     measured: dict[Tensor, Tensor]
     #: How often the bound was active.
@@ -86,7 +88,12 @@ class BoundedOptimizer(CheckedOptimizer):
         if move is None:
             return self.bounds
         bounds, group = self.bounds.after(move), self.param_groups[0]
-        if group["kl_clip"] is None or not bounds.worth_telling():  # a quadratic model's own region follows its steps
+        chosen = "kl_clip" in self.given or group["kl_clip"] != self.defaults.get(
+            "kl_clip"
+        )  # a default is meant to bound
+        if (
+            group["kl_clip"] is None or not chosen or not bounds.worth_telling()
+        ):  # a model's own region follows its steps
             return bounds
         log.warning(
             "%s: kl_clip=%g has shortened %.0f%% of the steps so far. It sets their length, with lr over %s, "

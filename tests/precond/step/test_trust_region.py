@@ -178,6 +178,17 @@ def test_an_active_bound_is_told_once_and_counted(caplog: pytest.LogCaptureFixtu
         for k in range(30):
             step(model, loose, k)
         assert loose.metrics()["bound"] == 0 and len(caplog.records) == 1
+        loose.detach()
+        model = network()
+        default, group = KFAC(model, nn.CrossEntropyLoss(), lr=0.3), {"params": model.parameters(), "kl_clip": 1e-7}
+        for k in range(60):
+            step(model, default, k)
+        assert default.metrics()["bound"] > 0.9 and len(caplog.records) == 1  # nobody asked for it
+        default.detach()
+        own = KFAC(model, nn.CrossEntropyLoss(), lr=0.3, params=[group])
+        for k in range(60):
+            step(model, own, k)
+        assert len(caplog.records) == 2 and "kl_clip=1e-07 has shortened" in caplog.records[1].message
     free = KFAC(model, nn.CrossEntropyLoss(), lr=0.1, kl_clip=None)
     counts = dict.fromkeys(("refreshes", "failures", "decompositions_in_float64", "decompositions_perturbed"), 0.0)
     assert free.metrics() == {"lr": 0.1, "damping": 0.01, "steps": 0.0, "skipped": 0.0} | counts
