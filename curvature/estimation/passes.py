@@ -52,6 +52,7 @@ class TapedLoss:
     looked: bool = False  # since the pass was expected to be run again
     arriving: Tensor | None = None  # the weight over the backward pass under way
     number: int = -1  # of the node of its value in the graph
+    aggregated: bool | None = None  # it has one term for each example, if somebody looked
     alive: Callable[[], Any] = lambda: None  # a hook that lives as long as a gradient may arrive at the value
 
     def seen(self, output: Any) -> Any:

@@ -268,13 +268,18 @@ class Statistics:
         hooked = [o for o in passes if o.recorder is not None and o.recorder.hooks.look([terms.output])]
         with self._open_graph(passes, terms.output):
             # What hooks make of gradients on their way is no matter of curvature.
-            if call is not None and not hooked and self._waits(passes, recorder, terms, share):
+            if call is not None and not hooked and self._waits(passes, recorder, terms, share, call):
                 return self._refuse_hidden(recorder)
             terms = in_their_places(terms, passes, self.batch_dim)
             kind = self.curvature.kind
+            others = self._others_aggregated(passes, call)
             if kind != "empirical":
                 terms = terms.fisher(strict=False)
-            signals = Signals.of(terms, kind, self.curvature.samples, self.generator, recorder.batch, together=True)
+            signals = Signals.of(
+                *(terms, kind, self.curvature.samples, self.generator, recorder.batch),
+                together=True,
+                others_aggregated=others,
+            )
             scale = None if share.entries is None else share.entries.sqrt()
             counted = self._step.counted_in(passes)
             reached = self.collector.collect(
@@ -282,6 +287,21 @@ class Statistics:
             )
             self._refuse_hidden(recorder)
             self._note(reached)
+
+    def _others_aggregated(self, passes: list[Pass], call: TapedLoss | None) -> bool:
+        """Whether all other losses of some passes at which gradients may arrive have one term for each example."""
+        others = dict.fromkeys(c for origin in passes for c in origin.calls if c is not call)
+        return all(self._aggregated(other) for other in others if other.weight is not None or other.alive() is not None)
+
+    def _aggregated(self, call: TapedLoss) -> bool:
+        """Whether a loss has one term for each example; one that tells nothing of its terms has no say."""
+        loss = self._loss_of(call)
+        if call.aggregated is None and loss is not None and not _has_no_example(call.output):
+            number = next((o.recorder.batch for o in call.passes if o.recorder is not None), None)
+            with contextlib.suppress(NoCurvatureError), self.tape.own_pass(call.passes, call.output):
+                terms = in_their_places(self._terms(loss, call), call.passes, self.batch_dim)
+                call.aggregated = Signals.of(terms, self.curvature.kind, batch=number, together=True).aggregated
+        return call.aggregated is not False
 
     def _note(self, reached: set[str]) -> None:
         self._step.note(reached)
@@ -294,7 +314,7 @@ class Statistics:
         if hides and self.tape.mode == "auto" and self._mark is not None:
             raise RuntimeError("a checkpoint with use_reentrant=True hides parameters")
 
-    def _waits(self, passes: list[Pass], recorder: Recorder, terms: Terms, share: Weight) -> bool:
+    def _waits(self, passes: list[Pass], recorder: Recorder, terms: Terms, share: Weight, call: TapedLoss) -> bool:
         """Whether the user's own backward pass brings empirical statistics, so that none of ours is needed.
 
         It does not where it brings something besides the loss: that of another loss, of a penalty on activations.
@@ -305,7 +325,11 @@ class Statistics:
         if not only_way(torch._C._current_autograd_node(), terms.output.grad_fn, sites):
             return False
         signals = Signals(
-            in_their_places(terms, passes, self.batch_dim), "empirical", batch=recorder.batch, together=True
+            in_their_places(terms, passes, self.batch_dim),
+            "empirical",
+            batch=recorder.batch,
+            together=True,
+            others_aggregated=self._others_aggregated(passes, call),
         )
         backward = self.collector.await_backward(recorder, signals, lambda: not self.tape.inside)
         if backward is not None:
@@ -517,15 +541,18 @@ class Statistics:
                 if same is not None:
                     inside[call] = same
                     rest.remove(same)
+            seen = {call: inside.get(call) or self._seen_again(call, again) for call in calls}
+            again.calls = list(seen.values())
             for call in calls:
                 assert call.weight is not None
-                self.arrived(inside.get(call) or self._seen_again(call, again), call.weight)
+                self.arrived(seen[call], call.weight)
             if origin.gradient is not None and (origin.beside or not (calls or own is not None)):
                 if origin.edited:
                     raise _not_repeated(tuple(again.output.shape))
                 gradient = origin.gradient if own is None else origin.gradient - own
                 terms, share = self._from_gradient(origin, again.output, gradient)
                 self._take([again], terms, share, None)
+            again.calls = []  # which hold it
 
     def _seen_again(self, call: TapedLoss, again: Pass) -> TapedLoss:
         """A call of the loss on what a repeated pass returned."""
@@ -535,7 +562,7 @@ class Statistics:
             z = call.seen(again.output)
         else:
             raise _not_repeated(call.shape)
-        return TapedLoss(call.module, call.args, call.kwargs, z, [again], call.place, call.value)
+        return TapedLoss(*(call.module, call.args, call.kwargs, z, [again], call.place, call.value), alive=lambda: True)
 
     def _arrived_at_own_loss(self, again: Pass, weight: Tensor | None) -> Tensor | None:
         """Hand the gradient at the loss that a repeated pass computed on to the calls of losses that it consists of.
@@ -550,6 +577,7 @@ class Statistics:
         ends = [call.value for call in calls] + ([] if output is None else [output])
         with self.tape.own_pass([again], again.loss):
             weights = torch.autograd.grad(again.loss, ends, weight, retain_graph=True, allow_unused=True)
+        again.calls = [call for call, arrived in zip(calls, weights, strict=False) if arrived is not None]
         for call, arrived in zip(calls, weights, strict=False):
             if arrived is not None:
                 self.arrived(call, arrived)

@@ -27,8 +27,9 @@ from curvature.structures.estimator import CurvatureEstimator, Form
 from curvature.structures.whole import Share, WholeEstimator
 from solvers.precision import full_float32
 
-#: Block and use -> positions of it whose inputs were counted; ``None`` for all.
-Counted = dict[Any, Tensor | None]
+#: Block and use -> positions of it whose inputs were counted; ``None`` for all. Block and "aggregated" -> whether all
+#: losses of the pass have one term for each example, by which the block treats its positions.
+Counted = dict[Any, Any]
 #: Block and use -> owners of its rows, and where they go, in the pass at hand.
 Sorted = dict[tuple[str, int], tuple[Tensor, SortedRows]]
 #: Backward passes up to which a signal is sent back for one example at a time where nothing else keeps them apart.
@@ -263,13 +264,34 @@ class StepCollector(Collector):
         return reached
 
     def _update(self, group: Group, uses: list[Outer | PerSample], first: bool, **options: Any) -> None:
+        aggregated = self._aggregated_for(group, uses, bool(options.get("merge")))
         if first:
             uses, first = self._new(group, uses)
-        uses = [self._placed(group, use) for use in uses]
-        scales: dict[str, Any] = {"factor": self._factor, "linear": self._linear}
-        samples = Samples(tuple(uses), 0.0, first, **self.of_batch, **scales, **options)
+        uses = [self._placed(group, use, aggregated) for use in uses]
+        scales: dict[str, Any] = {"factor": self._factor, "linear": self._linear, "aggregated": aggregated}
+        samples = Samples(tuple(uses), 0.0, first, **self.of_batch | scales, **options)
         with full_float32:
             self.learn(group, samples)
+
+    def _aggregated_for(self, group: Group, uses: list[Outer | PerSample], merge: bool) -> bool:
+        """Whether all losses of the pass have one term for each example, by which a block treats its positions.
+
+        Raises:
+            ValueError: If one comes that has several, after the inputs were counted as for those before.
+        """
+        key, now = (group.block.name, "aggregated"), self._aggregated and not merge
+        before = self._counted.setdefault(key, now)
+        if before and not now:
+            choose = self.estimator_of(group).chosen_sharing
+            several = (use for use in uses if isinstance(use, Outer) and use.positions > 1)
+            if any(choose(use, True) != choose(use, False) for use in several):
+                raise ValueError(
+                    f"two losses of one forward pass ask for different Kronecker factors of {group.block.name}: the "
+                    "first had one term for each example ('reduce'), and one that was not known when its gradient "
+                    "arrived has several ('expand'). Call all losses of a pass before backward(), by modules rather "
+                    "than functions, or give one choice, such as sharing='expand'."
+                )
+        return before and now
 
     def _new(self, group: Group, uses: list[Outer | PerSample]) -> tuple[list[Outer | PerSample], bool]:
         """The uses with those positions alone that count and did not before; whether there are any."""
@@ -288,7 +310,7 @@ class StepCollector(Collector):
             out.append(replace(use, valid=fresh) if isinstance(use, Outer) else use)
         return out, new
 
-    def _placed(self, group: Group, use: Outer | PerSample) -> Outer | PerSample:
+    def _placed(self, group: Group, use: Outer | PerSample, aggregated: bool) -> Outer | PerSample:
         """A use with its rows in the places of their examples."""
         if (group.block.name, use.source) not in self._sorted:
             return use
@@ -297,7 +319,7 @@ class StepCollector(Collector):
         averages = estimator.averages_positions
         if isinstance(use, Outer):  # sorted, its rows are no table any more
             here = replace(use, serves_all=False, valid=None)
-            averages |= estimator.chosen_sharing(here, self._aggregated) == "reduce"
+            averages |= estimator.chosen_sharing(here, aggregated) == "reduce"
         return rows.of(use, not averages)
 
 

@@ -50,7 +50,7 @@ def called_again(again: Pass, func: Any, args: Any, kwargs: Any, value: Any) -> 
     """One of torch's loss functions was called in a repeated pass; its value keeps its graph."""
     found = called(func, args, kwargs)
     if found is not None and isinstance(value, Tensor) and value.requires_grad and found[1][0].requires_grad:
-        taped(found[0], found[1], {}, found[1][0], value, [again], True)
+        taped(found[0], found[1], {}, found[1][0], value, [again], True).alive = lambda: True
 
 
 def beside(

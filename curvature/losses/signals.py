@@ -49,6 +49,7 @@ class Signals:
         batch: Number of examples of the model, where the loss was called on flattened examples and positions.
         together: For ``empirical``: add up the terms of an example, as one backward pass of the loss does.
         given: Signals that were made before, in the place of those of ``kind``.
+        others_aggregated: Whether every other loss of the same pass has one term for each example.
     """
 
     terms: Terms
@@ -58,6 +59,7 @@ class Signals:
     batch: int | None = None
     together: bool = False
     given: tuple[Tensor, ...] | None = None
+    others_aggregated: bool = True
 
     @staticmethod
     def of(terms: Terms, kind: FisherKind, *options: Any, **named: Any) -> Signals:
@@ -90,11 +92,11 @@ class Signals:
 
     @property
     def aggregated(self) -> bool:
-        """Whether one term of each example counts at most: the model aggregates whatever positions it has.
+        """Whether one term of each example counts at most, in all losses of the pass: the model aggregates positions.
 
         Slicing the other positions away, masking them and ignoring their targets are one loss.
         """
-        return self.positions == 1 or bool((self.mask.sum(-1) <= 1).all())
+        return self.others_aggregated and (self.positions == 1 or bool((self.mask.sum(-1) <= 1).all()))
 
     @property
     def mask(self) -> Tensor:
@@ -227,7 +229,7 @@ class JointSignals(Signals):
 
     @property
     def aggregated(self) -> bool:
-        return all(part.aggregated for part in self.parts)
+        return self.others_aggregated and all(part.aggregated for part in self.parts)
 
     def __len__(self) -> int:
         if self.given is not None:

@@ -35,8 +35,9 @@ class KroneckerEstimator(MeansEstimator):
 
     With ``"auto"`` a dense layer at several positions has ``reduce`` in a pass whose loss has one term for each
     example, since the model then aggregates the positions; so has a convolution whose patches do not overlap, which is
-    one. It has ``expand`` where the loss has terms for the positions (language models), and so have other convolutions
-    and recurrent layers, and all layers where it is not known which positions belong to an example.
+    one. It has ``expand`` where the loss has terms for the positions (language models), or one of several losses of the
+    pass has, also one of weight zero, and so have other convolutions and recurrent layers, and all layers where it is
+    not known which positions belong to an example.
 
     All uses of the block count as further positions. Where a matrix is used from both sides (an embedding tied to a
     head), each side has its own Kronecker product and the block is the nearest Kronecker product to their sum.

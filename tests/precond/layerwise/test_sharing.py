@@ -114,6 +114,51 @@ def test_one_position_is_one_loss_however_it_is_picked() -> None:
         torch.testing.assert_close(inside[block], outside[block], rtol=1e-9, atol=1e-14)
 
 
+class TwoHeads(nn.Module):
+    """Classes of each of four positions, ``(N, 3, 4)``, and of their mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.tokens, self.pooled = nn.Linear(2, 5), nn.Linear(5, 3), nn.Linear(5, 3)
+        self.double()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        out = self.body(x.unflatten(1, (4, 2))).tanh()
+        return self.tokens(out).mT, self.pooled(out.mean(1))
+
+
+def of_two_losses(order: str, fisher: str = "empirical", **options: Any) -> tuple[dict[str, Tensor], str]:
+    """The estimates, and what the table says of the body; letters call the losses, and add them up, in this order."""
+    (x, y), model, loss_fn = data(), TwoHeads(), nn.CrossEntropyLoss()
+    optimizer = KFAC(model, loss_fn, fisher=fisher, **options)
+    tokens, pooled = model(x)
+    losses = [loss_fn(tokens, y[:, None].expand(6, 4)) if c == "t" else loss_fn(pooled, y) for c in order]
+    torch.stack(losses).sum().backward()
+    optimizer.step()
+    found = {name: p.estimator.operator().to_dense() for name, p in optimizer.preconditioners.items()}
+    return found, optimizer.coverage()["body.weight"].why
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "exact"])
+def test_losses_of_a_pass_have_one_choice_whatever_their_order(fisher: str) -> None:
+    one, other, expand = (
+        of_two_losses(o, fisher, **s) for o, s in (("tp", {}), ("pt", {}), ("pt", {"sharing": "expand"}))
+    )
+    assert same(one[0], other[0]) and same(one[0], expand[0])
+    assert one[1] == other[1] and one[1].endswith("positions: expand")
+    assert of_two_losses("pp", fisher)[1].endswith("positions: reduce")
+
+
+def test_a_loss_that_comes_too_late_for_the_choice_is_refused() -> None:
+    (x, y), model, loss_fn = data(), TwoHeads(), nn.CrossEntropyLoss()
+    KFAC(model, loss_fn, fisher="empirical")
+    tokens, pooled = model(x)
+    loss_fn(pooled, y).backward(retain_graph=True)
+    with pytest.raises(ValueError, match="two losses of one forward pass ask for different Kronecker factors of body"):
+        loss_fn(tokens, y[:, None].expand(6, 4)).backward()
+
+
 def test_micro_batches_add_up() -> None:
     x, y = data()
     assert same(factors(Pooled(), [(x, y)]), factors(Pooled(), [(x[:2], y[:2]), (x[2:], y[2:])]))
