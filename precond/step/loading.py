@@ -27,6 +27,10 @@ OLDER: Mapping[str, Any] = {
     "table_lr": 1.0,
     "table_ratio": math.inf,
 }
+#: Entry of a saved group: names of its options that followed functions of the step, whose values are those of a moment.
+SCHEDULED = "scheduled"
+#: Options that say what another one means.
+WITH = {"damping": ("damping_unit",), "kl_clip": ("kl_unit", "kl_lr", "kl_of")}
 #: What to do about a state that does not fit.
 _MEND = (
     "Load the state that was saved for this model and this method (built with the same options), or begin without one. "
@@ -67,6 +71,17 @@ def require_own(saved: Mapping[str, Any], method: str) -> None:
 def meant_before(group: Mapping[str, Any]) -> dict[str, Any]:
     """Options that a state means where it is older than they are, among those of a group."""
     return {name: value for name, value in OLDER.items() if name in group}
+
+
+def not_of_a_moment(group: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that a group keeps, because the saved ones are momentary values of functions of the step.
+
+    Args:
+        group: As loaded; :data:`SCHEDULED` is taken away.
+        own: As it was before.
+    """
+    names = [name for name in group.pop(SCHEDULED, "").split(",") if name in own]
+    return {name: own[name] for first in names for name in (first, *WITH.get(first, ())) if name in own}
 
 
 def _is_layout(saved: Any) -> bool:

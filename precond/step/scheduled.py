@@ -11,7 +11,7 @@ from torch import Tensor
 
 from precond.distributed.sharded import refuse, refuse_several_meshes
 from precond.step.given import group_of, listed, require_parameters
-from precond.step.loading import meant_before, require_fit, require_layout, require_own
+from precond.step.loading import meant_before, not_of_a_moment, require_fit, require_layout, require_own
 from precond.step.options import check_options, in_groups
 from precond.step.schedules import FIXED, numbers_at, split
 from precond.step.update import SCHEDULED_DECAY
@@ -23,7 +23,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
     Every numeric option but ``lr``, of the optimizer or of one group, may be a function of the number of steps taken
     before, such as ``damping=lambda step: max(0.1 * 0.99**step, 1e-4)``. The groups hold numbers at all times; before a
     step the functions write them. They are copied and pickled with the optimizer (a lambda cannot be pickled), but
-    stay out of ``state_dict``, which holds the number of steps, from which a resumed run continues.
+    stay out of ``state_dict``, which holds the number of steps, from which a resumed run continues, and their names.
 
     Args:
         params: Parameters, groups, or named parameters.
@@ -136,6 +136,9 @@ class ScheduledOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`; the state of a half-precision parameter keeps the precision it was saved with.
 
+        Options are those that were saved, but for those that follow a function of the step, here or where they were
+        saved: these stay as they are here.
+
         Raises:
             ValueError: If names, shapes or kinds of the entries are not those of the parameters, or one is not finite;
                 nothing has changed then.
@@ -161,4 +164,5 @@ class ScheduledOptimizer(torch.optim.Optimizer):
                 group.update({"kl_lr": None, "kl_of": "direction"})
             before = {**own, **meant_before(own)}
             group.update({name: value for name, value in before.items() if name not in group})
+            group.update(not_of_a_moment(group, own))
         self.apply_schedules()

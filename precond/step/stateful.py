@@ -12,7 +12,7 @@ from torch import Tensor
 
 from precond.distributed.checkpoint import PACKED, asked_by_checkpoint, marked, packed, unpacked
 from precond.distributed.sharded import any_sharded, tell, together
-from precond.step.loading import require_layout
+from precond.step.loading import SCHEDULED, require_layout
 from precond.step.norm_control import is_matrix, radius
 from precond.step.scheduled import ScheduledOptimizer
 from precond.step.transaction import Transaction
@@ -81,6 +81,9 @@ class StatefulOptimizer(ScheduledOptimizer):
                     if not entries and not p.requires_grad:
                         continue  # it is frozen
                     out["state"][numbers[p]] = packed(entries, self._template(p, entries, group, schedules))
+        else:  # older files of torch.distributed.checkpoint have no such entry, which a template would ask for
+            for group, schedules in zip(out["param_groups"], self.schedules, strict=True):
+                group.update({SCHEDULED: ",".join(sorted(schedules))} if schedules else {})
         marked(out, {number for p, number in numbers.items() if p.requires_grad}, self.method_name())
         return out
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from precond import MFAC, SOAP, CurveBall, GaLore, HessianFree, Muon, Shampoo, methods
+from precond import KFAC, MFAC, SOAP, CurveBall, GaLore, HessianFree, Muon, Shampoo, methods
 from tests.precond.test_protocol import OPTIONS, Training, same
 
 GRADIENT = [method.name for method in methods() if method.needs == "grad"]
@@ -218,3 +218,33 @@ def test_an_error_inside_a_schedule_says_where():
     with pytest.raises(IndexError) as caught:
         run(lambda p: SOAP(p, weight_decay=broken))
     assert caught.value.__notes__ == ["(in the schedule of weight_decay, at step 2)"]
+
+
+def test_the_value_of_a_moment_is_not_loaded_as_a_constant():
+    """Other options are; the unit of a damping goes with it."""
+
+    def make(**options):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2)
+        return model, KFAC(model, nn.MSELoss(), **options)
+
+    model, saved = make(damping=decay, momentum=0.5)
+    for _ in range(3):
+        saved.zero_grad()
+        saved.loss_fn(model(torch.ones(4, 3)), torch.zeros(4, 2)).backward()
+        saved.step()
+    state = copy.deepcopy(saved.state_dict())
+    assert (
+        saved.param_groups[0]["curvature_update_period"] == 2 and saved.param_groups[0]["damping_unit"] == "curvature"
+    )
+    _, fixed = make(curvature_update_period=1)
+    fixed.load_state_dict(state)
+    (group,) = fixed.param_groups
+    assert (group["curvature_update_period"], group["damping"], group["damping_unit"]) == (1, 0.01, "loss")
+    assert group["momentum"] == 0.5 and fixed.steps == 3 and "scheduled" not in group
+    _, constant = make(curvature_update_period=7)
+    _, default = make()
+    default.load_state_dict(constant.state_dict())
+    assert default.param_groups[0]["curvature_update_period"] == 1  # of its own schedule, at step 0
+    constant.load_state_dict(make(curvature_update_period=3)[1].state_dict())
+    assert constant.param_groups[0]["curvature_update_period"] == 3  # a constant is an option like any other
