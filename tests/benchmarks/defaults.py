@@ -6,7 +6,8 @@ A method is a call as in a script, without parameters, model and loss: ``SOAP``,
 problems, batches, steps and schedule (warm-up of a twentieth, then a cosine to zero). The target of a problem and a
 seed is the last loss of the best of AdamW's twelve runs. Counted are the share of the run until the target is reached,
 2 where it is not; the seconds of CPU until then as multiples of that AdamW's whole run; and crashes, and runs that end
-above their first loss or at no number. Runs are kept in ``--out``, a line each, and are not made again.
+above their first loss or at no number. Runs are kept in ``--out``, a line each, and are not made again while the code
+that made them is the same (:mod:`tests.benchmarks.fingerprint`).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import torch
 import precond
 from solvers import SolverError
 from tests.benchmarks.calls import read_call
+from tests.benchmarks.fingerprint import fingerprint
 from tests.benchmarks.later_problems import LATER
 from tests.benchmarks.small_problems import CONFIRM, PROBLEMS, TUNE, SmallProblem
 
@@ -57,6 +59,7 @@ class Run:
         losses: Before the first step, and after every :data:`EVERY` steps.
         seconds: Of CPU for all steps.
         error: Of what was raised, if anything.
+        code: Fingerprint of the code that made it.
     """
 
     method: str
@@ -66,6 +69,7 @@ class Run:
     losses: list[float]
     seconds: float
     error: str = ""
+    code: str = ""
 
     @property
     def failed(self) -> bool:
@@ -79,6 +83,12 @@ class Run:
         reached = (i for i, loss in enumerate(self.losses) if loss <= target)
         first = next(reached, None)
         return MISS if first is None else min(1.0, max(first, 1) * EVERY / self.steps)
+
+
+def code_of(method: str) -> str:
+    """Fingerprint of what a run of a method depends on; those of torch do not depend on our packages."""
+    ours = read_call(method)[0] not in ("AdamW", "TorchMuon")
+    return fingerprint("defaults", "small_problems", "problems", packages=ours)
 
 
 def build(method: str, problem: SmallProblem) -> torch.optim.Optimizer:
@@ -142,18 +152,19 @@ def run(method: str, name: str, seed: int, steps: int | None = None) -> Run:
                     losses.append(problem.measure())
         except (RuntimeError, ArithmeticError, SolverError, ValueError, TypeError, NotImplementedError) as failure:
             error = f"{type(failure).__name__}: {failure}"[:300]
-        return Run(method, name, seed, steps, losses, seconds, error)
+        return Run(method, name, seed, steps, losses, seconds, error, code_of(method))
 
 
 class Results:
-    """Runs that are kept in a file, a line each."""
+    """Runs that are kept in a file, a line each; those of other code stay there and do not count."""
 
     def __init__(self, path: Path | None) -> None:
         self.path, self.known = path, {}
         if path is not None and path.exists():
             for line in path.read_text().splitlines():
                 found = Run(**json.loads(line))
-                self.known[found.method, found.problem, found.seed] = found
+                if found.code == code_of(found.method):
+                    self.known[found.method, found.problem, found.seed] = found
 
     def get(self, method: str, problem: str, seed: int) -> Run:
         """A run, made now or before."""
