@@ -59,6 +59,7 @@ if TYPE_CHECKING:  # what each name is; loaded when it is first used, by the sam
     from precond.layerwise.smw import SMWNaturalGradient
     from precond.layerwise.tnt import TNT
     from precond.step.adapt import LevenbergMarquardt
+    from precond.step.adaptive_rate import AdaptiveRate
     from precond.step.averaging import IterateAverage
     from precond.step.base import SecondOrderOptimizer
     from precond.step.lookahead import EMANesterov
@@ -111,6 +112,7 @@ else:
             ".layerwise.smw": "SMWNaturalGradient",
             ".layerwise.tnt": "TNT",
             ".step.adapt": "LevenbergMarquardt",
+            ".step.adaptive_rate": "AdaptiveRate",
             ".step.averaging": "IterateAverage",
             ".step.base": "SecondOrderOptimizer",
             ".step.lookahead": "EMANesterov",
@@ -152,6 +154,7 @@ __all__ = [
     "TNT",
     # options as objects
     "AdamStep",
+    "AdaptiveRate",
     "EMANesterov",
     "Hyperball",
     "Loop",

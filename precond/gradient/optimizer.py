@@ -15,6 +15,7 @@ from precond.distributed import shard_blocks
 from precond.distributed.exchange import Exchange, owners
 from precond.distributed.sharded import is_sharded, local
 from precond.gradient.cautious import cautious
+from precond.step.adaptive_rate import AdaptiveRate, adapted, is_adaptive, rate_entries, rate_state
 from precond.step.base import MomentumOptions, SecondOrderOptimizer, UpdateOptions
 from precond.step.divergence import TOLERATED_FAILURES, squares_fit
 from precond.step.journal import FAILURES, REFRESHES
@@ -32,13 +33,19 @@ Shards = Literal["lossless", "local"]
 MATRICES = frozenset({"factor", "basis", "root"})
 
 
-class GradientOptions(UpdateOptions, total=False):
-    """Options that every method of :class:`GradientOptimizer` has."""
+class DirectionOptions(UpdateOptions, total=False):
+    """Options of methods with their own default of ``adaptive_rate``."""
 
     cautious: bool
     vectors: Vectors | None
     tables: Tables | None
     shards: Shards
+
+
+class GradientOptions(DirectionOptions, total=False):
+    """Options that every method of :class:`GradientOptimizer` has."""
+
+    adaptive_rate: AdaptiveRate | None
 
 
 class GradientMomentumOptions(GradientOptions, MomentumOptions, total=False):
@@ -68,6 +75,7 @@ class GradientOptimizer(SecondOrderOptimizer):
         shards: Of parameters that are sharded over processes: ``"lossless"`` sends them to owners, who take the steps
             of one process; ``"local"`` sends nothing, and takes the rows that each process holds for a parameter of
             their own, so that steps depend on the number of processes. Without shards they are one.
+        adaptive_rate: A rate for each parameter that finds itself, :class:`~precond.AdaptiveRate`; ``None`` for ``lr``.
         defaults: Further options of the parameter groups, of the method's own.
         options: See :class:`SecondOrderOptimizer`.
     """
@@ -87,10 +95,17 @@ class GradientOptimizer(SecondOrderOptimizer):
         vectors: Vectors | None = None,
         tables: Tables | None = None,
         shards: Shards = "lossless",
+        adaptive_rate: AdaptiveRate | None = None,
         defaults: dict[str, Any] | None = None,
         **options: Any,
     ) -> None:
-        own = {"cautious": cautious, "shards": shards, **vectors_entries(vectors), **tables_entries(tables)}
+        own = {
+            "cautious": cautious,
+            "shards": shards,
+            **vectors_entries(vectors),
+            **tables_entries(tables),
+            **rate_entries(adaptive_rate),
+        }
         defaults = {**own, **(defaults or {})}
         super().__init__(params, lr=lr, defaults=defaults, **options)
 
@@ -140,9 +155,10 @@ class GradientOptimizer(SecondOrderOptimizer):
         cut = {**self.shard_state(p), shard_blocks.TABLE: 0} if part is not p and p.numel() else {}
         if not part.numel():
             return {"step": 0, **cut}
+        own = {"step": 0, **(rate_state(state_zeros(part)) if is_adaptive(group) else {})}
         if self.has_adam and is_table(part, group):
-            return {"step": 0, "exp_avg": state_zeros(part), "exp_avg_sq": state_zeros(part), **cut}
-        return {"step": 0, **self.initial_state(part, group), **cut}
+            return {**own, "exp_avg": state_zeros(part), "exp_avg_sq": state_zeros(part), **cut}
+        return {**own, **self.initial_state(part, group), **cut}
 
     @staticmethod
     def divides(p: Tensor, group: Group) -> bool:
@@ -254,7 +270,10 @@ class GradientOptimizer(SecondOrderOptimizer):
                 for some, options, rate in self._by_kind(params, group):
                     raised = [widen(gradients[p]) for p in some]
                     found = compute(some, raised, options)
-                    found = cautious(found, raised, stacked=group.get("stacked", False)) if group["cautious"] else found
+                    if group["cautious"]:
+                        found = cautious(found, raised, stacked=group.get("stacked", False))
+                    if is_adaptive(group):
+                        found = adapted(found, raised, [self.state[p] for p in some], group)
                     out |= zip(some, found if rate == 1 else torch._foreach_mul(found, rate), strict=True)
         return out
 

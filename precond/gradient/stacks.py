@@ -12,11 +12,30 @@ import torch
 from torch import Tensor
 
 from precond.distributed.sharded import is_sharded
-from precond.gradient.optimizer import GradientMomentumOptions, GradientOptimizer, GradientOptions, Group, State
+from precond.gradient.optimizer import (
+    DirectionOptions,
+    GradientMomentumOptions,
+    GradientOptimizer,
+    GradientOptions,
+    Group,
+    State,
+)
 from precond.gradient.rows import normalized_rows, row_state
+from precond.step.adaptive_rate import OWN
+from precond.step.base import MomentumOptions
 from precond.step.journal import REFRESHES
 from solvers import SolverError
 from solvers.outcome.arguments import number
+
+
+class AdaptiveOptions(DirectionOptions, total=False):
+    """Options of methods with their own default of ``adaptive_rate``."""
+
+    row_normalization: float | None
+
+
+class AdaptiveMomentumOptions(AdaptiveOptions, MomentumOptions, total=False):
+    """:class:`AdaptiveOptions`, and ``momentum`` for methods with the default one."""
 
 
 class StackedOptions(GradientOptions, total=False):
@@ -43,7 +62,7 @@ class Stack:
     def __init__(self, params: list[Tensor], states: list[State]) -> None:
         self.params, self._states = params, states
         own = states[0].items()
-        names = [name for name, value in own if isinstance(value, Tensor) and not is_sharded(value)]
+        names = [name for name, value in own if _is_stacked(name, value)]
         if len(states) == 1:
             # A slice of a former stack may be aligned so that products round otherwise than in separate memory.
             states[0].update({name: _own(states[0][name]) for name in names})
@@ -235,8 +254,13 @@ def alike(keys: Sequence[Hashable], sizes: Sequence[int], limit: int = 2**18) ->
     return [places for found in stacks.values() for places in found]
 
 
+def _is_stacked(name: str, value: Any) -> bool:
+    """Whether an entry of a state lies in joint tensors; what is written parameter by parameter does not."""
+    return isinstance(value, Tensor) and not is_sharded(value) and name not in OWN
+
+
 def _layout(state: State) -> Hashable:
-    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor) and name not in OWN}
     return tuple((name, value.shape, value.dtype, value.device) for name, value in tensors.items())
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from precond.distributed.sharded import local
+from precond.step.adaptive_rate import CONSTANT
 from precond.step.divergence import Name, all_finite
 from solvers.tree import Path, pieces, place
 
@@ -26,6 +27,7 @@ OLDER: Mapping[str, Any] = {
     "shards": "lossless",
     "table_lr": 1.0,
     "table_ratio": math.inf,
+    **CONSTANT,
 }
 #: Entry of a saved group: names of its options that followed functions of the step, whose values are those of a moment.
 SCHEDULED = "scheduled"

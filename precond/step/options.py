@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
+from precond.step.adaptive_rate import rate_entries
 from precond.step.lookahead import EMANesterov
 from precond.step.norm_control import check_norm_control, norm_control_entries
 from precond.step.schedules import Scheduled, ScheduledInt
@@ -293,6 +294,7 @@ def in_groups(options: dict[str, Any]) -> dict[str, Any]:
         ("norm_control", norm_control_entries),
         ("vectors", vectors_entries),
         ("tables", tables_entries),
+        ("adaptive_rate", rate_entries),
     ):
         if name in options:
             out |= entries(out.pop(name))
@@ -350,6 +352,7 @@ _NUMBERS = frozenset(
         *("update_floor", "brake_outward", "brake_inward", "lookahead", "lookahead_decay", "vector_lr"),
         "table_lr",
         "row_normalization",
+        *("rate_growth", "rate_least", "rate_most"),
     }
 )
 _WHOLE = frozenset({"max_dim", "merge_dims", "block_size", "rank", "start_step"})

@@ -47,6 +47,7 @@ OPTIONS: dict[str, Mapping[str, Any]] = {
     "EMANesterov": {},
     "Vectors": {},
     "Tables": {},
+    "AdaptiveRate": {},
     "Refresh": {"period": 2},
     "Doubling": {"period": 2},
     "LevenbergMarquardt": {},

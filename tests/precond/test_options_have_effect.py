@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from precond import (
+    AdaptiveRate,
     EMANesterov,
     Hyperball,
     KroneckerBFGS,
@@ -61,6 +62,7 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "cautious": (False, True),
     "tables": (None, Tables(ratio=0.0)),
     "vectors": (None, Vectors(lr=2.0)),
+    "adaptive_rate": (None, AdaptiveRate()),
     "row_normalization": (None, 0.5),
     "curvature": (KroneckerBFGS(), KroneckerBFGS(initial=0.1)),
     # one method each

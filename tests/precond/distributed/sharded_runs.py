@@ -31,6 +31,7 @@ from precond import (
     MFAC,
     PSGD,
     SOAP,
+    AdaptiveRate,
     EMANesterov,
     GaLore,
     Hyperball,
@@ -53,7 +54,7 @@ from solvers import SolverError
 
 #: Every method that needs gradients alone, with options under which short runs meet each of their parts.
 METHODS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "SOAP": lambda p: SOAP(p, lr=0.02, inverse_update_period=2, weight_decay=0.1),
+    "SOAP": lambda p: SOAP(p, lr=0.02, inverse_update_period=2, weight_decay=0.1, adaptive_rate=AdaptiveRate()),
     "SOAP with momentum": lambda p: SOAP(p, lr=0.02, inverse_update_period=2, momentum=0.9),
     "Shampoo": lambda p: Shampoo(p, lr=0.02, inverse_update_period=2, block_size=3, damping=1e-8),
     "Shampoo corrected": lambda p: Shampoo(p, lr=0.02, inverse_update_period=2, eigenvalue_correction=True),

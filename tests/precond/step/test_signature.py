@@ -42,7 +42,7 @@ def documented(text: str) -> set[str]:
 def test_every_parameter_is_shown_typed_and_documented(name: str) -> None:
     cls = ALL[name]
     parameters = inspect.signature(cls).parameters
-    # Three are for several processes, six for what becomes of the direction: `cautious` and `tables` among them.
+    # Three are for several processes, seven for what becomes of the direction: `cautious` and `tables` among them.
     assert len(parameters) <= 25
     assert not any(p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in parameters.values())
     assert [p.name for p in parameters.values() if p.annotation is p.empty] == []
