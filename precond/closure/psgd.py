@@ -20,7 +20,8 @@ from precond.gradient.matrices import (
     worth_a_matrix,
 )
 from precond.gradient.optimizer import Group, State, debiased, due, state_zeros
-from precond.gradient.stacks import Stack, StackedMomentumOptions, StackedOptimizer, entries
+from precond.gradient.stacks import AdaptiveMomentumOptions, Stack, StackedOptimizer, entries
+from precond.step.adaptive_rate import AdaptiveRate
 from precond.step.graph import Vectors, rademacher
 from precond.step.journal import REFRESHES
 from precond.step.methods import Taxonomy
@@ -51,8 +52,9 @@ class PSGD(ClosureOptimizer, StackedOptimizer):
     for it. Every 100 steps the factors are scaled to equal size.
 
     A step costs about ``6 (m^3 + n^3)`` for the factors (less often with a longer ``curvature_update_period``) and ``2
-    (m^2 n + m n^2)`` for the direction; only products, so it runs on any accelerator. Memory: one moment, a matrix per
-    axis; axes beyond ``max_dim``, axes far longer than all others together (``max_ratio``) and vectors keep a diagonal.
+    (m^2 n + m n^2)`` for the direction; only products, so it runs on any accelerator. Memory: one moment, the last
+    direction for ``adaptive_rate``, a matrix per axis; axes beyond ``max_dim``, axes far longer than all others
+    together (``max_ratio``) and vectors keep a diagonal.
 
     ====================================================== =====================================================
     Li (2015); Pooladzandi and Li (2024)                   here
@@ -80,6 +82,8 @@ class PSGD(ClosureOptimizer, StackedOptimizer):
         max_dim: Axes longer than this keep a diagonal.
         max_ratio: Axes longer than this many times all others together keep a diagonal; ``None`` for any.
         merge_dims: Join neighbouring axes up to this size; ``None`` keeps them apart.
+        adaptive_rate: As for :class:`StackedOptimizer`; by default for ``"whitening"`` alone. With ``None`` it is the
+            method of the paper.
         options: See :class:`StackedOptimizer`.
 
     References:
@@ -94,7 +98,7 @@ class PSGD(ClosureOptimizer, StackedOptimizer):
         forms=("Kronecker",),
         step="6(m²n + mn²) + 10(m³ + n³)",
         refresh="none",
-        memory="m² + n²",
+        memory="m² + n² + mn",
         paper="https://arxiv.org/abs/1512.04202",
     )
     needs: ClassVar[str] = "grad"
@@ -115,12 +119,16 @@ class PSGD(ClosureOptimizer, StackedOptimizer):
         max_dim: int = 8192,
         max_ratio: float | None = 4.0,
         merge_dims: int | None = None,
-        **options: Unpack[StackedMomentumOptions],
+        adaptive_rate: AdaptiveRate | None = AdaptiveRate(),
+        **options: Unpack[AdaptiveMomentumOptions],
     ) -> None:
         self.criterion = choice("criterion", criterion, Criterion)
+        if criterion == "hessian":  # its direction is Newton's step, of which the length is known
+            adaptive_rate = adaptive_rate if "adaptive_rate" in self.given else None
         super().__init__(
             params,
             lr=lr,
+            adaptive_rate=adaptive_rate,
             defaults={
                 "betas": (beta,),
                 "preconditioner_lr": preconditioner_lr,

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from precond.gradient.matrices import matrix_shape
 from precond.gradient.optimizer import Group, State, state_zeros
-from precond.gradient.stacks import Stack, StackedOptimizer, StackedOptions
+from precond.gradient.stacks import AdaptiveOptions, Stack, StackedOptimizer
+from precond.step.adaptive_rate import AdaptiveRate
 from precond.step.methods import Taxonomy
 from precond.step.options import Momentum, choice
 from precond.step.schedules import Scheduled
@@ -37,7 +38,8 @@ class Muon(StackedOptimizer):
     AdamW's step with ``betas`` and ``eps``: :func:`precond.param_groups` finds embeddings and output layers, which the
     method's author keeps so.
 
-    A step costs about ``6 k m^2 n`` multiplications for k iterations, ``m <= n``. Memory: one average.
+    A step costs about ``6 k m^2 n`` multiplications for k iterations, ``m <= n``. Memory: one average, and the last
+    direction for ``adaptive_rate``.
 
     ========================================= =========================================
     paper                                     here
@@ -67,6 +69,7 @@ class Muon(StackedOptimizer):
         stacked: Whether leading axes count matrices.
         betas: For AdamW.
         eps: For AdamW.
+        adaptive_rate: As for :class:`StackedOptimizer`; with ``None`` it is the method of the paper.
         options: See :class:`StackedOptimizer`.
 
     References:
@@ -88,7 +91,7 @@ class Muon(StackedOptimizer):
         forms=("Kronecker",),
         step="22m²n + 10m³ for m ≤ n",
         refresh="none",
-        memory="none",
+        memory="mn",
         paper="https://kellerjordan.github.io/posts/muon/",
     )
 
@@ -105,13 +108,15 @@ class Muon(StackedOptimizer):
         stacked: bool = False,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: Scheduled = 1e-8,
-        **options: Unpack[StackedOptions],
+        adaptive_rate: AdaptiveRate | None = AdaptiveRate(1.2),
+        **options: Unpack[AdaptiveOptions],
     ) -> None:
         if not (isinstance(momentum, Momentum) or callable(momentum)):
             number("momentum", momentum)
         super().__init__(
             params,
             lr=lr,
+            adaptive_rate=adaptive_rate,
             momentum=momentum if isinstance(momentum, Momentum) else Momentum(momentum, nesterov=True),
             defaults={
                 "scaling": scaling,

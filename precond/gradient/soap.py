@@ -9,7 +9,8 @@ from torch import Tensor
 from precond.gradient.bases import eigenbases, improve_bases, initial_bases
 from precond.gradient.matrices import add_axis_gram, merged_shape, multiply, resolved, rotated_root, worth_a_matrix
 from precond.gradient.optimizer import Group, State, due, state_zeros
-from precond.gradient.stacks import Stack, StackedMomentumOptions, StackedOptimizer, entries
+from precond.gradient.stacks import AdaptiveMomentumOptions, Stack, StackedOptimizer, entries
+from precond.step.adaptive_rate import AdaptiveRate
 from precond.step.methods import Taxonomy
 from precond.step.schedules import Scheduled, ScheduledInt
 
@@ -32,8 +33,8 @@ class SOAP(StackedOptimizer):
     order have one basis per axis; vectors and axes beyond ``max_dim`` are not rotated, which leaves Adam.
 
     A step costs ``m^2 n + m n^2`` multiplications each for the rotation of the gradient, the way back, and the factors;
-    a refresh ``O(m^3 + n^3)``. Memory: two moments, two factors, two
-    bases.
+    a refresh ``O(m^3 + n^3)``. Memory: two moments, two factors, two bases, and the last
+    direction for ``adaptive_rate``.
 
     ========================================================== =====================================================
     Vyas et al., algorithm 3                                   here
@@ -60,6 +61,8 @@ class SOAP(StackedOptimizer):
             for any.
         merge_dims: Join neighbouring axes up to this size (convolutions); ``None`` keeps them apart.
         rotate_vectors: Also rotate parameters of one axis.
+        adaptive_rate: As for :class:`StackedOptimizer`. With ``adaptive_rate=None, betas=(0.95, 0.95)`` it is the
+            method of the paper.
         options: See :class:`StackedOptimizer`.
 
     References:
@@ -75,7 +78,7 @@ class SOAP(StackedOptimizer):
         forms=("Kronecker eigenbasis",),
         step="6(m²n + mn²)",
         refresh="12(m³ + n³)",
-        memory="2(m² + n²) + mn",
+        memory="2(m² + n²) + 2mn",
         paper="https://arxiv.org/abs/2409.11321",
     )
 
@@ -84,7 +87,7 @@ class SOAP(StackedOptimizer):
         params: Any,
         lr: float | Tensor = 3e-2,
         *,
-        betas: tuple[float, float] = (0.95, 0.95),
+        betas: tuple[float, float] = (0.9, 0.95),
         curvature_ema: Scheduled | None = None,
         eps: Scheduled = 1e-8,
         inverse_update_period: ScheduledInt = 10,
@@ -92,11 +95,13 @@ class SOAP(StackedOptimizer):
         max_ratio: float | None = 4.0,
         merge_dims: int | None = None,
         rotate_vectors: bool = False,
-        **options: Unpack[StackedMomentumOptions],
+        adaptive_rate: AdaptiveRate | None = AdaptiveRate(),
+        **options: Unpack[AdaptiveMomentumOptions],
     ) -> None:
         super().__init__(
             params,
             lr=lr,
+            adaptive_rate=adaptive_rate,
             defaults={
                 "betas": betas,
                 "curvature_ema": curvature_ema,

@@ -29,6 +29,7 @@ def test_equals_the_reference(nesterov, scaling):
             scaling=scaling,
             polynomial="quintic",
             weight_decay=0.1,
+            adaptive_rate=None,
             **options,
         )
 

@@ -141,6 +141,12 @@ def test_what_is_no_rate_is_refused(make, error, words):
         make([nn.Parameter(torch.ones(2, 2))])
 
 
-@pytest.mark.parametrize(("name", "growth"), [("SOAP", 1.1), ("Muon", 1.2), ("PSGD", 1.0), ("Shampoo", 1.0)])
+@pytest.mark.parametrize(("name", "growth"), [("SOAP", 1.1), ("Muon", 1.2), ("PSGD", 1.1), ("Shampoo", 1.0)])
 def test_who_has_one_by_default(name, growth):
     assert METHODS[name]([nn.Parameter(torch.ones(2, 2))]).param_groups[0]["rate_growth"] == growth
+
+
+def test_newtons_step_keeps_its_length_by_default():
+    p = [nn.Parameter(torch.ones(2, 2))]
+    assert PSGD(p, criterion="hessian").param_groups[0]["rate_growth"] == 1
+    assert PSGD(p, criterion="hessian", adaptive_rate=AdaptiveRate()).param_groups[0]["rate_growth"] == 1.1
