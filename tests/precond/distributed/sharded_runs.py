@@ -351,8 +351,9 @@ def alike_meshes(shape: tuple[int, ...]) -> dict[str, float]:
 
 
 def kept(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of the state that lie in this process, without what is no matrix or moment."""
-    parts = [local(x) for own in optimizer.state.values() for x in own.values() if isinstance(x, Tensor) and x.ndim]
+    """Bytes of the state that lie in this process, without what a step adds by the way: lengths and radii."""
+    entries = [entry for own in optimizer.state.values() for entry in own.items()]
+    parts = [local(x) for name, x in entries if isinstance(x, Tensor) and (x.ndim or name == "rate")]
     return sum(x.numel() * x.itemsize for x in parts)
 
 

@@ -23,8 +23,8 @@ def mlp() -> nn.Module:
 def test_one_process_sends_nothing_and_keeps_all() -> None:
     found = precond.plan(mlp(), world_size=1, optimizer=precond.SOAP)
     assert found.sent == found.received == [0] and set(found.owners.values()) == {0}
-    # Two moments, and a factor with its basis for each axis of a matrix.
-    numbers = 2 * (48 + 6 + 18) + 2 * (64 + 36 + 36 + 9)
+    # Two moments and the last direction, the rate of each parameter, and a factor with its basis for each axis.
+    numbers = 3 * (48 + 6 + 18) + 3 + 2 * (64 + 36 + 36 + 9)
     assert found.state == [4 * numbers] and found.weights == [8 * (48 + 6 + 18)]
 
 
