@@ -24,6 +24,7 @@ from precond.gradient.rows import normalized_rows, row_state
 from precond.step.adaptive_rate import OWN
 from precond.step.base import MomentumOptions
 from precond.step.journal import REFRESHES
+from precond.step.loading import OCCASIONAL
 from solvers import SolverError
 from solvers.outcome.arguments import number
 
@@ -36,6 +37,11 @@ class AdaptiveOptions(DirectionOptions, total=False):
 
 class AdaptiveMomentumOptions(AdaptiveOptions, MomentumOptions, total=False):
     """:class:`AdaptiveOptions`, and ``momentum`` for methods with the default one."""
+
+
+#: Entries of a state that the rest of the step replaces, parameter by parameter: a joint tensor of them would be made
+#: anew in every step. A method whose own they are says so by :attr:`StackedOptimizer.kept`.
+LATER = OCCASIONAL | OWN | {"momentum_buffer"}
 
 
 class StackedOptions(GradientOptions, total=False):
@@ -54,15 +60,18 @@ class Stack:
     Between :meth:`open` and :meth:`close` a step works on copies, to which it may write; closing hands slices of them
     to the states, so checkpoints do not depend on stacks. A stack of one parameter uses its state directly.
 
+    Args:
+        params: The parameters.
+        states: Their states.
+        names: Of the entries that lie in joint tensors, the same in all states.
+
     Attributes:
         params: The parameters.
         state: Name -> joint tensor ``(k, *shape)``, of the step that is open.
     """
 
-    def __init__(self, params: list[Tensor], states: list[State]) -> None:
+    def __init__(self, params: list[Tensor], states: list[State], names: Sequence[str]) -> None:
         self.params, self._states = params, states
-        own = states[0].items()
-        names = [name for name, value in own if _is_stacked(name, value)]
         if len(states) == 1:
             # A slice of a former stack may be aligned so that products round otherwise than in separate memory.
             states[0].update({name: _own(states[0][name]) for name in names})
@@ -231,13 +240,25 @@ class StackedOptimizer(GradientOptimizer):
         last, stacks = known.get(params[0], (None, []))
         if last == kinds and all(stack.holds([states[i] for i in places]) for places, stack in stacks):
             return stacks
-        keys = [(g.shape, _layout(s), kind[1:]) for g, s, kind in zip(gradients, states, kinds, strict=True)]
+        layouts = [self._layout(state) for state in states]
+        keys = [(g.shape, layout, kind[1:]) for g, layout, kind in zip(gradients, layouts, kinds, strict=True)]
         stacks = [
-            (places, Stack([params[i] for i in places], [states[i] for i in places]))
+            (
+                places,
+                Stack(
+                    [params[i] for i in places], [states[i] for i in places], [name for name, *_ in layouts[places[0]]]
+                ),
+            )
             for places in alike(keys, [g.numel() for g in gradients])
         ]
         known[params[0]] = kinds, stacks
         return stacks
+
+    def _layout(self, state: State) -> tuple[tuple[Any, ...], ...]:
+        """Names, shapes, types and devices of the entries that :meth:`update` has to do with."""
+        others = LATER - self.kept
+        tensors = {name: x for name, x in state.items() if isinstance(x, Tensor) and not is_sharded(x)}
+        return tuple((name, x.shape, x.dtype, x.device) for name, x in tensors.items() if name not in others)
 
 
 def alike(keys: Sequence[Hashable], sizes: Sequence[int], limit: int = 2**18) -> list[list[int]]:
@@ -252,16 +273,6 @@ def alike(keys: Sequence[Hashable], sizes: Sequence[int], limit: int = 2**18) ->
             found.append([])
         found[-1].append(place)
     return [places for found in stacks.values() for places in found]
-
-
-def _is_stacked(name: str, value: Any) -> bool:
-    """Whether an entry of a state lies in joint tensors; what is written parameter by parameter does not."""
-    return isinstance(value, Tensor) and not is_sharded(value) and name not in OWN
-
-
-def _layout(state: State) -> Hashable:
-    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor) and name not in OWN}
-    return tuple((name, value.shape, value.dtype, value.device) for name, value in tensors.items())
 
 
 def _own(value: Tensor) -> Tensor:

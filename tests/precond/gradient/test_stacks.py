@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from precond import PSGD, SOAP, KLShampoo, Muon, Shampoo, SOAPMuon, SPlus, Vectors
-from precond.gradient.stacks import alike
+from precond import PSGD, SOAP, Hyperball, KLShampoo, Muon, Shampoo, SOAPMuon, SPlus, Vectors
+from precond.gradient.stacks import Stack, alike
 
 SHAPES = [(4, 4), (5, 3), (4, 4), (3, 2, 4), (4, 4), (7,), (5, 3), (3, 2, 4), (4, 4), ()]
 #: Damping above the rounding errors, which a division by themselves would show.
@@ -141,3 +141,33 @@ def test_parameters_with_different_numbers_of_steps_are_apart():
 def test_stacks_are_of_like_tensors_and_limited():
     assert alike(["a", "b", "a", "c", "a"], [4, 3, 4, 4, 4], limit=8) == [[0, 2], [4], [1], [3]]
     assert alike(["a", "a"], [81, 81], limit=8) == [[0], [1]]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: SOAP(p, lr=0.01, momentum=0.9, kl_clip=1e-3),
+        lambda p: SOAP(p, lookahead=0.3),
+        lambda p: Muon(p, norm_control=Hyperball()),
+    ],
+    ids=["momentum", "lookahead", "own momentum"],
+)
+def test_stacks_are_made_once_also_after_a_resume(make, monkeypatch):
+    made = []
+    first = Stack.__init__
+    monkeypatch.setattr(Stack, "__init__", lambda self, *args: (made.append(self), first(self, *args))[1])
+    counts = []
+    begun = params()
+    optimizer = make(begun)
+    for _ in range(2):
+        for step in range(4):
+            for p, g in zip(begun, gradients(step, False), strict=True):
+                p.grad = g
+            optimizer.step()
+        counts.append(len(made))
+        made.clear()
+        state = optimizer.state_dict()
+        begun = [nn.Parameter(p.detach().clone()) for p in begun]
+        optimizer = make(begun)
+        optimizer.load_state_dict(state)
+    assert counts[0] == counts[1] < len(SHAPES)
