@@ -114,10 +114,9 @@ def test_muon_of_torch(scaling: Any, adjust: Any, shape: tuple[int, int]) -> Non
     torch.manual_seed(0)
     start = torch.randn(*shape).double()
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
-    options: dict[str, Any] = {"lr": 0.02, "weight_decay": 0.1}
     optimizers: list[tuple[Tensor, torch.optim.Optimizer]] = [
-        (ours, precond.Muon([ours], scaling=scaling, polynomial="quintic", adaptive_rate=None, **options)),
-        (theirs, torch.optim.Muon([theirs], adjust_lr_fn=adjust, **options)),
+        (ours, precond.Muon([ours], lr=0.02, weight_decay=0.1, scaling=scaling, polynomial="quintic")),
+        (theirs, torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1, adjust_lr_fn=adjust)),
     ]
     for _ in range(4):
         x = torch.randn(8, shape[1]).double()

@@ -20,7 +20,7 @@ from precond.gradient.matrices import (
     worth_a_matrix,
 )
 from precond.gradient.optimizer import Group, State, debiased, due, state_zeros
-from precond.gradient.stacks import AdaptiveMomentumOptions, Stack, StackedOptimizer, entries
+from precond.gradient.stacks import Stack, StackedMomentumOptions, StackedOptimizer, entries
 from precond.step.adaptive_rate import AdaptiveRate
 from precond.step.graph import Vectors, rademacher
 from precond.step.journal import REFRESHES
@@ -53,7 +53,7 @@ class PSGD(ClosureOptimizer, StackedOptimizer):
 
     A step costs about ``6 (m^3 + n^3)`` for the factors (less often with a longer ``curvature_update_period``) and ``2
     (m^2 n + m n^2)`` for the direction; only products, so it runs on any accelerator. Memory: one moment, the last
-    direction for ``adaptive_rate``, a matrix per axis; axes beyond ``max_dim``, axes far longer than all others
+    direction where rates find themselves, a matrix per axis; axes beyond ``max_dim``, axes far longer than all others
     together (``max_ratio``) and vectors keep a diagonal.
 
     ====================================================== =====================================================
@@ -71,7 +71,9 @@ class PSGD(ClosureOptimizer, StackedOptimizer):
 
     Args:
         params: Parameters, groups, or named parameters.
-        lr: Learning rate; for ``"whitening"`` about AdamW's, for ``"hessian"`` relative to Newton's step.
+        lr: Learning rate; for ``"whitening"`` about AdamW's, for ``"hessian"`` relative to Newton's step. Without one
+            it is 3e-2, and by default for ``"whitening"`` each parameter finds a multiple of that itself
+            (:class:`~precond.AdaptiveRate`). With one it is the method of the paper.
         beta: Decay of the average of gradients that P is applied to.
         criterion: ``"whitening"``, or ``"hessian"``, for which ``step`` needs a closure.
         preconditioner_lr: :math:`\mu`, in (0, 1); from about 0.4 on the factors may oscillate.
@@ -82,8 +84,6 @@ class PSGD(ClosureOptimizer, StackedOptimizer):
         max_dim: Axes longer than this keep a diagonal.
         max_ratio: Axes longer than this many times all others together keep a diagonal; ``None`` for any.
         merge_dims: Join neighbouring axes up to this size; ``None`` keeps them apart.
-        adaptive_rate: As for :class:`StackedOptimizer`; by default for ``"whitening"`` alone. With ``None`` it is the
-            method of the paper.
         options: See :class:`StackedOptimizer`.
 
     References:
@@ -102,12 +102,13 @@ class PSGD(ClosureOptimizer, StackedOptimizer):
         paper="https://arxiv.org/abs/1512.04202",
     )
     needs: ClassVar[str] = "grad"
+    default_lr: ClassVar[float] = 3e-2
     loop_settings: ClassVar[frozenset[str]] = ClosureOptimizer.loop_settings | {"seed"}
 
     def __init__(
         self,
         params: Any,
-        lr: float | Tensor = 3e-2,
+        lr: float | Tensor | None = None,
         *,
         beta: float = 0.9,
         criterion: Criterion = "whitening",
@@ -119,16 +120,12 @@ class PSGD(ClosureOptimizer, StackedOptimizer):
         max_dim: int = 8192,
         max_ratio: float | None = 4.0,
         merge_dims: int | None = None,
-        adaptive_rate: AdaptiveRate | None = AdaptiveRate(),
-        **options: Unpack[AdaptiveMomentumOptions],
+        **options: Unpack[StackedMomentumOptions],
     ) -> None:
         self.criterion = choice("criterion", criterion, Criterion)
-        if criterion == "hessian":  # its direction is Newton's step, of which the length is known
-            adaptive_rate = adaptive_rate if "adaptive_rate" in self.given else None
         super().__init__(
             params,
             lr=lr,
-            adaptive_rate=adaptive_rate,
             defaults={
                 "betas": (beta,),
                 "preconditioner_lr": preconditioner_lr,
@@ -142,6 +139,10 @@ class PSGD(ClosureOptimizer, StackedOptimizer):
             },
             **options,
         )
+
+    @property
+    def own_rate(self) -> AdaptiveRate | None:
+        return AdaptiveRate() if self.criterion == "whitening" else None  # the length of Newton's step is known
 
     def check(self, options: Group) -> None:
         super().check(options)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from precond.gradient.matrices import matrix_shape
 from precond.gradient.optimizer import Group, State, state_zeros
-from precond.gradient.stacks import AdaptiveOptions, Stack, StackedOptimizer
+from precond.gradient.stacks import Stack, StackedOptimizer, StackedOptions
 from precond.step.adaptive_rate import AdaptiveRate
 from precond.step.methods import Taxonomy
 from precond.step.options import Momentum, choice
@@ -39,7 +39,7 @@ class Muon(StackedOptimizer):
     method's author keeps so.
 
     A step costs about ``6 k m^2 n`` multiplications for k iterations, ``m <= n``. Memory: one average, and the last
-    direction for ``adaptive_rate``.
+    direction where rates find themselves.
 
     ========================================= =========================================
     paper                                     here
@@ -55,8 +55,9 @@ class Muon(StackedOptimizer):
     Args:
         params: Parameters, groups, or named parameters.
         lr: Learning rate; with ``scaling="adam"`` the entries of a matrix move by 0.2 of it in the root mean square, as
-            AdamW's do, whatever the gradient. The default suits runs of hundreds of steps; begin with 3e-3 for tens of
-            thousands.
+            AdamW's do, whatever the gradient. Without one it is 3e-2, and by default each parameter finds a multiple of
+            that itself (``AdaptiveRate(1.2)``), which suits runs of hundreds of steps; begin with 3e-3 for tens of
+            thousands. With one it is the method of the paper.
         momentum: :math:`\mu`, before the orthogonalisation, with Nesterov's look-ahead; ``Momentum(0.95)`` for none.
         scaling: s: ``"adam"`` for ``0.2 sqrt(max(m, n))``, entries as large as AdamW's; ``"spectral"`` for
             ``sqrt(max(1, m / n))``; ``"none"`` for 1, a learning rate in units of spectral norm per step.
@@ -69,7 +70,6 @@ class Muon(StackedOptimizer):
         stacked: Whether leading axes count matrices.
         betas: For AdamW.
         eps: For AdamW.
-        adaptive_rate: As for :class:`StackedOptimizer`; with ``None`` it is the method of the paper.
         options: See :class:`StackedOptimizer`.
 
     References:
@@ -83,6 +83,7 @@ class Muon(StackedOptimizer):
         "experts": {"stacked": True},
     }
     has_adam: ClassVar[bool] = True
+    default_lr: ClassVar[float] = 3e-2
     taxonomy: ClassVar = Taxonomy(
         curvature="gradient second moment, of the momentum alone",
         structure="one-sided matrix",
@@ -98,7 +99,7 @@ class Muon(StackedOptimizer):
     def __init__(
         self,
         params: Any,
-        lr: float | Tensor = 3e-2,
+        lr: float | Tensor | None = None,
         *,
         momentum: Scheduled | Momentum = 0.95,
         scaling: Scaling = "adam",
@@ -108,15 +109,13 @@ class Muon(StackedOptimizer):
         stacked: bool = False,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: Scheduled = 1e-8,
-        adaptive_rate: AdaptiveRate | None = AdaptiveRate(1.2),
-        **options: Unpack[AdaptiveOptions],
+        **options: Unpack[StackedOptions],
     ) -> None:
         if not (isinstance(momentum, Momentum) or callable(momentum)):
             number("momentum", momentum)
         super().__init__(
             params,
             lr=lr,
-            adaptive_rate=adaptive_rate,
             momentum=momentum if isinstance(momentum, Momentum) else Momentum(momentum, nesterov=True),
             defaults={
                 "scaling": scaling,
@@ -129,6 +128,10 @@ class Muon(StackedOptimizer):
             },
             **options,
         )
+
+    @property
+    def own_rate(self) -> AdaptiveRate:
+        return AdaptiveRate(1.2)
 
     def check(self, options: Group) -> None:
         super().check(options)

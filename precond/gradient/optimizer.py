@@ -15,7 +15,7 @@ from precond.distributed import shard_blocks
 from precond.distributed.exchange import Exchange, owners
 from precond.distributed.sharded import is_sharded, local
 from precond.gradient.cautious import cautious
-from precond.step.adaptive_rate import AdaptiveRate, adapted, is_adaptive, rate_entries, rate_state
+from precond.step.adaptive_rate import CONSTANT, AdaptiveRate, adapted, is_adaptive, rate_entries, rate_state
 from precond.step.base import MomentumOptions, SecondOrderOptimizer, UpdateOptions
 from precond.step.divergence import TOLERATED_FAILURES, squares_fit
 from precond.step.journal import FAILURES, REFRESHES
@@ -33,19 +33,14 @@ Shards = Literal["lossless", "local"]
 MATRICES = frozenset({"factor", "basis", "root"})
 
 
-class DirectionOptions(UpdateOptions, total=False):
-    """Options of methods with their own default of ``adaptive_rate``."""
+class GradientOptions(UpdateOptions, total=False):
+    """Options that every method of :class:`GradientOptimizer` has."""
 
     cautious: bool
     vectors: Vectors | None
     tables: Tables | None
     shards: Shards
-
-
-class GradientOptions(DirectionOptions, total=False):
-    """Options that every method of :class:`GradientOptimizer` has."""
-
-    adaptive_rate: AdaptiveRate | None
+    adaptive_rate: AdaptiveRate | Literal["auto"] | None
 
 
 class GradientMomentumOptions(GradientOptions, MomentumOptions, total=False):
@@ -68,7 +63,7 @@ class GradientOptimizer(SecondOrderOptimizer):
 
     Args:
         params: Parameters, groups, or named parameters.
-        lr: Learning rate.
+        lr: Learning rate; ``None`` for :attr:`default_lr`, of methods that have one.
         cautious: Let no entry of the direction oppose the gradient (:func:`~precond.gradient.cautious.cautious`).
         vectors: Options of vectors and numbers, where they differ from those of matrices: :class:`~precond.Vectors`.
         tables: Options of matrices with far more rows than columns: :class:`~precond.Tables`; ``None`` for no tables.
@@ -76,6 +71,8 @@ class GradientOptimizer(SecondOrderOptimizer):
             of one process; ``"local"`` sends nothing, and takes the rows that each process holds for a parameter of
             their own, so that steps depend on the number of processes. Without shards they are one.
         adaptive_rate: A rate for each parameter that finds itself, :class:`~precond.AdaptiveRate`; ``None`` for ``lr``.
+            ``"auto"``: in groups that were given an ``lr``, by themselves or by the constructor, the method as it was
+            published, with ``None``; in the others :attr:`own_rate`. What schedulers write later does not count.
         defaults: Further options of the parameter groups, of the method's own.
         options: See :class:`SecondOrderOptimizer`.
     """
@@ -83,6 +80,8 @@ class GradientOptimizer(SecondOrderOptimizer):
     shapes_update = True
     #: Whether what has no matrix takes Adam's step, by options ``betas`` and ``eps``.
     has_adam: ClassVar[bool] = False
+    #: Learning rate of groups that are given none; ``None`` where the constructor has a number of its own.
+    default_lr: ClassVar[float | None] = None
     #: Tensors that the step has written.
     written: list[Tensor]
 
@@ -90,12 +89,12 @@ class GradientOptimizer(SecondOrderOptimizer):
         self,
         params: Any,
         *,
-        lr: float | Tensor,
+        lr: float | Tensor | None,
         cautious: bool = False,
         vectors: Vectors | None = None,
         tables: Tables | None = None,
         shards: Shards = "lossless",
-        adaptive_rate: AdaptiveRate | None = None,
+        adaptive_rate: AdaptiveRate | Literal["auto"] | None = "auto",
         defaults: dict[str, Any] | None = None,
         **options: Any,
     ) -> None:
@@ -104,10 +103,31 @@ class GradientOptimizer(SecondOrderOptimizer):
             "shards": shards,
             **vectors_entries(vectors),
             **tables_entries(tables),
-            **rate_entries(adaptive_rate),
+            **CONSTANT,
         }
+        self.adaptive_rate, self.has_lr = adaptive_rate, lr is not None
+        rate = self.default_lr if lr is None else lr
+        if rate is None:
+            raise TypeError(f"{type(self).__name__}: lr is a number, or a tensor of one; got None. Leave it out.")
         defaults = {**own, **(defaults or {})}
-        super().__init__(params, lr=lr, defaults=defaults, **options)
+        super().__init__(params, lr=rate, defaults=defaults, **options)
+
+    @property
+    def own_rate(self) -> AdaptiveRate | None:
+        """Rates of the groups that were given no learning rate, where ``adaptive_rate="auto"``."""
+        return None
+
+    def group_of(self, given: Any) -> Group:
+        """A group, with what follows from whether it was given a learning rate."""
+        group = super().group_of(given)
+        if "lr" in group and group["lr"] is None and self.default_lr is not None:
+            del group["lr"]
+        if "adaptive_rate" not in group and CONSTANT.keys() <= group.keys():
+            return group  # of an optimizer
+        rate = group.pop("adaptive_rate", self.adaptive_rate)
+        if isinstance(rate, str) and rate == "auto":
+            rate = None if self.has_lr or "lr" in group else self.own_rate
+        return {**group, **rate_entries(rate)}
 
     def check(self, options: Group) -> None:
         super().check(options)

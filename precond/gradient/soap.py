@@ -9,10 +9,13 @@ from torch import Tensor
 from precond.gradient.bases import eigenbases, improve_bases, initial_bases
 from precond.gradient.matrices import add_axis_gram, merged_shape, multiply, resolved, rotated_root, worth_a_matrix
 from precond.gradient.optimizer import Group, State, due, state_zeros
-from precond.gradient.stacks import AdaptiveMomentumOptions, Stack, StackedOptimizer, entries
-from precond.step.adaptive_rate import AdaptiveRate
+from precond.gradient.stacks import Stack, StackedMomentumOptions, StackedOptimizer, entries
+from precond.step.adaptive_rate import AdaptiveRate, is_adaptive
 from precond.step.methods import Taxonomy
 from precond.step.schedules import Scheduled, ScheduledInt
+
+#: Of the method as it was published, and where rates find themselves.
+PUBLISHED_BETAS, BETAS = (0.95, 0.95), (0.9, 0.95)
 
 
 class SOAP(StackedOptimizer):
@@ -34,7 +37,7 @@ class SOAP(StackedOptimizer):
 
     A step costs ``m^2 n + m n^2`` multiplications each for the rotation of the gradient, the way back, and the factors;
     a refresh ``O(m^3 + n^3)``. Memory: two moments, two factors, two bases, and the last
-    direction for ``adaptive_rate``.
+    direction where rates find themselves.
 
     ========================================================== =====================================================
     Vyas et al., algorithm 3                                   here
@@ -50,9 +53,11 @@ class SOAP(StackedOptimizer):
 
     Args:
         params: Parameters, groups, or named parameters.
-        lr: Learning rate: about the largest change of a rotated entry in a step, as Adam's. The default suits runs of
-            hundreds of steps; for tens of thousands begin with 3e-3.
-        betas: Decay of first and second moment.
+        lr: Learning rate: about the largest change of a rotated entry in a step, as Adam's. Without one it is 3e-2, and
+            by default each parameter finds a multiple of that itself (:class:`~precond.AdaptiveRate`), which suits runs
+            of hundreds of steps; for tens of thousands begin with 3e-3. With one it is the method of the paper.
+        betas: Decay of first and second moment; ``None`` for (0.9, 0.95) where rates find themselves, and the published
+            (0.95, 0.95) elsewhere.
         curvature_ema: Decay of the factors; the second of ``betas`` if ``None``.
         eps: Added to the root of the second moment.
         inverse_update_period: Steps between refreshes of the bases.
@@ -61,8 +66,6 @@ class SOAP(StackedOptimizer):
             for any.
         merge_dims: Join neighbouring axes up to this size (convolutions); ``None`` keeps them apart.
         rotate_vectors: Also rotate parameters of one axis.
-        adaptive_rate: As for :class:`StackedOptimizer`. With ``adaptive_rate=None, betas=(0.95, 0.95)`` it is the
-            method of the paper.
         options: See :class:`StackedOptimizer`.
 
     References:
@@ -70,6 +73,7 @@ class SOAP(StackedOptimizer):
     """
 
     has_adam: ClassVar[bool] = True
+    default_lr: ClassVar[float] = 3e-2
     taxonomy: ClassVar = Taxonomy(
         curvature="gradient second moment",
         structure="diagonal in a Kronecker eigenbasis",
@@ -85,9 +89,9 @@ class SOAP(StackedOptimizer):
     def __init__(
         self,
         params: Any,
-        lr: float | Tensor = 3e-2,
+        lr: float | Tensor | None = None,
         *,
-        betas: tuple[float, float] = (0.9, 0.95),
+        betas: tuple[float, float] | None = None,
         curvature_ema: Scheduled | None = None,
         eps: Scheduled = 1e-8,
         inverse_update_period: ScheduledInt = 10,
@@ -95,15 +99,14 @@ class SOAP(StackedOptimizer):
         max_ratio: float | None = 4.0,
         merge_dims: int | None = None,
         rotate_vectors: bool = False,
-        adaptive_rate: AdaptiveRate | None = AdaptiveRate(),
-        **options: Unpack[AdaptiveMomentumOptions],
+        **options: Unpack[StackedMomentumOptions],
     ) -> None:
+        self.betas = betas
         super().__init__(
             params,
             lr=lr,
-            adaptive_rate=adaptive_rate,
             defaults={
-                "betas": betas,
+                "betas": PUBLISHED_BETAS if betas is None else betas,
                 "curvature_ema": curvature_ema,
                 "eps": eps,
                 "inverse_update_period": inverse_update_period,
@@ -114,6 +117,16 @@ class SOAP(StackedOptimizer):
             },
             **options,
         )
+
+    @property
+    def own_rate(self) -> AdaptiveRate:
+        return AdaptiveRate()
+
+    def group_of(self, given: Any) -> Group:
+        group = super().group_of(given)
+        if group.get("betas") is None:
+            group["betas"] = self.betas or (BETAS if is_adaptive(group) else PUBLISHED_BETAS)
+        return group
 
     kept: ClassVar[frozenset[str]] = frozenset({"basis", "exp_avg", "exp_avg_sq"})
 

@@ -12,32 +12,13 @@ import torch
 from torch import Tensor
 
 from precond.distributed.sharded import is_sharded
-from precond.gradient.optimizer import (
-    DirectionOptions,
-    GradientMomentumOptions,
-    GradientOptimizer,
-    GradientOptions,
-    Group,
-    State,
-)
+from precond.gradient.optimizer import GradientMomentumOptions, GradientOptimizer, GradientOptions, Group, State
 from precond.gradient.rows import normalized_rows, row_state
 from precond.step.adaptive_rate import OWN
-from precond.step.base import MomentumOptions
 from precond.step.journal import REFRESHES
 from precond.step.loading import OCCASIONAL
 from solvers import SolverError
 from solvers.outcome.arguments import number
-
-
-class AdaptiveOptions(DirectionOptions, total=False):
-    """Options of methods with their own default of ``adaptive_rate``."""
-
-    row_normalization: float | None
-
-
-class AdaptiveMomentumOptions(AdaptiveOptions, MomentumOptions, total=False):
-    """:class:`AdaptiveOptions`, and ``momentum`` for methods with the default one."""
-
 
 #: Entries of a state that the rest of the step replaces, parameter by parameter: a joint tensor of them would be made
 #: anew in every step. A method whose own they are says so by :attr:`StackedOptimizer.kept`.
@@ -144,7 +125,7 @@ class StackedOptimizer(GradientOptimizer):
 
     Args:
         params: Parameters, groups, or named parameters.
-        lr: Learning rate.
+        lr: Learning rate; ``None`` as for :class:`GradientOptimizer`.
         row_normalization: Divide the rows of the direction of each matrix (the first axis, which counts outputs) by the
             root of their mean squares, averaged over the steps with this weight of the old value, and restore its norm:
             NorMuon's normalisation (:func:`~precond.gradient.rows.normalized_rows`), of which the paper has 0.95.
@@ -161,7 +142,7 @@ class StackedOptimizer(GradientOptimizer):
         self,
         params: Any,
         *,
-        lr: float | Tensor,
+        lr: float | Tensor | None,
         row_normalization: float | None = None,
         defaults: dict[str, Any] | None = None,
         **options: Any,

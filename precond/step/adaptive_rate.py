@@ -79,7 +79,8 @@ def rate_entries(given: Any) -> dict[str, Any]:
     """
     if not (given is None or isinstance(given, AdaptiveRate)):
         raise TypeError(
-            f"adaptive_rate is an AdaptiveRate(growth, least, most), or None for the group's lr; got {given!r}."
+            "adaptive_rate is an AdaptiveRate(growth, least, most), None for the group's lr, or 'auto', which is one "
+            f"of the two by whether an lr was given; got {given!r}."
         )
     return dict(CONSTANT) if given is None else given.in_groups()
 

@@ -133,7 +133,7 @@ def test_soap_of_pytorch_optimizer() -> None:
     options: dict[str, Any] = {"lr": 0.01, "betas": (0.9, 0.95), "weight_decay": 0.0}
     pairs = [
         (theirs, theirs_of([theirs], precondition_frequency=2, max_precondition_dim=1, **options), [gradients[0]]),
-        (ours, precond.SOAP([ours], inverse_update_period=2, max_dim=1, adaptive_rate=None, **options), []),
+        (ours, precond.SOAP([ours], inverse_update_period=2, max_dim=1, **options), []),
     ]
     for p, optimizer, before in pairs:
         for gradient in [*before, *gradients]:

@@ -22,7 +22,6 @@ def test_whitening_equals_the_reference():
             eps=1e-3,
             max_rms=0.9,
             curvature_update_period=2,
-            adaptive_rate=None,
         )
 
     options = {"lr": 0.05, "beta": 0.7, "rate": 0.3, "damping": 1e-4, "eps": 1e-3, "bound": 0.9}
@@ -65,7 +64,7 @@ def test_hessian_criterion_finds_the_inverse_curvature():
 def test_whitening_of_a_constant_gradient_has_unit_size(generator):
     p = torch.nn.Parameter(torch.zeros(4, 4, dtype=torch.float64))
     g = (torch.randn(4, 4, generator=generator, dtype=torch.float64) + 3 * torch.eye(4)) * 1e-3
-    optimizer = PSGD([p], lr=1.0, beta=0.0, preconditioner_lr=0.1, max_rms=None, adaptive_rate=None)
+    optimizer = PSGD([p], lr=1.0, beta=0.0, preconditioner_lr=0.1, max_rms=None)
     for _ in range(800):
         before = p.detach().clone()
         p.grad = g.clone()

@@ -65,7 +65,8 @@ def test_local_shards_send_nothing_and_keep_smaller_matrices() -> None:
     """Rows are a parameter of their own: of (6, 8) three in each of two processes, of (3, 6) two and one."""
     found = precond.plan(mlp(), world_size=2, optimizer=lambda p: precond.SOAP(p, shards="local"))
     assert found.sent == found.received == [0, 0] and found.owners == {}
-    moments = [2 * (3 * 8 + 3 + 2 * 6), 2 * (3 * 8 + 3 + 1 * 6)]
+    # Two moments and the last direction, and the rate of each parameter.
+    moments = [3 * (3 * 8 + 3 + 2 * 6) + 3, 3 * (3 * 8 + 3 + 1 * 6) + 3]
     matrices = [2 * (9 + 64) + 2 * (4 + 36), 2 * (9 + 64) + 2 * 36]  # one row has a matrix for its columns alone
     assert found.state == [4 * (a + b) for a, b in zip(matrices, moments, strict=True)]
     assert str(found).splitlines()[0].endswith(f"{len(list(mlp().parameters()))} parameters")

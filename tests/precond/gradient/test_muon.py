@@ -29,7 +29,6 @@ def test_equals_the_reference(nesterov, scaling):
             scaling=scaling,
             polynomial="quintic",
             weight_decay=0.1,
-            adaptive_rate=None,
             **options,
         )
 

@@ -20,7 +20,7 @@ SHAPES = [(3, 4), (4, 3), (3, 4), (3, 2, 2), (4,), ()]
 def run(name: str, shapes=SHAPES, steps: int = 6, **options) -> tuple[list[list[Tensor]], torch.optim.Optimizer]:
     """Moves of each step, under gradients that do not depend on the parameters."""
     params = [nn.Parameter(torch.zeros(shape, dtype=torch.float64)) for shape in shapes]
-    optimizer = METHODS[name](params, lr=1.0, adaptive_rate=None, **options)
+    optimizer = METHODS[name](params, lr=1.0, **options)
     out = []
     for step in range(steps):
         before = [p.detach().clone() for p in params]
@@ -52,7 +52,7 @@ def test_equals_the_definition(name):
 def test_matrices_of_a_stack_are_normalised_one_by_one():
     def move(shapes, gradient, **options):
         params = [nn.Parameter(torch.zeros(shape, dtype=torch.float64)) for shape in shapes]
-        optimizer = Muon(params, lr=1.0, row_normalization=0.7, adaptive_rate=None, **options)
+        optimizer = Muon(params, lr=1.0, row_normalization=0.7, **options)
         for step in range(3):
             for i, p in enumerate(params):
                 p.grad = gradient(step, i)

@@ -13,13 +13,7 @@ from tests.precond import references as ref
 def test_equals_the_reference(period):
     ref.assert_equals_reference(
         lambda model: SOAP(
-            model.parameters(),
-            lr=0.02,
-            betas=(0.9, 0.8),
-            eps=1e-6,
-            weight_decay=0.1,
-            inverse_update_period=period,
-            adaptive_rate=None,
+            model.parameters(), lr=0.02, betas=(0.9, 0.8), eps=1e-6, weight_decay=0.1, inverse_update_period=period
         ),
         ref.soap,
         {"lr": 0.02, "betas": (0.9, 0.8), "eps": 1e-6, "period": period, "decay": 0.1},
@@ -30,7 +24,7 @@ def test_without_rotation_it_is_adam():
     def trained(make):
         return ref.run(lambda model: make(model.parameters(), lr=0.02, betas=(0.9, 0.99), weight_decay=0.1))[0]
 
-    ours = trained(lambda params, **options: SOAP(params, max_dim=1, adaptive_rate=None, **options))
+    ours = trained(lambda params, **options: SOAP(params, max_dim=1, **options))
     theirs = trained(torch.optim.AdamW)
     for name, values in ours.items():
         torch.testing.assert_close(

@@ -15,10 +15,6 @@ OTHERS = {cls.__name__: cls for cls in (PSGD, Shampoo, SPlus)}
 TABLE, MATRIX = (90, 3), (24, 3)
 
 
-#: Steps of their own length.
-PLAIN = {"adaptive_rate": None}
-
-
 def trained(make, *, steps: int = 4, **options) -> list[Tensor]:
     """A table and a matrix after some steps of gradients that do not depend on them."""
     params = [nn.Parameter(torch.zeros(shape, dtype=torch.float64)) for shape in (TABLE, MATRIX)]
@@ -34,12 +30,12 @@ def trained(make, *, steps: int = 4, **options) -> list[Tensor]:
 @pytest.mark.parametrize("name", ADAM)
 def test_a_table_takes_the_step_of_adam_at_its_own_rate(name):
     betas = (0.8, 0.97)
-    table, matrix = trained(ADAM[name], betas=betas, tables=Tables(lr=3.0), **PLAIN)
+    table, matrix = trained(ADAM[name], betas=betas, tables=Tables(lr=3.0))
     adam = trained(lambda params, lr: torch.optim.Adam(params, lr=3 * lr, betas=betas, eps=1e-8))[0]
     torch.testing.assert_close(table, adam, rtol=0, atol=1e-13)
-    none, plain = trained(ADAM[name], betas=betas, tables=None, **PLAIN)
+    none, plain = trained(ADAM[name], betas=betas, tables=None)
     assert torch.equal(matrix, plain) and not torch.equal(table, none)
-    inf = trained(ADAM[name], betas=betas, tables=Tables(lr=3.0, ratio=math.inf), **PLAIN)
+    inf = trained(ADAM[name], betas=betas, tables=Tables(lr=3.0, ratio=math.inf))
     assert torch.equal(inf[0], none)
 
 

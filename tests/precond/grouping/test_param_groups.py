@@ -244,17 +244,17 @@ def parameters(model: nn.Module) -> Tensor:
 
 def test_muon_gives_embeddings_head_and_vectors_the_step_of_adamw() -> None:
     ours, theirs = seeded(GPT), seeded(GPT)
-    step(ours, Muon(param_groups(ours, Muon, (IDS, IDS), weight_decay=0.1), lr=1e-2, adaptive_rate=None))
+    step(ours, Muon(param_groups(ours, Muon, (IDS, IDS), weight_decay=0.1), lr=1e-2))
     found, named = gpt_roles(), dict(theirs.named_parameters())
     of = {role: [named[name] for name, r in found.items() if r == role] for role in set(found.values())}
     others = [*of["embedding"], *of["norm"], *of["bias"]]
     adam = torch.optim.AdamW(
         [{"params": of["head"]}, {"params": others, "weight_decay": 0.0}], lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1
     )
-    step(theirs, Muon(of["matrix"], lr=1e-2, weight_decay=0.1, adaptive_rate=None), adam)
+    step(theirs, Muon(of["matrix"], lr=1e-2, weight_decay=0.1), adam)
     assert torch.allclose(parameters(ours), parameters(theirs), rtol=1e-12, atol=1e-12)
     plain = seeded(GPT)
-    step(plain, Muon(plain.parameters(), lr=1e-2, adaptive_rate=None))
+    step(plain, Muon(plain.parameters(), lr=1e-2))
     assert not torch.allclose(parameters(ours), parameters(plain), atol=1e-4)
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.optim import lr_scheduler
 
 from precond import PSGD, SOAP, AdaptiveRate, GaLore, KLShampoo, Muon, Shampoo, SOAPMuon, SPlus
 
@@ -60,10 +63,8 @@ def factors_of(moves: list[list[np.ndarray]], growth: float, least: float, most:
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("numbers", [(1.5, 1.0, 4.0), (1.2, 0.5, 100.0)])
 def test_factors_are_those_of_the_definition(name, numbers):
-    plain, ours = (
-        trained(METHODS[name], adaptive_rate=None)[0],
-        trained(METHODS[name], adaptive_rate=AdaptiveRate(*numbers))[0],
-    )
+    options = {"betas": (0.9, 0.95)} if name == "SOAP" else {}  # which would follow the rate
+    plain, ours = (trained(METHODS[name], adaptive_rate=rate, **options)[0] for rate in (None, AdaptiveRate(*numbers)))
     factors = factors_of(plain, *numbers)
     for t in range(STEPS):
         for i in range(len(SHAPES)):
@@ -77,9 +78,10 @@ def test_a_group_may_keep_its_rate_and_kinds_have_factors_of_their_own_beside_it
         first, *others = params
         return SOAP([{"params": [first], "adaptive_rate": None}, {"params": others}], lr=lr, **options)
 
+    betas = (0.9, 0.95)
     plain, (ours, optimizer, params) = (
-        trained(SOAP, adaptive_rate=None)[0],
-        trained(grouped, adaptive_rate=AdaptiveRate(2.0)),
+        trained(SOAP, adaptive_rate=None, betas=betas)[0],
+        trained(grouped, adaptive_rate=AdaptiveRate(2.0), betas=betas),
     )
     factors = factors_of(plain, 2.0, 1.0, 10.0)
     factors[:, 0] = 1
@@ -141,12 +143,121 @@ def test_what_is_no_rate_is_refused(make, error, words):
         make([nn.Parameter(torch.ones(2, 2))])
 
 
-@pytest.mark.parametrize(("name", "growth"), [("SOAP", 1.1), ("Muon", 1.2), ("PSGD", 1.1), ("Shampoo", 1.0)])
-def test_who_has_one_by_default(name, growth):
-    assert METHODS[name]([nn.Parameter(torch.ones(2, 2))]).param_groups[0]["rate_growth"] == growth
+OWN = {"SOAP": 1.1, "Muon": 1.2, "PSGD": 1.1}
+
+
+def made(name: str, *args, **options) -> torch.optim.Optimizer:
+    return METHODS[name]([nn.Parameter(torch.ones(2, 2))], *args, **options)
+
+
+def growths(optimizer: torch.optim.Optimizer) -> list[float]:
+    return [group["rate_growth"] for group in optimizer.param_groups]
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_who_gives_a_rate_gets_the_published_method(name):
+    assert growths(made(name)) == growths(made(name, None)) == growths(made(name, adaptive_rate="auto")) == [OWN[name]]
+    for plain in (made(name, 0.03), made(name, lr=torch.tensor(0.03)), made(name, adaptive_rate=None)):
+        assert growths(plain) == [1] and plain.param_groups[0]["lr"] == pytest.approx(0.03)
+    assert growths(made(name, lr=0.1, adaptive_rate=AdaptiveRate(1.5))) == [1.5]
+    assert growths(made("Shampoo")) == [1]
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_group_that_gives_a_rate_gets_the_published_method(name):
+    def group(**options):
+        return {"params": [nn.Parameter(torch.ones(2, 2))], **options}
+
+    given = [
+        *(group(), group(lr=0.1), group(lr=None)),
+        *(
+            group(lr=0.1, adaptive_rate=AdaptiveRate(1.5)),
+            group(adaptive_rate=None),
+            group(lr=0.1, adaptive_rate="auto"),
+        ),
+    ]
+    optimizer = METHODS[name](given)
+    assert growths(optimizer) == [OWN[name], 1, OWN[name], 1.5, 1, 1]
+    later = copy.deepcopy(optimizer)
+    again = METHODS[name](optimizer.param_groups)
+    assert growths(again) == growths(optimizer)
+    later.add_param_group(group())
+    later.add_param_group(group(lr=0.1))
+    assert growths(later)[-2:] == [OWN[name], 1]
+    plain = METHODS[name]([group()], lr=0.1)
+    plain.add_param_group(group())
+    assert growths(plain) == [1, 1]
+
+
+def test_the_betas_of_soap_follow_the_rate():
+    def betas(*args, **options):
+        return made("SOAP", *args, **options).param_groups[0]["betas"]
+
+    assert betas() == betas(0.1, adaptive_rate=AdaptiveRate()) == (0.9, 0.95)
+    assert betas(0.1) == betas(adaptive_rate=None) == (0.95, 0.95)
+    assert betas(betas=(0.8, 0.9)) == betas(0.1, betas=(0.8, 0.9)) == (0.8, 0.9)
+    p, q, r = (nn.Parameter(torch.ones(2, 2)) for _ in range(3))
+    groups = [{"params": [p]}, {"params": [q], "lr": 0.1}, {"params": [r], "lr": 0.1, "betas": (0.5, 0.6)}]
+    assert [group["betas"] for group in SOAP(groups).param_groups] == [(0.9, 0.95), (0.95, 0.95), (0.5, 0.6)]
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_given_rate_is_the_default_one_without_its_factors(name):
+    def moves(**options):
+        params = [nn.Parameter(torch.zeros(shape, dtype=torch.float64)) for shape in SHAPES]
+        optimizer = METHODS[name](params, **options)
+        for gradients in all_gradients()[:4]:
+            for p, g in zip(params, gradients, strict=True):
+                p.grad = torch.tensor(g)
+            optimizer.step()
+        return params, optimizer
+
+    (given, _), (plain, _), (found, optimizer) = moves(lr=0.03), moves(adaptive_rate=None), moves()
+    assert all(torch.equal(p, q) for p, q in zip(given, plain, strict=True))
+    assert not any(torch.allclose(p, q) for p, q in zip(given, found, strict=True))
+    assert f"rate_growth={OWN[name]}" in str(optimizer)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        lambda o: lr_scheduler.LambdaLR(o, lambda step: 1 / (step + 1)),
+        lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=9, cycle_momentum=False),
+    ],
+    ids=["lambda", "cycle"],
+)
+def test_a_scheduler_leaves_the_rates_adaptive(schedule):
+    optimizer = made("SOAP")
+    scheduler = schedule(optimizer)
+    (p,) = optimizer.param_groups[0]["params"]
+    for _ in range(4):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        scheduler.step()
+    assert growths(optimizer) == [1.1] and 1 < optimizer.state[p]["rate"] < 1.1**3
+
+
+@pytest.mark.parametrize("options", [({}, {"lr": 0.5}), ({"lr": 0.5}, {})], ids=["found", "given"])
+def test_a_state_goes_on_as_it_was_saved_whatever_the_optimizer_was_given(options):
+    params = [nn.Parameter(torch.zeros(shape, dtype=torch.float64)) for shape in SHAPES]
+    first = SOAP(params, **options[0])
+    for gradients in all_gradients()[:4]:
+        step(first, params, gradients, 1.0)
+    copies = [nn.Parameter(p.detach().clone()) for p in params]
+    second = SOAP(copies, **options[1])
+    second.load_state_dict(first.state_dict())
+    assert growths(second) == growths(first) and second.param_groups[0]["betas"] == first.param_groups[0]["betas"]
+    for gradients in all_gradients()[4:7]:
+        step(first, params, gradients, 0.5)
+        step(second, copies, gradients, 0.5)
+    assert all(torch.equal(p, q) for p, q in zip(params, copies, strict=True))
 
 
 def test_newtons_step_keeps_its_length_by_default():
-    p = [nn.Parameter(torch.ones(2, 2))]
-    assert PSGD(p, criterion="hessian").param_groups[0]["rate_growth"] == 1
-    assert PSGD(p, criterion="hessian", adaptive_rate=AdaptiveRate()).param_groups[0]["rate_growth"] == 1.1
+    assert growths(made("PSGD", criterion="hessian")) == [1]
+    assert growths(made("PSGD", criterion="hessian", adaptive_rate=AdaptiveRate())) == [1.1]
+
+
+def test_a_method_without_a_default_refuses_none():
+    with pytest.raises(TypeError, match="Shampoo: lr is a number"):
+        made("Shampoo", lr=None)

@@ -58,7 +58,7 @@ def test_momentum_that_was_not_asked_for_stays_off(name: str) -> None:
     "make",
     [
         lambda p: GaLore(p, lr=0.01, rank=64),
-        lambda p: SOAP(p, lr=0.01, max_dim=1, betas=(0.9, 0.999), adaptive_rate=None),
+        lambda p: SOAP(p, lr=0.01, max_dim=1, betas=(0.9, 0.999)),
     ],
 )
 def test_what_is_adam_is_adam_under_a_cycle(make: Any, cycle: str) -> None:
