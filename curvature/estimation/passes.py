@@ -12,7 +12,7 @@ from torch.autograd.graph import GradientEdge
 
 from curvature.estimation.selection import SeenPart
 from curvature.layers.recorder import Recorder
-from curvature.model.graph_nodes import Call
+from curvature.model.graph_nodes import UnseenLoss
 from curvature.model.moment import Moment
 
 #: Stands for the model's output among the arguments of a loss.
@@ -100,7 +100,7 @@ class Pass:
     at_output: Any = None  # the one of these on the output
     released: bool = False  # nothing can arrive any more
     beside: bool = False  # ``gradient`` is of several losses, or of what is besides the calls that were seen
-    unseen_loss: Call | None = None  # that loss, where it is a single one and somebody can tell
+    unseen_loss: UnseenLoss | None = None  # that loss, where it is a single one and somebody can tell
     edited: bool = False  # ``output`` was changed in place before the loss
     size: Tensor | None = None  # largest entry of all that arrived, of which ``gradient`` is a part
     task: int = -1  # the backward pass that brought it

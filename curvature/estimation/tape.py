@@ -28,7 +28,7 @@ from curvature.losses.sum_of_losses import SumOfLosses
 from curvature.model.backward_hooks import muted, no_backward_hooks, of_leaves, ours
 from curvature.model.data import Output, batch_size, examples_of, inspecting, loss_in, resolve_output
 from curvature.model.fully_sharded import FullyShard, Mark, call_forward, shard_of
-from curvature.model.graph_nodes import Call, nodes
+from curvature.model.graph_nodes import UnseenLoss, nodes
 from curvature.model.hooks import At, Hook, OwnHook, calling_frame
 from curvature.model.moment import Moment
 from curvature.model.parameters import with_values
@@ -114,7 +114,7 @@ class Tape:
         self._counting = 0  # which of the input tensors counts the examples
         self._latest: Callable[[], Tensor | None] = lambda: None  # value of the last call of the loss
         self._task: int | None = None  # the user's backward pass under way
-        self._beside: dict[Any, list[Call]] = {}  # losses that were not seen, through which it comes to ends of passes
+        self._beside: dict[Any, list[UnseenLoss]] = {}  # losses that nobody saw, by ends of passes below them
         self._direct: set[Any] | None = None  # these ends, and those to which it comes otherwise, but not by other ends
         self._before: dict[str, Mark] = {}  # gradients when it began
         self._marks: dict[str, Mark] = {}  # gradients when the last one ended

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from curvature.estimation.passes import OUTPUT, Pass, TapedLoss
 from curvature.losses.loss import called
 from curvature.model.data import inspection
-from curvature.model.graph_nodes import Call, calls_beside
+from curvature.model.graph_nodes import UnseenLoss, calls_beside
 from curvature.model.wrappers import passed_on
 
 #: How the names of the nodes of loss functions begin, by the module that calls them.
@@ -55,7 +55,7 @@ def called_again(again: Pass, func: Any, args: Any, kwargs: Any, value: Any) -> 
 
 def beside(
     loss: nn.Module | None, passes: list[Pass], calls: list[TapedLoss]
-) -> tuple[dict[Any, list[Call]], set[Any] | None]:
+) -> tuple[dict[Any, list[UnseenLoss]], set[Any] | None]:
     """The losses that nobody saw, by the nodes where passes end to which the backward pass under way comes.
 
     They are of the kind of the optimizer's, called as functions or by another module. Losses of other kinds are

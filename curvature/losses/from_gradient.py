@@ -111,8 +111,8 @@ def _gradient_terms(output: Tensor, gradient: Tensor, scale: Tensor | None, redu
 def _weights(terms: Terms, gradient: Tensor, size: Tensor | None) -> Tensor | None:
     """What each term is multiplied by, if the gradients of the terms, so multiplied, are the one that arrived."""
     own, arrived = (terms.rows(g).to(working_dtype(gradient)) for g in (terms.gradient(), gradient))
-    lengths = torch.linalg.vector_norm(own, dim=-1).clamp(min=torch.finfo(own.dtype).tiny)
-    weights = (own * arrived).sum(-1) / lengths.square()
+    lengths = torch.linalg.vector_norm(own, dim=-1)
+    weights = (own * arrived).sum(-1) / lengths.square().clamp(min=torch.finfo(own.dtype).tiny)
     slack = torch.finfo(gradient.dtype).eps ** 0.5
     off = torch.linalg.vector_norm(own * weights.unsqueeze(-1) - arrived, dim=-1)
     noise = 0 if size is None else 16 * torch.finfo(gradient.dtype).eps * own.shape[-1] ** 0.5 * size.to(own)

@@ -57,7 +57,7 @@ def only_way(value: Any, output: Any, targets: Set[Any]) -> bool:
 
 
 @dataclass(frozen=True)
-class Call:
+class UnseenLoss:
     """A call of a loss function that the backward pass under way goes through.
 
     Attributes:
@@ -75,7 +75,7 @@ class Call:
     moved: bool
 
 
-def calls_beside(kind: str, ends: Set[Any], known: Set[int]) -> tuple[dict[Any, list[Call]], set[Any] | None]:
+def calls_beside(kind: str, ends: Set[Any], known: Set[int]) -> tuple[dict[Any, list[UnseenLoss]], set[Any] | None]:
     """The functions of one kind, besides known calls, that the backward pass under way goes through to some ends.
 
     Args:
@@ -93,13 +93,13 @@ def calls_beside(kind: str, ends: Set[Any], known: Set[int]) -> tuple[dict[Any, 
         return {}, None
     until = lambda node: node in ends or node._sequence_nr() in known  # noqa: E731
     above = list(_below(map(_node, roots), until))
-    found: dict[Any, list[Call]] = {}
+    found: dict[Any, list[UnseenLoss]] = {}
     for node in above:
         if until(node) or not node.name().startswith(kind) or "BackwardBackward" in node.name():
             continue
         between = list(_below([node], until))
         moved = not any(_transforms(one, kind) for one in between if one is not node and one not in ends)
-        call = Call(node, *_reduced(node, roots), moved)
+        call = UnseenLoss(node, *_reduced(node, roots), moved)
         for end in between:
             if end in ends:
                 found.setdefault(end, []).append(call)
