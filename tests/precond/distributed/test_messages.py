@@ -135,7 +135,7 @@ def draws() -> dict[str, Any]:
     model = nn.Linear(2, 3, bias=False).double()
     nn.init.zeros_(model.weight)
     parallel = DistributedDataParallel(model)
-    optimizer = KFAC(parallel, nn.CrossEntropyLoss(), lr=0.0, curvature_ema=0.0)
+    optimizer = KFAC(parallel, nn.CrossEntropyLoss(), lr=0.0, curvature_ema=0.0, curvature_update_period=1)
     x, y = torch.ones(1, 2, dtype=torch.float64), torch.zeros(1, dtype=torch.long)
     found, own = [], []
     for _ in range(200):
