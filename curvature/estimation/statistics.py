@@ -34,13 +34,6 @@ from curvature.model.graph_nodes import only_way
 from curvature.structures.estimator import Curvature
 from solvers.outcome.finite import is_finite
 
-_NOT_TOLD = TypeError(
-    "what backward() was called on holds a loss like the optimizer's that is no call of the module given to it, but of "
-    "a function or another module, and neither its gradient nor the way to it tells its terms and their weight (a "
-    "multiple of a squared error, smoothed labels, a loss of a part of the output, ...). Call the given module in its "
-    "place, or let only calls of that module count: loop=Loop(capture='loss')."
-)
-
 
 class Statistics:
     r"""Feeds a collector from a tape.
@@ -194,7 +187,7 @@ class Statistics:
         self._take(passes, terms, share, None)
 
     def not_told(self) -> None:
-        self._refusal = _NOT_TOLD
+        self._refusal = _not_told()
 
     def keep(self, written: Iterable[str]) -> None:
         if self._refusal is not None:
@@ -384,7 +377,7 @@ class Statistics:
         """The weight of a loss, where its gradient does not tell and the way to it may."""
         call, squares = origin.unseen_loss, isinstance(self.tape.loss_module, nn.MSELoss)
         if origin.beside or (squares and call is not None and not call.adds and call.root is None):
-            raise _NOT_TOLD
+            raise _not_told()
         weight = torch.ones_like(terms.total)
         if call is not None and not call.adds and squares and call.root is not None:
             # From the value R = w (z - y)^2 / n and the gradient 2 w (z - y) / n, with n = 1 for a sum.
@@ -598,6 +591,15 @@ class Statistics:
         self.collector.forget()
         self._step = Step()
         self.generator.manual_seed(self._seed)
+
+
+def _not_told() -> TypeError:
+    return TypeError(
+        "what backward() was called on holds a loss like the optimizer's that is no call of the module given to it, "
+        "but of a function or another module, and neither its gradient nor the way to it tells its terms and their "
+        "weight (a multiple of a squared error, smoothed labels, a loss of a part of the output, ...). Call the given "
+        "module in its place, or let only calls of that module count: loop=Loop(capture='loss')."
+    )
 
 
 def _not_repeated(shape: tuple[int, ...]) -> ValueError:

@@ -32,9 +32,7 @@ class Step:
     reached: set[str] = field(default_factory=set)
     sums: dict[int, Tensor] = field(default_factory=dict)  # total weight of sums, by the output that they are on
     absolute: bool = False  # a mean, or weights of single terms, was among the losses
-    unscaled: set[int] = field(
-        default_factory=set
-    )  # backward passes with losses whose weight nobody knows: plain means
+    unscaled: set[int] = field(default_factory=set)  # backward passes with losses of unknown weight: plain means
     signs: list[Tensor] = field(default_factory=list)
     seen: list[Tensor] = field(default_factory=list)  # weight and number of terms that gradients at outputs showed
     counted: dict[Pass, Counted] = field(default_factory=dict)  # uses whose inputs were counted
@@ -97,8 +95,8 @@ class Step:
         if len(self.unscaled) > 1:
             raise ValueError(
                 "this step accumulates several losses of which only gradients at the model's output were seen, and "
-                "these do not tell the weight of each (of soft labels, say), so their curvatures "
-                "have no common scale. Call the loss module that was given to the optimizer in the loop itself, or let "
+                "these do not tell the weight of each (of soft labels, say), so their curvatures have no common scale. "
+                "Call the loss module that was given to the optimizer in the loop itself, or let "
                 "only its calls count: loop=Loop(capture='loss')."
             )
         if self.unscaled:

@@ -18,10 +18,20 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import precond
 from precond import Hyperball, Tables, Vectors
-from precond.distributed.ranks import OtherRankFailed
 from precond.distributed.sharded import local
-from solvers import SolverError
-from tests.precond.distributed.sharded_runs import METHODS, apart, gap, kept, mesh_of, rich, seeded, shard, steps, whole
+from tests.precond.distributed.sharded_runs import (
+    METHODS,
+    apart,
+    failure_on_one,
+    gap,
+    kept,
+    mesh_of,
+    rich,
+    seeded,
+    shard,
+    steps,
+    whole,
+)
 
 #: Those that keep matrices of parameters, without control of the norms of whole ones; and options that look at shapes.
 MAKES: dict[str, Callable[..., Any]] = {
@@ -230,20 +240,7 @@ def disagreements(shape: tuple[int, ...]) -> dict[str, Any]:
         warnings.simplefilter("always")
         optimizer.step()
     out: dict[str, Any] = {"skipped": (optimizer.skipped, apart(before, whole(net)), len(caught))}
-    works = optimizer.whole_directions
-
-    def fails(gradients: Any) -> Any:
-        works(gradients)
-        if rank == 1:
-            raise SolverError("the factors are broken")
-        return works(gradients)
-
-    optimizer.whole_directions = fails
-    try:
-        steps(net, optimizer, range(2, 3))
-    except (SolverError, OtherRankFailed) as error:
-        out["failure"] = f"{type(error).__name__}: {error}"
-    del optimizer.whole_directions
+    out["failure"] = failure_on_one(optimizer, lambda: steps(net, optimizer, range(2, 3)))
     out["moved"] = apart(before, whole(net))
     steps(net, optimizer, range(2, 5))
     steps(other, undisturbed, range(5))

@@ -198,6 +198,26 @@ def refusals(shape: tuple[int, ...]) -> dict[str, str]:
     return told
 
 
+def failure_on_one(optimizer: Any, step: Callable[[], None]) -> str:
+    """What this rank is told of a step whose directions fail on rank 1 alone."""
+    works = optimizer.whole_directions
+
+    def fails(gradients: Any) -> Any:
+        works(gradients)
+        if dist.get_rank() == 1:
+            raise SolverError("the factors are broken")
+        return works(gradients)
+
+    optimizer.whole_directions = fails
+    try:
+        step()
+    except (SolverError, OtherRankFailed) as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        del optimizer.whole_directions
+    return "nothing"
+
+
 def disagreements(shape: tuple[int, ...]) -> dict[str, Any]:
     """What a number that is not finite, and a failure, of one rank do to all: nothing moves anywhere."""
     mesh, rank, out = mesh_of(shape), dist.get_rank(), {}
@@ -217,20 +237,7 @@ def disagreements(shape: tuple[int, ...]) -> dict[str, Any]:
     net, alone = shard(rich(), mesh), rich()
     soap, single = (METHODS["SOAP"](model.parameters()) for model in (net, alone))
     steps(net, soap, range(2))
-    works = soap.whole_directions
-
-    def fails(gradients: Any) -> Any:
-        works(gradients)
-        if rank == 1:
-            raise SolverError("the factors are broken")
-        return works(gradients)
-
-    soap.whole_directions = fails
-    try:
-        steps(net, soap, range(2, 3))
-    except (SolverError, OtherRankFailed) as error:
-        out["failure"] = f"{type(error).__name__}: {error}"
-    del soap.whole_directions
+    out["failure"] = failure_on_one(soap, lambda: steps(net, soap, range(2, 3)))
     out["steps"] = soap.steps
     steps(net, soap, range(2, 5))
     steps(alone, single, range(5))
