@@ -32,8 +32,8 @@ HOUSE: dict[str, str] = {
     "precond.grouping": ".step curvature.estimation curvature.layers curvature.model solvers.outcome",
     "precond.layerwise": ".layerwise.blocks .distributed .step curvature curvature.estimation curvature.structures"
     " curvature.losses curvature.model solvers solvers.outcome solvers.precision",
-    "precond.layerwise.blocks": ".distributed .step curvature curvature.structures curvature.layers curvature.model"
-    " solvers solvers.operators solvers.precision solvers.outcome",
+    "precond.layerwise.blocks": ".distributed .step curvature curvature.estimation curvature.structures"
+    " curvature.layers curvature.model solvers solvers.operators solvers.precision solvers.outcome",
     "precond.closure": ".distributed .gradient .step curvature.estimation curvature.residuals curvature.losses"
     " curvature.model solvers solvers.precision solvers.outcome solvers.triangles",
     "precond.fitting": ".step curvature.model solvers.outcome",

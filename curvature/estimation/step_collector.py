@@ -21,7 +21,7 @@ from curvature.layers.samples import Outer, PerSample, Samples
 from curvature.layers.site import ElementwiseSite
 from curvature.losses.signals import Signals, stacked
 from curvature.model.backward_hooks import ours
-from curvature.model.hooks import stands_for_several
+from curvature.model.hooks import At
 from curvature.model.parameters import Parameters
 from curvature.structures.estimator import CurvatureEstimator, Form
 from curvature.structures.whole import Share, WholeEstimator
@@ -44,11 +44,11 @@ class Backward:
         self.gradients: dict[int, Tensor] = {}
         self._handles: list[Any] = []
         for site in sites_of(groups):
-            self._handles.append(ours(site.edge.node.register_prehook(partial(self._arrived, site))))
+            self._handles.append(ours(site.edge.node.register_prehook(At(self, "_arrived", site))))
 
     def _arrived(self, site: Site, gradients: tuple[Tensor | None, ...]) -> None:
         gradient = gradients[site.edge.output_nr]
-        if gradient is not None and self._listens() and not stands_for_several(gradient):
+        if gradient is not None and self._listens():
             self.gradients[id(site)] = gradient.detach()
 
     def close(self) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
+from curvature.estimation.followed_layer import FollowedLayer
 from curvature.estimation.passes import Inputs, Pass, Reader, TapedLoss, release
 from curvature.estimation.selection import selection
 from curvature.estimation.taped_losses import beside, called_again, explained, same_numbers, taped
@@ -119,6 +120,7 @@ class Tape:
         self._before: dict[str, Mark] = {}  # gradients when it began
         self._marks: dict[str, Mark] = {}  # gradients when the last one ended
         self._handles: list[Any] = []
+        self._followed: weakref.WeakSet[FollowedLayer] = weakref.WeakSet()
         self.attach()
 
     # Life
@@ -139,8 +141,15 @@ class Tape:
             for hook, first in ((Hook(self, "_before_whole"), True), (Hook(self, "_after_whole"), False)):
                 self._handles.append(module.register_forward_pre_hook(hook, prepend=first, with_kwargs=True))
 
+    def follow(self, layer: FollowedLayer) -> None:
+        """Tell of every pass through one layer of the model, in steps in which nothing is recorded too."""
+        layer.attach()
+        self._followed.add(layer)
+
     def close(self) -> None:
         """Remove every hook and forget everything."""
+        for layer in self._followed:
+            layer.close()
         for handle in self._handles:
             handle.remove()
         self._handles = []

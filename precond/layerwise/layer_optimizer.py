@@ -241,7 +241,7 @@ class LayerOptimizer(WithoutCurvature):
     def after_step(self) -> None:
         self.taps.clear()
         if self.shared is None:
-            self.taps.watch(unwrapped(self.model), self.preconditioners)
+            self.taps.watch(self.tape, self.preconditioners)
         self.arm()
 
     def mark(self) -> Any:

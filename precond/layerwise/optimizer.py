@@ -570,7 +570,7 @@ class PreconditionedOptimizer(LayerOptimizer):
             self.after_load()
         self.taps.close()
         if self.shared is None:
-            self.taps.watch(unwrapped(self.model), self.preconditioners)
+            self.taps.watch(self.tape, self.preconditioners)
         self.arm()
 
     def after_load(self) -> None:
@@ -617,4 +617,4 @@ class PreconditionedOptimizer(LayerOptimizer):
         self._connect()
         self.statistics.collector.estimators = estimators
         self.drop_absent()
-        self.taps.watch(unwrapped(self.model), self.preconditioners)
+        self.taps.watch(self.tape, self.preconditioners)

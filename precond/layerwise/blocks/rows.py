@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from curvature.estimation.followed_layer import FollowedLayer
+from curvature.estimation.tape import Tape
 from curvature.layers.block import Block
-from curvature.model.backward_hooks import ours
-from curvature.model.data import inspecting
-from curvature.model.hooks import At, EagerHook
 from precond.layerwise.blocks.preconditioner import Preconditioner
 from solvers import Eigen, Kronecker, LinearOperator
 from solvers.precision import reduced
@@ -93,7 +92,7 @@ def cheaper(rows: int, d_out: int, d_in: int) -> bool:
     return rows * (d_out**2 + d_in**2 + d_out * d_in) + WORTH < 0.8 * d_out * d_in * (d_out + d_in)
 
 
-class RowTap:
+class RowTap(FollowedLayer):
     """Watches one ``nn.Linear`` and offers the rows of its gradient.
 
     The rows stand for the gradient only if one forward pass used the layer since the last step, the gradient was empty
@@ -102,7 +101,9 @@ class RowTap:
     """
 
     def __init__(self, module: nn.Linear, params: Mapping[str, nn.Parameter]) -> None:
+        super().__init__(module, params.values())
         self.params = params
+        self.shape = module.out_features, module.in_features
         self.count = 0  # rows of the last backward pass that stood for the gradient
         self._passes = 0
         self._input: tuple[Tensor, int] | None = None
@@ -110,52 +111,39 @@ class RowTap:
         self._written: dict[int, tuple[Tensor, int, Tensor]] = {}
         self._rough = False
         self._probe: Tensor | None = None  # combines the columns of the weight
-        self.handles = [module.register_forward_hook(EagerHook(self, "forward"))]
-        self.handles += [p.register_post_accumulate_grad_hook(EagerHook(self, "written")) for p in params.values()]
 
     def close(self) -> None:
         """Remove the hooks and forget the rows."""
-        for handle in self.handles:
-            handle.remove()
+        super().close()
         self.clear()
 
     def clear(self) -> None:
         """Forget the rows, for the next step."""
         self._passes, self._input, self._gradient, self._written = 0, None, None, {}
 
-    def forward(self, module: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> None:
-        """Note a forward pass, unless it is the library's own."""
-        if not args or not output.requires_grad or inspecting():
-            return
-        x = args[0]
+    def ran(self, x: Tensor, output: Tensor) -> bool:
+        """Note a forward pass."""
         self._passes += 1
         m = x.numel() // max(1, x.shape[-1])
         fresh = all(p.grad is None for p in self.params.values())
-        if self._passes > 1 or not fresh or not cheaper(m, module.out_features, module.in_features):
+        if self._passes > 1 or not fresh or not cheaper(m, *self.shape):
             self._input = self._gradient = None
-            return
-        base = output if output._base is None else output._base
-        node = base.grad_fn
-        if node is None or base.numel() != output.numel():
-            return
+            return False
         kept = x.detach()
         self._input = (kept, kept._version)
-        number = base.output_nr
-        ours(node.register_prehook(At(self, "backward", number)))
-        kind = x.device.type
-        self._rough = torch.is_autocast_enabled(kind) or reduced()
+        self._rough = torch.is_autocast_enabled(x.device.type) or reduced()
+        return True
 
-    def backward(self, number: int, gradients: tuple[Tensor | None, ...]) -> None:
-        """Note the output's gradient, one of those that arrive at a node."""
-        gradient = gradients[number]
-        self._gradient = self._gradient if gradient is None else gradient.detach()
+    def arrived(self, gradient: Tensor) -> None:
+        """Note the output's gradient."""
+        self._gradient = gradient
 
-    def written(self, p: Tensor) -> None:
+    def written(self, parameter: Tensor) -> None:
         """Note that autograd wrote a parameter's gradient."""
-        grad = p.grad
+        grad, key = parameter.grad, id(parameter)
         assert grad is not None
         if self._input is not None:
-            self._written[id(p)] = (grad, grad._version if id(p) not in self._written else -1, self._combined(grad))
+            self._written[key] = (grad, grad._version if key not in self._written else -1, self._combined(grad))
 
     def rows(self, gradients: Mapping[str, Tensor]) -> GradientRows | None:
         """The rows, if they stand for these gradients."""
@@ -228,14 +216,16 @@ class RowTaps:
         self.taps: dict[str, RowTap] = {}
         self._known: set[str] = set()
 
-    def watch(self, model: nn.Module, preconditioners: Mapping[str, Preconditioner]) -> None:
-        """Watch the layers whose blocks have an inverse that :func:`has_rows`."""
+    def watch(self, tape: Tape, preconditioners: Mapping[str, Preconditioner]) -> None:
+        """Watch the layers whose blocks have an inverse that :func:`has_rows`, through the tape of the model."""
         known = {name: p for name, p in preconditioners.items() if p.inverse is not None}
         if self._known == set(known):
             return
         self.close()
         self._known = set(known)
-        self.taps = taps_for(model, {name: (p.estimator.block, p.inverse) for name, p in known.items()})
+        self.taps = taps_for(tape.model, {name: (p.estimator.block, p.inverse) for name, p in known.items()})
+        for tap in self.taps.values():
+            tape.follow(tap)
 
     def close(self) -> None:
         """Remove the hooks and forget the blocks."""
