@@ -84,8 +84,6 @@ class Collector:
         self.forms: dict[str, Form] = {}
         self.notes: dict[str, str] = {}  # what else is to be said about a block
         self._verified = False  # the rules explained the gradients of a pass
-        self._examples = 1  # of the batch at hand
-        self._aggregated = False  # its loss has one term for each example
         self.sharing: dict[str, str] = {}  # what was chosen for the positions of a block, where that was to be chosen
         self._batches: list[Tensor | float] = []  # weights of the step's batches so far
         self._seen: dict[str, list[int]] = {}  # which of them reached a block
@@ -136,7 +134,8 @@ class Collector:
         groups = self.groups(recorder, output, signals, cache)
         for group, uses in self._back(groups, output, signals.probe().unsqueeze(0), cache, {}):
             if uses:
-                self._tell_sharing(self.estimator_of(group), uses, signals.aggregated)
+                estimator = self.estimator_of(group)
+                self._tell_sharing(estimator, uses, estimator.chooses_sharing and signals.aggregated)
 
     def _doubt(self, name: str, groups: list[Group], output: Tensor) -> str:
         """Why the recorded uses of a parameter are not relied on."""
@@ -327,7 +326,6 @@ class Collector:
     ) -> set[str]:
         if not groups:
             return set()
-        self._examples, self._aggregated = signals.examples, signals.aggregated
         valid = self._valid(sites_of(groups), output, signals)
         reached: set[str] = set()
         first = True
@@ -336,7 +334,7 @@ class Collector:
             for group, uses in self._back(groups, output, signal, cache, valid):
                 if not uses:
                     continue
-                self._update(group, uses, first, merge=group.block.name in merged)
+                self._update(group, uses, first, signals, merge=group.block.name in merged)
                 if first:
                     reached.add(group.block.name)
             first = False
@@ -352,17 +350,17 @@ class Collector:
         budget = max(VECTORISED.get(self.parameters.device.type, VECTORISED["cuda"]), 4 * size * self.parameters.size)
         return max(1, budget // max(1, numbers * size))
 
-    def _update(self, group: Group, uses: list[Outer | PerSample], first: bool, **options: Any) -> None:
+    def _update(
+        self, group: Group, uses: list[Outer | PerSample], first: bool, signals: Signals, merge: bool = False
+    ) -> None:
         if first:
             self._seen.setdefault(group.block.name, []).append(len(self._batches) - 1)
+        aggregated = self.estimator_of(group).chooses_sharing and signals.aggregated
+        samples = Samples(
+            *(tuple(uses), self._batches[-1], first, merge), examples=signals.examples, aggregated=aggregated
+        )
         with full_float32:
-            samples = Samples(tuple(uses), self._batches[-1], first, **self.of_batch, **options)
             self.learn(group, samples)
-
-    @property
-    def of_batch(self) -> dict[str, Any]:
-        """What samples say of the batch at hand."""
-        return {"examples": self._examples, "aggregated": self._aggregated}
 
     def learn(self, group: Group, samples: Samples) -> None:
         """Update the estimate of a block."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -265,7 +266,7 @@ class Statistics:
                 return self._refuse_hidden(recorder)
             terms = in_their_places(terms, passes, self.batch_dim)
             kind = self.curvature.kind
-            others = self._others_aggregated(passes, call)
+            others = partial(self._others_aggregated, passes, call)
             if kind != "empirical":
                 terms = terms.fisher(strict=False)
             signals = Signals.of(
@@ -322,7 +323,7 @@ class Statistics:
             "empirical",
             batch=recorder.batch,
             together=True,
-            others_aggregated=self._others_aggregated(passes, call),
+            others_aggregated=partial(self._others_aggregated, passes, call),
         )
         backward = self.collector.await_backward(recorder, signals, lambda: not self.tape.inside)
         if backward is not None:

@@ -234,6 +234,9 @@ class StepCollector(Collector):
         with self.one_look():
             if self.mixing(recorder, groups, output, signals, {}):
                 return None
+        known = [self.estimators.get(group.block.name) for group in groups]
+        if any(estimator is None or estimator.chooses_sharing for estimator in known):
+            _ = signals.aggregated  # while the graphs of the other losses of the pass stand
         return Backward(groups, signals, listens, self._sorted)
 
     def collect_backward(self, backward: Backward, share: Tensor, counted: Counted) -> set[str]:
@@ -250,7 +253,6 @@ class StepCollector(Collector):
         reached: set[str] = set()
         cache: Cache = {}
         mask = backward.signals.mask
-        self._examples, self._aggregated = backward.signals.examples, backward.signals.aggregated
         self._keep_sorted(backward.rows)
         # Without a term that counts, the share is 0 and there is nothing to scale.
         self._factor, self._linear, self._counted = torch.where(share == 0, 0, 1 / share), 1.0, counted
@@ -259,30 +261,35 @@ class StepCollector(Collector):
         for group in backward.groups:
             uses = samples_of(group, backward.gradients, valid, cache, by_rows=group.block.name in self.by_rows)
             if uses:
-                self._update(group, uses, True)
+                self._update(group, uses, True, backward.signals)
                 reached.add(group.block.name)
         return reached
 
-    def _update(self, group: Group, uses: list[Outer | PerSample], first: bool, **options: Any) -> None:
-        aggregated = self._aggregated_for(group, uses, bool(options.get("merge")))
+    def _update(
+        self, group: Group, uses: list[Outer | PerSample], first: bool, signals: Signals, merge: bool = False
+    ) -> None:
+        aggregated = self._aggregated_for(group, uses, signals, merge)
         if first:
             uses, first = self._new(group, uses)
         uses = [self._placed(group, use, aggregated) for use in uses]
-        scales: dict[str, Any] = {"factor": self._factor, "linear": self._linear, "aggregated": aggregated}
-        samples = Samples(tuple(uses), 0.0, first, **self.of_batch | scales, **options)
+        scales = self._factor, self._linear
+        samples = Samples(tuple(uses), 0.0, first, merge, *scales, examples=signals.examples, aggregated=aggregated)
         with full_float32:
             self.learn(group, samples)
 
-    def _aggregated_for(self, group: Group, uses: list[Outer | PerSample], merge: bool) -> bool:
+    def _aggregated_for(self, group: Group, uses: list[Outer | PerSample], signals: Signals, merge: bool) -> bool:
         """Whether all losses of the pass have one term for each example, by which a block treats its positions.
 
         Raises:
             ValueError: If one comes that has several, after the inputs were counted as for those before.
         """
-        key, now = (group.block.name, "aggregated"), self._aggregated and not merge
+        estimator = self.estimator_of(group)
+        if not estimator.chooses_sharing:
+            return False
+        key, now = (group.block.name, "aggregated"), not merge and signals.aggregated
         before = self._counted.setdefault(key, now)
         if before and not now:
-            choose = self.estimator_of(group).chosen_sharing
+            choose = estimator.chosen_sharing
             several = (use for use in uses if isinstance(use, Outer) and use.positions > 1)
             if any(choose(use, True) != choose(use, False) for use in several):
                 raise ValueError(

@@ -225,6 +225,7 @@ class Samples:
         linear: What makes a gradient that of the loss of the step; ``None`` where its terms have weights of their own.
         examples: Number of examples of the batch.
         aggregated: The loss has one term for each example: whatever positions there are, the model aggregates them.
+            False where the estimate does not choose by it.
     """
 
     uses: tuple[Outer | PerSample, ...]

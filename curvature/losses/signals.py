@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from typing import Any, Literal
 
@@ -49,7 +50,7 @@ class Signals:
         batch: Number of examples of the model, where the loss was called on flattened examples and positions.
         together: For ``empirical``: add up the terms of an example, as one backward pass of the loss does.
         given: Signals that were made before, in the place of those of ``kind``.
-        others_aggregated: Whether every other loss of the same pass has one term for each example.
+        others_aggregated: Tells whether every other loss of the same pass has one term for each example.
     """
 
     terms: Terms
@@ -59,14 +60,14 @@ class Signals:
     batch: int | None = None
     together: bool = False
     given: tuple[Tensor, ...] | None = None
-    others_aggregated: bool = True
+    others_aggregated: Callable[[], bool] = lambda: True
 
     @staticmethod
     def of(terms: Terms, kind: FisherKind, *options: Any, **named: Any) -> Signals:
         """The signals of one loss or of a sum of losses; arguments as for the class."""
         return (JointSignals if isinstance(terms, JoinedTerms) else Signals)(terms, kind, *options, **named)
 
-    @property
+    @cached_property
     def examples(self) -> int:
         """Number of examples.
 
@@ -90,13 +91,14 @@ class Signals:
         n, r, _ = self.terms.shape
         return n * r // max(1, self.examples)
 
-    @property
+    @cached_property
     def aggregated(self) -> bool:
         """Whether one term of each example counts at most, in all losses of the pass: the model aggregates positions.
 
-        Slicing the other positions away, masking them and ignoring their targets are one loss.
+        Slicing the other positions away, masking them and ignoring their targets are one loss. Where an example has
+        several terms the device is asked, once, so that nobody should ask who does not choose by the answer.
         """
-        return self.others_aggregated and (self.positions == 1 or bool((self.mask.sum(-1) <= 1).all()))
+        return self.others_aggregated() and (self.positions == 1 or bool((self.mask.sum(-1) <= 1).all()))
 
     @property
     def mask(self) -> Tensor:
@@ -217,7 +219,7 @@ class JointSignals(Signals):
         options = (self.kind, self.samples, self.generator, self.batch, self.together)
         return [Signals(terms, *options) for _, terms in self._joined.parts.values()]
 
-    @property
+    @cached_property
     def examples(self) -> int:
         found = {key: part.examples for key, part in zip(self._joined.parts, self.parts, strict=True)}
         if len(set(found.values())) > 1:
@@ -227,9 +229,9 @@ class JointSignals(Signals):
             )
         return next(iter(found.values()))
 
-    @property
+    @cached_property
     def aggregated(self) -> bool:
-        return self.others_aggregated and all(part.aggregated for part in self.parts)
+        return self.others_aggregated() and all(part.aggregated for part in self.parts)
 
     def __len__(self) -> int:
         if self.given is not None:

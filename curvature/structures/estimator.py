@@ -38,6 +38,11 @@ class CurvatureEstimator(ABC):
         """Whether the positions of an example are averaged, so that samples must say which belong to one example."""
         return False
 
+    @property
+    def chooses_sharing(self) -> bool:
+        """Whether the treatment of positions is left to the pass: only then somebody looks what its loss is like."""
+        return False
+
     def chosen_sharing(self, use: Outer | PerSample, aggregated: bool) -> Literal["expand", "reduce"] | None:
         """What is chosen for the positions of a use, where that is left to the pass; ``None`` where it is not.
 
@@ -248,6 +253,10 @@ class MeansEstimator(CurvatureEstimator):
     @property
     def averages_positions(self) -> bool:
         return any(isinstance(part, CurvatureEstimator) and part.averages_positions for part in self.parts())
+
+    @property
+    def chooses_sharing(self) -> bool:
+        return any(isinstance(part, CurvatureEstimator) and part.chooses_sharing for part in self.parts())
 
     def chosen_sharing(self, use: Outer | PerSample, aggregated: bool) -> Literal["expand", "reduce"] | None:
         estimates = (part for part in self.parts() if isinstance(part, CurvatureEstimator))

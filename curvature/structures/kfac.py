@@ -75,8 +75,12 @@ class KroneckerEstimator(MeansEstimator):
     def averages_positions(self) -> bool:
         return self.sharing == "reduce"
 
+    @property
+    def chooses_sharing(self) -> bool:
+        return self.sharing == "auto"
+
     def chosen_sharing(self, use: Outer | PerSample, aggregated: bool) -> Literal["expand", "reduce"] | None:
-        if self.sharing != "auto" or not isinstance(use, Outer):
+        if not self.chooses_sharing or not isinstance(use, Outer):
             return None
         return "reduce" if aggregated and use.dense and not use.is_table else "expand"
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from curvature import EigenbasisFisher, KroneckerFisher
 from precond import EKFAC, KFAC
@@ -70,6 +71,37 @@ def test_a_pooling_model_is_reduced_and_a_tagger_is_not() -> None:
     x, y = x[:4, :, None].expand(4, 8, 4) + torch.arange(4.0, dtype=F64), torch.arange(32) % 3
     auto, expand, reduce = (factors(Tagger(), [(x, y)], sharing=s) for s in (None, "expand", "reduce"))
     assert same(auto, expand) and not same(auto, reduce)
+
+
+class Reads(TorchDispatchMode):
+    """Counts the numbers that are read from the device."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def reads(sharing: str, positions: int, **options: Any) -> int:
+    """Numbers that the backward pass of a second step reads, the library's own work included."""
+    model, loss_fn = Tagger(), nn.CrossEntropyLoss()
+    optimizer = KFAC(model, loss_fn, sharing=sharing, **options)  # type: ignore[arg-type]
+    x, y = torch.ones(4, positions, 4, dtype=F64), torch.zeros(4 * positions, dtype=torch.long)
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss = loss_fn(model(x), y)
+        with Reads() as count:
+            loss.backward()
+        optimizer.step()
+    return count.number
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "mc", "exact"])
+def test_whether_positions_are_aggregated_is_read_where_a_block_chooses_by_it_and_once(fisher: str) -> None:
+    """Where each example has one term there is nothing to read."""
+    none, fixed, chosen = (reads(*case, fisher=fisher) for case in (("expand", 1), ("expand", 8), ("auto", 8)))
+    assert fixed == none and chosen == fixed + 1, "there are two blocks"
 
 
 class Encoded(nn.Module):
