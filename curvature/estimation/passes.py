@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,6 @@ from torch.autograd.graph import GradientEdge
 
 from curvature.estimation.selection import SeenPart
 from curvature.layers.recorder import Recorder
-from curvature.model.graph_nodes import UnseenLoss
 from curvature.model.moment import Moment
 
 #: Stands for the model's output among the arguments of a loss.
@@ -63,6 +62,25 @@ class TapedLoss:
         """The arguments with ``output`` in the place of what the loss saw, and others changed by a function."""
         fill = lambda value: output if value is OUTPUT else other(value)  # noqa: E731
         return tuple(map(fill, self.args)), {key: fill(value) for key, value in self.kwargs.items()}
+
+
+@dataclass(frozen=True)
+class UnseenLoss:
+    """A call of a loss function that the backward pass under way goes through.
+
+    Attributes:
+        node: Its node.
+        reduction: Whether its values are averaged or added up, by itself or by the loop.
+        adds: Whether this is added to the rest as it is.
+        root: What the backward pass was called on, if that is a multiple of this and nothing else.
+        moved: Whether it sees an output, or what only views, casts and picked rows made of it, as far as names tell.
+    """
+
+    node: Any
+    reduction: Literal["mean", "sum"] | None
+    adds: bool
+    root: Tensor | None
+    moved: bool
 
 
 @dataclass(eq=False)

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from curvature.estimation.batch_loss import refuse_beyond_outputs
 from curvature.estimation.passes import Pass, TapedLoss
@@ -16,6 +16,7 @@ from curvature.estimation.places import in_their_places
 from curvature.estimation.step import Step, Weight
 from curvature.estimation.step_collector import Backward, StepCollector
 from curvature.estimation.tape import Tape
+from curvature.estimation.unseen_losses import not_told, weight_by_graph
 from curvature.layers.recorder import Recorder
 from curvature.losses import (
     AutogradLoss,
@@ -188,7 +189,7 @@ class Statistics:
         self._take(passes, terms, share, None)
 
     def not_told(self) -> None:
-        self._refusal = _not_told()
+        self._refusal = not_told()
 
     def keep(self, written: Iterable[str]) -> None:
         if self._refusal is not None:
@@ -357,7 +358,7 @@ class Statistics:
             size=origin.size,
         )
         if weights is None:
-            return terms, self._weight_by_graph(origin, terms, gradient)
+            return terms, weight_by_graph(self._step, self.tape.loss_module, origin, terms, gradient)
         if origin.beside and self._step.sums:
             self._step.add_sum(min(self._step.sums), weights[terms.mask].sum())
         else:
@@ -373,26 +374,6 @@ class Statistics:
             return terms, Weight(share)
         n, r, c = terms.shape
         return terms, Weight(None, terms.unrows(weights.reshape(n, r, 1).expand(n, r, c)))
-
-    def _weight_by_graph(self, origin: Pass, terms: Terms, gradient: Tensor) -> Weight:
-        """The weight of a loss, where its gradient does not tell and the way to it may."""
-        call, squares = origin.unseen_loss, isinstance(self.tape.loss_module, nn.MSELoss)
-        if origin.beside or (squares and call is not None and not call.adds and call.root is None):
-            raise _not_told()
-        weight = torch.ones_like(terms.total)
-        if call is not None and not call.adds and squares and call.root is not None:
-            # From the value R = w (z - y)^2 / n and the gradient 2 w (z - y) / n, with n = 1 for a sum.
-            n = gradient.numel() if call.reduction == "mean" else 1
-            weight = gradient.to(weight).square().sum() * n / (4 * call.root.to(weight).reshape(()))
-            weight = torch.where(call.root.reshape(()) == 0, torch.ones_like(weight), weight)
-        elif call is None or not call.adds:
-            self._step.unscaled.add(origin.task)
-            return Weight(1 / terms.total)
-        if call.reduction == "sum":
-            self._step.add_sum(0, weight * terms.total)
-            return Weight(weight)
-        self._step.absolute = True
-        return Weight(weight / terms.total)
 
     @contextlib.contextmanager
     def _open_graph(self, passes: list[Pass], output: Any) -> Iterator[None]:
@@ -592,15 +573,6 @@ class Statistics:
         self.collector.forget()
         self._step = Step()
         self.generator.manual_seed(self._seed)
-
-
-def _not_told() -> TypeError:
-    return TypeError(
-        "what backward() was called on holds a loss like the optimizer's that is no call of the module given to it, "
-        "but of a function or another module, and neither its gradient nor the way to it tells its terms and their "
-        "weight (a multiple of a squared error, smoothed labels, a loss of a part of the output, ...). Call the given "
-        "module in its place, or let only calls of that module count: loop=Loop(capture='loss')."
-    )
 
 
 def _not_repeated(shape: tuple[int, ...]) -> ValueError:

@@ -22,14 +22,15 @@ from torch.autograd.graph import get_gradient_edge
 from curvature.estimation.followed_layer import FollowedLayer
 from curvature.estimation.passes import Inputs, Pass, Reader, TapedLoss, release
 from curvature.estimation.selection import selection
-from curvature.estimation.taped_losses import beside, called_again, explained, same_numbers, taped
+from curvature.estimation.taped_losses import called_again, same_numbers, taped
+from curvature.estimation.unseen_losses import UnseenLosses, explained
 from curvature.layers.recorder import Recorder
 from curvature.losses.loss import called, module_called
 from curvature.losses.sum_of_losses import SumOfLosses
 from curvature.model.backward_hooks import muted, no_backward_hooks, of_leaves, ours
 from curvature.model.data import Output, batch_size, examples_of, inspecting, loss_in, resolve_output
 from curvature.model.fully_sharded import FullyShard, Mark, call_forward, shard_of
-from curvature.model.graph_nodes import UnseenLoss, nodes
+from curvature.model.graph_nodes import nodes
 from curvature.model.hooks import At, Hook, OwnHook, calling_frame
 from curvature.model.moment import Moment
 from curvature.model.parameters import with_values
@@ -115,8 +116,7 @@ class Tape:
         self._counting = 0  # which of the input tensors counts the examples
         self._latest: Callable[[], Tensor | None] = lambda: None  # value of the last call of the loss
         self._task: int | None = None  # the user's backward pass under way
-        self._beside: dict[Any, list[UnseenLoss]] = {}  # losses that nobody saw, by ends of passes below them
-        self._direct: set[Any] | None = None  # these ends, and those to which it comes otherwise, but not by other ends
+        self._unseen = UnseenLosses(self.loss_module)
         self._before: dict[str, Mark] = {}  # gradients when it began
         self._marks: dict[str, Mark] = {}  # gradients when the last one ended
         self._handles: list[Any] = []
@@ -432,11 +432,9 @@ class Tape:
             return
         self._enter()
         seen = [call for call in origin.calls if call.arriving is not None]
-        ends = {origin.end, origin.output.grad_fn}  # it may have been changed in place
-        unseen = [call for end in ends for call in self._beside.pop(end, [])]
-        ends |= {edge.node for edge in origin.edges}
-        if not seen and self._direct is not None and not ends & self._direct:
-            return  # it was an input of another pass, whose losses tell
+        unseen = self._unseen.above(origin, bool(seen))
+        if unseen is None:
+            return
         origin.beside |= len(unseen) > 1 or bool(unseen and seen)
         origin.unseen_loss = unseen[0] if len(unseen) == 1 and origin.gradient is None else None
         origin.task, origin.edited = torch._C._current_graph_task_id(), origin.output.grad_fn is not origin.end
@@ -471,7 +469,7 @@ class Tape:
         self.settle()
         self._task, self._before = task, self._gradients()
         if self.mode != "loss":
-            self._beside, self._direct = beside(self.loss_module, self.passes, self._calls())
+            self._unseen.look(self.passes, self._calls())
         ended = "_ended" if self.shards is None else "_nearly_ended"
         torch.autograd.Variable._execution_engine.queue_callback(At(self, ended, task))
         if self.reader is not None:
@@ -491,7 +489,7 @@ class Tape:
             return
         if self.reader is not None:
             try:
-                if self._beside:
+                if self._unseen.left:
                     self._not_told()
                 self.reader.keep([name for name, mark in after.items() if mark != self._before.get(name)])
             except BaseException:

@@ -1,0 +1,227 @@
+"""Losses that nobody saw: like the optimizer's, but no calls of its module, found in the graph of a backward pass.
+
+What they are is told by the gradient at the model's output, and their weight by it or by the way to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from curvature.estimation.passes import Pass, TapedLoss, UnseenLoss
+from curvature.estimation.step import Step, Weight
+from curvature.losses import Terms
+from curvature.model.data import inspection
+from curvature.model.graph_nodes import below, called_on, node_of
+
+#: How the names of the nodes of loss functions begin, by the module that calls them.
+_NODES: dict[type[nn.Module], str] = {
+    nn.CrossEntropyLoss: "NllLoss",
+    nn.NLLLoss: "NllLoss",
+    nn.MSELoss: "MseLoss",
+    nn.BCEWithLogitsLoss: "BinaryCrossEntropyWithLogits",
+    nn.BCELoss: "BinaryCrossEntropyBackward",
+    nn.SmoothL1Loss: "SmoothL1Loss",
+    nn.HuberLoss: "HuberLoss",
+}
+#: Beginnings of the names of nodes that make other numbers of an output than those that it has.
+_TRANSFORMS = (
+    *(
+        "Sigmoid",
+        "Tanh",
+        "Softmax",
+        "Softplus",
+        "Exp",
+        "Mul",
+        "Div",
+        "Pow",
+        "Neg",
+        "Relu",
+        "Gelu",
+        "Silu",
+        "Sum",
+        "Mean",
+    ),
+    *("Addmm", "Addbmm", "Baddbmm", "Mm", "Bmm", "Mv", "Linear", "Convolution", "LinalgVectorNorm", "Gather"),
+)
+
+
+class UnseenLosses:
+    """The losses that a backward pass goes through to the passes of a model, besides calls of the optimizer's module.
+
+    They are of the kind of the optimizer's, called as functions or by another module. Losses of other kinds are
+    penalties, which count nowhere, and so is one that is put together from other operations.
+
+    Args:
+        loss: The module given to the optimizer.
+    """
+
+    def __init__(self, loss: nn.Module | None) -> None:
+        self._kind = next((name for cls, name in _NODES.items() if isinstance(loss, cls)), "no loss")
+        self._found: dict[Any, list[UnseenLoss]] = {}  # by ends of passes below them
+        self._direct: set[Any] | None = None  # these ends, and those to which it comes otherwise, but not by other ends
+
+    def look(self, passes: list[Pass], calls: list[TapedLoss]) -> None:
+        """A backward pass begins: find them, by the nodes where passes end, above these and the known calls."""
+        ends = {edge.node for origin in passes for edge in origin.edges}
+        ends |= {o.output.grad_fn for o in passes if isinstance(o.output, Tensor) and o.output.grad_fn is not None}
+        self._found, self._direct = _calls_beside(self._kind, ends, {call.number for call in calls})
+
+    def above(self, origin: Pass, known: bool) -> list[UnseenLoss] | None:
+        """Those above the output of a pass, at which the gradient has arrived.
+
+        Args:
+            origin: The pass.
+            known: Whether known calls of the loss are above it.
+
+        Returns:
+            The losses, which are not found again; ``None`` where the output was an input of another pass alone, whose
+            losses tell.
+        """
+        ends = {origin.end, origin.output.grad_fn}  # it may have been changed in place
+        unseen = [call for end in ends for call in self._found.pop(end, [])]
+        ends |= {edge.node for edge in origin.edges}
+        if not known and self._direct is not None and not ends & self._direct:
+            return None
+        return unseen
+
+    @property
+    def left(self) -> bool:
+        """Whether there are some above passes at whose output no gradient arrived."""
+        return bool(self._found)
+
+
+def explained(output: Tensor, calls: list[TapedLoss]) -> Tensor | None:
+    """The gradient at a model's output of some calls of the loss, with the weights that arrived at them.
+
+    ``None`` where the way from the output to what a call saw is not there any more.
+    """
+    total = torch.zeros_like(output)
+    with inspection(), torch.enable_grad():
+        for call in calls:
+            z = call.output.detach().requires_grad_()
+            args, kwargs = call.arguments(z)
+            (sent,) = torch.autograd.grad(call.module(*args, **kwargs), z, call.arriving)
+            if call.whole:
+                total += sent.reshape(output.shape).to(output.dtype)
+                continue
+            try:
+                total += torch.autograd.grad(call.output, output, sent, retain_graph=True)[0]
+            except RuntimeError:  # it had saved something
+                return None
+    return total
+
+
+def weight_by_graph(step: Step, loss: nn.Module | None, origin: Pass, terms: Terms, gradient: Tensor) -> Weight:
+    """The weight of a loss, where its gradient does not tell and the way to it may.
+
+    Args:
+        step: Keeps the account of the losses.
+        loss: Of the optimizer.
+        origin: The pass at whose output the gradient arrived.
+        terms: The loss on that output.
+        gradient: What arrived.
+    """
+    call, squares = origin.unseen_loss, isinstance(loss, nn.MSELoss)
+    if origin.beside or (squares and call is not None and not call.adds and call.root is None):
+        raise not_told()
+    weight = torch.ones_like(terms.total)
+    if call is not None and not call.adds and squares and call.root is not None:
+        # From the value R = w (z - y)^2 / n and the gradient 2 w (z - y) / n, with n = 1 for a sum.
+        n = gradient.numel() if call.reduction == "mean" else 1
+        weight = gradient.to(weight).square().sum() * n / (4 * call.root.to(weight).reshape(()))
+        weight = torch.where(call.root.reshape(()) == 0, torch.ones_like(weight), weight)
+    elif call is None or not call.adds:
+        step.unscaled.add(origin.task)
+        return Weight(1 / terms.total)
+    if call.reduction == "sum":
+        step.add_sum(0, weight * terms.total)
+        return Weight(weight)
+    step.absolute = True
+    return Weight(weight / terms.total)
+
+
+def not_told() -> TypeError:
+    """The error where nothing tells what a loss that nobody saw is, and with which weight it counts."""
+    return TypeError(
+        "what backward() was called on holds a loss like the optimizer's that is no call of the module given to it, "
+        "but of a function or another module, and neither its gradient nor the way to it tells its terms and their "
+        "weight (a multiple of a squared error, smoothed labels, a loss of a part of the output, ...). Call the given "
+        "module in its place, or let only calls of that module count: loop=Loop(capture='loss')."
+    )
+
+
+def _calls_beside(kind: str, ends: Set[Any], known: Set[int]) -> tuple[dict[Any, list[UnseenLoss]], set[Any] | None]:
+    """The functions of one kind, besides known calls, that the backward pass under way goes through to some ends.
+
+    Args:
+        kind: Beginning of the name of their nodes; that of a derivative, which a gradient penalty goes through, is not
+            meant.
+        ends: Nodes below which nothing is looked at.
+        known: Sequence numbers of the nodes of calls that are known; likewise.
+
+    Returns:
+        The calls, by the ends that have some above; and all ends that it comes to by any way but through known calls
+        and other ends, ``None`` where nobody can tell what it was called on, as on an accelerator.
+    """
+    roots = called_on()
+    if not roots:
+        return {}, None
+    until = lambda node: node in ends or node._sequence_nr() in known  # noqa: E731
+    above = list(below(map(node_of, roots), until))
+    found: dict[Any, list[UnseenLoss]] = {}
+    for node in above:
+        if until(node) or not node.name().startswith(kind) or "BackwardBackward" in node.name():
+            continue
+        between = list(below([node], until))
+        moved = not any(_transforms(one, kind) for one in between if one is not node and one not in ends)
+        call = UnseenLoss(node, *_reduced(node, roots), moved)
+        for end in between:
+            if end in ends:
+                found.setdefault(end, []).append(call)
+    return found, {node for node in above if node in ends}
+
+
+def _transforms(node: Any, kind: str) -> bool:
+    """Whether a node makes other numbers, or picks some of the last axis, whose terms belong together."""
+    name = node.name()
+    if name.startswith(("Slice", "Select")):
+        axes = len(node._saved_self_sym_sizes)
+        return bool(axes > 1 and node._saved_dim % axes == axes - 1)
+    return name.startswith(_TRANSFORMS)
+
+
+def _reduced(call: Any, roots: list[Any]) -> tuple[Literal["mean", "sum"] | None, bool, Tensor | None]:
+    """How a loss function enters: its reduction, whether that is added as it is, and what it is alone a multiple of."""
+    own = getattr(call, "_saved_reduction", 0)  # of torch: none, mean, sum
+    starts = list(map(node_of, roots))
+    if own:
+        adds = call in _reached(starts, "Add", "Stack", "Sum", "Unsqueeze")
+        reduction: Literal["mean", "sum"] | None = "mean" if own == 1 else "sum"
+    else:
+        ways: tuple[tuple[Literal["mean", "sum"], str], ...] = (("mean", "Mean"), ("sum", "Sum"))
+        direct = call in _reached(starts, "Add")
+        reduction = next((way for way, name in ways if not direct and call in _reached(starts, "Add", name)), None)
+        adds = reduction is not None
+    return reduction, adds, _multiple(call, roots) if own else None
+
+
+def _reached(starts: list[Any], *names: str) -> set[Any]:
+    """The nodes to which one comes through nodes alone whose names begin like these."""
+    ends = lambda node: not node.name().startswith(names) or getattr(node, "_saved_alpha", 1) != 1  # noqa: E731
+    return set(below(starts, ends))
+
+
+def _multiple(call: Any, roots: list[Any]) -> Tensor | None:
+    """What the pass was called on, if there is nothing but products and quotients between."""
+    node = node_of(roots[0])
+    while node is not call:
+        after = [before for before, _ in node.next_functions if before is not None]
+        if len(after) != 1 or not node.name().startswith(("Mul", "Div", "ToCopy", "View", "Clone", "Squeeze")):
+            return None
+        node = after[0]
+    alone = len(roots) == 1 and isinstance(roots[0], Tensor) and roots[0].numel() == 1
+    return roots[0].detach() if alone else None
