@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
 from curvature.estimation.passes import OUTPUT, Pass, TapedLoss
 from curvature.losses.loss import called
+from curvature.model.graph_nodes import nodes
+from curvature.model.trees import tensors_in
 from curvature.model.wrappers import passed_on
 
 
@@ -37,6 +40,38 @@ def called_again(again: Pass, func: Any, args: Any, kwargs: Any, value: Any) -> 
     found = called(func, args, kwargs)
     if found is not None and isinstance(value, Tensor) and value.requires_grad and found[1][0].requires_grad:
         taped(found[0], found[1], {}, found[1][0], value, [again], True).alive = lambda: True
+
+
+def leading_to(z: Any, passes: list[Pass], parameters: Iterable[Tensor]) -> list[Pass] | None:
+    """The passes that something was computed from; ``None`` if it has nothing to do with the model.
+
+    A loss module may serve several models. Where a model returned no tensor that autograd knows, its parameters tell.
+
+    Args:
+        z: What a loss was called on.
+        passes: Those that were recorded.
+        parameters: Of the model, as the passes use them.
+    """
+    waiting = [origin for origin in passes if not origin.released]
+    direct = [origin for origin in waiting if origin.output is z]
+    if direct:
+        return direct + feeding(direct, waiting, parameters)
+    ends = {edge.node: origin for origin in waiting for edge in origin.edges}
+    tracked = {id(p) for p in parameters}
+    reached = list(nodes(tensors_in(z), until=ends))
+    found = {id(ends[node]) for node in reached if node in ends}
+    uses = any(id(getattr(node, "variable", None)) in tracked for node in reached)
+    if not found and not uses:
+        return None
+    last = [origin for origin in waiting if id(origin) in found or (uses and not origin.edges)]
+    return last + feeding(last, waiting, parameters)
+
+
+def feeding(last: list[Pass], passes: list[Pass], parameters: Iterable[Tensor]) -> list[Pass]:
+    """Further passes, whose outputs are inputs of some; arguments as for :func:`leading_to`."""
+    inputs = [t for origin in last for t in tensors_in(origin.inputs) if t.grad_fn is not None]
+    before = (leading_to(inputs, passes, parameters) or []) if inputs else []
+    return [origin for origin in before if origin not in last]
 
 
 def _place(passes: list[Pass], z: Any) -> int:
