@@ -182,3 +182,19 @@ def release(origin: Pass) -> None:
     origin.released = True
     for call in origin.calls:
         call.output = None
+
+
+def merged(recorders: list[Recorder]) -> Recorder:
+    """Several forward passes that led to one loss, as one."""
+    first = recorders[0]
+    if len(recorders) == 1:
+        return first
+    out = Recorder({}, (), first.batch)
+    out.parts = recorders
+    for recorder in recorders:
+        out.explained.join(recorder.explained)
+        out.sites += recorder.sites
+        out.examples_interact |= recorder.examples_interact
+        for name, operations in recorder.unknown.items():
+            out.unknown.setdefault(name, set()).update(operations)
+    return out

@@ -3,35 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from curvature.estimation.batch_loss import refuse_beyond_outputs
-from curvature.estimation.passes import Pass, TapedLoss
+from curvature.estimation.called_losses import CalledLosses, has_no_example
+from curvature.estimation.output_gradient import OutputGradient
+from curvature.estimation.passes import Pass, TapedLoss, merged
 from curvature.estimation.places import in_their_places
+from curvature.estimation.repeated_losses import arrivals_again, brought
 from curvature.estimation.step import Step, Weight
 from curvature.estimation.step_collector import Backward, StepCollector
 from curvature.estimation.tape import Tape
-from curvature.estimation.unseen_losses import not_told, weight_by_graph
+from curvature.estimation.unseen_losses import not_told
 from curvature.layers.recorder import Recorder
 from curvature.losses import (
-    AutogradLoss,
     BatchDim,
     JoinedTerms,
     Loss,
     NoCurvatureError,
     Terms,
-    UnknownLossError,
-    loss_for,
 )
 from curvature.losses.from_gradient import from_output_gradient
 from curvature.losses.signals import Signals
 from curvature.model.backward_hooks import ours
-from curvature.model.data import refuse_complex
 from curvature.model.graph_nodes import only_way
 from curvature.structures.estimator import Curvature
 from solvers.outcome.finite import is_finite
@@ -79,7 +77,9 @@ class Statistics:
     ) -> None:
         self.tape, self.collector, self.curvature = tape, collector, curvature
         self.class_dim, self.batch_dim = class_dim, batch_dim
-        self.loss = _interpreted(loss_fn, curvature)
+        self._losses = CalledLosses(tape, loss_fn, curvature.kind, batch_dim)
+        empirical, told = curvature.kind == "empirical", tape.mode == "auto"
+        self._at_output = OutputGradient(self._losses.own, tape.loss_module, told, class_dim, empirical)
         device = collector.parameters.device
         self.generator = torch.Generator(device="cpu" if device.type == "meta" else device)  # nothing is drawn there
         self.level: Tensor | None = None
@@ -96,6 +96,10 @@ class Statistics:
         self._waiting: list[tuple[Backward, list[Pass], Tensor]] = []  # with what its sum of terms is multiplied by
         self._refusal: Exception | None = None  # of what a gradient brought, if it turns out to count
         tape.reader = self
+
+    @property
+    def loss(self) -> Loss | None:
+        return self._losses.own
 
     @property
     def batches(self) -> int:
@@ -128,7 +132,7 @@ class Statistics:
     # Events of the tape
 
     def called(self, call: TapedLoss) -> None:
-        if self._loss_of(call) is None and isinstance(call.output, Tensor):
+        if self._losses.of(call) is None and isinstance(call.output, Tensor):
             for origin in call.passes:
                 origin.handles.append(ours(call.output.register_hook(self.tape.at_input(call))))
 
@@ -147,16 +151,16 @@ class Statistics:
 
     def arrived(self, call: TapedLoss, gradient: Tensor) -> None:
         passes = self._open(call.passes)
-        loss = self._loss_of(call)
-        if not passes or loss is None or _has_no_example(call.output):
+        loss = self._losses.of(call)
+        if not passes or loss is None or has_no_example(call.output):
             return
         try:
-            terms = self._terms(loss, call)
+            terms = self._losses.terms(loss, call, self.collector.parameters)
         except NoCurvatureError:
             if call.module is self.tape.loss_module:
                 raise
             return  # something the model computes by the way
-        self._take(passes, terms, self._share(terms, gradient, call.place), call)
+        self._take(passes, terms, self._step.share(terms, gradient, call.place), call)
         level = call.value.detach() if loss.zero_when_perfect else torch.ones_like(call.value)
         value = (gradient.abs() * level).sum()
         self._step.values.append(torch.where(terms.total > 0, value, 0))  # a mean over no terms is 0/0
@@ -164,7 +168,7 @@ class Statistics:
     def arrived_at_input(self, call: TapedLoss, gradient: Tensor) -> None:
         """A gradient arrived at what a loss of unknown type was called on."""
         passes = self._open(call.passes)
-        if not passes or call.arriving is None or _has_no_example(call.output):
+        if not passes or call.arriving is None or has_no_example(call.output):
             return
         if call.arriving.dim() > 0:
             raise ValueError(
@@ -173,16 +177,16 @@ class Statistics:
             )
         reduction = getattr(call.module, "reduction", "mean")
         terms, _ = from_output_gradient(None, call.output, gradient, call.arriving, reduction, self.class_dim)
-        self._take(passes, terms, self._share(terms, call.arriving, call.place), call)
+        self._take(passes, terms, self._step.share(terms, call.arriving, call.place), call)
 
     def arrived_at_output(self, origin: Pass, gradient: Tensor) -> None:
-        if _has_no_example(gradient) or not is_finite(gradient):
+        if has_no_example(gradient) or not is_finite(gradient):
             return  # nothing can be read off it, and the step will be skipped
         passes = self._open([origin, *self.tape.feeding([origin])])
         if origin not in passes:
             return
         try:
-            terms, share = self._from_gradient(origin, origin.output, gradient)
+            terms, share = self._at_output.read(self._step, origin, origin.output, gradient)
         except (TypeError, ValueError) as error:
             self._refusal = error  # no matter for a gradient that is not for the parameters
             return
@@ -228,36 +232,6 @@ class Statistics:
                     origin.recorder, origin.again = None, True
         return [origin for origin in passes if origin.recorder is not None]
 
-    def _loss_of(self, call: TapedLoss) -> Loss | None:
-        if call.module is self.tape.loss_module:
-            return self.loss
-        return _interpreted(call.module, self.curvature)
-
-    def _terms(self, loss: Loss, call: TapedLoss) -> Terms:
-        args, kwargs = call.arguments(call.output)
-        rest = [a for a in (*args, *kwargs.values()) if a is not call.output]
-        refuse_complex(call.output)
-        terms = loss.terms(call.output, *rest, as_called=True)
-        if isinstance(loss, AutogradLoss):
-            refuse_beyond_outputs(terms, self.collector.parameters)
-        return terms
-
-    def _share(self, terms: Terms, gradient: Tensor, place: int) -> Weight:
-        """How a loss enters, from the gradient that arrived at its value."""
-        self._step.signs.append(torch.stack([(gradient < 0).any(), (gradient > 0).any()]))
-        size = gradient.abs()
-        if terms.reduction == "mean":
-            self._step.absolute = True
-            return Weight(torch.where(terms.total == 0, 0, size / terms.total))  # no term counts: 0, not 0/0
-        if terms.reduction == "sum":
-            self._step.add_sum(place, size * terms.total)
-            return Weight(size)
-        self._step.absolute = True
-        if size.shape != terms.output.shape:
-            n, r, c = terms.shape
-            size = terms.unrows(size.reshape(n, r, 1).expand(n, r, c))
-        return Weight(None, size)
-
     def _take(self, passes: list[Pass], terms: Terms, share: Weight, call: TapedLoss | None) -> None:
         recorder = merged([origin.recorder for origin in passes if origin.recorder is not None])
         hooked = [o for o in passes if o.recorder is not None and o.recorder.hooks.look([terms.output])]
@@ -267,13 +241,12 @@ class Statistics:
                 return self._refuse_hidden(recorder)
             terms = in_their_places(terms, passes, self.batch_dim)
             kind = self.curvature.kind
-            others = partial(self._others_aggregated, passes, call)
             if kind != "empirical":
                 terms = terms.fisher(strict=False)
             signals = Signals.of(
                 *(terms, kind, self.curvature.samples, self.generator, recorder.batch),
                 together=True,
-                others_aggregated=others,
+                others_aggregated=self._others_aggregated(passes, call),
             )
             scale = None if share.entries is None else share.entries.sqrt()
             counted = self._step.counted_in(passes)
@@ -283,20 +256,8 @@ class Statistics:
             self._refuse_hidden(recorder)
             self._note(reached)
 
-    def _others_aggregated(self, passes: list[Pass], call: TapedLoss | None) -> bool:
-        """Whether all other losses of some passes at which gradients may arrive have one term for each example."""
-        others = dict.fromkeys(c for origin in passes for c in origin.calls if c is not call)
-        return all(self._aggregated(other) for other in others if other.weight is not None or other.alive() is not None)
-
-    def _aggregated(self, call: TapedLoss) -> bool:
-        """Whether a loss has one term for each example; one that tells nothing of its terms has no say."""
-        loss = self._loss_of(call)
-        if call.aggregated is None and loss is not None and not _has_no_example(call.output):
-            number = next((o.recorder.batch for o in call.passes if o.recorder is not None), None)
-            with contextlib.suppress(NoCurvatureError), self.tape.own_pass(call.passes, call.output):
-                terms = in_their_places(self._terms(loss, call), call.passes, self.batch_dim)
-                call.aggregated = Signals.of(terms, self.curvature.kind, batch=number, together=True).aggregated
-        return call.aggregated is not False
+    def _others_aggregated(self, passes: list[Pass], call: TapedLoss | None) -> Callable[[], bool]:
+        return partial(self._losses.others_aggregated, passes, call, self.collector.parameters)
 
     def _note(self, reached: set[str]) -> None:
         self._step.note(reached)
@@ -324,7 +285,7 @@ class Statistics:
             "empirical",
             batch=recorder.batch,
             together=True,
-            others_aggregated=partial(self._others_aggregated, passes, call),
+            others_aggregated=self._others_aggregated(passes, call),
         )
         backward = self.collector.await_backward(recorder, signals, lambda: not self.tape.inside)
         if backward is not None:
@@ -335,45 +296,6 @@ class Statistics:
         for backward, *_ in self._waiting:
             backward.close()
         self._waiting = []
-
-    def _from_gradient(self, origin: Pass, z: Tensor, gradient: Tensor) -> tuple[Terms, Weight]:
-        """What the gradient at the output of a pass tells, for the same output ``z`` or that of a repetition."""
-        if self.loss is None and self.tape.mode == "auto":
-            raise TypeError(
-                "an empirical Fisher from the gradient at the model's output has the scale of whatever backward() is "
-                "called on, which a loss of unknown type does not tell. Give the optimizer the loss module that the "
-                "loop calls (of a function: curvature.losses.AutogradLoss(loss_fn, reduction='mean')), or set "
-                "capture='gradient' for a mean loss that is neither accumulated nor scaled."
-            )
-        empirical = self.curvature.kind == "empirical"
-        terms, weights = from_output_gradient(
-            self.loss,
-            z,
-            gradient,
-            None,
-            "mean",
-            self.class_dim,
-            empirical=empirical,
-            arrived_at=origin.seen,
-            size=origin.size,
-        )
-        if weights is None:
-            return terms, weight_by_graph(self._step, self.tape.loss_module, origin, terms, gradient)
-        if origin.beside and self._step.sums:
-            self._step.add_sum(min(self._step.sums), weights[terms.mask].sum())
-        else:
-            self._step.absolute = True
-        counted = weights[terms.mask]
-        if counted.numel() and bool(counted.max() - counted.min() <= torch.finfo(z.dtype).eps ** 0.5 * counted.max()):
-            share = counted.mean()
-            self._step.seen.append(torch.stack([share, terms.total.to(counted)]))
-            # One weight for all terms: the labels are those of the user's loss, so its value is known as well.
-            values = terms.values().detach() if self.loss is not None and self.loss.zero_when_perfect else None
-            value = terms.total if values is None else torch.where(terms.mask, values, 0).sum()
-            self._step.values.append(share * value.to(share))
-            return terms, Weight(share)
-        n, r, c = terms.shape
-        return terms, Weight(None, terms.unrows(weights.reshape(n, r, 1).expand(n, r, c)))
 
     @contextlib.contextmanager
     def _open_graph(self, passes: list[Pass], output: Any) -> Iterator[None]:
@@ -502,62 +424,15 @@ class Statistics:
 
     def _repeat(self, origin: Pass) -> None:
         """Collect from a pass that is run again."""
-        calls = [call for call in origin.counted if call.whole or call.inside or call.looked]
-        if not calls and origin.gradient is None and origin.own_weight is None:
+        if not brought(origin):
             return
         with self.tape.repeat(origin) as again:
-            inside, rest = {}, list(again.calls)
-            own = self._arrived_at_own_loss(again, origin.own_weight)
-            origin.beside |= own is not None and origin.unseen_loss is not None
-            for call in (call for call in origin.calls if call.inside):
-                same = next(
-                    (c for c in rest if c.shape == call.shape and torch.equal(c.value.detach(), call.value)), None
-                )
-                if same is not None:
-                    inside[call] = same
-                    rest.remove(same)
-            seen = {call: inside.get(call) or self._seen_again(call, again) for call in calls}
-            again.calls = list(seen.values())
-            for call in calls:
-                assert call.weight is not None
-                self.arrived(seen[call], call.weight)
-            if origin.gradient is not None and (origin.beside or not (calls or own is not None)):
-                if origin.edited:
-                    raise _not_repeated(tuple(again.output.shape))
-                gradient = origin.gradient if own is None else origin.gradient - own
-                terms, share = self._from_gradient(origin, again.output, gradient)
+            for call, weight in arrivals_again(self.tape, origin, again):
+                self.arrived(call, weight)
+            if again.gradient is not None:
+                terms, share = self._at_output.read(self._step, origin, again.output, again.gradient)
                 self._take([again], terms, share, None)
             again.calls = []  # which hold it
-
-    def _seen_again(self, call: TapedLoss, again: Pass) -> TapedLoss:
-        """A call of the loss on what a repeated pass returned."""
-        if call.selection is not None:
-            z = call.selection.of(again.returned)
-        elif call.whole:  # of several outputs
-            z = call.seen(again.output)
-        else:
-            raise _not_repeated(call.shape)
-        return TapedLoss(*(call.module, call.args, call.kwargs, z, [again], call.place, call.value), alive=lambda: True)
-
-    def _arrived_at_own_loss(self, again: Pass, weight: Tensor | None) -> Tensor | None:
-        """Hand the gradient at the loss that a repeated pass computed on to the calls of losses that it consists of.
-
-        Returns:
-            What it sends to the output; ``None`` where it consists of none that were seen.
-        """
-        calls = [call for call in again.calls if call.value.requires_grad]
-        if not calls or weight is None or again.loss is None:
-            return None
-        output = again.output if isinstance(again.output, Tensor) and again.output.requires_grad else None
-        ends = [call.value for call in calls] + ([] if output is None else [output])
-        with self.tape.own_pass([again], again.loss):
-            weights = torch.autograd.grad(again.loss, ends, weight, retain_graph=True, allow_unused=True)
-        again.calls = [call for call, arrived in zip(calls, weights, strict=False) if arrived is not None]
-        for call, arrived in zip(calls, weights, strict=False):
-            if arrived is not None:
-                self.arrived(call, arrived)
-        sent = None if output is None else weights[-1]
-        return torch.zeros_like(again.loss) if sent is None else sent
 
     def _missing(self, gradients: Mapping[str, Tensor], reached: Iterable[str] | None = None) -> set[str]:
         """Parameters with a gradient that no statistics explain; of the blocks ``reached``, by default in the step."""
@@ -573,43 +448,3 @@ class Statistics:
         self.collector.forget()
         self._step = Step()
         self.generator.manual_seed(self._seed)
-
-
-def _not_repeated(shape: tuple[int, ...]) -> ValueError:
-    return ValueError(
-        "the curvature of a step is taken from a repeated forward pass here (of a compiled model, a reentrant "
-        f"checkpoint, or Loop(capture='shadow')), and the loss saw a tensor of shape {shape} that was computed from "
-        "the output outside of the model (or is the output, changed in place), by another model or from several "
-        "passes. Let the model compute what the loss sees, or give the optimizer a model that is not compiled."
-    )
-
-
-def _has_no_example(output: Any) -> bool:
-    """Whether a batch is empty, as that of a process without data: it adds nothing."""
-    return isinstance(output, Tensor) and output.numel() == 0
-
-
-def merged(recorders: list[Recorder]) -> Recorder:
-    """Several forward passes that led to one loss, as one."""
-    first = recorders[0]
-    if len(recorders) == 1:
-        return first
-    out = Recorder({}, (), first.batch)
-    out.parts = recorders
-    for recorder in recorders:
-        out.explained.join(recorder.explained)
-        out.sites += recorder.sites
-        out.examples_interact |= recorder.examples_interact
-        for name, operations in recorder.unknown.items():
-            out.unknown.setdefault(name, set()).update(operations)
-    return out
-
-
-def _interpreted(loss_fn: Any, curvature: Curvature) -> Loss | None:
-    """The loss as an object; an empirical Fisher does without."""
-    try:
-        return loss_for(loss_fn)
-    except UnknownLossError:
-        if curvature.kind == "empirical":
-            return None
-        raise

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from curvature.estimation.passes import Pass
 from curvature.estimation.step_collector import Counted
+from curvature.losses import Terms
 
 
 @dataclass
@@ -55,6 +56,22 @@ class Step:
     def add_sum(self, place: int, weight: Tensor) -> None:
         """Count a sum over terms of this total weight."""
         self.sums[place] = self.sums[place] + weight if place in self.sums else weight
+
+    def share(self, terms: Terms, gradient: Tensor, place: int) -> Weight:
+        """How a loss enters, from the gradient that arrived at its value; ``place`` as for :meth:`add_sum`."""
+        self.signs.append(torch.stack([(gradient < 0).any(), (gradient > 0).any()]))
+        size = gradient.abs()
+        if terms.reduction == "mean":
+            self.absolute = True
+            return Weight(torch.where(terms.total == 0, 0, size / terms.total))  # no term counts: 0, not 0/0
+        if terms.reduction == "sum":
+            self.add_sum(place, size * terms.total)
+            return Weight(size)
+        self.absolute = True
+        if size.shape != terms.output.shape:
+            n, r, c = terms.shape
+            size = terms.unrows(size.reshape(n, r, 1).expand(n, r, c))
+        return Weight(None, size)
 
     def counted_in(self, passes: list[Pass]) -> Counted:
         """Uses of these passes whose inputs were counted; may be extended."""

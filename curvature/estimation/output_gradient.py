@@ -1,0 +1,81 @@
+"""The loss of a pass that nobody saw, read off the gradient at the model's output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from curvature.estimation.passes import Pass
+from curvature.estimation.step import Step, Weight
+from curvature.estimation.unseen_losses import weight_by_graph
+from curvature.losses import Loss, Terms
+from curvature.losses.from_gradient import from_output_gradient
+
+
+@dataclass(frozen=True)
+class OutputGradient:
+    """What the gradient at the output of a pass tells of the loss.
+
+    Args:
+        loss: The optimizer's; ``None`` where it is unknown.
+        module: The module that was given.
+        told: The scale of a loss of unknown type must be told by calls of its module.
+        class_dim: Class axis of the output, where it cannot be read off.
+        empirical: Whether the curvature is.
+    """
+
+    loss: Loss | None
+    module: nn.Module | None
+    told: bool
+    class_dim: int | None
+    empirical: bool
+
+    def read(self, step: Step, origin: Pass, z: Tensor, gradient: Tensor) -> tuple[Terms, Weight]:
+        """The loss on an output, and how it enters.
+
+        Args:
+            step: Keeps the account of the losses.
+            origin: The pass at whose output the gradient arrived.
+            z: That output, or that of the pass run again.
+            gradient: What arrived.
+
+        Raises:
+            TypeError: If the gradient does not tell.
+        """
+        if self.loss is None and self.told:
+            raise TypeError(
+                "an empirical Fisher from the gradient at the model's output has the scale of whatever backward() is "
+                "called on, which a loss of unknown type does not tell. Give the optimizer the loss module that the "
+                "loop calls (of a function: curvature.losses.AutogradLoss(loss_fn, reduction='mean')), or set "
+                "capture='gradient' for a mean loss that is neither accumulated nor scaled."
+            )
+        terms, weights = from_output_gradient(
+            self.loss,
+            z,
+            gradient,
+            None,
+            "mean",
+            self.class_dim,
+            empirical=self.empirical,
+            arrived_at=origin.seen,
+            size=origin.size,
+        )
+        if weights is None:
+            return terms, weight_by_graph(step, self.module, origin, terms, gradient)
+        if origin.beside and step.sums:
+            step.add_sum(min(step.sums), weights[terms.mask].sum())
+        else:
+            step.absolute = True
+        counted = weights[terms.mask]
+        if counted.numel() and bool(counted.max() - counted.min() <= torch.finfo(z.dtype).eps ** 0.5 * counted.max()):
+            share = counted.mean()
+            step.seen.append(torch.stack([share, terms.total.to(counted)]))
+            # One weight for all terms: the labels are those of the user's loss, so its value is known as well.
+            values = terms.values().detach() if self.loss is not None and self.loss.zero_when_perfect else None
+            value = terms.total if values is None else torch.where(terms.mask, values, 0).sum()
+            step.values.append(share * value.to(share))
+            return terms, Weight(share)
+        n, r, c = terms.shape
+        return terms, Weight(None, terms.unrows(weights.reshape(n, r, 1).expand(n, r, c)))
