@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial, reduce
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -14,11 +14,14 @@ from torch import Tensor
 
 from curvature.estimation import checks, snapshot
 from curvature.estimation.arrivals import Arrived, Cache, meet, mixes, samples_of, sites_of, valid_positions
+from curvature.estimation.explained_gradients import doubt, structure, unexplained
+from curvature.estimation.flat_operator import flat_operator
 from curvature.estimation.owners import by_row, owners
 from curvature.estimation.plan import BlockPlan, Group
 from curvature.estimation.shared_rows import Meeting, SharedRows
+from curvature.estimation.shared_sums import add_shares
 from curvature.layers import Site
-from curvature.layers.block import Block, BlockPart, BlockPlace
+from curvature.layers.block import Block
 from curvature.layers.recorder import Recorder
 from curvature.layers.samples import Outer, PerSample, Samples
 from curvature.layers.site import OuterSite
@@ -29,8 +32,7 @@ from curvature.model.parameters import Parameters
 from curvature.model.pullback import Pullback, pull_back
 from curvature.model.shares import Shares
 from curvature.structures.estimator import CurvatureEstimator, Form, MeansEstimator
-from curvature.structures.weighted_mean import WeightedMean
-from solvers import BlockDiagonal, Diagonal, LinearOperator
+from solvers import BlockDiagonal
 from solvers.precision import full_float32
 
 #: Bytes of output gradients that a vectorised backward pass of several signals may bring back, by type of device: it
@@ -137,22 +139,14 @@ class Collector:
                 estimator = self.estimator_of(group)
                 self._tell_sharing(estimator, uses, estimator.chooses_sharing and signals.aggregated)
 
-    def _doubt(self, name: str, groups: list[Group], output: Tensor) -> str:
-        """Why the recorded uses of a parameter are not relied on."""
-        rules = dict.fromkeys(op for group in groups if name in group.block.names for op in group.operations)
-        unseen = ", ".join(checks.custom_functions(output, self.parameters[name]))
-        if not rules:
-            return f"no rule for {unseen or 'its use'}"
-        return f"rule {', '.join(rules)} does not explain the gradient" + (f", used in {unseen} as well" * bool(unseen))
-
     def groups(self, recorder: Recorder, output: Tensor, signals: Signals, cache: Cache) -> list[Group]:
         """The blocks of a pass with their uses; parameters with uses that nobody saw are taken by autograd."""
         groups = self.plan.assign(recorder.sites, recorder.unknown)
         if not self._verified:
             self._verified = bool(torch.isfinite(output.detach().sum()))
             proves = self._verified and type(signals) is Signals and bool(signals.mask.any(1).all())
-            key = self._structure(recorder, groups, output) if proves else None
-            look = lambda: self._unexplained(groups, output, signals, cache)  # noqa: E731
+            key = structure(recorder, groups, output, self.parameters) if proves else None
+            look = lambda: unexplained(groups, output, signals, self.parameters, cache)  # noqa: E731
             self._distrust(checks.recall(self.parameters, key, look), groups, output)
         self._distrust(recorder.explained.unexplained([output], self.parameters), groups, output)
         if self.plan.changed:
@@ -160,21 +154,9 @@ class Collector:
         self.give_up({name for name in self.plan.lost() if name in self.estimators})
         return groups
 
-    def _structure(self, recorder: Recorder, groups: list[Group], output: Tensor) -> Hashable | None:
-        """What passes have in common in which the same rules serve the same operations."""
-        found = checks.graph(output, self.parameters)
-        if found is None:
-            return None
-        graph, numbers = found
-        sites = tuple(
-            (s.operation, s.refs, s.output_shape, numbers.get(s.edge.node), s.edge.output_nr) for s in recorder.sites
-        )
-        blocks = tuple((g.block.name, tuple((u.piece, u.flipped) for u in g.uses)) for g in groups)
-        return tuple(self.parameters), blocks, graph, sites, tuple(sorted(recorder.unknown))
-
     def _distrust(self, names: Iterable[str], groups: list[Group], output: Tensor) -> None:
         new = [name for name in names if name not in self.plan.without_rule]
-        self.plan.distrust({name: self._doubt(name, groups, output) for name in new})
+        self.plan.distrust({name: doubt(name, self.parameters[name], groups, output) for name in new})
 
     def give_up(self, blocks: set[str]) -> None:
         """Blocks that a later pass uses in a way that no rule covers have statistics of earlier passes.
@@ -196,44 +178,9 @@ class Collector:
                 if name in self.estimators:
                     self.estimators[name].count(self._batches[missed])
         if shares is not None and shares.several:
-            self._add_shares(shares)
+            known = self.estimators, self.forms, self.operations
+            add_shares(shares, *known, self.make, self._seen, sum(self._batches), self.parameters.device)
         self.forget()
-
-    def _add_shares(self, shares: Shares) -> None:
-        """Add the sums of other processes; blocks that the data here did not reach count them as zero."""
-        described = {
-            name: (e.block.state(), self.forms[name], self.operations[name], _pending(e.means()))
-            for name, e in self.estimators.items()
-        }
-        union: dict[str, Any] = {}
-        for one in shares.gather(described):
-            for name, known in one.items():
-                union.setdefault(name, (*known[:3], {}))[3].update(known[3])
-        weight = sum(self._batches)
-        totals: list[Tensor] = []
-        counts: list[Tensor] = []
-        places: list[WeightedMean] = []
-        for name in sorted(union):
-            block, form, operations, kinds = union[name]
-            if name not in self.estimators:
-                self.estimators[name] = self.make(Block.from_state(name, block), form)
-                self.forms[name], self.operations[name] = form, operations
-            means = self.estimators[name].means(kinds)
-            for key, (shape, dtype) in kinds.items():
-                if not means[key].pending:
-                    means[key].add(torch.zeros(shape, dtype=dtype, device=self.parameters.device), 0.0)
-            if name not in self._seen:
-                self.estimators[name].count(weight)
-            for key in sorted(kinds):
-                total, count = means[key].step_sum()
-                totals.append(total.to(kinds[key][1]).clone())
-                counts.append(torch.as_tensor(count, dtype=torch.float64, device=total.device))
-                places.append(means[key])
-        shares.sum(*totals)
-        if counts:
-            shares.sum(joined := torch.stack(counts))
-            for mean, total, count in zip(places, totals, joined, strict=True):
-                mean.take(total, count.to(total.dtype))
 
     def forget(self) -> None:
         """Forget which batches the current step had."""
@@ -281,38 +228,7 @@ class Collector:
 
     def operator(self, scale: Tensor | float = 1.0) -> BlockDiagonal:
         """All blocks, times ``scale``, on the flat parameter vector; parameters that were never used count zero."""
-        sizes = {name: p.numel() for name, p in self.parameters.items()}
-        blocks: list[LinearOperator] = []
-        places: list[BlockPlace] = []
-        for estimator in sorted(self.estimators.values(), key=lambda e: self.parameters.starts[e.block.parts[0].name]):
-            operator = estimator.operator()
-            blocks.append(operator if isinstance(scale, float) and scale == 1.0 else operator * scale)
-            places.append(BlockPlace.of(estimator.block, self.parameters.starts, sizes))
-        dtype = blocks[0].dtype if blocks else torch.float32
-        for operator in blocks:
-            dtype = torch.promote_types(dtype, operator.dtype)
-        blocks = [operator.to(dtype) for operator in blocks]
-        for block in self._uncovered():
-            zeros = torch.zeros(block.shape, dtype=dtype, device=self.parameters.device)
-            blocks.append(Diagonal(zeros))
-            places.append(BlockPlace.of(block, self.parameters.starts, sizes))
-        return BlockDiagonal(tuple(blocks), tuple(places), self.parameters.size)
-
-    def _uncovered(self) -> list[Block]:
-        """Segments of parameters that belong to no block."""
-        covered: dict[str, list[tuple[int, int]]] = {name: [] for name in self.parameters}
-        for estimator in self.estimators.values():
-            for part in estimator.block.parts:
-                covered[part.name].append((part.start, part.start + part.numel))
-        gaps = []
-        for name, spans in covered.items():
-            position = 0
-            for start, stop in [*sorted(spans), (self.parameters[name].numel(),) * 2]:
-                if start > position:
-                    n = start - position
-                    gaps.append(Block(f"{name}[{position}:{start}]", (BlockPart(name, position, (n,), (0,), (n,)),)))
-                position = max(position, stop)
-        return gaps
+        return flat_operator(self.estimators.values(), self.parameters, scale)
 
     def send(
         self,
@@ -533,32 +449,6 @@ class Collector:
                     "difference, or put the examples first (batch_first=True)."
                 )
 
-    def _unexplained(self, groups: list[Group], output: Tensor, signals: Signals, cache: Cache) -> set[str]:
-        """Parameters whose gradient is not what their recorded uses add up to.
-
-        A kernel written as a ``torch.autograd.Function`` is not seen by function modes; its parameters must be found
-        by what autograd knows.
-        """
-        sites, items = sites_of(groups), self.parameters.items()
-        targets: list[Any] = [*(site.edge for site in sites), *(p for _, p in items)]
-        found = pull_back([output], targets, [signals.probe()])
-        arrived = {id(site): g for site, g in zip(sites, found, strict=False)}
-        # Rounding is relative to the sizes of the terms, which may cancel.
-        sizes = {key: None if g is None else g.abs() for key, g in arrived.items()}
-        true = {name: g.to_dense() for (name, _), g in zip(items, found[len(sites) :], strict=True) if g is not None}
-        known = {name: torch.zeros_like(p, memory_format=torch.contiguous_format) for name, p in items}
-        bound = {name: torch.zeros_like(zero) for name, zero in known.items()}
-        for group in groups:
-            if not group.uses:
-                known[group.block.name] = true.get(group.block.name, known[group.block.name])
-            elif uses := samples_of(group, arrived, {}, cache):
-                total = _sum(use.total() for use in uses)
-                group.block.write(total, known)
-                tolerance = torch.finfo(total.dtype).eps ** 0.5
-                size = _sum(use.abs().total().abs() for use in samples_of(group, sizes, {}, cache))
-                group.block.write(tolerance * size.max().expand(group.block.shape), bound)
-        return {name for name, g in true.items() if bool(((g - known[name]).abs() > bound[name]).any())}
-
     def estimator_of(self, group: Group) -> CurvatureEstimator:
         name = group.block.name
         known = name in self.estimators and self.estimators[name].block == group.block
@@ -567,16 +457,3 @@ class Collector:
         if not known or name not in self.operations:  # an estimate that was there before this collector
             self.operations[name], self.forms[name] = group.operations, group.form
         return self.estimators[name]
-
-
-def _sum(tensors: Iterator[Tensor]) -> Tensor:
-    return reduce(torch.add, tensors)
-
-
-def _pending(means: Mapping[str, WeightedMean]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of what waits to be committed."""
-    return {
-        name: (tuple(mean.step_sum()[0].shape), mean.step_sum()[0].dtype)
-        for name, mean in means.items()
-        if mean.pending
-    }
