@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -19,9 +18,8 @@ from curvature.losses.loss import check_loss
 from curvature.model.fully_sharded import FullyShard
 from curvature.model.synchronized import world_size
 from curvature.model.wrappers import unwrapped
-from curvature.structures.inverse import InverseEstimator
 from precond.distributed.checkpoint import unpacked
-from precond.distributed.curvature import Refreshing, SharedCurvature
+from precond.distributed.curvature import SharedCurvature
 from precond.distributed.exchange import cut_as
 from precond.distributed.mesh_ranks import mesh_ranks, refuse_on_shards
 from precond.distributed.ranks import check_fraction
@@ -34,31 +32,27 @@ from precond.layerwise.blocks.block_state import (
     split_blocks,
 )
 from precond.layerwise.blocks.by_name import Preconditioners
-from precond.layerwise.blocks.by_owner import directions_by_owners, momenta_at_owners
+from precond.layerwise.blocks.by_owner import directions_by_owners
 from precond.layerwise.blocks.rows import GradientRows, RowTaps
 from precond.layerwise.blocks.stacks import BlockStacks
-from precond.layerwise.dampings import Dampings
 from precond.layerwise.groups import as_groups
-from precond.layerwise.layer_optimizer import LayerOptimizer
 from precond.layerwise.membership import Membership
-from precond.layerwise.momenta import Momenta
-from precond.layerwise.quadratic_model import QuadraticModel
+from precond.layerwise.quadratic_model import QuadraticModel, refuse_unjudged
+from precond.layerwise.refreshing_optimizer import RefreshingOptimizer
 from precond.layerwise.step_size import StepModel
 from precond.layerwise.structures import Structures, on_model
 from precond.step.adapt import LevenbergMarquardt
 from precond.step.alike import Alike
-from precond.step.journal import FAILURES, REFRESHES
 from precond.step.loading import require_layout
 from precond.step.loop import Loop
-from precond.step.loss_level import LossLevel
 from precond.step.options import LossDamping, Momentum, Refresh, TrustRegion, WeightDecay
 from precond.step.schedules import Scheduled, ScheduledInt, at_start
 from precond.step.trust_region import BoundRecord, Move, Slopes, scaled
-from solvers import Damping, FactoredTikhonov, LinearOperator, Solver, Tikhonov
+from solvers import Damping, FactoredTikhonov, Solver, Tikhonov
 from solvers.outcome.arguments import flag, instance, number
 
 
-class PreconditionedOptimizer(LayerOptimizer):
+class PreconditionedOptimizer(RefreshingOptimizer):
     """Any curvature of layers, any damping, any solver, under the plain training loop.
 
     The loop stays ``optimizer.zero_grad(); loss = loss_fn(model(x), y); loss.backward(); optimizer.step()``. On steps
@@ -113,8 +107,6 @@ class PreconditionedOptimizer(LayerOptimizer):
     damping_form: ClassVar[type[Tikhonov | FactoredTikhonov]] = Tikhonov
     #: Whether there is no inverse without damping.
     needs_damping: ClassVar[bool] = False
-    #: Whether refreshes are spread over their period, where the caller says nothing.
-    staggers: ClassVar[bool] = False
     loop_settings: ClassVar = frozenset(field.name for field in fields(Loop))
     #: Whether the curvature is that of the rows of one batch, which do not add up over processes.
     keeps_rows: ClassVar[bool] = False
@@ -154,22 +146,8 @@ class PreconditionedOptimizer(LayerOptimizer):
         instance("step_size", step_size, QuadraticModel, "a QuadraticModel", optional=True)
         instance("solver", solver, Solver, "a solvers.Solver such as Cholesky()")
         flag("maximize", maximize)
-        if damping_rule is not None:
-            judges_next = step_size is not None and damping_rule.next_batch is not False
-            damping_rule.refuse(type(self).__name__, "attempts", *(() if judges_next else ("relative_maximum",)))
-            if damping_rule.next_batch and step_size is None:
-                raise ValueError(
-                    f"{type(self).__name__}: next_batch=True of its damping_rule has no effect without "
-                    "step_size=QuadraticModel(), whose steps it judges; leave it out."
-                )
-        if damping_rule is not None and callable(damping) and not isinstance(damping, Damping):
-            raise ValueError(
-                "damping is both a function of the step count and adapted by damping_rule; give one of them."
-            )
-        if maximize and (damping_rule is not None or step_size is not None):
-            raise ValueError(
-                "step_size and damping_rule minimise: maximize=True has no meaning for them. Negate the loss."
-            )
+        if step_size is not None or damping_rule is not None:
+            refuse_unjudged(type(self).__name__, step_size, damping_rule, damping, maximize)
         if step_size is not None:
             step_size.refuse_beside(type(self).__name__, self.given, momentum, kl_clip)
         damping_unit = "loss" if isinstance(damping, LossDamping) else "curvature"
@@ -204,7 +182,7 @@ class PreconditionedOptimizer(LayerOptimizer):
         self._step_model: StepModel | None = None
         self._reported: set[str] = set()
         self._members: Membership | None = None
-        self._level: LossLevel | None = None
+        self.loss_level = None
         self._burning = False  # the step is one of the burn-in
         self.taps = RowTaps()
         self._stacks = BlockStacks()
@@ -315,17 +293,21 @@ class PreconditionedOptimizer(LayerOptimizer):
         if self.statistics.armed:
             batches = self.finish_statistics(by_name)
             updated = self.update_curvature(gradients, batches)
-        self._follow_loss()
+        self.follow_loss()
         if not self.idle:
             self.keep_time(by_name)
         self.idle = self.idle and batches == 0
         self._burning = self.steps < self.burn_in
         if self._burning:
             return {p: torch.zeros_like(g) for p, g in given.items()}
-        self._refresh(updated)
+        self.refresh_inverses(updated)
         out = self._applied(by_name, rows, given) | self.by_adam(given)
         candidates = [] if self._step_model is None else self._step_model.candidates()
-        return self._best(candidates, out, by_name, rows, given) if candidates else out
+        if not candidates:
+            return out
+        assert self._step_model is not None
+        promise, applied = self._step_model.promise, partial(self._applied, by_name, rows, given)
+        return self.best_of(candidates, out, applied, lambda d: promise(d, {p: given[p] for p in d}))
 
     def _applied(
         self, gradients: dict[str, Tensor], rows: dict[str, GradientRows], given: dict[Tensor, Tensor]
@@ -341,58 +323,6 @@ class PreconditionedOptimizer(LayerOptimizer):
         plain = self.without_curvature()
         out = {self.parameters[name]: d for name, d in results.items()}
         return out | {p: g.clone() for p, g in given.items() if id(p) in plain}
-
-    def _follow_loss(self) -> None:
-        """Renew the level of the loss, kept in the state of the first trainable parameter, where something needs it.
-
-        Checkpoints in the flat form leave out the states of frozen ones.
-        """
-        if not any("loss" in (group["kl_unit"], group["damping_unit"]) for group in self.param_groups):
-            return
-        params = [p for group in self.param_groups for p in group["params"]]  # a group may be empty
-        first = next((p for p in params if p.requires_grad), params[0])
-        keeper = next((p for p in params if "level" in self.state.get(p, ())), first)  # as others were frozen, or older
-        before, latest = (self.state[keeper].get(name) for name in ("level", "loss"))  # older states have no "loss"
-        self._level = LossLevel.after(before, self.statistics.level, first, latest)
-        saved = self._level.saved(first)
-        for name in saved:
-            self.state[keeper].pop(name, None)
-        self.state[first].update(saved)
-
-    def bound_level(self) -> Tensor | float | None:
-        return None if self._level is None else self._level.bound
-
-    def _best(
-        self,
-        candidates: list[float],
-        now: dict[Tensor, Tensor],
-        gradients: dict[str, Tensor],
-        rows: dict[str, GradientRows],
-        given: dict[Tensor, Tensor],
-    ) -> dict[Tensor, Tensor]:
-        """The directions, among some dampings of the factors, of which the quadratic model promises most."""
-        assert self._step_model is not None
-        dampings = Dampings(self.damping, self.param_groups, self.parameters, self._level)
-        found: list[tuple[float, float, dict[Tensor, Tensor], dict[str, Any]]] = []
-        for strength in candidates:
-            for group in self.param_groups:
-                group["factor_damping"] = strength
-            if found:  # the first one is the present
-                due = {n: {"damping": dampings.of(p.estimator.block)} for n, p in self.preconditioners.items()}
-                if self.shared is None:
-                    self.preconditioners.refresh(due)
-                else:
-                    self._refreshed_together(due)
-                now = self._applied(gradients, rows, given)
-            inverses = {name: p.inverse for name, p in self.preconditioners.items()}
-            promise = self._step_model.promise(now, {p: given[p] for p in now})
-            found.append((promise if math.isfinite(promise) else math.inf, strength, now, inverses))
-        _, strength, best, inverses = min(found, key=lambda entry: entry[0])
-        for group in self.param_groups:
-            group["factor_damping"] = strength
-        for name, preconditioner in self.preconditioners.items():
-            preconditioner.inverse = inverses[name]
-        return best
 
     def _evaluate(self, closure: Callable[[], Any] | None) -> Any:
         if self._step_model is None or closure is None:
@@ -427,28 +357,9 @@ class PreconditionedOptimizer(LayerOptimizer):
         """Whether the last step was taken back, by ``damping_rule`` or ``step_size``."""
         return self._step_model is not None and self._step_model.taken_back
 
-    def mean_eigenvalue(self) -> float:
-        """Mean eigenvalue of C in the units of the damping's strength; 0 where no estimate of C is kept."""
-        if self.damping.relative:
-            return 1.0
-        known = [p.estimator for p in self.preconditioners.values() if p.estimator.ready]
-        kept = [e.operator() for e in known if not isinstance(e, InverseEstimator)]
-        trace, size = float(sum(op.trace() for op in kept)), float(sum(op.shape[0] for op in kept))
-        if self.shared is not None:
-            both = torch.tensor([trace, size], dtype=torch.float64, device=self.shared.ranks.device)
-            trace, size = self.shared.row_sum(both).tolist()
-        return trace / size if size else 0.0
-
     def over_ranks(self, work: Callable[[], Tensor], width: int) -> Tensor:
         """The mean of computed numbers over the processes that take the step together; the same bits in all."""
         return work() if self.ranks is None else self.ranks.mean(work, width)
-
-    def set_damping(self, damping: float) -> None:
-        """Give all groups the same damping; it counts from the next refresh of each block."""
-        for group in self.param_groups:
-            group["damping"] = damping
-        for preconditioner in self.preconditioners.values():
-            preconditioner.unseen += 1
 
     def update_options(self, group: dict[str, Any]) -> dict[str, Any]:
         # During burn-in nothing moves, not even by weight decay.
@@ -458,71 +369,6 @@ class PreconditionedOptimizer(LayerOptimizer):
         if getattr(self, "grad_scale", None) is not None or world_size() > 1:
             return {}  # gradients that were scaled or summed over processes after the rows were seen
         return self.taps.rows(gradients)
-
-    def _refresh(self, updated: bool) -> None:
-        """Renew the inverses that are due, and after new statistics those that come at no cost."""
-        period = self.option("inverse_update_period")
-        slot = self.preconditioners.slots(period) if self.stagger else {}
-        bounded = any(group["kl_clip"] is not None for group in self.param_groups)
-        dampings = Dampings(self.damping, self.param_groups, self.parameters, self._level)
-        momenta = Momenta(self.parameters, self.state, self.param_groups)
-        whole: dict[str, Tensor] | None = None
-        lengths: dict[str, dict[Tensor, Tensor]] = {}
-
-        def measure(name: str, damped: LinearOperator | None, renewed: bool = True) -> None:
-            """Measure the momentum of a block; where processes share the blocks, in the one that keeps it."""
-            kept = self.preconditioners[name]
-            lengths[name] = momenta.of_block(
-                kept,
-                lambda: damped or kept.damped(dampings.of(kept.estimator.block)),
-                renewed=renewed,
-                counts=self.shared is None or self.shared.counts(name),
-                whole=whole,
-            )
-
-        todo: dict[str, dict[str, Any]] = {}
-        for name, preconditioner in self.preconditioners.items():
-            due = preconditioner.unseen > 0 and (self.steps - slot.get(name, 0)) % period == 0
-            due = due or preconditioner.absent
-            if due or updated:
-                todo[name] = {
-                    "damping": dampings.of(preconditioner.estimator.block),
-                    "basis": due,
-                    "applications": max(period, self.option("curvature_update_period")),
-                }
-        failures = {name: self.preconditioners[name].failures for name in todo}
-        if self.shared is None:
-            by_rows = {n: {**o, "rows": self.taps.count(n)} for n, o in todo.items()}
-            new = self.preconditioners.refresh(by_rows, *([measure] if bounded else []))
-            for name in self.preconditioners if bounded else ():
-                if name not in new:
-                    measure(name, None, False)
-        else:
-            new = self._refreshed_together(todo)
-            if bounded:
-                if self.shared.whole:
-                    blocks = self.preconditioners
-                    whole = momenta_at_owners(self.shared, blocks, self.parameters, self.state, new)
-                for name in sorted(self.preconditioners):  # each process has them in an order of its own
-                    measure(name, None, name in new)
-        self.measured = {p: length for each in lengths.values() for p, length in each.items()}
-        if self.shared is not None and bounded:
-            self.measured = self.shared.added(self.measured)
-        self.events[FAILURES] += sum(self.preconditioners[name].failures > failures[name] for name in todo)
-        self.events[REFRESHES] += sum(todo[name]["basis"] and name in new for name in todo)
-        if bounded:
-            found = momenta.without_curvature(self.preconditioners.values())
-            if self.shared is not None and self.shared.whole:
-                found = self.shared.added({p: found[p] for p in self.parameters.values() if p in found})
-            self.measured |= found
-
-    def _refreshed_together(self, todo: Mapping[str, Mapping[str, Any]]) -> set[str]:
-        """Refresh blocks in several processes; the names of those that are new."""
-        assert self.shared is not None
-        kept = {name: self.preconditioners[name] for name in todo}
-        return self.shared.refresh(
-            [Refreshing(n, kept[n], o.get("basis", True), partial(kept[n].attempt, **o)) for n, o in todo.items()]
-        )
 
     # State
 
@@ -595,7 +441,7 @@ class PreconditionedOptimizer(LayerOptimizer):
             "_prepared": {},
             "_prepared_slopes": None,
             "measured": {},
-            "_level": None,
+            "loss_level": None,
             "bounds": BoundRecord(),
             "alike": Alike(),
             "taps": RowTaps(),

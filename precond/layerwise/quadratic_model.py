@@ -6,8 +6,10 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
+from precond.step.adapt import LevenbergMarquardt
 from precond.step.options import TrustRegion
 from precond.step.options import period as check_period
+from solvers import Damping
 from solvers.outcome.arguments import fields_of
 
 
@@ -93,3 +95,34 @@ class QuadraticModel:
             raise ValueError(
                 f"{me}: step_size=QuadraticModel() has no bound before momentum; give kl_clip as a number."
             )
+
+
+def refuse_unjudged(
+    me: str, step_size: QuadraticModel | None, rule: LevenbergMarquardt | None, damping: Any, maximize: bool
+) -> None:
+    """Refuse what does not go with steps that are judged by their quadratic model.
+
+    Args:
+        me: The method.
+        step_size: Chooses learning rate and momentum.
+        rule: Adapts the damping.
+        damping: As it was given.
+        maximize: Ascend.
+
+    Raises:
+        ValueError: Naming the option, and what to give in its place.
+    """
+    if rule is not None:
+        judges_next = step_size is not None and rule.next_batch is not False
+        rule.refuse(me, "attempts", *(() if judges_next else ("relative_maximum",)))
+        if rule.next_batch and step_size is None:
+            raise ValueError(
+                f"{me}: next_batch=True of its damping_rule has no effect without step_size=QuadraticModel(), whose "
+                "steps it judges; leave it out."
+            )
+        if callable(damping) and not isinstance(damping, Damping):
+            raise ValueError(
+                "damping is both a function of the step count and adapted by damping_rule; give one of them."
+            )
+    if maximize:
+        raise ValueError("step_size and damping_rule minimise: maximize=True has no meaning for them. Negate the loss.")
