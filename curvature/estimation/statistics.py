@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -22,13 +22,12 @@ from curvature.estimation.unseen_losses import not_told
 from curvature.layers.recorder import Recorder
 from curvature.losses import (
     BatchDim,
-    JoinedTerms,
     Loss,
     NoCurvatureError,
     Terms,
 )
 from curvature.losses.from_gradient import from_output_gradient
-from curvature.losses.signals import Signals
+from curvature.losses.signals import JointSignals, Signals
 from curvature.model.backward_hooks import ours
 from curvature.model.graph_nodes import only_way
 from curvature.structures.estimator import Curvature
@@ -235,29 +234,25 @@ class Statistics:
     def _take(self, passes: list[Pass], terms: Terms, share: Weight, call: TapedLoss | None) -> None:
         recorder = merged([origin.recorder for origin in passes if origin.recorder is not None])
         hooked = [o for o in passes if o.recorder is not None and o.recorder.hooks.look([terms.output])]
+        kind, end = self.curvature.kind, terms.output.grad_fn
         with self._open_graph(passes, terms.output):
-            # What hooks make of gradients on their way is no matter of curvature.
-            if call is not None and not hooked and self._waits(passes, recorder, terms, share, call):
-                return self._refuse_hidden(recorder)
             terms = in_their_places(terms, passes, self.batch_dim)
-            kind = self.curvature.kind
-            if kind != "empirical":
-                terms = terms.fisher(strict=False)
             signals = Signals.of(
-                *(terms, kind, self.curvature.samples, self.generator, recorder.batch),
+                terms if kind == "empirical" else terms.fisher(strict=False),
+                *(kind, self.curvature.samples, self.generator, recorder.batch),
                 together=True,
-                others_aggregated=self._others_aggregated(passes, call),
+                others_aggregated=partial(self._losses.others_aggregated, passes, call, self.collector.parameters),
             )
+            # What hooks make of gradients on their way is no matter of curvature.
+            if call is not None and not hooked and self._waits(passes, recorder, end, signals, share):
+                return self._refuse_hidden(recorder)
             scale = None if share.entries is None else share.entries.sqrt()
             counted = self._step.counted_in(passes)
             reached = self.collector.collect(
-                recorder, terms.output, signals, counted=counted, scale=scale, factor=share.factor
+                recorder, signals.terms.output, signals, counted=counted, scale=scale, factor=share.factor
             )
             self._refuse_hidden(recorder)
             self._note(reached)
-
-    def _others_aggregated(self, passes: list[Pass], call: TapedLoss | None) -> Callable[[], bool]:
-        return partial(self._losses.others_aggregated, passes, call, self.collector.parameters)
 
     def _note(self, reached: set[str]) -> None:
         self._step.note(reached)
@@ -270,23 +265,23 @@ class Statistics:
         if hides and self.tape.mode == "auto" and self._mark is not None:
             raise RuntimeError("a checkpoint with use_reentrant=True hides parameters")
 
-    def _waits(self, passes: list[Pass], recorder: Recorder, terms: Terms, share: Weight, call: TapedLoss) -> bool:
+    def _waits(self, passes: list[Pass], recorder: Recorder, end: Any, signals: Signals, share: Weight) -> bool:
         """Whether the user's own backward pass brings empirical statistics, so that none of ours is needed.
 
         It does not where it brings something besides the loss: that of another loss, of a penalty on activations.
+
+        Args:
+            passes: Those that led to the loss.
+            recorder: Their uses of parameters.
+            end: The node of what the loss saw.
+            signals: What would be sent.
+            share: How the loss enters.
         """
-        if self.curvature.kind != "empirical" or share.factor is None or isinstance(terms, JoinedTerms):
+        if signals.kind != "empirical" or share.factor is None or isinstance(signals, JointSignals):
             return False
         sites = {site.edge.node for site in recorder.sites}
-        if not only_way(torch._C._current_autograd_node(), terms.output.grad_fn, sites):
+        if not only_way(torch._C._current_autograd_node(), end, sites):
             return False
-        signals = Signals(
-            in_their_places(terms, passes, self.batch_dim),
-            "empirical",
-            batch=recorder.batch,
-            together=True,
-            others_aggregated=self._others_aggregated(passes, call),
-        )
         backward = self.collector.await_backward(recorder, signals, lambda: not self.tape.inside)
         if backward is not None:
             self._waiting.append((backward, passes, share.factor))
