@@ -19,32 +19,13 @@ from curvature.model.fully_sharded import is_custom
 
 #: Nodes whose rows are picked, moved or merged by values, by the beginnings of their names.
 BY_VALUE = (
-    *(
-        "Cummax",
-        "Cummin",
-        "Gather",
-        "Index",
-        "Kthvalue",
-        "MaskedScatter",
-        "MaskedSelect",
-        "Median",
-        "Mode",
-        "Nanmedian",
-    ),
-    *("Put", "RepeatInterleave", "Scatter", "SegmentReduce", "Sort", "Take", "Topk", "Unique"),
+    *("Cummax", "Cummin", "Gather", "Index", "Kthvalue", "MaskedScatter", "MaskedSelect", "Median"),
+    *("Mode", "Nanmedian", "Put", "RepeatInterleave", "Scatter", "SegmentReduce", "Sort", "Take", "Topk"),
+    "Unique",
 )
 _VIEWS = {
-    "T",
-    "Transpose",
-    "Permute",
-    "View",
-    "ReshapeAlias",
-    "Expand",
-    "Slice",
-    "Select",
-    "Squeeze",
-    "Unsqueeze",
-    "ToCopy",
+    *("T", "Transpose", "Permute", "View", "ReshapeAlias", "Expand", "Slice", "Select", "Squeeze"),
+    *("Unsqueeze", "ToCopy"),
 }
 #: Structures remembered for one set of parameters; inputs of many different shapes make many.
 MOST = 64

@@ -29,23 +29,9 @@ _NODES: dict[type[nn.Module], str] = {
 }
 #: Beginnings of the names of nodes that make other numbers of an output than those that it has.
 _TRANSFORMS = (
-    *(
-        "Sigmoid",
-        "Tanh",
-        "Softmax",
-        "Softplus",
-        "Exp",
-        "Mul",
-        "Div",
-        "Pow",
-        "Neg",
-        "Relu",
-        "Gelu",
-        "Silu",
-        "Sum",
-        "Mean",
-    ),
-    *("Addmm", "Addbmm", "Baddbmm", "Mm", "Bmm", "Mv", "Linear", "Convolution", "LinalgVectorNorm", "Gather"),
+    *("Sigmoid", "Tanh", "Softmax", "Softplus", "Exp", "Mul", "Div", "Pow", "Neg", "Relu", "Gelu"),
+    *("Silu", "Sum", "Mean", "Addmm", "Addbmm", "Baddbmm", "Mm", "Bmm", "Mv", "Linear", "Convolution"),
+    *("LinalgVectorNorm", "Gather"),
 )
 
 
