@@ -26,22 +26,21 @@ class LossLevel:
     .. math:: \ell_t = \min\big(0.9\, \ell_{t-1} + 0.1\, L_t,\; 1.01\, \ell_{t-1}\big), \qquad \ell_0 = L_0
 
     with :math:`L_t` the loss of the batch, in the scale of C. It falls with the loss, and hardly rises, so that a step
-    that has gone too far is not followed by longer ones. A bound takes the smaller one of :math:`\ell_t` and
-    :math:`L_t`. Losses whose values are no distance from a perfect fit (densities, losses of one's own) have 1. Where a
-    step does not show its loss, as between updates of the statistics, :math:`L_t` is the last one that was seen.
+    that has gone too far is not followed by longer ones. It is an average and not the smaller one of it and
+    :math:`L_t`, which would follow the lowest batches of a noisy loss. Losses whose values are no distance from a
+    perfect fit (densities, losses of one's own) have 1. Where a step does not show its loss, as between updates of the
+    statistics, :math:`L_t` is the last one that was seen.
 
     All are numbers where the parameters lie in the memory of the processor, and 0-d tensors elsewhere, where nobody
     waits for them.
 
     Attributes:
         mean: :math:`\ell_t`.
-        bound: What a bound is multiplied by.
         known: Whether it rests on a loss that was seen.
         latest: The loss that was seen last, 0 where none was.
     """
 
     mean: Tensor | float
-    bound: Tensor | float
     known: Tensor | bool
     latest: Tensor | float
 
@@ -85,7 +84,7 @@ class LossLevel:
             latest = torch.where(loss.isfinite(), loss, latest)  # gradients may be although squares of outputs are not
         used = torch.where(latest != 0, latest, torch.where(before != 0, before, 1))
         mean = torch.where(before == 0, used, torch.minimum(before.lerp(used, 1 - DECAY), GROWTH * before))
-        return cls(mean, torch.minimum(mean, used), (latest != 0) | (before != 0), latest)
+        return cls(mean, (latest != 0) | (before != 0), latest)
 
     @classmethod
     def _of_numbers(cls, before: float, latest: float, loss: float | None, largest: float) -> LossLevel:
@@ -94,7 +93,7 @@ class LossLevel:
             latest = max(loss, SMALLEST)
         used = latest or before or 1.0
         mean = min(before + (1 - DECAY) * (used - before), GROWTH * before) if before != 0 else used
-        return cls(mean, min(mean, used), latest != 0 or before != 0, latest)  # NaN stays: it is the first in both
+        return cls(mean, latest != 0 or before != 0, latest)  # NaN stays: it is the first in min
 
 
 @dataclass(frozen=True)
