@@ -1,9 +1,10 @@
 """What does a step cost beside one of AdamW, on small models? ``python -m tests.benchmarks.step_cost --methods KFAC``.
 
 All methods train in one process, ten steps of each in turn, so that other work on the machine slows all alike; counted
-is the CPU time of a whole run, the batch and its loss included, over that of AdamW. With ``--later`` it is the least
-time of a turn after the first twenty steps in place of the sum: what a step costs in the long run, in which ten steps
-hold the refreshes of a period of ten once. Methods are calls as in :mod:`tests.benchmarks.defaults`.
+is the CPU time of a whole run, the batch and its loss included, over that of AdamW. With ``--of least`` it is the least
+time of a turn after the first twenty steps in place of the sum, and with ``--of median`` their median: what a step
+costs in the long run, in which ten steps hold the refreshes of a period of ten once. Methods are calls as in
+:mod:`tests.benchmarks.defaults`.
 """
 
 from __future__ import annotations
@@ -12,13 +13,18 @@ import argparse
 import time
 import warnings
 from collections.abc import Callable, Iterable
-from statistics import geometric_mean
+from statistics import geometric_mean, median
 
 import torch
 
 from tests.benchmarks.defaults import ALL, PARTS, build
 
 ADAMW = "AdamW(lr=0.006)"
+OF: dict[str, Callable[[tuple[float, ...]], float]] = {
+    "run": sum,
+    "least": lambda turns: min(turns[2:]),
+    "median": lambda turns: median(turns[2:]),
+}
 
 
 def trainer(method: str, name: str) -> Callable[[int], float]:
@@ -39,12 +45,12 @@ def trainer(method: str, name: str) -> Callable[[int], float]:
     return go
 
 
-def costs(methods: Iterable[str], name: str, steps: int = 200, later: bool = False) -> list[float]:
-    """Of a step of each method, in steps of AdamW; the least ``later``, or the mean over a run."""
+def costs(methods: Iterable[str], name: str, steps: int = 200, of: str = "run") -> list[float]:
+    """Of a step of each method, in steps of AdamW."""
     trainer(ADAMW, name)(20)  # what the first steps of all in a process cost is nobody's
     trainers = [trainer(method, name) for method in (ADAMW, *methods)]
     turns = [[go(10) for go in trainers] for _ in range(steps // 10)]
-    adamw, *others = (min(times[2:]) if later else sum(times) for times in zip(*turns, strict=True))
+    adamw, *others = map(OF[of], zip(*turns, strict=True))
     return [other / adamw for other in others]
 
 
@@ -55,12 +61,12 @@ def main() -> None:
     parser.add_argument("--problems", nargs="*", choices=tuple(ALL))
     parser.add_argument("--half", choices=("tune", "confirm", "later"))
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--later", action="store_true")
+    parser.add_argument("--of", choices=tuple(OF), default="run")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     problems = given.problems or list(PARTS[given.half])
-    found = {name: costs(given.methods, name, given.steps, given.later) for name in problems}
+    found = {name: costs(given.methods, name, given.steps, given.of) for name in problems}
     print(f"| steps of AdamW | geometric mean | {' | '.join(problems)} |")
     print(f"| --- | --- |{' --- |' * len(problems)}")
     for i, method in enumerate(given.methods):
