@@ -10,6 +10,9 @@ from torch import Tensor
 
 # Parts up to this size are multiplied whole: smaller ones run below the speed of large products.
 _WHOLE = 256
+# Of Gram matrices of a number of rows in this range also half as large ones: of fewer rows, parts are bound by what
+# they write, and of more, which no cache holds, by what they read.
+_SPLIT_FURTHER = range(257, 4097)
 
 
 def gram(rows: Tensor) -> Tensor:
@@ -40,7 +43,8 @@ def add_gram(out: Tensor, rows: Tensor, *, old: float, new: float) -> Tensor:
 def _add_gram(out: Tensor, rows: Tensor, old: float, new: float) -> None:
     m, d = rows.shape[-2:]
     add = torch.addmm if rows.ndim == 2 else torch.baddbmm
-    if min(m, d) <= _WHOLE:  # of few rows, parts are bound by what they write
+    whole = _WHOLE // 2 if rows.ndim == 2 and m in _SPLIT_FURTHER else _WHOLE
+    if m <= _WHOLE or d <= whole:
         add(out, rows.mT, rows, beta=old, alpha=new, out=out)
         return
     h = _half(d)

@@ -21,8 +21,9 @@ from solvers.precision import widen
 from solvers.solver import Solver
 from solvers.triangles import upper_times
 
-# From this size on one matrix is factored by blocks, of so many rows: the sizes at which that is faster.
-_BY_BLOCKS, _BLOCK = 640, 192
+# From these sizes on one matrix is factored by blocks, of so many rows: those at which that is faster. The second is
+# that of sizes that are multiples of 64, whose columns fall into few places of the cache.
+_BY_BLOCKS, _OF_WORDS, _BLOCK = 640, 384, 144
 
 
 @dataclass(frozen=True)
@@ -144,25 +145,27 @@ def _triangle(matrix: Tensor) -> tuple[Tensor, Tensor]:
     r"""``L``, and 0 where it exists; on the processor L lies in rows.
 
     Before LAPACK works there, torch writes the triangle column by column, which takes as long as the factorisation from
-    some hundred columns on, and twice as long where the columns are a power of two apart: large ones go by blocks of
-    rows of :math:`L^\top = U`, from the rows of U that are known:
-    :math:`U_{ii}^\top U_{i,\ge i} = A_{i,\ge i} - U_{<i,i}^\top U_{<i,\ge i}`.
+    some hundred columns on, and several times as long where columns lie a multiple of 64 numbers apart: such ones, and
+    large ones, go by blocks of rows of :math:`L^\top = U`, from the rows of U that are known:
+    :math:`U_{ii}^\top U_{i,\ge i} = A_{i,\ge i} - U_{<i,i}^\top U_{<i,\ge i}`. All of them lie in columns, as LAPACK
+    and the triangular solve take them without a copy in the other order; those of A by its symmetry.
     """
     if matrix.device.type != "cpu":
         factor, info = torch.linalg.cholesky_ex(matrix)
         return factor, info
     n = matrix.shape[-1]
     differentiated = matrix.requires_grad and torch.is_grad_enabled()
-    if matrix.ndim > 2 or n < _BY_BLOCKS or differentiated:
+    if matrix.ndim > 2 or n < (_BY_BLOCKS if n % 64 else _OF_WORDS) or differentiated:
         upper, info = torch.linalg.cholesky_ex(matrix, upper=True)
         return upper.mT, info
     upper, infos = matrix.new_zeros(n, n).mT, []
     for start in range(0, n, _BLOCK):
         end = min(start + _BLOCK, n)
-        rows = matrix[start:end, start:]
+        rows = matrix[start:, start:end].mT
         if start:
             known = upper[:start, start:]
-            rows = torch.addmm(rows, known[:, : end - start].mT, known, alpha=-1)
+            work = matrix.new_empty(n - start, end - start).mT
+            rows = torch.addmm(rows, known[:, : end - start].mT, known, alpha=-1, out=work)
         block, info = torch.linalg.cholesky_ex(rows[:, : end - start])
         upper[start:end, start:end] = block.mT
         upper[start:end, end:] = torch.linalg.solve_triangular(block, rows[:, end - start :], upper=False)

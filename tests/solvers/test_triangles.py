@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from solvers.triangles import add_gram, gram, upper_times
 
@@ -13,7 +14,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 # (m, d): one number, one part, the largest part and beyond it by either size, two levels of halves; no row at all.
-@pytest.mark.parametrize("shape", [(1, 1), (5, 7), (257, 256), (257, 257), (300, 530), (3, 300), (0, 3)])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 7), (257, 256), (257, 257), (257, 129), (300, 530), (3, 300), (0, 3)])
 @pytest.mark.parametrize("stack", [(), (2,), (2, 1)])
 def test_gram_matrices_are_whole(stack: tuple[int, ...], shape: tuple[int, int]) -> None:
     rows = normal(*stack, *shape)
@@ -39,3 +40,11 @@ def test_a_gram_matrix_goes_into_a_part_of_another_one_whatever_stood_there() ->
 def test_an_upper_triangle_times_a_matrix(stack: tuple[int, ...], n: int, m: int) -> None:
     upper, x = normal(*stack, n, n).triu(), normal(*stack, n, m, seed=1)
     torch.testing.assert_close(upper_times(upper, x), upper @ x, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("shape", "share"), [((256, 512), 1), ((1024, 512), 5 / 8), ((5000, 512), 3 / 4)])
+def test_a_gram_matrix_costs_as_much_of_a_product_as_its_parts(shape: tuple[int, int], share: float) -> None:
+    m, d = shape
+    with FlopCounterMode(display=False) as counter:
+        gram(torch.zeros(shape))
+    assert counter.get_total_flops() == share * 2 * m * d * d

@@ -56,9 +56,10 @@ def test_scales_of_the_rows_do_not_matter(n: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_large_matrices_are_factored_by_blocks_as_well_as_at_once(dtype: torch.dtype) -> None:
-    X = torch.randn(700, 800, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    A = (X @ X.T / 800 + 0.1 * torch.eye(700, dtype=torch.float64)).to(dtype)
+@pytest.mark.parametrize("n", [448, 700])  # the first is a multiple of 64
+def test_large_matrices_are_factored_by_blocks_as_well_as_at_once(n: int, dtype: torch.dtype) -> None:
+    X = torch.randn(n, 800, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    A = (X @ X.T / 800 + 0.1 * torch.eye(n, dtype=torch.float64)).to(dtype)
     L = cholesky_factor(Dense(A, is_gram=True)).double()
     exact = torch.linalg.cholesky(A.double())
     eps = torch.finfo(dtype).eps
@@ -67,7 +68,7 @@ def test_large_matrices_are_factored_by_blocks_as_well_as_at_once(dtype: torch.d
     at_once = (torch.linalg.cholesky(A).double() - exact).abs().max()
     assert (L - exact).abs().max() <= 4 * (at_once + eps)
     assert (L @ L.T - A.double()).abs().max() <= 32 * eps
-    v = torch.randn(3, 700, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+    v = torch.randn(3, n, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
     for explicit in (False, True):
         inverse = Cholesky(explicit).power(Dense(A, is_gram=True), -1)
         assert ((inverse @ v).double() @ A.double() - v.double()).abs().max() <= 200 * eps
