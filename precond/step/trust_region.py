@@ -15,6 +15,8 @@ from solvers.precision import widen, working_dtype
 
 #: Steps after which a bound that is active most of the time is told.
 _TELL_AFTER = 20
+# Entries that are widened at a time.
+_PART = 2**15
 
 
 @dataclass(frozen=True)
@@ -111,9 +113,15 @@ def _widened(t: Tensor, wide: bool) -> Tensor:
 
 
 def dot(left: Tensor, right: Tensor) -> Tensor:
-    """The inner product of two tensors in float64, 0-d."""
-    a, b = vectors([left, right], True)
-    return torch.dot(a, b)
+    """The inner product of two tensors in float64, 0-d.
+
+    On the processor part by part: copies of large tensors in float64 take fresh memory, which costs more than all else.
+    """
+    a, b = vectors([left, right], False)
+    if a.device.type != "cpu" or a.dtype == b.dtype == torch.float64 or len(a) <= _PART:
+        return torch.dot(_widened(a, True), _widened(b, True))
+    parts = zip(a.split(_PART), b.split(_PART), strict=True)
+    return torch.stack([torch.dot(x.double(), y.double()) for x, y in parts]).sum()
 
 
 def _each(

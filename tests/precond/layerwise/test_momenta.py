@@ -8,6 +8,10 @@ from torch import nn
 
 from precond import EKFAC, KFAC
 from precond.layerwise.blocks import rows as rows_of_layers
+from precond.step.trust_region import dot
+from precond.step.update import apply_update
+from tests.peak_memory import peak_of_tensors
+from tests.precond.test_step_operations import Operations
 
 
 @pytest.mark.parametrize(
@@ -34,3 +38,32 @@ def test_a_momentum_has_its_length_in_the_newest_metric(
         v = kept.estimator.block.read({name: state["momentum_buffer"] for name, state in states.items()}).reshape(-1)
         expected = v @ torch.linalg.solve(kept.inverse.to_dense(), v)
         torch.testing.assert_close(sum(state["length"] for state in states.values()), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_inner_products_are_taken_in_float64_and_in_little_memory(dtype: torch.dtype) -> None:
+    left, right = torch.randn(2, 3, 50_001, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+    exact = (left.double() * right.double()).sum()
+    size = (left.double() * right.double()).abs().sum()
+    assert (dot(left, right) - exact).abs() <= 1e-14 * size
+    assert dot(left, right).dtype == torch.float64
+    large = (1e30 * left).float()  # whose squares leave float32
+    assert (dot(large, large) / large.double().square().sum() - 1).abs() <= 1e-12
+    if dtype == torch.float32:
+        assert peak_of_tensors(lambda: dot(left, right)) < left.numel() * 8
+
+
+@pytest.mark.parametrize("shortened", [1.0, 0.5])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_a_momentum_takes_one_pass_over_the_memory_unless_it_is_shortened(shortened: float, nesterov: bool) -> None:
+    p, d, v = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    group = dict(lr=0.1, momentum=0.9, nesterov=nesterov, weight_decay=0.0, decay="decoupled", maximize=False)
+    state = {"momentum_buffer": v}
+    with Operations() as operations:
+        (found,) = apply_update([p], [d], [state], group, shortened=shortened)
+    momentum = 0.9 * v + shortened * d
+    torch.testing.assert_close(state["momentum_buffer"], momentum, rtol=1e-14, atol=1e-15)
+    moved = shortened * d + 0.9 * momentum if nesterov else momentum
+    torch.testing.assert_close(found, p - 0.1 * moved, rtol=1e-14, atol=1e-15)
+    scalings = operations.found["aten._foreach_mul.Scalar"]
+    assert scalings == (shortened != 1)
