@@ -53,7 +53,7 @@ class RefreshingOptimizer(LayerOptimizer):
         self.state[first].update(saved)
 
     def bound_level(self) -> Tensor | float | None:
-        return None if self.loss_level is None else self.loss_level.bound
+        return None if self.loss_level is None else self.loss_level.mean
 
     def best_of(
         self,
