@@ -292,7 +292,9 @@ def _bounded(
     strengths = [group["momentum"] for group in own]
     if not any(strengths) or any(group["kl_of"] == "direction" for group in groups):
         return Move(_plain(scale), None, {}, _plain((present * dd).sum()), _plain(scale < 1))
-    dv, zero = scale * _row(slopes.momentum), like.new_zeros(())
+    # A momentum is made of what is taken off parameters, which where they ascend is -d.
+    signs = row(lambda group: -1.0 if group["maximize"] else 1.0)
+    dv, zero = scale * signs * _row(slopes.momentum), like.new_zeros(())
     known = [lengths.get(p, zero) for p in slopes.params]
     if any(x.device != like.device for x in known):
         known = [x.to(like.device) for x in known]

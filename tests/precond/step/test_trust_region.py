@@ -209,6 +209,31 @@ def test_a_gradient_method_is_bounded_by_its_own_preconditioner() -> None:
     assert 3 < active < 40
 
 
+@pytest.mark.parametrize("momentum", [0.9, Momentum(0.9, nesterov=True)], ids=["heavy", "nesterov"])
+@pytest.mark.parametrize("method", ["KFAC", "Shampoo", "SOAP"])
+def test_an_ascent_is_bounded_as_the_descent_of_the_negative(method: str, momentum: Any) -> None:
+    """Mostly one gradient, so that a momentum of the wrong sign would shorten its own length."""
+    moves = []
+    for sign in (1, -1):
+        model, options = network(), {"lr": 0.1, "kl_clip": 1e-4, "momentum": momentum, "maximize": sign < 0}
+        if method == "KFAC":
+            optimizer = KFAC(model, nn.CrossEntropyLoss(), fisher="exact", **options)
+        else:
+            optimizer = CLASSES[method](model.parameters(), **options)
+        for k in range(6):
+            x, y = data(k // 3)
+            optimizer.zero_grad()
+            loss_fn = optimizer.loss_fn if method == "KFAC" else nn.CrossEntropyLoss()
+            loss_fn(model(x), y).backward()
+            for p in model.parameters():
+                assert p.grad is not None
+                p.grad.mul_(sign)
+            optimizer.step()
+        moves.append((flat(model), optimizer.metrics()["kl"]))
+    torch.testing.assert_close(moves[0][0], moves[1][0], rtol=0, atol=1e-12)
+    assert moves[0][1] == pytest.approx(moves[1][1]) and moves[1][1] > 0
+
+
 def test_groups_may_have_bounds_of_their_own_form() -> None:
     layer = nn.Linear(3, 2)
     groups = [{"params": [layer.weight], "kl_clip": TrustRegion(0.1, lr=0.2)}, {"params": [layer.bias]}]
