@@ -16,6 +16,7 @@ from precond.layerwise.optimizer import PreconditionedOptimizer
 from precond.layerwise.quadratic_model import QuadraticModel
 from precond.layerwise.structures import Structures, with_structures
 from precond.step.adapt import LevenbergMarquardt
+from precond.step.adaptive_rate import AdaptiveRate
 from precond.step.loop import Loop
 from precond.step.options import WeightDecay
 from precond.step.schedules import Scheduled
@@ -26,6 +27,7 @@ class LayerwiseOptions(TypedDict, total=False):
     """Options that the named layer-based methods share; explained at :class:`LayerwiseMethod`."""
 
     weight_decay: Scheduled | WeightDecay
+    adaptive_rate: AdaptiveRate | None
     step_size: QuadraticModel | None
     damping_rule: LevenbergMarquardt | None
     structures: Structures | None

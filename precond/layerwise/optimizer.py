@@ -37,15 +37,16 @@ from precond.layerwise.blocks.rows import GradientRows, RowTaps
 from precond.layerwise.blocks.stacks import BlockStacks
 from precond.layerwise.groups import as_groups
 from precond.layerwise.membership import Membership
-from precond.layerwise.quadratic_model import QuadraticModel, refuse_unjudged
+from precond.layerwise.quadratic_model import QuadraticModel, refuse_unfollowed, refuse_unjudged
 from precond.layerwise.refreshing_optimizer import RefreshingOptimizer
 from precond.layerwise.step_size import StepModel
 from precond.layerwise.structures import Structures, on_model
 from precond.step.adapt import LevenbergMarquardt
+from precond.step.adaptive_rate import AdaptiveRate, is_adaptive
 from precond.step.alike import Alike
 from precond.step.loading import require_layout
 from precond.step.loop import Loop
-from precond.step.options import LossDamping, Momentum, Refresh, TrustRegion, WeightDecay
+from precond.step.options import LossDamping, Momentum, Refresh, TrustRegion, WeightDecay, in_groups
 from precond.step.schedules import Scheduled, ScheduledInt, at_start
 from precond.step.trust_region import BoundRecord, Move, Slopes, scaled
 from solvers import Damping, FactoredTikhonov, Solver, Tikhonov
@@ -81,6 +82,8 @@ class PreconditionedOptimizer(RefreshingOptimizer):
         kl_clip: Bound on twice the predicted KL divergence of a step, momentum included: a number, the bound at the
             learning rate to begin with, or a :class:`~precond.TrustRegion`; ``None`` for none. After
             :meth:`precondition` :meth:`step` bounds it all the same; another optimizer's step is its own.
+        adaptive_rate: A rate for each parameter that finds itself, from ``lr`` upwards, by the slope along its
+            momentum: :class:`~precond.AdaptiveRate`; ``None`` for ``lr``. The reference of ``kl_clip`` goes with it.
         step_size: Learning rate and momentum from the quadratic model of the batch, in place of ``momentum``; ``lr``
             then multiplies the move, and ``kl_clip``, if given, bounds it in the exact curvature of the batch. See
             :class:`QuadraticModel`.
@@ -129,6 +132,7 @@ class PreconditionedOptimizer(RefreshingOptimizer):
         momentum: Scheduled | Momentum = 0.0,
         weight_decay: Scheduled | WeightDecay = 0.0,
         kl_clip: Scheduled | TrustRegion | None = None,
+        adaptive_rate: AdaptiveRate | None = None,
         step_size: QuadraticModel | None = None,
         damping_rule: LevenbergMarquardt | None = None,
         params: Any = None,
@@ -150,6 +154,8 @@ class PreconditionedOptimizer(RefreshingOptimizer):
             refuse_unjudged(type(self).__name__, step_size, damping_rule, damping, maximize)
         if step_size is not None:
             step_size.refuse_beside(type(self).__name__, self.given, momentum, kl_clip)
+        if adaptive_rate is not None:
+            refuse_unfollowed(type(self).__name__, step_size, momentum)
         damping_unit = "loss" if isinstance(damping, LossDamping) else "curvature"
         if isinstance(damping, LossDamping):
             if step_size is not None or damping_rule is not None or self.absolute_damping:
@@ -202,6 +208,7 @@ class PreconditionedOptimizer(RefreshingOptimizer):
                 **({} if step_size is None else self._of_the_model()),
                 "damping": float(damping.strength) if isinstance(damping, Damping) else damping,
                 "damping_unit": damping_unit,
+                **in_groups({"adaptive_rate": adaptive_rate}),
                 "curvature_ema": curvature_ema,
                 "curvature_update_period": curvature_update_period,
                 "inverse_update_period": refresh.period,
@@ -341,6 +348,10 @@ class PreconditionedOptimizer(RefreshingOptimizer):
             move = replace(move, directions=1.0)
         directions.update(self._step_model.size(directions, gradients))
         return move or self._step_model.bounded
+
+    @property
+    def follows_rates(self) -> bool:
+        return any(map(is_adaptive, self.param_groups))
 
     def after_move(self) -> None:
         if self._step_model is not None:

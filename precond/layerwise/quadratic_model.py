@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from precond.step.adapt import LevenbergMarquardt
-from precond.step.options import TrustRegion
+from precond.step.options import Momentum, TrustRegion
 from precond.step.options import period as check_period
 from solvers import Damping
 from solvers.outcome.arguments import fields_of
@@ -126,3 +126,27 @@ def refuse_unjudged(
             )
     if maximize:
         raise ValueError("step_size and damping_rule minimise: maximize=True has no meaning for them. Negate the loss.")
+
+
+def refuse_unfollowed(me: str, step_size: QuadraticModel | None, momentum: Any) -> None:
+    """Refuse rates that learn where there is nothing to learn from, or nobody who would hear.
+
+    Args:
+        me: The method.
+        step_size: Chooses learning rate and momentum.
+        momentum: As it was given.
+
+    Raises:
+        ValueError: Naming the option, and what to give in its place.
+    """
+    if step_size is not None:
+        raise ValueError(
+            f"{me}: adaptive_rate has no effect with step_size=QuadraticModel(), which finds the length of each step "
+            "itself. Give one of them."
+        )
+    strength = momentum.strength if isinstance(momentum, Momentum) else momentum
+    if not callable(strength) and not strength:
+        raise ValueError(
+            f"{me}: adaptive_rate follows the slope along the momentum, and there is none. Give it momentum, such as "
+            "Momentum(0.9, nesterov=True)."
+        )

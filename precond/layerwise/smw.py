@@ -111,6 +111,11 @@ class SMWNaturalGradient(WholeModelOptimizer):
         number("spring", spring)
         if not 0 <= spring < 1:
             raise ValueError(f"spring is the weight of the previous step, in [0, 1); got {spring}.")
+        if spring and options.get("adaptive_rate") is not None:
+            raise ValueError(
+                "SMWNaturalGradient: adaptive_rate follows the slope along the momentum, and with spring= a direction "
+                "holds the last one itself. Give one of them."
+            )
         self.spring = spring
         curvature = self.curvature_with(structure, fisher, default="dense")
         if isinstance(curvature, WholeFisher):

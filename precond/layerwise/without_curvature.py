@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from curvature.model.fully_sharded import named_parameters
 from curvature.model.wrappers import unwrapped
 from precond.layerwise.adam_step import SQUARES, AdamStep
+from precond.step.adaptive_rate import is_adaptive
 from precond.step.base import SecondOrderOptimizer
 
 
@@ -78,7 +80,9 @@ class WithoutCurvature(SecondOrderOptimizer):
 
     def first_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         step = self.adam_steps.get(p)
-        return {} if step is None else step.begin(p)
+        if step is not None:
+            return step.begin(p)
+        return {"rate": torch.ones((), dtype=p.dtype, device=p.device)} if is_adaptive(group) else {}
 
     def expected_state(self, p: Tensor, options: dict[str, Any]) -> Mapping[str, Any] | None:
         return self.first_state(p, options) or None

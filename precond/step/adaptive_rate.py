@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,11 @@ class AdaptiveRate:
     the smallest rate, and ``most`` times it the largest.
 
     Costs one inner product and the memory of one direction for each parameter.
+
+    Methods that learn from layers follow their momentum, which holds the last directions, in place of
+    :math:`d_{t-1}`: it is there anyway, and ``kl_clip`` takes the same products, so it costs nothing. The factor
+    multiplies the move, and what ``kl_clip`` lets pass goes with its square, as with that of the learning rate. The
+    momentum itself, weight decay, and parameters that take :class:`~precond.AdamStep` do not feel it.
 
     Args:
         growth: c, above 1. A factor of ten takes ``log(10) / log(growth)`` steps, 24 at 1.1.
@@ -127,6 +132,44 @@ def adapted(
         for i, d in zip(some, torch._foreach_mul(found, applied), strict=True):
             out[i] = d
     return out
+
+
+def followed(
+    params: Sequence[Tensor], slopes: Tensor, states: Mapping[Tensor, dict[str, Any]], groups: Sequence[dict[str, Any]]
+) -> dict[Tensor, Any]:
+    """Factors by parameter after a step's slopes, for optimizers that keep a momentum; the device is not waited for.
+
+    Args:
+        params: The k parameters.
+        slopes: ``<g, v>`` of each with its momentum v, ``(k,)``; 0 where there is none.
+        states: Of each parameter; get a new entry ``rate`` where the group's rates learn.
+        groups: Options.
+
+    Returns:
+        The factor of each move: numbers of Python where the parameters lie in the memory of the processor, 0-d
+        elsewhere.
+    """
+    group_of = {p: group for group in groups if is_adaptive(group) for p in group["params"]}
+    places = [i for i, p in enumerate(params) if p in group_of]
+    if not places:
+        return {}
+    own = [group_of[params[i]] for i in places]
+
+    def column(number: Callable[[dict[str, Any]], float]) -> Tensor:
+        return slopes.new_tensor([number(group) for group in own])
+
+    moved = slopes[places] * column(lambda group: -1.0 if group["maximize"] else 1.0)  # v is what moves take off
+    known = [states[params[i]].get("rate", moved.new_ones(())).to(moved) for i in places]
+    most = column(lambda group: group["rate_most"])
+    signs = (moved > 0).to(moved) - (moved < 0).to(moved)  # 0 for what has overflowed to NaN, and without a momentum
+    weight = torch.stack([torch.as_tensor(_weight(group), dtype=moved.dtype, device=moved.device) for group in own])
+    rates = torch.stack(known) * column(lambda group: group["rate_growth"]) ** (weight * signs)
+    rates = rates.clamp(1 / most, most)
+    for i, rate in zip(places, rates.unbind(), strict=True):
+        states[params[i]]["rate"] = rate.to(params[i].dtype)
+    applied = rates.clamp(min=column(lambda group: group["rate_least"]))
+    numbers = applied.tolist() if applied.device.type == "cpu" else applied.unbind()
+    return {params[i]: number for i, number in zip(places, numbers, strict=True)}
 
 
 def _weight(group: dict[str, Any]) -> float | Tensor:

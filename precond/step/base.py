@@ -154,6 +154,7 @@ class SecondOrderOptimizer(BoundedOptimizer):
         self.coming: dict[Tensor, Tensor] = {}
         #: Parts of the state and their new values, for methods that write into large tensors; written with the move.
         self.rows_written: list[tuple[Tensor, Tensor]] = []
+        self.move_factors: dict[Tensor, Tensor | float] = {}
         super().__init__(params, options)
         # A scheduler that cycles momentum writes it wherever `defaults` has it, also into a method without momentum.
         hidden = self.uncycled if options["momentum"] else self.uncycled | {"momentum"}
@@ -232,7 +233,7 @@ class SecondOrderOptimizer(BoundedOptimizer):
         if gradients is None:
             return loss
         with remedies(self.remedies), self._precision(), whole:
-            self.idle, self.coming, self.rows_written = self.stands_still(gradients), {}, []
+            self.idle, self.coming, self.rows_written, self.move_factors = self.stands_still(gradients), {}, [], {}
             self.same_precision(gradients)
             self.cut = {}
             gradients = self.regularized(gradients)
@@ -302,7 +303,7 @@ class SecondOrderOptimizer(BoundedOptimizer):
     def _values(self, gradients: dict[Tensor, Tensor]) -> tuple[dict[Tensor, Tensor], BoundRecord]:
         """The values that parameters are to take, and how often the bound was active with this step."""
         prepared = self._is_prepared()
-        self.idle, self.coming, self.rows_written = self.stands_still(gradients), {}, []
+        self.idle, self.coming, self.rows_written, self.move_factors = self.stands_still(gradients), {}, [], {}
         self.same_precision(gradients)
         if not prepared:
             self.cut = {}
@@ -321,7 +322,8 @@ class SecondOrderOptimizer(BoundedOptimizer):
             for params, own, whole, each in by_kind:
                 if params:
                     given, states = [directions[p] for p in params], [self.state[p] for p in params]
-                    found = apply_update(params, given, states, own, whole, shortened=each)
+                    rates = [self.move_factors.get(p, 1.0) for p in params] if self.move_factors else ()
+                    found = apply_update(params, given, states, own, whole, shortened=each, rates=rates)
                     self.coming |= zip(params, found, strict=True)
         if not prepared:
             self.before_move()
@@ -373,7 +375,8 @@ class SecondOrderOptimizer(BoundedOptimizer):
             "process_group": None,
             "_ranks": None,
         }
-        return {**own, **fresh, "bounds": BoundRecord(), "alike": Alike(), "coming": {}, "rows_written": []}
+        now: dict[str, Any] = {"coming": {}, "rows_written": [], "move_factors": {}}
+        return {**own, **fresh, **now, "bounds": BoundRecord(), "alike": Alike()}
 
     def _precision(self) -> AbstractContextManager[None]:
         """In which float32 products are taken; in those that call the closure, the user's."""

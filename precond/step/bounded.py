@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from precond.step.adaptive_rate import followed
 from precond.step.alike import Alike
 from precond.step.checked import CheckedOptimizer
 from precond.step.trust_region import BoundRecord, Move, Slopes, bounded_move, reference_lr
@@ -31,6 +32,8 @@ class BoundedOptimizer(CheckedOptimizer):
     bounds: BoundRecord
     #: The parameters, those of one shape together.
     alike: Alike
+    #: Factors of the moves of the step under way, of parameters whose rates learn.
+    move_factors: dict[Tensor, Tensor | float]
 
     def check(self, options: dict[str, Any]) -> None:
         super().check(options)
@@ -69,11 +72,18 @@ class BoundedOptimizer(CheckedOptimizer):
             known: The slopes, where :meth:`~precond.step.base.SecondOrderOptimizer.precondition` found them.
         """
         groups = [self.update_options(group) for group in self.param_groups]
-        if not directions or all(group["kl_clip"] is None for group in groups):
+        if not directions or not (self.follows_rates or any(group["kl_clip"] is not None for group in groups)):
             return None
         slopes = self.slopes_of(directions, gradients) if known is None else known.of_those_in(directions)
+        if self.follows_rates:
+            self.move_factors = followed(slopes.params, slopes.momentum, self.state, groups)
         lengths = {p: state["length"] for p in slopes.params if "length" in (state := self.state.get(p, {}))}
-        return bounded_move(groups, slopes, lengths | self.measured, self.bound_level())
+        return bounded_move(groups, slopes, lengths | self.measured, self.bound_level(), self.move_factors)
+
+    @property
+    def follows_rates(self) -> bool:
+        """Whether rates of parameters learn from the slopes along their momenta, see :class:`~precond.AdaptiveRate`."""
+        return False
 
     def note_move(self, move: Move | None) -> BoundRecord:
         """Keep the lengths of the momenta; returns how often the bound was active, which is told once."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -219,7 +220,11 @@ def _plain(number: Any) -> Any:
 
 
 def bounded_move(
-    groups: list[dict[str, Any]], slopes: Slopes, lengths: Mapping[Tensor, Tensor], level: Tensor | float | None = None
+    groups: list[dict[str, Any]],
+    slopes: Slopes,
+    lengths: Mapping[Tensor, Tensor],
+    level: Tensor | float | None = None,
+    rates: Mapping[Tensor, Tensor | float] = MappingProxyType({}),
 ) -> Move | None:
     r"""The factors that keep a step within its trust region.
 
@@ -244,6 +249,8 @@ def bounded_move(
         slopes: Of all parameters that have a direction.
         lengths: Parameter -> its share of :math:`v^\top M v` before the step, where it has momentum.
         level: What bounds in units of the loss are multiplied by.
+        rates: Factors of the moves that come after, by parameter (:class:`~precond.AdaptiveRate`); as with learning
+            rates, what a move may have goes with their squares.
 
     Returns:
         ``None`` without a bound.
@@ -262,7 +269,7 @@ def bounded_move(
         group_of = {p: group for group in groups for p in group["params"]}
         own = [group_of[p] for p in slopes.params]
     with np.errstate(all="ignore"):  # what is not finite refuses the step
-        return _bounded(groups, own, slopes, lengths, _smallest(bounds, level, slopes.direction))
+        return _bounded(groups, own, slopes, lengths, _smallest(bounds, level, slopes.direction), rates)
 
 
 def _bounded(
@@ -271,6 +278,7 @@ def _bounded(
     slopes: Slopes,
     lengths: Mapping[Tensor, Tensor],
     bound: Any,
+    rates_after: Mapping[Tensor, Tensor | float],
 ) -> Move:
     """:func:`bounded_move` within a bound, given the group of each parameter."""
     like = slopes.direction
@@ -288,6 +296,9 @@ def _bounded(
     scale = kl_scale((rates * d).sum(), bound)
     dd = scale * scale * d
     present = row(lambda group: float(group["lr"]) ** 2)
+    if rates_after:
+        each = [torch.as_tensor(rates_after.get(p, 1.0), dtype=like.dtype, device=like.device) for p in slopes.params]
+        present = present * _row(torch.stack(each)) ** 2
     m = row(lambda group: float(group["momentum"]))
     strengths = [group["momentum"] for group in own]
     if not any(strengths) or any(group["kl_of"] == "direction" for group in groups):

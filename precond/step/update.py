@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -69,6 +70,7 @@ def apply_update(
     scale: Tensor | float | None = None,
     of: list[Tensor] | None = None,
     shortened: Tensor | float = 1.0,
+    rates: Sequence[Tensor | float] = (),
 ) -> list[Tensor]:
     r"""Momentum, weight decay and the values that parameters are to take, in the arithmetic of ``torch.optim.SGD``.
 
@@ -86,12 +88,13 @@ def apply_update(
         scale: :math:`\nu`, a number or 0-d; 1 if ``None``.
         of: The sharded parameters, of which ``params`` are the parts in this process; ``None`` for whole ones.
         shortened: :math:`\nu_d`, a number or 0-d.
+        rates: Factors of the moves, one for each parameter; none for ones.
 
     Returns:
         The new values.
     """
     if any_sharded(params):
-        return _update_of_shards(params, directions, states, group, scale, shortened)
+        return _update_of_shards(params, directions, states, group, scale, shortened, rates)
     lr, momentum = group["lr"], group["momentum"]
     lr = lr.reshape(()) if isinstance(lr, Tensor) else lr
     if group["maximize"]:
@@ -123,6 +126,8 @@ def apply_update(
             values = list(torch._foreach_mul(params, [1 - rate * mask for mask in agree]))
         else:
             values = list(torch._foreach_mul(params, 1 - rate))
+    if rates:
+        directions = _each_scaled(directions, rates)
     if isinstance(scale, Tensor):
         directions = scaled(directions, scale)
     elif scale is not None and is_controlled(group):  # what it controls is the update, apart from its rate
@@ -150,13 +155,23 @@ def _update_of_shards(
     group: dict[str, Any],
     scale: Tensor | float | None,
     shortened: Tensor | float,
+    rates: Sequence[Tensor | float],
 ) -> list[Tensor]:
     """:func:`apply_update` on the parts that lie in this process; all but norms is entry by entry."""
     # A momentum that a method keeps itself lies with the owner of its parameter.
     names = [name for name in _WRITTEN if group["momentum"] or name != "momentum_buffer"]
     own = [{name: local(state[name]) for name in names if name in state} for state in states]
-    values = apply_update(list(map(local, params)), list(map(local, directions)), own, group, scale, params, shortened)
+    parts = list(map(local, params)), list(map(local, directions))
+    values = apply_update(*parts, own, group, scale, params, shortened, rates)
     for p, state, mine in zip(params, states, own, strict=True):
         cut = {name for name in ("momentum_buffer", "trend") if name in mine and is_sharded(p)}
         state.update({name: like(x, p) if name in cut else x for name, x in mine.items()})
     return [like(value, p) if is_sharded(p) else value for p, value in zip(params, values, strict=True)]
+
+
+def _each_scaled(directions: list[Tensor], rates: Sequence[Tensor | float]) -> list[Tensor]:
+    """Each direction times its number, in its own precision."""
+    numbers = [rate for rate in rates if not isinstance(rate, Tensor)]
+    if len(numbers) == len(rates):
+        return list(torch._foreach_mul(directions, numbers))
+    return [d * rate.to(d) if isinstance(rate, Tensor) else d * rate for d, rate in zip(directions, rates, strict=True)]
