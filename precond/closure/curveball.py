@@ -77,7 +77,7 @@ class CurveBall(GaussNewtonClosureOptimizer):
         damping_rule: LevenbergMarquardt | None = _RULE,
         **options: Unpack[MomentumOptions],
     ) -> None:
-        self.rule = self.following(damping_rule)
+        self.rule = self.ruled(damping_rule, judges=False)
         super().__init__(model, loss_fn, lr=lr, defaults={"damping": damping}, **options)
 
     def directions(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:

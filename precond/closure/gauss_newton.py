@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from curvature.residuals.points import PointwiseResidual
 from curvature.residuals.residual_rows import residual_rows
+from precond.closure.damped import Bent, DampedOptimizer
 from precond.closure.geodesic import curved
 from precond.closure.layered import LayeredLeastSquares
-from precond.closure.optimizer import Bent, ClosureOptimizer
 from precond.closure.residuals import DenseLeastSquares, LeastSquares, MatrixFreeLeastSquares
 from precond.closure.solver_choice import SolverChoice, cheapest
 from precond.step.adapt import LevenbergMarquardt
@@ -41,7 +41,7 @@ _NYSTROM = Nystrom(100)
 _RULE = LevenbergMarquardt(decrease=0.2, increase=2.0, lower=0.0, upper=0.0, attempts=30)
 
 
-class GaussNewton(ClosureOptimizer):
+class GaussNewton(DampedOptimizer):
     r"""Gauss-Newton and Levenberg-Marquardt for least squares, such as physics-informed networks.
 
     For :math:`L = \tfrac12 \lVert r(\theta) \rVert^2` with residuals r and their Jacobian J,
@@ -170,7 +170,7 @@ class GaussNewton(ClosureOptimizer):
         #: The solver of the last step, and why it was taken.
         self.choice: SolverChoice | None = None
         self.chosen_for: tuple[Any, ...] = ()  # sizes
-        self.rule = self.judging(damping_rule)
+        self.rule = self.ruled(damping_rule, judges=True)
         if damping_rule is None and acceleration and "acceleration" in self.given:
             raise ValueError("acceleration=True needs a damping_rule, which judges the bent step; leave it out.")
         self.acceleration, self.spring = acceleration, spring

@@ -7,11 +7,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from curvature.losses.loss import watched
-from precond.closure.optimizer import ClosureOptimizer
+from precond.closure.damped import DampedOptimizer
 from precond.step.graph import Closure, GaussNewtonMatrix, LossCall, curved_outputs, loss_calls
 
 
-class GaussNewtonClosureOptimizer(ClosureOptimizer):
+class GaussNewtonClosureOptimizer(DampedOptimizer):
     """Base of the methods whose C is the Gauss-Newton matrix of a loss module that the closure calls.
 
     The loss module is watched while the closure runs, so outputs and targets are seen exactly as passed; several calls,

@@ -96,7 +96,7 @@ class HessianFree(GaussNewtonClosureOptimizer):
             raise ValueError(f"warm_start is the share of the previous solution, in [0, 1]; got {warm_start}.")
         if samples < 1:
             raise ValueError(f"samples must be at least 1; got {samples}.")
-        self.rule = self.following(damping_rule)
+        self.rule = self.ruled(damping_rule, judges=False)
         self.max_steps, self.rtol, self.min_progress, self.warm_start = max_steps, rtol, min_progress, warm_start
         self.preconditioner, self.samples = preconditioner, samples
         super().__init__(model, loss_fn, lr=lr, defaults={"damping": damping}, **options)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, Unpack
 from torch import Tensor
 
 from precond.closure.affine import affine_hessian
-from precond.closure.optimizer import ClosureOptimizer
+from precond.closure.damped import DampedOptimizer
 from precond.step.adapt import LevenbergMarquardt
 from precond.step.base import MomentumOptions
 from precond.step.graph import flatten, unflatten
@@ -18,7 +18,7 @@ from solvers import Cholesky, Dense, Eigen, Eigh, LinearOperator, NotPositiveDef
 Mode = Literal["plain", "absolute"]
 
 
-class Newton(ClosureOptimizer):
+class Newton(DampedOptimizer):
     r"""Newton's method with the dense Hessian.
 
     .. math:: d = (H + \lambda I)^{-1} g \quad \text{(plain)}, \qquad
@@ -81,7 +81,7 @@ class Newton(ClosureOptimizer):
         **options: Unpack[MomentumOptions],
     ) -> None:
         self.mode = choice("mode", mode, Mode)
-        self.rule = self.judging(damping_rule)
+        self.rule = self.ruled(damping_rule, judges=True)
         super().__init__(params, lr=lr, defaults={"damping": damping}, **options)
 
     def directions(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:

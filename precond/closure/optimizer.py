@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,7 +15,6 @@ from curvature.estimation.finite import refuse_nonfinite
 from curvature.model.kernels import differentiable_kernels
 from curvature.model.pullback import pull_back
 from precond.distributed.closures import parallel_calls, refuse_closure
-from precond.step.adapt import LevenbergMarquardt, unseen
 from precond.step.base import SecondOrderOptimizer
 from precond.step.graph import (
     BackwardDoesNothing,
@@ -33,15 +31,6 @@ from precond.step.graph import (
 )
 from precond.step.journal import REFRESHES
 from precond.step.uncompiled import uncompiled
-from solvers import SolverError
-from solvers.outcome.arguments import instance
-from solvers.precision import working_dtype
-
-#: A correction of a move, and the objective at the corrected one.
-Bent = tuple[Tensor, float]
-
-# Settings of a damping rule that need the statistics of layers.
-_OF_LAYERS = ("relative_minimum", "relative_maximum", "next_batch")
 
 
 class ClosureOptimizer(SecondOrderOptimizer):
@@ -308,6 +297,11 @@ class ClosureOptimizer(SecondOrderOptimizer):
             p.grad = self._slopes[p].detach().to(p.dtype).clone() if p in self._slopes else None
         return value
 
+    @property
+    def differentiated(self) -> list[Tensor]:
+        """The parameters that the loss of the step reaches."""
+        return list(self._slopes or {})
+
     def true_gradients(self) -> Vectors | None:
         gradients = super().true_gradients()
         if gradients is None or self._slopes is None:
@@ -403,91 +397,6 @@ class ClosureOptimizer(SecondOrderOptimizer):
         """Leave a flat vector in the state."""
         for p, part in unflatten(vector, params).items():
             self.state[p][name] = part.clone()
-
-    # Levenberg-Marquardt
-
-    def judging(self, rule: LevenbergMarquardt | None) -> LevenbergMarquardt | None:
-        """A rule for :meth:`damped_direction`, which judges every step and takes back each that raises the loss."""
-        instance("damping_rule", rule, LevenbergMarquardt, "a LevenbergMarquardt", optional=True)
-        if rule is not None:
-            rule.refuse(type(self).__name__, "period", "reject_steps", *_OF_LAYERS)
-        return rule
-
-    def following(self, rule: LevenbergMarquardt | None) -> LevenbergMarquardt | None:
-        """A rule for a method that takes every step, and adapts the damping by it periodically."""
-        instance("damping_rule", rule, LevenbergMarquardt, "a LevenbergMarquardt", optional=True)
-        if rule is not None:
-            rule.refuse(type(self).__name__, "attempts", "reject_steps", *_OF_LAYERS)
-        return rule
-
-    def damped_direction(
-        self,
-        rule: LevenbergMarquardt | None,
-        gradient: Tensor,
-        solve: Callable[[float], Tensor],
-        quadratic: Callable[[Tensor], Tensor],
-        bend: Callable[[Tensor, float, float], Bent] | None = None,
-    ) -> Tensor:
-        r"""The direction under the damping of the groups, or under one whose step lowers the loss, which is adapted.
-
-        With the move :math:`m = -\eta d`, :math:`d = (C + \lambda I)^{-1} g`, the ratio of the change of the loss to
-        that of its model :math:`g^\top m + m^\top C m / 2` decides on the next damping; a step that does not lower the
-        loss is rejected and tried again with more damping.
-
-        Args:
-            rule: When to change the damping, and by how much; ``None`` takes the damping as it is.
-            gradient: g of what is minimised, ``(P,)``.
-            solve: Damping to direction d.
-            quadratic: A vector v to ``v^T C v``.
-            bend: Corrects a move, given the damping and the promised decrease; the model does not see it.
-
-        Returns:
-            The direction; zero if every attempt was rejected.
-        """
-        if rule is None:
-            return solve(float(self.common("damping")))
-        params = list(self._slopes or {})
-        rates = self.rates(params)
-        direction, before = torch.zeros_like(gradient), float(self.value)
-        for _ in range(rule.attempts):
-            damping = float(self.common("damping"))
-            try:
-                direction = solve(damping)
-            except SolverError:
-                self.set_damping(rule.raised(damping))
-                continue
-            move = -rates * direction
-            predicted = -float(gradient @ move + 0.5 * quadratic(move))
-            if bend is None:
-                after = float(self.value_at(unflatten(move, params)))
-            else:
-                correction, after = bend(move, damping, predicted)
-                move = move + correction
-                direction = direction - torch.where(rates > 0, correction / rates, 0.0)
-            if not math.isfinite(before):
-                return torch.full_like(direction, torch.nan)  # no step can be judged by such a loss: refused, aloud
-            self.judged = (-predicted, after - before)
-            if unseen(predicted, before, after, move.dtype):
-                return direction
-            if after <= before and predicted > 0:
-                self.set_damping(rule.judged(damping, before - after, predicted))
-                return direction
-            self.set_damping(rule.raised(damping))
-        return torch.where(direction.isfinite().all(), 0.0, direction)  # what is not finite is refused, not rejected
-
-    def rates(self, params: list[Tensor]) -> Tensor:
-        """The learning rate of each number in some parameters, ``(P,)``."""
-        return torch.cat(
-            [p.new_full((p.numel(),), float(self._group_of(p)["lr"]), dtype=working_dtype(p)) for p in params]
-        )
-
-    def _group_of(self, parameter: Tensor) -> dict[str, Any]:
-        return next(group for group in self.param_groups for p in group["params"] if p is parameter)
-
-    def set_damping(self, damping: float) -> None:
-        """Give all groups the same damping; it is part of the checkpoints."""
-        for group in (self.defaults, *self.param_groups):  # also for groups added later
-            group["damping"] = damping
 
 
 def _same(gradient: Tensor, before: tuple[Tensor, int] | None) -> bool:
