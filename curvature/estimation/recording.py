@@ -7,7 +7,7 @@ import sys
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -19,7 +19,7 @@ from curvature.estimation.passes import Pass, release
 from curvature.estimation.taped_losses import same_numbers
 from curvature.estimation.taped_model import TapedModel
 from curvature.layers.recorder import Recorder
-from curvature.model.data import Output, examples_of, inspecting, loss_in
+from curvature.model.data import examples_of, inspecting, loss_in
 from curvature.model.hooks import Hook, calling_frame
 from curvature.model.moment import Moment
 from curvature.model.settings import autocast_dtype
@@ -32,10 +32,7 @@ class Recording(TapedModel, ABC):
     """The hooks on a model: a recorder is on while its forward runs, and what was seen is kept until the step ends.
 
     Args:
-        model: See :class:`TapedModel`; further ones likewise.
-        loss_fn: The loss.
-        parameters: The tracked parameters.
-        output: Picks the output.
+        model: Arguments of :class:`TapedModel`.
         shadows: Nothing but inputs is recorded.
         eval_mode: Record passes in eval mode too.
         before_pass: Called before a pass is recorded.
@@ -50,17 +47,8 @@ class Recording(TapedModel, ABC):
         handles: Of the hooks.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        loss_fn: Any,
-        parameters: Callable[[], Mapping[str, Tensor]],
-        output: Output | None,
-        shadows: bool,
-        eval_mode: bool,
-        before_pass: Callable[[], None] | None,
-    ) -> None:
-        super().__init__(model, loss_fn, parameters, output)
+    def __init__(self, *model: Any, shadows: bool, eval_mode: bool, before_pass: Callable[[], None] | None) -> None:
+        super().__init__(*model)
         self.shadows, self.eval_mode, self.before_pass = shadows, eval_mode, before_pass
         self.records = self.repeats = self.cautious = False
         self.passes: list[Pass] = []

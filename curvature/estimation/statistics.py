@@ -394,8 +394,7 @@ class Statistics:
     @property
     def explained(self) -> set[str]:
         """Parameters that the statistics of the step are of."""
-        estimators = self.collector.estimators
-        return {part.name for name in self.reached for part in estimators[name].block.parts}
+        return self._names(self.reached)
 
     def again(self, passes: list[Pass], scale: Tensor | float, settles: bool = True) -> bool:
         """Collect from passes of an earlier step, at the parameters' present values; whether there was anything.

@@ -66,7 +66,8 @@ class Tape(Recording):
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"capture must be one of {', '.join(map(repr, MODES))}, got {mode!r}.")
-        super().__init__(model, loss_fn, parameters, output, mode == "shadow", eval_mode, before_pass)
+        given = model, loss_fn, parameters, output
+        super().__init__(*given, shadows=mode == "shadow", eval_mode=eval_mode, before_pass=before_pass)
         self.mode = mode
         self.reader: Reader | None = None
         self.nonzero: frozenset[str] | None = None

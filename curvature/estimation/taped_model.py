@@ -47,11 +47,7 @@ class TapedModel:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        loss_fn: Any,
-        parameters: Callable[[], Mapping[str, Tensor]],
-        output: Output | None = None,
+        self, model: nn.Module, loss_fn: Any, parameters: Callable[[], Mapping[str, Tensor]], output: Output | None
     ) -> None:
         self.called, self.model, self.parameters = model, unwrapped(model), parameters
         self.loss_module, self.output = module_called(loss_fn), output
