@@ -109,6 +109,21 @@ LATE_IMPORTS: dict[tuple[str, str], str] = {
     ("curvature.neighbours", "solvers"): "another package of that name is recognised before its code runs",
 }
 
+#: Modules that register forward hooks on modules of the user's, and hooks on parameters, and what for.
+HOOKS: dict[str, str] = {
+    "curvature.estimation.recording": "the passes of a training loop",
+    "curvature.estimation.tape": "the calls of the loss in it",
+    "curvature.estimation.followed_layer": "single layers, in steps without statistics",
+    "curvature.model.data": "the labels that a module inside a wrapper gets, during one call on data",
+    "curvature.matrices.activation": "the result of one module, during passes over data",
+    "precond.distributed.closures": "which parallel modules a closure calls, while it runs",
+    "precond.step.graph": "the calls of the loss in a closure, while it runs",
+}
+#: How such hooks are registered.
+_REGISTERS = re.compile(
+    r"register_(module_)?(forward|full_backward|backward)_(pre_)?hook|register_post_accumulate_grad_hook"
+)
+
 #: Class names that stand twice, both of them public and each the word of its field.
 SHARED_NAMES: dict[str, str] = {
     "Subspace": "curvature.Subspace, leading eigenvectors over training; solvers.Subspace, the iteration",
@@ -376,6 +391,20 @@ def test_no_import_hides_in_a_function(tree: Tree) -> None:
     assert late_imports(tree) == set(LATE_IMPORTS)
 
 
+def hooked(tree: Tree) -> set[str]:
+    """Modules in which hooks on modules and parameters are registered."""
+    return {
+        module
+        for module, source in tree.sources.items()
+        for node in ast.walk(source)
+        if isinstance(node, ast.Call) and _REGISTERS.fullmatch(getattr(node.func, "attr", getattr(node.func, "id", "")))
+    }
+
+
+def test_hooks_on_models_are_registered_in_few_places(tree: Tree) -> None:
+    assert hooked(tree) == set(HOOKS)
+
+
 def test_every_module_is_found_under_its_name(tree: Tree) -> None:
     assert hidden_modules([name for name in tree.files if not name.endswith("__main__")]) == []
 
@@ -514,6 +543,14 @@ def test_a_circle_is_seen(tmp_path: Path) -> None:
 def test_an_import_in_a_function_is_seen(tmp_path: Path, text: str) -> None:
     tree = small_tree(tmp_path, {"upper/floor/new.py": text.format("upper.ground.base") + "\n    import numpy"})
     assert late_imports(tree) == {("upper.floor.new", "upper.ground.base")}
+
+
+@pytest.mark.parametrize(
+    "call", ["module.register_forward_hook(f)", "register_module_forward_pre_hook(f)", "p.register_hook(f)"]
+)
+def test_a_hook_on_a_module_is_seen(tmp_path: Path, call: str) -> None:
+    tree = small_tree(tmp_path, {"upper/floor/new.py": f"def g(module, p, f):\n    return [{call}]"})
+    assert hooked(tree) == (set() if call.startswith("p.") else {"upper.floor.new"}), "those on tensors are no matter"
 
 
 def test_a_hidden_module_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
