@@ -10,7 +10,6 @@ from curvature import EigenbasisFisher
 from curvature.losses.signals import FisherKind
 from curvature.structures.kfac import Sharing
 from precond.layerwise.adam_step import AdamStep
-from precond.layerwise.blocks.refresh import DOUBLING_TO_3
 from precond.layerwise.method import LayerwiseMethod, LayerwiseOptions
 from precond.step.methods import Taxonomy
 from precond.step.options import NESTEROV, TRUST_REGION, LossDamping, Momentum, Refresh, TrustRegion
@@ -49,8 +48,8 @@ class EKFAC(LayerwiseMethod):
         kl_clip: Bound on twice the predicted divergence of a move, momentum included, without which large learning
             rates diverge: a number, the bound at the learning rate to begin with; or a :class:`~precond.TrustRegion`,
             by default 3e-3 of the loss at ``lr=0.1``, proportional to ``lr ** 2``; ``None`` for none.
-        curvature_update_period: Steps between updates of the statistics, by default at steps 0, 1, 2, 3 and then every
-            3; with 1 a step costs half as much again on small models, ``Doubling(5)`` is the default of :class:`KFAC`.
+        curvature_update_period: Steps between updates of the statistics, by default 1; ``Doubling(5)``, the default of
+            :class:`KFAC`, halves the cost of a step on small models.
         inverse_update_period: Steps between eigenbases, spread over the blocks; a number, a function of the step
             count, or :class:`~precond.Refresh`.
         options: See :class:`LayerwiseMethod` and :class:`PreconditionedOptimizer`. Tables of embeddings take
@@ -87,7 +86,7 @@ class EKFAC(LayerwiseMethod):
         curvature_ema: Scheduled = 0.95,
         momentum: Scheduled | Momentum = NESTEROV,
         kl_clip: Scheduled | TrustRegion | None = TRUST_REGION,
-        curvature_update_period: ScheduledInt = DOUBLING_TO_3,
+        curvature_update_period: ScheduledInt = 1,
         inverse_update_period: ScheduledInt | Refresh = 10,
         **options: Unpack[LayerwiseOptions],
     ) -> None:

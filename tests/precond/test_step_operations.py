@@ -103,10 +103,9 @@ FOR_EACH_LAYER = {"GaLore", "KBFGS", "MFAC", "SOAPMuon"}  # the last has new bas
 @pytest.mark.parametrize("name", BETWEEN_BASES)
 def test_no_layer_makes_a_step_wait_for_the_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "waits", lambda ok: True)  # as on a device; the processor reads checks as they come
-    every = {"curvature_update_period": 1} if name == "EKFAC" else {}  # a step without statistics has fewer
     for depth in (1, 4):
         model = network(depth)
-        optimizer = made(name, model, **every)
+        optimizer = made(name, model)
         waits = [step(optimizer, model, seed).waits for seed in range(9)][2:]
         # Bases are spread over the steps; so are decompositions, and steps without any have one wait less.
         assert (min(waits) if name in ("EKFAC", "SENG") else sorted(waits)[-2]) == BETWEEN_BASES[name]

@@ -45,8 +45,6 @@ class Doubling:
 DOUBLING_TO_10 = Doubling(10)
 #: Default period of the statistics of those that keep Kronecker factors.
 DOUBLING_TO_5 = Doubling(5)
-#: Default period of those of EKFAC, which has more to learn: an eigenvalue for each entry.
-DOUBLING_TO_3 = Doubling(3)
 
 
 def slots(costs: Mapping[str, int], period: int) -> dict[str, int]:
