@@ -3,8 +3,9 @@
     python -m tests.benchmarks.quadratic_model [--problems curves,digits] [--seconds 30] [--steps 300] [--seed 0]
 
 All see the same batches for the same seconds of CPU, or for the same steps, from the same start. "Tuned" is the best of
-a grid of learning rates with Nesterov's momentum, each run to the end; "quadratic model" is the one recipe of
-docs/choose.md, with the factors damped as the model is, or apart from it. Shown is the training loss on all data at the
+a grid of learning rates with Nesterov's momentum, each run to the end; "defaults" and "adaptive rates" are ``KFAC()``
+and ``KFAC(adaptive_rate=AdaptiveRate())``; "quadratic model" is the one recipe of docs/choose.md, with the factors
+damped as the model is, or apart from it. Shown is the training loss on all data at the
 end, half-way, the steps and the seconds.
 """
 
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from precond import KFAC, LevenbergMarquardt, Momentum, QuadraticModel
+from precond import KFAC, AdaptiveRate, LevenbergMarquardt, Momentum, QuadraticModel
 from tests.benchmarks.problems import digits
 
 RATES = (0.03, 0.1, 0.3, 1.0)
@@ -39,6 +40,8 @@ RECIPE = {
 
 
 RECIPES = {
+    "defaults": {},
+    "adaptive rates": {"adaptive_rate": AdaptiveRate()},
     "quadratic model": RECIPE,
     "quadratic model, factor_period=20": {**RECIPE, "step_size": QuadraticModel(factor_period=20)},
 }
