@@ -22,6 +22,7 @@ from curvature.estimation.shared_rows import Meeting, SharedRows
 from curvature.estimation.shared_sums import add_shares
 from curvature.layers import Site
 from curvature.layers.block import Block
+from curvature.layers.input_moments import InputMoments
 from curvature.layers.recorder import Recorder
 from curvature.layers.samples import Outer, PerSample, Samples
 from curvature.layers.site import OuterSite
@@ -86,6 +87,7 @@ class Collector:
         self.forms: dict[str, Form] = {}
         self.notes: dict[str, str] = {}  # what else is to be said about a block
         self._verified = False  # the rules explained the gradients of a pass
+        self._moments = InputMoments()
         self.sharing: dict[str, str] = {}  # what was chosen for the positions of a block, where that was to be chosen
         self._batches: list[Tensor | float] = []  # weights of the step's batches so far
         self._seen: dict[str, list[int]] = {}  # which of them reached a block
@@ -242,6 +244,7 @@ class Collector:
     ) -> set[str]:
         if not groups:
             return set()
+        self._moments = InputMoments()
         valid = self._valid(sites_of(groups), output, signals)
         reached: set[str] = set()
         first = True
@@ -254,6 +257,7 @@ class Collector:
                 if first:
                     reached.add(group.block.name)
             first = False
+            self._moments = InputMoments()
         return reached
 
     def _together(self, groups: list[Group], output: Tensor) -> int:
@@ -272,9 +276,8 @@ class Collector:
         if first:
             self._seen.setdefault(group.block.name, []).append(len(self._batches) - 1)
         aggregated = self.estimator_of(group).chooses_sharing and signals.aggregated
-        samples = Samples(
-            *(tuple(uses), self._batches[-1], first, merge), examples=signals.examples, aggregated=aggregated
-        )
+        of_batch: dict[str, Any] = {"examples": signals.examples, "aggregated": aggregated, "moments": self._moments}
+        samples = Samples(tuple(uses), self._batches[-1], first, merge, **of_batch)
         with full_float32:
             self.learn(group, samples)
 

@@ -16,6 +16,7 @@ from curvature.estimation.owners import SortedRows, by_row, owners, sorted_rows
 from curvature.estimation.plan import Group
 from curvature.layers import Site
 from curvature.layers.block import Block
+from curvature.layers.input_moments import InputMoments
 from curvature.layers.recorder import Recorder
 from curvature.layers.samples import Outer, PerSample, Samples
 from curvature.layers.site import ElementwiseSite
@@ -253,6 +254,7 @@ class StepCollector(Collector):
         reached: set[str] = set()
         cache: Cache = {}
         mask = backward.signals.mask
+        self._moments = InputMoments()
         self._keep_sorted(backward.rows)
         # Without a term that counts, the share is 0 and there is nothing to scale.
         self._factor, self._linear, self._counted = torch.where(share == 0, 0, 1 / share), 1.0, counted
@@ -263,6 +265,7 @@ class StepCollector(Collector):
             if uses:
                 self._update(group, uses, True, backward.signals)
                 reached.add(group.block.name)
+        self._moments = InputMoments()
         return reached
 
     def _update(
@@ -272,8 +275,8 @@ class StepCollector(Collector):
         if first:
             uses, first = self._new(group, uses)
         uses = [self._placed(group, use, aggregated) for use in uses]
-        scales = self._factor, self._linear
-        samples = Samples(tuple(uses), 0.0, first, merge, *scales, examples=signals.examples, aggregated=aggregated)
+        scales = self._factor, self._linear, signals.examples, aggregated, self._moments
+        samples = Samples(tuple(uses), 0.0, first, merge, *scales)
         with full_float32:
             self.learn(group, samples)
 

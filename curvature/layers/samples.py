@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from curvature.layers.input_moments import InputMoments
 from solvers.triangles import gram
 
 # Elements of a per-sample gradient formed at once (16 Mi elements: 64 MiB in float32); on a CPU what its caches hold.
@@ -226,6 +227,7 @@ class Samples:
         examples: Number of examples of the batch.
         aggregated: The loss has one term for each example: whatever positions there are, the model aggregates them.
             False where the estimate does not choose by it.
+        moments: Of inputs that other blocks read too in this pass.
     """
 
     uses: tuple[Outer | PerSample, ...]
@@ -236,6 +238,7 @@ class Samples:
     linear: Tensor | float | None = 1.0
     examples: int = 1
     aggregated: bool = False
+    moments: InputMoments = field(default_factory=InputMoments)
 
     def times(self, use: Outer) -> int:
         """How often the inputs of a use count."""

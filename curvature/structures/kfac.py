@@ -99,7 +99,7 @@ class KroneckerEstimator(MeansEstimator):
             for index, use in enumerate(uses):
                 reduces = self._reduces(samples, use)
                 if samples.first:
-                    total, count = self._input_moment(use, reduces)
+                    total, count = self._input_moment(samples, use, reduces)
                     times = samples.times(use)
                     inputs.add(total if times == 1 else total * times, count * times)
                 if self.gradient_factor == "second moment":
@@ -123,10 +123,16 @@ class KroneckerEstimator(MeansEstimator):
         side, _, factor = name.partition(".")
         return (self.sides.get(side) or self._side(side))["AB".index(factor)]
 
-    def _input_moment(self, use: Outer, reduces: bool) -> tuple[Tensor, Tensor | float]:
+    def _input_moment(self, samples: Samples, use: Outer, reduces: bool) -> tuple[Tensor, Tensor | float]:
         inputs, valid = use.inputs, use.valid
         if isinstance(inputs, OneHot):
             return self._one_hot_moment(inputs, valid, widen(use.g[:0]).dtype, reduces)
+        how = reduces, use.ones, self.max_dim
+        return samples.moments.of(inputs, valid, how, lambda: self._rows_moment(inputs, valid, use.ones, reduces))
+
+    def _rows_moment(
+        self, inputs: Tensor, valid: Tensor | None, ones: bool, reduces: bool
+    ) -> tuple[Tensor, Tensor | float]:
         a = widen(inputs)
         if valid is not None:
             valid = valid.to(a.dtype)
@@ -140,7 +146,7 @@ class KroneckerEstimator(MeansEstimator):
         else:
             positions = valid.sum(-1)
             rows, count = a.sum(-2) / positions.clamp(min=1).unsqueeze(-1), (positions > 0).sum()
-        return self.moment(rows, count if use.ones else None), count
+        return self.moment(rows, count if ones else None), count
 
     def _one_hot_moment(
         self, a: OneHot, valid: Tensor | None, dtype: torch.dtype, reduces: bool
