@@ -57,7 +57,10 @@ def _add_gram(out: Tensor, rows: Tensor, old: float, new: float) -> None:
 
 def upper_times(upper: Tensor, x: Tensor) -> Tensor:
     """``U X`` for upper triangles U ``(*, n, n)``, whose entries below the diagonal are zero, and X ``(*, n, m)``."""
-    return _upper_times(upper, x, x.new_empty(x.shape))
+    out = x.new_empty(x.shape)
+    flat = [t.reshape(-1, *t.shape[-2:]) if x.ndim > 3 else t for t in (upper, x, out)]
+    _upper_times(*flat)
+    return out
 
 
 def _upper_times(upper: Tensor, x: Tensor, out: Tensor) -> Tensor:
@@ -66,7 +69,9 @@ def _upper_times(upper: Tensor, x: Tensor, out: Tensor) -> Tensor:
         return torch.matmul(upper, x, out=out)
     h = _half(n)
     first, rest = upper[..., :h, :], x[..., h:, :]
-    _upper_times(first[..., :h], x[..., :h, :], out[..., :h, :]).add_(first[..., h:] @ rest)
+    top = _upper_times(first[..., :h], x[..., :h, :], out[..., :h, :])
+    add = torch.addmm if x.ndim == 2 else torch.baddbmm
+    add(top, first[..., h:], rest, out=top)
     _upper_times(upper[..., h:, h:], rest, out[..., h:, :])
     return out
 

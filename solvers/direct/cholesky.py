@@ -158,7 +158,7 @@ def _triangle(matrix: Tensor) -> tuple[Tensor, Tensor]:
     if matrix.ndim > 2 or n < (_BY_BLOCKS if n % 64 else _OF_WORDS) or differentiated:
         upper, info = torch.linalg.cholesky_ex(matrix, upper=True)
         return upper.mT, info
-    upper, infos = matrix.new_zeros(n, n).mT, []
+    upper, infos = matrix.new_empty(n, n).mT, []
     for start in range(0, n, _BLOCK):
         end = min(start + _BLOCK, n)
         rows = matrix[start:, start:end].mT
@@ -168,6 +168,7 @@ def _triangle(matrix: Tensor) -> tuple[Tensor, Tensor]:
             rows = torch.addmm(rows, known[:, : end - start].mT, known, alpha=-1, out=work)
         block, info = torch.linalg.cholesky_ex(rows[:, : end - start])
         upper[start:end, start:end] = block.mT
+        upper[end:, start:end] = 0
         upper[start:end, end:] = torch.linalg.solve_triangular(block, rows[:, end - start :], upper=False)
         infos.append(info)
     return upper.mT, torch.stack(infos).amax()
