@@ -308,7 +308,7 @@ class SecondOrderOptimizer(BoundedOptimizer):
         if not prepared:
             self.cut = {}
             gradients = self.regularized(gradients)
-        directions = dict(gradients) if prepared else self.directions_of_all(gradients)
+        directions = dict(gradients if prepared else self.directions_of_all(gradients))
         move = self.shortened(directions, gradients, self._prepared_slopes if prepared else None)
         scale, shortened = (None, 1.0) if move is None else (move.whole, move.directions)
         apart = self.apart()
@@ -321,9 +321,10 @@ class SecondOrderOptimizer(BoundedOptimizer):
             )
             for params, own, whole, each in by_kind:
                 if params:
-                    given, states = [directions[p] for p in params], [self.state[p] for p in params]
+                    states = [self.state[p] for p in params]
                     rates = [self.move_factors.get(p, 1.0) for p in params] if self.move_factors else ()
-                    found = apply_update(params, given, states, own, whole, shortened=each, rates=rates)
+                    given = (directions.pop(p) for p in params)  # which makes room for the values
+                    found = apply_update(params, list(given), states, own, whole, shortened=each, rates=rates)
                     self.coming |= zip(params, found, strict=True)
         if not prepared:
             self.before_move()

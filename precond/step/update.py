@@ -105,12 +105,12 @@ def apply_update(
     if momentum:
         known = [i for i, state in enumerate(states) if "momentum_buffer" in state]
         if known:
-            before, added = [states[i]["momentum_buffer"] for i in known], [directions[i] for i in known]
-            if shortened == 1:
-                kept = list(torch._foreach_add(added, before, alpha=momentum))  # in one pass over the memory
+            before = [states[i]["momentum_buffer"] for i in known]
+            if shortened == 1:  # in one pass over the memory
+                kept = list(torch._foreach_add([directions[i] for i in known], before, alpha=momentum))
             else:
                 kept = list(torch._foreach_mul(before, momentum))
-                torch._foreach_add_(kept, added, alpha=shortened)
+                torch._foreach_add_(kept, [directions[i] for i in known], alpha=shortened)
             for i, buffer in zip(known, kept, strict=True):
                 states[i]["momentum_buffer"] = buffer
         for state, d in zip(states, directions, strict=True):

@@ -18,6 +18,7 @@ from precond import KFAC, Refresh, methods
 from precond.layerwise.blocks import rows as rows_of_layers
 from solvers.outcome import checks
 from solvers.outcome.arguments import number
+from tests.peak_memory import peak_of_tensors
 
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = {method.name: method for method in methods()}
@@ -225,3 +226,17 @@ def test_products_are_full_whatever_the_process_has_asked_for(name: str) -> None
             assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+def test_directions_make_room_for_the_values_that_follow_from_them() -> None:
+    torch.manual_seed(0)
+    layers = [layer for _ in range(6) for layer in (nn.Linear(200, 200, bias=False), nn.Tanh())]
+    model, loss_fn, x = nn.Sequential(*layers), nn.MSELoss(), torch.randn(256, 200)
+    optimizer = KFAC(model, loss_fn, momentum=0.9, curvature_update_period=100, inverse_update_period=100)
+    peaks = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss_fn(model(x), x).backward()
+        peaks.append(peak_of_tensors(optimizer.step))
+    # A new momentum and new values for all, and what one layer needs.
+    assert peaks[-1] < 2.5 * sum(p.numel() * p.element_size() for p in model.parameters())
