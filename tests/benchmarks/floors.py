@@ -72,6 +72,12 @@ def parts(name: str) -> tuple[float, dict[str, float]]:
         for (a, _), m in zip(layers, v, strict=True)
     ]
 
+    def moments() -> None:
+        for a, g in layers:  # where the loss has one term for each example, its positions are reduced first
+            if not w.tokens and w.x.dim() == 3 and len(a) > len(w.x):
+                a, g = a.view(len(w.x), -1, a.shape[1]).mean(1), g.view(len(w.x), -1, g.shape[1]).sum(1)
+            _ = a.T @ a, g.T @ g
+
     def directions() -> None:
         for (a, g), (A, B), m, by_rows in zip(layers, factors, v, few, strict=True):
             _ = (g @ B).T @ (a @ A) if by_rows else B @ m @ A
@@ -100,7 +106,7 @@ def parts(name: str) -> tuple[float, dict[str, float]]:
         "directions": cost(directions),
         "passes over parameters": cost(passes),
         "second backward pass": cost(back),
-        "Gram matrices": 0.5 * cost(lambda: [(a.T @ a, g.T @ g) for a, g in layers]),
+        "Gram matrices": 0.5 * cost(moments),
         "averages and shifts": cost(lambda: [(torch.lerp(f, f, 0.5, out=f), f.clone()) for f in flat]),
         "Cholesky": cost(lambda: [torch.linalg.cholesky_ex(f) for f in flat]),
         "explicit inverses": cost(inverses),
