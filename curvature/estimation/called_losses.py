@@ -69,11 +69,25 @@ class CalledLosses:
         """Whether a loss has one term for each example; one that tells nothing of its terms has no say."""
         loss = self.of(call)
         if call.aggregated is None and loss is not None and not has_no_example(call.output):
+            arrived = call.arriving if call.weight is None else call.weight
             number = next((o.recorder.batch for o in call.passes if o.recorder is not None), None)
             with contextlib.suppress(NoCurvatureError), self._tape.own_pass(call.passes, call.output):
-                terms = in_their_places(self.terms(loss, call, parameters), call.passes, self._batch_dim)
+                terms = self.terms(loss, call, parameters)
+                terms = terms if arrived is None else weighed(terms, arrived)
+                terms = in_their_places(terms, call.passes, self._batch_dim)
                 call.aggregated = Signals.of(terms, self._kind, batch=number, together=True).aggregated
         return call.aggregated is not False
+
+
+def weighed(terms: Terms, gradient: Tensor) -> Terms:
+    """The terms of a loss that count by the gradient that arrived at its value: not those of weight zero.
+
+    Masking by hand, ``(loss * mask).sum() / mask.sum()``, picking rows, and ignoring their targets are one loss.
+    """
+    if gradient.dim() == 0:
+        return terms.only(gradient != 0)
+    entries = gradient.shape == terms.output.shape
+    return terms.only((terms.rows(gradient) != 0).any(-1) if entries else (gradient != 0).reshape(terms.mask.shape))
 
 
 def has_no_example(output: Any) -> bool:

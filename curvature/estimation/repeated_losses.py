@@ -45,6 +45,8 @@ def arrivals_again(tape: Tape, origin: Pass, again: Pass) -> Iterator[tuple[Tape
     seen = {call: inside.get(call) or _seen_again(call, again) for call in calls}
     again.calls = list(seen.values())
     for call in calls:
+        seen[call].arriving = call.weight
+    for call in calls:
         assert call.weight is not None
         yield seen[call], call.weight
     if origin.gradient is not None and (origin.beside or not (calls or own is not None)):

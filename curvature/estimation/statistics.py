@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvature.estimation.called_losses import CalledLosses, has_no_example
+from curvature.estimation.called_losses import CalledLosses, has_no_example, weighed
 from curvature.estimation.output_gradient import OutputGradient
 from curvature.estimation.passes import Pass, TapedLoss, merged
 from curvature.estimation.places import in_their_places
@@ -159,7 +159,8 @@ class Statistics:
             if call.module is self.tape.loss_module:
                 raise
             return  # something the model computes by the way
-        self._take(passes, terms, self._step.share(terms, gradient, call.place), call)
+        share = self._step.share(terms, gradient, call.place)
+        self._take(passes, weighed(terms, gradient), share, call)
         level = call.value.detach() if loss.zero_when_perfect else torch.ones_like(call.value)
         value = (gradient.abs() * level).sum()
         self._step.values.append(torch.where(terms.total > 0, value, 0))  # a mean over no terms is 0/0

@@ -54,6 +54,9 @@ class BinaryCrossEntropy(ElementwiseLoss):
             if weight is not None and not (weight >= 0).all():
                 raise ValueError(f"{name} must not be negative, got a smallest entry of {weight.min().item()}.")
 
+    def weight_of(self, z: Tensor) -> Tensor | None:
+        return None if self.loss_fn.weight is None else self._weight(z)
+
     def _weight(self, z: Tensor) -> Tensor:
         return _option(self.loss_fn.weight, z)
 
@@ -106,6 +109,9 @@ class BinaryCrossEntropyOnProbabilities(ElementwiseLoss):
         """``sqrt(w) (p - y) / (p (1 - p))`` with ``y`` drawn from the model."""
         uniform = noise(z.shape, z, generator).uniform_(generator=generator).to(z.device)
         return _option(self.loss_fn.weight, z).sqrt() * (z - (uniform < z).to(z)) / (z * (1 - z)).clamp(min=1e-12)
+
+    def weight_of(self, z: Tensor) -> Tensor | None:
+        return None if self.loss_fn.weight is None else _option(self.loss_fn.weight, z)
 
     def check_values(self, output: Tensor, target: Tensor, *extra: Tensor) -> None:
         """Outputs and targets in [0, 1]."""

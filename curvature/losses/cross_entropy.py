@@ -73,7 +73,7 @@ class CrossEntropyTerms(Terms):
     @torch.no_grad()
     def gradient(self) -> Tensor:
         """``m p - q``."""
-        gradient = self._mass.unsqueeze(-1) * self._p
+        gradient = self.mass.unsqueeze(-1) * self._p
         if self._spread is not None:
             gradient = gradient - self._spread * self.mask.unsqueeze(-1)
         if self._index is not None and self._peak is not None:
@@ -84,7 +84,7 @@ class CrossEntropyTerms(Terms):
     def hessian_product(self, v: Tensor) -> Tensor:
         """``m (p * v - p <p, v>)``."""
         weighted = self._p * self.rows(v)
-        product = self._mass.unsqueeze(-1) * (weighted - self._p * weighted.sum(-1, keepdim=True))
+        product = self.mass.unsqueeze(-1) * (weighted - self._p * weighted.sum(-1, keepdim=True))
         return self.unrows(product).to(v.dtype)
 
     @torch.no_grad()
@@ -92,7 +92,7 @@ class CrossEntropyTerms(Terms):
         """``sqrt(m p_c) (e_c - p)``."""
         column = -self._p
         column[..., c] += 1
-        return self.as_output((self._mass * self._p[..., c]).sqrt().unsqueeze(-1) * column)
+        return self.as_output((self.mass * self._p[..., c]).sqrt().unsqueeze(-1) * column)
 
     @property
     def rank(self) -> int:
@@ -116,7 +116,7 @@ class CrossEntropyTerms(Terms):
     @torch.no_grad()
     def sqrt_product(self, x: Tensor) -> Tensor:
         """``r * x - p <r, x>`` with ``r = sqrt(m p)``."""
-        weighted = (self._mass.unsqueeze(-1) * self._p).sqrt() * x
+        weighted = (self.mass.unsqueeze(-1) * self._p).sqrt() * x
         return self.unrows(weighted - self._p * weighted.sum(-1, keepdim=True)).to(x.dtype)
 
     @torch.no_grad()
@@ -124,7 +124,7 @@ class CrossEntropyTerms(Terms):
         """``sqrt(m) (p - e_y)`` with labels ``y`` drawn from the model."""
         drawn = drawn_classes(self._p, generator)
         error = self._p.scatter_add(-1, drawn, torch.full_like(drawn, -1, dtype=self._p.dtype))
-        return self.as_output(self._mass.sqrt().unsqueeze(-1) * error)
+        return self.as_output(self.mass.sqrt().unsqueeze(-1) * error)
 
     @cached_property
     def _p(self) -> Tensor:
@@ -134,7 +134,7 @@ class CrossEntropyTerms(Terms):
             return p.masked_fill(~self.mask.unsqueeze(-1), 0)
 
     @cached_property
-    def _mass(self) -> Tensor:
+    def mass(self) -> Tensor:
         """``m (N, R)``, zero outside the mask."""
         mass = torch.zeros(self.mask.shape, dtype=self.total.dtype, device=self.total.device)
         if self._peak is not None:
@@ -168,7 +168,7 @@ class CrossEntropy(Loss):
         mask: Tensor | None = None,
         as_called: bool = False,
         check: bool = False,
-    ) -> CrossEntropyTerms:
+    ) -> Terms:
         """See :meth:`Loss.terms`."""
         self.refuse_extra(extra)
         options: nn.CrossEntropyLoss = self.loss_fn
@@ -195,4 +195,5 @@ class CrossEntropy(Loss):
                 index=labels.index,
                 peak=(1 - smoothing) * labels.weight,
             )
-        return terms
+        # A class of weight zero, or a target without classes, is one more way to leave a term out.
+        return terms.only(terms.mass != 0) if options.weight is not None or target.is_floating_point() else terms

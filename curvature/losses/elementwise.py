@@ -64,6 +64,10 @@ class ElementwiseLoss(Loss):
         """:meth:`slope` at an outcome drawn from the model, where :attr:`likelihood`; weighted by its root."""
         raise NotImplementedError
 
+    def weight_of(self, z: Tensor) -> Tensor | None:
+        """The weight of every entry, of the output's shape; ``None`` without an option that gives one."""
+        return None
+
     def total(self, mask: Tensor, outputs: int) -> Tensor:
         """Divisor of a mean loss, for a mask ``(N, R)`` of terms with ``outputs`` outputs each."""
         return mask.sum() * outputs
@@ -85,7 +89,7 @@ class ElementwiseLoss(Loss):
         mask: Tensor | None = None,
         as_called: bool = False,
         check: bool = False,
-    ) -> ElementwiseTerms:
+    ) -> Terms:
         """See :meth:`Loss.terms`."""
         if output.numel() == 0:
             raise ValueError(
@@ -102,7 +106,9 @@ class ElementwiseLoss(Loss):
         if check:
             self.check_values(output.detach(), target, *extra)
         y = widen(target.detach()).to(widen(output.new_empty(0)))
-        return ElementwiseTerms(self, output, y, self.prepare(output, *extra), layout, valid)
+        terms = ElementwiseTerms(self, output, y, self.prepare(output, *extra), layout, valid)
+        weight = self.weight_of(output)
+        return terms if weight is None else terms.only((terms.rows(weight) != 0).any(-1))
 
 
 class ElementwiseTerms(Terms):
@@ -141,7 +147,7 @@ class ElementwiseTerms(Terms):
         """The same entries, of which those along another axis belong to one term."""
         other = copy.copy(self)
         other.layout = Layout(self.layout.output_shape, (class_dim,))
-        other.mask = other.layout.valid(None, self.mask.device)
+        other.mask = other.rows(self.unrows(self.mask.unsqueeze(-1).expand(self.shape))).any(-1)
         return other
 
     def indefinite(self) -> bool:

@@ -161,7 +161,7 @@ class GaussianNLL(ElementwiseLoss):
         with torch.enable_grad():  # they have a graph even under no_grad
             return torch.stack([mean, self._variance(mean, var).to(mean.dtype)], -1)
 
-    def terms(  # type: ignore[override]  # of two outputs or of one
+    def terms(  # of two outputs or of one
         self, output: Any, target: Tensor, *extra: Tensor, **options: Any
     ) -> Terms:
         """See :meth:`Loss.terms`; ``output`` may be the pair of mean and variance."""

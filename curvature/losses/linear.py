@@ -105,7 +105,7 @@ class NLLTerms(Terms):
     """
 
     def __init__(self, output: Tensor, layout: Layout, labels: Labels, reduction: str) -> None:
-        super().__init__(output, layout, labels.mask, labels.weight.sum(), reduction)
+        super().__init__(output, layout, labels.mask & (labels.weight != 0), labels.weight.sum(), reduction)
         self._labels = labels
 
     def values(self) -> Tensor:

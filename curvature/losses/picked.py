@@ -81,6 +81,12 @@ class PickedTerms(Terms):
         other.hessian_is_fisher = other.inner.hessian_is_fisher
         return other
 
+    def only(self, counts: Tensor) -> PickedTerms:
+        other = copy.copy(self)
+        other.mask = self.mask & counts
+        other.inner = self.inner.only(other.mask.reshape(-1)[self.picked].reshape(self.inner.mask.shape))
+        return other
+
     def root(self, start: int, stop: int) -> Tensor:
         return self.inner.root(start, stop)
 

@@ -142,6 +142,10 @@ class JoinedTerms(Terms):
         """Loss by loss, see :meth:`Terms.fisher`."""
         return self.change(lambda _, terms: terms.fisher(strict))
 
+    def only(self, counts: Tensor) -> JoinedTerms:
+        """See :meth:`Terms.only`; one number for the terms of all losses."""
+        return self.change(lambda _, terms: terms.only(counts))
+
     def change(self, change: Callable[[Any, Terms], Terms]) -> JoinedTerms:
         """The same with the terms of each loss, called with its key, in another form on the same output."""
         other = copy.copy(self)
@@ -249,7 +253,8 @@ class WeightedSum(Loss):
         parts = {}
         for key, terms in found.items():
             ratio = first / totals[key] if self.reduction == "mean" else torch.ones_like(terms.total)
-            parts[key] = (self.loss_fn.weights[key] * ratio, terms)
+            weight = self.loss_fn.weights[key]
+            parts[key] = (weight * ratio, terms if weight else terms.only(torch.zeros_like(terms.mask)))
         return JoinedTerms(parts, self.reduction)
 
 

@@ -5,10 +5,12 @@ Axis letters: ``N`` examples, ``R`` positions of an example, ``C`` outputs of on
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -170,6 +172,18 @@ class Terms(ABC):
                 "entries. Lower the learning rate or exclude these terms with mask=."
             )
         return total
+
+    def only(self, counts: Tensor) -> Terms:
+        """The same terms, of which those count alone that did and are named; the divisor stays.
+
+        Args:
+            counts: Which, broadcastable to ``(N, R)``.
+        """
+        other = copy.copy(self)
+        for name in [key for key in vars(other) if isinstance(getattr(type(other), key, None), cached_property)]:
+            del vars(other)[name]  # of the other mask
+        other.mask = self.mask & counts
+        return other
 
     @property
     def empty(self) -> bool:

@@ -7,8 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from curvature.losses import CrossEntropy, Loss, WeightedSum, loss_over_data
-from curvature.losses.cross_entropy import CrossEntropyTerms
+from curvature.losses import CrossEntropy, Loss, Terms, WeightedSum, loss_over_data
 from curvature.losses.loss import check_loss
 
 #: A name of laplace-torch, or a loss that is a negative log-likelihood.
@@ -28,7 +27,7 @@ class Categorical(CrossEntropy):
         mask: Tensor | None = None,
         as_called: bool = False,
         check: bool = False,
-    ) -> CrossEntropyTerms:
+    ) -> Terms:
         """See :meth:`curvature.losses.Loss.terms`.
 
         Raises:
