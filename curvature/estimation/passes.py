@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -30,7 +30,8 @@ class TapedLoss:
         kwargs: Named arguments likewise.
         output: What the loss saw, with its graph, until the backward pass has ended.
         passes: The forward passes that led to it.
-        place: Which output of its pass it is on: 0 for the first that a loss was called on, and so on.
+        place: Which output of its pass it is on: 0 for the first that a loss was called on, and so on; the same for all
+            parts of one.
         value: What the loss returned, without its graph.
         weight: Derivative of what ``backward()`` was called on by the value, over all backward passes that ended;
             ``None`` as long as none did.
@@ -51,6 +52,7 @@ class TapedLoss:
     looked: bool = False  # since the pass was expected to be run again
     arriving: Tensor | None = None  # the weight over the backward pass under way
     number: int = -1  # of the node of its value in the graph
+    part_of: Hashable = None  # what tells that output
     aggregated: bool | None = None  # it has one term for each example, if somebody looked
     alive: Callable[[], Any] = lambda: None  # a hook that lives as long as a gradient may arrive at the value
 

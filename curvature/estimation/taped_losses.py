@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
+from curvature.estimation.parts_of_outputs import output_of
 from curvature.estimation.passes import OUTPUT, Pass, TapedLoss
 from curvature.losses.loss import called
 from curvature.model.graph_nodes import nodes
@@ -18,17 +19,20 @@ def taped(
     module: nn.Module, args: Any, kwargs: Any, z: Any, value: Tensor, passes: list[Pass], inside: bool
 ) -> TapedLoss:
     """Note a call of the loss on ``z`` in the passes that led to it."""
+    targets = [a for a in (*args[1:2], kwargs.get("target")) if isinstance(a, Tensor)]
+    key = output_of(module, z, targets[0] if targets else None)
     call = TapedLoss(
         module,
         tuple(OUTPUT if a is z else a for a in args),
         {key: OUTPUT if a is z else a for key, a in kwargs.items()},
         z,
         passes,
-        _place(passes, z),
+        _place(passes, key),
         value,
         shape=tuple(z.shape) if isinstance(z, Tensor) else (),
         whole=any(same_numbers(origin.output, z) for origin in passes),
         inside=inside,
+        part_of=key,
     )
     for origin in passes:
         origin.calls.append(call)
@@ -74,12 +78,12 @@ def feeding(last: list[Pass], passes: list[Pass], parameters: Iterable[Tensor]) 
     return [origin for origin in before if origin not in last]
 
 
-def _place(passes: list[Pass], z: Any) -> int:
-    """Which output of its pass a loss is called on: a number for each tensor."""
+def _place(passes: list[Pass], key: Hashable) -> int:
+    """Which output of its pass a loss is called on: a number for each key."""
     if not passes:
         return 0
-    known = {call.place for call in passes[0].calls if call.output is z}
-    return known.pop() if known else len({call.place for call in passes[0].calls})
+    known = {call.part_of: call.place for call in passes[0].calls}
+    return known.get(key, len(set(known.values())))
 
 
 def same_numbers(output: Any, z: Any) -> bool:

@@ -1,0 +1,67 @@
+"""Which output of a model a loss is called on: parts of one output, cut by rows, are not outputs of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+from torch import Tensor, nn
+
+#: Beginnings of the names of nodes that make an output of what they get, by parameters of their own.
+_MAKES = ("Addmm", "Mm", "Mv", "Bmm", "Baddbmm", "Addbmm", "Linear", "Convolution", "Embedding", "Native", "Cudnn")
+#: Beginnings of the names of nodes that pick a part along an axis.
+_CUTS = ("Slice", "Select", "Split", "Unbind")
+
+
+def output_of(module: nn.Module, z: Any, target: Any) -> Hashable:
+    """What tells the output of which ``z`` is a part.
+
+    Chunks and steps of time are parts of one output, of which each example or position lies in one: it is a key of the
+    operation that made it, or, where this has parameters, of these, so that a head that is used once for each item of a
+    list counts as one. Columns, cut along the class axis, are outputs of their own, as heads with own parameters are,
+    unless the loss compares entry by entry and counts these.
+
+    Args:
+        module: The loss.
+        z: What a loss was called on.
+        target: What it was compared with, if that is a tensor.
+    """
+    if not isinstance(z, Tensor) or z.grad_fn is None:
+        return id(z)
+    shape = target.shape if isinstance(target, Tensor) else None
+    second, entries = z.dim() > 2 and shape == z.shape[:1] + z.shape[2:], shape == z.shape
+    entries &= not isinstance(module, nn.CrossEntropyLoss)
+    columns: list[Hashable] = []
+    node: Any = z.grad_fn
+    number = z.output_nr
+    while True:
+        name, before = node.name(), [pair for pair in node.next_functions if pair[0] is not None]
+        if name.startswith(_MAKES) or len(before) != 1 or "Accumulate" in before[0][0].name():
+            break
+        if name.startswith(_CUTS) and not entries and (cut := _columns(node, number, second)) is not None:
+            columns.append(cut)
+        node, number = before[0]
+    own = frozenset(filter(None, (_parameter(argument) for argument, _ in node.next_functions)))
+    return own or (node._sequence_nr(), number), tuple(columns)
+
+
+def _columns(node: Any, number: int, second: bool) -> Hashable | None:
+    """The part of the class axis, the second or the last, that a node picks; ``None`` where it picks rows."""
+    sizes = getattr(node, "_saved_self_sym_sizes", None)
+    axes = len(node._input_metadata[0].shape) + 1 if sizes is None else len(sizes)  # of unbind, or of the others
+    axis = (node._saved_dim - (1 << 64 if node._saved_dim >> 63 else 0)) % axes  # saved without a sign
+    if axis == 0 or axis != (1 if second and axes > 2 else axes - 1):
+        return None
+    picked = tuple(getattr(node, f"_saved_{key}", None) for key in ("index", "start", "end"))
+    return node.name(), number, picked
+
+
+def _parameter(node: Any) -> int | None:
+    """The leaf that a node hands its gradient to, through transpositions and casts at most."""
+    while node is not None:
+        if (leaf := getattr(node, "variable", None)) is not None:
+            return id(leaf)
+        if not node.name().startswith(("T", "ToCopy", "View", "Permute")) or node.name().startswith("Tanh"):
+            return None
+        node = node.next_functions[0][0]
+    return None
