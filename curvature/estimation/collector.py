@@ -369,12 +369,12 @@ class Collector:
         rows of an example must grow by the weight of that example.
         """
         self._one_each, self._shared = set(), None
-        if signals.examples <= 1:
+        if not signals.examples:
             return set()
         mixing = {group.block.name for group in groups if mixes(group, signals.examples)}
         rest = [group for group in groups if group.block.name not in mixing]
-        if not self._may_meet(recorder, rest, signals):
-            rest = []
+        if signals.examples == 1 or not self._may_meet(recorder, rest, signals):
+            rest = []  # a single example meets nobody, but may have several rows
         sought = [group for group in groups if group.block.name in mixing and self._seeks(group)]
         if not rest and not sought:
             return mixing

@@ -209,7 +209,7 @@ class StepCollector(Collector):
 
     def sends_examples(self, signals: Signals) -> bool:
         """Whether :meth:`apart` sends a signal for each example."""
-        return signals.examples * len(signals) <= FEW
+        return signals.examples == 1 or signals.examples * len(signals) <= FEW
 
     def apart(self, signals: Signals) -> Iterator[Tensor]:
         """Signals for blocks in which examples meet: for one example at a time where these are few.
