@@ -89,22 +89,28 @@ class StepCollector(Collector):
         self._linear: Tensor | float | None = None
         self._counted: Counted = {}
         self._sorted: Sorted = {}
+        self._drawn: set[str] = set()  # blocks with random signs in some pass of the step
 
     # Transactions
 
     def mark(self) -> Any:
         """The step as it is now, for :meth:`back_to`."""
-        return self.plan.mark(), {name: e.mark() for name, e in self.estimators.items()}
+        said = dict(self.notes), set(self._drawn)
+        return self.plan.mark(), {name: e.mark() for name, e in self.estimators.items()}, said
 
     def back_to(self, mark: Any) -> None:
         """Forget whatever was collected since a mark, new blocks included."""
-        plan, marks = mark
+        plan, marks, (self.notes, self._drawn) = mark
         self.plan.back_to(plan)
         for name, estimator in list(self.estimators.items()):
             if name in marks:
                 estimator.back_to(marks[name])
             else:
                 self.give_up({name})
+
+    def forget(self) -> None:
+        super().forget()
+        self._drawn = set()
 
     def discard(self) -> None:
         """Forget the step."""
@@ -151,10 +157,7 @@ class StepCollector(Collector):
         with self.one_look():
             mixing = self.mixing(recorder, groups, output, signals, cache)
             drawn = mixing if signals.kind != "mc" and not self.sends_examples(signals) else set()
-            for name in (group.block.name for group in groups):
-                self.notes.pop(name, None)
-                if name in drawn:
-                    self.notes[name] = "examples meet in its rows, told apart by random signs"
+            self._say(groups, drawn)
             self._factor, self._linear, self._counted = factor, factor, counted
             plain = partial(stacked, iter(signals))
             if signals.kind == "mc" or not mixing:
@@ -165,6 +168,14 @@ class StepCollector(Collector):
             return reached | self.send(
                 apart, output, signals, partial(stacked, self.apart(signals)), scale, cache, mixing
             )
+
+    def _say(self, groups: list[Group], drawn: set[str]) -> None:
+        """Note of the blocks of a pass whether random signs were drawn in it, or in another one of the step."""
+        self._drawn |= drawn
+        for name in (group.block.name for group in groups):
+            self.notes.pop(name, None)
+            if name in self._drawn:
+                self.notes[name] = "examples meet in its rows, told apart by random signs"
 
     def mixing(
         self, recorder: Recorder, groups: list[Group], output: Tensor, signals: Signals, cache: Cache
@@ -255,6 +266,7 @@ class StepCollector(Collector):
         cache: Cache = {}
         mask = backward.signals.mask
         self._moments = InputMoments()
+        self._say(backward.groups, set())
         self._keep_sorted(backward.rows)
         # Without a term that counts, the share is 0 and there is nothing to scale.
         self._factor, self._linear, self._counted = torch.where(share == 0, 0, 1 / share), 1.0, counted

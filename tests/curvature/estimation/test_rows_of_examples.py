@@ -427,10 +427,11 @@ def test_samples_of_a_router_are_those_of_the_layers_on_all_rows() -> None:
 def test_coverage_tells_where_signs_are_drawn() -> None:
     """With many examples in which a parameter has no rows of its own, signals for each would cost too much."""
     model, [(x, y), _] = made("no rule")
-    for number, told in [(N, False), (60, True)]:
-        optimizer = precond.KFAC(model, LOSS, lr=0.0, fisher="empirical")
-        LOSS(model(x.repeat(6, 1)[:number]), y.repeat(6)[:number]).backward()
+    optimizer = precond.KFAC(model, LOSS, lr=0.0, fisher="empirical")
+    for numbers, told in [((N,), False), ((60,), True), ((60, N), True), ((N, 60), True), ((N, N), False)]:
+        optimizer.zero_grad()
+        for number in numbers:
+            LOSS(model(x.repeat(6, 1)[:number]), y.repeat(6)[:number]).backward()
         optimizer.step()
         assert ("random signs" in optimizer.coverage()["weight"].why) == told
         assert "random signs" not in optimizer.coverage()["inp.weight"].why
-        optimizer.detach()
