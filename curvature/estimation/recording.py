@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from curvature.estimation.passes import Pass, release
-from curvature.estimation.taped_losses import same_numbers
+from curvature.estimation.taped_losses import own_loss, same_numbers
 from curvature.estimation.taped_model import TapedModel
 from curvature.layers.recorder import Recorder
-from curvature.model.data import examples_of, inspecting, loss_in
+from curvature.model.data import examples_of, inspecting
 from curvature.model.hooks import Hook, calling_frame
 from curvature.model.moment import Moment
 from curvature.model.settings import autocast_dtype
@@ -168,12 +168,12 @@ class Recording(TapedModel, ABC):
         self._written |= origin.moment.written()
         if result is None or not self._wants(module):
             return  # it raised
-        origin.output = self.expected(result)
+        own = own_loss(result, origin.calls, hidden=origin.recorder is None)
+        origin.output = self.expected(result, own)
         if isinstance(origin.output, Tensor) and origin.output.dim():
             origin.examples = len(origin.output)
         for call in origin.calls:
             call.whole = same_numbers(origin.output, call.output)
-        own = loss_in(result) if origin.recorder is None else None
         if origin.recorder is not None:
             origin.recorder.returned(result)
             self._count_by(origin)
@@ -181,7 +181,7 @@ class Recording(TapedModel, ABC):
         origin.edges = tuple(get_gradient_edge(t) for t in tensors_in(result) if t.requires_grad)
         origin.end = origin.output.grad_fn if isinstance(origin.output, Tensor) else None
         self.passes.append(origin)
-        self.listen(origin, own)
+        self.listen(origin, own if origin.recorder is None else None)
 
     def _count_by(self, origin: Pass) -> None:
         """See whether the output has as many rows as another input than the one that counted the examples."""

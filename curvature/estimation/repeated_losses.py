@@ -32,16 +32,17 @@ def arrivals_again(tape: Tape, origin: Pass, again: Pass) -> Iterator[tuple[Tape
     """
     calls, rest = _calls(origin), list(again.calls)
     inside: dict[TapedLoss, TapedLoss] = {}
-    arrived, own = _through_own_loss(tape, again, origin.own_weight)
-    if own is not None:
-        again.calls = [call for call, _ in arrived]
-    yield from arrived
-    origin.beside |= own is not None and origin.unseen_loss is not None
     for call in (call for call in origin.calls if call.inside):
         same = next((c for c in rest if c.shape == call.shape and torch.equal(c.value.detach(), call.value)), None)
         if same is not None:
             inside[call] = same
             rest.remove(same)
+    arrived, own = _through_own_loss(tape, again, origin.own_weight)
+    arrived = [(call, weight) for call, weight in arrived if call in rest]  # the others were seen by themselves
+    if own is not None:
+        again.calls = [call for call, _ in arrived]
+    yield from arrived
+    origin.beside |= own is not None and origin.unseen_loss is not None
     seen = {call: inside.get(call) or _seen_again(call, again) for call in calls}
     again.calls = list(seen.values())
     for call in calls:

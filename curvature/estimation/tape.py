@@ -19,7 +19,7 @@ from curvature.estimation.gradient_marks import GradientMarks, Marks
 from curvature.estimation.passes import Pass, Reader, TapedLoss
 from curvature.estimation.recording import Recording
 from curvature.estimation.selection import selection
-from curvature.estimation.taped_losses import feeding, leading_to, taped
+from curvature.estimation.taped_losses import feeding, leading_to, number_of, taped
 from curvature.estimation.unseen_losses import UnseenLosses, explained
 from curvature.losses.loss import called
 from curvature.model.backward_hooks import ours
@@ -133,7 +133,7 @@ class Tape(Recording):
         if len(passes) == 1 and isinstance(z, Tensor) and self.keeps_inputs and not call.whole:
             with self.own_pass(passes, z):
                 call.selection = selection(passes[0].returned, z)
-        call.looked, call.number = self.keeps_inputs, _number(value)
+        call.looked, call.number = self.keeps_inputs, number_of(value)
         hook = At(self, "_gradient_at_loss", call)
         ours(value.register_hook(hook))
         call.alive, self._latest = weakref.ref(hook), weakref.ref(value)
@@ -305,7 +305,3 @@ def _first(tensor: Tensor, hook: OwnHook) -> Any:
     handle = ours(tensor.register_hook(hook))
     tensor._backward_hooks.update(before)  # type: ignore[union-attr]  # there is one
     return handle
-
-
-def _number(value: Tensor) -> int:
-    return value.grad_fn._sequence_nr() if value.grad_fn is not None else -1

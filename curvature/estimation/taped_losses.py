@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from curvature.estimation.parts_of_outputs import output_of
 from curvature.estimation.passes import OUTPUT, Pass, TapedLoss
 from curvature.losses.loss import called
-from curvature.model.graph_nodes import nodes
+from curvature.model.data import loss_in
+from curvature.model.graph_nodes import below, nodes
 from curvature.model.trees import tensors_in
 from curvature.model.wrappers import passed_on
 
@@ -43,7 +44,34 @@ def called_again(again: Pass, func: Any, args: Any, kwargs: Any, value: Any) -> 
     """One of torch's loss functions was called in a repeated pass; its value keeps its graph."""
     found = called(func, args, kwargs)
     if found is not None and isinstance(value, Tensor) and value.requires_grad and found[1][0].requires_grad:
-        taped(found[0], found[1], {}, found[1][0], value, [again], True).alive = lambda: True
+        call = taped(found[0], found[1], {}, found[1][0], value, [again], True)
+        call.alive, call.number = lambda: True, number_of(value)
+
+
+def number_of(value: Tensor) -> int:
+    """The number of the node of a tensor in the graph; those it was computed from have smaller ones."""
+    return value.grad_fn._sequence_nr() if value.grad_fn is not None else -1
+
+
+def own_loss(result: Any, calls: list[TapedLoss], hidden: bool) -> Tensor | None:
+    """The loss in what a model returned.
+
+    That may be all it returned: a number, or a value for each term, which comes from losses that were called inside.
+
+    Args:
+        result: What it returned.
+        calls: Calls of losses inside.
+        hidden: Whether nobody saw these: then one number is a loss.
+    """
+    found = loss_in(result)
+    outputs = [t for t in tensors_in(result) if t.requires_grad]
+    if found is not None or len(outputs) != 1:
+        return found
+    (one,) = outputs
+    numbers = {call.number for call in calls if one.numel() == 1 or one.shape == call.value.shape}
+    ends = lambda node: node._sequence_nr() <= max(numbers)  # noqa: E731
+    told = bool(numbers) and any(node._sequence_nr() in numbers for node in below([one.grad_fn], ends))
+    return one if told or (hidden and one.dim() == 0) else None
 
 
 def leading_to(z: Any, passes: list[Pass], parameters: Iterable[Tensor]) -> list[Pass] | None:

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from curvature.estimation.passes import Inputs, Pass
-from curvature.estimation.taped_losses import called_again
+from curvature.estimation.taped_losses import called_again, own_loss
 from curvature.layers.recorder import Recorder
 from curvature.losses.loss import module_called
 from curvature.losses.sum_of_losses import SumOfLosses
 from curvature.model.backward_hooks import muted, no_backward_hooks, of_leaves
-from curvature.model.data import Output, batch_size, loss_in, resolve_output
+from curvature.model.data import Output, batch_size, resolve_output
 from curvature.model.fully_sharded import FullyShard, call_forward
 from curvature.model.parameters import with_values
 from curvature.model.settings import autocasting, settings, untouched
@@ -67,17 +67,21 @@ class TapedModel:
         """Whether calls of the model run compiled code, in which no use of a parameter is seen."""
         return self.compiled or is_compiled(self.called)
 
-    def expected(self, result: Any) -> Any:
+    def expected(self, result: Any, own: Tensor | None = None) -> Any:
         """What the loss is expected to see; ``None`` where the result does not tell.
 
         Of several tensors that is the only one that is no loss by itself and can be differentiated.
+
+        Args:
+            result: Of the model.
+            own: The loss in it, if there is one.
         """
         try:
-            return self.seen_by_the_loss(result)
+            found = self.seen_by_the_loss(result)
+            return None if found is own and self.output is None else found
         except TypeError:
             if self.output is not None:
                 raise
-            own = loss_in(result)
             outputs = [t for t in tensors_in(result) if t.requires_grad and t is not own]
             return outputs[0] if len(outputs) == 1 else None
 
@@ -192,5 +196,6 @@ class TapedModel:
             if again.recorder is not None:
                 again.recorder.returned(result)
             again.returned = list(tensors_in(result))
-            again.output, again.loss = self.expected(result), loss_in(result)
+            again.loss = own_loss(result, again.calls, hidden=False)
+            again.output = self.expected(result, again.loss)
             yield again
