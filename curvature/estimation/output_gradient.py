@@ -24,6 +24,7 @@ class OutputGradient:
         told: The scale of a loss of unknown type must be told by calls of its module.
         class_dim: Class axis of the output, where it cannot be read off.
         empirical: Whether the curvature is.
+        plain: A squared error of a weight that nothing tells is taken for a plain mean.
     """
 
     loss: Loss | None
@@ -31,6 +32,7 @@ class OutputGradient:
     told: bool
     class_dim: int | None
     empirical: bool
+    plain: bool
 
     def read(self, step: Step, origin: Pass, z: Tensor, gradient: Tensor) -> tuple[Terms, Weight]:
         """The loss on an output, and how it enters.
@@ -63,7 +65,7 @@ class OutputGradient:
             size=origin.size,
         )
         if weights is None:
-            return terms, weight_by_graph(step, self.module, origin, terms, gradient)
+            return terms, weight_by_graph(step, self.module, origin, terms, gradient, self.plain)
         if origin.beside and step.sums:
             step.add_sum(min(step.sums), weights[terms.mask].sum())
         else:

@@ -83,6 +83,7 @@ class UnseenLoss:
     adds: bool
     root: Tensor | None
     moved: bool
+    share: float | None = None  # what each of its squares is multiplied by, where it is written out and the way tells
 
 
 @dataclass(eq=False)
@@ -121,6 +122,7 @@ class Pass:
     released: bool = False  # nothing can arrive any more
     beside: bool = False  # ``gradient`` is of several losses, or of what is besides the calls that were seen
     unseen_loss: UnseenLoss | None = None  # that loss, where it is a single one and somebody can tell
+    followed: bool = False  # what the backward pass was called on is known, so that the graph shows all losses
     edited: bool = False  # ``output`` was changed in place before the loss
     size: Tensor | None = None  # largest entry of all that arrived, of which ``gradient`` is a part
     task: int = -1  # the backward pass that brought it

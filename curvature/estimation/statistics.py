@@ -77,8 +77,8 @@ class Statistics:
         self.tape, self.collector, self.curvature = tape, collector, curvature
         self.class_dim, self.batch_dim = class_dim, batch_dim
         self._losses = CalledLosses(tape, loss_fn, curvature.kind, batch_dim)
-        empirical, told = curvature.kind == "empirical", tape.mode == "auto"
-        self._at_output = OutputGradient(self._losses.own, tape.loss_module, told, class_dim, empirical)
+        empirical, told, plain = curvature.kind == "empirical", tape.mode == "auto", tape.mode == "gradient"
+        self._at_output = OutputGradient(self._losses.own, tape.loss_module, told, class_dim, empirical, plain)
         device = collector.parameters.device
         self.generator = torch.Generator(device="cpu" if device.type == "meta" else device)  # nothing is drawn there
         self.level: Tensor | None = None

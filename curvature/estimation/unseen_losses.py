@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from curvature.estimation.passes import Pass, TapedLoss, UnseenLoss
+from curvature.estimation.squares_by_hand import squares
 from curvature.estimation.step import Step, Weight
 from curvature.losses import Terms
 from curvature.model.data import inspection
@@ -72,12 +73,24 @@ class UnseenLosses:
         ends |= {edge.node for edge in origin.edges}
         if not known and self._direct is not None and not ends & self._direct:
             return None
-        return unseen
+        origin.followed = self._direct is not None
+        return unseen if unseen or known or self._kind != _NODES[nn.MSELoss] else _by_hand(ends)
 
     @property
     def left(self) -> bool:
         """Whether there are some above passes at whose output no gradient arrived."""
         return bool(self._found)
+
+
+def _by_hand(ends: Set[Any]) -> list[UnseenLoss]:
+    """The squared error that is written out above an output, if there is one, whose weight can be told."""
+    roots = called_on()
+    found = squares(roots[0], ends) if len(roots) == 1 and isinstance(roots[0], Tensor) else []
+    if len(found) != 1 or (found[0].weight is None and not found[0].alone):
+        return []
+    (one,) = found
+    root = roots[0].detach() if one.weight is None else None
+    return [UnseenLoss(one.node, "sum" if one.weight == 1 else "mean", root is None, root, True, one.weight)]
 
 
 def explained(output: Tensor, calls: list[TapedLoss]) -> Tensor | None:
@@ -101,7 +114,9 @@ def explained(output: Tensor, calls: list[TapedLoss]) -> Tensor | None:
     return total
 
 
-def weight_by_graph(step: Step, loss: nn.Module | None, origin: Pass, terms: Terms, gradient: Tensor) -> Weight:
+def weight_by_graph(
+    step: Step, loss: nn.Module | None, origin: Pass, terms: Terms, gradient: Tensor, plain: bool
+) -> Weight:
     """The weight of a loss, where its gradient does not tell and the way to it may.
 
     Args:
@@ -110,24 +125,29 @@ def weight_by_graph(step: Step, loss: nn.Module | None, origin: Pass, terms: Ter
         origin: The pass at whose output the gradient arrived.
         terms: The loss on that output.
         gradient: What arrived.
+        plain: A squared error of a weight that nothing tells is taken for a plain mean.
     """
-    call, squares = origin.unseen_loss, isinstance(loss, nn.MSELoss)
-    if origin.beside or (squares and call is not None and not call.adds and call.root is None):
+    call, square = origin.unseen_loss, isinstance(loss, nn.MSELoss)
+    untold = not plain and origin.followed if call is None else not call.adds and call.root is None
+    if origin.beside or (square and untold):
         raise not_told()
-    weight = torch.ones_like(terms.total)
-    if call is not None and not call.adds and squares and call.root is not None:
-        # From the value R = w (z - y)^2 / n and the gradient 2 w (z - y) / n, with n = 1 for a sum.
-        n = gradient.numel() if call.reduction == "mean" else 1
-        weight = gradient.to(weight).square().sum() * n / (4 * call.root.to(weight).reshape(()))
-        weight = torch.where(call.root.reshape(()) == 0, torch.ones_like(weight), weight)
+    if call is not None and not call.adds and square and call.root is not None:
+        # From the value R = w (z - y)^2 and the gradient 2 w (z - y), with the weight w of every square.
+        root = call.root.to(terms.total).reshape(())
+        perfect = 1 / terms.total if call.reduction == "mean" else torch.ones_like(terms.total)
+        weight = torch.where(root == 0, perfect, gradient.to(root).square().sum() / (4 * root))
     elif call is None or not call.adds:
         step.unscaled.add(origin.task)
         return Weight(1 / terms.total)
+    elif call.share is not None:
+        weight = torch.full_like(terms.total, call.share)
+    else:
+        weight = torch.ones_like(terms.total) if call.reduction == "sum" else 1 / terms.total
     if call.reduction == "sum":
         step.add_sum(0, weight * terms.total)
-        return Weight(weight)
-    step.absolute = True
-    return Weight(weight / terms.total)
+    else:
+        step.absolute = True
+    return Weight(weight)
 
 
 def not_told() -> TypeError:
@@ -135,8 +155,9 @@ def not_told() -> TypeError:
     return TypeError(
         "what backward() was called on holds a loss like the optimizer's that is no call of the module given to it, "
         "but of a function or another module, and neither its gradient nor the way to it tells its terms and their "
-        "weight (a multiple of a squared error, smoothed labels, a loss of a part of the output, ...). Call the given "
-        "module in its place, or let only calls of that module count: loop=Loop(capture='loss')."
+        "weight (a multiple of a squared error, weights of its entries, smoothed labels, a loss of a part of the "
+        "output, ...). Call the given module in its place, with reduction='none' where its values are weighted, or let "
+        "only calls of that module count: loop=Loop(capture='loss')."
     )
 
 

@@ -179,6 +179,19 @@ ALONE: dict[str, tuple[str, nn.Module, Minimised]] = {
     "a column": ("logits", nn.MSELoss(), lambda z, f: F.mse_loss(z[:, 0], X[:, 1])),
     "half a square and a penalty": ("logits", nn.MSELoss(), lambda z, f: F.mse_loss(z, X[:, 1:]) / 2 + z.abs().mean()),
     "added with a factor": ("logits", nn.MSELoss(), lambda z, f: torch.add(z.mean(), F.mse_loss(z, X[:, 1:]), alpha=2)),
+    "written out, weighted": (
+        "logits",
+        nn.MSELoss(),
+        lambda z, f: ((z - X[:, 1:]) ** 2 * torch.arange(len(X)).double().unsqueeze(1)).mean(),
+    ),
+    "written out, a column": ("logits", nn.MSELoss(), lambda z, f: ((z[:, 0] - X[:, 1]) ** 2).mean()),
+    "written out, entries": ("logits", nn.MSELoss(), lambda z, f: ((z - X[:, 1:])[X[:, 1:] > 0] ** 2).mean()),
+    "written out, slopes": ("logits", nn.MSELoss(), lambda z, f: ((2 * z - X[:, 1:]) ** 2).mean()),
+    "written out, half of it and a penalty": (
+        "logits",
+        nn.MSELoss(),
+        lambda z, f: ((z - X[:, 1:]) ** 2).mean() / 2 + z.abs().mean(),
+    ),
     "sums of means": ("logits", nn.MSELoss(), lambda z, f: F.mse_loss(z, X[:, 1:], reduction="none").sum(1).mean()),
 }
 
@@ -215,6 +228,23 @@ SQUARES: dict[str, tuple[str, Minimised, Minimised]] = {
     ),
     "half a sum": ("sum", lambda z, f: F.mse_loss(z, X[:, 1:], reduction="sum") / 2, lambda z, f: f(z, X[:, 1:]) / 2),
     "sum": ("sum", lambda z, f: F.mse_loss(z, X[:, 1:], reduction="sum"), lambda z, f: f(z, X[:, 1:])),
+    "written out": ("mean", lambda z, f: ((z - X[:, 1:]) ** 2).mean(), lambda z, f: f(z, X[:, 1:])),
+    "written out, half of each": (
+        "mean",
+        lambda z, f: (z - X[:, 1:]).square().sum(1).mean() / 2,
+        lambda z, f: 1.5 * f(z, X[:, 1:]),
+    ),
+    "written out, of each": (
+        "mean",
+        lambda z, f: (X[:, 1:] - z).pow(2).sum(1).mean() + 0.1 * z.abs().mean(),
+        lambda z, f: 3 * f(z, X[:, 1:]) + 0.1 * z.abs().mean(),
+    ),
+    "written out, sum": ("sum", lambda z, f: ((z - X[:, 1:]) ** 2).sum(), lambda z, f: f(z, X[:, 1:])),
+    "written out, of some rows": (
+        "mean",
+        lambda z, f: (lambda d: (d * d).mean() * 2)(z[1:] - X[1:, 1:]),
+        lambda z, f: 2 * f(z[1:], X[1:, 1:]),
+    ),
     "sum of values": (
         "sum",
         lambda z, f: nn.MSELoss(reduction="none")(z, X[:, 1:]).sum(),

@@ -1,0 +1,90 @@
+"""Squared errors that are written out, ``((z - y) ** 2).mean()``, in the graph of a backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Set
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from torch import Tensor
+
+#: Beginnings of the names of nodes that hand numbers on as they are, in their places or in others.
+_PLAIN = ("ToCopy", "Clone", "Alias", "Squeeze")
+_MOVED = ("View", "UnsafeView", "ReshapeAlias", "Unsqueeze")
+
+
+@dataclass(frozen=True)
+class Square:
+    """Squares of an output, less something, of which each has one weight.
+
+    Attributes:
+        node: Of the squares.
+        weight: What each is multiplied by in what the backward pass was called on; ``None`` where numbers that the
+            graph does not show come in.
+        alone: Whether there is nothing else in it.
+    """
+
+    node: Any
+    weight: float | None
+    alone: bool
+
+
+def squares(root: Tensor, ends: Set[Any]) -> list[Square]:
+    """The squared errors that a number consists of, of outputs that end at some nodes.
+
+    Squares with weights of their own, and other functions of an output, are none.
+    """
+    return list(_below(root.grad_fn, ends, Square(None, 1.0, True))) if root.numel() == 1 else []
+
+
+def _below(node: Any, ends: Set[Any], so_far: Square) -> Iterator[Square]:
+    if node is None or node in ends:
+        return
+    name, arguments = node.name(), [before for before, _ in node.next_functions if before is not None]
+    shape, weight, alone = tuple(node._input_metadata[0].shape), so_far.weight, so_far.alone
+    power = name.startswith("Pow") and node._saved_exponent == 2
+    if power or (name.startswith("Mul") and len(arguments) == 2 and arguments[0] is arguments[1]):
+        if _is_difference(arguments[0], ends):
+            yield Square(node, weight, alone)
+    elif name.startswith("Mean"):
+        ratio = prod(shape) / max(1, node._saved_self_sym_numel)
+        yield from _below(arguments[0], ends, Square(node, None if weight is None else weight * ratio, alone))
+    elif name.startswith(("Sum", *_PLAIN, *_MOVED)):
+        yield from _below(arguments[0], ends, so_far)
+    elif name.startswith(("Mul", "Div")) and prod(shape) == len(arguments) == 1:
+        yield from _below(arguments[0], ends, Square(node, None, alone))
+    elif name.startswith(("Add", "Stack")):
+        plain = getattr(node, "_saved_alpha", 1) == 1
+        for argument in arguments:
+            several = len(node.next_functions) > 1
+            yield from _below(argument, ends, Square(node, weight if plain else None, alone and not several))
+
+
+def _is_difference(node: Any, ends: Set[Any]) -> bool:
+    """Whether something is an output, or rows picked from it, less what does not depend on the model."""
+    picked = False
+    while node not in ends:
+        name, arguments = node.name(), [before for before, _ in node.next_functions if before is not None]
+        if len(arguments) != 1 or not name.startswith(
+            ("Sub", "Rsub", "Add", *_PLAIN, *_MOVED, "Slice", "Select", "Index")
+        ):
+            return False
+        if name.startswith(("Slice", "Select", "Index")):
+            picked = True
+            if not _picks_rows(node):
+                return False
+        if getattr(node, "_saved_alpha", 1) != 1 or (picked and name.startswith(_MOVED)):
+            return False  # moved before they are picked, the numbers of a row may be any
+        node = arguments[0]
+    return True
+
+
+def _picks_rows(node: Any) -> bool:
+    """Whether the last axis, along which the terms of a squared error lie, is left whole."""
+    sizes = node._saved_self_sym_sizes
+    if len(sizes) < 2:
+        return True
+    if node.name().startswith("Select"):
+        return bool(node._saved_dim % len(sizes) != len(sizes) - 1)
+    return bool(tuple(node._input_metadata[0].shape)[-1:] == tuple(sizes[-1:]))
