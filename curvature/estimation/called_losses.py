@@ -59,9 +59,9 @@ class CalledLosses:
             refuse_beyond_outputs(terms, parameters)
         return terms
 
-    def others_aggregated(self, passes: list[Pass], call: TapedLoss | None, parameters: Parameters) -> bool:
+    def others_aggregated(self, passes: list[Pass], calls: list[TapedLoss], parameters: Parameters) -> bool:
         """Whether all other losses of some passes at which gradients may arrive have one term for each example."""
-        others = dict.fromkeys(c for origin in passes for c in origin.calls if c is not call)
+        others = dict.fromkeys(c for origin in passes for c in origin.calls if c not in calls)
         reached = (other for other in others if other.weight is not None or other.alive() is not None)
         return all(self._aggregated(other, parameters) for other in reached)
 
@@ -88,6 +88,15 @@ def weighed(terms: Terms, gradient: Tensor) -> Terms:
         return terms.only(gradient != 0)
     entries = gradient.shape == terms.output.shape
     return terms.only((terms.rows(gradient) != 0).any(-1) if entries else (gradient != 0).reshape(terms.mask.shape))
+
+
+def is_gathered(passes: list[Pass], call: TapedLoss) -> bool:
+    """Whether the gradient at the output of one pass is heard of, after that at a call of the loss on a part of it."""
+    (origin, *others), whole = passes, passes[0].output
+    heard = not others and origin.at_output is not None and isinstance(whole, Tensor) and not call.whole
+    if not heard or not isinstance(call.output, Tensor) or not whole.requires_grad or whole.grad_fn is not origin.end:
+        return False
+    return len([one for one in call.passes if one.recorder is not None]) == 1
 
 
 def has_no_example(output: Any) -> bool:

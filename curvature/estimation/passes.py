@@ -160,6 +160,9 @@ class Reader(Protocol):
     def arrived_at_input(self, call: TapedLoss, gradient: Tensor) -> None:
         """A gradient arrived at what the loss was called on, where the reader asked for it."""
 
+    def arrives_at_output(self, origin: Pass) -> None:
+        """All that comes to the output of a pass has arrived; the graph below still stands."""
+
     def arrived_at_output(self, origin: Pass, gradient: Tensor) -> None:
         """A gradient arrived at the output of a pass, besides what calls of the loss explain."""
 

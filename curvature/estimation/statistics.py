@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvature.estimation.called_losses import CalledLosses, has_no_example, weighed
+from curvature.estimation.called_losses import CalledLosses, has_no_example, is_gathered, weighed
 from curvature.estimation.output_gradient import OutputGradient
 from curvature.estimation.passes import Pass, TapedLoss, merged
 from curvature.estimation.places import in_their_places
@@ -27,6 +27,7 @@ from curvature.losses import (
     Terms,
 )
 from curvature.losses.from_gradient import from_output_gradient
+from curvature.losses.picked import GatheredTerms, PickedTerms
 from curvature.losses.signals import JointSignals, Signals
 from curvature.model.backward_hooks import ours
 from curvature.model.graph_nodes import only_way
@@ -93,6 +94,8 @@ class Statistics:
         self._mark: tuple[Any, Any] | None = None  # the step when the backward pass under way began
         self._seed = 0  # of the draws of this step
         self._waiting: list[tuple[Backward, list[Pass], Tensor]] = []  # with what its sum of terms is multiplied by
+        #: Calls of the loss on parts of the output of a pass, with their weights, until all have arrived.
+        self._gathered: dict[Pass, list[tuple[Tensor, PickedTerms, TapedLoss]]] = {}
         self._refusal: Exception | None = None  # of what a gradient brought, if it turns out to count
         tape.reader = self
 
@@ -145,6 +148,7 @@ class Statistics:
         self.generator.set_state(state)
 
     def begin(self) -> None:
+        self._gathered = {}
         self._mark, self._refusal = (self.mark(), self.collector.mark()), None
         self._opaque, self._now = False, set()
 
@@ -160,10 +164,38 @@ class Statistics:
                 raise
             return  # something the model computes by the way
         share = self._step.share(terms, gradient, call.place)
-        self._take(passes, weighed(terms, gradient), share, call)
+        self._take_or_gather(passes, weighed(terms, gradient), share, call)
         level = call.value.detach() if loss.zero_when_perfect else torch.ones_like(call.value)
         value = (gradient.abs() * level).sum()
         self._step.values.append(torch.where(terms.total > 0, value, 0))  # a mean over no terms is 0/0
+
+    def _take_or_gather(self, passes: list[Pass], terms: Terms, share: Weight, call: TapedLoss) -> None:
+        """Take a call of the loss now, or with the others on parts of the same output, when all of these arrived.
+
+        Every call sends passes of its own through the whole graph: for calls step by step in time, that is as many as
+        their number times the length of it.
+        """
+        origin = passes[0]
+        others = [other for other in origin.calls if other is not call and other.place == call.place]
+        if others and share.factor is not None and self.curvature.kind != "empirical" and is_gathered(passes, call):
+            with self.tape.own_pass(passes, call.output):
+                placed = in_their_places(terms, passes, self.batch_dim)
+            if type(placed) is PickedTerms:
+                self._gathered.setdefault(origin, []).append((share.factor, placed, call))
+                return
+            terms = placed
+        self._take(passes, terms, share, [call])
+
+    def arrives_at_output(self, origin: Pass) -> None:
+        found = self._gathered.pop(origin, [])
+        if not found:
+            return
+        factors, terms, calls = (list(column) for column in zip(*found, strict=True))
+        if len(found) == 1:
+            self._take([origin], terms[0], Weight(factors[0]), calls)
+        else:
+            gathered = GatheredTerms(list(zip(factors, terms, strict=True)))
+            self._take([origin], gathered, Weight(torch.ones_like(factors[0])), calls)
 
     def arrived_at_input(self, call: TapedLoss, gradient: Tensor) -> None:
         """A gradient arrived at what a loss of unknown type was called on."""
@@ -177,7 +209,7 @@ class Statistics:
             )
         reduction = getattr(call.module, "reduction", "mean")
         terms, _ = from_output_gradient(None, call.output, gradient, call.arriving, reduction, self.class_dim)
-        self._take(passes, terms, self._step.share(terms, call.arriving, call.place), call)
+        self._take(passes, terms, self._step.share(terms, call.arriving, call.place), [call])
 
     def arrived_at_output(self, origin: Pass, gradient: Tensor) -> None:
         if has_no_example(gradient) or not is_finite(gradient):
@@ -190,7 +222,7 @@ class Statistics:
         except (TypeError, ValueError) as error:
             self._refusal = error  # no matter for a gradient that is not for the parameters
             return
-        self._take(passes, terms, share, None)
+        self._take(passes, terms, share, [])
 
     def not_told(self) -> None:
         self._refusal = not_told()
@@ -232,20 +264,21 @@ class Statistics:
                     origin.recorder, origin.again = None, True
         return [origin for origin in passes if origin.recorder is not None]
 
-    def _take(self, passes: list[Pass], terms: Terms, share: Weight, call: TapedLoss | None) -> None:
+    def _take(self, passes: list[Pass], terms: Terms, share: Weight, calls: list[TapedLoss]) -> None:
         recorder = merged([origin.recorder for origin in passes if origin.recorder is not None])
         hooked = [o for o in passes if o.recorder is not None and o.recorder.hooks.look([terms.output])]
         kind, end = self.curvature.kind, terms.output.grad_fn
         with self._open_graph(passes, terms.output):
-            terms = in_their_places(terms, passes, self.batch_dim)
+            if not isinstance(terms, (PickedTerms, GatheredTerms)):
+                terms = in_their_places(terms, passes, self.batch_dim)
             signals = Signals.of(
                 terms if kind == "empirical" else terms.fisher(strict=False),
                 *(kind, self.curvature.samples, self.generator, recorder.batch),
                 together=True,
-                others_aggregated=partial(self._losses.others_aggregated, passes, call, self.collector.parameters),
+                others_aggregated=partial(self._losses.others_aggregated, passes, calls, self.collector.parameters),
             )
             # What hooks make of gradients on their way is no matter of curvature.
-            if call is not None and not hooked and self._waits(passes, recorder, end, signals, share):
+            if calls and not hooked and self._waits(passes, recorder, end, signals, share):
                 return self._refuse_hidden(recorder)
             scale = None if share.entries is None else share.entries.sqrt()
             counted = self._step.counted_in(passes)
@@ -291,7 +324,7 @@ class Statistics:
     def _stop_waiting(self) -> None:
         for backward, *_ in self._waiting:
             backward.close()
-        self._waiting = []
+        self._waiting, self._gathered = [], {}
 
     @contextlib.contextmanager
     def _open_graph(self, passes: list[Pass], output: Any) -> Iterator[None]:
@@ -426,7 +459,7 @@ class Statistics:
                 self.arrived(call, weight)
             if again.gradient is not None:
                 terms, share = self._at_output.read(self._step, origin, again.output, again.gradient)
-                self._take([again], terms, share, None)
+                self._take([again], terms, share, [])
             again.calls = []  # which hold it
 
     def _missing(self, gradients: Mapping[str, Tensor], reached: Iterable[str] | None = None) -> set[str]:

@@ -181,6 +181,8 @@ class Tape(Recording):
         if self.inside or not self.active:
             return
         self._enter()
+        if self.reader is not None and self.records:
+            self.reader.arrives_at_output(origin)
         seen = [call for call in origin.calls if call.arriving is not None]
         unseen = self._unseen.above(origin, bool(seen))
         if unseen is None:

@@ -7,7 +7,7 @@ third.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -109,6 +109,18 @@ class PickedTerms(Terms):
 
 class ExampleTerms(PickedTerms):
     """Terms of a loss whose examples lie along an axis that the caller named."""
+
+
+class GatheredTerms(JoinedTerms):
+    """The terms of several calls of a loss on rows picked from one output, each with a weight.
+
+    Args:
+        parts: The terms of each call, and what their sum is multiplied by.
+    """
+
+    def __init__(self, parts: Sequence[tuple[Tensor, PickedTerms]]) -> None:
+        super().__init__(dict(enumerate(parts)), parts[0][1].reduction)
+        self.whole = parts[0][1].whole
 
 
 def by_examples(terms: Terms, sizes: tuple[int, ...], axis: int, whole: Tensor) -> ExampleTerms:

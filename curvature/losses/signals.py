@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from curvature.losses import JoinedTerms, Terms
-from curvature.losses.picked import ExampleTerms
+from curvature.losses.picked import ExampleTerms, GatheredTerms
 
 FisherKind = Literal["exact", "mc", "empirical"]
 KINDS: tuple[FisherKind, ...] = ("exact", "mc", "empirical")
@@ -65,7 +65,8 @@ class Signals:
     @staticmethod
     def of(terms: Terms, kind: FisherKind, *options: Any, **named: Any) -> Signals:
         """The signals of one loss or of a sum of losses; arguments as for the class."""
-        return (JointSignals if isinstance(terms, JoinedTerms) else Signals)(terms, kind, *options, **named)
+        joined = GatheredSignals if isinstance(terms, GatheredTerms) else JointSignals
+        return (joined if isinstance(terms, JoinedTerms) else Signals)(terms, kind, *options, **named)
 
     @cached_property
     def examples(self) -> int:
@@ -266,3 +267,15 @@ class JointSignals(Signals):
     def _joined(self) -> JoinedTerms:
         assert isinstance(self.terms, JoinedTerms)
         return self.terms
+
+
+@dataclass(frozen=True)
+class GatheredSignals(JointSignals):
+    """The signals of several calls of a loss on parts of one output."""
+
+    @property
+    def mask(self) -> Tensor:
+        return torch.stack([part.mask for part in self.parts]).any(0)
+
+    def probes(self) -> list[tuple[Tensor, Tensor]]:
+        return [] if bool(self.mask.all()) else [(self.mask, self.probe())]
