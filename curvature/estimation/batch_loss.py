@@ -157,8 +157,9 @@ def refuse_beyond_outputs(terms: Terms, parameters: Mapping[str, Tensor]) -> Non
         value = terms.beyond_output()
     if value is None:
         return
-    found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
-    names = [name for name, g in zip(parameters, found, strict=True) if g is not None]
+    trained = {name: p for name, p in parameters.items() if p.requires_grad}
+    found = torch.autograd.grad(value, list(trained.values()), allow_unused=True)
+    names = [name for name, g in zip(trained, found, strict=True) if g is not None]
     if names:
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         raise ValueError(

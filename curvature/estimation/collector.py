@@ -145,7 +145,8 @@ class Collector:
         """The blocks of a pass with their uses; parameters with uses that nobody saw are taken by autograd."""
         groups = self.plan.assign(recorder.sites, recorder.unknown)
         if not self._verified:
-            self._verified = bool(torch.isfinite(output.detach().sum()))
+            trained = all(p.requires_grad for p in self.parameters.values())  # and not frozen since the pass
+            self._verified = trained and bool(torch.isfinite(output.detach().sum()))
             proves = self._verified and type(signals) is Signals and bool(signals.mask.any(1).all())
             key = structure(recorder, groups, output, self.parameters) if proves else None
             look = lambda: unexplained(groups, output, signals, self.parameters, cache)  # noqa: E731

@@ -12,6 +12,7 @@ from torch.autograd.graph import GradientEdge
 
 from curvature.estimation.selection import SeenPart
 from curvature.layers.recorder import Recorder
+from curvature.losses.signals import Signals
 from curvature.model.moment import Moment
 
 #: Stands for the model's output among the arguments of a loss.
@@ -54,6 +55,7 @@ class TapedLoss:
     number: int = -1  # of the node of its value in the graph
     part_of: Hashable = None  # what tells that output
     aggregated: bool | None = None  # it has one term for each example, if somebody looked
+    signals: Signals | None = None  # that were sent when its gradient arrived; the graph may be gone since
     alive: Callable[[], Any] = lambda: None  # a hook that lives as long as a gradient may arrive at the value
 
     def seen(self, output: Any) -> Any:
@@ -188,7 +190,7 @@ def release(origin: Pass) -> None:
     origin.returned = []
     origin.released = True
     for call in origin.calls:
-        call.output = None
+        call.output = call.signals = None
 
 
 def merged(recorders: list[Recorder]) -> Recorder:

@@ -116,6 +116,8 @@ class Recording(TapedModel, ABC):
         self._leave()
         if self.before_pass is not None:
             self.before_pass()
+        if not any(p.requires_grad for p in self.parameters().values()):
+            return  # the gradient of another model passes through, as in a generator's step
         self._prune()
         self.parallel = self.parallel or data_parallel(self.model)
         device = next(iter(self.parameters().values())).device

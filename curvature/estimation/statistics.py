@@ -163,11 +163,11 @@ class Statistics:
             if call.module is self.tape.loss_module:
                 raise
             return  # something the model computes by the way
-        share = self._step.share(terms, gradient, call.place)
-        self._take_or_gather(passes, weighed(terms, gradient), share, call)
         level = call.value.detach() if loss.zero_when_perfect else torch.ones_like(call.value)
         value = (gradient.abs() * level).sum()
         self._step.values.append(torch.where(terms.total > 0, value, 0))  # a mean over no terms is 0/0
+        share = self._step.share(terms, gradient, call.place)
+        self._take_or_gather(passes, weighed(terms, gradient), share, call)
 
     def _take_or_gather(self, passes: list[Pass], terms: Terms, share: Weight, call: TapedLoss) -> None:
         """Take a call of the loss now, or with the others on parts of the same output, when all of these arrived.
@@ -277,6 +277,8 @@ class Statistics:
                 together=True,
                 others_aggregated=partial(self._losses.others_aggregated, passes, calls, self.collector.parameters),
             )
+            for call in calls:
+                call.signals = signals
             # What hooks make of gradients on their way is no matter of curvature.
             if calls and not hooked and self._waits(passes, recorder, end, signals, share):
                 return self._refuse_hidden(recorder)

@@ -99,7 +99,12 @@ class Signals:
         Slicing the other positions away, masking them and ignoring their targets are one loss. Where an example has
         several terms the device is asked, once, so that nobody should ask who does not choose by the answer.
         """
-        return self.others_aggregated() and (self.positions == 1 or bool((self.mask.sum(-1) <= 1).all()))
+        return self.others_aggregated() and self.one_term_each
+
+    @cached_property
+    def one_term_each(self) -> bool:
+        """The same of this loss alone."""
+        return self.positions == 1 or bool((self.mask.sum(-1) <= 1).all())
 
     @property
     def mask(self) -> Tensor:
@@ -231,8 +236,8 @@ class JointSignals(Signals):
         return next(iter(found.values()))
 
     @cached_property
-    def aggregated(self) -> bool:
-        return self.others_aggregated() and all(part.aggregated for part in self.parts)
+    def one_term_each(self) -> bool:
+        return all(part.one_term_each for part in self.parts)
 
     def __len__(self) -> int:
         if self.given is not None:

@@ -34,6 +34,8 @@ def pull_back(
 ) -> list[Tensor | None]:
     """What ``torch.autograd.grad`` gives, ``None`` where nothing arrives, for cotangents of the outputs' shapes.
 
+    Nothing arrives at tensors that require no gradient.
+
     Hooks on parameters among the inputs are not run.
 
     To compare the shapes, torch loads a package for symbolic mathematics, which takes most of a second: while nothing
@@ -42,6 +44,12 @@ def pull_back(
     Raises:
         NoSecondDerivativeError: If an operation cannot be differentiated once more.
     """
+    frozen = [isinstance(x, Tensor) and not x.requires_grad for x in inputs]  # by the user, since the graph was made
+    if any(frozen):
+        rest = [x for x, out in zip(inputs, frozen, strict=True) if not out]
+        options = {"create_graph": create_graph, "retain_graph": retain_graph, "batched": batched}
+        arrived = iter(pull_back(outputs, rest, cotangents, **options) if rest else ())
+        return [None if out else next(arrived) for out in frozen]
     given = tuple(tensor_of_its_own(c) for c in cotangents)
 
     found: tuple[Tensor | None, ...]

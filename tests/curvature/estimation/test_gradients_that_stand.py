@@ -1,0 +1,131 @@
+"""C is the curvature of the loss whose gradient stands in ``p.grad``, block by block, however it came to stand there.
+
+The reference is written down from the definition: one backward pass for each column of a root of the loss's Hessian.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from precond import KFAC, NaturalGradient
+
+MEAN = nn.CrossEntropyLoss()
+with torch.random.fork_rng():
+    torch.manual_seed(1)
+    X, OTHER = torch.randn(6, 4).double(), torch.randn(6, 4).double()
+    Y, SOFT = torch.randint(3, (6,)), torch.rand(6, 3).double().softmax(1)
+#: What was minimised: outputs with their graph, and the loss as a function of them.
+Counts = list[tuple[Tensor, Callable[[Tensor], Tensor]]]
+
+
+def mlp() -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+
+
+def watching(model: nn.Module, loss_fn: nn.Module = MEAN, **options: object) -> NaturalGradient:
+    """Learns the whole block of each layer, exactly, and moves nothing."""
+    return NaturalGradient(
+        model, loss_fn, lr=0.0, fisher="exact", structure="layer", curvature_ema=0.0, kl_clip=None, **options
+    )
+
+
+def learned(optimizer: NaturalGradient | KFAC) -> dict[str, Tensor]:
+    return {name: p.estimator.operator().to_dense() for name, p in optimizer.preconditioners.items()}
+
+
+def dense(layer: nn.Module, counts: Counts) -> Tensor:
+    """The block of one layer, weight before bias."""
+    own = list(layer.parameters())
+    total = torch.zeros(sum(p.numel() for p in own), sum(p.numel() for p in own)).double()
+    for z, loss in counts:
+        hessian = torch.autograd.functional.hessian(lambda v, z=z, f=loss: f(v.view_as(z)), z.detach().flatten())
+        rows = [
+            torch.cat([g.flatten() for g in torch.autograd.grad(z, own, v.view_as(z), retain_graph=True)])
+            for v in torch.eye(z.numel()).double()
+        ]
+        J = torch.stack(rows)
+        total += J.T @ hessian @ J
+    return total
+
+
+def assert_block(found: Tensor, layer: nn.Module, counts: Counts) -> None:
+    """By eigenvalues, which no order of the numbers of a block changes."""
+    right = torch.linalg.eigvalsh(dense(layer, counts))
+    torch.testing.assert_close(torch.linalg.eigvalsh(found), right, rtol=1e-9, atol=1e-12 * float(right.max()))
+
+
+@pytest.mark.parametrize(
+    "minimised",
+    [
+        lambda z: 0.5 * MEAN(z, Y) + 2 * MEAN(z / 2, SOFT),
+        lambda z: MEAN(z / 2, SOFT) + MEAN(z / 2, Y),
+        lambda z: MEAN(z, Y) + MEAN(z.exp(), Y),
+        lambda z: MEAN(z[:3].tanh(), Y[:3]) + MEAN(z.sigmoid(), SOFT),
+    ],
+    ids=["softened", "both softened", "exponential", "parts"],
+)
+def test_losses_of_one_pass_may_each_see_something_else_made_of_its_output(
+    minimised: Callable[[Tensor], Tensor],
+) -> None:
+    # No layer has positions, so that the choice of the positions' treatment makes no difference.
+    found = []
+    for options in ({}, {"sharing": "expand"}):
+        model = mlp()
+        optimizer = KFAC(model, MEAN, lr=0.0, fisher="exact", **options)
+        minimised(model(X)).backward()
+        optimizer.step()
+        found.append(learned(optimizer))
+    torch.testing.assert_close(found[0], found[1])
+
+
+@pytest.mark.parametrize("unfrozen", ["before backward", "after backward", "frozen after the pass"])
+def test_a_gradient_that_passes_through_a_frozen_model_leaves_nothing(unfrozen: str) -> None:
+    model = mlp()
+    optimizer = watching(model)
+    for _ in range(2):
+        optimizer.zero_grad()
+        x = OTHER.clone().requires_grad_()
+        model.requires_grad_(unfrozen == "frozen after the pass")
+        loss = MEAN(model(x), Y)
+        model.requires_grad_(unfrozen == "before backward")
+        loss.backward()
+        model.requires_grad_(True)
+        MEAN(model(X), Y).backward()
+        optimizer.step()
+        assert x.grad is not None
+        for block, layer in zip(learned(optimizer).values(), (model[0], model[2]), strict=True):
+            assert_block(block, layer, [(model(X), lambda z: MEAN(z, Y))])
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.reentrant = reentrant
+        self.first, self.inner, self.last = nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x).tanh()
+        hidden = lambda h: self.inner(h).tanh()  # noqa: E731
+        return self.last(checkpoint(hidden, h, use_reentrant=True) if self.reentrant else hidden(h))
+
+
+def test_a_pass_that_is_repeated_counts_its_loss_once() -> None:
+    levels = []
+    for reentrant in (False, True):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = Checkpointed(reentrant).double()
+        optimizer = KFAC(model, nn.MSELoss(), lr=0.05, fisher="exact")
+        for _ in range(2):
+            optimizer.zero_grad()
+            optimizer.loss_fn(model(X), SOFT).backward()
+            optimizer.step()
+            levels.append(float(optimizer.bound_level()))
+    torch.testing.assert_close(levels[:2], levels[2:])
