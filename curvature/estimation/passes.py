@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -57,6 +58,7 @@ class TapedLoss:
     aggregated: bool | None = None  # it has one term for each example, if somebody looked
     signals: Signals | None = None  # that were sent when its gradient arrived; the graph may be gone since
     alive: Callable[[], Any] = lambda: None  # a hook that lives as long as a gradient may arrive at the value
+    brought: frozenset[str] = frozenset()  # blocks whose gradients it has brought
 
     def seen(self, output: Any) -> Any:
         """An output of the pass, repeated, as this loss sees it."""
@@ -128,6 +130,7 @@ class Pass:
     edited: bool = False  # ``output`` was changed in place before the loss
     size: Tensor | None = None  # largest entry of all that arrived, of which ``gradient`` is a part
     task: int = -1  # the backward pass that brought it
+    brought: frozenset[str] = frozenset()  # blocks whose gradients it has brought, by losses that nobody saw
     again: bool = False  # it hides something, or another input counts the examples than was thought: to be repeated
     unseen: set[str] = field(default_factory=set)  # parameters with a gradient in it that no statistics reached
 
@@ -171,11 +174,22 @@ class Reader(Protocol):
     def not_told(self) -> None:
         """A gradient arrived at a pass from a loss that nobody saw."""
 
-    def keep(self, written: Iterable[str]) -> None:
-        """The backward pass has ended, and its gradients are in ``p.grad`` of these parameters."""
+    def keep(self, written: Collection[str], known: Sequence[TapedLoss | Pass]) -> None:
+        """The backward pass has ended, and its gradients are in ``p.grad`` of these parameters.
+
+        Args:
+            written: The parameters.
+            known: The calls of the loss at which gradients arrived; without any, the passes at whose outputs they did.
+        """
 
     def drop(self) -> None:
         """It raised, or brought nothing to the parameters: whatever it began is to be forgotten."""
+
+    def gone(self, left: Collection[str]) -> None:
+        """Whatever was kept is to be forgotten but for these parameters: the gradients of others are gone."""
+
+    def take_back(self) -> None:
+        """What the last backward pass brought is to be forgotten as well: ``p.grad`` is what it was before."""
 
     def clear(self) -> None:
         """Whatever was kept is to be forgotten as well: its gradients are gone from ``p.grad``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -92,6 +92,7 @@ class Statistics:
         self._elsewhere: set[str] = set()  # parameters that are used outside the model's forward pass
         self._step = Step()
         self._mark: tuple[Any, Any] | None = None  # the step when the backward pass under way began
+        self._before: tuple[Any, Any] | None = None  # when the last one that ended did
         self._seed = 0  # of the draws of this step
         self._waiting: list[tuple[Backward, list[Pass], Tensor]] = []  # with what its sum of terms is multiplied by
         #: Calls of the loss on parts of the output of a pass, with their weights, until all have arrived.
@@ -127,7 +128,7 @@ class Statistics:
     def forget(self) -> None:
         """A new step begins."""
         self._stop_waiting()
-        self._step, self._mark, self.level = Step(), None, None
+        self._step, self._mark, self._before, self.level = Step(), None, None, None
         self.collector.forget()
         self.tape.clear()
 
@@ -227,7 +228,7 @@ class Statistics:
     def not_told(self) -> None:
         self._refusal = not_told()
 
-    def keep(self, written: Iterable[str]) -> None:
+    def keep(self, written: Collection[str], known: Sequence[TapedLoss | Pass]) -> None:
         if self._refusal is not None:
             raise self._refusal
         waiting, self._waiting = self._waiting, []
@@ -239,7 +240,26 @@ class Statistics:
             unseen = self._missing({name: g for name, g in found.items() if g is not None}, self._now)
             if unseen:
                 self._repeat_later(unseen)
-        self._mark = None
+        self._keep_written(written, known)
+        self._before, self._mark = self._mark, None
+
+    def _keep_written(self, written: Collection[str], known: Sequence[TapedLoss | Pass]) -> None:
+        """Take back what was collected for blocks without a gradient, as of ``backward(inputs=...)``.
+
+        A loss whose gradient comes in parts, each for other parameters, counts once.
+        """
+        assert self._mark is not None
+        step, estimates = self._mark
+        kept = frozenset(name for name in self._now if not self._names([name]).isdisjoint(written))
+        if left := self._now - kept:
+            self.collector.lose(left, estimates)
+            self._step.lose(left, step)
+        if known and all(one.brought and one.brought.isdisjoint(kept) for one in known):
+            self._step = self._step.with_account_of(step)
+            for one in known:
+                one.arriving = None
+        for one in known:
+            one.brought |= kept
 
     def drop(self) -> None:
         self._stop_waiting()
@@ -249,10 +269,22 @@ class Statistics:
             self.collector.back_to(estimates)
             self._mark = None
 
+    def gone(self, left: Collection[str]) -> None:
+        lost = {name for name in self.reached if self._names([name]).isdisjoint(left)}
+        self.collector.lose(lost)
+        self._step.lose(lost)
+
+    def take_back(self) -> None:
+        if self._before is not None:
+            step, estimates = self._before
+            self.back_to(step)
+            self.collector.back_to(estimates)
+            self._before = None
+
     def clear(self) -> None:
         self._stop_waiting()
         self._start_again()
-        self._mark = None
+        self._mark = self._before = None
 
     # From a loss to the collector
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,6 +54,22 @@ class Step:
         """A call of the loss was collected."""
         self.batches += bool(reached)
         self.reached |= reached
+
+    def lose(self, blocks: Set[str], since: tuple[Step, Any] | None = None) -> None:
+        """Forget that some blocks were reached, or that they were since a mark."""
+        before = Step() if since is None else since[0]
+        self.reached -= blocks - before.reached
+        for origin, uses in self.counted.items():
+            known = before.counted.get(origin, {})
+            for key in [key for key in uses if key[0] in blocks]:
+                if key in known:
+                    uses[key] = known[key]
+                else:
+                    del uses[key]
+
+    def with_account_of(self, mark: tuple[Step, Any]) -> Step:
+        """What was collected by now, with the losses that had been by a mark."""
+        return replace(mark[0].copy(), batches=self.batches, reached=self.reached, counted=self.counted)
 
     def add_sum(self, place: int, weight: Tensor) -> None:
         """Count a sum over terms of this total weight."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
@@ -116,6 +116,18 @@ class StepCollector(Collector):
         """Forget the step."""
         for estimator in self.estimators.values():
             estimator.discard()
+
+    def lose(self, blocks: Set[str], mark: Any = None) -> None:
+        """Forget whatever was collected for some blocks, since a mark or in the step."""
+        marks = {} if mark is None else mark[1]
+        for name in blocks & self.estimators.keys():
+            estimator = self.estimators[name]
+            if name in marks:
+                estimator.back_to(marks[name])
+            else:
+                estimator.discard()
+            if not estimator.ready and (mark is None or name not in marks):
+                self.give_up({name})
 
     def give_up(self, blocks: set[str]) -> None:
         for name in blocks:
@@ -375,11 +387,14 @@ class WholeCollector(ApartCollector):
         self.whole = whole
 
     def mark(self) -> Any:
-        return super().mark(), self.whole.mark()
+        return super().mark(), self.whole.mark(), self.whole.batches
 
     def back_to(self, mark: Any) -> None:
         super().back_to(mark[0])
         self.whole.back_to(mark[1])
+
+    def lose(self, blocks: Set[str], mark: Any = None) -> None:
+        self.whole.lose(blocks, 0 if mark is None else mark[2])
 
     def discard(self) -> None:
         self.whole.discard()

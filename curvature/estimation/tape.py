@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from curvature.estimation.followed_layer import FollowedLayer
-from curvature.estimation.gradient_marks import GradientMarks, Marks
+from curvature.estimation.gradient_marks import GradientMarks, Lengths, Marks, numbers
 from curvature.estimation.passes import Pass, Reader, TapedLoss
 from curvature.estimation.recording import Recording
 from curvature.estimation.selection import selection
@@ -78,6 +78,9 @@ class Tape(Recording):
         self._gradients = GradientMarks(parameters, self.shards)
         self._before: Marks = {}  # of the gradients when it began
         self._marks: Marks = {}  # when the last one ended
+        self._lengths: Lengths = {}  # likewise
+        self._earlier: dict[str, float] = {}  # of when it began, if others of the step ended before
+        self._weights: list[tuple[TapedLoss | Pass, Tensor | None]] = []  # likewise, of what it brought
         self._followed: weakref.WeakSet[FollowedLayer] = weakref.WeakSet()
         self.attach()
 
@@ -101,6 +104,7 @@ class Tape(Recording):
     def clear(self) -> None:
         super().clear()
         self.outside, self._task, self._marks, self.nonzero = [], None, {}, None
+        self._lengths, self._earlier, self._weights = {}, {}, []
 
     # Calls of the loss
 
@@ -218,10 +222,10 @@ class Tape(Recording):
         task = torch._C._current_graph_task_id()
         if task == self._task:
             return
-        self.settle()
+        self._earlier = self.settle()
         self._task, self._before = task, self._gradients.now()
         if self.mode != "loss":
-            self._unseen.look(self.passes, self._calls())
+            self._unseen.look(self.passes, self.calls())
         ended = "_ended" if self.shards is None else "_nearly_ended"
         torch.autograd.Variable._execution_engine.queue_callback(At(self, ended, task))
         if self.reader is not None:
@@ -243,17 +247,21 @@ class Tape(Recording):
             try:
                 if self._unseen.left:
                     self._not_told()
-                self.reader.keep([name for name, mark in after.items() if mark != self._before.get(name)])
+                written = {name for name, mark in after.items() if mark != self._before.get(name)}
+                known = [call for call in self.calls() if call.arriving is not None]
+                self.reader.keep(written, known or [origin for origin in self.passes if origin.task == task])
             except BaseException:
                 self._abandon()
                 raise
-        self._task, self._marks = None, after
+        self._task, self._marks, self._lengths, self._weights = None, after, self._gradients.lengths(after), []
         for origin in self.passes:
             if origin.arriving is not None and (self.keeps_inputs or origin.again):
+                self._weights.append((origin, origin.gradient))
                 origin.gradient = origin.arriving if origin.gradient is None else origin.gradient + origin.arriving
             origin.arriving = None
-        for call in self._calls():
+        for call in self.calls():
             if call.arriving is not None:
+                self._weights.append((call, call.weight))
                 call.weight = call.arriving if call.weight is None else call.weight + call.arriving
                 call.arriving = None
 
@@ -266,27 +274,47 @@ class Tape(Recording):
             origin.arriving = None
             if origin.gradient is None:
                 origin.beside, origin.seen = False, None
-        for call in self._calls():
+        for call in self.calls():
             call.arriving = None
         if self.reader is not None:
             self.reader.drop()
 
-    def settle(self) -> None:
+    def settle(self) -> dict[str, float]:
         """Leave what counts by now: nothing of a backward pass that raised, or whose gradient is gone from ``p.grad``.
 
-        A gradient is gone if it was set to ``None`` or to zeros.
+        A gradient is gone if it was set to ``None`` or to zeros, or to what it was when the last backward pass began.
+
+        Returns:
+            What the gradients of earlier backward passes of the step that stand are known by, in numbers.
         """
         self._abandon()
-        if self._marks and not self._gradients.stand(self._marks, self.nonzero):
+        if not self._marks:
+            return {}
+        now, was = numbers(self._gradients.lengths(self._marks)), numbers(self._lengths)
+        gone = self._gradients.gone(self._marks, was, now, self.nonzero)
+        if gone == self._marks.keys():
             self._marks = {}
             for origin in self.passes:
                 origin.gradient = None
-            for call in self._calls():
+            for call in self.calls():
                 call.weight = None
             if self.reader is not None:
                 self.reader.clear()
+            return {}
+        if gone:
+            self._marks = {name: mark for name, mark in self._marks.items() if name not in gone}
+            if self.reader is not None:
+                self.reader.gone(self._marks)
+        elif self._earlier and now != was and {name: x for name, x in now.items() if x} == self._earlier:
+            for known, weight in self._weights:
+                setattr(known, "weight" if isinstance(known, TapedLoss) else "gradient", weight)
+            if self.reader is not None:
+                self.reader.take_back()
+        self._earlier = {}
+        return {name: x for name, x in now.items() if x and name not in gone}
 
-    def _calls(self) -> list[TapedLoss]:
+    def calls(self) -> list[TapedLoss]:
+        """All calls of the loss in the passes of the step."""
         own = [origin.own for origin in self.passes if origin.own is not None]
         return [*self.outside, *own, *dict.fromkeys(call for origin in self.passes for call in origin.calls)]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -109,6 +109,16 @@ class WholeEstimator(CurvatureEstimator):
     def next_batch(self) -> None:
         """Begin another batch."""
         self._batches.append(BatchRoots())
+
+    @property
+    def batches(self) -> int:
+        """Batches of the step so far."""
+        return len(self._batches)
+
+    def lose(self, blocks: Set[str], since: int = 0) -> None:
+        """Forget the samples of some blocks, from a batch on: they count as zeros."""
+        for batch in self._batches[since:]:
+            batch.roots = {block: roots for block, roots in batch.roots.items() if block.name not in blocks}
 
     def receive(self, block: Block, samples: Samples) -> None:
         """Take the samples of a block."""

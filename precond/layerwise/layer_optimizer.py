@@ -340,6 +340,7 @@ class LayerOptimizer(WithoutCurvature):
         if batches == 0:
             self._explain_missing(gradients)
             return False
+        self._warn_of_uncounted()
         if self.shared is not None:
             bad = self.shared.commit(self, self.preconditioners, self.option("curvature_ema"))
         else:
@@ -353,6 +354,18 @@ class LayerOptimizer(WithoutCurvature):
                 stacklevel=5,
             )
         return not bad
+
+    def _warn_of_uncounted(self) -> None:
+        if "outside" not in self._reported and any(call.weight is not None for call in self.tape.outside):
+            self._reported.add("outside")
+            warnings.warn(
+                f"{type(self).__name__}: a part of the loss was computed by the model without its forward (by another "
+                "method of it, or by its parts), where no use of a parameter is seen, so its curvature is left out. "
+                "Let forward compute it (forward(x, part='decode'), say), or leave it to the gradient alone by calling "
+                "a function in place of the loss module.",
+                UserWarning,
+                stacklevel=6,
+            )
 
     def _warn_of_others(self) -> None:
         if world_size() > 1 and self.process_group is None and "processes" not in self._reported:

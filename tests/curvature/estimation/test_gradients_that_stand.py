@@ -129,3 +129,135 @@ def test_a_pass_that_is_repeated_counts_its_loss_once() -> None:
             optimizer.step()
             levels.append(float(optimizer.bound_level()))
     torch.testing.assert_close(levels[:2], levels[2:])
+
+
+def through_data(model: nn.Module, saved: list[Tensor]) -> None:
+    for p in model.parameters():
+        p.grad.data.zero_()
+
+
+def by_zeros(model: nn.Module, saved: list[Tensor]) -> None:
+    for p in model.parameters():
+        p.grad.data = torch.zeros_like(p)
+
+
+def through_numpy(model: nn.Module, saved: list[Tensor]) -> None:
+    for p in model.parameters():
+        p.grad.numpy()[...] = 0
+
+
+def to_what_was_saved(model: nn.Module, saved: list[Tensor]) -> None:
+    for p, gradient in zip(model.parameters(), saved, strict=True):
+        p.grad = gradient
+
+
+def copied_from_what_was_saved(model: nn.Module, saved: list[Tensor]) -> None:
+    for p, gradient in zip(model.parameters(), saved, strict=True):
+        p.grad.data.copy_(gradient)
+
+
+RESTORE = (to_what_was_saved, copied_from_what_was_saved)
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["first", "accumulated"])
+@pytest.mark.parametrize("drop", [through_data, by_zeros, through_numpy, *RESTORE])
+def test_a_batch_is_dropped_by_whatever_takes_its_gradient_back(
+    drop: Callable[[nn.Module, list[Tensor]], None], before: bool
+) -> None:
+    model = mlp()
+    optimizer = watching(model)
+    if before:
+        (0.5 * MEAN(model(X.flip(1)), Y)).backward()
+    saved = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
+    MEAN(model(10 * OTHER), Y).backward()
+    drop(model, saved)
+    MEAN(model(X), Y).backward()
+    optimizer.step()
+    counts: Counts = [(model(X), lambda z: MEAN(z, Y))]
+    if before and drop in RESTORE:
+        counts.append((model(X.flip(1)), lambda z: 0.5 * MEAN(z, Y)))
+    for block, layer in zip(learned(optimizer).values(), (model[0], model[2]), strict=True):
+        assert_block(block, layer, counts)
+
+
+def test_a_gradient_that_is_zero_stands() -> None:
+    model = mlp()
+    optimizer = watching(model, nn.MSELoss())
+    optimizer.loss_fn(model(X), model(X).detach()).backward()  # fits exactly
+    optimizer.step()
+    for block, layer in zip(learned(optimizer).values(), (model[0], model[2]), strict=True):
+        assert_block(block, layer, [(model(X), lambda z: (z - z.detach()).square().mean())])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("maker", [watching, lambda m, f: KFAC(m, f, lr=0.0, fisher="exact", curvature_ema=0.0)])
+def test_gradients_that_come_in_parts_count_once(maker: Callable[..., KFAC], reduction: str) -> None:
+    loss_fn = nn.CrossEntropyLoss(reduction=reduction)
+    found, levels = [], []
+    for parts in ([[0, 2]], [[2], [0]]):
+        model = mlp()
+        optimizer = maker(model, loss_fn)
+        loss = loss_fn(model(X), Y)
+        for k, part in enumerate(parts, 1):
+            loss.backward(inputs=[p for i in part for p in model[i].parameters()], retain_graph=k < len(parts))
+        optimizer.step()
+        found.append(learned(optimizer))
+        levels.append(optimizer.bound_level())
+    torch.testing.assert_close(found[0], found[1])
+    torch.testing.assert_close(*levels)
+
+
+@pytest.mark.parametrize("how", ["inputs=", "frozen since", "inputs= at last", "zero_grad of a layer", "grad = None"])
+def test_each_block_has_the_losses_whose_gradients_stand_in_its_own_parameters(how: str) -> None:
+    model = mlp()
+    optimizer = watching(model)
+    if how == "inputs= at last":
+        MEAN(model(X), Y).backward()
+    loss = MEAN(model(OTHER), Y)
+    if how.startswith("inputs="):
+        loss.backward(inputs=list(model[2].parameters()))
+    else:
+        model[0].requires_grad_(how != "frozen since")
+        loss.backward()
+        model[0].requires_grad_(True)
+        if how != "frozen since":
+            model[0].zero_grad(set_to_none=how == "grad = None")
+    if how != "inputs= at last":
+        MEAN(model(X), Y).backward()
+    optimizer.step()
+    one, two = (model(X), lambda z: MEAN(z, Y)), (model(OTHER), lambda z: MEAN(z, Y))
+    found = learned(optimizer)
+    assert_block(found["0.weight+0.bias"], model[0], [one])
+    assert_block(found["2.weight+2.bias"], model[2], [one, two])
+
+
+class Autoencoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(4, 2), nn.Linear(2, 4)
+
+    def decode(self, code: Tensor) -> Tensor:
+        return self.decoder(code)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decode(self.encoder(x).tanh())
+
+
+def test_a_part_of_the_loss_that_forward_did_not_compute_is_told_once() -> None:
+    model = Autoencoder().double()
+    optimizer = watching(model, nn.MSELoss())
+    for k in range(2):
+        optimizer.zero_grad()
+        optimizer.loss_fn(model.decode(X[:, :2]), X)  # for the log
+        loss = optimizer.loss_fn(model(X), X)
+        if k == 1:
+            loss = loss + optimizer.loss_fn(model.decode(X[:, :2]), X)
+        loss.backward()
+        if k == 0:
+            optimizer.step()
+    with pytest.warns(UserWarning, match="computed by the model without its forward") as told:
+        optimizer.step()
+    optimizer.zero_grad()
+    (optimizer.loss_fn(model(X), X) + optimizer.loss_fn(model.decode(X[:, :2]), X)).backward()
+    optimizer.step()  # warnings are errors
+    assert len(told) == 1
