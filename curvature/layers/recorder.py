@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch.overrides import TorchFunctionMode
 
 from curvature.layers.axes.calls import Axis, Handle, getters
@@ -118,7 +119,12 @@ class Recorder(TorchFunctionMode):
         return RowLayout(self.batch, self._depends_on_example(tensor))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        if torch.compiler.is_compiling() or get_eval_frame_callback() is not None:  # inside of a compiled part
+            return _outside_of_the_graph(self, func, args, kwargs or {})
+        return self._watched(func, args, kwargs or {})
+
+    def _watched(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run a function, and look at its arguments and its result."""
         if func in _SHAPES_ONLY:
             return func(*args, **kwargs)
         if func is F.multi_head_attention_forward:
@@ -289,3 +295,10 @@ class Recorder(TorchFunctionMode):
             return entry[1]
         # Made by something that functions modes do not see (a custom autograd.Function): the shape must tell.
         return self.batch is None or (tensor.dim() > 0 and tensor.shape[0] % self.batch == 0)
+
+
+# A part of the model that is compiled meets the recorder on torch's stack: it is no part of what is compiled. See
+# curvature.model.hooks for why this is not torch.compiler.disable.
+@torch._disable_dynamo  # type: ignore[attr-defined]
+def _outside_of_the_graph(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
+    return recorder._watched(func, args, kwargs)

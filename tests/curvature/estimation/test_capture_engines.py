@@ -22,6 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor"
 @pytest.fixture(autouse=True)
 def _fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
+    torch._dynamo.utils.clear_compilation_metrics()
     yield
     torch._dynamo.reset()
 
@@ -52,6 +53,11 @@ def compiled_in_part(model: Any, backend: str) -> tuple[Any, Any]:
     return model, None
 
 
+def compiled_by_its_forward(model: Any, backend: str) -> tuple[Any, Any]:
+    model[2].forward = torch.compile(model[2].forward, backend=backend)
+    return model, None
+
+
 @pytest.mark.parametrize(
     ("how", "backend", "functional"),
     [
@@ -63,6 +69,8 @@ def compiled_in_part(model: Any, backend: str) -> tuple[Any, Any]:
         (compiled_in_place, "aot_eager", False),
         (compiled_in_place_after, "eager", False),
         (compiled_in_part, "eager", False),
+        (compiled_by_its_forward, "eager", False),
+        (compiled_by_its_forward, "aot_eager", True),
     ],
 )
 def test_compiled_models(how: Callable[..., Any], backend: str, functional: bool) -> None:
@@ -76,6 +84,11 @@ def test_compiled_models(how: Callable[..., Any], backend: str, functional: bool
         actual = step(optimizer, [lambda: call(called(x), y)])
         # A compiled submodule carries its wrapper in its parameters' names.
         assert_same({name.replace("_orig_mod.", ""): block for name, block in actual.items()}, expected)
+    compiled = [
+        m for m in torch._dynamo.utils.get_compilation_metrics() if "/curvature/layers/" in (m.co_filename or "")
+    ]
+    # What records the uses of parameters is not compiled, but for the door to it.
+    assert {m.co_name for m in compiled} <= {"__torch_function__"}
 
 
 def test_models_that_ran_compiled_before_the_optimizer_was_made() -> None:
