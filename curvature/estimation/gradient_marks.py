@@ -98,6 +98,14 @@ def numbers(lengths: Lengths) -> dict[str, float]:
     return dict(zip(lengths, both.tolist(), strict=True))
 
 
+def proportional(now: Mapping[str, float], was: Mapping[str, float], rtol: float) -> bool:
+    """Whether some lengths are one multiple of others, as where gradients were clipped by their norm or unscaled."""
+    both = [(now[name], x) for name, x in was.items() if name in now]
+    ratios = [y / x for y, x in both if x]
+    appeared = any(y and not x for y, x in both)
+    return not appeared and (not ratios or not max(ratios) - min(ratios) > rtol * max(ratios))  # NaN is no sign
+
+
 def _sample(gradient: Tensor) -> Tensor:
     """Entries spread over a gradient, up to twice :data:`SAMPLE` of them; all of one that does not lie in one piece."""
     flat = _entries(gradient)

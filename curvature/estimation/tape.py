@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from curvature.estimation.followed_layer import FollowedLayer
-from curvature.estimation.gradient_marks import GradientMarks, Lengths, Marks, numbers
+from curvature.estimation.gradient_marks import GradientMarks, Lengths, Marks, numbers, proportional
 from curvature.estimation.passes import Pass, Reader, TapedLoss
 from curvature.estimation.recording import Recording
 from curvature.estimation.selection import selection
@@ -24,6 +24,7 @@ from curvature.estimation.unseen_losses import UnseenLosses, explained
 from curvature.losses.loss import called
 from curvature.model.backward_hooks import ours
 from curvature.model.data import Output, inspecting
+from curvature.model.graph_nodes import captured
 from curvature.model.hooks import At, Hook, OwnHook
 from curvature.model.trees import tensors_in
 
@@ -51,6 +52,8 @@ class Tape(Recording):
         reader: Computes statistics while gradients arrive.
         nonzero: Parameters under ``fully_shard`` with a gradient that is not zero in some process, where that is known.
         outside: Calls of the loss that no pass led to.
+        by_hand: What stands in ``p.grad`` is no multiple of what backward passes wrote, and there were others in the
+            step whose gradients somebody may have kept, or asked for by ``torch.autograd.grad``.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class Tape(Recording):
         self.reader: Reader | None = None
         self.nonzero: frozenset[str] | None = None
         self.outside: list[TapedLoss] = []
+        self.by_hand = False
         self._latest: Callable[[], Tensor | None] = lambda: None  # value of the last call of the loss
         self._task: int | None = None  # the user's backward pass under way
         self._unseen = UnseenLosses(self.loss_module)
@@ -81,6 +85,8 @@ class Tape(Recording):
         self._lengths: Lengths = {}  # likewise
         self._earlier: dict[str, float] = {}  # of when it began, if others of the step ended before
         self._weights: list[tuple[TapedLoss | Pass, Tensor | None]] = []  # likewise, of what it brought
+        self._for_parameters = False  # the one under way is torch.autograd.grad for some of them
+        self._dropped: set[TapedLoss | Pass] = set()  # losses of the step whose gradients came for parameters, and left
         self._followed: weakref.WeakSet[FollowedLayer] = weakref.WeakSet()
         self.attach()
 
@@ -105,6 +111,7 @@ class Tape(Recording):
         super().clear()
         self.outside, self._task, self._marks, self.nonzero = [], None, {}, None
         self._lengths, self._earlier, self._weights = {}, {}, []
+        self._dropped, self.by_hand = set(), False
 
     # Calls of the loss
 
@@ -224,6 +231,7 @@ class Tape(Recording):
             return
         self._earlier = self.settle()
         self._task, self._before = task, self._gradients.now()
+        self._for_parameters = captured(self.seen().values())
         if self.mode != "loss":
             self._unseen.look(self.passes, self.calls())
         ended = "_ended" if self.shards is None else "_nearly_ended"
@@ -240,7 +248,10 @@ class Tape(Recording):
         if task != self._task:
             return
         after = self._gradients.now()
+        brought: list[TapedLoss | Pass] = [call for call in self.calls() if call.arriving is not None]
+        brought = brought or [origin for origin in self.passes if origin.task == task]
         if after == self._before:  # torch.autograd.grad, for a penalty or an adversarial example
+            self._dropped.update(brought if self._for_parameters else ())
             self._abandon()
             return
         if self.reader is not None:
@@ -248,11 +259,11 @@ class Tape(Recording):
                 if self._unseen.left:
                     self._not_told()
                 written = {name for name, mark in after.items() if mark != self._before.get(name)}
-                known = [call for call in self.calls() if call.arriving is not None]
-                self.reader.keep(written, known or [origin for origin in self.passes if origin.task == task])
+                self.reader.keep(written, brought)
             except BaseException:
                 self._abandon()
                 raise
+        self._dropped.difference_update(brought)
         self._task, self._marks, self._lengths, self._weights = None, after, self._gradients.lengths(after), []
         for origin in self.passes:
             if origin.arriving is not None and (self.keeps_inputs or origin.again):
@@ -294,6 +305,8 @@ class Tape(Recording):
         gone = self._gradients.gone(self._marks, was, now, self.nonzero)
         if gone == self._marks.keys():
             self._marks = {}
+            left = [call for call in self.calls() if call.weight is not None]
+            self._dropped.update(left or [origin for origin in self.passes if origin.gradient is not None])
             for origin in self.passes:
                 origin.gradient = None
             for call in self.calls():
@@ -310,6 +323,9 @@ class Tape(Recording):
                 setattr(known, "weight" if isinstance(known, TapedLoss) else "gradient", weight)
             if self.reader is not None:
                 self.reader.take_back()
+        elif self._dropped and self.parallel is None:
+            eps = torch.finfo(next(iter(self.parameters().values())).dtype).eps
+            self.by_hand |= not proportional(now, was, eps**0.5)
         self._earlier = {}
         return {name: x for name, x in now.items() if x and name not in gone}
 

@@ -9,6 +9,7 @@ from functools import partial
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd import graph
 
@@ -66,6 +67,18 @@ def called_on() -> list[Any]:
     while frame is not None and frame.f_code is not graph._engine_run_backward.__code__:
         frame = frame.f_back
     return [] if frame is None else list(frame.f_locals["t_outputs"])
+
+
+def captured(parameters: Iterable[Tensor]) -> bool:
+    """Whether the backward pass under way is ``torch.autograd.grad`` with respect to some parameters."""
+    for p in parameters:
+        if p.requires_grad and p.is_leaf:
+            try:
+                if torch._C._will_engine_execute_node(graph.get_gradient_edge(p).node):
+                    return False
+            except RuntimeError as error:  # which torch raises for leaves that it is asked for
+                return "autograd.grad" in str(error)
+    return False
 
 
 @contextlib.contextmanager

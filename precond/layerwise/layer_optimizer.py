@@ -340,7 +340,7 @@ class LayerOptimizer(WithoutCurvature):
         if batches == 0:
             self._explain_missing(gradients)
             return False
-        self._warn_of_uncounted()
+        self._warn_of_the_loop()
         if self.shared is not None:
             bad = self.shared.commit(self, self.preconditioners, self.option("curvature_ema"))
         else:
@@ -355,7 +355,8 @@ class LayerOptimizer(WithoutCurvature):
             )
         return not bad
 
-    def _warn_of_uncounted(self) -> None:
+    def _warn_of_the_loop(self) -> None:
+        """Say once what the loop does that the curvature has no part of."""
         if "outside" not in self._reported and any(call.weight is not None for call in self.tape.outside):
             self._reported.add("outside")
             warnings.warn(
@@ -363,6 +364,17 @@ class LayerOptimizer(WithoutCurvature):
                 "method of it, or by its parts), where no use of a parameter is seen, so its curvature is left out. "
                 "Let forward compute it (forward(x, part='decode'), say), or leave it to the gradient alone by calling "
                 "a function in place of the loss module.",
+                UserWarning,
+                stacklevel=6,
+            )
+        if "by hand" not in self._reported and self.tape.by_hand:
+            self._reported.add("by hand")
+            warnings.warn(
+                f"{type(self).__name__}: what stands in p.grad was put together by hand, of gradients that were kept, "
+                "zeroed and added up or that torch.autograd.grad returned, and the curvature is that of the backward "
+                "passes alone that were not zeroed. Let backward() accumulate: (loss / n).backward() for each part, "
+                "with one zero_grad() before all. Or call backward() on the sum of the same losses last "
+                "(retain_graph=True before), and then write p.grad: C is that of the sum.",
                 UserWarning,
                 stacklevel=6,
             )
@@ -398,5 +410,6 @@ class LayerOptimizer(WithoutCurvature):
             )
             + "with gradients enabled; (b) it calls the loss module given to the optimizer, or backward() reaches the "
             "model's output (of several tensors, say which: loop=Loop(output=lambda result: result[0])); (c) step() is "
-            "called once per backward(). loop=Loop(capture='shadow') repeats the forward pass instead of watching it."
+            "called once per backward(), for which torch.autograd.grad does not stand. "
+            "loop=Loop(capture='shadow') repeats the forward pass instead of watching it."
         )

@@ -261,3 +261,85 @@ def test_a_part_of_the_loss_that_forward_did_not_compute_is_told_once() -> None:
     (optimizer.loss_fn(model(X), X) + optimizer.loss_fn(model.decode(X[:, :2]), X)).backward()
     optimizer.step()  # warnings are errors
     assert len(told) == 1
+
+
+def kept_and_added(model: nn.Module, optimizer: NaturalGradient) -> None:
+    total = [torch.zeros_like(p) for p in model.parameters()]
+    for i in range(0, 6, 2):
+        optimizer.zero_grad()
+        (MEAN(model(X[i : i + 2]), Y[i : i + 2]) / 3).backward()
+        for into, p in zip(total, model.parameters(), strict=True):
+            into += p.grad
+    for into, p in zip(total, model.parameters(), strict=True):
+        p.grad = into
+
+
+def half_by_autograd_grad(model: nn.Module, optimizer: NaturalGradient) -> None:
+    found = torch.autograd.grad(MEAN(model(X[:3]), Y[:3]) / 2, list(model.parameters()))
+    (MEAN(model(X[3:]), Y[3:]) / 2).backward()
+    for p, g in zip(model.parameters(), found, strict=True):
+        p.grad += g
+
+
+def accumulated(model: nn.Module, optimizer: NaturalGradient) -> None:
+    for i in range(0, 6, 2):
+        (MEAN(model(X[i : i + 2]), Y[i : i + 2]) / 3).backward()
+
+
+def the_sum_at_last(model: nn.Module, optimizer: NaturalGradient) -> None:
+    losses = [MEAN(z, y) / 2 for z, y in zip(model(X).chunk(2), Y.chunk(2), strict=True)]
+    losses[0].backward(retain_graph=True)
+    kept = [p.grad.clone() for p in model.parameters()]
+    optimizer.zero_grad()
+    sum(losses).backward()
+    for p, g in zip(model.parameters(), kept, strict=True):
+        p.grad = p.grad - 0.1 * g
+
+
+def clipped_after_a_dropped_batch(model: nn.Module, optimizer: NaturalGradient) -> None:
+    MEAN(model(10 * OTHER), Y).backward()
+    optimizer.zero_grad()
+    MEAN(model(X), Y).backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+
+
+def noisy(model: nn.Module, optimizer: NaturalGradient) -> None:
+    MEAN(model(X), Y).backward()
+    for p in model.parameters():
+        p.grad += torch.ones_like(p)
+
+
+def noisy_after_an_adversarial_example(model: nn.Module, optimizer: NaturalGradient) -> None:
+    x = X.clone().requires_grad_()
+    torch.autograd.grad(MEAN(model(x), Y), x)
+    noisy(model, optimizer)
+
+
+def penalized(model: nn.Module, optimizer: NaturalGradient) -> None:
+    loss = MEAN(model(X), Y)
+    found = torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
+    (loss + 0 * sum(g.square().sum() for g in found)).backward()
+
+
+@pytest.mark.parametrize(
+    "loop",
+    [
+        *(kept_and_added, half_by_autograd_grad, accumulated, the_sum_at_last, clipped_after_a_dropped_batch, noisy),
+        *(noisy_after_an_adversarial_example, penalized),
+    ],
+)
+def test_gradients_put_together_by_hand_are_told_once(loop: Callable[[nn.Module, NaturalGradient], None]) -> None:
+    model = mlp()
+    optimizer = watching(model)
+    if loop in (kept_and_added, half_by_autograd_grad):
+        loop(model, optimizer)
+        with pytest.warns(UserWarning, match="put together by hand"):
+            optimizer.step()
+        optimizer.zero_grad()
+        loop(model, optimizer)
+        optimizer.step()  # warnings are errors
+        return
+    loop(model, optimizer)
+    optimizer.step()
+    for block, layer in zip(learned(optimizer).values(), (model[0], model[2]), strict=True):
+        assert_block(block, layer, [(model(X), lambda z: MEAN(z, Y))])
