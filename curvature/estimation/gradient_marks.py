@@ -13,8 +13,8 @@ from curvature.model.fully_sharded import FullyShard, Mark, shard_of
 Marks = dict[str, Mark]
 #: Parameter -> length of a sample of its gradient, 0-d.
 Lengths = dict[str, Tensor]
-#: Entries in a sample.
-SAMPLE = 1024
+#: Entries in a sample: each is a look into memory that no cache has.
+SAMPLE = 128
 
 
 class GradientMarks:
@@ -46,17 +46,15 @@ class GradientMarks:
         found = {name: g for name in names if (g := self._gradient(name)) is not None}
         return dict(zip(found, torch._foreach_norm([_sample(g) for g in found.values()]), strict=True)) if found else {}
 
-    def gone(
-        self, marks: Marks, was: Mapping[str, float], now: Mapping[str, float], nonzero: Set[str] | None
-    ) -> set[str]:
+    def gone(self, marks: Marks, lengths: Lengths, now: Mapping[str, float], nonzero: Set[str] | None) -> set[str]:
         """The gradients that are not there any more: set to ``None`` or to zeros since.
 
         One that has been zero since it was written is there, unless every other one is gone.
 
         Args:
             marks: Of when they were written.
-            was: Lengths likewise.
-            now: The present ones.
+            lengths: Likewise.
+            now: The present lengths.
             nonzero: Parameters under ``fully_shard`` with a gradient that is not zero in some process, where known.
         """
         if self._shards is not None:
@@ -66,7 +64,8 @@ class GradientMarks:
         zero = {
             name for name, g in found.items() if g is not None and now.get(name) == 0 and not bool(_entries(g).any())
         }
-        gone = {name for name, g in found.items() if g is None or (name in zero and was.get(name, 0) != 0)}
+        was = numbers({name: lengths[name] for name in zero & lengths.keys()})
+        gone = {name for name, g in found.items() if g is None or was.get(name, 0) != 0}
         rest = marks.keys() - gone
         written = {name for name in rest & zero if marks[name] != _mark(self._parameters()[name].grad)}
         return set(marks) if written == rest else gone
@@ -115,7 +114,7 @@ def _sample(gradient: Tensor) -> Tensor:
 
 
 def _entries(gradient: Tensor) -> Tensor:
-    return (gradient._values() if gradient.is_sparse else gradient).detach()
+    return gradient._values() if gradient.is_sparse else gradient
 
 
 def _mark(gradient: Tensor | None) -> Mark:

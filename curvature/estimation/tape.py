@@ -301,8 +301,9 @@ class Tape(Recording):
         self._abandon()
         if not self._marks:
             return {}
-        now, was = numbers(self._gradients.lengths(self._marks)), numbers(self._lengths)
-        gone = self._gradients.gone(self._marks, was, now, self.nonzero)
+        now = numbers(self._gradients.lengths(self._marks))
+        was = numbers(self._lengths) if self._earlier or self._dropped else {}
+        gone = self._gradients.gone(self._marks, self._lengths, now, self.nonzero)
         if gone == self._marks.keys():
             self._marks = {}
             left = [call for call in self.calls() if call.weight is not None]
