@@ -256,6 +256,7 @@ class Statistics:
             self._step.lose(left, step)
         if known and all(one.brought and one.brought.isdisjoint(kept) for one in known):
             self._step = self._step.with_account_of(step)
+            self.collector.join(estimates)
             for one in known:
                 one.arriving = None
         for one in known:

@@ -129,6 +129,9 @@ class StepCollector(Collector):
             if not estimator.ready and (mark is None or name not in marks):
                 self.give_up({name})
 
+    def join(self, mark: Any) -> None:
+        """What was collected since a mark are further blocks of the losses before it, whose gradients came in parts."""
+
     def give_up(self, blocks: set[str]) -> None:
         for name in blocks:
             del self.estimators[name], self.operations[name], self.forms[name]
@@ -395,6 +398,9 @@ class WholeCollector(ApartCollector):
 
     def lose(self, blocks: Set[str], mark: Any = None) -> None:
         self.whole.lose(blocks, 0 if mark is None else mark[2])
+
+    def join(self, mark: Any) -> None:
+        self.whole.join(mark[2])
 
     def discard(self) -> None:
         self.whole.discard()

@@ -120,6 +120,15 @@ class WholeEstimator(CurvatureEstimator):
         for batch in self._batches[since:]:
             batch.roots = {block: roots for block, roots in batch.roots.items() if block.name not in blocks}
 
+    def join(self, since: int) -> None:
+        """The batches from one on bring further blocks of as many before: their rows belong together."""
+        first = 2 * since - len(self._batches)
+        earlier, later = self._batches[max(first, 0) : since], self._batches[since:]
+        if first >= 0 and all(a.roots.keys().isdisjoint(b.roots) for a, b in zip(earlier, later, strict=True)):
+            for a, b in zip(earlier, later, strict=True):
+                a.roots |= b.roots
+            del self._batches[since:]
+
     def receive(self, block: Block, samples: Samples) -> None:
         """Take the samples of a block."""
         batch = self._batches[-1]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from precond import KFAC, NaturalGradient
+from precond import KFAC, NaturalGradient, SMWNaturalGradient
 
 MEAN = nn.CrossEntropyLoss()
 with torch.random.fork_rng():
@@ -343,3 +343,16 @@ def test_gradients_put_together_by_hand_are_told_once(loop: Callable[[nn.Module,
     optimizer.step()
     for block, layer in zip(learned(optimizer).values(), (model[0], model[2]), strict=True):
         assert_block(block, layer, [(model(X), lambda z: MEAN(z, Y))])
+
+
+def test_gradients_that_come_in_parts_meet_where_one_matrix_spans_all_layers() -> None:
+    moved = []
+    for parts in ([[0, 2]], [[2], [0]]):
+        model = mlp()
+        optimizer = SMWNaturalGradient(model, MEAN, lr=0.1, fisher="exact")
+        loss = MEAN(model(X), Y)
+        for part in parts:
+            loss.backward(inputs=[p for i in part for p in model[i].parameters()], retain_graph=True)
+        optimizer.step()
+        moved.append(list(model.parameters()))
+    torch.testing.assert_close(*moved)
