@@ -114,7 +114,7 @@ def _sample(gradient: Tensor) -> Tensor:
 
 
 def _entries(gradient: Tensor) -> Tensor:
-    return gradient._values() if gradient.is_sparse else gradient
+    return gradient.coalesce().values() if gradient.is_sparse else gradient
 
 
 def _mark(gradient: Tensor | None) -> Mark:

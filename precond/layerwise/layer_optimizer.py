@@ -367,7 +367,7 @@ class LayerOptimizer(WithoutCurvature):
                 UserWarning,
                 stacklevel=6,
             )
-        if "by hand" not in self._reported and self.tape.by_hand:
+        if "by hand" not in self._reported and self.tape.by_hand and self.shared is None:  # which averages gradients
             self._reported.add("by hand")
             warnings.warn(
                 f"{type(self).__name__}: what stands in p.grad was put together by hand, of gradients that were kept, "
