@@ -14,7 +14,14 @@ from curvature.estimation.tape import Tape
 from curvature.losses import AutogradLoss, BatchDim, Loss, NoCurvatureError, Terms, UnknownLossError, loss_for
 from curvature.losses.signals import FisherKind, Signals
 from curvature.model.data import refuse_complex
+from curvature.model.graph_nodes import below
 from curvature.model.parameters import Parameters
+
+#: Beginnings of the names of nodes that save no tensors: they move entries.
+_MOVES = (
+    *("Slice", "Select", "Split", "Unbind", "View", "UnsafeView", "ReshapeAlias", "Alias", "Transpose", "Permute"),
+    *("Squeeze", "Unsqueeze", "Clone", "TBackward", "Narrow", "Expand", "Cat", "Stack"),
+)
 
 
 class CalledLosses:
@@ -98,6 +105,9 @@ def is_gathered(passes: list[Pass], call: TapedLoss) -> bool:
     heard = not others and origin.at_output is not None and isinstance(whole, Tensor) and not call.whole
     if not heard or not isinstance(call.output, Tensor) or not whole.requires_grad or whole.grad_fn is not origin.end:
         return False
+    between = below([call.output.grad_fn], {origin.end}.__contains__)
+    if not all(node is origin.end or node.name().startswith(_MOVES) for node in between):
+        return False  # whose saved tensors are gone once the gradient has passed
     return len([one for one in call.passes if one.recorder is not None]) == 1
 
 
