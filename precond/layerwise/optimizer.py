@@ -154,8 +154,6 @@ class PreconditionedOptimizer(RefreshingOptimizer):
             refuse_unjudged(type(self).__name__, step_size, damping_rule, damping, maximize)
         if step_size is not None:
             step_size.refuse_beside(type(self).__name__, self.given, momentum, kl_clip)
-        if adaptive_rate is not None:
-            refuse_unfollowed(type(self).__name__, step_size, momentum)
         damping_unit = "loss" if isinstance(damping, LossDamping) else "curvature"
         if isinstance(damping, LossDamping):
             if step_size is not None or damping_rule is not None or self.absolute_damping:
@@ -208,7 +206,7 @@ class PreconditionedOptimizer(RefreshingOptimizer):
                 **({} if step_size is None else self._of_the_model()),
                 "damping": float(damping.strength) if isinstance(damping, Damping) else damping,
                 "damping_unit": damping_unit,
-                **in_groups({"adaptive_rate": adaptive_rate}),
+                **({} if adaptive_rate is None else in_groups({"adaptive_rate": adaptive_rate})),
                 "curvature_ema": curvature_ema,
                 "curvature_update_period": curvature_update_period,
                 "inverse_update_period": refresh.period,
@@ -261,6 +259,13 @@ class PreconditionedOptimizer(RefreshingOptimizer):
                 f"damping must be positive: the matrix that {type(self).__name__} inverts is singular. Got "
                 f"{options['damping']}."
             )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        with self.transaction():
+            super().add_param_group(param_group)
+            group = self.param_groups[-1]
+            if is_adaptive(group):
+                refuse_unfollowed(type(self).__name__, self.step_size, group, "momentum" in self.schedules[-1])
 
     def on_skip(self) -> None:
         if self._step_model is not None:

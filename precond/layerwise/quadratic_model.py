@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from precond.step.adapt import LevenbergMarquardt
-from precond.step.options import Momentum, TrustRegion
+from precond.step.options import TrustRegion
 from precond.step.options import period as check_period
 from solvers import Damping
 from solvers.outcome.arguments import fields_of
@@ -128,13 +128,14 @@ def refuse_unjudged(
         raise ValueError("step_size and damping_rule minimise: maximize=True has no meaning for them. Negate the loss.")
 
 
-def refuse_unfollowed(me: str, step_size: QuadraticModel | None, momentum: Any) -> None:
-    """Refuse rates that learn where there is nothing to learn from, or nobody who would hear.
+def refuse_unfollowed(me: str, step_size: QuadraticModel | None, group: Mapping[str, Any], scheduled: bool) -> None:
+    """Refuse rates of a group that learn where there is nothing to learn from, or nobody who would hear.
 
     Args:
         me: The method.
         step_size: Chooses learning rate and momentum.
-        momentum: As it was given.
+        group: The options.
+        scheduled: Whether its momentum is a function of the step count.
 
     Raises:
         ValueError: Naming the option, and what to give in its place.
@@ -144,8 +145,7 @@ def refuse_unfollowed(me: str, step_size: QuadraticModel | None, momentum: Any) 
             f"{me}: adaptive_rate has no effect with step_size=QuadraticModel(), which finds the length of each step "
             "itself. Give one of them."
         )
-    strength = momentum.strength if isinstance(momentum, Momentum) else momentum
-    if not callable(strength) and not strength:
+    if not group["momentum"] and not scheduled:
         raise ValueError(
             f"{me}: adaptive_rate follows the slope along the momentum, and there is none. Give it momentum, such as "
             "Momentum(0.9, nesterov=True)."

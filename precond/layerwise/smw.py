@@ -14,6 +14,7 @@ from curvature.structures.whole import WholeFisher
 from precond.layerwise.blocks.preconditioner import Preconditioner
 from precond.layerwise.method import LayerwiseOptions
 from precond.layerwise.whole import WholeModelOptimizer
+from precond.step.adaptive_rate import is_adaptive
 from precond.step.methods import Taxonomy
 from precond.step.options import WHOLE_REGION, Momentum, Refresh, TrustRegion
 from precond.step.schedules import Scheduled, ScheduledInt
@@ -111,11 +112,6 @@ class SMWNaturalGradient(WholeModelOptimizer):
         number("spring", spring)
         if not 0 <= spring < 1:
             raise ValueError(f"spring is the weight of the previous step, in [0, 1); got {spring}.")
-        if spring and options.get("adaptive_rate") is not None:
-            raise ValueError(
-                "SMWNaturalGradient: adaptive_rate follows the slope along the momentum, and with spring= a direction "
-                "holds the last one itself. Give one of them."
-            )
         self.spring = spring
         curvature = self.curvature_with(structure, fisher, default="dense")
         if isinstance(curvature, WholeFisher):
@@ -134,6 +130,15 @@ class SMWNaturalGradient(WholeModelOptimizer):
             inverse_update_period=inverse_update_period,
             **options,
         )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        with self.transaction():
+            super().add_param_group(param_group)
+            if self.spring and is_adaptive(self.param_groups[-1]):
+                raise ValueError(
+                    "SMWNaturalGradient: adaptive_rate follows the slope along the momentum, and with spring= a "
+                    "direction holds the last one itself. Give one of them."
+                )
 
     def images(self, directions: dict[Tensor, Tensor], gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         if not self.spring:

@@ -13,6 +13,7 @@ from curvature.model.wrappers import unwrapped
 from precond.layerwise.adam_step import SQUARES, AdamStep
 from precond.step.adaptive_rate import is_adaptive
 from precond.step.base import SecondOrderOptimizer
+from solvers.precision import working_dtype
 
 
 class WithoutCurvature(SecondOrderOptimizer):
@@ -82,7 +83,7 @@ class WithoutCurvature(SecondOrderOptimizer):
         step = self.adam_steps.get(p)
         if step is not None:
             return step.begin(p)
-        return {"rate": torch.ones((), dtype=p.dtype, device=p.device)} if is_adaptive(group) else {}
+        return {"rate": torch.ones((), dtype=working_dtype(p), device=p.device)} if is_adaptive(group) else {}
 
     def expected_state(self, p: Tensor, options: dict[str, Any]) -> Mapping[str, Any] | None:
         return self.first_state(p, options) or None

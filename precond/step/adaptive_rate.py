@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from solvers.outcome.arguments import number
+from solvers.precision import working_dtype
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,10 @@ class AdaptiveRate:
     Costs one inner product and the memory of one direction for each parameter.
 
     Methods that learn from layers follow their momentum, which holds the last directions, in place of
-    :math:`d_{t-1}`: it is there anyway, and ``kl_clip`` takes the same products, so it costs nothing. The factor
-    multiplies the move, and what ``kl_clip`` lets pass goes with its square, as with that of the learning rate. The
-    momentum itself, weight decay, and parameters that take :class:`~precond.AdamStep` do not feel it.
+    :math:`d_{t-1}`: it is there anyway, and ``kl_clip`` takes the same products, so that without a bound these come on
+    top. The factor multiplies the move, and what ``kl_clip`` lets pass goes with its square, as with that of the
+    learning rate. The momentum itself, weight decay, parameters that take :class:`~precond.AdamStep`, and the half of
+    a step that ``precondition()`` is do not feel it.
 
     Args:
         growth: c, above 1. A factor of ten takes ``log(10) / log(growth)`` steps, 24 at 1.1.
@@ -84,8 +86,8 @@ def rate_entries(given: Any) -> dict[str, Any]:
     """
     if not (given is None or isinstance(given, AdaptiveRate)):
         raise TypeError(
-            "adaptive_rate is an AdaptiveRate(growth, least, most), None for the group's lr, or 'auto', which is one "
-            f"of the two by whether an lr was given; got {given!r}."
+            "adaptive_rate is an AdaptiveRate(growth, least, most), None for the group's lr, or for methods that use "
+            f"gradients alone 'auto', which is one of the two by whether an lr was given; got {given!r}."
         )
     return dict(CONSTANT) if given is None else given.in_groups()
 
@@ -149,27 +151,27 @@ def followed(
         The factor of each move: numbers of Python where the parameters lie in the memory of the processor, 0-d
         elsewhere.
     """
-    group_of = {p: group for group in groups if is_adaptive(group) for p in group["params"]}
-    places = [i for i, p in enumerate(params) if p in group_of]
-    if not places:
-        return {}
-    own = [group_of[params[i]] for i in places]
-
-    def column(number: Callable[[dict[str, Any]], float]) -> Tensor:
-        return slopes.new_tensor([number(group) for group in own])
-
-    moved = slopes[places] * column(lambda group: -1.0 if group["maximize"] else 1.0)  # v is what moves take off
-    known = [states[params[i]].get("rate", moved.new_ones(())).to(moved) for i in places]
-    most = column(lambda group: group["rate_most"])
-    signs = (moved > 0).to(moved) - (moved < 0).to(moved)  # 0 for what has overflowed to NaN, and without a momentum
-    weight = torch.stack([torch.as_tensor(_weight(group), dtype=moved.dtype, device=moved.device) for group in own])
-    rates = torch.stack(known) * column(lambda group: group["rate_growth"]) ** (weight * signs)
-    rates = rates.clamp(1 / most, most)
-    for i, rate in zip(places, rates.unbind(), strict=True):
-        states[params[i]]["rate"] = rate.to(params[i].dtype)
-    applied = rates.clamp(min=column(lambda group: group["rate_least"]))
-    numbers = applied.tolist() if applied.device.type == "cpu" else applied.unbind()
-    return {params[i]: number for i, number in zip(places, numbers, strict=True)}
+    place = {p: i for i, p in enumerate(params)}
+    out: dict[Tensor, Any] = {}
+    for group in groups:
+        own = [p for p in group["params"] if p in place] if is_adaptive(group) else []
+        if not own:
+            continue
+        some = slopes[[place[p] for p in own]] if len(own) < len(params) else slopes
+        known = [states[p].get("rate") for p in own]
+        rates = torch.stack([some.new_ones(()) if rate is None else rate.to(some) for rate in known])
+        if group["momentum"]:
+            along = (some > 0).to(some) - (some < 0).to(
+                some
+            )  # 0 for what has overflowed to NaN, and without a momentum
+            weight = _weight(group)
+            growth = group["rate_growth"] ** (-weight if group["maximize"] else weight)  # v is what moves take off
+            rates = (rates * growth**along).clamp(1 / group["rate_most"], group["rate_most"])
+        for p, rate in zip(own, rates.unbind(), strict=True):
+            states[p]["rate"] = rate.to(working_dtype(p))
+        applied = rates.clamp(min=group["rate_least"])
+        out |= zip(own, applied.tolist() if applied.device.type == "cpu" else applied.unbind(), strict=True)
+    return out
 
 
 def _weight(group: dict[str, Any]) -> float | Tensor:

@@ -192,8 +192,9 @@ class TrustRegion:
             \rangle` before momentum, which may exceed it up to :math:`(1 - \mu)^{-2}` times.
 
         unit: ``"curvature"`` for a bound as above; ``"loss"`` for c times the level of the loss
-            (:class:`~precond.step.loss_level.LossLevel`): the share of the loss that a move may change. It follows
-            the scale of targets and of reductions by itself. Of methods that see the loss: the layer-based ones.
+            (:class:`~precond.step.loss_level.LossLevel`), an average over some ten steps: the share of it that a move
+            may change, which is more of a loss that falls fast. It follows the scale of targets and of reductions by
+            itself. Of methods that see the loss: the layer-based ones.
 
     Raises:
         ValueError: If a value is out of range.

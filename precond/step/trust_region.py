@@ -297,8 +297,14 @@ def _bounded(
     dd = scale * scale * d
     present = row(lambda group: float(group["lr"]) ** 2)
     if rates_after:
-        each = [torch.as_tensor(rates_after.get(p, 1.0), dtype=like.dtype, device=like.device) for p in slopes.params]
-        present = present * _row(torch.stack(each)) ** 2
+        each = [rates_after.get(p, 1.0) for p in slopes.params]
+        numbers = [x for x in each if not isinstance(x, Tensor)]
+        column = (
+            like.new_tensor(numbers)
+            if len(numbers) == len(each)
+            else torch.stack([x.to(like) if isinstance(x, Tensor) else like.new_ones(()) for x in each])
+        )
+        present = present * _row(column) ** 2
     m = row(lambda group: float(group["momentum"]))
     strengths = [group["momentum"] for group in own]
     if not any(strengths) or any(group["kl_of"] == "direction" for group in groups):

@@ -72,7 +72,7 @@ def apply_update(
     shortened: Tensor | float = 1.0,
     rates: Sequence[Tensor | float] = (),
 ) -> list[Tensor]:
-    r"""Momentum, weight decay and the values that parameters are to take, in the arithmetic of ``torch.optim.SGD``.
+    r"""Momentum, weight decay and the values that parameters are to take: those of ``torch.optim.SGD``, up to rounding.
 
     .. math:: v \leftarrow \mu v + \nu_d d, \qquad p \leftarrow (1 - r) p - \eta \nu v
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from solvers.operators.bases import Derived, SelfAdjoint
 from solvers.operators.decompositions import eigenvalues
@@ -111,6 +112,10 @@ class CholeskyInverse(SelfAdjoint, Derived):
 
     def to_explicit(self) -> Dense:
         """The inverse as a matrix, exactly symmetric."""
+        if _has_tangent(self.factor):  # which that of torch's inverse is wrong for
+            eye = torch.eye(self.factor.shape[-1], dtype=self.factor.dtype, device=self.factor.device)
+            half = torch.linalg.solve_triangular(self.factor, eye.expand_as(self.factor), upper=False)
+            return Dense(symmetric_part(half.mT @ half), is_gram=True)
         if self.factor.device.type == "cpu":
             # L lies in rows, so L^T in the columns that LAPACK takes. It computes one triangle and torch copies it:
             # symmetric to the last bit here, made so elsewhere.
@@ -161,17 +166,22 @@ def _triangle(matrix: Tensor) -> tuple[Tensor, Tensor]:
     upper, infos = matrix.new_empty(n, n).mT, []
     for start in range(0, n, _BLOCK):
         end = min(start + _BLOCK, n)
-        rows = matrix[start:, start:end].mT
+        columns = matrix[start:, start:end]
         if start:
             known = upper[:start, start:]
-            work = matrix.new_empty(n - start, end - start).mT
-            rows = torch.addmm(rows, known[:, : end - start].mT, known, alpha=-1, out=work)
+            columns = torch.addmm(columns, known.mT, known[:, : end - start], alpha=-1)
+        rows = columns.mT
         block, info = torch.linalg.cholesky_ex(rows[:, : end - start])
         upper[start:end, start:end] = block.mT
         upper[end:, start:end] = 0
         upper[start:end, end:] = torch.linalg.solve_triangular(block, rows[:, end - start :], upper=False)
         infos.append(info)
     return upper.mT, torch.stack(infos).amax()
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    """Whether a derivative is taken forwards through a tensor."""
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def _failure(op: Dense, matrix: Tensor) -> SolverError:

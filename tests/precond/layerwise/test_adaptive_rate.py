@@ -20,6 +20,7 @@ from precond import (
     SMWNaturalGradient,
     TrustRegion,
 )
+from precond.step.adaptive_rate import followed
 
 STEPS = 10
 RATE = AdaptiveRate(1.5, least=1.0, most=4.0)
@@ -91,9 +92,10 @@ def test_a_move_is_that_of_the_plain_method_times_its_factor(make, clip, rate):
     ours, last, _, _ = run(1, model, adaptive, STEPS - 1)
     theirs, _, _, _ = run(1, plain_model, plain, STEPS - 1)
     factors = factors_of(slopes + last, rate)
-    for f, p, a, b in zip(factors[-1], model.parameters(), ours[0], theirs[0], strict=True):
+    for f, a, b in zip(factors[-1], ours[0], theirs[0], strict=True):
         torch.testing.assert_close(a, f * b, rtol=1e-9, atol=1e-14)
-        assert adaptive.state[p]["rate"] == pytest.approx(f) or f == rate.least
+    unbounded = factors_of(slopes + last, AdaptiveRate(rate.growth, 1e-9, rate.most))[-1]
+    assert [float(adaptive.state[p]["rate"]) for p in model.parameters()] == pytest.approx(unbounded)
     assert len({round(f, 9) for row in factors for f in row}) > 3
 
 
@@ -135,8 +137,7 @@ def test_a_resumed_run_goes_on_bit_for_bit_and_an_older_one_at_its_own_rate():
     assert all(torch.equal(a, b) for x, y in zip(first, second, strict=True) for a, b in zip(x, y, strict=True))
     _, _, old, model = run(4)
     saved = old.state_dict()
-    for name in ("rate_growth", "rate_least", "rate_most"):
-        del saved["param_groups"][0][name]
+    assert "rate_growth" not in saved["param_groups"][0]
     new = KFAC(model, nn.CrossEntropyLoss(), fisher="exact", lr=0.1, adaptive_rate=RATE)
     new.load_state_dict(saved)
     run(1, model, new, 4)
@@ -151,10 +152,42 @@ def test_what_it_cannot_follow_is_refused_and_adams_steps_do_not_feel_it():
         KFAC(model, loss_fn, step_size=QuadraticModel(), adaptive_rate=RATE)
     with pytest.raises(ValueError, match="holds the last one itself"):
         SMWNaturalGradient(model, loss_fn, lr=0.1, spring=0.5, momentum=0.5, adaptive_rate=RATE)
+    quiet = [{"params": model[0].parameters(), "momentum": 0.0}, {"params": model[2].parameters()}]
+    with pytest.raises(ValueError, match="there is none"):
+        KFAC(model, loss_fn, params=quiet, adaptive_rate=RATE)
+    own = [{"params": list(model[0].parameters()), "adaptive_rate": RATE}, {"params": list(model[2].parameters())}]
+    with pytest.raises(ValueError, match="no effect with step_size"):
+        KFAC(model, loss_fn, step_size=QuadraticModel(), params=own)
+    run(3, model, optimizer := KFAC(model, loss_fn, params=own))
+    assert "rate" in optimizer.state[model[0].weight] and "rate" not in optimizer.state[model[2].weight]
     first = model[0].weight, model[0].bias
     optimizer = KFAC(model, loss_fn, structures={"0": AdamStep()}, adaptive_rate=RATE)
     run(4, model, optimizer)
     assert all("rate" not in optimizer.state[p] for p in first) and "rate" in optimizer.state[model[2].weight]
+
+
+def test_a_momentum_that_has_ended_and_half_precision_lead_nowhere():
+    model = network()
+    optimizer = KFAC(
+        model, nn.CrossEntropyLoss(), fisher="exact", momentum=lambda k: 0.9 if k < 4 else 0.0, adaptive_rate=RATE
+    )
+    run(4, model, optimizer)
+    before = [float(optimizer.state[p]["rate"]) for p in model.parameters()]
+    run(3, model, optimizer, 4)
+    assert before == [float(optimizer.state[p]["rate"]) for p in model.parameters()]
+    p = nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
+    group = {
+        "params": [p],
+        "lr": 0.02,
+        "first_lr": 1.0,
+        "momentum": 0.9,
+        "maximize": False,
+        **AdaptiveRate().in_groups(),
+    }
+    state: dict[str, Tensor] = {}
+    for _ in range(60):
+        followed([p], torch.ones(1, dtype=torch.float64), {p: state}, [group])
+    assert float(state["rate"]) == pytest.approx(1.1 ** (60 * 0.02), rel=1e-5)
 
 
 def test_a_scheduler_that_ends_leaves_the_factors_as_they_are():

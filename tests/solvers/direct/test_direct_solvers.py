@@ -312,3 +312,17 @@ def test_the_half_of_a_cholesky_inverse_is_a_root_of_what_was_inverted(shape):
     x = torch.randn(*shape, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     half = inverse.half(x)
     torch.testing.assert_close(half.mT @ half, x.mT @ matrix @ x)
+
+
+@pytest.mark.parametrize("explicit", [True, False])
+@pytest.mark.parametrize("size", [6, 448])  # at once, and by blocks
+def test_a_cholesky_inverse_is_differentiated_forwards(size: int, explicit: bool) -> None:
+    A, T = positive(size), symmetric(size)
+    ones = torch.ones(size, dtype=A.dtype)
+
+    def total(matrix: Tensor) -> Tensor:
+        return (solvers.Cholesky(explicit=explicit).power(solvers.Dense(matrix), -1) @ ones).sum()
+
+    _, found = torch.func.jvp(total, (A,), (T,))
+    solution = torch.linalg.solve(A, ones)
+    torch.testing.assert_close(found, -(solution @ T @ solution), rtol=1e-9, atol=0)
