@@ -14,14 +14,8 @@ from curvature.estimation.tape import Tape
 from curvature.losses import AutogradLoss, BatchDim, Loss, NoCurvatureError, Terms, UnknownLossError, loss_for
 from curvature.losses.signals import FisherKind, Signals
 from curvature.model.data import refuse_complex
-from curvature.model.graph_nodes import below
+from curvature.model.graph_nodes import only_moves
 from curvature.model.parameters import Parameters
-
-#: Beginnings of the names of nodes that save no tensors: they move entries.
-_MOVES = (
-    *("Slice", "Select", "Split", "Unbind", "View", "UnsafeView", "ReshapeAlias", "Alias", "Transpose", "Permute"),
-    *("Squeeze", "Unsqueeze", "Clone", "TBackward", "Narrow", "Expand", "Cat", "Stack"),
-)
 
 
 class CalledLosses:
@@ -69,7 +63,9 @@ class CalledLosses:
     def others_aggregated(self, passes: list[Pass], calls: list[TapedLoss], parameters: Parameters) -> bool:
         """Whether all other losses of some passes at which gradients may arrive have one term for each example."""
         others = dict.fromkeys(c for origin in passes for c in origin.calls if c not in calls)
-        reached = (other for other in others if other.weight is not None or other.alive() is not None)
+        reached = [other for other in others if other.weight is not None or other.alive() is not None]
+        if any(_more_than_the_examples([one, *(o for o in reached if o.place == one.place)]) for one in calls):
+            return False
         return all(self._aggregated(other, parameters) for other in reached)
 
     def _aggregated(self, call: TapedLoss, parameters: Parameters) -> bool:
@@ -86,6 +82,13 @@ class CalledLosses:
                 terms = in_their_places(terms, call.passes, self._batch_dim)
                 call.aggregated = Signals.of(terms, self._kind, batch=number, together=True).aggregated
         return call.aggregated is not False
+
+
+def _more_than_the_examples(parts: list[TapedLoss]) -> bool:
+    """Whether calls on parts of one output see more rows than there are examples: some have several terms."""
+    batch = next((o.recorder.batch for one in parts for o in one.passes if o.recorder is not None), None)
+    rows = [len(one.output) for one in parts if isinstance(one.output, Tensor) and one.output.dim()]
+    return len(parts) > 1 and batch is not None and sum(rows) > batch
 
 
 def weighed(terms: Terms, gradient: Tensor) -> Terms:
@@ -105,9 +108,8 @@ def is_gathered(passes: list[Pass], call: TapedLoss) -> bool:
     heard = not others and origin.at_output is not None and isinstance(whole, Tensor) and not call.whole
     if not heard or not isinstance(call.output, Tensor) or not whole.requires_grad or whole.grad_fn is not origin.end:
         return False
-    between = below([call.output.grad_fn], {origin.end}.__contains__)
-    if not all(node is origin.end or node.name().startswith(_MOVES) for node in between):
-        return False  # whose saved tensors are gone once the gradient has passed
+    if not only_moves(call.output.grad_fn, {origin.end}):
+        return False  # the saved tensors between are gone once the gradient has passed
     return len([one for one in call.passes if one.recorder is not None]) == 1
 
 

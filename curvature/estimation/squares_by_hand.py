@@ -44,8 +44,10 @@ def _below(node: Any, ends: Set[Any], so_far: Square) -> Iterator[Square]:
     name, arguments = node.name(), [before for before, _ in node.next_functions if before is not None]
     shape, weight, alone = tuple(node._input_metadata[0].shape), so_far.weight, so_far.alone
     power = name.startswith("Pow") and node._saved_exponent == 2
-    if power or (name.startswith("Mul") and len(arguments) == 2 and arguments[0] is arguments[1]):
-        if _is_difference(arguments[0], ends):
+    if power or (name.startswith("Mul") and len(arguments) == 2):
+        # A product of two differences has the curvature of a square, but not its value.
+        told = power or arguments[0] is arguments[1] or weight is not None
+        if told and all(_is_difference(argument, ends) for argument in arguments):
             yield Square(node, weight, alone)
     elif name.startswith("Mean"):
         ratio = prod(shape) / max(1, node._saved_self_sym_numel)
@@ -62,7 +64,7 @@ def _below(node: Any, ends: Set[Any], so_far: Square) -> Iterator[Square]:
 
 
 def _is_difference(node: Any, ends: Set[Any]) -> bool:
-    """Whether something is an output, or rows picked from it, less what does not depend on the model."""
+    """Whether something is an output, or rows picked from it once, less what does not depend on the model."""
     picked = False
     while node not in ends:
         name, arguments = node.name(), [before for before, _ in node.next_functions if before is not None]
@@ -70,7 +72,11 @@ def _is_difference(node: Any, ends: Set[Any]) -> bool:
             ("Sub", "Rsub", "Add", *_PLAIN, *_MOVED, "Slice", "Select", "Index")
         ):
             return False
-        if name.startswith(("Slice", "Select", "Index")):
+        if name.startswith(("Sub", "Rsub", "Add")) and _size(arguments[0], node) != prod(node._input_metadata[0].shape):
+            return False  # entries count several times
+        if name.startswith("Index"):
+            return False  # some perhaps twice
+        if name.startswith(("Slice", "Select")):
             picked = True
             if not _picks_rows(node):
                 return False
@@ -78,6 +84,12 @@ def _is_difference(node: Any, ends: Set[Any]) -> bool:
             return False  # moved before they are picked, the numbers of a row may be any
         node = arguments[0]
     return True
+
+
+def _size(before: Any, node: Any) -> int:
+    """Number of entries that an argument of a node has."""
+    edges = [number for one, number in node.next_functions if one is before]
+    return prod(before._input_metadata[edges[0]].shape)
 
 
 def _picks_rows(node: Any) -> bool:

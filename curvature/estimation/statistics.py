@@ -181,7 +181,8 @@ class Statistics:
         if others and share.factor is not None and self.curvature.kind != "empirical" and is_gathered(passes, call):
             with self.tape.own_pass(passes, call.output):
                 placed = in_their_places(terms, passes, self.batch_dim)
-            if type(placed) is PickedTerms:
+            found = self._gathered.get(origin, [])
+            if type(placed) is PickedTerms and (not found or found[0][1].mask.shape == placed.mask.shape):
                 self._gathered.setdefault(origin, []).append((share.factor, placed, call))
                 return
             terms = placed

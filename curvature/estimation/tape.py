@@ -251,7 +251,8 @@ class Tape(Recording):
         brought: list[TapedLoss | Pass] = [call for call in self.calls() if call.arriving is not None]
         brought = brought or [origin for origin in self.passes if origin.task == task]
         if after == self._before:  # torch.autograd.grad, for a penalty or an adversarial example
-            self._dropped.update(brought if self._for_parameters else ())
+            kept = brought if self._for_parameters else []
+            self._dropped.update(one for one in kept if not _is_of_inputs(one))
             self._abandon()
             return
         if self.reader is not None:
@@ -307,7 +308,8 @@ class Tape(Recording):
         if gone == self._marks.keys():
             self._marks = {}
             left = [call for call in self.calls() if call.weight is not None]
-            self._dropped.update(left or [origin for origin in self.passes if origin.gradient is not None])
+            found: list[TapedLoss | Pass] = [*left] or [o for o in self.passes if o.gradient is not None]
+            self._dropped.update(one for one in found if not _is_of_inputs(one))
             for origin in self.passes:
                 origin.gradient = None
             for call in self.calls():
@@ -325,7 +327,7 @@ class Tape(Recording):
             if self.reader is not None:
                 self.reader.take_back()
         elif self._dropped and self.parallel is None:
-            eps = torch.finfo(next(iter(self.parameters().values())).dtype).eps
+            eps = max(torch.finfo(p.dtype).eps for p in self.parameters().values())
             self.by_hand |= not proportional(now, was, eps**0.5)
         self._earlier = {}
         return {name: x for name, x in now.items() if x and name not in gone}
@@ -352,3 +354,9 @@ def _first(tensor: Tensor, hook: OwnHook) -> Any:
     handle = ours(tensor.register_hook(hook))
     tensor._backward_hooks.update(before)  # type: ignore[union-attr]  # there is one
     return handle
+
+
+def _is_of_inputs(one: TapedLoss | Pass) -> bool:
+    """Whether gradients of inputs were asked for: an adversarial example, or the step of a generator."""
+    passes = one.passes if isinstance(one, TapedLoss) else [one]
+    return any(t.requires_grad for origin in passes for t in tensors_in(origin.inputs))

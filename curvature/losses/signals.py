@@ -282,5 +282,9 @@ class GatheredSignals(JointSignals):
     def mask(self) -> Tensor:
         return torch.stack([part.mask for part in self.parts]).any(0)
 
+    @cached_property
+    def one_term_each(self) -> bool:
+        return bool((self.mask.sum(-1) <= 1).all())  # of all parts together: one at each step of time is many
+
     def probes(self) -> list[tuple[Tensor, Tensor]]:
         return [] if bool(self.mask.all()) else [(self.mask, self.probe())]

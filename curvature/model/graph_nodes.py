@@ -13,6 +13,12 @@ import torch
 from torch import Tensor
 from torch.autograd import graph
 
+#: Beginnings of the names of nodes that save no tensors: they move entries.
+_MOVES = (
+    *("Slice", "Select", "Split", "Unbind", "View", "UnsafeView", "ReshapeAlias", "Alias", "Transpose", "Permute"),
+    *("Squeeze", "Unsqueeze", "Clone", "TBackward", "Narrow", "Expand", "Cat", "Stack"),
+)
+
 
 def nodes(tensors: Iterable[Tensor], until: Container[Any] = ()) -> Iterator[Any]:
     """Every node of the graph that leads to some tensors, once.
@@ -54,6 +60,12 @@ def only_way(value: Any, output: Any, targets: Set[Any]) -> bool:
         return False
     others = before - {value} | set(below([value], {output}.__contains__)) - {output}
     return targets.isdisjoint(others) and output not in before - {value}
+
+
+def only_moves(start: Any, ends: Set[Any] = frozenset()) -> bool:
+    """Whether a node gets the entries of some others, or of leaves, in other places and not changed."""
+    between = (node for node in below([start], ends.__contains__) if node not in ends)
+    return all(node.name().startswith((*_MOVES, "torch::autograd::AccumulateGrad")) for node in between)
 
 
 def node_of(root: Any) -> Any:

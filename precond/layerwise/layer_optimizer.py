@@ -16,6 +16,7 @@ from curvature.estimation.statistics import Statistics
 from curvature.estimation.step_collector import StepCollector
 from curvature.estimation.tape import Tape
 from curvature.model.fully_sharded import named_parameters
+from curvature.model.graph_nodes import only_moves
 from curvature.model.parameters import Parameters, SeenParameters
 from curvature.model.synchronized import refuse_synchronized, world_size
 from curvature.model.wrappers import unwrapped
@@ -357,7 +358,8 @@ class LayerOptimizer(WithoutCurvature):
 
     def _warn_of_the_loop(self) -> None:
         """Say once what the loop does that the curvature has no part of."""
-        if "outside" not in self._reported and any(call.weight is not None for call in self.tape.outside):
+        outside = (c for c in self.tape.outside if c.weight is not None and isinstance(c.output, Tensor))
+        if "outside" not in self._reported and any(not only_moves(c.output.grad_fn) for c in outside):  # not of weights
             self._reported.add("outside")
             warnings.warn(
                 f"{type(self).__name__}: a part of the loss was computed by the model without its forward (by another "

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from curvature.estimation.step_collector import StepCollector
-from precond import Loop, NaturalGradient
+from precond import KFAC, Loop, NaturalGradient
 from tests.curvature.loops import assert_same, statistics
 
 N, T = 4, 5
@@ -113,3 +113,52 @@ def test_a_part_that_is_dropped_leaves_no_trace() -> None:
     optimizer.step()
     optimizer.detach()
     assert_same(statistics(optimizer), learnt(LOSSES["unequal, some ignored"][2], MEAN, "exact"), rtol=1e-10)
+
+
+@pytest.mark.parametrize("cap", [None, 30.0], ids=["gathered", "not gathered"])
+def test_a_loss_for_each_step_of_time_is_several_terms_of_an_example(cap: float | None) -> None:
+    """By which K-FAC chooses how positions count: not as one term of an example that the model aggregates."""
+    x, y = batch()
+
+    def capped(z: Tensor) -> Tensor:
+        return z if cap is None else cap * torch.tanh(z / cap)
+
+    found = []
+    for loss in (
+        lambda z: MEAN(capped(z).flatten(0, 1), y.flatten()),
+        lambda z: torch.stack([MEAN(capped(z[:, t]), y[:, t]) for t in range(T)]).mean(),
+    ):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+        optimizer = KFAC(model, MEAN, fisher="exact", kl_clip=None)
+        loss(model(x)).backward()
+        optimizer.step()
+        found.append(statistics(optimizer))
+        optimizer.detach()
+    assert_same(found[1], found[0], rtol=1e-10)
+
+
+def test_parts_of_different_widths_are_sent_one_by_one() -> None:
+    """A column, and some rows whole."""
+    loss_fn = nn.MSELoss()
+    x = batch()[0][:, 0]
+    t = torch.arange(12.0).reshape(N, 3).double().sin()
+    mask = torch.zeros(N, 3).double()
+    mask[:, 0] += 1 / N
+    mask[:3] += 1 / 9
+
+    def step(loss: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        model = nn.Linear(3, 3).double()
+        optimizer = NaturalGradient(model, loss_fn, lr=0.0, fisher="exact", structure="layer", kl_clip=None)
+        loss(model(x)).backward()
+        optimizer.step()
+        optimizer.detach()
+        return statistics(optimizer)
+
+    found = step(lambda z: loss_fn(z[:, 0], t[:, 0]) + loss_fn(z[:3], t[:3]))
+    (block,) = found.values()
+    X = torch.cat([x, torch.ones(N, 1).double()], 1)
+    J = torch.einsum("ij,nb->nijb", torch.eye(3).double(), X).reshape(N, 3, -1)  # d z_i / d (row j, column b)
+    dense = 2 * torch.einsum("nia,ni,nib->ab", J, mask, J)
+    torch.testing.assert_close(block.trace(), dense.trace(), rtol=1e-10, atol=0)

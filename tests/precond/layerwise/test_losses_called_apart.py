@@ -185,6 +185,12 @@ ALONE: dict[str, tuple[str, nn.Module, Minimised]] = {
         lambda z, f: ((z - X[:, 1:]) ** 2 * torch.arange(len(X)).double().unsqueeze(1)).mean(),
     ),
     "written out, a column": ("logits", nn.MSELoss(), lambda z, f: ((z[:, 0] - X[:, 1]) ** 2).mean()),
+    "written out, of several targets": (
+        "logits",
+        nn.MSELoss(),
+        lambda z, f: ((z - torch.stack([X[:, 1:], X[:, :-1]])) ** 2).mean(),
+    ),
+    "written out, a row twice": ("logits", nn.MSELoss(), lambda z, f: ((z[[1, 1, 2]] - X[:3, 1:]) ** 2).mean()),
     "written out, entries": ("logits", nn.MSELoss(), lambda z, f: ((z - X[:, 1:])[X[:, 1:] > 0] ** 2).mean()),
     "written out, slopes": ("logits", nn.MSELoss(), lambda z, f: ((2 * z - X[:, 1:]) ** 2).mean()),
     "written out, half of it and a penalty": (
@@ -229,6 +235,11 @@ SQUARES: dict[str, tuple[str, Minimised, Minimised]] = {
     "half a sum": ("sum", lambda z, f: F.mse_loss(z, X[:, 1:], reduction="sum") / 2, lambda z, f: f(z, X[:, 1:]) / 2),
     "sum": ("sum", lambda z, f: F.mse_loss(z, X[:, 1:], reduction="sum"), lambda z, f: f(z, X[:, 1:])),
     "written out": ("mean", lambda z, f: ((z - X[:, 1:]) ** 2).mean(), lambda z, f: f(z, X[:, 1:])),
+    "written out, a product": (
+        "mean",
+        lambda z, f: ((z - X[:, 1:]) * (z - X[:, 1:])).mean(),
+        lambda z, f: f(z, X[:, 1:]),
+    ),
     "written out, half of each": (
         "mean",
         lambda z, f: (z - X[:, 1:]).square().sum(1).mean() / 2,
