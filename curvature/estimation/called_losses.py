@@ -71,8 +71,8 @@ class CalledLosses:
     def _aggregated(self, call: TapedLoss, parameters: Parameters) -> bool:
         """Whether a loss has one term for each example; one that tells nothing of its terms has no say."""
         loss = self.of(call)
-        if call.aggregated is None and call.signals is not None:
-            call.aggregated = call.signals.one_term_each
+        if call.aggregated is None and call.tell is not None:
+            call.aggregated = call.tell()
         elif call.aggregated is None and loss is not None and not has_no_example(call.output):
             arrived = call.arriving if call.weight is None else call.weight
             number = next((o.recorder.batch for o in call.passes if o.recorder is not None), None)

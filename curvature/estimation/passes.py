@@ -12,7 +12,6 @@ from torch.autograd.graph import GradientEdge
 
 from curvature.estimation.selection import SeenPart
 from curvature.layers.recorder import Recorder
-from curvature.losses.signals import Signals
 from curvature.model.moment import Moment
 
 #: Stands for the model's output among the arguments of a loss.
@@ -55,7 +54,7 @@ class TapedLoss:
     number: int = -1  # of the node of its value in the graph
     part_of: Hashable = None  # what tells that output
     aggregated: bool | None = None  # it has one term for each example, if somebody looked
-    signals: Signals | None = None  # that were sent when its gradient arrived; the graph may be gone since
+    tell: Callable[[], bool] | None = None  # the same, since its gradient arrived; the graph may be gone by now
     alive: Callable[[], Any] = lambda: None  # a hook that lives as long as a gradient may arrive at the value
     brought: frozenset[str] = frozenset()  # blocks whose gradients it has brought
 
@@ -203,7 +202,7 @@ def release(origin: Pass) -> None:
     origin.returned = []
     origin.released = True
     for call in origin.calls:
-        call.output = call.signals = None
+        call.output = call.tell = None
 
 
 def merged(recorders: list[Recorder]) -> Recorder:

@@ -312,7 +312,7 @@ class Statistics:
                 others_aggregated=partial(self._losses.others_aggregated, passes, calls, self.collector.parameters),
             )
             for call in calls:
-                call.signals = signals
+                call.tell = signals.tell_one_term_each()
             # What hooks make of gradients on their way is no matter of curvature.
             if calls and not hooked and self._waits(passes, recorder, end, signals, share):
                 return self._refuse_hidden(recorder)

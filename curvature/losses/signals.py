@@ -104,7 +104,12 @@ class Signals:
     @cached_property
     def one_term_each(self) -> bool:
         """The same of this loss alone."""
-        return self.positions == 1 or bool((self.mask.sum(-1) <= 1).all())
+        return self.tell_one_term_each()()
+
+    def tell_one_term_each(self) -> Callable[[], bool]:
+        """What tells that later, of which only the mask stays alive until then."""
+        mask = None if self.positions == 1 else self.mask
+        return lambda: mask is None or bool((mask.sum(-1) <= 1).all())
 
     @property
     def mask(self) -> Tensor:
@@ -235,9 +240,9 @@ class JointSignals(Signals):
             )
         return next(iter(found.values()))
 
-    @cached_property
-    def one_term_each(self) -> bool:
-        return all(part.one_term_each for part in self.parts)
+    def tell_one_term_each(self) -> Callable[[], bool]:
+        found = [part.tell_one_term_each() for part in self.parts]
+        return lambda: all(tell() for tell in found)
 
     def __len__(self) -> int:
         if self.given is not None:
@@ -282,9 +287,9 @@ class GatheredSignals(JointSignals):
     def mask(self) -> Tensor:
         return torch.stack([part.mask for part in self.parts]).any(0)
 
-    @cached_property
-    def one_term_each(self) -> bool:
-        return bool((self.mask.sum(-1) <= 1).all())  # of all parts together: one at each step of time is many
+    def tell_one_term_each(self) -> Callable[[], bool]:
+        mask = self.mask  # of all parts together: one at each step of time is many
+        return lambda: bool((mask.sum(-1) <= 1).all())
 
     def probes(self) -> list[tuple[Tensor, Tensor]]:
         return [] if bool(self.mask.all()) else [(self.mask, self.probe())]
