@@ -91,10 +91,9 @@ def numbers(lengths: Lengths) -> dict[str, float]:
     if not lengths:
         return {}
     device = next(iter(lengths.values())).device
-    if device.type == "cpu":
-        return {name: float(length) for name, length in lengths.items()}
-    both = torch.stack([length.to(device, torch.float32) for length in lengths.values()])
-    return dict(zip(lengths, both.tolist(), strict=True))
+    dtype = torch.float64 if device.type == "cpu" else torch.float32
+    together = torch.stack([length.to(device, dtype) for length in lengths.values()])
+    return dict(zip(lengths, together.tolist(), strict=True))
 
 
 def proportional(now: Mapping[str, float], was: Mapping[str, float], rtol: float) -> bool:
