@@ -35,7 +35,8 @@ class Categorical(CrossEntropy):
         """
         terms = super().terms(output, target, *extra, class_dim=class_dim, mask=mask, as_called=as_called, check=check)
         if check and target.is_floating_point():
-            sums = terms.layout.rows(target.double()).sum(-1)[terms.mask]
+            sums = terms.layout.rows(target.double()).sum(-1)
+            sums = sums.reshape(-1) if mask is None else sums[terms.mask]  # no term has sums of zero either
             rounding = 8 * torch.finfo(target.dtype).eps * terms.columns
             if not bool(((sums - 1).abs() <= rounding).all()):
                 raise ValueError(
