@@ -87,8 +87,9 @@ class CalledLosses:
 def _more_than_the_examples(parts: list[TapedLoss]) -> bool:
     """Whether calls on parts of one output see more rows than there are examples: some have several terms."""
     batch = next((o.recorder.batch for one in parts for o in one.passes if o.recorder is not None), None)
-    rows = [len(one.output) for one in parts if isinstance(one.output, Tensor) and one.output.dim()]
-    return len(parts) > 1 and batch is not None and sum(rows) > batch
+    seen = [one.output for one in parts if not one.whole and isinstance(one.output, Tensor) and one.output.dim()]
+    rows = {(z.untyped_storage().data_ptr(), z.storage_offset(), z.shape): len(z) for z in seen}  # once for each part
+    return len(rows) > 1 and batch is not None and sum(rows.values()) > batch
 
 
 def weighed(terms: Terms, gradient: Tensor) -> Terms:

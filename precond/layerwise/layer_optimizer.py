@@ -359,7 +359,11 @@ class LayerOptimizer(WithoutCurvature):
     def _warn_of_the_loop(self) -> None:
         """Say once what the loop does that the curvature has no part of."""
         outside = (c for c in self.tape.outside if c.weight is not None and isinstance(c.output, Tensor))
-        if "outside" not in self._reported and any(not only_moves(c.output.grad_fn) for c in outside):  # not of weights
+        if (
+            self.tape.passes
+            and "outside" not in self._reported
+            and any(not only_moves(c.output.grad_fn) for c in outside)
+        ):  # not of weights
             self._reported.add("outside")
             warnings.warn(
                 f"{type(self).__name__}: a part of the loss was computed by the model without its forward (by another "

@@ -124,6 +124,7 @@ def test_a_refresh_without_a_captured_pass(loss: Any, options: dict[str, Any], m
     assert optimizer.steps == 0
     # Done right, the loop goes on.
     model.train()
+    optimizer.zero_grad()
     loss_fn(model(X), Y).backward()
     optimizer.step()
 
