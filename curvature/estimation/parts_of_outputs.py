@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from curvature.model.graph_nodes import CUTS, cut_axis
+
 #: Beginnings of the names of nodes that make an output of what they get, by parameters of their own.
 _MAKES = ("Addmm", "Mm", "Mv", "Bmm", "Baddbmm", "Addbmm", "Linear", "Convolution", "Embedding", "Native", "Cudnn")
-#: Beginnings of the names of nodes that pick a part along an axis.
-_CUTS = ("Slice", "Select", "Split", "Unbind")
 
 
 def output_of(module: nn.Module, z: Any, target: Any) -> Hashable:
@@ -38,7 +38,7 @@ def output_of(module: nn.Module, z: Any, target: Any) -> Hashable:
         name, before = node.name(), [pair for pair in node.next_functions if pair[0] is not None]
         if name.startswith(_MAKES) or len(before) != 1 or "Accumulate" in before[0][0].name():
             break
-        if name.startswith(_CUTS) and not entries and (cut := _columns(node, number, second)) is not None:
+        if name.startswith(CUTS) and not entries and (cut := _columns(node, number, second)) is not None:
             columns.append(cut)
         node, number = before[0]
     own = frozenset(filter(None, (_parameter(argument) for argument, _ in node.next_functions)))
@@ -47,9 +47,7 @@ def output_of(module: nn.Module, z: Any, target: Any) -> Hashable:
 
 def _columns(node: Any, number: int, second: bool) -> Hashable | None:
     """The part of the class axis, the second or the last, that a node picks; ``None`` where it picks rows."""
-    sizes = getattr(node, "_saved_self_sym_sizes", None)
-    axes = len(node._input_metadata[0].shape) + 1 if sizes is None else len(sizes)  # of unbind, or of the others
-    axis = (node._saved_dim - (1 << 64 if node._saved_dim >> 63 else 0)) % axes  # saved without a sign
+    axis, axes = cut_axis(node)
     if axis == 0 or axis != (1 if second and axes > 2 else axes - 1):
         return None
     picked = tuple(getattr(node, f"_saved_{key}", None) for key in ("index", "start", "end"))

@@ -9,9 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
-#: Beginnings of the names of nodes that hand numbers on as they are, in their places or in others.
-_PLAIN = ("ToCopy", "Clone", "Alias", "Squeeze")
-_MOVED = ("View", "UnsafeView", "ReshapeAlias", "Unsqueeze")
+from curvature.model.graph_nodes import SHAPES, cut_axis
+
+#: Beginnings of the names of nodes that hand numbers on as they are, in their places.
+_PLAIN = ("ToCopy", "Clone", "Alias")
+#: Of those that subtract.
+_DIFFERENCES = ("Sub", "Rsub", "Add")
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ def _below(node: Any, ends: Set[Any], so_far: Square) -> Iterator[Square]:
     elif name.startswith("Mean"):
         ratio = prod(shape) / max(1, node._saved_self_sym_numel)
         yield from _below(arguments[0], ends, Square(node, None if weight is None else weight * ratio, alone))
-    elif name.startswith(("Sum", *_PLAIN, *_MOVED)):
+    elif name.startswith(("Sum", *_PLAIN, *SHAPES)):
         yield from _below(arguments[0], ends, so_far)
     elif name.startswith(("Mul", "Div")) and prod(shape) == len(arguments) == 1:
         yield from _below(arguments[0], ends, Square(node, None, alone))
@@ -68,19 +71,15 @@ def _is_difference(node: Any, ends: Set[Any]) -> bool:
     picked = False
     while node not in ends:
         name, arguments = node.name(), [before for before, _ in node.next_functions if before is not None]
-        if len(arguments) != 1 or not name.startswith(
-            ("Sub", "Rsub", "Add", *_PLAIN, *_MOVED, "Slice", "Select", "Index")
-        ):
+        if len(arguments) != 1 or not name.startswith((*_DIFFERENCES, *_PLAIN, *SHAPES, "Slice", "Select")):
             return False
-        if name.startswith(("Sub", "Rsub", "Add")) and _size(arguments[0], node) != prod(node._input_metadata[0].shape):
+        if name.startswith(_DIFFERENCES) and _size(arguments[0], node) != prod(node._input_metadata[0].shape):
             return False  # entries count several times
-        if name.startswith("Index"):
-            return False  # some perhaps twice
         if name.startswith(("Slice", "Select")):
             picked = True
             if not _picks_rows(node):
                 return False
-        if getattr(node, "_saved_alpha", 1) != 1 or (picked and name.startswith(_MOVED)):
+        if getattr(node, "_saved_alpha", 1) != 1 or (picked and name.startswith(SHAPES)):
             return False  # moved before they are picked, the numbers of a row may be any
         node = arguments[0]
     return True
@@ -94,9 +93,6 @@ def _size(before: Any, node: Any) -> int:
 
 def _picks_rows(node: Any) -> bool:
     """Whether the last axis, along which the terms of a squared error lie, is left whole."""
-    sizes = node._saved_self_sym_sizes
-    if len(sizes) < 2:
-        return True
-    if node.name().startswith("Select"):
-        return bool(node._saved_dim % len(sizes) != len(sizes) - 1)
-    return bool(tuple(node._input_metadata[0].shape)[-1:] == tuple(sizes[-1:]))
+    axis, axes = cut_axis(node)
+    whole = node.name().startswith("Slice") and node._input_metadata[0].shape[-1] == node._saved_self_sym_sizes[-1]
+    return axes < 2 or axis != axes - 1 or whole

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from torch.autograd import graph
 
-#: Beginnings of the names of nodes that save no tensors: they move entries.
-_MOVES = (
-    *("Slice", "Select", "Split", "Unbind", "View", "UnsafeView", "ReshapeAlias", "Alias", "Transpose", "Permute"),
-    *("Squeeze", "Unsqueeze", "Clone", "TBackward", "Narrow", "Expand", "Cat", "Stack"),
-)
+#: Beginnings of the names of nodes that pick a part along an axis.
+CUTS = ("Slice", "Select", "Split", "Unbind")
+#: Of those that lay entries out in other axes, in order.
+SHAPES = ("View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze")
+#: Of all that save no tensors: they move entries.
+_MOVES = (*CUTS, *SHAPES, *("Alias", "Transpose", "Permute", "Clone", "TBackward", "Narrow", "Expand", "Cat", "Stack"))
 
 
 def nodes(tensors: Iterable[Tensor], until: Container[Any] = ()) -> Iterator[Any]:
@@ -66,6 +67,13 @@ def only_moves(start: Any, ends: Set[Any] = frozenset()) -> bool:
     """Whether a node gets the entries of some others, or of leaves, in other places and not changed."""
     between = (node for node in below([start], ends.__contains__) if node not in ends)
     return all(node.name().startswith((*_MOVES, "torch::autograd::AccumulateGrad")) for node in between)
+
+
+def cut_axis(node: Any) -> tuple[int, int]:
+    """The axis along which a node of :data:`CUTS` picks, from 0, and the number of axes of what it picks from."""
+    sizes = getattr(node, "_saved_self_sym_sizes", None)
+    axes = len(node._input_metadata[0].shape) + 1 if sizes is None else len(sizes)  # of unbind, or of the others
+    return (node._saved_dim - (1 << 64 if node._saved_dim >> 63 else 0)) % axes, axes  # saved without a sign
 
 
 def node_of(root: Any) -> Any:

@@ -37,12 +37,12 @@ from precond.layerwise.blocks.rows import GradientRows, RowTaps
 from precond.layerwise.blocks.stacks import BlockStacks
 from precond.layerwise.groups import as_groups
 from precond.layerwise.membership import Membership
-from precond.layerwise.quadratic_model import QuadraticModel, refuse_unfollowed, refuse_unjudged
+from precond.layerwise.quadratic_model import QuadraticModel, refuse_unjudged
 from precond.layerwise.refreshing_optimizer import RefreshingOptimizer
 from precond.layerwise.step_size import StepModel
 from precond.layerwise.structures import Structures, on_model
 from precond.step.adapt import LevenbergMarquardt
-from precond.step.adaptive_rate import AdaptiveRate, is_adaptive
+from precond.step.adaptive_rate import AdaptiveRate, is_adaptive, refuse_unfollowed
 from precond.step.alike import Alike
 from precond.step.loading import require_layout
 from precond.step.loop import Loop
@@ -263,9 +263,8 @@ class PreconditionedOptimizer(RefreshingOptimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         with self.transaction():
             super().add_param_group(param_group)
-            group = self.param_groups[-1]
-            if is_adaptive(group):
-                refuse_unfollowed(type(self).__name__, self.step_size, group, "momentum" in self.schedules[-1])
+            scheduled = "momentum" in self.schedules[-1]
+            refuse_unfollowed(type(self).__name__, self.param_groups[-1], scheduled, self.step_size is not None)
 
     def on_skip(self) -> None:
         if self._step_model is not None:

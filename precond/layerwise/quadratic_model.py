@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,27 +126,3 @@ def refuse_unjudged(
             )
     if maximize:
         raise ValueError("step_size and damping_rule minimise: maximize=True has no meaning for them. Negate the loss.")
-
-
-def refuse_unfollowed(me: str, step_size: QuadraticModel | None, group: Mapping[str, Any], scheduled: bool) -> None:
-    """Refuse rates of a group that learn where there is nothing to learn from, or nobody who would hear.
-
-    Args:
-        me: The method.
-        step_size: Chooses learning rate and momentum.
-        group: The options.
-        scheduled: Whether its momentum is a function of the step count.
-
-    Raises:
-        ValueError: Naming the option, and what to give in its place.
-    """
-    if step_size is not None:
-        raise ValueError(
-            f"{me}: adaptive_rate has no effect with step_size=QuadraticModel(), which finds the length of each step "
-            "itself. Give one of them."
-        )
-    if not group["momentum"] and not scheduled:
-        raise ValueError(
-            f"{me}: adaptive_rate follows the slope along the momentum, and there is none. Give it momentum, such as "
-            "Momentum(0.9, nesterov=True)."
-        )

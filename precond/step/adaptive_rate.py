@@ -97,6 +97,30 @@ def is_adaptive(group: dict[str, Any]) -> bool:
     return bool(group.get("rate_growth", 1.0) != 1)
 
 
+def refuse_unfollowed(me: str, group: dict[str, Any], scheduled: bool, sized: bool) -> None:
+    """Refuse rates of a group that learn where there is nothing to learn from, or nobody who would hear.
+
+    Args:
+        me: The method, which follows a momentum.
+        group: The options.
+        scheduled: Whether its momentum is a function of the step count.
+        sized: Whether a quadratic model finds the length of each step.
+
+    Raises:
+        ValueError: Naming the option, and what to give in its place.
+    """
+    if sized and is_adaptive(group):
+        raise ValueError(
+            f"{me}: adaptive_rate has no effect with step_size=QuadraticModel(), which finds the length of each step "
+            "itself. Give one of them."
+        )
+    if is_adaptive(group) and not group["momentum"] and not scheduled:
+        raise ValueError(
+            f"{me}: adaptive_rate follows the slope along the momentum, and there is none. Give it momentum, such as "
+            "Momentum(0.9, nesterov=True)."
+        )
+
+
 def rate_state(like: Tensor) -> dict[str, Any]:
     """What a parameter keeps of it, before the first step.
 

@@ -340,3 +340,14 @@ def test_a_share_that_is_hardly_there_is_no_error() -> None:
         z = model(x)
         (share * MEAN(z, Y) + (1 - share) * F.cross_entropy(z, OTHER)).backward()
         optimizer.step()
+
+
+@pytest.mark.parametrize("axis", [2, -1])
+def test_a_column_behind_several_axes_is_no_choice_of_rows(axis: int) -> None:
+    """Its squared error, written out, is refused however its axis is counted: it was taken for all three columns."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3).double()
+    optimizer = KFAC(model, nn.MSELoss(), fisher="exact")
+    with pytest.raises(TypeError, match="neither its gradient nor the way to it tells"):
+        model(torch.randn(4, 5, 4).double()).select(axis, 0).square().mean().backward()
+        optimizer.step()
