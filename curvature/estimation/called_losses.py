@@ -14,7 +14,6 @@ from curvature.estimation.tape import Tape
 from curvature.losses import AutogradLoss, BatchDim, Loss, NoCurvatureError, Terms, UnknownLossError, loss_for
 from curvature.losses.signals import FisherKind, Signals
 from curvature.model.data import refuse_complex
-from curvature.model.graph_nodes import only_moves
 from curvature.model.parameters import Parameters
 
 
@@ -101,17 +100,6 @@ def weighed(terms: Terms, gradient: Tensor) -> Terms:
         return terms.only(gradient != 0)
     entries = gradient.shape == terms.output.shape
     return terms.only((terms.rows(gradient) != 0).any(-1) if entries else (gradient != 0).reshape(terms.mask.shape))
-
-
-def is_gathered(passes: list[Pass], call: TapedLoss) -> bool:
-    """Whether the gradient at the output of one pass is heard of, after that at a call of the loss on a part of it."""
-    (origin, *others), whole = passes, passes[0].output
-    heard = not others and origin.at_output is not None and isinstance(whole, Tensor) and not call.whole
-    if not heard or not isinstance(call.output, Tensor) or not whole.requires_grad or whole.grad_fn is not origin.end:
-        return False
-    if not only_moves(call.output.grad_fn, {origin.end}):
-        return False  # the saved tensors between are gone once the gradient has passed
-    return len([one for one in call.passes if one.recorder is not None]) == 1
 
 
 def has_no_example(output: Any) -> bool:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvature.estimation.called_losses import CalledLosses, has_no_example, is_gathered, weighed
+from curvature.estimation.called_losses import CalledLosses, has_no_example, weighed
+from curvature.estimation.gathered_calls import GatheredCalls
 from curvature.estimation.output_gradient import OutputGradient
 from curvature.estimation.passes import Pass, TapedLoss, merged
 from curvature.estimation.places import in_their_places
@@ -95,8 +96,7 @@ class Statistics:
         self._before: tuple[Any, Any] | None = None  # when the last one that ended did
         self._seed = 0  # of the draws of this step
         self._waiting: list[tuple[Backward, list[Pass], Tensor]] = []  # with what its sum of terms is multiplied by
-        #: Calls of the loss on parts of the output of a pass, with their weights, until all have arrived.
-        self._gathered: dict[Pass, list[tuple[Tensor, PickedTerms, TapedLoss]]] = {}
+        self._gathered = GatheredCalls()
         self._refusal: Exception | None = None  # of what a gradient brought, if it turns out to count
         tape.reader = self
 
@@ -149,7 +149,7 @@ class Statistics:
         self.generator.set_state(state)
 
     def begin(self) -> None:
-        self._gathered = {}
+        self._gathered.clear()
         self._mark, self._refusal = (self.mark(), self.collector.mark()), None
         self._opaque, self._now = False, set()
 
@@ -171,33 +171,19 @@ class Statistics:
         self._take_or_gather(passes, weighed(terms, gradient), share, call)
 
     def _take_or_gather(self, passes: list[Pass], terms: Terms, share: Weight, call: TapedLoss) -> None:
-        """Take a call of the loss now, or with the others on parts of the same output, when all of these arrived.
-
-        Every call sends passes of its own through the whole graph: for calls step by step in time, that is as many as
-        their number times the length of it.
-        """
-        origin = passes[0]
-        others = [other for other in origin.calls if other is not call and other.place == call.place]
-        if others and share.factor is not None and self.curvature.kind != "empirical" and is_gathered(passes, call):
+        """Take a call of the loss now, or with others on parts of the same output, when all of these have arrived."""
+        alike = share.factor is not None and self.curvature.kind != "empirical"
+        if alike and self._gathered.may_take(passes, call):
             with self.tape.own_pass(passes, call.output):
-                placed = in_their_places(terms, passes, self.batch_dim)
-            found = self._gathered.get(origin, [])
-            if type(placed) is PickedTerms and (not found or found[0][1].mask.shape == placed.mask.shape):
-                self._gathered.setdefault(origin, []).append((share.factor, placed, call))
+                terms = in_their_places(terms, passes, self.batch_dim)
+            assert share.factor is not None
+            if self._gathered.take(passes[0], terms, share.factor, call):
                 return
-            terms = placed
         self._take(passes, terms, share, [call])
 
     def arrives_at_output(self, origin: Pass) -> None:
-        found = self._gathered.pop(origin, [])
-        if not found:
-            return
-        factors, terms, calls = (list(column) for column in zip(*found, strict=True))
-        if len(found) == 1:
-            self._take([origin], terms[0], Weight(factors[0]), calls)
-        else:
-            gathered = GatheredTerms(list(zip(factors, terms, strict=True)))
-            self._take([origin], gathered, Weight(torch.ones_like(factors[0])), calls)
+        if found := self._gathered.pop(origin):
+            self._take([origin], *found)
 
     def arrived_at_input(self, call: TapedLoss, gradient: Tensor) -> None:
         """A gradient arrived at what a loss of unknown type was called on."""
@@ -360,7 +346,8 @@ class Statistics:
     def _stop_waiting(self) -> None:
         for backward, *_ in self._waiting:
             backward.close()
-        self._waiting, self._gathered = [], {}
+        self._waiting = []
+        self._gathered.clear()
 
     @contextlib.contextmanager
     def _open_graph(self, passes: list[Pass], output: Any) -> Iterator[None]:
