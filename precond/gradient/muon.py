@@ -15,7 +15,7 @@ from precond.step.adaptive_rate import AdaptiveRate
 from precond.step.methods import Taxonomy
 from precond.step.options import Momentum, choice
 from precond.step.schedules import Scheduled
-from solvers.iterative.newton_schulz import odd_polynomial, polar
+from solvers.iterative.newton_schulz import odd_polynomials, polar
 from solvers.outcome.arguments import number
 from solvers.precision import multiplies_bfloat16_faster
 
@@ -203,6 +203,5 @@ def orthogonalized(matrix: Tensor, polynomial: Polynomial, precision: Precision 
     if polynomial == "polar_express":
         x = polar(x, steps=5)
     else:
-        for a, b, c in QUINTIC:
-            x = odd_polynomial(x, x @ x.mT, a, b, c)
+        x = odd_polynomials(x, QUINTIC)
     return (x if wide else x.mT).to(matrix)

@@ -18,6 +18,7 @@ from solvers import (
     StructureError,
     polar,
 )
+from solvers.iterative.newton_schulz import odd_polynomials
 from tests.solvers import dense_reference as reference
 from tests.solvers.contracts import SolverContract
 from tests.solvers.problems import normal, positive, symmetric, with_spectrum
@@ -115,6 +116,32 @@ def test_polar_with_few_steps_is_near_orthogonal() -> None:
     assert 0.8 < float(values.min()) and float(values.max()) < 1.2
     assert polar(normal(8, 5).bfloat16(), steps=5).dtype == torch.bfloat16
     assert float(polar(torch.zeros(3, 2), steps=5).abs().max()) == 0
+
+
+QUINTIC = (3.4445, -4.775, 2.0315)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 30])
+@pytest.mark.parametrize("shape", [(3, 4), (3, 40), (2, 3, 40), (2, 2, 4, 12), (300, 700)])
+def test_odd_polynomials_are_those_of_singular_values(shape: tuple[int, ...], steps: int) -> None:
+    x = normal(*shape)
+    x = x / torch.linalg.matrix_norm(x, keepdim=True)
+    u, s, vh = torch.linalg.svd(x, full_matrices=False)
+    for _ in range(steps):
+        s = QUINTIC[0] * s + QUINTIC[1] * s**3 + QUINTIC[2] * s**5
+    # The map is chaotic between 0.7 and 1.2, so that 30 steps multiply rounding errors.
+    expected = (u * s.unsqueeze(-2)) @ vh
+    torch.testing.assert_close(
+        odd_polynomials(x, [QUINTIC] * steps), expected, rtol=0, atol=1e-5 if steps == 30 else 1e-10
+    )
+
+
+@pytest.mark.parametrize("rank", [1, 8, 48])
+def test_five_polynomials_in_single_precision(rank: int) -> None:
+    x = (normal(48, rank) * torch.logspace(0, -6, rank, dtype=torch.float64)) @ normal(rank, 200)
+    x = x / torch.linalg.matrix_norm(x)
+    exact, found = (odd_polynomials(y, [QUINTIC] * 5).double() for y in (x, x.float()))
+    assert float((found - exact).norm() / exact.norm()) < 2e-3  # half the digits of float32, times what five steps grow
 
 
 def test_polar_of_a_singular_matrix_is_refused() -> None:
