@@ -150,6 +150,7 @@ class Statistics:
 
     def begin(self) -> None:
         self._gathered.clear()
+        self._before = None  # one mark at a time: each holds sums of the step
         self._mark, self._refusal = (self.mark(), self.collector.mark()), None
         self._opaque, self._now = False, set()
 
@@ -228,7 +229,7 @@ class Statistics:
             if unseen:
                 self._repeat_later(unseen)
         self._keep_written(written, known)
-        self._before, self._mark = self._mark, None
+        self._before, self._mark = self._mark if self.tape.earlier else None, None
 
     def _keep_written(self, written: Collection[str], known: Sequence[TapedLoss | Pass]) -> None:
         """Take back what was collected for blocks without a gradient, as of ``backward(inputs=...)``.
@@ -409,6 +410,7 @@ class Statistics:
     def close(self, gradients: Mapping[str, Tensor]) -> set[str]:
         """Leave what counts; returns the parameters with a gradient that no statistics explain."""
         self.tape.settle()
+        self._before = None
         self._stop_waiting()
         self._sealed = set()
         for origin in self.tape.passes:

@@ -52,6 +52,8 @@ class Tape(Recording):
         reader: Computes statistics while gradients arrive.
         nonzero: Parameters under ``fully_shard`` with a gradient that is not zero in some process, where that is known.
         outside: Calls of the loss that no pass led to.
+        earlier: What the gradients of earlier backward passes of the step are known by, when the last one began, where
+            some stand.
         by_hand: What stands in ``p.grad`` is no multiple of what backward passes wrote, and there were others in the
             step whose gradients somebody may have kept, or asked for by ``torch.autograd.grad``.
     """
@@ -83,7 +85,7 @@ class Tape(Recording):
         self._before: Marks = {}  # of the gradients when it began
         self._marks: Marks = {}  # when the last one ended
         self._lengths: Lengths = {}  # likewise
-        self._earlier: dict[str, float] = {}  # of when it began, if others of the step ended before
+        self.earlier: dict[str, float] = {}
         self._weights: list[tuple[TapedLoss | Pass, Tensor | None]] = []  # likewise, of what it brought
         self._for_parameters = False  # the one under way is torch.autograd.grad for some of them
         self._dropped: set[TapedLoss | Pass] = set()  # losses of the step whose gradients came for parameters, and left
@@ -110,7 +112,7 @@ class Tape(Recording):
     def clear(self) -> None:
         super().clear()
         self.outside, self._task, self._marks, self.nonzero = [], None, {}, None
-        self._lengths, self._earlier, self._weights = {}, {}, []
+        self._lengths, self.earlier, self._weights = {}, {}, []
         self._dropped, self.by_hand = set(), False
 
     # Calls of the loss
@@ -229,7 +231,7 @@ class Tape(Recording):
         task = torch._C._current_graph_task_id()
         if task == self._task:
             return
-        self._earlier = self.settle()
+        self.earlier = self.settle()
         self._task, self._before = task, self._gradients.now()
         self._for_parameters = captured(self.seen().values())
         if self.mode != "loss":
@@ -303,7 +305,7 @@ class Tape(Recording):
         if not self._marks:
             return {}
         now = numbers(self._gradients.lengths(self._marks))
-        was = numbers(self._lengths) if self._earlier or self._dropped else {}
+        was = numbers(self._lengths) if self.earlier or self._dropped else {}
         gone = self._gradients.gone(self._marks, self._lengths, now, self.nonzero)
         if gone == self._marks.keys():
             self._marks = {}
@@ -321,7 +323,7 @@ class Tape(Recording):
             self._marks = {name: mark for name, mark in self._marks.items() if name not in gone}
             if self.reader is not None:
                 self.reader.gone(self._marks)
-        elif self._earlier and now != was and {name: x for name, x in now.items() if x} == self._earlier:
+        elif self.earlier and now != was and {name: x for name, x in now.items() if x} == self.earlier:
             for known, weight in self._weights:
                 setattr(known, "weight" if isinstance(known, TapedLoss) else "gradient", weight)
             if self.reader is not None:
@@ -329,7 +331,7 @@ class Tape(Recording):
         elif self._dropped and self.parallel is None:
             eps = max(torch.finfo(p.dtype).eps for p in self.parameters().values())
             self.by_hand |= not proportional(now, was, eps**0.5)
-        self._earlier = {}
+        self.earlier = {}
         return {name: x for name, x in now.items() if x and name not in gone}
 
     def calls(self) -> list[TapedLoss]:

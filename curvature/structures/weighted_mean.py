@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,13 @@ _OTHER_SHAPE = (
 )
 
 
+class _Mark:
+    """What a mean was; while it is alive its tensors stay as they are."""
+
+    def __init__(self, mean: WeightedMean) -> None:
+        self.values = mean.value, mean.weight, mean._total, mean._since, mean._count
+
+
 class WeightedMean:
     r"""Mean of batches within a step, and exponential mean over steps, both with their exact weight.
 
@@ -38,15 +46,20 @@ class WeightedMean:
         matrix_axes: Number of axes at which a sum is a symmetric matrix on its last two; with fewer it is a diagonal.
     """
 
-    #: Whether a mark holds the sum of the step.
-    _marked = False
+    #: Marks that may be alive.
+    _marks: weakref.WeakSet[_Mark] | None = None
 
     def __init__(self, matrix_axes: int | None = None) -> None:
         self.matrix_axes = matrix_axes
         self.value: Tensor | None = None
         self.weight = 0.0
         self._total: Tensor | None = None
+        self._since: Tensor | None = None  # to be added to it, which a mark held
         self._count: Tensor | float = 0.0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the marks, which are of the original."""
+        return {name: value for name, value in vars(self).items() if name != "_marks"}
 
     def add(self, total: Tensor | None, weight: Tensor | float) -> None:
         """Add a sum over some of the step's samples (``None``: only the weight) and the weight of those samples."""
@@ -55,20 +68,41 @@ class WeightedMean:
                 self._total = total
             elif self._total.shape != total.shape:
                 raise ValueError(_OTHER_SHAPE.format(tuple(self._total.shape), tuple(total.shape)))
-            else:  # in place, unless a mark holds the buffer
-                self._total = self._total + total if self._marked else self._total.add_(total)
-            self._marked = False
+            elif self._since is None and self._held(self._total):
+                self._since = total
+            elif self._since is None:
+                self._total.add_(total)
+            else:
+                self._since = self._since + total if self._held(self._since) else self._since.add_(total)
         self._count = self._count + weight
 
     def mark(self) -> Any:
-        """The mean and what waits to be committed, as they are now, for :meth:`back_to`."""
-        self._marked = True
-        return self.value, self.weight, self._total, self._count
+        """The mean and what waits to be committed, as they are now, for :meth:`back_to`.
+
+        What is added while it is alive is kept apart, so that there is no third sum beside the two that are needed.
+        """
+        if self._since is not None and not self._held(self._total):
+            self._join()
+        if self._marks is None:
+            self._marks = weakref.WeakSet()
+        mark = _Mark(self)
+        self._marks.add(mark)
+        return mark
 
     def back_to(self, mark: Any) -> None:
         """Forget what was added or committed since a mark."""
-        self.value, self.weight, self._total, self._count = mark
-        self._marked = True
+        self.value, self.weight, self._total, self._since, self._count = mark.values
+
+    def _held(self, sum_: Tensor | None) -> bool:
+        """Whether a mark holds a sum, which must not change then."""
+        return any(sum_ is held for mark in self._marks or () for held in mark.values[2:4])
+
+    def _join(self) -> None:
+        """One sum of the step."""
+        if self._total is not None and self._since is not None:
+            held = self._held(self._total)
+            self._total = self._total + self._since if held else self._total.add_(self._since)
+            self._since = None
 
     def count(self, weight: Tensor | float) -> None:
         """Count samples of the step whose statistics are zero."""
@@ -88,11 +122,12 @@ class WeightedMean:
         """Sum added since the last commit, and its weight; both add up over parts of the data."""
         if self._total is None:
             raise RuntimeError("nothing was added since the last commit.")
+        self._join()
         return self._total, self._count
 
     def take(self, total: Tensor, count: Tensor | float) -> None:
         """Put another sum and weight in the place of what was added since the last commit."""
-        self._total, self._count, self._marked = total, count, False
+        self._total, self._since, self._count = total, None, count
 
     def step_mean(self) -> Tensor:
         """Mean of the statistics added since the last commit."""
@@ -104,6 +139,7 @@ class WeightedMean:
         if self._total is None:
             return torch.zeros(())
         total = self._total.sum()  # one pass without temporaries: NaN and inf survive a sum
+        total = total if self._since is None else total + self._since.sum()
         plain = isinstance(self._count, float) and 0 < self._count < math.inf
         return total if plain else total / self._count
 
@@ -115,8 +151,8 @@ class WeightedMean:
         """Fold the step's mean into the running mean; a step without data leaves it as it is."""
         if self._total is None:
             return
-        total, count = self.step_sum()
-        mean = total.detach() / count  # the graph of a sum would live as long as the average
+        total, count = self._total.detach(), self._count  # the graph of a sum would live as long as the average
+        mean = total / count if self._since is None else (total + self._since.detach()).div_(count)
         if self.value is not None and self.value.shape != mean.shape:
             if self.value.dim() != mean.dim() + 1 or self.value.shape[:-1] != mean.shape:
                 raise ValueError(_OTHER_SHAPE.format(tuple(self.value.shape), tuple(mean.shape)))
@@ -135,7 +171,7 @@ class WeightedMean:
 
     def discard(self) -> None:
         """Forget the uncommitted statistics."""
-        self._total, self._count = None, 0.0
+        self._total, self._since, self._count = None, None, 0.0
 
     def state_dict(self) -> dict[str, Tensor | float]:
         """Tensors and numbers, without the uncommitted statistics."""

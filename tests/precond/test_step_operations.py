@@ -240,3 +240,20 @@ def test_directions_make_room_for_the_values_that_follow_from_them() -> None:
         peaks.append(peak_of_tensors(optimizer.step))
     # A new momentum and new values for all, and what one layer needs.
     assert peaks[-1] < 2.5 * sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_sums_of_accumulated_passes_take_no_more_room_than_two(parts: int) -> None:
+    torch.manual_seed(0)
+    model, loss_fn, x, y = nn.Linear(8, 1000), nn.CrossEntropyLoss(), torch.randn(8, 8), torch.randint(1000, (8,))
+    optimizer = KFAC(model, loss_fn, inverse_update_period=100)
+
+    def accumulate() -> None:
+        for _ in range(parts):
+            (loss_fn(model(x), y) / parts).backward()
+
+    accumulate()
+    optimizer.step()
+    optimizer.zero_grad()
+    # A gradient may be taken back as long as its pass was not the only one.
+    assert peak_of_tensors(accumulate) < (1.2 if parts == 1 else 2.2) * 1000**2 * 4

@@ -113,3 +113,18 @@ def test_what_was_added_and_the_mean_before_stay_as_they_are() -> None:
         plain.commit(1.0)
     assert plain.value is not None and plain.value.tolist() == [3.0, 4.0]
     assert first is not None and first.tolist() == [1.0, 3.0] and total.tolist() == [2.0, 6.0]
+
+
+def test_every_mark_that_lives_leads_back_to_what_it_saw() -> None:
+    mean, marks = WeightedMean(), []
+    for k in range(5):
+        marks.append((mean.mark(), float(k)))
+        if k == 2:
+            del marks[1]
+        mean.add(torch.ones(3), 1.0)
+    for mark, seen in [*marks, *reversed(marks)]:
+        mean.back_to(mark)
+        assert mean.pending == (seen > 0)
+        for more in (0.0, 1.0, 2.0):
+            assert seen + more == 0 or mean.step_sum()[0].tolist() == [seen + more] * 3
+            mean.add(torch.ones(3), 1.0)
