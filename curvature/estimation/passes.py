@@ -56,7 +56,7 @@ class TapedLoss:
     aggregated: bool | None = None  # it has one term for each example, if somebody looked
     tell: Callable[[], bool] | None = None  # the same, since its gradient arrived; the graph may be gone by now
     alive: Callable[[], Any] = lambda: None  # a hook that lives as long as a gradient may arrive at the value
-    brought: frozenset[str] = frozenset()  # blocks whose gradients it has brought
+    brought: frozenset[str] = frozenset()  # parameters whose gradients it has brought
 
     def seen(self, output: Any) -> Any:
         """An output of the pass, repeated, as this loss sees it."""
@@ -128,7 +128,7 @@ class Pass:
     edited: bool = False  # ``output`` was changed in place before the loss
     size: Tensor | None = None  # largest entry of all that arrived, of which ``gradient`` is a part
     task: int = -1  # the backward pass that brought it
-    brought: frozenset[str] = frozenset()  # blocks whose gradients it has brought, by losses that nobody saw
+    brought: frozenset[str] = frozenset()  # parameters whose gradients it has brought, by losses that nobody saw
     again: bool = False  # it hides something, or another input counts the examples than was thought: to be repeated
     unseen: set[str] = field(default_factory=set)  # parameters with a gradient in it that no statistics reached
 

@@ -234,21 +234,28 @@ class Statistics:
     def _keep_written(self, written: Collection[str], known: Sequence[TapedLoss | Pass]) -> None:
         """Take back what was collected for blocks without a gradient, as of ``backward(inputs=...)``.
 
-        A loss whose gradient comes in parts, each for other parameters, counts once.
+        A loss whose gradient comes in parts, each for other parameters, counts once, also where these share a block.
         """
         assert self._mark is not None
         step, estimates = self._mark
-        kept = frozenset(name for name in self._now if not self._names([name]).isdisjoint(written))
-        if left := self._now - kept:
+        kept = {name for name in self._now if not self._names([name]).isdisjoint(written)}
+        parts = [one for one in known if one.brought and one.brought.isdisjoint(written)]
+        begun = frozenset[str]().union(*(one.brought for one in parts))
+        again = {name for name in kept if not self._names([name]).isdisjoint(begun)}
+        if again and len(parts) < len(known):
+            raise ValueError(
+                f"the gradients of {', '.join(sorted(self._names(again)))} were asked for in parts, and the parts are "
+                "of different losses: their block has no curvature of one loss. Give all parameters of a layer to "
+                "one backward(inputs=...), or a block to each (bias='separate')."
+            )
+        if left := self._now - kept | again:
             self.collector.lose(left, estimates)
             self._step.lose(left, step)
-        if known and all(one.brought and one.brought.isdisjoint(kept) for one in known):
+        if parts and len(parts) == len(known):
             self._step = self._step.with_account_of(step)
             self.collector.join(estimates)
             for one in known:
                 one.arriving = None
-        for one in known:
-            one.brought |= kept
 
     def drop(self) -> None:
         self._stop_waiting()

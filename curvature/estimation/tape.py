@@ -86,7 +86,7 @@ class Tape(Recording):
         self._marks: Marks = {}  # when the last one ended
         self._lengths: Lengths = {}  # likewise
         self.earlier: dict[str, float] = {}
-        self._weights: list[tuple[TapedLoss | Pass, Tensor | None]] = []  # likewise, of what it brought
+        self._weights: list[tuple[TapedLoss | Pass, Tensor | None, frozenset[str]]] = []  # likewise, of what it brought
         self._for_parameters = False  # the one under way is torch.autograd.grad for some of them
         self._dropped: set[TapedLoss | Pass] = set()  # losses of the step whose gradients came for parameters, and left
         self._followed: weakref.WeakSet[FollowedLayer] = weakref.WeakSet()
@@ -257,25 +257,27 @@ class Tape(Recording):
             self._dropped.update(one for one in kept if not _is_of_inputs(one))
             self._abandon()
             return
+        written = frozenset(name for name, mark in after.items() if mark != self._before.get(name))
         if self.reader is not None:
             try:
                 if self._unseen.left:
                     self._not_told()
-                written = {name for name, mark in after.items() if mark != self._before.get(name)}
                 self.reader.keep(written, brought)
             except BaseException:
                 self._abandon()
                 raise
         self._dropped.difference_update(brought)
-        self._task, self._marks, self._lengths, self._weights = None, after, self._gradients.lengths(after), []
+        self._task, self._marks, self._lengths = None, after, self._gradients.lengths(after)
+        self._weights = [(origin, origin.gradient, origin.brought) for origin in self.passes]
+        self._weights += [(call, call.weight, call.brought) for call in self.calls()]
+        for one in brought:
+            one.brought |= written
         for origin in self.passes:
             if origin.arriving is not None and (self.keeps_inputs or origin.again):
-                self._weights.append((origin, origin.gradient))
                 origin.gradient = origin.arriving if origin.gradient is None else origin.gradient + origin.arriving
             origin.arriving = None
         for call in self.calls():
             if call.arriving is not None:
-                self._weights.append((call, call.weight))
                 call.weight = call.arriving if call.weight is None else call.weight + call.arriving
                 call.arriving = None
 
@@ -313,18 +315,22 @@ class Tape(Recording):
             found: list[TapedLoss | Pass] = [*left] or [o for o in self.passes if o.gradient is not None]
             self._dropped.update(one for one in found if not _is_of_inputs(one))
             for origin in self.passes:
-                origin.gradient = None
+                origin.gradient, origin.brought = None, frozenset()
             for call in self.calls():
-                call.weight = None
+                call.weight, call.brought = None, frozenset()
             if self.reader is not None:
                 self.reader.clear()
             return {}
         if gone:
             self._marks = {name: mark for name, mark in self._marks.items() if name not in gone}
+            both: list[TapedLoss | Pass] = [*self.passes, *self.calls()]
+            for one in both:
+                one.brought -= gone
             if self.reader is not None:
                 self.reader.gone(self._marks)
         elif self.earlier and now != was and {name: x for name, x in now.items() if x} == self.earlier:
-            for known, weight in self._weights:
+            for known, weight, brought in self._weights:
+                known.brought = brought
                 setattr(known, "weight" if isinstance(known, TapedLoss) else "gradient", weight)
             if self.reader is not None:
                 self.reader.take_back()

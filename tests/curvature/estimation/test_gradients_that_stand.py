@@ -189,22 +189,55 @@ def test_a_gradient_that_is_zero_stands() -> None:
         assert_block(block, layer, [(model(X), lambda z: (z - z.detach()).square().mean())])
 
 
+WEIGHTS, BIASES = ["0.weight", "2.weight"], ["0.bias", "2.bias"]
+PARTS = [
+    *([["2"], ["0"]], [WEIGHTS, BIASES], [BIASES, WEIGHTS], [["2.bias"], ["0", "2.weight"]]),
+    [["2.bias", "0.weight"], ["2.weight"], ["0.bias"]],
+]
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("maker", [watching, lambda m, f: KFAC(m, f, lr=0.0, fisher="exact", curvature_ema=0.0)])
 def test_gradients_that_come_in_parts_count_once(maker: Callable[..., KFAC], reduction: str) -> None:
     loss_fn = nn.CrossEntropyLoss(reduction=reduction)
     found, levels = [], []
-    for parts in ([[0, 2]], [[2], [0]]):
+    for parts in ([["0", "2"]], *PARTS):
         model = mlp()
         optimizer = maker(model, loss_fn)
-        loss = loss_fn(model(X), Y)
-        for k, part in enumerate(parts, 1):
-            loss.backward(inputs=[p for i in part for p in model[i].parameters()], retain_graph=k < len(parts))
+        for x in (X, OTHER):
+            loss = loss_fn(model(x), Y)
+            for part in parts:
+                inputs = [p for name, p in model.named_parameters() if name.startswith(tuple(part))]
+                loss.backward(inputs=inputs, retain_graph=True)
         optimizer.step()
         found.append(learned(optimizer))
         levels.append(optimizer.bound_level())
-    torch.testing.assert_close(found[0], found[1])
-    torch.testing.assert_close(*levels)
+    for other, level in zip(found[1:], levels[1:], strict=True):
+        torch.testing.assert_close(found[0], other)
+        torch.testing.assert_close(levels[0], level)
+
+
+def test_parts_of_gradients_that_are_dropped_have_brought_nothing() -> None:
+    model = mlp()
+    optimizer = watching(model)
+    loss = MEAN(model(X), Y)
+    loss.backward(inputs=[model[0].weight, model[2].weight], retain_graph=True)
+    optimizer.zero_grad()
+    loss.backward(inputs=[model[0].bias, model[2].bias], retain_graph=True)
+    loss.backward(inputs=[model[0].weight, model[2].weight])
+    optimizer.step()
+    for block, layer in zip(learned(optimizer).values(), (model[0], model[2]), strict=True):
+        assert_block(block, layer, [(model(X), lambda z: MEAN(z, Y))])
+
+
+def test_parts_of_one_block_are_of_one_loss() -> None:
+    model = mlp()
+    optimizer = watching(model)
+    one, two = MEAN(model(X), Y), MEAN(model(OTHER), Y)
+    one.backward(inputs=[model[0].weight, model[2].weight], retain_graph=True)
+    with pytest.raises(ValueError, match="asked for in parts, and the parts are of different losses"):
+        (one + two).backward(inputs=[model[0].bias, model[2].bias])
+    assert optimizer is not None
 
 
 @pytest.mark.parametrize("how", ["inputs=", "frozen since", "inputs= at last", "zero_grad of a layer", "grad = None"])
@@ -347,12 +380,14 @@ def test_gradients_put_together_by_hand_are_told_once(loop: Callable[[nn.Module,
 
 def test_gradients_that_come_in_parts_meet_where_one_matrix_spans_all_layers() -> None:
     moved = []
-    for parts in ([[0, 2]], [[2], [0]]):
+    for parts in ([["0", "2"]], *PARTS):
         model = mlp()
         optimizer = SMWNaturalGradient(model, MEAN, lr=0.1, fisher="exact")
         loss = MEAN(model(X), Y)
         for part in parts:
-            loss.backward(inputs=[p for i in part for p in model[i].parameters()], retain_graph=True)
+            inputs = [p for name, p in model.named_parameters() if name.startswith(tuple(part))]
+            loss.backward(inputs=inputs, retain_graph=True)
         optimizer.step()
         moved.append(list(model.parameters()))
-    torch.testing.assert_close(*moved)
+    for other in moved[1:]:
+        torch.testing.assert_close(moved[0], other)
