@@ -11,8 +11,8 @@ from curvature.model.fully_sharded import FullyShard, Mark, shard_of
 
 #: Parameter -> what its gradient is known by; none for those without.
 Marks = dict[str, Mark]
-#: Parameter -> length of a sample of its gradient, 0-d.
-Lengths = dict[str, Tensor]
+#: Parameter -> entries spread over its gradient.
+Samples = dict[str, Tensor]
 #: Entries in a sample: each is a look into memory that no cache has.
 SAMPLE = 128
 
@@ -38,23 +38,23 @@ class GradientMarks:
             return {name: mark for name, mark in marks.items() if mark}
         return {name: _mark(p.grad) for name, p in self._parameters().items() if p.grad is not None}
 
-    @torch.no_grad()
-    def lengths(self, names: Iterable[str]) -> Lengths:
-        """Lengths of samples of the gradients that are there; the host does not wait for the device."""
+    def samples(self, names: Iterable[str] | None = None) -> Samples:
+        """Copies of samples of the gradients that are there; the host does not wait for the device."""
         if self._shards is not None:
             return {}
-        found = {name: g for name in names if (g := self._gradient(name)) is not None}
-        return dict(zip(found, torch._foreach_norm([_sample(g) for g in found.values()]), strict=True)) if found else {}
+        known = self._parameters()
+        found = {name: known[name].grad for name in (known if names is None else names) if name in known}
+        return copied({name: shard_of(g) for name, g in found.items() if g is not None})
 
-    def gone(self, marks: Marks, lengths: Lengths, now: Mapping[str, float], nonzero: Set[str] | None) -> set[str]:
+    def gone(self, marks: Marks, samples: Samples, now: Mapping[str, float], nonzero: Set[str] | None) -> set[str]:
         """The gradients that are not there any more: set to ``None`` or to zeros since.
 
         One that has been zero since it was written is there, unless every other one is gone.
 
         Args:
             marks: Of when they were written.
-            lengths: Likewise.
-            now: The present lengths.
+            samples: Likewise.
+            now: The present :func:`lengths`.
             nonzero: Parameters under ``fully_shard`` with a gradient that is not zero in some process, where known.
         """
         if self._shards is not None:
@@ -64,7 +64,7 @@ class GradientMarks:
         zero = {
             name for name, g in found.items() if g is not None and now.get(name) == 0 and not bool(_entries(g).any())
         }
-        was = numbers({name: lengths[name] for name in zero & lengths.keys()})
+        was = lengths({name: samples[name] for name in zero & samples.keys()})
         gone = {name for name, g in found.items() if g is None or was.get(name, 0) != 0}
         rest = marks.keys() - gone
         written = {name for name in rest & zero if marks[name] != _mark(self._parameters()[name].grad)}
@@ -86,30 +86,40 @@ class GradientMarks:
         return gradient is not None and bool(gradient.any())
 
 
-def numbers(lengths: Lengths) -> dict[str, float]:
-    """The lengths as numbers, for which the host waits once."""
-    if not lengths:
+@torch.no_grad()
+def copied(gradients: Mapping[str, Tensor]) -> Samples:
+    """Samples of some gradients."""
+    alike: dict[object, list[str]] = {}
+    for name, g in gradients.items():
+        alike.setdefault((g.device, g.dtype), []).append(name)
+    found: Samples = {}
+    for names in alike.values():
+        taken = [_sample(gradients[name]) for name in names]
+        found |= zip(names, torch.cat(taken).split([x.numel() for x in taken]), strict=True)
+    return found
+
+
+def lengths(samples: Samples) -> dict[str, float]:
+    """Their lengths as numbers, for which the host waits once."""
+    if not samples:
         return {}
-    device = next(iter(lengths.values())).device
-    dtype = torch.float64 if device.type == "cpu" else torch.float32
-    together = torch.stack([length.to(device, dtype) for length in lengths.values()])
-    return dict(zip(lengths, together.tolist(), strict=True))
-
-
-def proportional(now: Mapping[str, float], was: Mapping[str, float], rtol: float) -> bool:
-    """Whether some lengths are one multiple of others, as where gradients were clipped by their norm or unscaled."""
-    both = [(now[name], x) for name, x in was.items() if name in now]
-    ratios = [y / x for y, x in both if x]
-    appeared = any(y and not x for y, x in both)
-    return not appeared and (not ratios or not max(ratios) - min(ratios) > rtol * max(ratios))  # NaN is no sign
+    norms = torch._foreach_norm(list(samples.values()))
+    if len({(x.device, x.dtype) for x in norms}) > 1:
+        dtype = torch.float64 if norms[0].device.type == "cpu" else torch.float32
+        norms = tuple(x.to(norms[0].device, dtype) for x in norms)
+    return dict(zip(samples, torch.stack(norms).tolist(), strict=True))
 
 
 def _sample(gradient: Tensor) -> Tensor:
-    """Entries spread over a gradient, up to twice :data:`SAMPLE` of them; all of one that does not lie in one piece."""
-    flat = _entries(gradient)
-    if flat.numel() <= SAMPLE or not flat.is_contiguous():
-        return flat
-    return flat.view(-1)[:: flat.numel() // SAMPLE]
+    """Entries spread over a gradient, up to twice :data:`SAMPLE` of them: the same ones however it lies in memory."""
+    entries = _entries(gradient)
+    step = max(1, entries.numel() // SAMPLE)
+    if entries.is_contiguous():
+        if step == 1:
+            return entries.view(-1)
+        return entries.as_strided((1 + (entries.numel() - 1) // step,), (step,))  # what two views would give
+    places = torch.arange(0, entries.numel(), step, device=entries.device)
+    return entries[torch.unravel_index(places, entries.shape)]
 
 
 def _entries(gradient: Tensor) -> Tensor:

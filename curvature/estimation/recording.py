@@ -243,7 +243,8 @@ class Recording(TapedModel, ABC):
         kept = []
         for origin in self.passes:
             waits = any(call.alive() is not None for call in origin.calls) or not origin.calls
-            counts = bool(origin.counted) or origin.gradient is not None or origin.own_weight is not None
+            arrived = origin.arriving is not None or any(call.arriving is not None for call in origin.calls)
+            counts = arrived or bool(origin.counted) or origin.gradient is not None or origin.own_weight is not None
             if waits and not counts:
                 kept.append(origin)
             else:

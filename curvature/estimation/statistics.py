@@ -346,7 +346,7 @@ class Statistics:
         sites = {site.edge.node for site in recorder.sites}
         if not only_way(torch._C._current_autograd_node(), end, sites):
             return False
-        backward = self.collector.await_backward(recorder, signals, lambda: not self.tape.inside)
+        backward = self.collector.await_backward(recorder, signals, lambda: self.tape.under_way)
         if backward is not None:
             self._waiting.append((backward, passes, share.factor))
         return backward is not None

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from curvature.estimation.followed_layer import FollowedLayer
-from curvature.estimation.gradient_marks import GradientMarks, Lengths, Marks, numbers, proportional
+from curvature.estimation.gradient_marks import GradientMarks, Marks, Samples, copied, lengths
+from curvature.estimation.gradients_by_hand import Asked, Dropped
 from curvature.estimation.passes import Pass, Reader, TapedLoss
 from curvature.estimation.recording import Recording
 from curvature.estimation.selection import selection
@@ -24,6 +25,7 @@ from curvature.estimation.unseen_losses import UnseenLosses, explained
 from curvature.losses.loss import called
 from curvature.model.backward_hooks import ours
 from curvature.model.data import Output, inspecting
+from curvature.model.fully_sharded import shard_of
 from curvature.model.graph_nodes import captured
 from curvature.model.hooks import At, Hook, OwnHook
 from curvature.model.trees import tensors_in
@@ -54,8 +56,8 @@ class Tape(Recording):
         outside: Calls of the loss that no pass led to.
         earlier: What the gradients of earlier backward passes of the step are known by, when the last one began, where
             some stand.
-        by_hand: What stands in ``p.grad`` is no multiple of what backward passes wrote, and there were others in the
-            step whose gradients somebody may have kept, or asked for by ``torch.autograd.grad``.
+        by_hand: What stands in ``p.grad`` is made of what backward passes wrote and of gradients that were zeroed, or
+            that ``torch.autograd.grad`` returned.
     """
 
     def __init__(
@@ -84,11 +86,12 @@ class Tape(Recording):
         self._gradients = GradientMarks(parameters, self.shards)
         self._before: Marks = {}  # of the gradients when it began
         self._marks: Marks = {}  # when the last one ended
-        self._lengths: Lengths = {}  # likewise
+        self._samples: Samples = {}  # likewise
         self.earlier: dict[str, float] = {}
         self._weights: list[tuple[TapedLoss | Pass, Tensor | None, frozenset[str]]] = []  # likewise, of what it brought
-        self._for_parameters = False  # the one under way is torch.autograd.grad for some of them
-        self._dropped: set[TapedLoss | Pass] = set()  # losses of the step whose gradients came for parameters, and left
+        self._asked: Asked | None = None  # that pass, or the last one, is torch.autograd.grad for some of them
+        self._catching: list[Any] = []  # hooks that see what it finds
+        self._dropped = Dropped()
         self._followed: weakref.WeakSet[FollowedLayer] = weakref.WeakSet()
         self.attach()
 
@@ -112,8 +115,8 @@ class Tape(Recording):
     def clear(self) -> None:
         super().clear()
         self.outside, self._task, self._marks, self.nonzero = [], None, {}, None
-        self._lengths, self.earlier, self._weights = {}, {}, []
-        self._dropped, self.by_hand = set(), False
+        self._samples, self.earlier, self._weights = {}, {}, []
+        self._asked, self._dropped, self.by_hand = None, Dropped(), False
 
     # Calls of the loss
 
@@ -233,13 +236,27 @@ class Tape(Recording):
             return
         self.earlier = self.settle()
         self._task, self._before = task, self._gradients.now()
-        self._for_parameters = captured(self.seen().values())
+        if captured(self.seen().values()):
+            self._asked = Asked(self._before, self._gradients.samples())
+            if self.shards is None:
+                for name, p in self.parameters().items():
+                    if p.requires_grad:
+                        self._catching.append(ours(p.register_hook(At(self, "_found_for", name))))
         if self.mode != "loss":
             self._unseen.look(self.passes, self.calls())
         ended = "_ended" if self.shards is None else "_nearly_ended"
         torch.autograd.Variable._execution_engine.queue_callback(At(self, ended, task))
         if self.reader is not None:
             self.reader.begin()
+
+    def _found_for(self, name: str, gradient: Tensor) -> None:
+        if self._asked is not None and torch._C._current_graph_task_id() == self._task:
+            self._asked.found |= copied({name: shard_of(gradient.detach())})
+
+    @property
+    def under_way(self) -> bool:
+        """Whether gradients that arrive now are of the user's backward pass that began last."""
+        return not self.inside and torch._C._current_graph_task_id() == self._task
 
     def _nearly_ended(self, task: int) -> None:
         """``fully_shard`` hands over the last gradients at the end of the backward pass; ours comes after that."""
@@ -249,14 +266,20 @@ class Tape(Recording):
         """The backward pass came to its end: what it brought counts if it wrote to ``p.grad``."""
         if task != self._task:
             return
+        self._catch_no_more()
         after = self._gradients.now()
         brought: list[TapedLoss | Pass] = [call for call in self.calls() if call.arriving is not None]
         brought = brought or [origin for origin in self.passes if origin.task == task]
-        if after == self._before:  # torch.autograd.grad, for a penalty or an adversarial example
-            kept = brought if self._for_parameters else []
-            self._dropped.update(one for one in kept if not _is_of_inputs(one))
+        if after != self._before:
+            self._asked = None
+            self._keep(brought, after)
+        elif self._asked is None:  # torch.autograd.grad, for an adversarial example
             self._abandon()
-            return
+        else:
+            self._asked.brought = brought  # whatever becomes of them
+
+    def _keep(self, brought: list[TapedLoss | Pass], after: Marks) -> None:
+        """What a backward pass that ended brought counts: it stands in ``p.grad``."""
         written = frozenset(name for name, mark in after.items() if mark != self._before.get(name))
         if self.reader is not None:
             try:
@@ -266,8 +289,8 @@ class Tape(Recording):
             except BaseException:
                 self._abandon()
                 raise
-        self._dropped.difference_update(brought)
-        self._task, self._marks, self._lengths = None, after, self._gradients.lengths(after)
+        self._dropped.counted(brought)
+        self._task, self._marks, self._samples = None, after, self._gradients.samples(after)
         self._weights = [(origin, origin.gradient, origin.brought) for origin in self.passes]
         self._weights += [(call, call.weight, call.brought) for call in self.calls()]
         for one in brought:
@@ -281,11 +304,32 @@ class Tape(Recording):
                 call.weight = call.arriving if call.weight is None else call.weight + call.arriving
                 call.arriving = None
 
+    def _decide(self) -> None:
+        """See whether what ``torch.autograd.grad`` found for parameters was written to ``p.grad``: it counts then."""
+        asked, self._asked = self._asked, None
+        if asked is None or not asked.brought:
+            return self._abandon()
+        after = self._gradients.now()
+        if after != asked.marks and asked.taken(self._gradients.samples(), self._eps):
+            return self._keep(list(asked.brought), after)
+        self._dropped.add({one for one in asked.brought if not _is_of_inputs(one)}, asked.found)
+        self._abandon()
+
+    @property
+    def _eps(self) -> float:
+        return max(torch.finfo(p.dtype).eps for p in self.parameters().values())
+
+    def _catch_no_more(self) -> None:
+        for handle in self._catching:
+            handle.remove()
+        self._catching = []
+
     def _abandon(self) -> None:
         """Forget what the backward pass under way has brought so far."""
         if self._task is None:
             return
-        self._task = None
+        self._catch_no_more()
+        self._task = self._asked = None
         for origin in self.passes:
             origin.arriving = None
             if origin.gradient is None:
@@ -303,17 +347,17 @@ class Tape(Recording):
         Returns:
             What the gradients of earlier backward passes of the step that stand are known by, in numbers.
         """
-        self._abandon()
+        self._decide()
         if not self._marks:
             return {}
-        now = numbers(self._gradients.lengths(self._marks))
-        was = numbers(self._lengths) if self.earlier or self._dropped else {}
-        gone = self._gradients.gone(self._marks, self._lengths, now, self.nonzero)
+        samples, was = self._gradients.samples(self._marks), self._samples
+        now = lengths(samples)
+        gone = self._gradients.gone(self._marks, was, now, self.nonzero)
         if gone == self._marks.keys():
             self._marks = {}
             left = [call for call in self.calls() if call.weight is not None]
             found: list[TapedLoss | Pass] = [*left] or [o for o in self.passes if o.gradient is not None]
-            self._dropped.update(one for one in found if not _is_of_inputs(one))
+            self._dropped.add({one for one in found if not _is_of_inputs(one)}, was)
             for origin in self.passes:
                 origin.gradient, origin.brought = None, frozenset()
             for call in self.calls():
@@ -328,15 +372,14 @@ class Tape(Recording):
                 one.brought -= gone
             if self.reader is not None:
                 self.reader.gone(self._marks)
-        elif self.earlier and now != was and {name: x for name, x in now.items() if x} == self.earlier:
+        elif self.earlier and {name: x for name, x in now.items() if x} == self.earlier and now != lengths(was):
             for known, weight, brought in self._weights:
                 known.brought = brought
                 setattr(known, "weight" if isinstance(known, TapedLoss) else "gradient", weight)
             if self.reader is not None:
                 self.reader.take_back()
         elif self._dropped and self.parallel is None:
-            eps = max(torch.finfo(p.dtype).eps for p in self.parameters().values())
-            self.by_hand |= not proportional(now, was, eps**0.5)
+            self.by_hand |= self._dropped.explain(samples, was, self._eps)
         self.earlier = {}
         return {name: x for name, x in now.items() if x and name not in gone}
 

@@ -416,6 +416,7 @@ class LayerOptimizer(WithoutCurvature):
             )
             + "with gradients enabled; (b) it calls the loss module given to the optimizer, or backward() reaches the "
             "model's output (of several tensors, say which: loop=Loop(output=lambda result: result[0])); (c) step() is "
-            "called once per backward(), for which torch.autograd.grad does not stand. "
+            "called once per backward(), for which torch.autograd.grad stands where all that it returns is written to "
+            "p.grad as it is, or added to it. "
             "loop=Loop(capture='shadow') repeats the forward pass instead of watching it."
         )

@@ -342,6 +342,30 @@ def noisy(model: nn.Module, optimizer: NaturalGradient) -> None:
         p.grad += torch.ones_like(p)
 
 
+def edited_beside_a_logged_norm(
+    edit: Callable[[Tensor], object], first: bool = False
+) -> Callable[[nn.Module, NaturalGradient], None]:
+    def loop(model: nn.Module, optimizer: NaturalGradient) -> None:
+        own = list(model.parameters())
+        for logs in (first, not first):
+            if logs:
+                torch.stack([g.norm() for g in torch.autograd.grad(MEAN(model(OTHER), Y), own)]).norm()
+            else:
+                MEAN(model(X), Y).backward()
+        for p in own:
+            edit(p.grad)
+
+    return loop
+
+
+EDITED = [
+    edited_beside_a_logged_norm(lambda g: g.masked_fill_(torch.arange(g.numel()).view_as(g) % 2 == 0, 0), True),
+    edited_beside_a_logged_norm(lambda g: g.clamp_(-1e-2, 1e-2)),
+    edited_beside_a_logged_norm(lambda g: g.add_(torch.arange(g.numel()).view_as(g)), True),
+    edited_beside_a_logged_norm(lambda g: g.div_(g.norm())),
+]
+
+
 def noisy_after_an_adversarial_example(model: nn.Module, optimizer: NaturalGradient) -> None:
     x = X.clone().requires_grad_()
     torch.autograd.grad(MEAN(model(x), Y), x)
@@ -358,7 +382,7 @@ def penalized(model: nn.Module, optimizer: NaturalGradient) -> None:
     "loop",
     [
         *(kept_and_added, half_by_autograd_grad, accumulated, the_sum_at_last, clipped_after_a_dropped_batch, noisy),
-        *(noisy_after_an_adversarial_example, penalized),
+        *(noisy_after_an_adversarial_example, penalized, *EDITED),
     ],
 )
 def test_gradients_put_together_by_hand_are_told_once(loop: Callable[[nn.Module, NaturalGradient], None]) -> None:
@@ -376,6 +400,57 @@ def test_gradients_put_together_by_hand_are_told_once(loop: Callable[[nn.Module,
     optimizer.step()
     for block, layer in zip(learned(optimizer).values(), (model[0], model[2]), strict=True):
         assert_block(block, layer, [(model(X), lambda z: MEAN(z, Y))])
+
+
+def assigned(model: nn.Module, loss: Tensor) -> None:
+    for p, g in zip(model.parameters(), torch.autograd.grad(loss, list(model.parameters())), strict=True):
+        p.grad = g if p.grad is None else p.grad + g
+
+
+def added_in_place(model: nn.Module, loss: Tensor) -> None:
+    for p, g in zip(model.parameters(), torch.autograd.grad(loss, list(model.parameters())), strict=True):
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        p.grad.add_(g)
+
+
+@pytest.mark.parametrize("fisher", ["exact", "mc", "empirical"])
+@pytest.mark.parametrize("write", [assigned, added_in_place])
+def test_what_autograd_grad_returns_counts_where_it_is_written_as_it_is(
+    write: Callable[[nn.Module, Tensor], None], fisher: str
+) -> None:
+    # One pass as it is or clipped, two that add up, one beside a backward pass, one after another that was dropped.
+    kinds = ["one", "clipped", "two", "beside", "dropped"]
+    for kind in kinds:
+        moved = []
+        for by_hand in (False, True):
+            model = mlp()
+            optimizer = KFAC(model, MEAN, lr=0.1, fisher=fisher)
+            for step in range(2):
+                optimizer.zero_grad()
+                for number, x in enumerate((OTHER, X.flip(1), X) if kind in ("two", "beside") else (X + step,)):
+                    if kind == "dropped" and by_hand:
+                        torch.autograd.grad(MEAN(model(OTHER), Y), list(model.parameters()))
+                    loss = MEAN(model(x), Y) / 2
+                    if by_hand and not (kind == "beside" and number == 1):
+                        write(model, loss)
+                    else:
+                        loss.backward()
+                if kind == "clipped":
+                    nn.utils.clip_grad_norm_(model.parameters(), 1e-2)
+                optimizer.step()
+            moved.append(list(model.parameters()))
+        torch.testing.assert_close(*moved, rtol=1e-9, atol=1e-12)
+
+
+def test_gradients_that_autograd_grad_returns_and_somebody_projects_are_refused() -> None:
+    model = mlp()
+    optimizer = KFAC(model, MEAN, lr=0.1)
+    own = list(model.parameters())
+    one, two = (torch.autograd.grad(MEAN(model(x), Y), own) for x in (X, OTHER))
+    for p, a, b in zip(own, one, two, strict=True):
+        p.grad = 0.7 * a + b
+    with pytest.raises(RuntimeError, match="stands where all that it returns is written"):
+        optimizer.step()
 
 
 def test_gradients_that_come_in_parts_meet_where_one_matrix_spans_all_layers() -> None:

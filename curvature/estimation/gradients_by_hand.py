@@ -1,0 +1,113 @@
+"""Gradients that did not come by ``backward()`` alone, known by samples of their entries."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvature.estimation.gradient_marks import Marks, Samples
+
+#: Gradients of a step that are kept to tell what was put together of them; later ones are added to the last.
+MOST = 32
+
+
+@dataclass
+class Asked:
+    """What ``torch.autograd.grad`` found for parameters, while nobody knows whether it will stand in ``p.grad``.
+
+    Attributes:
+        marks: Of the gradients that stood.
+        before: Samples of these.
+        found: Of what was found.
+        brought: The losses, or passes, that it is of.
+    """
+
+    marks: Marks
+    before: Samples
+    found: Samples = field(default_factory=dict)
+    brought: Sequence[Any] = ()
+
+    def taken(self, now: Samples, eps: float) -> bool:
+        """Whether gradients are now what they were and this, or one multiple of the sum that is none of the first."""
+        if not self.found:
+            return False
+        names = now.keys() | self.before.keys() | self.found.keys()
+        found = _joined([now, self.before, self.found], names)
+        if found is None:
+            return False
+        present, before, more = found
+        if _spanned(present - before - more, present, [], 8 * eps):
+            return bool(present.any() or self.found.keys() <= now.keys())
+        rtol = eps**0.5
+        return not _spanned(present, present, [before], rtol) and _spanned(present, present, [before + more], rtol)
+
+
+class Dropped:
+    """Gradients of a step that no statistics are of: zeroed since, or only returned by ``torch.autograd.grad``."""
+
+    def __init__(self) -> None:
+        self._found: list[tuple[set[Any], Samples]] = []
+
+    def add(self, of: Set[Any], samples: Samples) -> None:
+        """Keep those of some losses, or passes."""
+        if not of:
+            return
+        if len(self._found) < MOST:
+            self._found.append((set(of), samples))
+            return
+        losses, last = self._found[-1]
+        both = {n: x + samples[n] for n, x in last.items() if n in samples and samples[n].shape == x.shape}
+        self._found[-1] = losses | of, last | samples | both
+
+    def counted(self, losses: Sequence[Any]) -> None:
+        """These have brought a gradient that counts."""
+        left = ((of.difference(losses), samples) for of, samples in self._found)
+        self._found = [(of, samples) for of, samples in left if of]
+
+    def __bool__(self) -> bool:
+        return bool(self._found)
+
+    def explain(self, now: Samples, was: Samples, eps: float) -> bool:
+        """Whether gradients are now what they were and multiples of these; not, where they are one of the first alone.
+
+        So clipping, noise, and whatever else is done to entries are told from sums of several gradients.
+        """
+        names = now.keys() | was.keys()
+        found = _joined([now, was, *(samples for _, samples in self._found)], names)
+        if found is None:
+            return False
+        present, before, *others = found
+        rtol = eps**0.5
+        if _spanned(present, present, [before], rtol):
+            return False
+        return len(present) <= 1 + len(others) or _spanned(present, present, [before, *others], rtol)
+
+
+def _joined(gradients: Sequence[Mapping[str, Tensor]], names: Set[str]) -> list[Tensor] | None:
+    """Samples of several gradients as vectors, zeros where there is none; ``None`` if they are not alike, or empty."""
+    out: list[list[Tensor]] = [[] for _ in gradients]
+    for name in sorted(names):
+        known = [samples.get(name) for samples in gradients]
+        shapes = {x.shape for x in known if x is not None}
+        if len(shapes) > 1:
+            return None
+        if shapes:
+            (shape,) = shapes
+            for pieces, x in zip(out, known, strict=True):
+                pieces.append(torch.zeros(shape).double() if x is None else x.detach().cpu().double())
+    return [torch.cat(pieces) for pieces in out] if out[0] else None
+
+
+def _spanned(rest: Tensor, whole: Tensor, others: Sequence[Tensor], rtol: float) -> bool:
+    """Whether others explain a vector up to a share of another one; NaN is no sign."""
+    columns = [other / other.norm() for other in others if bool(other.any())]
+    if columns:
+        A = torch.stack(columns, 1)
+        if not bool(torch.isfinite(A).all() and torch.isfinite(rest).all()):
+            return True
+        rest = rest - A @ torch.linalg.lstsq(A, rest, rcond=1e-10, driver="gelsd").solution
+    return not bool(rest.norm() > rtol * whole.norm())
