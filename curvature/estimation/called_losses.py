@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Hashable
 from typing import Any
 
 from torch import Tensor
 
 from curvature.estimation.batch_loss import refuse_beyond_outputs
+from curvature.estimation.parts_of_outputs import data_of
 from curvature.estimation.passes import Pass, TapedLoss
 from curvature.estimation.places import in_their_places
 from curvature.estimation.tape import Tape
@@ -87,8 +89,12 @@ def _more_than_the_examples(parts: list[TapedLoss]) -> bool:
     """Whether calls on parts of one output see more rows than there are examples: some have several terms."""
     batch = next((o.recorder.batch for one in parts for o in one.passes if o.recorder is not None), None)
     seen = [one.output for one in parts if not one.whole and isinstance(one.output, Tensor) and one.output.dim()]
-    rows = {(z.untyped_storage().data_ptr(), z.storage_offset(), z.shape): len(z) for z in seen}  # once for each part
-    return len(rows) > 1 and batch is not None and sum(rows.values()) > batch
+    rows, known = [], set[Hashable]()
+    for z in seen:  # once for each part
+        if known.isdisjoint(data := data_of(z)):
+            rows.append(len(z))
+        known |= data
+    return len(rows) > 1 and batch is not None and sum(rows) > batch
 
 
 def weighed(terms: Terms, gradient: Tensor) -> Terms:

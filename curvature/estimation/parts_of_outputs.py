@@ -7,10 +7,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from curvature.model.graph_nodes import CUTS, cut_axis
+from curvature.model.graph_nodes import CUTS, SHAPES, cut_axis
 
 #: Beginnings of the names of nodes that make an output of what they get, by parameters of their own.
 _MAKES = ("Addmm", "Mm", "Mv", "Bmm", "Baddbmm", "Addbmm", "Linear", "Convolution", "Embedding", "Native", "Cudnn")
+
+#: What nodes of :data:`CUTS` have saved of where they cut.
+_WHERE = ("dim", "index", "start", "end", "step", "split_size", "split_sizes")
 
 
 def output_of(module: nn.Module, z: Any, target: Any) -> Hashable:
@@ -43,6 +46,26 @@ def output_of(module: nn.Module, z: Any, target: Any) -> Hashable:
         node, number = before[0]
     own = frozenset(filter(None, (_parameter(argument) for argument, _ in node.next_functions)))
     return own or (node._sequence_nr(), number), tuple(columns)
+
+
+def data_of(z: Tensor) -> set[Hashable]:
+    """What tells the numbers that a tensor holds from those of other parts: its memory, and where they were cut from.
+
+    Copies in another precision lie in memory of their own.
+    """
+    node: Any = z.grad_fn
+    number, cuts = z.output_nr, []
+    while node is not None:
+        name, before = node.name(), [pair for pair in node.next_functions if pair[0] is not None]
+        if not name.startswith((*CUTS, *SHAPES, "ToCopy", "Clone", "Alias")) or len(before) != 1:
+            break
+        if name.startswith(CUTS):
+            cuts.append((name, number, *(str(getattr(node, f"_saved_{key}", "")) for key in _WHERE)))
+        elif name.startswith(SHAPES):
+            cuts.append((name, *node._input_metadata[0].shape))
+        node, number = before[0]
+    lies = z.untyped_storage().data_ptr(), z.storage_offset(), z.shape
+    return {lies} if node is None else {lies, (node._sequence_nr(), number, *cuts)}
 
 
 def _columns(node: Any, number: int, second: bool) -> Hashable | None:

@@ -207,6 +207,25 @@ def test_an_ignored_example_has_no_part() -> None:
     assert same(factors(Pooled(), [(x, ignored)]), factors(Pooled(), [(x[:4], y[:4])]))
 
 
+@pytest.mark.parametrize("cast", [False, True])
+@pytest.mark.parametrize("cut", ["whole", "halves", "chunks", "steps"])
+def test_a_part_that_several_losses_see_counts_once_in_any_precision(cut: str, cast: bool) -> None:
+    model, loss_fn = Pooled().bfloat16(), nn.CrossEntropyLoss()
+    optimizer = KFAC(model, loss_fn, lr=0.0, fisher="empirical")
+    x, y = data()
+    z = model(x.bfloat16())
+    parts = {
+        "whole": lambda: [(z[:], y)],
+        "halves": lambda: [(z[:3], y[:3]), (z[3:], y[3:])],
+        "chunks": lambda: zip(z.split(2), y.split(2), strict=True),
+        "steps": lambda: [(z.view(3, 2, 3)[:, k], y.view(3, 2)[:, k]) for k in range(2)],
+    }
+    seen = [(part.float() if cast else part, target) for _ in range(2) for part, target in parts[cut]()]
+    torch.stack([loss_fn(*one) for one in seen]).sum().backward()
+    optimizer.step()
+    assert optimizer.coverage()["patches.weight"].why.endswith("positions: reduce")
+
+
 @pytest.mark.parametrize("method", [KFAC, EKFAC])
 def test_the_table_says_what_was_chosen(method: Any) -> None:
     model, loss_fn = Pooled(), nn.CrossEntropyLoss()
