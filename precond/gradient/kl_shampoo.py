@@ -14,6 +14,7 @@ from precond.gradient.optimizer import Group, State, debiased, due, state_zeros
 from precond.gradient.stacks import Stack, StackedMomentumOptions, StackedOptimizer, entries
 from precond.step.methods import Taxonomy
 from precond.step.schedules import Scheduled, ScheduledInt
+from solvers.outcome.arguments import flag
 
 
 class KLShampoo(StackedOptimizer):
@@ -29,7 +30,8 @@ class KLShampoo(StackedOptimizer):
     with :math:`S = Q \operatorname{diag}(\lambda) Q^\top` in these powers: the eigenvalues :math:`\lambda` are averaged
     at every step from the diagonal of :math:`Q^\top \Delta S\, Q`, the bases Q take one step of orthogonal iteration
     every ``inverse_update_period`` steps. Tensors of any order have one factor per axis. All factors begin as the
-    multiple of the identity that gives their product the first gradient's mean square. Vectors take Adam's step.
+    multiple of the identity that gives their product the first gradient's mean square, which counts as one gradient:
+    at step t the weight of the old value is :math:`\min(\beta_2, t / (t + 1))`. Vectors take Adam's step.
 
     Against SOAP it keeps no second moment, so it needs less memory, and needs no grafting. Learning rates are Adam's.
     A step costs as much as SOAP's; memory: one moment, and two matrices per axis.
@@ -54,6 +56,8 @@ class KLShampoo(StackedOptimizer):
         max_ratio: Axes longer than this many times all others together have none (rows of embeddings); ``None``
             for any.
         merge_dims: Join neighbouring axes up to this size; ``None`` keeps them apart.
+        warm_average: Means of the gradients so far at first, as above; False for :math:`\beta_2` from the first step
+            on, as published, where the identity still has a weight of 0.36 after 20 steps of 0.95, as a damping.
         options: See :class:`StackedOptimizer`.
 
     References:
@@ -84,6 +88,7 @@ class KLShampoo(StackedOptimizer):
         max_dim: int = 10000,
         max_ratio: float | None = 4.0,
         merge_dims: int | None = None,
+        warm_average: bool = True,
         **options: Unpack[StackedMomentumOptions],
     ) -> None:
         super().__init__(
@@ -96,11 +101,16 @@ class KLShampoo(StackedOptimizer):
                 "max_dim": max_dim,
                 "max_ratio": max_ratio,
                 "merge_dims": merge_dims,
+                "warm_average": warm_average,
             },
             **options,
         )
 
     kept: ClassVar[frozenset[str]] = frozenset({"basis", "exp_avg"})
+
+    def check(self, options: Group) -> None:
+        super().check(options)
+        flag("warm_average", options["warm_average"])
 
     def initial_state(self, p: Tensor, group: Group) -> State:
         shape = merged_shape(p.shape, group["merge_dims"])
@@ -123,7 +133,9 @@ class KLShampoo(StackedOptimizer):
         bases = entries(state, "basis", g.ndim - 1)
         rotated = multiply(g, bases, transpose=True)
         state["exp_avg"] = state["exp_avg"].lerp(rotated, 1 - beta1)
-        _update_factors(rotated, state, group, list(bases))
+        beta2 = group["betas"][1]
+        old = min(beta2, step / (step + 1)) if group["warm_average"] else beta2
+        _update_factors(rotated, state, group, list(bases), old)
         if due(step, group["inverse_update_period"]):
             self.renew(stack, lambda state: improve_bases(state, bases))
             bases = entries(state, "basis", g.ndim - 1)
@@ -133,8 +145,8 @@ class KLShampoo(StackedOptimizer):
         return multiply(out, bases)
 
 
-def _update_factors(rotated: Tensor, state: State, group: Group, axes: list[int]) -> None:
-    beta2, shape = group["betas"][1], rotated.shape
+def _update_factors(rotated: Tensor, state: State, group: Group, axes: list[int], old: float) -> None:
+    shape = rotated.shape
     first = rotated.square().flatten(1).mean(1, keepdim=True).pow(1 / len(axes))
     for k in axes:
         # Averages stay at zero until the first nonzero gradient, which may be this one.
@@ -148,11 +160,11 @@ def _update_factors(rotated: Tensor, state: State, group: Group, axes: list[int]
         for j in axes:
             if j != k:
                 whitened = whitened * roots[j]
-        weight = (1 - beta2) / (prod(shape[1:]) / shape[k + 1])
+        weight = (1 - old) / (prod(shape[1:]) / shape[k + 1])
         # The diagonal of the change in its own basis, and the change itself.
-        state[f"eigenvalues.{k}"].mul_(beta2).add_(unfolded(whitened, k).square().sum(-1), alpha=weight)
+        state[f"eigenvalues.{k}"].mul_(old).add_(unfolded(whitened, k).square().sum(-1), alpha=weight)
         whitened = multiply(whitened, {k: state[f"basis.{k}"]})
-        add_axis_gram(state[f"factor.{k}"], whitened, k, old=beta2, new=weight)
+        add_axis_gram(state[f"factor.{k}"], whitened, k, old=old, new=weight)
 
 
 def _root(state: State, group: Group, axis: int, ndim: int) -> Tensor:

@@ -27,6 +27,7 @@ OLDER: Mapping[str, Any] = {
     "shards": "lossless",
     "table_lr": 1.0,
     "table_ratio": math.inf,
+    "warm_average": False,
     **CONSTANT,
 }
 #: Entry of a saved group: names of its options that followed functions of the step, whose values are those of a moment.

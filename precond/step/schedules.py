@@ -18,7 +18,7 @@ FIXED = frozenset(
         *("maximize", "nesterov", "decay", "grafting", "scaling", "polynomial", "orthogonalize", "stacked"),
         *("eigenvalue_correction", "max_dim", "merge_dims", "block_size", "rotate_vectors", "rank", "window"),
         *("betas", "average_decay", "vector_betas", "hyperball", "floor_rows", "lookahead_decay"),
-        "shards",
+        *("shards", "warm_average"),
     }
 )
 

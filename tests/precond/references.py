@@ -314,7 +314,9 @@ def improved(factor: Array, basis: Array) -> tuple[Array, Array]:
     return np.linalg.qr(factor @ basis[:, order] + shift * basis[:, order])[0], order
 
 
-def kl_shampoo(theta: Array, gradients: list[Array], lr: float, betas: tuple, eps: float, period: int) -> Iterator:
+def kl_shampoo(
+    theta: Array, gradients: list[Array], lr: float, betas: tuple, eps: float, period: int, warm: bool
+) -> Iterator:
     if theta.ndim < 2:
         yield from adam(theta, gradients, lr, betas, eps)
         return
@@ -327,6 +329,7 @@ def kl_shampoo(theta: Array, gradients: list[Array], lr: float, betas: tuple, ep
             factors = [scale * np.eye(n) for n in theta.shape]
             values = [scale * np.ones(n) for n in theta.shape]
             bases = [np.eye(n) for n in theta.shape]
+        old = min(betas[1], t / (t + 1)) if warm else betas[1]
         floored = [np.maximum(s, eps * s.mean()) for s in values]
         new_factors, new_values = [], []
         for k in axes:
@@ -335,8 +338,8 @@ def kl_shampoo(theta: Array, gradients: list[Array], lr: float, betas: tuple, ep
                 if j != k:
                     whitened = along(whitened, bases[j] @ np.diag(floored[j] ** -0.5) @ bases[j].T, j)
             change = unfold(whitened, k) @ unfold(whitened, k).T * theta.shape[k] / theta.size
-            new_factors.append(betas[1] * factors[k] + (1 - betas[1]) * change)
-            new_values.append(betas[1] * values[k] + (1 - betas[1]) * np.diag(bases[k].T @ change @ bases[k]))
+            new_factors.append(old * factors[k] + (1 - old) * change)
+            new_values.append(old * values[k] + (1 - old) * np.diag(bases[k].T @ change @ bases[k]))
         factors, values = new_factors, new_values
         if t == 1 or t % period == 0:
             for k in axes:

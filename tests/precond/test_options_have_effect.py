@@ -64,6 +64,7 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "vectors": (None, Vectors(lr=2.0)),
     "adaptive_rate": (None, AdaptiveRate()),
     "row_normalization": (None, 0.5),
+    "warm_average": (True, False),
     "curvature": (KroneckerBFGS(), KroneckerBFGS(initial=0.1)),
     # one method each
     "rotate_vectors": (False, True),

@@ -9,14 +9,40 @@ from precond.gradient.kl_shampoo import KLShampoo
 from tests.precond import references as ref
 
 
+@pytest.mark.parametrize("warm", [True, False])
 @pytest.mark.parametrize("period", [1, 4])
-def test_equals_the_reference(period):
+def test_equals_the_reference(period, warm):
     options = {"lr": 0.02, "betas": (0.9, 0.8), "eps": 1e-6}
 
     def make(model):
-        return KLShampoo(model.parameters(), inverse_update_period=period, **options)
+        return KLShampoo(model.parameters(), inverse_update_period=period, warm_average=warm, **options)
 
-    ref.assert_equals_reference(make, ref.kl_shampoo, {**options, "period": period})
+    ref.assert_equals_reference(make, ref.kl_shampoo, {**options, "period": period, "warm": warm})
+
+
+def test_the_identity_counts_as_one_gradient():
+    # Of one entry: t gradients and the first one's square once more, in both factors together.
+    p = torch.nn.Parameter(torch.zeros(1, 2, dtype=torch.float64))
+    optimizer = KLShampoo([p], betas=(0.0, 0.99), eps=0.0)
+    gradients = [torch.tensor([[a, 0.0]], dtype=torch.float64) for a in (2.0, 3.0, 5.0)]
+    for g in gradients:
+        p.grad = g.clone()
+        optimizer.step()
+    first = gradients[0].square().mean()
+    expected = (first * torch.eye(2) + sum(g.mT @ g for g in gradients)) / 4
+    torch.testing.assert_close(optimizer.state[p]["factor.1"], expected.double())
+
+
+def test_a_state_from_before_goes_on_with_its_average():
+    p = torch.nn.Parameter(torch.ones(3, 2))
+    old = KLShampoo([p], warm_average=False)
+    p.grad = torch.ones(3, 2)
+    old.step()
+    saved = old.state_dict()
+    del saved["param_groups"][0]["warm_average"]
+    new = KLShampoo([p])
+    new.load_state_dict(saved)
+    assert new.param_groups[0]["warm_average"] is False
 
 
 def test_a_constant_gradient_is_whitened_on_both_sides(generator):
