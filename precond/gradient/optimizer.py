@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -82,6 +83,8 @@ class GradientOptimizer(SecondOrderOptimizer):
     has_adam: ClassVar[bool] = False
     #: Learning rate of groups that are given none; ``None`` where the constructor has a number of its own.
     default_lr: ClassVar[float | None] = None
+    #: Options that are ``None`` by default: what they are where rates find themselves, and as published.
+    by_rate: ClassVar[Mapping[str, tuple[Any, Any]]] = MappingProxyType({})
     #: Tensors that the step has written.
     written: list[Tensor]
 
@@ -110,6 +113,8 @@ class GradientOptimizer(SecondOrderOptimizer):
         if rate is None:
             raise TypeError(f"{type(self).__name__}: lr is a number, or a tensor of one; got None. Leave it out.")
         defaults = {**own, **(defaults or {})}
+        self.left_out = {name for name in self.by_rate if defaults[name] is None}
+        defaults |= {name: self.by_rate[name][1] for name in self.left_out}
         super().__init__(params, lr=rate, defaults=defaults, **options)
 
     @property
@@ -118,16 +123,20 @@ class GradientOptimizer(SecondOrderOptimizer):
         return None
 
     def group_of(self, given: Any) -> Group:
-        """A group, with what follows from whether it was given a learning rate."""
+        """A group, with what follows from whether it was given a learning rate: its own one, and :attr:`by_rate`."""
         group = super().group_of(given)
         if "lr" in group and group["lr"] is None and self.default_lr is not None:
             del group["lr"]
-        if "adaptive_rate" not in group and CONSTANT.keys() <= group.keys():
-            return group  # of an optimizer
-        rate = group.pop("adaptive_rate", self.adaptive_rate)
-        if isinstance(rate, str) and rate == "auto":
-            rate = None if self.has_lr or "lr" in group else self.own_rate
-        return {**group, **rate_entries(rate)}
+        if "adaptive_rate" in group or not CONSTANT.keys() <= group.keys():  # else of an optimizer
+            rate = group.pop("adaptive_rate", self.adaptive_rate)
+            if isinstance(rate, str) and rate == "auto":
+                rate = None if self.has_lr or "lr" in group else self.own_rate
+            group |= rate_entries(rate)
+        for name, (found, published) in self.by_rate.items():
+            if group.get(name) is None:
+                own = found if is_adaptive(group) else published
+                group[name] = own if name in self.left_out else self.defaults[name]
+        return group
 
     def check(self, options: Group) -> None:
         super().check(options)

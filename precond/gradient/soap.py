@@ -10,12 +10,9 @@ from precond.gradient.bases import eigenbases, improve_bases, initial_bases
 from precond.gradient.matrices import add_axis_gram, merged_shape, multiply, resolved, rotated_root, worth_a_matrix
 from precond.gradient.optimizer import Group, State, due, state_zeros
 from precond.gradient.stacks import Stack, StackedMomentumOptions, StackedOptimizer, entries
-from precond.step.adaptive_rate import AdaptiveRate, is_adaptive
+from precond.step.adaptive_rate import AdaptiveRate
 from precond.step.methods import Taxonomy
 from precond.step.schedules import Scheduled, ScheduledInt
-
-#: Of the method as it was published, and where rates find themselves.
-PUBLISHED_BETAS, BETAS = (0.95, 0.95), (0.9, 0.95)
 
 
 class SOAP(StackedOptimizer):
@@ -74,6 +71,7 @@ class SOAP(StackedOptimizer):
 
     has_adam: ClassVar[bool] = True
     default_lr: ClassVar[float] = 3e-2
+    by_rate: ClassVar = {"betas": ((0.9, 0.95), (0.95, 0.95))}
     taxonomy: ClassVar = Taxonomy(
         curvature="gradient second moment",
         structure="diagonal in a Kronecker eigenbasis",
@@ -101,12 +99,11 @@ class SOAP(StackedOptimizer):
         rotate_vectors: bool = False,
         **options: Unpack[StackedMomentumOptions],
     ) -> None:
-        self.betas = betas
         super().__init__(
             params,
             lr=lr,
             defaults={
-                "betas": PUBLISHED_BETAS if betas is None else betas,
+                "betas": betas,
                 "curvature_ema": curvature_ema,
                 "eps": eps,
                 "inverse_update_period": inverse_update_period,
@@ -121,12 +118,6 @@ class SOAP(StackedOptimizer):
     @property
     def own_rate(self) -> AdaptiveRate:
         return AdaptiveRate()
-
-    def group_of(self, given: Any) -> Group:
-        group = super().group_of(given)
-        if group.get("betas") is None:
-            group["betas"] = self.betas or (BETAS if is_adaptive(group) else PUBLISHED_BETAS)
-        return group
 
     kept: ClassVar[frozenset[str]] = frozenset({"basis", "exp_avg", "exp_avg_sq"})
 
