@@ -47,7 +47,6 @@ if TYPE_CHECKING:  # what each name is; loaded when it is first used, by the sam
     from precond.grouping.groups import param_groups
     from precond.layerwise.adam_step import AdamStep
     from precond.layerwise.blocks.preconditioner import Preconditioner
-    from precond.layerwise.blocks.refresh import Doubling
     from precond.layerwise.ekfac import EKFAC
     from precond.layerwise.kbfgs import KBFGS
     from precond.layerwise.kfac import KFAC
@@ -67,6 +66,7 @@ if TYPE_CHECKING:  # what each name is; loaded when it is first used, by the sam
     from precond.step.methods import Taxonomy
     from precond.step.norm_control import Hyperball, RadialBrake, UpdateFloor
     from precond.step.options import LossDamping, Momentum, Refresh, Tables, TrustRegion, Vectors, WeightDecay
+    from precond.step.schedules import Doubling
 else:
     __getattr__, __dir__ = on_first_use(
         __name__,
@@ -100,7 +100,7 @@ else:
             ".grouping.groups": "param_groups",
             ".layerwise.adam_step": "AdamStep",
             ".layerwise.blocks.preconditioner": "Preconditioner",
-            ".layerwise.blocks.refresh": "Doubling",
+            ".step.schedules": "Doubling",
             ".layerwise.ekfac": "EKFAC",
             ".layerwise.kbfgs": "KBFGS",
             ".layerwise.kfac": "KFAC",

@@ -9,11 +9,10 @@ from torch import Tensor, nn
 from curvature import TensorNormal
 from curvature.losses.signals import FisherKind
 from precond.layerwise.adam_step import AdamStep
-from precond.layerwise.blocks.refresh import DOUBLING_TO_5, DOUBLING_TO_10
 from precond.layerwise.method import LayerwiseMethod, LayerwiseOptions
 from precond.step.methods import Taxonomy
 from precond.step.options import NESTEROV, TRUST_REGION, LossDamping, Momentum, Refresh, TrustRegion
-from precond.step.schedules import Scheduled, ScheduledInt
+from precond.step.schedules import DOUBLING_TO_5, DOUBLING_TO_10, Scheduled, ScheduledInt
 from solvers import Cholesky, Damping, FactoredTikhonov
 
 

@@ -1,9 +1,10 @@
-"""Options of parameter groups that are functions of the step count."""
+"""Options of parameter groups that are functions of the step count, and one that many have: periods that double."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 #: A number, or a function of the count of steps taken before, which is 0 for the first step.
@@ -21,6 +22,41 @@ FIXED = frozenset(
         *("shards", "warm_average"),
     }
 )
+
+
+@dataclass(frozen=True)
+class Doubling:
+    """A period that doubles with the steps taken up to its final length: due at steps 0, 1, 2, 4, 8, ...
+
+    The first statistics are poor and change fast, the later ones are good and change slowly; a few early
+    refreshes cost as much as a few periods. A schedule for ``inverse_update_period`` and ``curvature_update_period``.
+
+    >>> [step for step in range(50) if step % Doubling(10)(step) == 0]
+    [0, 1, 2, 4, 8, 10, 20, 30, 40]
+
+    Args:
+        period: The final period.
+
+    Raises:
+        ValueError: If it is not a positive whole number.
+    """
+
+    period: int
+
+    def __post_init__(self) -> None:
+        """Validate the period."""
+        if not isinstance(self.period, int) or isinstance(self.period, bool) or not 1 <= self.period < 2**63:
+            raise ValueError(f"a period is a whole number of steps, at least 1; got {self.period!r}.")
+
+    def __call__(self, step: int) -> int:
+        """The period at a step: the largest power of two not beyond it, and in the end the final one."""
+        return self.period if step >= self.period else 1 << (max(step, 1).bit_length() - 1)
+
+
+#: Default period of the inverses of layer-based methods.
+DOUBLING_TO_10 = Doubling(10)
+#: Default period of the statistics of those that keep Kronecker factors.
+DOUBLING_TO_5 = Doubling(5)
 
 
 def split(

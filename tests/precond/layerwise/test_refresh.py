@@ -24,6 +24,7 @@ from precond import (
     SINGD,
     TNT,
     DiagonalFisher,
+    Doubling,
     LayerFisher,
     NaturalGradient,
     PreconditionedOptimizer,
@@ -32,7 +33,7 @@ from precond import (
     Tikhonov,
     TrustRegion,
 )
-from precond.layerwise.blocks.refresh import Doubling, refresh_cost, slots
+from precond.layerwise.blocks.refresh import refresh_cost, slots
 from solvers import Cholesky, Kronecker, rule
 from tests.curvature.loops import batch, mlp
 from tests.peak_memory import peak_of_tensors

@@ -33,8 +33,8 @@ from precond import (
     WeightDecay,
     WholeFisher,
 )
-from precond.layerwise.blocks.refresh import DOUBLING_TO_10
 from precond.step.renamed import RENAMED, fold, spelled
+from precond.step.schedules import DOUBLING_TO_10
 from solvers import Eigh
 
 RULE = LevenbergMarquardt(decrease=0.5)
