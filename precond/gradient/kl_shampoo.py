@@ -12,6 +12,7 @@ from precond.gradient.bases import improve_bases, initial_bases
 from precond.gradient.matrices import add_axis_gram, along, merged_shape, multiply, unfolded, worth_a_matrix
 from precond.gradient.optimizer import Group, State, debiased, due, state_zeros
 from precond.gradient.stacks import Stack, StackedMomentumOptions, StackedOptimizer, entries
+from precond.step.adaptive_rate import AdaptiveRate
 from precond.step.methods import Taxonomy
 from precond.step.schedules import Scheduled, ScheduledInt
 from solvers.outcome.arguments import flag
@@ -49,7 +50,11 @@ class KLShampoo(StackedOptimizer):
     Args:
         params: Parameters, groups, or named parameters.
         lr: Learning rate, in Adam's units: about the root mean square of the change of an entry while gradients agree.
-        betas: Decay of the average of gradients, and of the factors.
+            Without one it is 3e-2, and by default each parameter finds a multiple of that itself
+            (:class:`~precond.AdaptiveRate`), which suits runs of hundreds of steps; begin with 3e-3 for tens of
+            thousands. With one it is the method of the paper.
+        betas: Decay of the average of gradients, and of the factors; ``None`` for (0.9, 0.95) where rates find
+            themselves, and (0.95, 0.95) elsewhere.
         eps: For Adam's step, and the smallest eigenvalue of a factor relative to their mean.
         inverse_update_period: Steps between refreshes of the bases.
         max_dim: Axes longer than this have no factor.
@@ -65,6 +70,8 @@ class KLShampoo(StackedOptimizer):
     """
 
     has_adam: ClassVar[bool] = True
+    default_lr: ClassVar[float] = 3e-2
+    by_rate: ClassVar = {"betas": ((0.9, 0.95), (0.95, 0.95))}
     taxonomy: ClassVar = Taxonomy(
         curvature="gradient covariance, nearest in KL divergence",
         structure="Kronecker, one factor per axis",
@@ -80,9 +87,9 @@ class KLShampoo(StackedOptimizer):
     def __init__(
         self,
         params: Any,
-        lr: float | Tensor = 3e-2,
+        lr: float | Tensor | None = None,
         *,
-        betas: tuple[float, float] = (0.95, 0.95),
+        betas: tuple[float, float] | None = None,
         eps: Scheduled = 1e-8,
         inverse_update_period: ScheduledInt = 10,
         max_dim: int = 10000,
@@ -105,6 +112,10 @@ class KLShampoo(StackedOptimizer):
             },
             **options,
         )
+
+    @property
+    def own_rate(self) -> AdaptiveRate:
+        return AdaptiveRate()
 
     kept: ClassVar[frozenset[str]] = frozenset({"basis", "exp_avg"})
 

@@ -18,8 +18,9 @@ from precond.gradient.matrices import (
 )
 from precond.gradient.optimizer import Group, State, debiased, due, state_zeros
 from precond.gradient.stacks import Stack, StackedMomentumOptions, StackedOptimizer, entries
+from precond.step.adaptive_rate import AdaptiveRate
 from precond.step.methods import Taxonomy
-from precond.step.schedules import FIXED, Scheduled, ScheduledInt
+from precond.step.schedules import DOUBLING_TO_10, FIXED, Scheduled, ScheduledInt
 
 Grafting = Literal["sgd", "adagrad", "rmsprop", "adam"]
 
@@ -64,15 +65,19 @@ class Shampoo(StackedOptimizer):
     Args:
         params: Parameters, groups, or named parameters.
         lr: Learning rate; in the units of the grafted method: with ``"adam"`` a block moves as far as Adam would
-            move it, entries by at most about ``lr``.
-        betas: Decay of the averages of gradients and of their squares.
+            move it, entries by at most about ``lr``. Without one it is 3e-2, and by default each parameter finds a
+            multiple of that itself (:class:`~precond.AdaptiveRate`), which suits runs of hundreds of steps; begin with
+            1e-3 for tens of thousands. With one it is the published method.
+        betas: Decay of the averages of gradients and of their squares; ``None`` for (0.9, 0.95) where rates find
+            themselves, and the usual (0.9, 0.999) elsewhere.
         curvature_ema: Decay of the factors; the second of ``betas`` if ``None``, 1 for sums as in the first paper.
         damping: Smallest eigenvalue of a factor, in units of the squared gradient.
         eps: Added to the root of second moments.
         exponent: Power of each factor in place of ``-1 / (2 K)``.
         grafting: ``"sgd"``, ``"adagrad"``, ``"rmsprop"``, ``"adam"``, or ``None`` for Shampoo's own length.
         eigenvalue_correction: See above; not together with ``exponent``.
-        inverse_update_period: Steps between roots.
+        inverse_update_period: Steps between roots; ``None`` for 10, of which the first gradient's root serves the first
+            ones, or where rates find themselves also after steps 2, 4 and 8 (:class:`~precond.Doubling`).
         start_step: First step that uses the factors; grafting alone before.
         block_size: Largest side of a block.
         options: See :class:`StackedOptimizer`.
@@ -87,6 +92,8 @@ class Shampoo(StackedOptimizer):
         https://arxiv.org/abs/2506.03595
     """
 
+    default_lr: ClassVar[float] = 3e-2
+    by_rate: ClassVar = {"betas": ((0.9, 0.95), (0.9, 0.999)), "inverse_update_period": (DOUBLING_TO_10, 10)}
     taxonomy: ClassVar = Taxonomy(
         curvature="gradient second moment",
         structure="Kronecker, one factor per axis, in blocks",
@@ -104,16 +111,16 @@ class Shampoo(StackedOptimizer):
     def __init__(
         self,
         params: Any,
-        lr: float | Tensor = 3e-2,
+        lr: float | Tensor | None = None,
         *,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[float, float] | None = None,
         curvature_ema: float | None = None,
         damping: Scheduled = 1e-12,
         eps: Scheduled = 1e-8,
         exponent: float | None = None,
         grafting: Grafting | None = "adam",
         eigenvalue_correction: bool = False,
-        inverse_update_period: ScheduledInt = 10,
+        inverse_update_period: ScheduledInt | None = None,
         start_step: int = 1,
         block_size: int = 1024,
         **options: Unpack[StackedMomentumOptions],
@@ -135,6 +142,10 @@ class Shampoo(StackedOptimizer):
             },
             **options,
         )
+
+    @property
+    def own_rate(self) -> AdaptiveRate:
+        return AdaptiveRate()
 
     kept: ClassVar[frozenset[str]] = frozenset({"root", "exp_avg", "graft_sq"})
 

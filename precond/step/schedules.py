@@ -30,6 +30,8 @@ class Doubling:
 
     The first statistics are poor and change fast, the later ones are good and change slowly; a few early
     refreshes cost as much as a few periods. A schedule for ``inverse_update_period`` and ``curvature_update_period``.
+    Methods that use gradients alone count the step itself: they refresh in the steps 1, 2, 4, 8, 20, 30, ... of
+    ``Doubling(10)``.
 
     >>> [step for step in range(50) if step % Doubling(10)(step) == 0]
     [0, 1, 2, 4, 8, 10, 20, 30, 40]

@@ -63,7 +63,7 @@ def factors_of(moves: list[list[np.ndarray]], growth: float, least: float, most:
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("numbers", [(1.5, 1.0, 4.0), (1.2, 0.5, 100.0)])
 def test_factors_are_those_of_the_definition(name, numbers):
-    options = {"betas": (0.9, 0.95)} if name == "SOAP" else {}  # which would follow the rate
+    options = {option: own for option, (own, _) in METHODS[name].by_rate.items()}  # which would follow the rate
     plain, ours = (trained(METHODS[name], adaptive_rate=rate, **options)[0] for rate in (None, AdaptiveRate(*numbers)))
     factors = factors_of(plain, *numbers)
     for t in range(STEPS):
@@ -143,7 +143,7 @@ def test_what_is_no_rate_is_refused(make, error, words):
         make([nn.Parameter(torch.ones(2, 2))])
 
 
-OWN = {"SOAP": 1.1, "Muon": 1.2, "PSGD": 1.1}
+OWN = {"SOAP": 1.1, "Muon": 1.2, "PSGD": 1.1, "Shampoo": 1.1, "KLShampoo": 1.1}
 
 
 def made(name: str, *args, **options) -> torch.optim.Optimizer:
@@ -160,7 +160,7 @@ def test_who_gives_a_rate_gets_the_published_method(name):
     for plain in (made(name, 0.03), made(name, lr=torch.tensor(0.03)), made(name, adaptive_rate=None)):
         assert growths(plain) == [1] and plain.param_groups[0]["lr"] == pytest.approx(0.03)
     assert growths(made(name, lr=0.1, adaptive_rate=AdaptiveRate(1.5))) == [1.5]
-    assert growths(made("Shampoo")) == [1]
+    assert growths(made("SOAPMuon")) == [1]
 
 
 @pytest.mark.parametrize("name", OWN)
@@ -189,16 +189,19 @@ def test_a_group_that_gives_a_rate_gets_the_published_method(name):
     assert growths(plain) == [1, 1]
 
 
-def test_the_betas_of_soap_follow_the_rate():
+@pytest.mark.parametrize(
+    ("name", "published"), [("SOAP", (0.95, 0.95)), ("Shampoo", (0.9, 0.999)), ("KLShampoo", (0.95, 0.95))]
+)
+def test_betas_follow_the_rate(name, published):
     def betas(*args, **options):
-        return made("SOAP", *args, **options).param_groups[0]["betas"]
+        return made(name, *args, **options).param_groups[0]["betas"]
 
     assert betas() == betas(0.1, adaptive_rate=AdaptiveRate()) == (0.9, 0.95)
-    assert betas(0.1) == betas(adaptive_rate=None) == (0.95, 0.95)
+    assert betas(0.1) == betas(adaptive_rate=None) == published
     assert betas(betas=(0.8, 0.9)) == betas(0.1, betas=(0.8, 0.9)) == (0.8, 0.9)
     p, q, r = (nn.Parameter(torch.ones(2, 2)) for _ in range(3))
     groups = [{"params": [p]}, {"params": [q], "lr": 0.1}, {"params": [r], "lr": 0.1, "betas": (0.5, 0.6)}]
-    assert [group["betas"] for group in SOAP(groups).param_groups] == [(0.9, 0.95), (0.95, 0.95), (0.5, 0.6)]
+    assert [group["betas"] for group in METHODS[name](groups).param_groups] == [(0.9, 0.95), published, (0.5, 0.6)]
 
 
 @pytest.mark.parametrize("name", OWN)
@@ -259,5 +262,5 @@ def test_newtons_step_keeps_its_length_by_default():
 
 
 def test_a_method_without_a_default_refuses_none():
-    with pytest.raises(TypeError, match="Shampoo: lr is a number"):
-        made("Shampoo", lr=None)
+    with pytest.raises(TypeError, match="SPlus: lr is a number"):
+        made("SPlus", lr=None)
