@@ -48,12 +48,17 @@ def number(
     """
     if value is None and optional:
         return value
-    sort = _sort(low, high, open_low, open_high, optional, tensor)
-    if isinstance(value, Tensor):
+
+    def message() -> str:
+        return _message(name, _sort(low, high, open_low, open_high, optional, tensor), value, unit)
+
+    if type(value) is float:  # nearly always, and abstract classes take long to tell
+        read = value
+    elif isinstance(value, Tensor):
         if not tensor or value.dtype == torch.bool or value.is_complex():
-            raise TypeError(_message(name, sort, value, unit))
+            raise TypeError(message())
         if value.ndim:
-            raise ValueError(_message(name, sort, value, unit))
+            raise ValueError(message())
         if value.device.type != "cpu":
             return value
         read = float(value)
@@ -63,11 +68,11 @@ def number(
         except OverflowError:
             read = inf
     else:
-        raise TypeError(_message(name, sort, value, unit))
+        raise TypeError(message())
     above = low < read if open_low else low <= read
     below = read < high if open_high else read <= high
     if not (isfinite(read) and above and below):
-        raise ValueError(_message(name, sort, value, unit))
+        raise ValueError(message())
     return value
 
 
