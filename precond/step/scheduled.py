@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -94,9 +95,18 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             ValueError: If one is out of range; all groups are then as they were.
         """
         pairs = list(zip(self.param_groups, self.schedules, strict=True))
-        numbers = [numbers_at(group, schedules, self.steps, self.check) for group, schedules in pairs]
+        numbers = [numbers_at(group, schedules, self.steps, self._check_what_changed) for group, schedules in pairs]
         for group, found in zip(self.param_groups, numbers, strict=True):
             group.update(found)
+
+    def _check_what_changed(self, options: dict[str, Any]) -> None:
+        """:meth:`check`, unless nothing but the steps and a learning rate within its range has changed since."""
+        lr, known = options.get("lr"), self.__dict__.setdefault("_checked", [])
+        rest = {name: value for name, value in options.items() if name not in ("lr", "steps", "params")}
+        plain = type(lr) is float and 0 <= lr < math.inf and not any(isinstance(x, Tensor) for x in rest.values())
+        if not (plain and rest in known):
+            self.check(options)
+            self.__dict__["_checked"] = [*known[len(known) + 1 - len(self.param_groups) :], rest] if plain else []
 
     def _resolved(self, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Callable[[int], Any]]]:
         """Numbers for the coming step, checked, and the schedules that gave some of them."""

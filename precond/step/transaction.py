@@ -14,6 +14,8 @@ from curvature.model.streams import random_state, set_random_state
 from precond.distributed.sharded import any_sharded, local
 from precond.step.divergence import Diverged
 
+_CONTAINERS = dict, list, set
+
 
 class Transaction:
     """A part of an optimizer's work that leaves it as it was if anything raises: an error, or an interrupt.
@@ -41,8 +43,11 @@ class Transaction:
         self._handled: BaseException | None = None
         self._random = [] if device is None else random_state(device)
         self._last: Callable[[], None] | None = None
-        held = {name: value for name, value in vars(owner).items() if not name.startswith("_optimizer_")}
-        self._held = {n: (x, _content(x) if isinstance(x, (dict, list, set)) else None) for n, x in held.items()}
+        self._held = {
+            name: (x, _content(x) if isinstance(x, _CONTAINERS) else None)
+            for name, x in vars(owner).items()
+            if not name.startswith("_optimizer_")
+        }
         self._moved: list[tuple[Tensor, int]] = []
         self._done = False
         self._before: list[Tensor] | None = None
@@ -108,7 +113,7 @@ def _content(value: Any) -> Any:
     if not value or isinstance(value, set):
         return value.copy(), ()
     items = value.values() if isinstance(value, dict) else value
-    return value.copy(), [(item, item.copy()) for item in items if isinstance(item, (dict, list, set))]
+    return value.copy(), [(item, item.copy()) for item in items if isinstance(item, _CONTAINERS)]
 
 
 def _refill(value: Any, content: Any) -> None:
