@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Self
 
 import torch
@@ -117,8 +118,17 @@ class FollowingDamping(Damping):
     def with_strength(self, value: float | Tensor) -> Self:
         return replace(self, form=self.form.with_strength(value))
 
+    @cached_property
+    def _in_float32(self) -> Damping:
+        """The form with its strength in the precision of nearly all blocks."""
+        return self.form.with_strength(torch.tensor(self.form.strength, dtype=torch.float32))
+
     def __call__(self, op: LinearOperator) -> LinearOperator:
         """The damped operator of a block."""
-        floor = FLOOR * torch.as_tensor(op.trace()) / max(1, op.shape[1])
+        trace, size = torch.as_tensor(op.trace()), max(1, op.shape[1])
+        here = trace.device.type == "cpu" and trace.dtype == torch.float32 and isinstance(self.strength, float)
+        if here and self.strength > 2 * FLOOR * float(trace.detach().numpy()) / size:  # far from it: a number tells
+            return self._in_float32(op)
+        floor = FLOOR * trace / size
         lam = torch.as_tensor(self.strength, dtype=floor.dtype, device=floor.device)
         return self.form.with_strength(torch.maximum(lam, floor))(op)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from solvers.operators.linear_operator import LinearOperator
+from solvers.outcome import checks
 from solvers.outcome.checks import require
 from solvers.outcome.errors import NonFiniteError, NotPositiveDefiniteError, SingularMatrixError
 
@@ -26,7 +28,8 @@ def exact_power(values: Tensor, exponent: float, op: LinearOperator) -> Tensor:
         NotPositiveDefiniteError: If an entry is negative and the exponent no integer.
         NonFiniteError: If an entry, or a result, is not finite.
     """
-    return _checked_power(values, exponent, op, values.new_zeros(()))
+    plain = _plain_power(values, exponent)
+    return _checked_power(values, exponent, op, values.new_zeros(())) if plain is None else plain
 
 
 def computed_power(values: Tensor, exponent: float, op: LinearOperator, mode: Mode, floor: float | None) -> Tensor:
@@ -45,6 +48,17 @@ def computed_power(values: Tensor, exponent: float, op: LinearOperator, mode: Mo
     elif exponent > 0 and exponent != int(exponent):
         values = torch.where(values.abs() <= noise * values.shape[-1], 0, values)
     return _checked_power(values, exponent, op, noise if mode == "plain" else values.new_zeros(()))
+
+
+def _plain_power(values: Tensor, exponent: float) -> Tensor | None:
+    """``values ** exponent`` where all are positive and all is finite, as told by extremes; ``None`` elsewhere."""
+    if not values.numel() or values.requires_grad or checks.waits(values):
+        return None
+    least, most = torch.aminmax(values)
+    if not 0 < least.numpy() <= most.numpy() < math.inf:
+        return None
+    result = values**exponent
+    return result if math.isfinite(result.amax().numpy()) else None
 
 
 def _checked_power(values: Tensor, exponent: float, op: LinearOperator, noise: Tensor) -> Tensor:
