@@ -44,6 +44,12 @@ class BlockPart:
         """Whether the segment is the whole parameter, in its order."""
         return self.in_order and self.numel == parameter.numel()
 
+    def of(self, parameter: Tensor) -> Tensor:
+        """The segment of a tensor of the parameter's shape, in block form."""
+        if self.covers(parameter):
+            return parameter if parameter.shape == self.shape else parameter.reshape(self.shape)
+        return self.read(parameter.reshape(-1))
+
     def read(self, parameter: Tensor) -> Tensor:
         """The segment in block form; ``parameter`` is ``(*batch, *parameter_shape)`` flattened to ``(*batch, n)``."""
         batch = parameter.shape[:-1]
@@ -114,7 +120,7 @@ class Block:
 
     def read(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Gather ``{name: parameter-shaped tensor}`` into the block tensor."""
-        pieces = [part.read(tensors[part.name].reshape(-1)) for part in self.parts]
+        pieces = [part.of(tensors[part.name]) for part in self.parts]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
 
     def write(self, value: Tensor, tensors: Mapping[str, Tensor]) -> None:
@@ -135,7 +141,7 @@ class Block:
         """Cut ``(*batch, *shape)`` into the parts' pieces."""
         if len(self.parts) == 1:
             return [value]
-        return list(value.split([part.shape[-1] for part in self.parts], dim=-1))
+        return list(value.split_with_sizes([part.shape[-1] for part in self.parts], dim=-1))
 
 
 @storable(name="Place")

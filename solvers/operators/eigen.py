@@ -59,7 +59,7 @@ class Eigen(SelfAdjoint, Derived):
         return self.values
 
     def apply(self, x: Tensor) -> Tensor:
-        return self.basis.apply(self.values * self.basis.adjoint().apply(x))
+        return self.basis.apply(self.values * self.basis.apply_adjoint(x))
 
     def shift(self, lam: Scalar) -> Eigen:
         return Eigen(self.basis, self.values + lam)

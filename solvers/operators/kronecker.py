@@ -101,6 +101,14 @@ class Kronecker(Derived):
             before = (*before, factor.out_shape[-1])
         return x
 
+    def apply_adjoint(self, x: Tensor) -> Tensor:
+        match self.factors:
+            case (Dense(matrix=left), Dense(matrix=right)) if left.ndim == right.ndim == 2:
+                return left.mT @ (x @ right)
+            case (Dense(matrix=left), Dense(matrix=right)) if left.ndim == right.ndim == x.ndim == 3:
+                return torch.bmm(left.mT, torch.bmm(x, right))
+        return self.adjoint().apply(x)
+
     def map(self, function: Callable[[LinearOperator], LinearOperator]) -> Kronecker:
         """The Kronecker product of ``function(factor)``."""
         return Kronecker(*map(function, self.factors))

@@ -97,6 +97,10 @@ class LinearOperator(ABC):
     def adjoint(self) -> LinearOperator:
         """The transpose: ``<y, A x> = <A^T y, x>``."""
 
+    def apply_adjoint(self, x: Tensor) -> Tensor:
+        """Let the transpose act on ``x (*batch, *out_shape)``, already checked."""
+        return self.adjoint().apply(x)
+
     @property
     def symmetric(self) -> bool:
         """Whether the operator is known to equal its adjoint."""

@@ -125,7 +125,8 @@ class Preconditioners(dict[str, Preconditioner]):
             for part, piece in zip(block.parts, direction, strict=True):
                 g = gradients[part.name]
                 if part.covers(g):  # in one piece, since what follows reads the directions several times
-                    out[part.name] = piece.to(g.dtype).contiguous().view(g.shape)
+                    piece = (piece if piece.dtype == g.dtype else piece.to(g.dtype)).contiguous()
+                    out[part.name] = piece if piece.shape == g.shape else piece.view(g.shape)
                     continue
                 if part.name not in out:
                     out[part.name] = torch.empty_like(g, memory_format=torch.contiguous_format)

@@ -174,7 +174,9 @@ class Preconditioner:
         """``P g`` for a gradient in block form, computed in the precision of P."""
         if self.inverse is None:
             return gradient
-        return (self.inverse @ gradient.to(self.inverse.dtype)).to(gradient.dtype)
+        dtype, own = self.inverse.dtype, gradient.dtype  # a conversion that does nothing costs as much as a product
+        result = self.inverse @ (gradient if own == dtype else gradient.to(dtype))
+        return result if result.dtype == own else result.to(own)
 
     @property
     def keeps_curvature(self) -> bool:

@@ -43,7 +43,7 @@ class BlockStack:
         g = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
         operator = self.inverses.operator
         d = operator @ g.to(operator.dtype)
-        results = [d] if len(pieces) == 1 else d.split([part.shape[-1] for part in first], dim=-1)
+        results = [d] if len(pieces) == 1 else d.split_with_sizes([part.shape[-1] for part in first], dim=-1)
         out: dict[str, Tensor] = {}
         for names, stack, result in zip(columns, stacks, results, strict=True):
             # In one piece, since what follows reads the directions several times.
