@@ -172,8 +172,13 @@ class CurvatureEstimator(ABC):
         return False
 
 
+_FIXED = frozenset({type(None), bool, int, float, str, Tensor, Block})
+
+
 def _marked(value: Any) -> Callable[[], Any]:
     """A function that gives the value as it is now, whatever happens to means and containers in between."""
+    if type(value) in _FIXED:  # most are, and matching takes longer
+        return lambda: value
     match value:
         case WeightedMean() | CurvatureEstimator():
             mark = value.mark()

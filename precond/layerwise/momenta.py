@@ -50,11 +50,11 @@ class Momenta:
             whole: The momenta by parameter's name, where those of the state are shards.
         """
         block = preconditioner.estimator.block
-        states = {name: self.state[p] for name in block.names if (p := self.parameters[name]) in self.state}
-        momenta = {name: s["momentum_buffer"] for name, s in states.items() if "momentum_buffer" in s}
-        if not momenta or not (renewed or any("length" not in states[name] for name in momenta)):
+        states = {name: state for name in block.names if (state := self.state.get(self.parameters[name])) is not None}
+        if not renewed and all("length" in state or "momentum_buffer" not in state for state in states.values()):
             return {}
-        if preconditioner.absent or not preconditioner.keeps_curvature:
+        momenta = {name: s["momentum_buffer"] for name, s in states.items() if "momentum_buffer" in s}
+        if not momenta or preconditioner.absent or not preconditioner.keeps_curvature:
             return {}  # measured with the plain gradients, or carried on from the step before
         names = list(momenta)
         if len(self.groups) > 1:

@@ -101,6 +101,8 @@ def vectors(tensors: Sequence[Tensor], wide: bool) -> list[Tensor]:
     """Tensors as vectors, in float32 at least; in float64 where wide and possible; of shards the own one."""
     if any_sharded(tensors):
         tensors = list(map(local, tensors))
+    if not wide and all(t.dtype is torch.float32 or t.dtype is torch.float64 for t in tensors):
+        return [t.reshape(-1) for t in tensors]
     return [_widened(t.reshape(-1), wide) for t in tensors]
 
 
@@ -205,13 +207,18 @@ def kl_scale(total: Any, bound: Any) -> Any:
             it overflows there is no such factor: NaN, for which the step is refused.
         bound: c.
     """
-    within = total.clip(min=bound)
+    within = total.clip(min=bound) if isinstance(total, Tensor) else np.maximum(total, bound)
     return (bound / within) ** 0.5 + 0 * within
 
 
 def _row(numbers: Tensor) -> Any:
     """Numbers as NumPy has them where they lie in the memory of the processor, because its calls cost less there."""
     return numbers.numpy() if numbers.device.type == "cpu" else numbers
+
+
+def _sum(row: Any) -> Any:
+    """The sum of a row, by the shortest way to it."""
+    return row.sum() if isinstance(row, Tensor) else np.add.reduce(row)
 
 
 def _plain(number: Any) -> Any:
@@ -293,7 +300,7 @@ def _bounded(
     d = _row(like)
     resting = all(float(group["lr"]) == 0 for group in groups)  # as in the first step of a warm-up
     rates = row(lambda group: reference_lr(group) ** 2 if resting or float(group["lr"]) else 0.0)
-    scale = kl_scale((rates * d).sum(), bound)
+    scale = kl_scale(_sum(rates * d), bound)
     dd = scale * scale * d
     present = row(lambda group: float(group["lr"]) ** 2)
     if rates_after:
@@ -308,7 +315,7 @@ def _bounded(
     m = row(lambda group: float(group["momentum"]))
     strengths = [group["momentum"] for group in own]
     if not any(strengths) or any(group["kl_of"] == "direction" for group in groups):
-        return Move(_plain(scale), None, {}, _plain((present * dd).sum()), _plain(scale < 1))
+        return Move(_plain(scale), None, {}, _plain(_sum(present * dd)), _plain(scale < 1))
     # A momentum is made of what is taken off parameters, which where they ascend is -d.
     signs = row(lambda group: -1.0 if group["maximize"] else 1.0)
     dv, zero = scale * signs * _row(slopes.momentum), like.new_zeros(())
@@ -322,13 +329,13 @@ def _bounded(
     if any(group["nesterov"] for group in own):
         ahead = row(lambda group: float(group["nesterov"]))
         n = q + ahead * (dd + 2 * m * new + m * m * q - q)
-    whole = kl_scale((rates * n).sum(), bound)
+    whole = kl_scale(_sum(rates * n), bound)
     lasting = zip(slopes.params, torch.as_tensor(q, device=like.device).unbind(), strengths, strict=True)
     return Move(
         _plain(scale),
         _plain(whole),
         {p: length for p, length, strength in lasting if strength},
-        _plain(whole**2 * (present * n).sum()),
+        _plain(whole**2 * _sum(present * n)),
         _plain((scale < 1) | (whole < 1)),
     )
 
