@@ -145,7 +145,7 @@ class LayerOptimizer(WithoutCurvature):
         return Coverage(tuple(rows), describe_loss(self.loss_fn), True)
 
     def detach(self) -> None:
-        """Remove every hook from model and loss; the optimizer keeps its last inverses."""
+        """Remove every hook from model and loss for good; steps go on with the last inverses."""
         self.statistics.disarm()
         self.tape.close()
         self.taps.close()
@@ -208,10 +208,10 @@ class LayerOptimizer(WithoutCurvature):
         return values.pop()
 
     def arm(self) -> None:
-        """Watch the coming step, if its statistics are due."""
+        """Watch the coming step, if its statistics are due and :meth:`detach` was not called."""
         period = self.option("curvature_update_period")
         needed = any(p not in self.adam_steps for p in self.parameters.values())
-        if needed and (self.steps % period == 0 or self._overdue(period)):
+        if needed and self.tape.handles and (self.steps % period == 0 or self._overdue(period)):
             rank = world_rank() if self._ranks is None else self._ranks.rank
             words = f"{self.loop.seed},{rank},{self.steps}"
             self.statistics.arm(int.from_bytes(hashlib.sha256(words.encode()).digest()[:7], "big"))

@@ -219,7 +219,7 @@ class RowTaps:
     def watch(self, tape: Tape, preconditioners: Mapping[str, Preconditioner]) -> None:
         """Watch the layers whose blocks have an inverse that :func:`has_rows`, through the tape of the model."""
         known = {name: p for name, p in preconditioners.items() if p.inverse is not None}
-        if self._known == set(known):
+        if not tape.handles or self._known == set(known):  # closed for good, or nothing new
             return
         self.close()
         self._known = set(known)

@@ -158,13 +158,20 @@ def test_small_layers_are_not_watched(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not optimizer.taps.taps and not by_rows.cheaper(16, 128, 128) and by_rows.cheaper(16, 256, 256)
 
 
-def test_detach_removes_the_taps() -> None:
-    model, loss_fn, optimizer = setup()
+@pytest.mark.parametrize("period", [1, 10])
+def test_detach_removes_the_taps_for_good(period: int) -> None:
+    model, loss_fn, optimizer = setup(period)
     train(model, loss_fn, optimizer, 2)
     assert any(module._forward_hooks for module in model.modules())
     optimizer.detach()
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in [*model.modules(), loss_fn])
-    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+    before = {name: p.inverse for name, p in optimizer.preconditioners.items()}
+    for _ in range(2):
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in [*model.modules(), loss_fn])
+        assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+        weights = model[0].weight.detach().clone()
+        train(model, loss_fn, optimizer, 12 // period)
+        assert not torch.equal(weights, model[0].weight)
+    assert all(p.inverse is before[name] for name, p in optimizer.preconditioners.items())
 
 
 @pytest.mark.parametrize("make", [KFAC, EKFAC])
