@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from typing import Any
 
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -20,6 +21,10 @@ class InputMoments:
 
     def __init__(self) -> None:
         self._known: dict[Hashable, tuple[list[StorageWeakRef], Tensor, int, Tensor | float]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: a weak reference of a storage is an address, which a copy would free a second time."""
+        return {"_known": {}}
 
     def of(self, inputs: Tensor, valid: Tensor | None, how: Hashable, make: Callable[[], Moment]) -> Moment:
         """The moment of some inputs.

@@ -477,5 +477,6 @@ class PreconditionedOptimizer(RefreshingOptimizer):
         estimators = {name: p.estimator for name, p in self.preconditioners.items()}
         self._connect()
         self.statistics.collector.estimators = estimators
+        self.preconditioners.discard()  # the pass under way is of the original, as its gradients are
         self.drop_absent()
         self.taps.watch(self.tape, self.preconditioners)

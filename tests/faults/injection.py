@@ -6,8 +6,9 @@ import copy
 import logging
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -60,7 +61,13 @@ class At(TorchDispatchMode):
 class Run:
     """A small network trained by a method; a step of it is a function of its number alone."""
 
-    def __init__(self, name: str, width: int = 6, dtype: torch.dtype = torch.float64) -> None:
+    def __init__(
+        self,
+        name: str,
+        width: int = 6,
+        dtype: torch.dtype = torch.float64,
+        options: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
         self.name, self.method, self.dtype = name, METHODS[name], dtype
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -68,13 +75,13 @@ class Run:
         self.model.to(dtype)
         self.loss_fn = nn.MSELoss()
         self.spoil: Callable[[Tensor], Tensor] = lambda loss: loss
-        options = {"momentum": 0.5, **OPTIONS.get(name, {})}
+        given = {"momentum": 0.5, **OPTIONS.get(name, {}), **options}
         if self.method.needs == "layers":
-            self.optimizer = self.method.cls(self.model, self.loss_fn, **{"lr": 0.01, **options})
+            self.optimizer = self.method.cls(self.model, self.loss_fn, **{"lr": 0.01, **given})
         elif name in ("HessianFree", "CurveBall"):
-            self.optimizer = self.method.cls(self.model.parameters(), self.loss_fn, **options)
+            self.optimizer = self.method.cls(self.model.parameters(), self.loss_fn, **given)
         else:
-            self.optimizer = self.method.cls(self.model.parameters(), **options)
+            self.optimizer = self.method.cls(self.model.parameters(), **given)
 
     def loss(self, step: int) -> Tensor:
         generator = torch.Generator().manual_seed(step)
