@@ -40,8 +40,9 @@ def valid_positions(
     gradients: Mapping[int, Tensor],
     mask: Tensor,
     by_example: Mapping[int, Tensor] | None = None,
+    picked: Mapping[int, Tensor] | None = None,
 ) -> dict[int, Tensor]:
-    """Positions of each site that count: not masked out, or reached by the gradients all the same.
+    """Positions of each site that count: not masked or left out, or reached by the gradients all the same.
 
     What is left of terms that cancel (the softmax over a single position) is no signal.
 
@@ -50,8 +51,10 @@ def valid_positions(
         gradients: What arrived at their edges.
         mask: Terms of the loss that count, ``(n, positions)``.
         by_example: What arrived from each example, ``(n, *shape)``, where the rows of a site serve all examples.
+        picked: Positions that what follows picks, of sites of which it leaves some out; see
+            :func:`~curvature.estimation.cut_positions.picked_positions`.
     """
-    by_example = by_example or {}
+    by_example, picked = by_example or {}, picked or {}
     out: dict[int, Tensor] = {}
     full = bool(mask.all())
     for site in sites:
@@ -66,13 +69,13 @@ def valid_positions(
             continue
         size = g[0].abs().amax(-1)  # (n, s)
         reached = size > min(16 * torch.finfo(g.dtype).eps, 1e-5) * (size.max() if size.numel() else 0)
-        if full:
-            reached = torch.ones_like(reached)
-        elif reached.shape == mask.shape:
-            reached = reached | mask
-        elif reached.shape[0] == mask.shape[0]:
-            reached = reached | mask.any(-1, keepdim=True)
-        out[id(site)] = reached
+        counts = torch.ones_like(reached)
+        if not full:
+            same, rows = reached.shape == mask.shape, reached.shape[0] == mask.shape[0]
+            counts &= mask if same else mask.any(-1, keepdim=True) if rows else False
+        if (left := picked.get(id(site))) is not None and left.shape[1] == counts.shape[1]:
+            counts &= left.to(counts.device)
+        out[id(site)] = reached | counts
     return out
 
 

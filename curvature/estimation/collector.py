@@ -14,6 +14,7 @@ from torch import Tensor
 
 from curvature.estimation import checks, snapshot
 from curvature.estimation.arrivals import Arrived, Cache, meet, mixes, samples_of, sites_of, valid_positions
+from curvature.estimation.cut_positions import picked_positions
 from curvature.estimation.explained_gradients import doubt, structure, unexplained
 from curvature.estimation.flat_operator import flat_operator
 from curvature.estimation.owners import by_row, owners
@@ -334,12 +335,15 @@ class Collector:
     def _valid(self, sites: list[Site], output: Tensor, signals: Signals) -> dict[int, Tensor]:
         """Which positions of each site count.
 
-        A position whose loss term is masked out counts in no factor if nothing depends on it either: if a signal on
-        all valid terms comes back as exact zeros there. Rows that serve all examples count for each example by itself.
+        A position whose loss term is masked out, or that what follows leaves out, counts in no factor if nothing
+        depends on it either: if a signal on all valid terms comes back as exact zeros there. Rows that serve all
+        examples count for each example by itself.
         """
         probes = signals.probes() if sites else []
-        if all(bool(mask.all()) for mask, _ in probes):
+        picked = picked_positions(sites, output)
+        if not picked and all(bool(mask.all()) for mask, _ in probes):
             return {}
+        probes = probes or [(signals.mask, signals.probe())]
         out: dict[int, Tensor] = {}
         shared = self._shared and self._shared.of(site for site in sites if id(site) not in self._told_apart())
         meetings = shared.meetings if shared else []
@@ -351,7 +355,7 @@ class Collector:
             met = {id(m): g for m, g in zip(meetings, gradients[len(sites) :], strict=True)}
             by_example = shared.arriving(probe, met) if shared else {}
             arrived = {id(s): g for s, g in pairs if g is not None and (len(probes) == 1 or bool(g.any()))}
-            for key, counts in valid_positions(sites, arrived, mask, by_example).items():
+            for key, counts in valid_positions(sites, arrived, mask, by_example, picked).items():
                 out[key] = out[key] | counts if key in out else counts
         return out
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from curvature.estimation.arrivals import Arrived, Cache, samples_of, sites_of, valid_positions
 from curvature.estimation.collector import Collector
+from curvature.estimation.cut_positions import picked_positions
 from curvature.estimation.owners import SortedRows, by_row, owners, sorted_rows
 from curvature.estimation.plan import Group
 from curvature.layers import Site
@@ -43,6 +44,7 @@ class Backward:
     def __init__(self, groups: list[Group], signals: Signals, listens: Callable[[], bool], rows: Sorted) -> None:
         self.groups, self.signals, self._listens, self.rows = groups, signals, listens, rows
         self.gradients: dict[int, Tensor] = {}
+        self.picked = picked_positions(sites_of(groups), signals.terms.output)  # while the graph stands
         self._handles: list[Any] = []
         for site in sites_of(groups):
             self._handles.append(ours(site.edge.node.register_prehook(At(self, "_arrived", site))))
@@ -285,8 +287,10 @@ class StepCollector(Collector):
         self._keep_sorted(backward.rows)
         # Without a term that counts, the share is 0 and there is nothing to scale.
         self._factor, self._linear, self._counted = torch.where(share == 0, 0, 1 / share), 1.0, counted
-        valid = {} if bool(mask.all()) else valid_positions(sites_of(backward.groups), backward.gradients, mask)
-        valid = self._reached(valid, sites_of(backward.groups), backward.signals.examples)
+        sites, picked, valid = sites_of(backward.groups), backward.picked, {}
+        if picked or not bool(mask.all()):
+            valid = valid_positions(sites, backward.gradients, mask, picked=picked)
+        valid = self._reached(valid, sites, backward.signals.examples)
         for group in backward.groups:
             uses = samples_of(group, backward.gradients, valid, cache, by_rows=group.block.name in self.by_rows)
             if uses:

@@ -1,0 +1,154 @@
+"""Which positions of a layer's use the rest of a model picks, or masks before it pools them, by the graph alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvature.layers.site import Site
+from curvature.model.graph_nodes import CUTS, below, cut_axis
+
+#: Beginnings of the names of nodes that pool along an axis.
+_POOLS = ("Sum", "Mean", "Max", "Amax", "Logsumexp")
+#: Of those that pick.
+_PICKS = (*CUTS, "Index", "Gather", "Bmm")
+#: The axis of positions in ``(n, R, ...)``.
+_AXIS = 1
+
+
+def picked_positions(sites: Iterable[Site], output: Tensor) -> dict[int, Tensor]:
+    """Positions of some uses that what follows picks, ``(n or 1, s)`` by use; none for uses of which it takes all.
+
+    A classification token, the last token of a text, or pooling with a mask leave out positions as a loss leaves out
+    terms. What lies between may still lead from a position that is not picked to the output (attention does), which
+    only a signal tells. Read are cuts and indices along the second of three axes or more, and masks, one number for
+    each position, right before pooling.
+
+    Args:
+        sites: The uses.
+        output: Of the model.
+    """
+    by_node = {site.edge.node: site for site in sites if len(site.output_shape) == 3}
+    if output.grad_fn is None or not by_node:
+        return {}
+    found = _masks(output.grad_fn)
+    out: dict[int, Tensor] = {}
+    for site in by_node.values():
+        mask = found.get(site.edge.node)
+        n, s = (site.output_shape[1], site.output_shape[0]) if site.layout.time_major else site.output_shape[:2]
+        if mask is not None and mask.shape[1] == s and mask.shape[0] in (1, n) and not bool(mask.all()):
+            out[id(site)] = mask
+    return out
+
+
+def _masks(start: Any) -> dict[Any, Tensor | None]:
+    """What is picked of the output of each node, ``None`` for all, on any way from a node to the output."""
+    reached: dict[Any, Tensor | None] = {start: None}
+    numbers: dict[Any, set[int]] = {}
+    pooled: set[Any] = set()
+    # A node has a larger number than those it gets something from, but for leaves, which get nothing.
+    between = [node for node in below([start], frozenset().__contains__) if node.next_functions]
+    for node in sorted(between, key=lambda node: -node._sequence_nr()):
+        name, given = node.name(), numbers.get(node, {0})
+        for which, (child, number) in enumerate(node.next_functions):
+            if child is None:
+                continue
+            mask = reached[node]
+            if name.startswith(_PICKS) or node in pooled:
+                try:
+                    shape = child._input_metadata[number].shape
+                    mask = _picked(node, name, which, given, mask, shape, node in pooled)
+                except RuntimeError:  # what it saved is gone, or was changed since
+                    mask = None
+            numbers.setdefault(child, set()).add(number)
+            if name.startswith(_POOLS):
+                pooled.add(child)
+            reached[child] = _either(reached[child], mask) if child in reached else mask
+    return reached
+
+
+def _either(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return a | b if a is not None and b is not None and a.shape[1] == b.shape[1] else None
+
+
+def _picked(
+    node: Any, name: str, which: int, numbers: set[int], mask: Tensor | None, shape: Sequence[int], pooled: bool
+) -> Tensor | None:
+    """What a node picks of one of those it gets, given what is picked of its outputs with some numbers."""
+    if len(shape) < 3:
+        return mask
+    n, length = shape[:2]
+    if name.startswith(CUTS):
+        if cut_axis(node)[0] != _AXIS:
+            return mask
+        return _scattered([i for k in sorted(numbers) for i in _places(node, name, k, length)], length, mask)
+    if name.startswith("IndexSelect") and node._saved_dim % len(shape) == _AXIS:
+        return _scattered((node._saved_index % length).tolist(), length, mask)
+    if name.startswith("IndexBackward"):
+        rows, columns = (*node._saved_indices, None)[:2]
+        if rows is not None and rows.dtype == torch.bool and rows.shape == (n, length):
+            return rows
+        if columns is None or columns.dtype == torch.bool:
+            return mask
+        if rows is None:
+            return _scattered((columns.flatten() % length).tolist(), length, mask)
+        out = torch.zeros(n, length, dtype=torch.bool, device=columns.device)
+        out[rows, columns] = True
+        return out
+    if name.startswith("Gather") and node._saved_dim % len(shape) == _AXIS:
+        places = node._saved_index.flatten(2)
+        out = places.new_zeros(n, length, places.shape[2], dtype=torch.bool).scatter_(1, places, True)
+        return out.any(2)
+    if name.startswith("Bmm") and which == 1 and (weights := node._saved_self).shape[1] == 1:
+        return weights[:, 0] != 0
+    if pooled and name.startswith(("Mul", "MaskedFill", "Where")):
+        own = _one_for_each(_factor(node, name, which), n, length, len(shape))
+        return own if mask is None or own is None else own & mask if mask.shape[1] == length else own
+    return mask
+
+
+def _places(node: Any, name: str, number: int, length: int) -> Sequence[int]:
+    """The positions that are the output of a node with some number."""
+    if name.startswith("Slice"):
+        start, end = (x - (1 << 64) if x >> 63 else x for x in (node._saved_start, node._saved_end))
+        return range(length)[start : end : node._saved_step]
+    if name.startswith("Select"):
+        index = node._saved_index
+        return [(index - (1 << 64) if index >> 63 else index) % length]
+    if name.startswith("Unbind"):
+        return [number]
+    size = getattr(node, "_saved_split_sizes", None) or node._saved_split_size
+    if isinstance(size, int):
+        return range(length)[number * size : (number + 1) * size]
+    return range(length)[sum(size[:number]) : sum(size[: number + 1])]
+
+
+def _scattered(places: Sequence[int], length: int, mask: Tensor | None) -> Tensor:
+    """Positions of the whole from positions of a part, of which those in the mask are picked."""
+    part = torch.ones(1, len(places), dtype=torch.bool) if mask is None or mask.shape[1] != len(places) else mask
+    out = part.new_zeros(len(part), length)
+    out[:, places] = part
+    return out
+
+
+def _factor(node: Any, name: str, which: int) -> Tensor | None:
+    """A tensor that is zero where one of those that a node gets is dropped."""
+    if name.startswith("MaskedFill"):
+        return ~node._saved_mask
+    if name.startswith("Where"):
+        return ~node._saved_condition if which else node._saved_condition
+    return node._saved_self if which else node._saved_other
+
+
+def _one_for_each(factor: Tensor | None, n: int, length: int, axes: int) -> Tensor | None:
+    """``(n or 1, R)`` of a factor that is one number for each position; ``None`` for others."""
+    if factor is None or factor.dim() > axes:
+        return None
+    factor = factor[(None,) * (axes - factor.dim())]
+    if factor.shape[1] != length or factor.shape[0] not in (1, n):
+        return None
+    each = all(size == 1 or stride == 0 for size, stride in zip(factor.shape[2:], factor.stride()[2:], strict=True))
+    return factor.flatten(2)[..., 0] != 0 if each else None
