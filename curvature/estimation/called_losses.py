@@ -65,7 +65,8 @@ class CalledLosses:
         """Whether all other losses of some passes at which gradients may arrive have one term for each example."""
         others = dict.fromkeys(c for origin in passes for c in origin.calls if c not in calls)
         reached = [other for other in others if other.weight is not None or other.alive() is not None]
-        if any(_more_than_the_examples([one, *(o for o in reached if o.place == one.place)]) for one in calls):
+        places = dict.fromkeys(one.place for one in calls)
+        if any(_more_than_the_examples([o for o in (*calls, *reached) if o.place == place]) for place in places):
             return False
         return all(self._aggregated(other, parameters) for other in reached)
 

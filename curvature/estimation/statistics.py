@@ -28,10 +28,11 @@ from curvature.losses import (
     Terms,
 )
 from curvature.losses.from_gradient import from_output_gradient
-from curvature.losses.picked import GatheredTerms, PickedTerms
+from curvature.losses.picked import ApartTerms, GatheredTerms, PickedTerms
 from curvature.losses.signals import JointSignals, Signals
 from curvature.model.backward_hooks import ours
 from curvature.model.graph_nodes import only_way
+from curvature.model.hooks import At
 from curvature.structures.estimator import Curvature
 from solvers.outcome.finite import is_finite
 
@@ -173,14 +174,16 @@ class Statistics:
 
     def _take_or_gather(self, passes: list[Pass], terms: Terms, share: Weight, call: TapedLoss) -> None:
         """Take a call of the loss now, or with others on parts of the same output, when all of these have arrived."""
-        alike = share.factor is not None and self.curvature.kind != "empirical"
-        if alike and self._gathered.may_take(passes, call):
+        if share.factor is not None and self._gathered.may_take(passes, call):
             with self.tape.own_pass(passes, call.output):
                 terms = in_their_places(terms, passes, self.batch_dim)
-            assert share.factor is not None
-            if self._gathered.take(passes[0], terms, share.factor, call):
+            if self._gathered.take(passes[0], terms, share.factor, call, At(self, "_ready", passes[0])):
                 return
         self._take(passes, terms, share, [call])
+
+    def _ready(self, origin: Pass, gradients: Any) -> None:
+        if self.tape.under_way:
+            self.arrives_at_output(origin)
 
     def arrives_at_output(self, origin: Pass) -> None:
         if found := self._gathered.pop(origin):
@@ -297,7 +300,7 @@ class Statistics:
         hooked = [o for o in passes if o.recorder is not None and o.recorder.hooks.look([terms.output])]
         kind, end = self.curvature.kind, terms.output.grad_fn
         with self._open_graph(passes, terms.output):
-            if not isinstance(terms, (PickedTerms, GatheredTerms)):
+            if not isinstance(terms, (PickedTerms, GatheredTerms, ApartTerms)):
                 terms = in_their_places(terms, passes, self.batch_dim)
             signals = Signals.of(
                 terms if kind == "empirical" else terms.fisher(strict=False),
@@ -305,8 +308,9 @@ class Statistics:
                 together=True,
                 others_aggregated=partial(self._losses.others_aggregated, passes, calls, self.collector.parameters),
             )
+            tell = signals.tell_one_term_each() if calls else None
             for call in calls:
-                call.tell = signals.tell_one_term_each()
+                call.tell = tell
             # What hooks make of gradients on their way is no matter of curvature.
             if calls and not hooked and self._waits(passes, recorder, end, signals, share):
                 return self._refuse_hidden(recorder)

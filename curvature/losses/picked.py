@@ -123,6 +123,17 @@ class GatheredTerms(JoinedTerms):
         self.whole = parts[0][1].whole
 
 
+class ApartTerms(JoinedTerms):
+    """The terms of several calls of a loss on outputs of their own, such as those of a list, each with a weight.
+
+    Args:
+        parts: As for :class:`GatheredTerms`.
+    """
+
+    def __init__(self, parts: Sequence[tuple[Tensor, Terms]]) -> None:
+        super().__init__(dict(enumerate(parts)), parts[0][1].reduction)
+
+
 def by_examples(terms: Terms, sizes: tuple[int, ...], axis: int, whole: Tensor) -> ExampleTerms:
     """Terms sorted by their examples.
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from curvature.losses import JoinedTerms, Terms
-from curvature.losses.picked import ExampleTerms, GatheredTerms
+from curvature.losses.picked import ApartTerms, ExampleTerms, GatheredTerms
 
 FisherKind = Literal["exact", "mc", "empirical"]
 KINDS: tuple[FisherKind, ...] = ("exact", "mc", "empirical")
@@ -65,8 +65,11 @@ class Signals:
     @staticmethod
     def of(terms: Terms, kind: FisherKind, *options: Any, **named: Any) -> Signals:
         """The signals of one loss or of a sum of losses; arguments as for the class."""
-        joined = GatheredSignals if isinstance(terms, GatheredTerms) else JointSignals
-        return (joined if isinstance(terms, JoinedTerms) else Signals)(terms, kind, *options, **named)
+        made: type[Signals] = Signals
+        if isinstance(terms, JoinedTerms):
+            joined: dict[type[Terms], type[Signals]] = {GatheredTerms: GatheredSignals, ApartTerms: ApartSignals}
+            made = joined.get(type(terms), JointSignals)
+        return made(terms, kind, *options, **named)
 
     @cached_property
     def examples(self) -> int:
@@ -293,3 +296,11 @@ class GatheredSignals(JointSignals):
 
     def probes(self) -> list[tuple[Tensor, Tensor]]:
         return [] if bool(self.mask.all()) else [(self.mask, self.probe())]
+
+
+@dataclass(frozen=True)
+class ApartSignals(JointSignals):
+    """The signals of several calls of a loss on outputs of their own."""
+
+    def probes(self) -> list[tuple[Tensor, Tensor]]:
+        return [] if bool(torch.stack([part.mask.all() for part in self.parts]).all()) else super().probes()

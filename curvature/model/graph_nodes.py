@@ -69,6 +69,17 @@ def only_moves(start: Any, ends: Set[Any] = frozenset()) -> bool:
     return all(node.name().startswith((*_MOVES, "torch::autograd::AccumulateGrad")) for node in between)
 
 
+def origin_of_moves(start: Any) -> Any:
+    """The node whose entries some node has, moved: itself, if it makes numbers."""
+    node = start
+    while node is not None and node.name().startswith(_MOVES):
+        before = [one for one, _ in node.next_functions if one is not None]
+        if len(before) != 1:
+            return node  # it lays several side by side
+        node = before[0]
+    return node
+
+
 def cut_axis(node: Any) -> tuple[int, int]:
     """The axis along which a node of :data:`CUTS` picks, from 0, and the number of axes of what it picks from."""
     sizes = getattr(node, "_saved_self_sym_sizes", None)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from curvature.estimation.gathered_calls import GatheredCalls
 from curvature.estimation.step_collector import StepCollector
 from precond import KFAC, Loop, NaturalGradient
 from tests.curvature.loops import assert_same, statistics
@@ -79,6 +80,60 @@ def test_parts_have_the_curvature_of_the_whole(name: str, monkeypatch: pytest.Mo
     found = learnt(parts, loss_fn, "exact")
     assert len(times) == 1
     assert_same(found, learnt(whole, loss_fn, "exact"), rtol=1e-10)
+
+
+class Steps(Decoder):
+    """Returns a list, or the loss, of outputs that it lays side by side or not."""
+
+    def __init__(self, returns: str) -> None:
+        super().__init__()
+        self.returns = returns
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor | list[Tensor]:  # type: ignore[override]
+        h, outputs = x.new_zeros(len(x), 4), []
+        for t in range(x.shape[1]):
+            h = torch.tanh(self.inner(x[:, t]) + self.state(h))
+            outputs.append(self.last(h))
+        if "apart" not in self.returns:
+            outputs = list(torch.stack(outputs, 1).unbind(1))
+        return outputs if "list" in self.returns else of_steps(outputs, y)
+
+
+def of_steps(outputs: list[Tensor], y: Tensor) -> Tensor:
+    return torch.stack([SUM(z, t) for z, t in zip(outputs, y.unbind(1), strict=True)]).sum() / (N * T)
+
+
+@pytest.mark.parametrize("kind", ["exact", "empirical"])
+@pytest.mark.parametrize("returns", ["list", "list, apart", "loss", "loss, apart"])
+def test_calls_in_lists_and_in_forward_are_gathered(returns: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exactly as one call on all; gradients of calls as those of each by itself."""
+    times: list[int] = []
+    collect = StepCollector.collect
+    monkeypatch.setattr(StepCollector, "collect", lambda *a, **k: (times.append(1), collect(*a, **k))[1])
+
+    def step(method: type[KFAC], right: bool) -> dict[str, Tensor]:
+        x, y = batch()
+        if method is NaturalGradient and kind == "exact":
+            y[0, 0] = -100
+        torch.manual_seed(0)
+        model = Steps("list" if right and kind == "exact" else returns).double()
+        structure = {"structure": "layer"} if method is NaturalGradient else {}
+        optimizer = method(model, SUM, lr=0.0, fisher=kind, kl_clip=None, **structure)
+        result = model(x, y)
+        if right and kind == "exact":
+            result = SUM(torch.stack(result, 1).flatten(0, 1), y.flatten()) / (N * T)
+        (of_steps(result, y) if isinstance(result, list) else result).backward()
+        optimizer.step()
+        optimizer.detach()
+        return statistics(optimizer)
+
+    found = [step(method, right=False) for method in (NaturalGradient, KFAC)]
+    assert len(times) == 2
+    if kind == "empirical":
+        monkeypatch.setattr(GatheredCalls, "may_take", staticmethod(lambda passes, call: False))
+    for one, method in zip(found, (NaturalGradient, KFAC), strict=True):
+        assert_same(one, step(method, right=True), rtol=1e-10)
+    assert len(times) == 2 + 2 * (T if kind == "empirical" else 1)
 
 
 def test_draws_have_the_right_mean() -> None:
