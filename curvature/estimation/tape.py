@@ -54,6 +54,7 @@ class Tape(Recording):
         reader: Computes statistics while gradients arrive.
         nonzero: Parameters under ``fully_shard`` with a gradient that is not zero in some process, where that is known.
         outside: Calls of the loss that no pass led to.
+        elsewhere: A loss counted that parameters led to, and no pass of the model.
         earlier: What the gradients of earlier backward passes of the step are known by, when the last one began, where
             some stand.
         by_hand: What stands in ``p.grad`` is made of what backward passes wrote and of gradients that were zeroed, or
@@ -79,7 +80,7 @@ class Tape(Recording):
         self.reader: Reader | None = None
         self.nonzero: frozenset[str] | None = None
         self.outside: list[TapedLoss] = []
-        self.by_hand = False
+        self.by_hand = self.elsewhere = False
         self._latest: Callable[[], Tensor | None] = lambda: None  # value of the last call of the loss
         self._task: int | None = None  # the user's backward pass under way
         self._unseen = UnseenLosses(self.loss_module)
@@ -116,7 +117,8 @@ class Tape(Recording):
         super().clear()
         self.outside, self._task, self._marks, self.nonzero = [], None, {}, None
         self._samples, self.earlier, self._weights = {}, {}, []
-        self._asked, self._dropped, self.by_hand = None, Dropped(), False
+        self._asked, self._dropped = None, Dropped()
+        self.by_hand = self.elsewhere = False
 
     # Calls of the loss
 
@@ -243,7 +245,7 @@ class Tape(Recording):
                     if p.requires_grad:
                         self._catching.append(ours(p.register_hook(At(self, "_found_for", name))))
         if self.mode != "loss":
-            self._unseen.look(self.passes, self.calls())
+            self._unseen.look(self.passes, self.calls(), self.seen().values())
         ended = "_ended" if self.shards is None else "_nearly_ended"
         torch.autograd.Variable._execution_engine.queue_callback(At(self, ended, task))
         if self.reader is not None:
@@ -290,6 +292,7 @@ class Tape(Recording):
                 self._abandon()
                 raise
         self._dropped.counted(brought)
+        self.elsewhere |= self._unseen.elsewhere
         self._task, self._marks, self._samples = None, after, self._gradients.samples(after)
         self._weights = [(origin, origin.gradient, origin.brought) for origin in self.passes]
         self._weights += [(call, call.weight, call.brought) for call in self.calls()]

@@ -5,7 +5,7 @@ What they are is told by the gradient at the model's output, and their weight by
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Iterable, Set
 from typing import Any, Literal
 
 import torch
@@ -16,7 +16,7 @@ from curvature.estimation.squares_by_hand import squares
 from curvature.estimation.step import Step, Weight
 from curvature.losses import Terms
 from curvature.model.data import inspection
-from curvature.model.graph_nodes import below, called_on, node_of
+from curvature.model.graph_nodes import below, called_on, node_of, only_moves
 
 #: How the names of the nodes of loss functions begin, by the module that calls them.
 _NODES: dict[type[nn.Module], str] = {
@@ -44,18 +44,32 @@ class UnseenLosses:
 
     Args:
         loss: The module given to the optimizer.
+
+    Attributes:
+        elsewhere: Whether the backward pass under way goes through a loss to parameters, and no pass led to it: through
+            another model that has them too, say.
     """
 
     def __init__(self, loss: nn.Module | None) -> None:
         self._kind = next((name for cls, name in _NODES.items() if isinstance(loss, cls)), "no loss")
         self._found: dict[Any, list[UnseenLoss]] = {}  # by ends of passes below them
+        self.elsewhere = False
         self._direct: set[Any] | None = None  # these ends, and those to which it comes otherwise, but not by other ends
 
-    def look(self, passes: list[Pass], calls: list[TapedLoss]) -> None:
+    def look(self, passes: list[Pass], calls: list[TapedLoss], parameters: Iterable[Tensor]) -> None:
         """A backward pass begins: find them, by the nodes where passes end, above these and the known calls."""
         ends = {edge.node for origin in passes for edge in origin.edges}
         ends |= {o.output.grad_fn for o in passes if isinstance(o.output, Tensor) and o.output.grad_fn is not None}
-        self._found, self._direct = _calls_beside(self._kind, ends, {call.number for call in calls})
+        known = {call.number for call in calls}
+        self._found, self._direct, above = _calls_beside(self._kind, ends, known)
+        tracked = {id(p) for p in parameters}
+        leaves = [node for node in above if id(getattr(node, "variable", None)) in tracked]
+        self.elsewhere = bool(leaves) and any(
+            node.name().startswith(tuple(_NODES.values()))
+            and node._sequence_nr() not in known
+            and _uses(node, ends, set(leaves))
+            for node in above
+        )
 
     def above(self, origin: Pass, known: bool) -> list[UnseenLoss] | None:
         """Those above the output of a pass, at which the gradient has arrived.
@@ -80,6 +94,16 @@ class UnseenLosses:
     def left(self) -> bool:
         """Whether there are some above passes at whose output no gradient arrived."""
         return bool(self._found)
+
+
+def _uses(loss: Any, ends: Set[Any], leaves: Set[Any]) -> bool:
+    """Whether a loss is of what some parameters made, and not of themselves, as a penalty on weights is."""
+    between = list(below([loss], ends.__contains__))
+    return not leaves.isdisjoint(between) and ends.isdisjoint(between) and not any(map(only_moves, _arguments(loss)))
+
+
+def _arguments(node: Any) -> list[Any]:
+    return [before for before, _ in node.next_functions if before is not None]
 
 
 def _by_hand(ends: Set[Any]) -> list[UnseenLoss]:
@@ -161,7 +185,9 @@ def not_told() -> TypeError:
     )
 
 
-def _calls_beside(kind: str, ends: Set[Any], known: Set[int]) -> tuple[dict[Any, list[UnseenLoss]], set[Any] | None]:
+def _calls_beside(
+    kind: str, ends: Set[Any], known: Set[int]
+) -> tuple[dict[Any, list[UnseenLoss]], set[Any] | None, list[Any]]:
     """The functions of one kind, besides known calls, that the backward pass under way goes through to some ends.
 
     Args:
@@ -172,11 +198,11 @@ def _calls_beside(kind: str, ends: Set[Any], known: Set[int]) -> tuple[dict[Any,
 
     Returns:
         The calls, by the ends that have some above; and all ends that it comes to by any way but through known calls
-        and other ends, ``None`` where nobody can tell what it was called on, as on an accelerator.
+        and other ends, ``None`` where nobody can tell what it was called on, as on an accelerator; and all nodes above.
     """
     roots = called_on()
     if not roots:
-        return {}, None
+        return {}, None, []
     until = lambda node: node in ends or node._sequence_nr() in known  # noqa: E731
     above = list(below(map(node_of, roots), until))
     found: dict[Any, list[UnseenLoss]] = {}
@@ -189,7 +215,7 @@ def _calls_beside(kind: str, ends: Set[Any], known: Set[int]) -> tuple[dict[Any,
         for end in between:
             if end in ends:
                 found.setdefault(end, []).append(call)
-    return found, {node for node in above if node in ends}
+    return found, {node for node in above if node in ends}, above
 
 
 def _transforms(node: Any, kind: str) -> bool:

@@ -362,14 +362,15 @@ class LayerOptimizer(WithoutCurvature):
         if (
             self.tape.passes
             and "outside" not in self._reported
-            and any(not only_moves(c.output.grad_fn) for c in outside)
+            and (self.tape.elsewhere or any(not only_moves(c.output.grad_fn) for c in outside))
         ):  # not of weights
             self._reported.add("outside")
             warnings.warn(
                 f"{type(self).__name__}: a part of the loss was computed by the model without its forward (by another "
-                "method of it, or by its parts), where no use of a parameter is seen, so its curvature is left out. "
-                "Let forward compute it (forward(x, part='decode'), say), or leave it to the gradient alone by calling "
-                "a function in place of the loss module.",
+                "method of it, by its parts, or by another model that has some), where no use of a parameter is seen, "
+                "so its curvature is left out. Let forward compute it (forward(x, part='decode'), say; for two models "
+                "that share layers, that of one module that calls both), or leave it to the gradient alone by calling "
+                "a function in place of the loss module, with loop=Loop(capture='loss').",
                 UserWarning,
                 stacklevel=6,
             )

@@ -296,6 +296,50 @@ def test_a_part_of_the_loss_that_forward_did_not_compute_is_told_once() -> None:
     assert len(told) == 1
 
 
+class Headed(nn.Module):
+    """A trunk that several models may share, and a head."""
+
+    def __init__(self, trunk: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.trunk, self.head = trunk, head
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.trunk(x).tanh())
+
+
+class Both(nn.Module):
+    def __init__(self, *models: nn.Module) -> None:
+        super().__init__()
+        self.models = nn.ModuleList(models)
+
+    def forward(self, *inputs: Tensor) -> list[Tensor]:
+        return [model(x) for model, x in zip(self.models, inputs, strict=True)]
+
+
+@pytest.mark.parametrize("loss_fn", [nn.CrossEntropyLoss(), nn.functional.cross_entropy, nn.functional.mse_loss])
+def test_the_loss_of_another_model_that_shares_layers_is_told(loss_fn: Callable[[Tensor, Tensor], Tensor]) -> None:
+    target = SOFT if loss_fn is nn.functional.mse_loss else Y
+    trunk, *heads = mlp()[0], nn.Linear(5, 3).double(), nn.Linear(5, 3).double()
+    one, two = (Headed(trunk, head) for head in heads)
+    optimizer = watching(one)
+    penalty = nn.functional.mse_loss(trunk.weight, torch.zeros_like(trunk.weight))
+    (MEAN(one(X), Y) + penalty).backward()
+    optimizer.step()  # warnings are errors
+    optimizer.zero_grad()
+    (MEAN(one(X), Y) + loss_fn(two(OTHER), target)).backward()
+    with pytest.warns(UserWarning, match="by another model that has some"):
+        optimizer.step()
+    optimizer.detach()
+    if loss_fn is not nn.functional.mse_loss:
+        both = Both(one, two)
+        optimizer = watching(both)
+        z, other = both(X, OTHER)
+        (MEAN(z, Y) + MEAN(other, Y)).backward()
+        optimizer.step()
+        found = learned(optimizer)["models.0.trunk.weight+models.0.trunk.bias"]
+        assert_block(found, trunk, [(one(X), lambda z: MEAN(z, Y)), (two(OTHER), lambda z: MEAN(z, Y))])
+
+
 def kept_and_added(model: nn.Module, optimizer: NaturalGradient) -> None:
     total = [torch.zeros_like(p) for p in model.parameters()]
     for i in range(0, 6, 2):
