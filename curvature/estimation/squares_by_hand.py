@@ -13,6 +13,10 @@ from curvature.model.graph_nodes import SHAPES, cut_axis
 
 #: Beginnings of the names of nodes that hand numbers on as they are, in their places.
 _PLAIN = ("ToCopy", "Clone", "Alias")
+#: Of those that lay the entries along an axis out the other way round: rows stay whole.
+_TURNED = ("Flip",)
+#: Of products of two vectors that are added up.
+_DOTS = ("Dot", "Vdot")
 #: Of those that subtract.
 _DIFFERENCES = ("Sub", "Rsub", "Add")
 
@@ -47,7 +51,7 @@ def _below(node: Any, ends: Set[Any], so_far: Square) -> Iterator[Square]:
     name, arguments = node.name(), [before for before, _ in node.next_functions if before is not None]
     shape, weight, alone = tuple(node._input_metadata[0].shape), so_far.weight, so_far.alone
     power = name.startswith("Pow") and node._saved_exponent == 2
-    if power or (name.startswith("Mul") and len(arguments) == 2):
+    if power or (name.startswith(("Mul", *_DOTS)) and len(arguments) == 2):
         # A product of two differences has the curvature of a square, but not its value.
         told = power or arguments[0] is arguments[1] or weight is not None
         if told and all(_is_difference(argument, ends) for argument in arguments):
@@ -55,7 +59,7 @@ def _below(node: Any, ends: Set[Any], so_far: Square) -> Iterator[Square]:
     elif name.startswith("Mean"):
         ratio = prod(shape) / max(1, node._saved_self_sym_numel)
         yield from _below(arguments[0], ends, Square(node, None if weight is None else weight * ratio, alone))
-    elif name.startswith(("Sum", *_PLAIN, *SHAPES)):
+    elif name.startswith(("Sum", *_PLAIN, *_TURNED, *SHAPES)):
         yield from _below(arguments[0], ends, so_far)
     elif name.startswith(("Mul", "Div")) and prod(shape) == len(arguments) == 1:
         yield from _below(arguments[0], ends, Square(node, None, alone))
@@ -71,7 +75,7 @@ def _is_difference(node: Any, ends: Set[Any]) -> bool:
     picked = False
     while node not in ends:
         name, arguments = node.name(), [before for before, _ in node.next_functions if before is not None]
-        if len(arguments) != 1 or not name.startswith((*_DIFFERENCES, *_PLAIN, *SHAPES, "Slice", "Select")):
+        if len(arguments) != 1 or not name.startswith((*_DIFFERENCES, *_PLAIN, *_TURNED, *SHAPES, "Slice", "Select")):
             return False
         if name.startswith(_DIFFERENCES) and _size(arguments[0], node) != prod(node._input_metadata[0].shape):
             return False  # entries count several times

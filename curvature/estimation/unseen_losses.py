@@ -6,6 +6,7 @@ What they are is told by the gradient at the model's output, and their weight by
 from __future__ import annotations
 
 from collections.abc import Iterable, Set
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -16,7 +17,7 @@ from curvature.estimation.squares_by_hand import squares
 from curvature.estimation.step import Step, Weight
 from curvature.losses import Terms
 from curvature.model.data import inspection
-from curvature.model.graph_nodes import below, called_on, node_of, only_moves
+from curvature.model.graph_nodes import CUTS, below, called_on, node_of, only_moves
 
 #: How the names of the nodes of loss functions begin, by the module that calls them.
 _NODES: dict[type[nn.Module], str] = {
@@ -53,6 +54,7 @@ class UnseenLosses:
     def __init__(self, loss: nn.Module | None) -> None:
         self._kind = next((name for cls, name in _NODES.items() if isinstance(loss, cls)), "no loss")
         self._found: dict[Any, list[UnseenLoss]] = {}  # by ends of passes below them
+        self._known: set[int] = set()
         self.elsewhere = False
         self._direct: set[Any] | None = None  # these ends, and those to which it comes otherwise, but not by other ends
 
@@ -60,7 +62,7 @@ class UnseenLosses:
         """A backward pass begins: find them, by the nodes where passes end, above these and the known calls."""
         ends = {edge.node for origin in passes for edge in origin.edges}
         ends |= {o.output.grad_fn for o in passes if isinstance(o.output, Tensor) and o.output.grad_fn is not None}
-        known = {call.number for call in calls}
+        self._known = known = {call.number for call in calls}
         self._found, self._direct, above = _calls_beside(self._kind, ends, known)
         tracked = {id(p) for p in parameters}
         leaves = [node for node in above if id(getattr(node, "variable", None)) in tracked]
@@ -88,7 +90,18 @@ class UnseenLosses:
         if not known and self._direct is not None and not ends & self._direct:
             return None
         origin.followed = self._direct is not None
-        return unseen if unseen or known or self._kind != _NODES[nn.MSELoss] else _by_hand(ends)
+        if not (unseen or known or self._kind != _NODES[nn.MSELoss]):
+            unseen = _by_hand(ends)
+        own = {origin.end, origin.output.grad_fn}
+        return [replace(call, moved=call.moved and not self._hides_rows(call, own)) for call in unseen]
+
+    def _hides_rows(self, call: UnseenLoss, ends: Set[Any]) -> bool:
+        """Whether a loss sees some rows of an output, of which something unknown sees others, so none tells which."""
+        between = (node for node in below([call.node], ends.__contains__) if node not in ends)
+        if not any(node.name().startswith((*CUTS, "Index", "Masked", "Gather")) for node in between):
+            return False
+        until = lambda node: node is call.node or node in ends or node._sequence_nr() in self._known  # noqa: E731
+        return not ends.isdisjoint(below(map(node_of, called_on()), until))
 
     @property
     def left(self) -> bool:

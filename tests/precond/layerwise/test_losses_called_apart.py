@@ -191,6 +191,17 @@ ALONE: dict[str, tuple[str, nn.Module, Minimised]] = {
         lambda z, f: ((z - torch.stack([X[:, 1:], X[:, :-1]])) ** 2).mean(),
     ),
     "written out, a row twice": ("logits", nn.MSELoss(), lambda z, f: ((z[[1, 1, 2]] - X[:3, 1:]) ** 2).mean()),
+    "written out, rows, and a penalty on all": (
+        "logits",
+        nn.MSELoss(),
+        lambda z, f: ((z[1:] - X[1:, 1:]) ** 2).mean() + 0.1 * z.abs().mean(),
+    ),
+    "rows, and a penalty on all": (
+        "logits",
+        nn.MSELoss(),
+        lambda z, f: F.mse_loss(z[1:], X[1:, 1:]) + 0.1 * z.abs().mean(),
+    ),
+    "written out, clamped": ("logits", nn.MSELoss(), lambda z, f: ((z - X[:, 1:]).clamp(-1, 1) ** 2).mean()),
     "written out, entries": ("logits", nn.MSELoss(), lambda z, f: ((z - X[:, 1:])[X[:, 1:] > 0] ** 2).mean()),
     "written out, slopes": ("logits", nn.MSELoss(), lambda z, f: ((2 * z - X[:, 1:]) ** 2).mean()),
     "written out, half of it and a penalty": (
@@ -255,6 +266,21 @@ SQUARES: dict[str, tuple[str, Minimised, Minimised]] = {
         "mean",
         lambda z, f: (lambda d: (d * d).mean() * 2)(z[1:] - X[1:, 1:]),
         lambda z, f: 2 * f(z[1:], X[1:, 1:]),
+    ),
+    "written out, the other way round": (
+        "mean",
+        lambda z, f: ((z.flip(0) - X.flip(0, 1)[:, :-1].flip(1)) ** 2).flip(0, 1).mean() + 0.1 * z.abs().mean(),
+        lambda z, f: f(z, X[:, 1:]) + 0.1 * z.abs().mean(),
+    ),
+    "written out, a dot product": (
+        "mean",
+        lambda z, f: (lambda d: torch.dot(d, d) / d.numel())((z - X[:, 1:]).flatten()),
+        lambda z, f: f(z, X[:, 1:]),
+    ),
+    "written out, a dot product beside": (
+        "sum",
+        lambda z, f: (lambda d: d @ d)((z - X[:, 1:]).view(-1)) + 0.1 * z.abs().mean(),
+        lambda z, f: f(z, X[:, 1:]) + 0.1 * z.abs().mean(),
     ),
     "sum of values": (
         "sum",
