@@ -34,8 +34,8 @@ class OutputGradient:
     empirical: bool
     plain: bool
 
-    def read(self, step: Step, origin: Pass, z: Tensor, gradient: Tensor) -> tuple[Terms, Weight]:
-        """The loss on an output, and how it enters.
+    def read(self, step: Step, origin: Pass, z: Tensor, gradient: Tensor) -> tuple[Terms, Weight] | None:
+        """The loss on an output, and how it enters; ``None`` for a penalty.
 
         Args:
             step: Keeps the account of the losses.
@@ -53,17 +53,24 @@ class OutputGradient:
                 "loop calls (of a function: curvature.losses.AutogradLoss(loss_fn, reduction='mean')), or set "
                 "capture='gradient' for a mean loss that is neither accumulated nor scaled."
             )
-        terms, weights = from_output_gradient(
-            self.loss,
-            z,
-            gradient,
-            None,
-            "mean",
-            self.class_dim,
-            empirical=self.empirical,
-            arrived_at=origin.seen,
-            size=origin.size,
-        )
+        try:
+            terms, weights = from_output_gradient(
+                self.loss,
+                z,
+                gradient,
+                None,
+                "mean",
+                self.class_dim,
+                empirical=self.empirical,
+                arrived_at=origin.seen,
+                size=origin.size,
+            )
+        except (TypeError, ValueError):
+            if origin.penalty:
+                return None
+            raise
+        if weights is None and origin.penalty:
+            return None
         if weights is None:
             return terms, weight_by_graph(step, self.module, origin, terms, gradient, self.plain)
         if origin.beside and step.sums:

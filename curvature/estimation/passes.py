@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from curvature.estimation.selection import SeenPart
+from curvature.estimation.ways_to_losses import Way
 from curvature.layers.recorder import Recorder
 from curvature.model.moment import Moment
 
@@ -124,6 +125,9 @@ class Pass:
     released: bool = False  # nothing can arrive any more
     beside: bool = False  # ``gradient`` is of several losses, or of what is besides the calls that were seen
     unseen_loss: UnseenLoss | None = None  # that loss, where it is a single one and somebody can tell
+    penalty: bool = False  # the loss of the step is elsewhere, and no node above is one of its kind
+    way: Way | None = None  # from what the backward pass was called on, where nobody saw a loss
+    value: Tensor | None = None  # of that, times what the pass began with
     followed: bool = False  # what the backward pass was called on is known, so that the graph shows all losses
     edited: bool = False  # ``output`` was changed in place before the loss
     size: Tensor | None = None  # largest entry of all that arrived, of which ``gradient`` is a part

@@ -210,11 +210,12 @@ class Statistics:
         if origin not in passes:
             return
         try:
-            terms, share = self._at_output.read(self._step, origin, origin.output, gradient)
+            found = self._at_output.read(self._step, origin, origin.output, gradient)
         except (TypeError, ValueError) as error:
             self._refusal = error  # no matter for a gradient that is not for the parameters
             return
-        self._take(passes, terms, share, [])
+        if found is not None:
+            self._take(passes, *found, [])
 
     def not_told(self) -> None:
         self._refusal = not_told()
@@ -493,9 +494,10 @@ class Statistics:
         with self.tape.repeat(origin) as again:
             for call, weight in arrivals_again(self.tape, origin, again):
                 self.arrived(call, weight)
-            if again.gradient is not None:
-                terms, share = self._at_output.read(self._step, origin, again.output, again.gradient)
-                self._take([again], terms, share, [])
+            arrived = again.gradient
+            found = None if arrived is None else self._at_output.read(self._step, origin, again.output, arrived)
+            if found is not None:
+                self._take([again], *found, [])
             again.calls = []  # which hold it
 
     def _missing(self, gradients: Mapping[str, Tensor], reached: Iterable[str] | None = None) -> set[str]:

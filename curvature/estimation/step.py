@@ -127,7 +127,7 @@ class Step:
             )
         if self.sums:  # the weight of their terms, on the output that has most
             return torch.stack(list(self.sums.values())).max()
-        if len(self.unscaled) > 1:
+        if len(self.unscaled) > 1 or (self.unscaled and self.absolute):
             raise ValueError(
                 "this step accumulates several losses of which only gradients at the model's output were seen, and "
                 "these do not tell the weight of each (of soft labels, say), so their curvatures have no common scale. "

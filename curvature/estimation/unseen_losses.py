@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from curvature.estimation.passes import Pass, TapedLoss, UnseenLoss
 from curvature.estimation.squares_by_hand import squares
 from curvature.estimation.step import Step, Weight
+from curvature.estimation.ways_to_losses import factor_by_value, way
 from curvature.losses import Terms
 from curvature.model.data import inspection
-from curvature.model.graph_nodes import CUTS, below, called_on, node_of, only_moves
+from curvature.model.graph_nodes import CUTS, below, called_on, node_of, only_moves, scalar_called_on
 
 #: How the names of the nodes of loss functions begin, by the module that calls them.
 _NODES: dict[type[nn.Module], str] = {
@@ -55,6 +56,7 @@ class UnseenLosses:
         self._kind = next((name for cls, name in _NODES.items() if isinstance(loss, cls)), "no loss")
         self._found: dict[Any, list[UnseenLoss]] = {}  # by ends of passes below them
         self._known: set[int] = set()
+        self._is_there = False  # a loss of the step is known: a call, or a node of the kind
         self.elsewhere = False
         self._direct: set[Any] | None = None  # these ends, and those to which it comes otherwise, but not by other ends
 
@@ -64,6 +66,9 @@ class UnseenLosses:
         ends |= {o.output.grad_fn for o in passes if isinstance(o.output, Tensor) and o.output.grad_fn is not None}
         self._known = known = {call.number for call in calls}
         self._found, self._direct, above = _calls_beside(self._kind, ends, known)
+        reached = {node._sequence_nr() for node in above} & known
+        counts = (c for c in calls if c.weight is not None or c.number in reached or self._direct is None)
+        self._is_there = bool(self._found) or any(counts)
         tracked = {id(p) for p in parameters}
         leaves = [node for node in above if id(getattr(node, "variable", None)) in tracked]
         self.elsewhere = bool(leaves) and any(
@@ -89,8 +94,12 @@ class UnseenLosses:
         ends |= {edge.node for edge in origin.edges}
         if not known and self._direct is not None and not ends & self._direct:
             return None
-        origin.followed = self._direct is not None
-        if not (unseen or known or self._kind != _NODES[nn.MSELoss]):
+        origin.followed, square = self._direct is not None, self._kind == _NODES[nn.MSELoss]
+        origin.penalty = self._is_there and not (unseen or known or square)
+        origin.value = scalar_called_on()
+        roots = called_on()
+        origin.way = way(roots[0], ends) if origin.value is not None and not (known or square) else None
+        if square and not (unseen or known):
             unseen = _by_hand(ends)
         own = {origin.end, origin.output.grad_fn}
         return [replace(call, moved=call.moved and not self._hides_rows(call, own)) for call in unseen]
@@ -174,8 +183,7 @@ def weight_by_graph(
         perfect = 1 / terms.total if call.reduction == "mean" else torch.ones_like(terms.total)
         weight = torch.where(root == 0, perfect, gradient.to(root).square().sum() / (4 * root))
     elif call is None or not call.adds:
-        step.unscaled.add(origin.task)
-        return Weight(1 / terms.total)
+        return _by_value(step, origin, terms, gradient)
     elif call.share is not None:
         weight = torch.full_like(terms.total, call.share)
     else:
@@ -185,6 +193,22 @@ def weight_by_graph(
     else:
         step.absolute = True
     return Weight(weight)
+
+
+def _by_value(step: Step, origin: Pass, terms: Terms, gradient: Tensor) -> Weight:
+    """The weight of a loss in natural parameters by its value; a plain mean where nothing tells, or is multiplied."""
+    factor = None
+    if origin.way is not None and origin.way.affine and origin.value is not None:
+        factor = factor_by_value(terms, gradient, origin.value)
+    if factor is not None:
+        step.absolute = True
+        step.signs.append(torch.stack([factor < 0, factor > 0]))
+        step.seen.append(torch.stack([factor.abs(), terms.total.to(factor)]))
+        return Weight(factor.abs())
+    if origin.way is not None and origin.way.weighted:
+        raise not_told()
+    step.unscaled.add(origin.task)
+    return Weight(1 / terms.total)
 
 
 def not_told() -> TypeError:

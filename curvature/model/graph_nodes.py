@@ -100,6 +100,20 @@ def called_on() -> list[Any]:
     return [] if frame is None else list(frame.f_locals["t_outputs"])
 
 
+def scalar_called_on() -> Tensor | None:
+    """The one number that the innermost backward pass of this thread was called on, times what it began with."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code is not graph._engine_run_backward.__code__:
+        frame = frame.f_back
+    if frame is None:
+        return None
+    roots, begins = frame.f_locals["t_outputs"], frame.f_locals["args"][0]
+    if len(roots) != 1 or not isinstance(roots[0], Tensor) or roots[0].numel() != 1:
+        return None
+    begin = begins[0] if begins else None
+    return roots[0].detach() if begin is None else roots[0].detach() * begin.detach()
+
+
 def captured(parameters: Iterable[Tensor]) -> bool:
     """Whether the backward pass under way is ``torch.autograd.grad`` with respect to some parameters."""
     for p in parameters:

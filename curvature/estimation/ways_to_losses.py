@@ -1,0 +1,95 @@
+"""The way from a number to the output of a model, where that is affine in the statistics of an exponential family."""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvature.losses import Terms
+from curvature.model.graph_nodes import below, only_moves
+
+#: Beginnings of the names of nodes that add numbers up, or pick some of them.
+_LINEAR = ("Neg", "Sum", "Mean", "Gather", "NllLoss", "MaskedFill", "Index", "Where", "ToCopy")
+#: Of those that make log probabilities, or the mean of a Poisson variable.
+_CORES = ("LogSoftmax", "Exp", "BinaryCrossEntropyWithLogits")
+
+
+@dataclass(frozen=True)
+class Way:
+    """What the nodes between a number and an output tell, as far as names do.
+
+    Attributes:
+        affine: The number is a multiple of the loss of all terms and nothing else: its value tells the weight.
+        weighted: Products or quotients are on the way whose size nobody knows.
+    """
+
+    affine: bool
+    weighted: bool
+
+
+def way(root: Tensor, ends: Set[Any]) -> Way:
+    """Look at the way from what a backward pass was called on to the ends of a model's output."""
+    found = list(below([root.grad_fn], ends.__contains__))
+    leads = {node for node in found if node in ends}
+    while True:
+        more = {n for n in found if n not in leads and any(before in leads for before, _ in n.next_functions)}
+        if not more:
+            break
+        leads |= more
+    affine, weighted, scalars = True, False, 0
+    for node in leads - ends:
+        name, arguments = node.name(), [before for before, _ in node.next_functions if before is not None]
+        if any(before not in leads for before in arguments):
+            affine = False  # something else is added
+        elif name.startswith(_CORES):
+            direct = only_moves(arguments[0], ends)
+            affine, weighted = affine and direct, weighted or not direct  # at a temperature
+        elif name.startswith(("Mul", "Div")) and len(arguments) == 1:
+            internal = name.endswith("1") or _is_core(arguments[0], ends)  # of torch, or by labels
+            scalar = prod(node._input_metadata[0].shape) == 1
+            scalars += scalar and not internal
+            affine, weighted = affine and (scalar or internal), weighted or not (scalar or internal)
+        elif name.startswith(("Add", "Sub", "Rsub")):
+            affine &= len(arguments) == 2
+        elif not name.startswith(_LINEAR) and not only_moves(node, {*arguments}):
+            affine = False
+    divided = scalars == 1 and any(n.name() == "DivBackward0" for n in leads if prod(n._input_metadata[0].shape) == 1)
+    return Way(affine and len(leads) > len(leads & ends) > 0, weighted or (scalars > 0 and not divided))
+
+
+def _is_core(node: Any, ends: Set[Any]) -> bool:
+    """Whether a node gives log probabilities, or the output."""
+    return bool(node.name().startswith(_CORES[:1])) or only_moves(node, ends)
+
+
+def factor_by_value(terms: Terms, gradient: Tensor, value: Tensor) -> Tensor | None:
+    r"""What each term is multiplied by in a number that is a multiple of a loss in natural parameters and nothing else.
+
+    A term is :math:`A(z) - t \cdot z`. From the number :math:`R = w \sum_n (A(z_n) - t_n \cdot z_n)` and its gradient
+    :math:`G_n = w (\nabla A(z_n) - t_n)` the targets t drop out of
+    :math:`R - \sum_n G_n \cdot z_n = w \sum_n (A(z_n) - z_n \cdot \nabla A(z_n))`.
+
+    Args:
+        terms: With any targets.
+        gradient: G.
+        value: R.
+
+    Returns:
+        w, 0-d; ``None`` where rounding hides it.
+    """
+    z = terms.output.detach().double()
+    own = torch.where(terms.mask, terms.values().detach().double(), 0).sum()
+    slope, arrived = (terms.gradient().detach().double() * z), gradient.double() * z
+    left, unit = value.double() - arrived.sum(), own - slope.sum()
+    eps = max(torch.finfo(value.dtype).eps, torch.finfo(gradient.dtype).eps)
+    size = value.double().abs() + arrived.abs().sum()
+    if not bool((unit != 0) & (16 * eps * size <= 4 * eps**0.5 * left.abs())):
+        return None
+    if not bool(16 * eps * (own.abs() + slope.abs().sum()) <= 4 * eps**0.5 * unit.abs()):
+        return None
+    return (left / unit).to(terms.total)
