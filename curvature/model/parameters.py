@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, ItemsView, Iterable, Mapping, ValuesView
 from typing import Any
 
 import torch
@@ -60,6 +60,19 @@ class Parameters(Mapping[str, nn.Parameter]):
     def __len__(self) -> int:
         return len(self._items)
 
+    # Every step goes through them several times, which the ways of Mapping make a call for each parameter.
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._items
+
+    def items(self) -> ItemsView[str, nn.Parameter]:
+        """Names and parameters."""
+        return self._items.items()
+
+    def values(self) -> ValuesView[nn.Parameter]:
+        """The parameters."""
+        return self._items.values()
+
     @property
     def dtype(self) -> torch.dtype:
         """The widest dtype among the parameters."""
@@ -113,6 +126,12 @@ class SeenParameters(Parameters):
 
     def __getitem__(self, name: str) -> nn.Parameter:
         return self._seen(super().__getitem__(name))
+
+    def items(self) -> ItemsView[str, nn.Parameter]:
+        return Mapping.items(self)
+
+    def values(self) -> ValuesView[nn.Parameter]:
+        return Mapping.values(self)
 
 
 def tensor_of_its_own(x: Tensor) -> Tensor:
