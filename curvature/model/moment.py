@@ -57,9 +57,7 @@ class Moment:
 
     def tensors(self) -> list[Tensor]:
         """All buffers and parameters, once each."""
-        # Module.parameters() goes through three generators for each module, in every pass that is recorded.
-        own = (p for module, *_ in self.modules for p in module._parameters.values() if p is not None)
-        parameters = {id(p): p for p in own}
+        parameters = {id(p): p for module, *_ in self.modules for p in module.parameters(recurse=False)}
         return [*self.buffers.values(), *parameters.values()]
 
     def written(self) -> set[int]:
