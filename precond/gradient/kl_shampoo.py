@@ -35,7 +35,8 @@ class KLShampoo(StackedOptimizer):
     at step t the weight of the old value is :math:`\min(\beta_2, t / (t + 1))`. Vectors take Adam's step.
 
     Against SOAP it keeps no second moment, so it needs less memory, and needs no grafting. Learning rates are Adam's.
-    A step costs as much as SOAP's; memory: one moment, and two matrices per axis.
+    A step costs as much as SOAP's; memory: one moment, two matrices per axis, and the last
+    direction where rates find themselves.
 
     ================================================================ ==================================================
     Lin et al.                                                       here

@@ -45,8 +45,8 @@ class Shampoo(StackedOptimizer):
     then not needed. When the basis changes, V is carried over by the squares of the rotation's entries.
 
     A step costs ``2 (m^2 n + m n^2)`` multiplications for a block, a refresh ``9 (m^3 + n^3)``. Memory: two averages,
-    and two matrices per axis. If a refresh fails in float32 and in float64 the last root stays; the fourth failure in a
-    row raises with the block's name.
+    two matrices per axis, and the last direction where rates find themselves. If a refresh fails in float32
+    and in float64 the last root stays; the fourth failure in a row raises with the block's name.
 
     =============================================================== ==============================================
     paper                                                           here
