@@ -59,7 +59,6 @@ class Muon(StackedOptimizer):
             that itself (``AdaptiveRate(1.2)``), which suits runs of hundreds of steps; begin with 3e-3 for tens of
             thousands. With one it is the method of the paper.
         momentum: :math:`\mu`, before the orthogonalisation, with Nesterov's look-ahead; ``Momentum(0.95)`` for none.
-            ``None`` for 0.9 where rates find themselves, and the published 0.95 elsewhere.
         scaling: s: ``"adam"`` for ``0.2 sqrt(max(m, n))``, entries as large as AdamW's; ``"spectral"`` for
             ``sqrt(max(1, m / n))``; ``"none"`` for 1, a learning rate in units of spectral norm per step.
         polynomial: Five steps of ``"polar_express"`` (singular values end between 0.85 and 1) or of the first paper's
@@ -85,7 +84,6 @@ class Muon(StackedOptimizer):
     }
     has_adam: ClassVar[bool] = True
     default_lr: ClassVar[float] = 3e-2
-    by_rate: ClassVar = {"momentum": (Momentum(0.9, nesterov=True), Momentum(0.95, nesterov=True))}
     taxonomy: ClassVar = Taxonomy(
         curvature="gradient second moment, of the momentum alone",
         structure="one-sided matrix",
@@ -103,7 +101,7 @@ class Muon(StackedOptimizer):
         params: Any,
         lr: float | Tensor | None = None,
         *,
-        momentum: Scheduled | Momentum | None = None,
+        momentum: Scheduled | Momentum = 0.95,
         scaling: Scaling = "adam",
         polynomial: Polynomial = "polar_express",
         precision: Precision = "auto",
@@ -113,12 +111,12 @@ class Muon(StackedOptimizer):
         eps: Scheduled = 1e-8,
         **options: Unpack[StackedOptions],
     ) -> None:
-        if not (momentum is None or isinstance(momentum, Momentum)):
-            momentum = Momentum(momentum if callable(momentum) else number("momentum", momentum), nesterov=True)
+        if not (isinstance(momentum, Momentum) or callable(momentum)):
+            number("momentum", momentum)
         super().__init__(
             params,
             lr=lr,
-            momentum=momentum,
+            momentum=momentum if isinstance(momentum, Momentum) else Momentum(momentum, nesterov=True),
             defaults={
                 "scaling": scaling,
                 "polynomial": polynomial,

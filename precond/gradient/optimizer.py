@@ -113,9 +113,8 @@ class GradientOptimizer(SecondOrderOptimizer):
         if rate is None:
             raise TypeError(f"{type(self).__name__}: lr is a number, or a tensor of one; got None. Leave it out.")
         defaults = {**own, **(defaults or {})}
-        self.left_out = {name for name in self.by_rate if {**options, **defaults}[name] is None}
-        for name in self.left_out:
-            (defaults if name in defaults else options)[name] = self.by_rate[name][1]
+        self.left_out = {name for name in self.by_rate if defaults[name] is None}
+        defaults |= {name: self.by_rate[name][1] for name in self.left_out}
         super().__init__(params, lr=rate, defaults=defaults, **options)
 
     @property
@@ -135,8 +134,8 @@ class GradientOptimizer(SecondOrderOptimizer):
             group |= rate_entries(rate)
         for name, (found, published) in self.by_rate.items():
             if group.get(name) is None:
-                group.pop(name, None)
-                group |= {name: found if is_adaptive(group) else published} if name in self.left_out else {}
+                own = found if is_adaptive(group) else published
+                group[name] = own if name in self.left_out else self.defaults[name]
         return group
 
     def check(self, options: Group) -> None:
