@@ -422,6 +422,12 @@ class Statistics:
     def close(self, gradients: Mapping[str, Tensor]) -> set[str]:
         """Leave what counts; returns the parameters with a gradient that no statistics explain."""
         self.tape.settle()
+        if self.tape.behind is not None:
+            raise RuntimeError(
+                "a state was loaded between a backward pass and the step, with which the statistics of that pass are "
+                "gone, but its gradients still stand in p.grad. Call zero_grad() after load_state_dict() and run the "
+                "passes of the step again, or load before the first backward pass of a step."
+            )
         self._before = None
         self._stop_waiting()
         self._sealed = set()

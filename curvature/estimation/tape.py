@@ -59,6 +59,7 @@ class Tape(Recording):
             some stand.
         by_hand: What stands in ``p.grad`` is made of what backward passes wrote and of gradients that were zeroed, or
             that ``torch.autograd.grad`` returned.
+        behind: What gradients are known by that stand, while what was seen of their passes was forgotten.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Tape(Recording):
         self.nonzero: frozenset[str] | None = None
         self.outside: list[TapedLoss] = []
         self.by_hand = self.elsewhere = False
+        self.behind: tuple[Marks, Samples] | None = None
         self._latest: Callable[[], Tensor | None] = lambda: None  # value of the last call of the loss
         self._task: int | None = None  # the user's backward pass under way
         self._unseen = UnseenLosses(self.loss_module)
@@ -117,7 +119,7 @@ class Tape(Recording):
         super().clear()
         self.outside, self._task, self._marks, self.nonzero = [], None, {}, None
         self._samples, self.earlier, self._weights = {}, {}, []
-        self._asked, self._dropped = None, Dropped()
+        self._asked, self._dropped, self.behind = None, Dropped(), None
         self.by_hand = self.elsewhere = False
 
     # Calls of the loss
@@ -351,6 +353,11 @@ class Tape(Recording):
             What the gradients of earlier backward passes of the step that stand are known by, in numbers.
         """
         self._decide()
+        if self.behind is not None:
+            marks, samples = self.behind
+            gone = self._gradients.gone(marks, samples, lengths(self._gradients.samples(marks)), self.nonzero)
+            stand = {name: mark for name, mark in marks.items() if name not in gone}
+            self.behind = (stand, samples) if stand else None
         if not self._marks:
             return {}
         samples, was = self._gradients.samples(self._marks), self._samples
@@ -385,6 +392,11 @@ class Tape(Recording):
             self.by_hand |= self._dropped.explain(samples, was, self._eps)
         self.earlier = {}
         return {name: x for name, x in now.items() if x and name not in gone}
+
+    def standing(self) -> tuple[Marks, Samples] | None:
+        """What the gradients of the step that count by now are known by; ``None`` where there are none."""
+        self.settle()
+        return (self._marks, self._samples) if self._marks else self.behind
 
     def calls(self) -> list[TapedLoss]:
         """All calls of the loss in the passes of the step."""

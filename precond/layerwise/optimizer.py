@@ -402,6 +402,9 @@ class PreconditionedOptimizer(RefreshingOptimizer):
 
         Raises:
             ValueError: If blocks are not those of the model and the method, or hold NaN; nothing has changed then.
+
+        Statistics of passes whose gradients wait for the step are lost: where they were due, the step refuses these
+        gradients, unless they are cleared.
         """
         with self.loading():
             require_layout(state_dict, type(self).__name__)
@@ -432,7 +435,9 @@ class PreconditionedOptimizer(RefreshingOptimizer):
         self.taps.close()
         if self.shared is None:
             self.taps.watch(self.tape, self.preconditioners)
+        behind = self.tape.standing()
         self.arm()
+        self.tape.behind = behind if self.statistics.armed else None
 
     def after_load(self) -> None:
         """The blocks were restored."""
