@@ -204,7 +204,8 @@ class Tape(Recording):
         if self.reader is not None and self.records:
             self.reader.arrives_at_output(origin)
         seen = [call for call in origin.calls if call.arriving is not None]
-        unseen = self._unseen.above(origin, bool(seen))
+        kept = self.keeps_inputs or origin.again or origin.opaque
+        unseen = self._unseen.above(origin, bool(seen), kept)
         if unseen is None:
             return
         origin.beside |= len(unseen) > 1 or bool(unseen and seen)
@@ -220,7 +221,7 @@ class Tape(Recording):
             origin.size, gradient, seen = gradient.abs().amax(), gradient - part, []
         if any(call.whole for call in seen):
             return
-        if self.keeps_inputs or origin.again or origin.opaque:
+        if kept:
             gradient = gradient.detach()
             origin.seen = origin.output.detach()
             origin.arriving = gradient if origin.arriving is None else origin.arriving + gradient

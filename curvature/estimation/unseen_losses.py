@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from curvature.estimation.passes import Pass, TapedLoss, UnseenLoss
 from curvature.estimation.squares_by_hand import squares
 from curvature.estimation.step import Step, Weight
-from curvature.estimation.ways_to_losses import factor_by_value, way
+from curvature.estimation.ways_to_losses import Way, factor_by_value, way
 from curvature.losses import Terms
 from curvature.model.data import inspection
 from curvature.model.graph_nodes import CUTS, below, called_on, node_of, only_moves, scalar_called_on
@@ -78,12 +78,13 @@ class UnseenLosses:
             for node in above
         )
 
-    def above(self, origin: Pass, known: bool) -> list[UnseenLoss] | None:
+    def above(self, origin: Pass, known: bool, later: bool) -> list[UnseenLoss] | None:
         """Those above the output of a pass, at which the gradient has arrived.
 
         Args:
             origin: The pass.
             known: Whether known calls of the loss are above it.
+            later: Whether the gradient may be read when the graph is gone.
 
         Returns:
             The losses, which are not found again; ``None`` where the output was an input of another pass alone, whose
@@ -96,9 +97,10 @@ class UnseenLosses:
             return None
         origin.followed, square = self._direct is not None, self._kind == _NODES[nn.MSELoss]
         origin.penalty = self._is_there and not (unseen or known or square)
-        origin.value = scalar_called_on()
-        roots = called_on()
-        origin.way = way(roots[0], ends) if origin.value is not None and not (known or square) else None
+        origin.way = origin.value = None
+        if later and not (known or square):
+            several = origin.gradient is not None  # whose sum will be read
+            origin.way, origin.value = (Way(False, True), None) if several else _look(origin)
         if square and not (unseen or known):
             unseen = _by_hand(ends)
         own = {origin.end, origin.output.grad_fn}
@@ -195,17 +197,29 @@ def weight_by_graph(
     return Weight(weight)
 
 
+def _look(origin: Pass) -> tuple[Way | None, Tensor | None]:
+    """The way to the output of a pass from what the backward pass under way was called on, and the value of that."""
+    value = scalar_called_on()
+    if value is None or not isinstance(origin.output, Tensor):
+        return None, None
+    ends = {origin.end, origin.output.grad_fn, *(edge.node for edge in origin.edges)}
+    return way(called_on()[0], ends - {None}), value
+
+
 def _by_value(step: Step, origin: Pass, terms: Terms, gradient: Tensor) -> Weight:
     """The weight of a loss in natural parameters by its value; a plain mean where nothing tells, or is multiplied."""
     factor = None
-    if origin.way is not None and origin.way.affine and origin.value is not None:
-        factor = factor_by_value(terms, gradient, origin.value)
+    seen, value = _look(origin)
+    if value is None:  # the pass is repeated, after the backward passes
+        seen, value = origin.way, origin.value
+    if seen is not None and seen.affine and value is not None:
+        factor = factor_by_value(terms, gradient, value)
     if factor is not None:
         step.absolute = True
         step.signs.append(torch.stack([factor < 0, factor > 0]))
         step.seen.append(torch.stack([factor.abs(), terms.total.to(factor)]))
         return Weight(factor.abs())
-    if origin.way is not None and origin.way.weighted:
+    if seen is not None and seen.weighted:
         raise not_told()
     step.unscaled.add(origin.task)
     return Weight(1 / terms.total)

@@ -34,13 +34,16 @@ class Way:
 
 def way(root: Tensor, ends: Set[Any]) -> Way:
     """Look at the way from what a backward pass was called on to the ends of a model's output."""
-    found = list(below([root.grad_fn], ends.__contains__))
-    leads = {node for node in found if node in ends}
-    while True:
-        more = {n for n in found if n not in leads and any(before in leads for before, _ in n.next_functions)}
-        if not more:
-            break
-        leads |= more
+    leads, after = set[Any](), dict[Any, list[Any]]()
+    for node in below([root.grad_fn], ends.__contains__):
+        for before, _ in node.next_functions if node not in ends else ():
+            after.setdefault(before, []).append(node)
+    waiting = [end for end in ends if end in after]
+    while waiting:
+        node = waiting.pop()
+        if node not in leads:
+            leads.add(node)
+            waiting += after.get(node, [])
     affine, weighted, scalars = True, False, 0
     for node in leads - ends:
         name, arguments = node.name(), [before for before, _ in node.next_functions if before is not None]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from precond import NaturalGradient
+from precond import Loop, NaturalGradient
 
 Function = Callable[[Tensor], Tensor]
 with torch.random.fork_rng():
@@ -20,15 +21,15 @@ COUNTS, SHARES = (3 * SOFT).round(), 0.8 * (SOFT > 0.3).double() + 0.1
 CE, BCE, POISSON, HUBER = nn.CrossEntropyLoss(), nn.BCEWithLogitsLoss(), nn.PoissonNLLLoss(), nn.HuberLoss()
 
 
-def curvature_of(loss_fn: nn.Module, minimised: Callable[[nn.Module], list[Tensor]]) -> Tensor:
+def curvature_of(loss_fn: nn.Module, minimised: Callable[[nn.Module], list[Tensor]], **loop: Any) -> Tensor:
     """Of a linear layer, after a step; each part has a backward pass of its own."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
         model = nn.Linear(4, 3).double()
     options = {"lr": 0.0, "fisher": "exact", "structure": "layer", "curvature_ema": 0.0, "kl_clip": None}
-    optimizer = NaturalGradient(model, loss_fn, **options)
+    optimizer = NaturalGradient(model, loss_fn, **options, loop=Loop(**loop))
     for part in minimised(model):
-        part.backward()
+        part.backward(retain_graph=True)
     optimizer.step()
     return optimizer.preconditioners["weight+bias"].estimator.operator().to_dense()
 
@@ -70,10 +71,25 @@ def test_one_loss_by_function_counts_with_its_weight(name: str, weight: float) -
 
 
 @pytest.mark.parametrize("name", [name for name in LABELS if name != "hard"])
-def test_micro_batches_by_function_are_one_batch(name: str) -> None:
+@pytest.mark.parametrize("capture", ["auto", "shadow"])
+def test_micro_batches_by_function_are_one_batch(name: str, capture: str) -> None:
     loss_fn, f = LABELS[name]
-    got = curvature_of(loss_fn, lambda model: [f(model(X)) / 4, f(model(X)) * 0.75])
+    got = curvature_of(loss_fn, lambda model: [f(model(X)) / 4, f(model(X)) * 0.75], capture=capture)
     torch.testing.assert_close(got, dense(f), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("capture", ["auto", "shadow"])
+def test_two_backward_passes_through_one_output_by_function(capture: str) -> None:
+    def twice(model: nn.Module) -> list[Tensor]:
+        z = model(X)
+        return [0.2 * F.cross_entropy(z, SOFT), 0.3 * F.cross_entropy(z, SOFT)]
+
+    if capture == "shadow":  # what arrived is one gradient, of which no value is known
+        with pytest.raises(TypeError, match="neither its gradient nor the way to it tells"):
+            curvature_of(CE, twice, capture=capture)
+    else:
+        expected = dense(lambda z: 0.5 * F.cross_entropy(z, SOFT))
+        torch.testing.assert_close(curvature_of(CE, twice), expected, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize(
