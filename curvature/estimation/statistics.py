@@ -500,6 +500,7 @@ class Statistics:
         with self.tape.repeat(origin) as again:
             for call, weight in arrivals_again(self.tape, origin, again):
                 self.arrived(call, weight)
+            self.arrives_at_output(again)  # no gradient comes that would tell
             arrived = again.gradient
             found = None if arrived is None else self._at_output.read(self._step, origin, again.output, arrived)
             if found is not None:
