@@ -141,14 +141,15 @@ class Call:
 
 
 def kfac(
-    problem: Problem, kind: str, sharing: str = "expand", joint: bool = True, whole: bool = False
+    problem: Problem, kind: str, sharing: str = "expand", joint: bool = True, whole: bool = False, picks: bool = False
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """``{layer: (B (group, o, o), A (group, i, i))}`` for every Linear and convolution, example by example.
 
     With ``whole`` the examples of a batch go through the model together (batch norm in train mode), and their rows are
     positions of each other.
 
-    A position counts if its own loss term does, or if another one that does depends on it. Several calls of a layer
+    A position counts if its own loss term does, or if another one that does depends on it; where the model ``picks``
+    some before its head, and has no units that are exactly off, only the latter. Several calls of a layer
     are further positions under ``expand``; under ``reduce`` each call is reduced by itself. ``auto`` is ``reduce`` for
     Linears and convolutions without overlap where an example has one loss term, and ``expand`` elsewhere.
     """
@@ -187,7 +188,7 @@ def kfac(
                         a = torch.cat([a, torch.ones_like(a[..., :1])], -1)
                     size = g.abs().amax(-1).amax(1).amax(0)  # (s,)
                     keep = size > 1e-14 * size.max()  # zero up to rounding, as behind the softmax of a single position
-                    keep = keep | (counts if len(counts) == len(keep) else counts.any())
+                    keep = keep | (counts if len(counts) == len(keep) else counts.any() and not picks)
                     a = a[:, keep]
                     m = call.module
                     dense = isinstance(m, nn.Linear) or (m.stride == m.kernel_size and set(m.dilation) == {1})
