@@ -1,12 +1,14 @@
-"""The precision that numbers are computed in: float32 at least."""
+"""The precision that numbers are computed in: float32 at least, whatever the process or an autocast region asks for."""
 
 from __future__ import annotations
 
+import functools
 import threading
 import warnings
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import cache
-from typing import Any, Protocol
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +17,13 @@ from torch import Tensor
 _TORCH: Any = torch.backends
 _BACKENDS = _TORCH.cuda.matmul, _TORCH.mkldnn.matmul
 _FULL = "ieee", "none"
+
+
+#: Kinds of devices with an autocast of their own.
+_AUTOCASTING = "cpu", "cuda", "xpu", "mps"
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class HasDtype(Protocol):
@@ -71,20 +80,81 @@ def reduced() -> bool:
     return any(backend.fp32_precision not in _FULL for backend in _BACKENDS)
 
 
+def without_autocast(function: Callable[P, T]) -> Callable[P, T]:
+    """Decorator: a function that computes as outside of ``torch.autocast`` where its caller is inside.
+
+    An autocast region is meant for the passes of a model: for factors, eigenbases, solves and steps its bfloat16
+    products are as wrong as TF32, and functions that do not know it refuse what it makes of their numbers.
+    """
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        if not torch._C._is_any_autocast_enabled():
+            return function(*args, **kwargs)
+        with torch._C._DisableAutocast():
+            return function(*args, **kwargs)
+
+    return call
+
+
+class Autocast:
+    """The autocast regions that stood where this was made, to be entered again by what belongs to the user's passes.
+
+    Attributes:
+        regions: Kind of device and dtype of each; empty outside of autocast.
+    """
+
+    def __init__(self) -> None:
+        self.regions: tuple[tuple[str, torch.dtype], ...] = ()
+        if torch._C._is_any_autocast_enabled():
+            kinds = (k for k in _AUTOCASTING if torch.amp.is_autocast_available(k) and torch.is_autocast_enabled(k))
+            self.regions = tuple((kind, torch.get_autocast_dtype(kind)) for kind in kinds)
+
+    def __call__(self) -> AbstractContextManager[None]:
+        """A block within these regions."""
+        return self._entered() if self.regions else nullcontext()
+
+    @contextmanager
+    def _entered(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for kind, dtype in self.regions:
+                # Autocast keeps the casts of parameters, which may have moved since.
+                stack.enter_context(torch.autocast(kind, dtype, cache_enabled=False))
+            yield
+
+    def around(self, function: Callable[P, T]) -> Callable[P, T]:
+        """The function, called within these regions; itself where there are none."""
+        if not self.regions:
+            return function
+
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> T:
+            with self():
+                return function(*args, **kwargs)
+
+        return call
+
+
 class FullFloat32:
     """A block in which products of float32 numbers are float32 products, whatever the process has asked torch for.
 
     TF32 and bfloat16 products are good enough for the passes of a model, but not for factors, eigenbases and solves,
     whose errors they multiply by a condition number. The setting belongs to the process: while one thread is inside,
-    others get full products as well, and the last one to leave puts the setting back.
+    others get full products as well, and the last one to leave puts the setting back. Autocast belongs to the thread,
+    and ends with its own block.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._own = threading.local()
         self._inside = 0
         self._undo: list[tuple[Any, str]] = []
 
     def __enter__(self) -> None:
+        stack: list[Any] = self._own.__dict__.setdefault("stack", [])
+        stack.append(torch._C._DisableAutocast() if torch._C._is_any_autocast_enabled() else None)
+        if stack[-1] is not None:
+            stack[-1].__enter__()
         with self._lock:
             if not self._inside and reduced():
                 whole = _TORCH.fp32_precision
@@ -102,6 +172,8 @@ class FullFloat32:
                 undo, self._undo = self._undo, []
                 for backend, precision in undo:
                     backend.fp32_precision = precision
+        if (guard := self._own.stack.pop()) is not None:
+            guard.__exit__(*error)
 
 
 full_float32 = FullFloat32()

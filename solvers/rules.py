@@ -32,10 +32,11 @@ from solvers.operators.reshape import Reshape
 from solvers.outcome.arguments import flag, instance, number
 from solvers.outcome.checks import checked, require, working_on
 from solvers.outcome.errors import SingularMatrixError, StructureError
-from solvers.precision import full_float32, working_dtype
+from solvers.precision import full_float32, without_autocast, working_dtype
 from solvers.solver import BasisSolver, Solver
 
 
+@without_autocast
 def power(
     op: LinearOperator,
     exponent: float,
@@ -322,6 +323,7 @@ def _inverse(
     return power(damped, -1, solver, dense=dense)
 
 
+@without_autocast
 def solve(op: LinearOperator, b: Tensor, solver: Solver | None = None, *, dense: bool = False) -> Tensor:
     """``op ** -1 @ b`` for right-hand sides ``b (*batch, *out_shape)``; least squares for a rectangle and LSMR.
 

@@ -95,7 +95,7 @@ HOUSE: dict[str, str] = {
     "solvers.solver": ".operators .outcome",
     "solvers.eigenpairs": ".estimates .operators .outcome .precision",
     "solvers.estimates": ".operators .outcome .precision",
-    "solvers.operators": ".tree .outcome",
+    "solvers.operators": ".tree .outcome .precision",
     "solvers.lazy": "",
     "solvers.tree": "",
     "solvers.triangles": "",

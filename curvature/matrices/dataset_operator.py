@@ -18,7 +18,7 @@ from curvature.model.parameters import Parameters
 from curvature.model.settings import settings
 from solvers import LinearOperator, StructureError
 from solvers.outcome.finite import is_finite
-from solvers.precision import working_dtype
+from solvers.precision import Autocast, working_dtype
 
 #: Memory in bytes that a block of vectors may take at once, beyond the vectors themselves and their products.
 MEMORY = 1 << 28
@@ -68,6 +68,7 @@ class DatasetOperator(LinearOperator):
         self.problem, self.rows, self.columns = problem, problem.parameters, problem.parameters
         self.keep_graph = problem.single if keep_graph is None else keep_graph
         self.memory = memory
+        self._autocast = Autocast()  # of the passes: the matrix is that of the model where it was made
         self._kept: list[tuple[Product, int]] | None = None
         self._total: Tensor | float = 1.0
 
@@ -186,6 +187,10 @@ class DatasetOperator(LinearOperator):
 
     def each(self, use: Callable[[Product, int], None], vectorized: bool = True) -> None:
         """Call ``use(product, bytes of one vector)`` for every batch; afterwards the divisor is known."""
+        with self._autocast():
+            self._each(use, vectorized)
+
+    def _each(self, use: Callable[[Product, int], None], vectorized: bool) -> None:
         if self._kept is not None:
             self.problem.check_unchanged()
             with settings(self.problem.model, self.problem.random, self.device):

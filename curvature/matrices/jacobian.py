@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
@@ -31,7 +32,7 @@ from curvature.model.streams import random_state, set_random_state
 from solvers import LinearOperator, StructureError
 from solvers.outcome.finite import is_finite
 from solvers.outcome.memory import is_out_of_memory
-from solvers.precision import working_dtype
+from solvers.precision import Autocast, working_dtype
 
 Mode = Literal["auto", "forward", "reverse"]
 
@@ -192,6 +193,7 @@ class Jacobian(LinearOperator):
         self.recorder = recorder
         self._adjoint = adjoint
         self._versions = versions(linearization.model)
+        self._autocast = Autocast()  # of the pass, should it run again
 
     @property
     def mode(self) -> Mode:
@@ -215,7 +217,9 @@ class Jacobian(LinearOperator):
         return self.linearization.columns.device
 
     def adjoint(self) -> Jacobian:
-        return Jacobian(self.linearization, self.recorder, not self._adjoint)
+        other = copy.copy(self)
+        other._adjoint = not self._adjoint
+        return other
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Jacobian:
         if dtype in (None, self.dtype) and (device is None or torch.device(device) == self.device):
@@ -226,7 +230,7 @@ class Jacobian(LinearOperator):
         line = self.linearization
         refuse_changes(line.model, self._versions)
         batch = x.shape[: x.ndim - len(self.in_shape)]
-        with settings(line.model, line.random, self.device):
+        with settings(line.model, line.random, self.device), self._autocast():
             if self._adjoint:
                 result = line.pull(x.reshape(math.prod(batch), *self.in_shape).to(line.output.dtype))
             else:
@@ -242,7 +246,7 @@ class Jacobian(LinearOperator):
             return super().to_dense()
         refuse_changes(line.model, self._versions)
         examples = self.examples()
-        with settings(line.model, line.random, self.device):
+        with settings(line.model, line.random, self.device), self._autocast():
             rows = examples.gradients(examples.unit_signals())  # (outputs of an example, n, P)
         matrix = rows.transpose(0, 1).reshape(line.output.numel(), -1).to(self.dtype)
         return matrix.mT if self._adjoint else matrix

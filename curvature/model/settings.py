@@ -129,4 +129,4 @@ def autocasting(device: torch.device, dtype: torch.dtype | None) -> contextlib.A
     """Cast operations on a device to a dtype, or none of them, whatever is cast now."""
     if dtype == autocast_dtype(device):
         return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+    return torch.autocast(device.type, dtype, enabled=dtype is not None, cache_enabled=False)

@@ -17,6 +17,7 @@ from torch.distributed import ProcessGroup
 from precond.distributed.ranks import check_group
 from precond.distributed.sharded import any_sharded, tell
 from precond.step.alike import Alike
+from precond.step.autocast import outside_of_autocast
 from precond.step.averaging import swapped
 from precond.step.bounded import BoundedOptimizer
 from precond.step.described import described
@@ -217,6 +218,7 @@ class SecondOrderOptimizer(BoundedOptimizer):
         return False
 
     @uncompiled
+    @outside_of_autocast
     @torch.no_grad()
     def precondition(self, closure: Callable[[], Any] | None = None) -> Any:
         """First half of :meth:`step`: replace every ``p.grad`` by ``P g``; no parameter moves.
@@ -259,6 +261,7 @@ class SecondOrderOptimizer(BoundedOptimizer):
         self._prepared_slopes = slopes
 
     @uncompiled
+    @outside_of_autocast
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; see the class for its order.

@@ -19,11 +19,12 @@ from solvers.operators.linear_operator import LinearOperator
 from solvers.outcome.arguments import flag, function, instance, whole
 from solvers.outcome.progress import progress_bar
 from solvers.outcome.solution import OnFailure
-from solvers.precision import working_dtype
+from solvers.precision import without_autocast, working_dtype
 
 _METHODS = ("lanczos", "lobpcg")
 
 
+@without_autocast
 def eigsh(
     op: LinearOperator,
     k: int = 10,

@@ -15,7 +15,7 @@ from solvers.operators.function import Function
 from solvers.operators.linear_operator import LinearOperator
 from solvers.outcome.arguments import whole
 from solvers.outcome.solution import OnFailure, not_converged, silenced
-from solvers.precision import working_dtype
+from solvers.precision import without_autocast, working_dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +39,7 @@ class SingularTriplets:
     products: int
 
 
+@without_autocast
 def svds(
     op: LinearOperator,
     k: int = 10,

@@ -14,10 +14,12 @@ from solvers.operators.linear_operator import LinearOperator
 from solvers.outcome.arguments import choice, flag
 from solvers.outcome.errors import StructureError
 from solvers.outcome.solution import OnFailure
+from solvers.precision import without_autocast
 
 DiagonalMethod = Literal["hutchinson", "xdiag"]
 
 
+@without_autocast
 def diagonal(
     op: LinearOperator,
     method: DiagonalMethod | None = None,

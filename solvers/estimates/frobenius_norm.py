@@ -12,8 +12,10 @@ from solvers.operators.linear_operator import LinearOperator
 from solvers.outcome.arguments import flag
 from solvers.outcome.errors import StructureError
 from solvers.outcome.solution import OnFailure
+from solvers.precision import without_autocast
 
 
+@without_autocast
 def frobenius_norm(
     op: LinearOperator,
     *,

@@ -23,8 +23,10 @@ from solvers.operators.linear_operator import LinearOperator, Scalar
 from solvers.outcome.arguments import choice, flag, whole
 from solvers.outcome.errors import NotPositiveDefiniteError, StructureError
 from solvers.outcome.solution import OnFailure
+from solvers.precision import without_autocast
 
 
+@without_autocast
 def logdet(
     op: LinearOperator,
     damping: Scalar | Damping = 0.0,

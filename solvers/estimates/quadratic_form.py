@@ -15,9 +15,10 @@ from solvers.operators.linear_operator import LinearOperator
 from solvers.outcome.arguments import choice, instance, number, whole
 from solvers.outcome.arguments import function as function_of
 from solvers.outcome.solution import OnFailure, not_converged
-from solvers.precision import working_dtype
+from solvers.precision import without_autocast, working_dtype
 
 
+@without_autocast
 def quadratic_form(
     op: LinearOperator,
     x: Tensor,

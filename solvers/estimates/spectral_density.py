@@ -17,6 +17,7 @@ from solvers.estimates.probes import default_batch, flat_product, norm, own_gene
 from solvers.operators.linear_operator import LinearOperator
 from solvers.outcome.arguments import choice, flag, number, whole
 from solvers.outcome.progress import progress_bar
+from solvers.precision import without_autocast
 
 DensityMethod = Literal["slq", "kpm"]
 _MOMENTS = 4
@@ -51,6 +52,7 @@ class Density:
     products: int
 
 
+@without_autocast
 def spectral_density(
     op: LinearOperator,
     method: DensityMethod = "slq",

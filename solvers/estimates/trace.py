@@ -25,10 +25,12 @@ from solvers.operators.linear_operator import LinearOperator
 from solvers.outcome.arguments import choice, flag
 from solvers.outcome.errors import StructureError
 from solvers.outcome.solution import OnFailure
+from solvers.precision import without_autocast
 
 TraceMethod = Literal["hutchinson", "hutch++", "xtrace"]
 
 
+@without_autocast
 def trace(
     op: LinearOperator,
     method: TraceMethod | None = None,

@@ -22,6 +22,7 @@ from solvers.outcome.arguments import choice, flag, instance, number, whole
 from solvers.outcome.errors import NonFiniteError, StructureError
 from solvers.outcome.progress import progress_bar
 from solvers.outcome.solution import OnFailure, Solution, SolveInfo, report
+from solvers.precision import without_autocast
 from solvers.solver import Solver
 
 _RESTARTS = 3
@@ -163,6 +164,7 @@ class IterativeSolver(Solver):
         report(solution.info, f"{type(self).__name__} on {op!r}", self.on_failure)
         return solution.x
 
+    @without_autocast
     def run(
         self, op: LinearOperator, b: Tensor, x0: Tensor | None = None, callback: Callback | None = None
     ) -> Solution:

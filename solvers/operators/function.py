@@ -14,6 +14,7 @@ from solvers.operators.linear_operator import Shape
 from solvers.outcome.arguments import device as checked_device
 from solvers.outcome.arguments import flag, function, instance, shape
 from solvers.outcome.errors import StructureError
+from solvers.precision import Autocast
 
 if TYPE_CHECKING:
     import scipy.sparse.linalg
@@ -25,7 +26,8 @@ class Function(Free):
     """A linear map given as a function, known by its products alone.
 
     Args:
-        matvec: Maps ``(*batch, *in_shape)`` to ``(*batch, *out_shape)``; linear, which is not checked.
+        matvec: Maps ``(*batch, *in_shape)`` to ``(*batch, *out_shape)``; linear, which is not checked. It is called
+            within the autocast regions in which the operator is made.
         in_shape: Shape it acts on.
         out_shape: Shape it returns; ``in_shape`` if left out.
         rmatvec: The adjoint's product. Not needed for a symmetric map.
@@ -61,7 +63,8 @@ class Function(Free):
             torch.get_default_dtype() if dtype is None else dtype,
             checked_device("device", "cpu" if device is None else device),
         )
-        self.matvec, self.rmatvec = matvec, rmatvec
+        here = Autocast()  # a function that runs a model is that of the region where the operator is made
+        self.matvec, self.rmatvec = here.around(matvec), None if rmatvec is None else here.around(rmatvec)
         self._symmetric, self.batched = symmetric, batched
         if symmetric and self.in_shape != self.out_shape:
             raise ValueError(f"A symmetric map is square, but this one goes from {in_shape} to {out_shape}.")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from solvers.outcome.errors import StructureError
+from solvers.precision import without_autocast
 
 if TYPE_CHECKING:
     import scipy.sparse.linalg
@@ -26,6 +27,11 @@ Scalar = float | Tensor
 """A number or a 0-d tensor; tensors are never read back to the host."""
 
 F = TypeVar("F", bound=Callable[..., Any])
+#: Members that compute, beside ``@``: an operator is the same matrix inside an autocast region as outside.
+_COMPUTING = (
+    *("adjoint", "to_dense", "to", "compose", "submatrix", "shift", "absorb_shift", "plus", "scale", "inverse"),
+    *("diagonal", "trace", "logdet", "shifted_logdet", "frobenius_norm"),
+)
 _answers: dict[str, Callable[..., Any]] = {}
 
 
@@ -66,8 +72,16 @@ class LinearOperator(ABC):
     """A linear map from tensors of ``in_shape`` to tensors of ``out_shape``; immutable.
 
     A new operator defines the four abstract members and ``apply``; everything else works through them;
-    override it where the structure allows something exact or cheaper.
+    override it where the structure allows something exact or cheaper. Whatever the class defines computes in the dtype
+    of the operator, also inside ``torch.autocast``.
     """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for name in _COMPUTING:
+            method = cls.__dict__.get(name)
+            if callable(method) and not getattr(method, "__isabstractmethod__", False):
+                setattr(cls, name, without_autocast(method))
 
     @property
     @abstractmethod
@@ -140,6 +154,10 @@ class LinearOperator(ABC):
             raise TypeError(
                 f"{self!r} is {self.dtype} and the tensor is {x.dtype}. Convert one of them: x.to({self.dtype})."
             )
+        return self._product(x)
+
+    @without_autocast
+    def _product(self, x: Tensor) -> Tensor:
         return self.apply(x)
 
     def compose(self, other: LinearOperator) -> LinearOperator:
@@ -148,6 +166,7 @@ class LinearOperator(ABC):
 
     # Views
 
+    @without_autocast
     def to_dense(self) -> Tensor:
         """The matrix ``(prod(out_shape), prod(in_shape))``, by one product with the identity."""
         rows, columns = self.shape

@@ -93,3 +93,32 @@ def test_powers_are_computed_in_full() -> None:
     torch.set_float32_matmul_precision("medium")
     solvers.power(solvers.Dense(2 * torch.eye(3)), -1, Noted())
     assert Noted.seen == ("ieee", "ieee") and precisions() == ("tf32", "bf16")
+
+
+def test_autocast_is_off_inside_and_back_afterwards() -> None:
+    x = torch.ones(2, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        with full_float32:
+            assert (x @ x).dtype == torch.float32
+            with torch.autocast("cpu", torch.bfloat16), full_float32:
+                assert (x @ x).dtype == torch.float32
+        with pytest.raises(ZeroDivisionError), full_float32:
+            raise ZeroDivisionError
+        assert (x @ x).dtype == torch.bfloat16
+
+
+def test_a_function_runs_in_the_region_where_its_operator_was_made() -> None:
+    seen: list[torch.dtype] = []
+
+    def product(x: torch.Tensor) -> torch.Tensor:
+        seen.append((x @ torch.eye(3)).dtype)
+        return 2 * x
+
+    outside = solvers.Function(product, (3,), rmatvec=product)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = solvers.Function(product, (3,), rmatvec=product)
+        for op in (outside, outside.adjoint()):
+            op @ torch.ones(3)
+    for op in (inside, inside.adjoint()):
+        op @ torch.ones(3)
+    assert seen == [torch.float32] * 2 + [torch.bfloat16] * 2
