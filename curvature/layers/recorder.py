@@ -232,7 +232,8 @@ class Recorder(TorchFunctionMode):
         if rule is not None and isinstance(output, Tensor) and output.requires_grad and not output.is_complex():
             site = rule(self, output, args, kwargs)
             if site is not None:
-                self.add(site, output, tensors)
+                if output.numel():  # an expert that nothing was sent to was not used
+                    self.add(site, output, tensors)
                 self.explained.add_use(output, since)
                 names -= {ref.name for ref in site.refs}
                 self._done[id(output)] = weakref.ref(output)

@@ -32,6 +32,10 @@ class _Mark:
         self.values = mean.value, mean.weight, mean._total, mean._since, mean._count
 
 
+def _is_zero(count: Tensor | float) -> bool:
+    return not count
+
+
 class WeightedMean:
     r"""Mean of batches within a step, and exponential mean over steps, both with their exact weight.
 
@@ -132,7 +136,7 @@ class WeightedMean:
     def step_mean(self) -> Tensor:
         """Mean of the statistics added since the last commit."""
         total, count = self.step_sum()
-        return total / count
+        return total if _is_zero(count) else total / count
 
     def witness(self) -> Tensor:
         """0-d: finite if and only if the uncommitted statistics are free of NaN and inf."""
@@ -140,16 +144,27 @@ class WeightedMean:
             return torch.zeros(())
         total = self._total.sum()  # one pass without temporaries: NaN and inf survive a sum
         total = total if self._since is None else total + self._since.sum()
-        plain = isinstance(self._count, float) and 0 < self._count < math.inf
-        return total if plain else total / self._count
+        count = self._count
+        if isinstance(count, float) and 0 < count < math.inf:
+            return total
+        nothing = (total == 0) & torch.as_tensor(count == 0)  # masked throughout
+        return torch.where(nothing, total, total / count)
 
     def finite(self) -> Tensor:
         """0-d bool tensor: the uncommitted statistics are free of NaN and inf (no host sync)."""
         return torch.isfinite(self.witness())
 
     def commit(self, ema: float) -> None:
-        """Fold the step's mean into the running mean; a step without data leaves it as it is."""
+        """Fold the step's mean into the running mean; a step without data leaves it as it is.
+
+        One whose data are all masked (an expert that only padding was sent to) has a sum, of no weight.
+        """
         if self._total is None:
+            return
+        if _is_zero(self._count):
+            if self.value is None:  # zero until there are data, which then count alone
+                self.value = torch.zeros_like(self._total)
+            self.discard()
             return
         total, count = self._total.detach(), self._count  # the graph of a sum would live as long as the average
         mean = total / count if self._since is None else (total + self._since.detach()).div_(count)
