@@ -44,13 +44,14 @@ VECTORISED = {"cpu": 1 << 22, "cuda": 1 << 28}
 
 
 class StartAgain(RuntimeError):
-    """A batch showed that the gradients of some parameters must be taken by autograd from the first batch on."""
+    """A batch showed that some parameters must be taken by autograd, or apart from others, from the first batch on."""
 
     def __init__(self, blocks: Iterable[str], reasons: Mapping[str, str]) -> None:
         super().__init__(
             f"{', '.join(sorted(blocks))} was estimated by the rule of its layer before, and a later batch uses it in "
-            "a way that no layer rule covers. If that use takes no part in the loss, put it under torch.no_grad() or "
-            "detach the parameter; otherwise put the data in one batch, or leave this parameter out with params=."
+            "another way, without its bias or by no rule of a layer. If that use takes no part in the loss, put it "
+            "under torch.no_grad() or detach the parameter; otherwise put the data in one batch, or leave this "
+            "parameter out with params=."
         )
         self.reasons = dict(reasons)
 
@@ -166,10 +167,10 @@ class Collector:
         """Blocks that a later pass uses in a way that no rule covers have statistics of earlier passes.
 
         Raises:
-            StartAgain: Naming the parameters that are to be taken by autograd from the first batch on.
+            StartAgain: Naming the parameters that are to be taken by autograd, or apart, from the first batch on.
         """
         if blocks:
-            raise StartAgain(blocks, self.plan.without_rule)
+            raise StartAgain(blocks, self.plan.reasons)
 
     def settle(self, shares: Shares | None = None) -> None:
         """The step's last batch was seen: blocks that some of its batches did not reach count those as well.

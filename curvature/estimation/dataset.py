@@ -123,8 +123,8 @@ def restart_together(shares: Shares, collector: Collector, again: StartAgain | N
     """
     if not shares.several:
         return
-    known = set(collector.plan.without_rule)
-    found = shares.gather((dict(collector.plan.without_rule), again is not None))
+    known = set(collector.plan.reasons)
+    found = shares.gather((collector.plan.reasons, again is not None))
     reasons = {name: why for one, _ in found for name, why in one.items()}
     if any(begin or set(one) != set(reasons) for one, begin in found):
         raise StartAgain(set(reasons) - known, reasons)
@@ -200,7 +200,7 @@ def estimate(
     def sums(reasons: dict[str, str]) -> BlockDiagonal:
         """One run over the data, with some parameters taken by autograd from the first batch on."""
         collector = Collector(parameters, make, joint=curvature.joint, vectorised=True)
-        collector.plan.without_rule |= reasons
+        collector.plan.begin_with(reasons)
         run = Accumulation(model, collector, generator, curvature.passes, file, look)
         with torch.inference_mode(False), untouched(model):
             run.resume(reasons)

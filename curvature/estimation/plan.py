@@ -12,6 +12,9 @@ from curvature.layers.block import Block, BlockPart
 from curvature.model.parameters import Parameters
 from curvature.structures.estimator import Form
 
+#: Why a weight and its bias are blocks of their own.
+_APART = "uses of one without the other"
+
 
 @dataclass(frozen=True)
 class Use:
@@ -48,6 +51,7 @@ class BlockPlan:
 
     Attributes:
         without_rule: Parameters whose gradients are taken by autograd, and why no rule serves.
+        apart: Parameters that are in no joint block, because some pass uses them without the others of it.
     """
 
     def __init__(self, parameters: Parameters, joint: bool) -> None:
@@ -55,6 +59,7 @@ class BlockPlan:
         self.joint = joint
         self._blocks: dict[tuple[str, int, int], Block] = {}  # segment -> its block
         self.without_rule: dict[str, str] = {}
+        self.apart: set[str] = set()
         self._lost: set[str] = set()
         self.changed = False  # since the last assignment
 
@@ -65,6 +70,7 @@ class BlockPlan:
             RuntimeError: If a layer is used in a way that contradicts its block from an earlier pass.
         """
         sites, self.changed = list(sites), False
+        self._mark_apart(sites)
         self._mark_generic(sites, unknown)
         joint = {id(site): self._is_joint(site, sites) for site in sites}
         groups: dict[str, Group] = {}
@@ -91,6 +97,16 @@ class BlockPlan:
             self.changed = True
         self._part()
 
+    @property
+    def reasons(self) -> dict[str, str]:
+        """What was found out about parameters, by name, for :meth:`begin_with`."""
+        return {**dict.fromkeys(self.apart, _APART), **self.without_rule}
+
+    def begin_with(self, reasons: Mapping[str, str]) -> None:
+        """Assign from the first pass on by what an earlier run over the same data has found out."""
+        self.apart |= {name for name, reason in reasons.items() if reason == _APART}
+        self.without_rule |= {name: reason for name, reason in reasons.items() if reason != _APART}
+
     def adopt(self, block: Block) -> None:
         """Take a block that another process has assigned.
 
@@ -107,16 +123,19 @@ class BlockPlan:
 
     def mark(self) -> Any:
         """The assignment as it is now, for :meth:`back_to`."""
-        return dict(self._blocks), dict(self.without_rule)
+        return dict(self._blocks), dict(self.without_rule), set(self.apart)
 
     def back_to(self, mark: Any) -> None:
         """Forget what was assigned since a mark."""
-        self._blocks, self.without_rule = mark
+        self._blocks, self.without_rule, self.apart = mark
 
     def _part(self) -> None:
-        """Give up the blocks of parameters that are taken by autograd now."""
+        """Give up the blocks of parameters that are taken by autograd now, and joint ones of those that are not."""
         given_up = {
-            block.name for block in self._blocks.values() if any(name in self.without_rule for name in block.names)
+            block.name
+            for block in self._blocks.values()
+            if any(name in self.without_rule for name in block.names)
+            or (len(block.parts) > 1 and not self.apart.isdisjoint(block.names))
         }
         if given_up:
             self._blocks = {key: block for key, block in self._blocks.items() if block.name not in given_up}
@@ -125,12 +144,18 @@ class BlockPlan:
     def state(self) -> dict[str, Any]:
         """The assignment so far, as names and numbers."""
         blocks = {block.name: block.state() for block in self._blocks.values()}
-        return {"blocks": blocks, "generic": sorted(self.without_rule), "reasons": self.without_rule}
+        return {
+            "blocks": blocks,
+            "generic": sorted(self.without_rule),
+            "reasons": self.without_rule,
+            "apart": sorted(self.apart),
+        }
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Take up :meth:`state`."""
         reasons = saved.get("reasons", {})  # files of version 0.1 have none
         self.without_rule = {name: reasons.get(name, "no rule for its use") for name in saved["generic"]}
+        self.apart = set(saved.get("apart", ()))
         self._blocks.clear()
         for name, parts in saved["blocks"].items():
             self._register(Block.from_state(name, parts))
@@ -145,10 +170,18 @@ class BlockPlan:
         if known.name != block.name or (known.parts != block.parts and known.shape != block.shape[::-1]):
             raise RuntimeError(
                 f"{block.name} was seen as block {known.name} of shape {known.shape} before, now with shape "
-                f"{block.shape}: the model uses it in different ways in different passes. Pass bias='separate', or "
-                "leave this parameter out with params=."
+                f"{block.shape}: the model uses it in different ways in different passes. Leave this parameter out "
+                "with params=."
             )
         return known
+
+    def _mark_apart(self, sites: list[Site]) -> None:
+        """Parameters of joint blocks of earlier passes that a use of this one does not have together."""
+        for site in sites:
+            keys = {ref.key for ref in site.refs}
+            for known in {block.name: block for key in keys if (block := self._blocks.get(key))}.values():
+                if len(known.parts) > 1 and keys != {_key(part) for part in known.parts}:
+                    self.apart.update(known.names)
 
     def _mark_generic(self, sites: list[Site], unknown: Mapping[str, set[str]]) -> None:
         """Parameters with a use no rule covers, with overlapping segments, or with uses of different kinds."""
@@ -171,8 +204,10 @@ class BlockPlan:
         shapes: dict[tuple[str, int, int], set[tuple[int, ...]]] = {}
         for site in sites:
             if site.weight is not None:
-                block = site.blocks(False)[0][1]
+                block, known = site.blocks(False)[0][1], self._blocks.get(site.weight.key)
                 shapes.setdefault(site.weight.key, set()).add(block.shape)
+                if known is not None and _key(known.parts[0]) == site.weight.key:  # in an earlier pass
+                    shapes[site.weight.key].add(known.parts[0].shape)
         for key, found in shapes.items():
             first = next(iter(found))
             if any(shape not in (first, first[::-1]) for shape in found):
@@ -185,7 +220,8 @@ class BlockPlan:
     def _is_joint(self, site: Site, sites: list[Site]) -> bool:
         if not self.joint or site.weight is None or site.bias is None:
             return False
-        if not self.without_rule.keys().isdisjoint((site.weight.name, site.bias.name)):
+        names = site.weight.name, site.bias.name
+        if not (self.without_rule.keys() | self.apart).isdisjoint(names):
             return False
         known = self._blocks.get(site.weight.key)
         if known is not None:

@@ -14,6 +14,7 @@ from curvature import DiagonalFisher, EigenbasisFisher, KroneckerFisher, fisher
 from curvature.losses import AmbiguousClassAxisError, NonFiniteLossError, UnknownLossError
 from curvature.losses.signals import Signals
 from curvature.model.data import call, resolve_output
+from precond import KFAC
 from tests.curvature import dense_reference as dense
 from tests.curvature import loops
 from tests.curvature.estimates import estimate
@@ -165,11 +166,22 @@ def test_a_bias_that_comes_and_goes() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.a(x) if len(x) == 3 else nn.functional.linear(self.a(x) @ self.a.weight, self.a.weight)
 
-    joint = r"a\.weight was seen as block a\.weight\+a\.bias.*in different ways in different passes.*bias='separate'"
-    with pytest.raises(RuntimeError, match=joint):
-        fisher(Fickle().double(), LOSS, DATA, structure="kfac")
-    assert fisher(Fickle().double(), LOSS, DATA[::-1], structure="kfac").trace() > 0  # apart from the start
-    assert fisher(Fickle().double(), LOSS, DATA, bias="separate", structure="kfac").trace() > 0
+    model, exact = Fickle().double(), cast(Any, {"kind": "exact"})
+    for structure in ("kfac", "layer", "diagonal"):  # apart from the start, in any order
+        later, first = (fisher(model, LOSS, data, structure=structure, **exact) for data in (DATA, DATA[::-1]))
+        torch.testing.assert_close(later.to_dense(), first.to_dense(), rtol=1e-10, atol=1e-13)
+    apart = fisher(model, LOSS, DATA, bias="separate", structure="kfac", **exact)
+    torch.testing.assert_close(fisher(model, LOSS, DATA, structure="kfac", **exact).to_dense(), apart.to_dense())
+    with pytest.raises(RuntimeError, match=r"a\.weight\+a\.bias.*a later batch uses it in another way.*in one batch"):
+        fisher(model, LOSS, iter(DATA), structure="kfac")
+
+    optimizer = KFAC(model, LOSS, lr=0.01, fisher="exact")
+    for x, y in [*DATA, *DATA]:
+        optimizer.zero_grad()
+        LOSS(model(x), y).backward()
+        optimizer.step()
+    assert sorted(optimizer.preconditioners) == ["a.bias", "a.weight"]
+    assert all(p.estimator.ready for p in optimizer.preconditioners.values())
 
 
 class Named(nn.Module):
