@@ -132,7 +132,8 @@ class Step:
                 "this step accumulates several losses of which only gradients at the model's output were seen, and "
                 "these do not tell the weight of each (of soft labels, say), so their curvatures have no common scale. "
                 "Call the loss module that was given to the optimizer in the loop itself, or let "
-                "only its calls count: loop=Loop(capture='loss')."
+                "only its calls count: loop=Loop(capture='loss'). Where a trainer smooths the labels "
+                "(label_smoothing_factor=0.1), give the optimizer that loss: nn.CrossEntropyLoss(label_smoothing=0.1)."
             )
         if self.unscaled:
             return 1.0

@@ -55,7 +55,7 @@ def is_one_batch(data: Any) -> bool:
 
 
 def batches(data: Data, passes: int = 1, empty: bool = False) -> Callable[[], Iterator[Batch]]:
-    """A function that starts a pass over the data.
+    """A function that starts a pass over the data, without the batches of several that hold no example.
 
     Args:
         data: One batch ``(x, y)``, or an iterable of batches (a list, a ``DataLoader``).
@@ -81,8 +81,11 @@ def batches(data: Data, passes: int = 1, empty: bool = False) -> Callable[[], It
     def start() -> Iterator[Batch]:
         none = not empty
         for batch in data:
+            x, y = split_batch(batch)
+            if isinstance(y, Tensor) and y.dim() and not len(y):  # a filter left nothing of it
+                continue
             none = False
-            yield split_batch(batch)
+            yield x, y
         if none:
             raise ValueError("data has no batches: is it an iterator that was consumed before, or an empty loader?")
 

@@ -201,3 +201,14 @@ def test_fits_of_laplace_torch(backend: str, structure: str, place: int) -> None
         H = posterior.H
         found.append((H if isinstance(H, Tensor) else H.to_matrix(), torch.as_tensor(posterior.loss)))
     torch.testing.assert_close(found[1], found[0])
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("structure", ["full", "kfac", "diagonal"])
+def test_batches_without_an_example_are_left_out(structure: str, place: int) -> None:
+    data = good()
+    data.insert(place, (torch.zeros(0, 4, dtype=torch.long), torch.zeros(0, dtype=torch.long)))
+    found, expected = (
+        curvature.ggn(model(), nn.CrossEntropyLoss(), given, structure=structure).to_dense() for given in (data, good())
+    )
+    assert torch.equal(found, expected)
