@@ -286,29 +286,30 @@ class Tape(Recording):
     def _keep(self, brought: list[TapedLoss | Pass], after: Marks) -> None:
         """What a backward pass that ended brought counts: it stands in ``p.grad``."""
         written = frozenset(name for name, mark in after.items() if mark != self._before.get(name))
-        if self.reader is not None:
-            try:
+        try:  # whatever may raise comes first
+            samples = self._gradients.samples(after)
+            calls = [(call, _sum(call.weight, call.arriving)) for call in self.calls()]
+            passes = [(origin, _sum(origin.gradient, origin.arriving)) for origin in self.passes]
+            if self.reader is not None:
                 if self._unseen.left:
                     self._not_told()
                 self.reader.keep(written, brought)
-            except BaseException:
-                self._abandon()
-                raise
+        except BaseException:
+            self._abandon()
+            raise
         self._dropped.counted(brought)
         self.elsewhere |= self._unseen.elsewhere
-        self._task, self._marks, self._samples = None, after, self._gradients.samples(after)
-        self._weights = [(origin, origin.gradient, origin.brought) for origin in self.passes]
-        self._weights += [(call, call.weight, call.brought) for call in self.calls()]
+        self._task, self._marks, self._samples = None, after, samples
+        self._weights = [(origin, origin.gradient, origin.brought) for origin, _ in passes]
+        self._weights += [(call, call.weight, call.brought) for call, _ in calls]
         for one in brought:
             one.brought |= written
-        for origin in self.passes:
+        for origin, arrived in passes:
             if origin.arriving is not None and (self.keeps_inputs or origin.again):
-                origin.gradient = origin.arriving if origin.gradient is None else origin.gradient + origin.arriving
+                origin.gradient = arrived
             origin.arriving = None
-        for call in self.calls():
-            if call.arriving is not None:
-                call.weight = call.arriving if call.weight is None else call.weight + call.arriving
-                call.arriving = None
+        for call, arrived in calls:
+            call.weight, call.arriving = arrived, None
 
     def _decide(self) -> None:
         """See whether what ``torch.autograd.grad`` found for parameters was written to ``p.grad``: it counts then."""
@@ -421,6 +422,11 @@ def _first(tensor: Tensor, hook: OwnHook) -> Any:
     handle = ours(tensor.register_hook(hook))
     tensor._backward_hooks.update(before)  # type: ignore[union-attr]  # there is one
     return handle
+
+
+def _sum(before: Tensor | None, arriving: Tensor | None) -> Tensor | None:
+    """What has arrived in all."""
+    return before if arriving is None else arriving if before is None else before + arriving
 
 
 def _is_of_inputs(one: TapedLoss | Pass) -> bool:
