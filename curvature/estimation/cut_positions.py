@@ -25,16 +25,18 @@ def picked_positions(sites: Iterable[Site], output: Tensor) -> dict[int, Tensor]
     A classification token, the last token of a text, or pooling with a mask leave out positions as a loss leaves out
     terms. What lies between may still lead from a position that is not picked to the output (attention does), which
     only a signal tells. Read are cuts and indices along the second of three axes or more, and masks, one number for
-    each position, right before pooling.
+    each position, right before pooling; of passes with checkpoints cuts alone, since what a checkpoint has saved may be
+    asked for once.
 
     Args:
         sites: The uses.
         output: Of the model.
     """
+    sites = list(sites)
     by_node = {site.edge.node: site for site in sites if len(site.output_shape) == 3}
     if output.grad_fn is None or not by_node:
         return {}
-    found = _masks(output.grad_fn)
+    found = _masks(output.grad_fn, CUTS if any(site.packed for site in sites) else _PICKS)
     out: dict[int, Tensor] = {}
     for site in by_node.values():
         mask = found.get(site.edge.node)
@@ -44,7 +46,7 @@ def picked_positions(sites: Iterable[Site], output: Tensor) -> dict[int, Tensor]
     return out
 
 
-def _masks(start: Any) -> dict[Any, Tensor | None]:
+def _masks(start: Any, picks: tuple[str, ...]) -> dict[Any, Tensor | None]:
     """What is picked of the output of each node, ``None`` for all, on any way from a node to the output."""
     reached: dict[Any, Tensor | None] = {start: None}
     numbers: dict[Any, set[int]] = {}
@@ -57,7 +59,7 @@ def _masks(start: Any) -> dict[Any, Tensor | None]:
             if child is None:
                 continue
             mask = reached[node]
-            if name.startswith(_PICKS) or node in pooled:
+            if name.startswith(picks) or (node in pooled and picks is _PICKS):
                 try:
                     shape = child._input_metadata[number].shape
                     mask = _picked(node, name, which, given, mask, shape, node in pooled)

@@ -150,6 +150,7 @@ class Site(ABC):
     output_shape: torch.Size = field(init=False)
     view: ViewOfBase | None = field(default=None, init=False)
     place: Handle | None = field(default=None, init=False)  # of the output among the activations of the pass
+    packed: bool = field(default=False, init=False)  # used where saved tensors are packed, as in a checkpoint
     _saved: list[tuple[Tensor, int]] = field(default_factory=list, init=False)
 
     @property
@@ -164,6 +165,7 @@ class Site(ABC):
         in-place activation only the edge of its base is still in the graph. A view of one of the ``inputs``, whose
         gradient has other contributions, is found at its own edge, and so is one whose entries share memory.
         """
+        self.packed = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
         base = output._base
         if base is not None and not any(base is t or base is t._base for t in inputs):
             self.view = ViewOfBase.of(output, base)

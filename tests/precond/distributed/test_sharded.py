@@ -19,7 +19,8 @@ pytestmark = [
 ]
 
 #: Sums over shards enter: the Gram matrix of a window, the bound of a step, norms that are controlled.
-SUMS_OVER_SHARDS = {"MFAC": 1e-14, "Muon": 1e-14, "Muon controlled": 1e-13}
+# Muon's polynomials of X X^T multiply the rounding of small singular values by the square of what they grow by, 1e5.
+SUMS_OVER_SHARDS = {"MFAC": 1e-14, "Muon": 1e-11, "Muon controlled": 1e-11}
 
 
 def far(gaps: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
