@@ -90,7 +90,7 @@ HOUSE: dict[str, str] = {
     "solvers.moved": "",
     "solvers.fallback": ".rules .direct .solver .operators .outcome",
     "solvers.rules": ".iterative .direct .solver .operators .outcome .precision",
-    "solvers.iterative": ".solver .operators .outcome .precision .triangles",
+    "solvers.iterative": ".solver .operators .outcome .precision",
     "solvers.direct": ".solver .operators .outcome .precision .triangles",
     "solvers.solver": ".operators .outcome",
     "solvers.eigenpairs": ".estimates .operators .outcome .precision",

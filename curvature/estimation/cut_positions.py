@@ -33,10 +33,10 @@ def picked_positions(sites: Iterable[Site], output: Tensor) -> dict[int, Tensor]
         output: Of the model.
     """
     sites = list(sites)
-    by_node = {site.edge.node: site for site in sites if len(site.output_shape) == 3}
+    by_node = {s.edge.node: s for s in sites if len(s.output_shape) == 3 and not s.operation.startswith("conv")}
     if output.grad_fn is None or not by_node:
         return {}
-    found = _masks(output.grad_fn, CUTS if any(site.packed for site in sites) else _PICKS)
+    found = _masks(output, CUTS if any(site.packed for site in sites) else _PICKS)
     out: dict[int, Tensor] = {}
     for site in by_node.values():
         mask = found.get(site.edge.node)
@@ -46,30 +46,58 @@ def picked_positions(sites: Iterable[Site], output: Tensor) -> dict[int, Tensor]
     return out
 
 
-def _masks(start: Any, picks: tuple[str, ...]) -> dict[Any, Tensor | None]:
+def _masks(output: Tensor, picks: tuple[str, ...]) -> dict[Any, Tensor | None]:
     """What is picked of the output of each node, ``None`` for all, on any way from a node to the output."""
-    reached: dict[Any, Tensor | None] = {start: None}
+    reached: dict[Any, Tensor | None] = {output.grad_fn: None}
     numbers: dict[Any, set[int]] = {}
     pooled: set[Any] = set()
-    # A node has a larger number than those it gets something from, but for leaves, which get nothing.
-    between = [node for node in below([start], frozenset().__contains__) if node.next_functions]
-    for node in sorted(between, key=lambda node: -node._sequence_nr()):
+    for node in _users_first(output.grad_fn):
         name, given = node.name(), numbers.get(node, {0})
         for which, (child, number) in enumerate(node.next_functions):
             if child is None:
                 continue
             mask = reached[node]
             if name.startswith(picks) or (node in pooled and picks is _PICKS):
+                shape = child._input_metadata[number].shape
                 try:
-                    shape = child._input_metadata[number].shape
                     mask = _picked(node, name, which, given, mask, shape, node in pooled)
                 except RuntimeError:  # what it saved is gone, or was changed since
                     mask = None
+                mask = mask if mask is None else mask.to(output.device)
+            elif name.startswith(("Transpose", "Permute")) and not _keeps_positions(node):
+                mask = None
             numbers.setdefault(child, set()).add(number)
             if name.startswith(_POOLS):
                 pooled.add(child)
             reached[child] = _either(reached[child], mask) if child in reached else mask
     return reached
+
+
+def _users_first(start: Any) -> list[Any]:
+    """Every node below one, each after all that get something from it."""
+    users: dict[Any, int] = {}
+    for node in below([start], frozenset().__contains__):
+        for child in {child for child, _ in node.next_functions if child is not None}:
+            users[child] = users.get(child, 0) + 1
+    ready, out = [start], []
+    while ready:
+        node = ready.pop()
+        out.append(node)
+        for child in {child for child, _ in node.next_functions if child is not None}:
+            users[child] -= 1
+            if not users[child]:
+                ready.append(child)
+    return out
+
+
+def _keeps_positions(node: Any) -> bool:
+    """Whether a node moves axes as attention does: examples with positions, or positions with heads."""
+    shape = node._input_metadata[0].shape
+    if node.name().startswith("Permute"):
+        moved = [axis % len(shape) for axis in node._saved_dims]
+        return {k for k, axis in enumerate(moved) if k != axis} in ({0, 1}, set(), {1, 2} if len(shape) == 4 else set())
+    where = {(dim - (1 << 64) if dim >> 63 else dim) % len(shape) for dim in (node._saved_dim0, node._saved_dim1)}
+    return where == {0, 1} or (where == {1, 2} and len(shape) == 4) or not where & {0, 1}
 
 
 def _either(a: Tensor | None, b: Tensor | None) -> Tensor | None:

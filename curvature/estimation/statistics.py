@@ -187,7 +187,7 @@ class Statistics:
 
     def arrives_at_output(self, origin: Pass) -> None:
         if found := self._gathered.pop(origin):
-            self._take([origin], *found)
+            self._take([origin], *found, waits=False)  # its own node may be the one that is executed now
 
     def arrived_at_input(self, call: TapedLoss, gradient: Tensor) -> None:
         """A gradient arrived at what a loss of unknown type was called on."""
@@ -296,7 +296,9 @@ class Statistics:
                     origin.recorder, origin.again = None, True
         return [origin for origin in passes if origin.recorder is not None]
 
-    def _take(self, passes: list[Pass], terms: Terms, share: Weight, calls: list[TapedLoss]) -> None:
+    def _take(
+        self, passes: list[Pass], terms: Terms, share: Weight, calls: list[TapedLoss], waits: bool = True
+    ) -> None:
         recorder = merged([origin.recorder for origin in passes if origin.recorder is not None])
         hooked = [o for o in passes if o.recorder is not None and o.recorder.hooks.look([terms.output])]
         kind, end = self.curvature.kind, terms.output.grad_fn
@@ -313,7 +315,7 @@ class Statistics:
             for call in calls:
                 call.tell = tell
             # What hooks make of gradients on their way is no matter of curvature.
-            if calls and not hooked and self._waits(passes, recorder, end, signals, share):
+            if waits and calls and not hooked and self._waits(passes, recorder, end, signals, share):
                 return self._refuse_hidden(recorder)
             scale = None if share.entries is None else share.entries.sqrt()
             counted = self._step.counted_in(passes)

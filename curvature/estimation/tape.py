@@ -117,6 +117,7 @@ class Tape(Recording):
 
     def clear(self) -> None:
         super().clear()
+        self._catch_no_more()
         self.outside, self._task, self._marks, self.nonzero = [], None, {}, None
         self._samples, self.earlier, self._weights = {}, {}, []
         self._asked, self._dropped, self.behind = None, Dropped(), None

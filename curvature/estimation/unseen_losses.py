@@ -20,6 +20,8 @@ from curvature.losses import Terms
 from curvature.model.data import inspection
 from curvature.model.graph_nodes import CUTS, below, called_on, node_of, only_moves, scalar_called_on
 
+#: How those of layers begin.
+_LAYERS = ("Addmm", "Mm", "Bmm", "Baddbmm", "Addbmm", "Linear", "Convolution", "Embedding")
 #: How the names of the nodes of loss functions begin, by the module that calls them.
 _NODES: dict[type[nn.Module], str] = {
     nn.CrossEntropyLoss: "NllLoss",
@@ -123,6 +125,8 @@ class UnseenLosses:
 def _uses(loss: Any, ends: Set[Any], leaves: Set[Any]) -> bool:
     """Whether a loss is of what some parameters made, and not of themselves, as a penalty on weights is."""
     between = list(below([loss], ends.__contains__))
+    if not any(node.name().startswith(_LAYERS) for node in between):
+        return False
     return not leaves.isdisjoint(between) and ends.isdisjoint(between) and not any(map(only_moves, _arguments(loss)))
 
 

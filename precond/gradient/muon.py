@@ -201,7 +201,7 @@ def orthogonalized(matrix: Tensor, polynomial: Polynomial, precision: Precision 
     wide = x.shape[-2] <= x.shape[-1]
     x = x if wide else x.mT
     if polynomial == "polar_express":
-        x = polar(x, steps=5)
+        x = polar(x, steps=5, together=True)
     else:
         x = odd_polynomials(x, QUINTIC)
     return (x if wide else x.mT).to(matrix)

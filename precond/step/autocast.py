@@ -20,11 +20,12 @@ def outside_of_autocast(half: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(half)
     def call(self: Any, closure: Any = None) -> Any:
+        if not torch._C._is_any_autocast_enabled():
+            return half(self, closure)
         here = Autocast()
         try:
             return inner(self, here.around(closure) if callable(closure) else closure)
         finally:
-            if here.regions:
-                torch.clear_autocast_cache()
+            torch.clear_autocast_cache()
 
     return call

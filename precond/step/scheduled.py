@@ -106,7 +106,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         plain = type(lr) is float and 0 <= lr < math.inf and not any(isinstance(x, Tensor) for x in rest.values())
         if not (plain and rest in known):
             self.check(options)
-            self.__dict__["_checked"] = [*known[len(known) + 1 - len(self.param_groups) :], rest] if plain else []
+            self.__dict__["_checked"] = [*known, rest][-len(self.param_groups) :] if plain else []
 
     def _resolved(self, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Callable[[int], Any]]]:
         """Numbers for the coming step, checked, and the schedules that gave some of them."""

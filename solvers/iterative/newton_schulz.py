@@ -17,7 +17,6 @@ from solvers.outcome.arguments import real_tensor, whole
 from solvers.outcome.errors import NonFiniteError, NotConvergedError
 from solvers.outcome.finite import is_finite
 from solvers.outcome.solution import OnFailure
-from solvers.triangles import add_gram, gram
 
 # Odd quintics x (a + b x^2 + c x^4), each the best one for what the one before leaves of [1e-3, 1]; the last one is
 # Newton-Schulz's of order three, with p(1) = 1, and is repeated. Amsel et al. (2025), https://arxiv.org/abs/2505.16932
@@ -89,26 +88,30 @@ Cubic = tuple[float, float, float]
 def odd_polynomials(x: Tensor, coefficients: Sequence[Cubic]) -> Tensor:
     """X after each odd polynomial ``a X + b (X X^T) X + c (X X^T)^2 X`` in turn, for the (a, b, c) given.
 
-    All of them together are one polynomial of ``X X^T`` times X, so that wide matrices are multiplied twice, and all
-    else is products of ``(m, m)``, where the dtype has the digits: squares have half of those of small singular values,
-    so that Muon's five steps in float32 are off by up to 1e-3 of the norm, where 1e-5 comes of multiplying X each time.
+    Several together are one polynomial of ``X X^T`` times X, so that wide matrices are multiplied less often, and all
+    else is products of ``(m, m)``. Rounding of ``X X^T``, which its zero eigenvalues have as well, grows by ``a^2``
+    in each step, so as many are taken together as keep that below 1e-3.
 
     Args:
         x: Matrices ``(*stack, m, n)``.
-        coefficients: (a, b, c) of the k polynomials.
+        coefficients: (a, b, c) of the polynomials.
 
     Returns:
         Of the same shape and dtype.
     """
-    k, shape = len(coefficients), x.shape
+    shape, left = x.shape, list(coefficients)
     x = x.reshape(-1, *shape[-2:])
     m, n = shape[-2:]
-    # R is exact to eps, and is not positive to as much; each step but the last multiplies that by a^2.
-    grown = torch.finfo(x.dtype).eps * prod(a * a for a, _, _ in coefficients[:-1])
-    if grown < 0.1 and (4 * k - 3) * m + 2 * n < k * (2 * n + m):
-        return (_polynomial_of(gram(x.mT), coefficients) @ x).reshape(shape)
-    for cubic in coefficients:
-        x = _odd_polynomial(x, gram(x.mT), cubic)
+    while left:
+        k, grown = 1, torch.finfo(x.dtype).eps
+        while k < len(left) and (grown := grown * left[k - 1][0] ** 2) < 1e-3:
+            k += 1
+        together, left = left[:k], left[k:]
+        if (4 * k - 3) * m + 2 * n < k * (2 * n + m):
+            x = _polynomial_of(x @ x.mT, together) @ x
+            continue
+        for cubic in together:
+            x = _odd_polynomial(x, x @ x.mT, cubic)
     return x.reshape(shape)
 
 
@@ -116,7 +119,7 @@ def _polynomial_of(squares: Tensor, coefficients: Sequence[Cubic]) -> Tensor:
     """``f_k(R_k) ... f_1(R_1)`` for ``f = a + b R + c R^2`` and ``R_{i+1} = R_i f_i(R_i)^2``, from ``R_1 = X X^T``."""
     product: Tensor | None = None
     for i, (a, b, c) in enumerate(coefficients, 1):
-        factor = add_gram(squares.clone(), squares, old=b, new=c)
+        factor = torch.baddbmm(squares, squares, squares, beta=b, alpha=c)
         factor.diagonal(dim1=-2, dim2=-1).add_(a)
         product = factor if product is None else product @ factor
         if i < len(coefficients):
@@ -128,17 +131,19 @@ def _polynomial_of(squares: Tensor, coefficients: Sequence[Cubic]) -> Tensor:
 def _odd_polynomial(x: Tensor, squares: Tensor, cubic: Cubic) -> Tensor:
     """``a X + b R X + c R^2 X`` of ``X (k, m, n)``, given ``R = X X^T``."""
     a, b, c = cubic
-    inner = add_gram(squares.clone(), squares, old=b, new=c)
+    inner = torch.baddbmm(squares, squares, squares, beta=b, alpha=c)
     return torch.baddbmm(x, inner, x, beta=a)
 
 
-def polar(matrix: Tensor, steps: int | None = None) -> Tensor:
+def polar(matrix: Tensor, steps: int | None = None, *, together: bool = False) -> Tensor:
     r"""Orthogonal polar factor ``U V^T`` of ``M = U diag(s) V^T``, as Muon steps along; by matrix products alone.
 
     Args:
         matrix: ``(*stack, m, n)`` of any shape and full rank. In bfloat16 five steps come as near as in float32.
         steps: Number of Polar Express steps, unchecked: 5 bring the singular values above ``1e-3 |M|_F`` near one. None
             iterates until the factor is orthogonal to rounding.
+        together: Take several of these steps as one polynomial where that costs less, as of wide matrices, at an error
+            of up to 1e-3 of the norm; see :func:`odd_polynomials`.
 
     Returns:
         Factor of the same shape and dtype.
@@ -155,10 +160,10 @@ def polar(matrix: Tensor, steps: int | None = None) -> Tensor:
     if matrix.ndim < 2:
         raise ValueError(f"matrix is (*stack, m, n), not {tuple(matrix.shape)}.")
     if matrix.shape[-2] > matrix.shape[-1]:
-        return polar(matrix.mT, steps).mT
+        return polar(matrix.mT, steps, together=together).mT
     size = torch.linalg.matrix_norm(matrix, keepdim=True)
     x = matrix / torch.where(size == 0, 1, size * _SAFETY)
-    if steps is not None:
+    if steps is not None and together:
         return odd_polynomials(x, list(islice(_coefficients(), steps)))
     n, x = x.shape[-2], x.reshape(-1, *x.shape[-2:])
     # More steps would lift singular values that are rounding errors up to one, and pass them off as directions of M.
@@ -166,10 +171,13 @@ def polar(matrix: Tensor, steps: int | None = None) -> Tensor:
     most = len(_POLAR_EXPRESS) + int(log(0.1 / torch.finfo(x.dtype).eps / growth, _NEWTON_SCHULZ[0]))
     error = torch.full_like(x[..., 0, 0], float("inf"))
     for step, cubic in enumerate(_coefficients()):
+        if step == steps:
+            return x.reshape(matrix.shape)
         squares = x @ x.mT
-        before, error = error, distance_to_identity(squares)
-        if step == most or settled(error, before, n):
-            break
+        if steps is None:
+            before, error = error, distance_to_identity(squares)
+            if step == most or settled(error, before, n):
+                break
         x = _odd_polynomial(x, squares, cubic)
     worst = float(error.max()) if error.numel() else 0.0
     if not is_finite(matrix):

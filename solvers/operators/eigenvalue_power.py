@@ -52,7 +52,8 @@ def computed_power(values: Tensor, exponent: float, op: LinearOperator, mode: Mo
 
 def _plain_power(values: Tensor, exponent: float) -> Tensor | None:
     """``values ** exponent`` where all are positive and all is finite, as told by extremes; ``None`` elsewhere."""
-    if not values.numel() or values.requires_grad or checks.waits(values):
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(values)
+    if wrapped or not values.numel() or values.requires_grad or checks.waits(values):
         return None
     least, most = torch.aminmax(values)
     if not 0 < least.numpy() <= most.numpy() < math.inf:
