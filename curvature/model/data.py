@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from curvature.model.backward_hooks import no_backward_hooks
 from curvature.model.trees import tensors_in
-from curvature.model.wrappers import unwrapped
+from curvature.model.wrappers import plain_checkpoints, unwrapped
 
 Batch = tuple[Any, Any]
 Data = Batch | Mapping[str, Any] | Iterable[Any]
@@ -175,8 +175,9 @@ def call(model: nn.Module, x: Any) -> Any:
     """Run the model: a tuple as positional inputs, a mapping as keywords where ``forward`` takes those names.
 
     A model that takes ``labels`` gets those of a batch that is a mapping: encoder-decoders make inputs of them.
+    Reentrant checkpoints run as plain calls: with no gradient asked of what enters them, they hide their parameters.
     """
-    with inspection(), no_backward_hooks(model) as bare:
+    with inspection(), plain_checkpoints(), no_backward_hooks(model) as bare:
         result = _called(model, x)
         bare(result)
     return result

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from curvature.estimation.finite import refuse_nonfinite
 from curvature.model.kernels import differentiable_kernels
 from curvature.model.pullback import pull_back
+from curvature.model.wrappers import plain_checkpoints
 from precond.distributed.closures import parallel_calls, refuse_closure
 from precond.step.base import SecondOrderOptimizer
 from precond.step.graph import (
@@ -82,7 +83,8 @@ class ClosureOptimizer(SecondOrderOptimizer):
             )
         try:
             # For the whole step: a checkpointed layer runs again while the graph is differentiated.
-            with differentiable_kernels() if self.second_order() or self.keeps_graph() else nullcontext():
+            twice = self.second_order() or self.keeps_graph()
+            with plain_checkpoints(), differentiable_kernels() if twice else nullcontext():
                 yield
         finally:
             self.release()
