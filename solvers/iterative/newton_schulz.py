@@ -13,7 +13,7 @@ from torch import Tensor
 
 from solvers.iterative.matrix_iteration import MatrixIteration, distance_to_identity, settled
 from solvers.operators.dense import symmetric_part
-from solvers.outcome.arguments import real_tensor, whole
+from solvers.outcome.arguments import flag, real_tensor, whole
 from solvers.outcome.errors import NonFiniteError, NotConvergedError
 from solvers.outcome.finite import is_finite
 from solvers.outcome.solution import OnFailure
@@ -157,6 +157,7 @@ def polar(matrix: Tensor, steps: int | None = None, *, together: bool = False) -
     """
     real_tensor("matrix", matrix)
     whole("steps", steps, low=0, optional=True)
+    flag("together", together)
     if matrix.ndim < 2:
         raise ValueError(f"matrix is (*stack, m, n), not {tuple(matrix.shape)}.")
     if matrix.shape[-2] > matrix.shape[-1]:

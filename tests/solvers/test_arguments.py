@@ -110,7 +110,7 @@ GOOD: dict[str, Mapping[str, Any]] = {
     "Woodbury": {},
     "ladder": {"solver": Eigh()},
     "diagonalize": {"op": OP, "solver": Eigh(), "previous": Eigen(DIAGONAL, DIAGONAL.values)},
-    "polar": {"matrix": torch.eye(3), "steps": 5},
+    "polar": {"matrix": torch.eye(3), "steps": 5, "together": False},
     "power": {"op": OP, "exponent": -1.0, "solver": Eigh(), "previous": OP, "dense": True},
     "rule": {"function": solvers.power, "kind": type("Own", (Dense,), {})},
     "solve": {"op": OP, "b": normal(4), "solver": Eigh(), "dense": True},
