@@ -55,6 +55,7 @@ class Tape(Recording):
         nonzero: Parameters under ``fully_shard`` with a gradient that is not zero in some process, where that is known.
         outside: Calls of the loss that no pass led to.
         elsewhere: A loss counted that parameters led to, and no pass of the model.
+        soft: Labels that are probabilities were taken for a penalty.
         earlier: What the gradients of earlier backward passes of the step are known by, when the last one began, where
             some stand.
         by_hand: What stands in ``p.grad`` is made of what backward passes wrote and of gradients that were zeroed, or
@@ -81,7 +82,7 @@ class Tape(Recording):
         self.reader: Reader | None = None
         self.nonzero: frozenset[str] | None = None
         self.outside: list[TapedLoss] = []
-        self.by_hand = self.elsewhere = False
+        self.by_hand = self.elsewhere = self.soft = False
         self.behind: tuple[Marks, Samples] | None = None
         self._latest: Callable[[], Tensor | None] = lambda: None  # value of the last call of the loss
         self._task: int | None = None  # the user's backward pass under way
@@ -121,7 +122,7 @@ class Tape(Recording):
         self.outside, self._task, self._marks, self.nonzero = [], None, {}, None
         self._samples, self.earlier, self._weights = {}, {}, []
         self._asked, self._dropped, self.behind = None, Dropped(), None
-        self.by_hand = self.elsewhere = False
+        self.by_hand = self.elsewhere = self.soft = False
 
     # Calls of the loss
 
@@ -300,6 +301,7 @@ class Tape(Recording):
             raise
         self._dropped.counted(brought)
         self.elsewhere |= self._unseen.elsewhere
+        self.soft |= self._unseen.soft
         self._task, self._marks, self._samples = None, after, samples
         self._weights = [(origin, origin.gradient, origin.brought) for origin, _ in passes]
         self._weights += [(call, call.weight, call.brought) for call, _ in calls]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from curvature.estimation.passes import Pass, TapedLoss, UnseenLoss
 from curvature.estimation.squares_by_hand import squares
 from curvature.estimation.step import Step, Weight
-from curvature.estimation.ways_to_losses import Way, factor_by_value, way
+from curvature.estimation.ways_to_losses import Way, factor_by_value, soft_labels, way
 from curvature.losses import Terms
 from curvature.model.data import inspection
 from curvature.model.graph_nodes import CUTS, below, called_on, node_of, only_moves, scalar_called_on
@@ -52,6 +52,7 @@ class UnseenLosses:
     Attributes:
         elsewhere: Whether the backward pass under way goes through a loss to parameters, and no pass led to it: through
             another model that has them too, say.
+        soft: Whether labels that are probabilities of an output were taken for a penalty.
     """
 
     def __init__(self, loss: nn.Module | None) -> None:
@@ -59,7 +60,8 @@ class UnseenLosses:
         self._found: dict[Any, list[UnseenLoss]] = {}  # by ends of passes below them
         self._known: set[int] = set()
         self._is_there = False  # a loss of the step is known: a call, or a node of the kind
-        self.elsewhere = False
+        self._labelled: set[Any] = set()  # outputs with probabilities as labels
+        self.elsewhere = self.soft = False
         self._direct: set[Any] | None = None  # these ends, and those to which it comes otherwise, but not by other ends
 
     def look(self, passes: list[Pass], calls: list[TapedLoss], parameters: Iterable[Tensor]) -> None:
@@ -71,6 +73,9 @@ class UnseenLosses:
         reached = {node._sequence_nr() for node in above} & known
         counts = (c for c in calls if c.weight is not None or c.number in reached or self._direct is None)
         self._is_there = bool(self._found) or any(counts)
+        self.soft = False
+        looks = self._is_there and self._kind == _NODES[nn.CrossEntropyLoss]
+        self._labelled = soft_labels(above, ends) if looks else set()
         tracked = {id(p) for p in parameters}
         leaves = [node for node in above if id(getattr(node, "variable", None)) in tracked]
         self.elsewhere = bool(leaves) and any(
@@ -99,6 +104,7 @@ class UnseenLosses:
             return None
         origin.followed, square = self._direct is not None, self._kind == _NODES[nn.MSELoss]
         origin.penalty = self._is_there and not (unseen or known or square)
+        self.soft |= origin.penalty and not ends.isdisjoint(self._labelled)
         origin.way = origin.value = None
         if later and not (known or square):
             several = origin.gradient is not None  # whose sum will be read

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -63,6 +63,47 @@ def way(root: Tensor, ends: Set[Any]) -> Way:
             affine = False
     divided = scalars == 1 and any(n.name() == "DivBackward0" for n in leads if prod(n._input_metadata[0].shape) == 1)
     return Way(affine and len(leads) > len(leads & ends) > 0, weighted or (scalars > 0 and not divided))
+
+
+def soft_labels(above: Sequence[Any], ends: Set[Any]) -> set[Any]:
+    """Outputs of which a backward pass takes log probabilities, to which all else is linear: with labels in between.
+
+    Args:
+        above: The nodes of the pass, down to those of outputs and of known losses.
+        ends: The former.
+    """
+    users: dict[Any, list[Any]] = {}
+    for node in above:
+        for before, _ in node.next_functions if node not in ends else ():
+            users.setdefault(before, []).append(node)
+    found: set[Any] = set()
+    for node in above:
+        if node not in ends and node.name().startswith("LogSoftmax"):
+            of = {end for end in ends if end in set(below([node], ends.__contains__))}
+            made = set(_makes(node, users)) - {node}
+            plain = only_moves(node.next_functions[0][0], ends) and all(map(_is_linear, made))
+            if plain and not any(user.name().startswith("NllLoss") for user in made):
+                found |= of
+    return found
+
+
+def _makes(node: Any, users: dict[Any, list[Any]]) -> Iterator[Any]:
+    """A node, and all that gets something of it."""
+    waiting, seen = [node], {node}
+    while waiting:
+        node = waiting.pop()
+        yield node
+        new = [user for user in users.get(node, ()) if user not in seen]
+        seen.update(new)
+        waiting += new
+
+
+def _is_linear(node: Any) -> bool:
+    """Whether what a node gives is linear in what it gets, or adds a constant, by its name."""
+    name, arguments = node.name(), [before for before, _ in node.next_functions if before is not None]
+    if name.startswith(("Mul", "Div")):
+        return len(arguments) == 1
+    return name.startswith((*_LINEAR, "Add", "Sub", "Rsub")) or only_moves(node, {*arguments})
 
 
 def _is_core(node: Any, ends: Set[Any]) -> bool:

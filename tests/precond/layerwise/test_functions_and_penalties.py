@@ -124,6 +124,7 @@ LOSSES: dict[str, tuple[nn.Module, Function, Function]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*compares an output with probabilities")
 @pytest.mark.parametrize("penalty", PENALTIES)
 @pytest.mark.parametrize(
     ("loss", "apart"), [*((loss, False) for loss in LOSSES), *((loss, True) for loss in LOSSES if loss != "function")]
@@ -136,3 +137,9 @@ def test_a_penalty_on_another_pass_counts_nowhere(loss: str, penalty: str, apart
         return both if apart else [sum(both)]
 
     torch.testing.assert_close(curvature_of(loss_fn, parts), dense(f), rtol=1e-9, atol=1e-11)
+
+
+def test_probabilities_beside_a_known_loss_are_told_once() -> None:
+    with pytest.warns(UserWarning, match="call the module with the probabilities as labels") as told:
+        curvature_of(CE, lambda m: [F.cross_entropy(m(X), Y) + F.cross_entropy(m(U), FEW)])
+    assert len(told) == 1
