@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -9,12 +10,23 @@ import torch
 from torch import Tensor
 
 from curvature.layers.site import Site
-from curvature.model.graph_nodes import CUTS, below, cut_axis
+from curvature.model.graph_nodes import CUTS, SHAPES, below, cut_axis
 
 #: Beginnings of the names of nodes that pool along an axis.
 _POOLS = ("Sum", "Mean", "Max", "Amax", "Logsumexp")
 #: Of those that pick.
 _PICKS = (*CUTS, "Index", "Gather", "Bmm")
+#: Of those that lay entries out in other axes.
+_RESHAPES = (*SHAPES, "Expand", "Reshape")
+#: Of those that work on each position by itself: on entries, and along later axes.
+_ENTRYWISE = (
+    *("Add", "Sub", "Rsub", "Mul", "Div", "Neg", "Pow", "Sqrt", "Rsqrt", "Exp", "Log", "Clamp", "MaskedFill", "Where"),
+    *("Tanh", "Sigmoid", "Relu", "Gelu", "Silu", "Elu", "Leaky", "Softplus", "Threshold", "Hard", "Softmax"),
+    *("NativeLayerNorm", "FusedRms", "NativeDropout", "Clone", "Alias", "ToCopy", "Mm", "Linear", "TBackward"),
+    *("Mean", "Sum"),
+)
+#: Of those whose result sums over positions of all that they get but the first.
+_LOOKS = ("Bmm", "ScaledDotProduct")
 #: The axis of positions in ``(n, R, ...)``.
 _AXIS = 1
 
@@ -64,8 +76,8 @@ def _masks(output: Tensor, picks: tuple[str, ...]) -> dict[Any, Tensor | None]:
                 except RuntimeError:  # what it saved is gone, or was changed since
                     mask = None
                 mask = mask if mask is None else mask.to(output.device)
-            elif name.startswith(("Transpose", "Permute")) and not _keeps_positions(node):
-                mask = None
+            elif mask is not None:
+                mask = _through(node, name, which, child._input_metadata[number].shape, mask)
             numbers.setdefault(child, set()).add(number)
             if name.startswith(_POOLS):
                 pooled.add(child)
@@ -90,14 +102,36 @@ def _users_first(start: Any) -> list[Any]:
     return out
 
 
-def _keeps_positions(node: Any) -> bool:
-    """Whether a node moves axes as attention does: examples with positions, or positions with heads."""
+def _through(node: Any, name: str, which: int, before: Sequence[int], mask: Tensor) -> Tensor | None:
+    """What is picked of one of those that a node gets, of some shape, which does not pick by itself."""
+    if name.startswith(_LOOKS) and which:  # of keys and values a signal alone tells which are looked at
+        return mask.new_zeros(1, before[-2])
+    return mask if _keeps_positions(node, name, before) else None
+
+
+def _keeps_positions(node: Any, name: str, before: Sequence[int]) -> bool:
+    """Whether the positions of what a node gets are those of what it gives, as far as names and shapes tell."""
     shape = node._input_metadata[0].shape
+    if name.startswith(("Transpose", "Permute")):  # as attention does: examples with positions, or positions with heads
+        moved = _moved(node, len(shape))
+        return not moved & {0, 1} or moved == {0, 1} or (moved == {1, 2} and len(shape) == 4)
+    if name.startswith(_RESHAPES):
+        two = sorted((tuple(before), tuple(shape)), key=len)
+        joined = len(two[0]) < len(two[1]) and two[0][0] == math.prod(two[1][:2])  # examples with positions, or heads
+        return (joined and two[0][1] in two[1][2:]) or tuple(before[:2]) == tuple(shape[:2])
+    return name.startswith((*_ENTRYWISE, *_LOOKS))  # of these the rows of a product, the queries
+
+
+def _moved(node: Any, axes: int) -> set[int]:
+    """The axes that a transposition or a permutation puts elsewhere."""
     if node.name().startswith("Permute"):
-        moved = [axis % len(shape) for axis in node._saved_dims]
-        return {k for k, axis in enumerate(moved) if k != axis} in ({0, 1}, set(), {1, 2} if len(shape) == 4 else set())
-    where = {(dim - (1 << 64) if dim >> 63 else dim) % len(shape) for dim in (node._saved_dim0, node._saved_dim1)}
-    return where == {0, 1} or (where == {1, 2} and len(shape) == 4) or not where & {0, 1}
+        return {k for k, axis in enumerate(node._saved_dims) if k != _signed(axis) % axes}
+    return {_signed(node._saved_dim0) % axes, _signed(node._saved_dim1) % axes}
+
+
+def _signed(number: int) -> int:
+    """What was saved without a sign."""
+    return number - (1 << 64) if number >> 63 else number
 
 
 def _either(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -132,8 +166,10 @@ def _picked(
         places = node._saved_index.flatten(2)
         out = places.new_zeros(n, length, places.shape[2], dtype=torch.bool).scatter_(1, places, True)
         return out.any(2)
-    if name.startswith("Bmm") and which == 1 and (weights := node._saved_self).shape[1] == 1:
-        return weights[:, 0] != 0
+    if name.startswith("Bmm") and which == 1:  # sums over positions, with weights that are known for a single one
+        if node._input_metadata[0].shape[1] == 1:
+            return node._saved_self[:, 0] != 0
+        return mask if mask is None else mask.new_zeros(1, length)
     if pooled and name.startswith(("Mul", "MaskedFill", "Where")):
         own = _one_for_each(_factor(node, name, which), n, length, len(shape))
         return own if mask is None or own is None else own & mask if mask.shape[1] == length else own
@@ -143,11 +179,9 @@ def _picked(
 def _places(node: Any, name: str, number: int, length: int) -> Sequence[int]:
     """The positions that are the output of a node with some number."""
     if name.startswith("Slice"):
-        start, end = (x - (1 << 64) if x >> 63 else x for x in (node._saved_start, node._saved_end))
-        return range(length)[start : end : node._saved_step]
+        return range(length)[_signed(node._saved_start) : _signed(node._saved_end) : node._saved_step]
     if name.startswith("Select"):
-        index = node._saved_index
-        return [(index - (1 << 64) if index >> 63 else index) % length]
+        return [_signed(node._saved_index) % length]
     if name.startswith("Unbind"):
         return [number]
     size = getattr(node, "_saved_split_sizes", None) or node._saved_split_size
