@@ -149,7 +149,8 @@ def adapted(
         own, found = [states[i] for i in some], [out[i] for i in some]
         products = torch._foreach_mul([gradients[i] for i in some], [state["last_direction"] for state in own])
         slopes = torch.stack([x.sum() for x in products])
-        signs = (slopes > 0).to(slopes) - (slopes < 0).to(slopes)  # 0 for what has overflowed to NaN
+        signs = (slopes > 0).to(slopes) - (slopes < 0).to(slopes)
+        signs = torch.where(slopes.isnan(), slopes, signs)  # a last direction that was spoilt refuses the step
         factors = torch.stack([state["rate"] for state in own]) * group["rate_growth"] ** (_weight(group) * signs)
         factors.clamp_(1 / group["rate_most"], group["rate_most"])
         for state, d, rate in zip(own, found, factors.unbind(), strict=True):

@@ -118,6 +118,23 @@ def test_a_state_from_before_goes_on_at_its_own_rate():
     assert new.param_groups[0]["rate_growth"] == 1 and "rate" not in new.state[params[0]]
 
 
+def test_a_last_direction_that_is_spoilt_refuses_the_step():
+    model = nn.Linear(3, 2)
+    optimizer = SOAP(model.parameters())
+
+    def step():
+        optimizer.zero_grad()
+        model(torch.ones(4, 3)).square().mean().backward()
+        optimizer.step()
+
+    step()
+    optimizer.state[model.weight]["last_direction"][0, 1] = torch.nan
+    before = model.weight.detach().clone()
+    with pytest.warns(RuntimeWarning, match="state holds NaN or inf, in state.*last_direction"):
+        step()
+    assert torch.equal(model.weight, before)
+
+
 def test_zero_gradients_and_rates_that_begin_at_zero_leave_the_factors():
     p = nn.Parameter(torch.ones(3, 2))
     optimizer = Muon([p], lr=torch.tensor(0.0), adaptive_rate=AdaptiveRate())
