@@ -19,7 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import curvature
 from curvature import plots
-from precond import KFAC, TrustRegion
+from precond import KFAC
 
 LENGTH, STEPS = 32, 140
 
@@ -71,7 +71,7 @@ def main(out: Path) -> None:
         gpt = model()
         curves[f"AdamW, lr = {lr:g}"] = train(gpt, torch.optim.AdamW(gpt.parameters(), lr=lr))
     gpt = model()
-    optimizer = KFAC(gpt, loss_fn, lr=0.1, damping=1e-2, kl_clip=TrustRegion(1e-3, of="direction"))
+    optimizer = KFAC(gpt, loss_fn)
     curves["K-FAC"] = train(gpt, optimizer)
     optimizer.detach()
     final = {name: sum(losses[-10:]) / 10 for name, losses in curves.items()}

@@ -32,9 +32,10 @@ class AdamStep:
 
     Rows of an embedding that few examples use have a small curvature, below any damping, so a natural gradient hardly
     moves them; a step relative to the gradients of each entry does. ``KFAC``, ``EKFAC`` and ``TNT`` give it to the
-    weights of ``nn.Embedding`` and ``nn.EmbeddingBag`` that no other module has; a product with such a weight in a
-    ``forward`` of one's own is not seen: ``structures={"embed": {}}`` gives a table curvature, and
-    ``{"table": AdamStep()}`` the step to a parameter of one's own.
+    weights of ``nn.Embedding`` and ``nn.EmbeddingBag`` of models in which no other module has one of them. Where the
+    head has the table of the tokens, as in GPT-2, all tables have curvature: those of the positions would outrun it. A
+    product with a table in a ``forward`` of one's own is not seen. ``structures={"embed": {}}`` gives a table
+    curvature, and ``{"table": AdamStep()}`` the step to a parameter of one's own.
 
     Args:
         lr: :math:`\bar\eta_A`.
@@ -93,10 +94,11 @@ def _reference(group: dict[str, Any]) -> float:
 
 
 def embeddings(model: nn.Module) -> list[str]:
-    """Names of the parameters of a model that are tables of embeddings and nothing else, trainable or not."""
+    """Names of a model's tables of embeddings, trainable or not; none where one of them is more than a table."""
     owners: dict[int, list[tuple[str, bool]]] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         for key, p in module.named_parameters(recurse=False):
             is_table = isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and key == "weight"
             owners.setdefault(id(p), []).append((f"{prefix}.{key}" if prefix else key, is_table))
-    return [uses[0][0] for uses in owners.values() if all(is_table for _, is_table in uses)]
+    kinds = [{is_table for _, is_table in uses} for uses in owners.values()]
+    return [] if {True, False} in kinds else [uses[0][0] for uses in owners.values() if uses[0][1]]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing, contextmanager
 from typing import Any
 
 import torch
@@ -85,8 +85,8 @@ class LoopReplay(Replay):
 
     def _evaluate(
         self, stride: int = 1, values: Mapping[str, Tensor] | None = None
-    ) -> Iterator[tuple[TapedLoss, Tensor]]:
-        """Every call of the loss that counted, and the output it sees.
+    ) -> Generator[tuple[TapedLoss, Tensor], None, None]:
+        """Every call of the loss that counted, and the output it sees; to be closed, since settings hold meanwhile.
 
         Args:
             stride: Of every so many examples only.
@@ -108,7 +108,8 @@ class LoopReplay(Replay):
 
     @torch.enable_grad()
     def parts(self, stride: int = 1) -> tuple[list[CurvedOutput], Tensor]:
-        return [self._part(call, z, stride) for call, z in self._evaluate(stride)], self._seen()
+        with closing(self._evaluate(stride)) as runs:
+            return [self._part(call, z, stride) for call, z in runs], self._seen()
 
     def gram(self, params: list[Tensor], vectors: list[Tensor], stride: int = 1) -> tuple[Tensor, Tensor]:
         if self.forward_mode and not isinstance(self.loss_fn, SumOfLosses):
@@ -132,7 +133,8 @@ class LoopReplay(Replay):
                     names[p]: forward_ad.make_dual(p.detach(), v.to(p.dtype))
                     for p, v in unflatten(vector, params).items()
                 }
-                pushed = [(call, forward_ad.unpack_dual(z)) for call, z in self._evaluate(stride, values)]
+                with closing(self._evaluate(stride, values)) as runs:
+                    pushed = [(call, forward_ad.unpack_dual(z)) for call, z in runs]
             images.append([torch.zeros_like(z.primal) if z.tangent is None else z.tangent for _, z in pushed])
             parts = parts or [self._part(call, z.primal, stride) for call, z in pushed]
         return gram(
@@ -163,10 +165,11 @@ class LoopReplay(Replay):
     @torch.no_grad()
     def value(self) -> Tensor:
         total = torch.zeros((), dtype=torch.float64)
-        for call, z in self._evaluate():
-            args, kwargs = call.arguments(call.seen(z))
-            assert call.weight is not None
-            total += (call.weight * self.loss_fn.forward(*args, **kwargs)).sum().double().cpu()
+        with closing(self._evaluate()) as runs:
+            for call, z in runs:
+                args, kwargs = call.arguments(call.seen(z))
+                assert call.weight is not None
+                total += (call.weight * self.loss_fn.forward(*args, **kwargs)).sum().double().cpu()
         return total
 
 

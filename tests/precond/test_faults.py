@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from precond import (
@@ -122,6 +123,21 @@ def test_the_batch_again_is_the_batch(name: str) -> None:
     found = faults(name, stride=89)
     assert found["same"] > 5
     assert found["other"] == 0
+
+
+def test_a_quadratic_model_that_is_interrupted_leaves_no_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, loss_fn = nn.Linear(4, 3), nn.CrossEntropyLoss()
+    optimizer = METHODS["quadratic model"](model, loss_fn)
+    loss_fn(model(torch.ones(5, 4)), torch.arange(5) % 3).backward()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(forward_ad, "unpack_dual", stopped)
+        optimizer.step()
+    assert torch.is_grad_enabled()
+    optimizer.step()
+
+
+def stopped(*_: Any) -> Any:
+    raise KeyboardInterrupt
 
 
 @pytest.mark.long

@@ -127,6 +127,9 @@ def test_who_takes_it() -> None:
     tied = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 6, bias=False))
     tied[1].weight = tied[0].weight
     assert list(KFAC(tied, loss).parameters) == ["0.weight"]  # a matrix as well
+    whole = nn.ModuleDict({"tokens": tied[0], "positions": nn.Embedding(3, 4), "head": tied[1]})
+    assert list(KFAC(whole, loss).parameters) == ["tokens.weight", "positions.weight"]  # which do not outrun the tokens
+    assert list(KFAC(whole, loss, structures={"positions": AdamStep()}).parameters) == ["tokens.weight"]
     bag = nn.Sequential(nn.EmbeddingBag(6, 4), nn.Linear(4, 6, bias=False))
     assert list(KFAC(bag, loss).parameters) == ["1.weight"]
     for wrong in ({"lr": -1.0}, {"betas": (0.9, 1.0)}, {"eps": 0.0}):
