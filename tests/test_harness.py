@@ -8,7 +8,9 @@ import pytest
 import torch
 
 pytest.importorskip("curvlinops")
-from tests.benchmarks import scale
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.benchmarks import gradient_floors, scale
 from tests.benchmarks.harness import tables
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of other libraries
@@ -86,3 +88,32 @@ def test_what_exceeds_its_limit_is_named() -> None:
     assert scale.in_a_process("small", "SGD", 1, 12.0) == "over 1 s"  # importing torch alone takes longer
     found = scale.in_a_process("small", "KFAC", 60, 12.0)
     assert isinstance(found, dict) and len(found["seconds"]) == 3 and found["peak"] > 0
+
+
+def test_floors_are_the_parts_that_a_step_needs_and_stand_beside_ours() -> None:
+    found = gradient_floors.measured("SOAP", "mlp-tiny", rounds=1, periods=(1, 2))
+    refresh = sum(found.parts[part] for part in ("A Q", "QR", "momentum turned"))
+    assert found.floor[1] == pytest.approx(found.plain + sum(found.parts.values()))
+    assert found.floor[1] - found.floor[2] == pytest.approx(refresh / 2)
+    assert found.ours.keys() == {1, 2} and min(found.ours.values()) > 0
+    assert [line.split()[2] for line in found.lines("mlp-tiny, SOAP")[1:3]] == ["floor", "ours"]
+    muon = gradient_floors.measured("Muon", "mlp-tiny", rounds=1)
+    assert muon.ours.keys() == muon.floor.keys() == {1}
+
+
+def test_floors_make_the_products_of_the_shapes_of_the_model() -> None:
+    def flops(method: str, part: str) -> int:
+        kernels = gradient_floors.PARTS[method](gradient_floors.make("mlp-tiny"))[part]
+        with FlopCounterMode(display=False) as counter:
+            kernels.run()
+        return counter.get_total_flops()
+
+    shapes = [(32, 20), (24, 32), (10, 24)]  # of the weights
+    turns = sum(2 * m * n * (m + n) for m, n in shapes)
+    cubes = sum(2 * (m**3 + n**3) for m, n in shapes)
+    assert flops("SOAP", "rotations") == 2 * turns and flops("SOAP", "A Q") == cubes
+    assert flops("PSGD", "P h") == turns
+    assert flops("Shampoo", "Gram matrices") == turns + sum(2 * m * m for m, _ in shapes)  # and of the biases
+    assert flops("PSGD", "the step of Q, and its turn") == 3 * cubes
+    with_bias = sum(2 * (m**3 + (n + 1) ** 3) for m, n in shapes)
+    assert flops("SINGD", "A K, and K m") == 2 * with_bias
