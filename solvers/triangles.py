@@ -33,25 +33,42 @@ def add_gram(out: Tensor, rows: Tensor, *, old: float, new: float) -> Tensor:
     Returns:
         ``out``.
     """
-    if rows.ndim > 3:
-        _add_gram(out.view(-1, *out.shape[-2:]), rows.flatten(0, -3), old, new)
+    return add_symmetric(out, rows, rows, old=old, new=new)
+
+
+def add_symmetric(out: Tensor, left: Tensor, right: Tensor, *, old: float, new: float) -> Tensor:
+    r""":math:`S \leftarrow old \cdot S + new \cdot X^\top Y` for a product that is symmetric, as that of X and A X is.
+
+    Args:
+        out: As for :func:`add_gram`.
+        left: X ``(*, m, d)``.
+        right: Y, of the same shape. Parts of one triangle alone are taken of the product.
+        old: Factor of what is there.
+        new: Factor of the product.
+
+    Returns:
+        ``out``.
+    """
+    if left.ndim > 3:
+        x, y = (rows.flatten(0, -3) for rows in (left, right))
+        _add_symmetric(out.view(-1, *out.shape[-2:]), x, y, old, new)
     else:
-        _add_gram(out, rows, old, new)
+        _add_symmetric(out, left, right, old, new)
     return out
 
 
-def _add_gram(out: Tensor, rows: Tensor, old: float, new: float) -> None:
-    m, d = rows.shape[-2:]
-    add = torch.addmm if rows.ndim == 2 else torch.baddbmm
-    whole = _WHOLE // 2 if rows.ndim == 2 and m in _SPLIT_FURTHER else _WHOLE
+def _add_symmetric(out: Tensor, x: Tensor, y: Tensor, old: float, new: float) -> None:
+    m, d = x.shape[-2:]
+    add = torch.addmm if x.ndim == 2 else torch.baddbmm
+    whole = _WHOLE // 2 if x.ndim == 2 and m in _SPLIT_FURTHER else _WHOLE
     if m <= _WHOLE or d <= whole:
-        add(out, rows.mT, rows, beta=old, alpha=new, out=out)
+        add(out, x.mT, y, beta=old, alpha=new, out=out)
         return
     h = _half(d)
-    left, right, side = rows[..., :h], rows[..., h:], out[..., :h, h:]
-    _add_gram(out[..., :h, :h], left, old, new)
-    _add_gram(out[..., h:, h:], right, old, new)
-    add(side, left.mT, right, beta=old, alpha=new, out=side)
+    side = out[..., :h, h:]
+    _add_symmetric(out[..., :h, :h], x[..., :h], y[..., :h], old, new)
+    _add_symmetric(out[..., h:, h:], x[..., h:], y[..., h:], old, new)
+    add(side, x[..., :h].mT, y[..., h:], beta=old, alpha=new, out=side)
     out[..., h:, :h] = side.mT
 
 

@@ -16,6 +16,7 @@ from curvature.structures.kfac import KroneckerEstimator, KroneckerFisher, Shari
 from curvature.structures.unit import unit_or_diagonal
 from solvers import Dense, Diagonal, Kronecker, LinearOperator, storable
 from solvers.operators.bases import Derived, SelfAdjoint
+from solvers.triangles import add_symmetric, gram
 
 FactorStructure = Literal["dense", "diagonal", "block", "triangular"]
 
@@ -77,10 +78,12 @@ class BlockMoments(KroneckerEstimator):
     def moment(self, rows: Tensor, ones: Tensor | float | None = None) -> Tensor:
         d = rows.shape[-1]
         b = self.block_size(d + (ones is not None))
+        if b == d + (ones is not None) <= self.max_dim:
+            return super().moment(rows, ones).unsqueeze(-3)
         if ones is not None:
             rows = torch.nn.functional.pad(rows, (0, 1))  # the slot of the one
         pieces = cut(rows, b).movedim(-2, -3)  # (*, count, m, b)
-        out = pieces.mT @ pieces
+        out = gram(pieces)
         if ones is not None:
             last, slot = divmod(d, b)
             sums = pieces[..., last, :, :].sum(-2)
@@ -177,27 +180,44 @@ class SINGDEstimator(MeansEstimator, InverseEstimator):
         L, K = (factor.to(dtype) for factor in self.factors)
         velocities = [velocity.to(dtype) for velocity in self.velocity]
         sizes = self.block.shape[-2:]
-        HL, HK = [L.mT @ left @ L for left, _ in pairs], [K.mT @ right @ K for _, right in pairs]
+        # H = F^T (M F): the first product gives the trace, of the second, which is symmetric, one triangle is computed.
+        images = [[left @ L for left, _ in pairs], [right @ K for _, right in pairs]]
         moved, velocity = [], []
-        for index, (factor, own, others, other) in enumerate(((L, HL, HK, K), (K, HK, HL, L))):
+        if self.coupled:
+            traces = [[_inner(x, F) for x in images] for images, F in zip(images, (L, K), strict=True)]
+            squares = [_inner(F, F) for F in (L, K)]
+        for index, factor in enumerate((L, K)):
             d = sizes[1 - index]
-            weights = [_trace(H) / d if self.coupled else torch.ones(()).to(H) for H in others]
-            shift = damping * (_trace(other.mT @ other) / d if self.coupled else 1.0)
-            total = sum((w * H for w, H in zip(weights, own, strict=True)), shift * (factor.mT @ factor))
-            identity = self._diagonal(factor, index, 1.0)
-            m = self.momentum * velocities[index] + self._project(total - identity) / 2
-            size = m.abs().sum(-1).amax((-1, -2)).clamp(min=1)[..., None, None, None]
-            moved.append(factor - (self.lr / size) * (factor @ m))
+            image = images[index][0]
+            if self.coupled:
+                weights = [trace / d for trace in traces[1 - index]]
+                image = sum(
+                    (w * x for w, x in zip(weights[1:], images[index][1:], strict=True)), image.mul_(weights[0])
+                )
+                shift = damping * squares[1 - index] / d
+            else:
+                shift = factor.new_full((), damping)
+            m = self._moved_towards(velocities[index], factor, image.addcmul_(factor, shift))
+            m.diagonal(dim1=-2, dim2=-1).sub_(self._entries(factor, index, 0.5))
+            size = torch.linalg.vector_norm(m, 1, dim=-1).amax((-1, -2)).clamp(min=1)[..., None, None, None]
+            moved.append(torch.addcmul(factor, self.lr / size, factor @ m, value=-1))
             velocity.append(m)
         self.factors, self.velocity = (moved[0], moved[1]), (velocity[0], velocity[1])
 
     def _diagonal(self, like: Tensor, side: int, value: float) -> Tensor:
         """A multiple of the identity in blocks like others; the padding of the last block is zero and stays zero."""
-        entries = like.new_full((*like.shape[:-3], self.block.shape[side - 2]), value)
-        return torch.diag_embed(cut(entries, like.shape[-1]))
+        return torch.diag_embed(self._entries(like, side, value))
 
-    def _project(self, m: Tensor) -> Tensor:
-        return m.tril() + m.tril(-1) if self.triangular else m
+    def _entries(self, like: Tensor, side: int, value: float) -> Tensor:
+        """Its diagonal ``(*, count, b)``."""
+        return cut(like.new_full((*like.shape[:-3], self.block.shape[side - 2]), value), like.shape[-1])
+
+    def _moved_towards(self, velocity: Tensor, factor: Tensor, image: Tensor) -> Tensor:
+        r""":math:`\alpha m + \tfrac12 \Pi(F^\top Y)` for a symmetric product, in memory of its own."""
+        if not self.triangular:
+            return add_symmetric(velocity.clone(), factor, image, old=self.momentum, new=0.5)
+        total = add_symmetric(torch.empty_like(velocity), factor, image, old=0, new=0.5)
+        return (total.tril() + total.tril(-1)).add_(velocity, alpha=self.momentum)
 
     def operator(self) -> LinearOperator:
         if self.factors is None:
@@ -216,13 +236,13 @@ class SINGDEstimator(MeansEstimator, InverseEstimator):
         self.velocity = (state["mL"], state["mK"]) if "L" in state else None
 
 
-def _trace(blocks: Tensor) -> Tensor:
-    """Trace of all blocks of each element of a stack, with three axes to broadcast over them."""
-    return blocks.diagonal(dim1=-2, dim2=-1).sum((-2, -1))[..., None, None, None]
+def _inner(x: Tensor, y: Tensor) -> Tensor:
+    """``tr(X^T Y)`` over all blocks of each element of a stack, with three axes to broadcast over them."""
+    return (x * y).sum((-3, -2, -1), keepdim=True)
 
 
 def _square(factor: Tensor, d: int) -> LinearOperator:
-    matrix = factor @ factor.mT
+    matrix = gram(factor.mT)
     if matrix.shape[-3] == 1:
         return Dense(matrix[..., 0, :, :], is_gram=True)
     if matrix.shape[-1] == 1:

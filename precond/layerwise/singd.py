@@ -76,7 +76,7 @@ class SINGD(LayerwiseMethod):
         matrices=("Fisher",),
         forms=("Kronecker",),
         step="2(m²n + mn²)",
-        refresh="2B(m² + n²) + 12(m³ + n³)",
+        refresh="2B(m² + n²) + 8(m³ + n³)",
         memory="2(m² + n²)",
         paper="https://arxiv.org/abs/2312.05705",
     )

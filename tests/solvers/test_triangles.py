@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from solvers.triangles import add_gram, gram, upper_times
+from solvers.triangles import add_gram, add_symmetric, gram, upper_times
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -26,6 +26,18 @@ def test_gram_matrices_are_whole(stack: tuple[int, ...], shape: tuple[int, int])
     out = before.clone()
     assert add_gram(out, rows, old=0.25, new=3) is out
     torch.testing.assert_close(out, before / 4 + 3 * product, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("stack", [(), (2,), (2, 1)])
+def test_a_symmetric_product_of_two_matrices_is_taken_by_one_triangle(stack: tuple[int, ...]) -> None:
+    x, a = normal(*stack, 300, 530), gram(normal(*stack, 300, 300, seed=1))
+    before = gram(normal(*stack, 2, 530, seed=2))
+    out, y = before.clone(), a @ x
+    with FlopCounterMode(display=False) as counter:
+        assert add_symmetric(out, x, y, old=0.25, new=3) is out
+    torch.testing.assert_close(out, before / 4 + 3 * x.mT @ y, rtol=1e-12, atol=1e-8)
+    assert torch.equal(out[..., 300:, :200], out[..., :200, 300:].mT)
+    assert counter.get_total_flops() < 0.76 * 2 * 300 * 530**2 * x[..., 0, 0].numel()
 
 
 def test_a_gram_matrix_goes_into_a_part_of_another_one_whatever_stood_there() -> None:
