@@ -96,7 +96,7 @@ class PSGD(ClosureOptimizer, StackedOptimizer):
         solver="multiplicative descent on the inverse's root",
         matrices=("gradient second moment", "Hessian"),
         forms=("Kronecker",),
-        step="6(m²n + mn²) + 10(m³ + n³)",
+        step="6(m²n + mn²) + 10(m³ + n³) + 4(m² + n²)",
         refresh="none",
         memory="m² + n² + mn",
         paper="https://arxiv.org/abs/1512.04202",
@@ -232,7 +232,7 @@ class PSGD(ClosureOptimizer, StackedOptimizer):
         for p in stack.params:
             self.state[p]["updates"] += 1
         metrics = _metrics(stack, len(roots))
-        norms = [metric.square().flatten(1).sum(1) for metric in metrics.values()]
+        norms = [torch.linalg.vector_norm(metric.flatten(1), dim=1).square_() for metric in metrics.values()]
         image = _apply(h, metrics)
         for axis, metric in metrics.items():
             root, bound = roots[axis], state[f"bound.{axis}"]
@@ -309,7 +309,7 @@ def _norm(matrix: Tensor) -> Tensor:
     x = matrix.gather(1, column[:, None, None].expand(len(matrix), 1, matrix.shape[2]))  # rows: it is symmetric
     for _ in range(2):
         x = x / torch.linalg.vector_norm(x, dim=2, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
-        x = (matrix * x).sum(2)[:, None]
+        x = torch.bmm(x, matrix)
     return torch.linalg.vector_norm(x, dim=(1, 2))
 
 
