@@ -1,15 +1,20 @@
-"""The least that a step of K-FAC or EKFAC takes: ``python -m tests.benchmarks.floors mlp,gpt``.
+"""The least that a step of K-FAC or EKFAC takes: ``python -m tests.benchmarks.floors mlp,gpt 9 KFAC``.
 
-Times of bare kernels on the layers' own shapes, warm, without Python between them, as minima; a product of which one
-triangle is needed counts half. In steps of SGD, whose own step is part of them. A step that keeps its inverses pays for
-the directions and the passes over the parameters; one that refreshes pays for the rest as well.
+Times of bare kernels on the layers' own shapes, without Python between them; a product of which one triangle is needed
+counts half. In steps of SGD, whose own step is part of them. A step that keeps its inverses pays for the directions and
+the passes over the parameters; one that refreshes pays for the rest as well.
+
+A round takes each kernel once, a step of SGD before and after, and whole periods of our own steps, all in one process
+and by its CPU time, so that whatever else the machine does meets all of them alike. Given are medians over rounds, of
+ratios within a round. Arguments: workloads, number of rounds, methods.
 """
 
 from __future__ import annotations
 
+import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,20 +22,35 @@ from torch import Tensor, nn
 
 import tests.benchmarks.harness  # noqa: F401  (its files import each other by their bare names)
 
+import ours  # noqa: F401  isort: skip  (registers its entries)
 from peers_optim import sgd  # isort: skip
+from registry import ENTRIES  # isort: skip
 from workloads import make  # isort: skip
 
 Layer = tuple[Tensor, Tensor]  # inputs (rows, d_in) with their ones, output gradients (rows, d_out)
+Kernels = dict[str, tuple[Callable[[], object], float]]  # and the part of its time that counts
+
+#: Of a step with kept inverses, of one with new statistics, and of one that renews inverses beside that.
+PARTS = {
+    "KFAC": (
+        ("directions", "passes over parameters"),
+        ("second backward pass", "Gram matrices", "averages and shifts"),
+        ("Cholesky", "explicit inverses", "momentum in the new metric"),
+    ),
+    "EKFAC": (
+        ("to the eigenbasis and back", "passes over parameters"),
+        ("second backward pass", "Gram matrices", "averages and shifts"),
+        ("eigh", "momentum in the new metric", "momentum in the new metric"),
+    ),
+}
 
 
-def cost(run: Callable[[], object], times: int = 7) -> float:
-    """CPU milliseconds, the least of some."""
-    best = float("inf")
+def cost(run: Callable[[], object], times: int = 1) -> float:
+    """Mean CPU milliseconds."""
+    start = time.process_time()
     for _ in range(times):
-        start = time.process_time()
         run()
-        best = min(best, time.process_time() - start)
-    return 1e3 * best
+    return 1e3 * (time.process_time() - start) / times
 
 
 def layers_of(w: Any) -> tuple[list[Layer], Callable[[], object]]:
@@ -59,8 +79,8 @@ def layers_of(w: Any) -> tuple[list[Layer], Callable[[], object]]:
     return found, back
 
 
-def parts(name: str) -> tuple[float, dict[str, float]]:
-    """Milliseconds of a step of SGD, and of what K-FAC adds to it."""
+def kernels(name: str) -> Kernels:
+    """What K-FAC and EKFAC add to a step of SGD."""
     w = make(name)
     layers, back = layers_of(w)
     factors = [(a.T @ a / len(a) + torch.eye(a.shape[1]), g.T @ g / len(g) + torch.eye(g.shape[1])) for a, g in layers]
@@ -102,34 +122,67 @@ def parts(name: str) -> tuple[float, dict[str, float]]:
                 if 2 * (len(a) if by_rows else other) > len(L):
                     torch.cholesky_inverse(L)
 
-    found = {
-        "directions": cost(directions),
-        "passes over parameters": cost(passes),
-        "second backward pass": cost(back),
-        "Gram matrices": 0.5 * cost(moments),
-        "averages and shifts": cost(lambda: [(torch.lerp(f, f, 0.5, out=f), f.clone()) for f in flat]),
-        "Cholesky": cost(lambda: [torch.linalg.cholesky_ex(f) for f in flat]),
-        "explicit inverses": cost(inverses),
-        "momentum in the new metric": 0.5 * cost(lambda: [B @ m @ A for (A, B), m in zip(factors, v, strict=True)]),
-        "to the eigenbasis and back": cost(eigenbasis),
-        "eigh": cost(lambda: [torch.linalg.eigh(f) for f in flat], 2),
+    return {
+        "directions": (directions, 1),
+        "passes over parameters": (passes, 1),
+        "second backward pass": (back, 1),
+        "Gram matrices": (moments, 0.5),
+        "averages and shifts": (lambda: [(torch.lerp(f, f, 0.5, out=f), f.clone()) for f in flat], 1),
+        "Cholesky": (lambda: [torch.linalg.cholesky_ex(f) for f in flat], 1),
+        "explicit inverses": (inverses, 1),
+        "momentum in the new metric": (lambda: [B @ m @ A for (A, B), m in zip(factors, v, strict=True)], 0.5),
+        "to the eigenbasis and back": (eigenbasis, 1),
+        "eigh": (lambda: [torch.linalg.eigh(f) for f in flat], 1),
     }
-    return cost(sgd(w), 9), found
+
+
+def rounds(name: str, methods: list[str], times: int) -> list[dict[str, float]]:
+    """CPU milliseconds of a step of SGD, of the kernels and of our own steps, in rounds."""
+    wanted = {part for method in methods for group in PARTS[method] for part in group}
+    of = {part: kernel for part, kernel in kernels(name).items() if part in wanted}
+    entries = {entry.name: entry.build for entry in ENTRIES}
+    steps = {(m, n): entries[f"precond {m}"](make(name), interval=n) for m in methods for n in (1, 10)}
+    plain = sgd(make(name))
+    for (_, period), step in steps.items():
+        cost(step, 2 + period)
+    out = []
+    for _ in range(times):
+        found: dict[str, float] = {}
+        before = [cost(plain, 3)]
+        for part, (run, share) in of.items():
+            found[part] = share * cost(run)
+        before.append(cost(plain, 3))
+        for (method, period), step in steps.items():
+            found[f"{method} every {period}"] = cost(step, period)
+            before.append(cost(plain, 3))
+        out.append(found | {"SGD": statistics.fmean(before)})
+    return out
+
+
+def least(method: str, period: int, ms: Mapping[str, float]) -> float:
+    """The least that a step takes on average over a period, in steps of SGD."""
+    kept, statistic, renewed = (sum(ms[part] for part in group) for group in PARTS[method])
+    return 1 + (kept + (statistic + renewed) / period) / ms["SGD"]
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    for name in (sys.argv[1] if len(sys.argv) > 1 else "mlp,cnn,gpt,vit").split(","):
-        plain, of = parts(name)
-        kept = of["directions"] + of["passes over parameters"]
-        refresh = sum(of[p] for p in ("second backward pass", "Gram matrices", "averages and shifts"))
-        cholesky = refresh + of["Cholesky"] + of["explicit inverses"] + of["momentum in the new metric"]
-        turned = of["to the eigenbasis and back"] + of["passes over parameters"]
-        eigen = refresh + of["eigh"] + 2 * of["momentum in the new metric"]
-        print(f"{name}: SGD {plain:.1f} ms; " + ", ".join(f"{part} {ms:.1f}" for part, ms in of.items()))
-        for method, every, sometimes in (("KFAC", kept, cholesky), ("EKFAC", turned, eigen)):
-            at = [1 + (every + sometimes / period) / plain for period in (1, 10)]
-            print(f"{name}: {method} every 1 / every 10 at least {at[0]:.2f} / {at[1]:.2f}", flush=True)
+    names, times, methods = [*sys.argv[1:], *("mlp,cnn,gpt,vit", "9", "KFAC,EKFAC")[len(sys.argv) - 1 :]]
+    for name in names.split(","):
+        found = rounds(name, methods.split(","), int(times))
+        medians = {part: statistics.median(ms[part] for ms in found) for part in found[0]}
+        print(f"{name}: ms: " + ", ".join(f"{part} {ms:.1f}" for part, ms in medians.items()))
+        for method in methods.split(","):
+            for period in (1, 10):
+                floor = [least(method, period, ms) for ms in found]
+                own = [ms[f"{method} every {period}"] / ms["SGD"] for ms in found]
+                over = statistics.quantiles([a / b for a, b in zip(own, floor, strict=True)], n=4)
+                print(
+                    f"{name}: {method} every {period}: at least {statistics.median(floor):.2f}, ours "
+                    f"{statistics.median(own):.2f}, over the floor {over[1]:.2f} ({over[0]:.2f} to {over[2]:.2f}, "
+                    f"n={len(found)})",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":
