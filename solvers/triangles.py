@@ -1,6 +1,7 @@
 """Products with one triangle to compute: Gram matrices, whose other one is its mirror image, and factors like L^T.
 
-Large ones are split in halves, down to parts that run at the speed of large products: two levels cost 5/8 of the whole.
+Large Gram matrices are split in halves, down to parts that run at the speed of large products: two levels cost 5/8 of
+the whole.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from torch import Tensor
 
 # Parts up to this size are multiplied whole: smaller ones run below the speed of large products.
 _WHOLE = 256
+# Rows of a triangle that are multiplied at once.
+_BAND = 96
 # Of Gram matrices of a number of rows in this range also half as large ones: of fewer rows, parts are bound by what
 # they write, and of more, which no cache holds, by what they read.
 _SPLIT_FURTHER = range(257, 4097)
@@ -73,23 +76,15 @@ def _add_symmetric(out: Tensor, x: Tensor, y: Tensor, old: float, new: float) ->
 
 
 def upper_times(upper: Tensor, x: Tensor) -> Tensor:
-    """``U X`` for upper triangles U ``(*, n, n)``, whose entries below the diagonal are zero, and X ``(*, n, m)``."""
-    out = x.new_empty(x.shape)
-    flat = [t.reshape(-1, *t.shape[-2:]) if x.ndim > 3 else t for t in (upper, x, out)]
-    _upper_times(*flat)
-    return out
+    """``U X`` for upper triangles U ``(*, n, n)``, whose entries below the diagonal are zero, and X ``(*, n, m)``.
 
-
-def _upper_times(upper: Tensor, x: Tensor, out: Tensor) -> Tensor:
+    By bands of rows, each of which begins at its diagonal: n / 96 of them cost (1 + 96 / n) / 2 of the whole.
+    """
     n = upper.shape[-1]
-    if n <= _WHOLE:
-        return torch.matmul(upper, x, out=out)
-    h = _half(n)
-    first, rest = upper[..., :h, :], x[..., h:, :]
-    top = _upper_times(first[..., :h], x[..., :h, :], out[..., :h, :])
-    add = torch.addmm if x.ndim == 2 else torch.baddbmm
-    add(top, first[..., h:], rest, out=top)
-    _upper_times(upper[..., h:, h:], rest, out[..., h:, :])
+    out = x.new_empty(x.shape)
+    for start in range(0, n, _BAND):
+        band = upper[..., start : start + _BAND, start:]
+        torch.matmul(band, x[..., start:, :], out=out[..., start : start + _BAND, :])
     return out
 
 
