@@ -14,7 +14,7 @@ from curvature.layers.block import Block
 from curvature.layers.samples import OneHot, Outer, PerSample, Samples, second_moment
 from curvature.structures.estimator import Curvature, CurvatureEstimator, Form, MeansEstimator
 from curvature.structures.unit import unit_or_diagonal
-from curvature.structures.weighted_mean import WeightedMean
+from curvature.structures.weighted_mean import WeightedMean, waits
 from solvers import Dense, Diagonal, Kronecker, LinearOperator
 from solvers.precision import widen
 from solvers.triangles import add_gram
@@ -99,11 +99,9 @@ class KroneckerEstimator(MeansEstimator):
             for index, use in enumerate(uses):
                 reduces = self._reduces(samples, use)
                 if samples.first:
-                    total, count = self._input_moment(samples, use, reduces)
-                    times = samples.times(use)
-                    inputs.add(total if times == 1 else total * times, count * times)
+                    self._add_inputs(inputs, samples, use, reduces)
                 if self.gradient_factor == "second moment":
-                    gradients.add(samples.scaled(self._gradient_moment(use, reduces)), weight if index == 0 else 0.0)
+                    self._add_gradients(gradients, samples, use, reduces, weight if index == 0 else 0.0)
             if self.gradient_factor == "identity" and samples.first:
                 g = uses[0].g  # only its size and dtype count
                 gradients.add(widen(g.new_zeros((*self.block.shape[:-2], g.shape[-1]))), weight)
@@ -122,6 +120,20 @@ class KroneckerEstimator(MeansEstimator):
     def step_mean(self, name: str) -> WeightedMean:
         side, _, factor = name.partition(".")
         return (self.sides.get(side) or self._side(side))["AB".index(factor)]
+
+    def _add_inputs(self, mean: WeightedMean, samples: Samples, use: Outer, reduces: bool) -> None:
+        """Add the second moment of the inputs of a use."""
+        times, inputs = samples.times(use), use.inputs
+        if isinstance(inputs, Tensor) and use.valid is None and not self.block.shape[:-2]:
+            m, d = inputs.shape[-3] * (1 if reduces else inputs.shape[-2]), inputs.shape[-1] + use.ones
+            if waits(m, d) and d <= self.max_dim:
+                a = widen(inputs)
+                rows = a.mean(-2) if reduces else a.flatten(-3, -2)
+                own = torch.cat([rows, rows.new_ones(m, 1)], 1) if use.ones else rows.clone()
+                mean.add_rows(own, float(m * times), float(times))
+                return
+        total, count = self._input_moment(samples, use, reduces)
+        mean.add(total if times == 1 else total * times, count * times)
 
     def _input_moment(self, samples: Samples, use: Outer, reduces: bool) -> tuple[Tensor, Tensor | float]:
         inputs, valid = use.inputs, use.valid
@@ -163,9 +175,16 @@ class KroneckerEstimator(MeansEstimator):
         total = kept.new_zeros(a.size).index_add_(0, a.index.reshape(-1), kept.reshape(-1))
         return total, count
 
-    def _gradient_moment(self, use: Outer, reduces: bool) -> Tensor:
+    def _add_gradients(
+        self, mean: WeightedMean, samples: Samples, use: Outer, reduces: bool, weight: Tensor | float
+    ) -> None:
+        """Add the second moment of the output gradients of a use."""
         g = widen(use.g)
-        return self.moment(g.sum(-2).flatten(-3, -2) if reduces else g.flatten(-4, -2))
+        rows = g.sum(-2).flatten(-3, -2) if reduces else g.flatten(-4, -2)
+        if rows.dim() == 2 and waits(*rows.shape) and rows.shape[1] <= self.max_dim:
+            mean.add_rows(rows.clone(), weight, 1.0 if samples.factor is None else samples.factor)
+        else:
+            mean.add(samples.scaled(self.moment(rows)), weight)
 
     def moment(self, rows: Tensor, ones: Tensor | float | None = None) -> Tensor:
         """Second moment of ``rows (*, m, d)``; its diagonal only where d exceeds ``max_dim``.

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from solvers.triangles import gram
+
 
 def finite_each(witnesses: Sequence[Tensor]) -> Tensor:
     """Which of some 0-d numbers are finite, ``(k,)``; all are looked at together, on the device of the first."""
@@ -30,6 +32,19 @@ class _Mark:
 
     def __init__(self, mean: WeightedMean) -> None:
         self.values = mean.value, mean.weight, mean._total, mean._since, mean._count
+        self.rows = mean._rows, mean._factor
+
+
+def waits(m: int, d: int) -> bool:
+    """Whether m rows of d numbers wait as they are, because their product is longer to keep and to pass over."""
+    return 2 * m <= d
+
+
+def _times(total: Tensor, factor: Tensor | float) -> Tensor:
+    """A fresh sum times a number, in place."""
+    if isinstance(factor, Tensor):
+        return total.mul_(factor.to(total))
+    return total if factor == 1 else total.mul_(factor)
 
 
 def _is_zero(count: Tensor | float) -> bool:
@@ -46,6 +61,9 @@ class WeightedMean:
 
     With this weight the mean is unbiased from the first step on and has no memory of an initial value.
 
+    A sum that is the Gram matrix of a few rows may wait as these rows (:meth:`add_rows`): their product is then made in
+    the pass that makes the new mean, and there is no sum of the step beside the old mean and the new one.
+
     Args:
         matrix_axes: Number of axes at which a sum is a symmetric matrix on its last two; with fewer it is a diagonal.
     """
@@ -59,6 +77,8 @@ class WeightedMean:
         self.weight = 0.0
         self._total: Tensor | None = None
         self._since: Tensor | None = None  # to be added to it, which a mark held
+        self._rows: Tensor | None = None  # (m, d): the sum is `_factor` times their Gram matrix
+        self._factor: Tensor | float = 1.0
         self._count: Tensor | float = 0.0
 
     def __getstate__(self) -> dict[str, Any]:
@@ -68,6 +88,7 @@ class WeightedMean:
     def add(self, total: Tensor | None, weight: Tensor | float) -> None:
         """Add a sum over some of the step's samples (``None``: only the weight) and the weight of those samples."""
         if total is not None:
+            self._multiply()
             if self._total is None:
                 self._total = total
             elif self._total.shape != total.shape:
@@ -79,6 +100,25 @@ class WeightedMean:
             else:
                 self._since = self._since + total if self._held(self._since) else self._since.add_(total)
         self._count = self._count + weight
+
+    def add_rows(self, rows: Tensor, weight: Tensor | float, factor: Tensor | float = 1.0) -> None:
+        """Add ``factor`` times the Gram matrix of ``rows (m, d)``, which nobody may change from now on; and a weight.
+
+        Args:
+            rows: The rows; where they :func:`wait <waits>`, on the processor, which need not be asked for a factor.
+            weight: Of the samples, as for :meth:`add`.
+            factor: 0-d or a number, not negative.
+        """
+        if not self.pending and rows.device.type == "cpu" and waits(*rows.shape):
+            self._rows, self._factor = rows.detach(), factor
+            self._count = self._count + weight
+        else:
+            self.add(_times(gram(rows), factor), weight)
+
+    def _multiply(self) -> None:
+        """Rows that wait become the sum that they stand for."""
+        if self._rows is not None:
+            self._total, self._rows = _times(gram(self._rows), self._factor), None
 
     def mark(self) -> Any:
         """The mean and what waits to be committed, as they are now, for :meth:`back_to`.
@@ -96,6 +136,7 @@ class WeightedMean:
     def back_to(self, mark: Any) -> None:
         """Forget what was added or committed since a mark."""
         self.value, self.weight, self._total, self._since, self._count = mark.values
+        self._rows, self._factor = mark.rows
 
     def _held(self, sum_: Tensor | None) -> bool:
         """Whether a mark holds a sum, which must not change then."""
@@ -120,10 +161,11 @@ class WeightedMean:
     @property
     def pending(self) -> bool:
         """Whether there are uncommitted statistics."""
-        return self._total is not None
+        return self._total is not None or self._rows is not None
 
     def step_sum(self) -> tuple[Tensor, Tensor | float]:
         """Sum added since the last commit, and its weight; both add up over parts of the data."""
+        self._multiply()
         if self._total is None:
             raise RuntimeError("nothing was added since the last commit.")
         self._join()
@@ -131,7 +173,7 @@ class WeightedMean:
 
     def take(self, total: Tensor, count: Tensor | float) -> None:
         """Put another sum and weight in the place of what was added since the last commit."""
-        self._total, self._since, self._count = total, None, count
+        self._total, self._since, self._count, self._rows = total, None, count, None
 
     def step_mean(self) -> Tensor:
         """Mean of the statistics added since the last commit."""
@@ -140,9 +182,12 @@ class WeightedMean:
 
     def witness(self) -> Tensor:
         """0-d: finite if and only if the uncommitted statistics are free of NaN and inf."""
-        if self._total is None:
+        if self._rows is not None:
+            total = torch.linalg.vector_norm(self._rows).square() * self._factor  # its trace
+        elif self._total is None:
             return torch.zeros(())
-        total = self._total.sum()  # one pass without temporaries: NaN and inf survive a sum
+        else:
+            total = self._total.sum()  # one pass without temporaries: NaN and inf survive a sum
         total = total if self._since is None else total + self._since.sum()
         count = self._count
         if isinstance(count, float) and 0 < count < math.inf:
@@ -159,8 +204,12 @@ class WeightedMean:
 
         One whose data are all masked (an expert that only padding was sent to) has a sum, of no weight.
         """
-        if self._total is None:
+        if not self.pending:
             return
+        if self._commit_rows(ema):
+            return
+        self._multiply()
+        assert self._total is not None
         if _is_zero(self._count):
             if self.value is None:  # zero until there are data, which then count alone
                 self.value = torch.zeros_like(self._total)
@@ -184,9 +233,23 @@ class WeightedMean:
         self.value = mean
         self.discard()
 
+    def _commit_rows(self, ema: float) -> bool:
+        """:meth:`commit` of rows that wait, in one product with the mean; whether that was possible."""
+        rows, before, count = self._rows, self.value, float(self._count) if self._rows is not None else 0.0
+        if rows is None or before is None or not count:
+            return False
+        if before.dtype != rows.dtype or before.shape != (rows.shape[1],) * 2:
+            return False
+        old = ema * self.weight
+        self.weight = old + 1.0
+        share = 1.0 / self.weight
+        self.value = torch.addmm(before, rows.mT, rows, beta=1.0 - share, alpha=share * float(self._factor) / count)
+        self.discard()
+        return True
+
     def discard(self) -> None:
         """Forget the uncommitted statistics."""
-        self._total, self._since, self._count = None, None, 0.0
+        self._total, self._since, self._count, self._rows, self._factor = None, None, 0.0, None, 1.0
 
     def state_dict(self) -> dict[str, Tensor | float]:
         """Tensors and numbers, without the uncommitted statistics."""

@@ -128,3 +128,38 @@ def test_every_mark_that_lives_leads_back_to_what_it_saw() -> None:
         for more in (0.0, 1.0, 2.0):
             assert seen + more == 0 or mean.step_sum()[0].tolist() == [seen + more] * 3
             mean.add(torch.ones(3), 1.0)
+
+
+def test_rows_that_wait_stand_for_their_gram_matrix() -> None:
+    """Whatever comes between: further sums, marks, counts alone, a step that is forgotten."""
+    rows = torch.randn(12, 3, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    lazy, plain = WeightedMean(2), WeightedMean(2)
+    for i, r in enumerate(rows):
+        factor = torch.tensor(0.5 + i)
+        lazy.add_rows(r, 0.0, factor)
+        plain.add(factor * r.mT @ r, 0.0)
+        waiting = lazy._rows is not None
+        assert waiting == (i % 4 != 2) and lazy.pending
+        torch.testing.assert_close(lazy.witness().isfinite(), plain.witness().isfinite())
+        mark = lazy.mark()
+        if i % 4 == 1:  # a sum beside them, before and after a way back
+            lazy.add(torch.ones(7, 7), 1.0)
+            torch.testing.assert_close(lazy.step_sum()[0], plain.step_sum()[0] + 1)
+            lazy.back_to(mark)
+            continue  # two sets of rows in one step
+        for mean in (lazy, plain):
+            mean.count(2.0 + i)
+            mean.commit(0.9)
+        assert lazy.value is not None and plain.value is not None and not lazy.pending
+        torch.testing.assert_close(lazy.value, plain.value, rtol=1e-13, atol=1e-13)
+        torch.testing.assert_close(lazy.value, lazy.value.mT, rtol=1e-15, atol=1e-15)
+        assert lazy.weight == plain.weight
+        before = lazy.value
+        lazy.back_to(mark)
+        assert lazy._rows is not None or not waiting
+        lazy.commit(0.9)  # of no weight: everything is masked
+        assert not lazy.pending
+        lazy.value, lazy.weight = before, plain.weight
+    spoilt = WeightedMean()
+    spoilt.add_rows(rows[0].clone().fill_(torch.nan), 1.0)
+    assert not spoilt.finite()
