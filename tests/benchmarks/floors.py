@@ -39,8 +39,8 @@ PARTS = {
     ),
     "EKFAC": (
         ("to the eigenbasis and back", "passes over parameters"),
-        ("second backward pass", "Gram matrices", "averages and shifts"),
-        ("eigh", "momentum in the new metric", "momentum in the new metric"),
+        ("second backward pass", "Gram matrices", "averages and shifts", "squares in the eigenbasis"),
+        ("eigh", "turn of the spectrum", "momentum in the new metric", "momentum in the new metric"),
     ),
 }
 
@@ -107,6 +107,21 @@ def kernels(name: str) -> Kernels:
             turned = (g @ B).T @ (a @ A) if by_rows else B @ m @ A
             _ = B @ turned @ A
 
+    def squares() -> None:  # of the gradient of each example
+        n = len(w.x)
+        for (a, g), (A, B), m in zip(layers, factors, v, strict=True):
+            a, g = a @ A, g @ B
+            if len(a) == n:
+                _ = g.square().T @ a.square()
+                continue
+            step = max(1, 2**17 // m.numel())  # what the caches hold
+            pairs = zip(g.view(n, -1, len(B)).split(step), a.view(n, -1, len(A)).split(step), strict=True)
+            _ = sum((left.mT @ right).square().sum(0) for left, right in pairs)
+
+    def turn() -> None:
+        for (A, B), m in zip(factors, v, strict=True):
+            _ = (B.T @ B).square() @ m @ (A.T @ A).square()
+
     def passes() -> None:  # momentum, direction, two inner products, step
         for m in v:
             momentum = 0.9 * m + m
@@ -132,6 +147,8 @@ def kernels(name: str) -> Kernels:
         "explicit inverses": (inverses, 1),
         "momentum in the new metric": (lambda: [B @ m @ A for (A, B), m in zip(factors, v, strict=True)], 0.5),
         "to the eigenbasis and back": (eigenbasis, 1),
+        "squares in the eigenbasis": (squares, 1),
+        "turn of the spectrum": (turn, 1),
         "eigh": (lambda: [torch.linalg.eigh(f) for f in flat], 1),
     }
 
