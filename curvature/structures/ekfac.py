@@ -55,8 +55,12 @@ class EigenbasisEstimator(MeansEstimator):
     def project(self, samples: Samples) -> None:
         """Add the samples to the spectrum in the current basis."""
         assert self.basis is not None
-        rotated = replace(samples, uses=tuple(self._rotate(use) for use in samples.uses))
-        self.spectrum.add(samples.scaled(widen(rotated.square_sum())), samples.weight if samples.first else 0.0)
+        if _turns_gradients(samples):
+            inverse, dtype = self.basis.adjoint(), self.basis.dtype
+            squares = samples.summed(lambda chunk: (inverse @ chunk.to(dtype)).square_().sum(0))
+        else:
+            squares = replace(samples, uses=tuple(self._rotate(use) for use in samples.uses)).square_sum()
+        self.spectrum.add(samples.scaled(widen(squares)), samples.weight if samples.first else 0.0)
 
     def _rotate(self, use: Any) -> Outer:
         """A use in the coordinates of the basis: ``a -> Q_A^T a``, ``g -> Q_B^T g``."""
@@ -157,6 +161,23 @@ class EigenbasisEstimator(MeansEstimator):
         basis = from_state(state["basis"]) if "basis" in state else None
         assert basis is None or isinstance(basis, Kronecker)
         self.basis = basis
+
+
+def _turns_gradients(samples: Samples) -> bool:
+    """Whether to turn the gradients of the examples costs less than to turn the rows that they are made of.
+
+    As for convolutions at many positions: of S positions, rows cost S (d_out^2 + d_in^2) and a gradient
+    d_out d_in (d_out + d_in).
+    """
+    d_out, d_in = samples.block_shape[-2:]
+    uses = samples.aligned()
+    rows, k = 0, uses[0].signals
+    for use in uses:
+        if not isinstance(use, Outer) or not isinstance(use.a, Tensor) or len(use.block_shape) != 2:
+            return False
+        on_g, on_a = (d_in, d_out) if use.flipped else (d_out, d_in)
+        rows += use.positions * (k * on_g**2 + on_a**2)
+    return rows > k * d_out * d_in * (d_out + d_in)
 
 
 def _as_tensor(factor: LinearOperator) -> Tensor:

@@ -110,13 +110,15 @@ def kernels(name: str) -> Kernels:
     def squares() -> None:  # of the gradient of each example
         n = len(w.x)
         for (a, g), (A, B), m in zip(layers, factors, v, strict=True):
-            a, g = a @ A, g @ B
             if len(a) == n:
-                _ = g.square().T @ a.square()
+                _ = (g @ B).square().T @ (a @ A).square()
                 continue
+            by_rows = len(a) // n * (len(B) ** 2 + len(A) ** 2) < m.numel() * sum(m.shape)
+            a, g = (a @ A, g @ B) if by_rows else (a, g)
             step = max(1, 2**17 // m.numel())  # what the caches hold
             pairs = zip(g.view(n, -1, len(B)).split(step), a.view(n, -1, len(A)).split(step), strict=True)
-            _ = sum((left.mT @ right).square().sum(0) for left, right in pairs)
+            each = (left.mT @ right for left, right in pairs)
+            _ = sum((d if by_rows else B @ (d @ A)).square().sum(0) for d in each)
 
     def turn() -> None:
         for (A, B), m in zip(factors, v, strict=True):
