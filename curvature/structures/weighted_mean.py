@@ -107,7 +107,7 @@ class WeightedMean:
         Args:
             rows: The rows; where they :func:`wait <waits>`, on the processor, which need not be asked for a factor.
             weight: Of the samples, as for :meth:`add`.
-            factor: 0-d or a number, not negative.
+            factor: 0-d or a number.
         """
         if not self.pending and rows.device.type == "cpu" and waits(*rows.shape):
             self._rows, self._factor = rows.detach(), factor
@@ -243,7 +243,10 @@ class WeightedMean:
         old = ema * self.weight
         self.weight = old + 1.0
         share = 1.0 / self.weight
-        self.value = torch.addmm(before, rows.mT, rows, beta=1.0 - share, alpha=share * float(self._factor) / count)
+        # A factor of the product would go to one side of it, and the mean would not be symmetric to the last bit.
+        factor = share * float(self._factor) / count
+        rows = rows * math.sqrt(abs(factor))
+        self.value = torch.addmm(before, rows.mT, rows, beta=1.0 - share, alpha=math.copysign(1.0, factor))
         self.discard()
         return True
 
