@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from curvature.model.parameters import Parameters
-from precond.layerwise.blocks.preconditioner import Preconditioner
+from precond.layerwise.blocks.preconditioner import Preconditioner, triangles_of
 from precond.step.trust_region import dot, reference_lr
 from solvers import Eigen, LinearOperator
 
@@ -44,7 +44,7 @@ class Momenta:
 
         Args:
             preconditioner: Of the block.
-            metric: Gives M, the damped C.
+            metric: Gives M, the damped C, or its inverse as triangles.
             renewed: Whether it is new.
             counts: Whether this process is the one that measures the block.
             whole: The momenta by parameter's name, where those of the state are shards.
@@ -63,7 +63,9 @@ class Momenta:
         if counts:
             momenta = momenta if whole is None else {n: whole[n] for n in names}
             v = {n: momenta[n] if n in momenta else _zeros(self.parameters[n]) for n in block.names}
-            length = _length(block.read(v), preconditioner, metric)
+            measure = metric()
+            assert measure is not None
+            length = _length(block.read(v), measure)
         else:
             length = torch.zeros((), dtype=torch.float64, device=self.parameters[names[0]].device)
         rest = torch.zeros_like(length)
@@ -83,19 +85,18 @@ class Momenta:
         return out
 
 
-def _length(x: Tensor, preconditioner: Preconditioner, metric: Callable[[], LinearOperator | None]) -> Tensor:
-    triangles = preconditioner.triangles
+def _length(x: Tensor, metric: LinearOperator) -> Tensor:
+    r""":math:`\langle x, M x \rangle`, by M or by the triangles of its inverse: :math:`\|L_B^\top X L_A\|^2`."""
+    triangles = triangles_of(metric)
     if triangles is not None:
         left, right = triangles
         half = right.half(left.half(x.to(left.dtype)).mT)
         return torch.linalg.vector_norm(half).double().square()
-    damped = metric()
-    assert damped is not None
-    x = x.to(damped.dtype)
-    if isinstance(damped, Eigen):  # half the products
-        x = damped.basis.adjoint() @ x
-        return dot(damped.values * x, x)
-    return dot(damped @ x, x)
+    x = x.to(metric.dtype)
+    if isinstance(metric, Eigen):  # half the products
+        x = metric.basis.adjoint() @ x
+        return dot(metric.values * x, x)
+    return dot(metric @ x, x)
 
 
 def _zeros(p: Tensor) -> Tensor:

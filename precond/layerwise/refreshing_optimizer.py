@@ -121,12 +121,12 @@ class RefreshingOptimizer(LayerOptimizer):
         whole: dict[str, Tensor] | None = None
         lengths: dict[str, dict[Tensor, Tensor]] = {}
 
-        def measure(name: str, damped: LinearOperator | None, renewed: bool = True) -> None:
+        def measure(name: str, metric: LinearOperator | None, renewed: bool = True) -> None:
             """Measure the momentum of a block; where processes share the blocks, in the one that keeps it."""
             kept = self.preconditioners[name]
             lengths[name] = momenta.of_block(
                 kept,
-                lambda: damped or kept.damped(dampings.of(kept.estimator.block)),
+                lambda: metric or kept.metric(dampings.of(kept.estimator.block)),
                 renewed=renewed,
                 counts=self.shared is None or self.shared.counts(name),
                 whole=whole,

@@ -57,14 +57,14 @@ class Preconditioners(dict[str, Preconditioner]):
     def refresh(
         self,
         due: Mapping[str, Mapping[str, Any]],
-        then: Callable[[str, LinearOperator | None], None] = lambda name, damped: None,
+        then: Callable[[str, LinearOperator | None], None] = lambda name, metric: None,
     ) -> set[str]:
         """Refresh blocks, with one wait for the device where their solver allows; one that fails keeps its inverse.
 
         Args:
             due: Block's name -> arguments of :meth:`Preconditioner.refresh`.
-            then: Called with the name of each block that has a new P, and the damped C whose inverse it is, where that
-                is kept; before its checks are read. Nothing holds the damped C after that.
+            then: Called with the name of each block that has a new P, and its :meth:`Preconditioner.metric`, where the
+                damped C is kept; before its checks are read. Nothing holds the metric after that.
 
         Returns:
             Names of the blocks that have a new P.
@@ -78,14 +78,14 @@ class Preconditioners(dict[str, Preconditioner]):
             marks[name] = self[name].mark(estimate=False)
             try:
                 with verdicts.of(name) if self[name].fails_late else nullcontext():
-                    new, damped = self[name].refresh(**options)
+                    new, metric = self[name].refresh(**options)
             except SolverError as error:
                 errors[name] = error
                 continue
             if new:
                 renewed.add(name)
-                then(name, damped)
-            del damped
+                then(name, metric)
+            del metric
         for name, failure in (errors | verdicts.failures()).items():
             renewed.discard(name)
             self[name].back_to(marks[name])

@@ -114,7 +114,7 @@ class Preconditioner:
                 known basis are inverted again, entry by entry.
 
         Returns:
-            Whether there is a new P, and the damped C whose inverse it is, where that is kept.
+            Whether there is a new P, and its :meth:`metric`, where the damped C is kept.
 
         Raises:
             SolverError: If that fails, see :meth:`failed`.
@@ -136,11 +136,10 @@ class Preconditioner:
         operator = self.estimator.operator()
         if not basis and self.inverse is not None and not isinstance(operator, (Eigen, Diagonal)):
             return False, None
-        damped = damping(operator)
-        self.inverse = self._power(damped, rows, applications)
+        self.inverse, metric = self._power(damping(operator), rows, applications)
         self._priced = None, 0  # which would hold the one before until somebody asks
         self.failures, self.unseen = 0, 0 if basis else self.unseen
-        return True, damped if self.keeps_curvature else None
+        return True, metric if self.keeps_curvature else None
 
     def failed(self, error: Exception) -> None:
         """Count a refresh that failed; the last inverse stays.
@@ -155,20 +154,23 @@ class Preconditioner:
             ) from error
         log.warning("block %s keeps its last inverse: %s", self.estimator.block.name, error)
 
-    def _power(self, damped: LinearOperator, rows: int | None, applications: int | None) -> LinearOperator:
-        """P, by triangular factors where they are applied too rarely for an explicit inverse to pay."""
+    def _power(
+        self, damped: LinearOperator, rows: int | None, applications: int | None
+    ) -> tuple[LinearOperator, LinearOperator]:
+        """P, by triangular factors where they are applied too rarely for an explicit inverse to pay; and its metric."""
         pair = isinstance(damped, Kronecker) and not damped.stack and len(damped.factors) == 2
         if not (pair and isinstance(self.solver, Cholesky) and self.solver.explicit and applications):
-            return power(damped, self.exponent, self.solver, previous=self.inverse)
+            return power(damped, self.exponent, self.solver, previous=self.inverse), damped
         assert isinstance(damped, Kronecker)
+        halves = [power(factor, self.exponent, replace(self.solver, explicit=False)) for factor in damped.factors]
         sizes = [factor.shape[0] for factor in damped.factors]
         factors = []
-        for factor, size, other in zip(damped.factors, sizes, reversed(sizes), strict=True):
+        for half, size, other in zip(halves, sizes, reversed(sizes), strict=True):
             columns = applications * (other if rows is None else rows)
             # An inverse costs (2/3) n^3 slow operations; a triangular solve about twice its product, per column.
-            solver = replace(self.solver, explicit=2 * columns > size)
-            factors.append(power(factor, self.exponent, solver))
-        return Kronecker(*factors)
+            factors.append(half.to_explicit() if isinstance(half, CholeskyInverse) and 2 * columns > size else half)
+        root = Kronecker(*halves)
+        return Kronecker(*factors), damped if triangles_of(root) is None else root
 
     def __matmul__(self, gradient: Tensor) -> Tensor:
         """``P g`` for a gradient in block form, computed in the precision of P."""
@@ -183,18 +185,14 @@ class Preconditioner:
         """Whether P is the inverse of a damped C that is kept."""
         return self.exponent == -1 and not isinstance(self.estimator, InverseEstimator)
 
-    @property
-    def triangles(self) -> tuple[CholeskyInverse, CholeskyInverse] | None:
-        """The factors of P where it is kept as two triangles, of the damped C."""
-        factors = self.inverse.factors if isinstance(self.inverse, Kronecker) and self.keeps_curvature else ()
-        found = [f for f in factors if isinstance(f, CholeskyInverse) and f.factor.ndim == 2]
-        return (found[0], found[1]) if len(factors) == len(found) == 2 else None
+    def metric(self, damping: Damping) -> LinearOperator | None:
+        """The damped C whose inverse P is, or that inverse where it is kept as triangles; ``None`` where there is none.
 
-    def damped(self, damping: Damping) -> LinearOperator | None:
-        """The damped C whose inverse P is; ``None`` where there is none."""
+        Triangles measure a vector by half the products, see :func:`triangles_of`.
+        """
         if self.inverse is None or not self.keeps_curvature:
             return None
-        return damping(self.estimator.operator())
+        return damping(self.estimator.operator()) if triangles_of(self.inverse) is None else self.inverse
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers: the estimate and the inverse, which a refresh at load time could not reproduce."""
@@ -213,3 +211,11 @@ class Preconditioner:
         self.failures = int(saved["failures"])
         self.unseen = int(saved.get("unseen", 0))
         self.inverse = from_state(saved["inverse"]) if "inverse" in saved else None
+
+
+def triangles_of(inverse: LinearOperator) -> tuple[CholeskyInverse, CholeskyInverse] | None:
+    r"""The factors of :math:`(L_B L_B^\top)^{-1} \otimes (L_A L_A^\top)^{-1}` where both are kept as triangles."""
+    match inverse:
+        case Kronecker(factors=(CholeskyInverse() as left, CholeskyInverse() as right)) if left.factor.ndim == 2:
+            return left, right
+    return None
