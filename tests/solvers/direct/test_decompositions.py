@@ -277,3 +277,14 @@ def test_float32_rounding_in_a_float64_container_is_symmetric_enough() -> None:
     wrong[0, 1] += 0.125  # of 20 or so: no rounding, though a float32 number
     with pytest.raises(NotSymmetricError):
         Eigh().basis(wrong)
+
+
+def test_eigenvalues_whose_sum_overflows_are_taken_as_they_are() -> None:
+    """A sum says whether they are finite, unless it overflows itself; a remedy would work on another matrix."""
+    top = 0.9 * torch.finfo(torch.float32).max
+    with remedies() as found:
+        values, basis = eigendecomposition(torch.diag(torch.tensor([top, top, 1.0])))
+    assert not torch.isfinite(values.sum())
+    torch.testing.assert_close(values, torch.tensor([1.0, top, top]))
+    torch.testing.assert_close(basis @ basis.mT, torch.eye(3))
+    assert not found
