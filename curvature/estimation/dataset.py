@@ -40,6 +40,7 @@ from curvature.model.data import (
 )
 from curvature.model.determinism import warn_of_chance
 from curvature.model.parameters import Parameters
+from curvature.model.pullback import refuse_hidden
 from curvature.model.settings import untouched
 from curvature.model.shares import Shares, summed
 from curvature.model.streams import drew_since, random_state
@@ -222,6 +223,7 @@ def estimate(
                                     "through autograd: it was detached, or made under no_grad. Its curvature would be "
                                     "zero."
                                 )
+                            refuse_hidden(terms.output)
                             terms.value()  # refuses losses that are not finite
                             refuse_beyond_outputs(terms, parameters)
                             if number == 0:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from curvature.losses import Terms
+from curvature.model.pullback import pull_back
 from solvers.precision import working_dtype
 
 #: Name -> ``(numbers, size, resolution)``: two sketches agree if they differ by less than the resolution of the size.
@@ -31,7 +32,7 @@ def sketches(terms: Terms, parameters: Mapping[str, Tensor]) -> Sketches:
     if z.requires_grad:
         w = _wave(z.numel(), 1.0, z.device).to(z.dtype).view(z.shape)
         inputs = list(parameters.values())
-        gradients = torch.autograd.grad(z, inputs, w, retain_graph=True, allow_unused=True)
+        gradients = pull_back([z], inputs, [w])
         pairs = zip(inputs, gradients, strict=True)
         found["Jacobian"] = _sketch(*(torch.zeros_like(p) if g is None else g for p, g in pairs))
     with torch.no_grad():

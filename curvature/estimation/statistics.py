@@ -33,6 +33,7 @@ from curvature.losses.signals import JointSignals, Signals
 from curvature.model.backward_hooks import ours
 from curvature.model.graph_nodes import only_way
 from curvature.model.hooks import At
+from curvature.model.inner_backward import hiding
 from curvature.structures.estimator import Curvature
 from solvers.outcome.finite import is_finite
 
@@ -323,6 +324,7 @@ class Statistics:
                 recorder, signals.terms.output, signals, counted=counted, scale=scale, factor=share.factor
             )
             self._refuse_hidden(recorder)
+            self._refuse_partial(reached, terms.output)
             self._note(reached)
 
     def _note(self, reached: set[str]) -> None:
@@ -335,6 +337,12 @@ class Statistics:
         hides = "CheckpointFunctionBackward" in recorder.explained.custom
         if hides and self.tape.mode == "auto" and self._mark is not None:
             raise RuntimeError("a checkpoint with use_reentrant=True hides parameters")
+
+    def _refuse_partial(self, reached: set[str], output: Tensor) -> None:
+        """Refuse blocks with uses that were seen, and others in the inner backward pass of a custom function."""
+        known = [self.tape.seen()[name] for name in self._names(reached)] if self.tape.concealed else []
+        if both := [p for p in known if id(p) in self.tape.concealed]:
+            raise hiding(both, [output])
 
     def _waits(self, passes: list[Pass], recorder: Recorder, end: Any, signals: Signals, share: Weight) -> bool:
         """Whether the user's own backward pass brings empirical statistics, so that none of ours is needed.

@@ -20,6 +20,7 @@ from curvature.losses.sum_of_losses import SumOfLosses
 from curvature.model.backward_hooks import muted, no_backward_hooks, of_leaves
 from curvature.model.data import Output, batch_size, resolve_output
 from curvature.model.fully_sharded import FullyShard, call_forward
+from curvature.model.inner_backward import passes_of
 from curvature.model.parameters import with_values
 from curvature.model.settings import autocasting, settings, untouched
 from curvature.model.trees import tensors_in
@@ -44,6 +45,7 @@ class TapedModel:
         shards: The parameters under ``fully_shard``, if there are any.
         compiled: A call of the model ran compiled code.
         counting: Which of the input tensors counts the examples.
+        concealed: Parameters, by ``id``, that a custom function uses in a backward pass of its own.
     """
 
     def __init__(
@@ -55,6 +57,8 @@ class TapedModel:
         self.shards = FullyShard.of(self.model)
         self.compiled = False
         self.counting = 0
+        self.concealed: set[int] = set()
+        self._others: list[Tensor] = []  # trained parameters that are not tracked
 
     def seen(self) -> Mapping[str, Tensor]:
         """The tracked parameters by the tensors that passes use in their place."""
@@ -112,7 +116,9 @@ class TapedModel:
             _OWN_PASSES[self.model] = _OWN_PASSES.get(self.model, 0) + 1
         try:
             with torch.enable_grad(), undisturbed(self.parallel), contextlib.ExitStack() as stack:
-                stack.enter_context(muted(of_leaves(self.seen().values())))
+                parameters = self.seen().values()
+                stack.enter_context(passes_of([*parameters, *self._others], self.concealed))
+                stack.enter_context(muted(of_leaves(parameters)))
                 if self.shards is not None:
                     stack.enter_context(self.shards.undisturbed())
                 for origin in passes:
@@ -135,6 +141,7 @@ class TapedModel:
         if tensors is None:
             tensors = [*self.model.buffers(), *self.model.parameters()]
         constants = [t for t in tensors if id(t) not in tracked]
+        self._others = [t for t in constants if t.requires_grad]
         sizes = [t.shape[0] for t in tensors_in(inputs) if t.dim()]
         number = sizes[self.counting] if self.counting < len(sizes) else batch_size(inputs)
         recorder = Recorder(parameters, constants, number or None)  # there may be no example

@@ -11,7 +11,7 @@ from curvature.losses.loss import check_loss
 from curvature.matrices.problem import Evaluation, one_batch
 from curvature.model.arguments import a, checked
 from curvature.model.data import Batch, Output
-from curvature.model.pullback import Pullback, refuse_differentiated_once
+from curvature.model.pullback import Pullback, pull_back, refuse_differentiated_once
 from curvature.model.settings import settings
 from solvers import Function
 
@@ -74,7 +74,7 @@ def activation_hessian(
             )
         loss = evaluation.loss() / evaluation.total
         gradient = (
-            torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)[0] if loss.requires_grad else None
+            pull_back([loss], leaves, [torch.ones_like(loss)], create_graph=True)[0] if loss.requires_grad else None
         )
         if gradient is None:
             raise ValueError(f"the loss does not depend on what {module} returns.")

@@ -25,6 +25,7 @@ from curvature.model.pullback import (
     pull_back,
     quiet_loops,
     refuse_differentiated_once,
+    refuse_hidden,
     refuse_outside_of_autograd,
 )
 from curvature.model.settings import refuse_changes, settings, versions
@@ -295,8 +296,8 @@ def jacobian(
 
     with settings(model, random, device):
         result, recorder = record(model, parameters, x)
-        z = pick(result)
-    refuse_complex(z)
+        refuse_complex(z := pick(result))
+        refuse_hidden(z)
     return Jacobian(Linearization(model, x, z, pick, parameters, parameters, mode, random), recorder)
 
 

@@ -41,7 +41,7 @@ from curvature.model.data import (
 )
 from curvature.model.determinism import warn_of_chance
 from curvature.model.parameters import Parameters
-from curvature.model.pullback import pull_back
+from curvature.model.pullback import pull_back, refuse_hidden
 from curvature.model.settings import refuse_changes, settings, untouched, versions
 from curvature.model.shares import Shares, summed
 from curvature.model.streams import drew_since, random_state
@@ -87,6 +87,7 @@ class Evaluation:
                 self.terms = self.terms.fisher(strict=bool(problem.fisher))
             self.output = self.terms.output
             refuse_unreduced(self.terms)
+            refuse_hidden(self.output)
         self.empty = self.terms is not None and self.terms.empty
         if first:
             self._refuse_non_finite()

@@ -17,6 +17,7 @@ from torch.autograd.graph import GradientEdge
 
 from curvature.model.backward_hooks import muted, of_leaves
 from curvature.model.graph_nodes import nodes
+from curvature.model.inner_backward import entered_by, gradients_kept
 from curvature.model.parameters import tensor_of_its_own
 from solvers.outcome.memory import is_out_of_memory
 
@@ -43,6 +44,7 @@ def pull_back(
 
     Raises:
         NoSecondDerivativeError: If an operation cannot be differentiated once more.
+        InnerBackwardError: If a custom function runs a backward pass of its own, which writes to ``.grad``.
     """
     frozen = [isinstance(x, Tensor) and not x.requires_grad for x in inputs]  # by the user, since the graph was made
     if any(frozen):
@@ -53,7 +55,7 @@ def pull_back(
     given = tuple(tensor_of_its_own(c) for c in cotangents)
 
     found: tuple[Tensor | None, ...]
-    with differentiated_twice(), muted(of_leaves(inputs)):
+    with differentiated_twice(), gradients_kept(outputs, inputs), muted(of_leaves(inputs)):
         if batched or "torch.fx.experimental.symbolic_shapes" in sys.modules:
             found = torch.autograd.grad(
                 list(outputs),
@@ -196,6 +198,18 @@ def refuse_differentiated_once(tensors: Iterable[Tensor]) -> None:
             "backward is marked once_differentiable, as custom kernels are), so second derivatives do not exist. "
             f"Replace it by an implementation in plain torch operations{_ONCE}"
         )
+
+
+def refuse_hidden(output: Tensor) -> None:
+    """Refuse custom functions that run a backward pass of their own: what they hide would count as zero.
+
+    Costs a backward pass, where there are custom functions.
+
+    Raises:
+        InnerBackwardError: If one wrote to the ``.grad`` of a parameter.
+    """
+    if output.requires_grad and (entered := entered_by([output])):
+        pull_back([output], entered, [torch.ones_like(output)])
 
 
 def refuse_outside_of_autograd(value: Tensor, inputs: Sequence[Tensor]) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from curvature.model.data import inspection
+from curvature.model.inner_backward import passes_of
 from curvature.model.kernels import differentiable_kernels
 from curvature.model.moment import Moment, copied, writes
 from curvature.model.streams import own_stream
@@ -53,7 +54,13 @@ def untouched(
         refuse_synchronized(model)
     if device is None:
         device = next((p.device for p in model.parameters() if p.device.type == "cuda"), torch.device("cpu"))
-    with inspection(), own_stream(model, device, random), own_buffers(model, at), as_written(model):
+    with (
+        inspection(),
+        passes_of(model.parameters()),
+        own_stream(model, device, random),
+        own_buffers(model, at),
+        as_written(model),
+    ):
         yield
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from curvature.layers.block import Block, BlockPart, BlockPlace
 from curvature.model.parameters import Parameters, Restriction
+from curvature.model.pullback import pull_back
 from curvature.model.settings import refuse_changes, versions
 from curvature.residuals.points import PointwiseResidual
 from curvature.residuals.residual_rows import residual_rows
@@ -138,15 +139,16 @@ def _products(residuals: list[PointwiseResidual], parameters: Parameters) -> Lin
         if not values.requires_grad:
             return Diagonal(torch.zeros(parameters.size, dtype=parameters.dtype, device=parameters.device))
         probe = torch.zeros_like(values, requires_grad=True)
-        slopes = torch.autograd.grad(values, params, probe, create_graph=True, allow_unused=True)
+        slopes = pull_back([values], params, [probe], create_graph=True)
         used = [(p, slope) for p, slope in zip(params, slopes, strict=True) if slope is not None]
 
     def product(v: Tensor) -> Tensor:
         refuse_changes(residuals[0].model, before)
         move = dict(zip(params, v.split([p.numel() for p in params]), strict=True))
         along = [move[p].view_as(slope) for p, slope in used]
-        pushed = torch.autograd.grad([slope for _, slope in used], probe, along, retain_graph=True)[0]
-        pulled = torch.autograd.grad(values, params, pushed, retain_graph=True, allow_unused=True)
+        (pushed,) = pull_back([slope for _, slope in used], [probe], along)
+        assert pushed is not None
+        pulled = pull_back([values], params, [pushed])
         pieces = [torch.zeros_like(p) if s is None else s for p, s in zip(params, pulled, strict=True)]
         return torch.cat([piece.reshape(-1) for piece in pieces])
 

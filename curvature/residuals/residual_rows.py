@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvature.model.pullback import pull_back
 from curvature.residuals.layer_rows import LayerRows, layer_rows
 from curvature.residuals.points import PointwiseResidual
 from solvers import Dense, Eigen, Function, Kronecker, LinearOperator
@@ -143,7 +144,7 @@ def residual_rows(residuals: Sequence[Any], params: Sequence[Tensor]) -> Residua
     signs = signs.to(all_rows.values)
     with torch.enable_grad():
         values = torch.cat([residual.value() for residual in residuals])
-        slopes = torch.autograd.grad(values, list(params), signs, allow_unused=True)
+        slopes = pull_back([values], list(params), [signs], retain_graph=False)
     expected = [torch.zeros_like(p) if s is None else s for p, s in zip(params, slopes, strict=True)]
     wanted = torch.cat([s.reshape(-1) for s in expected])
     far = torch.linalg.vector_norm(all_rows.pull(signs) - wanted)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, Unpack, get_args
 import torch
 from torch import Tensor, nn
 
+from curvature.model.inner_backward import gradients_kept
 from curvature.residuals.points import PointwiseResidual
 from curvature.residuals.residual_rows import residual_rows
 from precond.closure.damped import Bent, DampedOptimizer
@@ -255,9 +256,10 @@ class GaussNewton(DampedOptimizer):
             slopes = unflatten(self._layers.pull(self._residual), params)
         elif self.matrix_free:
             self._residual = torch.cat([r.reshape(-1) for r in _values(residuals)])
-            found = torch.autograd.grad(
-                self._residual, params, self._residual.detach(), retain_graph=True, allow_unused=True
-            )
+            with gradients_kept([self._residual], params):
+                found = torch.autograd.grad(
+                    self._residual, params, self._residual.detach(), retain_graph=True, allow_unused=True
+                )
             slopes = dict(zip(params, found, strict=True))
         else:
             self._residual, self._jacobian = _linearized(residuals, params)

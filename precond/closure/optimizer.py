@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from curvature.estimation.finite import refuse_nonfinite
+from curvature.model.inner_backward import gradients_kept
 from curvature.model.kernels import differentiable_kernels
 from curvature.model.pullback import pull_back
 from curvature.model.wrappers import plain_checkpoints
@@ -273,9 +274,10 @@ class ClosureOptimizer(SecondOrderOptimizer):
         twice = bool(probed) and (len(probed) == len(params) or bool(reached(loss, probed)))
         keep = twice or self.keeps_graph()
         try:
-            slopes = torch.autograd.grad(
-                loss, params, create_graph=twice, retain_graph=keep or again or None, allow_unused=True
-            )
+            with gradients_kept([loss], params):
+                slopes = torch.autograd.grad(
+                    loss, params, create_graph=twice, retain_graph=keep or again or None, allow_unused=True
+                )
         except RuntimeError as error:
             if "second time" not in str(error):
                 raise

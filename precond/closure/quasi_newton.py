@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Unpack
 import torch
 from torch import Tensor
 
+from curvature.model.inner_backward import gradients_kept
 from precond.closure.line_search import strong_wolfe
 from precond.closure.optimizer import ClosureOptimizer
 from precond.step.base import MomentumOptions
@@ -219,7 +220,8 @@ class QuasiNewton(ClosureOptimizer):
         """What is minimised, and its gradient, at ``p + move``."""
         with self.moved(unflatten(move, params)):
             loss = self.loss(self.required_closure())
-            slopes = torch.autograd.grad(loss, params, allow_unused=True)
+            with gradients_kept([loss], params):
+                slopes = torch.autograd.grad(loss, params, allow_unused=True)
         found = {p: torch.zeros_like(p) if s is None else s for p, s in zip(params, slopes, strict=True)}
         return self.sign * float(loss.detach()), self.sign * flatten(found)
 

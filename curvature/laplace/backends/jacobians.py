@@ -16,6 +16,7 @@ from curvature.matrices.examples import Examples, KeptGradients
 from curvature.model.data import refuse_complex, resolve_output
 from curvature.model.kernels import differentiable_kernels
 from curvature.model.parameters import Parameters
+from curvature.model.pullback import pull_back
 from curvature.model.trees import tensors_in
 
 
@@ -155,12 +156,12 @@ def _check_graph(Js: Tensor, f: Tensor, parameters: Parameters, inputs: list[Ten
         return
     generator = torch.Generator().manual_seed(0)
     u, v = (torch.randn(shape, generator=generator).to(Js) for shape in (f.shape, Js.shape[-1:]))
-    gradient = torch.autograd.grad(f, list(parameters.values()), u, create_graph=True, allow_unused=True)
+    gradient = pull_back([f], list(parameters.values()), [u], create_graph=True)
     pairs = zip(parameters.items(), gradient, strict=True)
     flat = parameters.flatten({name: torch.zeros_like(p) if g is None else g for (name, p), g in pairs})
 
     def slopes(value: Tensor) -> list[Tensor]:
-        found = torch.autograd.grad(value, inputs, retain_graph=True, allow_unused=True)
+        found = pull_back([value], inputs, [torch.ones_like(value)])
         return [torch.zeros_like(t) if g is None else g for t, g in zip(inputs, found, strict=True)]
 
     if not flat.requires_grad:

@@ -18,7 +18,7 @@ from curvature.losses.signals import Signals
 from curvature.matrices.dataset_operator import DatasetOperator
 from curvature.matrices.ggn import ggn
 from curvature.matrices.hessian import hessian
-from curvature.matrices.problem import Evaluation, Problem
+from curvature.matrices.problem import Evaluation, Problem, gradient_of
 from curvature.model.data import Data, Output
 from curvature.model.order import fingerprint
 from curvature.model.trees import tensors_in
@@ -274,18 +274,11 @@ class Study:
         def add(evaluation: Evaluation) -> None:
             nonlocal batches, size, examples
             loss = evaluation.loss()
-            if not loss.requires_grad:
-                raise ValueError(
-                    "the loss does not depend on the model's parameters: the model runs under no_grad, or its output "
-                    "is detached."
-                )
             if self.store.kept:
                 self.order = digest(tensors_in((evaluation.x, evaluation.y)), self.order)
                 if not batches and evaluation.terms is not None:
                     self.seen["first batch"] = sketches(evaluation.terms, parameters)
-            gradient = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-            pairs = zip(parameters.items(), gradient, strict=True)
-            flat = parameters.flatten({n: torch.zeros_like(p) if g is None else g for (n, p), g in pairs})
+            flat = parameters.flatten(gradient_of(loss, parameters))
             total.add_(flat)
             size += float(torch.linalg.vector_norm(flat))
             value.add_(loss.detach())

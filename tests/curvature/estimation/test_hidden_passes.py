@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import curvature
+import precond
+from curvature.model.inner_backward import InnerBackwardError
+from precond import PreconditionedOptimizer
 from tests.curvature.loops import assert_same, batch, silently, statistics, watching
 
 LOSS = nn.CrossEntropyLoss()
@@ -135,3 +142,84 @@ def test_a_parameter_that_nobody_sees_takes_nothing_from_the_others(penalty: boo
         for got, true in zip(blocks(plan, kind, sliced, penalty), expected, strict=True):
             seen = true.keys() if penalty else {"last.weight+last.bias"}
             assert_same({name: got[name] for name in seen}, {name: true[name] for name in seen})
+
+
+class Between(nn.Module):
+    """Its middle layer is inside a custom function, or in the open, or both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+        self.inside, self.twice = True, False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).tanh()
+        x = self.middle(x) if self.twice else x
+        x = Inside.apply(x, self.middle) if self.inside else self.middle(x)
+        return self.last(x.tanh())
+
+
+def between(kind: str, inside: bool, **options: Any) -> tuple[Between, PreconditionedOptimizer]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Between().double()
+    model.inside = inside
+    return model, watching(model, LOSS, "kfac", kind, curvature_ema=0.0, **options)
+
+
+@pytest.mark.parametrize("kind", ["exact", "mc", "empirical"])
+def test_inner_backward_passes_leave_the_users_gradients(kind: str) -> None:
+    """A custom function adds to .grad whenever its backward runs; in passes of the library that is taken back."""
+    found = {}
+    for inside in (True, False):
+        model, optimizer = between(kind, inside)
+        for number in range(2):
+            optimizer.zero_grad()
+            x, y = batch(6, seed=number + 1)
+            LOSS(model(x), y).backward()
+            gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+            silently(optimizer.step)
+            assert all(torch.equal(p.grad, gradients[name]) for name, p in model.named_parameters())  # type: ignore[arg-type]
+        found[inside] = gradients, statistics(optimizer)
+    assert_same(found[True][0], found[False][0])
+    (_, hidden), (_, seen) = found[True], found[False]
+    assert hidden.keys() == seen.keys() - {"middle.weight+middle.bias"}
+    assert_same(hidden, {name: seen[name] for name in hidden})
+
+
+def test_inner_backward_passes_do_not_hide_a_part_of_a_block() -> None:
+    model, optimizer = between("exact", True)
+    model.twice = True
+    x, y = batch(6, seed=1)
+    LOSS(model(x), y).backward()
+    with pytest.raises(InnerBackwardError, match=r"hides the parameters .* one of shape \(5, 5\)"):
+        silently(optimizer.step)
+
+
+DOORS: dict[str, Callable[..., Any]] = {
+    "full": lambda m, x, y: curvature.hessian(m, LOSS, (x, y)).to_dense(),
+    "layer": lambda m, x, y: curvature.ggn(m, LOSS, (x, y), structure="layer"),
+    "per-sample": lambda m, x, y: curvature.per_sample_gradients(m, LOSS, (x, y)),
+    "jacobian": lambda m, x, y: curvature.jacobian(m, x),
+    "closure": lambda m, x, y: precond.Newton(m.parameters(), lr=1.0).step(lambda: LOSS(m(x), y)),
+}
+
+
+@pytest.mark.parametrize(
+    ("door", "front"), [*((door, False) for door in DOORS), *((door, True) for door in DOORS if door != "closure")]
+)
+def test_inner_backward_passes_are_refused_where_no_loop_runs(door: str, front: bool) -> None:
+    model = between("exact", True)[0]
+    if front:
+        model.first.requires_grad_(False)
+    kept = torch.ones_like(model.middle.weight)
+    model.middle.weight.grad = kept
+    x, y = batch(6, seed=1)
+    if front:
+        run = lambda x: Inside.apply(model.first(x).tanh().requires_grad_(), model.middle)  # noqa: E731
+        model.forward = lambda x: model.last(run(x).tanh())  # type: ignore[method-assign]
+    with pytest.raises(InnerBackwardError, match="runs a backward pass of its own"):
+        DOORS[door](model, x, y)
+    assert model.middle.weight.grad is kept
+    assert torch.equal(kept, torch.ones(5, 5).double())
+    assert all(p.grad is None for p in model.parameters() if p is not model.middle.weight)
