@@ -179,6 +179,8 @@ class Recording(TapedModel, ABC):
         if origin.recorder is not None:
             origin.recorder.returned(result)
             self._count_by(origin)
+            if origin.recorder is not None and origin.recorder.selective:
+                origin.recorder, origin.again, self.cautious = None, True, True
         origin.returned = list(tensors_in(result)) if self.keeps_inputs else []
         origin.edges = tuple(get_gradient_edge(t) for t in tensors_in(result) if t.requires_grad)
         origin.end = origin.output.grad_fn if isinstance(origin.output, Tensor) else None

@@ -340,7 +340,7 @@ class Statistics:
 
     def _refuse_partial(self, reached: set[str], output: Tensor) -> None:
         """Refuse blocks with uses that were seen, and others in the inner backward pass of a custom function."""
-        known = [self.tape.seen()[name] for name in self._names(reached)] if self.tape.concealed else []
+        known = [self.tape.seen()[name] for name in sorted(self._names(reached))] if self.tape.concealed else []
         if both := [p for p in known if id(p) in self.tape.concealed]:
             raise hiding(both, [output])
 

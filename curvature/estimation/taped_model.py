@@ -176,10 +176,10 @@ class TapedModel:
         """
         if self.shards is not None and record:
             raise NotImplementedError(
-                "this step needs a second forward pass (of a compiled model, a reentrant checkpoint, "
+                "this step needs a second forward pass (of a compiled model, a reentrant or a selective checkpoint, "
                 "Loop(capture='shadow'), or a method that evaluates the batch again), which is not served under "
-                "fully_shard. Use checkpoints with use_reentrant=False and uncompiled modules, or wrap the model in "
-                "DistributedDataParallel."
+                "fully_shard. Use checkpoints with use_reentrant=False, no context_fn, and uncompiled modules, or wrap "
+                "the model in DistributedDataParallel."
             )
         args, kwargs = inputs or origin.inputs
         device = next(iter(self.parameters().values())).device

@@ -22,6 +22,7 @@ from curvature.losses.picked import in_order
 from curvature.model.backward_hooks import HANGING, GraphHooks
 from curvature.model.kernels import ATTENTION
 from curvature.model.trees import tensors_in
+from curvature.model.wrappers import in_selective_checkpoint
 
 #: Looks at a tensor whose results are no tensors and tell nothing of its values: models take many of them.
 _SHAPES_ONLY = frozenset(
@@ -51,6 +52,7 @@ class Recorder(TorchFunctionMode):
         sites: Recognised uses, in order of execution.
         unknown: For parameters used in a way no rule covers, the operations that did.
         examples_interact: A batch norm in train mode was seen: every output depends on every example.
+        selective: A part of the pass is in a selective checkpoint, which allows for one backward pass only: the user's.
         parts: The recorders of several passes that led to one loss, if this one stands for them.
         hooks: Of the user's on the backward pass.
         on_loss: Called with function, arguments and result of every call of one of torch's loss functions.
@@ -70,7 +72,7 @@ class Recorder(TorchFunctionMode):
         self.on_loss: Callable[[Any, Any, Any, Any], None] | None = None
         self.sites: list[Site] = []
         self.unknown: dict[str, set[str]] = {}
-        self.examples_interact = False
+        self.examples_interact = self.selective = False
         self._names = {id(p): name for name, p in parameters.items()}
         self._parameters = parameters
         self._time_major: int | None = None
@@ -127,6 +129,7 @@ class Recorder(TorchFunctionMode):
         """Run a function, and look at its arguments and its result."""
         if func in _SHAPES_ONLY:
             return func(*args, **kwargs)
+        self.selective = self.selective or in_selective_checkpoint()
         if func is F.multi_head_attention_forward:
             return self._attention(args, kwargs)
         if func is F.batch_norm and (kwargs.get("training") or (len(args) > 5 and args[5])):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import checkpoint
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -148,16 +149,22 @@ class _PlainHere(threading.local):
 
 
 _plain_here = _PlainHere()
+_not_reentrant = checkpoint._checkpoint_without_reentrant_generator
 _plain_lock = threading.Lock()
 _plain_users: list[int] = []  # threads in plain_checkpoints, while torch's function is replaced
 
 
 @contextlib.contextmanager
 def plain_checkpoints() -> Iterator[None]:
-    """Reentrant checkpoints of this thread run as plain calls inside, so that their contents are recorded."""
+    """Checkpoints inside, in this thread, show what they contain, to as many backward passes as come.
+
+    Reentrant ones run as plain calls, so that their contents are recorded; selective ones, which allow for one backward
+    pass only, compute all again.
+    """
     with _plain_lock:
         if not _plain_users:
             setattr(checkpoint.CheckpointFunction, "apply", staticmethod(_plain_call))  # noqa: B010
+            setattr(checkpoint, "_checkpoint_without_reentrant_generator", _not_selective)  # noqa: B010
         _plain_users.append(threading.get_ident())
     _plain_here.depth += 1
     try:
@@ -168,9 +175,27 @@ def plain_checkpoints() -> Iterator[None]:
             _plain_users.pop()
             if not _plain_users:
                 delattr(checkpoint.CheckpointFunction, "apply")  # the inherited one is visible again
+                setattr(checkpoint, "_checkpoint_without_reentrant_generator", _not_reentrant)  # noqa: B010
 
 
 def _plain_call(function: Any, preserve: bool, *args: Any) -> Any:
     if _plain_here.depth:
         return function(*args)
     return super(checkpoint.CheckpointFunction, checkpoint.CheckpointFunction).apply(function, preserve, *args)
+
+
+def _not_selective(function: Any, preserve: bool = True, context_fn: Any = None, *args: Any, **kwargs: Any) -> Any:
+    """What runs before and after the call of a checkpoint that is not reentrant."""
+    contexts = context_fn() if _plain_here.depth else None
+    if contexts is not None and isinstance(contexts[0], checkpoint._CachingTorchDispatchMode):
+        context_fn = checkpoint.noop_context_fn
+    elif contexts is not None:
+        context_fn = lambda: contexts  # noqa: E731  # it was asked for them already
+    return _not_reentrant(function, preserve, context_fn, *args, **kwargs)
+
+
+def in_selective_checkpoint() -> bool:
+    """Whether what runs now, in this thread, is part of a checkpoint that allows for one backward pass only."""
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    return any(isinstance(m, checkpoint._CachingTorchDispatchMode) for m in _get_current_dispatch_mode_stack())
