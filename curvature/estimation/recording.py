@@ -27,6 +27,17 @@ from curvature.model.streams import random_state
 from curvature.model.trees import tensors_in
 from curvature.model.wrappers import CallGuard, data_parallel, is_compiled
 
+LOCK = threading.RLock()  # passes are noted or let go, or a backward pass is let in
+
+
+class _Running(threading.local):
+    """The call of the model that this thread is in."""
+
+    origin: Pass | None = None
+    recorder: Recorder | None = None  # that is active in it
+    frame: FrameType | None = None  # of that call
+    latest: Callable[[], Tensor | None] = staticmethod(lambda: None)  # value of the last call of the loss
+
 
 class Recording(TapedModel, ABC):
     """The hooks on a model: a recorder is on while its forward runs, and what was seen is kept until the step ends.
@@ -39,11 +50,10 @@ class Recording(TapedModel, ABC):
 
     Attributes:
         passes: The forward passes since the last :meth:`clear` that may still count.
-        running: The pass whose forward runs.
-        thread: The one that calls the model; a loss module may be shared with other threads.
         records: Whether the uses of parameters are recorded.
         repeats: Whether passes will be repeated, so that inputs and random states are kept.
         cautious: The same for passes of which nobody knows yet whether they hide anything.
+        here: The call of the model that this thread is in.
         handles: Of the hooks.
     """
 
@@ -52,13 +62,10 @@ class Recording(TapedModel, ABC):
         self.shadows, self.eval_mode, self.before_pass = shadows, eval_mode, before_pass
         self.records = self.repeats = self.cautious = False
         self.passes: list[Pass] = []
-        self.running: Pass | None = None
-        self.thread = threading.get_ident()
         self.handles: list[Any] = []
         self._given: list[weakref.ref[Tensor]] = []  # arguments of a layer, before it is made whole
         self._unmade: set[str] = set()  # parameters of which no pass had a whole one yet
-        self._open: Recorder | None = None  # that is active in the pass that runs
-        self._frame: FrameType | None = None  # of that call of the model
+        self.here = _Running()
         self._written: set[int] = set()  # buffers, by id, that changed in a pass or after it
 
     @abstractmethod
@@ -106,6 +113,11 @@ class Recording(TapedModel, ABC):
             self.shards.release()
 
     @property
+    def running(self) -> Pass | None:
+        """The pass whose forward runs in this thread."""
+        return self.here.origin
+
+    @property
     def active(self) -> bool:
         """Whether anybody reads."""
         return self.records or self.repeats
@@ -118,18 +130,19 @@ class Recording(TapedModel, ABC):
             self.before_pass()
         if not any(p.requires_grad for p in self.parameters().values()):
             return  # the gradient of another model passes through, as in a generator's step
-        self._prune()
+        with LOCK:
+            if not self.busy_elsewhere():
+                self._prune()
         self.parallel = self.parallel or data_parallel(self.model)
         device = next(iter(self.parameters().values())).device
         random = random_state(device)
-        self.thread = threading.get_ident()
-        self.running = Pass((args, kwargs), random, moment := self._moment(), autocast_dtype(device))
-        self._frame = calling_frame()
+        origin = Pass((args, kwargs), random, moment := self._moment(), autocast_dtype(device))
+        self.here.origin, self.here.frame = origin, calling_frame()
         if self.records and not self.shadows and not self.is_compiled():
-            self.running.recorder = self.recorder((args, kwargs), moment.tensors())
-            self.running.recorder.on_loss = self.function_called
-            self.running.recorder.__enter__()
-            self._open = self.running.recorder
+            origin.recorder = self.recorder((args, kwargs), moment.tensors())
+            origin.recorder.on_loss = self.function_called
+            origin.recorder.__enter__()
+            self.here.recorder = origin.recorder
             if self.shards is not None:
                 self.shards.keep_whole()
                 self._unmade = {name for name, p in self.seen().items() if p is self.parameters()[name]}
@@ -144,28 +157,28 @@ class Recording(TapedModel, ABC):
 
     def _before_whole(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """The parameters of a layer under ``fully_shard`` will be made whole, and its arguments handed through."""
-        if self._open is not None:
+        if self.here.recorder is not None:
             self._given = [weakref.ref(t) for t in tensors_in((args, kwargs))]
 
     def _after_whole(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if self._open is None:
+        if (recorder := self.here.recorder) is None:
             return
         made = {name: p for name, p in self.seen().items() if name in self._unmade} if self._unmade else {}
         for name, p in made.items():
             if p is not self.parameters()[name]:
-                self._open.knows(p, name)
+                recorder.knows(p, name)
                 self._unmade.remove(name)
         for p in module.parameters():
-            self._open.knows(p)
+            recorder.knows(p)
         for ref, after in zip(self._given, tensors_in((args, kwargs)), strict=False):
             if (before := ref()) is not None and before is not after:
-                self._open.continues(before, after)
+                recorder.continues(before, after)
         self._given = []
 
     def _after_forward(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
-        if self.running is None or (self._open is not None and self._frame is not calling_frame()):
+        here, origin = self.here, self.running
+        if origin is None or (here.recorder is not None and here.frame is not calling_frame()):
             return
-        origin = self.running
         self._leave()
         self._written |= origin.moment.written()
         if result is None or not self._wants(module):
@@ -184,7 +197,8 @@ class Recording(TapedModel, ABC):
         origin.returned = list(tensors_in(result)) if self.keeps_inputs else []
         origin.edges = tuple(get_gradient_edge(t) for t in tensors_in(result) if t.requires_grad)
         origin.end = origin.output.grad_fn if isinstance(origin.output, Tensor) else None
-        self.passes.append(origin)
+        with LOCK:
+            self.passes.append(origin)
         self.listen(origin, own if origin.recorder is None else None)
 
     def _count_by(self, origin: Pass) -> None:
@@ -216,7 +230,8 @@ class Recording(TapedModel, ABC):
 
     def _leave(self) -> None:
         """Leave the recorder: the forward pass ended, whichever way."""
-        recorder, self._open, self.running, self._frame = self._open, None, None, None
+        here, recorder = self.here, self.here.recorder
+        here.recorder = here.origin = here.frame = None
         if recorder is not None:
             recorder.on_loss = None
             recorder.__exit__(None, None, None)
@@ -226,9 +241,13 @@ class Recording(TapedModel, ABC):
     def _runs(self) -> bool:
         """Whether the call that is being recorded has not returned: the model calls itself."""
         frame: FrameType | None = sys._getframe()
-        while frame is not None and frame is not self._frame:
+        while frame is not None and frame is not self.here.frame:
             frame = frame.f_back
         return self.running is not None and frame is not None
+
+    @abstractmethod
+    def busy_elsewhere(self) -> bool:
+        """Whether a backward pass through the model runs in another thread."""
 
     @property
     def keeps_inputs(self) -> bool:

@@ -18,7 +18,7 @@ from curvature.estimation.followed_layer import FollowedLayer
 from curvature.estimation.gradient_marks import GradientMarks, Marks, Samples, copied, lengths
 from curvature.estimation.gradients_by_hand import Asked, Dropped
 from curvature.estimation.passes import Pass, Reader, TapedLoss
-from curvature.estimation.recording import Recording
+from curvature.estimation.recording import LOCK, Recording
 from curvature.estimation.selection import selection
 from curvature.estimation.taped_losses import feeding, leading_to, number_of, taped
 from curvature.estimation.unseen_losses import UnseenLosses, explained
@@ -26,7 +26,7 @@ from curvature.losses.loss import called
 from curvature.model.backward_hooks import ours
 from curvature.model.data import Output, inspecting
 from curvature.model.fully_sharded import shard_of
-from curvature.model.graph_nodes import captured
+from curvature.model.graph_nodes import captured, threads_in_backward
 from curvature.model.hooks import At, Hook, OwnHook
 from curvature.model.trees import tensors_in
 
@@ -84,8 +84,8 @@ class Tape(Recording):
         self.outside: list[TapedLoss] = []
         self.by_hand = self.elsewhere = self.soft = False
         self.behind: tuple[Marks, Samples] | None = None
-        self._latest: Callable[[], Tensor | None] = lambda: None  # value of the last call of the loss
         self._task: int | None = None  # the user's backward pass under way
+        self._claim: tuple[int, int] | None = None  # that pass and its thread, until it has ended
         self._unseen = UnseenLosses(self.loss_module)
         self._gradients = GradientMarks(parameters, self.shards)
         self._before: Marks = {}  # of the gradients when it began
@@ -128,7 +128,7 @@ class Tape(Recording):
 
     def _after_loss(self, module: nn.Module, args: Any, kwargs: Any, value: Any) -> None:
         """The loss module was called, by the loop or inside the model's own forward."""
-        if self.running is not None and self.thread == threading.get_ident() and self._latest() is value:
+        if self.running is not None and self.here.latest() is value:
             return  # it called one of torch's functions, which was seen already
         self._called(module, args, kwargs, value)
 
@@ -140,8 +140,6 @@ class Tape(Recording):
 
     def _called(self, module: nn.Module, args: Any, kwargs: Any, value: Any) -> None:
         if not self.active or self.mode == "gradient" or inspecting() or self.inside:
-            return
-        if self.thread != threading.get_ident():
             return
         if not isinstance(value, Tensor) or not value.requires_grad:
             return
@@ -158,7 +156,7 @@ class Tape(Recording):
         call.looked, call.number = self.keeps_inputs, number_of(value)
         hook = At(self, "_gradient_at_loss", call)
         ours(value.register_hook(hook))
-        call.alive, self._latest = weakref.ref(hook), weakref.ref(value)
+        call.alive, self.here.latest = weakref.ref(hook), weakref.ref(value)
         if not passes:
             self.outside.append(call)
         if self.reader is not None and self.records:
@@ -241,6 +239,10 @@ class Tape(Recording):
         task = torch._C._current_graph_task_id()
         if task == self._task:
             return
+        with LOCK:
+            if self.busy_elsewhere():
+                raise _two_at_once()
+            self._claim = task, threading.get_ident()
         self.earlier = self.settle()
         self._task, self._before = task, self._gradients.now()
         if captured(self.seen().values()):
@@ -255,6 +257,15 @@ class Tape(Recording):
         torch.autograd.Variable._execution_engine.queue_callback(At(self, ended, task))
         if self.reader is not None:
             self.reader.begin()
+
+    def busy_elsewhere(self) -> bool:
+        if self._claim is None or self._claim[0] == torch._C._current_graph_task_id():
+            return False
+        running = threads_in_backward()
+        # The threads of an accelerator belong to torch, and run the hooks of all backward passes.
+        if isinstance(threading.current_thread(), threading._DummyThread):
+            return len(running) > 1
+        return self._claim[1] in running - {threading.get_ident()}
 
     def _found_for(self, name: str, gradient: Tensor) -> None:
         if self._asked is not None and torch._C._current_graph_task_id() == self._task:
@@ -273,6 +284,13 @@ class Tape(Recording):
         """The backward pass came to its end: what it brought counts if it wrote to ``p.grad``."""
         if task != self._task:
             return
+        try:
+            self._take_in()
+        finally:
+            self._claim = None
+
+    def _take_in(self) -> None:
+        task = self._task
         self._catch_no_more()
         after = self._gradients.now()
         brought: list[TapedLoss | Pass] = [call for call in self.calls() if call.arriving is not None]
@@ -357,6 +375,8 @@ class Tape(Recording):
         Returns:
             What the gradients of earlier backward passes of the step that stand are known by, in numbers.
         """
+        if self.busy_elsewhere():
+            raise _two_at_once()
         self._decide()
         if self.behind is not None:
             marks, samples = self.behind
@@ -415,6 +435,14 @@ class Tape(Recording):
     def _gradient_at_input(self, call: TapedLoss, gradient: Tensor) -> None:
         if self.reader is not None and self.records and not self.inside:
             self.reader.arrived_at_input(call, gradient.detach())
+
+
+def _two_at_once() -> RuntimeError:
+    return RuntimeError(
+        "a backward pass through this model runs in another thread. What each brings to p.grad, and what it was for, "
+        "could not be told apart. Let the threads take turns from backward() to its end, and step() when all have "
+        "ended (a threading.Lock around loss.backward()), or add their losses and call backward() once."
+    )
 
 
 def _first(tensor: Tensor, hook: OwnHook) -> Any:

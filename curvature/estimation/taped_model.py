@@ -26,8 +26,8 @@ from curvature.model.settings import autocasting, settings, untouched
 from curvature.model.trees import tensors_in
 from curvature.model.wrappers import data_parallel, is_compiled, plain_checkpoints, undisturbed, unwrapped
 
-#: Model -> depth of backward passes of the library's own. Hooks may run in threads of the device.
-_OWN_PASSES: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+#: Model -> threads of backward passes of the library's own, the innermost last.
+_OWN_PASSES: weakref.WeakKeyDictionary[nn.Module, list[int]] = weakref.WeakKeyDictionary()
 _LOCK = threading.Lock()
 
 
@@ -97,8 +97,12 @@ class TapedModel:
 
     @property
     def inside(self) -> bool:
-        """Whether a backward pass of the library's own runs through the model."""
-        return _OWN_PASSES.get(self.model, 0) > 0
+        """Whether a backward pass of the library's own, in this thread, runs through the model."""
+        threads = _OWN_PASSES.get(self.model)
+        if not threads:
+            return False
+        # Hooks may run in threads of the device, which are none of Python's.
+        return threading.get_ident() in threads or isinstance(threading.current_thread(), threading._DummyThread)
 
     @contextlib.contextmanager
     def own_pass(self, passes: Iterable[Pass], output: Any) -> Iterator[None]:
@@ -113,7 +117,7 @@ class TapedModel:
         passes = [origin for origin in passes if origin.recorder is not None]
         outputs = tensors_in([output, *(origin.output for origin in passes)])
         with _LOCK:
-            _OWN_PASSES[self.model] = _OWN_PASSES.get(self.model, 0) + 1
+            _OWN_PASSES.setdefault(self.model, []).append(threading.get_ident())
         try:
             with torch.enable_grad(), undisturbed(self.parallel), contextlib.ExitStack() as stack:
                 parameters = self.seen().values()
@@ -127,7 +131,7 @@ class TapedModel:
                 yield
         finally:
             with _LOCK:
-                _OWN_PASSES[self.model] -= 1
+                _OWN_PASSES[self.model].remove(threading.get_ident())
 
     def recorder(self, inputs: Any, tensors: list[Tensor] | None = None) -> Recorder:
         """A recorder of the uses of the tracked parameters in one pass on these inputs.

@@ -92,6 +92,18 @@ def node_of(root: Any) -> Any:
     return root.grad_fn if isinstance(root, Tensor) else root.node
 
 
+def threads_in_backward() -> set[int]:
+    """The threads of which a backward pass is under way."""
+    found = set()
+    for thread, bottom in sys._current_frames().items():
+        frame: FrameType | None = bottom
+        while frame is not None and frame.f_code is not graph._engine_run_backward.__code__:
+            frame = frame.f_back
+        if frame is not None:
+            found.add(thread)
+    return found
+
+
 def called_on() -> list[Any]:
     """What the innermost backward pass of this thread was called on: tensors, or edges of the graph."""
     frame: FrameType | None = sys._getframe()

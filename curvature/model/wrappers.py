@@ -101,6 +101,12 @@ def as_written(model: nn.Module) -> Iterator[None]:
             own[name] = value
 
 
+class _Calls(threading.local):
+    """How deep this thread is in calls of a module, which may call itself."""
+
+    depth = 0
+
+
 class CallGuard:
     """Runs a function whenever the outermost call of a module ends, whichever way.
 
@@ -114,7 +120,7 @@ class CallGuard:
 
     def __init__(self, module: nn.Module, after: Callable[[Any], None]) -> None:
         self._module, self._after = weakref.ref(module), after
-        self._depth = 0  # a module may call itself
+        self._here = _Calls()
         self._inner: CallGuard | None = module.__dict__.get("_compiled_call_impl") if not is_compiled(module) else None
         if not is_compiled(module):
             module._compiled_call_impl = self
@@ -122,13 +128,13 @@ class CallGuard:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self._module()
         assert module is not None
-        self._depth += 1
+        self._here.depth += 1
         result = None
         try:
             result = (self._inner or module._call_impl)(*args, **kwargs)
         finally:
-            self._depth -= 1
-            if not self._depth:
+            self._here.depth -= 1
+            if not self._here.depth:
                 self._after(result)
         return result
 

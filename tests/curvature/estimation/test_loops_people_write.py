@@ -452,6 +452,89 @@ def test_threads_with_a_model_each_are_independent() -> None:
         assert_same(found[seed], expected[seed])
 
 
+class Meeting(nn.Module):
+    """Its forward pass waits in the middle for that of another thread."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.barrier = nn.Linear(4, 5), nn.Linear(5, 3), threading.Barrier(2, timeout=20)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).tanh()
+        if threading.current_thread() is not threading.main_thread():
+            self.barrier.wait()
+        return self.last(x)
+
+
+def in_threads(*functions: Callable[[], Any]) -> None:
+    threads = [threading.Thread(target=function) for function in functions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def halves(x: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
+    return [(x[:3], y[:3]), (x[3:], y[3:])]
+
+
+def in_two_threads(together: bool) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    model = Meeting().double()
+    optimizer = watching(model, MEAN)
+    losses: list[Tensor] = []
+    parts = [lambda x=x, y=y: losses.append(MEAN(model(x), y) / 2) for x, y in halves(*batch(6))]
+    if together:
+        in_threads(*parts)
+    else:
+        for part in parts:
+            part()
+    torch.stack(losses).sum().backward()
+    optimizer.step()
+    return statistics(optimizer)
+
+
+def test_forward_passes_of_one_model_in_two_threads_all_count() -> None:
+    assert_same(in_two_threads(True), in_two_threads(False))
+
+
+def meeting_backward(other: Callable[[nn.Module, PreconditionedOptimizer], Any] | None) -> PreconditionedOptimizer:
+    """A loop in whose backward pass another thread does something, which is to be refused."""
+    torch.manual_seed(0)
+    model = MODELS["mlp"]().double()
+    optimizer = watching(model, MEAN)
+    z, refused = model(batch(6)[0]), []
+
+    def run() -> None:
+        assert other is not None
+        try:
+            other(model, optimizer)
+        except RuntimeError as error:
+            refused.append(str(error))
+
+    if other is not None:
+        z.register_hook(lambda gradient: in_threads(run))
+    MEAN(z, batch(6)[1]).backward()
+    assert other is None or "runs in another thread" in refused[0]
+    return optimizer
+
+
+def test_backward_passes_of_one_model_that_meet_in_two_threads_are_refused() -> None:
+    """The second one, and a step during one; the first counts as if nothing had happened."""
+
+    def step(model: nn.Module, optimizer: PreconditionedOptimizer) -> None:
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+
+    meeting_backward(step)
+    met = meeting_backward(lambda model, optimizer: MEAN(model(batch(3)[0]), batch(3)[1]).backward())
+    alone = meeting_backward(None)
+    for optimizer in (met, alone):
+        optimizer.step()
+    assert_same(statistics(met), statistics(alone))
+
+
 @pytest.mark.parametrize("unscale", [False, True])
 def test_the_scale_of_a_scaler_is_no_weight(unscale: bool) -> None:
     found = []
