@@ -30,7 +30,7 @@ from curvature.model.wrappers import CallGuard, data_parallel, is_compiled
 LOCK = threading.RLock()  # passes are noted or let go, or a backward pass is let in
 
 
-class _Running(threading.local):
+class _OfThread(threading.local):
     """The call of the model that this thread is in."""
 
     origin: Pass | None = None
@@ -65,7 +65,7 @@ class Recording(TapedModel, ABC):
         self.handles: list[Any] = []
         self._given: list[weakref.ref[Tensor]] = []  # arguments of a layer, before it is made whole
         self._unmade: set[str] = set()  # parameters of which no pass had a whole one yet
-        self.here = _Running()
+        self.here = _OfThread()
         self._written: set[int] = set()  # buffers, by id, that changed in a pass or after it
 
     @abstractmethod

@@ -21,7 +21,8 @@ from torch.autograd.graph import get_gradient_edge
 from curvature.model.fully_sharded import is_custom
 
 _LEAF = (1 << 64) - 1  # sequence number of the nodes that accumulate gradients
-_LEAF_NODE = type(get_gradient_edge(torch.zeros((), requires_grad=True)).node)
+with torch.inference_mode(False):  # wherever this is imported first
+    _LEAF_NODE = type(get_gradient_edge(torch.zeros((), requires_grad=True)).node)
 _CAST = "ToCopyBackward0"
 
 

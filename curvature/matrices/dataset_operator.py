@@ -16,6 +16,7 @@ from curvature.matrices.problem import Evaluation, Problem
 from curvature.model.data import Output
 from curvature.model.parameters import Parameters
 from curvature.model.settings import settings
+from curvature.model.streams import outside_of_inference
 from solvers import LinearOperator, StructureError
 from solvers.outcome.finite import is_finite
 from solvers.precision import Autocast, working_dtype
@@ -141,8 +142,9 @@ class DatasetOperator(LinearOperator):
     def begin(self) -> None:
         """Called before each pass."""
 
+    @outside_of_inference()
     def apply(self, x: Tensor) -> Tensor:
-        vectors = x.detach().reshape(-1, self.columns.size)
+        vectors = (x.clone() if x.is_inference() else x.detach()).reshape(-1, self.columns.size)
         self.problem.shares.same(vectors, "a vector")
         out = torch.empty(len(vectors), self.rows.size, dtype=self.dtype, device=self.device)
         split = self.columns.unflatten(vectors)

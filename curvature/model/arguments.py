@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from curvature.model.data import is_one_batch, split_batch
+from curvature.model.streams import outside_of_inference
 from solvers.outcome.arguments import choice, flag, function, instance, number, whole
 
 P = ParamSpec("P")
@@ -54,7 +55,8 @@ def checked(**own: Check) -> Callable[[Callable[P, R]], Callable[P, R]]:
             for name, value in (*zip(names, args, strict=False), *kwargs.items()):
                 if name in checks and not (shared and name == "data" and isinstance(value, list) and not value):
                     checks[name](name, value)
-            return called(*args, **kwargs)
+            with outside_of_inference():
+                return called(*args, **kwargs)
 
         return checking
 

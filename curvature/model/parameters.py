@@ -136,7 +136,8 @@ class SeenParameters(Parameters):
 
 def tensor_of_its_own(x: Tensor) -> Tensor:
     """A piece of a flat vector, as a tensor that may be seen as complex, or in another dtype, as a parameter may."""
-    return x if x.is_contiguous() and x.storage_offset() % 2 == 0 else x.clone(memory_format=torch.contiguous_format)
+    own = x.is_contiguous() and x.storage_offset() % 2 == 0 and not x.is_inference()  # which autograd cannot keep
+    return x if own else x.clone(memory_format=torch.contiguous_format)
 
 
 def _check(name: str, p: nn.Parameter) -> None:

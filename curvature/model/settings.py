@@ -13,7 +13,7 @@ from curvature.model.data import inspection
 from curvature.model.inner_backward import passes_of
 from curvature.model.kernels import differentiable_kernels
 from curvature.model.moment import Moment, copied, writes
-from curvature.model.streams import own_stream
+from curvature.model.streams import outside_of_inference, own_stream
 from curvature.model.synchronized import refuse_synchronized
 from curvature.model.wrappers import as_written
 
@@ -55,6 +55,7 @@ def untouched(
     if device is None:
         device = next((p.device for p in model.parameters() if p.device.type == "cuda"), torch.device("cpu"))
     with (
+        outside_of_inference(),
         inspection(),
         passes_of(model.parameters()),
         own_stream(model, device, random),

@@ -54,8 +54,7 @@ def own_stream(model: nn.Module, device: torch.device, states: list[Tensor] | No
             stack.enter_context(torch.random.fork_rng(devices=devices))
         else:
             stack.enter_context(_accelerator_restored(device))
-            if torch.is_inference_mode_enabled():  # which shows a mode less than all
-                stack.enter_context(_no_inference())
+            stack.enter_context(outside_of_inference())  # which shows a mode less than all
             _make_operations()
             before, _own.stream = _own.stream, _Stream()
             stack.callback(setattr, _own, "stream", before)
@@ -176,7 +175,11 @@ def _quiet(frame: FrameType | None) -> bool:
 
 
 @contextlib.contextmanager
-def _no_inference() -> Iterator[None]:
+def outside_of_inference() -> Iterator[None]:
+    """Leave inference mode, in which there is no graph; gradients stay enabled or disabled."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
     grad = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.set_grad_enabled(grad):
         yield

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
@@ -10,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from curvature import DiagonalFisher, EigenbasisFisher, KroneckerFisher, fisher
+from curvature import DiagonalFisher, EigenbasisFisher, KroneckerFisher, fisher, hessian, jacobian, per_sample_gradients
 from curvature.losses import AmbiguousClassAxisError, NonFiniteLossError, UnknownLossError
 from curvature.losses.signals import Signals
 from curvature.model.data import call, resolve_output
@@ -204,9 +206,25 @@ def test_how_inputs_and_outputs_are_passed() -> None:
     assert torch.equal(resolve_output((one, 0), lambda result: result[0]), one)
 
 
-def test_inference_mode_does_not_stand_in_the_way() -> None:
+INFERENCE: dict[str, Callable[..., Tensor]] = {
+    "by layers": lambda x, y, v: fisher(MODEL, LOSS, (x, y), kind="exact", structure="kfac").to_dense(),
+    "products": lambda x, y, v: hessian(MODEL, LOSS, (x, y)) @ v,
+    "rows": lambda x, y, v: fisher(MODEL, LOSS, (x, y), kind="empirical") @ v,
+    "jacobian": lambda x, y, v: jacobian(MODEL, x) @ v,
+    "per sample": lambda x, y, v: per_sample_gradients(MODEL, LOSS, (x, y))["0.weight"],
+}
+
+
+@pytest.mark.parametrize("door", INFERENCE)
+def test_inference_mode_does_not_stand_in_the_way(door: str) -> None:
     x, y = normal(3, 4), classes(3, of=3)
-    expected = fisher(MODEL, LOSS, (x, y), kind="exact", structure="kfac").to_dense()
+    v = normal(sum(p.numel() for p in MODEL.parameters()))
+    expected = INFERENCE[door](x, y, v)
     with torch.inference_mode():
-        got = fisher(MODEL, LOSS, (x * 1, y * 1), kind="exact", structure="kfac")
-    assert torch.equal(got.to_dense(), expected)
+        got = INFERENCE[door](x * 1, y * 1, v * 1)
+    assert torch.equal(got, expected)
+
+
+def test_the_package_may_be_imported_in_inference_mode() -> None:
+    code = "import torch; torch.inference_mode().__enter__(); import curvature.layers.explained"
+    subprocess.run([sys.executable, "-c", code], check=True)
