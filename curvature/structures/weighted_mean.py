@@ -48,7 +48,14 @@ def _times(total: Tensor, factor: Tensor | float) -> Tensor:
 
 
 def _is_zero(count: Tensor | float) -> bool:
-    return not count
+    """Whether a weight is zero; all means of a step have the same tensor as theirs, which is waited for once."""
+    if not isinstance(count, Tensor):
+        return not count
+    known: tuple[int, bool] | None = getattr(count, "_was_zero", None)
+    if known is None or known[0] != count._version:
+        known = count._version, not bool(count)
+        setattr(count, "_was_zero", known)  # noqa: B010
+    return known[1]
 
 
 class WeightedMean:
@@ -99,7 +106,8 @@ class WeightedMean:
                 self._total.add_(total)
             else:
                 self._since = self._since + total if self._held(self._since) else self._since.add_(total)
-        self._count = self._count + weight
+        nothing = not isinstance(self._count, Tensor) and self._count == 0
+        self._count = weight if nothing else self._count + weight
 
     def add_rows(self, rows: Tensor, weight: Tensor | float, factor: Tensor | float = 1.0) -> None:
         """Add ``factor`` times the Gram matrix of ``rows (m, d)``, which nobody may change from now on; and a weight.

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from curvature.structures.weighted_mean import WeightedMean
 
@@ -163,3 +164,20 @@ def test_rows_that_wait_stand_for_their_gram_matrix() -> None:
     spoilt = WeightedMean()
     spoilt.add_rows(rows[0].clone().fill_(torch.nan), 1.0)
     assert not spoilt.finite()
+
+
+def test_means_with_the_weight_of_one_step_wait_for_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device every look at a number stops the queue."""
+    waits = []
+    look = Tensor.__bool__
+    monkeypatch.setattr(Tensor, "__bool__", lambda self: waits.append(self) or look(self))
+    means = [WeightedMean() for _ in range(3)]
+    for step, weight in enumerate((torch.tensor(2.0), torch.tensor(0.0), torch.tensor(4.0))):
+        waits.clear()
+        for mean in means:
+            mean.add(torch.ones(2), 0.0)
+            mean.count(weight)
+            mean.commit(0.0)
+        assert len(waits) == 1
+        for mean in means:
+            assert torch.equal(mean.value, torch.full((2,), (0.5, 0.5, 0.25)[step]))  # type: ignore[arg-type]
