@@ -231,7 +231,8 @@ class Recorder(TorchFunctionMode):
             self._inherit(tensors, output)
             return
         names = {name for t in tracked if (name := self._name(t)) is not None}
-        rule = RULES.get(func)
+        # A jagged tensor has no axes that rows could be laid out by.
+        rule = None if any(t.is_nested for t in tensors) else RULES.get(func)
         if rule is not None and isinstance(output, Tensor) and output.requires_grad and not output.is_complex():
             site = rule(self, output, args, kwargs)
             if site is not None:

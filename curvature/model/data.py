@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from tqdm import tqdm
 
 from curvature.model.backward_hooks import no_backward_hooks
@@ -137,6 +138,9 @@ def map_tensors(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(tree, Mapping):
         changed = {key: map_tensors(value, change) for key, value in tree.items()}
         return Collated(changed, map_tensors(tree.labels, change)) if isinstance(tree, Collated) else changed
+    if isinstance(tree, PackedSequence):  # its batch sizes stay on the CPU
+        data, sizes, *orders = tree
+        return type(tree)(change(data), sizes, *(None if order is None else change(order) for order in orders))
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
         return type(tree)(*(map_tensors(value, change) for value in tree))
     if isinstance(tree, (tuple, list)):
@@ -184,7 +188,7 @@ def call(model: nn.Module, x: Any) -> Any:
 
 
 def _called(model: nn.Module, x: Any) -> Any:
-    if isinstance(x, tuple):
+    if isinstance(x, tuple) and not isinstance(x, PackedSequence):
         return model(*x)
     if isinstance(x, Mapping) and _takes(model, x):
         if not (isinstance(x, Collated) and _takes_labels(model)):

@@ -61,6 +61,7 @@ class LayerOptimizer(WithoutCurvature):
     _statistics: Statistics | None
     _members: Membership | None
     _reported: set[str]
+    detached: bool = False  # for good, copies included
 
     def watch(self) -> None:
         """Track the parameters of the groups, and hook the model."""
@@ -146,6 +147,7 @@ class LayerOptimizer(WithoutCurvature):
 
     def detach(self) -> None:
         """Remove every hook from model and loss for good; steps go on with the last inverses."""
+        self.detached = True
         self.statistics.disarm()
         self.tape.close()
         self.taps.close()

@@ -485,3 +485,5 @@ class PreconditionedOptimizer(RefreshingOptimizer):
         self.preconditioners.discard()  # the pass under way is of the original, as its gradients are
         self.drop_absent()
         self.taps.watch(self.tape, self.preconditioners)
+        if self.detached:
+            self.detach()

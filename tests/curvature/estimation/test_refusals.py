@@ -11,8 +11,18 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
-from curvature import DiagonalFisher, EigenbasisFisher, KroneckerFisher, fisher, hessian, jacobian, per_sample_gradients
+from curvature import (
+    DiagonalFisher,
+    EigenbasisFisher,
+    KroneckerFisher,
+    fisher,
+    ggn,
+    hessian,
+    jacobian,
+    per_sample_gradients,
+)
 from curvature.losses import AmbiguousClassAxisError, NonFiniteLossError, UnknownLossError
 from curvature.losses.signals import Signals
 from curvature.model.data import call, resolve_output
@@ -228,3 +238,32 @@ def test_inference_mode_does_not_stand_in_the_way(door: str) -> None:
 def test_the_package_may_be_imported_in_inference_mode() -> None:
     code = "import torch; torch.inference_mode().__enter__(); import curvature.layers.explained"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class Rows(nn.Module):
+    """Sequences of different lengths, packed or jagged, to the scores of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.run, self.last = nn.Linear(3, 4), nn.GRU(3, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Any) -> Tensor:
+        if isinstance(x, PackedSequence):
+            return self.last(self.run(x)[1][-1])
+        rows = self.first(x).unbind() if x.is_nested else self.first(x)
+        return self.last(torch.stack([row.sum(0) for row in rows]).tanh())
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "jagged"])
+def test_sequences_of_different_lengths(packed: bool) -> None:
+    """As those of each length alone."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Rows().double()
+    rows, y = [normal(length, 3).double() for length in (2, 4, 1)], classes(3, of=3)
+    x = pack_sequence(rows, enforce_sorted=False) if packed else torch.nested.nested_tensor(rows, layout=torch.jagged)
+    got = ggn(model, LOSS, (x, y), structure="diagonal").to_dense()
+    alone = [pack_sequence([row]) if packed else row.unsqueeze(0) for row in rows]
+    expected = [ggn(model, LOSS, (one, y[i : i + 1]), structure="diagonal").to_dense() for i, one in enumerate(alone)]
+    torch.testing.assert_close(got, torch.stack(expected).mean(0))
+    assert got.abs().max() > 0

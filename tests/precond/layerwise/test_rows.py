@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import io
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -172,6 +174,11 @@ def test_detach_removes_the_taps_for_good(period: int) -> None:
         train(model, loss_fn, optimizer, 12 // period)
         assert not torch.equal(weights, model[0].weight)
     assert all(p.inverse is before[name] for name, p in optimizer.preconditioners.items())
+    for again in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        hooked = [m for m in [*again.model.modules(), again.loss_fn] if m._forward_hooks or m._forward_pre_hooks]
+        assert not hooked and "_compiled_call_impl" not in vars(again.model)
+        train(again.model, again.loss_fn, again, 2)
+        assert not any(p._post_accumulate_grad_hooks for p in again.model.parameters())
 
 
 @pytest.mark.parametrize("make", [KFAC, EKFAC])
