@@ -41,7 +41,7 @@ def passes_of(parameters: Iterable[Any], hidden: set[int] | None = None) -> Iter
         hidden: Gets the parameters, by ``id``, that an inner pass wrote to, which is refused otherwise.
     """
     before = _here.parameters, _here.hidden
-    _here.parameters, _here.hidden = (*before[0], *_written_to(parameters)), hidden
+    _here.parameters, _here.hidden = _with(before[0], parameters), hidden
     try:
         yield
     finally:
@@ -59,8 +59,7 @@ def gradients_kept(outputs: Iterable[Any], inputs: Iterable[Any]) -> Iterator[No
     Raises:
         InnerBackwardError: If the pass wrote to the ``.grad`` of a parameter, and nobody takes note of that.
     """
-    known = {id(p): p for p in (*_here.parameters, *_written_to(inputs))}
-    before = [(p, p.grad) for p in known.values()]
+    before = [(p, p.grad) for p in _with(_here.parameters, inputs)]
     for p, gradient in before:
         if gradient is not None:
             p.grad = None
@@ -96,9 +95,10 @@ def entered_by(outputs: Iterable[Tensor]) -> list[GradientEdge]:
     return [GradientEdge(*edge) for node in found for edge in node.next_functions if edge[0] is not None]
 
 
-def _written_to(tensors: Iterable[Any]) -> Iterator[Tensor]:
-    """Those to which backward passes write."""
-    return (t for t in tensors if isinstance(t, Tensor) and t.requires_grad and t.is_leaf)
+def _with(known: tuple[Tensor, ...], tensors: Iterable[Any]) -> tuple[Tensor, ...]:
+    """Known ones, and those of some others to which backward passes write, once each."""
+    more = [t for t in tensors if isinstance(t, Tensor) and t.requires_grad and t.is_leaf]
+    return tuple({id(t): t for t in (*known, *more)}.values()) if more else known
 
 
 def _is_custom(node: Any) -> bool:
