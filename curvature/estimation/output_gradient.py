@@ -77,6 +77,8 @@ class OutputGradient:
             step.add_sum(min(step.sums), weights[terms.mask].sum())
         else:
             step.absolute = True
+        if self.loss is not None and self.loss.zero_when_perfect:
+            origin.told = (weights * torch.where(terms.mask, terms.values().detach(), 0)).sum()
         counted = weights[terms.mask]
         if counted.numel() and bool(counted.max() - counted.min() <= torch.finfo(z.dtype).eps ** 0.5 * counted.max()):
             share = counted.mean()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from curvature.estimation.selection import SeenPart
-from curvature.estimation.ways_to_losses import Way
+from curvature.estimation.ways_to_losses import Rest, Way
 from curvature.layers.recorder import Recorder
 from curvature.model.moment import Moment
 
@@ -126,8 +126,11 @@ class Pass:
     beside: bool = False  # ``gradient`` is of several losses, or of what is besides the calls that were seen
     unseen_loss: UnseenLoss | None = None  # that loss, where it is a single one and somebody can tell
     penalty: bool = False  # the loss of the step is elsewhere, and no node above is one of its kind
+    labelled: bool = False  # a loss with labels that are probabilities, or counts, is above it
     way: Way | None = None  # from what the backward pass was called on, where nobody saw a loss
-    value: Tensor | None = None  # of that, times what the pass began with
+    rest: Rest | None = None  # of that, without other losses
+    looks: Callable[[], tuple[Way | None, Rest | None]] | None = None  # for both, while the backward pass is under way
+    told: Tensor | None = None  # what the loss of ``unseen_loss`` adds to that number, where its gradient tells
     followed: bool = False  # what the backward pass was called on is known, so that the graph shows all losses
     edited: bool = False  # ``output`` was changed in place before the loss
     size: Tensor | None = None  # largest entry of all that arrived, of which ``gradient`` is a part
@@ -201,7 +204,7 @@ def release(origin: Pass) -> None:
     """Let go of the graph of a pass: cycles through autograd are invisible to Python's garbage collector."""
     for handle in filter(None, (*origin.handles, origin.at_output)):
         handle.remove()
-    origin.at_output = None
+    origin.at_output = origin.looks = None
     origin.handles, origin.recorder, origin.output, origin.edges, origin.end = [], None, None, (), None
     origin.returned = []
     origin.released = True

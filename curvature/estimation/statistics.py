@@ -19,7 +19,7 @@ from curvature.estimation.repeated_losses import arrivals_again, brought
 from curvature.estimation.step import Step, Weight
 from curvature.estimation.step_collector import Backward, StepCollector
 from curvature.estimation.tape import Tape
-from curvature.estimation.unseen_losses import not_told
+from curvature.estimation.unseen_losses import NotYetTold, not_told
 from curvature.layers.recorder import Recorder
 from curvature.losses import (
     BatchDim,
@@ -212,6 +212,12 @@ class Statistics:
             return
         try:
             found = self._at_output.read(self._step, origin, origin.output, gradient)
+        except NotYetTold:
+            if any(call.arriving is not None for call in origin.calls):
+                self.not_told()  # these have been counted, and would be once more
+            else:
+                origin.recorder, origin.again = None, True
+            return
         except (TypeError, ValueError) as error:
             self._refusal = error  # no matter for a gradient that is not for the parameters
             return

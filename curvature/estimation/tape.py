@@ -55,7 +55,6 @@ class Tape(Recording):
         nonzero: Parameters under ``fully_shard`` with a gradient that is not zero in some process, where that is known.
         outside: Calls of the loss that no pass led to.
         elsewhere: A loss counted that parameters led to, and no pass of the model.
-        soft: Labels that are probabilities were taken for a penalty.
         earlier: What the gradients of earlier backward passes of the step are known by, when the last one began, where
             some stand.
         by_hand: What stands in ``p.grad`` is made of what backward passes wrote and of gradients that were zeroed, or
@@ -82,7 +81,7 @@ class Tape(Recording):
         self.reader: Reader | None = None
         self.nonzero: frozenset[str] | None = None
         self.outside: list[TapedLoss] = []
-        self.by_hand = self.elsewhere = self.soft = False
+        self.by_hand = self.elsewhere = False
         self.behind: tuple[Marks, Samples] | None = None
         self._task: int | None = None  # the user's backward pass under way
         self._claim: tuple[int, int] | None = None  # that pass and its thread, until it has ended
@@ -122,7 +121,7 @@ class Tape(Recording):
         self.outside, self._task, self._marks, self.nonzero = [], None, {}, None
         self._samples, self.earlier, self._weights = {}, {}, []
         self._asked, self._dropped, self.behind = None, Dropped(), None
-        self.by_hand = self.elsewhere = self.soft = False
+        self.by_hand = self.elsewhere = False
 
     # Calls of the loss
 
@@ -208,12 +207,13 @@ class Tape(Recording):
         unseen = self._unseen.above(origin, bool(seen), kept)
         if unseen is None:
             return
-        origin.beside |= len(unseen) > 1 or bool(unseen and seen)
+        besides = bool(unseen) or (bool(seen) and origin.labelled)
+        origin.beside |= len(unseen) + origin.labelled > 1 or (besides and bool(seen))
         origin.unseen_loss = unseen[0] if len(unseen) == 1 and origin.gradient is None else None
         origin.task, origin.edited = torch._C._current_graph_task_id(), origin.output.grad_fn is not origin.end
         if any(not call.moved for call in unseen):
             return self._not_told()
-        if seen and unseen:
+        if seen and besides:
             with self.own_pass([origin], origin.output):
                 part = explained(origin.output, seen)
             if part is None:
@@ -229,6 +229,9 @@ class Tape(Recording):
             return  # the calls of the loss have told already
         if self.reader is not None and self.records:
             self.reader.arrived_at_output(origin, gradient.detach())
+        if origin.again and not kept:  # what other losses tell comes after it
+            self._unseen.read_later(origin)
+            origin.seen, origin.arriving = origin.output.detach(), gradient.detach()
 
     def _not_told(self) -> None:
         if self.reader is not None and self.records:
@@ -310,6 +313,9 @@ class Tape(Recording):
             samples = self._gradients.samples(after)
             calls = [(call, _sum(call.weight, call.arriving)) for call in self.calls()]
             passes = [(origin, _sum(origin.gradient, origin.arriving)) for origin in self.passes]
+            for origin in self.passes:
+                if origin.looks is not None:
+                    self._unseen.others_told(origin)
             if self.reader is not None:
                 if self._unseen.left:
                     self._not_told()
@@ -319,7 +325,6 @@ class Tape(Recording):
             raise
         self._dropped.counted(brought)
         self.elsewhere |= self._unseen.elsewhere
-        self.soft |= self._unseen.soft
         self._task, self._marks, self._samples = None, after, samples
         self._weights = [(origin, origin.gradient, origin.brought) for origin, _ in passes]
         self._weights += [(call, call.weight, call.brought) for call, _ in calls]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Set
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -15,7 +16,14 @@ from torch import Tensor, nn
 from curvature.estimation.passes import Pass, TapedLoss, UnseenLoss
 from curvature.estimation.squares_by_hand import squares
 from curvature.estimation.step import Step, Weight
-from curvature.estimation.ways_to_losses import Way, factor_by_value, soft_labels, way
+from curvature.estimation.ways_to_losses import (
+    Rest,
+    Way,
+    factor_by_value,
+    factor_of_divergence,
+    soft_labels,
+    way,
+)
 from curvature.losses import Terms
 from curvature.model.data import inspection
 from curvature.model.graph_nodes import CUTS, below, called_on, node_of, only_moves, scalar_called_on
@@ -43,8 +51,9 @@ _TRANSFORMS = (
 class UnseenLosses:
     """The losses that a backward pass goes through to the passes of a model, besides calls of the optimizer's module.
 
-    They are of the kind of the optimizer's, called as functions or by another module. Losses of other kinds are
-    penalties, which count nowhere, and so is one that is put together from other operations.
+    They are of the kind of the optimizer's, called as functions or by another module, or with labels that are
+    probabilities, of which a graph shows logarithms and what is linear in them. Losses of other kinds are penalties,
+    which count nowhere, and so is one that is put together from other operations.
 
     Args:
         loss: The module given to the optimizer.
@@ -52,28 +61,30 @@ class UnseenLosses:
     Attributes:
         elsewhere: Whether the backward pass under way goes through a loss to parameters, and no pass led to it: through
             another model that has them too, say.
-        soft: Whether labels that are probabilities of an output were taken for a penalty.
     """
 
     def __init__(self, loss: nn.Module | None) -> None:
         self._kind = next((name for cls, name in _NODES.items() if isinstance(loss, cls)), "no loss")
+        self._counts = isinstance(loss, nn.PoissonNLLLoss)
         self._found: dict[Any, list[UnseenLoss]] = {}  # by ends of passes below them
         self._known: set[int] = set()
         self._is_there = False  # a loss of the step is known: a call, or a node of the kind
         self._labelled: set[Any] = set()  # outputs with probabilities as labels
-        self.elsewhere = self.soft = False
+        self.elsewhere = False
+        self._calls: dict[int, TapedLoss] = {}  # by the numbers of their nodes
+        self._told: dict[Any, Pass] = {}  # passes below losses that were found, by the nodes of these
         self._direct: set[Any] | None = None  # these ends, and those to which it comes otherwise, but not by other ends
 
     def look(self, passes: list[Pass], calls: list[TapedLoss], parameters: Iterable[Tensor]) -> None:
         """A backward pass begins: find them, by the nodes where passes end, above these and the known calls."""
         ends = {edge.node for origin in passes for edge in origin.edges}
         ends |= {o.output.grad_fn for o in passes if isinstance(o.output, Tensor) and o.output.grad_fn is not None}
-        self._known = known = {call.number for call in calls}
+        self._calls = {call.number: call for call in calls}
+        self._known, self._told = (known := set(self._calls)), {}
         self._found, self._direct, above = _calls_beside(self._kind, ends, known)
         reached = {node._sequence_nr() for node in above} & known
-        counts = (c for c in calls if c.weight is not None or c.number in reached or self._direct is None)
-        self._is_there = bool(self._found) or any(counts)
-        self.soft = False
+        alive = (c for c in calls if c.weight is not None or c.number in reached or c.alive() is not None)
+        self._is_there = bool(self._found) or any(alive)
         looks = self._is_there and self._kind == _NODES[nn.CrossEntropyLoss]
         self._labelled = soft_labels(above, ends) if looks else set()
         tracked = {id(p) for p in parameters}
@@ -103,12 +114,13 @@ class UnseenLosses:
         if not known and self._direct is not None and not ends & self._direct:
             return None
         origin.followed, square = self._direct is not None, self._kind == _NODES[nn.MSELoss]
-        origin.penalty = self._is_there and not (unseen or known or square)
-        self.soft |= origin.penalty and not ends.isdisjoint(self._labelled)
-        origin.way = origin.value = None
-        if later and not (known or square):
-            several = origin.gradient is not None  # whose sum will be read
-            origin.way, origin.value = (Way(False, True), None) if several else _look(origin)
+        origin.labelled = not ends.isdisjoint(self._labelled) or self._is_of_counts(origin)
+        origin.penalty = self._is_there and not (unseen or known or square or origin.labelled)
+        origin.way = origin.rest = origin.told = None
+        origin.looks = partial(self._look, origin)
+        if later and not square and (origin.labelled or unseen or not known):
+            self.read_later(origin)
+        self._told |= {call.node: origin for call in unseen}
         if square and not (unseen or known):
             unseen = _by_hand(ends)
         own = {origin.end, origin.output.grad_fn}
@@ -121,6 +133,62 @@ class UnseenLosses:
             return False
         until = lambda node: node is call.node or node in ends or node._sequence_nr() in self._known  # noqa: E731
         return not ends.isdisjoint(below(map(node_of, called_on()), until))
+
+    def read_later(self, origin: Pass) -> None:
+        """Look at the way to a pass now, whose gradient will be read when it is repeated."""
+        several = origin.gradient is not None  # whose sum will be read
+        origin.way, origin.rest = (Way(False, True), None) if several else self._seen(origin)
+
+    def others_told(self, origin: Pass) -> None:
+        """The backward pass has ended: take from its number what all other losses have told."""
+        origin.looks = None
+        if origin.way is not None and origin.rest is not None:
+            try:
+                origin.rest = self._without(origin.rest, origin.way)
+            except NotYetTold:  # by a pass that is repeated as well
+                origin.rest = None
+
+    def _look(self, origin: Pass) -> tuple[Way | None, Rest | None]:
+        found, rest = self._seen(origin)
+        return found, None if found is None or rest is None else self._without(rest, found)
+
+    def _is_of_counts(self, origin: Pass) -> bool:
+        """Whether the loss of Poisson variables is above an output, for which there is no node."""
+        if not (self._counts and self._is_there):
+            return False
+        found, _ = self._seen(origin)
+        return found is not None and found.affine and found.exponential
+
+    def _seen(self, origin: Pass) -> tuple[Way | None, Rest | None]:
+        """The way to the output of a pass from what the backward pass under way was called on, and that number."""
+        value = scalar_called_on()
+        if value is None or not isinstance(origin.output, Tensor):
+            return None, None
+        ends = {origin.end, origin.output.grad_fn, *(edge.node for edge in origin.edges)} - {None}
+        mine = {node for node, one in self._told.items() if one is origin}
+        found = {call.node for calls in self._found.values() for call in calls} | self._told.keys() - mine
+        known = lambda node: node._sequence_nr() in self._known or node in found  # noqa: E731
+        return way(called_on()[0], ends, known), Rest(value, value.abs())
+
+    def _without(self, rest: Rest, found: Way) -> Rest | None:
+        """A number without those that other losses on the way have told; ``None`` where one tells nothing.
+
+        Raises:
+            NotYetTold: If the gradient of one has not arrived.
+        """
+        for node in found.others:
+            if (call := self._calls.get(node._sequence_nr())) is not None:
+                arrived = call.arriving
+                if arrived is None:
+                    raise NotYetTold
+                rest = rest.less((arrived * call.value).sum())
+            elif node not in self._told:
+                raise NotYetTold
+            elif (told := self._told[node].told) is None:
+                return None
+            else:
+                rest = rest.less(told)
+        return rest
 
     @property
     def left(self) -> bool:
@@ -187,8 +255,10 @@ def weight_by_graph(
     """
     call, square = origin.unseen_loss, isinstance(loss, nn.MSELoss)
     untold = not plain and origin.followed if call is None else not call.adds and call.root is None
-    if origin.beside or (square and untold):
+    if square and (origin.beside or untold):
         raise not_told()
+    if origin.beside:
+        return _by_value(step, origin, terms, gradient)
     if call is not None and not call.adds and square and call.root is not None:
         # From the value R = w (z - y)^2 and the gradient 2 w (z - y), with the weight w of every square.
         root = call.root.to(terms.total).reshape(())
@@ -207,32 +277,26 @@ def weight_by_graph(
     return Weight(weight)
 
 
-def _look(origin: Pass) -> tuple[Way | None, Tensor | None]:
-    """The way to the output of a pass from what the backward pass under way was called on, and the value of that."""
-    value = scalar_called_on()
-    if value is None or not isinstance(origin.output, Tensor):
-        return None, None
-    ends = {origin.end, origin.output.grad_fn, *(edge.node for edge in origin.edges)}
-    return way(called_on()[0], ends - {None}), value
-
-
 def _by_value(step: Step, origin: Pass, terms: Terms, gradient: Tensor) -> Weight:
     """The weight of a loss in natural parameters by its value; a plain mean where nothing tells, or is multiplied."""
     factor = None
-    seen, value = _look(origin)
-    if value is None:  # the pass is repeated, after the backward passes
-        seen, value = origin.way, origin.value
-    if seen is not None and seen.affine and value is not None:
-        factor = factor_by_value(terms, gradient, value)
+    # Where the pass is repeated, after the backward passes, both are known.
+    seen, rest = origin.looks() if origin.looks is not None else (origin.way, origin.rest)
+    if seen is not None and seen.affine and rest is not None:
+        factor = (factor_of_divergence if seen.divergence else factor_by_value)(terms, gradient, rest)
     if factor is not None:
         step.absolute = True
         step.signs.append(torch.stack([factor < 0, factor > 0]))
         step.seen.append(torch.stack([factor.abs(), terms.total.to(factor)]))
         return Weight(factor.abs())
-    if seen is not None and seen.weighted:
+    if origin.beside or (seen is not None and (seen.weighted or seen.others)):
         raise not_told()
     step.unscaled.add(origin.task)
     return Weight(1 / terms.total)
+
+
+class NotYetTold(Exception):
+    """The weight of a loss depends on those of others, whose gradients have not arrived yet."""
 
 
 def not_told() -> TypeError:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence, Set
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -11,12 +11,16 @@ import torch
 from torch import Tensor
 
 from curvature.losses import Terms
-from curvature.model.graph_nodes import below, only_moves
+from curvature.model.graph_nodes import SHAPES, below, only_moves
 
 #: Beginnings of the names of nodes that add numbers up, or pick some of them.
 _LINEAR = ("Neg", "Sum", "Mean", "Gather", "NllLoss", "MaskedFill", "Index", "Where", "ToCopy")
+#: Of those between losses and a sum of their multiples.
+_SUMS = ("Mul", "Div", "Neg", "Add", "Sub", "Rsub", "Sum", "Mean", "Stack", "Cat", "ToCopy", *SHAPES)
 #: Of those that make log probabilities, or the mean of a Poisson variable.
 _CORES = ("LogSoftmax", "Exp", "BinaryCrossEntropyWithLogits")
+#: Of those that add a constant.
+_CONSTANTS = ("Sub", "Rsub")
 
 
 @dataclass(frozen=True)
@@ -24,19 +28,33 @@ class Way:
     """What the nodes between a number and an output tell, as far as names do.
 
     Attributes:
-        affine: The number is a multiple of the loss of all terms and nothing else: its value tells the weight.
+        affine: The number is a multiple of the loss of all terms and multiples of others, and nothing else: its value
+            tells the weight.
         weighted: Products or quotients are on the way whose size nobody knows.
+        divergence: The entropy of the labels, which no gradient shows, is taken off.
+        exponential: It is the loss of a Poisson variable.
+        others: The nodes of the others.
     """
 
     affine: bool
     weighted: bool
+    divergence: bool = False
+    exponential: bool = False
+    others: frozenset[Any] = field(default_factory=frozenset)
 
 
-def way(root: Tensor, ends: Set[Any]) -> Way:
-    """Look at the way from what a backward pass was called on to the ends of a model's output."""
+def way(root: Tensor, ends: Set[Any], known: Callable[[Any], bool]) -> Way:
+    """Look at the way from what a backward pass was called on to an output.
+
+    Args:
+        root: The former.
+        ends: Nodes where the output ends.
+        known: Whether a node is that of a loss whose value and weight will be told.
+    """
     leads, after = set[Any](), dict[Any, list[Any]]()
-    for node in below([root.grad_fn], ends.__contains__):
-        for before, _ in node.next_functions if node not in ends else ():
+    until = lambda node: node in ends or known(node)  # noqa: E731
+    for node in below([root.grad_fn], until):
+        for before, _ in node.next_functions if not until(node) else ():
             after.setdefault(before, []).append(node)
     waiting = [end for end in ends if end in after]
     while waiting:
@@ -44,12 +62,13 @@ def way(root: Tensor, ends: Set[Any]) -> Way:
         if node not in leads:
             leads.add(node)
             waiting += after.get(node, [])
-    affine, weighted, scalars = True, False, 0
+    affine, weighted, scalars, divergence, others = True, False, 0, False, set[Any]()
     for node in leads - ends:
         name, arguments = node.name(), [before for before, _ in node.next_functions if before is not None]
-        if any(before not in leads for before in arguments):
-            affine = False  # something else is added
-        elif name.startswith(_CORES):
+        for besides in below([before for before in arguments if before not in leads], known):
+            others |= {besides} if known(besides) else set()
+            affine &= known(besides) or _adds_up(besides)  # else something else is added
+        if name.startswith(_CORES):
             direct = only_moves(arguments[0], ends)
             affine, weighted = affine and direct, weighted or not direct  # at a temperature
         elif name.startswith(("Mul", "Div")) and len(arguments) == 1:
@@ -58,11 +77,30 @@ def way(root: Tensor, ends: Set[Any]) -> Way:
             scalars += scalar and not internal
             affine, weighted = affine and (scalar or internal), weighted or not (scalar or internal)
         elif name.startswith(("Add", "Sub", "Rsub")):
-            affine &= len(arguments) == 2
+            entropy = name.startswith(_CONSTANTS) and len(arguments) == 1 and _of_labels(node, leads, ends)
+            divergence |= entropy
+            affine &= len(arguments) == 2 or entropy
         elif not name.startswith(_LINEAR) and not only_moves(node, {*arguments}):
             affine = False
     divided = scalars == 1 and any(n.name() == "DivBackward0" for n in leads if prod(n._input_metadata[0].shape) == 1)
-    return Way(affine and len(leads) > len(leads & ends) > 0, weighted or (scalars > 0 and not divided))
+    affine &= len(leads) > len(leads & ends) > 0
+    if divergence:  # of one distribution, which a sum of several losses of an output is not
+        logs = [node for node in leads - ends if node.name().startswith(_CORES[:1])]
+        affine &= len(logs) == 1 == len(after[logs[0]])
+    exponential = any(node.name().startswith("Exp") for node in leads - ends)
+    return Way(affine, weighted or (scalars > 0 and not divided), divergence, exponential, frozenset(others))
+
+
+def _adds_up(node: Any) -> bool:
+    """Whether a node is one of those between losses and a sum of their multiples, which adds no constant."""
+    name, arguments = node.name(), [before for before, _ in node.next_functions if before is not None]
+    return name.startswith(_SUMS) and not (name.startswith(("Add", "Sub", "Rsub")) and len(arguments) < 2)
+
+
+def _of_labels(node: Any, leads: Set[Any], ends: Set[Any]) -> bool:
+    """Whether a difference is that of the logarithms of labels and probabilities, entry by entry, times the labels."""
+    logs = [n for n in below([node], ends.__contains__) if n in leads and n.name().startswith(_CORES[:1])]
+    return len(logs) == 1 and node._input_metadata[0].shape == logs[0]._input_metadata[0].shape
 
 
 def soft_labels(above: Sequence[Any], ends: Set[Any]) -> set[Any]:
@@ -107,11 +145,70 @@ def _is_linear(node: Any) -> bool:
 
 
 def _is_core(node: Any, ends: Set[Any]) -> bool:
-    """Whether a node gives log probabilities, or the output."""
+    """Whether a node gives log probabilities, or what they are less than a constant, or the output."""
+    after = [before for before, _ in node.next_functions if before is not None]
+    if node.name().startswith(_CONSTANTS) and len(after) == 1:
+        return _is_core(after[0], ends)
     return bool(node.name().startswith(_CORES[:1])) or only_moves(node, ends)
 
 
-def factor_by_value(terms: Terms, gradient: Tensor, value: Tensor) -> Tensor | None:
+@dataclass(frozen=True)
+class Rest:
+    """What a backward pass was called on, times what it began with, less what other losses have told of it.
+
+    Attributes:
+        value: That number.
+        size: The sum of the sizes of those that it is a difference of.
+    """
+
+    value: Tensor
+    size: Tensor
+
+    def less(self, other: Tensor) -> Rest:
+        """What is left without another part of it."""
+        other = other.detach().to(self.value)
+        return Rest(self.value - other, self.size + other.abs())
+
+
+def factor_of_divergence(terms: Terms, gradient: Tensor, rest: Rest) -> Tensor | None:
+    r"""What each term is multiplied by in a number that is a multiple of divergences from labels and nothing else.
+
+    The gradient :math:`G_n = w (p_n - t_n)` tells the labels of every weight, and these the number
+    :math:`R(w) = w \sum_n \mathrm{KL}(p_n - G_n / w \,\|\, p_n)`, which falls as w rises: w is found by bisection.
+
+    Args:
+        terms: Of a cross-entropy, with any targets.
+        gradient: G.
+        rest: R.
+
+    Returns:
+        w, 0-d; ``None`` where rounding hides it.
+    """
+    sign = rest.value.double().sign()
+    logs = terms.rows(terms.output.detach()).double().log_softmax(-1)
+    p, g, value = logs.exp(), sign * terms.rows(gradient).double(), rest.value.double().abs()
+    least = (g / p).amax()
+    if not bool(least > 0) or not bool(value > 0):
+        return None
+
+    def number(w: Tensor) -> Tensor:
+        t = (p - g / w).clamp(min=0)
+        return w * (torch.special.xlogy(t, t) - t * logs).sum()
+
+    low, high = least.log(), least.log() + 46.0  # beyond that nothing is left of R
+    for _ in range(64):
+        middle = (low + high) / 2
+        larger = number(middle.exp()) > value
+        low, high = torch.where(larger, middle, low), torch.where(larger, high, middle)
+    w = low.exp()
+    eps = max(torch.finfo(rest.value.dtype).eps, torch.finfo(gradient.dtype).eps)
+    slope = (number(1.01 * w) - number(w)).abs() / 0.01  # of R in the logarithm of w
+    noise = eps * (rest.size.double() + g.abs().sum()) + torch.finfo(p.dtype).eps * w * len(p)
+    told = ((number(w) - value).abs() <= eps**0.5 * slope) & (16 * noise <= 4 * eps**0.5 * slope)
+    return (sign * w).to(terms.total) if bool(told) else None
+
+
+def factor_by_value(terms: Terms, gradient: Tensor, rest: Rest) -> Tensor | None:
     r"""What each term is multiplied by in a number that is a multiple of a loss in natural parameters and nothing else.
 
     A term is :math:`A(z) - t \cdot z`. From the number :math:`R = w \sum_n (A(z_n) - t_n \cdot z_n)` and its gradient
@@ -121,7 +218,7 @@ def factor_by_value(terms: Terms, gradient: Tensor, value: Tensor) -> Tensor | N
     Args:
         terms: With any targets.
         gradient: G.
-        value: R.
+        rest: R.
 
     Returns:
         w, 0-d; ``None`` where rounding hides it.
@@ -129,9 +226,9 @@ def factor_by_value(terms: Terms, gradient: Tensor, value: Tensor) -> Tensor | N
     z = terms.output.detach().double()
     own = torch.where(terms.mask, terms.values().detach().double(), 0).sum()
     slope, arrived = (terms.gradient().detach().double() * z), gradient.double() * z
-    left, unit = value.double() - arrived.sum(), own - slope.sum()
-    eps = max(torch.finfo(value.dtype).eps, torch.finfo(gradient.dtype).eps)
-    size = value.double().abs() + arrived.abs().sum()
+    left, unit = rest.value.double() - arrived.sum(), own - slope.sum()
+    eps = max(torch.finfo(rest.value.dtype).eps, torch.finfo(gradient.dtype).eps)
+    size = rest.size.double() + arrived.abs().sum()
     if not bool((unit != 0) & (16 * eps * size <= 4 * eps**0.5 * left.abs())):
         return None
     if not bool(16 * eps * (own.abs() + slope.abs().sum()) <= 4 * eps**0.5 * unit.abs()):

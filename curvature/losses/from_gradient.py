@@ -78,7 +78,8 @@ def from_output_gradient(
     if isinstance(options, nn.CrossEntropyLoss):
         class_dim = _class_axis(gradient, class_dim, size)
         rows = gradient.movedim(class_dim, -1)
-        target, mask = rows.argmin(-1), (rows != 0).any(-1)
+        least = 0 if size is None else 16 * torch.finfo(gradient.dtype).eps * size
+        target, mask = rows.argmin(-1), (rows.abs() > least).any(-1)
         labelled = empirical or options.weight is not None
     else:
         # A binary label is one where the loss pulls its logit up; the curvature of the others below ignores targets.

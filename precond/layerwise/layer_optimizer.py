@@ -376,15 +376,6 @@ class LayerOptimizer(WithoutCurvature):
                 UserWarning,
                 stacklevel=6,
             )
-        if "soft" not in self._reported and self.tape.soft:
-            self._reported.add("soft")
-            warnings.warn(
-                f"{type(self).__name__}: a part of the loss compares an output with probabilities by a function, "
-                "beside a loss that is known: it is taken for a penalty, which counts in no curvature. If it is the "
-                "loss, call the module with the probabilities as labels; if not, loop=Loop(capture='loss') says so.",
-                UserWarning,
-                stacklevel=6,
-            )
         if "by hand" not in self._reported and self.tape.by_hand and self.shared is None:  # which averages gradients
             self._reported.add("by hand")
             warnings.warn(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import pytest
@@ -17,8 +18,12 @@ with torch.random.fork_rng():
     torch.manual_seed(3)
     X, U = torch.randn(6, 4).double(), torch.randn(5, 4).double()
     SOFT, FEW, Y = torch.randn(6, 3).double().softmax(1), torch.randn(5, 3).double().softmax(1), torch.randint(3, (6,))
+HARD: Function = lambda z: F.cross_entropy(z, Y)  # noqa: E731
 COUNTS, SHARES = (3 * SOFT).round(), 0.8 * (SOFT > 0.3).double() + 0.1
 CE, BCE, POISSON, HUBER = nn.CrossEntropyLoss(), nn.BCEWithLogitsLoss(), nn.PoissonNLLLoss(), nn.HuberLoss()
+
+BINARY: Function = lambda z: F.binary_cross_entropy_with_logits(z, SHARES)  # noqa: E731
+COUNTED: Function = lambda z: F.poisson_nll_loss(z, COUNTS)  # noqa: E731
 
 
 def curvature_of(loss_fn: nn.Module, minimised: Callable[[nn.Module], list[Tensor]], **loop: Any) -> Tensor:
@@ -34,15 +39,15 @@ def curvature_of(loss_fn: nn.Module, minimised: Callable[[nn.Module], list[Tenso
     return optimizer.preconditioners["weight+bias"].estimator.operator().to_dense()
 
 
-def dense(*losses: Function) -> Tensor:
-    """The Gauss-Newton matrix of losses on X."""
+def dense(*losses: Function, x: Tensor = X) -> Tensor:
+    """The Gauss-Newton matrix of losses on some examples."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
         layer = nn.Linear(4, 3).double()
-    inputs = torch.cat([X, torch.ones(6, 1).double()], 1)
-    J = torch.einsum("ni,co->ncoi", inputs, torch.eye(3).double()).reshape(18, 15)
-    z = layer(X).detach()
-    hessians = [torch.autograd.functional.hessian(lambda v, f=f: f(v.view(6, 3)), z.flatten()) for f in losses]
+    inputs = torch.cat([x, torch.ones(len(x), 1).double()], 1)
+    J = torch.einsum("ni,co->ncoi", inputs, torch.eye(3).double()).reshape(-1, 15)
+    z = layer(x).detach()
+    hessians = [torch.autograd.functional.hessian(lambda v, f=f: f(v.view(-1, 3)), z.flatten()) for f in losses]
     return J.T @ sum(hessians) @ J
 
 
@@ -51,6 +56,8 @@ LABELS = {
     "smoothed": (CE, lambda z: F.cross_entropy(z, Y, label_smoothing=0.1)),
     "by hand": (CE, lambda z: -(SOFT * z.log_softmax(1)).sum(1).mean()),
     "hard": (CE, lambda z: F.cross_entropy(z, Y)),
+    "divergence": (CE, lambda z: F.kl_div(z.log_softmax(1), SOFT, reduction="batchmean")),
+    "its logarithm": (CE, lambda z: F.kl_div(z.log_softmax(1), SOFT.log(), log_target=True, reduction="sum") / 6),
     "binary": (BCE, lambda z: F.binary_cross_entropy_with_logits(z, SHARES)),
     "counts": (POISSON, lambda z: F.poisson_nll_loss(z, COUNTS)),
 }
@@ -96,11 +103,11 @@ def test_two_backward_passes_through_one_output_by_function(capture: str) -> Non
     "f",
     [
         lambda z: 64 * F.kl_div((z / 8).log_softmax(1), SOFT, reduction="batchmean"),
-        lambda z: 0.1 * F.kl_div(z.log_softmax(1), SOFT, reduction="batchmean"),
+        lambda z: F.kl_div(z.log_softmax(1), SOFT, reduction="batchmean") + 0.1 * F.cross_entropy(z, SOFT.flip(1)),
         lambda z: (F.cross_entropy(z, SOFT, reduction="none") * torch.arange(6)).mean(),
         lambda z: -0.1 * (z.softmax(1) * z.log_softmax(1)).sum(1).mean(),
     ],
-    ids=["temperature", "a constant besides", "weights of examples", "entropy"],
+    ids=["temperature", "two labels, and the entropy of one", "weights of examples", "entropy"],
 )
 def test_a_multiple_whose_size_nothing_tells_is_refused(f: Function) -> None:
     with pytest.raises(TypeError, match="neither its gradient nor the way to it tells"):
@@ -108,10 +115,9 @@ def test_a_multiple_whose_size_nothing_tells_is_refused(f: Function) -> None:
 
 
 PENALTIES: dict[str, Function] = {
-    "teacher": lambda z: F.kl_div(z.log_softmax(1), FEW, reduction="batchmean"),
+    "temperature": lambda z: 4 * F.kl_div((z / 2).log_softmax(1), FEW, reduction="batchmean"),
     "entropy": lambda z: -(z.softmax(1) * z.log_softmax(1)).sum(1).mean(),
     "probabilities": lambda z: F.mse_loss(z.softmax(1), FEW),
-    "uniform": lambda z: -z.log_softmax(1).mean(),
     "logits": lambda z: F.mse_loss(z, FEW),
     "energy": lambda z: z.logsumexp(1).mean(),
 }
@@ -124,7 +130,6 @@ LOSSES: dict[str, tuple[nn.Module, Function, Function]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*compares an output with probabilities")
 @pytest.mark.parametrize("penalty", PENALTIES)
 @pytest.mark.parametrize(
     ("loss", "apart"), [*((loss, False) for loss in LOSSES), *((loss, True) for loss in LOSSES if loss != "function")]
@@ -139,7 +144,50 @@ def test_a_penalty_on_another_pass_counts_nowhere(loss: str, penalty: str, apart
     torch.testing.assert_close(curvature_of(loss_fn, parts), dense(f), rtol=1e-9, atol=1e-11)
 
 
-def test_probabilities_beside_a_known_loss_are_told_once() -> None:
-    with pytest.warns(UserWarning, match="call the module with the probabilities as labels") as told:
-        curvature_of(CE, lambda m: [F.cross_entropy(m(X), Y) + F.cross_entropy(m(U), FEW)])
-    assert len(told) == 1
+BESIDE: dict[str, tuple[nn.Module, Function, Function, Function]] = {
+    "probabilities": (CE, lambda z: CE(z, Y), HARD, lambda z: F.cross_entropy(z, FEW)),
+    "beside a function": (CE, HARD, HARD, lambda z: F.cross_entropy(z, FEW)),
+    "smoothed": (CE, HARD, HARD, lambda z: F.cross_entropy(z, Y[:5], label_smoothing=0.1)),
+    "divergence": (CE, lambda z: CE(z, Y), HARD, lambda z: F.kl_div(z.log_softmax(1), FEW, reduction="batchmean")),
+    "uniform": (CE, lambda z: CE(z, Y), HARD, lambda z: -z.log_softmax(1).mean()),
+    "by hand": (CE, lambda z: CE(z, Y), HARD, lambda z: -(FEW * z.log_softmax(1)).sum() / 5),
+    "binary": (BCE, lambda z: BCE(z, SHARES), BINARY, lambda z: F.binary_cross_entropy_with_logits(z, FEW)),
+    "counts": (POISSON, lambda z: POISSON(z, COUNTS), COUNTED, lambda z: F.poisson_nll_loss(z, FEW)),
+}
+
+
+def in_order(order: str, called: Function, beside: Function, model: nn.Module) -> list[Tensor]:
+    """Two passes and a loss of each, in some order; a dot is the end of a backward pass."""
+    z: dict[str, Tensor] = {}
+    parts: list[Tensor] = []
+    for what in order:
+        if what in "XU":
+            z[what] = model(X if what == "X" else U)
+        elif what == ".":
+            reduce(torch.add, parts).backward(retain_graph=True)
+            parts = []
+        else:
+            parts.append(0.5 * called(z["X"]) if what == "x" else 0.3 * beside(z["U"]))
+    return [reduce(torch.add, parts)]
+
+
+@pytest.mark.parametrize("name", BESIDE)
+@pytest.mark.parametrize("order", ["XxUu", "UuXx", "XUxu", "XUux", "Xx.Uu", "XUu.x", "Uu.Xx"])
+def test_labels_beside_a_known_loss_count_with_their_weight_in_any_order(name: str, order: str) -> None:
+    loss_fn, called, f, beside = BESIDE[name]
+    got = curvature_of(loss_fn, lambda model: in_order(order, called, beside, model))
+    expected = dense(lambda z: 0.5 * f(z)) + dense(lambda z: 0.3 * beside(z), x=U)
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["function", "by hand", "divergence"])
+def test_labels_beside_a_known_loss_of_the_same_output_count(name: str) -> None:
+    f = LABELS[name][1]
+    got = curvature_of(CE, lambda model: [0.9 * CE(z := model(X), Y) + 0.1 * f(z)])
+    torch.testing.assert_close(got, dense(lambda z: 0.9 * HARD(z) + 0.1 * f(z)), rtol=1e-9, atol=1e-11)
+
+
+def test_two_labels_of_unknown_weight_beside_a_known_loss_are_refused() -> None:
+    soft = lambda z, t: F.cross_entropy(z, t)  # noqa: E731
+    with pytest.raises(TypeError, match="neither its gradient nor the way to it tells"):
+        curvature_of(CE, lambda m: [CE(m(X), Y) + 0.3 * soft(m(U), FEW) + 0.2 * soft(m(X), SOFT)])

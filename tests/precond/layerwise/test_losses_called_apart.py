@@ -169,8 +169,11 @@ def test_the_own_loss_counts_whole_where_passes_are_repeated(returns: str, kind:
 REFUSED: dict[str, tuple[str, nn.Module, Minimised]] = {
     "a temperature": ("logits", MEAN, lambda z, f: f(z, Y) + F.cross_entropy(z / 2, OTHER)),
     "another head": ("two", MEAN, lambda z, f: f(z[0], Y) + F.cross_entropy(z[1], OTHER)),
-    "taken away": ("logits", MEAN, lambda z, f: f(z, Y) - 0.3 * F.cross_entropy(z, OTHER)),
-    "smoothed": ("logits", MEAN, lambda z, f: f(z, Y) + F.cross_entropy(z, Y, label_smoothing=0.1)),
+    "smoothed, and a constant": (
+        "logits",
+        MEAN,
+        lambda z, f: 0.3 + f(z, Y) + F.cross_entropy(z, Y, label_smoothing=0.1),
+    ),
     "squares": ("logits", nn.MSELoss(), lambda z, f: f(z, X[:, :3]) + F.mse_loss(z, X[:, 1:])),
 }
 #: The same without any call of the module.
@@ -222,6 +225,14 @@ def test_what_a_gradient_does_not_tell_is_refused(name: str, capture: str) -> No
         trained(minimised, returns, loss_fn, "exact", capture=capture)
     if name not in ALONE:  # as the message says
         trained(minimised, returns, loss_fn, "exact", capture="loss")
+
+
+@pytest.mark.parametrize("capture", ["auto", "shadow"])
+def test_a_loss_that_is_taken_away_is_refused(capture: str) -> None:
+    with pytest.raises(ValueError, match="holds positive and negative multiples of the loss"):
+        trained(
+            lambda z, f: f(z, Y) - 0.3 * F.cross_entropy(z, OTHER), "logits", MEAN, "exact", parts=1, capture=capture
+        )
 
 
 #: Squared errors, whose gradient does not tell their weight, but how they enter does: by a function, by the module.
@@ -309,9 +320,8 @@ def test_one_loss_with_smoothed_labels_by_function_is_a_plain_mean() -> None:
 
 
 def test_losses_by_function_whose_weight_nothing_tells_are_no_more_than_one_of_a_step() -> None:
-    soft = torch.softmax(X[:, 1:], -1)
     with pytest.raises(ValueError, match=r"do not tell the weight of each .* Call the loss module"):
-        trained(lambda z, f: F.kl_div(z.log_softmax(1), soft, reduction="batchmean"), "logits", MEAN, "exact")
+        trained(lambda z, f: -(z.softmax(1) * z.log_softmax(1)).sum(1).mean(), "logits", MEAN, "exact")
 
 
 @pytest.mark.filterwarnings("ignore:.*has a gradient but no curvature:UserWarning")
