@@ -270,11 +270,25 @@ def weight_by_graph(
         weight = torch.full_like(terms.total, call.share)
     else:
         weight = torch.ones_like(terms.total) if call.reduction == "sum" else 1 / terms.total
-    if call.reduction == "sum":
+        if not square:
+            _confirm(origin, terms, gradient, weight)
+    if call.reduction == "sum" and (call.adds or getattr(loss, "reduction", "mean") == "sum"):
         step.add_sum(0, weight * terms.total)
     else:
         step.absolute = True
+        if call.reduction == "sum":
+            step.seen.append(torch.stack([weight, terms.total]))
     return Weight(weight)
+
+
+def _confirm(origin: Pass, terms: Terms, gradient: Tensor, weight: Tensor) -> None:
+    """Refuse a function with other options than those of the module (``pos_weight``), where its value tells of them."""
+    seen, rest = (None, None) if origin.looks is None else origin.looks()
+    if seen is None or not seen.affine or rest is None:
+        return
+    factor = factor_by_value(terms, gradient, rest)
+    if factor is not None and not bool((factor - weight).abs() <= 1e-3 * weight.abs()):
+        raise not_told()
 
 
 def _by_value(step: Step, origin: Pass, terms: Terms, gradient: Tensor) -> Weight:

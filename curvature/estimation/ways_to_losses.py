@@ -17,8 +17,8 @@ from curvature.model.graph_nodes import SHAPES, below, only_moves
 _LINEAR = ("Neg", "Sum", "Mean", "Gather", "NllLoss", "MaskedFill", "Index", "Where", "ToCopy")
 #: Of those between losses and a sum of their multiples.
 _SUMS = ("Mul", "Div", "Neg", "Add", "Sub", "Rsub", "Sum", "Mean", "Stack", "Cat", "ToCopy", *SHAPES)
-#: Of those that make log probabilities, or the mean of a Poisson variable.
-_CORES = ("LogSoftmax", "Exp", "BinaryCrossEntropyWithLogits")
+#: Of those that make log probabilities, or the mean of a Poisson variable, or the logarithm of a normaliser.
+_CORES = ("LogSoftmax", "Exp", "BinaryCrossEntropyWithLogits", "Logsumexp", *(_BINARY := ("LogSigmoid", "Softplus")))
 #: Of those that add a constant.
 _CONSTANTS = ("Sub", "Rsub")
 
@@ -69,7 +69,8 @@ def way(root: Tensor, ends: Set[Any], known: Callable[[Any], bool]) -> Way:
             others |= {besides} if known(besides) else set()
             affine &= known(besides) or _adds_up(besides)  # else something else is added
         if name.startswith(_CORES):
-            direct = only_moves(arguments[0], ends)
+            turned = name.startswith(_BINARY) and arguments[0].name().startswith("Neg")  # the other class
+            direct = only_moves(arguments[0].next_functions[0][0] if turned else arguments[0], ends)
             affine, weighted = affine and direct, weighted or not direct  # at a temperature
         elif name.startswith(("Mul", "Div")) and len(arguments) == 1:
             internal = name.endswith("1") or _is_core(arguments[0], ends)  # of torch, or by labels
@@ -82,7 +83,9 @@ def way(root: Tensor, ends: Set[Any], known: Callable[[Any], bool]) -> Way:
             affine &= len(arguments) == 2 or entropy
         elif not name.startswith(_LINEAR) and not only_moves(node, {*arguments}):
             affine = False
-    divided = scalars == 1 and any(n.name() == "DivBackward0" for n in leads if prod(n._input_metadata[0].shape) == 1)
+    probable = any(node.name().startswith(_CORES[:1]) for node in leads)  # whose mean by torch is a quotient
+    quotients = (n for n in leads if n.name() == "DivBackward0" and prod(n._input_metadata[0].shape) == 1)
+    divided = scalars == 1 and probable and any(quotients)
     affine &= len(leads) > len(leads & ends) > 0
     if divergence:  # of one distribution, which a sum of several losses of an output is not
         logs = [node for node in leads - ends if node.name().startswith(_CORES[:1])]
@@ -149,7 +152,7 @@ def _is_core(node: Any, ends: Set[Any]) -> bool:
     after = [before for before, _ in node.next_functions if before is not None]
     if node.name().startswith(_CONSTANTS) and len(after) == 1:
         return _is_core(after[0], ends)
-    return bool(node.name().startswith(_CORES[:1])) or only_moves(node, ends)
+    return bool(node.name().startswith((*_CORES[:1], *_BINARY[:1]))) or only_moves(node, ends)
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,10 @@ LABELS = {
     "hard": (CE, lambda z: F.cross_entropy(z, Y)),
     "divergence": (CE, lambda z: F.kl_div(z.log_softmax(1), SOFT, reduction="batchmean")),
     "its logarithm": (CE, lambda z: F.kl_div(z.log_softmax(1), SOFT.log(), log_target=True, reduction="sum") / 6),
+    "normaliser": (CE, lambda z: (z.logsumexp(1) - (z * SOFT).sum(1)).sum() / 5),
     "binary": (BCE, lambda z: F.binary_cross_entropy_with_logits(z, SHARES)),
+    "softplus": (BCE, lambda z: (F.softplus(z) - SHARES * z).sum() / 5),
+    "logsigmoid": (BCE, lambda z: -(SHARES * F.logsigmoid(z) + (1 - SHARES) * F.logsigmoid(-z)).mean()),
     "counts": (POISSON, lambda z: F.poisson_nll_loss(z, COUNTS)),
 }
 
@@ -185,6 +188,18 @@ def test_labels_beside_a_known_loss_of_the_same_output_count(name: str) -> None:
     f = LABELS[name][1]
     got = curvature_of(CE, lambda model: [0.9 * CE(z := model(X), Y) + 0.1 * f(z)])
     torch.testing.assert_close(got, dense(lambda z: 0.9 * HARD(z) + 0.1 * f(z)), rtol=1e-9, atol=1e-11)
+
+
+def test_a_function_with_other_options_than_the_module_is_refused() -> None:
+    positive = torch.tensor([1.0, 2.0, 3.0]).double()
+    with pytest.raises(TypeError, match="neither its gradient nor the way to it tells"):
+        curvature_of(BCE, lambda m: [F.binary_cross_entropy_with_logits(m(X), SHARES, pos_weight=positive)])
+
+
+@pytest.mark.parametrize("divisor", [6, torch.tensor(5.0).double()])
+def test_sums_of_squares_by_function_count_as_they_are_divided(divisor: Any) -> None:
+    f = lambda z: F.mse_loss(z, SOFT, reduction="sum") / divisor  # noqa: E731
+    torch.testing.assert_close(curvature_of(nn.MSELoss(), lambda m: [f(m(X))]), dense(f), rtol=1e-9, atol=1e-11)
 
 
 def test_two_labels_of_unknown_weight_beside_a_known_loss_are_refused() -> None:
