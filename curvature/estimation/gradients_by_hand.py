@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,8 @@ from curvature.estimation.gradient_marks import Marks, Samples
 
 #: Gradients of a step that are kept to tell what was put together of them; later ones are added to the last.
 MOST = 32
+#: Whole numbers up to this one are told from any others.
+_FEW = 64
 
 
 @dataclass
@@ -44,6 +47,39 @@ class Asked:
             return bool(present.any() or self.found.keys() <= now.keys())
         rtol = eps**0.5
         return not _spanned(present, present, [before], rtol) and _spanned(present, present, [before + more], rtol)
+
+    def replaced(self, now: Samples, eps: float) -> bool:
+        """Whether gradients are now this, or a multiple of it, in the place of others that stood before."""
+        if not self.found:
+            return False
+        found = _joined([now, self.before, self.found], now.keys() | self.found.keys())
+        if found is None:
+            return False
+        present, before, more = found
+        rtol = eps**0.5
+        return not _spanned(present, present, [before], rtol) and _spanned(present, present, [more], rtol)
+
+
+def divided_by(now: Mapping[str, float], was: Mapping[str, float], eps: float) -> tuple[float, bool]:
+    """What gradients were divided by since they were written, if it is one number for all that is larger than 1.
+
+    Args:
+        now: Their lengths.
+        was: Those when they were written.
+        eps: Of their dtype.
+
+    Returns:
+        The number, 1 for none; and whether it is a power of two or small and whole, as a GradScaler or a loop that
+        averages divides, and clipping does not.
+    """
+    ratios = [x / now[name] if now.get(name) else 0.0 for name, x in was.items() if x]
+    if not ratios or not 1.5 < (ratio := ratios[0]) < float("inf"):
+        return 1.0, False
+    if any(abs(one / ratio - 1) > 32 * eps for one in ratios):
+        return 1.0, False
+    number = float(round(ratio))
+    told = (number <= _FEW or math.frexp(number)[0] == 0.5) and abs(ratio / number - 1) <= 32 * eps
+    return (number, True) if told else (ratio, False)
 
 
 class Dropped:

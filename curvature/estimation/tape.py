@@ -6,6 +6,7 @@ events of one record; whoever needs inputs, uses of parameters, or the batch onc
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
 from collections.abc import Callable, Mapping
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from curvature.estimation.followed_layer import FollowedLayer
 from curvature.estimation.gradient_marks import GradientMarks, Marks, Samples, copied, lengths
-from curvature.estimation.gradients_by_hand import Asked, Dropped
+from curvature.estimation.gradients_by_hand import Asked, Dropped, divided_by
 from curvature.estimation.passes import Pass, Reader, TapedLoss
 from curvature.estimation.recording import LOCK, Recording
 from curvature.estimation.selection import selection
@@ -31,6 +32,8 @@ from curvature.model.hooks import At, Hook, OwnHook
 from curvature.model.trees import tensors_in
 
 Mode = Literal["auto", "loss", "gradient", "shadow"]
+#: Powers of two from this one that a loss is multiplied by are scales of half precision.
+_LARGE = 256
 MODES: tuple[Mode, ...] = ("auto", "loss", "gradient", "shadow")
 
 
@@ -55,6 +58,7 @@ class Tape(Recording):
         nonzero: Parameters under ``fully_shard`` with a gradient that is not zero in some process, where that is known.
         outside: Calls of the loss that no pass led to.
         elsewhere: A loss counted that parameters led to, and no pass of the model.
+        aside: Such a loss had a backward pass of its own.
         earlier: What the gradients of earlier backward passes of the step are known by, when the last one began, where
             some stand.
         by_hand: What stands in ``p.grad`` is made of what backward passes wrote and of gradients that were zeroed, or
@@ -81,7 +85,7 @@ class Tape(Recording):
         self.reader: Reader | None = None
         self.nonzero: frozenset[str] | None = None
         self.outside: list[TapedLoss] = []
-        self.by_hand = self.elsewhere = False
+        self.by_hand = self.elsewhere = self.aside = False
         self.behind: tuple[Marks, Samples] | None = None
         self._task: int | None = None  # the user's backward pass under way
         self._claim: tuple[int, int] | None = None  # that pass and its thread, until it has ended
@@ -94,6 +98,7 @@ class Tape(Recording):
         self._weights: list[tuple[TapedLoss | Pass, Tensor | None, frozenset[str]]] = []  # likewise, of what it brought
         self._asked: Asked | None = None  # that pass, or the last one, is torch.autograd.grad for some of them
         self._catching: list[Any] = []  # hooks that see what it finds
+        self._watching: list[Any] = []  # hooks that see what is accumulated
         self._dropped = Dropped()
         self._followed: weakref.WeakSet[FollowedLayer] = weakref.WeakSet()
         self.attach()
@@ -118,10 +123,13 @@ class Tape(Recording):
     def clear(self) -> None:
         super().clear()
         self._catch_no_more()
+        for handle in self._watching:
+            handle.remove()
+        self._watching = []
         self.outside, self._task, self._marks, self.nonzero = [], None, {}, None
         self._samples, self.earlier, self._weights = {}, {}, []
         self._asked, self._dropped, self.behind = None, Dropped(), None
-        self.by_hand = self.elsewhere = False
+        self.by_hand = self.elsewhere = self.aside = False
 
     # Calls of the loss
 
@@ -168,6 +176,11 @@ class Tape(Recording):
     # Gradients
 
     def listen(self, origin: Pass, own: Tensor | None = None) -> None:
+        if not self._watching and self.shards is None and self.parallel is None:
+            leaves = [p for p in self.parameters().values() if p.requires_grad and p.is_leaf]
+            for p in (leaves[:1] + leaves[-1:])[: len(leaves)]:  # one that is shared is most likely at an end
+                hook = At(self, "_accumulated", "")
+                self._watching.append(ours(p.register_post_accumulate_grad_hook(hook)))
         if own is not None and own.requires_grad:
             origin.own = taped(self.model, (), {}, None, own.detach(), [], True)
             hook = At(self, "_gradient_at_own_loss", origin)
@@ -248,6 +261,8 @@ class Tape(Recording):
             self._claim = task, threading.get_ident()
         self.earlier = self.settle()
         self._task, self._before = task, self._gradients.now()
+        if self.aside:  # unless somebody has taken it back since
+            self.aside = any(lengths(self._gradients.samples(self._before)).values())
         if captured(self.seen().values()):
             self._asked = Asked(self._before, self._gradients.samples())
             if self.shards is None:
@@ -269,6 +284,14 @@ class Tape(Recording):
         if isinstance(threading.current_thread(), threading._DummyThread):
             return len(running) > 1
         return self._claim[1] in running - {threading.get_ident()}
+
+    def _accumulated(self, _: str, parameter: Tensor) -> None:
+        """A backward pass wrote a gradient: maybe one of another model that has layers of this one."""
+        if self.inside or not self.active or torch._C._current_graph_task_id() == self._task:
+            return
+        if self.mode != "loss" and not self.aside:
+            self._unseen.look([], [], self.seen().values())
+            self.aside = self._unseen.elsewhere
 
     def _found_for(self, name: str, gradient: Tensor) -> None:
         if self._asked is not None and torch._C._current_graph_task_id() == self._task:
@@ -306,9 +329,9 @@ class Tape(Recording):
         else:
             self._asked.brought = brought  # whatever becomes of them
 
-    def _keep(self, brought: list[TapedLoss | Pass], after: Marks) -> None:
+    def _keep(self, brought: list[TapedLoss | Pass], after: Marks, written: frozenset[str] = frozenset()) -> None:
         """What a backward pass that ended brought counts: it stands in ``p.grad``."""
-        written = frozenset(name for name, mark in after.items() if mark != self._before.get(name))
+        written |= {name for name, mark in after.items() if mark != self._before.get(name)}
         try:  # whatever may raise comes first
             samples = self._gradients.samples(after)
             calls = [(call, _sum(call.weight, call.arriving)) for call in self.calls()]
@@ -342,9 +365,10 @@ class Tape(Recording):
         asked, self._asked = self._asked, None
         if asked is None or not asked.brought:
             return self._abandon()
-        after = self._gradients.now()
-        if after != asked.marks and asked.taken(self._gradients.samples(), self._eps):
-            return self._keep(list(asked.brought), after)
+        after, samples = self._gradients.now(), self._gradients.samples()
+        in_place = not self._marks and asked.replaced(samples, self._eps)  # of those of an earlier step
+        if in_place or (after != asked.marks and asked.taken(samples, self._eps)):
+            return self._keep(list(asked.brought), after, frozenset(asked.found if in_place else ()))
         self._dropped.add({one for one in asked.brought if not _is_of_inputs(one)}, asked.found)
         self._abandon()
 
@@ -422,6 +446,22 @@ class Tape(Recording):
             self.by_hand |= self._dropped.explain(samples, was, self._eps)
         self.earlier = {}
         return {name: x for name, x in now.items() if x and name not in gone}
+
+    def divided_by(self) -> float:
+        """What the gradients that stand were divided by since the last backward pass of the step wrote them.
+
+        Clipping does not count, but the scale of a GradScaler does that was taken off before.
+        """
+        if not self._marks or self.shards is not None:
+            return 1.0
+        now, was = self._gradients.samples(self._marks), self._samples
+        both = lengths(now | {f"{name} was": x for name, x in was.items() if name in now})
+        ratio, told = divided_by(both, {name: both[f"{name} was"] for name in now.keys() & was.keys()}, self._eps)
+        if told or ratio == 1:
+            return ratio
+        weights = [call.weight for call in self.calls() if call.weight is not None and call.weight.dim() == 0]
+        scale = max((float(weight) for weight in weights), default=1.0)
+        return scale if _LARGE <= scale <= ratio and math.frexp(scale)[0] == 0.5 else 1.0
 
     def standing(self) -> tuple[Marks, Samples] | None:
         """What the gradients of the step that count by now are known by; ``None`` where there are none."""

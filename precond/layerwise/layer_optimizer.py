@@ -321,10 +321,12 @@ class LayerOptimizer(WithoutCurvature):
         return self.shared.again(self, scale)
 
     def loss_scale(self) -> Tensor | float:
-        """What a GradScaler multiplied the loss by."""
+        """What the loss was multiplied by, and the gradients that stand were not: by a GradScaler, say."""
         scale = getattr(self, "grad_scale", None)
         if scale is None and getattr(self, "found_inf", None) is not None:  # the gradients were unscaled before
             return scale_in_use()
+        if scale is None and self.shared is None and self.tape.parallel is None:
+            return self.tape.divided_by()  # by hand, or unscaled before a plain step
         return 1.0 if scale is None else scale
 
     def report_plain(self, name: str, gradient: Tensor) -> None:
@@ -364,7 +366,7 @@ class LayerOptimizer(WithoutCurvature):
         if (
             self.tape.passes
             and "outside" not in self._reported
-            and (self.tape.elsewhere or any(not only_moves(c.output.grad_fn) for c in outside))
+            and (self.tape.elsewhere or self.tape.aside or any(not only_moves(c.output.grad_fn) for c in outside))
         ):  # not of weights
             self._reported.add("outside")
             warnings.warn(

@@ -307,6 +307,24 @@ class Headed(nn.Module):
         return self.head(self.trunk(x).tanh())
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_backward_pass_of_another_model_that_shares_layers_is_told(first: bool) -> None:
+    trunk, *heads = mlp()[0], nn.Linear(5, 3).double(), nn.Linear(5, 3).double()
+    one, two = (Headed(trunk, head) for head in heads)
+    optimizer = watching(one)
+    for taken_back in (True, False):
+        own, other = MEAN(one(X), Y), nn.functional.cross_entropy(two(OTHER), Y)
+        (other if first or taken_back else own).backward()
+        if taken_back:
+            optimizer.zero_grad(set_to_none=first)
+        (own if first or taken_back else other).backward()
+        if taken_back:
+            optimizer.step()  # warnings are errors
+            optimizer.zero_grad()
+    with pytest.warns(UserWarning, match="by another model that has some"):
+        optimizer.step()
+
+
 class Both(nn.Module):
     def __init__(self, *models: nn.Module) -> None:
         super().__init__()
@@ -449,6 +467,58 @@ def test_gradients_put_together_by_hand_are_told_once(loop: Callable[[nn.Module,
 def assigned(model: nn.Module, loss: Tensor) -> None:
     for p, g in zip(model.parameters(), torch.autograd.grad(loss, list(model.parameters())), strict=True):
         p.grad = g if p.grad is None else p.grad + g
+
+
+def in_the_place_of_the_last(model: nn.Module, loss: Tensor) -> None:
+    """Never zeroed."""
+    for p, g in zip(model.parameters(), torch.autograd.grad(loss, list(model.parameters())), strict=True):
+        p.grad = g
+
+
+def through_data_of_the_last(model: nn.Module, loss: Tensor) -> None:
+    for p, g in zip(model.parameters(), torch.autograd.grad(loss, list(model.parameters())), strict=True):
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        p.grad.data = g
+
+
+@pytest.mark.parametrize("write", [in_the_place_of_the_last, through_data_of_the_last])
+def test_what_autograd_grad_returns_counts_in_the_place_of_an_earlier_gradient(
+    write: Callable[[nn.Module, Tensor], None],
+) -> None:
+    model = mlp()
+    optimizer = watching(model)
+    for x in (OTHER, X):
+        write(model, MEAN(model(x), Y))
+        optimizer.step()
+    for block, layer in zip(learned(optimizer).values(), (model[0], model[2]), strict=True):
+        assert_block(block, layer, [(model(X), lambda z: MEAN(z, Y))])
+
+
+@pytest.mark.parametrize(
+    ("how", "clips"),
+    [(how, clips) for how in ("unscaled", "divided", "data") for clips in (False, True)] + [("averaged", False)],
+)
+def test_a_scale_that_is_taken_off_before_a_plain_step_is_divided_out(how: str, clips: bool) -> None:
+    model = mlp()
+    optimizer, scaler = watching(model), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for x in (OTHER, X):
+        optimizer.zero_grad()
+        loss = MEAN(model(x), Y)
+        (scaler.scale(loss) if how == "unscaled" else 1024 * loss if how != "averaged" else 3 * loss).backward()
+        if how == "unscaled":
+            scaler.unscale_(optimizer)
+        for p in model.parameters() if how != "unscaled" else ():
+            if how == "data":
+                p.grad.data /= 1024
+            else:
+                p.grad.div_(3 if how == "averaged" else 1024)
+        if clips:
+            nn.utils.clip_grad_norm_(model.parameters(), 1e-2)
+        optimizer.step()
+        if how == "unscaled":
+            scaler.update()
+    for block, layer in zip(learned(optimizer).values(), (model[0], model[2]), strict=True):
+        assert_block(block, layer, [(model(X), lambda z: MEAN(z, Y))])
 
 
 def added_in_place(model: nn.Module, loss: Tensor) -> None:
