@@ -106,7 +106,21 @@ def _through(node: Any, name: str, which: int, before: Sequence[int], mask: Tens
     """What is picked of one of those that a node gets, of some shape, which does not pick by itself."""
     if name.startswith(_LOOKS) and which:  # of keys and values a signal alone tells which are looked at
         return mask.new_zeros(1, before[-2])
+    if name.startswith(("Flip", "Roll")):
+        return _turned_back(node, name, mask, len(before))
     return mask if _keeps_positions(node, name, before) else None
+
+
+def _turned_back(node: Any, name: str, mask: Tensor, axes: int) -> Tensor | None:
+    """What is picked of a tensor, where it is picked behind a flip or a roll along some of its axes."""
+    dims = [_signed(axis) % axes for axis in node._saved_dims]
+    if name.startswith("Flip"):
+        return mask.flip([axis for axis in dims if axis <= _AXIS])
+    if not dims:
+        return None  # it is rolled as one row
+    for shift, axis in zip(node._saved_shifts, dims, strict=True):
+        mask = mask.roll(-_signed(shift), axis) if axis <= _AXIS else mask
+    return mask
 
 
 def _keeps_positions(node: Any, name: str, before: Sequence[int]) -> bool:

@@ -39,6 +39,11 @@ PICKS: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
     "masked_fill": (lambda h: h.masked_fill(~mask(TWO)[..., None], 0.0).sum(1) / 2, TWO),
     "where": (lambda h: torch.where(mask(TWO)[..., None], h, 0.0).sum(1) / 2, TWO),
     "weights": (lambda h: (mask(TWO).double()[:, None] / 2 @ h)[:, 0], TWO),
+    "flip": (lambda h: (h.flip(1)[:, 1] + h.flip(-2, 2)[:, 4].flip(1)) / 2, SAME),
+    "flips of flips": (lambda h: h.flip(1)[:, 1:].flip(1)[:, [1, 4]].mean(1), SAME),
+    "flipped examples": (lambda h: h.flip(0)[ROWS, ONE[:, 0].flip(0)].flip(0), ONE),
+    "roll": (lambda h: h.roll(2, 1)[:, [3, 0]].mean(1), SAME),
+    "roll of several": (lambda h: h.roll((-1, 1), (1, -1))[:, ::3].mean(1).roll(-1, 1), SAME),
     "two heads": (lambda h: (h[:, 1] + h[:, 4]) / 2, SAME),
 }
 
@@ -85,8 +90,10 @@ def test_positions_cut_after_a_layer_are_those_cut_before(how: str, sharing: str
 @pytest.mark.parametrize(
     "pick",
     [
-        lambda h: h.flip(1)[:, 0],
-        lambda h: h.roll(1, 1)[:, 0],
+        lambda h: h.roll(1)[:, 0],
+        lambda h: torch.cat([h[:, 3:], h[:, :3]], 1)[:, 0],
+        lambda h: h.transpose(0, 1)[0],
+        lambda h: h.movedim(1, 0).unbind(0)[2],
         lambda h: h.permute(1, 0, 2)[-1],
         lambda h: h.mT[..., -1],
         lambda h: h.cumsum(1)[:, 0] * 0 + h.sort(1).values[:, 0] * 0 + h[:, -1],
