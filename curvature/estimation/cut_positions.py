@@ -27,6 +27,8 @@ _ENTRYWISE = (
 )
 #: Of those whose result sums over positions of all that they get but the first.
 _LOOKS = ("Bmm", "ScaledDotProduct")
+#: Of those that put positions in another order.
+_TURNS = ("Flip", "Roll")
 #: The axis of positions in ``(n, R, ...)``.
 _AXIS = 1
 
@@ -63,7 +65,9 @@ def _masks(output: Tensor, picks: tuple[str, ...]) -> dict[Any, Tensor | None]:
     reached: dict[Any, Tensor | None] = {output.grad_fn: None}
     numbers: dict[Any, set[int]] = {}
     pooled: set[Any] = set()
-    for node in _users_first(output.grad_fn):
+    nodes = _users_first(output.grad_fn)
+    turns = any(_puts_time_first(node) for node in nodes)  # then nobody knows along which axis something is flipped
+    for node in nodes:
         name, given = node.name(), numbers.get(node, {0})
         for which, (child, number) in enumerate(node.next_functions):
             if child is None:
@@ -76,6 +80,8 @@ def _masks(output: Tensor, picks: tuple[str, ...]) -> dict[Any, Tensor | None]:
                 except RuntimeError:  # what it saved is gone, or was changed since
                     mask = None
                 mask = mask if mask is None else mask.to(output.device)
+            elif mask is not None and turns and name.startswith(_TURNS):
+                mask = None
             elif mask is not None:
                 mask = _through(node, name, which, child._input_metadata[number].shape, mask)
             numbers.setdefault(child, set()).add(number)
@@ -106,8 +112,8 @@ def _through(node: Any, name: str, which: int, before: Sequence[int], mask: Tens
     """What is picked of one of those that a node gets, of some shape, which does not pick by itself."""
     if name.startswith(_LOOKS) and which:  # of keys and values a signal alone tells which are looked at
         return mask.new_zeros(1, before[-2])
-    if name.startswith(("Flip", "Roll")):
-        return _turned_back(node, name, mask, len(before))
+    if name.startswith(_TURNS):
+        return _turned_back(node, name, mask, len(before)) if len(before) == 3 and before[1] == mask.shape[1] else None
     return mask if _keeps_positions(node, name, before) else None
 
 
@@ -134,6 +140,13 @@ def _keeps_positions(node: Any, name: str, before: Sequence[int]) -> bool:
         joined = len(two[0]) < len(two[1]) and two[0][0] == math.prod(two[1][:2])  # examples with positions, or heads
         return (joined and two[0][1] in two[1][2:]) or tuple(before[:2]) == tuple(shape[:2])
     return name.startswith((*_ENTRYWISE, *_LOOKS))  # of these the rows of a product, the queries
+
+
+def _puts_time_first(node: Any) -> bool:
+    """Whether a node swaps the first two axes."""
+    return node.name().startswith(("Transpose", "Permute")) and bool(
+        _moved(node, len(node._input_metadata[0].shape)) & {0}
+    )
 
 
 def _moved(node: Any, axes: int) -> set[int]:

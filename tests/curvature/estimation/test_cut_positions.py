@@ -93,6 +93,7 @@ def test_positions_cut_after_a_layer_are_those_cut_before(how: str, sharing: str
         lambda h: h.roll(1)[:, 0],
         lambda h: torch.cat([h[:, 3:], h[:, :3]], 1)[:, 0],
         lambda h: h.transpose(0, 1)[0],
+        lambda h: h.transpose(0, 1).flip(0).transpose(0, 1)[:, 0],
         lambda h: h.movedim(1, 0).unbind(0)[2],
         lambda h: h.permute(1, 0, 2)[-1],
         lambda h: h.mT[..., -1],
