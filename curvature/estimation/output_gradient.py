@@ -68,11 +68,20 @@ class OutputGradient:
         except (TypeError, ValueError):
             if origin.penalty:
                 return None
+            if origin.labelled and _hidden(gradient):
+                origin.left_out = True
+                return None
             raise
         if weights is None and origin.penalty:
             return None
         if weights is None:
-            return terms, weight_by_graph(step, self.module, origin, terms, gradient, self.plain)
+            try:
+                return terms, weight_by_graph(step, self.module, origin, terms, gradient, self.plain)
+            except TypeError:
+                if not (origin.labelled and _hidden(gradient)):
+                    raise
+                origin.left_out = True
+                return None
         if origin.beside and step.sums:
             step.add_sum(min(step.sums), weights[terms.mask].sum())
         else:
@@ -90,3 +99,8 @@ class OutputGradient:
             return terms, Weight(share)
         n, r, c = terms.shape
         return terms, Weight(None, terms.unrows(weights.reshape(n, r, 1).expand(n, r, c)))
+
+
+def _hidden(gradient: Tensor) -> bool:
+    """Whether differences of probabilities are so small that rounding may hide what they are multiples of."""
+    return bool(gradient.abs().max() * gradient.shape[0] < torch.finfo(gradient.dtype).eps ** 0.25)

@@ -127,6 +127,7 @@ class Pass:
     unseen_loss: UnseenLoss | None = None  # that loss, where it is a single one and somebody can tell
     penalty: bool = False  # the loss of the step is elsewhere, and no node above is one of its kind
     labelled: bool = False  # a loss with labels that are probabilities, or counts, is above it
+    left_out: bool = False  # rounding hides its weight, so that it counts in no curvature
     way: Way | None = None  # from what the backward pass was called on, where nobody saw a loss
     rest: Rest | None = None  # of that, without other losses
     looks: Callable[[], tuple[Way | None, Rest | None]] | None = None  # for both, while the backward pass is under way

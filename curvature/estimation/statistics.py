@@ -519,6 +519,7 @@ class Statistics:
             self.arrives_at_output(again)  # no gradient comes that would tell
             arrived = again.gradient
             found = None if arrived is None else self._at_output.read(self._step, origin, again.output, arrived)
+            self.tape.left_out |= again.left_out | origin.left_out
             if found is not None:
                 self._take([again], *found, [])
             again.calls = []  # which hold it

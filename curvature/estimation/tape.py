@@ -58,6 +58,7 @@ class Tape(Recording):
         nonzero: Parameters under ``fully_shard`` with a gradient that is not zero in some process, where that is known.
         outside: Calls of the loss that no pass led to.
         elsewhere: A loss counted that parameters led to, and no pass of the model.
+        left_out: A loss counts in no curvature, since rounding hides its weight.
         aside: Such a loss had a backward pass of its own.
         earlier: What the gradients of earlier backward passes of the step are known by, when the last one began, where
             some stand.
@@ -85,7 +86,7 @@ class Tape(Recording):
         self.reader: Reader | None = None
         self.nonzero: frozenset[str] | None = None
         self.outside: list[TapedLoss] = []
-        self.by_hand = self.elsewhere = self.aside = False
+        self.by_hand = self.elsewhere = self.aside = self.left_out = False
         self.behind: tuple[Marks, Samples] | None = None
         self._task: int | None = None  # the user's backward pass under way
         self._claim: tuple[int, int] | None = None  # that pass and its thread, until it has ended
@@ -129,7 +130,7 @@ class Tape(Recording):
         self.outside, self._task, self._marks, self.nonzero = [], None, {}, None
         self._samples, self.earlier, self._weights = {}, {}, []
         self._asked, self._dropped, self.behind = None, Dropped(), None
-        self.by_hand = self.elsewhere = self.aside = False
+        self.by_hand = self.elsewhere = self.aside = self.left_out = False
 
     # Calls of the loss
 
@@ -242,6 +243,7 @@ class Tape(Recording):
             return  # the calls of the loss have told already
         if self.reader is not None and self.records:
             self.reader.arrived_at_output(origin, gradient.detach())
+        self.left_out |= origin.left_out
         if origin.again and not kept:  # what other losses tell comes after it
             self._unseen.read_later(origin)
             origin.seen, origin.arriving = origin.output.detach(), gradient.detach()

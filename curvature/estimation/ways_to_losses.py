@@ -19,6 +19,8 @@ _LINEAR = ("Neg", "Sum", "Mean", "Gather", "NllLoss", "MaskedFill", "Index", "Wh
 _SUMS = ("Mul", "Div", "Neg", "Add", "Sub", "Rsub", "Sum", "Mean", "Stack", "Cat", "ToCopy", *SHAPES)
 #: Of those that make log probabilities, or the mean of a Poisson variable, or the logarithm of a normaliser.
 _CORES = ("LogSoftmax", "Exp", "BinaryCrossEntropyWithLogits", "Logsumexp", *(_BINARY := ("LogSigmoid", "Softplus")))
+#: Of losses that are none of an exponential family.
+_OTHERS = ("MultiMargin", "MultilabelMargin", "SoftMargin", "CtcLoss", "SmoothL1Loss", "HuberLoss", "MseLoss")
 #: Of those that add a constant.
 _CONSTANTS = ("Sub", "Rsub")
 
@@ -30,7 +32,7 @@ class Way:
     Attributes:
         affine: The number is a multiple of the loss of all terms and multiples of others, and nothing else: its value
             tells the weight.
-        weighted: Products or quotients are on the way whose size nobody knows.
+        weighted: Products or quotients are on the way whose size nobody knows, or it is another loss.
         divergence: The entropy of the labels, which no gradient shows, is taken off.
         exponential: It is the loss of a Poisson variable.
         others: The nodes of the others.
@@ -87,6 +89,7 @@ def way(root: Tensor, ends: Set[Any], known: Callable[[Any], bool]) -> Way:
     quotients = (n for n in leads if n.name() == "DivBackward0" and prod(n._input_metadata[0].shape) == 1)
     divided = scalars == 1 and probable and any(quotients)
     affine &= len(leads) > len(leads & ends) > 0
+    weighted |= any(node.name().startswith(_OTHERS) for node in leads)
     if divergence:  # of one distribution, which a sum of several losses of an output is not
         logs = [node for node in leads - ends if node.name().startswith(_CORES[:1])]
         affine &= len(logs) == 1 == len(after[logs[0]])

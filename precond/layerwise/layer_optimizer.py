@@ -378,6 +378,16 @@ class LayerOptimizer(WithoutCurvature):
                 UserWarning,
                 stacklevel=6,
             )
+        if "left out" not in self._reported and self.tape.left_out:
+            self._reported.add("left out")
+            warnings.warn(
+                f"{type(self).__name__}: a part of the loss compares an output with probabilities by a function, and "
+                "both are so near that rounding hides its weight: it counts in no curvature as long as that is so. "
+                "Call the module with the probabilities as labels, or leave it out for good: "
+                "loop=Loop(capture='loss').",
+                UserWarning,
+                stacklevel=6,
+            )
         if "by hand" not in self._reported and self.tape.by_hand and self.shared is None:  # which averages gradients
             self._reported.add("by hand")
             warnings.warn(

@@ -202,6 +202,28 @@ def test_sums_of_squares_by_function_count_as_they_are_divided(divisor: Any) -> 
     torch.testing.assert_close(curvature_of(nn.MSELoss(), lambda m: [f(m(X))]), dense(f), rtol=1e-9, atol=1e-11)
 
 
+def test_a_divergence_that_rounding_hides_is_left_out_and_told_once() -> None:
+    """Adversarial directions begin with next to none."""
+
+    def minimised(model: nn.Module) -> list[Tensor]:
+        near = model(X + 1e-7).detach().softmax(1)
+        return [CE(model(X), Y) + F.kl_div(model(X).log_softmax(1), near, reduction="batchmean")]
+
+    with pytest.warns(UserWarning, match="rounding hides its weight") as told:
+        got = curvature_of(CE, minimised)
+    assert len(told) == 1
+    torch.testing.assert_close(got, dense(HARD), rtol=1e-9, atol=1e-11)
+
+
+def test_a_loss_of_alignments_is_no_cross_entropy() -> None:
+    def aligned(model: nn.Module) -> list[Tensor]:
+        logs = model(X)[:, None].log_softmax(-1)
+        return [F.ctc_loss(logs, torch.tensor([[1, 2]]), torch.tensor([6]), torch.tensor([2]))]
+
+    with pytest.raises(TypeError, match="neither its gradient nor the way to it tells"):
+        curvature_of(CE, aligned)
+
+
 def test_two_labels_of_unknown_weight_beside_a_known_loss_are_refused() -> None:
     soft = lambda z, t: F.cross_entropy(z, t)  # noqa: E731
     with pytest.raises(TypeError, match="neither its gradient nor the way to it tells"):
