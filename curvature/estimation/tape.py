@@ -292,7 +292,7 @@ class Tape(Recording):
         if self.inside or not self.active or torch._C._current_graph_task_id() == self._task:
             return
         if self.mode != "loss" and not self.aside:
-            self._unseen.look([], [], self.seen().values())
+            self._unseen.look(self.passes, self.calls(), self.seen().values())
             self.aside = self._unseen.elsewhere
 
     def _found_for(self, name: str, gradient: Tensor) -> None:
