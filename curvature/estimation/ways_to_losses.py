@@ -89,7 +89,8 @@ def way(root: Tensor, ends: Set[Any], known: Callable[[Any], bool]) -> Way:
     quotients = (n for n in leads if n.name() == "DivBackward0" and prod(n._input_metadata[0].shape) == 1)
     divided = scalars == 1 and probable and any(quotients)
     affine &= len(leads) > len(leads & ends) > 0
-    weighted |= any(node.name().startswith(_OTHERS) for node in leads)
+    if any(node.name().startswith(_OTHERS) for node in leads):
+        affine, weighted = False, True
     if divergence:  # of one distribution, which a sum of several losses of an output is not
         logs = [node for node in leads - ends if node.name().startswith(_CORES[:1])]
         affine &= len(logs) == 1 == len(after[logs[0]])
