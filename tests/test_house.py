@@ -83,7 +83,7 @@ HOUSE: dict[str, str] = {
     "curvature.structures": ".layers .losses .model solvers solvers.operators solvers.precision solvers.outcome"
     " solvers.triangles",
     "curvature.layers": ".layers.axes .losses .model solvers solvers.precision solvers.triangles",
-    "curvature.layers.axes": "",
+    "curvature.layers.axes": ".model",
     "curvature.losses": "solvers.precision solvers.outcome",
     "curvature.model": "solvers.outcome",
     "solvers": ".moved .fallback .rules .iterative .direct .solver .eigenpairs .estimates .operators .outcome",

@@ -15,6 +15,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from curvature.layers.axes.calls import Handle
 from curvature.layers.block import Block, BlockPart
 from curvature.layers.samples import OneHot, Outer, PerSample
+from curvature.model.moment import writes
 
 
 @dataclass(frozen=True)
@@ -179,13 +180,13 @@ class Site(ABC):
     def save(self, tensor: Tensor) -> Tensor:
         """Keep a tensor for later, and notice if it is modified in place in between."""
         kept = tensor.detach()
-        self._saved.append((kept, kept._version))
+        self._saved.append((kept, writes(kept)))
         return kept
 
     def check_saved(self) -> None:
         """Raise if a saved tensor was modified in place after its use."""
         for tensor, version in self._saved:
-            if tensor._version != version:
+            if writes(tensor) != version:
                 raise RuntimeError(
                     f"the input of {self.operation} ({', '.join(r.label for r in self.refs)}) was modified in place "
                     "after its use, so its statistics would be wrong. Use an out-of-place operation there."

@@ -122,5 +122,8 @@ def copied(tensors: dict[int, Tensor]) -> dict[int, Tensor]:
 
 
 def writes(tensor: Tensor) -> int:
-    """How often a tensor was written to in place, as far as torch counts it."""
-    return 0 if tensor.is_inference() else tensor._version
+    """How often a tensor was written to in place, as far as torch counts it: not for those of inference mode."""
+    try:
+        return tensor._version
+    except RuntimeError:
+        return 0

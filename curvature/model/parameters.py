@@ -30,8 +30,8 @@ class Parameters(Mapping[str, nn.Parameter]):
             are in them; ``None`` takes every trainable parameter. Frozen parameters never count.
 
     Raises:
-        ValueError: If no parameter is left, an entry of ``params`` matches no trainable parameter, or a parameter has
-            no shape yet.
+        ValueError: If no parameter is left, an entry of ``params`` matches no trainable parameter, a parameter has no
+            shape yet, or one was made in inference mode.
         TypeError: If a parameter is complex.
     """
 
@@ -147,10 +147,24 @@ def _check(name: str, p: nn.Parameter) -> None:
             f"{name} has no shape yet: it belongs to a lazy module, which finds its shape in its first forward pass. "
             "Run the model once on some inputs before."
         )
+    refuse_inference(p, name)
     if p.is_complex():
         raise TypeError(
             f"{name} is complex ({p.dtype}). Curvature is that of real parameters: keep real and imaginary part along "
             "a last axis of size 2, nn.Parameter(torch.view_as_real(w)), and use torch.view_as_complex in forward."
+        )
+
+
+def refuse_inference(p: Tensor, name: str) -> None:
+    """Refuse what was made in inference mode, which has no derivative and may not be written to outside of it.
+
+    Raises:
+        ValueError: If it was.
+    """
+    if p.is_inference():
+        raise ValueError(
+            f"{name} was made under torch.inference_mode(), so that no derivative by it can be taken. Build the model, "
+            "or load it, outside of inference mode, or under torch.no_grad()."
         )
 
 

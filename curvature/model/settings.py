@@ -112,7 +112,7 @@ def own_buffers(model: nn.Module, at: Moment | None = None) -> Iterator[None]:
 
 def versions(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Versions of the parameters, frozen ones included, which tell whether one was written since."""
-    return {name: (p._version, p.data_ptr()) for name, p in model.named_parameters()}
+    return {name: (writes(p), p.data_ptr()) for name, p in model.named_parameters()}
 
 
 def refuse_changes(model: nn.Module, before: dict[str, tuple[int, int]]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from curvature.model.parameters import refuse_inference
 from precond.step.other_names import KERNELS, counterpart
 
 #: How near the name of an option a key of a group may come before it is taken for that option misspelt.
@@ -143,3 +144,5 @@ def _require_parameter(given: Any, method: str) -> None:
             f"{method} can't optimize a non-leaf Tensor, one of shape {tuple(tensor.shape)} computed from others. "
             "Pass what it is computed from, or make it a parameter: torch.nn.Parameter(tensor.detach())."
         )
+    if tensor.requires_grad:
+        refuse_inference(tensor, given[0] if named else f"a parameter of shape {tuple(tensor.shape)}")

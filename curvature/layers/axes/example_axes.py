@@ -41,6 +41,7 @@ from curvature.layers.axes.calls import (
     State,
     handles,
 )
+from curvature.model.moment import writes
 
 _PLAIN = frozenset(
     (int, float, bool, str, complex, type(None), type(Ellipsis), torch.dtype, torch.device, torch.memory_format)
@@ -92,7 +93,7 @@ class ExampleAxes:
         """The present value of a tensor, to ask for its state when the tensor may be gone."""
         known = self._live.get(id(tensor))
         if known is not None and known.ref() is tensor:
-            if known.version == tensor._version and (known.grad or not tensor.requires_grad):
+            if known.version == writes(tensor) and (known.grad or not tensor.requires_grad):
                 return known
             new = self._new(tensor)
             if new.version == self._bumped:
@@ -130,7 +131,7 @@ class ExampleAxes:
         if before is None and func in ASSIGNING:
             before = self._new(output)
             before.version -= 1
-        version = output._version
+        version = writes(output)
         if before is not None:
             if before.version != version:
                 self._bumped = version
@@ -180,7 +181,7 @@ class ExampleAxes:
     def _new(self, tensor: Tensor) -> Handle:
         index = self._count
         self._live[id(tensor)] = handle = Handle(
-            weakref.ref(tensor), index, tensor.shape, tensor._version, tensor.requires_grad
+            weakref.ref(tensor), index, tensor.shape, writes(tensor), tensor.requires_grad
         )
         self._count = index + 1
         return handle
@@ -203,7 +204,7 @@ class ExampleAxes:
                 if (
                     known is not None
                     and known.ref() is item
-                    and known.version == item._version
+                    and known.version == writes(item)
                     and (known.grad or not item.requires_grad)
                 ):
                     out.append(known)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from curvature.estimation.followed_layer import FollowedLayer
 from curvature.estimation.tape import Tape
 from curvature.layers.block import Block
+from curvature.model.moment import writes
 from precond.layerwise.blocks.preconditioner import Preconditioner
 from solvers import Eigen, Kronecker, LinearOperator
 from solvers.precision import reduced
@@ -130,7 +131,7 @@ class RowTap(FollowedLayer):
             self._input = self._gradient = None
             return False
         kept = x.detach()
-        self._input = (kept, kept._version)
+        self._input = (kept, writes(kept))
         self._rough = torch.is_autocast_enabled(x.device.type) or reduced()
         return True
 
@@ -155,7 +156,7 @@ class RowTap(FollowedLayer):
             if grad is None or grad is not p.grad or gradients.get(name) is not grad or grad._version != version:
                 return None
         a, version = self._input
-        if a._version != version:
+        if writes(a) != version:
             return None
         dtype = next(iter(self.params.values())).dtype  # autocast has rows of its own
         rows = GradientRows(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from curvature import (
     DiagonalFisher,
     EigenbasisFisher,
     KroneckerFisher,
+    coverage,
     fisher,
     ggn,
     hessian,
@@ -26,7 +28,7 @@ from curvature import (
 from curvature.losses import AmbiguousClassAxisError, NonFiniteLossError, UnknownLossError
 from curvature.losses.signals import Signals
 from curvature.model.data import call, resolve_output
-from precond import KFAC
+from precond import KFAC, SOAP, HessianFree
 from tests.curvature import dense_reference as dense
 from tests.curvature import loops
 from tests.curvature.estimates import estimate
@@ -233,6 +235,44 @@ def test_inference_mode_does_not_stand_in_the_way(door: str) -> None:
     with torch.inference_mode():
         got = INFERENCE[door](x * 1, y * 1, v * 1)
     assert torch.equal(got, expected)
+
+
+MADE_THERE: dict[str, Callable[[nn.Module], Any]] = {
+    "data": lambda m: hessian(m, LOSS, (normal(3, 4), classes(3, of=3))),
+    "coverage": lambda m: coverage(m, LOSS),
+    "jacobian": lambda m: jacobian(m, normal(3, 4)),
+    "layers": lambda m: KFAC(m, LOSS, lr=0.1),
+    "gradients": lambda m: SOAP(m.named_parameters(), lr=0.1),
+    "closure": lambda m: HessianFree(m, LOSS),
+}
+
+
+@pytest.mark.parametrize("door", MADE_THERE)
+def test_parameters_of_inference_mode_are_refused_by_name(door: str) -> None:
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    model[0].requires_grad_(False)  # torch refuses such ones where a graph needs them
+    what = "a parameter of shape" if door == "closure" else r"2\.weight"
+    with pytest.raises(ValueError, match=rf"{what}.*was made under torch.inference_mode\(\).*Build the model"):
+        MADE_THERE[door](model)
+
+
+def test_frozen_tables_and_inputs_of_inference_mode_are_taken() -> None:
+    rows, x, y, found = normal(5, 4), classes(3, of=5), classes(3, of=3), []
+    start = nn.Linear(4, 3).double()
+    for inside in (True, False):
+        head = copy.deepcopy(start)
+        with torch.inference_mode(inside):
+            table = nn.Embedding.from_pretrained(rows * 1, freeze=True)
+            x = x * 1
+        model = nn.Sequential(table, head)
+        optimizer = KFAC(model, LOSS, lr=0.1, fisher="exact")
+        for _ in range(2):
+            optimizer.zero_grad()
+            LOSS(model(x), y).backward()
+            optimizer.step()
+        found.append(head.weight.detach().clone())
+    assert torch.equal(found[0], found[1])
 
 
 def test_the_package_may_be_imported_in_inference_mode() -> None:
