@@ -12,9 +12,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge
 
+from curvature.model.fully_sharded import is_custom
 from curvature.model.graph_nodes import below, node_of, nodes
 
 
@@ -52,6 +52,8 @@ def passes_of(parameters: Iterable[Any], hidden: set[int] | None = None) -> Iter
 def gradients_kept(outputs: Iterable[Any], inputs: Iterable[Any]) -> Iterator[None]:
     """For one backward pass of our own: ``.grad`` of all parameters stays as it is.
 
+    Where no custom function is on its way, it is not looked at: another thread may be at work on the same model.
+
     Args:
         outputs: What is differentiated: tensors, or edges of a graph.
         inputs: With respect to what.
@@ -59,6 +61,10 @@ def gradients_kept(outputs: Iterable[Any], inputs: Iterable[Any]) -> Iterator[No
     Raises:
         InnerBackwardError: If the pass wrote to the ``.grad`` of a parameter, and nobody takes note of that.
     """
+    outputs = list(outputs)
+    if not any(map(_leads_to_custom, outputs)):
+        yield
+        return
     before = [(p, p.grad) for p in _with(_here.parameters, inputs)]
     for p, gradient in before:
         if gradient is not None:
@@ -101,8 +107,24 @@ def _with(known: tuple[Tensor, ...], tensors: Iterable[Any]) -> tuple[Tensor, ..
     return tuple({id(t): t for t in (*known, *more)}.values()) if more else known
 
 
+def _leads_to_custom(output: Any) -> bool:
+    """Whether there are custom functions on the way to a tensor, which remembers it, or to an edge."""
+    node = node_of(output)
+    if not isinstance(output, Tensor):
+        return _any_custom(node)
+    known: tuple[int, bool] | None = getattr(output, "_custom_on_the_way", None)
+    if known is None or known[0] != output._version:
+        known = output._version, _any_custom(node)
+        setattr(output, "_custom_on_the_way", known)  # noqa: B010
+    return known[1]
+
+
+def _any_custom(start: Any) -> bool:
+    return any(map(_is_custom, below([start], ().__contains__)))
+
+
 def _is_custom(node: Any) -> bool:
-    return isinstance(node, BackwardCFunction)
+    return is_custom(type(node))
 
 
 def _shapes(tensors: list[Tensor]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -224,6 +225,36 @@ def test_inner_backward_passes_are_refused_where_no_loop_runs(door: str, front: 
     assert model.middle.weight.grad is kept
     assert torch.equal(kept, torch.ones(5, 5).double())
     assert all(p.grad is None for p in model.parameters() if p is not model.middle.weight)
+
+
+@pytest.mark.parametrize("door", ["layer", "per-sample", "jacobian"])
+def test_backward_passes_of_another_thread_keep_their_gradients(door: str) -> None:
+    """The user's, which writes to ``.grad`` of the same model while one of ours runs."""
+    model, right = between("exact", False)[0], between("exact", False)[0]
+    x, y = batch(6, seed=1)
+    LOSS(right(x), y).backward()
+    waiting: list[Callable[[], None]] = []
+
+    def meanwhile(saved: Tensor) -> Tensor:
+        if waiting:
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(waiting.pop()).result()
+        return saved
+
+    def forward(x: Tensor) -> Tensor:
+        with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, meanwhile):
+            return Between.forward(model, x)
+
+    model.forward = forward  # type: ignore[method-assign]
+    matrix = curvature.jacobian(model, x) if door == "jacobian" else None
+    waiting.append(lambda: LOSS(model(x), y).backward())
+    if matrix is None:
+        DOORS[door](model, x, y)
+    else:
+        matrix.adjoint() @ torch.ones(6, 3).double()
+    assert not waiting
+    for p, expected in zip(model.parameters(), right.parameters(), strict=True):
+        assert torch.equal(p.grad, expected.grad)  # type: ignore[arg-type]
 
 
 class Selective(nn.Module):
