@@ -21,7 +21,10 @@ from curvature.model.inner_backward import entered_by, gradients_kept
 from curvature.model.parameters import tensor_of_its_own
 from solvers.outcome.memory import is_out_of_memory
 
-_ONCE = ", or take what needs first derivatives only: ggn and fisher with another structure than 'full'."
+_ONCE = (
+    ", or take what needs first derivatives only: ggn and fisher with another structure than 'full', or an optimizer "
+    "such as KFAC or SOAP."
+)
 
 
 def pull_back(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from curvature.estimation.finite import refuse_nonfinite
 from curvature.model.inner_backward import gradients_kept
 from curvature.model.kernels import differentiable_kernels
-from curvature.model.pullback import pull_back
+from curvature.model.pullback import pull_back, refuse_outside_of_autograd
 from curvature.model.wrappers import plain_checkpoints
 from precond.distributed.closures import parallel_calls, refuse_closure
 from precond.step.base import SecondOrderOptimizer
@@ -273,6 +273,8 @@ class ClosureOptimizer(SecondOrderOptimizer):
         probed = self.probed(params)
         twice = bool(probed) and (len(probed) == len(params) or bool(reached(loss, probed)))
         keep = twice or self.keeps_graph()
+        if twice:
+            refuse_outside_of_autograd(loss, probed)
         try:
             with gradients_kept([loss], params):
                 slopes = torch.autograd.grad(

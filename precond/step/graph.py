@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from curvature.losses import SumOfLosses, Terms, loss_for, module_called
 from curvature.model.data import refuse_complex
 from curvature.model.parameters import tensor_of_its_own
-from curvature.model.pullback import Pullback, pull_back
+from curvature.model.pullback import Pullback, pull_back, refuse_outside_of_autograd
 from solvers import Function
 from solvers.precision import working_dtype
 
@@ -188,12 +188,17 @@ class GaussNewtonMatrix:
     Args:
         outputs: Outputs and Hessians.
         params: The parameters.
+
+    Raises:
+        NoSecondDerivativeError: If derivatives of vector-Jacobian products would be lost, in a custom function.
     """
 
     def __init__(self, outputs: list[CurvedOutput], params: list[Tensor]) -> None:
         self.outputs, self.params = outputs, params
         self._seeds = [torch.zeros_like(output.value, requires_grad=True) for output in outputs]
         values = [output.value for output in outputs]
+        for value in values:
+            refuse_outside_of_autograd(value, params)
         self._pullback = Pullback(values, params)
         with torch.enable_grad():
             found = pull_back(values, params, self._seeds, create_graph=True)

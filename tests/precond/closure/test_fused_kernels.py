@@ -117,3 +117,32 @@ def test_a_kernel_without_a_second_derivative_is_named(name: str) -> None:
 
     with pytest.raises(NoSecondDerivativeError, match=r"only once \(_cdist_backward\)"):
         train(name, Distances())
+
+
+class Squared(torch.autograd.Function):
+    """A kernel of one's own: torch takes the derivative of its backward for zero, and says nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 2 * x * gradients[0]
+
+
+@pytest.mark.parametrize("name", ["Sophia", "Newton", "HessianFree"])
+def test_a_custom_function_without_a_second_derivative_is_refused(name: str) -> None:
+    class Squares(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.outer = nn.Linear(4, 3).double(), nn.Linear(3, 2).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.outer(Squared.apply(self.inner(x[:, 0])))
+
+    with pytest.raises(NoSecondDerivativeError, match=r"only once .*once_differentiable.*such as KFAC or SOAP"):
+        train(name, Squares())
