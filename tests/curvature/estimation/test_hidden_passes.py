@@ -294,3 +294,26 @@ def test_selective_checkpoints_count_like_others(kind: str) -> None:
             data = {s: curvature.ggn(model, LOSS, (x, y), structure=s).to_dense() for s in ("full", "layer")}  # type: ignore[arg-type]
             found.append(statistics(optimizer) | gradients | data)
     assert_same(*found)
+
+
+@pytest.mark.parametrize("capture", ["auto", "loss", "shadow", "gradient"])
+def test_selective_checkpoints_count_beside_passes_without_them(capture: str) -> None:
+    """In any order within a step, and however passes are captured."""
+    context_fn = partial(create_selective_checkpoint_contexts, _keeps_products)
+    found: list[list[dict[str, Tensor]]] = []
+    for on in (True, False):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = Selective(None).double()
+            optimizer = watching(model, LOSS, "kfac", "exact", curvature_ema=0.0, capture=capture)
+            found.append([])
+            for plan in ([False, True], [True, False]):
+                optimizer.zero_grad()
+                for number, selects in enumerate(plan):
+                    model.options = {"context_fn": context_fn} if on and selects else {}
+                    x, y = batch(6, seed=number + 1)
+                    (LOSS(model(x), y) / 2).backward()
+                silently(optimizer.step)
+                found[-1].append(statistics(optimizer))
+    for got, expected in zip(*found, strict=True):
+        assert_same(got, expected)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -533,6 +534,35 @@ def test_backward_passes_of_one_model_that_meet_in_two_threads_are_refused() -> 
     for optimizer in (met, alone):
         optimizer.step()
     assert_same(statistics(met), statistics(alone))
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_another_thread_may_predict_during_a_backward_pass(graph: bool) -> None:
+    """As one that evaluates does; and train another model."""
+
+    def elsewhere(model: nn.Module) -> None:
+        with torch.set_grad_enabled(graph):
+            model(batch(3)[0])
+        other = MODELS["mlp"]().double()
+        mine = watching(other, MEAN)
+        MEAN(other(batch(3)[0]), batch(3)[1]).backward()
+        mine.step()
+        ended.append(True)
+
+    found, ended = [], []
+    for meets in (True, False):
+        torch.manual_seed(0)
+        model = MODELS["mlp"]().double()
+        optimizer = watching(model, MEAN)
+        z = model(batch(6)[0])
+        if meets:
+            run = partial(elsewhere, model)
+            z.register_hook(lambda gradient, run=run: in_threads(run))
+        MEAN(z, batch(6)[1]).backward()
+        optimizer.step()
+        found.append(statistics(optimizer))
+    assert ended
+    assert_same(*found)
 
 
 @pytest.mark.parametrize("unscale", [False, True])
