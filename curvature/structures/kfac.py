@@ -126,7 +126,7 @@ class KroneckerEstimator(MeansEstimator):
         times, inputs = samples.times(use), use.inputs
         if isinstance(inputs, Tensor) and use.valid is None and not self.block.shape[:-2]:
             m, d = inputs.shape[-3] * (1 if reduces else inputs.shape[-2]), inputs.shape[-1] + use.ones
-            if waits(m, d) and d <= self.max_dim:
+            if self.lets_wait(m, d):
                 a = widen(inputs)
                 rows = a.mean(-2) if reduces else a.flatten(-3, -2)
                 own = torch.cat([rows, rows.new_ones(m, 1)], 1) if use.ones else rows.clone()
@@ -181,10 +181,14 @@ class KroneckerEstimator(MeansEstimator):
         """Add the second moment of the output gradients of a use."""
         g = widen(use.g)
         rows = g.sum(-2).flatten(-3, -2) if reduces else g.flatten(-4, -2)
-        if rows.dim() == 2 and waits(*rows.shape) and rows.shape[1] <= self.max_dim:
+        if rows.dim() == 2 and self.lets_wait(*rows.shape):
             mean.add_rows(rows.clone(), weight, 1.0 if samples.factor is None else samples.factor)
         else:
             mean.add(samples.scaled(self.moment(rows)), weight)
+
+    def lets_wait(self, m: int, d: int) -> bool:
+        """Whether m rows of d numbers wait for the step in place of their :meth:`moment`, which is their product."""
+        return waits(m, d) and d <= self.max_dim
 
     def moment(self, rows: Tensor, ones: Tensor | float | None = None) -> Tensor:
         """Second moment of ``rows (*, m, d)``; its diagonal only where d exceeds ``max_dim``.

@@ -75,6 +75,9 @@ class BlockMoments(KroneckerEstimator):
         """Size of the blocks of a factor of size d."""
         return 1 if d > self.max_dim else d if self.size is None else min(self.size, d)
 
+    def lets_wait(self, m: int, d: int) -> bool:
+        return False  # their product has other axes than the blocks
+
     def moment(self, rows: Tensor, ones: Tensor | float | None = None) -> Tensor:
         d = rows.shape[-1]
         b = self.block_size(d + (ones is not None))

@@ -99,6 +99,27 @@ def test_twenty_steps_are_those_of_the_formulas(structure: Any, coupled: bool) -
     ref.assert_follows(net, optimizer, by_the_book(data, structure, coupled), data, LOSS)
 
 
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_batches_of_few_and_of_many_examples_take_turns(structure: Any) -> None:
+    """As a last batch that is short: of few rows K-FAC's factors wait as these, which are no blocks."""
+    net, data = (
+        ref.mlp(6, 5, 4, 3),
+        [(x[:n], y[:n]) for n, (x, y) in zip((2, 12, 1, 12, 3), ref.batches(5), strict=True)],
+    )
+    fisher = SINGDFisher("empirical", block_size=3, factor_lr=BETA, factor_momentum=ALPHA)
+    optimizer = SINGD(
+        net,
+        LOSS,
+        lr=LR,
+        kl_clip=None,
+        structure=structure,
+        damping=DAMPING,
+        fisher=fisher,
+        momentum=0.0,
+    )
+    ref.assert_follows(net, optimizer, by_the_book(data, structure, True), data, LOSS)
+
+
 @pytest.mark.parametrize("structure", ["dense", "triangular"])
 def test_ikfac_tends_to_the_damped_inverses_of_kfac(structure: Any) -> None:
     net, data = ref.mlp(6, 3), ref.batches(1) * 100
