@@ -55,9 +55,10 @@ class EigenbasisEstimator(MeansEstimator):
     def project(self, samples: Samples) -> None:
         """Add the samples to the spectrum in the current basis."""
         assert self.basis is not None
+        samples = replace(samples, uses=tuple(_widened(use, self.basis.dtype) for use in samples.uses))
         if _turns_gradients(samples):
-            inverse, dtype = self.basis.adjoint(), self.basis.dtype
-            squares = samples.summed(lambda chunk: (inverse @ chunk.to(dtype)).square_().sum(0))
+            inverse = self.basis.adjoint()
+            squares = samples.summed(lambda chunk: (inverse @ chunk).square_().sum(0))
         else:
             squares = replace(samples, uses=tuple(self._rotate(use) for use in samples.uses)).square_sum()
         self.spectrum.add(samples.scaled(widen(squares)), samples.weight if samples.first else 0.0)
@@ -70,7 +71,7 @@ class EigenbasisEstimator(MeansEstimator):
         g = _rotate_rows(use.g, on_g)
         a: Tensor | OneHot = use.a
         if isinstance(a, Tensor):
-            a = _rotate_rows(use.rows.to(g.dtype), on_a)
+            a = _rotate_rows(use.rows, on_a)
         elif isinstance(on_a, Dense):
             a = _rotate_rows(a.dense(g.dtype), on_a)
         return replace(use, a=a, g=g, ones=False)
@@ -178,6 +179,11 @@ def _turns_gradients(samples: Samples) -> bool:
         on_g, on_a = (d_in, d_out) if use.flipped else (d_out, d_in)
         rows += use.positions * (k * on_g**2 + on_a**2)
     return rows > k * d_out * d_in * (d_out + d_in)
+
+
+def _widened(use: Any, dtype: torch.dtype) -> Outer:
+    """A use in the precision of the basis: sums over positions round in that of the model, or overflow."""
+    return replace(use, a=use.a.to(dtype) if isinstance(use.a, Tensor) else use.a, g=use.g.to(dtype))
 
 
 def _as_tensor(factor: LinearOperator) -> Tensor:

@@ -49,7 +49,7 @@ def _times(total: Tensor, factor: Tensor | float) -> Tensor:
 
 def _is_zero(count: Tensor | float) -> bool:
     """Whether a weight is zero; all means of a step have the same tensor as theirs, which is waited for once."""
-    if not isinstance(count, Tensor):
+    if not isinstance(count, Tensor) or count.is_inference():  # which has no version
         return not count
     known: tuple[int, bool] | None = getattr(count, "_was_zero", None)
     if known is None or known[0] != count._version:

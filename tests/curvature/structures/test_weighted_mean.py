@@ -181,3 +181,12 @@ def test_means_with_the_weight_of_one_step_wait_for_it_once(monkeypatch: pytest.
         assert len(waits) == 1
         for mean in means:
             assert torch.equal(mean.value, torch.full((2,), (0.5, 0.5, 0.25)[step]))  # type: ignore[arg-type]
+
+
+def test_weights_of_inference_mode_count() -> None:
+    """They have no version; a step of a loss that is a sum has such ones."""
+    with torch.inference_mode():
+        mean = WeightedMean()
+        mean.add(torch.ones(2), torch.tensor(4.0))
+        mean.commit(0.0)
+    assert mean.value is not None and mean.value.tolist() == [0.25, 0.25]
