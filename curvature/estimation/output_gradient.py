@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from curvature.estimation.passes import Pass
 from curvature.estimation.step import Step, Weight
-from curvature.estimation.unseen_losses import weight_by_graph
-from curvature.losses import Loss, Terms
+from curvature.estimation.unseen_losses import Untold, enter, not_told, weight_by_graph, weight_of_form
+from curvature.losses import Loss, Terms, loss_for
 from curvature.losses.from_gradient import from_output_gradient
 
 
@@ -46,7 +46,11 @@ class OutputGradient:
         Raises:
             TypeError: If the gradient does not tell.
         """
-        if self.loss is None and self.told:
+        form = origin.form
+        if form is not None and not bool(gradient.any()):
+            return None  # no signal
+        loss = self.loss if form is None else loss_for(form())
+        if loss is None and self.told:
             raise TypeError(
                 "an empirical Fisher from the gradient at the model's output has the scale of whatever backward() is "
                 "called on, which a loss of unknown type does not tell. Give the optimizer the loss module that the "
@@ -55,12 +59,12 @@ class OutputGradient:
             )
         try:
             terms, weights = from_output_gradient(
-                self.loss,
+                loss,
                 z,
                 gradient,
                 None,
                 "mean",
-                self.class_dim,
+                self.class_dim if form is None else None,
                 empirical=self.empirical,
                 arrived_at=origin.seen,
                 size=origin.size,
@@ -68,7 +72,7 @@ class OutputGradient:
         except (TypeError, ValueError):
             if origin.penalty:
                 return None
-            if origin.labelled and _hidden(gradient):
+            if form is not None or (origin.labelled and _hidden(gradient)):
                 origin.left_out = True
                 return None
             raise
@@ -76,24 +80,31 @@ class OutputGradient:
             return None
         if weights is None:
             try:
+                if form is not None:
+                    return terms, weight_of_form(step, self.module, origin, terms, gradient)
                 return terms, weight_by_graph(step, self.module, origin, terms, gradient, self.plain)
-            except TypeError:
-                if not (origin.labelled and _hidden(gradient)):
+            except (TypeError, Untold):
+                if form is nn.MSELoss and isinstance(self.module, form):
+                    raise not_told() from None
+                if form is None and not (origin.labelled and _hidden(gradient)):
                     raise
                 origin.left_out = True
                 return None
-        if origin.beside and step.sums:
+        if form is not None:
+            enter(step, self.module, weights[terms.mask].sum())
+        elif origin.beside and step.sums:
             step.add_sum(min(step.sums), weights[terms.mask].sum())
         else:
             step.absolute = True
-        if self.loss is not None and self.loss.zero_when_perfect:
+        if loss is not None and loss.zero_when_perfect:
             origin.told = (weights * torch.where(terms.mask, terms.values().detach(), 0)).sum()
         counted = weights[terms.mask]
         if counted.numel() and bool(counted.max() - counted.min() <= torch.finfo(z.dtype).eps ** 0.5 * counted.max()):
             share = counted.mean()
-            step.seen.append(torch.stack([share, terms.total.to(counted)]))
+            if form is None:
+                step.seen.append(torch.stack([share, terms.total.to(counted)]))
             # One weight for all terms: the labels are those of the user's loss, so its value is known as well.
-            values = terms.values().detach() if self.loss is not None and self.loss.zero_when_perfect else None
+            values = terms.values().detach() if loss is not None and loss.zero_when_perfect else None
             value = terms.total if values is None else torch.where(terms.mask, values, 0).sum()
             step.values.append(share * value.to(share))
             return terms, Weight(share)

@@ -126,6 +126,7 @@ class Pass:
     beside: bool = False  # ``gradient`` is of several losses, or of what is besides the calls that were seen
     unseen_loss: UnseenLoss | None = None  # that loss, where it is a single one and somebody can tell
     penalty: bool = False  # the loss of the step is elsewhere, and no node above is one of its kind
+    form: type[nn.Module] | None = None  # the module of the only loss above it, if of another kind, or told by value
     labelled: bool = False  # a loss with labels that are probabilities, or counts, is above it
     left_out: bool = False  # rounding hides its weight, so that it counts in no curvature
     way: Way | None = None  # from what the backward pass was called on, where nobody saw a loss

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from curvature.model.graph_nodes import SHAPES, cut_axis
+from curvature.model.graph_nodes import SHAPES, below, cut_axis
 
 #: Beginnings of the names of nodes that hand numbers on as they are, in their places.
 _PLAIN = ("ToCopy", "Clone", "Alias")
@@ -68,6 +68,17 @@ def _below(node: Any, ends: Set[Any], so_far: Square) -> Iterator[Square]:
         for argument in arguments:
             several = len(node.next_functions) > 1
             yield from _below(argument, ends, Square(node, weight if plain else None, alone and not several))
+
+
+def square_of(node: Any, ends: Set[Any]) -> Any:
+    """The output of which a node makes squared errors, less something else than the model gave, or ``None``."""
+    name, arguments = node.name(), [before for before, _ in node.next_functions if before is not None]
+    power = name.startswith("Pow") and "BackwardBackward" not in name and node._saved_exponent == 2
+    if len(arguments) != 1 or node in ends or not (power or name.startswith("MseLossBackward")):
+        return None
+    if "BackwardBackward" in name or not _is_difference(arguments[0], ends):
+        return None
+    return next(end for end in below(arguments, ends.__contains__) if end in ends)
 
 
 def _is_difference(node: Any, ends: Set[Any]) -> bool:

@@ -213,7 +213,9 @@ class Statistics:
         try:
             found = self._at_output.read(self._step, origin, origin.output, gradient)
         except NotYetTold:
-            if any(call.arriving is not None for call in origin.calls):
+            if origin.form is not None and self.tape.shards is not None:
+                origin.left_out = True  # no pass is repeated there
+            elif any(call.arriving is not None for call in origin.calls):
                 self.not_told()  # these have been counted, and would be once more
             else:
                 origin.recorder, origin.again = None, True

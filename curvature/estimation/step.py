@@ -34,6 +34,7 @@ class Step:
     batches: int = 0
     reached: set[str] = field(default_factory=set)
     sums: dict[int, Tensor] = field(default_factory=dict)  # total weight of sums, by the output that they are on
+    means: bool = False  # calls that were seen are means, or weighted
     absolute: bool = False  # a mean, or weights of single terms, was among the losses
     unscaled: set[int] = field(default_factory=set)  # backward passes with losses of unknown weight: plain means
     signs: list[Tensor] = field(default_factory=list)
@@ -79,6 +80,7 @@ class Step:
         """How a loss enters, from the gradient that arrived at its value; ``place`` as for :meth:`add_sum`."""
         self.signs.append(torch.stack([(gradient < 0).any(), (gradient > 0).any()]))
         size = gradient.abs()
+        self.means |= terms.reduction != "sum"
         if terms.reduction == "mean":
             self.absolute = True
             return Weight(torch.where(terms.total == 0, 0, size / terms.total))  # no term counts: 0, not 0/0
@@ -105,7 +107,7 @@ class Step:
 
     def _seen_as_sum(self, scale: Tensor | float) -> Tensor | None:
         """The weight of all terms, where each has a weight of one: a sum, whatever it was written as."""
-        if not self.seen:
+        if not self.seen or self.means:
             return None
         weights, totals = torch.stack(self.seen).unbind(1)
         is_sum = bool(((weights / scale - 1).abs() < 1e-3).all() & (totals.sum() > 1))

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from curvature.estimation.passes import Pass, TapedLoss, UnseenLoss
-from curvature.estimation.squares_by_hand import squares
+from curvature.estimation.squares_by_hand import square_of, squares
 from curvature.estimation.step import Step, Weight
 from curvature.estimation.ways_to_losses import (
     Rest,
     Way,
     factor_by_value,
     factor_of_divergence,
+    factor_of_squares,
     soft_labels,
     way,
 )
@@ -40,6 +41,14 @@ _NODES: dict[type[nn.Module], str] = {
     nn.SmoothL1Loss: "SmoothL1Loss",
     nn.HuberLoss: "HuberLoss",
 }
+#: Losses of which a pass has one of another kind than the optimizer's, by the beginnings of their nodes' names.
+_FORMS: dict[str, type[nn.Module]] = {
+    "LogSoftmax": nn.CrossEntropyLoss,
+    "BinaryCrossEntropyWithLogits": nn.BCEWithLogitsLoss,
+    "Exp": nn.PoissonNLLLoss,
+}
+#: Beginnings of the names of nodes that pick entries as numbers tell.
+_PARTS = ("Index", "Gather", "Masked", "ToCopy")
 #: Beginnings of the names of nodes that make other numbers of an output than those that it has.
 _TRANSFORMS = (
     *("Sigmoid", "Tanh", "Softmax", "Softplus", "Exp", "Mul", "Div", "Pow", "Neg", "Relu", "Gelu"),
@@ -52,8 +61,9 @@ class UnseenLosses:
     """The losses that a backward pass goes through to the passes of a model, besides calls of the optimizer's module.
 
     They are of the kind of the optimizer's, called as functions or by another module, or with labels that are
-    probabilities, of which a graph shows logarithms and what is linear in them. Losses of other kinds are penalties,
-    which count nowhere, and so is one that is put together from other operations.
+    probabilities, of which a graph shows logarithms and what is linear in them. On a pass of their own they may be of
+    another kind whose form is known: squared errors, cross-entropies, and that of Poisson variables, with fixed
+    targets. Other losses are penalties, which count nowhere, and so is one that is put together from other operations.
 
     Args:
         loss: The module given to the optimizer.
@@ -72,6 +82,7 @@ class UnseenLosses:
         self._labelled: set[Any] = set()  # outputs with probabilities as labels
         self.elsewhere = False
         self._calls: dict[int, TapedLoss] = {}  # by the numbers of their nodes
+        self._squares: dict[Any, list[Any]] = {}  # the nodes of squared errors, by the ends of passes below
         self._told: dict[Any, Pass] = {}  # passes below losses that were found, by the nodes of these
         self._direct: set[Any] | None = None  # these ends, and those to which it comes otherwise, but not by other ends
 
@@ -82,6 +93,10 @@ class UnseenLosses:
         self._calls = {call.number: call for call in calls}
         self._known, self._told = (known := set(self._calls)), {}
         self._found, self._direct, above = _calls_beside(self._kind, ends, known)
+        self._squares = {}
+        for node in above:
+            if (end := square_of(node, ends)) is not None:
+                self._squares.setdefault(end, []).append(node)
         reached = {node._sequence_nr() for node in above} & known
         alive = (c for c in calls if c.weight is not None or c.number in reached or c.alive() is not None)
         self._is_there = bool(self._found) or any(alive)
@@ -116,15 +131,57 @@ class UnseenLosses:
         origin.followed, square = self._direct is not None, self._kind == _NODES[nn.MSELoss]
         origin.labelled = not ends.isdisjoint(self._labelled) or self._is_of_counts(origin)
         origin.penalty = self._is_there and not (unseen or known or square or origin.labelled)
-        origin.way = origin.rest = origin.told = None
+        origin.way = origin.rest = origin.told = origin.form = None
         origin.looks = partial(self._look, origin)
-        if later and not square and (origin.labelled or unseen or not known):
-            self.read_later(origin)
         self._told |= {call.node: origin for call in unseen}
         if square and not (unseen or known):
             unseen = _by_hand(ends)
+        if not known:
+            origin.form = self._form(origin, unseen)
+        if origin.form is not None:
+            origin.penalty, unseen = False, []
+        if later and (origin.form is not None or (not square and (origin.labelled or unseen or not known))):
+            self.read_later(origin)
         own = {origin.end, origin.output.grad_fn}
         return [replace(call, moved=call.moved and not self._hides_rows(call, own)) for call in unseen]
+
+    def _form(self, origin: Pass, unseen: list[UnseenLoss]) -> type[nn.Module] | None:
+        """The loss above an output, of another kind than the optimizer's, or a squared error that its value tells."""
+        if not (self._is_there or self._kind in _NODES.values() or self._counts) or origin.labelled:
+            return None
+        square = self._kind == _NODES[nn.MSELoss]
+        if unseen and not (square and unseen[0].share is None and not unseen[0].adds and unseen[0].root is None):
+            return None
+        found, _ = self._seen(origin)
+        if found is None:
+            return None
+        if self._square_of(origin):
+            return nn.MSELoss if not square or (len(unseen) < 2 and found.affine and not found.picks) else None
+        names = [cls for begin, cls in _FORMS.items() if any(core.name().startswith(begin) for core in found.cores)]
+        own = names and (_NODES.get(names[0]) == self._kind or (self._counts and names[0] is nn.PoissonNLLLoss))
+        known = found.linear and all(core.name().startswith(tuple(_FORMS)) for core in found.cores)
+        if not (names and known):
+            origin.left_out |= self._is_there and not square and self._moves(origin)
+        return names[0] if names and known and not own else None
+
+    def _moves(self, origin: Pass) -> bool:
+        """Whether an output has a loss of a known form that sees parts of it, and nobody tells which."""
+        ends = {origin.end, origin.output.grad_fn, *(edge.node for edge in origin.edges)} - {None}
+        until = lambda node: node in ends or node._sequence_nr() in self._known  # noqa: E731
+        losses = (_NODES[cls] + "Backward0" for cls in (nn.MSELoss, nn.BCEWithLogitsLoss))
+        names = tuple(name for name in losses if not name.startswith(self._kind))
+        for node in below(map(node_of, called_on()), until):
+            if node.name().startswith(names) and len(arguments := _arguments(node)) == 1:
+                between = set(below(arguments, ends.__contains__))
+                if between & ends and all(
+                    one.name().startswith(_PARTS) or only_moves(one, {*_arguments(one)}) for one in between - ends
+                ):
+                    return True
+        return False
+
+    def _square_of(self, origin: Pass) -> list[Any]:
+        ends = (origin.end, origin.output.grad_fn, *(edge.node for edge in origin.edges))
+        return list(dict.fromkeys(node for end in ends for node in self._squares.get(end, [])))
 
     def _hides_rows(self, call: UnseenLoss, ends: Set[Any]) -> bool:
         """Whether a loss sees some rows of an output, of which something unknown sees others, so none tells which."""
@@ -167,8 +224,13 @@ class UnseenLosses:
         ends = {origin.end, origin.output.grad_fn, *(edge.node for edge in origin.edges)} - {None}
         mine = {node for node, one in self._told.items() if one is origin}
         found = {call.node for calls in self._found.values() for call in calls} | self._told.keys() - mine
-        known = lambda node: node._sequence_nr() in self._known or node in found  # noqa: E731
-        return way(called_on()[0], ends, known), Rest(value, value.abs())
+        if squared := self._square_of(origin):
+            ends = {*squared}  # an output less something is no multiple of it
+        known = lambda node: node._sequence_nr() in self._known or node in found - ends  # noqa: E731
+        if squared == [called_on()[0].grad_fn]:
+            return Way(True, False), Rest(value, value.abs())
+        looked = way(called_on()[0], ends, known, bool(squared))
+        return replace(looked, affine=looked.affine and len(squared) < 2), Rest(value, value.abs())
 
     def _without(self, rest: Rest, found: Way) -> Rest | None:
         """A number without those that other losses on the way have told; ``None`` where one tells nothing.
@@ -272,6 +334,8 @@ def weight_by_graph(
         weight = torch.ones_like(terms.total) if call.reduction == "sum" else 1 / terms.total
         if not square:
             _confirm(origin, terms, gradient, weight)
+    if square and call.share is None:
+        origin.told = gradient.square().sum() / (4 * weight)
     if call.reduction == "sum" and (call.adds or getattr(loss, "reduction", "mean") == "sum"):
         step.add_sum(0, weight * terms.total)
     else:
@@ -307,6 +371,51 @@ def _by_value(step: Step, origin: Pass, terms: Terms, gradient: Tensor) -> Weigh
         raise not_told()
     step.unscaled.add(origin.task)
     return Weight(1 / terms.total)
+
+
+def weight_of_form(step: Step, loss: nn.Module | None, origin: Pass, terms: Terms, gradient: Tensor) -> Weight:
+    """The weight of a loss of another kind than the optimizer's, on a pass of its own, from its value.
+
+    Raises:
+        Untold: If that does not tell.
+    """
+    seen, rest = origin.looks() if origin.looks is not None else (origin.way, origin.rest)
+    labels = origin.form is nn.CrossEntropyLoss
+    if seen is None or rest is None or not seen.affine or (seen.picks and not labels):
+        raise Untold
+    kinds = {begin for begin in _FORMS for core in seen.cores if core.name().startswith(begin)}
+    if len(kinds) > 1 or not all(_has_no(core, "_saved_pos_weight", "_saved_weight") for core in seen.cores):
+        raise Untold
+    if origin.form is nn.MSELoss:
+        factor = factor_of_squares(gradient, rest)
+    else:
+        factor = (factor_of_divergence if seen.divergence else factor_by_value)(terms, gradient, rest)
+    if factor is None:
+        raise Untold
+    factor = factor.to(terms.total)
+    enter(step, loss, factor.abs() * terms.total)
+    step.signs.append(torch.stack([factor < 0, factor > 0]))
+    return Weight(factor.abs())
+
+
+def enter(step: Step, loss: nn.Module | None, weight: Tensor) -> None:
+    """Count a loss of another kind than the optimizer's, whose terms weigh so much in all, as that is reduced."""
+    if getattr(loss, "reduction", "mean") == "sum":
+        step.add_sum(0, weight)
+    else:
+        step.absolute = True
+
+
+def _has_no(node: Any, *names: str) -> bool:
+    """Whether a node was called without some tensors; those that it had may be gone."""
+    try:
+        return all(getattr(node, name, None) is None for name in names)
+    except RuntimeError:
+        return False
+
+
+class Untold(Exception):
+    """Nothing tells the weight of a loss of a known form, which is taken for a penalty."""
 
 
 class NotYetTold(Exception):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from curvature.losses import Terms
-from curvature.model.graph_nodes import SHAPES, below, only_moves
+from curvature.model.graph_nodes import CUTS, SHAPES, below, cut_axis, only_moves
 
 #: Beginnings of the names of nodes that add numbers up, or pick some of them.
 _LINEAR = ("Neg", "Sum", "Mean", "Gather", "NllLoss", "MaskedFill", "Index", "Where", "ToCopy")
@@ -21,6 +21,8 @@ _SUMS = ("Mul", "Div", "Neg", "Add", "Sub", "Rsub", "Sum", "Mean", "Stack", "Cat
 _CORES = ("LogSoftmax", "Exp", "BinaryCrossEntropyWithLogits", "Logsumexp", *(_BINARY := ("LogSigmoid", "Softplus")))
 #: Of losses that are none of an exponential family.
 _OTHERS = ("MultiMargin", "MultilabelMargin", "SoftMargin", "CtcLoss", "SmoothL1Loss", "HuberLoss", "MseLoss")
+#: Of those that leave some numbers out.
+_PICKS = (*CUTS, "Gather", "Masked", "Index", "Where")
 #: Of those that add a constant.
 _CONSTANTS = ("Sub", "Rsub")
 
@@ -36,6 +38,9 @@ class Way:
         divergence: The entropy of the labels, which no gradient shows, is taken off.
         exponential: It is the loss of a Poisson variable.
         others: The nodes of the others.
+        cores: The nodes that make log probabilities, or means.
+        linear: All that is made of these is linear in them.
+        picks: Some numbers are left out on the way.
     """
 
     affine: bool
@@ -43,15 +48,19 @@ class Way:
     divergence: bool = False
     exponential: bool = False
     others: frozenset[Any] = field(default_factory=frozenset)
+    cores: frozenset[Any] = field(default_factory=frozenset)
+    linear: bool = False
+    picks: bool = False
 
 
-def way(root: Tensor, ends: Set[Any], known: Callable[[Any], bool]) -> Way:
+def way(root: Tensor, ends: Set[Any], known: Callable[[Any], bool], losses: bool = False) -> Way:
     """Look at the way from what a backward pass was called on to an output.
 
     Args:
         root: The former.
         ends: Nodes where the output ends.
         known: Whether a node is that of a loss whose value and weight will be told.
+        losses: The ends give values of a loss, and no output.
     """
     leads, after = set[Any](), dict[Any, list[Any]]()
     until = lambda node: node in ends or known(node)  # noqa: E731
@@ -65,6 +74,7 @@ def way(root: Tensor, ends: Set[Any], known: Callable[[Any], bool]) -> Way:
             leads.add(node)
             waiting += after.get(node, [])
     affine, weighted, scalars, divergence, others = True, False, 0, False, set[Any]()
+    cores, linear = set[Any](), True
     for node in leads - ends:
         name, arguments = node.name(), [before for before, _ in node.next_functions if before is not None]
         for besides in below([before for before in arguments if before not in leads], known):
@@ -73,9 +83,13 @@ def way(root: Tensor, ends: Set[Any], known: Callable[[Any], bool]) -> Way:
         if name.startswith(_CORES):
             turned = name.startswith(_BINARY) and arguments[0].name().startswith("Neg")  # the other class
             direct = only_moves(arguments[0].next_functions[0][0] if turned else arguments[0], ends)
+            direct &= not any(one not in ends and _picks_columns(one) for one in below(arguments, ends.__contains__))
             affine, weighted = affine and direct, weighted or not direct  # at a temperature
-        elif name.startswith(("Mul", "Div")) and len(arguments) == 1:
-            internal = name.endswith("1") or _is_core(arguments[0], ends)  # of torch, or by labels
+            cores, linear = cores | {node}, linear and direct
+            continue
+        linear &= _is_linear(node)
+        if name.startswith(("Mul", "Div")) and len(arguments) == 1:
+            internal = name.endswith("1") or (not losses and _is_core(arguments[0], ends))  # of torch, or by labels
             scalar = prod(node._input_metadata[0].shape) == 1
             scalars += scalar and not internal
             affine, weighted = affine and (scalar or internal), weighted or not (scalar or internal)
@@ -89,13 +103,20 @@ def way(root: Tensor, ends: Set[Any], known: Callable[[Any], bool]) -> Way:
     quotients = (n for n in leads if n.name() == "DivBackward0" and prod(n._input_metadata[0].shape) == 1)
     divided = scalars == 1 and probable and any(quotients)
     affine &= len(leads) > len(leads & ends) > 0
-    if any(node.name().startswith(_OTHERS) for node in leads):
+    if any(node.name().startswith(_OTHERS) for node in leads - ends):
         affine, weighted = False, True
     if divergence:  # of one distribution, which a sum of several losses of an output is not
         logs = [node for node in leads - ends if node.name().startswith(_CORES[:1])]
         affine &= len(logs) == 1 == len(after[logs[0]])
     exponential = any(node.name().startswith("Exp") for node in leads - ends)
-    return Way(affine, weighted or (scalars > 0 and not divided), divergence, exponential, frozenset(others))
+    picks = any(node.name().startswith(_PICKS) for node in leads - ends)
+    weighted |= scalars > 0 and not divided
+    return Way(affine, weighted, divergence, exponential, frozenset(others), frozenset(cores), linear, picks)
+
+
+def _picks_columns(node: Any) -> bool:
+    """Whether a node picks some of the last axis, whose numbers belong together."""
+    return node.name().startswith(CUTS) and cut_axis(node)[1] > 1 and cut_axis(node)[0] == cut_axis(node)[1] - 1
 
 
 def _adds_up(node: Any) -> bool:
@@ -213,6 +234,14 @@ def factor_of_divergence(terms: Terms, gradient: Tensor, rest: Rest) -> Tensor |
     noise = eps * (rest.size.double() + g.abs().sum()) + torch.finfo(p.dtype).eps * w * len(p)
     told = ((number(w) - value).abs() <= eps**0.5 * slope) & (16 * noise <= 4 * eps**0.5 * slope)
     return (sign * w).to(terms.total) if bool(told) else None
+
+
+def factor_of_squares(gradient: Tensor, rest: Rest) -> Tensor | None:
+    """The weight w of every square in ``R = w sum (z - y)^2`` from R and its gradient ``2 w (z - y)``; see below."""
+    eps = max(torch.finfo(rest.value.dtype).eps, torch.finfo(gradient.dtype).eps)
+    if not bool(16 * eps * rest.size.double() <= 4 * eps**0.5 * rest.value.double().abs()):
+        return None
+    return gradient.double().square().sum() / (4 * rest.value.double())
 
 
 def factor_by_value(terms: Terms, gradient: Tensor, rest: Rest) -> Tensor | None:

@@ -381,9 +381,10 @@ class LayerOptimizer(WithoutCurvature):
         if "left out" not in self._reported and self.tape.left_out:
             self._reported.add("left out")
             warnings.warn(
-                f"{type(self).__name__}: a part of the loss compares an output with probabilities by a function, and "
-                "both are so near that rounding hides its weight: it counts in no curvature as long as that is so. "
-                "Call the module with the probabilities as labels, or leave it out for good: "
+                f"{type(self).__name__}: a part of the loss compares an output with fixed targets by a function, and "
+                "rounding hides its weight, as both are so near, or nothing tells it (entries have weights of their "
+                "own, several such losses are added): it counts in no curvature as long as that is so. "
+                "Call the module with these targets, where it is of its kind, or leave it out for good: "
                 "loop=Loop(capture='loss').",
                 UserWarning,
                 stacklevel=6,

@@ -20,7 +20,8 @@ with torch.random.fork_rng():
     SOFT, FEW, Y = torch.randn(6, 3).double().softmax(1), torch.randn(5, 3).double().softmax(1), torch.randint(3, (6,))
 HARD: Function = lambda z: F.cross_entropy(z, Y)  # noqa: E731
 COUNTS, SHARES = (3 * SOFT).round(), 0.8 * (SOFT > 0.3).double() + 0.1
-CE, BCE, POISSON, HUBER = nn.CrossEntropyLoss(), nn.BCEWithLogitsLoss(), nn.PoissonNLLLoss(), nn.HuberLoss()
+CE, MSE, BCE = nn.CrossEntropyLoss(), nn.MSELoss(), nn.BCEWithLogitsLoss()
+POISSON, HUBER = nn.PoissonNLLLoss(), nn.HuberLoss()
 
 BINARY: Function = lambda z: F.binary_cross_entropy_with_logits(z, SHARES)  # noqa: E731
 COUNTED: Function = lambda z: F.poisson_nll_loss(z, COUNTS)  # noqa: E731
@@ -33,8 +34,9 @@ def curvature_of(loss_fn: nn.Module, minimised: Callable[[nn.Module], list[Tenso
         model = nn.Linear(4, 3).double()
     options = {"lr": 0.0, "fisher": "exact", "structure": "layer", "curvature_ema": 0.0, "kl_clip": None}
     optimizer = NaturalGradient(model, loss_fn, **options, loop=Loop(**loop))
-    for part in minimised(model):
-        part.backward(retain_graph=True)
+    parts = minimised(model)
+    for part in parts:
+        part.backward(retain_graph=len(parts) > 1)
     optimizer.step()
     return optimizer.preconditioners["weight+bias"].estimator.operator().to_dense()
 
@@ -121,7 +123,9 @@ PENALTIES: dict[str, Function] = {
     "temperature": lambda z: 4 * F.kl_div((z / 2).log_softmax(1), FEW, reduction="batchmean"),
     "entropy": lambda z: -(z.softmax(1) * z.log_softmax(1)).sum(1).mean(),
     "probabilities": lambda z: F.mse_loss(z.softmax(1), FEW),
-    "logits": lambda z: F.mse_loss(z, FEW),
+    "a column": lambda z: F.mse_loss(z[:, 0], FEW[:, 0]),
+    "a multiple": lambda z: F.mse_loss(z / 2, FEW),
+    "targets that learn": lambda z: F.mse_loss(z, z.flip(0)),
     "energy": lambda z: z.logsumexp(1).mean(),
 }
 LOSSES: dict[str, tuple[nn.Module, Function, Function]] = {
@@ -133,6 +137,7 @@ LOSSES: dict[str, tuple[nn.Module, Function, Function]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*compares an output with fixed targets")
 @pytest.mark.parametrize("penalty", PENALTIES)
 @pytest.mark.parametrize(
     ("loss", "apart"), [*((loss, False) for loss in LOSSES), *((loss, True) for loss in LOSSES if loss != "function")]
@@ -228,3 +233,62 @@ def test_two_labels_of_unknown_weight_beside_a_known_loss_are_refused() -> None:
     soft = lambda z, t: F.cross_entropy(z, t)  # noqa: E731
     with pytest.raises(TypeError, match="neither its gradient nor the way to it tells"):
         curvature_of(CE, lambda m: [CE(m(X), Y) + 0.3 * soft(m(U), FEW) + 0.2 * soft(m(X), SOFT)])
+
+
+KNOWN: dict[str, Function] = {
+    "labels": lambda z: F.cross_entropy(z, FEW),
+    "their sum": lambda z: F.cross_entropy(z, FEW, reduction="sum") / 7,
+    "hard": lambda z: F.cross_entropy(z, FEW.argmax(1)),
+    "divergence": lambda z: F.kl_div(z.log_softmax(1), FEW, reduction="sum") / 2 / 3,
+    "square": lambda z: F.mse_loss(z, FEW),
+    "square of rows": lambda z: F.mse_loss(z[:3], FEW[:3], reduction="none").sum(1).mean(),
+    "by hand": lambda z: ((z - FEW) ** 2).mean(),
+    "binary": lambda z: F.binary_cross_entropy_with_logits(z, FEW),
+    "counts": lambda z: F.poisson_nll_loss(z, FEW),
+}
+MAIN: dict[str, tuple[nn.Module, Function]] = {
+    "module": LOSSES["module"][:2],
+    "function": LOSSES["function"][:2],
+    "binary": LOSSES["binary"][:2],
+    "squares": (MSE, lambda z: MSE(z, SOFT)),
+    "huber": LOSSES["huber"][:2],
+}
+
+
+@pytest.mark.parametrize("form", KNOWN)
+@pytest.mark.parametrize("loss", MAIN)
+def test_a_known_form_on_another_pass_counts_with_its_weight_in_any_order(loss: str, form: str) -> None:
+    loss_fn, f = MAIN[loss]
+    g = KNOWN[form]
+    expected = dense(lambda z: f(z) / 2) + dense(lambda z: 0.3 * g(z), x=U)
+    for order in ("XxUu", "UuXx", "XUux", "Xx.Uu", "Uu.Xx"):
+        if loss != "huber" or order != "Uu.Xx":  # by when nothing was seen of the loss
+            got = curvature_of(loss_fn, lambda model, order=order: in_order(order, f, g, model))
+            torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
+    if loss != "function":  # whose value is told when it is repeated
+        got = curvature_of(loss_fn, lambda model: [f(model(X)) / 2 + 0.3 * g(model(U))], capture="shadow")
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    "g",
+    [
+        lambda m: F.mse_loss(m(U), FEW) + 2 * F.mse_loss(m(U), FEW.flip(1)),
+        lambda m: (F.mse_loss(m(U), FEW, reduction="none") * torch.arange(5).unsqueeze(1)).mean(),
+        lambda m: F.mse_loss((z := m(U))[z[:, 0] > 0], FEW[z[:, 0] > 0]),
+        lambda m: F.binary_cross_entropy_with_logits(m(U), FEW, pos_weight=SOFT[0]),
+        lambda m: 1 + F.mse_loss(m(U), FEW),
+    ],
+    ids=["two", "weights of examples", "rows by a mask", "weights of classes", "a constant"],
+)
+def test_a_known_form_of_a_weight_that_nothing_tells_is_told_once(g: Callable[[nn.Module], Tensor]) -> None:
+    with pytest.warns(UserWarning, match="or nothing tells it") as told:
+        got = curvature_of(CE, lambda m: [CE(m(X), Y) + 0.3 * g(m)])
+    assert len(told) == 1
+    torch.testing.assert_close(got, dense(HARD), rtol=1e-9, atol=1e-11)
+
+
+def test_a_sum_by_function_beside_a_mean_by_the_module_keeps_its_weight() -> None:
+    got = curvature_of(CE, lambda m: [CE(m(X), Y) + F.cross_entropy(m(U), Y[:5], reduction="sum")])
+    expected = dense(HARD) + dense(lambda z: F.cross_entropy(z, Y[:5], reduction="sum"), x=U)
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)

@@ -212,7 +212,6 @@ ALONE: dict[str, tuple[str, nn.Module, Minimised]] = {
         nn.MSELoss(),
         lambda z, f: ((z - X[:, 1:]) ** 2).mean() / 2 + z.abs().mean(),
     ),
-    "sums of means": ("logits", nn.MSELoss(), lambda z, f: F.mse_loss(z, X[:, 1:], reduction="none").sum(1).mean()),
 }
 
 
@@ -292,6 +291,11 @@ SQUARES: dict[str, tuple[str, Minimised, Minimised]] = {
         "sum",
         lambda z, f: (lambda d: d @ d)((z - X[:, 1:]).view(-1)) + 0.1 * z.abs().mean(),
         lambda z, f: f(z, X[:, 1:]) + 0.1 * z.abs().mean(),
+    ),
+    "sums of means": (
+        "mean",
+        lambda z, f: F.mse_loss(z, X[:, 1:], reduction="none").sum(1).mean(),
+        lambda z, f: 3 * f(z, X[:, 1:]),
     ),
     "sum of values": (
         "sum",
