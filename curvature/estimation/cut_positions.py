@@ -40,7 +40,7 @@ def picked_positions(sites: Iterable[Site], output: Tensor) -> dict[int, Tensor]
     terms. What lies between may still lead from a position that is not picked to the output (attention does), which
     only a signal tells. Read are cuts and indices along the second of three axes or more, and masks, one number for
     each position, right before pooling; of passes with checkpoints cuts alone, since what a checkpoint has saved may be
-    asked for once.
+    asked for once. Single steps of what a transposition made time-major are cuts as well.
 
     Args:
         sites: The uses.
@@ -129,6 +129,18 @@ def _turned_back(node: Any, name: str, mask: Tensor, axes: int) -> Tensor | None
     return mask
 
 
+def _one_of_time(node: Any, name: str, which: int, numbers: set[int]) -> Tensor | None:
+    """The positions picked where a node takes single ones of ``(R, n, ...)``, right behind ``(n, R, ...)``."""
+    child, number = node.next_functions[which]
+    shape = child._input_metadata[number].shape
+    if not child.name().startswith(("Transpose", "Permute")) or _moved(child, len(shape)) != {0, 1}:
+        return None
+    found = [_places(node, name, k, shape[0]) for k in sorted(numbers)]
+    if any(len(places) != 1 for places in found):
+        return None  # of several, those that are picked next lie along the first axis
+    return _scattered([places[0] for places in found], shape[0], None)
+
+
 def _keeps_positions(node: Any, name: str, before: Sequence[int]) -> bool:
     """Whether the positions of what a node gets are those of what it gives, as far as names and shapes tell."""
     shape = node._input_metadata[0].shape
@@ -174,7 +186,7 @@ def _picked(
     n, length = shape[:2]
     if name.startswith(CUTS):
         if cut_axis(node)[0] != _AXIS:
-            return mask
+            return _one_of_time(node, name, which, numbers) if cut_axis(node)[0] == 0 and mask is None else mask
         return _scattered([i for k in sorted(numbers) for i in _places(node, name, k, length)], length, mask)
     if name.startswith("IndexSelect") and node._saved_dim % len(shape) == _AXIS:
         return _scattered((node._saved_index % length).tolist(), length, mask)
