@@ -16,6 +16,8 @@ from curvature.estimation.gradient_marks import Marks, Samples
 MOST = 32
 #: Whole numbers up to this one are told from any others.
 _FEW = 64
+#: Precision from which lengths do not tell whole numbers from others.
+_COARSE = 1e-5
 
 
 @dataclass
@@ -80,6 +82,20 @@ def divided_by(now: Mapping[str, float], was: Mapping[str, float], eps: float) -
     number = float(round(ratio))
     told = (number <= _FEW or math.frexp(number)[0] == 0.5) and abs(ratio / number - 1) <= 32 * eps
     return (number, True) if told else (ratio, False)
+
+
+def are_quotients(now: Samples, was: Samples, number: float) -> bool:
+    """Whether gradients of low precision are what division by a number makes of others, to the last bit.
+
+    Their lengths alone do not tell: rounding is as large as the distance of whole numbers there.
+    """
+    for name in now.keys() & was.keys():
+        x, before = now[name], was[name]
+        if torch.finfo(x.dtype).eps > _COARSE and x.shape == before.shape:
+            found = (before / number, before * (1 / number))
+            if not any(torch.equal(x, one.to(x.dtype)) for one in found):
+                return False
+    return True
 
 
 class Dropped:

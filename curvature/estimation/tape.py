@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from curvature.estimation.followed_layer import FollowedLayer
 from curvature.estimation.gradient_marks import GradientMarks, Marks, Samples, copied, lengths
-from curvature.estimation.gradients_by_hand import Asked, Dropped, divided_by
+from curvature.estimation.gradients_by_hand import Asked, Dropped, are_quotients, divided_by
 from curvature.estimation.passes import Pass, Reader, TapedLoss
 from curvature.estimation.recording import LOCK, Recording
 from curvature.estimation.selection import selection
@@ -291,7 +291,7 @@ class Tape(Recording):
         """A backward pass wrote a gradient: maybe one of another model that has layers of this one."""
         if self.inside or not self.active or torch._C._current_graph_task_id() == self._task:
             return
-        if self.mode != "loss" and not self.aside:
+        if self._claim is None and self.mode != "loss" and not self.aside:  # no checkpoint's own, inside of another
             self._unseen.look(self.passes, self.calls(), self.seen().values())
             self.aside = self._unseen.elsewhere
 
@@ -459,7 +459,7 @@ class Tape(Recording):
         now, was = self._gradients.samples(self._marks), self._samples
         both = lengths(now | {f"{name} was": x for name, x in was.items() if name in now})
         ratio, told = divided_by(both, {name: both[f"{name} was"] for name in now.keys() & was.keys()}, self._eps)
-        if told or ratio == 1:
+        if ratio == 1 or (told and are_quotients(now, was, ratio)):
             return ratio
         weights = [call.weight for call in self.calls() if call.weight is not None and call.weight.dim() == 0]
         scale = max((float(weight) for weight in weights), default=1.0)

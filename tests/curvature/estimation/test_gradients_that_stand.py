@@ -131,6 +131,28 @@ def test_a_pass_that_is_repeated_counts_its_loss_once() -> None:
     torch.testing.assert_close(levels[:2], levels[2:])
 
 
+class WholeCheckpointed(nn.Module):
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.layers, self.reentrant = mlp(), reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.layers, x, use_reentrant=True) if self.reentrant else self.layers(x)
+
+
+def test_backward_passes_inside_of_reentrant_checkpoints_hide_no_other_pass() -> None:
+    found = []
+    for reentrant in (False, True):
+        model = WholeCheckpointed(reentrant)
+        optimizer = KFAC(model, MEAN, lr=0.0, fisher="exact", curvature_ema=0.0, kl_clip=None)
+        z, other = (model(x.clone().requires_grad_()) for x in (X, OTHER))
+        function = nn.functional.cross_entropy
+        (function(z, Y) + 0.3 * function(other, Y)).backward()
+        optimizer.step()
+        found.append(learned(optimizer))
+    torch.testing.assert_close(found[1], found[0])
+
+
 def through_data(model: nn.Module, saved: list[Tensor]) -> None:
     for p in model.parameters():
         p.grad.data.zero_()
@@ -519,6 +541,25 @@ def test_a_scale_that_is_taken_off_before_a_plain_step_is_divided_out(how: str, 
             scaler.update()
     for block, layer in zip(learned(optimizer).values(), (model[0], model[2]), strict=True):
         assert_block(block, layer, [(model(X), lambda z: MEAN(z, Y))])
+
+
+@pytest.mark.parametrize(("divisor", "clips"), [(4.0, False), (3.0, False), (1.7, True), (2.6, True), (40.3, True)])
+def test_gradients_in_bfloat16_that_are_clipped_are_not_divided(divisor: float, clips: bool) -> None:
+    """Their lengths alone are whole multiples of any others, within rounding."""
+    traces = []
+    for changes in (False, True):
+        model = mlp().bfloat16()
+        optimizer = KFAC(model, MEAN, lr=0.0, fisher="exact", curvature_ema=0.0, kl_clip=None)
+        MEAN(model(X.bfloat16()), Y).backward()
+        if changes and clips:
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            nn.utils.clip_grad_norm_(model.parameters(), float(nn.utils.get_total_norm(gradients)) / divisor)
+        elif changes:
+            for p in model.parameters():
+                p.grad /= divisor
+        optimizer.step()
+        traces.append(sum(block.trace() for block in learned(optimizer).values()))
+    torch.testing.assert_close(traces[1] * (1 if clips else divisor), traces[0])
 
 
 def added_in_place(model: nn.Module, loss: Tensor) -> None:
