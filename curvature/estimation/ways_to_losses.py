@@ -237,9 +237,13 @@ def factor_of_divergence(terms: Terms, gradient: Tensor, rest: Rest) -> Tensor |
 
 
 def factor_of_squares(gradient: Tensor, rest: Rest) -> Tensor | None:
-    """The weight w of every square in ``R = w sum (z - y)^2`` from R and its gradient ``2 w (z - y)``; see below."""
-    eps = max(torch.finfo(rest.value.dtype).eps, torch.finfo(gradient.dtype).eps)
-    if not bool(16 * eps * rest.size.double() <= 4 * eps**0.5 * rest.value.double().abs()):
+    """The weight w of every square in ``R = w sum (z - y)^2`` from R and its gradient ``2 w (z - y)``.
+
+    Rounding of the gradient is relative to it; that of the sum, of which R may be a small part, is of some units in its
+    last place: where w might be off by more than a per cent, it is ``None``.
+    """
+    eps = torch.finfo(rest.value.dtype).eps
+    if not bool(16 * eps * rest.size.double() <= max(4 * eps**0.5, 1 / 16) * rest.value.double().abs()):
         return None
     return gradient.double().square().sum() / (4 * rest.value.double())
 

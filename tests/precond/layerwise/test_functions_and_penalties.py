@@ -292,3 +292,21 @@ def test_a_sum_by_function_beside_a_mean_by_the_module_keeps_its_weight() -> Non
     got = curvature_of(CE, lambda m: [CE(m(X), Y) + F.cross_entropy(m(U), Y[:5], reduction="sum")])
     expected = dense(HARD) + dense(lambda z: F.cross_entropy(z, Y[:5], reduction="sum"), x=U)
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("rounded", [torch.float32, torch.bfloat16])
+def test_the_weight_of_a_small_squared_error_beside_a_known_loss_in_low_precision(rounded: torch.dtype) -> None:
+    traces = []
+    for weight in (0.0, 0.3):
+        with torch.random.fork_rng(), torch.autocast("cpu", torch.bfloat16, enabled=rounded == torch.bfloat16):
+            torch.manual_seed(1)
+            model = nn.Linear(4, 3)
+            options: dict[str, Any] = {"fisher": "exact", "structure": "layer", "curvature_ema": 0.0, "kl_clip": None}
+            optimizer = NaturalGradient(model, CE, lr=0.0, **options)
+            near = 0.1 if rounded == torch.float32 else 0.5
+            target = model(U.float()).detach() + near * FEW.float()
+            (CE(model(X.float()), Y) + weight * F.mse_loss(model(U.float()), target)).backward()
+        optimizer.step()
+        traces.append(float(optimizer.preconditioners["weight+bias"].estimator.operator().to_dense().trace()))
+    right = float(dense(lambda z: 0.3 * F.mse_loss(z, FEW), x=U).trace())
+    assert traces[1] - traces[0] == pytest.approx(right, rel=0.01 if rounded == torch.float32 else 0.02)
