@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from curvature.estimation.selection import SeenPart
-from curvature.estimation.ways_to_losses import Rest, Way
+from curvature.estimation.ways_to_losses import Way
+from curvature.estimation.weights_by_value import Rest
 from curvature.layers.recorder import Recorder
 from curvature.model.moment import Moment
 

@@ -19,7 +19,8 @@ from curvature.estimation.repeated_losses import arrivals_again, brought
 from curvature.estimation.step import Step, Weight
 from curvature.estimation.step_collector import Backward, StepCollector
 from curvature.estimation.tape import Tape
-from curvature.estimation.unseen_losses import NotYetTold, not_told
+from curvature.estimation.unseen_losses import NotYetTold
+from curvature.estimation.weights_of_unseen_losses import not_told
 from curvature.layers.recorder import Recorder
 from curvature.losses import (
     BatchDim,

@@ -1,6 +1,7 @@
 """Losses that nobody saw: like the optimizer's, but no calls of its module, found in the graph of a backward pass.
 
-What they are is told by the gradient at the model's output, and their weight by it or by the way to them.
+What they are is told by the gradient at the model's output, and their weight by it or by the way to them
+(:mod:`curvature.estimation.weights_of_unseen_losses`).
 """
 
 from __future__ import annotations
@@ -15,17 +16,8 @@ from torch import Tensor, nn
 
 from curvature.estimation.passes import Pass, TapedLoss, UnseenLoss
 from curvature.estimation.squares_by_hand import square_of, squares
-from curvature.estimation.step import Step, Weight
-from curvature.estimation.ways_to_losses import (
-    Rest,
-    Way,
-    factor_by_value,
-    factor_of_divergence,
-    factor_of_squares,
-    soft_labels,
-    way,
-)
-from curvature.losses import Terms
+from curvature.estimation.ways_to_losses import Way, soft_labels, way
+from curvature.estimation.weights_by_value import Rest
 from curvature.model.data import inspection
 from curvature.model.graph_nodes import CUTS, below, called_on, node_of, only_moves, scalar_called_on
 
@@ -42,7 +34,7 @@ _NODES: dict[type[nn.Module], str] = {
     nn.HuberLoss: "HuberLoss",
 }
 #: Losses of which a pass has one of another kind than the optimizer's, by the beginnings of their nodes' names.
-_FORMS: dict[str, type[nn.Module]] = {
+FORMS: dict[str, type[nn.Module]] = {
     "LogSoftmax": nn.CrossEntropyLoss,
     "BinaryCrossEntropyWithLogits": nn.BCEWithLogitsLoss,
     "Exp": nn.PoissonNLLLoss,
@@ -157,9 +149,9 @@ class UnseenLosses:
             return None
         if self._square_of(origin):
             return nn.MSELoss if not square or (len(unseen) < 2 and found.affine and not found.picks) else None
-        names = [cls for begin, cls in _FORMS.items() if any(core.name().startswith(begin) for core in found.cores)]
+        names = [cls for begin, cls in FORMS.items() if any(core.name().startswith(begin) for core in found.cores)]
         own = names and (_NODES.get(names[0]) == self._kind or (self._counts and names[0] is nn.PoissonNLLLoss))
-        known = found.linear and all(core.name().startswith(tuple(_FORMS)) for core in found.cores)
+        known = found.linear and all(core.name().startswith(tuple(FORMS)) for core in found.cores)
         if not (names and known):
             origin.left_out |= self._is_there and not square and self._moves(origin)
         return names[0] if names and known and not own else None
@@ -302,135 +294,8 @@ def explained(output: Tensor, calls: list[TapedLoss]) -> Tensor | None:
     return total
 
 
-def weight_by_graph(
-    step: Step, loss: nn.Module | None, origin: Pass, terms: Terms, gradient: Tensor, plain: bool
-) -> Weight:
-    """The weight of a loss, where its gradient does not tell and the way to it may.
-
-    Args:
-        step: Keeps the account of the losses.
-        loss: Of the optimizer.
-        origin: The pass at whose output the gradient arrived.
-        terms: The loss on that output.
-        gradient: What arrived.
-        plain: A squared error of a weight that nothing tells is taken for a plain mean.
-    """
-    call, square = origin.unseen_loss, isinstance(loss, nn.MSELoss)
-    untold = not plain and origin.followed if call is None else not call.adds and call.root is None
-    if square and (origin.beside or untold):
-        raise not_told()
-    if origin.beside:
-        return _by_value(step, origin, terms, gradient)
-    if call is not None and not call.adds and square and call.root is not None:
-        # From the value R = w (z - y)^2 and the gradient 2 w (z - y), with the weight w of every square.
-        root = call.root.to(terms.total).reshape(())
-        perfect = 1 / terms.total if call.reduction == "mean" else torch.ones_like(terms.total)
-        weight = torch.where(root == 0, perfect, gradient.to(root).square().sum() / (4 * root))
-    elif call is None or not call.adds:
-        return _by_value(step, origin, terms, gradient)
-    elif call.share is not None:
-        weight = torch.full_like(terms.total, call.share)
-    else:
-        weight = torch.ones_like(terms.total) if call.reduction == "sum" else 1 / terms.total
-        if not square:
-            _confirm(origin, terms, gradient, weight)
-    if square and call.share is None:
-        origin.told = gradient.square().sum() / (4 * weight)
-    if call.reduction == "sum" and (call.adds or getattr(loss, "reduction", "mean") == "sum"):
-        step.add_sum(0, weight * terms.total)
-    else:
-        step.absolute = True
-        if call.reduction == "sum":
-            step.seen.append(torch.stack([weight, terms.total]))
-    return Weight(weight)
-
-
-def _confirm(origin: Pass, terms: Terms, gradient: Tensor, weight: Tensor) -> None:
-    """Refuse a function with other options than those of the module (``pos_weight``), where its value tells of them."""
-    seen, rest = (None, None) if origin.looks is None else origin.looks()
-    if seen is None or not seen.affine or rest is None:
-        return
-    factor = factor_by_value(terms, gradient, rest)
-    if factor is not None and not bool((factor - weight).abs() <= 1e-3 * weight.abs()):
-        raise not_told()
-
-
-def _by_value(step: Step, origin: Pass, terms: Terms, gradient: Tensor) -> Weight:
-    """The weight of a loss in natural parameters by its value; a plain mean where nothing tells, or is multiplied."""
-    factor = None
-    # Where the pass is repeated, after the backward passes, both are known.
-    seen, rest = origin.looks() if origin.looks is not None else (origin.way, origin.rest)
-    if seen is not None and seen.affine and rest is not None:
-        factor = (factor_of_divergence if seen.divergence else factor_by_value)(terms, gradient, rest)
-    if factor is not None:
-        step.absolute = True
-        step.signs.append(torch.stack([factor < 0, factor > 0]))
-        step.seen.append(torch.stack([factor.abs(), terms.total.to(factor)]))
-        return Weight(factor.abs())
-    if origin.beside or (seen is not None and (seen.weighted or seen.others)):
-        raise not_told()
-    step.unscaled.add(origin.task)
-    return Weight(1 / terms.total)
-
-
-def weight_of_form(step: Step, loss: nn.Module | None, origin: Pass, terms: Terms, gradient: Tensor) -> Weight:
-    """The weight of a loss of another kind than the optimizer's, on a pass of its own, from its value.
-
-    Raises:
-        Untold: If that does not tell.
-    """
-    seen, rest = origin.looks() if origin.looks is not None else (origin.way, origin.rest)
-    labels = origin.form is nn.CrossEntropyLoss
-    if seen is None or rest is None or not seen.affine or (seen.picks and not labels):
-        raise Untold
-    kinds = {begin for begin in _FORMS for core in seen.cores if core.name().startswith(begin)}
-    if len(kinds) > 1 or not all(_has_no(core, "_saved_pos_weight", "_saved_weight") for core in seen.cores):
-        raise Untold
-    if origin.form is nn.MSELoss:
-        factor = factor_of_squares(gradient, rest)
-    else:
-        factor = (factor_of_divergence if seen.divergence else factor_by_value)(terms, gradient, rest)
-    if factor is None:
-        raise Untold
-    factor = factor.to(terms.total)
-    enter(step, loss, factor.abs() * terms.total)
-    step.signs.append(torch.stack([factor < 0, factor > 0]))
-    return Weight(factor.abs())
-
-
-def enter(step: Step, loss: nn.Module | None, weight: Tensor) -> None:
-    """Count a loss of another kind than the optimizer's, whose terms weigh so much in all, as that is reduced."""
-    if getattr(loss, "reduction", "mean") == "sum":
-        step.add_sum(0, weight)
-    else:
-        step.absolute = True
-
-
-def _has_no(node: Any, *names: str) -> bool:
-    """Whether a node was called without some tensors; those that it had may be gone."""
-    try:
-        return all(getattr(node, name, None) is None for name in names)
-    except RuntimeError:
-        return False
-
-
-class Untold(Exception):
-    """Nothing tells the weight of a loss of a known form, which is taken for a penalty."""
-
-
 class NotYetTold(Exception):
     """The weight of a loss depends on those of others, whose gradients have not arrived yet."""
-
-
-def not_told() -> TypeError:
-    """The error where nothing tells what a loss that nobody saw is, and with which weight it counts."""
-    return TypeError(
-        "what backward() was called on holds a loss like the optimizer's that is no call of the module given to it, "
-        "but of a function or another module, and neither its gradient nor the way to it tells its terms and their "
-        "weight (a multiple of a squared error, weights of its entries, smoothed labels, a loss of a part of the "
-        "output, ...). Call the given module in its place, with reduction='none' where its values are weighted, or let "
-        "only calls of that module count: loop=Loop(capture='loss')."
-    )
 
 
 def _calls_beside(
