@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from curvature.estimation.gradient_marks import Marks, Samples
+from curvature.estimation.gradient_marks import Marks, Samples, lengths
 
 #: Gradients of a step that are kept to tell what was put together of them; later ones are added to the last.
 MOST = 32
 #: Whole numbers up to this one are told from any others.
 _FEW = 64
+#: Powers of two from this one that a loss is multiplied by are scales of half precision.
+_LARGE = 256
 #: Precision from which lengths do not tell whole numbers from others.
 _COARSE = 1e-5
 
@@ -62,7 +64,24 @@ class Asked:
         return not _spanned(present, present, [before], rtol) and _spanned(present, present, [more], rtol)
 
 
-def divided_by(now: Mapping[str, float], was: Mapping[str, float], eps: float) -> tuple[float, bool]:
+def scale_taken_off(now: Samples, was: Samples, weights: Iterable[Tensor], eps: float) -> float:
+    """What gradients were divided by since they were written: a scale or a number of batches, and no clipping.
+
+    Args:
+        now: The gradients.
+        was: They, when they were written.
+        weights: Of the losses whose gradients they are, each 0-d.
+        eps: Of their dtype.
+    """
+    both = lengths(now | {f"{name} was": x for name, x in was.items() if name in now})
+    ratio, told = _divided_by(both, {name: both[f"{name} was"] for name in now.keys() & was.keys()}, eps)
+    if ratio == 1 or (told and _are_quotients(now, was, ratio)):
+        return ratio
+    scale = max((float(weight) for weight in weights), default=1.0)
+    return scale if _LARGE <= scale <= ratio and math.frexp(scale)[0] == 0.5 else 1.0
+
+
+def _divided_by(now: Mapping[str, float], was: Mapping[str, float], eps: float) -> tuple[float, bool]:
     """What gradients were divided by since they were written, if it is one number for all that is larger than 1.
 
     Args:
@@ -84,7 +103,7 @@ def divided_by(now: Mapping[str, float], was: Mapping[str, float], eps: float) -
     return (number, True) if told else (ratio, False)
 
 
-def are_quotients(now: Samples, was: Samples, number: float) -> bool:
+def _are_quotients(now: Samples, was: Samples, number: float) -> bool:
     """Whether gradients of low precision are what division by a number makes of others, to the last bit.
 
     Their lengths alone do not tell: rounding is as large as the distance of whole numbers there.

@@ -6,7 +6,6 @@ events of one record; whoever needs inputs, uses of parameters, or the batch onc
 
 from __future__ import annotations
 
-import math
 import threading
 import weakref
 from collections.abc import Callable, Mapping
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from curvature.estimation.followed_layer import FollowedLayer
 from curvature.estimation.gradient_marks import GradientMarks, Marks, Samples, copied, lengths
-from curvature.estimation.gradients_by_hand import Asked, Dropped, are_quotients, divided_by
+from curvature.estimation.gradients_by_hand import Asked, Dropped, scale_taken_off
 from curvature.estimation.passes import Pass, Reader, TapedLoss
 from curvature.estimation.recording import LOCK, Recording
 from curvature.estimation.selection import selection
@@ -32,8 +31,6 @@ from curvature.model.hooks import At, Hook, OwnHook
 from curvature.model.trees import tensors_in
 
 Mode = Literal["auto", "loss", "gradient", "shadow"]
-#: Powers of two from this one that a loss is multiplied by are scales of half precision.
-_LARGE = 256
 MODES: tuple[Mode, ...] = ("auto", "loss", "gradient", "shadow")
 
 
@@ -456,14 +453,8 @@ class Tape(Recording):
         """
         if not self._marks or self.shards is not None:
             return 1.0
-        now, was = self._gradients.samples(self._marks), self._samples
-        both = lengths(now | {f"{name} was": x for name, x in was.items() if name in now})
-        ratio, told = divided_by(both, {name: both[f"{name} was"] for name in now.keys() & was.keys()}, self._eps)
-        if ratio == 1 or (told and are_quotients(now, was, ratio)):
-            return ratio
         weights = [call.weight for call in self.calls() if call.weight is not None and call.weight.dim() == 0]
-        scale = max((float(weight) for weight in weights), default=1.0)
-        return scale if _LARGE <= scale <= ratio and math.frexp(scale)[0] == 0.5 else 1.0
+        return scale_taken_off(self._gradients.samples(self._marks), self._samples, weights, self._eps)
 
     def standing(self) -> tuple[Marks, Samples] | None:
         """What the gradients of the step that count by now are known by; ``None`` where there are none."""

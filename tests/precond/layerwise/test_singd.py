@@ -82,42 +82,25 @@ def by_the_book(data: list[ref.Batch], structure: str, coupled: bool) -> Any:
         yield ref.flat(params)
 
 
+def follows_the_book(data: Any, structure: Any, coupled: bool) -> None:
+    """A small network takes the steps of the formulas on some batches."""
+    net = ref.mlp(6, 5, 4, 3)
+    fisher = SINGDFisher("empirical", block_size=3, factor_lr=BETA, factor_momentum=ALPHA, coupled=coupled)
+    optimizer = SINGD(net, LOSS, lr=LR, kl_clip=None, structure=structure, damping=DAMPING, fisher=fisher, momentum=0.0)
+    ref.assert_follows(net, optimizer, by_the_book(data, structure, coupled), data, LOSS)
+
+
 @pytest.mark.parametrize("coupled", [True, False], ids=["singd", "ikfac"])
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_twenty_steps_are_those_of_the_formulas(structure: Any, coupled: bool) -> None:
-    net, data = ref.mlp(6, 5, 4, 3), ref.batches(20)
-    optimizer = SINGD(
-        net,
-        LOSS,
-        lr=LR,
-        kl_clip=None,
-        structure=structure,
-        damping=DAMPING,
-        fisher=SINGDFisher("empirical", block_size=3, factor_lr=BETA, factor_momentum=ALPHA, coupled=coupled),
-        momentum=0.0,
-    )
-    ref.assert_follows(net, optimizer, by_the_book(data, structure, coupled), data, LOSS)
+    follows_the_book(ref.batches(20), structure, coupled)
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_batches_of_few_and_of_many_examples_take_turns(structure: Any) -> None:
     """As a last batch that is short: of few rows K-FAC's factors wait as these, which are no blocks."""
-    net, data = (
-        ref.mlp(6, 5, 4, 3),
-        [(x[:n], y[:n]) for n, (x, y) in zip((2, 12, 1, 12, 3), ref.batches(5), strict=True)],
-    )
-    fisher = SINGDFisher("empirical", block_size=3, factor_lr=BETA, factor_momentum=ALPHA)
-    optimizer = SINGD(
-        net,
-        LOSS,
-        lr=LR,
-        kl_clip=None,
-        structure=structure,
-        damping=DAMPING,
-        fisher=fisher,
-        momentum=0.0,
-    )
-    ref.assert_follows(net, optimizer, by_the_book(data, structure, True), data, LOSS)
+    data = [(x[:n], y[:n]) for n, (x, y) in zip((2, 12, 1, 12, 3), ref.batches(5), strict=True)]
+    follows_the_book(data, structure, True)
 
 
 @pytest.mark.parametrize("structure", ["dense", "triangular"])
