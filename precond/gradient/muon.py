@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, Unpack
 import torch
 from torch import Tensor
 
-from precond.gradient.matrices import matrix_shape
+from precond.gradient.matrices import matrix_shape, worth_a_matrix
 from precond.gradient.optimizer import Group, State, state_zeros
 from precond.gradient.stacks import Stack, StackedOptimizer, StackedOptions
 from precond.step.adaptive_rate import AdaptiveRate
@@ -34,9 +34,10 @@ class Muon(StackedOptimizer):
 
     (without Nesterov, N = M). The polar factor comes from a few steps of Newton-Schulz, products only. Tensors with
     more than two axes are matrices with their first axis as rows (convolutions), or stacks of matrices along all but
-    the last two axes (``stacked=True``, for experts). Vectors, numbers, and groups with ``orthogonalize=False`` take
-    AdamW's step with ``betas`` and ``eps``: :func:`precond.param_groups` finds embeddings and output layers, which the
-    method's author keeps so.
+    the last two axes (``stacked=True``, for experts). Vectors, numbers, matrices of far more rows than columns, and
+    groups with ``orthogonalize=False`` take AdamW's step with ``betas`` and ``eps``. :func:`precond.param_groups` finds
+    embeddings and keeps them so. The method's author keeps output layers so as well, which this does where they have
+    many more outputs than inputs: others reach more targets as matrices (docs/benchmarks.md).
 
     A step costs about ``6 k m^2 n`` multiplications for k iterations, ``m <= n``. Memory: one average, and the last
     direction where rates find themselves.
@@ -67,6 +68,9 @@ class Muon(StackedOptimizer):
             takes bfloat16 for float32 where the device multiplies it several times as fast. What five steps leave of
             the polynomial's error, 0.12 of a singular value, is far above the rounding.
         orthogonalize: False for AdamW whatever the shape.
+        max_ratio: Matrices with more rows than this many times their columns take AdamW's step: tables of embeddings,
+            of whose rows a batch uses few, and heads of large vocabularies (256 entries or fewer count as 256);
+            ``None`` keeps all to the method.
         stacked: Whether leading axes count matrices.
         betas: For AdamW.
         eps: For AdamW.
@@ -79,7 +83,7 @@ class Muon(StackedOptimizer):
 
     uncycled: ClassVar[frozenset[str]] = frozenset({"betas"})  # of AdamW; the method's momentum is `momentum`
     by_role: ClassVar = {
-        **{role: {"orthogonalize": False} for role in ("embedding", "head", "norm", "bias", "vector")},
+        **{role: {"orthogonalize": False} for role in ("embedding", "norm", "bias", "vector")},
         "experts": {"stacked": True},
     }
     has_adam: ClassVar[bool] = True
@@ -106,6 +110,7 @@ class Muon(StackedOptimizer):
         polynomial: Polynomial = "polar_express",
         precision: Precision = "auto",
         orthogonalize: bool = True,
+        max_ratio: float | None = 4.0,
         stacked: bool = False,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: Scheduled = 1e-8,
@@ -122,6 +127,7 @@ class Muon(StackedOptimizer):
                 "polynomial": polynomial,
                 "precision": precision,
                 "orthogonalize": orthogonalize,
+                "max_ratio": max_ratio,
                 "stacked": stacked,
                 "betas": betas,
                 "eps": eps,
@@ -169,7 +175,10 @@ class Muon(StackedOptimizer):
 
 
 def _is_matrix(p: Tensor, group: Group) -> bool:
-    return p.ndim >= 2 and group["orthogonalize"]
+    if p.ndim < 2 or not group["orthogonalize"]:
+        return False
+    rows, columns = p.shape[-2:] if group["stacked"] else matrix_shape(tuple(p.shape))
+    return worth_a_matrix(rows, rows * columns, rows, group["max_ratio"])
 
 
 def polar_work(p: Tensor, group: Group) -> float:

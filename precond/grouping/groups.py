@@ -60,7 +60,7 @@ def param_groups(
     Args:
         model: The model; wrappers of ``torch.compile`` and DDP are looked through.
         method: The class of the optimizer. Some treat parameters by their role, as their authors do
-            (:attr:`SecondOrderOptimizer.by_role`): ``Muon`` gives embeddings, heads and vectors AdamW's step.
+            (:attr:`SecondOrderOptimizer.by_role`): ``Muon`` gives embeddings and vectors AdamW's step.
         data: One batch ``(x, y)``, or batches, of which the first is passed through the model; nothing is changed.
         weight_decay: Strength of the decay, or :class:`~precond.WeightDecay`.
         undecayed: Roles without decay. Rows of an embedding that a batch does not use would shrink without a gradient;

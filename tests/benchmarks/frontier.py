@@ -146,7 +146,10 @@ def build(call: str, rest: dict[str, Any], model: nn.Module, pieces: Tensor) -> 
     name, options = read_call(call)
     cls = getattr(precond, name)
     roles = ("embedding", "head", "norm", "bias", "vector")
-    groups = precond.param_groups(model, cls, (pieces[:, :-1], pieces[:, 1:]), options={role: rest for role in roles})
+    options_of = {role: rest for role in roles}
+    if cls is precond.Muon:
+        options_of["head"] = {**rest, "orthogonalize": False}  # as its author has it
+    groups = precond.param_groups(model, cls, (pieces[:, :-1], pieces[:, 1:]), options=options_of)
     return cls(groups, **options)
 
 

@@ -136,7 +136,8 @@ def psgd(w: Workload) -> dict[str, Part]:
 def muon(w: Workload) -> dict[str, Part]:
     """Two polynomials of the Gram matrix, of two and of three steps, where that costs less than five steps."""
     optimizer = precond.Muon(precond.param_groups(w.model, precond.Muon, (w.x, w.y)), lr=1e-4)
-    kept = [p for group in optimizer.param_groups if group["orthogonalize"] for p in group["params"] if p.ndim > 1]
+    all_of = [(p, group) for group in optimizer.param_groups for p in group["params"]]
+    kept = [p for p, group in all_of if not optimizer.diagonal(optimizer.initial_state(p, group))]
     dtype = torch.bfloat16 if multiplies_bfloat16_faster(torch.device("cpu")) else torch.float32
     wide = [torch.randn(sorted(matrix_shape(tuple(p.shape)))).to(dtype) for p in kept]
     squares = [x @ x.mT for x in wide]

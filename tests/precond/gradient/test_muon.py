@@ -68,6 +68,28 @@ def test_groups_may_keep_to_adamw(generator):
     torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize(
+    ("shape", "options", "matrix"),
+    [
+        ((65, 16), {}, False),  # a table: more than four times as many rows as columns
+        ((64, 16), {}, True),
+        ((16, 65), {}, True),  # wide matrices stay
+        ((65, 16), {"max_ratio": None}, True),
+        ((16, 2), {}, True),  # small ones too
+        ((64, 1, 3, 3), {}, False),
+        ((3, 65, 16), {"stacked": True}, False),
+        ((65, 3, 16), {"stacked": True}, True),
+    ],
+)
+def test_tall_matrices_take_the_step_of_adamw(shape, options, matrix, generator):
+    start, gradient = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
+    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+    Muon([ours], lr=0.1, **options).step()
+    torch.optim.AdamW([theirs], lr=0.1, weight_decay=0.0, betas=(0.9, 0.95)).step()
+    assert torch.allclose(ours, theirs) is not matrix
+
+
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 1e18])
 def test_the_size_of_a_gradient_does_not_matter(scale):
     p = torch.nn.Parameter(torch.zeros(2, 3))
