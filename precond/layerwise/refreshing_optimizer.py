@@ -115,7 +115,7 @@ class RefreshingOptimizer(LayerOptimizer):
         """Renew the inverses that are due, and after new statistics (``updated``) those that come at no cost."""
         period = self.option("inverse_update_period")
         slot = self.preconditioners.slots(period) if self.stagger else {}
-        bounded = any(group["kl_clip"] is not None for group in self.param_groups)
+        bounded = self.bounds_momenta
         dampings = Dampings(self.damping, self.param_groups, self.parameters, self.loss_level)
         momenta = Momenta(self.parameters, self.state, self.param_groups)
         whole: dict[str, Tensor] | None = None

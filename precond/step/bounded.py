@@ -43,6 +43,12 @@ class BoundedOptimizer(CheckedOptimizer):
                 "unit='loss'."
             )
 
+    @property
+    def bounds_momenta(self) -> bool:
+        """Whether the bound is one of the whole move, for which the lengths of momenta have to be known."""
+        bounded = any(group["kl_clip"] is not None for group in self.param_groups)
+        return bounded and not any(group["kl_of"] == "direction" for group in self.param_groups)
+
     def bound_level(self) -> Tensor | float | None:
         """What bounds in units of the loss are multiplied by; ``None`` for a method that does not see the loss."""
         return None
@@ -88,12 +94,13 @@ class BoundedOptimizer(CheckedOptimizer):
     def note_move(self, move: Move | None) -> BoundRecord:
         """Keep the lengths of the momenta; returns how often the bound was active, which is told once."""
         lengths = {} if move is None else move.lengths
+        measured = move is not None and self.bounds_momenta
         for group in self.param_groups:
             for p in group["params"]:
                 state = self.state.get(p)
                 if state is not None and p in lengths:
                     state["length"] = lengths[p]
-                elif state is not None and move is None:
+                elif state is not None and not measured:
                     state.pop("length", None)  # the momentum goes on without being measured
         if move is None:
             return self.bounds

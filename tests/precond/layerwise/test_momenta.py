@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
-from precond import EKFAC, KFAC
+from precond import EKFAC, KFAC, TrustRegion
 from precond.layerwise.blocks import rows as rows_of_layers
 from precond.layerwise.blocks.preconditioner import triangles_of
+from precond.layerwise.momenta import Momenta
 from precond.step.trust_region import dot
 from precond.step.update import apply_update
 from tests.peak_memory import peak_of_tensors
@@ -39,6 +42,40 @@ def test_a_momentum_has_its_length_in_the_newest_metric(
         v = kept.estimator.block.read({name: state["momentum_buffer"] for name, state in states.items()}).reshape(-1)
         expected = v @ torch.linalg.solve(kept.inverse.to_dense(), v)
         torch.testing.assert_close(sum(state["length"] for state in states.values()), expected)
+
+
+@pytest.mark.parametrize("method", [KFAC, EKFAC])
+def test_a_bound_on_directions_measures_no_momentum_and_one_on_moves_measures_it_when_it_comes(
+    method: type[KFAC], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model, loss_fn = nn.Sequential(nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 5)).double(), nn.MSELoss()
+    bound = {"kl_clip": TrustRegion(1e-3, of="direction"), "curvature_update_period": 1, "inverse_update_period": 1}
+    optimizer = method(model, loss_fn, lr=1e-2, damping=0.1, momentum=0.9, fisher="empirical", **bound)
+    measured, of_block = [], Momenta.of_block
+
+    def watched(self: Momenta, *arguments: Any, **options: Any) -> dict[torch.Tensor, torch.Tensor]:
+        measured.append(arguments[0])
+        return of_block(self, *arguments, **options)
+
+    monkeypatch.setattr(Momenta, "of_block", watched)
+    for step in range(9):
+        x, y = torch.randn(4, 7).double(), torch.randn(4, 5).double()
+        for group in optimizer.param_groups:
+            group["kl_of"] = "move" if step in (4, 5, 8) else "direction"
+        optimizer.zero_grad()
+        loss_fn(model(x), y).backward()
+        optimizer.step()
+        moves = step in (4, 5, 8)
+        assert bool(measured) == moves
+        measured.clear()
+        for kept in optimizer.preconditioners.values():
+            states = {name: optimizer.state[optimizer.parameters[name]] for name in kept.estimator.block.names}
+            assert all(("length" in state) == moves for state in states.values())
+            if moves:
+                v = kept.estimator.block.read({name: s["momentum_buffer"] for name, s in states.items()}).reshape(-1)
+                expected = v @ torch.linalg.solve(kept.inverse.to_dense(), v)
+                torch.testing.assert_close(sum(state["length"] for state in states.values()), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
