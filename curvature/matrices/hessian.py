@@ -139,8 +139,8 @@ def hessian(
     does not depend on how the data are split. The model is evaluated in its current mode; in train mode a batch norm
     makes examples of a batch interact, and dropout is held at one draw of its masks.
 
-    ``"full"`` is matrix-free: a product costs about 2.5 gradients, or 1.5 with the graph kept, and a block of vectors
-    one pass over the data. The other structures are stored and exact: ``"dense"`` (P products, P^2 numbers),
+    ``"full"`` is matrix-free: a product costs 2.5 to 3.5 gradients, or 1.4 to 2.5 with the graph kept, and a block of
+    vectors one pass over the data. The other structures are stored and exact: ``"dense"`` (P products, P^2 numbers),
     ``"layer"`` (dense blocks of the modules; P products, each within a module) and ``"diagonal"`` (P products, each
     within a parameter), which is meant for small models; ``solvers.diagonal`` estimates the diagonal of ``"full"``.
 
