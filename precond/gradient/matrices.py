@@ -229,9 +229,14 @@ def improved_basis(matrix: Tensor, basis: Tensor) -> Tensor:
 
 
 def symmetric_power(matrix: Tensor, exponent: float, floor: float) -> Tensor:
-    """``Q max(s, floor)^exponent Q^T`` of positive semi-definite matrices ``Q diag(s) Q^T``."""
+    """``Q max(s, floor)^exponent Q^T`` of positive semi-definite matrices ``Q diag(s) Q^T``.
+
+    Eigenvalues below the precision in units of the largest are rounding errors, and count as that: the negative power
+    of a smaller one, of a direction that no gradient has, would hide all others in the sum.
+    """
     values, basis = spectrum(matrix)
-    return (basis * values.clamp(min=floor).pow(exponent).unsqueeze(-2)) @ basis.mT
+    noise = values[..., -1:] * torch.finfo(values.dtype).eps
+    return (basis * values.clamp(min=floor).maximum(noise).pow(exponent).unsqueeze(-2)) @ basis.mT
 
 
 def rotated_root(second_moment: Tensor, weight: float, eps: float) -> Tensor:

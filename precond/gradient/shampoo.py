@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import prod
 from typing import Any, ClassVar, Literal, Unpack, get_args
 
 import torch
@@ -15,6 +17,7 @@ from precond.gradient.matrices import (
     multiply,
     rotated_root,
     symmetric_power,
+    worth_a_matrix,
 )
 from precond.gradient.optimizer import Group, State, debiased, due, state_zeros
 from precond.gradient.stacks import Stack, StackedMomentumOptions, StackedOptimizer, entries
@@ -36,7 +39,9 @@ class Shampoo(StackedOptimizer):
 
     with M the average of gradients, hats for averages divided by their weight, and K the number of axes. Parameters are
     merged (neighbouring axes joined up to ``block_size``) and cut into blocks of at most ``block_size`` along each
-    axis; vectors are blocks with one axis. Under grafting each block takes its length from a diagonal method:
+    axis; vectors are blocks with one axis. Axes of a block that are far longer than all others together have no factor
+    and do not count in K; a block without factors takes the step of the grafted method. Under grafting each block takes
+    its length from a diagonal method:
 
     .. math:: D \leftarrow \frac{\lVert D_{graft} \rVert}{\lVert D \rVert}\, D
 
@@ -80,6 +85,9 @@ class Shampoo(StackedOptimizer):
             ones, or where rates find themselves also after steps 2, 4 and 8 (:class:`~precond.Doubling`).
         start_step: First step that uses the factors; grafting alone before.
         block_size: Largest side of a block.
+        max_ratio: Axes longer than this many times all others of their block together have no factor (rows of
+            embeddings); ``None`` for any. Where nothing diagonal says the direction (``grafting=None`` or ``"sgd"``) a
+            block keeps the factor of its shortest axis.
         options: See :class:`StackedOptimizer`.
 
     Raises:
@@ -123,6 +131,7 @@ class Shampoo(StackedOptimizer):
         inverse_update_period: ScheduledInt | None = None,
         start_step: int = 1,
         block_size: int = 1024,
+        max_ratio: float | None = 4.0,
         **options: Unpack[StackedMomentumOptions],
     ) -> None:
         super().__init__(
@@ -139,6 +148,7 @@ class Shampoo(StackedOptimizer):
                 "inverse_update_period": inverse_update_period,
                 "start_step": start_step,
                 "block_size": block_size,
+                "max_ratio": max_ratio,
             },
             **options,
         )
@@ -170,8 +180,8 @@ class Shampoo(StackedOptimizer):
         if group["eigenvalue_correction"]:
             state["exp_avg_sq"] = state_zeros(p, shape)
         for b, region in enumerate(blocks(shape, group["block_size"])):
-            for axis, (size, where) in enumerate(zip(shape, region, strict=True)):
-                n = len(range(*where.indices(size)))
+            sizes = [len(range(*where.indices(size))) for size, where in zip(shape, region, strict=True)]
+            for axis, n in _axes(sizes, group).items():
                 state[f"{b}.factor.{axis}"] = state_zeros(p, (n, n))
                 # A root, or the basis where eigenvalues are corrected.
                 state[f"{b}.root.{axis}"] = torch.eye(n, dtype=state["exp_avg"].dtype, device=p.device)
@@ -192,7 +202,11 @@ class Shampoo(StackedOptimizer):
                 assert graft is not None
                 outs.append(graft[part])
                 continue
-            d = _apply(momentum[part], state, step, group, b, part)
+            matrices = entries(state, f"{b}.root", g.ndim - 1)
+            if graft is not None and not matrices:
+                outs.append(graft[part])
+                continue
+            d = _apply(momentum[part], state, step, group, matrices, part)
             if graft is not None:
                 d = d * (_length(graft[part]) / _length(d).clamp(min=torch.finfo(d.dtype).tiny))
             outs.append(d)
@@ -220,8 +234,14 @@ class Shampoo(StackedOptimizer):
             state["exp_avg_sq"][part].lerp_(squares, 1 - beta2)
 
 
-def _apply(m: Tensor, state: State, step: int, group: Group, b: int, part: Region) -> Tensor:
-    matrices = entries(state, f"{b}.root", m.ndim - 1)
+def _axes(sizes: Sequence[int], group: Group) -> dict[int, int]:
+    """Axes of a block that have a factor, and their sizes."""
+    found = {k: n for k, n in enumerate(sizes) if worth_a_matrix(n, prod(sizes), n, group["max_ratio"])}
+    needed = not group["eigenvalue_correction"] and group["grafting"] in (None, "sgd")
+    return found if found or not needed else {sizes.index(min(sizes)): min(sizes)}
+
+
+def _apply(m: Tensor, state: State, step: int, group: Group, matrices: dict[int, Tensor], part: Region) -> Tensor:
     if not group["eigenvalue_correction"]:
         return multiply(m, matrices)
     root = rotated_root(state["exp_avg_sq"][part], 1 - group["betas"][1] ** step, group["eps"])
@@ -229,8 +249,8 @@ def _apply(m: Tensor, state: State, step: int, group: Group, b: int, part: Regio
 
 
 def _new_roots(state: State, group: Group, b: int, ndim: int, weight: float) -> State:
-    exponent = -1 / (2 * ndim) if group["exponent"] is None else group["exponent"]
     factors = {axis: factor / weight for axis, factor in entries(state, f"{b}.factor", ndim).items()}
+    exponent = -1 / (2 * max(1, len(factors))) if group["exponent"] is None else group["exponent"]
     damping = group["damping"]
     return {f"{b}.root.{axis}": symmetric_power(factor, exponent, damping) for axis, factor in factors.items()}
 

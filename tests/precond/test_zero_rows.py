@@ -15,9 +15,9 @@ from solvers.outcome.remedies import FLOAT64
 
 GRADIENT: dict[str, Callable[[Any], Any]] = {
     "SOAP": lambda p: SOAP(p, lr=1e-2, inverse_update_period=2, max_ratio=None),
-    "Shampoo": lambda p: Shampoo(p, lr=1e-2, inverse_update_period=2),
+    "Shampoo": lambda p: Shampoo(p, lr=1e-2, inverse_update_period=2, max_ratio=None),
     "corrected Shampoo": lambda p: Shampoo(
-        p, lr=1e-2, inverse_update_period=2, eigenvalue_correction=True, grafting=None
+        p, lr=1e-2, inverse_update_period=2, max_ratio=None, eigenvalue_correction=True, grafting=None
     ),
     "KL-Shampoo": lambda p: KLShampoo(p, lr=1e-2, inverse_update_period=2, max_ratio=None),
     "SPlus": lambda p: SPlus(p, lr=0.5, inverse_update_period=2),

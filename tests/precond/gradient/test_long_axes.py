@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from precond import PSGD, SOAP, KLShampoo, SPlus
+from precond import PSGD, SOAP, KLShampoo, Shampoo, SPlus
 
 
 class Largest(TorchDispatchMode):
@@ -52,7 +52,7 @@ def test_no_matrix_of_a_long_axis_is_made(name: str, shape: tuple[int, ...]) -> 
     assert bool(torch.isfinite(p).all())
 
 
-METHODS = [SOAP, KLShampoo, PSGD, SPlus]
+METHODS = [SOAP, KLShampoo, Shampoo, PSGD, SPlus]
 
 
 @pytest.mark.parametrize("make", METHODS)
@@ -85,7 +85,7 @@ def test_max_ratio_decides_and_none_is_any_ratio(make: Callable[..., Any]) -> No
         make([nn.Parameter(torch.ones(2, 2))], max_ratio=-1.0)
 
 
-@pytest.mark.parametrize("make", [SOAP, KLShampoo])
+@pytest.mark.parametrize("make", [SOAP, KLShampoo, Shampoo])
 def test_a_state_from_before_max_ratio_goes_on_with_all_its_matrices(make: Callable[..., Any]) -> None:
     def trained(steps: int, start: Any = None) -> tuple[nn.Parameter, Any]:
         p = nn.Parameter(torch.linspace(-1, 1, 120).reshape(60, 2).double())

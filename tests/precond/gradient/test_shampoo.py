@@ -7,6 +7,7 @@ import logging
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from precond.gradient import shampoo
 from precond.gradient.matrices import merged_shape
@@ -131,3 +132,26 @@ def test_after_a_failure_the_last_root_stays_and_the_fourth_names_the_block(monk
 def test_refuses(options, message):
     with pytest.raises(ValueError, match=message):
         Shampoo([torch.nn.Parameter(torch.ones(2))], **options)
+
+
+@pytest.mark.parametrize("shape", [(300,), (40, 8), (300, 2)])
+def test_rounding_errors_of_directions_without_a_gradient_do_not_move_parameters(shape: tuple[int, ...]) -> None:
+    # All entries have the same gradient, so that every factor has rank one and all entries move alike.
+    p = nn.Parameter(torch.ones(shape, dtype=torch.float32))
+    optimizer = Shampoo([p], lr=0.03)
+    p.square().sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(p.detach(), torch.full(shape, 0.97), rtol=0, atol=1e-4)
+
+
+def test_a_block_without_factors_takes_the_step_of_adam() -> None:
+    start = torch.linspace(-1, 1, 2000, dtype=torch.float64)
+    p, q = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    mine = Shampoo([p], lr=0.01, betas=(0.9, 0.999), block_size=4096)
+    adam = torch.optim.Adam([q], lr=0.01, betas=(0.9, 0.999))
+    for optimizer, x in ((mine, p), (adam, q)):
+        for _ in range(3):
+            optimizer.zero_grad()
+            (x - 3).square().sum().backward()
+            optimizer.step()
+    torch.testing.assert_close(p, q, rtol=1e-12, atol=0)
