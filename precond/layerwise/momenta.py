@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvature import Block
 from curvature.model.parameters import Parameters
 from precond.layerwise.blocks.preconditioner import Preconditioner, triangles_of
+from precond.layerwise.blocks.stacks import read_together
 from precond.step.trust_region import dot, reference_lr
 from solvers import Eigen, LinearOperator
 
@@ -49,25 +51,52 @@ class Momenta:
             counts: Whether this process is the one that measures the block.
             whole: The momenta by parameter's name, where those of the state are shards.
         """
-        block = preconditioner.estimator.block
-        states = {name: state for name in block.names if (state := self.state.get(self.parameters[name])) is not None}
+        momenta = self._to_measure(preconditioner, renewed)
+        if not momenta:
+            return {}
+        block, names = preconditioner.estimator.block, list(momenta)
+        if counts:
+            momenta = momenta if whole is None else {n: whole[n] for n in names}
+            measure = metric()
+            assert measure is not None
+            length = _length(block.read(self._with_zeros(block, momenta)), measure)
+        else:
+            length = torch.zeros((), dtype=torch.float64, device=self.parameters[names[0]].device)
+        return self._shares(names, length)
+
+    def of_stack(self, preconditioners: Sequence[Preconditioner], metric: LinearOperator) -> list[dict[Tensor, Tensor]]:
+        """:meth:`of_block` of blocks of one shape, whose metrics are new and one operator on a stack ``(k, ...)``."""
+        known = [self._to_measure(each, renewed=True) for each in preconditioners]
+        if not any(known):
+            return [{} for _ in known]
+        blocks = [each.estimator.block for each in preconditioners]
+        v = {
+            n: x
+            for block, momenta in zip(blocks, known, strict=True)
+            for n, x in self._with_zeros(block, momenta).items()
+        }
+        lengths = _lengths(read_together(blocks, v), metric).unbind()
+        return [self._shares(list(m), length) if m else {} for m, length in zip(known, lengths, strict=True)]
+
+    def _to_measure(self, preconditioner: Preconditioner, renewed: bool) -> dict[str, Tensor]:
+        """The momenta of a block by parameter's name, first that which counts; none where they are not measured now."""
+        names = preconditioner.estimator.block.names
+        states = {name: state for name in names if (state := self.state.get(self.parameters[name])) is not None}
         if not renewed and all("length" in state or "momentum_buffer" not in state for state in states.values()):
             return {}
         momenta = {name: s["momentum_buffer"] for name, s in states.items() if "momentum_buffer" in s}
         if not momenta or preconditioner.absent or not preconditioner.keeps_curvature:
             return {}  # measured with the plain gradients, or carried on from the step before
-        names = list(momenta)
         if len(self.groups) > 1:
             rate = {p: reference_lr(group) for group in self.groups for p in group["params"]}
-            names.sort(key=lambda name: -rate[self.parameters[name]])
-        if counts:
-            momenta = momenta if whole is None else {n: whole[n] for n in names}
-            v = {n: momenta[n] if n in momenta else _zeros(self.parameters[n]) for n in block.names}
-            measure = metric()
-            assert measure is not None
-            length = _length(block.read(v), measure)
-        else:
-            length = torch.zeros((), dtype=torch.float64, device=self.parameters[names[0]].device)
+            return dict(sorted(momenta.items(), key=lambda entry: -rate[self.parameters[entry[0]]]))
+        return momenta
+
+    def _with_zeros(self, block: Block, momenta: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {n: momenta[n] if n in momenta else _zeros(self.parameters[n]) for n in block.names}
+
+    def _shares(self, names: Sequence[str], length: Tensor) -> dict[Tensor, Tensor]:
+        """The length of a block for the first of its parameters, and none for the others."""
         rest = torch.zeros_like(length)
         return {self.parameters[name]: rest if i else length for i, name in enumerate(names)}
 
@@ -97,6 +126,17 @@ def _length(x: Tensor, metric: LinearOperator) -> Tensor:
         x = metric.basis.adjoint() @ x
         return dot(metric.values * x, x)
     return dot(metric @ x, x)
+
+
+def _lengths(x: Tensor, metric: LinearOperator) -> Tensor:
+    r""":math:`\langle x, M x \rangle` of each of a stack ``(k, ...)``, ``(k,)``, as :func:`_length` takes it."""
+    triangles = triangles_of(metric)
+    if triangles is not None:
+        left, right = triangles
+        half = right.half(left.half(x.to(left.dtype)).mT)
+        return torch.linalg.vector_norm(half, dim=(1, 2)).double().square()
+    x = x.to(metric.dtype)
+    return ((metric @ x).double() * x).flatten(1).sum(1)
 
 
 def _zeros(p: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -132,6 +132,14 @@ class RefreshingOptimizer(LayerOptimizer):
                 whole=whole,
             )
 
+        def measure_new(names: Sequence[str], metric: LinearOperator | None) -> None:
+            if len(names) == 1 or metric is None:
+                for name in names:
+                    measure(name, metric)
+                return
+            found = momenta.of_stack([self.preconditioners[name] for name in names], metric)
+            lengths.update(zip(names, found, strict=True))
+
         todo: dict[str, dict[str, Any]] = {}
         for name, preconditioner in self.preconditioners.items():
             due = preconditioner.unseen > 0 and (self.steps - slot.get(name, 0)) % period == 0
@@ -145,7 +153,7 @@ class RefreshingOptimizer(LayerOptimizer):
         failures = {name: self.preconditioners[name].failures for name in todo}
         if self.shared is None:
             by_rows = {n: {**o, "rows": self.taps.count(n)} for n, o in todo.items()}
-            new = self.preconditioners.refresh(by_rows, *([measure] if bounded else []))
+            new = self.preconditioners.refresh(by_rows, *([measure_new] if bounded else []))
             for name in self.preconditioners if bounded else ():
                 if name not in new:
                     measure(name, None, False)

@@ -132,3 +132,9 @@ class FollowingDamping(Damping):
         floor = FLOOR * trace / size
         lam = torch.as_tensor(self.strength, dtype=floor.dtype, device=floor.device)
         return self.form.with_strength(torch.maximum(lam, floor))(op)
+
+    def serves_stack(self, op: LinearOperator) -> bool:
+        return self.form.serves_stack(op)
+
+    def in_stack(self, op: LinearOperator, floor: float = 0.0) -> LinearOperator:
+        return self.form.in_stack(op, max(floor, FLOOR))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from functools import reduce
 from math import inf
 from typing import ClassVar, Self
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from solvers.operators.block_diagonal import BlockDiagonal
 from solvers.operators.dense import Dense
+from solvers.operators.diagonal import Diagonal
 from solvers.operators.dispatch import open_to_rules, rule
 from solvers.operators.kronecker import Kronecker
 from solvers.operators.linear_operator import LinearOperator, Scalar
@@ -30,6 +32,20 @@ class Damping(ABC):
     @abstractmethod
     def __call__(self, op: LinearOperator) -> LinearOperator:
         """The damped operator."""
+
+    def serves_stack(self, op: LinearOperator) -> bool:
+        """Whether operators like this one can be damped in a stack (:meth:`in_stack`); a class says so for itself."""
+        return False
+
+    def in_stack(self, op: LinearOperator, floor: float = 0.0) -> LinearOperator:
+        """Damp the operators of a stack ``(k, ...)``, each as if by itself, in the memory of the stack.
+
+        Args:
+            op: A stack (:func:`solvers.operators.stacked.stacked`) of operators that are served, to which nobody else
+                refers.
+            floor: Least strength, as a fraction of the mean eigenvalue of each operator.
+        """
+        raise TypeError(f"{self!r} damps no operators in a stack.")
 
     @property
     @abstractmethod
@@ -74,6 +90,12 @@ class Tikhonov(AbsoluteDamping):
         """``op + lam I``; a plain zero leaves ``op`` as it is."""
         return op if _is_plain_zero(self.lam) else op.shift(self.lam)
 
+    def serves_stack(self, op: LinearOperator) -> bool:
+        return type(self) is Tikhonov and isinstance(op, (Dense, Diagonal))
+
+    def in_stack(self, op: LinearOperator, floor: float = 0.0) -> LinearOperator:
+        return _shift_stack(op, _strengths(op, self.lam, floor))
+
 
 @dataclass(frozen=True)
 class FactoredTikhonov(AbsoluteDamping):
@@ -101,6 +123,16 @@ class FactoredTikhonov(AbsoluteDamping):
     def __call__(self, op: LinearOperator) -> LinearOperator:
         """Damp Kronecker products by factor and block-diagonal operators by block."""
         return op if _is_plain_zero(self.lam) else factored_tikhonov(op, self.lam)
+
+    def serves_stack(self, op: LinearOperator) -> bool:
+        leaves = op.factors if isinstance(op, Kronecker) else (op,)
+        return type(self) is FactoredTikhonov and all(isinstance(leaf, (Dense, Diagonal)) for leaf in leaves)
+
+    def in_stack(self, op: LinearOperator, floor: float = 0.0) -> LinearOperator:
+        lam = _strengths(op, self.lam, floor)
+        if _is_plain_zero(lam) or not isinstance(op, Kronecker):
+            return _shift_stack(op, lam)
+        return Kronecker(*(_shift_stack(f, shift) for f, shift in zip(op.factors, factor_shifts(op, lam), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -155,13 +187,33 @@ def _factored_blocks(op: BlockDiagonal, lam: Scalar) -> BlockDiagonal:
 
 @rule(factored_tikhonov, Kronecker)
 def _factored_factors(op: Kronecker, lam: Scalar) -> Kronecker:
+    return Kronecker(*(_shift_blocks(f, shift) for f, shift in zip(op.factors, factor_shifts(op, lam), strict=True)))
+
+
+def factor_shifts(op: Kronecker, lam: Scalar) -> list[Tensor]:
+    """What :class:`FactoredTikhonov` adds to each factor, ``(*stack,)``; ``lam`` is one number or ``(*stack,)``."""
     means = [factor.diagonal().mean(-1) for factor in op.factors]  # each (*stack,)
     stacked = torch.stack(means)
     usable = (torch.isfinite(stacked) & (stacked > 0)).all(0)
     logs = torch.where(usable, stacked, 1).log()
     ratios = (logs - logs.mean(0)).exp()  # mean traces over their geometric mean, free of overflow
     root = lam ** (1 / len(op.factors))
-    return Kronecker(*(_shift_blocks(f, root * ratio) for f, ratio in zip(op.factors, ratios, strict=True)))
+    return [root * ratio for ratio in ratios]
+
+
+def _strengths(op: LinearOperator, lam: Scalar, floor: float) -> Scalar:
+    """A damping of all operators of a stack ``(k, ...)``; one for each, ``(k,)``, where none is to be below a floor."""
+    if not floor:
+        return lam
+    least = _traces(op).mul_(floor).div_(max(1, op.shape[1] // op.in_shape[0]))
+    return torch.maximum(torch.as_tensor(lam, dtype=least.dtype, device=least.device), least)
+
+
+def _traces(op: LinearOperator) -> Tensor:
+    """The trace of each operator of a stack ``(k, ...)``, ``(k,)``."""
+    if isinstance(op, Kronecker):
+        return reduce(torch.mul, map(_traces, op.factors))
+    return op.diagonal().flatten(1).sum(1)
 
 
 @open_to_rules
@@ -180,6 +232,15 @@ def _shift_blocks(factor: LinearOperator, shift: Tensor) -> LinearOperator:
     if isinstance(factor, Dense):
         return factor.add_diagonal(shift)
     return factor.shift(shift if shift.ndim == 0 else shift.unsqueeze(-1))
+
+
+def _shift_stack(op: LinearOperator, lam: Scalar) -> LinearOperator:
+    """A stack of leaves plus one number for all, or one for each ``(k,)``, in place; a plain zero changes nothing."""
+    if _is_plain_zero(lam):
+        return op
+    diagonal = op.diagonal()  # (k, ...), a view
+    diagonal += lam.view(-1, *(1,) * (diagonal.ndim - 1)) if isinstance(lam, Tensor) and lam.ndim else lam
+    return op
 
 
 def _check(lam: Scalar) -> None:

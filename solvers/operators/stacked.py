@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,11 +43,35 @@ class Stacked:
                 self._members[i] = operator
 
 
+def stacked(operators: Sequence[LinearOperator]) -> LinearOperator:
+    """The operators as one on tensors ``(k, *in_shape)``, in memory of its own.
+
+    Args:
+        operators: Of one :func:`kind`, which is not ``None``; matrices are Gram matrices all or none.
+    """
+    return _rebuilt(operators[0], iter([torch.stack(each) for each in zip(*map(_leaves, operators), strict=True)]))
+
+
+def unstacked(operator: LinearOperator) -> list[LinearOperator]:
+    """The k operators of a stack ``(k, ...)``, each in memory of its own: Kronecker products of leaves, and leaves.
+
+    A leaf is a dataclass, all tensors of which begin with the stack.
+    """
+    if isinstance(operator, Kronecker):
+        return [Kronecker(*parts) for parts in zip(*map(unstacked, operator.factors), strict=True)]
+    leaf: Any = operator
+    stacks = {f.name: stack for f in fields(leaf) if isinstance(stack := getattr(leaf, f.name), Tensor)}
+    each = zip(*(stack.unbind() for stack in stacks.values()), strict=True)
+    return [replace(leaf, **{n: x.clone() for n, x in zip(stacks, xs, strict=True)}) for xs in each]
+
+
 def kind(operator: LinearOperator) -> tuple[object, ...] | None:
     """What operators must have in common to be stacked: structure, shapes, dtype, device; ``None`` for no stack."""
     match operator:
-        case Dense(matrix=leaf) | Diagonal(values=leaf):
-            return type(operator), tuple(leaf.shape), leaf.dtype, leaf.device
+        case Dense(matrix=leaf, is_gram=vouched):
+            return Dense, tuple(leaf.shape), leaf.dtype, leaf.device, vouched
+        case Diagonal(values=leaf):
+            return Diagonal, tuple(leaf.shape), leaf.dtype, leaf.device
         case Kronecker(factors=(_, _) as parts):
             inner = tuple(map(kind, parts))
             return None if None in inner or operator.stack else (Kronecker, *inner)
@@ -53,6 +79,23 @@ def kind(operator: LinearOperator) -> tuple[object, ...] | None:
             basis = kind(operator.basis)
             return None if basis is None else (Eigen, basis)
     return None
+
+
+def longest_side(operator: LinearOperator) -> int:
+    """The largest number of columns of its matrices; 0 for an operator without any."""
+    match operator:
+        case Dense(matrix=matrix):
+            return matrix.shape[-1]
+        case Kronecker():
+            return max(map(longest_side, operator.factors))
+        case Eigen():
+            return longest_side(operator.basis)
+    return 0
+
+
+def numbers(operator: LinearOperator) -> int:
+    """How many numbers an operator that has a :func:`kind` consists of."""
+    return sum(leaf.numel() for leaf in _leaves(operator))
 
 
 def _leaves(operator: LinearOperator) -> list[Tensor]:
@@ -72,7 +115,7 @@ def _rebuilt(operator: LinearOperator, leaves: Iterator[Tensor]) -> LinearOperat
     """The operator with other numbers."""
     match operator:
         case Dense():
-            return Dense(next(leaves))
+            return Dense(next(leaves), operator.is_gram)
         case Diagonal():
             return Diagonal(next(leaves))
         case Kronecker():

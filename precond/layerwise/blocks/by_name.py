@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import nullcontext
 from typing import Any
 
@@ -16,6 +16,7 @@ from precond.layerwise.blocks.preconditioner import Preconditioner
 from precond.layerwise.blocks.refresh import slots
 from precond.layerwise.blocks.rows import GradientRows
 from precond.layerwise.blocks.stacks import BlockStack
+from precond.layerwise.blocks.together import Refresh, renew, shared_out
 from solvers import Eigen, Kronecker, LinearOperator, SolverError
 from solvers.outcome.checks import Verdicts
 
@@ -57,14 +58,18 @@ class Preconditioners(dict[str, Preconditioner]):
     def refresh(
         self,
         due: Mapping[str, Mapping[str, Any]],
-        then: Callable[[str, LinearOperator | None], None] = lambda name, metric: None,
+        then: Callable[[Sequence[str], LinearOperator | None], None] = lambda names, metric: None,
     ) -> set[str]:
         """Refresh blocks, with one wait for the device where their solver allows; one that fails keeps its inverse.
 
+        Small ones of a shape are renewed as one, see :mod:`~precond.layerwise.blocks.together`; where that fails, each
+        by itself.
+
         Args:
             due: Block's name -> arguments of :meth:`Preconditioner.refresh`.
-            then: Called with the name of each block that has a new P, and its :meth:`Preconditioner.metric`, where the
-                damped C is kept; before its checks are read. Nothing holds the metric after that.
+            then: Called with the names of blocks that have a new P, and the :meth:`Preconditioner.metric` of the one,
+                or those of several in a stack, where the damped C is kept; before their checks are read. Nothing holds
+                the metric after that. Called again for blocks whose stack has failed.
 
         Returns:
             Names of the blocks that have a new P.
@@ -72,25 +77,51 @@ class Preconditioners(dict[str, Preconditioner]):
         Raises:
             SolverError: If a refresh fails without an earlier inverse, or too many fail in a row.
         """
+        renewed, failures = self._renewed(shared_out(self, due), then)
+        apart = [
+            Refresh([name], due[name]) for refresh, _ in failures if len(refresh.names) > 1 for name in refresh.names
+        ]
+        if apart:
+            again, more = self._renewed(apart, then)
+            renewed |= again
+            failures += more
+        for refresh, failure in failures:
+            if len(refresh.names) == 1:
+                self[refresh.names[0]].failed(failure)
+        return renewed
+
+    def _renewed(
+        self, refreshes: Iterable[Refresh], then: Callable[[Sequence[str], LinearOperator | None], None]
+    ) -> tuple[set[str], list[tuple[Refresh, Exception]]]:
+        """Names of the blocks that have a new P, and the refreshes that failed, whose blocks are as before."""
         verdicts, renewed = Verdicts(), set[str]()
-        errors, marks = dict[str, Exception](), dict[str, Any]()
-        for name, options in due.items():
-            marks[name] = self[name].mark(estimate=False)
+        tried = list[tuple[Refresh, list[Any]]]()
+        errors = dict[str, Exception]()
+        for number, refresh in enumerate(refreshes):
+            names, key = refresh.names, str(number)
+            tried.append((refresh, [self[name].mark(estimate=False) for name in names]))
+            first = self[names[0]]
             try:
-                with verdicts.of(name) if self[name].fails_late else nullcontext():
-                    new, metric = self[name].refresh(**options)
+                with verdicts.of(key) if first.fails_late else nullcontext():
+                    if len(names) == 1:
+                        new, metric = first.refresh(**refresh.options)
+                    else:
+                        new, metric = True, renew([self[name] for name in names], **refresh.options)
             except SolverError as error:
-                errors[name] = error
+                errors[key] = error
                 continue
             if new:
-                renewed.add(name)
-                then(name, metric)
+                renewed.update(names)
+                then(names, metric)
             del metric
-        for name, failure in (errors | verdicts.failures()).items():
-            renewed.discard(name)
-            self[name].back_to(marks[name])
-            self[name].failed(failure)
-        return renewed
+        failed = []
+        for key, failure in (errors | verdicts.failures()).items():
+            refresh, marks = tried[int(key)]
+            renewed.difference_update(refresh.names)
+            for name, mark in zip(refresh.names, marks, strict=True):
+                self[name].back_to(mark)
+            failed.append((refresh, failure))
+        return renewed, failed
 
     def apply(
         self,

@@ -130,16 +130,20 @@ class Preconditioner:
                     f"of C, such as Tikhonov(1e-3), not {damping!r}."
                 )
             self.estimator.improve(float(damping.strength))
-            self.inverse, self.failures, self.unseen = self.estimator.operator(), 0, 0
-            self._priced = None, 0
+            self.take(self.estimator.operator())
             return True, None
         operator = self.estimator.operator()
         if not basis and self.inverse is not None and not isinstance(operator, (Eigen, Diagonal)):
             return False, None
-        self.inverse, metric = self._power(damping(operator), rows, applications)
-        self._priced = None, 0  # which would hold the one before until somebody asks
-        self.failures, self.unseen = 0, 0 if basis else self.unseen
+        inverse, metric = self.power_of(damping(operator), rows, applications)
+        self.take(inverse, basis=basis)
         return True, metric if self.keeps_curvature else None
+
+    def take(self, inverse: LinearOperator, *, basis: bool = True) -> None:
+        """Replace P by a new one, after the whole decomposition or, without ``basis``, in the basis that is known."""
+        self.inverse, self.failures = inverse, 0
+        self.unseen = 0 if basis else self.unseen
+        self._priced = None, 0  # which would hold the one before until somebody asks
 
     def failed(self, error: Exception) -> None:
         """Count a refresh that failed; the last inverse stays.
@@ -154,16 +158,24 @@ class Preconditioner:
             ) from error
         log.warning("block %s keeps its last inverse: %s", self.estimator.block.name, error)
 
-    def _power(
-        self, damped: LinearOperator, rows: int | None, applications: int | None
+    def power_of(
+        self, damped: LinearOperator, rows: int | None, applications: int | None, *, in_stack: bool = False
     ) -> tuple[LinearOperator, LinearOperator]:
-        """P, by triangular factors where they are applied too rarely for an explicit inverse to pay; and its metric."""
-        pair = isinstance(damped, Kronecker) and not damped.stack and len(damped.factors) == 2
+        """P, by triangular factors where they are applied too rarely for an explicit inverse to pay; and its metric.
+
+        Args:
+            damped: The damped C.
+            rows: See :meth:`refresh`.
+            applications: See :meth:`refresh`.
+            in_stack: Whether C is that of this block and others like it, ``(k, ...)``; so are the results then.
+        """
+        pair = isinstance(damped, Kronecker) and len(damped.stack) == in_stack and len(damped.factors) == 2
         if not (pair and isinstance(self.solver, Cholesky) and self.solver.explicit and applications):
-            return power(damped, self.exponent, self.solver, previous=self.inverse), damped
+            previous = None if in_stack else self.inverse
+            return power(damped, self.exponent, self.solver, previous=previous), damped
         assert isinstance(damped, Kronecker)
         halves = [power(factor, self.exponent, replace(self.solver, explicit=False)) for factor in damped.factors]
-        sizes = [factor.shape[0] for factor in damped.factors]
+        sizes = damped.in_shape[-2:]
         factors = []
         for half, size, other in zip(halves, sizes, reversed(sizes), strict=True):
             columns = applications * (other if rows is None else rows)
@@ -216,6 +228,6 @@ class Preconditioner:
 def triangles_of(inverse: LinearOperator) -> tuple[CholeskyInverse, CholeskyInverse] | None:
     r"""The factors of :math:`(L_B L_B^\top)^{-1} \otimes (L_A L_A^\top)^{-1}` where both are kept as triangles."""
     match inverse:
-        case Kronecker(factors=(CholeskyInverse() as left, CholeskyInverse() as right)) if left.factor.ndim == 2:
+        case Kronecker(factors=(CholeskyInverse() as left, CholeskyInverse() as right)):
             return left, right
     return None

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from curvature.layers.block import BlockPart
+from curvature.layers.block import Block, BlockPart
 from precond.layerwise.blocks.preconditioner import Preconditioner
 from solvers import LinearOperator
 from solvers.operators.stacked import Stacked, kind
@@ -49,6 +49,13 @@ class BlockStack:
             # In one piece, since what follows reads the directions several times.
             out |= zip(names, result.to(stack.dtype).contiguous().view(stack.shape).unbind(), strict=True)
         return out
+
+
+def read_together(blocks: Sequence[Block], tensors: Mapping[str, Tensor]) -> Tensor:
+    """Blocks of one shape gathered (:meth:`Block.read`) into a stack ``(k, *shape)``."""
+    columns = zip(*(block.parts for block in blocks), strict=True)
+    pieces = [torch.stack([part.of(tensors[part.name]) for part in column]) for column in columns]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
 
 
 class BlockStacks:
