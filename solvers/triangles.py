@@ -11,8 +11,8 @@ from torch import Tensor
 
 # Parts up to this size are multiplied whole: smaller ones run below the speed of large products.
 _WHOLE = 256
-# Rows of a triangle that are multiplied at once.
-_BAND = 96
+# Rows of a triangle that are multiplied at once, where it has more than so many.
+_BAND, _NO_BANDS = 96, 160
 # Of Gram matrices of a number of rows in this range also half as large ones: of fewer rows, parts are bound by what
 # they write, and of more, which no cache holds, by what they read.
 _SPLIT_FURTHER = range(257, 4097)
@@ -78,9 +78,12 @@ def _add_symmetric(out: Tensor, x: Tensor, y: Tensor, old: float, new: float) ->
 def upper_times(upper: Tensor, x: Tensor) -> Tensor:
     """``U X`` for upper triangles U ``(*, n, n)``, whose entries below the diagonal are zero, and X ``(*, n, m)``.
 
-    By bands of rows, each of which begins at its diagonal: n / 96 of them cost (1 + 96 / n) / 2 of the whole.
+    By bands of rows, each of which begins at its diagonal: n / 96 of them cost (1 + 96 / n) / 2 of the whole, which
+    small ones are multiplied as (128 columns: 0.08 ms, and 0.14 by bands).
     """
     n = upper.shape[-1]
+    if n <= _NO_BANDS:
+        return upper @ x
     out = x.new_empty(x.shape)
     for start in range(0, n, _BAND):
         band = upper[..., start : start + _BAND, start:]

@@ -98,13 +98,15 @@ class CholeskyInverse(SelfAdjoint, Derived):
 
     def apply(self, x: Tensor) -> Tensor:
         batch = x.shape[: x.ndim - len(self.in_shape)]
-        columns = x.reshape(prod(batch), *self.in_shape).movedim(0, -1)  # (*stack, n, batch)
-        if self.factor.device.type == "cpu":  # where torch.cholesky_solve copies the triangle first
-            half = torch.linalg.solve_triangular(self.factor, columns, upper=False)
-            solved = torch.linalg.solve_triangular(self.factor.mT, half, upper=True)
+        rows = x.reshape(prod(batch), *self.in_shape).movedim(0, -2)  # (*stack, batch, n)
+        if self.factor.device.type == "cpu":
+            # torch.cholesky_solve copies the triangle first, and solves from the left run at 0.6 to 0.9 of the speed
+            # (512 to 1,000 columns, 128 rows).
+            half = torch.linalg.solve_triangular(self.factor.mT, rows, upper=True, left=False)
+            solved = torch.linalg.solve_triangular(self.factor, half, upper=False, left=False)
         else:
-            solved = torch.cholesky_solve(columns, self.factor)
-        return solved.movedim(-1, 0).reshape(x.shape)
+            solved = torch.cholesky_solve(rows.mT, self.factor).mT
+        return solved.movedim(-2, 0).reshape(x.shape)
 
     def half(self, x: Tensor) -> Tensor:
         r""":math:`L^\top X` of ``X (*stack, n, m)``: its squares add up to those of X in the inverted matrix."""
@@ -151,9 +153,9 @@ def _triangle(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
     Before LAPACK works there, torch writes the triangle column by column, which takes as long as the factorisation from
     some hundred columns on, and several times as long where columns lie a multiple of 64 numbers apart: such ones, and
-    large ones, go by blocks of rows of :math:`L^\top = U`, from the rows of U that are known:
-    :math:`U_{ii}^\top U_{i,\ge i} = A_{i,\ge i} - U_{<i,i}^\top U_{<i,\ge i}`. All of them lie in columns, as LAPACK
-    and the triangular solve take them without a copy in the other order; those of A by its symmetry.
+    large ones, go by blocks of columns, from the columns of L that are known:
+    :math:`L_{\ge i,i} L_{ii}^\top = A_{\ge i,i} - L_{\ge i,<i} L_{i,<i}^\top`. The triangular solves are taken from the
+    right, which from the left run at half the speed.
     """
     if matrix.device.type != "cpu":
         factor, info = torch.linalg.cholesky_ex(matrix)
@@ -163,20 +165,20 @@ def _triangle(matrix: Tensor) -> tuple[Tensor, Tensor]:
     if matrix.ndim > 2 or n < (_BY_BLOCKS if n % 64 else _OF_WORDS) or differentiated:
         upper, info = torch.linalg.cholesky_ex(matrix, upper=True)
         return upper.mT, info
-    upper, infos = matrix.new_empty(n, n).mT, []
+    lower, infos = matrix.new_empty(n, n), []
     for start in range(0, n, _BLOCK):
         end = min(start + _BLOCK, n)
         columns = matrix[start:, start:end]
         if start:
-            known = upper[:start, start:]
-            columns = torch.addmm(columns, known.mT, known[:, : end - start], alpha=-1)
-        rows = columns.mT
-        block, info = torch.linalg.cholesky_ex(rows[:, : end - start])
-        upper[start:end, start:end] = block.mT
-        upper[end:, start:end] = 0
-        upper[start:end, end:] = torch.linalg.solve_triangular(block, rows[:, end - start :], upper=False)
+            known = lower[start:, :start]
+            columns = torch.addmm(columns, known, known[: end - start].mT, alpha=-1)
+        block, info = torch.linalg.cholesky_ex(columns[: end - start])
+        lower[start:end, start:end] = block
+        lower[start:end, end:] = 0
+        below = columns[end - start :]
+        lower[end:, start:end] = torch.linalg.solve_triangular(block.mT, below, upper=True, left=False)
         infos.append(info)
-    return upper.mT, torch.stack(infos).amax()
+    return lower, torch.stack(infos).amax()
 
 
 def _has_tangent(tensor: Tensor) -> bool:
