@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from solvers.direct.auto import Auto
+from solvers.direct.cholesky import Cholesky
 from solvers.direct.eigh import Eigh
 from solvers.iterative.base import IterativeSolver
 from solvers.operators.block_diagonal import BlockDiagonal
@@ -178,7 +179,8 @@ def shifted_power(inner: LinearOperator, op: Shifted, task: PowerTask) -> Linear
 
 @rule(shifted_power, Dense)
 def _power_of_shifted_matrix(inner: Dense, op: Shifted, task: PowerTask) -> LinearOperator:
-    return task.leaf(op) if task.by_products else task.of(inner.absorb_shift(op.lam), task.previous)
+    adds = type(task.solver) is Cholesky  # the shift on its way, without a copy of the matrix
+    return task.leaf(op) if task.by_products or adds else task.of(inner.absorb_shift(op.lam), task.previous)
 
 
 @rule(shifted_power, Scaled)

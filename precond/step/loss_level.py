@@ -125,13 +125,20 @@ class FollowingDamping(Damping):
 
     def __call__(self, op: LinearOperator) -> LinearOperator:
         """The damped operator of a block."""
+        return self._form_for(op)(op)
+
+    def deferred(self, op: LinearOperator) -> LinearOperator:
+        return self._form_for(op).deferred(op)
+
+    def _form_for(self, op: LinearOperator) -> Damping:
+        """The form, with a strength that is not below the floor of this operator."""
         trace, size = torch.as_tensor(op.trace()), max(1, op.shape[1])
         here = trace.device.type == "cpu" and trace.dtype == torch.float32 and isinstance(self.strength, float)
         if here and self.strength > 2 * FLOOR * float(trace.detach().numpy()) / size:  # far from it: a number tells
-            return self._in_float32(op)
+            return self._in_float32
         floor = FLOOR * trace / size
         lam = torch.as_tensor(self.strength, dtype=floor.dtype, device=floor.device)
-        return self.form.with_strength(torch.maximum(lam, floor))(op)
+        return self.form.with_strength(torch.maximum(lam, floor))
 
     def serves_stack(self, op: LinearOperator) -> bool:
         return self.form.serves_stack(op)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
+from math import isfinite, prod
 from typing import ClassVar
 
 import torch
@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from solvers.operators.bases import Derived, SelfAdjoint
+from solvers.operators.compositions import Shifted
 from solvers.operators.decompositions import eigenvalues
 from solvers.operators.dense import Dense, non_finite, require_symmetric, symmetric_part
-from solvers.operators.linear_operator import LinearOperator, Shape
+from solvers.operators.linear_operator import LinearOperator, Scalar, Shape
 from solvers.operators.storable import storable
 from solvers.outcome.arguments import flag, real_tensor
 from solvers.outcome.checks import require
@@ -56,7 +57,7 @@ class Cholesky(Solver):
     needs: ClassVar[tuple[type[LinearOperator], ...]] = (Dense,)
 
     def power(self, op: LinearOperator, exponent: float, previous: LinearOperator | None = None) -> LinearOperator:
-        """The inverse of a Dense, block by block for a stack.
+        """The inverse of a Dense, or of a shifted one; block by block for a stack.
 
         Raises:
             StructureError: For another structure or exponent.
@@ -64,13 +65,14 @@ class Cholesky(Solver):
             NotSymmetricError: If the matrix is not symmetric.
             NonFiniteError: If it holds NaN or infinity, or the inverse overflows.
         """
-        self.check_serves(op, exponent)
-        assert isinstance(op, Dense)
-        factor = CholeskyInverse(cholesky_factor(op))
+        matrix, shift = (op.op, op.lam) if isinstance(op, Shifted) and isinstance(op.op, Dense) else (op, 0.0)
+        self.check_serves(matrix, exponent)
+        assert isinstance(matrix, Dense)
+        factor = CholeskyInverse(cholesky_factor(matrix, shift))
         pivots = factor.factor.diagonal(dim1=-2, dim2=-1)
         require(
             torch.isfinite(pivots**-2).all(),  # the diagonal of the inverse is at least these
-            lambda: NonFiniteError(f"{op!r} ** -1 overflows {pivots.dtype}. Use float64 or more damping."),
+            lambda: NonFiniteError(f"{matrix!r} ** -1 overflows {pivots.dtype}. Use float64 or more damping."),
         )
         return factor.to_explicit() if self.explicit else factor
 
@@ -137,41 +139,54 @@ class CholeskyInverse(SelfAdjoint, Derived):
         return self.to_explicit().frobenius_norm()
 
 
-def cholesky_factor(op: Dense) -> Tensor:
-    """``L`` with ``L L^T = op``, lower triangular ``(*stack, n, n)``, in float32 at least; checked."""
+def cholesky_factor(op: Dense, shift: Scalar = 0.0) -> Tensor:
+    """``L`` with ``L L^T = op + shift I``, lower triangular ``(*stack, n, n)``, in float32 at least; checked."""
     require_symmetric(op)
     matrix = widen(op.matrix)
-    factor, info = _triangle(matrix)
+    by_blocks = _by_blocks(matrix) and not (isinstance(shift, Tensor) and shift.requires_grad)
+    if not by_blocks and (isinstance(shift, Tensor) or shift):
+        op, shift = Dense(matrix, op.is_gram).add_diagonal(shift), 0.0
+        matrix = op.matrix
+    factor, info = _triangle_by_blocks(matrix, shift) if by_blocks else _triangle(matrix)
     # NaN and infinity can pass without a bad pivot, but in row i of the triangle they reach the pivot L_ii.
     pivots = factor.diagonal(dim1=-2, dim2=-1)
-    require((info == 0).all() & torch.isfinite(pivots).all(), lambda: _failure(op, matrix))
+    require((info == 0).all() & torch.isfinite(pivots).all(), lambda: _failure(op, matrix, shift))
     return factor
 
 
-def _triangle(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    r"""``L``, and 0 where it exists; on the processor L lies in rows.
+def _by_blocks(matrix: Tensor) -> bool:
+    """Whether a matrix is factored by :func:`_triangle_by_blocks`."""
+    n = matrix.shape[-1]
+    if matrix.ndim > 2 or matrix.device.type != "cpu" or n < (_BY_BLOCKS if n % 64 else _OF_WORDS):
+        return False
+    return not (matrix.requires_grad and torch.is_grad_enabled())
 
-    Before LAPACK works there, torch writes the triangle column by column, which takes as long as the factorisation from
-    some hundred columns on, and several times as long where columns lie a multiple of 64 numbers apart: such ones, and
-    large ones, go by blocks of columns, from the columns of L that are known:
-    :math:`L_{\ge i,i} L_{ii}^\top = A_{\ge i,i} - L_{\ge i,<i} L_{i,<i}^\top`. The triangular solves are taken from the
-    right, which from the left run at half the speed.
-    """
+
+def _triangle(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    r"""``L``, and 0 where it exists; on the processor L lies in rows."""
     if matrix.device.type != "cpu":
         factor, info = torch.linalg.cholesky_ex(matrix)
         return factor, info
+    upper, info = torch.linalg.cholesky_ex(matrix, upper=True)
+    return upper.mT, info
+
+
+def _triangle_by_blocks(matrix: Tensor, shift: Scalar) -> tuple[Tensor, Tensor]:
+    r"""``L`` of ``matrix + shift I``, in rows, and 0 where it exists.
+
+    Before LAPACK works on the processor, torch writes the triangle column by column, which takes as long as the
+    factorisation from some hundred columns on, and several times as long where columns lie a multiple of 64 numbers
+    apart: such ones, and large ones, go by blocks of columns, from the columns of L that are known:
+    :math:`L_{\ge i,i} L_{ii}^\top = A_{\ge i,i} - L_{\ge i,<i} L_{i,<i}^\top`. The triangular solves are taken from the
+    right, which from the left run at half the speed; the shift is added to each block in turn.
+    """
     n = matrix.shape[-1]
-    differentiated = matrix.requires_grad and torch.is_grad_enabled()
-    if matrix.ndim > 2 or n < (_BY_BLOCKS if n % 64 else _OF_WORDS) or differentiated:
-        upper, info = torch.linalg.cholesky_ex(matrix, upper=True)
-        return upper.mT, info
     lower, infos = matrix.new_empty(n, n), []
     for start in range(0, n, _BLOCK):
         end = min(start + _BLOCK, n)
-        columns = matrix[start:, start:end]
-        if start:
-            known = lower[start:, :start]
-            columns = torch.addmm(columns, known, known[: end - start].mT, alpha=-1)
+        known = lower[start:, :start]
+        columns = torch.addmm(matrix[start:, start:end], known, known[: end - start].mT, alpha=-1)
+        columns.diagonal().add_(shift)
         block, info = torch.linalg.cholesky_ex(columns[: end - start])
         lower[start:end, start:end] = block
         lower[start:end, end:] = 0
@@ -186,10 +201,10 @@ def _has_tangent(tensor: Tensor) -> bool:
     return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
 
 
-def _failure(op: Dense, matrix: Tensor) -> SolverError:
-    if not torch.isfinite(matrix).all():
+def _failure(op: Dense, matrix: Tensor, shift: Scalar) -> SolverError:
+    if not (torch.isfinite(matrix).all() and isfinite(shift)):
         return non_finite(op)
-    smallest = float(eigenvalues(matrix.double()).min())
+    smallest = float(eigenvalues(matrix.double()).min()) + float(shift)
     return NotPositiveDefiniteError(
         f"Cholesky cannot invert {op!r}: it is not positive definite in {matrix.dtype}, its smallest eigenvalue is "
         f"{smallest:.3g}. Use more damping, Eigh('clamped') or a matrix that was computed in float64."

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from solvers.operators.block_diagonal import BlockDiagonal
+from solvers.operators.compositions import Shifted
 from solvers.operators.dense import Dense
 from solvers.operators.diagonal import Diagonal
 from solvers.operators.dispatch import open_to_rules, rule
@@ -32,6 +33,10 @@ class Damping(ABC):
     @abstractmethod
     def __call__(self, op: LinearOperator) -> LinearOperator:
         """The damped operator."""
+
+    def deferred(self, op: LinearOperator) -> LinearOperator:
+        """The damped operator, with shifts of matrices left to the solver that reads them where that saves a copy."""
+        return self(op)
 
     def serves_stack(self, op: LinearOperator) -> bool:
         """Whether operators like this one can be damped in a stack (:meth:`in_stack`); a class says so for itself."""
@@ -123,6 +128,13 @@ class FactoredTikhonov(AbsoluteDamping):
     def __call__(self, op: LinearOperator) -> LinearOperator:
         """Damp Kronecker products by factor and block-diagonal operators by block."""
         return op if _is_plain_zero(self.lam) else factored_tikhonov(op, self.lam)
+
+    def deferred(self, op: LinearOperator) -> LinearOperator:
+        if _is_plain_zero(self.lam) or not (isinstance(op, Kronecker) and not op.stack):
+            return self(op)
+        if type(self) is not FactoredTikhonov or not all(isinstance(factor, Dense) for factor in op.factors):
+            return self(op)
+        return Kronecker(*(Shifted(f, s) for f, s in zip(op.factors, factor_shifts(op, self.lam), strict=True)))
 
     def serves_stack(self, op: LinearOperator) -> bool:
         leaves = op.factors if isinstance(op, Kronecker) else (op,)

@@ -135,7 +135,9 @@ class Preconditioner:
         operator = self.estimator.operator()
         if not basis and self.inverse is not None and not isinstance(operator, (Eigen, Diagonal)):
             return False, None
-        inverse, metric = self.power_of(damping(operator), rows, applications)
+        reads_once = type(self.solver) is Cholesky and self.solver.explicit and applications and self.exponent == -1
+        damped = damping.deferred(operator) if reads_once else damping(operator)
+        inverse, metric = self.power_of(damped, rows, applications)
         self.take(inverse, basis=basis)
         return True, metric if self.keeps_curvature else None
 
