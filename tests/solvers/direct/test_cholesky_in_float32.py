@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from solvers import Cholesky, Dense, NonFiniteError, NotPositiveDefiniteError
+from solvers import Cholesky, Dense, NonFiniteError, NotPositiveDefiniteError, Shifted
 from solvers.direct.cholesky import cholesky_factor
 
 EPS = torch.finfo(torch.float32).eps
@@ -55,13 +56,23 @@ def test_scales_of_the_rows_do_not_matter(n: int) -> None:
     assert distance(scale[:, None] * found * scale, inverse) < 1e4 * EPS
 
 
+def extended_triangle(A: Tensor) -> Tensor:
+    """L by the definition, column by column in extended precision: LAPACK's own is off by some roundings in float64."""
+    rest = A.numpy().astype(np.longdouble)
+    columns = np.zeros_like(rest)
+    for j in range(len(rest)):
+        columns[j:, j] = rest[j:, j] / np.sqrt(rest[j, j])
+        rest[j:, j:] -= np.outer(columns[j:, j], columns[j:, j])
+    return torch.from_numpy(columns.astype(np.float64))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("n", [448, 700])  # the first is a multiple of 64
 def test_large_matrices_are_factored_by_blocks_as_well_as_at_once(n: int, dtype: torch.dtype) -> None:
     X = torch.randn(n, 800, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     A = (X @ X.T / 800 + 0.1 * torch.eye(n, dtype=torch.float64)).to(dtype)
     L = cholesky_factor(Dense(A, is_gram=True)).double()
-    exact = torch.linalg.cholesky(A.double())
+    exact = extended_triangle(A)
     eps = torch.finfo(dtype).eps
     assert torch.equal(L, L.tril())
     # As far from the triangle of these entries as that of LAPACK in one piece, up to a factor.
@@ -72,6 +83,24 @@ def test_large_matrices_are_factored_by_blocks_as_well_as_at_once(n: int, dtype:
     for explicit in (False, True):
         inverse = Cholesky(explicit).power(Dense(A, is_gram=True), -1)
         assert ((inverse @ v).double() @ A.double() - v.double()).abs().max() <= 200 * eps
+
+
+@pytest.mark.parametrize("n", [200, 448, 700])
+@pytest.mark.parametrize("shift", [0.5, torch.tensor(0.5)], ids=str)
+def test_a_shift_is_added_on_the_way(n: int, shift: float | Tensor) -> None:
+    X = torch.randn(n, n // 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    A = X @ X.T / n  # singular
+    kept = A.clone()
+    L = cholesky_factor(Dense(A, is_gram=True), shift)
+    shifted = A + 0.5 * torch.eye(n, dtype=torch.float64)
+    assert torch.equal(A, kept) and torch.equal(L, L.tril())
+    assert (L - torch.linalg.cholesky(shifted)).abs().max() <= 1e-13
+    inverse = Cholesky().power(Shifted(Dense(A, is_gram=True), shift), -1).to_dense()
+    assert (inverse @ shifted - torch.eye(n, dtype=torch.float64)).abs().max() <= 1e-12
+    with pytest.raises(NotPositiveDefiniteError, match=r"smallest eigenvalue is -0\.1"):
+        cholesky_factor(Dense(A, is_gram=True), -0.1)
+    with pytest.raises(NonFiniteError, match="NaN or infinity"):
+        cholesky_factor(Dense(A, is_gram=True), torch.tensor(torch.inf))
 
 
 @pytest.mark.parametrize("place", [3, 650])
