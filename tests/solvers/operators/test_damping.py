@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from solvers import (
     BlockDiagonal,
+    Cholesky,
     Dense,
     Diagonal,
     FactoredTikhonov,
@@ -19,8 +21,10 @@ from solvers import (
     Segment,
     Shifted,
     Tikhonov,
+    power,
 )
 from solvers.operators.damping import Damping
+from solvers.operators.stacked import stacked, unstacked
 from tests.solvers.problems import normal, positive
 
 EYE = torch.eye(12, dtype=torch.float64)
@@ -142,3 +146,58 @@ def test_a_damping_must_say_how_strong_it_is() -> None:
 
     with pytest.raises(TypeError, match=r"abstract method"):
         Silent()  # type: ignore[abstract]
+
+
+def stack_members(form: str, k: int = 3) -> list[LinearOperator]:
+    generator = torch.Generator().manual_seed(0)
+    scales = [10.0 ** (3 * i) for i in range(k)]  # of different sizes, so that floors differ
+    match form:
+        case "kronecker":
+            return [Kronecker(Dense(s * positive(4), is_gram=True), Dense(positive(3), is_gram=True)) for s in scales]
+        case "half diagonal":
+            return [Kronecker(positive(4), Diagonal(s + torch.arange(3, dtype=torch.float64))) for s in scales]
+        case "matrices":
+            return [Dense(s * torch.stack([positive(2), 2 * positive(2)])) for s in scales]
+    return [Diagonal(s * torch.rand(2, 5, generator=generator, dtype=torch.float64)) for s in scales]
+
+
+@pytest.mark.parametrize("form", ["kronecker", "half diagonal", "matrices", "diagonal"])
+@pytest.mark.parametrize("floor", [0.0, 1e-2])
+@pytest.mark.parametrize("kind", [Tikhonov, FactoredTikhonov])
+@pytest.mark.parametrize("lam", [0.0, 0.3, torch.tensor(0.3, dtype=torch.float64)], ids=str)
+def test_a_stack_is_damped_as_each_of_its_operators(form: str, floor: float, kind: type, lam: Any) -> None:
+    members = stack_members(form)
+    damping = kind(lam)
+    assert damping.serves_stack(members[0]) == (kind is FactoredTikhonov or form in ("matrices", "diagonal"))
+    if not damping.serves_stack(members[0]):
+        return
+    damped = unstacked(damping.in_stack(stacked(members), floor))
+    for one, alone in zip(damped, members, strict=True):
+        strength = max(float(lam), floor * float(alone.trace()) / alone.shape[1])
+        expected = kind(strength)(alone).to_dense()
+        torch.testing.assert_close(one.to_dense(), expected, rtol=1e-14, atol=1e-14)
+
+
+def test_what_is_in_units_of_each_operator_or_of_ones_own_serves_no_stack() -> None:
+    class Mine(Tikhonov):
+        def __call__(self, op: LinearOperator) -> LinearOperator:
+            return op.shift(2 * self.lam)
+
+    op = Dense(positive(3))
+    assert not RelativeTikhonov(0.1).serves_stack(op) and not Mine(0.1).serves_stack(op)
+    with pytest.raises(TypeError, match="damps no operators in a stack"):
+        RelativeTikhonov(0.1).in_stack(op)
+
+
+@pytest.mark.parametrize("n", [4, 700])
+def test_a_shift_that_is_left_to_the_solver_is_the_same_damping(n: int) -> None:
+    rows = torch.randn(n, 2 * n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    op = Kronecker(Dense(rows @ rows.mT / n, is_gram=True), Dense(positive(3), is_gram=True))
+    for damping in (FactoredTikhonov(0.1), Tikhonov(0.1), FactoredTikhonov(0.0)):
+        left = damping.deferred(op)
+        x = torch.ones(n, 3, dtype=torch.float64)
+        torch.testing.assert_close(left @ x, damping(op) @ x, rtol=1e-13, atol=1e-13)
+    found, expected = (power(d(op), -1, Cholesky()) for d in (FactoredTikhonov(0.1).deferred, FactoredTikhonov(0.1)))
+    assert isinstance(found, Kronecker) and isinstance(expected, Kronecker)
+    for one, other in zip(found.factors, expected.factors, strict=True):
+        torch.testing.assert_close(one.to_dense(), other.to_dense(), rtol=1e-11, atol=1e-13)
