@@ -79,7 +79,10 @@ class Preconditioners(dict[str, Preconditioner]):
         """
         renewed, failures = self._renewed(shared_out(self, due), then)
         apart = [
-            Refresh([name], due[name]) for refresh, _ in failures if len(refresh.names) > 1 for name in refresh.names
+            Refresh([name], due[name], [])
+            for refresh, _ in failures
+            if len(refresh.names) > 1
+            for name in refresh.names
         ]
         if apart:
             again, more = self._renewed(apart, then)
@@ -106,7 +109,7 @@ class Preconditioners(dict[str, Preconditioner]):
                     if len(names) == 1:
                         new, metric = first.refresh(**refresh.options)
                     else:
-                        new, metric = True, renew([self[name] for name in names], **refresh.options)
+                        new, metric = True, renew([self[name] for name in names], refresh.operators, **refresh.options)
             except SolverError as error:
                 errors[key] = error
                 continue

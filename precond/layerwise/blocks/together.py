@@ -12,12 +12,12 @@ from precond.layerwise.blocks.preconditioner import Preconditioner
 from solvers import Cholesky, Damping, LinearOperator
 from solvers.operators.stacked import kind, longest_side, numbers, stacked, unstacked
 
-#: Longest side of a block that is renewed with others. Factorising and inverting 16 matrices together saves their calls
-#: alone, 15 microseconds each; of 193 columns and more the work is the same in a loop, and the calls of Python around
-#: it, 0.5 ms for each block, are a tenth of it from here on.
-LONGEST = 256
-#: Numbers in the matrices of one stack: more of them are in no cache when the next step comes to them.
-NUMBERS = 2**20
+#: Longest side of a matrix that is renewed with others. Factorising and inverting 16 of them together saves their calls
+#: alone, 15 microseconds each; from 129 columns on a loop takes as long. The calls of Python around that take 0.5 ms
+#: for each block, a fifth of its work at 193 columns; and large stacks cost memory.
+LONGEST = 224
+#: Numbers in the matrices of one stack: so many, and what is made of them, stay in a cache.
+NUMBERS = 2**18
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,12 @@ class Refresh:
     Attributes:
         names: The blocks; those of several have :func:`kin` in common.
         options: Arguments of :meth:`Preconditioner.refresh`, which are the same for all.
+        operators: C of each, where there are several.
     """
 
     names: list[str]
     options: Mapping[str, Any]
+    operators: list[LinearOperator]
 
 
 def shared_out(blocks: Mapping[str, Preconditioner], due: Mapping[str, Mapping[str, Any]]) -> list[Refresh]:
@@ -41,31 +43,26 @@ def shared_out(blocks: Mapping[str, Preconditioner], due: Mapping[str, Mapping[s
         due: Block's name -> arguments of :meth:`Preconditioner.refresh`.
     """
     out: list[Refresh] = []
-    open_: dict[object, Refresh] = {}
+    unfilled: dict[object, Refresh] = {}
     for name, options in due.items():
-        common = kin(blocks[name], **options)
-        last = open_.get(common)
-        if (
-            common is not None
-            and last is not None
-            and (len(last.names) + 1) * numbers(blocks[name].estimator.operator()) <= NUMBERS
-        ):
-            last.names.append(name)
+        operator = small_operator(blocks[name], **options)
+        if operator is None:
+            out.append(Refresh([name], options, []))
             continue
-        out.append(Refresh([name], options))
-        open_[common] = out[-1]
+        common = kin(blocks[name], operator, **options)
+        last = unfilled.get(common)
+        if last is None or (len(last.names) + 1) * numbers(operator) > NUMBERS:
+            last = unfilled[common] = Refresh([], options, [])
+            out.append(last)
+        last.names.append(name)
+        last.operators.append(operator)
     return out
 
 
-def kin(
-    block: Preconditioner,
-    damping: Damping,
-    *,
-    basis: bool = True,
-    rows: int | None = None,
-    applications: int | None = None,
-) -> object:
-    """What blocks that are renewed as one have in common; ``None`` for one that is renewed by itself."""
+def small_operator(
+    block: Preconditioner, damping: Damping, *, basis: bool = True, **options: Any
+) -> LinearOperator | None:
+    """C of a block that may be renewed with others of its kind; ``None`` of one that is renewed by itself."""
     estimator, form = block.estimator, block.estimator.block
     by_cholesky = type(block) is Preconditioner and type(block.solver) is Cholesky and block.exponent == -1
     if not by_cholesky or not basis or min(form.shape[-2:]) > LONGEST:
@@ -74,19 +71,32 @@ def kin(
     if not keeps or isinstance(estimator, InverseEstimator) or not estimator.ready:
         return None
     operator = estimator.operator()
-    common = kind(operator)
-    if common is None or longest_side(operator) > LONGEST or not damping.serves_stack(operator):
-        return None
-    return common, tuple(part.shape for part in form.parts), block.solver, id(damping), rows, applications
+    served = kind(operator) is not None and damping.serves_stack(operator)
+    return operator if served and longest_side(operator) <= LONGEST else None
+
+
+def kin(
+    block: Preconditioner,
+    operator: LinearOperator,
+    damping: Damping,
+    *,
+    rows: int | None = None,
+    applications: int | None = None,
+    **options: Any,
+) -> object:
+    """What blocks that are renewed as one have in common, given C of one."""
+    columns = tuple(part.shape for part in block.estimator.block.parts)
+    return kind(operator), columns, block.solver, id(damping), rows, applications
 
 
 def renew(
     blocks: Sequence[Preconditioner],
+    operators: Sequence[LinearOperator],
     damping: Damping,
     *,
-    basis: bool = True,
     rows: int | None = None,
     applications: int | None = None,
+    **options: Any,
 ) -> LinearOperator:
     """Recompute P of blocks that have :func:`kin` in common, as :meth:`Preconditioner.refresh` does of each.
 
@@ -96,8 +106,7 @@ def renew(
     Raises:
         SolverError: If one of them fails.
     """
-    damped = damping.in_stack(stacked([block.estimator.operator() for block in blocks]))
-    inverse, metric = blocks[0].power_of(damped, rows, applications, in_stack=True)
+    inverse, metric = blocks[0].power_of(damping.in_stack(stacked(operators)), rows, applications, in_stack=True)
     for block, own in zip(blocks, unstacked(inverse), strict=True):
         block.take(own)
     return metric

@@ -139,3 +139,18 @@ def test_inverses_found_together_share_no_memory() -> None:
             memory = factor.matrix.untyped_storage()
             assert memory.data_ptr() not in seen and memory.nbytes() == factor.matrix.nbytes
             seen.add(memory.data_ptr())
+
+
+def test_grouped_convolutions_are_stacks_already_and_stay_by_themselves() -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(4, 4, 1, groups=groups) for groups in (2, 2, 1, 1)]
+    model, loss_fn = nn.Sequential(*layers, nn.Flatten()).double(), nn.MSELoss()
+    optimizer = KFAC(model, loss_fn, lr=0.1, momentum=0.9, inverse_update_period=1, curvature_update_period=1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        z = model(torch.randn(8, 4, 2, 2).double())
+        loss_fn(z, torch.randn_like(z)).backward()
+        optimizer.step()
+    damping = FactoredTikhonov(1e-3)
+    due = {name: {"damping": damping} for name in optimizer.preconditioners}
+    assert sorted(len(refresh.names) for refresh in shared_out(optimizer.preconditioners, due)) == [1, 1, 2]
