@@ -76,7 +76,7 @@ HOUSE: dict[str, str] = {
     " solvers.files solvers.outcome",
     "curvature.landscape": ".matrices .estimation .losses .model solvers solvers.outcome",
     "curvature.matrices": ".estimation .structures .layers .losses .model solvers solvers.eigenpairs solvers.precision"
-    " solvers.outcome solvers.triangles",
+    " solvers.outcome solvers.pages solvers.triangles",
     "curvature.residuals": ".layers .model solvers solvers.outcome solvers.triangles",
     "curvature.estimation": ".structures .layers .losses .model solvers solvers.tree solvers.files solvers.precision"
     " solvers.outcome",
@@ -100,6 +100,7 @@ HOUSE: dict[str, str] = {
     "solvers.tree": "",
     "solvers.triangles": "",
     "solvers.outcome": "",
+    "solvers.pages": "",
     "solvers.precision": "",
     "solvers.files": "",
 }
