@@ -12,6 +12,7 @@ from torch import Tensor
 
 from curvature.estimation.finite import refuse_nonfinite
 from curvature.losses import BatchDim, ClassDim
+from curvature.matrices.flat_sum import FlatSum
 from curvature.matrices.problem import Evaluation, Problem
 from curvature.model.data import Output
 from curvature.model.parameters import Parameters
@@ -146,35 +147,30 @@ class DatasetOperator(LinearOperator):
     def apply(self, x: Tensor) -> Tensor:
         vectors = (x.clone() if x.is_inference() else x.detach()).reshape(-1, self.columns.size)
         self.problem.shares.same(vectors, "a vector")
-        out = torch.empty(len(vectors), self.rows.size, dtype=self.dtype, device=self.device)
+        result = FlatSum(self.rows, len(vectors), self.dtype, self.device)
         split = self.columns.unflatten(vectors)
         pieces = [split[name].to(p.dtype) for name, p in self.columns.items()]
-        into = list(self.rows.unflatten(out).values())  # products are written in place
-        single = len(vectors) == 1
-        if single:
-            pieces, into = [t[0] for t in pieces], [t[0] for t in into]
-        write: Callable[..., object] = torch._foreach_copy_
+        single, only = len(vectors) == 1, self.problem.single
 
         def add(product: Product, nbytes: int) -> None:
-            nonlocal write
-            if single:
-                write(into, product(pieces, False))
-            else:
-                step = self.chunk(nbytes)
-                for start in range(0, len(vectors), step):
-                    part = slice(start, start + step) if step > 1 else start
-                    write([t[part] for t in into], product([t[part] for t in pieces], step > 1))
-            write = torch._foreach_add_
+            step = 1 if single else self.chunk(nbytes)
+            for start in range(0, len(vectors), step):
+                part = slice(start, start + step) if step > 1 else start
+                if only:
+                    result.put(part, product([t[part] for t in pieces], step > 1), self._total)
+                else:
+                    result.add(part, product([t[part] for t in pieces], step > 1))
+            result.next_batch()
 
         self.each(add, vectorized=not single)
-        if write is torch._foreach_copy_:  # no batch of this process counts
-            out.zero_()
-        self.problem.shares.sum(out)
-        if not isinstance(self._total, float) or self._total != 1.0:
-            out /= self._total
-        if not is_finite(out) and is_finite(vectors):
-            refuse_nonfinite(out, f"a product with the {self.title}", self.rows, self.again)
-        return out.reshape(*x.shape[:-1], self.rows.size)
+        if result.empty:  # no batch of this process counts
+            result.out.zero_()
+        self.problem.shares.sum(result.out)
+        if not only:
+            result.divide(self._total)
+        if not result.is_finite() and is_finite(vectors):
+            refuse_nonfinite(result.out, f"a product with the {self.title}", self.rows, self.again)
+        return result.out.reshape(*x.shape[:-1], self.rows.size)
 
     def again(self) -> None:
         """A pass over the data and a product, to see which operation makes numbers that are not finite."""
@@ -203,6 +199,8 @@ class DatasetOperator(LinearOperator):
 
         def visit(evaluation: Evaluation) -> None:
             product = self.record(evaluation)
+            if self.problem.single:  # all the data, so that products can be divided at once
+                self._total = evaluation.divisor
             use(product, evaluation.nbytes)
             if self.keep_graph:
                 kept.append((product, evaluation.nbytes))

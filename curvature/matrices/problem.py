@@ -122,6 +122,11 @@ class Evaluation:
         """Whether the loss divides by the sum of :attr:`total` over the batches."""
         return self.terms is not None and self.terms.reduction == "mean"
 
+    @property
+    def divisor(self) -> Tensor | float:
+        """What sums over terms are divided by if this batch is all the data; 1 for a loss that is a sum."""
+        return self.total if self.mean else 1.0
+
 
 class Problem:
     """A loss over a data set, as a function of a model's parameters at which it can be evaluated again and again.

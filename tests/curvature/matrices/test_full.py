@@ -145,6 +145,15 @@ def test_kept_graph_runs_the_model_once(small: Problem) -> None:
     assert torch.equal(streamed @ v, G @ v) and len(calls) == 2
 
 
+@pytest.mark.parametrize("make", [curvature.ggn, curvature.hessian])
+@pytest.mark.parametrize("memory", [1, 1 << 16, 1 << 30])
+def test_a_batch_alone_has_the_products_of_a_list_of_it(make: Any, memory: int, small: Problem) -> None:
+    alone = make(small.model, small.loss_fn, small.data[0], memory=memory, **options(small))
+    listed = make(small.model, small.loss_fn, small.data[:1], memory=memory, **options(small))
+    V = normal(7, alone.shape[1])
+    assert torch.equal(alone @ V, listed @ V) and torch.equal(alone @ V[0], listed @ V[0])
+
+
 class Once(torch.autograd.Function):
     """A kernel that can be differentiated once, backwards and forwards."""
 
