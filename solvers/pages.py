@@ -10,6 +10,7 @@ import ctypes
 import mmap
 from collections.abc import Callable
 from functools import cache
+from math import prod
 
 import torch
 from torch import Tensor
@@ -36,6 +37,18 @@ def fresh(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         start = -(-out.data_ptr() // size) * size  # whole pages of its own
         advise(start, (out.data_ptr() + out.nbytes) // size * size - start, mmap.MADV_HUGEPAGE)
     return out
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right`` for tensors of two axes at least, whose result lies in :func:`fresh` memory if it is large.
+
+    To the bit what ``@`` gives; operands that are differentiated are left to it.
+    """
+    shape = (*torch.broadcast_shapes(left.shape[:-2], right.shape[:-2]), left.shape[-2], right.shape[-1])
+    graph = torch.is_grad_enabled() and (left.requires_grad or right.requires_grad)
+    if graph or left.dtype != right.dtype or left.device.type != "cpu" or prod(shape) * left.element_size() < LARGE:
+        return left @ right
+    return torch.matmul(left, right, out=fresh(*shape, dtype=left.dtype, device=left.device))
 
 
 @cache

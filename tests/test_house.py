@@ -82,7 +82,7 @@ HOUSE: dict[str, str] = {
     " solvers.outcome",
     "curvature.structures": ".layers .losses .model solvers solvers.operators solvers.precision solvers.outcome"
     " solvers.triangles",
-    "curvature.layers": ".layers.axes .losses .model solvers solvers.precision solvers.triangles",
+    "curvature.layers": ".layers.axes .losses .model solvers solvers.pages solvers.precision solvers.triangles",
     "curvature.layers.axes": ".model",
     "curvature.losses": "solvers.precision solvers.outcome",
     "curvature.model": "solvers.outcome",

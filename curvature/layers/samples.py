@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from curvature.layers.input_moments import InputMoments
+from solvers.pages import product
 from solvers.triangles import gram
 
 # Elements of a per-sample gradient formed at once (16 Mi elements: 64 MiB in float32); on a CPU what its caches hold.
@@ -153,7 +154,7 @@ class Outer:
         few = self.positions <= self.g.shape[-1]  # the appended one goes where it makes the smaller copy
         a = self.a[..., start:stop, :, :].unsqueeze(-4)
         a = _with_one(a) if self.ones and few else a
-        grad = a.mT @ g if self.flipped else g.mT @ a
+        grad = product(a.mT, g) if self.flipped else product(g.mT, a)
         if self.ones and not few:
             bias = g.sum(-2).unsqueeze(-2 if self.flipped else -1)
             grad = torch.cat([grad, bias], dim=-2 if self.flipped else -1)

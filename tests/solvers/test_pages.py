@@ -31,3 +31,12 @@ def test_large_ones_are_asked_for_and_small_ones_are_not(monkeypatch: pytest.Mon
     x = pages.fresh(1 << 23, dtype=torch.float32, device=CPU)
     ((start, size),) = asked
     assert x.data_ptr() <= start and start + size <= x.data_ptr() + x.nbytes and size > 0.9 * x.nbytes
+
+
+@pytest.mark.parametrize("shapes", [((3, 4), (4, 5)), ((1, 7, 1100, 1), (7, 1, 1200)), ((2, 1, 900, 3), (5, 3, 1000))])
+def test_products_are_those_of_torch(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    left, right = (torch.randn(shape) for shape in shapes)
+    assert torch.equal(pages.product(left, right), left @ right)
+    strided = left.mT.contiguous().mT
+    assert torch.equal(pages.product(strided, right), strided @ right)
+    assert pages.product(left.requires_grad_(), right).requires_grad
