@@ -271,7 +271,7 @@ class MeansEstimator(CurvatureEstimator):
         weight = samples.weight if samples.first else 0.0
         for piece in self.totals(samples):
             for name, total in piece.items():
-                getattr(self, name).add(samples.scaled(widen(total)), weight)
+                getattr(self, name).add(samples.scaled(widen(total)), weight, own=True)
             weight = 0.0
 
     def count(self, weight: Tensor | float) -> None:

@@ -133,7 +133,7 @@ class KroneckerEstimator(MeansEstimator):
                 mean.add_rows(own, float(m * times), float(times))
                 return
         total, count = self._input_moment(samples, use, reduces)
-        mean.add(total if times == 1 else total * times, count * times)
+        mean.add(total if times == 1 else total * times, count * times, own=True)
 
     def _input_moment(self, samples: Samples, use: Outer, reduces: bool) -> tuple[Tensor, Tensor | float]:
         inputs, valid = use.inputs, use.valid
@@ -184,7 +184,7 @@ class KroneckerEstimator(MeansEstimator):
         if rows.dim() == 2 and self.lets_wait(*rows.shape):
             mean.add_rows(rows.clone(), weight, 1.0 if samples.factor is None else samples.factor)
         else:
-            mean.add(samples.scaled(self.moment(rows)), weight)
+            mean.add(samples.scaled(self.moment(rows)), weight, own=True)
 
     def lets_wait(self, m: int, d: int) -> bool:
         """Whether m rows of d numbers wait for the step in place of their :meth:`moment`, which is their product."""

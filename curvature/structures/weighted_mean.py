@@ -77,6 +77,8 @@ class WeightedMean:
 
     #: Marks that may be alive.
     _marks: weakref.WeakSet[_Mark] | None = None
+    #: Whether nobody else has the sum of the step, so that its mean can be made in its place.
+    _own = False
 
     def __init__(self, matrix_axes: int | None = None) -> None:
         self.matrix_axes = matrix_axes
@@ -92,12 +94,15 @@ class WeightedMean:
         """Without the marks, which are of the original."""
         return {name: value for name, value in vars(self).items() if name != "_marks"}
 
-    def add(self, total: Tensor | None, weight: Tensor | float) -> None:
-        """Add a sum over some of the step's samples (``None``: only the weight) and the weight of those samples."""
+    def add(self, total: Tensor | None, weight: Tensor | float, own: bool = False) -> None:
+        """Add a sum over some of the step's samples (``None``: only the weight) and the weight of those samples.
+
+        With ``own`` it was made for this call, and nobody else will read it.
+        """
         if total is not None:
             self._multiply()
             if self._total is None:
-                self._total = total
+                self._total, self._own = total, own
             elif self._total.shape != total.shape:
                 raise ValueError(_OTHER_SHAPE.format(tuple(self._total.shape), tuple(total.shape)))
             elif self._since is None and self._held(self._total):
@@ -126,7 +131,7 @@ class WeightedMean:
     def _multiply(self) -> None:
         """Rows that wait become the sum that they stand for."""
         if self._rows is not None:
-            self._total, self._rows = _times(gram(self._rows), self._factor), None
+            self._total, self._rows, self._own = _times(gram(self._rows), self._factor), None, True
 
     def mark(self) -> Any:
         """The mean and what waits to be committed, as they are now, for :meth:`back_to`.
@@ -145,6 +150,7 @@ class WeightedMean:
         """Forget what was added or committed since a mark."""
         self.value, self.weight, self._total, self._since, self._count = mark.values
         self._rows, self._factor = mark.rows
+        self._own = False
 
     def _held(self, sum_: Tensor | None) -> bool:
         """Whether a mark holds a sum, which must not change then."""
@@ -177,11 +183,12 @@ class WeightedMean:
         if self._total is None:
             raise RuntimeError("nothing was added since the last commit.")
         self._join()
+        self._own = False
         return self._total, self._count
 
     def take(self, total: Tensor, count: Tensor | float) -> None:
         """Put another sum and weight in the place of what was added since the last commit."""
-        self._total, self._since, self._count, self._rows = total, None, count, None
+        self._total, self._since, self._count, self._rows, self._own = total, None, count, None, False
 
     def step_mean(self) -> Tensor:
         """Mean of the statistics added since the last commit."""
@@ -224,7 +231,10 @@ class WeightedMean:
             self.discard()
             return
         total, count = self._total.detach(), self._count  # the graph of a sum would live as long as the average
-        mean = total / count if self._since is None else (total + self._since.detach()).div_(count)
+        if self._since is not None:
+            mean = (total + self._since.detach()).div_(count)
+        else:  # fresh memory takes longer than the division
+            mean = total.div_(count) if self._alone() else total / count
         if self.value is not None and self.value.shape != mean.shape:
             if self.value.dim() != mean.dim() + 1 or self.value.shape[:-1] != mean.shape:
                 raise ValueError(_OTHER_SHAPE.format(tuple(self.value.shape), tuple(mean.shape)))
@@ -240,6 +250,13 @@ class WeightedMean:
                 mean = self.value.to(dtype).lerp(mean.to(dtype), 1.0 / self.weight)
         self.value = mean
         self.discard()
+
+    def _alone(self) -> bool:
+        """Whether the mean can be made in the place of the sum."""
+        total = self._total
+        if total is None or not self._own or self._held(total) or total.requires_grad or total.is_inference():
+            return False
+        return total.dim() > 0 and total.is_floating_point() and total.is_contiguous()
 
     def _commit_rows(self, ema: float) -> bool:
         """:meth:`commit` of rows that wait, in one product with the mean; whether that was possible."""
@@ -261,6 +278,7 @@ class WeightedMean:
     def discard(self) -> None:
         """Forget the uncommitted statistics."""
         self._total, self._since, self._count, self._rows, self._factor = None, None, 0.0, None, 1.0
+        self._own = False
 
     def state_dict(self) -> dict[str, Tensor | float]:
         """Tensors and numbers, without the uncommitted statistics."""

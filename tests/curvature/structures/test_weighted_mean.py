@@ -190,3 +190,44 @@ def test_weights_of_inference_mode_count() -> None:
         mean.add(torch.ones(2), torch.tensor(4.0))
         mean.commit(0.0)
     assert mean.value is not None and mean.value.tolist() == [0.25, 0.25]
+
+
+def test_a_mean_is_made_in_the_place_of_a_sum_that_nobody_else_has() -> None:
+    mean, total = WeightedMean(), torch.randn(3, 4)
+    expected, memory = total / 3, total.data_ptr()
+    mean.add(total, 3.0, own=True)
+    mean.commit(0.9)
+    assert mean.value is not None and torch.equal(mean.value, expected) and mean.value.data_ptr() == memory
+    before = mean.value
+    mean.add(torch.ones(3, 4), 2.0, own=True)
+    mean.commit(0.9)
+    assert torch.equal(mean.value, torch.lerp(expected, torch.full((3, 4), 0.5), 1 / 1.9))
+    assert torch.equal(before, expected)
+
+
+def test_a_sum_that_somebody_may_go_back_to_or_differentiate_stays() -> None:
+    total = torch.randn(3, 4)
+    for mark, handed in ((True, total), (False, total.clone().requires_grad_()), (False, total[:, :1].expand(3, 4))):
+        mean, before = WeightedMean(), handed.detach().clone()
+        mean.add(handed, 3.0, own=True)
+        held = mean.mark() if mark else None
+        mean.commit(0.9)
+        assert mean.value is not None and torch.equal(mean.value, before / 3) and torch.equal(handed, before)
+        del held
+
+
+def test_whose_a_sum_is_does_not_outlive_it() -> None:
+    mean, total = WeightedMean(), torch.randn(3, 4)
+    expected = total.clone()
+    mean.add(total, 3.0)
+    mark = mean.mark()
+    mean.discard()
+    mean.add(torch.ones(3, 4), 1.0, own=True)
+    mean.back_to(mark)
+    del mark
+    mean.commit(0.9)
+    assert torch.equal(total, expected)
+    mean.add(total, 3.0, own=True)
+    handed_out, _ = mean.step_sum()
+    mean.commit(0.9)
+    assert torch.equal(handed_out, expected)
