@@ -46,14 +46,15 @@ class FlatSum:
     def put(self, part: Part, product: Sequence[Tensor], divisor: Tensor | float) -> None:
         """Take the product of the only batch with some vectors, and divide it."""
         divided = not isinstance(divisor, float) or divisor != 1.0
-        for whole, piece in zip(self._places, product, strict=True):
-            place = whole[part]
-            if divided and piece.dtype == place.dtype:
-                torch.div(piece, divisor, out=place)
-                continue
-            place.copy_(piece)
-            if divided:
-                place /= divisor
+        with torch._C.DisableTorchFunction():  # these are no calls of the user's
+            for whole, piece in zip(self._places, product, strict=True):
+                place = whole[part]
+                if divided and piece.dtype == place.dtype:
+                    torch.div(piece, divisor, out=place)
+                    continue
+                place.copy_(piece)
+                if divided:
+                    place /= divisor
         if self.out.device.type == "cpu":  # others would be waited for each time
             self._finite = self._finite is not False and is_finite(self.out[part])
 

@@ -37,7 +37,7 @@ class Hessian(DatasetOperator):
             if evaluation.terms is not None:
                 evaluation.terms.refuse_undefined()
             refuse_outside_of_autograd(loss, list(self.columns.values()))
-        gradient = gradient_of(loss, self.columns, create_graph=True)
+        gradient = gradient_of(loss, self.columns, create_graph=True, numbers=False)
         if evaluation.first:
             refuse_differentiated_once(gradient.values())
         return gradient

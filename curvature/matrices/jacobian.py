@@ -121,7 +121,7 @@ class Linearization:
                 refuse_outside_of_autograd(self.output, list(self.columns.values()))
             cotangent = torch.zeros_like(self.output, requires_grad=True)
             with torch.enable_grad():
-                gradient = gradient_of(self.output, self.columns, cotangent, create_graph=True)
+                gradient = gradient_of(self.output, self.columns, cotangent, create_graph=True, numbers=False)
             refuse_differentiated_once(gradient.values())
             self._pushforward = Pullback(list(gradient.values()), [cotangent])
         return self._pushforward(vectors, block)[0]

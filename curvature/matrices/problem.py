@@ -303,9 +303,16 @@ class Problem:
 
 
 def gradient_of(
-    value: Tensor, parameters: Mapping[str, Tensor], signal: Tensor | None = None, create_graph: bool = False
+    value: Tensor,
+    parameters: Mapping[str, Tensor],
+    signal: Tensor | None = None,
+    create_graph: bool = False,
+    *,
+    numbers: bool = True,
 ) -> dict[str, Tensor]:
     """Gradient of a number, or of ``<signal, value>``, by parameter; zeros for those that are not used.
+
+    With ``create_graph`` and without ``numbers`` it is there to be differentiated, see :func:`pull_back`.
 
     Raises:
         ValueError: If the value has no graph.
@@ -317,7 +324,8 @@ def gradient_of(
         )
     given = torch.ones_like(value) if signal is None else signal
     inputs = list(parameters.values())
-    gradient = pull_back([value], inputs, [given], create_graph=create_graph, retain_graph=create_graph)
+    graph = {"create_graph": create_graph, "retain_graph": create_graph}
+    gradient = pull_back([value], inputs, [given], **graph, numbers=numbers)
     pairs = zip(parameters.items(), gradient, strict=True)
     return {name: torch.zeros_like(p) if g is None else g for (name, p), g in pairs}
 

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
@@ -62,7 +63,7 @@ def gradients_kept(outputs: Iterable[Any], inputs: Iterable[Any]) -> Iterator[No
         InnerBackwardError: If the pass wrote to the ``.grad`` of a parameter, and nobody takes note of that.
     """
     outputs = list(outputs)
-    if not any(map(_leads_to_custom, outputs)):
+    if not leads_to_custom(outputs):
         yield
         return
     before = [(p, p.grad) for p in _with(_here.parameters, inputs)]
@@ -107,20 +108,29 @@ def _with(known: tuple[Tensor, ...], tensors: Iterable[Any]) -> tuple[Tensor, ..
     return tuple({id(t): t for t in (*known, *more)}.values()) if more else known
 
 
-def _leads_to_custom(output: Any) -> bool:
-    """Whether there are custom functions on the way to a tensor, which remembers it, or to an edge."""
-    node = node_of(output)
-    if not isinstance(output, Tensor):
-        return _any_custom(node)
-    known: tuple[int, bool] | None = getattr(output, "_custom_on_the_way", None)
-    if known is None or known[0] != output._version:
-        known = output._version, _any_custom(node)
-        setattr(output, "_custom_on_the_way", known)  # noqa: B010
-    return known[1]
+def leads_to_custom(outputs: Iterable[Any]) -> bool:
+    """Whether there are custom functions on the way to some tensors, which remember it, or to edges of a graph."""
+    with torch._C.DisableTorchFunction():  # attributes of tensors are no calls of the user's
+        return _lead_to_custom(list(outputs))
 
 
-def _any_custom(start: Any) -> bool:
-    return any(map(_is_custom, below([start], ().__contains__)))
+def _lead_to_custom(outputs: list[Any]) -> bool:
+    open_ones = []
+    for output in outputs:
+        known: tuple[int, bool] | None = getattr(output, "_custom_on_the_way", None)
+        if known is None or known[0] != output._version:
+            open_ones.append(output)
+        elif known[1]:
+            return True
+    found = _any_custom(map(node_of, open_ones))  # their graphs have most nodes in common
+    for output in open_ones:
+        if isinstance(output, Tensor) and (not found or len(open_ones) == 1):
+            setattr(output, "_custom_on_the_way", (output._version, found))  # noqa: B010
+    return found
+
+
+def _any_custom(starts: Iterable[Any]) -> bool:
+    return any(map(_is_custom, below(starts, ().__contains__)))
 
 
 def _is_custom(node: Any) -> bool:

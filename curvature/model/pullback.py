@@ -7,7 +7,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,8 +17,9 @@ from torch.autograd.graph import GradientEdge
 
 from curvature.model.backward_hooks import muted, of_leaves
 from curvature.model.graph_nodes import nodes
-from curvature.model.inner_backward import entered_by, gradients_kept
+from curvature.model.inner_backward import entered_by, gradients_kept, leads_to_custom
 from curvature.model.parameters import tensor_of_its_own
+from curvature.model.unread import Unread
 from solvers.outcome.memory import is_out_of_memory
 
 _ONCE = (
@@ -35,6 +36,7 @@ def pull_back(
     create_graph: bool = False,
     retain_graph: bool = True,
     batched: bool = False,
+    numbers: bool = True,
 ) -> list[Tensor | None]:
     """What ``torch.autograd.grad`` gives, ``None`` where nothing arrives, for cotangents of the outputs' shapes.
 
@@ -45,20 +47,26 @@ def pull_back(
     To compare the shapes, torch loads a package for symbolic mathematics, which takes most of a second: while nothing
     else has loaded it, its engine is called without the comparison.
 
+    With ``numbers=False`` what is returned has its graph (``create_graph``) and numbers that nobody may read: what
+    only they take is not computed, unless custom functions are on the way, which may read memory themselves.
+
     Raises:
         NoSecondDerivativeError: If an operation cannot be differentiated once more.
         InnerBackwardError: If a custom function runs a backward pass of its own, which writes to ``.grad``.
     """
-    frozen = [isinstance(x, Tensor) and not x.requires_grad for x in inputs]  # by the user, since the graph was made
+    with torch._C.DisableTorchFunction():  # what is asked of tensors here is no call of the user's
+        frozen = [isinstance(x, Tensor) and not x.requires_grad for x in inputs]  # since the graph was made
+        given = tuple(tensor_of_its_own(c) for c in cotangents)
+        hooks = list(of_leaves(inputs))
     if any(frozen):
         rest = [x for x, out in zip(inputs, frozen, strict=True) if not out]
-        options = {"create_graph": create_graph, "retain_graph": retain_graph, "batched": batched}
+        options = {"create_graph": create_graph, "retain_graph": retain_graph, "batched": batched, "numbers": numbers}
         arrived = iter(pull_back(outputs, rest, cotangents, **options) if rest else ())
         return [None if out else next(arrived) for out in frozen]
-    given = tuple(tensor_of_its_own(c) for c in cotangents)
+    unread = None if numbers or not create_graph or leads_to_custom(outputs) else Unread()
 
     found: tuple[Tensor | None, ...]
-    with differentiated_twice(), gradients_kept(outputs, inputs), muted(of_leaves(inputs)):
+    with differentiated_twice(), gradients_kept(outputs, inputs), muted(hooks), unread or nullcontext():
         if batched or "torch.fx.experimental.symbolic_shapes" in sys.modules:
             found = torch.autograd.grad(
                 list(outputs),
@@ -73,6 +81,8 @@ def pull_back(
             found = torch.autograd._engine_run_backward(  # type: ignore[attr-defined]
                 tuple(outputs), given, retain_graph, create_graph, tuple(inputs), True, accumulate_grad=False
             )
+    if unread is not None:
+        unread.close(found)
     return list(found)
 
 
