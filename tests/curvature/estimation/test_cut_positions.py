@@ -89,26 +89,6 @@ def test_positions_cut_after_a_layer_are_those_cut_before(how: str, sharing: str
     torch.testing.assert_close(factors(late, x, y, sharing), factors(early, few, y, sharing), rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    "pick",
-    [
-        lambda h: h.roll(1)[:, 0],
-        lambda h: torch.cat([h[:, 3:], h[:, :3]], 1)[:, 0],
-        lambda h: h.transpose(0, 1)[1:][0],
-        lambda h: h.transpose(0, 1).flip(0).transpose(0, 1)[:, 0],
-        lambda h: h.mT[..., -1],
-        lambda h: h.cumsum(1)[:, 0] * 0 + h.sort(1).values[:, 0] * 0 + h[:, -1],
-    ],
-)
-def test_what_moves_positions_leaves_none_out(pick: Callable[[Tensor], Tensor]) -> None:
-    """Which are picked behind it is not followed: all count."""
-    model = models(pick)[0]
-    x, y = data()
-    inputs = torch.cat([x, x.new_ones(N, R, 1)], 2).flatten(0, 1)
-    a, block = inputs.T @ inputs, factors(model, x, y, "expand")
-    torch.testing.assert_close(block[:3, :3] / block[0, 0], a[:3, :3] / a[0, 0], rtol=1e-10, atol=1e-12)
-
-
 @pytest.mark.parametrize("fisher", ["exact", "empirical"])
 @pytest.mark.parametrize("how", ["first", "last of each", "product", "weights"])
 def test_in_training_too(how: str, fisher: str) -> None:

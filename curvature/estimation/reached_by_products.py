@@ -1,0 +1,139 @@
+"""Which entries are reached of the factors of a matrix product, or of what is multiplied by a mask.
+
+What a constant factor is zero for is left out; of the values that weights sum up which the model computes, as those of
+attention, a signal alone tells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvature.estimation.reached_by_moves import spread
+from curvature.model.graph_nodes import origin_of_moves
+
+
+def one_factor(node: Any, name: str, which: int, after: Tensor | None) -> Tensor | None:
+    """What is reached of one that a node masks, or multiplies by a number for each row of its last axis: not by zero.
+
+    So does a gate, whatever it was made of. Factors of single entries are units that are on or off, as values decide.
+    """
+    if name not in ("Mul", "MaskedFill", "Where"):
+        return after
+    own = _factor(node, name, which)
+    if own is None or not own.dim():
+        return after
+    sizes = node._input_metadata[0].shape
+    own = own[(None,) * (len(sizes) - own.dim())]
+    if not all(size == 1 or stride == 0 for size, stride in zip(own.shape[-1:], own.stride()[-1:], strict=True)):
+        return after  # of units, as values decide
+    own = own[..., :1] if own.shape[-1] else own
+    if own.numel() == 1:
+        return after
+    own = own if own.dtype == torch.bool else own != 0
+    return own if after is None else after & own.to(after.device)
+
+
+def _factor(node: Any, name: str, which: int) -> Tensor | None:
+    """A tensor that is zero where one of those that a node gets is dropped."""
+    if name == "MaskedFill":
+        return None if which else ~node._saved_mask
+    if name == "Where":
+        return ~node._saved_condition if which else node._saved_condition
+    found = node._saved_self if which else node._saved_other
+    return found if isinstance(found, Tensor) else None
+
+
+def _of_product(factors: tuple[str, str], first: int) -> Callable[..., Tensor | None]:
+    """A rule for ``A B``, of which the node keeps the factors under some names, from its argument ``first`` on."""
+
+    def rule(node: Any, which: int, after: Tensor | None, shape: Sequence[int]) -> Tensor | None:
+        if which < first:
+            return None if after is None else spread(after, shape)
+        left = which == first
+        other, (child, _) = factors[left], node.next_functions[first + left]
+        if child is None:
+            return _by_constant(getattr(node, other), left, after, shape)
+        if after is None:
+            return None
+        if left:  # of rows, the queries
+            return after.any(-1, keepdim=True)
+        if _is_leaf(child):
+            return after.any(-2, keepdim=True)
+        return after.new_zeros([1] * len(shape))
+
+    return rule
+
+
+def _is_leaf(node: Any) -> bool:
+    start = origin_of_moves(node)
+    return start is not None and "AccumulateGrad" in start.name()
+
+
+def _by_constant(factor: Tensor | None, left: bool, after: Tensor | None, shape: Sequence[int]) -> Tensor | None:
+    """Of one factor, where the other is constant: rows of that which are zero are left out."""
+    if factor is None:
+        return None
+    full = factor != 0
+    if after is None:
+        used = full.any(-1).unsqueeze(-2) if left else full.any(-2).unsqueeze(-1)
+        return None if bool(used.all()) else used
+    if left:  # R(A)[i, k] = any_j R[i, j] F[k, j]
+        used = full.any(-1).unsqueeze(-2)
+        if bool(used.all()) and after.shape[-1] == 1:
+            return after
+        return after.any(-1, keepdim=True) & used if after.shape[-1] == 1 else (after.float() @ full.mT.float()) > 0
+    if after.shape[-2] == 1:
+        return after & full.any(-2).unsqueeze(-1)
+    return (full.mT.float() @ after.float()) > 0  # R(B)[k, j] = any_i F[i, k] R[i, j]
+
+
+def _vector(node: Any, which: int, after: Tensor | None, shape: Sequence[int]) -> Tensor | None:
+    """A matrix and a vector."""
+    if which:
+        return None if after is None else after.new_zeros(1)
+    rows = None if after is None else after.unsqueeze(-1)
+    if node.next_functions[1][0] is not None:
+        return rows
+    used = (node._saved_vec != 0).unsqueeze(0)
+    return used if rows is None else rows & used
+
+
+def _second(node: Any) -> Tensor:
+    return node._saved_tensor if hasattr(node, "_saved_tensor") else node._saved_other
+
+
+def _dot(node: Any, which: int, after: Tensor | None, shape: Sequence[int]) -> Tensor | None:
+    """Two vectors."""
+    if node.next_functions[1 - which][0] is not None:
+        return None if after is None else after.reshape(1)
+    used = (node._saved_self if which else _second(node)) != 0
+    return used if after is None else used & after
+
+
+def _looks(node: Any, which: int, after: Tensor | None, shape: Sequence[int]) -> Tensor | None:
+    """Attention: rows of queries as they are."""
+    if after is None:
+        return None
+    return after.any(-1, keepdim=True) if which == 0 else after.new_zeros([1] * len(shape))
+
+
+def _layer(node: Any, which: int, after: Tensor | None, shape: Sequence[int]) -> Tensor | None:
+    return None if which or after is None else after.any(-1, keepdim=True)
+
+
+#: By the name of a node.
+PRODUCTS: dict[str, Callable[[Any, int, Tensor | None, Sequence[int]], Tensor | None]] = {
+    "Mm": _of_product(("_saved_self", "_saved_mat2"), 0),
+    "Bmm": _of_product(("_saved_self", "_saved_mat2"), 0),
+    "Addmm": _of_product(("_saved_mat1", "_saved_mat2"), 1),
+    "Baddbmm": _of_product(("_saved_batch1", "_saved_batch2"), 1),
+    "Mv": _vector,
+    **dict.fromkeys(("Dot", "Vdot"), _dot),
+    **dict.fromkeys(("Linear", "MkldnnLinear"), _layer),
+    **{f"ScaledDotProduct{how}": _looks for how in ("AttentionMath", "FlashAttention", "FlashAttentionForCpu")},
+    **{f"ScaledDotProduct{how}": _looks for how in ("EfficientAttention", "CudnnAttention", "FusedAttention")},
+}

@@ -1,0 +1,189 @@
+"""Entries of the tensors in a graph from which a way leads to an output: by indices, cuts and masks, not by values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvature.estimation.reached_by_moves import MOVES, spread
+from curvature.estimation.reached_by_products import PRODUCTS, one_factor
+from curvature.model.graph_nodes import below
+
+#: Entries of a tensor, True where one is reached: an axis for each of its own, of size 1 where all along it are alike.
+Reach = Tensor
+#: Of those that work on each entry by itself.
+_ENTRYWISE = frozenset(
+    (
+        *("Abs", "Acos", "Add", "Addcdiv", "Addcmul", "Alias", "Asin", "Asinh", "Atan", "Atan2", "Cos", "Cosh", "Celu"),
+        *("Clamp", "ClampMax", "ClampMin", "Clone", "Copy", "Elu", "Erf", "Erfc", "Exp", "Exp2", "Expm1", "Gelu"),
+        *(
+            "Hardshrink",
+            "Hardsigmoid",
+            "Hardswish",
+            "Hardtanh",
+            "HardtanhBackward",
+            "LeakyRelu",
+            "Lerp",
+            "Lgamma",
+            "Log",
+        ),
+        *("Log10", "Log1p", "Log2", "LogSigmoid", "Logit", "Maximum", "Minimum", "Mish", "NanToNum", "NativeDropout"),
+        *(
+            "Neg",
+            "Pow",
+            "PreluKernel",
+            "Reciprocal",
+            "Relu",
+            "Rsqrt",
+            "Rsub",
+            "RreluWithNoise",
+            "Selu",
+            "Sgn",
+            "Sigmoid",
+        ),
+        *("Silu", "Sin", "Sinc", "Sinh", "Softplus", "Softshrink", "Softsign", "Sqrt", "Square", "Sub", "Tan", "Tanh"),
+        *("Threshold", "ToCopy", "Xlogy"),
+    )
+)
+#: Of those that mix all entries along some axes, which they keep.
+_ALONG = frozenset((*("Softmax", "LogSoftmax", "SafeSoftmax", "NativeLayerNorm", "FusedRmsNorm", "FusedRms"),))
+#: Of those that move entries in ways that only they know, and are run to see: what is saved are sizes or indices.
+_RUN = frozenset(
+    (
+        *(
+            "AsStrided",
+            "Diagonal",
+            "Embedding",
+            "IndexAdd",
+            "IndexCopy",
+            "IndexFill",
+            "IndexPut",
+            "IndexPutImpl",
+            "Rot90",
+        ),
+        *("Scatter", "ScatterAdd", "SelectScatter", "SliceScatter", "Take", "Tril", "Triu", "Unfold", "MaskedScatter"),
+        *("PackPaddedSequence", "ReflectionPad1D", "ReplicationPad1D", "torch::autograd::CopySlices"),
+    )
+)
+#: Of those that are run likewise, of which every entry that they get goes into some that they give.
+_SPREADING = frozenset(
+    (
+        *("AvgPool2D", "AvgPool3D", "AdaptiveAvgPool2D", "AdaptiveAvgPool3D", "PixelShuffle", "PixelUnshuffle"),
+        *("ReflectionPad2D", "ReplicationPad2D", "UpsampleNearest1D", "UpsampleNearest2D", "UpsampleLinear1D"),
+        *("UpsampleBilinear2D"),
+    )
+)
+#: Of those that read no tensor that was saved, which a checkpoint may hand out only once.
+_PLAIN = frozenset(
+    (
+        *("Slice", "Select", "Split", "SplitWithSizes", "Unbind", "Narrow", "View", "UnsafeView", "ReshapeAlias"),
+        *("Reshape", "Unsqueeze", "Squeeze", "Expand", "Repeat", "Transpose", "Permute", "T", "Cat", "Stack"),
+        *("ConstantPadNd", "Flip", "Roll", "Sum", "Mean", "Cumsum"),
+    )
+)
+
+
+def reached_entries(output: Tensor, packed: bool) -> dict[tuple[Any, int], Reach | None]:
+    """What of each tensor in the graph reaches an output, by node and number; ``None`` for all of it, or if unknown.
+
+    Tensors that are not in the result lead nowhere. Read are what picks or moves entries, constant masks with one
+    number for each row of the last axis, and constant matrices. What a value decides (a unit that is off, the weights
+    that attention gives) leaves nothing out, but the place of a maximum does, which is an index.
+
+    Args:
+        output: The output.
+        packed: Saved tensors are packed, as in a checkpoint, so they may be asked for once: none is read.
+    """
+    reached: dict[tuple[Any, int], Reach | None] = {(output.grad_fn, output.output_nr): None}
+    with torch.no_grad():
+        for node in _users_first(output.grad_fn):
+            given = {number: reached[node, number] for number in range(_outputs(node)) if (node, number) in reached}
+            for which, (child, number) in enumerate(node.next_functions):
+                if child is None or not given:
+                    continue
+                shape = tuple(child._input_metadata[number].shape)
+                found = _through(node, which, given, shape, packed)
+                if found is not None and not _fits(found, shape):  # a scale, in the place of what is scaled
+                    found = None
+                key = child, number
+                reached[key] = _either(reached[key], found) if key in reached else found
+    return reached
+
+
+def _outputs(node: Any) -> int:
+    return len(node._input_metadata)
+
+
+def _users_first(start: Any) -> list[Any]:
+    """Every node below one, each after all that get something from it."""
+    users: dict[Any, int] = {}
+    for node in below([start], frozenset().__contains__):
+        for child in {child for child, _ in node.next_functions if child is not None}:
+            users[child] = users.get(child, 0) + 1
+    ready, out = [start], []
+    while ready:
+        node = ready.pop()
+        out.append(node)
+        for child in {child for child, _ in node.next_functions if child is not None}:
+            users[child] -= 1
+            if not users[child]:
+                ready.append(child)
+    return out
+
+
+def _through(node: Any, which: int, given: dict[int, Reach | None], shape: Sequence[int], packed: bool) -> Reach | None:
+    """What is reached of one of the tensors that a node gets, of some shape, given what is of those that it gives."""
+    name = kind_of(node)
+    if packed and name not in _PLAIN and not (name in _ENTRYWISE or name in _ALONG):
+        return None
+    try:
+        if name in MOVES:
+            return MOVES[name](node, which, given, shape)
+        after = given.get(0)
+        if len(given) > 1 or 0 not in given:
+            return None
+        if name in PRODUCTS:
+            return PRODUCTS[name](node, which, after, shape)
+        if name in _RUN or (name in _SPREADING and after is not None):
+            return _run(node, which, after, shape)
+        after = one_factor(node, name, which, after)
+        if after is None:
+            return None
+        if name in _ENTRYWISE or name in ("Mul", "Div", "MaskedFill", "Where"):
+            return spread(after, shape)
+        return after.any(_axes(node, len(shape)), keepdim=True) if name in _ALONG else None
+    except RuntimeError:  # what it saved is gone, or was changed since
+        return None
+
+
+def kind_of(node: Any) -> str:
+    """The name of an operation: ``Slice`` of ``SliceBackward0``."""
+    return str(node.name()).partition("Backward")[0]
+
+
+def _axes(node: Any, axes: int) -> list[int]:
+    """The axes along which a node mixes entries."""
+    if (dim := getattr(node, "_saved_dim", None)) is not None:
+        return [(dim - (1 << 64) if dim >> 63 else dim) % axes]
+    return list(range(axes - len(node._saved_normalized_shape), axes))
+
+
+def _run(node: Any, which: int, after: Reach | None, shape: Sequence[int]) -> Reach | None:
+    """What comes out of a node that moves entries if ones arrive where it is reached."""
+    meta = node._input_metadata[0]
+    ones = torch.ones((), dtype=meta.dtype, device=meta.device)
+    sent = ones.expand(meta.shape) if after is None else after.to(meta.device).expand(meta.shape).to(meta.dtype)
+    found = node(sent)
+    one = found[which] if isinstance(found, tuple) else found
+    return None if one is None or one.is_sparse else spread(one != 0, shape)
+
+
+def _fits(found: Reach, shape: Sequence[int]) -> bool:
+    return found.dim() == len(shape) and all(a in (1, b) for a, b in zip(found.shape, shape, strict=True))
+
+
+def _either(a: Reach | None, b: Reach | None) -> Reach | None:
+    return None if a is None or b is None else a | b.to(a.device)
