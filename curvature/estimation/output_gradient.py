@@ -77,12 +77,14 @@ class OutputGradient:
             )
         except (TypeError, ValueError):
             if origin.penalty:
+                origin.left_out = bool(gradient.any())
                 return None
             if form is not None or (origin.labelled and _hidden(gradient)):
                 origin.left_out = True
                 return None
             raise
         if weights is None and origin.penalty:
+            origin.left_out = bool(gradient.any())
             return None
         if weights is None:
             try:

@@ -128,6 +128,7 @@ class Pass:
     unseen_loss: UnseenLoss | None = None  # that loss, where it is a single one and somebody can tell
     penalty: bool = False  # the loss of the step is elsewhere, and no node above is one of its kind
     form: type[nn.Module] | None = None  # the module of the only loss above it, if of another kind, or told by value
+    share: float | None = None  # what the squares of that are multiplied by, where the way shows it and no value does
     labelled: bool = False  # a loss with labels that are probabilities, or counts, is above it
     left_out: bool = False  # rounding hides its weight, so that it counts in no curvature
     way: Way | None = None  # from what the backward pass was called on, where nobody saw a loss

@@ -74,11 +74,18 @@ def square_of(node: Any, ends: Set[Any]) -> Any:
     """The output of which a node makes squared errors, less something else than the model gave, or ``None``."""
     name, arguments = node.name(), [before for before, _ in node.next_functions if before is not None]
     power = name.startswith("Pow") and "BackwardBackward" not in name and node._saved_exponent == 2
-    if len(arguments) != 1 or node in ends or not (power or name.startswith("MseLossBackward")):
+    product = name.startswith(("Mul", *_DOTS)) and len(arguments) == 2
+    if node in ends or not (product or (len(arguments) == 1 and (power or name.startswith("MseLossBackward")))):
         return None
-    if "BackwardBackward" in name or not _is_difference(arguments[0], ends):
+    if "BackwardBackward" in name or not all(_is_difference(argument, ends) for argument in arguments):
         return None
     return next(end for end in below(arguments, ends.__contains__) if end in ends)
+
+
+def tells_no_value(node: Any) -> bool:
+    """Whether a product of two differences is maybe of different targets: it has the curvature of a square alone."""
+    first, *second = [before for before, _ in node.next_functions if before is not None]
+    return bool(second) and second[0] is not first
 
 
 def _is_difference(node: Any, ends: Set[Any]) -> bool:

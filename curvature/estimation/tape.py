@@ -218,6 +218,7 @@ class Tape(Recording):
         unseen = self._unseen.above(origin, bool(seen), kept)
         if unseen is None:
             return
+        self.left_out |= origin.left_out
         besides = bool(unseen) or (bool(seen) and origin.labelled)
         origin.beside |= len(unseen) + origin.labelled > 1 or (besides and bool(seen))
         origin.unseen_loss = unseen[0] if len(unseen) == 1 and origin.gradient is None else None

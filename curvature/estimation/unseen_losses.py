@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from curvature.estimation.passes import Pass, TapedLoss, UnseenLoss
-from curvature.estimation.squares_by_hand import square_of, squares
-from curvature.estimation.ways_to_losses import Way, soft_labels, way
+from curvature.estimation.squares_by_hand import square_of, squares, tells_no_value
+from curvature.estimation.ways_to_losses import Way, at_temperatures, soft_labels, way
 from curvature.estimation.weights_by_value import Rest
 from curvature.model.data import inspection
 from curvature.model.graph_nodes import CUTS, below, called_on, node_of, only_moves, scalar_called_on
@@ -72,6 +72,7 @@ class UnseenLosses:
         self._known: set[int] = set()
         self._is_there = False  # a loss of the step is known: a call, or a node of the kind
         self._labelled: set[Any] = set()  # outputs with probabilities as labels
+        self._tempered: set[Any] = set()  # outputs at a temperature
         self.elsewhere = False
         self._calls: dict[int, TapedLoss] = {}  # by the numbers of their nodes
         self._squares: dict[Any, list[Any]] = {}  # the nodes of squared errors, by the ends of passes below
@@ -94,6 +95,7 @@ class UnseenLosses:
         self._is_there = bool(self._found) or any(alive)
         looks = self._is_there and self._kind == _NODES[nn.CrossEntropyLoss]
         self._labelled = soft_labels(above, ends) if looks else set()
+        self._tempered = at_temperatures(above, ends) if looks else set()
         tracked = {id(p) for p in parameters}
         leaves = [node for node in above if id(getattr(node, "variable", None)) in tracked]
         self.elsewhere = bool(leaves) and any(
@@ -122,8 +124,9 @@ class UnseenLosses:
             return None
         origin.followed, square = self._direct is not None, self._kind == _NODES[nn.MSELoss]
         origin.labelled = not ends.isdisjoint(self._labelled) or self._is_of_counts(origin)
+        origin.left_out |= known and not ends.isdisjoint(self._tempered)
         origin.penalty = self._is_there and not (unseen or known or square or origin.labelled)
-        origin.way = origin.rest = origin.told = origin.form = None
+        origin.way = origin.rest = origin.told = origin.form = origin.share = None
         origin.looks = partial(self._look, origin)
         self._told |= {call.node: origin for call in unseen}
         if square and not (unseen or known):
@@ -147,6 +150,10 @@ class UnseenLosses:
         found, _ = self._seen(origin)
         if found is None:
             return None
+        if not square and any(map(tells_no_value, self._square_of(origin))):
+            written = _by_hand({origin.end, origin.output.grad_fn, *(edge.node for edge in origin.edges)} - {None})
+            origin.share = written[0].share if written else None
+            return None if origin.share is None else nn.MSELoss
         if self._square_of(origin):
             return nn.MSELoss if not square or (len(unseen) < 2 and found.affine and not found.picks) else None
         names = [cls for begin, cls in FORMS.items() if any(core.name().startswith(begin) for core in found.cores)]

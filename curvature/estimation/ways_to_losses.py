@@ -151,6 +151,25 @@ def soft_labels(above: Sequence[Any], ends: Set[Any]) -> set[Any]:
     return found
 
 
+def at_temperatures(above: Sequence[Any], ends: Set[Any]) -> set[Any]:
+    """Outputs of multiples of which a backward pass takes log probabilities; arguments as for :func:`soft_labels`."""
+    found: set[Any] = set()
+    for node in above:
+        if node not in ends and node.name().startswith("LogSoftmax"):
+            chain, one = [], node.next_functions[0][0]
+            while one is not None and one not in ends:
+                chain.append(one)
+                arguments = [before for before, _ in one.next_functions if before is not None]
+                one = arguments[0] if len(arguments) == 1 and _is_factor(one, *arguments) else None
+            if one is not None and any(node.name().startswith(("Mul", "Div")) for node in chain):
+                found.add(one)
+    return found
+
+
+def _is_factor(node: Any, before: Any) -> bool:
+    return node.name().startswith(("Mul", "Div")) or only_moves(node, {before})
+
+
 def _makes(node: Any, users: dict[Any, list[Any]]) -> Iterator[Any]:
     """A node, and all that gets something of it."""
     waiting, seen = [node], {node}

@@ -98,6 +98,10 @@ def weight_of_form(step: Step, loss: nn.Module | None, origin: Pass, terms: Term
     Raises:
         Untold: If that does not tell.
     """
+    if origin.share is not None:
+        share = torch.full_like(terms.total, origin.share)
+        enter(step, loss, share * terms.total)
+        return Weight(share)
     seen, rest = _seen(origin)
     labels = origin.form is nn.CrossEntropyLoss
     if seen is None or rest is None or not seen.affine or (seen.picks and not labels):
