@@ -81,6 +81,17 @@ def scale_taken_off(now: Samples, was: Samples, weights: Iterable[Tensor], eps: 
     return scale if _LARGE <= scale <= ratio and math.frexp(scale)[0] == 0.5 else 1.0
 
 
+def divided_in_parts(now: Samples, was: Samples, eps: float) -> bool:
+    """Whether some gradients were divided by another number than others since they were written, clipping apart."""
+    both = lengths(now | {f"{name} was": x for name, x in was.items() if name in now})
+    found = set()
+    for name in now.keys() & was.keys():
+        if both[name] and both[f"{name} was"]:
+            number, told = _divided_by({name: both[name]}, {name: both[f"{name} was"]}, eps)
+            found.add(number if told and _are_quotients({name: now[name]}, {name: was[name]}, number) else 1.0)
+    return len(found) > 1
+
+
 def _divided_by(now: Mapping[str, float], was: Mapping[str, float], eps: float) -> tuple[float, bool]:
     """What gradients were divided by since they were written, if it is one number for all that is larger than 1.
 

@@ -155,7 +155,7 @@ def _through(node: Any, which: int, given: dict[int, Reach | None], shape: Seque
         if name in _ENTRYWISE or name in ("Mul", "Div", "MaskedFill", "Where"):
             return spread(after, shape)
         return after.any(_axes(node, len(shape)), keepdim=True) if name in _ALONG else None
-    except RuntimeError:  # what it saved is gone, or was changed since
+    except (RuntimeError, IndexError):  # what it saved is gone, or was changed since
         return None
 
 
@@ -178,7 +178,12 @@ def _run(node: Any, which: int, after: Reach | None, shape: Sequence[int]) -> Re
     sent = ones.expand(meta.shape) if after is None else after.to(meta.device).expand(meta.shape).to(meta.dtype)
     found = node(sent)
     one = found[which] if isinstance(found, tuple) else found
-    return None if one is None or one.is_sparse else spread(one != 0, shape)
+    if one is None or one.is_sparse:
+        return None
+    found = spread(one != 0, shape)
+    if which == 0 and "CopySlices" in node.name() and found.dim() and bool((found != found[..., :1]).any()):
+        return None  # units that are off, in place
+    return found
 
 
 def _fits(found: Reach, shape: Sequence[int]) -> bool:

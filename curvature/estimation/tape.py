@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from curvature.estimation.followed_layer import FollowedLayer
 from curvature.estimation.gradient_marks import GradientMarks, Marks, Samples, copied, lengths
-from curvature.estimation.gradients_by_hand import Asked, Dropped, scale_taken_off
+from curvature.estimation.gradients_by_hand import Asked, Dropped, divided_in_parts, scale_taken_off
 from curvature.estimation.passes import Pass, Reader, TapedLoss
 from curvature.estimation.recording import LOCK, Recording
 from curvature.estimation.selection import selection
@@ -61,6 +61,7 @@ class Tape(Recording):
             some stand.
         by_hand: What stands in ``p.grad`` is made of what backward passes wrote and of gradients that were zeroed, or
             that ``torch.autograd.grad`` returned.
+        in_parts: Some gradients were divided by hand, and others were not, or by another number.
         behind: What gradients are known by that stand, while what was seen of their passes was forgotten.
     """
 
@@ -83,7 +84,7 @@ class Tape(Recording):
         self.reader: Reader | None = None
         self.nonzero: frozenset[str] | None = None
         self.outside: list[TapedLoss] = []
-        self.by_hand = self.elsewhere = self.aside = self.left_out = False
+        self.in_parts = self.by_hand = self.elsewhere = self.aside = self.left_out = False
         self.behind: tuple[Marks, Samples] | None = None
         self._task: int | None = None  # the user's backward pass under way
         self._claim: tuple[int, int] | None = None  # that pass and its thread, until it has ended
@@ -127,7 +128,7 @@ class Tape(Recording):
         self.outside, self._task, self._marks, self.nonzero = [], None, {}, None
         self._samples, self.earlier, self._weights = {}, {}, []
         self._asked, self._dropped, self.behind = None, Dropped(), None
-        self.by_hand = self.elsewhere = self.aside = self.left_out = False
+        self.in_parts = self.by_hand = self.elsewhere = self.aside = self.left_out = False
 
     # Calls of the loss
 
@@ -440,6 +441,7 @@ class Tape(Recording):
             for known, weight, brought in self._weights:
                 known.brought = brought
                 setattr(known, "weight" if isinstance(known, TapedLoss) else "gradient", weight)
+            self._samples = samples  # they are what they were then, and divided by nothing
             if self.reader is not None:
                 self.reader.take_back()
         elif self._dropped and self.parallel is None:
@@ -452,10 +454,13 @@ class Tape(Recording):
 
         Clipping does not count, but the scale of a GradScaler does that was taken off before.
         """
+        self.settle()
         if not self._marks or self.shards is not None:
             return 1.0
         weights = [call.weight for call in self.calls() if call.weight is not None and call.weight.dim() == 0]
-        return scale_taken_off(self._gradients.samples(self._marks), self._samples, weights, self._eps)
+        now = self._gradients.samples(self._marks)
+        self.in_parts |= divided_in_parts(now, self._samples, self._eps)
+        return scale_taken_off(now, self._samples, weights, self._eps)
 
     def standing(self) -> tuple[Marks, Samples] | None:
         """What the gradients of the step that count by now are known by; ``None`` where there are none."""

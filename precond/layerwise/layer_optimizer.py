@@ -402,6 +402,17 @@ class LayerOptimizer(WithoutCurvature):
                 stacklevel=6,
             )
 
+        if "in parts" not in self._reported and self.tape.in_parts:
+            self._reported.add("in parts")
+            warnings.warn(
+                f"{type(self).__name__}: the gradients of some parameters were divided by hand after backward(), and "
+                "those of others were not, or by another number; their curvature is that of the loss as backward() "
+                "saw it, so their steps are as much smaller. Divide all alike, or give these parameters a group with "
+                "an lr of its own.",
+                UserWarning,
+                stacklevel=6,
+            )
+
     def _warn_of_others(self) -> None:
         if world_size() > 1 and self.process_group is None and "processes" not in self._reported:
             self._reported.add("processes")
