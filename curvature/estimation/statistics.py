@@ -12,6 +12,7 @@ from torch import Tensor
 
 from curvature.estimation.called_losses import CalledLosses, has_no_example, weighed
 from curvature.estimation.gathered_calls import GatheredCalls
+from curvature.estimation.joined_passes import number_of_examples
 from curvature.estimation.output_gradient import OutputGradient
 from curvature.estimation.passes import Pass, TapedLoss, merged
 from curvature.estimation.places import in_their_places
@@ -317,7 +318,8 @@ class Statistics:
                 terms = in_their_places(terms, passes, self.batch_dim)
             signals = Signals.of(
                 terms if kind == "empirical" else terms.fisher(strict=False),
-                *(kind, self.curvature.samples, self.generator, recorder.batch),
+                *(kind, self.curvature.samples, self.generator),
+                batch=number_of_examples(passes, terms.output, recorder.batch),
                 together=True,
                 others_aggregated=partial(self._losses.others_aggregated, passes, calls, self.collector.parameters),
             )
