@@ -177,7 +177,8 @@ class Statistics:
 
     def _take_or_gather(self, passes: list[Pass], terms: Terms, share: Weight, call: TapedLoss) -> None:
         """Take a call of the loss now, or with others on parts of the same output, when all of these have arrived."""
-        if share.factor is not None and self._gathered.may_take(passes, call):
+        apart = self.curvature.sums_gradients
+        if share.factor is not None and not apart and self._gathered.may_take(passes, call):
             with self.tape.own_pass(passes, call.output):
                 terms = in_their_places(terms, passes, self.batch_dim)
             if self._gathered.take(passes[0], terms, share.factor, call, At(self, "_ready", passes[0])):

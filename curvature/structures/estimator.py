@@ -343,6 +343,8 @@ class Curvature(ABC):
         samples: Draws per batch for ``"mc"``.
     """
 
+    #: Whether estimates read sums of gradients, which the roots of weights of several losses do not leave.
+    sums_gradients: ClassVar[bool] = False
     kind: FisherKind = "mc"
     samples: int = 1
 

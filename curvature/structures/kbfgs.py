@@ -299,6 +299,7 @@ class KroneckerBFGS(Curvature):
         max_dim: Largest side of a layer.
     """
 
+    sums_gradients: ClassVar[bool] = True
     kind: FisherKind = "empirical"
     mu: float = 0.2
     initial: float | None = 1.0
