@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from curvature.estimation.batch_loss import refuse_beyond_outputs
+from curvature.estimation.live_targets import refuse_live_targets
 from curvature.estimation.parts_of_outputs import data_of
 from curvature.estimation.passes import Pass, TapedLoss
 from curvature.estimation.places import in_their_places
@@ -56,6 +57,7 @@ class CalledLosses:
         args, kwargs = call.arguments(call.output)
         rest = [a for a in (*args, *kwargs.values()) if a is not call.output]
         refuse_complex(call.output)
+        refuse_live_targets([*call.args[1:2], call.kwargs.get("target")], parameters)
         terms = loss.terms(call.output, *rest, as_called=True)
         if isinstance(loss, AutogradLoss):
             refuse_beyond_outputs(terms, parameters)

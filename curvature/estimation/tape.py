@@ -359,7 +359,8 @@ class Tape(Recording):
                 origin.gradient = arrived
             origin.arriving = None
         for call, arrived in calls:
-            call.weight, call.arriving = arrived, None
+            if call.arriving is not None:  # unless it has counted already, for other parameters
+                call.weight, call.arriving = arrived, None
 
     def _decide(self) -> None:
         """See whether what ``torch.autograd.grad`` found for parameters was written to ``p.grad``: it counts then."""

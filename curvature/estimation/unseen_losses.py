@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from curvature.estimation.live_targets import has_live_target
 from curvature.estimation.passes import Pass, TapedLoss, UnseenLoss
 from curvature.estimation.squares_by_hand import square_of, squares, tells_no_value
 from curvature.estimation.ways_to_losses import Way, at_temperatures, soft_labels, way
@@ -85,7 +86,8 @@ class UnseenLosses:
         ends |= {o.output.grad_fn for o in passes if isinstance(o.output, Tensor) and o.output.grad_fn is not None}
         self._calls = {call.number: call for call in calls}
         self._known, self._told = (known := set(self._calls)), {}
-        self._found, self._direct, above = _calls_beside(self._kind, ends, known)
+        tracked = {id(p) for p in parameters}
+        self._found, self._direct, above = _calls_beside(self._kind, ends, known, tracked)
         self._squares = {}
         for node in above:
             if (end := square_of(node, ends)) is not None:
@@ -96,7 +98,6 @@ class UnseenLosses:
         looks = self._is_there and self._kind == _NODES[nn.CrossEntropyLoss]
         self._labelled = soft_labels(above, ends) if looks else set()
         self._tempered = at_temperatures(above, ends) if looks else set()
-        tracked = {id(p) for p in parameters}
         leaves = [node for node in above if id(getattr(node, "variable", None)) in tracked]
         self.elsewhere = bool(leaves) and any(
             node.name().startswith(tuple(_NODES.values()))
@@ -306,7 +307,7 @@ class NotYetTold(Exception):
 
 
 def _calls_beside(
-    kind: str, ends: Set[Any], known: Set[int]
+    kind: str, ends: Set[Any], known: Set[int], tracked: Set[int]
 ) -> tuple[dict[Any, list[UnseenLoss]], set[Any] | None, list[Any]]:
     """The functions of one kind, besides known calls, that the backward pass under way goes through to some ends.
 
@@ -315,6 +316,7 @@ def _calls_beside(
             meant.
         ends: Nodes below which nothing is looked at.
         known: Sequence numbers of the nodes of calls that are known; likewise.
+        tracked: The parameters, by their ``id``.
 
     Returns:
         The calls, by the ends that have some above; and all ends that it comes to by any way but through known calls
@@ -331,6 +333,7 @@ def _calls_beside(
             continue
         between = list(below([node], until))
         moved = not any(_transforms(one, kind) for one in between if one is not node and one not in ends)
+        moved &= not has_live_target(node, ends, tracked)
         call = UnseenLoss(node, *_reduced(node, roots), moved)
         for end in between:
             if end in ends:

@@ -97,6 +97,49 @@ def test_a_student_at_a_temperature_beside_its_labels_is_told(how: str) -> None:
     assert_is(found, dense(lambda z: F.cross_entropy(z, y), U))
 
 
+MSE = nn.MSELoss()
+LEARNING: dict[str, tuple[nn.Module, Callable[[nn.Module], Tensor]]] = {
+    "a second pass": (MSE, lambda m: MSE(m(U), m(U.flip(0)))),
+    "the same pass": (MSE, lambda m: MSE(z := m(U), z.flip(0))),
+    "a bootstrapped value": (MSE, lambda m: MSE(m(U)[:, 0], T[:, 0] + 0.9 * m(U.flip(0))[:, 0])),
+    "labels": (CE, lambda m: CE(m(U), m(U.flip(0)).softmax(1))),
+    "by keyword": (MSE, lambda m: MSE(m(U), target=m(U.flip(0)))),
+}
+
+
+@pytest.mark.parametrize("how", LEARNING)
+def test_targets_of_the_module_that_learn_are_refused(how: str) -> None:
+    loss_fn, loop = LEARNING[how]
+    watching(model := mlp(), loss_fn, "diagonal")
+    with pytest.raises(ValueError, match="targets of the loss depend on parameters"):
+        loop(model).backward()
+
+
+def test_targets_of_a_function_of_the_same_kind_that_learn_are_refused() -> None:
+    watching(model := mlp(), MSE, "diagonal")
+    with pytest.raises(TypeError, match="neither its gradient nor the way to it tells"):
+        (MSE(model(U), T) + F.mse_loss(model(U), model(U.flip(0)))).backward()
+
+
+def test_targets_of_another_model_that_learns_are_fixed() -> None:
+    model, teacher = mlp(), mlp(seed=2)
+    optimizer = watching(model, MSE, "diagonal", curvature_ema=0.0)
+    MSE(model(U), teacher(U)).backward()
+    optimizer.step()
+    assert_is(diagonals(optimizer, model), dense(lambda z: F.mse_loss(z, teacher(U).detach()), U))
+
+
+@pytest.mark.parametrize("capture", ["auto", "shadow"])
+def test_gradients_that_are_asked_for_in_parts_are_of_one_loss(capture: str) -> None:
+    model = mlp()
+    optimizer = watching(model, CE, "diagonal", curvature_ema=0.0, capture=capture)
+    loss = CE(model(X), Y)
+    loss.backward(inputs=list(model[2].parameters()), retain_graph=True)
+    loss.backward(inputs=list(model[0].parameters()))
+    optimizer.step()
+    assert_is(diagonals(optimizer, model), MAIN)
+
+
 def test_it_is_told_once() -> None:
     model = mlp()
     optimizer = watching(model, CE, "diagonal", curvature_ema=0.0)
