@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor
 
 from curvature.estimation.reached_entries import reached_entries
-from curvature.layers.site import Site
+from curvature.layers.site import OuterSite, Site
 
 
 def picked_positions(sites: Iterable[Site], output: Tensor) -> dict[int, Tensor]:
@@ -32,7 +31,12 @@ def picked_positions(sites: Iterable[Site], output: Tensor) -> dict[int, Tensor]
         if found is None or not len(site.output_shape) or bool(found.all()):
             continue
         shape = site.edge.node._input_metadata[site.edge.output_nr].shape
-        rows = site.row_gradients(site.arrived(found.to(output.device, torch.float32).expand(shape)))
-        if rows is not None and not bool((mask := (rows[0] != 0).any(-1)).all()):
+        rows = site.row_gradients(site.arrived(found.expand(shape)))
+        if rows is None:
+            continue
+        rowwise = isinstance(site, OuterSite) and site.dense and not site.operation.startswith("conv")
+        alike = rowwise and found.shape[-1] == 1  # all units of a row
+        mask = rows[0, ..., 0] if alike else rows[0].any(-1)
+        if not bool(mask.all()):
             out[id(site)] = mask
     return out

@@ -24,6 +24,12 @@ def spread(after: Tensor, shape: Sequence[int]) -> Tensor:
     return after.any(alike, keepdim=True) if alike else after
 
 
+def along(after: Tensor, *axes: int) -> Tensor:
+    """Entries of what was mixed along some axes, which stay."""
+    wide = [axis for axis in axes if after.shape[axis] > 1]
+    return after.any(wide, keepdim=True) if wide else after
+
+
 def _full(size: Sequence[int], device: Any = None) -> Tensor:
     return torch.ones([1] * len(size), dtype=torch.bool, device=device)
 

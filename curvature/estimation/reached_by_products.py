@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvature.estimation.reached_by_moves import spread
+from curvature.estimation.reached_by_moves import along, spread
 from curvature.model.graph_nodes import origin_of_moves
 
 
@@ -60,9 +60,9 @@ def _of_product(factors: tuple[str, str], first: int) -> Callable[..., Tensor | 
         if after is None:
             return None
         if left:  # of rows, the queries
-            return after.any(-1, keepdim=True)
+            return along(after, -1)
         if _is_leaf(child):
-            return after.any(-2, keepdim=True)
+            return along(after, -2)
         return after.new_zeros([1] * len(shape))
 
     return rule
@@ -118,11 +118,11 @@ def _looks(node: Any, which: int, after: Tensor | None, shape: Sequence[int]) ->
     """Attention: rows of queries as they are."""
     if after is None:
         return None
-    return after.any(-1, keepdim=True) if which == 0 else after.new_zeros([1] * len(shape))
+    return along(after, -1) if which == 0 else after.new_zeros([1] * len(shape))
 
 
 def _layer(node: Any, which: int, after: Tensor | None, shape: Sequence[int]) -> Tensor | None:
-    return None if which or after is None else after.any(-1, keepdim=True)
+    return None if which or after is None else along(after, -1)
 
 
 #: By the name of a node.

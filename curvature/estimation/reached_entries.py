@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvature.estimation.reached_by_moves import MOVES, spread
+from curvature.estimation.reached_by_moves import MOVES, along, spread
 from curvature.estimation.reached_by_products import PRODUCTS, one_factor
 from curvature.model.graph_nodes import below
 
@@ -154,7 +154,7 @@ def _through(node: Any, which: int, given: dict[int, Reach | None], shape: Seque
             return None
         if name in _ENTRYWISE or name in ("Mul", "Div", "MaskedFill", "Where"):
             return spread(after, shape)
-        return after.any(_axes(node, len(shape)), keepdim=True) if name in _ALONG else None
+        return along(after, *_axes(node, len(shape))) if name in _ALONG else None
     except (RuntimeError, IndexError):  # what it saved is gone, or was changed since
         return None
 
@@ -191,4 +191,6 @@ def _fits(found: Reach, shape: Sequence[int]) -> bool:
 
 
 def _either(a: Reach | None, b: Reach | None) -> Reach | None:
-    return None if a is None or b is None else a | b.to(a.device)
+    if a is None or b is None:
+        return None
+    return a if a is b else a | b.to(a.device)
