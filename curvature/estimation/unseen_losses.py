@@ -20,7 +20,16 @@ from curvature.estimation.squares_by_hand import square_of, squares, tells_no_va
 from curvature.estimation.ways_to_losses import Way, at_temperatures, soft_labels, way
 from curvature.estimation.weights_by_value import Rest
 from curvature.model.data import inspection
-from curvature.model.graph_nodes import CUTS, below, called_on, node_of, only_moves, scalar_called_on
+from curvature.model.graph_nodes import (
+    CUTS,
+    below,
+    called_on,
+    inputs_of,
+    node_of,
+    only_moves,
+    scalar_called_on,
+    users_first,
+)
 
 #: How those of layers begin.
 _LAYERS = ("Addmm", "Mm", "Bmm", "Baddbmm", "Addbmm", "Linear", "Convolution", "Embedding")
@@ -366,9 +375,13 @@ def _reduced(call: Any, roots: list[Any]) -> tuple[Literal["mean", "sum"] | None
 
 
 def _reached(starts: list[Any], *names: str) -> set[Any]:
-    """The nodes to which one comes through nodes alone whose names begin like these."""
+    """The nodes to which one comes, in one way, through nodes alone whose names begin like these."""
     ends = lambda node: not node.name().startswith(names) or getattr(node, "_saved_alpha", 1) != 1  # noqa: E731
-    return set(below(starts, ends))
+    ways = dict.fromkeys(starts, 1)
+    for node in users_first(starts, ends):
+        for before in [] if ends(node) else inputs_of(node):
+            ways[before] = ways.get(before, 0) + ways[node]
+    return {node for node, number in ways.items() if number == 1}
 
 
 def _multiple(call: Any, roots: list[Any]) -> Tensor | None:

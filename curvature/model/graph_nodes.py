@@ -40,9 +40,30 @@ def below(starts: Iterable[Any], until: Callable[[Any], bool]) -> Iterator[Any]:
         yield node
         if until(node):
             continue
-        following = [before for before, _ in node.next_functions if before is not None and before not in seen]
-        seen.update(following)
-        waiting.extend(following)
+        for before, _ in node.next_functions:  # an argument may come twice, as in a square
+            if before is not None and before not in seen:
+                seen.add(before)
+                waiting.append(before)
+
+
+def users_first(starts: Iterable[Any], until: Callable[[Any], bool]) -> list[Any]:
+    """The nodes of :func:`below`, each after all of them that get something from it."""
+    users: dict[Any, int] = {}
+    for node in (found := list(below(starts, until))):
+        for before in () if until(node) else set(inputs_of(node)):
+            users[before] = users.get(before, 0) + 1
+    out = [node for node in found if node not in users]
+    for node in out:  # grows on the way
+        for before in () if until(node) else dict.fromkeys(inputs_of(node)):
+            users[before] -= 1
+            if not users[before]:
+                out.append(before)
+    return out
+
+
+def inputs_of(node: Any) -> list[Any]:
+    """The nodes that a node gets something from, once for each argument."""
+    return [before for before, _ in node.next_functions if before is not None]
 
 
 def only_way(value: Any, output: Any, targets: Set[Any]) -> bool:

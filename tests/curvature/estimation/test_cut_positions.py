@@ -89,6 +89,13 @@ def test_positions_cut_after_a_layer_are_those_cut_before(how: str, sharing: str
     torch.testing.assert_close(factors(late, x, y, sharing), factors(early, few, y, sharing), rtol=1e-10, atol=1e-12)
 
 
+def test_positions_are_cut_above_a_product_of_something_with_itself() -> None:
+    late, early = models(lambda h: (h * h)[:, 1:5:3].mean(1), lambda h: (h * h).mean(1))
+    x, y = data()
+    few = x.gather(1, SAME[..., None].expand(-1, -1, D))
+    torch.testing.assert_close(factors(late, x, y, "expand"), factors(early, few, y, "expand"), rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("fisher", ["exact", "empirical"])
 @pytest.mark.parametrize("how", ["first", "last of each", "product", "weights"])
 def test_in_training_too(how: str, fisher: str) -> None:

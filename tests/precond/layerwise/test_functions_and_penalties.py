@@ -104,6 +104,26 @@ def test_two_backward_passes_through_one_output_by_function(capture: str) -> Non
         torch.testing.assert_close(curvature_of(CE, twice), expected, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("capture", ["auto", "shadow"])
+def test_a_sum_that_is_added_to_itself_counts_twice(capture: str) -> None:
+    def twice(z: Tensor) -> Tensor:
+        one = torch.stack([F.mse_loss(z, SHARES)]).sum()
+        return one + one
+
+    found = curvature_of(nn.MSELoss(), lambda model: [twice(model(X))], capture=capture)
+    torch.testing.assert_close(found, dense(lambda z: 2 * F.mse_loss(z, SHARES)), rtol=1e-9, atol=1e-11)
+
+
+def test_a_sum_with_something_else_that_is_added_to_itself_is_refused() -> None:
+    def twice(model: nn.Module) -> list[Tensor]:
+        z = model(X)
+        one = F.mse_loss(z, SHARES) + z.abs().mean()
+        return [one + one]
+
+    with pytest.raises(TypeError, match="neither its gradient nor the way to it tells"):
+        curvature_of(nn.MSELoss(), twice)
+
+
 @pytest.mark.parametrize(
     "f",
     [
