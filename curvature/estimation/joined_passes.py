@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from curvature.estimation.passes import Pass
-from curvature.model.graph_nodes import below
+from curvature.model.graph_nodes import below, inputs_of
 
 #: Beginnings of the names of nodes that lay several tensors side by side.
 _JOINS = ("Cat", "Stack")
@@ -29,13 +29,9 @@ def number_of_examples(passes: Sequence[Pass], z: Tensor, one: int | None) -> in
     met: set[Any] = set()
     for node in below([z.grad_fn], ends.__contains__):
         if node not in ends and node.name().startswith(_JOINS):
-            parts = [{id(ends[n]) for n in below([child], ends.__contains__) if n in ends} for child in _inputs(node)]
+            parts = [{id(ends[n]) for n in below([child], ends.__contains__) if n in ends} for child in inputs_of(node)]
             if len(set().union(*parts)) > max(map(len, parts), default=0):
                 met |= set().union(*parts)
     joined = [origin.recorder.batch for origin in known if id(origin) in met and origin.recorder is not None]
     numbers = [number for number in joined if number is not None]
     return one if not joined else sum(numbers) if len(numbers) == len(joined) else None
-
-
-def _inputs(node: Any) -> list[Any]:
-    return [child for child, _ in node.next_functions if child is not None]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from curvature.estimation.reached_by_moves import MOVES, along, spread
 from curvature.estimation.reached_by_products import PRODUCTS, one_factor
-from curvature.model.graph_nodes import below
+from curvature.model.graph_nodes import users_first
 
 #: Entries of a tensor, True where one is reached: an axis for each of its own, of size 1 where all along it are alike.
 Reach = Tensor
@@ -99,7 +99,7 @@ def reached_entries(output: Tensor, packed: bool) -> dict[tuple[Any, int], Reach
     """
     reached: dict[tuple[Any, int], Reach | None] = {(output.grad_fn, output.output_nr): None}
     with torch.no_grad():
-        for node in _users_first(output.grad_fn):
+        for node in users_first([output.grad_fn], frozenset().__contains__):
             given = {number: reached[node, number] for number in range(_outputs(node)) if (node, number) in reached}
             for which, (child, number) in enumerate(node.next_functions):
                 if child is None or not given:
@@ -115,23 +115,6 @@ def reached_entries(output: Tensor, packed: bool) -> dict[tuple[Any, int], Reach
 
 def _outputs(node: Any) -> int:
     return len(node._input_metadata)
-
-
-def _users_first(start: Any) -> list[Any]:
-    """Every node below one, each after all that get something from it."""
-    users: dict[Any, int] = {}
-    for node in below([start], frozenset().__contains__):
-        for child in {child for child, _ in node.next_functions if child is not None}:
-            users[child] = users.get(child, 0) + 1
-    ready, out = [start], []
-    while ready:
-        node = ready.pop()
-        out.append(node)
-        for child in {child for child, _ in node.next_functions if child is not None}:
-            users[child] -= 1
-            if not users[child]:
-                ready.append(child)
-    return out
 
 
 def _through(node: Any, which: int, given: dict[int, Reach | None], shape: Sequence[int], packed: bool) -> Reach | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from curvature.model.graph_nodes import SHAPES, below, cut_axis
+from curvature.model.graph_nodes import SHAPES, below, cut_axis, inputs_of
 
 #: Beginnings of the names of nodes that hand numbers on as they are, in their places.
 _PLAIN = ("ToCopy", "Clone", "Alias")
@@ -48,7 +48,7 @@ def squares(root: Tensor, ends: Set[Any]) -> list[Square]:
 def _below(node: Any, ends: Set[Any], so_far: Square) -> Iterator[Square]:
     if node is None or node in ends:
         return
-    name, arguments = node.name(), [before for before, _ in node.next_functions if before is not None]
+    name, arguments = node.name(), inputs_of(node)
     shape, weight, alone = tuple(node._input_metadata[0].shape), so_far.weight, so_far.alone
     power = name.startswith("Pow") and node._saved_exponent == 2
     if power or (name.startswith(("Mul", *_DOTS)) and len(arguments) == 2):
@@ -72,7 +72,7 @@ def _below(node: Any, ends: Set[Any], so_far: Square) -> Iterator[Square]:
 
 def square_of(node: Any, ends: Set[Any]) -> Any:
     """The output of which a node makes squared errors, less something else than the model gave, or ``None``."""
-    name, arguments = node.name(), [before for before, _ in node.next_functions if before is not None]
+    name, arguments = node.name(), inputs_of(node)
     power = name.startswith("Pow") and "BackwardBackward" not in name and node._saved_exponent == 2
     product = name.startswith(("Mul", *_DOTS)) and len(arguments) == 2
     if node in ends or not (product or (len(arguments) == 1 and (power or name.startswith("MseLossBackward")))):
@@ -84,7 +84,7 @@ def square_of(node: Any, ends: Set[Any]) -> Any:
 
 def tells_no_value(node: Any) -> bool:
     """Whether a product of two differences is maybe of different targets: it has the curvature of a square alone."""
-    first, *second = [before for before, _ in node.next_functions if before is not None]
+    first, *second = inputs_of(node)
     return bool(second) and second[0] is not first
 
 
@@ -92,7 +92,7 @@ def _is_difference(node: Any, ends: Set[Any]) -> bool:
     """Whether something is an output, or rows picked from it once, less what does not depend on the model."""
     picked = False
     while node not in ends:
-        name, arguments = node.name(), [before for before, _ in node.next_functions if before is not None]
+        name, arguments = node.name(), inputs_of(node)
         if len(arguments) != 1 or not name.startswith((*_DIFFERENCES, *_PLAIN, *_TURNED, *SHAPES, "Slice", "Select")):
             return False
         if name.startswith(_DIFFERENCES) and _size(arguments[0], node) != prod(node._input_metadata[0].shape):

@@ -180,10 +180,10 @@ class UnseenLosses:
         losses = (_NODES[cls] + "Backward0" for cls in (nn.MSELoss, nn.BCEWithLogitsLoss))
         names = tuple(name for name in losses if not name.startswith(self._kind))
         for node in below(map(node_of, called_on()), until):
-            if node.name().startswith(names) and len(arguments := _arguments(node)) == 1:
+            if node.name().startswith(names) and len(arguments := inputs_of(node)) == 1:
                 between = set(below(arguments, ends.__contains__))
                 if between & ends and all(
-                    one.name().startswith(_PARTS) or only_moves(one, {*_arguments(one)}) for one in between - ends
+                    one.name().startswith(_PARTS) or only_moves(one, {*inputs_of(one)}) for one in between - ends
                 ):
                     return True
         return False
@@ -272,11 +272,7 @@ def _uses(loss: Any, ends: Set[Any], leaves: Set[Any]) -> bool:
     between = list(below([loss], ends.__contains__))
     if not any(node.name().startswith(_LAYERS) for node in between):
         return False
-    return not leaves.isdisjoint(between) and ends.isdisjoint(between) and not any(map(only_moves, _arguments(loss)))
-
-
-def _arguments(node: Any) -> list[Any]:
-    return [before for before, _ in node.next_functions if before is not None]
+    return not leaves.isdisjoint(between) and ends.isdisjoint(between) and not any(map(only_moves, inputs_of(loss)))
 
 
 def _by_hand(ends: Set[Any]) -> list[UnseenLoss]:
@@ -388,7 +384,7 @@ def _multiple(call: Any, roots: list[Any]) -> Tensor | None:
     """What the pass was called on, if there is nothing but products and quotients between."""
     node = node_of(roots[0])
     while node is not call:
-        after = [before for before, _ in node.next_functions if before is not None]
+        after = inputs_of(node)
         if len(after) != 1 or not node.name().startswith(("Mul", "Div", "ToCopy", "View", "Clone", "Squeeze")):
             return None
         node = after[0]

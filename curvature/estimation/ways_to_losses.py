@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from curvature.model.graph_nodes import CUTS, SHAPES, below, cut_axis, only_moves
+from curvature.model.graph_nodes import CUTS, SHAPES, below, cut_axis, inputs_of, only_moves
 
 #: Beginnings of the names of nodes that add numbers up, or pick some of them.
 _LINEAR = ("Neg", "Sum", "Mean", "Gather", "NllLoss", "MaskedFill", "Index", "Where", "ToCopy")
@@ -74,7 +74,7 @@ def way(root: Tensor, ends: Set[Any], known: Callable[[Any], bool], losses: bool
     affine, weighted, scalars, divergence, others = True, False, 0, False, set[Any]()
     cores, linear = set[Any](), True
     for node in leads - ends:
-        name, arguments = node.name(), [before for before, _ in node.next_functions if before is not None]
+        name, arguments = node.name(), inputs_of(node)
         for besides in below([before for before in arguments if before not in leads], known):
             others |= {besides} if known(besides) else set()
             affine &= known(besides) or _adds_up(besides)  # else something else is added
@@ -119,7 +119,7 @@ def _picks_columns(node: Any) -> bool:
 
 def _adds_up(node: Any) -> bool:
     """Whether a node is one of those between losses and a sum of their multiples, which adds no constant."""
-    name, arguments = node.name(), [before for before, _ in node.next_functions if before is not None]
+    name, arguments = node.name(), inputs_of(node)
     return name.startswith(_SUMS) and not (name.startswith(("Add", "Sub", "Rsub")) and len(arguments) < 2)
 
 
@@ -159,7 +159,7 @@ def at_temperatures(above: Sequence[Any], ends: Set[Any]) -> set[Any]:
             chain, one = [], node.next_functions[0][0]
             while one is not None and one not in ends:
                 chain.append(one)
-                arguments = [before for before, _ in one.next_functions if before is not None]
+                arguments = inputs_of(one)
                 one = arguments[0] if len(arguments) == 1 and _is_factor(one, *arguments) else None
             if one is not None and any(node.name().startswith(("Mul", "Div")) for node in chain):
                 found.add(one)
@@ -183,7 +183,7 @@ def _makes(node: Any, users: dict[Any, list[Any]]) -> Iterator[Any]:
 
 def _is_linear(node: Any) -> bool:
     """Whether what a node gives is linear in what it gets, or adds a constant, by its name."""
-    name, arguments = node.name(), [before for before, _ in node.next_functions if before is not None]
+    name, arguments = node.name(), inputs_of(node)
     if name.startswith(("Mul", "Div")):
         return len(arguments) == 1
     return name.startswith((*_LINEAR, "Add", "Sub", "Rsub")) or only_moves(node, {*arguments})
@@ -191,7 +191,7 @@ def _is_linear(node: Any) -> bool:
 
 def _is_core(node: Any, ends: Set[Any]) -> bool:
     """Whether a node gives log probabilities, or what they are less than a constant, or the output."""
-    after = [before for before, _ in node.next_functions if before is not None]
+    after = inputs_of(node)
     if node.name().startswith(_CONSTANTS) and len(after) == 1:
         return _is_core(after[0], ends)
     return bool(node.name().startswith((*_CORES[:1], *_BINARY[:1]))) or only_moves(node, ends)

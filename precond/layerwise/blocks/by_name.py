@@ -16,7 +16,7 @@ from precond.layerwise.blocks.preconditioner import Preconditioner
 from precond.layerwise.blocks.refresh import slots
 from precond.layerwise.blocks.rows import GradientRows
 from precond.layerwise.blocks.stacks import BlockStack
-from precond.layerwise.blocks.together import Refresh, renew, shared_out
+from precond.layerwise.blocks.together import BlockRefresh, renew, shared_out
 from solvers import Eigen, Kronecker, LinearOperator, SolverError
 from solvers.outcome.checks import Verdicts
 
@@ -79,7 +79,7 @@ class Preconditioners(dict[str, Preconditioner]):
         """
         renewed, failures = self._renewed(shared_out(self, due), then)
         apart = [
-            Refresh([name], due[name], [])
+            BlockRefresh([name], due[name], [])
             for refresh, _ in failures
             if len(refresh.names) > 1
             for name in refresh.names
@@ -94,11 +94,11 @@ class Preconditioners(dict[str, Preconditioner]):
         return renewed
 
     def _renewed(
-        self, refreshes: Iterable[Refresh], then: Callable[[Sequence[str], LinearOperator | None], None]
-    ) -> tuple[set[str], list[tuple[Refresh, Exception]]]:
+        self, refreshes: Iterable[BlockRefresh], then: Callable[[Sequence[str], LinearOperator | None], None]
+    ) -> tuple[set[str], list[tuple[BlockRefresh, Exception]]]:
         """Names of the blocks that have a new P, and the refreshes that failed, whose blocks are as before."""
         verdicts, renewed = Verdicts(), set[str]()
-        tried = list[tuple[Refresh, list[Any]]]()
+        tried = list[tuple[BlockRefresh, list[Any]]]()
         errors = dict[str, Exception]()
         for number, refresh in enumerate(refreshes):
             names, key = refresh.names, str(number)

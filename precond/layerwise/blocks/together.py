@@ -21,7 +21,7 @@ NUMBERS = 2**18
 
 
 @dataclass(frozen=True)
-class Refresh:
+class BlockRefresh:
     """A refresh of blocks that are due.
 
     Attributes:
@@ -35,24 +35,24 @@ class Refresh:
     operators: list[LinearOperator]
 
 
-def shared_out(blocks: Mapping[str, Preconditioner], due: Mapping[str, Mapping[str, Any]]) -> list[Refresh]:
+def shared_out(blocks: Mapping[str, Preconditioner], due: Mapping[str, Mapping[str, Any]]) -> list[BlockRefresh]:
     """The refreshes of blocks that are due, in their order; those that can be renewed as one are.
 
     Args:
         blocks: By name.
         due: Block's name -> arguments of :meth:`Preconditioner.refresh`.
     """
-    out: list[Refresh] = []
-    unfilled: dict[object, Refresh] = {}
+    out: list[BlockRefresh] = []
+    unfilled: dict[object, BlockRefresh] = {}
     for name, options in due.items():
         operator = small_operator(blocks[name], **options)
         if operator is None:
-            out.append(Refresh([name], options, []))
+            out.append(BlockRefresh([name], options, []))
             continue
         common = kin(blocks[name], operator, **options)
         last = unfilled.get(common)
         if last is None or (len(last.names) + 1) * numbers(operator) > NUMBERS:
-            last = unfilled[common] = Refresh([], options, [])
+            last = unfilled[common] = BlockRefresh([], options, [])
             out.append(last)
         last.names.append(name)
         last.operators.append(operator)
