@@ -198,13 +198,16 @@ class Precisions(TorchDispatchMode):
     """Notes the precision of every product that our code takes beside the passes of the model."""
 
     ours = tuple(str(ROOT / folder) for folder in ("curvature/structures", "precond", "solvers"))
+    #: Takes products in new memory for others, so that these decide: gradients are formed again as the user's were.
+    pages = str(ROOT / "solvers/pages.py")
 
     def __init__(self) -> None:
         super().__init__()
         self.found: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        inside = any(code.co_filename.startswith(self.ours) for code in callers())
+        files = [code.co_filename for code in callers() if code.co_filename != self.pages]
+        inside = any(file.startswith(self.ours) for file in files)
         if func._opname in ("mm", "bmm", "addmm", "baddbmm", "mv") and inside:
             self.found[torch.backends.mkldnn.matmul.fp32_precision] += 1  # type: ignore[attr-defined]
         return func(*args, **(kwargs or {}))
