@@ -28,6 +28,7 @@ from precond.layerwise.blocks.preconditioner import Preconditioner
 from precond.layerwise.blocks.rows import RowTaps
 from precond.layerwise.groups import members
 from precond.layerwise.membership import Membership
+from precond.layerwise.outside_of_curvature import WORDS
 from precond.layerwise.structures import plain_row
 from precond.layerwise.without_curvature import WithoutCurvature
 from precond.step.grad_scaler import scale_in_use
@@ -362,68 +363,34 @@ class LayerOptimizer(WithoutCurvature):
 
     def _warn_of_the_loop(self) -> None:
         """Say once what the loop does that the curvature has no part of."""
-        outside = (c for c in self.tape.outside if c.weight is not None and isinstance(c.output, Tensor))
-        if (
-            self.tape.passes
-            and "outside" not in self._reported
-            and (self.tape.elsewhere or self.tape.aside or any(not only_moves(c.output.grad_fn) for c in outside))
-        ):  # not of weights
-            self._reported.add("outside")
-            warnings.warn(
-                f"{type(self).__name__}: a part of the loss was computed by the model without its forward (by another "
-                "method of it, by its parts, or by another model that has some), where no use of a parameter is seen, "
-                "so its curvature is left out. Let forward compute it (forward(x, part='decode'), say; for two models "
-                "that share layers, that of one module that calls both), or leave it to the gradient alone by calling "
-                "a function in place of the loss module, with loop=Loop(capture='loss').",
-                UserWarning,
-                stacklevel=6,
-            )
-        if "left out" not in self._reported and self.tape.left_out:
-            self._reported.add("left out")
-            warnings.warn(
-                f"{type(self).__name__}: a part of the loss compares an output with fixed targets by a function, and "
-                "rounding hides its weight, as both are so near, or nothing tells it (entries have weights of their "
-                "own, several such losses are added), or it is another function of a pass of its own (targets that "
-                "learn, a penalty) or a divergence at a temperature: it counts in no curvature as long as that is so. "
-                "Call the module with these targets, where it is of its kind, or leave it out for good: "
-                "loop=Loop(capture='loss').",
-                UserWarning,
-                stacklevel=6,
-            )
-        if "by hand" not in self._reported and self.tape.by_hand and self.shared is None:  # which averages gradients
-            self._reported.add("by hand")
-            warnings.warn(
-                f"{type(self).__name__}: what stands in p.grad was put together by hand, of gradients that were kept, "
-                "zeroed and added up or that torch.autograd.grad returned, and the curvature is that of the backward "
-                "passes alone that were not zeroed. Let backward() accumulate: (loss / n).backward() for each part, "
-                "with one zero_grad() before all. Or call backward() on the sum of the same losses last "
-                "(retain_graph=True before), and then write p.grad: C is that of the sum.",
-                UserWarning,
-                stacklevel=6,
-            )
-
-        if "in parts" not in self._reported and self.tape.in_parts:
-            self._reported.add("in parts")
-            warnings.warn(
-                f"{type(self).__name__}: the gradients of some parameters were divided by hand after backward(), and "
-                "those of others were not, or by another number; their curvature is that of the loss as backward() "
-                "saw it, so their steps are as much smaller. Divide all alike, or give these parameters a group with "
-                "an lr of its own.",
-                UserWarning,
-                stacklevel=6,
-            )
+        tape = self.tape
+        outside = (c for c in tape.outside if c.weight is not None and isinstance(c.output, Tensor))
+        away = tape.passes and (
+            tape.elsewhere or tape.aside or any(not only_moves(c.output.grad_fn) for c in outside)  # not of weights
+        )
+        found = {
+            "outside": away,
+            "left out": tape.left_out,
+            "by hand": tape.by_hand and self.shared is None,  # which averages gradients
+            "in parts": tape.in_parts,
+        }
+        for what in (what for what, seen in found.items() if seen):
+            self._warn_once(what, f"{type(self).__name__}: {WORDS[what]}")
 
     def _warn_of_others(self) -> None:
-        if world_size() > 1 and self.process_group is None and "processes" not in self._reported:
-            self._reported.add("processes")
-            warnings.warn(
+        if world_size() > 1 and self.process_group is None:
+            self._warn_once(
+                "processes",
                 f"{type(self).__name__} runs in one of {world_size()} processes, with the curvature of its own data "
                 "alone: unless all see the same data, their parameters drift apart. Wrap the model in "
                 "DistributedDataParallel, or say with process_group= who averages gradients by hand; a group of this "
                 "process alone says that it trains a model of its own.",
-                UserWarning,
-                stacklevel=6,
             )
+
+    def _warn_once(self, what: str, words: str) -> None:
+        if what not in self._reported:
+            self._reported.add(what)
+            warnings.warn(words, UserWarning, stacklevel=7)
 
     def _still(self) -> bool:
         """Whether nothing can move; torch.distributed.checkpoint takes such a step to create the state."""

@@ -115,11 +115,8 @@ class Momenta:
 
 
 def _length(x: Tensor, metric: LinearOperator) -> Tensor:
-    r""":math:`\langle x, M x \rangle`, by M or by the triangles of its inverse: :math:`\|L_B^\top X L_A\|^2`."""
-    triangles = triangles_of(metric)
-    if triangles is not None:
-        left, right = triangles
-        half = right.half(left.half(x.to(left.dtype)).mT)
+    r""":math:`\langle x, M x \rangle`, by M or by the triangles of its inverse."""
+    if (half := _half(x, metric)) is not None:
         return torch.linalg.vector_norm(half).double().square()
     x = x.to(metric.dtype)
     if isinstance(metric, Eigen):  # half the products
@@ -130,13 +127,18 @@ def _length(x: Tensor, metric: LinearOperator) -> Tensor:
 
 def _lengths(x: Tensor, metric: LinearOperator) -> Tensor:
     r""":math:`\langle x, M x \rangle` of each of a stack ``(k, ...)``, ``(k,)``, as :func:`_length` takes it."""
-    triangles = triangles_of(metric)
-    if triangles is not None:
-        left, right = triangles
-        half = right.half(left.half(x.to(left.dtype)).mT)
+    if (half := _half(x, metric)) is not None:
         return torch.linalg.vector_norm(half, dim=(1, 2)).double().square()
     x = x.to(metric.dtype)
     return ((metric @ x).double() * x).flatten(1).sum(1)
+
+
+def _half(x: Tensor, metric: LinearOperator) -> Tensor | None:
+    r""":math:`L_B^\top X L_A`, whose squared norm is the length, where M is known by the triangles of its inverse."""
+    if (triangles := triangles_of(metric)) is None:
+        return None
+    left, right = triangles
+    return right.half(left.half(x.to(left.dtype)).mT)
 
 
 def _zeros(p: Tensor) -> Tensor:
