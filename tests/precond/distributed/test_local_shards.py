@@ -70,5 +70,9 @@ def test_all_ranks_decide_together(found: dict[str, Any]) -> None:
 
 
 def far(gaps: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
-    """Methods whose run is not that of one process: to the bit on the same data, to rounding on shares of them."""
-    return {name: gap for name, gap in gaps.items() if gap[0] > 0 or gap[1] > 1e-10}
+    """Methods whose run is not that of one process, on the same data or on shares of it.
+
+    Not to the bit: one process has the blocks of all ranks in one stack, and there are processors on which a batched
+    product rounds otherwise in a longer stack (1e-17 to 1e-14 in the tables, 2e-12 after SOAP has divided by them).
+    """
+    return {name: gap for name, gap in gaps.items() if not max(gap) <= 1e-10}
