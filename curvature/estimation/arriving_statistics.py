@@ -27,7 +27,7 @@ from curvature.losses.from_gradient import from_output_gradient
 from curvature.losses.picked import ApartTerms, GatheredTerms, PickedTerms
 from curvature.losses.signals import JointSignals, Signals
 from curvature.model.backward_hooks import ours
-from curvature.model.graph_nodes import only_way
+from curvature.model.backward_under_way import only_way
 from curvature.model.hooks import At
 from curvature.model.inner_backward import hiding
 from curvature.structures.estimator import Curvature

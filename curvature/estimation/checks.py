@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from curvature.model.fully_sharded import is_custom
+from curvature.model.graph_nodes import above, below, users_of
 
 #: Nodes whose rows are picked, moved or merged by values, by the beginnings of their names.
 BY_VALUE = (
@@ -40,56 +41,35 @@ def graph(output: Tensor, parameters: Mapping[str, Tensor]) -> tuple[Hashable, d
         output: What the graph leads to.
         parameters: Tensors that are told apart by their names where they enter.
     """
+    found = list(below([output]))
+    if any(node.name().startswith(BY_VALUE) or is_custom(type(node)) for node in found):
+        return None
     names = {id(p): name for name, p in parameters.items()}
-    numbers: dict[Any, int] = {output.grad_fn: 0}
-    waiting: list[Any] = [output.grad_fn]
-    entries = []
-    for node in waiting:  # grows on the way
-        name = node.name()
-        if name.startswith(BY_VALUE) or is_custom(type(node)):
-            return None
-        before: list[tuple[int, int] | None] = []
-        for earlier, slot in node.next_functions:
-            if earlier is None:
-                before.append(None)
-                continue
-            if earlier not in numbers:
-                numbers[earlier] = len(numbers)
-                waiting.append(earlier)
-            before.append((numbers[earlier], slot))
-        leaf = getattr(node, "variable", None)
-        entries.append(
-            (
-                name,
-                tuple(tuple(m.shape) for m in node._input_metadata),
-                tuple(before),
-                None if leaf is None else names.get(id(leaf)),
-                getattr(node, "_saved_training", None),  # one node serves both modes of a batch norm
-            )
+    numbers = {node: number for number, node in enumerate(found)}
+    entries = tuple(
+        (
+            node.name(),
+            tuple(tuple(m.shape) for m in node._input_metadata),
+            tuple((numbers.get(before), slot) for before, slot in node.next_functions),
+            names.get(id(getattr(node, "variable", None))),
+            getattr(node, "_saved_training", None),  # one node serves both modes of a batch norm
         )
-    return tuple(entries), numbers
+        for node in found
+    )
+    return entries, numbers
 
 
 def custom_functions(output: Tensor, parameter: Tensor) -> list[str]:
     """Names of the custom ``autograd.Function`` classes that a parameter, or a view of it, goes into."""
-    users: dict[Any, list[Any]] = {}
-    waiting: list[Any] = [output.grad_fn]
-    for node in waiting:  # grows on the way
-        for earlier, _ in node.next_functions:
-            if earlier is not None:
-                if earlier not in users:
-                    waiting.append(earlier)
-                users.setdefault(earlier, []).append(node)
-    seen = [node for node in waiting if getattr(node, "variable", None) is parameter]
-    found: dict[str, None] = {}
-    for node in seen:  # grows as well
-        for user in users.get(node, ()):
-            name = user.name().partition("Backward")[0]
-            if is_custom(type(user)):
-                found[name] = None
-            elif name in _VIEWS and user not in seen:
-                seen.append(user)
-    return list(found)
+    found = list(below([output]))
+    leaves = [node for node in found if getattr(node, "variable", None) is parameter]
+    hands_on = lambda node: node in leaves or (_kind(node) in _VIEWS and not is_custom(type(node)))  # noqa: E731
+    users = above(leaves, users_of(found), lambda node: not hands_on(node))
+    return list(dict.fromkeys(_kind(node) for node in users if is_custom(type(node))))
+
+
+def _kind(node: Any) -> str:
+    return str(node.name().partition("Backward")[0])
 
 
 def recall(parameters: Mapping[str, Tensor], key: Hashable | None, look: Callable[[], set[str]]) -> set[str]:

@@ -29,7 +29,7 @@ from curvature.layers.samples import Outer, PerSample, Samples
 from curvature.layers.site import OuterSite
 from curvature.losses.picked import ExampleTerms
 from curvature.losses.signals import SAY_WHICH, Signals, stacked
-from curvature.model.graph_nodes import statistics_given
+from curvature.model.fixed_norms import statistics_given
 from curvature.model.parameters import Parameters
 from curvature.model.pullback import Pullback, pull_back
 from curvature.model.shares import Shares

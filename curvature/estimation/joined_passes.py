@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from curvature.estimation.passes import Pass
-from curvature.model.graph_nodes import below, inputs_of
+from curvature.model.graph_nodes import below, between, inputs_of
 
 #: Beginnings of the names of nodes that lay several tensors side by side.
 _JOINS = ("Cat", "Stack")
@@ -27,9 +27,9 @@ def number_of_examples(passes: Sequence[Pass], z: Tensor, one: int | None) -> in
         return one
     ends = {edge.node: origin for origin in known for edge in origin.edges}
     met: set[Any] = set()
-    for node in below([z.grad_fn], ends.__contains__):
-        if node not in ends and node.name().startswith(_JOINS):
-            parts = [{id(ends[n]) for n in below([child], ends.__contains__) if n in ends} for child in inputs_of(node)]
+    for node in between([z], ends):
+        if node.name().startswith(_JOINS):
+            parts = [{id(ends[n]) for n in below([child], ends) if n in ends} for child in inputs_of(node)]
             if len(set().union(*parts)) > max(map(len, parts), default=0):
                 met |= set().union(*parts)
     joined = [origin.recorder.batch for origin in known if id(origin) in met and origin.recorder is not None]

@@ -17,11 +17,8 @@ def refuse_live_targets(targets: Any, parameters: Mapping[str, Tensor]) -> None:
     Raises:
         ValueError: Naming some of the parameters.
     """
-    starts = [t.grad_fn for t in tensors_in(targets) if t.grad_fn is not None]
-    if not starts:
-        return
-    names = {id(p): name for name, p in parameters.items()}
-    found = [names[id(leaf)] for leaf in leaves(starts) if id(leaf) in names]
+    known = set(map(id, leaves(tensors_in(targets))))
+    found = [name for name, p in parameters.items() if id(p) in known] if known else []
     if found:
         more = f" and {len(found) - 1} more" if len(found) > 1 else ""
         raise ValueError(
@@ -34,16 +31,11 @@ def refuse_live_targets(targets: Any, parameters: Mapping[str, Tensor]) -> None:
 
 
 def leaves(starts: Iterable[Any]) -> Iterable[Any]:
-    """The leaves below some nodes."""
-    return (leaf for node in below(starts, _nothing) if (leaf := getattr(node, "variable", None)) is not None)
+    """The leaves below some nodes, or tensors."""
+    return (leaf for node in below(starts) if (leaf := getattr(node, "variable", None)) is not None)
 
 
 def has_live_target(node: Any, ends: Container[Any], tracked: Container[int]) -> bool:
     """Whether a loss function got a target that depends on some outputs, or parameters, by their ``id``."""
-    target = node.next_functions[1][0] if len(node.next_functions) > 1 else None
-    found = [] if target is None else below([target], ends.__contains__)
-    return any(one in ends or id(getattr(one, "variable", None)) in tracked for one in found)
-
-
-def _nothing(node: Any) -> bool:
-    return False
+    target = [before for before, _ in node.next_functions[1:2]]
+    return any(one in ends or id(getattr(one, "variable", None)) in tracked for one in below(target, ends))

@@ -7,11 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from curvature.model.graph_nodes import CUTS, SHAPES, cut_axis
+from curvature.model.graph_nodes import COPIES, CUTS, PRODUCTS, SHAPES, chain, cut_axis, inputs_of
 
 #: Beginnings of the names of nodes that make an output of what they get, by parameters of their own.
-_MAKES = ("Addmm", "Mm", "Mv", "Bmm", "Baddbmm", "Addbmm", "Linear", "Convolution", "Embedding", "Native", "Cudnn")
-
+_MAKES = (*PRODUCTS, "Mv", "Embedding", "Native", "Cudnn")
 #: What nodes of :data:`CUTS` have saved of where they cut.
 _WHERE = ("dim", "index", "start", "end", "step", "split_size", "split_sizes")
 
@@ -35,16 +34,12 @@ def output_of(module: nn.Module, z: Any, target: Any) -> Hashable:
     second, entries = z.dim() > 2 and shape == z.shape[:1] + z.shape[2:], shape == z.shape
     entries &= not isinstance(module, nn.CrossEntropyLoss)
     columns: list[Hashable] = []
-    node: Any = z.grad_fn
-    number = z.output_nr
-    while True:
-        name, before = node.name(), [pair for pair in node.next_functions if pair[0] is not None]
-        if name.startswith(_MAKES) or len(before) != 1 or "Accumulate" in before[0][0].name():
+    for node, number in chain(z.grad_fn, z.output_nr):
+        if node.name().startswith(_MAKES) or any("Accumulate" in before.name() for before in inputs_of(node)):
             break
-        if name.startswith(CUTS) and not entries and (cut := _columns(node, number, second)) is not None:
+        if node.name().startswith(CUTS) and not entries and (cut := _columns(node, number, second)) is not None:
             columns.append(cut)
-        node, number = before[0]
-    own = frozenset(filter(None, (_parameter(argument) for argument, _ in node.next_functions)))
+    own = frozenset(filter(None, map(_parameter, inputs_of(node))))
     return own or (node._sequence_nr(), number), tuple(columns)
 
 
@@ -53,19 +48,17 @@ def data_of(z: Tensor) -> set[Hashable]:
 
     Copies in another precision lie in memory of their own.
     """
-    node: Any = z.grad_fn
-    number, cuts = z.output_nr, []
-    while node is not None:
-        name, before = node.name(), [pair for pair in node.next_functions if pair[0] is not None]
-        if not name.startswith((*CUTS, *SHAPES, "ToCopy", "Clone", "Alias")) or len(before) != 1:
-            break
+    found: set[Hashable] = {(z.untyped_storage().data_ptr(), z.storage_offset(), z.shape)}
+    cuts: list[Hashable] = []
+    for node, number in chain(z.grad_fn, z.output_nr):
+        name = node.name()
         if name.startswith(CUTS):
             cuts.append((name, number, *(str(getattr(node, f"_saved_{key}", "")) for key in _WHERE)))
         elif name.startswith(SHAPES):
             cuts.append((name, *node._input_metadata[0].shape))
-        node, number = before[0]
-    lies = z.untyped_storage().data_ptr(), z.storage_offset(), z.shape
-    return {lies} if node is None else {lies, (node._sequence_nr(), number, *cuts)}
+        elif not name.startswith(COPIES):
+            return found | {(node._sequence_nr(), number, *cuts)}
+    return found
 
 
 def _columns(node: Any, number: int, second: bool) -> Hashable | None:
@@ -79,10 +72,9 @@ def _columns(node: Any, number: int, second: bool) -> Hashable | None:
 
 def _parameter(node: Any) -> int | None:
     """The leaf that a node hands its gradient to, through transpositions and casts at most."""
-    while node is not None:
-        if (leaf := getattr(node, "variable", None)) is not None:
+    for one, _ in chain(node):
+        if (leaf := getattr(one, "variable", None)) is not None:
             return id(leaf)
-        if not node.name().startswith(("T", "ToCopy", "View", "Permute")) or node.name().startswith("Tanh"):
+        if not one.name().startswith(("T", "ToCopy", "View", "Permute")) or one.name().startswith("Tanh"):
             return None
-        node = node.next_functions[0][0]
     return None

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from curvature.estimation.passes import Pass
 from curvature.losses import BatchDim, JoinedTerms, Terms
-from curvature.losses.picked import PickedTerms, along, axis_of, by_examples, checked_axis, in_order, picked_rows
+from curvature.losses.picked import PickedTerms, along, axis_of, by_examples, checked_axis, picked_rows
+from curvature.model.graph_nodes import in_order
 from curvature.model.trees import tensors_in
 from curvature.model.wrappers import passed_on
 

@@ -99,7 +99,7 @@ def reached_entries(output: Tensor, packed: bool) -> dict[tuple[Any, int], Reach
     """
     reached: dict[tuple[Any, int], Reach | None] = {(output.grad_fn, output.output_nr): None}
     with torch.no_grad():
-        for node in users_first([output.grad_fn], frozenset().__contains__):
+        for node in users_first([output]):
             given = {number: reached[node, number] for number in range(_outputs(node)) if (node, number) in reached}
             for which, (child, number) in enumerate(node.next_functions):
                 if child is None or not given:

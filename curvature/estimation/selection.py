@@ -10,16 +10,12 @@ import torch
 from torch import Tensor
 
 from curvature.model.backward_hooks import GraphHooks
-from curvature.model.graph_nodes import nodes
+from curvature.model.graph_nodes import MOVES, below
 
 #: Nodes of the graph between an output and what a loss sees of it, at most: more are a computation.
 _FEW = 32
 #: Beginnings of the names of nodes that move numbers. Others, a user's own functions among them, are not run for this.
-_MOVES = (
-    *("View", "UnsafeView", "Reshape", "Slice", "Select", "Index", "Gather", "Take", "Masked", "Squeeze", "Unsqueeze"),
-    *("Transpose", "TBackward", "Permute", "Flip", "Roll", "Clone", "ToCopy", "Split", "Unbind", "AsStrided", "Alias"),
-    *("Expand", "Cat", "Stack"),
-)
+_MOVES = (*MOVES, "Reshape", "Index", "Gather", "Take", "Masked", "Flip", "Roll", "ToCopy", "AsStrided")
 #: Places are told in digits to this base, which every dtype holds exactly.
 _BASE = 128
 
@@ -53,7 +49,7 @@ class SeenPart:
 def selection(returned: Sequence[Tensor | None], z: Tensor) -> SeenPart | None:
     """What ``z`` is of the tensors that a pass returned; ``None`` for anything else than some of their numbers."""
     ends = {t.grad_fn for t in returned if t is not None and t.grad_fn is not None}
-    between = set(islice(nodes([z], until=ends), _FEW))
+    between = set(islice(below([z], ends), _FEW))
     moves = all(node in ends or node.name().startswith(_MOVES) for node in between)
     for place, output in enumerate(returned):
         if output is z:

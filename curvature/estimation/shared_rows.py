@@ -13,7 +13,7 @@ from torch.autograd.graph import GradientEdge
 from curvature.estimation.arrivals import Arrived
 from curvature.layers import Site
 from curvature.losses.signals import Signals
-from curvature.model.graph_nodes import nodes
+from curvature.model.graph_nodes import below
 from curvature.model.pullback import pull_back
 
 #: Nodes that hand on what arrives at them, summed over the axes along which they repeated what they got.
@@ -147,7 +147,7 @@ def _shape(edge: GradientEdge) -> tuple[int, ...]:
 def _users(output: Tensor) -> dict[tuple[Any, int], list[tuple[Any, int]]]:
     """The nodes of a graph that each result goes into, and the number of the argument; the end goes into ``None``."""
     users: dict[tuple[Any, int], list[tuple[Any, int]]] = {(output.grad_fn, output.output_nr): [(None, 0)]}
-    for node in nodes([output]):
+    for node in below([output]):
         for argument, (before, number) in enumerate(node.next_functions):
             if before is not None:
                 users.setdefault((before, number), []).append((node, argument))

@@ -9,12 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
-from curvature.model.graph_nodes import SHAPES, below, cut_axis, inputs_of
+from curvature.model.graph_nodes import COPIES, SHAPES, below, chain, cuts_columns, edges_of, inputs_of
 
-#: Beginnings of the names of nodes that hand numbers on as they are, in their places.
-_PLAIN = ("ToCopy", "Clone", "Alias")
-#: Of those that lay the entries along an axis out the other way round: rows stay whole.
-_TURNED = ("Flip",)
+#: Beginnings of the names of nodes that hand numbers on as they are, or the other way round along an axis: rows stay
+#: whole.
+_PLAIN = (*COPIES, *SHAPES, "Flip")
 #: Of products of two vectors that are added up.
 _DOTS = ("Dot", "Vdot")
 #: Of those that subtract.
@@ -50,7 +49,7 @@ def _below(node: Any, ends: Set[Any], so_far: Square) -> Iterator[Square]:
         return
     name, arguments = node.name(), inputs_of(node)
     shape, weight, alone = tuple(node._input_metadata[0].shape), so_far.weight, so_far.alone
-    power = name.startswith("Pow") and node._saved_exponent == 2
+    power = _is_power(node)
     if power or (name.startswith(("Mul", *_DOTS)) and len(arguments) == 2):
         # A product of two differences has the curvature of a square, but not its value.
         told = power or arguments[0] is arguments[1] or weight is not None
@@ -59,7 +58,7 @@ def _below(node: Any, ends: Set[Any], so_far: Square) -> Iterator[Square]:
     elif name.startswith("Mean"):
         ratio = prod(shape) / max(1, node._saved_self_sym_numel)
         yield from _below(arguments[0], ends, Square(node, None if weight is None else weight * ratio, alone))
-    elif name.startswith(("Sum", *_PLAIN, *_TURNED, *SHAPES)):
+    elif name.startswith(("Sum", *_PLAIN)):
         yield from _below(arguments[0], ends, so_far)
     elif name.startswith(("Mul", "Div")) and prod(shape) == len(arguments) == 1:
         yield from _below(arguments[0], ends, Square(node, None, alone))
@@ -73,13 +72,13 @@ def _below(node: Any, ends: Set[Any], so_far: Square) -> Iterator[Square]:
 def square_of(node: Any, ends: Set[Any]) -> Any:
     """The output of which a node makes squared errors, less something else than the model gave, or ``None``."""
     name, arguments = node.name(), inputs_of(node)
-    power = name.startswith("Pow") and "BackwardBackward" not in name and node._saved_exponent == 2
     product = name.startswith(("Mul", *_DOTS)) and len(arguments) == 2
-    if node in ends or not (product or (len(arguments) == 1 and (power or name.startswith("MseLossBackward")))):
+    alone = len(arguments) == 1 and (name.startswith("MseLossBackward") or _is_power(node))
+    if node in ends or "BackwardBackward" in name or not (product or alone):
         return None
-    if "BackwardBackward" in name or not all(_is_difference(argument, ends) for argument in arguments):
+    if not all(_is_difference(argument, ends) for argument in arguments):
         return None
-    return next(end for end in below(arguments, ends.__contains__) if end in ends)
+    return next(end for end in below(arguments, ends) if end in ends)
 
 
 def tells_no_value(node: Any) -> bool:
@@ -88,14 +87,21 @@ def tells_no_value(node: Any) -> bool:
     return bool(second) and second[0] is not first
 
 
-def _is_difference(node: Any, ends: Set[Any]) -> bool:
+def _is_power(node: Any) -> bool:
+    """Whether a node squares."""
+    return bool(node.name().startswith("Pow") and node._saved_exponent == 2)
+
+
+def _is_difference(start: Any, ends: Set[Any]) -> bool:
     """Whether something is an output, or rows picked from it once, less what does not depend on the model."""
     picked = False
-    while node not in ends:
-        name, arguments = node.name(), inputs_of(node)
-        if len(arguments) != 1 or not name.startswith((*_DIFFERENCES, *_PLAIN, *_TURNED, *SHAPES, "Slice", "Select")):
+    for node, _ in chain(start):
+        if node in ends:
+            return True
+        name = node.name()
+        if not name.startswith((*_DIFFERENCES, *_PLAIN, "Slice", "Select")):
             return False
-        if name.startswith(_DIFFERENCES) and _size(arguments[0], node) != prod(node._input_metadata[0].shape):
+        if name.startswith(_DIFFERENCES) and _size(node) != prod(node._input_metadata[0].shape):
             return False  # entries count several times
         if name.startswith(("Slice", "Select")):
             picked = True
@@ -103,18 +109,16 @@ def _is_difference(node: Any, ends: Set[Any]) -> bool:
                 return False
         if getattr(node, "_saved_alpha", 1) != 1 or (picked and name.startswith(SHAPES)):
             return False  # moved before they are picked, the numbers of a row may be any
-        node = arguments[0]
-    return True
+    return False
 
 
-def _size(before: Any, node: Any) -> int:
-    """Number of entries that an argument of a node has."""
-    edges = [number for one, number in node.next_functions if one is before]
-    return prod(before._input_metadata[edges[0]].shape)
+def _size(node: Any) -> int:
+    """Number of entries that the first argument of a node has."""
+    before, number = edges_of(node)[0]
+    return prod(before._input_metadata[number].shape)
 
 
 def _picks_rows(node: Any) -> bool:
     """Whether the last axis, along which the terms of a squared error lie, is left whole."""
-    axis, axes = cut_axis(node)
     whole = node.name().startswith("Slice") and node._input_metadata[0].shape[-1] == node._saved_self_sym_sizes[-1]
-    return axes < 2 or axis != axes - 1 or whole
+    return whole or not cuts_columns(node)

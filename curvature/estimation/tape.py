@@ -24,9 +24,9 @@ from curvature.estimation.taped_losses import feeding, leading_to, number_of, ta
 from curvature.estimation.unseen_losses import UnseenLosses, explained
 from curvature.losses.loss import called
 from curvature.model.backward_hooks import ours
+from curvature.model.backward_under_way import captured, threads_in_backward
 from curvature.model.data import Output, inspecting
 from curvature.model.fully_sharded import shard_of
-from curvature.model.graph_nodes import captured, threads_in_backward
 from curvature.model.hooks import At, Hook, OwnHook
 from curvature.model.trees import tensors_in
 

@@ -11,7 +11,7 @@ from curvature.estimation.parts_of_outputs import output_of
 from curvature.estimation.passes import OUTPUT, Pass, TapedLoss
 from curvature.losses.loss import called
 from curvature.model.data import loss_in
-from curvature.model.graph_nodes import below, nodes
+from curvature.model.graph_nodes import below
 from curvature.model.trees import tensors_in
 from curvature.model.wrappers import passed_on
 
@@ -70,7 +70,7 @@ def own_loss(result: Any, calls: list[TapedLoss], hidden: bool) -> Tensor | None
     (one,) = outputs
     numbers = {call.number for call in calls if one.numel() == 1 or one.shape == call.value.shape}
     ends = lambda node: node._sequence_nr() <= max(numbers)  # noqa: E731
-    told = bool(numbers) and any(node._sequence_nr() in numbers for node in below([one.grad_fn], ends))
+    told = bool(numbers) and any(node._sequence_nr() in numbers for node in below([one], ends))
     return one if told or (hidden and one.dim() == 0) else None
 
 
@@ -90,7 +90,7 @@ def leading_to(z: Any, passes: list[Pass], parameters: Iterable[Tensor]) -> list
         return direct + feeding(direct, waiting, parameters)
     ends = {edge.node: origin for origin in waiting for edge in origin.edges}
     tracked = {id(p) for p in parameters}
-    reached = list(nodes(tensors_in(z), until=ends))
+    reached = list(below(tensors_in(z), ends))
     found = {id(ends[node]) for node in reached if node in ends}
     uses = any(id(getattr(node, "variable", None)) in tracked for node in reached)
     if not found and not uses:

@@ -19,20 +19,23 @@ from curvature.estimation.passes import Pass, TapedLoss, UnseenLoss
 from curvature.estimation.squares_by_hand import square_of, squares, tells_no_value
 from curvature.estimation.ways_to_losses import Way, at_temperatures, soft_labels, way
 from curvature.estimation.weights_by_value import Rest
+from curvature.model.backward_under_way import called_on, scalar_called_on
 from curvature.model.data import inspection
 from curvature.model.graph_nodes import (
-    CUTS,
+    PICKS,
+    PRODUCTS,
     below,
-    called_on,
+    between,
+    chain,
+    cuts_columns,
     inputs_of,
     node_of,
     only_moves,
-    scalar_called_on,
     users_first,
 )
 
 #: How those of layers begin.
-_LAYERS = ("Addmm", "Mm", "Bmm", "Baddbmm", "Addbmm", "Linear", "Convolution", "Embedding")
+_LAYERS = (*PRODUCTS, "Embedding")
 #: How the names of the nodes of loss functions begin, by the module that calls them.
 _NODES: dict[type[nn.Module], str] = {
     nn.CrossEntropyLoss: "NllLoss",
@@ -54,8 +57,7 @@ _PARTS = ("Index", "Gather", "Masked", "ToCopy")
 #: Beginnings of the names of nodes that make other numbers of an output than those that it has.
 _TRANSFORMS = (
     *("Sigmoid", "Tanh", "Softmax", "Softplus", "Exp", "Mul", "Div", "Pow", "Neg", "Relu", "Gelu"),
-    *("Silu", "Sum", "Mean", "Addmm", "Addbmm", "Baddbmm", "Mm", "Bmm", "Mv", "Linear", "Convolution"),
-    *("LinalgVectorNorm", "Gather"),
+    *("Silu", "Sum", "Mean", "Mv", "LinalgVectorNorm", "Gather", *PRODUCTS),
 )
 
 
@@ -179,12 +181,11 @@ class UnseenLosses:
         until = lambda node: node in ends or node._sequence_nr() in self._known  # noqa: E731
         losses = (_NODES[cls] + "Backward0" for cls in (nn.MSELoss, nn.BCEWithLogitsLoss))
         names = tuple(name for name in losses if not name.startswith(self._kind))
-        for node in below(map(node_of, called_on()), until):
+        for node in below(called_on(), until):
             if node.name().startswith(names) and len(arguments := inputs_of(node)) == 1:
-                between = set(below(arguments, ends.__contains__))
-                if between & ends and all(
-                    one.name().startswith(_PARTS) or only_moves(one, {*inputs_of(one)}) for one in between - ends
-                ):
+                ways = set(below(arguments, ends))
+                moves = (one.name().startswith(_PARTS) or only_moves(one, {*inputs_of(one)}) for one in ways - ends)
+                if ways & ends and all(moves):
                     return True
         return False
 
@@ -194,11 +195,10 @@ class UnseenLosses:
 
     def _hides_rows(self, call: UnseenLoss, ends: Set[Any]) -> bool:
         """Whether a loss sees some rows of an output, of which something unknown sees others, so none tells which."""
-        between = (node for node in below([call.node], ends.__contains__) if node not in ends)
-        if not any(node.name().startswith((*CUTS, "Index", "Masked", "Gather")) for node in between):
+        if not any(node.name().startswith(PICKS) for node in between([call.node], ends)):
             return False
         until = lambda node: node is call.node or node in ends or node._sequence_nr() in self._known  # noqa: E731
-        return not ends.isdisjoint(below(map(node_of, called_on()), until))
+        return not ends.isdisjoint(below(called_on(), until))
 
     def read_later(self, origin: Pass) -> None:
         """Look at the way to a pass now, whose gradient will be read when it is repeated."""
@@ -269,10 +269,10 @@ class UnseenLosses:
 
 def _uses(loss: Any, ends: Set[Any], leaves: Set[Any]) -> bool:
     """Whether a loss is of what some parameters made, and not of themselves, as a penalty on weights is."""
-    between = list(below([loss], ends.__contains__))
-    if not any(node.name().startswith(_LAYERS) for node in between):
+    ways = list(below([loss], ends))
+    if not any(node.name().startswith(_LAYERS) for node in ways):
         return False
-    return not leaves.isdisjoint(between) and ends.isdisjoint(between) and not any(map(only_moves, inputs_of(loss)))
+    return not leaves.isdisjoint(ways) and ends.isdisjoint(ways) and not any(map(only_moves, inputs_of(loss)))
 
 
 def _by_hand(ends: Set[Any]) -> list[UnseenLoss]:
@@ -331,28 +331,24 @@ def _calls_beside(
     if not roots:
         return {}, None, []
     until = lambda node: node in ends or node._sequence_nr() in known  # noqa: E731
-    above = list(below(map(node_of, roots), until))
+    above = list(below(roots, until))
     found: dict[Any, list[UnseenLoss]] = {}
     for node in above:
         if until(node) or not node.name().startswith(kind) or "BackwardBackward" in node.name():
             continue
-        between = list(below([node], until))
-        moved = not any(_transforms(one, kind) for one in between if one is not node and one not in ends)
+        ways = list(below([node], until))
+        moved = not any(_transforms(one) for one in ways if one is not node and one not in ends)
         moved &= not has_live_target(node, ends, tracked)
         call = UnseenLoss(node, *_reduced(node, roots), moved)
-        for end in between:
+        for end in ways:
             if end in ends:
                 found.setdefault(end, []).append(call)
     return found, {node for node in above if node in ends}, above
 
 
-def _transforms(node: Any, kind: str) -> bool:
+def _transforms(node: Any) -> bool:
     """Whether a node makes other numbers, or picks some of the last axis, whose terms belong together."""
-    name = node.name()
-    if name.startswith(("Slice", "Select")):
-        axes = len(node._saved_self_sym_sizes)
-        return bool(axes > 1 and node._saved_dim % axes == axes - 1)
-    return name.startswith(_TRANSFORMS)
+    return cuts_columns(node) if node.name().startswith(("Slice", "Select")) else node.name().startswith(_TRANSFORMS)
 
 
 def _reduced(call: Any, roots: list[Any]) -> tuple[Literal["mean", "sum"] | None, bool, Tensor | None]:
@@ -382,11 +378,10 @@ def _reached(starts: list[Any], *names: str) -> set[Any]:
 
 def _multiple(call: Any, roots: list[Any]) -> Tensor | None:
     """What the pass was called on, if there is nothing but products and quotients between."""
-    node = node_of(roots[0])
-    while node is not call:
-        after = inputs_of(node)
-        if len(after) != 1 or not node.name().startswith(("Mul", "Div", "ToCopy", "View", "Clone", "Squeeze")):
+    for node, _ in chain(node_of(roots[0])):
+        if node is call:
+            alone = len(roots) == 1 and isinstance(roots[0], Tensor) and roots[0].numel() == 1
+            return roots[0].detach() if alone else None
+        if not node.name().startswith(("Mul", "Div", "ToCopy", "View", "Clone", "Squeeze")):
             return None
-        node = after[0]
-    alone = len(roots) == 1 and isinstance(roots[0], Tensor) and roots[0].numel() == 1
-    return roots[0].detach() if alone else None
+    return None

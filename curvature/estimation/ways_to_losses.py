@@ -9,7 +9,19 @@ from typing import Any
 
 from torch import Tensor
 
-from curvature.model.graph_nodes import CUTS, SHAPES, below, cut_axis, inputs_of, only_moves
+from curvature.model.graph_nodes import (
+    CUTS,
+    PICKS,
+    SHAPES,
+    above,
+    below,
+    between,
+    chain,
+    cuts_columns,
+    inputs_of,
+    only_moves,
+    users_of,
+)
 
 #: Beginnings of the names of nodes that add numbers up, or pick some of them.
 _LINEAR = ("Neg", "Sum", "Mean", "Gather", "NllLoss", "MaskedFill", "Index", "Where", "ToCopy")
@@ -20,7 +32,7 @@ _CORES = ("LogSoftmax", "Exp", "BinaryCrossEntropyWithLogits", "Logsumexp", *(_B
 #: Of losses that are none of an exponential family.
 _OTHERS = ("MultiMargin", "MultilabelMargin", "SoftMargin", "CtcLoss", "SmoothL1Loss", "HuberLoss", "MseLoss")
 #: Of those that leave some numbers out.
-_PICKS = (*CUTS, "Gather", "Masked", "Index", "Where")
+_PICKS = (*PICKS, "Where")
 #: Of those that add a constant.
 _CONSTANTS = ("Sub", "Rsub")
 
@@ -60,17 +72,8 @@ def way(root: Tensor, ends: Set[Any], known: Callable[[Any], bool], losses: bool
         known: Whether a node is that of a loss whose value and weight will be told.
         losses: The ends give values of a loss, and no output.
     """
-    leads, after = set[Any](), dict[Any, list[Any]]()
-    until = lambda node: node in ends or known(node)  # noqa: E731
-    for node in below([root.grad_fn], until):
-        for before, _ in node.next_functions if not until(node) else ():
-            after.setdefault(before, []).append(node)
-    waiting = [end for end in ends if end in after]
-    while waiting:
-        node = waiting.pop()
-        if node not in leads:
-            leads.add(node)
-            waiting += after.get(node, [])
+    after = users_of(between([root], lambda node: node in ends or known(node)))
+    leads = set(above((end for end in ends if end in after), after))
     affine, weighted, scalars, divergence, others = True, False, 0, False, set[Any]()
     cores, linear = set[Any](), True
     for node in leads - ends:
@@ -80,8 +83,8 @@ def way(root: Tensor, ends: Set[Any], known: Callable[[Any], bool], losses: bool
             affine &= known(besides) or _adds_up(besides)  # else something else is added
         if name.startswith(_CORES):
             turned = name.startswith(_BINARY) and arguments[0].name().startswith("Neg")  # the other class
-            direct = only_moves(arguments[0].next_functions[0][0] if turned else arguments[0], ends)
-            direct &= not any(one not in ends and _picks_columns(one) for one in below(arguments, ends.__contains__))
+            direct = only_moves(inputs_of(arguments[0])[0] if turned else arguments[0], ends)
+            direct &= not any(map(_picks_columns, between(arguments, ends)))
             affine, weighted = affine and direct, weighted or not direct  # at a temperature
             cores, linear = cores | {node}, linear and direct
             continue
@@ -91,7 +94,7 @@ def way(root: Tensor, ends: Set[Any], known: Callable[[Any], bool], losses: bool
             scalar = prod(node._input_metadata[0].shape) == 1
             scalars += scalar and not internal
             affine, weighted = affine and (scalar or internal), weighted or not (scalar or internal)
-        elif name.startswith(("Add", "Sub", "Rsub")):
+        elif name.startswith(("Add", *_CONSTANTS)):
             entropy = name.startswith(_CONSTANTS) and len(arguments) == 1 and _of_labels(node, leads, ends)
             divergence |= entropy
             affine &= len(arguments) == 2 or entropy
@@ -114,71 +117,57 @@ def way(root: Tensor, ends: Set[Any], known: Callable[[Any], bool], losses: bool
 
 def _picks_columns(node: Any) -> bool:
     """Whether a node picks some of the last axis, whose numbers belong together."""
-    return node.name().startswith(CUTS) and cut_axis(node)[1] > 1 and cut_axis(node)[0] == cut_axis(node)[1] - 1
+    return node.name().startswith(CUTS) and cuts_columns(node)
 
 
 def _adds_up(node: Any) -> bool:
     """Whether a node is one of those between losses and a sum of their multiples, which adds no constant."""
-    name, arguments = node.name(), inputs_of(node)
-    return name.startswith(_SUMS) and not (name.startswith(("Add", "Sub", "Rsub")) and len(arguments) < 2)
+    name = node.name()
+    return name.startswith(_SUMS) and not (name.startswith(("Add", *_CONSTANTS)) and len(inputs_of(node)) < 2)
 
 
 def _of_labels(node: Any, leads: Set[Any], ends: Set[Any]) -> bool:
     """Whether a difference is that of the logarithms of labels and probabilities, entry by entry, times the labels."""
-    logs = [n for n in below([node], ends.__contains__) if n in leads and n.name().startswith(_CORES[:1])]
+    logs = [n for n in below([node], ends) if n in leads and n.name().startswith(_CORES[:1])]
     return len(logs) == 1 and node._input_metadata[0].shape == logs[0]._input_metadata[0].shape
 
 
-def soft_labels(above: Sequence[Any], ends: Set[Any]) -> set[Any]:
+def soft_labels(nodes: Sequence[Any], ends: Set[Any]) -> set[Any]:
     """Outputs of which a backward pass takes log probabilities, to which all else is linear: with labels in between.
 
     Args:
-        above: The nodes of the pass, down to those of outputs and of known losses.
+        nodes: Those of the pass, down to those of outputs and of known losses.
         ends: The former.
     """
-    users: dict[Any, list[Any]] = {}
-    for node in above:
-        for before, _ in node.next_functions if node not in ends else ():
-            users.setdefault(before, []).append(node)
+    own = [node for node in nodes if node not in ends]
+    users = users_of(own)
     found: set[Any] = set()
-    for node in above:
-        if node not in ends and node.name().startswith("LogSoftmax"):
-            of = {end for end in ends if end in set(below([node], ends.__contains__))}
-            made = set(_makes(node, users)) - {node}
-            plain = only_moves(node.next_functions[0][0], ends) and all(map(_is_linear, made))
+    for node in own:
+        if node.name().startswith("LogSoftmax"):
+            made = set(above([node], users)) - {node}
+            plain = only_moves(inputs_of(node)[0], ends) and all(map(_is_linear, made))
             if plain and not any(user.name().startswith("NllLoss") for user in made):
-                found |= of
+                found |= ends & set(below([node], ends))
     return found
 
 
-def at_temperatures(above: Sequence[Any], ends: Set[Any]) -> set[Any]:
+def at_temperatures(nodes: Sequence[Any], ends: Set[Any]) -> set[Any]:
     """Outputs of multiples of which a backward pass takes log probabilities; arguments as for :func:`soft_labels`."""
-    found: set[Any] = set()
-    for node in above:
-        if node not in ends and node.name().startswith("LogSoftmax"):
-            chain, one = [], node.next_functions[0][0]
-            while one is not None and one not in ends:
-                chain.append(one)
-                arguments = inputs_of(one)
-                one = arguments[0] if len(arguments) == 1 and _is_factor(one, *arguments) else None
-            if one is not None and any(node.name().startswith(("Mul", "Div")) for node in chain):
-                found.add(one)
-    return found
+    starts = (inputs_of(node)[0] for node in nodes if node not in ends and node.name().startswith("LogSoftmax"))
+    return {end for start in starts for end in _multiplied(start, ends)}
 
 
-def _is_factor(node: Any, before: Any) -> bool:
-    return node.name().startswith(("Mul", "Div")) or only_moves(node, {before})
-
-
-def _makes(node: Any, users: dict[Any, list[Any]]) -> Iterator[Any]:
-    """A node, and all that gets something of it."""
-    waiting, seen = [node], {node}
-    while waiting:
-        node = waiting.pop()
-        yield node
-        new = [user for user in users.get(node, ()) if user not in seen]
-        seen.update(new)
-        waiting += new
+def _multiplied(start: Any, ends: Set[Any]) -> Iterator[Any]:
+    """The end of which a node gives a multiple, moved maybe, if it is one."""
+    factors = False
+    for node, _ in chain(start):
+        if node in ends:
+            yield from [node] if factors else []
+            return
+        multiplies = node.name().startswith(("Mul", "Div"))
+        if not multiplies and not only_moves(node, {*inputs_of(node)}):
+            return
+        factors |= multiplies
 
 
 def _is_linear(node: Any) -> bool:
@@ -186,7 +175,7 @@ def _is_linear(node: Any) -> bool:
     name, arguments = node.name(), inputs_of(node)
     if name.startswith(("Mul", "Div")):
         return len(arguments) == 1
-    return name.startswith((*_LINEAR, "Add", "Sub", "Rsub")) or only_moves(node, {*arguments})
+    return name.startswith((*_LINEAR, "Add", *_CONSTANTS)) or only_moves(node, {*arguments})
 
 
 def _is_core(node: Any, ends: Set[Any]) -> bool:

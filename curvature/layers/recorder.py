@@ -18,8 +18,8 @@ from curvature.layers.explained import Explained, now
 from curvature.layers.rules import REPLACEMENTS, RULES
 from curvature.layers.site import Ref, RowLayout, Site
 from curvature.losses.loss import FUNCTIONS as LOSS_FUNCTIONS
-from curvature.losses.picked import in_order
 from curvature.model.backward_hooks import HANGING, GraphHooks
+from curvature.model.graph_nodes import in_order
 from curvature.model.kernels import ATTENTION
 from curvature.model.trees import tensors_in
 from curvature.model.wrappers import in_selective_checkpoint

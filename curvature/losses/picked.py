@@ -259,23 +259,3 @@ def picked_rows(
             place[order] = rows
             return place, tuple(one.shape)
     return None
-
-
-#: Nodes between a tensor and a view of all of it in its order, possibly in another dtype.
-_KEEP_ORDER = ("View", "UnsafeView", "ReshapeAlias", "ToCopy", "Clone", "Alias", "Squeeze", "Unsqueeze")
-
-
-def in_order(z: Tensor, whole: Tensor) -> bool:
-    """Whether ``z`` holds all of another tensor, its examples along the first axis, or its rows in their order."""
-    if z is whole:
-        return True
-    if z.numel() != whole.numel() or z.grad_fn is None:
-        return False
-    transposed = z.dim() == whole.dim() and z.shape[:1] == whole.shape[:1]
-    known = (*_KEEP_ORDER, "Transpose", "Permute", "T") if transposed else _KEEP_ORDER
-    node: Any = z.grad_fn
-    while node is not None and node is not whole.grad_fn:
-        if not node.name().startswith(known) or len(node.next_functions) != 1:
-            return False
-        node = node.next_functions[0][0]
-    return node is not None

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from curvature.model.fully_sharded import notices_passes
-from curvature.model.graph_nodes import nodes
+from curvature.model.graph_nodes import below
 from curvature.model.hooks import OwnHook, nothing
 from curvature.model.trees import tensors_in
 
@@ -149,7 +149,7 @@ class _HangNothing(TorchFunctionMode):
 
 def on_nodes(outputs: Iterable[Tensor]) -> Iterator[Hooks]:
     """The hooks on the nodes of a graph, but for those of leaves, which run where gradients are written."""
-    for node in nodes(outputs):
+    for node in below(outputs):
         if not hasattr(node, "variable"):
             for register in (node.register_hook, node.register_prehook):
                 handle = ours(register(nothing))

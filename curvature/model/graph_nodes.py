@@ -1,64 +1,34 @@
-"""The nodes of an autograd graph."""
+"""The nodes of an autograd graph: how their kinds are called, what each gets something from, and walks along these."""
 
 from __future__ import annotations
 
-import contextlib
-import sys
-from collections.abc import Callable, Container, Iterable, Iterator, Set
-from functools import partial
-from types import FrameType
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Set
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.autograd import graph
+from torch.autograd.graph import GradientEdge
 
 #: Beginnings of the names of nodes that pick a part along an axis.
 CUTS = ("Slice", "Select", "Split", "Unbind")
+#: Of those that pick entries, or rows.
+PICKS = (*CUTS, "Index", "Gather", "Masked")
 #: Of those that lay entries out in other axes, in order.
 SHAPES = ("View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze")
+#: Of those that hand entries on in their places, in another dtype maybe.
+COPIES = ("ToCopy", "Clone", "Alias")
 #: Of all that save no tensors: they move entries.
-_MOVES = (*CUTS, *SHAPES, *("Alias", "Transpose", "Permute", "Clone", "TBackward", "Narrow", "Expand", "Cat", "Stack"))
+MOVES = (*CUTS, *SHAPES, *("Alias", "Transpose", "Permute", "Clone", "TBackward", "Narrow", "Expand", "Cat", "Stack"))
+#: Of products with parameters of a layer.
+PRODUCTS = ("Addmm", "Mm", "Bmm", "Baddbmm", "Addbmm", "Linear", "Convolution")
+#: A node, or a tensor or an edge that has one.
+Start = Any
+#: Nodes below which nothing is looked at, or what tells them.
+Ends = Container[Any] | Callable[[Any], bool]
 
 
-def nodes(tensors: Iterable[Tensor], until: Container[Any] = ()) -> Iterator[Any]:
-    """Every node of the graph that leads to some tensors, once.
-
-    Args:
-        tensors: Those without a graph have no node.
-        until: Nodes below which nothing is looked at.
-    """
-    return below([t.grad_fn for t in tensors], until.__contains__)
-
-
-def below(starts: Iterable[Any], until: Callable[[Any], bool]) -> Iterator[Any]:
-    """Every node below some, these included, once; nothing below those that are ends."""
-    waiting = [node for node in starts if node is not None]
-    seen = set(waiting)
-    while waiting:
-        node = waiting.pop()
-        yield node
-        if until(node):
-            continue
-        for before, _ in node.next_functions:  # an argument may come twice, as in a square
-            if before is not None and before not in seen:
-                seen.add(before)
-                waiting.append(before)
-
-
-def users_first(starts: Iterable[Any], until: Callable[[Any], bool]) -> list[Any]:
-    """The nodes of :func:`below`, each after all of them that get something from it."""
-    users: dict[Any, int] = {}
-    for node in (found := list(below(starts, until))):
-        for before in () if until(node) else set(inputs_of(node)):
-            users[before] = users.get(before, 0) + 1
-    out = [node for node in found if node not in users]
-    for node in out:  # grows on the way
-        for before in () if until(node) else dict.fromkeys(inputs_of(node)):
-            users[before] -= 1
-            if not users[before]:
-                out.append(before)
-    return out
+def edges_of(node: Any) -> list[tuple[Any, int]]:
+    """The nodes that a node gets something from, and the number of that among their results, for each argument."""
+    return [edge for edge in node.next_functions if edge[0] is not None]
 
 
 def inputs_of(node: Any) -> list[Any]:
@@ -66,39 +36,108 @@ def inputs_of(node: Any) -> list[Any]:
     return [before for before, _ in node.next_functions if before is not None]
 
 
-def only_way(value: Any, output: Any, targets: Set[Any]) -> bool:
-    """Whether all that the backward pass under way brings to some nodes goes through one node, and then another.
-
-    What else it is called on tells, such as a penalty on activations. Where nobody can tell what that is, it is not.
+def below(starts: Iterable[Start], ends: Ends = ()) -> Iterator[Any]:
+    """Every node that leads to some, these included, once; nothing below those that are ends.
 
     Args:
-        value: The node that is evaluated now.
-        output: A node below it, or itself.
-        targets: Nodes below that.
+        starts: Tensors without a graph have no node.
+        ends: None: all the graph.
     """
-    # An accelerator's pass has a thread of its own: unknown.
-    before = set(below(map(node_of, called_on()), {value}.__contains__))
-    if value not in before:
-        return False
-    others = before - {value} | set(below([value], {output}.__contains__)) - {output}
-    return targets.isdisjoint(others) and output not in before - {value}
+    is_end = ends if callable(ends) else ends.__contains__
+    seen = dict.fromkeys(map(node_of, starts))
+    seen.pop(None, None)
+    waiting = list(seen)
+    while waiting:
+        node = waiting.pop()
+        yield node
+        if is_end(node):
+            continue
+        for before, _ in node.next_functions:  # an argument may come twice, as in a square
+            if before is not None and before not in seen:
+                seen[before] = None
+                waiting.append(before)
+
+
+def between(starts: Iterable[Start], ends: Ends) -> Iterator[Any]:
+    """The nodes of :func:`below` that are no ends."""
+    is_end = ends if callable(ends) else ends.__contains__
+    return (node for node in below(starts, is_end) if not is_end(node))
+
+
+def users_of(nodes: Iterable[Any]) -> dict[Any, list[Any]]:
+    """The nodes among some that get something from each, once for each argument."""
+    users: dict[Any, list[Any]] = {}
+    for node in nodes:
+        for before in inputs_of(node):
+            users.setdefault(before, []).append(node)
+    return users
+
+
+def above(starts: Iterable[Any], users: Mapping[Any, list[Any]], ends: Ends = ()) -> Iterator[Any]:
+    """Every node that gets something of some, these included, once; nothing above those that are ends."""
+    is_end = ends if callable(ends) else ends.__contains__
+    waiting = list(seen := dict.fromkeys(starts))
+    while waiting:
+        node = waiting.pop()
+        yield node
+        for user in () if is_end(node) else users.get(node, ()):
+            if user not in seen:
+                seen[user] = None
+                waiting.append(user)
+
+
+def users_first(starts: Iterable[Start], ends: Ends = ()) -> list[Any]:
+    """The nodes of :func:`below`, each after all of them that get something from it."""
+    is_end = ends if callable(ends) else ends.__contains__
+    before = {node: [] if is_end(node) else [*dict.fromkeys(inputs_of(node))] for node in below(starts, is_end)}
+    users: dict[Any, int] = {}
+    for inputs in before.values():
+        for one in inputs:
+            users[one] = users.get(one, 0) + 1
+    out = [node for node in before if node not in users]
+    for node in out:  # grows on the way
+        for one in before[node]:
+            users[one] -= 1
+            if not users[one]:
+                out.append(one)
+    return out
+
+
+def chain(node: Any, number: int = 0) -> Iterator[tuple[Any, int]]:
+    """A node with the number of a result, and what that is made of, as long as each is made of one thing alone."""
+    while node is not None:
+        yield node, number
+        before = edges_of(node)
+        node, number = before[0] if len(before) == 1 else (None, 0)
 
 
 def only_moves(start: Any, ends: Set[Any] = frozenset()) -> bool:
     """Whether a node gets the entries of some others, or of leaves, in other places and not changed."""
-    between = (node for node in below([start], ends.__contains__) if node not in ends)
-    return all(node.name().startswith((*_MOVES, "torch::autograd::AccumulateGrad")) for node in between)
+    names = (*MOVES, "torch::autograd::AccumulateGrad")
+    return all(node.name().startswith(names) for node in between([start], ends))
 
 
 def origin_of_moves(start: Any) -> Any:
-    """The node whose entries some node has, moved: itself, if it makes numbers."""
+    """The node whose entries some node has, moved: itself, if it makes numbers, or lays several side by side."""
     node = start
-    while node is not None and node.name().startswith(_MOVES):
-        before = [one for one, _ in node.next_functions if one is not None]
-        if len(before) != 1:
-            return node  # it lays several side by side
-        node = before[0]
+    for node, _ in chain(start):
+        if not node.name().startswith(MOVES):
+            break
     return node
+
+
+def in_order(z: Tensor, whole: Tensor) -> bool:
+    """Whether ``z`` holds all of another tensor, its examples along the first axis, or its rows in their order."""
+    if z is whole:
+        return True
+    if z.numel() != whole.numel() or z.grad_fn is None:
+        return False
+    transposed = z.dim() == whole.dim() and z.shape[:1] == whole.shape[:1]
+    known = (*SHAPES, *COPIES, *(("Transpose", "Permute", "T") if transposed else ()))
+    for node, _ in chain(z.grad_fn):
+        if node is whole.grad_fn or not node.name().startswith(known):
+            return node is whole.grad_fn
+    return False
 
 
 def cut_axis(node: Any) -> tuple[int, int]:
@@ -108,82 +147,14 @@ def cut_axis(node: Any) -> tuple[int, int]:
     return (node._saved_dim - (1 << 64 if node._saved_dim >> 63 else 0)) % axes, axes  # saved without a sign
 
 
-def node_of(root: Any) -> Any:
-    """The node of a tensor, or of an edge."""
-    return root.grad_fn if isinstance(root, Tensor) else root.node
+def cuts_columns(node: Any) -> bool:
+    """Whether a node of :data:`CUTS` picks along the last of several axes, whose numbers belong together."""
+    axis, axes = cut_axis(node)
+    return axes > 1 and axis == axes - 1
 
 
-def threads_in_backward() -> set[int]:
-    """The threads of which a backward pass is under way."""
-    found = set()
-    for thread, bottom in sys._current_frames().items():
-        frame: FrameType | None = bottom
-        while frame is not None and frame.f_code is not graph._engine_run_backward.__code__:
-            frame = frame.f_back
-        if frame is not None:
-            found.add(thread)
-    return found
-
-
-def called_on() -> list[Any]:
-    """What the innermost backward pass of this thread was called on: tensors, or edges of the graph."""
-    frame: FrameType | None = sys._getframe()
-    while frame is not None and frame.f_code is not graph._engine_run_backward.__code__:
-        frame = frame.f_back
-    return [] if frame is None else list(frame.f_locals["t_outputs"])
-
-
-def scalar_called_on() -> Tensor | None:
-    """The one number that the innermost backward pass of this thread was called on, times what it began with."""
-    frame: FrameType | None = sys._getframe()
-    while frame is not None and frame.f_code is not graph._engine_run_backward.__code__:
-        frame = frame.f_back
-    if frame is None:
-        return None
-    roots, begins = frame.f_locals["t_outputs"], frame.f_locals["args"][0]
-    if len(roots) != 1 or not isinstance(roots[0], Tensor) or roots[0].numel() != 1:
-        return None
-    begin = begins[0] if begins else None
-    return roots[0].detach() if begin is None else roots[0].detach() * begin.detach()
-
-
-def captured(parameters: Iterable[Tensor]) -> bool:
-    """Whether the backward pass under way is ``torch.autograd.grad`` with respect to some parameters."""
-    for p in parameters:
-        if p.requires_grad and p.is_leaf:
-            try:
-                if torch._C._will_engine_execute_node(graph.get_gradient_edge(p).node):
-                    return False
-            except RuntimeError as error:  # which torch raises for leaves that it is asked for
-                return "autograd.grad" in str(error)
-    return False
-
-
-@contextlib.contextmanager
-def statistics_given(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Backward passes inside take the statistics of every batch norm in train mode for constants, as in eval mode.
-
-    Args:
-        tensors: Those whose graph it is.
-    """
-    norms = [node for node in nodes(tensors) if "BatchNormBackward" in node.name() and _trains(node)]
-    handles = [node.register_hook(partial(_scaled, node)) for node in norms]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _trains(node: Any) -> bool:
-    return bool(getattr(node, "_saved_training", False)) and hasattr(node, "_saved_result2")
-
-
-def _scaled(node: Any, before: tuple[Tensor | None, ...], arrived: tuple[Tensor | None, ...]) -> Any:
-    """What the node sends to its input, with the mean and the standard deviation held fixed."""
-    gradient, inverse = arrived[0], node._saved_result2
-    if gradient is None or before[0] is None:
-        return None
-    weight = node._saved_weight
-    scale = inverse if weight is None else inverse * weight
-    return ((gradient * scale.reshape(1, -1, *[1] * (gradient.dim() - 2))).to(before[0].dtype), *before[1:])
+def node_of(start: Start) -> Any:
+    """The node of a tensor, of an edge, or itself."""
+    if isinstance(start, Tensor):
+        return start.grad_fn
+    return start.node if isinstance(start, GradientEdge) else start

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from curvature.model.fully_sharded import is_custom
-from curvature.model.graph_nodes import below, node_of, nodes
+from curvature.model.graph_nodes import below, edges_of
 
 
 class InnerBackwardError(RuntimeError):
@@ -87,7 +87,7 @@ def gradients_kept(outputs: Iterable[Any], inputs: Iterable[Any]) -> Iterator[No
 
 def hiding(parameters: list[Tensor], outputs: Iterable[Any]) -> InnerBackwardError:
     """What is raised where these parameters are used inside a custom function on the way to some outputs."""
-    kinds = {node.name() for node in below(map(node_of, outputs), ().__contains__) if _is_custom(node)}
+    kinds = {node.name() for node in below(outputs) if _is_custom(node)}
     return InnerBackwardError(
         f"the backward of {', '.join(sorted(kinds)) or 'the model'} runs a backward pass of its own "
         f"(torch.autograd.backward), which hides the parameters that it uses, {_shapes(parameters)}: no curvature "
@@ -98,8 +98,7 @@ def hiding(parameters: list[Tensor], outputs: Iterable[Any]) -> InnerBackwardErr
 
 def entered_by(outputs: Iterable[Tensor]) -> list[GradientEdge]:
     """Where the gradients of the inputs of all custom functions arrive, on the way to some outputs."""
-    found = (node for node in nodes(outputs) if _is_custom(node))
-    return [GradientEdge(*edge) for node in found for edge in node.next_functions if edge[0] is not None]
+    return [GradientEdge(*edge) for node in below(outputs) if _is_custom(node) for edge in edges_of(node)]
 
 
 def _with(known: tuple[Tensor, ...], tensors: Iterable[Any]) -> tuple[Tensor, ...]:
@@ -122,15 +121,11 @@ def _lead_to_custom(outputs: list[Any]) -> bool:
             open_ones.append(output)
         elif known[1]:
             return True
-    found = _any_custom(map(node_of, open_ones))  # their graphs have most nodes in common
+    found = any(map(_is_custom, below(open_ones)))  # their graphs have most nodes in common
     for output in open_ones:
         if isinstance(output, Tensor) and (not found or len(open_ones) == 1):
             setattr(output, "_custom_on_the_way", (output._version, found))  # noqa: B010
     return found
-
-
-def _any_custom(starts: Iterable[Any]) -> bool:
-    return any(map(_is_custom, below(starts, ().__contains__)))
 
 
 def _is_custom(node: Any) -> bool:

@@ -16,7 +16,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge
 
 from curvature.model.backward_hooks import muted, of_leaves
-from curvature.model.graph_nodes import nodes
+from curvature.model.graph_nodes import below
 from curvature.model.inner_backward import entered_by, gradients_kept, leads_to_custom
 from curvature.model.parameters import tensor_of_its_own
 from curvature.model.unread import Unread
@@ -205,7 +205,7 @@ def refuse_differentiated_once(tensors: Iterable[Tensor]) -> None:
     Raises:
         NoSecondDerivativeError: If there is such a node in the graph of ``tensors``.
     """
-    if any(node.name() == "torch::autograd::Error" for node in nodes(tensors)):
+    if any(node.name() == "torch::autograd::Error" for node in below(tensors)):
         raise NoSecondDerivativeError(
             "the model contains an operation that can be differentiated only once (an autograd.Function whose "
             "backward is marked once_differentiable, as custom kernels are), so second derivatives do not exist. "
@@ -239,7 +239,7 @@ def refuse_outside_of_autograd(value: Tensor, inputs: Sequence[Tensor]) -> None:
     Raises:
         NoSecondDerivativeError: If the derivative is lost.
     """
-    custom = {n.name() for n in nodes([value]) if isinstance(n, BackwardCFunction) or "Sparse" in n.name()}
+    custom = {n.name() for n in below([value]) if isinstance(n, BackwardCFunction) or "Sparse" in n.name()}
     if not custom:
         return
     generator = torch.Generator().manual_seed(0)

@@ -14,6 +14,7 @@ from curvature.layers import MODULES
 from curvature.layers.recorder import Recorder
 from curvature.layers.site import ElementwiseSite, OuterSite, Ref, Site
 from curvature.model.data import Data, batches, resolve_output, to_device
+from curvature.model.graph_nodes import below
 from curvature.model.parameters import Parameters
 from curvature.model.settings import untouched
 from curvature.model.trees import tensors_in
@@ -203,11 +204,10 @@ def _heads_by_use(result: Any, recorder: Recorder) -> set[str]:
     for site in recorder.sites:
         if isinstance(site, OuterSite):
             made_by.setdefault(site.edge.node, []).append(site)
-    pending, heads = [get_gradient_edge(t).node for t in outputs if t.requires_grad], set()
-    while pending:
-        node = pending.pop()
-        if node not in made_by and type(node).__name__ in ("CatBackward0", "StackBackward0"):
-            pending += [inner for inner, _ in node.next_functions if inner is not None]  # outputs side by side
+    heads = set()
+    side_by_side = lambda n: n not in made_by and type(n).__name__ in ("CatBackward0", "StackBackward0")  # noqa: E731
+    for node in below((get_gradient_edge(t) for t in outputs if t.requires_grad), lambda node: not side_by_side(node)):
+        if side_by_side(node):
             continue
         reached = {site.weight.name for site in _makers(node, made_by) if site.weight is not None}
         if len(reached) == 1:
@@ -217,13 +217,4 @@ def _heads_by_use(result: Any, recorder: Recorder) -> set[str]:
 
 def _makers(node: Any, made_by: dict[Any, list[Site]]) -> list[Site]:
     """The products that a node of the graph depends on without another product in between."""
-    found, seen, pending = list[Site](), {node}, [node]
-    while pending:
-        node = pending.pop()
-        if node in made_by:
-            found += made_by[node]
-            continue
-        inner = [n for n, _ in node.next_functions if n is not None and n not in seen]
-        seen.update(inner)
-        pending += inner
-    return found
+    return [site for one in below([node], made_by) for site in made_by.get(one, ())]

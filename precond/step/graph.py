@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from curvature.losses import SumOfLosses, Terms, loss_for, module_called
 from curvature.model.data import refuse_complex
+from curvature.model.graph_nodes import below
 from curvature.model.parameters import tensor_of_its_own
 from curvature.model.pullback import Pullback, pull_back, refuse_outside_of_autograd
 from solvers import Function
@@ -101,16 +102,10 @@ def parameters_at(values: Mapping[Tensor, Tensor]) -> Iterator[None]:
 def reached(loss: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
     """Those of some parameters that the graph of a loss leads to."""
     wanted, found = {id(p) for p in params}, set[int]()
-    seen, open_nodes = set[Any](), [loss.grad_fn]
-    while open_nodes and len(found) < len(wanted):
-        node = open_nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None and id(variable) in wanted:
-            found.add(id(variable))
-        open_nodes += [following for following, _ in node.next_functions]
+    for node in below([loss]):
+        found |= {id(getattr(node, "variable", None))} & wanted
+        if len(found) == len(wanted):
+            break
     return [p for p in params if id(p) in found]
 
 
