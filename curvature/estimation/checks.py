@@ -63,9 +63,12 @@ def custom_functions(output: Tensor, parameter: Tensor) -> list[str]:
     """Names of the custom ``autograd.Function`` classes that a parameter, or a view of it, goes into."""
     found = list(below([output]))
     leaves = [node for node in found if getattr(node, "variable", None) is parameter]
-    hands_on = lambda node: node in leaves or (_kind(node) in _VIEWS and not is_custom(type(node)))  # noqa: E731
-    users = above(leaves, users_of(found), lambda node: not hands_on(node))
+    users = above(leaves, users_of(found), lambda node: node not in leaves and not _is_view(node))
     return list(dict.fromkeys(_kind(node) for node in users if is_custom(type(node))))
+
+
+def _is_view(node: Any) -> bool:
+    return _kind(node) in _VIEWS and not is_custom(type(node))
 
 
 def _kind(node: Any) -> str:

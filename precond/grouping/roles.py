@@ -204,11 +204,12 @@ def _heads_by_use(result: Any, recorder: Recorder) -> set[str]:
     for site in recorder.sites:
         if isinstance(site, OuterSite):
             made_by.setdefault(site.edge.node, []).append(site)
+
+    def ends(node: Any) -> bool:  # all but what lays outputs side by side
+        return node in made_by or type(node).__name__ not in ("CatBackward0", "StackBackward0")
+
     heads = set()
-    side_by_side = lambda n: n not in made_by and type(n).__name__ in ("CatBackward0", "StackBackward0")  # noqa: E731
-    for node in below((get_gradient_edge(t) for t in outputs if t.requires_grad), lambda node: not side_by_side(node)):
-        if side_by_side(node):
-            continue
+    for node in filter(ends, below((get_gradient_edge(t) for t in outputs if t.requires_grad), ends)):
         reached = {site.weight.name for site in _makers(node, made_by) if site.weight is not None}
         if len(reached) == 1:
             heads |= reached
