@@ -341,7 +341,7 @@ class Collector:
         examples count for each example by itself.
         """
         probes = signals.probes() if sites else []
-        picked = picked_positions(sites, output)
+        picked = picked_positions(sites, output, probes)
         if not picked and all(bool(mask.all()) for mask, _ in probes):
             return {}
         probes = probes or [(signals.mask, signals.probe())]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+import torch
 from torch import Tensor
 
 from curvature.estimation.reached_entries import reached_entries
 from curvature.layers.site import OuterSite, Site
 
 
-def picked_positions(sites: Iterable[Site], output: Tensor) -> dict[int, Tensor]:
+def picked_positions(
+    sites: Iterable[Site], output: Tensor, probes: Sequence[tuple[Tensor, Tensor]] = ()
+) -> dict[int, Tensor]:
     """Positions of some uses that what follows picks, ``(n, s)`` by use; none for uses of which it takes all.
 
     A classification token, the last token of a text, or pooling with a mask leave out positions as a loss leaves out
@@ -20,11 +23,14 @@ def picked_positions(sites: Iterable[Site], output: Tensor) -> dict[int, Tensor]
     Args:
         sites: The uses.
         output: Of the model.
+        probes: For each loss its terms that count, ``(n, positions)``, and a signal on these. They are looked at where
+            positions of a use are others than those of the loss, as at another resolution.
     """
     sites = list(sites)
     if output.grad_fn is None or not sites:
         return {}
-    reached = reached_entries(output, any(site.packed for site in sites))
+    packed = any(site.packed for site in sites)
+    reached = reached_entries(output.grad_fn, output.output_nr, packed, seen=_seen_entries(sites, probes))
     out: dict[int, Tensor] = {}
     for site in sites:
         found = reached.get((site.edge.node, site.edge.output_nr))
@@ -40,3 +46,13 @@ def picked_positions(sites: Iterable[Site], output: Tensor) -> dict[int, Tensor]
         if not bool(mask.all()):
             out[id(site)] = mask
     return out
+
+
+def _seen_entries(sites: Iterable[Site], probes: Sequence[tuple[Tensor, Tensor]]) -> Tensor | None:
+    """The entries of an output that losses see; ``None`` for all, or where the positions of losses tell as much."""
+    shapes = {mask.shape for mask, _ in probes if not bool(mask.all())}
+    rows = ((*site.output_shape[:1], site.positions) for site in sites if isinstance(site, OuterSite))
+    if not shapes or all(shapes == {row} for row in rows):
+        return None
+    seen = torch.stack([signal != 0 for _, signal in probes]).any(0)
+    return None if bool(seen.all()) else seen

@@ -83,6 +83,10 @@ class OutputGradient:
                 origin.left_out = True
                 return None
             raise
+        if any(not _of_rows(terms.rows(part)) for part in origin.parts) or (
+            origin.picked and loss is not None and not _of_rows(_with_signal(loss.loss_fn, terms, z, gradient))
+        ):
+            raise not_told()
         if weights is None and origin.penalty:
             origin.left_out = bool(gradient.any())
             return None
@@ -118,6 +122,22 @@ class OutputGradient:
             return terms, Weight(share)
         n, r, c = terms.shape
         return terms, Weight(None, terms.unrows(weights.reshape(n, r, 1).expand(n, r, c)))
+
+
+def _of_rows(part: Tensor) -> bool:
+    """Whether all entries of a term are seen, or none."""
+    return bool((part == part[..., :1]).all())
+
+
+def _with_signal(loss: nn.Module, terms: Terms, z: Tensor, gradient: Tensor) -> Tensor:
+    """The entries of the terms that a loss gives a gradient, or would not bend along."""
+    rows = terms.rows(z.detach())
+    flat = torch.zeros_like(rows, dtype=torch.bool)
+    if isinstance(loss, (nn.CrossEntropyLoss, nn.BCEWithLogitsLoss)):
+        p = rows.softmax(-1) if isinstance(loss, nn.CrossEntropyLoss) else rows.sigmoid()
+        flat = p * (1 - p) <= torch.finfo(p.dtype).eps ** 0.5
+    mask = terms.mask.reshape(rows.shape[:-1]).unsqueeze(-1)
+    return (terms.rows(gradient) != 0) | flat | ~mask
 
 
 def _hidden(gradient: Tensor) -> bool:

@@ -126,6 +126,8 @@ class Pass:
     released: bool = False  # nothing can arrive any more
     beside: bool = False  # ``gradient`` is of several losses, or of what is besides the calls that were seen
     unseen_loss: UnseenLoss | None = None  # that loss, where it is a single one and somebody can tell
+    parts: list[Tensor] = field(default_factory=list)  # entries of ``output`` that cuts leave to losses nobody saw
+    picked: bool = False  # those see some of it that indices or masks pick, which are gone
     penalty: bool = False  # the loss of the step is elsewhere, and no node above is one of its kind
     form: type[nn.Module] | None = None  # the module of the only loss above it, if of another kind, or told by value
     share: float | None = None  # what the squares of that are multiplied by, where the way shows it and no value does

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from curvature.estimation.reached_by_moves import MOVES, along, spread
 from curvature.estimation.reached_by_products import PRODUCTS, one_factor
-from curvature.model.graph_nodes import users_first
+from curvature.model.graph_nodes import Ends, users_first
 
 #: Entries of a tensor, True where one is reached: an axis for each of its own, of size 1 where all along it are alike.
 Reach = Tensor
@@ -86,20 +86,28 @@ _PLAIN = frozenset(
 )
 
 
-def reached_entries(output: Tensor, packed: bool) -> dict[tuple[Any, int], Reach | None]:
-    """What of each tensor in the graph reaches an output, by node and number; ``None`` for all of it, or if unknown.
+def reached_entries(
+    last: Any, number: int, packed: bool, ends: Ends = (), seen: Reach | None = None
+) -> dict[tuple[Any, int], Reach | None]:
+    """What of each tensor in the graph reaches a result of its last node, by node and number; ``None``: all, or unknown.
 
     Tensors that are not in the result lead nowhere. Read are what picks or moves entries, constant masks with one
     number for each row of the last axis, and constant matrices. What a value decides (a unit that is off, the weights
     that attention gives) leaves nothing out, but the place of a maximum does, which is an index.
 
     Args:
-        output: The output.
+        last: The node.
+        number: Of its result.
         packed: Saved tensors are packed, as in a checkpoint, so they may be asked for once: none is read.
+        ends: Nodes below which nothing is looked at.
+        seen: Entries of the result that count; ``None`` for all.
     """
-    reached: dict[tuple[Any, int], Reach | None] = {(output.grad_fn, output.output_nr): None}
+    reached: dict[tuple[Any, int], Reach | None] = {(last, number): seen}
+    is_end = ends if callable(ends) else ends.__contains__
     with torch.no_grad():
-        for node in users_first([output]):
+        for node in users_first([last], is_end):
+            if is_end(node):
+                continue
             given = {number: reached[node, number] for number in range(_outputs(node)) if (node, number) in reached}
             for which, (child, number) in enumerate(node.next_functions):
                 if child is None or not given:

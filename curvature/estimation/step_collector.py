@@ -44,9 +44,10 @@ class Backward:
     def __init__(self, groups: list[Group], signals: Signals, listens: Callable[[], bool], rows: Sorted) -> None:
         self.groups, self.signals, self._listens, self.rows = groups, signals, listens, rows
         self.gradients: dict[int, Tensor] = {}
-        self.picked = picked_positions(sites_of(groups), signals.terms.output)  # while the graph stands
+        sites = sites_of(groups)
+        self.picked = picked_positions(sites, signals.terms.output, signals.probes())  # while the graph stands
         self._handles: list[Any] = []
-        for site in sites_of(groups):
+        for site in sites:
             self._handles.append(ours(site.edge.node.register_prehook(At(self, "_arrived", site))))
 
     def _arrived(self, site: Site, gradients: tuple[Tensor | None, ...]) -> None:

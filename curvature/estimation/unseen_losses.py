@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from curvature.estimation.live_targets import has_live_target
 from curvature.estimation.passes import Pass, TapedLoss, UnseenLoss
+from curvature.estimation.reached_entries import reached_entries
 from curvature.estimation.squares_by_hand import square_of, squares, tells_no_value
 from curvature.estimation.ways_to_losses import Way, at_temperatures, soft_labels, way
 from curvature.estimation.weights_by_value import Rest
@@ -27,7 +28,6 @@ from curvature.model.graph_nodes import (
     below,
     between,
     chain,
-    cuts_columns,
     inputs_of,
     node_of,
     only_moves,
@@ -54,6 +54,8 @@ FORMS: dict[str, type[nn.Module]] = {
 }
 #: Beginnings of the names of nodes that pick entries as numbers tell.
 _PARTS = ("Index", "Gather", "Masked", "ToCopy")
+#: Of those that pick entries by numbers that are gone when the gradient has come through.
+_BY_VALUE = ("Index", "Masked", "Where", "Take")
 #: Beginnings of the names of nodes that make other numbers of an output than those that it has.
 _TRANSFORMS = (
     *("Sigmoid", "Tanh", "Softmax", "Softplus", "Exp", "Mul", "Div", "Pow", "Neg", "Relu", "Gelu"),
@@ -150,6 +152,8 @@ class UnseenLosses:
         if later and (origin.form is not None or (not square and (origin.labelled or unseen or not known))):
             self.read_later(origin)
         own = {origin.end, origin.output.grad_fn}
+        origin.parts += [part for call in unseen if (part := _part_seen(call.node, origin)) is not None]
+        origin.picked |= any(node.name().startswith(_BY_VALUE) for call in unseen for node in between([call.node], own))
         return [replace(call, moved=call.moved and not self._hides_rows(call, own)) for call in unseen]
 
     def _form(self, origin: Pass, unseen: list[UnseenLoss]) -> type[nn.Module] | None:
@@ -267,6 +271,14 @@ class UnseenLosses:
         return bool(self._found)
 
 
+def _part_seen(loss: Any, origin: Pass) -> Tensor | None:
+    """The entries of an output that cuts leave to a loss; ``None`` for all of them."""
+    packed = origin.recorder is not None and any(site.packed for site in origin.recorder.sites)
+    found = reached_entries(loss, 0, packed, {origin.end, origin.output.grad_fn})
+    part = found.get((origin.output.grad_fn, origin.output.output_nr))
+    return None if part is None or bool(part.all()) else part.expand(origin.output.shape)
+
+
 def _uses(loss: Any, ends: Set[Any], leaves: Set[Any]) -> bool:
     """Whether a loss is of what some parameters made, and not of themselves, as a penalty on weights is."""
     ways = list(below([loss], ends))
@@ -337,18 +349,13 @@ def _calls_beside(
         if until(node) or not node.name().startswith(kind) or "BackwardBackward" in node.name():
             continue
         ways = list(below([node], until))
-        moved = not any(_transforms(one) for one in ways if one is not node and one not in ends)
+        moved = not any(one.name().startswith(_TRANSFORMS) for one in ways if one is not node and one not in ends)
         moved &= not has_live_target(node, ends, tracked)
         call = UnseenLoss(node, *_reduced(node, roots), moved)
         for end in ways:
             if end in ends:
                 found.setdefault(end, []).append(call)
     return found, {node for node in above if node in ends}, above
-
-
-def _transforms(node: Any) -> bool:
-    """Whether a node makes other numbers, or picks some of the last axis, whose terms belong together."""
-    return cuts_columns(node) if node.name().startswith(("Slice", "Select")) else node.name().startswith(_TRANSFORMS)
 
 
 def _reduced(call: Any, roots: list[Any]) -> tuple[Literal["mean", "sum"] | None, bool, Tensor | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from curvature.estimation.unseen_losses import FORMS
 from curvature.estimation.ways_to_losses import Way
 from curvature.estimation.weights_by_value import Rest, factor_by_value, factor_of_divergence, factor_of_squares
 from curvature.losses import Terms
+from curvature.model.graph_nodes import edges_of
 
 
 def weight_by_graph(
@@ -44,7 +46,8 @@ def weight_by_graph(
     elif call.share is not None:
         weight = torch.full_like(terms.total, call.share)
     else:
-        weight = torch.ones_like(terms.total) if call.reduction == "sum" else 1 / terms.total
+        total = _entries(call.node, terms) if isinstance(loss, (nn.MSELoss, nn.BCEWithLogitsLoss)) else terms.total
+        weight = torch.ones_like(terms.total) if call.reduction == "sum" else 1 / total
         if not square:
             _confirm(origin, terms, gradient, weight)
     if square and call.share is None:
@@ -56,6 +59,12 @@ def weight_by_graph(
         if call.reduction == "sum":
             step.seen.append(torch.stack([weight, terms.total]))
     return Weight(weight)
+
+
+def _entries(node: Any, terms: Terms) -> Tensor:
+    """What a mean of a loss that compares entry by entry divides by: also by those that get no gradient."""
+    before, number = edges_of(node)[0]
+    return torch.full_like(terms.total, prod(before._input_metadata[number].shape))
 
 
 def _confirm(origin: Pass, terms: Terms, gradient: Tensor, weight: Tensor) -> None:
