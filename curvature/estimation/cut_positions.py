@@ -24,7 +24,7 @@ def picked_positions(
         sites: The uses.
         output: Of the model.
         probes: For each loss its terms that count, ``(n, positions)``, and a signal on these. They are looked at where
-            positions of a use are others than those of the loss, as at another resolution.
+            no use has the positions of the loss, as where a term is a row of an image.
     """
     sites = list(sites)
     if output.grad_fn is None or not sites:
@@ -49,10 +49,10 @@ def picked_positions(
 
 
 def _seen_entries(sites: Iterable[Site], probes: Sequence[tuple[Tensor, Tensor]]) -> Tensor | None:
-    """The entries of an output that losses see; ``None`` for all, or where the positions of losses tell as much."""
+    """The entries of an output that losses see; ``None`` for all, or where their positions are those of some use."""
     shapes = {mask.shape for mask, _ in probes if not bool(mask.all())}
     rows = ((*site.output_shape[:1], site.positions) for site in sites if isinstance(site, OuterSite))
-    if not shapes or all(shapes == {row} for row in rows):
+    if not shapes or any(row in shapes for row in rows):
         return None
     seen = torch.stack([signal != 0 for _, signal in probes]).any(0)
     return None if bool(seen.all()) else seen

@@ -87,7 +87,7 @@ class OutputGradient:
             origin.picked and loss is not None and not _of_rows(_with_signal(loss.loss_fn, terms, z, gradient))
         ):
             raise not_told()
-        if weights is None and origin.penalty:
+        if origin.penalty and (weights is None or not _is_certain(terms, weights)):
             origin.left_out = bool(gradient.any())
             return None
         if weights is None:
@@ -122,6 +122,14 @@ class OutputGradient:
             return terms, Weight(share)
         n, r, c = terms.shape
         return terms, Weight(None, terms.unrows(weights.reshape(n, r, 1).expand(n, r, c)))
+
+
+def _is_certain(terms: Terms, weights: Tensor) -> bool:
+    """Whether no penalty has a gradient like this: with one number or two in a term, any has, if terms have weights."""
+    counted = weights[terms.mask]
+    if terms.shape[-1] > 2 or not counted.numel():
+        return True
+    return bool(counted.max() - counted.min() <= torch.finfo(counted.dtype).eps ** 0.5 * counted.max())
 
 
 def _of_rows(part: Tensor) -> bool:

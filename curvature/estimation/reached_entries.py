@@ -89,7 +89,7 @@ _PLAIN = frozenset(
 def reached_entries(
     last: Any, number: int, packed: bool, ends: Ends = (), seen: Reach | None = None
 ) -> dict[tuple[Any, int], Reach | None]:
-    """What of each tensor in the graph reaches a result of its last node, by node and number; ``None``: all, or unknown.
+    """What of each tensor in a graph reaches a result of its last node, by node and number; ``None``: all, or unknown.
 
     Tensors that are not in the result lead nowhere. Read are what picks or moves entries, constant masks with one
     number for each row of the last axis, and constant matrices. What a value decides (a unit that is off, the weights

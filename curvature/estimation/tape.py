@@ -220,7 +220,7 @@ class Tape(Recording):
         if unseen is None:
             return
         self.left_out |= origin.left_out
-        besides = bool(unseen) or (bool(seen) and origin.labelled)
+        besides = bool(unseen) or (bool(seen) and (origin.labelled or origin.penalty))
         origin.beside |= len(unseen) + origin.labelled > 1 or (besides and bool(seen))
         origin.unseen_loss = unseen[0] if len(unseen) == 1 and origin.gradient is None else None
         origin.task, origin.edited = torch._C._current_graph_task_id(), origin.output.grad_fn is not origin.end
@@ -229,9 +229,12 @@ class Tape(Recording):
         if seen and besides:
             with self.own_pass([origin], origin.output):
                 part = explained(origin.output, seen)
-            if part is None:
+            if part is not None:
+                origin.size, gradient, seen = gradient.abs().amax(), gradient - part, []
+            elif not origin.penalty:
                 return self._not_told()
-            origin.size, gradient, seen = gradient.abs().amax(), gradient - part, []
+            else:
+                origin.beside, self.left_out = False, True
         if any(call.whole for call in seen):
             return
         if kept:

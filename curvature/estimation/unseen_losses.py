@@ -152,6 +152,8 @@ class UnseenLosses:
         if later and (origin.form is not None or (not square and (origin.labelled or unseen or not known))):
             self.read_later(origin)
         own = {origin.end, origin.output.grad_fn}
+        if known and not (unseen or origin.labelled):  # or a loss that is written out
+            origin.penalty = self._direct is not None and not own.isdisjoint(self._direct)
         origin.parts += [part for call in unseen if (part := _part_seen(call.node, origin)) is not None]
         origin.picked |= any(node.name().startswith(_BY_VALUE) for call in unseen for node in between([call.node], own))
         return [replace(call, moved=call.moved and not self._hides_rows(call, own)) for call in unseen]

@@ -330,3 +330,57 @@ def test_the_weight_of_a_small_squared_error_beside_a_known_loss_in_low_precisio
         traces.append(float(optimizer.preconditioners["weight+bias"].estimator.operator().to_dense().trace()))
     right = float(dense(lambda z: 0.3 * F.mse_loss(z, FEW), x=U).trace())
     assert traces[1] - traces[0] == pytest.approx(right, rel=0.01 if rounded == torch.float32 else 0.02)
+
+
+YES = (SHARES > 0.5).double()
+HAND: dict[str, tuple[nn.Module, Function]] = {
+    "distribution": (CE, lambda z: -torch.distributions.Categorical(logits=z).log_prob(Y).mean()),
+    "normaliser": (CE, lambda z: (z.logsumexp(1) - z.gather(1, Y[:, None])[:, 0]).mean()),
+    "logarithm": (CE, lambda z: -z.softmax(1).log()[torch.arange(6), Y].sum() / 6),
+    "shifted": (CE, lambda z: ((z - z.amax(1, True)).exp().sum(1).log() + z.amax(1) - z[torch.arange(6), Y]).mean()),
+    "logsigmoid": (BCE, lambda z: -(YES * F.logsigmoid(z) + (1 - YES) * F.logsigmoid(-z)).mean()),
+    "softplus": (BCE, lambda z: (F.softplus(z) - YES * z).mean()),
+    "probabilities": (BCE, lambda z: F.binary_cross_entropy(z.sigmoid(), YES)),
+}
+
+
+@pytest.mark.parametrize("name", HAND)
+def test_a_loss_that_is_written_out_beside_the_module_counts(name: str) -> None:
+    loss_fn, f = HAND[name]
+    called = (lambda z: CE(z, Y)) if loss_fn is CE else (lambda z: BCE(z, YES))
+    got = curvature_of(loss_fn, lambda model: [called(z := model(X)) + 0.3 * f(z)])
+    torch.testing.assert_close(got, dense(lambda z: called(z) + 0.3 * f(z)), rtol=1e-9, atol=1e-11)
+
+
+WORDS = {
+    "entropy": lambda z: -(z.softmax(-1) * z.log_softmax(-1)).sum(-1).mean(),
+    "binary entropy": lambda z: (z.sigmoid() * F.logsigmoid(z)).mean(),
+    "normaliser": lambda z: z.logsumexp(-1).square().mean(),
+    "length": lambda z: z.square().mean(),
+    "sum": lambda z: z.sum(),
+    "squared error by hand": lambda z: (z - 1).square().mean(),
+}
+
+
+@pytest.mark.parametrize("penalty", WORDS)
+@pytest.mark.parametrize(("loss_fn", "width"), [(CE, 2), (CE, 3), (BCE, 1), (BCE, 3), (MSE, 1), (MSE, 3)])
+def test_a_penalty_beside_the_module_is_told_and_counts_nowhere(loss_fn: nn.Module, width: int, penalty: str) -> None:
+    """With one logit or two, the gradient of anything might be that of a loss whose terms have weights."""
+    targets = torch.arange(6) % 2 if loss_fn is CE else SHARES[:, :width]
+    found = []
+    for factor in (0.0, 0.3):
+        torch.manual_seed(1)
+        model = nn.Linear(4, width).double()
+        options = {"lr": 0.0, "fisher": "exact", "structure": "layer", "curvature_ema": 0.0, "kl_clip": None}
+        optimizer = NaturalGradient(model, loss_fn, **options)
+        loss = loss_fn(z := model(X), targets)
+        if factor:
+            loss = loss + factor * WORDS[penalty](z)
+        loss.backward()
+        if factor and not (width == 1 and penalty == "entropy"):  # one probability of 1, whose entropy has no gradient
+            with pytest.warns(UserWarning, match=r"beside the loss or of a pass of its own .*counts in no curvature"):
+                optimizer.step()
+        else:
+            optimizer.step()
+        found.append(optimizer.preconditioners["weight+bias"].estimator.operator().to_dense())
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-11)
