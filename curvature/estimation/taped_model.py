@@ -177,6 +177,9 @@ class TapedModel:
 
         Yields:
             The pass, with its output and its graph.
+
+        Raises:
+            ValueError: If it ran with other values in the places of parameters.
         """
         if self.shards is not None and record:
             raise NotImplementedError(
@@ -184,6 +187,13 @@ class TapedModel:
                 "Loop(capture='shadow'), or a method that evaluates the batch again), which is not served under "
                 "fully_shard. Use checkpoints with use_reentrant=False, no context_fn, and uncompiled modules, or wrap "
                 "the model in DistributedDataParallel."
+            )
+        own = {id(p) for p in self.model.parameters()} - origin.moment.parameters
+        if replaced := [name for name, p in self.parameters().items() if id(p) in own]:
+            raise ValueError(
+                f"this step runs a forward pass again, and it ran with other values in the places of "
+                f"{', '.join(replaced[:3])} (torch.func.functional_call), which are gone. Write these values into the "
+                "parameters, or let a module of its own compute them (torch.nn.utils.parametrize)."
             )
         args, kwargs = inputs or origin.inputs
         device = next(iter(self.parameters().values())).device

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from curvature.estimation.tape import Tape
-from precond import KFAC, QuadraticModel
+from precond import KFAC, Loop, QuadraticModel
 from precond.layerwise.step_size import StepModel
 from tests.curvature.loops import assert_same, batch, silently, statistics, watching
 
@@ -294,3 +294,23 @@ def test_what_the_loss_sees_of_a_repeated_pass(name: str) -> None:
             silently(optimizer.step)
             found.append(statistics(optimizer))
     assert_same(found[1], found[0])
+
+
+def test_a_pass_with_other_values_than_the_parameters_is_not_run_again_with_these() -> None:
+    torch.manual_seed(0)
+    model, loss_fn = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double(), nn.MSELoss()
+    x, y = torch.randn(5, 3).double(), torch.randn(5, 2).double()
+    optimizer = KFAC(model, loss_fn, loop=Loop(capture="shadow"))
+    before = [p.detach().clone() for p in model.parameters()]
+
+    def backward(values: dict[str, Tensor]) -> None:
+        optimizer.zero_grad()
+        loss_fn(torch.func.functional_call(model, values, (x,)), y).backward()
+
+    backward({name: 1.1 * p for name, p in model.named_parameters()})
+    with pytest.raises(ValueError, match=r"ran with other values in the places of 0.weight.*functional_call"):
+        optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    backward(dict(model.named_parameters()))
+    optimizer.step()
+    assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
