@@ -77,7 +77,7 @@ class OutputGradient:
             )
         except (TypeError, ValueError):
             if origin.penalty:
-                origin.left_out = bool(gradient.any())
+                origin.left_out = not origin.silent and bool(gradient.any())
                 return None
             if form is not None or (origin.labelled and _hidden(gradient)):
                 origin.left_out = True
@@ -88,7 +88,7 @@ class OutputGradient:
         ):
             raise not_told()
         if origin.penalty and (weights is None or not _is_certain(terms, weights)):
-            origin.left_out = bool(gradient.any())
+            origin.left_out = not origin.silent and bool(gradient.any())
             return None
         if weights is None:
             try:

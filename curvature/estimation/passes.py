@@ -129,6 +129,7 @@ class Pass:
     parts: list[Tensor] = field(default_factory=list)  # entries of ``output`` that cuts leave to losses nobody saw
     picked: bool = False  # those see some of it that indices or masks pick, which are gone
     penalty: bool = False  # the loss of the step is elsewhere, and no node above is one of its kind
+    silent: bool = False  # beside the loss of the step, which is what the curvature is of, and has not its form
     form: type[nn.Module] | None = None  # the module of the only loss above it, if of another kind, or told by value
     share: float | None = None  # what the squares of that are multiplied by, where the way shows it and no value does
     labelled: bool = False  # a loss with labels that are probabilities, or counts, is above it

@@ -234,7 +234,7 @@ class Tape(Recording):
             elif not origin.penalty:
                 return self._not_told()
             else:
-                origin.beside, self.left_out = False, True
+                origin.beside, self.left_out = False, self.left_out or not origin.silent
         if any(call.whole for call in seen):
             return
         if kept:

@@ -152,11 +152,21 @@ class UnseenLosses:
         if later and (origin.form is not None or (not square and (origin.labelled or unseen or not known))):
             self.read_later(origin)
         own = {origin.end, origin.output.grad_fn}
-        if known and not (unseen or origin.labelled):  # or a loss that is written out
-            origin.penalty = self._direct is not None and not own.isdisjoint(self._direct)
+        if known and not (unseen or origin.labelled) and self._direct is not None and own & self._direct:
+            written = self._is_written(origin, own)
+            origin.penalty, origin.silent = not square, not written  # its gradient tells, but for squares
+            origin.left_out |= square and written
         origin.parts += [part for call in unseen if (part := _part_seen(call.node, origin)) is not None]
         origin.picked |= any(node.name().startswith(_BY_VALUE) for call in unseen for node in between([call.node], own))
         return [replace(call, moved=call.moved and not self._hides_rows(call, own)) for call in unseen]
+
+    def _is_written(self, origin: Pass, ends: Set[Any]) -> bool:
+        """Whether what is beside the module on an output has the form of a loss of the optimizer's kind."""
+        if self._kind == _NODES[nn.MSELoss]:
+            found = self._square_of(origin)
+            return any(one.name().startswith(("Sub", "Rsub")) for one in between(found, ends))
+        way_there, _ = self._seen(origin)
+        return way_there is not None and way_there.linear and bool(way_there.cores)
 
     def _form(self, origin: Pass, unseen: list[UnseenLoss]) -> type[nn.Module] | None:
         """The loss above an output, of another kind than the optimizer's, or a squared error that its value tells."""

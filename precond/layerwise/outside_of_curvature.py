@@ -16,8 +16,8 @@ WORDS: Mapping[str, str] = {
     "left out": (
         "a part of the loss compares an output with fixed targets by a function, and "
         "rounding hides its weight, as both are so near, or nothing tells it (entries have weights of their "
-        "own, several such losses are added), or it is another function of an output, beside the loss or of "
-        "a pass of its own (targets that learn, a penalty, an entropy), or a divergence at a temperature: it "
+        "own, several such losses are added, it is beside the loss on the same output), or it is another "
+        "function of a pass of its own (targets that learn, a penalty) or a divergence at a temperature: it "
         "counts in no curvature as long as that is so. "
         "Call the module with these targets, where it is of its kind, or leave it out for good: "
         "loop=Loop(capture='loss')."
