@@ -84,7 +84,9 @@ class OutputGradient:
                 return None
             raise
         if any(not _of_rows(terms.rows(part)) for part in origin.parts) or (
-            origin.picked and loss is not None and not _of_rows(_with_signal(loss.loss_fn, terms, z, gradient))
+            (origin.picked or origin.filled)
+            and loss is not None
+            and not _of_rows(_with_signal(loss.loss_fn, terms, z, gradient))
         ):
             raise not_told()
         if origin.penalty and (weights is None or not _is_certain(terms, weights)):

@@ -128,6 +128,7 @@ class Pass:
     unseen_loss: UnseenLoss | None = None  # that loss, where it is a single one and somebody can tell
     parts: list[Tensor] = field(default_factory=list)  # entries of ``output`` that cuts leave to losses nobody saw
     picked: bool = False  # those see some of it that indices or masks pick, which are gone
+    filled: bool = False  # or with something else in some places
     penalty: bool = False  # the loss of the step is elsewhere, and no node above is one of its kind
     silent: bool = False  # beside the loss of the step, which is what the curvature is of, and has not its form
     form: type[nn.Module] | None = None  # the module of the only loss above it, if of another kind, or told by value

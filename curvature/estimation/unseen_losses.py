@@ -55,7 +55,9 @@ FORMS: dict[str, type[nn.Module]] = {
 #: Beginnings of the names of nodes that pick entries as numbers tell.
 _PARTS = ("Index", "Gather", "Masked", "ToCopy")
 #: Of those that pick entries by numbers that are gone when the gradient has come through.
-_BY_VALUE = ("Index", "Masked", "Where", "Take")
+_BY_VALUE = ("Index", "MaskedSelect", "Take")
+#: Of those that put numbers in the places of some.
+_FILLS = ("Where", "MaskedFill", "MaskedScatter")
 #: Beginnings of the names of nodes that make other numbers of an output than those that it has.
 _TRANSFORMS = (
     *("Sigmoid", "Tanh", "Softmax", "Softplus", "Exp", "Mul", "Div", "Pow", "Neg", "Relu", "Gelu"),
@@ -157,7 +159,9 @@ class UnseenLosses:
             origin.penalty, origin.silent = not square, not written  # its gradient tells, but for squares
             origin.left_out |= square and written
         origin.parts += [part for call in unseen if (part := _part_seen(call.node, origin)) is not None]
-        origin.picked |= any(node.name().startswith(_BY_VALUE) for call in unseen for node in between([call.node], own))
+        names = [node.name() for call in unseen for node in between([call.node], own)]
+        origin.picked |= any(name.startswith(_BY_VALUE) for name in names)
+        origin.filled |= any(name.startswith(_FILLS) for name in names)
         return [replace(call, moved=call.moved and not self._hides_rows(call, own)) for call in unseen]
 
     def _is_written(self, origin: Pass, ends: Set[Any]) -> bool:

@@ -32,6 +32,8 @@ def weight_by_graph(
     """
     call, square = origin.unseen_loss, isinstance(loss, nn.MSELoss)
     untold = not plain and origin.followed if call is None else not call.adds and call.root is None
+    if call is not None and call.share is None and not _sees_once(call.node, origin, terms):
+        raise not_told()
     if square and (origin.beside or untold):
         raise not_told()
     if origin.beside:
@@ -46,7 +48,8 @@ def weight_by_graph(
     elif call.share is not None:
         weight = torch.full_like(terms.total, call.share)
     else:
-        total = _entries(call.node, terms) if isinstance(loss, (nn.MSELoss, nn.BCEWithLogitsLoss)) else terms.total
+        entrywise = isinstance(loss, (nn.MSELoss, nn.BCEWithLogitsLoss))  # also those without a gradient
+        total = torch.full_like(terms.total, _entries(call.node)) if entrywise else terms.total
         weight = torch.ones_like(terms.total) if call.reduction == "sum" else 1 / total
         if not square:
             _confirm(origin, terms, gradient, weight)
@@ -61,10 +64,19 @@ def weight_by_graph(
     return Weight(weight)
 
 
-def _entries(node: Any, terms: Terms) -> Tensor:
-    """What a mean of a loss that compares entry by entry divides by: also by those that get no gradient."""
+def _entries(node: Any) -> int:
+    """The number of entries that a loss function was called on."""
     before, number = edges_of(node)[0]
-    return torch.full_like(terms.total, prod(before._input_metadata[number].shape))
+    return prod(before._input_metadata[number].shape)
+
+
+def _sees_once(node: Any, origin: Pass, terms: Terms) -> bool:
+    """Whether a loss was called on as many entries as it sees of an output: not where it sees some of them twice."""
+    if origin.picked:
+        seen = int(terms.mask.sum()) * terms.shape[-1]
+    else:
+        seen = int(origin.parts[0].sum()) if origin.parts else terms.output.numel()
+    return _entries(node) == seen
 
 
 def _confirm(origin: Pass, terms: Terms, gradient: Tensor, weight: Tensor) -> None:

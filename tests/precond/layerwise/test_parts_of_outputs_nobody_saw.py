@@ -50,6 +50,19 @@ PARTS: dict[str, Cut] = {
     "triangle": lambda z: z.tril(),
     "one": lambda z: z.select(-1, 0),
 }
+#: Terms that are seen twice, and sums of terms.
+TWICE: dict[str, Cut] = {
+    "list": lambda z: z[[0, 0, 1]],
+    "as many again": lambda z: z[[0, 0, 1, 3, 4]],
+    "index_select": lambda z: z.index_select(1, torch.tensor([2, 3, 3])),
+    "cat": lambda z: torch.cat([z, z]),
+    "cat of parts": lambda z: torch.cat([z[:2], z[1:3]]),
+    "stack": lambda z: torch.stack([z, z]),
+    "repeat": lambda z: z.repeat(2, 1, 1),
+    "repeat_interleave": lambda z: z.repeat_interleave(2, 0),
+    "windows": lambda z: z.unfold(1, 2, 1),
+    "sum": lambda z: z[:2] + z[2:4],
+}
 
 
 def model_of(columns_first: bool = False) -> nn.Module:
@@ -109,11 +122,11 @@ def test_terms_that_are_seen_as_a_whole_count(kind: type[nn.Module], cut: str) -
     torch.testing.assert_close(got, dense(WHOLE[cut], loss_of(kind)), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("cut", PARTS)
+@pytest.mark.parametrize("cut", [*PARTS.values(), *TWICE.values()], ids=[*PARTS, *(f"twice, {key}" for key in TWICE)])
 @pytest.mark.parametrize("kind", [nn.MSELoss, nn.BCEWithLogitsLoss])
-def test_terms_of_which_some_entries_are_seen_are_refused(kind: type[nn.Module], cut: str) -> None:
+def test_terms_of_which_some_entries_are_seen_or_all_twice_are_refused(kind: type[nn.Module], cut: Cut) -> None:
     with pytest.raises(TypeError, match="neither its gradient nor the way to it tells"):
-        step(kind(), PARTS[cut], loss_of(kind))
+        step(kind(), cut, loss_of(kind))
 
 
 CLASSES: dict[str, tuple[Cut, bool, bool]] = {
