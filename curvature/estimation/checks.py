@@ -41,11 +41,12 @@ def graph(output: Tensor, parameters: Mapping[str, Tensor]) -> tuple[Hashable, d
         output: What the graph leads to.
         parameters: Tensors that are told apart by their names where they enter.
     """
-    found = list(below([output]))
-    if any(node.name().startswith(BY_VALUE) or is_custom(type(node)) for node in found):
-        return None
+    numbers: dict[Any, int] = {}
+    for number, node in enumerate(below([output])):
+        if node.name().startswith(BY_VALUE) or is_custom(type(node)):
+            return None
+        numbers[node] = number
     names = {id(p): name for name, p in parameters.items()}
-    numbers = {node: number for number, node in enumerate(found)}
     entries = tuple(
         (
             node.name(),
@@ -54,7 +55,7 @@ def graph(output: Tensor, parameters: Mapping[str, Tensor]) -> tuple[Hashable, d
             names.get(id(getattr(node, "variable", None))),
             getattr(node, "_saved_training", None),  # one node serves both modes of a batch norm
         )
-        for node in found
+        for node in numbers
     )
     return entries, numbers
 

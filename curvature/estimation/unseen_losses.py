@@ -6,6 +6,7 @@ What they are is told by the gradient at the model's output, and their weight by
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Set
 from dataclasses import replace
 from functools import partial
@@ -359,7 +360,7 @@ def _calls_beside(
     if not roots:
         return {}, None, []
     until = lambda node: node in ends or node._sequence_nr() in known  # noqa: E731
-    above = list(below(roots, until))
+    above, times = list(below(roots, until)), Counter(map(node_of, roots))  # it may be called on one twice
     found: dict[Any, list[UnseenLoss]] = {}
     for node in above:
         if until(node) or not node.name().startswith(kind) or "BackwardBackward" in node.name():
@@ -370,7 +371,7 @@ def _calls_beside(
         call = UnseenLoss(node, *_reduced(node, roots), moved)
         for end in ways:
             if end in ends:
-                found.setdefault(end, []).append(call)
+                found.setdefault(end, []).extend([call] * max(1, times[node]))
     return found, {node for node in above if node in ends}, above
 
 
@@ -392,10 +393,10 @@ def _reduced(call: Any, roots: list[Any]) -> tuple[Literal["mean", "sum"] | None
 def _reached(starts: list[Any], *names: str) -> set[Any]:
     """The nodes to which one comes, in one way, through nodes alone whose names begin like these."""
     ends = lambda node: not node.name().startswith(names) or getattr(node, "_saved_alpha", 1) != 1  # noqa: E731
-    ways = dict.fromkeys(starts, 1)
+    ways = Counter(starts)
     for node in users_first(starts, ends):
         for before in [] if ends(node) else inputs_of(node):
-            ways[before] = ways.get(before, 0) + ways[node]
+            ways[before] += ways[node]
     return {node for node, number in ways.items() if number == 1}
 
 

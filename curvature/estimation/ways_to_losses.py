@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -154,20 +154,20 @@ def soft_labels(nodes: Sequence[Any], ends: Set[Any]) -> set[Any]:
 def at_temperatures(nodes: Sequence[Any], ends: Set[Any]) -> set[Any]:
     """Outputs of multiples of which a backward pass takes log probabilities; arguments as for :func:`soft_labels`."""
     starts = (inputs_of(node)[0] for node in nodes if node not in ends and node.name().startswith("LogSoftmax"))
-    return {end for start in starts for end in _multiplied(start, ends)}
+    return {_multiplied(start, ends) for start in starts} - {None}
 
 
-def _multiplied(start: Any, ends: Set[Any]) -> Iterator[Any]:
-    """The end of which a node gives a multiple, moved maybe, if it is one."""
+def _multiplied(start: Any, ends: Set[Any]) -> Any:
+    """The end of which a node gives a multiple, moved maybe, or ``None``."""
     factors = False
     for node, _ in chain(start):
         if node in ends:
-            yield from [node] if factors else []
-            return
+            return node if factors else None
         multiplies = node.name().startswith(("Mul", "Div"))
         if not multiplies and not only_moves(node, {*inputs_of(node)}):
-            return
+            return None
         factors |= multiplies
+    return None
 
 
 def _is_linear(node: Any) -> bool:

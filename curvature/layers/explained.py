@@ -19,7 +19,7 @@ from torch._C._autograd import _get_sequence_nr
 from torch.autograd.graph import get_gradient_edge
 
 from curvature.model.fully_sharded import is_custom
-from curvature.model.graph_nodes import below, between
+from curvature.model.graph_nodes import between
 
 _LEAF = (1 << 64) - 1  # sequence number of the nodes that accumulate gradients
 with torch.inference_mode(False):  # wherever this is imported first
@@ -120,10 +120,21 @@ class Explained:
 
     def _others(self, start: list[Any], recorded: set[Any], watched: set[Any]) -> list[tuple[Any, Any, int]]:
         """The edges of the graph into leaves and watched nodes that do not start at a recorded node."""
-        found = list(below(start))
-        self.custom = {kind.__name__ for kind in set(map(type, found)) if is_custom(kind)}
-        edges = ((node, *edge) for node in found if node not in recorded for edge in node.next_functions)
-        return [edge for edge in edges if type(edge[1]) is _LEAF_NODE or edge[1] in watched]
+        edges = []  # a walk along edges of its own: with one along nodes it would ask every node twice, in every step
+        seen = set(start)
+        waiting = [*seen]
+        for node in waiting:  # grows on the way
+            own = node in recorded
+            for earlier, nr in node.next_functions:
+                if earlier is None:
+                    continue
+                if not own and (type(earlier) is _LEAF_NODE or earlier in watched):
+                    edges.append((node, earlier, nr))
+                if earlier not in seen:
+                    seen.add(earlier)
+                    waiting.append(earlier)
+        self.custom = {kind.__name__ for kind in set(map(type, seen)) if is_custom(kind)}
+        return edges
 
 
 class _Names:

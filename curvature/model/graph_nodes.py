@@ -36,12 +36,13 @@ def inputs_of(node: Any) -> list[Any]:
     return [before for before, _ in node.next_functions if before is not None]
 
 
-def below(starts: Iterable[Start], ends: Ends = ()) -> Iterator[Any]:
+def below(starts: Iterable[Start], ends: Ends = (), *, with_ends: bool = True) -> Iterator[Any]:
     """Every node that leads to some, these included, once; nothing below those that are ends.
 
     Args:
-        starts: Tensors without a graph have no node.
+        starts: Tensors without a graph have no node. What comes twice is one.
         ends: None: all the graph.
+        with_ends: These are among the nodes.
     """
     is_end = ends if callable(ends) else ends.__contains__
     seen = dict.fromkeys(map(node_of, starts))
@@ -49,9 +50,11 @@ def below(starts: Iterable[Start], ends: Ends = ()) -> Iterator[Any]:
     waiting = list(seen)
     while waiting:
         node = waiting.pop()
-        yield node
         if is_end(node):
+            if with_ends:
+                yield node
             continue
+        yield node
         for before, _ in node.next_functions:  # an argument may come twice, as in a square
             if before is not None and before not in seen:
                 seen[before] = None
@@ -60,8 +63,7 @@ def below(starts: Iterable[Start], ends: Ends = ()) -> Iterator[Any]:
 
 def between(starts: Iterable[Start], ends: Ends) -> Iterator[Any]:
     """The nodes of :func:`below` that are no ends."""
-    is_end = ends if callable(ends) else ends.__contains__
-    return (node for node in below(starts, is_end) if not is_end(node))
+    return below(starts, ends, with_ends=False)
 
 
 def users_of(nodes: Iterable[Any]) -> dict[Any, list[Any]]:

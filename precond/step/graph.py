@@ -103,9 +103,10 @@ def reached(loss: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
     """Those of some parameters that the graph of a loss leads to."""
     wanted, found = {id(p) for p in params}, set[int]()
     for node in below([loss]):
-        found |= {id(getattr(node, "variable", None))} & wanted
         if len(found) == len(wanted):
             break
+        if id(getattr(node, "variable", None)) in wanted:
+            found.add(id(node.variable))
     return [p for p in params if id(p) in found]
 
 

@@ -114,6 +114,20 @@ def test_a_sum_that_is_added_to_itself_counts_twice(capture: str) -> None:
     torch.testing.assert_close(found, dense(lambda z: 2 * F.mse_loss(z, SHARES)), rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize(
+    ("loss_fn", "f"),
+    [(BCE, BINARY), (MSE, lambda z: F.mse_loss(z, SHARES)), (MSE, lambda z: F.mse_loss(z, SHARES) + z.abs().mean())],
+)
+def test_a_pass_that_is_called_on_a_loss_twice_is_refused(loss_fn: nn.Module, f: Function) -> None:
+    def twice(model: nn.Module) -> list[Tensor]:
+        one = f(model(X))
+        torch.autograd.backward([one, one])
+        return []
+
+    with pytest.raises(TypeError, match="neither its gradient nor the way to it tells"):
+        curvature_of(loss_fn, twice)
+
+
 def test_a_sum_with_something_else_that_is_added_to_itself_is_refused() -> None:
     def twice(model: nn.Module) -> list[Tensor]:
         z = model(X)
