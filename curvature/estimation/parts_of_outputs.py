@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from curvature.model.graph_nodes import COPIES, CUTS, PRODUCTS, SHAPES, chain, cut_axis, inputs_of
+from curvature.model.graph_nodes import COPIES, CUTS, PRODUCTS, SHAPES, chain, cut_axis, inputs_of, name_of
 
 #: Beginnings of the names of nodes that make an output of what they get, by parameters of their own.
 _MAKES = (*PRODUCTS, "Mv", "Embedding", "Native", "Cudnn")
@@ -37,7 +37,7 @@ def output_of(module: nn.Module, z: Any, target: Any) -> Hashable:
     for node, number in chain(z.grad_fn, z.output_nr):
         if node.name().startswith(_MAKES) or any("Accumulate" in before.name() for before in inputs_of(node)):
             break
-        if node.name().startswith(CUTS) and not entries and (cut := _columns(node, number, second)) is not None:
+        if name_of(node).startswith(CUTS) and not entries and (cut := _columns(node, number, second)) is not None:
             columns.append(cut)
     own = frozenset(filter(None, map(_parameter, inputs_of(node))))
     return own or (node._sequence_nr(), number), tuple(columns)
@@ -51,7 +51,7 @@ def data_of(z: Tensor) -> set[Hashable]:
     found: set[Hashable] = {(z.untyped_storage().data_ptr(), z.storage_offset(), z.shape)}
     cuts: list[Hashable] = []
     for node, number in chain(z.grad_fn, z.output_nr):
-        name = node.name()
+        name = name_of(node)
         if name.startswith(CUTS):
             cuts.append((name, number, *(str(getattr(node, f"_saved_{key}", "")) for key in _WHERE)))
         elif name.startswith(SHAPES):
@@ -75,6 +75,6 @@ def _parameter(node: Any) -> int | None:
     for one, _ in chain(node):
         if (leaf := getattr(one, "variable", None)) is not None:
             return id(leaf)
-        if not one.name().startswith(("T", "ToCopy", "View", "Permute")) or one.name().startswith("Tanh"):
+        if not name_of(one).startswith(("T", "ToCopy", "View", "Permute")) or name_of(one).startswith("Tanh"):
             return None
     return None

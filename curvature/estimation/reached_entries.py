@@ -10,7 +10,7 @@ from torch import Tensor
 
 from curvature.estimation.reached_by_moves import MOVES, along, spread
 from curvature.estimation.reached_by_products import PRODUCTS, one_factor
-from curvature.model.graph_nodes import Ends, users_first
+from curvature.model.graph_nodes import Ends, name_of, users_first
 
 #: Entries of a tensor, True where one is reached: an axis for each of its own, of size 1 where all along it are alike.
 Reach = Tensor
@@ -151,8 +151,8 @@ def _through(node: Any, which: int, given: dict[int, Reach | None], shape: Seque
 
 
 def kind_of(node: Any) -> str:
-    """The name of an operation: ``Slice`` of ``SliceBackward0``."""
-    return str(node.name()).partition("Backward")[0]
+    """The name of an operation: ``Slice`` of ``SliceBackward0``; of a custom function none."""
+    return name_of(node).partition("Backward")[0]
 
 
 def _axes(node: Any, axes: int) -> list[int]:

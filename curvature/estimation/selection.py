@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from curvature.model.backward_hooks import GraphHooks
-from curvature.model.graph_nodes import MOVES, below
+from curvature.model.graph_nodes import MOVES, below, name_of
 
 #: Nodes of the graph between an output and what a loss sees of it, at most: more are a computation.
 _FEW = 32
@@ -50,7 +50,7 @@ def selection(returned: Sequence[Tensor | None], z: Tensor) -> SeenPart | None:
     """What ``z`` is of the tensors that a pass returned; ``None`` for anything else than some of their numbers."""
     ends = {t.grad_fn for t in returned if t is not None and t.grad_fn is not None}
     between = set(islice(below([z], ends), _FEW))
-    moves = all(node in ends or node.name().startswith(_MOVES) for node in between)
+    moves = all(node in ends or name_of(node).startswith(_MOVES) for node in between)
     for place, output in enumerate(returned):
         if output is z:
             return SeenPart(place, None, 1, tuple(z.shape), z.dtype)

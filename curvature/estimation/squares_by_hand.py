@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from curvature.model.graph_nodes import COPIES, SHAPES, below, chain, cuts_columns, edges_of, inputs_of
+from curvature.model.graph_nodes import COPIES, SHAPES, below, chain, cuts_columns, edges_of, inputs_of, name_of
 
 #: Beginnings of the names of nodes that hand numbers on as they are, or the other way round along an axis: rows stay
 #: whole.
@@ -47,7 +47,7 @@ def squares(root: Tensor, ends: Set[Any]) -> list[Square]:
 def _below(node: Any, ends: Set[Any], so_far: Square) -> Iterator[Square]:
     if node is None or node in ends:
         return
-    name, arguments = node.name(), inputs_of(node)
+    name, arguments = name_of(node), inputs_of(node)
     shape, weight, alone = tuple(node._input_metadata[0].shape), so_far.weight, so_far.alone
     power = _is_power(node)
     if power or (name.startswith(("Mul", *_DOTS)) and len(arguments) == 2):
@@ -71,7 +71,7 @@ def _below(node: Any, ends: Set[Any], so_far: Square) -> Iterator[Square]:
 
 def square_of(node: Any, ends: Set[Any]) -> Any:
     """The output of which a node makes squared errors, less something else than the model gave, or ``None``."""
-    name, arguments = node.name(), inputs_of(node)
+    name, arguments = name_of(node), inputs_of(node)
     product = name.startswith(("Mul", *_DOTS)) and len(arguments) == 2
     alone = len(arguments) == 1 and (name.startswith("MseLossBackward") or _is_power(node))
     if node in ends or "BackwardBackward" in name or not (product or alone):
@@ -89,7 +89,7 @@ def tells_no_value(node: Any) -> bool:
 
 def _is_power(node: Any) -> bool:
     """Whether a node squares."""
-    return bool(node.name().startswith("Pow") and node._saved_exponent == 2)
+    return bool(name_of(node).startswith("Pow") and node._saved_exponent == 2)
 
 
 def _is_difference(start: Any, ends: Set[Any]) -> bool:
@@ -98,7 +98,7 @@ def _is_difference(start: Any, ends: Set[Any]) -> bool:
     for node, _ in chain(start):
         if node in ends:
             return True
-        name = node.name()
+        name = name_of(node)
         if not name.startswith((*_DIFFERENCES, *_PLAIN, "Slice", "Select")):
             return False
         if name.startswith(_DIFFERENCES) and _size(node) != prod(node._input_metadata[0].shape):

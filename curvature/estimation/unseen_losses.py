@@ -23,6 +23,7 @@ from curvature.estimation.ways_to_losses import Way, at_temperatures, soft_label
 from curvature.estimation.weights_by_value import Rest
 from curvature.model.backward_under_way import called_on, scalar_called_on
 from curvature.model.data import inspection
+from curvature.model.fully_sharded import is_custom
 from curvature.model.graph_nodes import (
     PICKS,
     PRODUCTS,
@@ -30,6 +31,7 @@ from curvature.model.graph_nodes import (
     between,
     chain,
     inputs_of,
+    name_of,
     node_of,
     only_moves,
     users_first,
@@ -203,9 +205,9 @@ class UnseenLosses:
         losses = (_NODES[cls] + "Backward0" for cls in (nn.MSELoss, nn.BCEWithLogitsLoss))
         names = tuple(name for name in losses if not name.startswith(self._kind))
         for node in below(called_on(), until):
-            if node.name().startswith(names) and len(arguments := inputs_of(node)) == 1:
+            if name_of(node).startswith(names) and len(arguments := inputs_of(node)) == 1:
                 ways = set(below(arguments, ends))
-                moves = (one.name().startswith(_PARTS) or only_moves(one, {*inputs_of(one)}) for one in ways - ends)
+                moves = (name_of(one).startswith(_PARTS) or only_moves(one, {*inputs_of(one)}) for one in ways - ends)
                 if ways & ends and all(moves):
                     return True
         return False
@@ -366,13 +368,18 @@ def _calls_beside(
         if until(node) or not node.name().startswith(kind) or "BackwardBackward" in node.name():
             continue
         ways = list(below([node], until))
-        moved = not any(one.name().startswith(_TRANSFORMS) for one in ways if one is not node and one not in ends)
+        moved = not any(_transforms(one) for one in ways if one is not node and one not in ends)
         moved &= not has_live_target(node, ends, tracked)
         call = UnseenLoss(node, *_reduced(node, roots), moved)
         for end in ways:
             if end in ends:
                 found.setdefault(end, []).extend([call] * max(1, times[node]))
     return found, {node for node in above if node in ends}, above
+
+
+def _transforms(node: Any) -> bool:
+    """Whether a node makes other numbers, or a custom function, of which nobody knows."""
+    return is_custom(type(node)) or node.name().startswith(_TRANSFORMS)
 
 
 def _reduced(call: Any, roots: list[Any]) -> tuple[Literal["mean", "sum"] | None, bool, Tensor | None]:
@@ -392,7 +399,7 @@ def _reduced(call: Any, roots: list[Any]) -> tuple[Literal["mean", "sum"] | None
 
 def _reached(starts: list[Any], *names: str) -> set[Any]:
     """The nodes to which one comes, in one way, through nodes alone whose names begin like these."""
-    ends = lambda node: not node.name().startswith(names) or getattr(node, "_saved_alpha", 1) != 1  # noqa: E731
+    ends = lambda node: not name_of(node).startswith(names) or getattr(node, "_saved_alpha", 1) != 1  # noqa: E731
     ways = Counter(starts)
     for node in users_first(starts, ends):
         for before in [] if ends(node) else inputs_of(node):
@@ -406,6 +413,6 @@ def _multiple(call: Any, roots: list[Any]) -> Tensor | None:
         if node is call:
             alone = len(roots) == 1 and isinstance(roots[0], Tensor) and roots[0].numel() == 1
             return roots[0].detach() if alone else None
-        if not node.name().startswith(("Mul", "Div", "ToCopy", "View", "Clone", "Squeeze")):
+        if not name_of(node).startswith(("Mul", "Div", "ToCopy", "View", "Clone", "Squeeze")):
             return None
     return None

@@ -19,6 +19,7 @@ from curvature.model.graph_nodes import (
     chain,
     cuts_columns,
     inputs_of,
+    name_of,
     only_moves,
     users_of,
 )
@@ -77,12 +78,12 @@ def way(root: Tensor, ends: Set[Any], known: Callable[[Any], bool], losses: bool
     affine, weighted, scalars, divergence, others = True, False, 0, False, set[Any]()
     cores, linear = set[Any](), True
     for node in leads - ends:
-        name, arguments = node.name(), inputs_of(node)
+        name, arguments = name_of(node), inputs_of(node)
         for besides in below([before for before in arguments if before not in leads], known):
             others |= {besides} if known(besides) else set()
             affine &= known(besides) or _adds_up(besides)  # else something else is added
         if name.startswith(_CORES):
-            turned = name.startswith(_BINARY) and arguments[0].name().startswith("Neg")  # the other class
+            turned = name.startswith(_BINARY) and name_of(arguments[0]).startswith("Neg")  # the other class
             direct = only_moves(inputs_of(arguments[0])[0] if turned else arguments[0], ends)
             direct &= not any(map(_picks_columns, between(arguments, ends)))
             affine, weighted = affine and direct, weighted or not direct  # at a temperature
@@ -100,14 +101,14 @@ def way(root: Tensor, ends: Set[Any], known: Callable[[Any], bool], losses: bool
             affine &= len(arguments) == 2 or entropy
         elif not name.startswith(_LINEAR) and not only_moves(node, {*arguments}):
             affine = False
-    probable = any(node.name().startswith(_CORES[:1]) for node in leads)  # whose mean by torch is a quotient
+    probable = any(name_of(node).startswith(_CORES[:1]) for node in leads)  # whose mean by torch is a quotient
     quotients = (n for n in leads if n.name() == "DivBackward0" and prod(n._input_metadata[0].shape) == 1)
     divided = scalars == 1 and probable and any(quotients)
     affine &= len(leads) > len(leads & ends) > 0
     if any(node.name().startswith(_OTHERS) for node in leads - ends):
         affine, weighted = False, True
     if divergence:  # of one distribution, which a sum of several losses of an output is not
-        logs = [node for node in leads - ends if node.name().startswith(_CORES[:1])]
+        logs = [node for node in leads - ends if name_of(node).startswith(_CORES[:1])]
         affine &= len(logs) == 1 == len(after[logs[0]])
     exponential = any(node.name().startswith("Exp") for node in leads - ends)
     picks = any(node.name().startswith(_PICKS) for node in leads - ends)
@@ -117,18 +118,18 @@ def way(root: Tensor, ends: Set[Any], known: Callable[[Any], bool], losses: bool
 
 def _picks_columns(node: Any) -> bool:
     """Whether a node picks some of the last axis, whose numbers belong together."""
-    return node.name().startswith(CUTS) and cuts_columns(node)
+    return name_of(node).startswith(CUTS) and cuts_columns(node)
 
 
 def _adds_up(node: Any) -> bool:
     """Whether a node is one of those between losses and a sum of their multiples, which adds no constant."""
-    name = node.name()
+    name = name_of(node)
     return name.startswith(_SUMS) and not (name.startswith(("Add", *_CONSTANTS)) and len(inputs_of(node)) < 2)
 
 
 def _of_labels(node: Any, leads: Set[Any], ends: Set[Any]) -> bool:
     """Whether a difference is that of the logarithms of labels and probabilities, entry by entry, times the labels."""
-    logs = [n for n in below([node], ends) if n in leads and n.name().startswith(_CORES[:1])]
+    logs = [n for n in below([node], ends) if n in leads and name_of(n).startswith(_CORES[:1])]
     return len(logs) == 1 and node._input_metadata[0].shape == logs[0]._input_metadata[0].shape
 
 
@@ -143,7 +144,7 @@ def soft_labels(nodes: Sequence[Any], ends: Set[Any]) -> set[Any]:
     users = users_of(own)
     found: set[Any] = set()
     for node in own:
-        if node.name().startswith("LogSoftmax"):
+        if name_of(node).startswith("LogSoftmax"):
             made = set(above([node], users)) - {node}
             plain = only_moves(inputs_of(node)[0], ends) and all(map(_is_linear, made))
             if plain and not any(user.name().startswith("NllLoss") for user in made):
@@ -153,7 +154,7 @@ def soft_labels(nodes: Sequence[Any], ends: Set[Any]) -> set[Any]:
 
 def at_temperatures(nodes: Sequence[Any], ends: Set[Any]) -> set[Any]:
     """Outputs of multiples of which a backward pass takes log probabilities; arguments as for :func:`soft_labels`."""
-    starts = (inputs_of(node)[0] for node in nodes if node not in ends and node.name().startswith("LogSoftmax"))
+    starts = (inputs_of(node)[0] for node in nodes if node not in ends and name_of(node).startswith("LogSoftmax"))
     return {_multiplied(start, ends) for start in starts} - {None}
 
 
@@ -163,7 +164,7 @@ def _multiplied(start: Any, ends: Set[Any]) -> Any:
     for node, _ in chain(start):
         if node in ends:
             return node if factors else None
-        multiplies = node.name().startswith(("Mul", "Div"))
+        multiplies = name_of(node).startswith(("Mul", "Div"))
         if not multiplies and not only_moves(node, {*inputs_of(node)}):
             return None
         factors |= multiplies
@@ -172,7 +173,7 @@ def _multiplied(start: Any, ends: Set[Any]) -> Any:
 
 def _is_linear(node: Any) -> bool:
     """Whether what a node gives is linear in what it gets, or adds a constant, by its name."""
-    name, arguments = node.name(), inputs_of(node)
+    name, arguments = name_of(node), inputs_of(node)
     if name.startswith(("Mul", "Div")):
         return len(arguments) == 1
     return name.startswith((*_LINEAR, "Add", *_CONSTANTS)) or only_moves(node, {*arguments})
@@ -181,6 +182,6 @@ def _is_linear(node: Any) -> bool:
 def _is_core(node: Any, ends: Set[Any]) -> bool:
     """Whether a node gives log probabilities, or what they are less than a constant, or the output."""
     after = inputs_of(node)
-    if node.name().startswith(_CONSTANTS) and len(after) == 1:
+    if name_of(node).startswith(_CONSTANTS) and len(after) == 1:
         return _is_core(after[0], ends)
-    return bool(node.name().startswith((*_CORES[:1], *_BINARY[:1]))) or only_moves(node, ends)
+    return name_of(node).startswith((*_CORES[:1], *_BINARY[:1])) or only_moves(node, ends)

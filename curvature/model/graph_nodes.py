@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from curvature.model.fully_sharded import is_custom
+
 #: Beginnings of the names of nodes that pick a part along an axis.
 CUTS = ("Slice", "Select", "Split", "Unbind")
 #: Of those that pick entries, or rows.
@@ -116,14 +118,14 @@ def chain(node: Any, number: int = 0) -> Iterator[tuple[Any, int]]:
 def only_moves(start: Any, ends: Set[Any] = frozenset()) -> bool:
     """Whether a node gets the entries of some others, or of leaves, in other places and not changed."""
     names = (*MOVES, "torch::autograd::AccumulateGrad")
-    return all(node.name().startswith(names) for node in between([start], ends))
+    return all(name_of(node).startswith(names) for node in between([start], ends))
 
 
 def origin_of_moves(start: Any) -> Any:
     """The node whose entries some node has, moved: itself, if it makes numbers, or lays several side by side."""
     node = start
     for node, _ in chain(start):
-        if not node.name().startswith(MOVES):
+        if not name_of(node).startswith(MOVES):
             break
     return node
 
@@ -137,9 +139,14 @@ def in_order(z: Tensor, whole: Tensor) -> bool:
     transposed = z.dim() == whole.dim() and z.shape[:1] == whole.shape[:1]
     known = (*SHAPES, *COPIES, *(("Transpose", "Permute", "T") if transposed else ()))
     for node, _ in chain(z.grad_fn):
-        if node is whole.grad_fn or not node.name().startswith(known):
+        if node is whole.grad_fn or not name_of(node).startswith(known):
             return node is whole.grad_fn
     return False
+
+
+def name_of(node: Any) -> str:
+    """The name of a node of torch; none of a custom function's, which may begin like any: ``SelectiveScanBackward``."""
+    return "" if is_custom(type(node)) else str(node.name())
 
 
 def cut_axis(node: Any) -> tuple[int, int]:

@@ -400,3 +400,36 @@ def test_a_penalty_beside_the_module_counts_nowhere_and_a_squared_error_is_told(
             optimizer.step()
         found.append(optimizer.preconditioners["weight+bias"].estimator.operator().to_dense())
     torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-11)
+
+
+def doubling(name: str, several: bool) -> Callable[[Tensor], Tensor]:
+    """A custom function of this name that doubles its first argument, and gets another one that it does not use."""
+
+    def forward(ctx: Any, z: Tensor, *others: Tensor) -> Tensor:
+        ctx.others = len(others)
+        return 2 * z
+
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, ...]:
+        return (2 * g, *[torch.zeros_like(g)] * ctx.others)
+
+    kind = type(
+        name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    )
+    return (lambda z: kind.apply(z, z * z)) if several else kind.apply
+
+
+@pytest.mark.parametrize("name", ["Twice", "Select", "SelectiveScan", "SplitHeads", "SubNoise", "PowerNorm", "ViewTwice"])
+@pytest.mark.parametrize("several", [False, True])
+def test_custom_functions_are_told_by_what_they_are_and_not_by_their_names(name: str, several: bool) -> None:
+    g = doubling(name, several)
+    found = curvature_of(CE, lambda model: [CE(g(model(X)), Y)])
+    torch.testing.assert_close(found, dense(lambda z: CE(2 * z, Y)), rtol=1e-9, atol=1e-11)
+    for loss_fn, f in (
+        (CE, lambda z: F.cross_entropy(g(z), Y)),
+        (BCE, lambda z: F.binary_cross_entropy_with_logits(g(z), SHARES)),
+        (MSE, lambda z: F.mse_loss(g(z), SOFT)),
+        (MSE, lambda z: ((g(z) - SOFT) ** 2).mean()),
+        (MSE, lambda z: g((z - SOFT) ** 2).mean()),
+    ):
+        with pytest.raises(TypeError, match="the optimizer's that is no call of the module"):
+            curvature_of(loss_fn, lambda model, f=f: [f(model(X))])
