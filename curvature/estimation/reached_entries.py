@@ -10,7 +10,7 @@ from torch import Tensor
 
 from curvature.estimation.reached_by_moves import MOVES, along, spread
 from curvature.estimation.reached_by_products import PRODUCTS, one_factor
-from curvature.model.graph_nodes import Ends, name_of, users_first
+from curvature.model.graph_nodes import Ends, asking, name_of, users_first
 
 #: Entries of a tensor, True where one is reached: an axis for each of its own, of size 1 where all along it are alike.
 Reach = Tensor
@@ -103,7 +103,7 @@ def reached_entries(
         seen: Entries of the result that count; ``None`` for all.
     """
     reached: dict[tuple[Any, int], Reach | None] = {(last, number): seen}
-    is_end = ends if callable(ends) else ends.__contains__
+    is_end = asking(ends)
     with torch.no_grad():
         for node in users_first([last], is_end):
             if is_end(node):

@@ -188,10 +188,10 @@ class TapedModel:
                 "fully_shard. Use checkpoints with use_reentrant=False, no context_fn, and uncompiled modules, or wrap "
                 "the model in DistributedDataParallel."
             )
-        own = {id(p) for p in self.model.parameters()} - origin.moment.parameters
-        if replaced := [name for name, p in self.parameters().items() if id(p) in own]:
+        then = origin.moment.parameters
+        if replaced := [name for name, p in self.model.named_parameters() if id(p) not in then]:
             raise ValueError(
-                f"this step runs a forward pass again, and it ran with other values in the places of "
+                "this step runs a forward pass again, and it ran with other values in the places of "
                 f"{', '.join(replaced[:3])} (torch.func.functional_call), which are gone. Write these values into the "
                 "parameters, or let a module of its own compute them (torch.nn.utils.parametrize)."
             )

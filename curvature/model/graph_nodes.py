@@ -28,6 +28,11 @@ Start = Any
 Ends = Container[Any] | Callable[[Any], bool]
 
 
+def asking(ends: Ends) -> Callable[[Any], bool]:
+    """What tells whether a node is one of some ends."""
+    return ends if callable(ends) else ends.__contains__
+
+
 def edges_of(node: Any) -> list[tuple[Any, int]]:
     """The nodes that a node gets something from, and the number of that among their results, for each argument."""
     return [edge for edge in node.next_functions if edge[0] is not None]
@@ -46,7 +51,7 @@ def below(starts: Iterable[Start], ends: Ends = (), *, with_ends: bool = True) -
         ends: None: all the graph.
         with_ends: These are among the nodes.
     """
-    is_end = ends if callable(ends) else ends.__contains__
+    is_end = asking(ends)
     seen = dict.fromkeys(map(node_of, starts))
     seen.pop(None, None)
     waiting = list(seen)
@@ -79,7 +84,7 @@ def users_of(nodes: Iterable[Any]) -> dict[Any, list[Any]]:
 
 def above(starts: Iterable[Any], users: Mapping[Any, list[Any]], ends: Ends = ()) -> Iterator[Any]:
     """Every node that gets something of some, these included, once; nothing above those that are ends."""
-    is_end = ends if callable(ends) else ends.__contains__
+    is_end = asking(ends)
     waiting = list(seen := dict.fromkeys(starts))
     while waiting:
         node = waiting.pop()
@@ -92,7 +97,7 @@ def above(starts: Iterable[Any], users: Mapping[Any, list[Any]], ends: Ends = ()
 
 def users_first(starts: Iterable[Start], ends: Ends = ()) -> list[Any]:
     """The nodes of :func:`below`, each after all of them that get something from it."""
-    is_end = ends if callable(ends) else ends.__contains__
+    is_end = asking(ends)
     before = {node: [] if is_end(node) else [*dict.fromkeys(inputs_of(node))] for node in below(starts, is_end)}
     users: dict[Any, int] = {}
     for inputs in before.values():

@@ -300,6 +300,7 @@ def test_a_pass_with_other_values_than_the_parameters_is_not_run_again_with_thes
     torch.manual_seed(0)
     model, loss_fn = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double(), nn.MSELoss()
     x, y = torch.randn(5, 3).double(), torch.randn(5, 2).double()
+    model[0].bias.requires_grad_(False)
     optimizer = KFAC(model, loss_fn, loop=Loop(capture="shadow"))
     before = [p.detach().clone() for p in model.parameters()]
 
@@ -307,10 +308,16 @@ def test_a_pass_with_other_values_than_the_parameters_is_not_run_again_with_thes
         optimizer.zero_grad()
         loss_fn(torch.func.functional_call(model, values, (x,)), y).backward()
 
+    def refused(first: str) -> None:
+        with pytest.raises(ValueError, match=rf"ran with other values in the places of {first}.*functional_call"):
+            optimizer.step()
+
     backward({name: 1.1 * p for name, p in model.named_parameters()})
-    with pytest.raises(ValueError, match=r"ran with other values in the places of 0.weight.*functional_call"):
-        optimizer.step()
+    refused("0.weight")
+    backward({"0.bias": 1.1 * model[0].bias})  # which is frozen
+    refused(r"0.bias \(")
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
     backward(dict(model.named_parameters()))
     optimizer.step()
-    assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    moved = [not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)]
+    assert moved == [True, False, True, True]

@@ -418,7 +418,9 @@ def doubling(name: str, several: bool) -> Callable[[Tensor], Tensor]:
     return (lambda z: kind.apply(z, z * z)) if several else kind.apply
 
 
-@pytest.mark.parametrize("name", ["Twice", "Select", "SelectiveScan", "SplitHeads", "SubNoise", "PowerNorm", "ViewTwice"])
+@pytest.mark.parametrize(
+    "name", ["Twice", "Select", "SelectiveScan", "SplitHeads", "SubNoise", "PowerNorm", "ViewTwice"]
+)
 @pytest.mark.parametrize("several", [False, True])
 def test_custom_functions_are_told_by_what_they_are_and_not_by_their_names(name: str, several: bool) -> None:
     g = doubling(name, several)
