@@ -188,8 +188,8 @@ class TapedModel:
                 "fully_shard. Use checkpoints with use_reentrant=False, no context_fn, and uncompiled modules, or wrap "
                 "the model in DistributedDataParallel."
             )
-        then = origin.moment.parameters
-        if replaced := [name for name, p in self.model.named_parameters() if id(p) not in then]:
+        now = {} if self.shards is not None else dict(self.model.named_parameters())  # shards are exchanged for wholes
+        if replaced := [name for name, p in now.items() if id(p) not in origin.moment.parameters]:
             raise ValueError(
                 "this step runs a forward pass again, and it ran with other values in the places of "
                 f"{', '.join(replaced[:3])} (torch.func.functional_call), which are gone. Write these values into the "

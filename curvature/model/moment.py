@@ -32,7 +32,7 @@ class Moment:
 
     def __init__(self, model: nn.Module, last: Moment | None = None, only: Container[int] | None = None) -> None:
         self.modules = [(m, dict(vars(m)), dict(m._buffers.items())) for m in model.modules()]
-        self.parameters = {id(p) for _, attributes, _ in self.modules for p in attributes["_parameters"].values()}
+        self.parameters = {id(p) for p in model.parameters()}
         self.buffers = {id(b): b for *_, buffers in self.modules for b in buffers.values() if b is not None}
         self.versions = {key: writes(b) for key, b in self.buffers.items()}
         # Batch norm writes them in train mode without telling their version, and reads them in eval mode.
