@@ -83,10 +83,9 @@ class OutputGradient:
                 origin.left_out = True
                 return None
             raise
-        if any(not _of_rows(terms.rows(part)) for part in origin.parts) or (
-            (origin.picked or origin.filled)
-            and loss is not None
-            and not _of_rows(_with_signal(loss.loss_fn, terms, z, gradient))
+        told = loss is None or (origin.penalty and weights is None and not (origin.picked or origin.filled))
+        if any(not _of_rows(terms.rows(part)) for part in origin.parts) or not (
+            told or _of_rows(_with_signal(loss.loss_fn, terms, z, gradient, origin))
         ):
             raise not_told()
         if origin.penalty and (weights is None or not _is_certain(terms, weights)):
@@ -139,14 +138,17 @@ def _of_rows(part: Tensor) -> bool:
     return bool((part == part[..., :1]).all())
 
 
-def _with_signal(loss: nn.Module, terms: Terms, z: Tensor, gradient: Tensor) -> Tensor:
+def _with_signal(loss: nn.Module, terms: Terms, z: Tensor, gradient: Tensor, origin: Pass) -> Tensor:
     """The entries of the terms that a loss gives a gradient, or would not bend along."""
-    rows = terms.rows(z.detach())
-    flat = torch.zeros_like(rows, dtype=torch.bool)
-    if isinstance(loss, (nn.CrossEntropyLoss, nn.BCEWithLogitsLoss)):
+    if not isinstance(loss, (nn.CrossEntropyLoss, nn.BCEWithLogitsLoss)):
+        if not (origin.picked or origin.filled):
+            return z.new_ones(1, dtype=torch.bool)  # residuals may be zero
+        flat: Tensor | bool = False
+    else:
+        rows = terms.rows(z.detach())
         p = rows.softmax(-1) if isinstance(loss, nn.CrossEntropyLoss) else rows.sigmoid()
         flat = p * (1 - p) <= torch.finfo(p.dtype).eps ** 0.5
-    mask = terms.mask.reshape(rows.shape[:-1]).unsqueeze(-1)
+    mask = terms.mask.reshape(terms.rows(z).shape[:-1]).unsqueeze(-1)
     return (terms.rows(gradient) != 0) | flat | ~mask
 
 

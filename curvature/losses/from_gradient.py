@@ -126,7 +126,8 @@ def _weights_of_mixed_labels(terms: Terms, gradient: Tensor) -> Tensor | None:
     r"""What each term of a cross-entropy with several labels is multiplied by, of mixup, say.
 
     In :math:`w\,(p - t)` with targets :math:`t \ge 0` the weight is the largest ratio to p if some class has no target.
-    That is so where two classes of a row have this ratio, and where it is the same in half of the rows or more.
+    That is so where two classes of a row have this ratio; and, if some row has no two, where it is the same in half of
+    the rows or more.
     """
     eps = torch.finfo(gradient.dtype).eps
     slack = eps**0.5 if eps < 1e-6 else 4 * eps
@@ -137,10 +138,10 @@ def _weights_of_mixed_labels(terms: Terms, gradient: Tensor) -> Tensor | None:
     found = weights[counts]
     if not len(found) or not bool(found.max() > 0):
         return None
+    if bool((twice[counts] & (found > 0)).all()):
+        return torch.where(counts, weights, 0)
     alike = found >= (1 - slack) * found.max()
-    if bool(alike.sum() >= max(2, len(found) / 2)):
-        return torch.where(counts, found[alike].median(), 0)
-    return torch.where(counts, weights, 0) if bool((twice[counts] & (found > 0)).all()) else None
+    return torch.where(counts, found[alike].median(), 0) if bool(alike.sum() >= max(2, len(found) / 2)) else None
 
 
 def _needs_targets(loss_fn: nn.Module) -> TypeError:

@@ -156,6 +156,59 @@ def test_cross_entropies_of_some_classes_are_refused_and_of_some_positions_count
             step(nn.CrossEntropyLoss(), cut, called, columns_first)
 
 
+def categorical(z: Tensor) -> Tensor:
+    label = torch.randint(z.shape[-1], z.shape[:-1], generator=torch.Generator().manual_seed(2))
+    return -torch.distributions.Categorical(logits=z).log_prob(label).mean()
+
+
+def bernoulli(z: Tensor) -> Tensor:
+    label = torch.rand(z.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).round()
+    return -torch.distributions.Bernoulli(logits=z).log_prob(label).mean()
+
+
+WRITTEN = pytest.mark.parametrize(
+    ("kind", "called"), [(nn.CrossEntropyLoss, categorical), (nn.BCEWithLogitsLoss, bernoulli)]
+)
+
+
+@pytest.mark.parametrize("cut", [key for key in WHOLE if key not in ("where", "columns in another order")])
+@WRITTEN
+def test_losses_written_out_count_on_whole_terms(
+    kind: type[nn.Module], called: Callable[[Tensor], Tensor], cut: str
+) -> None:
+    got = step(kind(), WHOLE[cut], called)
+    torch.testing.assert_close(got, dense(WHOLE[cut], called), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "cut", [key for key in PARTS if key not in ("mask", "masked_select", "where", "triangle", "one")]
+)
+@WRITTEN
+def test_losses_written_out_are_refused_on_some_classes(
+    kind: type[nn.Module], called: Callable[[Tensor], Tensor], cut: str
+) -> None:
+    if kind is nn.CrossEntropyLoss and cut in ("columns first", "transposed"):  # its classes are the second axis
+        got = step(kind(), PARTS[cut], called)
+        torch.testing.assert_close(got, dense(PARTS[cut], called), rtol=1e-9, atol=1e-12)
+        return
+    with pytest.raises(TypeError, match="neither its gradient nor the way to it tells"):
+        step(kind(), PARTS[cut], called)
+
+
+@pytest.mark.parametrize("cut", TWICE)
+@WRITTEN
+def test_losses_written_out_are_right_or_refused_on_terms_that_are_seen_twice(
+    kind: type[nn.Module], called: Callable[[Tensor], Tensor], cut: str
+) -> None:
+    """Two labels of a term give it two weights, which the classes without a label tell; binary ones do not."""
+    try:
+        got = step(kind(), TWICE[cut], called)
+    except TypeError:
+        assert kind is nn.BCEWithLogitsLoss or cut in ("sum", "windows")
+        return
+    torch.testing.assert_close(got, dense(TWICE[cut], called), rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("cut", [lambda z: z[:, :, :2], lambda z: z.split(1, 2)[0], lambda z: z[:, :, [0]]])
 def test_rows_of_an_image_that_nobody_looks_at_are_no_positions(cut: Cut) -> None:
     """The terms of a squared error are the rows of all channels, which are no positions of a convolution."""
