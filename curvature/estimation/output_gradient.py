@@ -148,6 +148,8 @@ def _with_signal(loss: nn.Module, terms: Terms, z: Tensor, gradient: Tensor, ori
         rows = terms.rows(z.detach())
         p = rows.softmax(-1) if isinstance(loss, nn.CrossEntropyLoss) else rows.sigmoid()
         flat = p * (1 - p) <= torch.finfo(p.dtype).eps ** 0.5
+        if isinstance(loss, nn.BCEWithLogitsLoss) and loss.weight is not None:
+            flat = flat | terms.rows((loss.weight == 0).to(z.device).expand(z.shape))
     mask = terms.mask.reshape(terms.rows(z).shape[:-1]).unsqueeze(-1)
     return (terms.rows(gradient) != 0) | flat | ~mask
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from precond import KFAC, NaturalGradient
+from precond import KFAC, Loop, NaturalGradient
 
 Cut = Callable[[Tensor], Tensor]
 N, T, C = 5, 7, 6
@@ -76,11 +76,17 @@ def inputs(columns_first: bool = False) -> Tensor:
     return x.mT if columns_first else x
 
 
-def step(loss_fn: nn.Module, cut: Cut, called: Callable[[Tensor], Tensor], columns_first: bool = False) -> Tensor:
+def step(
+    loss_fn: nn.Module,
+    cut: Cut,
+    called: Callable[[Tensor], Tensor],
+    columns_first: bool = False,
+    loop: Loop | None = None,
+) -> Tensor:
     """The Fisher matrix of the layer."""
     model = model_of(columns_first)
     options = {"lr": 0.0, "fisher": "exact", "structure": "layer", "curvature_ema": 0.0, "kl_clip": None}
-    optimizer = NaturalGradient(model, loss_fn, **options)
+    optimizer = NaturalGradient(model, loss_fn, loop=loop or Loop(), **options)
     called(cut(model(inputs(columns_first)))).backward()
     optimizer.step()
     return optimizer.preconditioners["0.weight+0.bias"].estimator.operator().to_dense()
@@ -193,6 +199,17 @@ def test_losses_written_out_are_refused_on_some_classes(
         return
     with pytest.raises(TypeError, match="neither its gradient nor the way to it tells"):
         step(kind(), PARTS[cut], called)
+
+
+def test_entries_without_a_weight_are_no_entries_that_nobody_saw() -> None:
+    loss_fn = nn.BCEWithLogitsLoss(weight=torch.tensor([1.0, 0.0, 2.0, 1.0, 0.5, 1.0], dtype=torch.float64))
+    y = torch.rand(N, T, C, generator=torch.Generator().manual_seed(2), dtype=torch.float64).round()
+
+    def called(z: Tensor) -> Tensor:
+        return loss_fn(z, y)
+
+    got = step(loss_fn, WHOLE["all"], called, loop=Loop(capture="gradient"))
+    torch.testing.assert_close(got, dense(WHOLE["all"], called), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("cut", TWICE)
