@@ -83,10 +83,10 @@ class OutputGradient:
                 origin.left_out = True
                 return None
             raise
-        told = loss is None or (origin.penalty and weights is None and not (origin.picked or origin.filled))
-        if any(not _of_rows(terms.rows(part)) for part in origin.parts) or not (
-            told or _of_rows(_with_signal(loss.loss_fn, terms, z, gradient, origin))
-        ):
+        whole = all(_of_rows(terms.rows(part)) for part in origin.parts)
+        if loss is not None and (weights is not None or not origin.penalty or origin.picked or origin.filled):
+            whole = whole and _of_rows(_with_signal(loss.loss_fn, terms, z, gradient, origin))
+        if not whole:
             raise not_told()
         if origin.penalty and (weights is None or not _is_certain(terms, weights)):
             origin.left_out = not origin.silent and bool(gradient.any())
