@@ -228,8 +228,8 @@ def test_a_class_axis_that_cannot_be_told() -> None:
     x = torch.randn(2, 4, 4, dtype=torch.float64)
     model, loss_fn = Images(), nn.CrossEntropyLoss()
     optimizer = watching(model, loss_fn)
-    sides = torch.zeros(2, 4, 4, dtype=torch.float64)
-    sides[:, :2, :2] = torch.tensor([[1.0, -1.0], [-1.0, 1.0]])  # sums to zero along both axes
+    signs = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
+    sides = signs.outer(signs).expand(2, 4, 4)  # sums to zero along both axes
     with pytest.raises(AmbiguousClassAxisError, match=r"2 of the axes 1 and 2 sum to zero.*Pass class_dim="):
         (model(x) * sides).sum().backward()
     told = watching(model, loss_fn, class_dim=1)
