@@ -84,8 +84,11 @@ class OutputGradient:
                 return None
             raise
         whole = all(_of_rows(terms.rows(part)) for part in origin.parts)
-        if loss is not None and (weights is not None or not origin.penalty or origin.picked or origin.filled):
-            whole = whole and _of_rows(_with_signal(loss.loss_fn, terms, z, gradient, origin))
+        asked = origin.picked or origin.filled
+        if loss is not None and isinstance(loss.loss_fn, (nn.CrossEntropyLoss, nn.BCEWithLogitsLoss)):
+            asked |= weights is not None or not origin.penalty  # residuals of other losses may be zero
+        if whole and asked and loss is not None:
+            whole = _of_rows(_with_signal(loss.loss_fn, terms, z, gradient))
         if not whole:
             raise not_told()
         if origin.penalty and (weights is None or not _is_certain(terms, weights)):
@@ -138,19 +141,16 @@ def _of_rows(part: Tensor) -> bool:
     return bool((part == part[..., :1]).all())
 
 
-def _with_signal(loss: nn.Module, terms: Terms, z: Tensor, gradient: Tensor, origin: Pass) -> Tensor:
+def _with_signal(loss: nn.Module, terms: Terms, z: Tensor, gradient: Tensor) -> Tensor:
     """The entries of the terms that a loss gives a gradient, or would not bend along."""
-    if not isinstance(loss, (nn.CrossEntropyLoss, nn.BCEWithLogitsLoss)):
-        if not (origin.picked or origin.filled):
-            return z.new_ones(1, dtype=torch.bool)  # residuals may be zero
-        flat: Tensor | bool = False
-    else:
-        rows = terms.rows(z.detach())
+    rows = terms.rows(z.detach())
+    flat = torch.zeros_like(rows, dtype=torch.bool)
+    if isinstance(loss, (nn.CrossEntropyLoss, nn.BCEWithLogitsLoss)):
         p = rows.softmax(-1) if isinstance(loss, nn.CrossEntropyLoss) else rows.sigmoid()
         flat = p * (1 - p) <= torch.finfo(p.dtype).eps ** 0.5
-        if isinstance(loss, nn.BCEWithLogitsLoss) and loss.weight is not None:
-            flat = flat | terms.rows((loss.weight == 0).to(z.device).expand(z.shape))
-    mask = terms.mask.reshape(terms.rows(z).shape[:-1]).unsqueeze(-1)
+    if isinstance(loss, nn.BCEWithLogitsLoss) and loss.weight is not None:
+        flat |= terms.rows((loss.weight == 0).to(z.device).expand(z.shape))
+    mask = terms.mask.reshape(rows.shape[:-1]).unsqueeze(-1)
     return (terms.rows(gradient) != 0) | flat | ~mask
 
 
