@@ -49,6 +49,7 @@ class TapedLoss:
     weight: Tensor | None = None
     shape: tuple[int, ...] = ()  # of the output as the loss saw it
     whole: bool = False  # that is all of the model's output in its order
+    edited: bool = False  # what a pass returned was changed in place before
     inside: bool = False  # the model called it
     selection: SeenPart | None = None  # of what a pass returned, if it was looked for
     looked: bool = False  # since the pass was expected to be run again

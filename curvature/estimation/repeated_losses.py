@@ -58,6 +58,8 @@ def arrivals_again(tape: Tape, origin: Pass, again: Pass) -> Iterator[tuple[Tape
 
 def _seen_again(call: TapedLoss, again: Pass) -> TapedLoss:
     """A call of the loss on what a repeated pass returned."""
+    if call.edited:
+        raise _not_repeated(call.shape)
     if call.selection is not None:
         z = call.selection.of(again.returned)
     elif call.whole:  # of several outputs

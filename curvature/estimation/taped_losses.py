@@ -32,6 +32,7 @@ def taped(
         value,
         shape=tuple(z.shape) if isinstance(z, Tensor) else (),
         whole=any(same_numbers(origin.output, z) for origin in passes),
+        edited=not inside and any(map(_is_edited, passes)),
         inside=inside,
         part_of=key,
     )
@@ -112,6 +113,13 @@ def _place(passes: list[Pass], key: Hashable) -> int:
         return 0
     known = {call.part_of: call.place for call in passes[0].calls}
     return known.get(key, len(set(known.values())))
+
+
+def _is_edited(origin: Pass) -> bool:
+    """Whether some of what a pass returned was changed in place since, as far as autograd knows."""
+    ends = {edge.node for edge in origin.edges}
+    outputs = [t for t in (origin.output, *origin.returned) if isinstance(t, Tensor)]
+    return any(t.requires_grad and t.grad_fn is not None and t.grad_fn not in ends for t in outputs)
 
 
 def same_numbers(output: Any, z: Any) -> bool:

@@ -93,11 +93,12 @@ class LoopReplay(Replay):
             values: In the places of parameters.
         """
         calls = [call for origin in self._passes for call in origin.counted]
-        if not calls or any(not c.whole for c in calls) or any(c.weight is not None for c in self._elsewhere):
+        other = any(c.edited or not c.whole for c in calls) or any(c.weight is not None for c in self._elsewhere)
+        if not calls or other:
             raise RuntimeError(
                 "the batch of this step cannot be run again, because the loss module given to the optimizer was not "
-                "called on the model's output as it is or as a view of it. Call loss_fn(model(x), y), name the output "
-                "with loop=Loop(output=...), or call step(closure)."
+                "called on the model's output as it is, unchanged, or as a view of it. Call loss_fn(model(x), y), name "
+                "the output with loop=Loop(output=...), or call step(closure)."
             )
         for origin in self._passes:
             if origin.counted:

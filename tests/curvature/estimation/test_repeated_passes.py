@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from curvature.estimation.tape import Tape
-from precond import KFAC, Loop, QuadraticModel
+from precond import KFAC, LevenbergMarquardt, Loop, QuadraticModel
 from precond.layerwise.step_size import StepModel
 from tests.curvature.loops import assert_same, batch, silently, statistics, watching
 
@@ -259,6 +259,18 @@ def of_differences(net: nn.Module, loss_fn: nn.Module, x: Tensor, y: Tensor) -> 
     return loss_fn(net(x) - net(x + 1), F.one_hot(y, 3).double())
 
 
+def at_a_temperature(net: nn.Module, loss_fn: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return loss_fn(net(x) / 2, y)
+
+
+def at_a_temperature_in_place(net: nn.Module, loss_fn: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return loss_fn(net(x).div_(2), y)
+
+
+def a_view_at_a_temperature_in_place(net: nn.Module, loss_fn: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return loss_fn(net(x).div_(2).view(-1, 3), y)
+
+
 def of_a_critic(net: nn.Module, loss_fn: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """The generator's loss."""
     critic = torch.ones(3, 1, dtype=torch.float64)
@@ -272,6 +284,9 @@ LOOPS: dict[str, tuple[Callable[..., Tensor], Callable[[], nn.Module], nn.Module
     "robust actions": (of_actions, lambda: model("dropout"), nn.SmoothL1Loss(), True),
     "some rows": (of_some_rows, lambda: model("dropout"), nn.MSELoss(), True),
     "differences": (of_differences, lambda: model("dropout"), nn.MSELoss(), False),
+    "temperature": (at_a_temperature, lambda: model("dropout"), LOSS, False),
+    "temperature in place": (at_a_temperature_in_place, lambda: model("dropout"), LOSS, False),
+    "temperature in place, a view": (a_view_at_a_temperature_in_place, lambda: model("dropout"), LOSS, False),
     "critic": (of_a_critic, lambda: model("dropout"), nn.BCEWithLogitsLoss(), False),
 }
 
@@ -321,3 +336,16 @@ def test_a_pass_with_other_values_than_the_parameters_is_not_run_again_with_thes
     optimizer.step()
     moved = [not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)]
     assert moved == [True, False, True, True]
+
+
+@pytest.mark.parametrize("option", ["damping_rule", "step_size"])
+def test_a_batch_whose_output_was_changed_in_place_is_not_evaluated_again_without_the_change(option: str) -> None:
+    torch.manual_seed(0)
+    model, loss_fn = nn.Linear(4, 3).double(), nn.CrossEntropyLoss()
+    value = LevenbergMarquardt(period=1) if option == "damping_rule" else QuadraticModel()
+    optimizer, before = KFAC(model, loss_fn, **{option: value}), model.weight.detach().clone()
+    x, y = batch(6)
+    loss_fn(model(x).div_(2), y).backward()
+    with pytest.raises(RuntimeError, match="output as it is, unchanged, or as a view of it"):
+        optimizer.step()
+    assert torch.equal(model.weight, before)
