@@ -346,6 +346,47 @@ def test_the_weight_of_a_small_squared_error_beside_a_known_loss_in_low_precisio
     assert traces[1] - traces[0] == pytest.approx(right, rel=0.01 if rounded == torch.float32 else 0.02)
 
 
+#: Rows of an output ``(2, 5, 3)``, whose axes are counted from the front or from behind.
+ROWS: dict[str, Function] = {
+    "one, from the front": lambda z: z.select(1, 1),
+    "one, from behind": lambda z: z.select(-2, 1),
+    "several, from behind": lambda z: z.narrow(-2, 1, 3),
+}
+COLUMNS: dict[str, Function] = {
+    "one, from the front": lambda z: z.select(2, 1),
+    "one, from behind": lambda z: z.select(-1, 1),
+    "several, from behind": lambda z: z.narrow(-1, 0, 2),
+    "several, with an ellipsis": lambda z: z[..., :2],
+}
+ENTRIES = {"squares": (MSE, F.mse_loss), "binary": (BCE, F.binary_cross_entropy_with_logits)}
+
+
+def of_part(name: str, cut: Function) -> Function:
+    """The loss by function of a part of an output ``(2, 5, 3)``, whose rows may be given one after the other."""
+
+    def f(z: Tensor) -> Tensor:
+        part = cut(z.reshape(2, 5, 3))
+        return ENTRIES[name][1](part, torch.linspace(0.1, 0.9, part.numel()).to(part).view_as(part))
+
+    return f
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("name", ENTRIES)
+def test_a_function_of_some_rows_has_the_curvature_of_these(name: str, rows: str) -> None:
+    f, x = of_part(name, ROWS[rows]), torch.cat([X, U])[:10]
+    found = curvature_of(ENTRIES[name][0], lambda model: [f(model(x.view(2, 5, 4)))])
+    torch.testing.assert_close(found, dense(f, x=x), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("columns", COLUMNS)
+@pytest.mark.parametrize("name", ENTRIES)
+def test_a_function_of_some_columns_is_refused(name: str, columns: str) -> None:
+    f, x = of_part(name, COLUMNS[columns]), torch.cat([X, U])[:10]
+    with pytest.raises(TypeError, match="neither its gradient nor the way to it tells"):
+        curvature_of(ENTRIES[name][0], lambda model: [f(model(x.view(2, 5, 4)))])
+
+
 YES = (SHARES > 0.5).double()
 HAND: dict[str, tuple[nn.Module, Function]] = {
     "distribution": (CE, lambda z: -torch.distributions.Categorical(logits=z).log_prob(Y).mean()),
