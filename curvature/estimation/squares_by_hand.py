@@ -88,8 +88,11 @@ def tells_no_value(node: Any) -> bool:
 
 
 def _is_power(node: Any) -> bool:
-    """Whether a node squares."""
-    return bool(name_of(node).startswith("Pow") and node._saved_exponent == 2)
+    """Whether a node squares, as far as is known: an exponent that is a tensor may be gone, or have several entries."""
+    try:
+        return bool(name_of(node).startswith("Pow") and node._saved_exponent == 2)
+    except RuntimeError:
+        return False
 
 
 def _is_difference(start: Any, ends: Set[Any]) -> bool:

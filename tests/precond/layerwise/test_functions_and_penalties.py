@@ -387,6 +387,29 @@ def test_a_function_of_some_columns_is_refused(name: str, columns: str) -> None:
         curvature_of(ENTRIES[name][0], lambda model: [f(model(x.view(2, 5, 4)))])
 
 
+@pytest.mark.parametrize(("loss_fn", "f"), [(CE, lambda z: CE(z, Y)), (CE, HARD), (MSE, lambda z: F.mse_loss(z, SOFT))])
+def test_a_penalty_with_exponents_that_are_a_tensor_counts_nowhere(loss_fn: nn.Module, f: Function) -> None:
+    exponents = torch.linspace(1.0, 2.0, 4).double()
+    found = curvature_of(loss_fn, lambda m: [f(m(X)) + m.weight.abs().pow(exponents).mean()])
+    torch.testing.assert_close(found, dense(f), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("retain", [False, True])
+def test_a_square_whose_exponent_is_a_tensor_counts_while_that_is_there(retain: bool) -> None:
+    def square(z: Tensor) -> Tensor:
+        return ((z - SOFT) ** torch.tensor(2.0)).mean()
+
+    def minimised(model: nn.Module) -> list[Tensor]:
+        square(model(X)).backward(retain_graph=retain)
+        return []
+
+    if retain:
+        torch.testing.assert_close(curvature_of(MSE, minimised), dense(square), rtol=1e-9, atol=1e-11)
+    else:
+        with pytest.raises(TypeError, match="neither its gradient nor the way to it tells"):
+            curvature_of(MSE, minimised)
+
+
 YES = (SHARES > 0.5).double()
 HAND: dict[str, tuple[nn.Module, Function]] = {
     "distribution": (CE, lambda z: -torch.distributions.Categorical(logits=z).log_prob(Y).mean()),
