@@ -32,17 +32,13 @@ def now() -> int:
     return 0 if torch.compiler.is_compiling() else int(_get_sequence_nr())  # nothing is recorded of compiled passes
 
 
-def nodes_of_call(output: Tensor, since: int) -> set[Any]:
+def nodes_of_call(last: Any, since: int) -> set[Any]:
     """The nodes that a call made: those that lead to its output and are not older than the call.
 
     Args:
-        output: Result of the call, just made.
+        last: The node of its result.
         since: :func:`now` before the call.
     """
-    return _nodes(output.grad_fn, since)
-
-
-def _nodes(last: Any, since: int) -> set[Any]:
     return set(between([last], lambda node: not since <= node._sequence_nr() < _LEAF))
 
 
@@ -87,12 +83,12 @@ class Explained:
         recorded: set[Any] = set()
         followed: set[Any] = set()  # hand a gradient on to a parameter, and nothing else
         for last, since in self._uses:
-            made = _nodes(last, since)
+            made = nodes_of_call(last, since)
             recorded |= made
             # A cast or transpose on the way: autocast lends the cast weight to whoever comes next.
             followed |= {node for node in made if node is not last and len(node.next_functions) == 1}
         for last, since in self._views:
-            made = _nodes(last, since)
+            made = nodes_of_call(last, since)
             recorded |= made
             followed |= made
         found: dict[str, list[str]] = {}
