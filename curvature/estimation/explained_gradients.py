@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Mapping
 from functools import reduce
 from typing import Any
 
@@ -38,10 +38,10 @@ def unexplained(
         if not group.uses:
             known[group.block.name] = true.get(group.block.name, known[group.block.name])
         elif uses := samples_of(group, arrived, {}, cache):
-            total = _sum(use.total() for use in uses)
+            total = reduce(torch.add, (use.total() for use in uses))
             group.block.write(total, known)
             tolerance = torch.finfo(total.dtype).eps ** 0.5
-            size = _sum(use.abs().total().abs() for use in samples_of(group, sizes, {}, cache))
+            size = reduce(torch.add, (use.abs().total().abs() for use in samples_of(group, sizes, {}, cache)))
             group.block.write(tolerance * size.max().expand(group.block.shape), bound)
     return {name for name, g in true.items() if bool(((g - known[name]).abs() > bound[name]).any())}
 
@@ -68,7 +68,3 @@ def doubt(name: str, parameter: Tensor, groups: list[Group], output: Tensor) -> 
     if not rules:
         return f"no rule for {unseen or 'its use'}"
     return f"rule {', '.join(rules)} does not explain the gradient" + (f", used in {unseen} as well" * bool(unseen))
-
-
-def _sum(tensors: Iterator[Tensor]) -> Tensor:
-    return reduce(torch.add, tensors)

@@ -254,7 +254,8 @@ class KeptGradients:
                 uses, part = tuple(use.only(inside.nonzero().flatten()) for use in uses), slice(0, n)
             position += k * n
             if uses[0].signals:
-                found.append(_summed([use.gradient(part.start, part.stop) for use in uses]).flatten(0, 1))
+                gradients = (use.gradient(part.start, part.stop) for use in uses)
+                found.append(reduce(torch.add, gradients).flatten(0, 1))
         _check_rows(position, self.signals, self.examples)
         return found[0] if len(found) == 1 else torch.cat(found)
 
@@ -270,10 +271,6 @@ def _check_rows(rows: int, signals: int, examples: int) -> None:
             f"{rows} gradients came back for {signals} signals on {examples} examples: part of the model returns no "
             "gradient for some signals. Leave its parameters out with params=."
         )
-
-
-def _summed(tensors: list[Tensor]) -> Tensor:
-    return reduce(torch.add, tensors)
 
 
 def squared_norms(samples: Samples) -> Tensor:
