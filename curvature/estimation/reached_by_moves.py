@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvature.model.graph_nodes import signed
+
 Given = dict[int, Tensor | None]
 
 
@@ -38,13 +40,8 @@ def _sizes(node: Any) -> Sequence[int]:
     return tuple(node._input_metadata[0].shape)
 
 
-def _signed(number: int) -> int:
-    """What was saved without a sign."""
-    return number - (1 << 64) if number >> 63 else number
-
-
 def _axis(node: Any, axes: int) -> int:
-    return _signed(node._saved_dim) % max(axes, 1)
+    return signed(node._saved_dim) % max(axes, 1)
 
 
 def _cut(node: Any, which: int, given: Given, shape: Sequence[int]) -> Tensor | None:
@@ -72,10 +69,10 @@ def _cut(node: Any, which: int, given: Given, shape: Sequence[int]) -> Tensor | 
 def _places(node: Any, name: str, number: int, length: int) -> slice:
     """The places along the axis that are the output of a node with some number."""
     if name.startswith("Slice"):
-        start, end, _ = slice(_signed(node._saved_start), _signed(node._saved_end)).indices(length)
+        start, end, _ = slice(signed(node._saved_start), signed(node._saved_end)).indices(length)
         return slice(start, end, node._saved_step)
     if name.startswith("Select"):
-        return slice(k := _signed(node._saved_index) % length, k + 1)
+        return slice(k := signed(node._saved_index) % length, k + 1)
     if name.startswith("Unbind"):
         return slice(number, number + 1)
     size = getattr(node, "_saved_split_sizes", None) or node._saved_split_size
@@ -113,10 +110,10 @@ def _turned(node: Any, which: int, given: Given, shape: Sequence[int]) -> Tensor
     if (after := given[0]) is None:
         return None
     if node.name().startswith("Permute"):
-        dims = [_signed(axis) % len(shape) for axis in node._saved_dims]
+        dims = [signed(axis) % len(shape) for axis in node._saved_dims]
         return after.permute([dims.index(k) for k in range(len(dims))])
     if node.name().startswith("Transpose"):
-        return after.transpose(*(_signed(d) % len(shape) for d in (node._saved_dim0, node._saved_dim1)))
+        return after.transpose(*(signed(d) % len(shape) for d in (node._saved_dim0, node._saved_dim1)))
     return after.T
 
 
@@ -156,7 +153,7 @@ def _stacked(node: Any, which: int, given: Given, shape: Sequence[int]) -> Tenso
 
 def _padded(node: Any, which: int, given: Given, shape: Sequence[int]) -> Tensor | None:
     """What was padded with a constant, or cut where the padding is negative."""
-    after, pad = given[0], [_signed(width) for width in node._saved_pad]
+    after, pad = given[0], [signed(width) for width in node._saved_pad]
     if after is None:
         if min(pad) >= 0:
             return None
@@ -172,10 +169,10 @@ def _padded(node: Any, which: int, given: Given, shape: Sequence[int]) -> Tensor
 def _mirrored(node: Any, which: int, given: Given, shape: Sequence[int]) -> Tensor | None:
     if (after := given[0]) is None:
         return None
-    dims = [_signed(axis) % len(shape) for axis in node._saved_dims]
+    dims = [signed(axis) % len(shape) for axis in node._saved_dims]
     if node.name().startswith("Flip"):
         return after.flip(dims)
-    shifts = [-_signed(shift) for shift in node._saved_shifts]
+    shifts = [-signed(shift) for shift in node._saved_shifts]
     if not dims:  # it is rolled as one row
         return after.expand(shape).flatten().roll(shifts).reshape(tuple(shape))
     return after.roll(shifts, dims)
@@ -191,7 +188,7 @@ def _added_up(node: Any, which: int, given: Given, shape: Sequence[int]) -> Tens
         return after.reshape([1] * len(shape))
     dims = getattr(node, "_saved_dim", None)
     dims = [dims] if isinstance(dims, int) else dims
-    for axis in sorted(_signed(d) % len(shape) for d in dims or ()):
+    for axis in sorted(signed(d) % len(shape) for d in dims or ()):
         after = after.unsqueeze(axis)
     return after if after.dim() == len(shape) else None
 
@@ -264,7 +261,7 @@ def _extreme(node: Any, which: int, given: Given, shape: Sequence[int]) -> Tenso
         return None
     result, after = node._saved_result, given[0]
     if result.dim() < len(shape):
-        for axis in sorted(_signed(d) % len(shape) for d in dims or range(len(shape))):
+        for axis in sorted(signed(d) % len(shape) for d in dims or range(len(shape))):
             result = result.unsqueeze(axis)
             after = after if after is None else after.unsqueeze(axis)
     found = node._saved_self == result

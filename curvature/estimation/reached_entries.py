@@ -10,7 +10,7 @@ from torch import Tensor
 
 from curvature.estimation.reached_by_moves import MOVES, along, spread
 from curvature.estimation.reached_by_products import PRODUCTS, one_factor
-from curvature.model.graph_nodes import Ends, asking, name_of, users_first
+from curvature.model.graph_nodes import Ends, asking, name_of, signed, users_first
 
 #: Entries of a tensor, True where one is reached: an axis for each of its own, of size 1 where all along it are alike.
 Reach = Tensor
@@ -158,7 +158,7 @@ def kind_of(node: Any) -> str:
 def _axes(node: Any, axes: int) -> list[int]:
     """The axes along which a node mixes entries."""
     if (dim := getattr(node, "_saved_dim", None)) is not None:
-        return [(dim - (1 << 64) if dim >> 63 else dim) % axes]
+        return [signed(dim) % axes]
     return list(range(axes - len(node._saved_normalized_shape), axes))
 
 

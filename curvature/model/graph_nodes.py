@@ -154,11 +154,16 @@ def name_of(node: Any) -> str:
     return "" if is_custom(type(node)) else str(node.name())
 
 
+def signed(number: int) -> int:
+    """What a node has saved without a sign."""
+    return number - (1 << 64) if number >> 63 else number
+
+
 def cut_axis(node: Any) -> tuple[int, int]:
     """The axis along which a node of :data:`CUTS` picks, from 0, and the number of axes of what it picks from."""
     sizes = getattr(node, "_saved_self_sym_sizes", None)
     axes = len(node._input_metadata[0].shape) + 1 if sizes is None else len(sizes)  # of unbind, or of the others
-    return (node._saved_dim - (1 << 64 if node._saved_dim >> 63 else 0)) % axes, axes  # saved without a sign
+    return signed(node._saved_dim) % axes, axes
 
 
 def cuts_columns(node: Any) -> bool:
