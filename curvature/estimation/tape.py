@@ -220,7 +220,7 @@ class Tape(Recording):
         if unseen is None:
             return
         self.left_out |= origin.left_out
-        besides = bool(unseen) or (bool(seen) and (origin.labelled or origin.penalty))
+        besides = bool(unseen) or (bool(seen) and (origin.labelled or origin.penalty or origin.form is not None))
         origin.beside |= len(unseen) + origin.labelled > 1 or (besides and bool(seen))
         origin.unseen_loss = unseen[0] if len(unseen) == 1 and origin.gradient is None else None
         origin.task, origin.edited = torch._C._current_graph_task_id(), origin.output.grad_fn is not origin.end

@@ -49,6 +49,8 @@ _NODES: dict[type[nn.Module], str] = {
     nn.SmoothL1Loss: "SmoothL1Loss",
     nn.HuberLoss: "HuberLoss",
 }
+#: The same of all loss functions of torch that have nodes.
+_LOSSES = (*_NODES.values(), "KlDiv", "SoftMargin", "MultiMargin", "MultilabelMargin", "CtcLoss")
 #: Losses of which a pass has one of another kind than the optimizer's, by the beginnings of their nodes' names.
 FORMS: dict[str, type[nn.Module]] = {
     "LogSoftmax": nn.CrossEntropyLoss,
@@ -72,9 +74,9 @@ class UnseenLosses:
     """The losses that a backward pass goes through to the passes of a model, besides calls of the optimizer's module.
 
     They are of the kind of the optimizer's, called as functions or by another module, or with labels that are
-    probabilities, of which a graph shows logarithms and what is linear in them. On a pass of their own they may be of
-    another kind whose form is known: squared errors, cross-entropies, and that of Poisson variables, with fixed
-    targets. Other losses are penalties, which count nowhere, and so is one that is put together from other operations.
+    probabilities, of which a graph shows logarithms and what is linear in them. On a pass of their own, or beside the
+    module, they may be of another kind whose form is known: squared errors, cross-entropies, and that of Poisson
+    variables, with fixed targets. Others are penalties, which count nowhere, and so is one of other operations.
 
     Args:
         loss: The module given to the optimizer.
@@ -108,7 +110,7 @@ class UnseenLosses:
         self._found, self._direct, above = _calls_beside(self._kind, ends, known, tracked)
         self._squares = {}
         for node in above:
-            if (end := square_of(node, ends)) is not None:
+            if node._sequence_nr() not in known and (end := square_of(node, ends)) is not None:
                 self._squares.setdefault(end, []).append(node)
         reached = {node._sequence_nr() for node in above} & known
         alive = (c for c in calls if c.weight is not None or c.number in reached or c.alive() is not None)
@@ -150,30 +152,53 @@ class UnseenLosses:
         self._told |= {call.node: origin for call in unseen}
         if square and not (unseen or known):
             unseen = _by_hand(ends)
-        if not known:
+        own = {origin.end, origin.output.grad_fn}
+        beside = known and not (unseen or origin.labelled) and self._direct is not None and bool(own & self._direct)
+        if not known or (beside and (not self._square_of(origin) or self._has_targets(origin, own))):
             origin.form = self._form(origin, unseen)
         if origin.form is not None:
             origin.penalty, unseen = False, []
         if later and (origin.form is not None or (not square and (origin.labelled or unseen or not known))):
             self.read_later(origin)
-        own = {origin.end, origin.output.grad_fn}
-        if known and not (unseen or origin.labelled) and self._direct is not None and own & self._direct:
-            written = self._is_written(origin, own)
+        if beside and origin.form is None:
+            written = self._is_written(origin, own) or self._compares(own, ends)
             origin.penalty, origin.silent = not square, not written  # its gradient tells, but for squares
             origin.left_out |= square and written
         origin.parts += [part for call in unseen if (part := _part_seen(call.node, origin)) is not None]
         names = [node.name() for call in unseen for node in between([call.node], own)]
         origin.picked |= any(name.startswith(_BY_VALUE) for name in names)
         origin.filled |= any(name.startswith(_FILLS) for name in names)
-        return [replace(call, moved=call.moved and not self._hides_rows(call, own)) for call in unseen]
+        alone = not unseen or not self._compares(own, ends | {call.node for call in unseen})  # their gradients add up
+        return [replace(call, moved=call.moved and alone and not self._hides_rows(call, own)) for call in unseen]
 
     def _is_written(self, origin: Pass, ends: Set[Any]) -> bool:
         """Whether what is beside the module on an output has the form of a loss of the optimizer's kind."""
         if self._kind == _NODES[nn.MSELoss]:
-            found = self._square_of(origin)
-            return any(one.name().startswith(("Sub", "Rsub")) for one in between(found, ends))
+            return self._has_targets(origin, ends)
         way_there, _ = self._seen(origin)
         return way_there is not None and way_there.linear and bool(way_there.cores)
+
+    def _compares(self, own: Set[Any], found: Set[Any]) -> bool:
+        """Whether a loss function of torch, or a difference from fixed numbers, sees an output besides known losses.
+
+        Args:
+            own: Where the output ends.
+            found: This, where others of its pass end, and the nodes of losses that were found.
+        """
+        until = lambda node: node in found or node._sequence_nr() in self._known  # noqa: E731
+        others = [node for node in below(called_on(), until) if not until(node)]
+        flat = {before for node in others if name_of(node).startswith("Abs") for before in inputs_of(node)}
+        for node in others:
+            fixed = name_of(node).startswith("Sub") and any(before is None for before, _ in node.next_functions)
+            loss = name_of(node).startswith(_LOSSES) and "BackwardBackward" not in name_of(node)
+            if (loss or (fixed and node not in flat)) and not own.isdisjoint(below([node], until)):
+                return True
+        return False
+
+    def _has_targets(self, origin: Pass, ends: Set[Any]) -> bool:
+        """Whether squares above an output are of differences from something, which a penalty's are not."""
+        found = self._square_of(origin)
+        return any(name_of(one).startswith(("MseLoss", "Sub", "Rsub")) for one in between(found, ends))
 
     def _form(self, origin: Pass, unseen: list[UnseenLoss]) -> type[nn.Module] | None:
         """The loss above an output, of another kind than the optimizer's, or a squared error that its value tells."""

@@ -16,7 +16,7 @@ WORDS: Mapping[str, str] = {
     "left out": (
         "a part of the loss compares an output with fixed targets by a function, and "
         "rounding hides its weight, as both are so near, or nothing tells it (entries have weights of their "
-        "own, several such losses are added, it is beside the loss on the same output), or it is another "
+        "own, several such losses are added, or it is beside the loss on the same output), or it is another "
         "function of a pass of its own (targets that learn, a penalty) or a divergence at a temperature: it "
         "counts in no curvature as long as that is so. "
         "Call the module with these targets, where it is of its kind, or leave it out for good: "

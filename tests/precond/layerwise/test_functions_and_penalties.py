@@ -19,6 +19,7 @@ with torch.random.fork_rng():
     X, U = torch.randn(6, 4).double(), torch.randn(5, 4).double()
     SOFT, FEW, Y = torch.randn(6, 3).double().softmax(1), torch.randn(5, 3).double().softmax(1), torch.randint(3, (6,))
 HARD: Function = lambda z: F.cross_entropy(z, Y)  # noqa: E731
+TARGET = 2 * SOFT.roll(1, 0) - U[0, 0]
 COUNTS, SHARES = (3 * SOFT).round(), 0.8 * (SOFT > 0.3).double() + 0.1
 CE, MSE, BCE = nn.CrossEntropyLoss(), nn.MSELoss(), nn.BCEWithLogitsLoss()
 POISSON, HUBER = nn.PoissonNLLLoss(), nn.HuberLoss()
@@ -430,21 +431,18 @@ def test_a_loss_that_is_written_out_beside_the_module_counts(name: str) -> None:
     torch.testing.assert_close(got, dense(lambda z: called(z) + 0.3 * f(z)), rtol=1e-9, atol=1e-11)
 
 
-BESIDES = {
+BESIDES: dict[str, Function] = {
     "entropy": lambda z: -(z.softmax(-1) * z.log_softmax(-1)).sum(-1).mean(),
     "binary entropy": lambda z: (z.sigmoid() * F.logsigmoid(z)).mean(),
     "normaliser": lambda z: z.logsumexp(-1).square().mean(),
     "length": lambda z: z.square().mean(),
     "sum": lambda z: z.sum(),
-    "squared error by hand": lambda z: (z - 1).square().mean(),
 }
 
 
 @pytest.mark.parametrize("penalty", BESIDES)
 @pytest.mark.parametrize(("loss_fn", "width"), [(CE, 2), (CE, 3), (BCE, 1), (BCE, 3), (MSE, 1), (MSE, 3)])
-def test_a_penalty_beside_the_module_counts_nowhere_and_a_squared_error_is_told(
-    loss_fn: nn.Module, width: int, penalty: str
-) -> None:
+def test_a_penalty_beside_the_module_counts_nowhere(loss_fn: nn.Module, width: int, penalty: str) -> None:
     """With one logit or two, the gradient of anything might be that of a loss whose terms have weights."""
     targets = torch.arange(6) % 2 if loss_fn is CE else SHARES[:, :width]
     found = []
@@ -457,13 +455,92 @@ def test_a_penalty_beside_the_module_counts_nowhere_and_a_squared_error_is_told(
         if factor:
             loss = loss + factor * BESIDES[penalty](z)
         loss.backward()
-        if factor and loss_fn is MSE and penalty == "squared error by hand":
-            with pytest.warns(UserWarning, match="beside the loss on the same output.*counts in no curvature"):
-                optimizer.step()
-        else:
-            optimizer.step()
+        optimizer.step()
         found.append(optimizer.preconditioners["weight+bias"].estimator.operator().to_dense())
     torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-11)
+
+
+#: Losses by the module, of which others are on the same output.
+CALLED: dict[str, tuple[nn.Module, Function]] = {
+    "labels": (CE, lambda z: CE(z, Y)),
+    "mixed labels": (CE, lambda z: 0.3 * CE(z, Y) + 0.7 * CE(z, Y.flip(0))),
+    "weighted": (EACH := nn.CrossEntropyLoss(reduction="none"), lambda z: (EACH(z, Y) * torch.arange(1, 7)).mean()),
+    "some rows": (CE, lambda z: CE(z[:4], Y[:4])),
+    "binary": (BCE, lambda z: BCE(z, YES)),
+    "squares": (MSE, lambda z: MSE(z, SHARES)),
+    "counts": (POISSON, lambda z: POISSON(z, COUNTS)),
+    "robust": (HUBER, lambda z: HUBER(z, SHARES)),
+}
+SQUARES: dict[str, Function] = {
+    "mean": lambda z: F.mse_loss(z, TARGET),
+    "sum": lambda z: F.mse_loss(z, TARGET, reduction="sum"),
+    "of another module": lambda z: nn.MSELoss()(z, TARGET),
+    "of examples": lambda z: F.mse_loss(z, TARGET, reduction="none").sum(1).mean(),
+    "by hand": lambda z: (TARGET - z).square().mean(),
+    "of a number": lambda z: ((z - 1) ** 2).mean(),
+    "of some rows": lambda z: F.mse_loss(z[3:], TARGET[3:]),
+}
+OTHERS: dict[str, Function] = {
+    "labels": lambda z: F.cross_entropy(z, Y.roll(1)),
+    "soft labels": lambda z: F.cross_entropy(z, SOFT),
+    "divergence": lambda z: F.kl_div(z.log_softmax(1), SOFT, reduction="batchmean"),
+    "binary": lambda z: F.binary_cross_entropy_with_logits(z, SHARES),
+    "counts": lambda z: F.poisson_nll_loss(z, COUNTS),
+}
+#: Of which neither a form nor a value tells the weight.
+UNTOLD: dict[str, Function] = {
+    "of columns": lambda z: F.mse_loss(z[:, :2], TARGET[:, :2]),
+    "of entries": lambda z: F.mse_loss(z[YES > 0], TARGET[YES > 0]),
+    "of weighted entries": lambda z: (F.mse_loss(z, TARGET, reduction="none") * SHARES).mean(),
+    "of probabilities": lambda z: F.mse_loss(z.softmax(1), SOFT),
+    "at a temperature": lambda z: F.mse_loss(z / 2, TARGET),
+    "two": lambda z: F.mse_loss(z, TARGET) + 0.2 * F.mse_loss(z, SOFT),
+    "and a penalty": lambda z: F.mse_loss(z, TARGET) + 0.1 * z.square().mean(),
+    "norm": lambda z: (z - TARGET).norm(),
+    "distance": lambda z: F.pairwise_distance(z, TARGET).mean(),
+    "robust": lambda z: F.smooth_l1_loss(z, TARGET),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "capture"), [*((name, "auto") for name in CALLED), ("labels", "shadow"), ("squares", "shadow")]
+)
+@pytest.mark.parametrize("other", [*SQUARES, *OTHERS])
+def test_a_loss_of_another_kind_beside_the_module_counts_with_its_weight(name: str, other: str, capture: str) -> None:
+    (loss_fn, called), f = CALLED[name], (SQUARES | OTHERS)[other]
+    both = lambda z: called(z) + 0.3 * f(z)  # noqa: E731
+    found = lambda: curvature_of(loss_fn, lambda model: [both(model(X))], capture=capture)  # noqa: E731
+    if loss_fn is MSE and other in SQUARES and other not in ("by hand", "of a number"):  # a function of its own kind
+        with pytest.raises(TypeError, match="neither its gradient nor the way to it tells"):
+            found()
+    else:
+        torch.testing.assert_close(found(), dense(both), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("other", UNTOLD)
+@pytest.mark.parametrize("name", [name for name in CALLED if name != "squares"])
+def test_another_loss_beside_the_module_that_nothing_tells_is_left_out_and_told(name: str, other: str) -> None:
+    loss_fn, called = CALLED[name]
+    with pytest.warns(UserWarning, match="beside the loss on the same output.*counts in no curvature"):
+        found = curvature_of(loss_fn, lambda model: [called(z := model(X)) + 0.3 * UNTOLD[other](z)])
+    torch.testing.assert_close(found, dense(called), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "f"),
+    [
+        (BCE, lambda z: F.binary_cross_entropy_with_logits(z, YES) + F.mse_loss(z, TARGET)),
+        (BCE, lambda z: F.binary_cross_entropy_with_logits(z, YES) + (z - TARGET).square().mean()),
+        (MSE, lambda z: F.mse_loss(z, TARGET) + F.cross_entropy(z, Y)),
+        (MSE, lambda z: F.mse_loss(z, TARGET) + F.binary_cross_entropy_with_logits(z, YES)),
+        (CE, lambda z: F.cross_entropy(z, Y) + F.mse_loss(z, TARGET)),
+        (CE, lambda z: F.cross_entropy(z, Y) + F.huber_loss(z, TARGET)),
+    ],
+)
+def test_functions_of_two_kinds_on_one_output_are_refused(loss_fn: nn.Module, f: Function) -> None:
+    """Their gradients are one there, which tells neither."""
+    with pytest.raises(TypeError, match="neither its gradient nor the way to it tells"):
+        curvature_of(loss_fn, lambda model: [f(model(X))])
 
 
 def doubling(name: str, several: bool) -> Callable[[Tensor], Tensor]:
