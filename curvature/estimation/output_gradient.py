@@ -55,6 +55,10 @@ class OutputGradient:
         form = origin.form
         if form is not None and not bool(gradient.any()):
             return None  # no signal
+        rounding = 8 * torch.finfo(gradient.dtype).eps
+        if origin.size is not None and bool(gradient.abs().max() <= rounding * origin.size):  # a difference of equals
+            origin.left_out = gradient.dtype.itemsize < 4 and not (origin.penalty and origin.silent)
+            return None
         loss = self.loss if form is None else loss_for(form())
         if loss is None and self.told:
             raise TypeError(

@@ -97,7 +97,7 @@ def from_output_gradient(
         raise _needs_targets(options)
     weights = _weights(seen, gradient, size)
     if weights is None and isinstance(options, nn.CrossEntropyLoss) and options.weight is None:
-        weights = _weights_of_mixed_labels(seen, gradient)
+        weights = _weights_of_mixed_labels(seen, gradient, size)
     return loss.terms(output, target, class_dim=class_dim, mask=mask), weights
 
 
@@ -116,13 +116,13 @@ def _weights(terms: Terms, gradient: Tensor, size: Tensor | None) -> Tensor | No
     weights = (own * arrived).sum(-1) / lengths.square().clamp(min=torch.finfo(own.dtype).tiny)
     slack = torch.finfo(gradient.dtype).eps ** 0.5
     off = torch.linalg.vector_norm(own * weights.unsqueeze(-1) - arrived, dim=-1)
-    noise = 0 if size is None else 16 * torch.finfo(gradient.dtype).eps * own.shape[-1] ** 0.5 * size.to(own)
+    noise = 0 if size is None else 4 * torch.finfo(gradient.dtype).eps * own.shape[-1] ** 0.5 * size.to(own)
     explained = (off <= slack * torch.linalg.vector_norm(arrived, dim=-1) + noise).all()
     positive = (weights * lengths >= -noise).all()
     return weights.clamp(min=0) if bool(explained) and bool(positive) else None
 
 
-def _weights_of_mixed_labels(terms: Terms, gradient: Tensor) -> Tensor | None:
+def _weights_of_mixed_labels(terms: Terms, gradient: Tensor, size: Tensor | None) -> Tensor | None:
     r"""What each term of a cross-entropy with several labels is multiplied by, of mixup, say.
 
     In :math:`w\,(p - t)` with targets :math:`t \ge 0` the weight is the largest ratio to p if some class has no target.
@@ -131,6 +131,8 @@ def _weights_of_mixed_labels(terms: Terms, gradient: Tensor) -> Tensor | None:
     """
     eps = torch.finfo(gradient.dtype).eps
     slack = eps**0.5 if eps < 1e-6 else 4 * eps
+    if size is not None and bool(16 * eps * size > slack * gradient.abs().max()):
+        return None  # ratios are those of rounding errors
     p, arrived = terms.rows(terms.output).detach().softmax(-1), terms.rows(gradient)
     counts = terms.mask.reshape(arrived.shape[:-1])
     weights = torch.where(p > eps, arrived / p, 0).amax(-1)

@@ -19,7 +19,7 @@ SHAPES = ("View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze")
 #: Of those that hand entries on in their places, in another dtype maybe.
 COPIES = ("ToCopy", "Clone", "Alias")
 #: Of all that save no tensors: they move entries.
-MOVES = (*CUTS, *SHAPES, *("Alias", "Transpose", "Permute", "Clone", "TBackward", "Narrow", "Expand", "Cat", "Stack"))
+MOVES = (*CUTS, *SHAPES, *COPIES, *("Transpose", "Permute", "TBackward", "Narrow", "Expand", "Cat", "Stack"))
 #: Of products with parameters of a layer.
 PRODUCTS = ("Addmm", "Mm", "Bmm", "Baddbmm", "Addbmm", "Linear", "Convolution")
 #: A node, or a tensor or an edge that has one.

@@ -526,6 +526,30 @@ def test_another_loss_beside_the_module_that_nothing_tells_is_left_out_and_told(
     torch.testing.assert_close(found, dense(called), rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.filterwarnings("default::UserWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("other", [*OTHERS, "squares", "of probabilities"])
+def test_in_low_precision_a_loss_beside_the_module_counts_or_is_told(
+    other: str, dtype: torch.dtype, recwarn: pytest.WarningsRecorder
+) -> None:
+    """What is left of the gradient without the module's part may be rounding errors."""
+    functions = {"squares": SQUARES["mean"], "of probabilities": UNTOLD["of probabilities"], **OTHERS}
+    both = lambda z: CE(z, Y) + 0.3 * functions[other](z)  # noqa: E731
+    low = lambda z: CE(z, Y) + 0.3 * functions[other](z.double()).to(dtype)  # noqa: E731
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = nn.Linear(4, 3).double().to(dtype)
+    optimizer = NaturalGradient(model, CE, lr=0.0, fisher="exact", structure="layer", curvature_ema=0.0, kl_clip=None)
+    low(model(X.to(dtype))).backward()
+    optimizer.step()
+    found = optimizer.preconditioners["weight+bias"].estimator.operator().to_dense().double()
+    off = {
+        f: float(torch.linalg.norm(found - dense(f)) / torch.linalg.norm(dense(f))) for f in (both, CALLED["labels"][1])
+    }
+    told = any("counts in no curvature" in str(warning.message) for warning in recwarn)
+    assert off[CALLED["labels"][1] if told else both] < (1e-6 if dtype is torch.float32 else 0.02)
+
+
 @pytest.mark.parametrize(
     ("loss_fn", "f"),
     [
