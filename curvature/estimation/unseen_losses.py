@@ -7,9 +7,9 @@ What they are is told by the gradient at the model's output, and their weight by
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Set
+from collections.abc import Callable, Iterable, Set
 from dataclasses import replace
-from functools import partial
+from functools import partial, reduce
 from typing import Any, Literal
 
 import torch
@@ -21,7 +21,7 @@ from curvature.estimation.reached_entries import reached_entries
 from curvature.estimation.squares_by_hand import square_of, squares, tells_no_value
 from curvature.estimation.ways_to_losses import Way, at_temperatures, soft_labels, way
 from curvature.estimation.weights_by_value import Rest
-from curvature.model.backward_under_way import called_on, scalar_called_on
+from curvature.model.backward_under_way import begins_with_one, called_on, numbers_called_on
 from curvature.model.data import inspection
 from curvature.model.fully_sharded import is_custom
 from curvature.model.graph_nodes import (
@@ -274,20 +274,21 @@ class UnseenLosses:
         return found is not None and found.affine and found.exponential
 
     def _seen(self, origin: Pass) -> tuple[Way | None, Rest | None]:
-        """The way to the output of a pass from what the backward pass under way was called on, and that number."""
-        value = scalar_called_on()
-        if value is None or not isinstance(origin.output, Tensor):
+        """The way to the output of a pass from what the backward pass under way was called on, and the sum of that."""
+        roots, parts = called_on(), numbers_called_on()
+        if not parts or not isinstance(origin.output, Tensor):
             return None, None
+        rest = Rest(reduce(torch.add, parts), reduce(torch.add, map(torch.abs, parts)))
         ends = {origin.end, origin.output.grad_fn, *(edge.node for edge in origin.edges)} - {None}
         mine = {node for node, one in self._told.items() if one is origin}
         found = {call.node for calls in self._found.values() for call in calls} | self._told.keys() - mine
         if squared := self._square_of(origin):
             ends = {*squared}  # an output less something is no multiple of it
         known = lambda node: node._sequence_nr() in self._known or node in found - ends  # noqa: E731
-        if squared == [called_on()[0].grad_fn]:
-            return Way(True, False), Rest(value, value.abs())
-        looked = way(called_on()[0], ends, known, bool(squared))
-        return replace(looked, affine=looked.affine and len(squared) < 2), Rest(value, value.abs())
+        if squared and set(squared) == set(map(node_of, roots)):
+            return Way(True, False), rest
+        looked = way(roots, ends, known, bool(squared))
+        return replace(looked, affine=looked.affine and len(squared) < 2), rest
 
     def _without(self, rest: Rest, found: Way) -> Rest | None:
         """A number without those that other losses on the way have told; ``None`` where one tells nothing.
@@ -335,11 +336,11 @@ def _by_hand(ends: Set[Any]) -> list[UnseenLoss]:
     """The squared error that is written out above an output, if there is one, whose weight can be told."""
     roots = called_on()
     found = squares(roots[0], ends) if len(roots) == 1 and isinstance(roots[0], Tensor) else []
-    if len(found) != 1 or (found[0].weight is None and not found[0].alone):
+    weight = found[0].weight if len(found) == 1 and begins_with_one() else None
+    if len(found) != 1 or (weight is None and not found[0].alone):
         return []
-    (one,) = found
-    root = roots[0].detach() if one.weight is None else None
-    return [UnseenLoss(one.node, "sum" if one.weight == 1 else "mean", root is None, root, True, one.weight)]
+    root = numbers_called_on()[0] if weight is None else None
+    return [UnseenLoss(found[0].node, "sum" if weight == 1 else "mean", root is None, root, True, weight)]
 
 
 def explained(output: Tensor, calls: list[TapedLoss]) -> Tensor | None:
@@ -387,7 +388,7 @@ def _calls_beside(
     if not roots:
         return {}, None, []
     until = lambda node: node in ends or node._sequence_nr() in known  # noqa: E731
-    above, times = list(below(roots, until)), Counter(map(node_of, roots))  # it may be called on one twice
+    above = list(below(roots, until))
     found: dict[Any, list[UnseenLoss]] = {}
     for node in above:
         if until(node) or not node.name().startswith(kind) or "BackwardBackward" in node.name():
@@ -395,10 +396,10 @@ def _calls_beside(
         ways = list(below([node], until))
         moved = not any(_transforms(one) for one in ways if one is not node and one not in ends)
         moved &= not has_live_target(node, ends, tracked)
-        call = UnseenLoss(node, *_reduced(node, roots), moved)
+        call = UnseenLoss(node, *_reduced(node, roots, until), moved)
         for end in ways:
             if end in ends:
-                found.setdefault(end, []).extend([call] * max(1, times[node]))
+                found.setdefault(end, []).append(call)
     return found, {node for node in above if node in ends}, above
 
 
@@ -407,37 +408,44 @@ def _transforms(node: Any) -> bool:
     return is_custom(type(node)) or node.name().startswith(_TRANSFORMS)
 
 
-def _reduced(call: Any, roots: list[Any]) -> tuple[Literal["mean", "sum"] | None, bool, Tensor | None]:
+def _reduced(
+    call: Any, roots: list[Any], until: Callable[[Any], bool]
+) -> tuple[Literal["mean", "sum"] | None, bool, Tensor | None]:
     """How a loss function enters: its reduction, whether that is added as it is, and what it is alone a multiple of."""
     own = getattr(call, "_saved_reduction", 0)  # of torch: none, mean, sum
-    starts = list(map(node_of, roots))
+    added = partial(_is_added, call, list(map(node_of, roots)), until)
     if own:
-        adds = call in _reached(starts, "Add", "Stack", "Sum", "Unsqueeze")
         reduction: Literal["mean", "sum"] | None = "mean" if own == 1 else "sum"
-    else:
-        ways: tuple[tuple[Literal["mean", "sum"], str], ...] = (("mean", "Mean"), ("sum", "Sum"))
-        direct = call in _reached(starts, "Add")
-        reduction = next((way for way, name in ways if not direct and call in _reached(starts, "Add", name)), None)
-        adds = reduction is not None
-    return reduction, adds, _multiple(call, roots) if own else None
+        return reduction, added("Add", "Stack", "Sum", "Unsqueeze"), _multiple(call, roots)
+    ways: tuple[tuple[Literal["mean", "sum"], str], ...] = (("mean", "Mean"), ("sum", "Sum"))
+    reduction = None if added("Add") else next((way for way, name in ways if added("Add", name)), None)
+    return reduction, reduction is not None, None
 
 
-def _reached(starts: list[Any], *names: str) -> set[Any]:
-    """The nodes to which one comes, in one way, through nodes alone whose names begin like these."""
-    ends = lambda node: not name_of(node).startswith(names) or getattr(node, "_saved_alpha", 1) != 1  # noqa: E731
-    ways = Counter(starts)
-    for node in users_first(starts, ends):
-        for before in [] if ends(node) else inputs_of(node):
+def _is_added(call: Any, starts: list[Any], until: Callable[[Any], bool], *names: str) -> bool:
+    """Whether one comes to a node in one way, and through nodes alone whose names begin like these."""
+    other = lambda node: not name_of(node).startswith(names) or getattr(node, "_saved_alpha", 1) != 1  # noqa: E731
+    if not begins_with_one():
+        return False
+    ways, found = Counter(starts), users_first(starts, other)
+    for node in found:
+        for before in [] if other(node) else inputs_of(node):
             ways[before] += ways[node]
-    return {node for node, number in ways.items() if number == 1}
+    others = [node for node in found if node is not call and other(node)]
+    return ways[call] == 1 and call not in below(others, lambda node: node is call or until(node))
 
 
 def _multiple(call: Any, roots: list[Any]) -> Tensor | None:
-    """What the pass was called on, if there is nothing but products and quotients between."""
-    for node, _ in chain(node_of(roots[0])):
+    """The sum that the pass was called on, if there is nothing but products and quotients between."""
+    numbers = numbers_called_on()
+    alone = bool(numbers) and all(_is_multiple(node_of(root), call) for root in roots)
+    return reduce(torch.add, numbers) if alone else None
+
+
+def _is_multiple(start: Any, call: Any) -> bool:
+    for node, _ in chain(start):
         if node is call:
-            alone = len(roots) == 1 and isinstance(roots[0], Tensor) and roots[0].numel() == 1
-            return roots[0].detach() if alone else None
+            return True
         if not name_of(node).startswith(("Mul", "Div", "ToCopy", "View", "Clone", "Squeeze")):
-            return None
-    return None
+            return False
+    return False

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
-from torch import Tensor
-
 from curvature.model.graph_nodes import (
     CUTS,
     PICKS,
@@ -20,6 +18,7 @@ from curvature.model.graph_nodes import (
     cuts_columns,
     inputs_of,
     name_of,
+    node_of,
     only_moves,
     users_of,
 )
@@ -30,8 +29,12 @@ _LINEAR = ("Neg", "Sum", "Mean", "Gather", "NllLoss", "MaskedFill", "Index", "Wh
 _SUMS = ("Mul", "Div", "Neg", "Add", "Sub", "Rsub", "Sum", "Mean", "Stack", "Cat", "ToCopy", *SHAPES)
 #: Of those that make log probabilities, or the mean of a Poisson variable, or the logarithm of a normaliser.
 _CORES = ("LogSoftmax", "Exp", "BinaryCrossEntropyWithLogits", "Logsumexp", *(_BINARY := ("LogSigmoid", "Softplus")))
+#: The same by the family of the loss.
+_KINDS = (("LogSoftmax", "Logsumexp"), ("BinaryCrossEntropyWithLogits", *_BINARY), ("Exp",))
 #: Of losses that are none of an exponential family.
 _OTHERS = ("MultiMargin", "MultilabelMargin", "SoftMargin", "CtcLoss", "SmoothL1Loss", "HuberLoss", "MseLoss")
+#: Of those whose slopes are one where they are not zero.
+_UNIT = ("Abs", "Relu", "Clamp", "Max", "Min", "NanToNum")
 #: Of those that leave some numbers out.
 _PICKS = (*PICKS, "Where")
 #: Of those that add a constant.
@@ -64,25 +67,27 @@ class Way:
     picks: bool = False
 
 
-def way(root: Tensor, ends: Set[Any], known: Callable[[Any], bool], losses: bool = False) -> Way:
+def way(roots: Sequence[Any], ends: Set[Any], known: Callable[[Any], bool], losses: bool = False) -> Way:
     """Look at the way from what a backward pass was called on to an output.
 
     Args:
-        root: The former.
+        roots: The former, whose multiples are added up.
         ends: Nodes where the output ends.
         known: Whether a node is that of a loss whose value and weight will be told.
         losses: The ends give values of a loss, and no output.
     """
-    after = users_of(between([root], lambda node: node in ends or known(node)))
+    after = users_of(between(roots, lambda node: node in ends or known(node)))
     leads = set(above((end for end in ends if end in after), after))
     affine, weighted, scalars, divergence, others = True, False, 0, False, set[Any]()
     cores, linear = set[Any](), True
-    for node in leads - ends:
+    own = leads - ends
+    added = {before for start in (map(node_of, roots), *map(inputs_of, own)) for before in start} - leads
+    for besides in below(added, known):
+        others |= {besides} if known(besides) else set()
+        affine &= known(besides) or _adds_up(besides)  # else something else is added
+    for node in own:
         name, arguments = name_of(node), inputs_of(node)
-        for besides in below([before for before in arguments if before not in leads], known):
-            others |= {besides} if known(besides) else set()
-            affine &= known(besides) or _adds_up(besides)  # else something else is added
-        if name.startswith(_CORES):
+        if name.startswith(_CORES) and not losses:
             turned = name.startswith(_BINARY) and name_of(arguments[0]).startswith("Neg")  # the other class
             direct = only_moves(inputs_of(arguments[0])[0] if turned else arguments[0], ends)
             direct &= not any(map(_picks_columns, between(arguments, ends)))
@@ -100,12 +105,13 @@ def way(root: Tensor, ends: Set[Any], known: Callable[[Any], bool], losses: bool
             divergence |= entropy
             affine &= len(arguments) == 2 or entropy
         elif not name.startswith(_LINEAR) and not only_moves(node, {*arguments}):
-            affine = False
+            affine, weighted = False, weighted or not name.startswith(_UNIT)
     probable = any(name_of(node).startswith(_CORES[:1]) for node in leads)  # whose mean by torch is a quotient
     quotients = (n for n in leads if n.name() == "DivBackward0" and prod(n._input_metadata[0].shape) == 1)
     divided = scalars == 1 and probable and any(quotients)
     affine &= len(leads) > len(leads & ends) > 0
-    if any(node.name().startswith(_OTHERS) for node in leads - ends):
+    kinds = {kind for kind in _KINDS for node in cores if name_of(node).startswith(kind)}
+    if len(kinds) > 1 or any(node.name().startswith(_OTHERS) for node in leads - ends):
         affine, weighted = False, True
     if divergence:  # of one distribution, which a sum of several losses of an output is not
         logs = [node for node in leads - ends if name_of(node).startswith(_CORES[:1])]

@@ -25,16 +25,28 @@ def called_on() -> list[Any]:
     return [] if frame is None else list(frame.f_locals["t_outputs"])
 
 
-def scalar_called_on() -> Tensor | None:
-    """The one number that the innermost backward pass of this thread was called on, times what it began with."""
+def numbers_called_on() -> list[Tensor]:
+    """The numbers that the innermost backward pass of this thread was called on, times what it began with.
+
+    None where nobody can tell, or where one is no single number.
+    """
+    return [root.detach() if begin is None else root.detach() * begin.detach() for root, begin in _started()]
+
+
+def begins_with_one() -> bool:
+    """Whether the innermost backward pass of this thread was called on numbers, and begins with ones."""
+    started = _started()
+    return bool(started) and all(begin is None or bool(begin == 1) for _, begin in started)
+
+
+def _started() -> list[tuple[Tensor, Tensor | None]]:
     frame = _innermost(sys._getframe())
     if frame is None:
-        return None
+        return []
     roots, begins = frame.f_locals["t_outputs"], frame.f_locals["args"][0]
-    if len(roots) != 1 or not isinstance(roots[0], Tensor) or roots[0].numel() != 1:
-        return None
-    begin = begins[0] if begins else None
-    return roots[0].detach() if begin is None else roots[0].detach() * begin.detach()
+    if not all(isinstance(root, Tensor) and root.numel() == 1 for root in roots):
+        return []
+    return list(zip(roots, begins or [None] * len(roots), strict=True))
 
 
 def _innermost(frame: FrameType | None) -> FrameType | None:

@@ -115,18 +115,54 @@ def test_a_sum_that_is_added_to_itself_counts_twice(capture: str) -> None:
     torch.testing.assert_close(found, dense(lambda z: 2 * F.mse_loss(z, SHARES)), rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize(
-    ("loss_fn", "f"),
-    [(BCE, BINARY), (MSE, lambda z: F.mse_loss(z, SHARES)), (MSE, lambda z: F.mse_loss(z, SHARES) + z.abs().mean())],
-)
-def test_a_pass_that_is_called_on_a_loss_twice_is_refused(loss_fn: nn.Module, f: Function) -> None:
+ROOTS: dict[str, tuple[Callable[[Tensor], None], float]] = {
+    "twice": (lambda loss: torch.autograd.backward([loss, loss]), 2),
+    "and its view": (lambda loss: torch.autograd.backward([loss, loss.view(())]), 2),
+    "with shares": (
+        lambda loss: torch.autograd.backward([loss, loss], [loss.new_tensor(0.25), loss.new_tensor(0.5)]),
+        0.75,
+    ),
+    "with a factor": (lambda loss: loss.backward(loss.new_tensor(3.0)), 3),
+    "and a multiple": (lambda loss: (loss + 2 * loss).backward(), 3),
+    "and a copy": (lambda loss: (loss + loss.clone()).backward(), 2),
+    "stacked": (lambda loss: torch.stack([loss, 1.0 * loss]).sum().backward(), 2),
+}
+
+
+@pytest.mark.parametrize("roots", ROOTS)
+@pytest.mark.parametrize("name", ["function", "hard", "divergence", "binary", "counts", "squares"])
+def test_a_backward_pass_on_several_multiples_of_a_loss_counts_all_of_them(name: str, roots: str) -> None:
+    (loss_fn, f), (backward, weight) = (
+        (LABELS | {"squares": (MSE, lambda z: F.mse_loss(z, SHARES))})[name],
+        ROOTS[roots],
+    )
+
+    def minimised(model: nn.Module) -> list[Tensor]:
+        backward(f(model(X)))
+        return []
+
+    expected = dense(lambda z: weight * f(z))
+    torch.testing.assert_close(curvature_of(loss_fn, minimised), expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["function", "binary", "counts", "squares"])
+@pytest.mark.parametrize("outer", [torch.sqrt, torch.log, torch.exp, torch.square], ids=lambda outer: outer.__name__)
+def test_a_function_of_a_loss_whose_slope_nothing_tells_is_refused(
+    name: str, outer: Callable[[Tensor], Tensor]
+) -> None:
+    loss_fn, f = (LABELS | {"squares": (MSE, lambda z: F.mse_loss(z, SHARES))})[name]
+    with pytest.raises(TypeError, match="neither its gradient nor the way to it tells"):
+        curvature_of(loss_fn, lambda model: [outer(f(model(X)))])
+
+
+def test_a_pass_that_is_called_twice_on_a_sum_with_something_else_is_refused() -> None:
     def twice(model: nn.Module) -> list[Tensor]:
-        one = f(model(X))
+        one = F.mse_loss(z := model(X), SHARES) + z.abs().mean()
         torch.autograd.backward([one, one])
         return []
 
     with pytest.raises(TypeError, match="neither its gradient nor the way to it tells"):
-        curvature_of(loss_fn, twice)
+        curvature_of(MSE, twice)
 
 
 def test_a_sum_with_something_else_that_is_added_to_itself_is_refused() -> None:

@@ -325,6 +325,11 @@ def test_one_loss_with_smoothed_labels_by_function_is_a_plain_mean() -> None:
 
 def test_losses_by_function_whose_weight_nothing_tells_are_no_more_than_one_of_a_step() -> None:
     with pytest.raises(ValueError, match=r"do not tell the weight of each .* Call the loss module"):
+        trained(lambda z, f: (F.cross_entropy(z, torch.full_like(z, 1 / 3)) - 0.1).abs() + 0.1, "logits", MEAN, "exact")
+
+
+def test_a_function_of_log_probabilities_that_is_no_loss_with_labels_is_refused() -> None:
+    with pytest.raises(TypeError, match="neither its gradient nor the way to it tells"):
         trained(lambda z, f: -(z.softmax(1) * z.log_softmax(1)).sum(1).mean(), "logits", MEAN, "exact")
 
 
