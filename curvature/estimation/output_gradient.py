@@ -117,19 +117,31 @@ class OutputGradient:
         else:
             step.absolute = True
         if loss is not None and loss.zero_when_perfect:
-            origin.told = (weights * torch.where(terms.mask, terms.values().detach(), 0)).sum()
+            origin.told = _value(loss.loss_fn, terms, weights, gradient)
         counted = weights[terms.mask]
         if counted.numel() and bool(counted.max() - counted.min() <= torch.finfo(z.dtype).eps ** 0.5 * counted.max()):
             share = counted.mean()
             if form is None:
                 step.seen.append(torch.stack([share, terms.total.to(counted)]))
-            # One weight for all terms: the labels are those of the user's loss, so its value is known as well.
-            values = terms.values().detach() if loss is not None and loss.zero_when_perfect else None
-            value = terms.total if values is None else torch.where(terms.mask, values, 0).sum()
-            step.values.append(share * value.to(share))
+            value = share * terms.total if origin.told is None else origin.told
+            step.values.append(value.to(share))
             return terms, Weight(share)
         n, r, c = terms.shape
         return terms, Weight(None, terms.unrows(weights.reshape(n, r, 1).expand(n, r, c)))
+
+
+def _value(loss: nn.Module, terms: Terms, weights: Tensor, gradient: Tensor) -> Tensor:
+    r"""The value of a loss whose terms have these weights, and whose gradient arrived.
+
+    That of :math:`w (A(z) - t \cdot z)` differs from one with targets s by :math:`(G - w (\nabla A - s)) \cdot z`, if
+    :math:`G = w (\nabla A - t)` arrived: a cross-entropy may have several labels, as in mixup.
+    """
+    value = (weights * torch.where(terms.mask, terms.values().detach(), 0)).sum()
+    if not isinstance(loss, nn.CrossEntropyLoss) or loss.weight is not None:
+        return value
+    own = weights.reshape(terms.shape[:2]).unsqueeze(-1) * terms.rows(terms.gradient().detach())
+    other = terms.rows(gradient).to(own) - own
+    return value + (other * terms.rows(terms.output.detach())).sum()
 
 
 def _is_certain(terms: Terms, weights: Tensor) -> bool:

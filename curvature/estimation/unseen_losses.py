@@ -295,10 +295,10 @@ class UnseenLosses:
                 rest = rest.less((arrived * call.value).sum())
             elif node not in self._told:
                 raise NotYetTold
-            elif (told := self._told[node].told) is None:
+        for origin in {self._told[node] for node in found.others if node in self._told}:  # of several losses, maybe
+            if origin.told is None:
                 return None
-            else:
-                rest = rest.less(told)
+            rest = rest.less(origin.told)
         return rest
 
     @property

@@ -13,7 +13,7 @@ from curvature.estimation.step import Step, Weight
 from curvature.estimation.unseen_losses import FORMS
 from curvature.estimation.ways_to_losses import Way
 from curvature.estimation.weights_by_value import Rest, factor_by_value, factor_of_divergence, factor_of_squares
-from curvature.losses import Terms
+from curvature.losses import Terms, loss_for
 from curvature.model.graph_nodes import edges_of
 
 
@@ -37,14 +37,14 @@ def weight_by_graph(
     if square and (origin.beside or untold):
         raise not_told()
     if origin.beside:
-        return _by_value(step, origin, terms, gradient)
+        return _by_value(step, loss, origin, terms, gradient)
     if call is not None and not call.adds and square and call.root is not None:
         # From the value R = w (z - y)^2 and the gradient 2 w (z - y), with the weight w of every square.
         root = call.root.to(terms.total).reshape(())
         perfect = 1 / terms.total if call.reduction == "mean" else torch.ones_like(terms.total)
         weight = torch.where(root == 0, perfect, gradient.to(root).square().sum() / (4 * root))
     elif call is None or not call.adds:
-        return _by_value(step, origin, terms, gradient)
+        return _by_value(step, loss, origin, terms, gradient)
     elif call.share is not None:
         weight = torch.full_like(terms.total, call.share)
     else:
@@ -53,8 +53,10 @@ def weight_by_graph(
         weight = torch.ones_like(terms.total) if call.reduction == "sum" else 1 / total
         if not square:
             _confirm(origin, terms, gradient, weight)
+    value = gradient.square().sum() / (4 * weight) if square else _number(origin)
     if square and call.share is None:
-        origin.told = gradient.square().sum() / (4 * weight)
+        origin.told = value
+    _note_value(step, loss, terms, weight, value)
     if call.reduction == "sum" and (call.adds or getattr(loss, "reduction", "mean") == "sum"):
         step.add_sum(0, weight * terms.total)
     else:
@@ -89,13 +91,14 @@ def _confirm(origin: Pass, terms: Terms, gradient: Tensor, weight: Tensor) -> No
         raise not_told()
 
 
-def _by_value(step: Step, origin: Pass, terms: Terms, gradient: Tensor) -> Weight:
+def _by_value(step: Step, loss: nn.Module | None, origin: Pass, terms: Terms, gradient: Tensor) -> Weight:
     """The weight of a loss in natural parameters by its value; a plain mean where nothing tells, or is multiplied."""
     seen, rest = _seen(origin)
     factor = None if seen is None or rest is None or not seen.affine else _factor(seen, terms, gradient, rest)
     if factor is not None:
         step.absolute = True
         step.signs.append(torch.stack([factor < 0, factor > 0]))
+        _note_value(step, loss, terms, factor, _number(origin))
         step.seen.append(torch.stack([factor.abs(), terms.total.to(factor)]))
         return Weight(factor.abs())
     if origin.beside or (seen is not None and (seen.weighted or seen.others)):
@@ -107,6 +110,19 @@ def _by_value(step: Step, origin: Pass, terms: Terms, gradient: Tensor) -> Weigh
 def _seen(origin: Pass) -> tuple[Way | None, Rest | None]:
     """The way to a pass, and the number; where it is repeated, after the backward passes, both are known."""
     return (origin.way, origin.rest) if origin.looks is None else origin.looks()
+
+
+def _number(origin: Pass) -> Tensor | None:
+    """The value of a loss with its weight, where the way shows nothing else in what is left of the sum."""
+    seen, rest = _seen(origin)
+    return None if seen is None or rest is None or not seen.affine else rest.value
+
+
+def _note_value(step: Step, loss: nn.Module | None, terms: Terms, weight: Tensor, value: Tensor | None) -> None:
+    """Note the value of a loss with its weight, or the weight of its terms if its zero is no perfect one."""
+    if value is not None and loss is not None:
+        perfect = loss_for(loss).zero_when_perfect
+        step.values.append((value.abs() if perfect else weight.abs() * terms.total).to(terms.total))
 
 
 def _factor(seen: Way, terms: Terms, gradient: Tensor, rest: Rest) -> Tensor | None:
@@ -121,6 +137,7 @@ def weight_of_form(step: Step, loss: nn.Module | None, origin: Pass, terms: Term
     """
     if origin.share is not None:
         share = torch.full_like(terms.total, origin.share)
+        _note_value(step, nn.MSELoss(), terms, share, gradient.square().sum() / (4 * share))
         enter(step, loss, share * terms.total)
         return Weight(share)
     seen, rest = _seen(origin)
@@ -137,6 +154,7 @@ def weight_of_form(step: Step, loss: nn.Module | None, origin: Pass, terms: Term
     if factor is None:
         raise Untold
     factor = factor.to(terms.total)
+    _note_value(step, None if origin.form is None else origin.form(), terms, factor, rest.value)
     enter(step, loss, factor.abs() * terms.total)
     step.signs.append(torch.stack([factor < 0, factor > 0]))
     return Weight(factor.abs())

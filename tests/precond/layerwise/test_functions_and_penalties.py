@@ -115,6 +115,31 @@ def test_a_sum_that_is_added_to_itself_counts_twice(capture: str) -> None:
     torch.testing.assert_close(found, dense(lambda z: 2 * F.mse_loss(z, SHARES)), rtol=1e-9, atol=1e-11)
 
 
+MIXED: dict[str, Function] = {
+    "two labels": lambda z: 0.3 * F.cross_entropy(z, Y) + 0.7 * F.cross_entropy(z, Y.flip(0)),
+    "three labels": lambda z: (
+        (F.cross_entropy(z, Y) + F.cross_entropy(z, Y.flip(0)) + F.cross_entropy(z, Y.roll(1))) / 3
+    ),
+    "one label in parts": lambda z: 0.3 * F.cross_entropy(z, Y) + 0.7 * F.cross_entropy(z, Y),
+}
+SECOND: dict[str, Function] = {
+    "squares": lambda z: F.mse_loss(z, TARGET[:5]),
+    "soft labels": lambda z: F.cross_entropy(z, FEW),
+    "divergence": lambda z: F.kl_div(z.log_softmax(1), FEW, reduction="batchmean"),
+    "binary": lambda z: F.binary_cross_entropy_with_logits(z, FEW),
+}
+
+
+@pytest.mark.parametrize("second", SECOND)
+@pytest.mark.parametrize("first", MIXED)
+def test_mixed_labels_by_function_leave_the_rest_of_the_sum_to_another_pass(first: str, second: str) -> None:
+    """Each loss has told its part once, however many functions it consists of."""
+    one, other = MIXED[first], SECOND[second]
+    found = curvature_of(CE, lambda model: [one(model(X)) + 0.3 * other(model(U))])
+    expected = dense(one) + dense(lambda z: 0.3 * other(z), x=U)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+
 ROOTS: dict[str, tuple[Callable[[Tensor], None], float]] = {
     "twice": (lambda loss: torch.autograd.backward([loss, loss]), 2),
     "and its view": (lambda loss: torch.autograd.backward([loss, loss.view(())]), 2),

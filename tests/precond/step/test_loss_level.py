@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -25,6 +27,7 @@ from precond import (
     SOAP,
     TNT,
     LevenbergMarquardt,
+    Loop,
     LossDamping,
     NaturalGradient,
     Newton,
@@ -108,11 +111,9 @@ def functional(model: nn.Module, loss_fn: Any, x: Tensor, y: Tensor, own: bool, 
         if own:
             loss = loss_fn(z, ys)
         elif isinstance(loss_fn, nn.CrossEntropyLoss):
-            loss = torch.nn.functional.cross_entropy(
-                z, ys, loss_fn.weight, ignore_index=-1, reduction=loss_fn.reduction
-            )
+            loss = F.cross_entropy(z, ys, loss_fn.weight, ignore_index=-1, reduction=loss_fn.reduction)
         else:
-            loss = torch.nn.functional.binary_cross_entropy_with_logits(z, ys, reduction=loss_fn.reduction)
+            loss = F.binary_cross_entropy_with_logits(z, ys, reduction=loss_fn.reduction)
         (loss if loss_fn.reduction == "sum" else loss / parts).backward()
 
 
@@ -130,7 +131,7 @@ def test_a_function_after_the_model_is_the_same_run_as_the_module(make: Any, par
         x, _ = data(k)
         labels = torch.randint(3, (len(x),), generator=torch.Generator().manual_seed(k))
         if what == "binary":
-            return x, torch.nn.functional.one_hot(labels, 3).to(x.dtype)
+            return x, F.one_hot(labels, 3).to(x.dtype)
         return x, torch.where(torch.arange(len(x)) % 5 == 0, -1, labels)
 
     runs = [
@@ -138,6 +139,42 @@ def test_a_function_after_the_model_is_the_same_run_as_the_module(make: Any, par
         for own in (True, False)
     ]
     torch.testing.assert_close(*runs, rtol=1e-11, atol=1e-13)
+
+
+#: Losses by function with targets that no gradient shows, by their modules.
+TOLD: dict[str, tuple[Any, Callable[..., Tensor]]] = {
+    "squares": (nn.MSELoss(), F.mse_loss),
+    "squares by hand": (nn.MSELoss(), lambda z, t: (z - t).square().mean()),
+    "soft labels": (nn.CrossEntropyLoss(), lambda z, t: F.cross_entropy(z, t.softmax(1))),
+    "mixed labels": (
+        nn.CrossEntropyLoss(),
+        lambda z, t: 0.3 * F.cross_entropy(z, t.argmax(1)) + 0.7 * F.cross_entropy(z, t.argmin(1)),
+    ),
+    "shares": (nn.BCEWithLogitsLoss(), lambda z, t: F.binary_cross_entropy_with_logits(z, t.sigmoid())),
+}
+TARGETS: dict[str, Callable[[Tensor], Tensor]] = {
+    "soft labels": lambda t: t.softmax(1),
+    "mixed labels": lambda t: 0.3 * F.one_hot(t.argmax(1), 3).double() + 0.7 * F.one_hot(t.argmin(1), 3).double(),
+    "shares": torch.sigmoid,
+}
+
+
+@pytest.mark.parametrize("make", [*FOLLOWING, partial(KFAC, loop=Loop(capture="shadow"))])
+@pytest.mark.parametrize("factor", [1.0, 1e4])
+@pytest.mark.parametrize("name", TOLD)
+def test_a_function_whose_value_tells_it_is_the_same_run_as_the_module(name: str, factor: float, make: Any) -> None:
+    """So is its loss, which damping and bound follow."""
+    loss_fn, function = TOLD[name]
+
+    def module(model: nn.Module, given: Any, x: Tensor, y: Tensor) -> None:
+        (factor * given(model(x), TARGETS.get(name, lambda t: t)(y))).backward()
+
+    def by_function(model: nn.Module, given: Any, x: Tensor, y: Tensor) -> None:
+        (factor * function(model(x), y)).backward()
+
+    batches = lambda k: (data(k)[0], data(k)[0][:, :3].cos())  # noqa: E731
+    runs = [trained(make, loss_fn, loop, batches) for loop in (module, by_function)]
+    torch.testing.assert_close(*runs, rtol=1e-7, atol=1e-9)  # the weight is a quotient of numbers
 
 
 def test_the_level_is_that_of_the_formula() -> None:
