@@ -119,12 +119,11 @@ class OutputGradient:
         if loss is not None and loss.zero_when_perfect:
             origin.told = _value(loss.loss_fn, terms, weights, gradient)
         counted = weights[terms.mask]
+        step.values.append((counted.sum() if origin.told is None else origin.told).to(terms.total))
         if counted.numel() and bool(counted.max() - counted.min() <= torch.finfo(z.dtype).eps ** 0.5 * counted.max()):
             share = counted.mean()
             if form is None:
                 step.seen.append(torch.stack([share, terms.total.to(counted)]))
-            value = share * terms.total if origin.told is None else origin.told
-            step.values.append(value.to(share))
             return terms, Weight(share)
         n, r, c = terms.shape
         return terms, Weight(None, terms.unrows(weights.reshape(n, r, 1).expand(n, r, c)))

@@ -177,6 +177,20 @@ def test_a_function_whose_value_tells_it_is_the_same_run_as_the_module(name: str
     torch.testing.assert_close(*runs, rtol=1e-7, atol=1e-9)  # the weight is a quotient of numbers
 
 
+@pytest.mark.parametrize("make", FOLLOWING)
+def test_weights_of_examples_by_function_are_the_same_run_as_by_the_module(make: Any) -> None:
+    weights = 1e4 * torch.arange(1.0, 25.0).double()
+
+    def loop(of: Callable[..., Tensor] | None) -> Callable[..., None]:
+        each = lambda given: of or given  # noqa: E731
+        return lambda model, given, x, y: (each(given)(model(x), y) * weights).mean().backward()
+
+    loss_fn = nn.CrossEntropyLoss(reduction="none")
+    function = partial(F.cross_entropy, reduction="none")
+    runs = [trained(make, loss_fn, loop(of), data) for of in (None, function)]
+    torch.testing.assert_close(*runs, rtol=1e-9, atol=1e-11)
+
+
 def test_the_level_is_that_of_the_formula() -> None:
     values = [3.0, 2.0, 50.0, 1e9, 0.5, None, None, float("inf"), 0.1, None, 0.0, 0.2, 7.0, None]
     like, saved, level, latest = torch.zeros((), dtype=torch.float64), {}, 0.0, 0.0
