@@ -105,7 +105,8 @@ def way(roots: Sequence[Any], ends: Set[Any], known: Callable[[Any], bool], loss
             divergence |= entropy
             affine &= len(arguments) == 2 or entropy
         elif not name.startswith(_LINEAR) and not only_moves(node, {*arguments}):
-            affine, weighted = False, weighted or not name.startswith(_UNIT)
+            several = any(len(leads & {*inputs_of(other)}) > 1 for other in own)  # the loss is added to itself
+            affine, weighted = False, weighted or several or not name.startswith(_UNIT)
     probable = any(name_of(node).startswith(_CORES[:1]) for node in leads)  # whose mean by torch is a quotient
     quotients = (n for n in leads if n.name() == "DivBackward0" and prod(n._input_metadata[0].shape) == 1)
     divided = scalars == 1 and probable and any(quotients)

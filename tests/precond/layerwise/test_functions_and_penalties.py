@@ -140,6 +140,10 @@ def test_mixed_labels_by_function_leave_the_rest_of_the_sum_to_another_pass(firs
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
 
 
+def with_its_size(loss: Tensor) -> Tensor:
+    return loss + loss.abs()
+
+
 ROOTS: dict[str, tuple[Callable[[Tensor], None], float]] = {
     "twice": (lambda loss: torch.autograd.backward([loss, loss]), 2),
     "and its view": (lambda loss: torch.autograd.backward([loss, loss.view(())]), 2),
@@ -171,7 +175,9 @@ def test_a_backward_pass_on_several_multiples_of_a_loss_counts_all_of_them(name:
 
 
 @pytest.mark.parametrize("name", ["function", "binary", "counts", "squares"])
-@pytest.mark.parametrize("outer", [torch.sqrt, torch.log, torch.exp, torch.square], ids=lambda outer: outer.__name__)
+@pytest.mark.parametrize(
+    "outer", [torch.sqrt, torch.log, torch.exp, torch.square, with_its_size], ids=lambda f: f.__name__
+)
 def test_a_function_of_a_loss_whose_slope_nothing_tells_is_refused(
     name: str, outer: Callable[[Tensor], Tensor]
 ) -> None:
