@@ -1,7 +1,7 @@
 """Which entries are reached of the factors of a matrix product, or of what is multiplied by a mask.
 
-What a constant factor is zero for is left out; of the values that weights sum up which the model computes, as those of
-attention, a signal alone tells.
+What a constant factor is zero for is left out, and what a constant mask hides from an attention; of other values that
+weights sum up which the model computes a signal alone tells.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvature.estimation.reached_by_attention import attended_rows, weighted_rows
 from curvature.estimation.reached_by_moves import along, spread
 from curvature.model.graph_nodes import origin_of_moves
 
@@ -58,7 +59,7 @@ def _of_product(factors: tuple[str, str], first: int) -> Callable[..., Tensor | 
         if child is None:
             return _by_constant(getattr(node, other), left, after, shape)
         if after is None:
-            return None
+            return None if left else weighted_rows(getattr(node, other), child)
         if left:  # of rows, the queries
             return along(after, -1)
         if _is_leaf(child):
@@ -117,7 +118,7 @@ def _dot(node: Any, which: int, after: Tensor | None, shape: Sequence[int]) -> T
 def _looks(node: Any, which: int, after: Tensor | None, shape: Sequence[int]) -> Tensor | None:
     """Attention: rows of queries as they are."""
     if after is None:
-        return None
+        return attended_rows(node) if which in (1, 2) else None
     return along(after, -1) if which == 0 else after.new_zeros([1] * len(shape))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvature.estimation.reached_by_attention import SOFTMAX, unhidden_columns
 from curvature.estimation.reached_by_moves import MOVES, along, spread
 from curvature.estimation.reached_by_products import PRODUCTS, one_factor
 from curvature.model.graph_nodes import Ends, asking, name_of, signed, users_first
@@ -92,8 +93,8 @@ def reached_entries(
     """What of each tensor in a graph reaches a result of its last node, by node and number; ``None``: all, or unknown.
 
     Tensors that are not in the result lead nowhere. Read are what picks or moves entries, constant masks with one
-    number for each row of the last axis, and constant matrices. What a value decides (a unit that is off, the weights
-    that attention gives) leaves nothing out, but the place of a maximum does, which is an index.
+    number for each row of the last axis, those of attention, and constant matrices. What a value decides (a unit that
+    is off, the weights that attention gives) leaves nothing out, but the place of a maximum does, which is an index.
 
     Args:
         last: The node.
@@ -140,6 +141,8 @@ def _through(node: Any, which: int, given: dict[int, Reach | None], shape: Seque
             return PRODUCTS[name](node, which, after, shape)
         if name in _RUN or (name in _SPREADING and after is not None):
             return _run(node, which, after, shape)
+        if after is None and name in SOFTMAX:
+            return unhidden_columns(node)
         after = one_factor(node, name, which, after)
         if after is None:
             return None
