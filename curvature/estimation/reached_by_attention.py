@@ -74,15 +74,15 @@ def attended_rows(node: Any) -> Tensor | None:
 
 
 def _masked(node: Any) -> bool:
-    """Whether a constant was filled in or added right before, as masks are."""
+    """Whether a constant was filled in or added before, as masks are; scales and learned biases may follow it."""
+    nodes = [node]
     for _ in range(_FEW):
-        if node is None:
+        if not nodes:
             return False
-        kind = name_of(node).partition("Backward")[0]
-        children = [child for child, _ in node.next_functions]
+        children = [child for child, _ in nodes[0].next_functions]
+        kind = name_of(nodes.pop(0)).partition("Backward")[0]
         if kind in ("MaskedFill", "Where") or (kind in ("Add", "Baddbmm") and None in children):
             return True
-        if len(children) != 1 or kind not in _BETWEEN:
-            return False
-        node = children[0]
+        if kind in _BETWEEN or kind == "Add":
+            nodes += [child for child in children if child is not None]
     return False
