@@ -319,6 +319,6 @@ class WholeFisher(Curvature):
 
     def estimator(self, block: Block, form: Form) -> CurvatureEstimator:
         raise TypeError(
-            "WholeFisher spans all blocks and serves NaturalGradient(structure='full') and SMWNaturalGradient; for one "
-            "block at a time use LayerFisher or GramFisher."
+            "WholeFisher spans all blocks and serves NaturalGradient(structure='dense') and SMWNaturalGradient; for "
+            "one block at a time use LayerFisher or GramFisher."
         )
