@@ -79,10 +79,22 @@ def _masked(node: Any) -> bool:
     for _ in range(_FEW):
         if not nodes:
             return False
-        children = [child for child, _ in nodes[0].next_functions]
-        kind = name_of(nodes.pop(0)).partition("Backward")[0]
-        if kind in ("MaskedFill", "Where") or (kind in ("Add", "Baddbmm") and None in children):
+        node = nodes.pop(0)
+        children = [child for child, _ in node.next_functions]
+        kind = name_of(node).partition("Backward")[0]
+        if kind in ("MaskedFill", "Where"):
+            return _hides(node, kind)
+        if kind in ("Add", "Baddbmm") and None in children:
             return True
         if kind in _BETWEEN or kind == "Add":
             nodes += [child for child in children if child is not None]
     return False
+
+
+def _hides(node: Any, kind: str) -> bool:
+    """Whether a mask may hide a column from all rows, which a causal one does not: it is smaller than the weights."""
+    if kind == "MaskedFill":
+        hidden: Tensor = node._saved_mask
+    else:
+        hidden = node._saved_condition if node.next_functions[0][0] is None else ~node._saved_condition
+    return hidden.dim() < 2 or bool(hidden.all(-2).any())

@@ -45,6 +45,7 @@ LOOKS: dict[str, Look] = {
     "formula": by_formula,
     "masked_fill": lambda q, k, v, mask: (q @ k.mT).masked_fill(~mask, float("-inf")).softmax(-1) @ v,
     "where": lambda q, k, v, mask: torch.where(mask, q @ k.mT, -1e30).softmax(-1) @ v,
+    "where, turned": lambda q, k, v, mask: torch.where(~mask, -1e30, q @ k.mT).softmax(-1) @ v,
     "sum, dropout": lambda q, k, v, mask: F.dropout((q @ k.mT + low(mask)).softmax(-1), 1e-12) @ v,
     "scaled": lambda q, k, v, mask: ((q @ k.mT).masked_fill(~mask, float("-inf")) / 2).softmax(-1) @ v,
     "learned sum": lambda q, k, v, mask: ((q @ k.mT).masked_fill(~mask, -1e30) + q.sum(-1, True)).softmax(-1) @ v,
