@@ -53,7 +53,7 @@ def weight_by_graph(
         weight = torch.ones_like(terms.total) if call.reduction == "sum" else 1 / total
         if not square:
             _confirm(origin, terms, gradient, weight)
-    value = gradient.square().sum() / (4 * weight) if square else _number(origin)
+    value = _of_squares(gradient, weight) if square else _number(origin)
     if square and call.share is None:
         origin.told = value
     _note_value(step, loss, terms, weight, value)
@@ -118,6 +118,11 @@ def _number(origin: Pass) -> Tensor | None:
     return None if seen is None or rest is None or not seen.affine else rest.value
 
 
+def _of_squares(gradient: Tensor, weight: Tensor) -> Tensor:
+    """The sum ``w sum (z - y)^2`` from its gradient ``2 w (z - y)``."""
+    return torch.where(weight == 0, 0, gradient.square().sum() / (4 * weight))
+
+
 def _note_value(step: Step, loss: nn.Module | None, terms: Terms, weight: Tensor, value: Tensor | None) -> None:
     """Note the value of a loss with its weight, or the weight of its terms if its zero is no perfect one."""
     if value is not None and loss is not None:
@@ -137,7 +142,7 @@ def weight_of_form(step: Step, loss: nn.Module | None, origin: Pass, terms: Term
     """
     if origin.share is not None:
         share = torch.full_like(terms.total, origin.share)
-        _note_value(step, nn.MSELoss(), terms, share, gradient.square().sum() / (4 * share))
+        _note_value(step, nn.MSELoss(), terms, share, _of_squares(gradient, share))
         enter(step, loss, share * terms.total)
         return Weight(share)
     seen, rest = _seen(origin)

@@ -191,6 +191,15 @@ def test_weights_of_examples_by_function_are_the_same_run_as_by_the_module(make:
     torch.testing.assert_close(*runs, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("make", FOLLOWING)
+def test_a_function_of_weight_zero_is_no_level_that_is_not_a_number(make: Any) -> None:
+    def loop(model: nn.Module, given: Any, x: Tensor, y: Tensor) -> None:
+        (given(z := model(x), y) + 0.0 * (z - 1).square().mean()).backward()
+
+    runs = [trained(make, nn.CrossEntropyLoss(), run, data) for run in (plain, loop)]
+    torch.testing.assert_close(*runs, rtol=1e-11, atol=1e-13)
+
+
 def test_the_level_is_that_of_the_formula() -> None:
     values = [3.0, 2.0, 50.0, 1e9, 0.5, None, None, float("inf"), 0.1, None, 0.0, 0.2, 7.0, None]
     like, saved, level, latest = torch.zeros((), dtype=torch.float64), {}, 0.0, 0.0
