@@ -336,7 +336,8 @@ class LayerOptimizer(WithoutCurvature):
             self._reported.add(name)
             warnings.warn(
                 f"{type(self).__name__}: {name} has a gradient but no curvature yet, because no recorded forward pass "
-                "used it. It is trained with its plain gradient until one does.",
+                "used it (calls of the model are recorded, of its parts alone none). It is trained with its plain "
+                "gradient until one does.",
                 UserWarning,
                 stacklevel=5,
             )
