@@ -275,11 +275,14 @@ def watched(loss_fn: Any, what: str, where: str) -> Loss:
 
 
 def module_called(loss_fn: Any) -> nn.Module | None:
-    """The module whose calls a training loop shows, whether it calls a :class:`Loss` or the module inside."""
-    inner = loss_fn.loss_fn if isinstance(loss_fn, Loss) else None
+    """The module whose calls a training loop shows, whether it calls a :class:`Loss` or the module inside.
+
+    Of one of PyTorch's functional losses it is the module of its kind, which no loop calls.
+    """
+    inner = loss_fn.loss_fn if isinstance(loss_fn, Loss) else loss_fn
     if isinstance(inner, nn.Module):
         return inner
-    return loss_fn if isinstance(loss_fn, nn.Module) else None
+    return loss_fn if isinstance(loss_fn, nn.Module) else _module_of(loss_fn)
 
 
 def _module_of(function: Any) -> nn.Module | None:

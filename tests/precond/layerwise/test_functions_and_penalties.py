@@ -140,6 +140,15 @@ def test_mixed_labels_by_function_leave_the_rest_of_the_sum_to_another_pass(firs
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("weight", [1.0, 0.3])
+@pytest.mark.parametrize("given", [F.mse_loss, nn.MSELoss()], ids=["function", "module"])
+def test_a_function_that_the_optimizer_is_given_stands_for_its_module(given: Any, weight: float) -> None:
+    for called in (F.mse_loss, MSE):
+        f = lambda z, called=called: weight * called(z, TARGET)  # noqa: E731
+        found = curvature_of(given, lambda model, f=f: [f(model(X))])
+        torch.testing.assert_close(found, dense(f), rtol=1e-9, atol=1e-11)
+
+
 def with_its_size(loss: Tensor) -> Tensor:
     return loss + loss.abs()
 

@@ -178,6 +178,21 @@ def test_a_function_whose_value_tells_it_is_the_same_run_as_the_module(name: str
 
 
 @pytest.mark.parametrize("make", FOLLOWING)
+@pytest.mark.parametrize("options", [{}, {"reduction": "sum"}], ids=["mean", "sum"])
+@pytest.mark.parametrize(
+    ("module", "function"),
+    [(nn.MSELoss, F.mse_loss), (nn.CrossEntropyLoss, F.cross_entropy)],
+    ids=["squares", "labels"],
+)
+def test_an_optimizer_that_is_given_a_function_runs_as_with_its_module(
+    module: Any, function: Any, options: dict[str, str], make: Any
+) -> None:
+    batches = (lambda k: (data(k)[0], 300 * data(k)[0][:, :3].cos())) if module is nn.MSELoss else data
+    runs = [trained(make, given, plain, batches) for given in (module(**options), partial(function, **options))]
+    torch.testing.assert_close(*runs, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("make", FOLLOWING)
 def test_weights_of_examples_by_function_are_the_same_run_as_by_the_module(make: Any) -> None:
     weights = 1e4 * torch.arange(1.0, 25.0).double()
 
