@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvature.model.graph_nodes import name_of
+from curvature.model.graph_nodes import kept, name_of
 
 #: Names of nodes.
 SOFTMAX = ("Softmax", "SafeSoftmax")
@@ -33,7 +33,7 @@ def unhidden_columns(node: Any) -> Tensor | None:
     Returns:
         True where a column counts; ``None`` if all do, or where nothing is masked.
     """
-    result: Tensor = node._saved_result
+    result: Tensor = kept(node, "_saved_result")
     last = node._saved_dim in (result.dim() - 1, 2**64 - 1, -1)
     if result.dim() < 3 or not last or not _masked(node.next_functions[0][0]):
         return None
@@ -64,8 +64,8 @@ def weighted_rows(weights: Tensor | None, node: Any) -> Tensor | None:
 
 def attended_rows(node: Any) -> Tensor | None:
     """Rows of keys and values ``(n or 1, 1, s, 1)`` that the mask of an attention kernel leaves; ``None`` for all."""
-    mask = getattr(node, "_saved_attn_mask", None)
-    mask = getattr(node, "_saved_attn_bias", None) if mask is None else mask
+    found = (kept(node, name) for name in ("_saved_attn_mask", "_saved_attn_bias") if hasattr(type(node), name))
+    mask = next((one for one in found if one is not None), None)
     if mask is None or not 2 <= mask.dim() <= 4:
         return None
     shown = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
@@ -94,7 +94,8 @@ def _masked(node: Any) -> bool:
 def _hides(node: Any, kind: str) -> bool:
     """Whether a mask may hide a column from all rows, which a causal one does not: it is smaller than the weights."""
     if kind == "MaskedFill":
-        hidden: Tensor = node._saved_mask
+        hidden: Tensor = kept(node, "_saved_mask")
     else:
-        hidden = node._saved_condition if node.next_functions[0][0] is None else ~node._saved_condition
+        shown = kept(node, "_saved_condition")
+        hidden = shown if node.next_functions[0][0] is None else ~shown
     return hidden.dim() < 2 or bool(hidden.all(-2).any())

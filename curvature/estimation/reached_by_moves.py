@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvature.model.graph_nodes import signed
+from curvature.model.graph_nodes import kept, signed
 
 Given = dict[int, Tensor | None]
 
@@ -225,7 +225,7 @@ def _indexed(node: Any, which: int, given: Given, shape: Sequence[int]) -> Tenso
 def _selected(node: Any, which: int, given: Given, shape: Sequence[int]) -> Tensor | None:
     if which:
         return None
-    after, axis, index = given[0], _axis(node, len(shape)), node._saved_index.flatten()
+    after, axis, index = given[0], _axis(node, len(shape)), kept(node, "_saved_index").flatten()
     size = [1] * len(shape) if after is None else list(after.shape)
     size[axis] = len(index)
     after = torch.ones(size, device=index.device) if after is None else after.to(index.device).expand(size)
@@ -259,12 +259,12 @@ def _extreme(node: Any, which: int, given: Given, shape: Sequence[int]) -> Tenso
     dims = getattr(node, "_saved_dim", None)
     if dims is None:
         return None
-    result, after = node._saved_result, given[0]
+    result, after = kept(node, "_saved_result"), given[0]
     if result.dim() < len(shape):
         for axis in sorted(signed(d) % len(shape) for d in dims or range(len(shape))):
             result = result.unsqueeze(axis)
             after = after if after is None else after.unsqueeze(axis)
-    found = node._saved_self == result
+    found = kept(node, "_saved_self") == result
     return found if after is None else found & after
 
 
@@ -278,7 +278,7 @@ def _gated(node: Any, which: int, given: Given, shape: Sequence[int]) -> Tensor 
 
 def _masked(node: Any, which: int, given: Given, shape: Sequence[int]) -> Tensor | None:
     """The entries that a mask picks, as one row."""
-    mask, after = node._saved_mask, given[0]
+    mask, after = kept(node, "_saved_mask"), given[0]
     if after is None:
         return mask[(None,) * (len(shape) - mask.dim())] if mask.dim() <= len(shape) else None
     full = mask.expand(tuple(shape))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from curvature.estimation.reached_by_attention import attended_rows, weighted_rows
 from curvature.estimation.reached_by_moves import along, spread
-from curvature.model.graph_nodes import origin_of_moves
+from curvature.model.graph_nodes import kept, origin_of_moves
 
 
 def one_factor(node: Any, name: str, which: int, after: Tensor | None) -> Tensor | None:
@@ -41,10 +41,11 @@ def one_factor(node: Any, name: str, which: int, after: Tensor | None) -> Tensor
 def _factor(node: Any, name: str, which: int) -> Tensor | None:
     """A tensor that is zero where one of those that a node gets is dropped."""
     if name == "MaskedFill":
-        return None if which else ~node._saved_mask
+        return None if which else ~kept(node, "_saved_mask")
     if name == "Where":
-        return ~node._saved_condition if which else node._saved_condition
-    found = node._saved_self if which else node._saved_other
+        shown: Tensor = kept(node, "_saved_condition")
+        return ~shown if which else shown
+    found = kept(node, "_saved_self" if which else "_saved_other")
     return found if isinstance(found, Tensor) else None
 
 
@@ -57,9 +58,9 @@ def _of_product(factors: tuple[str, str], first: int) -> Callable[..., Tensor | 
         left = which == first
         other, (child, _) = factors[left], node.next_functions[first + left]
         if child is None:
-            return _by_constant(getattr(node, other), left, after, shape)
+            return _by_constant(kept(node, other), left, after, shape)
         if after is None:
-            return None if left else weighted_rows(getattr(node, other), child)
+            return None if left else weighted_rows(kept(node, other), child)
         if left:  # of rows, the queries
             return along(after, -1)
         if _is_leaf(child):
@@ -99,19 +100,20 @@ def _vector(node: Any, which: int, after: Tensor | None, shape: Sequence[int]) -
     rows = None if after is None else after.unsqueeze(-1)
     if node.next_functions[1][0] is not None:
         return rows
-    used = (node._saved_vec != 0).unsqueeze(0)
+    used = (kept(node, "_saved_vec") != 0).unsqueeze(0)
     return used if rows is None else rows & used
 
 
 def _second(node: Any) -> Tensor:
-    return node._saved_tensor if hasattr(node, "_saved_tensor") else node._saved_other
+    found: Tensor = kept(node, "_saved_tensor" if hasattr(type(node), "_saved_tensor") else "_saved_other")
+    return found
 
 
 def _dot(node: Any, which: int, after: Tensor | None, shape: Sequence[int]) -> Tensor | None:
     """Two vectors."""
     if node.next_functions[1 - which][0] is not None:
         return None if after is None else after.reshape(1)
-    used = (node._saved_self if which else _second(node)) != 0
+    used = (kept(node, "_saved_self") if which else _second(node)) != 0
     return used if after is None else used & after
 
 

@@ -154,6 +154,18 @@ def name_of(node: Any) -> str:
     return "" if is_custom(type(node)) else str(node.name())
 
 
+def kept(node: Any, name: str) -> Any:
+    """What a node has saved under a name.
+
+    Raises:
+        RuntimeError: If hooks have to bring it back: a checkpoint does so once in a backward pass, for the node itself.
+    """
+    raw = getattr(node, f"_raw{name}", None)
+    if raw is not None and not isinstance(raw, (list, tuple)) and raw.unpack_hook is not None:
+        raise RuntimeError("what was saved is not here")
+    return getattr(node, name)
+
+
 def signed(number: int) -> int:
     """What a node has saved without a sign."""
     return number - (1 << 64) if number >> 63 else number

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 import curvature
 from precond import KFAC
@@ -130,3 +131,20 @@ def test_keys_whose_weights_vanish_by_their_values_count() -> None:
     rows = inputs[0][0].flatten(0, 1)
     A = block.factors[1].to_dense()[:-1, :-1]
     torch.testing.assert_close(A, rows.T @ rows / len(rows))
+
+
+@pytest.mark.parametrize("name", LOOKS)
+def test_a_checkpoint_is_computed_again_for_the_users_pass_alone(name: str) -> None:
+    """What it has saved can be asked for once."""
+    torch.manual_seed(0)
+    model, loss_fn = Reader(LOOKS[name]).double(), nn.CrossEntropyLoss()
+    (inputs, _), y = padded_and_not()
+    loss_fn(model(*inputs).flatten(0, 1), y.flatten()).backward()
+    expected = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    optimizer = KFAC(model, loss_fn, lr=0.0, fisher="exact", sharing="expand")
+    plain = model.look
+    model.look = lambda *given: checkpoint(plain, *given, use_reentrant=False)
+    optimizer.zero_grad()
+    loss_fn(model(*inputs).flatten(0, 1), y.flatten()).backward()
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), expected, strict=True) if p.grad is not None)
+    optimizer.step()
