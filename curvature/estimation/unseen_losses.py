@@ -18,7 +18,7 @@ from curvature.estimation.called_functions import calls_beside
 from curvature.estimation.passes import Pass, TapedLoss, UnseenLoss
 from curvature.estimation.reached_entries import reached_entries
 from curvature.estimation.squares_by_hand import square_of, squares, tells_no_value
-from curvature.estimation.ways_to_losses import Way, at_temperatures, soft_labels, way
+from curvature.estimation.ways_to_losses import OTHERS, Way, at_temperatures, soft_labels, way
 from curvature.estimation.weights_by_value import Rest
 from curvature.model.backward_under_way import begins_with_one, called_on, numbers_called_on
 from curvature.model.data import inspection
@@ -46,7 +46,7 @@ _NODES: dict[type[nn.Module], str] = {
     nn.HuberLoss: "HuberLoss",
 }
 #: The same of all loss functions of torch that have nodes.
-_LOSSES = (*_NODES.values(), "KlDiv", "SoftMargin", "MultiMargin", "MultilabelMargin", "CtcLoss")
+_LOSSES = (*_NODES.values(), *OTHERS)
 #: Losses of which a pass has one of another kind than the optimizer's, by the beginnings of their nodes' names.
 FORMS: dict[str, type[nn.Module]] = {
     "LogSoftmax": nn.CrossEntropyLoss,

@@ -32,7 +32,7 @@ _CORES = ("LogSoftmax", "Exp", "BinaryCrossEntropyWithLogits", "Logsumexp", *(_B
 #: The same by the family of the loss.
 _KINDS = (("LogSoftmax", "Logsumexp"), ("BinaryCrossEntropyWithLogits", *_BINARY), ("Exp",))
 #: Of losses that are none of an exponential family.
-_OTHERS = ("MultiMargin", "MultilabelMargin", "SoftMargin", "CtcLoss", "SmoothL1Loss", "HuberLoss", "MseLoss")
+OTHERS = ("MultiMargin", "MultilabelMargin", "SoftMargin", "CtcLoss", "SmoothL1Loss", "HuberLoss", "MseLoss")
 #: Of those whose slopes are one where they are not zero.
 _UNIT = ("Abs", "Relu", "Clamp", "Max", "Min", "NanToNum")
 #: Of those that leave some numbers out.
@@ -85,6 +85,7 @@ def way(roots: Sequence[Any], ends: Set[Any], known: Callable[[Any], bool], loss
     for besides in below(added, known):
         others |= {besides} if known(besides) else set()
         affine &= known(besides) or _adds_up(besides)  # else something else is added
+    added_up = any(len(leads & {*inputs_of(node)}) > 1 for node in own)  # of several ways to the output
     for node in own:
         name, arguments = name_of(node), inputs_of(node)
         if name.startswith(_CORES) and not losses:
@@ -105,14 +106,13 @@ def way(roots: Sequence[Any], ends: Set[Any], known: Callable[[Any], bool], loss
             divergence |= entropy
             affine &= len(arguments) == 2 or entropy
         elif not name.startswith(_LINEAR) and not only_moves(node, {*arguments}):
-            several = any(len(leads & {*inputs_of(other)}) > 1 for other in own)  # the loss is added to itself
-            affine, weighted = False, weighted or several or not name.startswith(_UNIT)
+            affine, weighted = False, weighted or added_up or not name.startswith(_UNIT)
     probable = any(name_of(node).startswith(_CORES[:1]) for node in leads)  # whose mean by torch is a quotient
     quotients = (n for n in leads if n.name() == "DivBackward0" and prod(n._input_metadata[0].shape) == 1)
     divided = scalars == 1 and probable and any(quotients)
     affine &= len(leads) > len(leads & ends) > 0
     kinds = {kind for kind in _KINDS for node in cores if name_of(node).startswith(kind)}
-    if len(kinds) > 1 or any(node.name().startswith(_OTHERS) for node in leads - ends):
+    if len(kinds) > 1 or any(node.name().startswith(OTHERS) for node in leads - ends):
         affine, weighted = False, True
     if divergence:  # of one distribution, which a sum of several losses of an output is not
         logs = [node for node in leads - ends if name_of(node).startswith(_CORES[:1])]

@@ -51,9 +51,7 @@ def weight_by_graph(
         entrywise = isinstance(loss, (nn.MSELoss, nn.BCEWithLogitsLoss))  # also those without a gradient
         total = torch.full_like(terms.total, _entries(call.node)) if entrywise else terms.total
         weight = torch.ones_like(terms.total) if call.reduction == "sum" else 1 / total
-        if not square:
-            _confirm(origin, terms, gradient, weight)
-    value = _of_squares(gradient, weight) if square else _number(origin)
+    value = _of_squares(gradient, weight) if square else _confirmed(origin, terms, gradient, weight)
     if square and call.share is None:
         origin.told = value
     _note_value(step, loss, terms, weight, value)
@@ -81,24 +79,30 @@ def _sees_once(node: Any, origin: Pass, terms: Terms) -> bool:
     return _entries(node) == seen
 
 
-def _confirm(origin: Pass, terms: Terms, gradient: Tensor, weight: Tensor) -> None:
-    """Refuse a function with other options than those of the module (``pos_weight``), where its value tells of them."""
-    seen, rest = (None, None) if origin.looks is None else origin.looks()
+def _confirmed(origin: Pass, terms: Terms, gradient: Tensor, weight: Tensor) -> Tensor | None:
+    """The value of a loss with its weight; ``None`` where the way does not show it.
+
+    Raises:
+        TypeError: If it tells that the function had other options than those of the module (``pos_weight``).
+    """
+    seen, rest = _seen(origin)
     if seen is None or not seen.affine or rest is None:
-        return
-    factor = factor_by_value(terms, gradient, rest)
-    if factor is not None and not bool((factor - weight).abs() <= 1e-3 * weight.abs()):
-        raise not_told()
+        return None
+    if origin.looks is not None:  # the graph is there
+        factor = factor_by_value(terms, gradient, rest)
+        if factor is not None and not bool((factor - weight).abs() <= 1e-3 * weight.abs()):
+            raise not_told()
+    return rest.value
 
 
 def _by_value(step: Step, loss: nn.Module | None, origin: Pass, terms: Terms, gradient: Tensor) -> Weight:
     """The weight of a loss in natural parameters by its value; a plain mean where nothing tells, or is multiplied."""
     seen, rest = _seen(origin)
     factor = None if seen is None or rest is None or not seen.affine else _factor(seen, terms, gradient, rest)
-    if factor is not None:
+    if factor is not None and rest is not None:
         step.absolute = True
         step.signs.append(torch.stack([factor < 0, factor > 0]))
-        _note_value(step, loss, terms, factor, _number(origin))
+        _note_value(step, loss, terms, factor, rest.value)
         step.seen.append(torch.stack([factor.abs(), terms.total.to(factor)]))
         return Weight(factor.abs())
     if origin.beside or (seen is not None and (seen.weighted or seen.others)):
@@ -110,12 +114,6 @@ def _by_value(step: Step, loss: nn.Module | None, origin: Pass, terms: Terms, gr
 def _seen(origin: Pass) -> tuple[Way | None, Rest | None]:
     """The way to a pass, and the number; where it is repeated, after the backward passes, both are known."""
     return (origin.way, origin.rest) if origin.looks is None else origin.looks()
-
-
-def _number(origin: Pass) -> Tensor | None:
-    """The value of a loss with its weight, where the way shows nothing else in what is left of the sum."""
-    seen, rest = _seen(origin)
-    return None if seen is None or rest is None or not seen.affine else rest.value
 
 
 def _of_squares(gradient: Tensor, weight: Tensor) -> Tensor:
