@@ -10,7 +10,7 @@ once. Nothing is approximated.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from curvature.model.messages import answered
 from precond.distributed.assignment import shared_out
 from precond.distributed.ranks import gathering_of
+from precond.distributed.shard_messages import Gather, Spread, parameter_of
 from precond.distributed.sharded import ShardLayout, is_sharded, layout_of, like, local, members_of, ranks_of, together
 
 Entries = dict[str, Any]
@@ -52,129 +53,6 @@ def owners(groups: Iterable[Sequence[Tensor]], work: Callable[[Tensor], float]) 
             load = loads.setdefault(members, [0.0] * len(members))
             out |= zip(some, shared_out([work(p) for p in some], load), strict=True)
     return out
-
-
-@dataclass
-class _Message:
-    """An ``all_to_all`` whose memory is taken before it is sent.
-
-    Attributes:
-        group: The processes.
-        given: What is sent, by rank.
-        got: What is received, by rank.
-        into: How many numbers go to each rank.
-        of: How many come from each.
-    """
-
-    group: Any
-    given: Tensor
-    got: Tensor
-    into: list[int]
-    of: list[int]
-    _work: Any = None
-
-    def begin(self) -> None:
-        """Send it, and go on."""
-        with answered(self.group):
-            self._work = dist.all_to_all_single(
-                self.got, self.given, self.of, self.into, group=self.group, async_op=True
-            )
-
-    def wait(self) -> None:
-        """Until it is here, as far as work that follows on the device is concerned."""
-        with answered(self.group):
-            if self._work is not None:
-                self._work.wait()
-        self._work = None
-
-
-@dataclass
-class _Gather:
-    """Shards of tensors that have the shapes of parameters, on their way to the owners.
-
-    Attributes:
-        message: What is sent.
-        layouts: Parameter -> how it is cut, of those kept here.
-    """
-
-    message: _Message
-    layouts: dict[Tensor, ShardLayout]
-
-    @classmethod
-    def of(
-        cls, owner: Mapping[Tensor, int], shards: Mapping[Tensor, Tensor], group: Any, dtype: torch.dtype
-    ) -> _Gather:
-        """That of some shards of one group, in a precision."""
-        me, size = dist.get_rank(group), dist.get_world_size(group)
-        layouts = {p: layout_of(p) for p in shards}
-        sent = [shards[p].reshape(-1) for rank in range(size) for p in shards if owner[p] == rank]
-        into = [sum(prod(layouts[p].piece(me)) for p in shards if owner[p] == rank) for rank in range(size)]
-        mine = {p: layouts[p] for p in shards if owner[p] == me}
-        of = [sum(prod(layout.piece(rank)) for layout in mine.values()) for rank in range(size)]
-        given = torch.cat([x.detach().to(dtype) for x in sent])
-        return cls(_Message(group, given, given.new_empty(sum(of)), into, of), mine)
-
-    def wholes(self) -> dict[Tensor, Tensor]:
-        """Whole tensors of the parameters kept here, once the message has come; it is forgotten."""
-        parts: dict[Tensor, list[Tensor]] = {p: [] for p in self.layouts}
-        for rank, received in enumerate(self.message.got.split(self.message.of)):
-            shapes = [layout.piece(rank) for layout in self.layouts.values()]
-            pieces_of = received.split([prod(shape) for shape in shapes])
-            for p, shape, part in zip(self.layouts, shapes, pieces_of, strict=True):
-                parts[p].append(part.reshape(shape))
-        out = {p: torch.cat(found, self.layouts[p].axis) for p, found in parts.items()}
-        self.message.given = self.message.got = self.message.given.new_empty(0)
-        return out
-
-
-@dataclass
-class _Spread:
-    """Whole tensors on their way from the owners to everybody's shards.
-
-    Attributes:
-        message: What is sent.
-        layouts: Key -> how its tensor is cut, those of a lower owner first.
-        mine: Keys of the tensors that are sent from here.
-    """
-
-    message: _Message
-    layouts: dict[Any, ShardLayout]
-    mine: list[Any] = field(default_factory=list)
-
-    @classmethod
-    def of(
-        cls,
-        owner: Mapping[Tensor, int],
-        layouts: Mapping[Any, ShardLayout],
-        group: Any,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> _Spread:
-        """That of tensors of one group, in a precision; what is sent is to be filled in."""
-        me, size = dist.get_rank(group), dist.get_world_size(group)
-        by_rank = [[key for key in layouts if owner[_parameter(key)] == rank] for rank in range(size)]
-        into = [sum(prod(layouts[key].piece(rank)) for key in by_rank[me]) for rank in range(size)]
-        of = [sum(prod(layouts[key].piece(me)) for key in some) for some in by_rank]
-        given, got = (torch.empty(sum(sizes), dtype=dtype, device=device) for sizes in (into, of))
-        ordered = {key: layouts[key] for some in by_rank for key in some}
-        return cls(_Message(group, given, got, into, of), ordered, by_rank[me])
-
-    def fill(self, wholes: Mapping[Any, Tensor]) -> None:
-        """Put the tensors that lie here into what is sent."""
-        start = 0
-        cuts = {key: self.layouts[key].cut(wholes[key].detach()) for key in self.mine}
-        for rank in range(len(self.message.into)):
-            for key in self.mine:
-                part = cuts[key][rank]
-                self.message.given[start : start + part.numel()].view(part.shape).copy_(part)
-                start += part.numel()
-
-    def parts(self) -> dict[Any, Tensor]:
-        """The shards of this process, once the message has come."""
-        me = dist.get_rank(self.message.group)
-        shapes = [layout.piece(me) for layout in self.layouts.values()]
-        found = self.message.got.split([prod(shape) for shape in shapes])
-        return {key: part.reshape(shape) for key, part, shape in zip(self.layouts, found, shapes, strict=True)}
 
 
 class Exchange:
@@ -215,7 +93,7 @@ class Exchange:
         here = {p: local(g) for p, g in laid.items() if p not in self.owner}
         if not cut:
             return {p: like(d, laid[p]) if is_sharded(laid[p]) else d for p, d in compute(here).items()}
-        buckets: list[tuple[list[_Gather], list[_Spread]]] = []
+        buckets: list[tuple[list[Gather], list[Spread]]] = []
 
         def prepare() -> None:
             for params in _buckets(cut, laid, kind):
@@ -255,7 +133,7 @@ class Exchange:
         """Whole tensors of the shape of the parameters kept here, from everybody's shards."""
         if not shards:
             return {}
-        gathers: list[_Gather] = []
+        gathers: list[Gather] = []
         together(shards, lambda: gathers.extend(self._gathers(shards)))
         out: dict[Tensor, Tensor] = {}
         for gather in gathers:
@@ -274,7 +152,7 @@ class Exchange:
         """
         if not wholes:
             return {}
-        spreads: list[_Spread] = []
+        spreads: list[Spread] = []
         given = {key: whole for key, (whole, _, _) in wholes.items() if whole is not None}
 
         def prepare() -> None:
@@ -282,7 +160,7 @@ class Exchange:
             for spread in spreads:
                 spread.fill(given)
 
-        together(map(_parameter, wholes), prepare)
+        together(map(parameter_of, wholes), prepare)
         out: dict[Any, Tensor] = {}
         for spread in spreads:
             spread.message.begin()
@@ -291,22 +169,22 @@ class Exchange:
             out |= spread.parts()
         return out
 
-    def _gathers(self, shards: Mapping[Tensor, Tensor]) -> list[_Gather]:
+    def _gathers(self, shards: Mapping[Tensor, Tensor]) -> list[Gather]:
         alike = self._alike({p: shard.dtype for p, shard in shards.items()})
         return [
-            _Gather.of(self.owner, {p: shards[p] for p in params}, group, dtype) for (group, dtype, _), params in alike
+            Gather.of(self.owner, {p: shards[p] for p in params}, group, dtype) for (group, dtype, _), params in alike
         ]
 
-    def _spreads(self, wholes: Mapping[Any, tuple[tuple[int, ...], torch.dtype]]) -> list[_Spread]:
+    def _spreads(self, wholes: Mapping[Any, tuple[tuple[int, ...], torch.dtype]]) -> list[Spread]:
         alike = self._alike({key: dtype for key, (_, dtype) in wholes.items()})
         return [
-            _Spread.of(self.owner, {key: self._layout(key, wholes[key][0]) for key in keys}, *place)
+            Spread.of(self.owner, {key: self._layout(key, wholes[key][0]) for key in keys}, *place)
             for place, keys in alike
         ]
 
     @staticmethod
     def _layout(key: Any, shape: tuple[int, ...]) -> ShardLayout:
-        own = layout_of(_parameter(key))
+        own = layout_of(parameter_of(key))
         return own if own.shape == shape and not isinstance(key, tuple) else ShardLayout(own.group, 0, shape)
 
     @staticmethod
@@ -314,7 +192,7 @@ class Exchange:
         """Tensors that travel in one message: its group, dtype and device, and their keys."""
         out: dict[Any, tuple[tuple[Any, torch.dtype, torch.device], list[Any]]] = {}
         for key, dtype in dtypes.items():
-            p = _parameter(key)
+            p = parameter_of(key)
             group, device = layout_of(p).group, local(p).device
             out.setdefault((members_of(group), dtype, device), ((group, dtype, device), []))[1].append(key)
         return list(out.values())
@@ -471,11 +349,6 @@ def _raise(error: BaseException | None) -> None:
 
 def _own_part(whole: Tensor, layout: ShardLayout) -> Tensor:
     return layout.cut(whole)[dist.get_rank(layout.group)].clone() if layout.group is not None else whole
-
-
-def _parameter(key: Any) -> Tensor:
-    found: Tensor = key[0] if isinstance(key, tuple) else key
-    return found
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -47,7 +47,7 @@ from precond import (
     Vectors,
     WeightDecay,
 )
-from precond.distributed import exchange
+from precond.distributed import exchange, shard_messages
 from precond.distributed.ranks import OtherRankFailed
 from precond.distributed.sharded import local
 from solvers import SolverError
@@ -300,7 +300,7 @@ def buckets(shape: tuple[int, ...]) -> dict[str, Any]:
 @contextlib.contextmanager
 def recorded(optimizer: Any) -> Iterator[list[tuple[str, int]]]:
     """When messages to and from owners begin, when they are waited for, and when directions are computed."""
-    message, events, known = exchange._Message, list[tuple[str, int]](), list[Any]()
+    message, events, known = shard_messages.Message, list[tuple[str, int]](), list[Any]()
     layered = hasattr(optimizer, "preconditioners")
     owner, compute = (optimizer.preconditioners, "apply") if layered else (optimizer, "whole_directions")
     own, begin, wait = getattr(owner, compute), message.begin, message.wait

@@ -25,7 +25,7 @@ import curvature
 from curvature.model.messages import ProcessLost
 from precond import KFAC, SOAP, LevenbergMarquardt, QuadraticModel, WeightDecay
 from precond.distributed import curvature as shared
-from precond.distributed import exchange, reduction
+from precond.distributed import exchange, reduction, shard_messages
 from precond.distributed.ranks import OtherRankFailed, Ranks
 from precond.distributed.reduction import Item
 from precond.layerwise.blocks.preconditioner import Preconditioner
@@ -95,10 +95,10 @@ PLACES_OF_SHARDS: dict[str, dict[str, Callable[[Any], tuple[Any, str]]]] = {
         "norm of gradients": lambda o: (divergence, "_row"),
         "decay": lambda o: (o, "regularized"),
         "packing gradients": lambda o: (exchange, "_buckets"),
-        "whole gradients": lambda o: (exchange._Gather, "wholes"),
+        "whole gradients": lambda o: (shard_messages.Gather, "wholes"),
         "directions": lambda o: (o, "whole_directions"),
-        "packing directions": lambda o: (exchange._Spread, "fill"),
-        "taking directions": lambda o: (exchange._Spread, "parts"),
+        "packing directions": lambda o: (shard_messages.Spread, "fill"),
+        "taking directions": lambda o: (shard_messages.Spread, "parts"),
         "bound": lambda o: (o, "shortened"),
         "new values": lambda o: (o, "update_options"),
         "are results fit": lambda o: (o, "touched"),
@@ -107,9 +107,9 @@ PLACES_OF_SHARDS: dict[str, dict[str, Callable[[Any], tuple[Any, str]]]] = {
         "statistics": lambda o: (o.statistics, "close"),
         "packing sums": lambda o: (Item, "packed"),
         "taking sums": lambda o: (Item, "take"),
-        "whole momenta": lambda o: (exchange._Gather, "wholes"),
+        "whole momenta": lambda o: (shard_messages.Gather, "wholes"),
         "directions": lambda o: (o.preconditioners, "apply"),
-        "taking directions": lambda o: (exchange._Spread, "parts"),
+        "taking directions": lambda o: (shard_messages.Spread, "parts"),
         "bound": lambda o: (o, "shortened"),
         "new values": lambda o: (o, "update_options"),
     },
