@@ -1,11 +1,10 @@
-"""Decisions that all processes take together: whether a step is taken, and which blocks there are."""
+"""Decisions that all processes take together: which blocks there are, and who holds them."""
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,42 +14,8 @@ from curvature.layers.block import Block
 from curvature.structures.estimator import CurvatureEstimator, Form
 from precond.distributed.ranks import Ranks
 
-#: Take the step; skip it without a word, as a GradScaler asks; or skip it because a gradient is not finite.
-Verdict = Literal["go", "quiet", "broken"]
 #: Sum -> shape, dtype, and whether it is a stack of symmetric matrices.
 Sums = dict[str, tuple[tuple[int, ...], torch.dtype, bool]]
-
-
-def verdict(
-    ranks: Ranks, params: Iterable[Tensor], present: Collection[Tensor], quiet: bool, finite: Callable[[], bool]
-) -> Verdict:
-    """Whether a step is taken, by the gradients of all processes.
-
-    Args:
-        ranks: The processes.
-        params: All parameters, in the order of the groups.
-        present: Those with a gradient.
-        quiet: Whether a GradScaler has found inf.
-        finite: Whether all gradients are fit for a step.
-
-    Raises:
-        RuntimeError: If a parameter has a gradient in some processes only.
-    """
-    ids = {id(p) for p in present}
-    mask = bytes(id(p) in ids for p in params)
-    table = ranks.together(lambda: (float(quiet), float(not finite() and not quiet), zlib.crc32(mask)), 3)
-    if any(row[1] for row in table):
-        return "broken"
-    if any(row[0] for row in table):
-        return "quiet"
-    if len({row[2] for row in table}) > 1:
-        counts = ranks.numbers([float(len(present))])
-        raise RuntimeError(
-            f"some parameters have a gradient on some ranks only ({', '.join(f'{int(n)}' for (n,) in counts)} "
-            "gradients by rank), so that the ranks would part. Reduce the gradients of all parameters before step(); "
-            "where a rank has none, it takes part with zeros."
-        )
-    return "go" if any(mask) else "quiet"
 
 
 @dataclass

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from precond.distributed.agreement import verdict
 from precond.distributed.ranks import Ranks, group_of
 from precond.distributed.sharded import any_sharded, refuse_left_behind
+from precond.distributed.verdict import verdict
 from precond.step.divergence import Diverged, advice, all_finite, broken_gradients, broken_results, largest_norm
 from precond.step.journal import FAILURES
 from precond.step.loop import Loop

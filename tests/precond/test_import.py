@@ -16,10 +16,10 @@ def test_importing_loads_little_beyond_torch() -> None:
     assert foreign <= {"fractions", "hmac", "html", "secrets"}
 
 
-@pytest.mark.parametrize(("code", "most"), [("import precond", 85), ("import precond\nprecond.Muon", 240)])
+@pytest.mark.parametrize(("code", "most"), [("import precond", 85), ("import precond\nprecond.Muon", 215)])
 def test_a_method_is_loaded_when_it_is_named_and_no_other(code: str, most: int) -> None:
     names = {name for name in loaded(code) if name.partition(".")[0] in OURS}
-    assert len(names) <= most  # 74 of 402 files; 220 with what a step is made of
+    assert len(names) <= most  # 74 of 510 files; 206 with what a step is made of
     assert {name for name in names if name.startswith(("precond.gradient.", "precond.layerwise."))} <= {
         f"precond.gradient.{file}" for file in ("cautious", "matrices", "muon", "optimizer", "rows", "stacks")
     }
