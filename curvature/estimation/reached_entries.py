@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from curvature.estimation.reached_by_attention import SOFTMAX, unhidden_columns
+from curvature.estimation.reached_by_attention import SOFTMAX, renormalised_scores, unhidden_columns
 from curvature.estimation.reached_by_moves import MOVES, along, spread
 from curvature.estimation.reached_by_products import PRODUCTS, one_factor
 from curvature.model.graph_nodes import Ends, asking, name_of, signed, users_first
@@ -110,16 +110,30 @@ def reached_entries(
             if is_end(node):
                 continue
             given = {number: reached[node, number] for number in range(_outputs(node)) if (node, number) in reached}
-            for which, (child, number) in enumerate(node.next_functions):
-                if child is None or not given:
-                    continue
-                shape = tuple(child._input_metadata[number].shape)
-                found = _through(node, which, given, shape, packed)
-                if found is not None and not _fits(found, shape):  # a scale, in the place of what is scaled
-                    found = None
-                key = child, number
+            for key, found in _before(node, given, packed):
                 reached[key] = _either(reached[key], found) if key in reached else found
     return reached
+
+
+def _before(node: Any, given: dict[int, Reach | None], packed: bool) -> Iterator[tuple[tuple[Any, int], Reach | None]]:
+    """What is reached of the tensors that a node gets, given what is of those that it gives."""
+    if not given:
+        return
+    try:
+        scores = None if packed else renormalised_scores(node)
+    except RuntimeError:  # what it saved is gone
+        scores = None
+    if scores is not None:
+        yield scores[0], scores[1] if (after := given[0]) is None else along(after, -1) & scores[1].to(after.device)
+    for which, edge in enumerate(node.next_functions):
+        if edge[0] is not None:
+            shape = tuple(edge[0]._input_metadata[edge[1]].shape)
+            if scores is not None:  # nothing but those
+                yield edge, torch.zeros([1] * len(shape), dtype=torch.bool)
+            else:
+                found = _through(node, which, given, shape, packed)
+                # What fits nowhere is a scale, in the place of what is scaled.
+                yield edge, found if found is not None and _fits(found, shape) else None
 
 
 def _outputs(node: Any) -> int:

@@ -39,6 +39,15 @@ def by_einsum(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return torch.einsum("nhqk,nhkd->nhqd", weights, v)
 
 
+def to_one(weights: Tensor) -> Tensor:
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def written_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    scores = (q @ k.mT).masked_fill(~mask, -1e30)
+    return to_one((scores - scores.amax(-1, keepdim=True)).exp()) @ v
+
+
 #: What an attention does with queries, keys, values ``(n, h, *, d)`` and a mask ``(n, 1, 1, s)``, True where one looks.
 LOOKS: dict[str, Look] = {
     "kernel": by_kernel,
@@ -51,6 +60,12 @@ LOOKS: dict[str, Look] = {
     "scaled": lambda q, k, v, mask: ((q @ k.mT).masked_fill(~mask, float("-inf")) / 2).softmax(-1) @ v,
     "learned sum": lambda q, k, v, mask: ((q @ k.mT).masked_fill(~mask, -1e30) + q.sum(-1, True)).softmax(-1) @ v,
     "einsum": by_einsum,
+    "masked after": lambda q, k, v, mask: to_one((q @ k.mT).softmax(-1) * mask) @ v,
+    "filled after": lambda q, k, v, mask: to_one((q @ k.mT).softmax(-1).masked_fill(~mask, 0)) @ v,
+    "masked after, normalized": lambda q, k, v, mask: F.normalize((q @ k.mT).softmax(-1) * mask, p=1, dim=-1) @ v,
+    "masked twice": lambda q, k, v, mask: to_one(((q @ k.mT) * mask).softmax(-1) * mask) @ v,
+    "exponentials": lambda q, k, v, mask: to_one((q @ k.mT).exp() * mask) @ v,
+    "written out": written_out,
 }
 
 
@@ -131,6 +146,19 @@ def test_keys_whose_weights_vanish_by_their_values_count() -> None:
     rows = inputs[0][0].flatten(0, 1)
     A = block.factors[1].to_dense()[:-1, :-1]
     torch.testing.assert_close(A, rows.T @ rows / len(rows))
+
+
+def test_keys_count_where_a_mask_after_the_softmax_leaves_their_scores_in_its_sum() -> None:
+    """Only the values of what is hidden count as if they had not been there."""
+    torch.manual_seed(0)
+    model, loss_fn = Reader(lambda q, k, v, mask: ((q @ k.mT).softmax(-1) * mask) @ v).double(), nn.CrossEntropyLoss()
+    (inputs, _), y = padded_and_not()
+    operator: Any = curvature.fisher(model, loss_fn, (inputs, y), structure="kfac", sharing="expand")
+    blocks = {p.block.name[0]: b for p, b in zip(operator.places, operator.blocks, strict=True)}
+    h = model.second(model.first(inputs[0]).tanh()).tanh()
+    for name, rows in (("k", h.flatten(0, 1)), ("v", h[:, :S].flatten(0, 1))):
+        A = blocks[name].factors[1].to_dense()[:-1, :-1]
+        torch.testing.assert_close(A, (rows.T @ rows / len(rows)).detach())
 
 
 @pytest.mark.parametrize("name", LOOKS)
