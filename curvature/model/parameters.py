@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import math
 from collections.abc import Callable, ItemsView, Iterable, Mapping, ValuesView
 from typing import Any
 
@@ -197,11 +196,6 @@ def _names(trainable: Mapping[str, Tensor], most: int = 8) -> str:
     names = list(trainable)
     shown = ", ".join(names[:most])
     return shown if len(names) <= most else f"{shown}, ... ({len(names)} in all)"
-
-
-def numel(shape: Iterable[int]) -> int:
-    """Number of elements of a shape."""
-    return math.prod(shape)
 
 
 def with_values(model: nn.Module, values: Mapping[str, Tensor], run: Callable[[], Any]) -> Any:
