@@ -16,18 +16,14 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from curvature.model.fully_sharded import is_custom
-from curvature.model.graph_nodes import above, below, users_of
+from curvature.model.graph_nodes import above, below, kind_of, kinds, users_of
 
 #: Nodes whose rows are picked, moved or merged by values, by the beginnings of their names.
 BY_VALUE = (
-    *("Cummax", "Cummin", "Gather", "Index", "Kthvalue", "MaskedScatter", "MaskedSelect", "Median"),
-    *("Mode", "Nanmedian", "Put", "RepeatInterleave", "Scatter", "SegmentReduce", "Sort", "Take", "Topk"),
-    "Unique",
+    *("Cummax", "Cummin", "Gather", "Index", "Kthvalue", "MaskedScatter", "MaskedSelect", "Median", "Mode"),
+    *("Nanmedian", "Put", "RepeatInterleave", "Scatter", "SegmentReduce", "Sort", "Take", "Topk", "Unique"),
 )
-_VIEWS = {
-    *("T", "Transpose", "Permute", "View", "ReshapeAlias", "Expand", "Slice", "Select", "Squeeze"),
-    *("Unsqueeze", "ToCopy"),
-}
+_VIEWS = kinds("T Transpose Permute View ReshapeAlias Expand Slice Select Squeeze Unsqueeze ToCopy")
 #: Structures remembered for one set of parameters; inputs of many different shapes make many.
 MOST = 64
 
@@ -64,16 +60,8 @@ def custom_functions(output: Tensor, parameter: Tensor) -> list[str]:
     """Names of the custom ``autograd.Function`` classes that a parameter, or a view of it, goes into."""
     found = list(below([output]))
     leaves = [node for node in found if getattr(node, "variable", None) is parameter]
-    users = above(leaves, users_of(found), lambda node: node not in leaves and not _is_view(node))
-    return list(dict.fromkeys(_kind(node) for node in users if is_custom(type(node))))
-
-
-def _is_view(node: Any) -> bool:
-    return _kind(node) in _VIEWS and not is_custom(type(node))
-
-
-def _kind(node: Any) -> str:
-    return str(node.name().partition("Backward")[0])
+    users = above(leaves, users_of(found), lambda node: node not in leaves and kind_of(node) not in _VIEWS)
+    return list(dict.fromkeys(node.name().partition("Backward")[0] for node in users if is_custom(type(node))))
 
 
 def recall(parameters: Mapping[str, Tensor], key: Hashable | None, look: Callable[[], set[str]]) -> set[str]:

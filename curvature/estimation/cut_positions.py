@@ -9,6 +9,7 @@ from torch import Tensor
 
 from curvature.estimation.reached_entries import reached_entries
 from curvature.layers.site import OuterSite, Site
+from curvature.model.graph_nodes import shape_of
 
 
 def picked_positions(
@@ -36,8 +37,7 @@ def picked_positions(
         found = reached.get((site.edge.node, site.edge.output_nr))
         if found is None or not len(site.output_shape) or bool(found.all()):
             continue
-        shape = site.edge.node._input_metadata[site.edge.output_nr].shape
-        rows = site.row_gradients(site.arrived(found.expand(shape)))
+        rows = site.row_gradients(site.arrived(found.expand(shape_of(site.edge.node, site.edge.output_nr))))
         if rows is None:
             continue
         rowwise = isinstance(site, OuterSite) and site.dense and not site.operation.startswith("conv")

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from curvature.model.graph_nodes import COPIES, CUTS, PRODUCTS, SHAPES, chain, cut_axis, inputs_of, name_of
+from curvature.model.graph_nodes import COPIES, CUTS, PRODUCTS, SHAPES, chain, cut_axis, inputs_of, name_of, shape_of
 
 #: Beginnings of the names of nodes that make an output of what they get, by parameters of their own.
 _MAKES = (*PRODUCTS, "Mv", "Embedding", "Native", "Cudnn")
@@ -55,7 +55,7 @@ def data_of(z: Tensor) -> set[Hashable]:
         if name.startswith(CUTS):
             cuts.append((name, number, *(str(getattr(node, f"_saved_{key}", "")) for key in _WHERE)))
         elif name.startswith(SHAPES):
-            cuts.append((name, *node._input_metadata[0].shape))
+            cuts.append((name, *shape_of(node)))
         elif not name.startswith(COPIES):
             return found | {(node._sequence_nr(), number, *cuts)}
     return found

@@ -7,19 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvature.model.graph_nodes import below, edges_of, kept, name_of
+from curvature.model.graph_nodes import below, edges_of, kept, kind_of, kinds, shape_of
 
 #: Names of nodes.
 SOFTMAX = ("Softmax", "SafeSoftmax")
 #: Of nodes between a softmax and the product with the values: shapes, casts and dropout.
-_BETWEEN = frozenset(
-    (
-        *("View", "UnsafeView", "Expand", "Reshape", "Unsqueeze", "Squeeze", "Permute", "Transpose"),
-        *("ToCopy", "Alias", "Clone", "NativeDropout", "Mul", "Div"),
-    )
+_BETWEEN = kinds(
+    "View UnsafeView Expand Reshape Unsqueeze Squeeze Permute Transpose ToCopy Alias Clone NativeDropout Mul Div"
 )
 #: Of those between weights and what they are divided by, so that they add up to one.
-_SUMS = frozenset(("Sum", "LinalgVectorNorm", "Abs", "Add", "Clamp", "ClampMin", "Expand", "Unsqueeze"))
+_SUMS = kinds("Sum LinalgVectorNorm Abs Add Clamp ClampMin Expand Unsqueeze")
 #: At most so many of them.
 _FEW = 8
 
@@ -53,7 +50,7 @@ def weighted_rows(weights: Tensor | None, node: Any) -> Tensor | None:
     if weights is None:
         return None
     for _ in range(_FEW):
-        kind, arguments = _kind(node), [child for child, _ in edges_of(node)]
+        kind, arguments = kind_of(node), [child for child, _ in edges_of(node)]
         if kind in SOFTMAX:
             shown = unhidden_columns(node)
         else:
@@ -81,10 +78,10 @@ def renormalised_scores(node: Any) -> tuple[tuple[Any, int], Tensor] | None:
         The scores, as a node and the number of its result, and the columns ``(*, 1, s)`` that count; ``None`` of
         other quotients.
     """
-    if _kind(node) != "Div" or len(edges_of(node)) != 2:
+    if kind_of(node) != "Div" or len(edges_of(node)) != 2:
         return None
     (whole, number), (total, _) = node.next_functions
-    if any(_kind(one) not in _SUMS for one in below([total], (whole,).__contains__) if one is not whole):
+    if any(kind_of(one) not in _SUMS for one in below([total], (whole,).__contains__) if one is not whole):
         return None
     parts, total = kept(node, "_saved_self"), kept(node, "_saved_other")
     if parts.dim() < 3:
@@ -95,11 +92,11 @@ def renormalised_scores(node: Any) -> tuple[tuple[Any, int], Tensor] | None:
     shown = _left(whole)
     if shown is not None:
         whole, number = edges_of(whole)[0]
-    elif _kind(whole) == "Exp" and _masked(edges_of(whole)[0][0]):
+    elif kind_of(whole) == "Exp" and _masked(edges_of(whole)[0][0]):
         shown = (parts != 0).any(-2, keepdim=True)
     if shown is None or bool(shown.all()):
         return None
-    return edges_of(whole)[0] if _kind(whole) in SOFTMAX else (whole, number), shown
+    return edges_of(whole)[0] if kind_of(whole) in SOFTMAX else (whole, number), shown
 
 
 def attended_rows(node: Any) -> Tensor | None:
@@ -121,7 +118,7 @@ def _masked(node: Any) -> bool:
             return False
         node = nodes.pop(0)
         children = [child for child, _ in node.next_functions]
-        kind = _kind(node)
+        kind = kind_of(node)
         if kind in ("MaskedFill", "Where"):
             return _hides(node, kind)
         if kind in ("Add", "Baddbmm") and None in children:
@@ -139,7 +136,7 @@ def _hides(node: Any, kind: str) -> bool:
 
 def _left(node: Any) -> Tensor | None:
     """Columns ``(*, 1, s)`` of weights that a constant factor or mask leaves; ``None`` if it is none, or leaves all."""
-    kind, sizes = _kind(node), node._input_metadata[0].shape
+    kind, sizes = kind_of(node), shape_of(node)
     if kind not in ("Mul", "MaskedFill", "Where") or len(edges_of(node)) != 1 or len(sizes) < 3:
         return None
     if kind == "Mul":
@@ -159,7 +156,3 @@ def _unfilled(node: Any, kind: str) -> Tensor:
         return ~kept(node, "_saved_mask")
     shown: Tensor = kept(node, "_saved_condition")
     return ~shown if node.next_functions[0][0] is None else shown
-
-
-def _kind(node: Any) -> str:
-    return name_of(node).partition("Backward")[0]

@@ -1,8 +1,7 @@
 """Which entries are reached of what a node moves, cuts, picks by index, lays side by side, or adds up along axes.
 
-A rule gets the node, the number of one of the tensors that the node gets, what is reached of those that it gives (by
-number; ``None`` for all), and the shape of the former. Entries are held as in
-:mod:`curvature.estimation.reached_entries`.
+A rule gets the node, the number of one of the tensors that the node gets, what is reached of the one that it gives
+(``None`` for all), and the shape of the former. Entries are held as in :mod:`curvature.estimation.reached_entries`.
 """
 
 from __future__ import annotations
@@ -14,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvature.model.graph_nodes import kept, signed
+from curvature.model.graph_nodes import kept, kinds, shape_of, signed
 
+#: What is reached of the tensors that a node gives, by number.
 Given = dict[int, Tensor | None]
+Rule = Callable[[Any, int, Tensor | None, Sequence[int]], Tensor | None]
 
 
 def spread(after: Tensor, shape: Sequence[int]) -> Tensor:
@@ -32,25 +33,20 @@ def along(after: Tensor, *axes: int) -> Tensor:
     return after.any(wide, keepdim=True) if wide else after
 
 
-def _full(size: Sequence[int], device: Any = None) -> Tensor:
-    return torch.ones([1] * len(size), dtype=torch.bool, device=device)
-
-
-def _sizes(node: Any) -> Sequence[int]:
-    return tuple(node._input_metadata[0].shape)
+def _full(size: Sequence[int]) -> Tensor:
+    return torch.ones([1] * len(size), dtype=torch.bool)
 
 
 def _axis(node: Any, axes: int) -> int:
     return signed(node._saved_dim) % max(axes, 1)
 
 
-def _cut(node: Any, which: int, given: Given, shape: Sequence[int]) -> Tensor | None:
-    """Slices, single ones, splits."""
+def cut(node: Any, given: Given, shape: Sequence[int]) -> Tensor:
+    """What is reached of a tensor that a node of :data:`CUTS` gets: slices, single ones, splits."""
     axis, name = _axis(node, len(shape)), node.name()
     parts = []
     for number, after in given.items():
-        size = node._input_metadata[number].shape
-        after = _full(size) if after is None else after
+        after = _full(shape_of(node, number)) if after is None else after
         if name.startswith(("Select", "Unbind")):
             after = after.unsqueeze(axis)
         places = _places(node, name, number, shape[axis])
@@ -81,11 +77,9 @@ def _places(node: Any, name: str, number: int, length: int) -> slice:
     return slice(sum(size[:number]), sum(size[: number + 1]))
 
 
-def _laid_out(node: Any, which: int, given: Given, shape: Sequence[int]) -> Tensor | None:
+def _laid_out(node: Any, which: int, after: Tensor, shape: Sequence[int]) -> Tensor | None:
     """The same entries in order, in other axes."""
-    if (after := given[0]) is None:
-        return None
-    sizes = _sizes(node)
+    sizes = shape_of(node)
     if math.prod(sizes) == 0 or math.prod(shape) == 0:
         return None
     groups, i, j = [], 0, 0
@@ -105,10 +99,8 @@ def _laid_out(node: Any, which: int, given: Given, shape: Sequence[int]) -> Tens
     return after.expand(wide).reshape(narrow)
 
 
-def _turned(node: Any, which: int, given: Given, shape: Sequence[int]) -> Tensor | None:
+def _turned(node: Any, which: int, after: Tensor, shape: Sequence[int]) -> Tensor:
     """Axes in another order."""
-    if (after := given[0]) is None:
-        return None
     if node.name().startswith("Permute"):
         dims = [signed(axis) % len(shape) for axis in node._saved_dims]
         return after.permute([dims.index(k) for k in range(len(dims))])
@@ -117,13 +109,7 @@ def _turned(node: Any, which: int, given: Given, shape: Sequence[int]) -> Tensor
     return after.T
 
 
-def _expanded(node: Any, which: int, given: Given, shape: Sequence[int]) -> Tensor | None:
-    return None if (after := given[0]) is None else spread(after, shape)
-
-
-def _repeated(node: Any, which: int, given: Given, shape: Sequence[int]) -> Tensor | None:
-    if (after := given[0]) is None:
-        return None
+def _repeated(node: Any, which: int, after: Tensor, shape: Sequence[int]) -> Tensor:
     repeats, extra = node._saved_repeats, len(node._saved_repeats) - len(shape)
     after = after.any(list(range(extra))) if extra else after
     for axis, (times, size) in enumerate(zip(repeats[extra:], shape, strict=True)):
@@ -132,28 +118,26 @@ def _repeated(node: Any, which: int, given: Given, shape: Sequence[int]) -> Tens
     return after
 
 
-def _side_by_side(node: Any, which: int, given: Given, shape: Sequence[int]) -> Tensor | None:
+def _side_by_side(node: Any, which: int, after: Tensor, shape: Sequence[int]) -> Tensor:
     """One of those that were joined along an axis."""
-    after, axis = given[0], _axis(node, len(shape))
-    if after is None or after.shape[axis] == 1:
+    axis = _axis(node, len(shape))
+    if after.shape[axis] == 1:
         return after
-    sizes = _sizes(node)
+    sizes = shape_of(node)
     number = torch.arange(sizes[axis], dtype=node._input_metadata[0].dtype)  # to see where it lies: views of this
     place = node(number.reshape([-1 if k == axis else 1 for k in range(len(sizes))]).expand(sizes))[which]
     start = int(place.select(axis, 0).flatten()[0]) if place.numel() else 0
     return after.narrow(axis, start, shape[axis])
 
 
-def _stacked(node: Any, which: int, given: Given, shape: Sequence[int]) -> Tensor | None:
-    if (after := given[0]) is None:
-        return None
+def _stacked(node: Any, which: int, after: Tensor, shape: Sequence[int]) -> Tensor:
     axis = _axis(node, len(shape) + 1)
     return after.select(axis, which if after.shape[axis] > 1 else 0)
 
 
-def _padded(node: Any, which: int, given: Given, shape: Sequence[int]) -> Tensor | None:
+def _padded(node: Any, which: int, after: Tensor | None, shape: Sequence[int]) -> Tensor | None:
     """What was padded with a constant, or cut where the padding is negative."""
-    after, pad = given[0], [signed(width) for width in node._saved_pad]
+    pad = [signed(width) for width in node._saved_pad]
     if after is None:
         if min(pad) >= 0:
             return None
@@ -161,14 +145,12 @@ def _padded(node: Any, which: int, given: Given, shape: Sequence[int]) -> Tensor
     for k in range(len(pad) // 2):
         axis, (left, right) = len(shape) - 1 - k, pad[2 * k : 2 * k + 2]
         if after.shape[axis] > 1 or min(left, right) < 0:
-            wide = after.expand([_sizes(node)[axis] if j == axis else s for j, s in enumerate(after.shape)])
+            wide = after.expand([shape_of(node)[axis] if j == axis else s for j, s in enumerate(after.shape)])
             after = torch.nn.functional.pad(wide, (0, 0) * k + (-left, -right))
     return after
 
 
-def _mirrored(node: Any, which: int, given: Given, shape: Sequence[int]) -> Tensor | None:
-    if (after := given[0]) is None:
-        return None
+def _mirrored(node: Any, which: int, after: Tensor, shape: Sequence[int]) -> Tensor:
     dims = [signed(axis) % len(shape) for axis in node._saved_dims]
     if node.name().startswith("Flip"):
         return after.flip(dims)
@@ -178,10 +160,8 @@ def _mirrored(node: Any, which: int, given: Given, shape: Sequence[int]) -> Tens
     return after.roll(shifts, dims)
 
 
-def _added_up(node: Any, which: int, given: Given, shape: Sequence[int]) -> Tensor | None:
+def _added_up(node: Any, which: int, after: Tensor, shape: Sequence[int]) -> Tensor | None:
     """Sums, means and norms along some axes."""
-    if (after := given[0]) is None:
-        return None
     if after.dim() == len(shape):
         return after
     if after.dim() == 0:
@@ -193,15 +173,15 @@ def _added_up(node: Any, which: int, given: Given, shape: Sequence[int]) -> Tens
     return after if after.dim() == len(shape) else None
 
 
-def _running(node: Any, which: int, given: Given, shape: Sequence[int]) -> Tensor | None:
+def _running(node: Any, which: int, after: Tensor, shape: Sequence[int]) -> Tensor:
     """Cumulated sums."""
-    after, axis = given[0], _axis(node, len(shape))
-    return after if after is None else after.flip(axis).int().cumsum(axis).bool().flip(axis)
+    axis = _axis(node, len(shape))
+    return after.flip(axis).int().cumsum(axis).bool().flip(axis)
 
 
-def _indexed(node: Any, which: int, given: Given, shape: Sequence[int]) -> Tensor | None:
+def _indexed(node: Any, which: int, after: Tensor | None, shape: Sequence[int]) -> Tensor | None:
     """Picked by indices or by masks."""
-    indices, after = node._saved_indices, given[0]
+    indices = node._saved_indices
     axes: list[int] = []  # that are indexed; the others are left whole
     picked, k = 0, 0
     for index in indices:
@@ -222,10 +202,10 @@ def _indexed(node: Any, which: int, given: Given, shape: Sequence[int]) -> Tenso
     return out.index_add_(0, number.flatten(), sent.expand(number.shape).flatten()).reshape(size) > 0
 
 
-def _selected(node: Any, which: int, given: Given, shape: Sequence[int]) -> Tensor | None:
+def _selected(node: Any, which: int, after: Tensor | None, shape: Sequence[int]) -> Tensor | None:
     if which:
         return None
-    after, axis, index = given[0], _axis(node, len(shape)), kept(node, "_saved_index").flatten()
+    axis, index = _axis(node, len(shape)), kept(node, "_saved_index").flatten()
     size = [1] * len(shape) if after is None else list(after.shape)
     size[axis] = len(index)
     after = torch.ones(size, device=index.device) if after is None else after.to(index.device).expand(size)
@@ -233,10 +213,9 @@ def _selected(node: Any, which: int, given: Given, shape: Sequence[int]) -> Tens
     return torch.zeros(size, device=index.device).index_add_(axis, index, after.float()) > 0
 
 
-def _gathered(node: Any, which: int, given: Given, shape: Sequence[int]) -> Tensor | None:
+def _gathered(node: Any, which: int, after: Tensor | None, shape: Sequence[int]) -> Tensor | None:
     """Entries at places along an axis, each at its own: gathered, sorted, or the largest."""
-    after, axis = given[0], _axis(node, len(shape))
-    index = getattr(node, "_saved_index", None)
+    axis, index = _axis(node, len(shape)), getattr(node, "_saved_index", None)
     index = node._saved_indices if index is None else index
     if index.dim() < len(shape):  # the axis was dropped
         index = index.unsqueeze(axis)
@@ -252,14 +231,14 @@ def _gathered(node: Any, which: int, given: Given, shape: Sequence[int]) -> Tens
     return torch.zeros(size, device=index.device).scatter_add_(axis, index, sent.expand(index.shape).contiguous()) > 0
 
 
-def _extreme(node: Any, which: int, given: Given, shape: Sequence[int]) -> Tensor | None:
+def _extreme(node: Any, which: int, after: Tensor | None, shape: Sequence[int]) -> Tensor | None:
     """The largest or the smallest along axes, or of all."""
     if getattr(node, "_saved_indices", None) is not None:
-        return _gathered(node, which, given, shape)
+        return _gathered(node, which, after, shape)
     dims = getattr(node, "_saved_dim", None)
     if dims is None:
         return None
-    result, after = kept(node, "_saved_result"), given[0]
+    result = kept(node, "_saved_result")
     if result.dim() < len(shape):
         for axis in sorted(signed(d) % len(shape) for d in dims or range(len(shape))):
             result = result.unsqueeze(axis)
@@ -268,41 +247,40 @@ def _extreme(node: Any, which: int, given: Given, shape: Sequence[int]) -> Tenso
     return found if after is None else found & after
 
 
-def _gated(node: Any, which: int, given: Given, shape: Sequence[int]) -> Tensor | None:
+def _gated(node: Any, which: int, after: Tensor, shape: Sequence[int]) -> Tensor:
     """One half along an axis times what is made of the other."""
-    if (after := given[0]) is None:
-        return None
     axis = _axis(node, len(shape))
     return after if after.shape[axis] == 1 else torch.cat([after, after], axis)
 
 
-def _masked(node: Any, which: int, given: Given, shape: Sequence[int]) -> Tensor | None:
+def _masked(node: Any, which: int, after: Tensor | None, shape: Sequence[int]) -> Tensor | None:
     """The entries that a mask picks, as one row."""
-    mask, after = kept(node, "_saved_mask"), given[0]
+    mask = kept(node, "_saved_mask")
     if after is None:
         return mask[(None,) * (len(shape) - mask.dim())] if mask.dim() <= len(shape) else None
     full = mask.expand(tuple(shape))
-    return torch.zeros_like(full).masked_scatter(full, after.expand(_sizes(node)))
+    return torch.zeros_like(full).masked_scatter(full, after.expand(shape_of(node)))
 
 
-#: By the name of a node.
-MOVES: dict[str, Callable[[Any, int, Given, Sequence[int]], Tensor | None]] = {
-    **dict.fromkeys(("Slice", "Select", "Split", "SplitWithSizes", "Unbind", "Narrow"), _cut),
-    **dict.fromkeys(("View", "UnsafeView", "ReshapeAlias", "Reshape", "Unsqueeze", "Squeeze"), _laid_out),
-    **dict.fromkeys(("Transpose", "Permute", "T"), _turned),
-    **dict.fromkeys(("Flip", "Roll"), _mirrored),
-    **dict.fromkeys(("Sum", "Mean", "Nansum", "Logsumexp", "LinalgVectorNorm", "Norm"), _added_up),
-    **dict.fromkeys(("Std", "Var", "Prod"), _added_up),
-    **dict.fromkeys(("Gather", "Sort", "Topk", "Kthvalue", "Cummax", "Cummin"), _gathered),
-    **dict.fromkeys(("Median", "Nanmedian", "Mode"), _gathered),
-    **dict.fromkeys(("Max", "Min", "Amax", "Amin"), _extreme),
-    "Expand": _expanded,
+#: Names of nodes that pick a part along an axis.
+CUTS = kinds("Slice Select Split SplitWithSizes Unbind Narrow")
+#: By the name of a node, those of which all that they get is reached if all that they give is.
+MOVES: dict[str, Callable[[Any, int, Tensor, Sequence[int]], Tensor | None]] = {
+    **dict.fromkeys(kinds("View UnsafeView ReshapeAlias Reshape Unsqueeze Squeeze"), _laid_out),
+    **dict.fromkeys(kinds("Transpose Permute T"), _turned),
+    **dict.fromkeys(kinds("Flip Roll"), _mirrored),
+    **dict.fromkeys(kinds("Sum Mean Nansum Logsumexp LinalgVectorNorm Norm Std Var Prod"), _added_up),
     "Repeat": _repeated,
     "Cat": _side_by_side,
     "Stack": _stacked,
-    "ConstantPadNd": _padded,
     "Cumsum": _running,
     "Glu": _gated,
+}
+#: Others.
+PICKS: dict[str, Rule] = {
+    **dict.fromkeys(kinds("Gather Sort Topk Kthvalue Cummax Cummin Median Nanmedian Mode"), _gathered),
+    **dict.fromkeys(kinds("Max Min Amax Amin"), _extreme),
+    "ConstantPadNd": _padded,
     "Index": _indexed,
     "IndexSelect": _selected,
     "MaskedSelect": _masked,

@@ -6,15 +6,15 @@ weights sum up which the model computes a signal alone tells.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from curvature.estimation.reached_by_attention import attended_rows, weighted_rows
-from curvature.estimation.reached_by_moves import along, spread
-from curvature.model.graph_nodes import kept, origin_of_moves
+from curvature.estimation.reached_by_moves import Rule, along, spread
+from curvature.model.graph_nodes import kept, origin_of_moves, shape_of
 
 
 def one_factor(node: Any, name: str, which: int, after: Tensor | None) -> Tensor | None:
@@ -27,7 +27,7 @@ def one_factor(node: Any, name: str, which: int, after: Tensor | None) -> Tensor
     own = _factor(node, name, which)
     if own is None or not own.dim():
         return after
-    sizes = node._input_metadata[0].shape
+    sizes = shape_of(node)
     own = own[(None,) * (len(sizes) - own.dim())]
     if not all(size == 1 or stride == 0 for size, stride in zip(own.shape[-1:], own.stride()[-1:], strict=True)):
         return after  # of units, as values decide
@@ -49,7 +49,7 @@ def _factor(node: Any, name: str, which: int) -> Tensor | None:
     return found if isinstance(found, Tensor) else None
 
 
-def _of_product(factors: tuple[str, str], first: int) -> Callable[..., Tensor | None]:
+def _of_product(factors: tuple[str, str], first: int) -> Rule:
     """A rule for ``A B``, of which the node keeps the factors under some names, from its argument ``first`` on."""
 
     def rule(node: Any, which: int, after: Tensor | None, shape: Sequence[int]) -> Tensor | None:
@@ -129,7 +129,7 @@ def _layer(node: Any, which: int, after: Tensor | None, shape: Sequence[int]) ->
 
 
 #: By the name of a node.
-PRODUCTS: dict[str, Callable[[Any, int, Tensor | None, Sequence[int]], Tensor | None]] = {
+PRODUCTS: dict[str, Rule] = {
     "Mm": _of_product(("_saved_self", "_saved_mat2"), 0),
     "Bmm": _of_product(("_saved_self", "_saved_mat2"), 0),
     "Addmm": _of_product(("_saved_mat1", "_saved_mat2"), 1),

@@ -9,81 +9,45 @@ import torch
 from torch import Tensor
 
 from curvature.estimation.reached_by_attention import SOFTMAX, renormalised_scores, unhidden_columns
-from curvature.estimation.reached_by_moves import MOVES, along, spread
+from curvature.estimation.reached_by_moves import CUTS, MOVES, PICKS, along, cut, spread
 from curvature.estimation.reached_by_products import PRODUCTS, one_factor
-from curvature.model.graph_nodes import Ends, asking, name_of, signed, users_first
+from curvature.model.graph_nodes import Ends, asking, kind_of, kinds, shape_of, signed, users_first
 
 #: Entries of a tensor, True where one is reached: an axis for each of its own, of size 1 where all along it are alike.
 Reach = Tensor
 #: Of those that work on each entry by itself.
-_ENTRYWISE = frozenset(
-    (
-        *("Abs", "Acos", "Add", "Addcdiv", "Addcmul", "Alias", "Asin", "Asinh", "Atan", "Atan2", "Cos", "Cosh", "Celu"),
-        *("Clamp", "ClampMax", "ClampMin", "Clone", "Copy", "Elu", "Erf", "Erfc", "Exp", "Exp2", "Expm1", "Gelu"),
-        *(
-            "Hardshrink",
-            "Hardsigmoid",
-            "Hardswish",
-            "Hardtanh",
-            "HardtanhBackward",
-            "LeakyRelu",
-            "Lerp",
-            "Lgamma",
-            "Log",
-        ),
-        *("Log10", "Log1p", "Log2", "LogSigmoid", "Logit", "Maximum", "Minimum", "Mish", "NanToNum", "NativeDropout"),
-        *(
-            "Neg",
-            "Pow",
-            "PreluKernel",
-            "Reciprocal",
-            "Relu",
-            "Rsqrt",
-            "Rsub",
-            "RreluWithNoise",
-            "Selu",
-            "Sgn",
-            "Sigmoid",
-        ),
-        *("Silu", "Sin", "Sinc", "Sinh", "Softplus", "Softshrink", "Softsign", "Sqrt", "Square", "Sub", "Tan", "Tanh"),
-        *("Threshold", "ToCopy", "Xlogy"),
-    )
+_ENTRYWISE = kinds(
+    """
+    Abs Acos Add Addcdiv Addcmul Alias Asin Asinh Atan Atan2 Celu Clamp ClampMax ClampMin Clone Copy Cos Cosh Elu Erf
+    Erfc Exp Exp2 Expm1 Gelu Hardshrink Hardsigmoid Hardswish Hardtanh HardtanhBackward LeakyRelu Lerp Lgamma Log Log10
+    Log1p Log2 LogSigmoid Logit Maximum Minimum Mish NanToNum NativeDropout Neg Pow PreluKernel Reciprocal Relu
+    RreluWithNoise Rsqrt Rsub Selu Sgn Sigmoid Silu Sin Sinc Sinh Softplus Softshrink Softsign Sqrt Square Sub Tan Tanh
+    Threshold ToCopy Xlogy
+    """
 )
 #: Of those that mix all entries along some axes, which they keep.
-_ALONG = frozenset((*("Softmax", "LogSoftmax", "SafeSoftmax", "NativeLayerNorm", "FusedRmsNorm", "FusedRms"),))
+_ALONG = kinds("Softmax LogSoftmax SafeSoftmax NativeLayerNorm FusedRmsNorm FusedRms")
 #: Of those that move entries in ways that only they know, and are run to see: what is saved are sizes or indices.
-_RUN = frozenset(
-    (
-        *(
-            "AsStrided",
-            "Diagonal",
-            "Embedding",
-            "IndexAdd",
-            "IndexCopy",
-            "IndexFill",
-            "IndexPut",
-            "IndexPutImpl",
-            "Rot90",
-        ),
-        *("Scatter", "ScatterAdd", "SelectScatter", "SliceScatter", "Take", "Tril", "Triu", "Unfold", "MaskedScatter"),
-        *("PackPaddedSequence", "ReflectionPad1D", "ReplicationPad1D", "torch::autograd::CopySlices"),
-    )
+_RUN = kinds(
+    """
+    AsStrided Diagonal Embedding IndexAdd IndexCopy IndexFill IndexPut IndexPutImpl MaskedScatter PackPaddedSequence
+    ReflectionPad1D ReplicationPad1D Rot90 Scatter ScatterAdd SelectScatter SliceScatter Take Tril Triu Unfold
+    torch::autograd::CopySlices
+    """
 )
 #: Of those that are run likewise, of which every entry that they get goes into some that they give.
-_SPREADING = frozenset(
-    (
-        *("AvgPool2D", "AvgPool3D", "AdaptiveAvgPool2D", "AdaptiveAvgPool3D", "PixelShuffle", "PixelUnshuffle"),
-        *("ReflectionPad2D", "ReplicationPad2D", "UpsampleNearest1D", "UpsampleNearest2D", "UpsampleLinear1D"),
-        *("UpsampleBilinear2D"),
-    )
+_SPREADING = kinds(
+    """
+    AdaptiveAvgPool2D AdaptiveAvgPool3D AvgPool2D AvgPool3D PixelShuffle PixelUnshuffle ReflectionPad2D
+    ReplicationPad2D UpsampleLinear1D UpsampleNearest1D UpsampleNearest2D
+    """
 )
 #: Of those that read no tensor that was saved, which a checkpoint may hand out only once.
-_PLAIN = frozenset(
-    (
-        *("Slice", "Select", "Split", "SplitWithSizes", "Unbind", "Narrow", "View", "UnsafeView", "ReshapeAlias"),
-        *("Reshape", "Unsqueeze", "Squeeze", "Expand", "Repeat", "Transpose", "Permute", "T", "Cat", "Stack"),
-        *("ConstantPadNd", "Flip", "Roll", "Sum", "Mean", "Cumsum"),
-    )
+_PLAIN = kinds(
+    """
+    Cat ConstantPadNd Cumsum Expand Flip Mean Narrow Permute Repeat Reshape ReshapeAlias Roll Select Slice Split
+    SplitWithSizes Squeeze Stack Sum T Transpose Unbind UnsafeView Unsqueeze View
+    """
 )
 
 
@@ -109,7 +73,8 @@ def reached_entries(
         for node in users_first([last], is_end):
             if is_end(node):
                 continue
-            given = {number: reached[node, number] for number in range(_outputs(node)) if (node, number) in reached}
+            results = range(len(node._input_metadata))
+            given = {number: reached[node, number] for number in results if (node, number) in reached}
             for key, found in _before(node, given, packed):
                 reached[key] = _either(reached[key], found) if key in reached else found
     return reached
@@ -127,7 +92,7 @@ def _before(node: Any, given: dict[int, Reach | None], packed: bool) -> Iterator
         yield scores[0], scores[1] if (after := given[0]) is None else along(after, -1) & scores[1].to(after.device)
     for which, edge in enumerate(node.next_functions):
         if edge[0] is not None:
-            shape = tuple(edge[0]._input_metadata[edge[1]].shape)
+            shape = shape_of(*edge)
             if scores is not None:  # nothing but those
                 yield edge, torch.zeros([1] * len(shape), dtype=torch.bool)
             else:
@@ -136,23 +101,19 @@ def _before(node: Any, given: dict[int, Reach | None], packed: bool) -> Iterator
                 yield edge, found if found is not None and _fits(found, shape) else None
 
 
-def _outputs(node: Any) -> int:
-    return len(node._input_metadata)
-
-
 def _through(node: Any, which: int, given: dict[int, Reach | None], shape: Sequence[int], packed: bool) -> Reach | None:
     """What is reached of one of the tensors that a node gets, of some shape, given what is of those that it gives."""
     name = kind_of(node)
     if packed and name not in _PLAIN and not (name in _ENTRYWISE or name in _ALONG):
         return None
     try:
-        if name in MOVES:
-            return MOVES[name](node, which, given, shape)
+        if name in CUTS:
+            return cut(node, given, shape)
         after = given.get(0)
         if len(given) > 1 or 0 not in given:
             return None
-        if name in PRODUCTS:
-            return PRODUCTS[name](node, which, after, shape)
+        if rule := PICKS.get(name) or PRODUCTS.get(name):
+            return rule(node, which, after, shape)
         if name in _RUN or (name in _SPREADING and after is not None):
             return _run(node, which, after, shape)
         if after is None and name in SOFTMAX:
@@ -160,16 +121,13 @@ def _through(node: Any, which: int, given: dict[int, Reach | None], shape: Seque
         after = one_factor(node, name, which, after)
         if after is None:
             return None
-        if name in _ENTRYWISE or name in ("Mul", "Div", "MaskedFill", "Where"):
+        if name in MOVES:
+            return MOVES[name](node, which, after, shape)
+        if name in _ENTRYWISE or name in ("Expand", "Mul", "Div", "MaskedFill", "Where"):
             return spread(after, shape)
         return along(after, *_axes(node, len(shape))) if name in _ALONG else None
     except (RuntimeError, IndexError):  # what it saved is gone, or was changed since
         return None
-
-
-def kind_of(node: Any) -> str:
-    """The name of an operation: ``Slice`` of ``SliceBackward0``; of a custom function none."""
-    return name_of(node).partition("Backward")[0]
 
 
 def _axes(node: Any, axes: int) -> list[int]:

@@ -13,7 +13,7 @@ from torch.autograd.graph import GradientEdge
 from curvature.estimation.arrivals import Arrived
 from curvature.layers import Site
 from curvature.losses.signals import Signals
-from curvature.model.graph_nodes import below
+from curvature.model.graph_nodes import below, shape_of
 from curvature.model.pullback import pull_back
 
 #: Nodes that hand on what arrives at them, summed over the axes along which they repeated what they got.
@@ -141,7 +141,7 @@ def _down(start: GradientEdge, end: GradientEdge, gradients: Tensor) -> Tensor:
 
 
 def _shape(edge: GradientEdge) -> tuple[int, ...]:
-    return tuple(edge.node._input_metadata[edge.output_nr].shape)
+    return shape_of(edge.node, edge.output_nr)
 
 
 def _users(output: Tensor) -> dict[tuple[Any, int], list[tuple[Any, int]]]:

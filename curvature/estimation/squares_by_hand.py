@@ -9,7 +9,17 @@ from typing import Any
 
 from torch import Tensor
 
-from curvature.model.graph_nodes import COPIES, SHAPES, below, chain, cuts_columns, edges_of, inputs_of, name_of
+from curvature.model.graph_nodes import (
+    COPIES,
+    SHAPES,
+    below,
+    chain,
+    cuts_columns,
+    entries_of_first,
+    inputs_of,
+    name_of,
+    shape_of,
+)
 
 #: Beginnings of the names of nodes that hand numbers on as they are, or the other way round along an axis: rows stay
 #: whole.
@@ -48,7 +58,7 @@ def _below(node: Any, ends: Set[Any], so_far: Square) -> Iterator[Square]:
     if node is None or node in ends:
         return
     name, arguments = name_of(node), inputs_of(node)
-    shape, weight, alone = tuple(node._input_metadata[0].shape), so_far.weight, so_far.alone
+    shape, weight, alone = shape_of(node), so_far.weight, so_far.alone
     power = _is_power(node)
     if power or (name.startswith(("Mul", *_DOTS)) and len(arguments) == 2):
         # A product of two differences has the curvature of a square, but not its value.
@@ -104,7 +114,7 @@ def _is_difference(start: Any, ends: Set[Any]) -> bool:
         name = name_of(node)
         if not name.startswith((*_DIFFERENCES, *_PLAIN, "Slice", "Select")):
             return False
-        if name.startswith(_DIFFERENCES) and _size(node) != prod(node._input_metadata[0].shape):
+        if name.startswith(_DIFFERENCES) and entries_of_first(node) != prod(shape_of(node)):
             return False  # entries count several times
         if name.startswith(("Slice", "Select")):
             picked = True
@@ -115,13 +125,7 @@ def _is_difference(start: Any, ends: Set[Any]) -> bool:
     return False
 
 
-def _size(node: Any) -> int:
-    """Number of entries that the first argument of a node has."""
-    before, number = edges_of(node)[0]
-    return prod(before._input_metadata[number].shape)
-
-
 def _picks_rows(node: Any) -> bool:
     """Whether the last axis, along which the terms of a squared error lie, is left whole."""
-    whole = node.name().startswith("Slice") and node._input_metadata[0].shape[-1] == node._saved_self_sym_sizes[-1]
+    whole = node.name().startswith("Slice") and shape_of(node)[-1] == node._saved_self_sym_sizes[-1]
     return whole or not cuts_columns(node)

@@ -20,6 +20,7 @@ from curvature.model.graph_nodes import (
     name_of,
     node_of,
     only_moves,
+    shape_of,
     users_of,
 )
 
@@ -98,7 +99,7 @@ def way(roots: Sequence[Any], ends: Set[Any], known: Callable[[Any], bool], loss
         linear &= _is_linear(node)
         if name.startswith(("Mul", "Div")) and len(arguments) == 1:
             internal = name.endswith("1") or (not losses and _is_core(arguments[0], ends))  # of torch, or by labels
-            scalar = prod(node._input_metadata[0].shape) == 1
+            scalar = prod(shape_of(node)) == 1
             scalars += scalar and not internal
             affine, weighted = affine and (scalar or internal), weighted or not (scalar or internal)
         elif name.startswith(("Add", *_CONSTANTS)):
@@ -108,7 +109,7 @@ def way(roots: Sequence[Any], ends: Set[Any], known: Callable[[Any], bool], loss
         elif not name.startswith(_LINEAR) and not only_moves(node, {*arguments}):
             affine, weighted = False, weighted or added_up or not name.startswith(_UNIT)
     probable = any(name_of(node).startswith(_CORES[:1]) for node in leads)  # whose mean by torch is a quotient
-    quotients = (n for n in leads if n.name() == "DivBackward0" and prod(n._input_metadata[0].shape) == 1)
+    quotients = (n for n in leads if n.name() == "DivBackward0" and prod(shape_of(n)) == 1)
     divided = scalars == 1 and probable and any(quotients)
     affine &= len(leads) > len(leads & ends) > 0
     kinds = {kind for kind in _KINDS for node in cores if name_of(node).startswith(kind)}
@@ -137,7 +138,7 @@ def _adds_up(node: Any) -> bool:
 def _of_labels(node: Any, leads: Set[Any], ends: Set[Any]) -> bool:
     """Whether a difference is that of the logarithms of labels and probabilities, entry by entry, times the labels."""
     logs = [n for n in below([node], ends) if n in leads and name_of(n).startswith(_CORES[:1])]
-    return len(logs) == 1 and node._input_metadata[0].shape == logs[0]._input_metadata[0].shape
+    return len(logs) == 1 and shape_of(node) == shape_of(logs[0])
 
 
 def soft_labels(nodes: Sequence[Any], ends: Set[Any]) -> set[Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from math import prod
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from curvature.estimation.unseen_losses import FORMS
 from curvature.estimation.ways_to_losses import Way
 from curvature.estimation.weights_by_value import Rest, factor_by_value, factor_of_divergence, factor_of_squares
 from curvature.losses import Terms, loss_for
-from curvature.model.graph_nodes import edges_of
+from curvature.model.graph_nodes import entries_of_first
 
 
 def weight_by_graph(
@@ -49,7 +48,7 @@ def weight_by_graph(
         weight = torch.full_like(terms.total, call.share)
     else:
         entrywise = isinstance(loss, (nn.MSELoss, nn.BCEWithLogitsLoss))  # also those without a gradient
-        total = torch.full_like(terms.total, _entries(call.node)) if entrywise else terms.total
+        total = torch.full_like(terms.total, entries_of_first(call.node)) if entrywise else terms.total
         weight = torch.ones_like(terms.total) if call.reduction == "sum" else 1 / total
     value = _of_squares(gradient, weight) if square else _confirmed(origin, terms, gradient, weight)
     if square and call.share is None:
@@ -64,19 +63,13 @@ def weight_by_graph(
     return Weight(weight)
 
 
-def _entries(node: Any) -> int:
-    """The number of entries that a loss function was called on."""
-    before, number = edges_of(node)[0]
-    return prod(before._input_metadata[number].shape)
-
-
 def _sees_once(node: Any, origin: Pass, terms: Terms) -> bool:
     """Whether a loss was called on as many entries as it sees of an output: not where it sees some of them twice."""
     if origin.picked:
         seen = int(terms.mask.sum()) * terms.shape[-1]
     else:
         seen = int(origin.parts[0].sum()) if origin.parts else terms.output.numel()
-    return _entries(node) == seen
+    return entries_of_first(node) == seen
 
 
 def _confirmed(origin: Pass, terms: Terms, gradient: Tensor, weight: Tensor) -> Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Set
+from math import prod
 from typing import Any
 
 from torch import Tensor
@@ -154,6 +155,26 @@ def name_of(node: Any) -> str:
     return "" if is_custom(type(node)) else str(node.name())
 
 
+def kinds(words: str) -> frozenset[str]:
+    """Names of operations, as :func:`kind_of` gives them, from a text."""
+    return frozenset(words.split())
+
+
+def kind_of(node: Any) -> str:
+    """The name of an operation: ``Slice`` of ``SliceBackward0``; of a custom function none."""
+    return name_of(node).partition("Backward")[0]
+
+
+def shape_of(node: Any, number: int = 0) -> tuple[int, ...]:
+    """The shape of a result of a node."""
+    return tuple(node._input_metadata[number].shape)
+
+
+def entries_of_first(node: Any) -> int:
+    """Number of entries that the first argument of a node with a graph has."""
+    return prod(shape_of(*edges_of(node)[0]))
+
+
 def kept(node: Any, name: str) -> Any:
     """What a node has saved under a name.
 
@@ -174,7 +195,7 @@ def signed(number: int) -> int:
 def cut_axis(node: Any) -> tuple[int, int]:
     """The axis along which a node of :data:`CUTS` picks, from 0, and the number of axes of what it picks from."""
     sizes = getattr(node, "_saved_self_sym_sizes", None)
-    axes = len(node._input_metadata[0].shape) + 1 if sizes is None else len(sizes)  # of unbind, or of the others
+    axes = len(shape_of(node)) + 1 if sizes is None else len(sizes)  # of unbind, or of the others
     return signed(node._saved_dim) % axes, axes
 
 
