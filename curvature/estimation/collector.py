@@ -118,13 +118,7 @@ class Collector:
             mixing = self.mixing(recorder, groups, output, signals, cache)
             if not recorder.examples_interact:
                 self.refuse_averages([g for g in groups if g.block.name in mixing], signals.examples)
-            if signals.kind == "mc" or not mixing:
-                return self.send(groups, output, signals, signals.stacks, None, cache, mixing)
-            together = [g for g in groups if g.block.name not in mixing]
-            apart = [g for g in groups if g.block.name in mixing]
-            reached = self.send(together, output, signals, signals.stacks, None, cache, set())
-            sent = partial(stacked, signals.one_by_one())
-            return reached | self.send(apart, output, signals, sent, None, cache, mixing)
+            return self.send(groups, output, signals, signals.stacks, signals.one_by_one(), cache, mixing)
 
     @contextlib.contextmanager
     def one_look(self) -> Iterator[None]:
@@ -232,10 +226,29 @@ class Collector:
             estimator.commit(ema)
 
     def operator(self, scale: Tensor | float = 1.0) -> BlockDiagonal:
-        """All blocks, times ``scale``, on the flat parameter vector; parameters that were never used count zero."""
+        """See :func:`~curvature.estimation.flat_operator.flat_operator`."""
         return flat_operator(self.estimators.values(), self.parameters, scale)
 
     def send(
+        self,
+        groups: list[Group],
+        output: Tensor,
+        signals: Signals,
+        together: Callable[[int], Iterator[Tensor]],
+        apart: Iterator[Tensor],
+        cache: Cache,
+        mixing: set[str],
+        scale: Tensor | None = None,
+    ) -> set[str]:
+        """Send signals ``together``, but ``apart`` to blocks in which examples meet, unless draws keep these apart."""
+        if signals.kind == "mc":
+            return self._send(groups, output, signals, together, scale, cache, mixing)
+        plain = [group for group in groups if group.block.name not in mixing]
+        merged = [group for group in groups if group.block.name in mixing]
+        reached = self._send(plain, output, signals, together, scale, cache, mixing)
+        return reached | self._send(merged, output, signals, partial(stacked, apart), scale, cache, mixing)
+
+    def _send(
         self,
         groups: list[Group],
         output: Tensor,

@@ -68,9 +68,7 @@ class StepCollector(Collector):
     was added since :meth:`mark` can be taken back.
 
     Args:
-        parameters: The tracked parameters.
-        make: Called once per block, when it is first seen, for its estimate.
-        joint: Keep weight and bias of a layer in one block.
+        parameters: As ``make`` and ``joint``, see :class:`Collector`.
         forget: Called with the name of a block whose first statistics were taken back.
     """
 
@@ -177,15 +175,8 @@ class StepCollector(Collector):
             drawn = mixing if signals.kind != "mc" and not self.sends_examples(signals) else set()
             self._say(groups, drawn)
             self._factor, self._linear, self._counted = factor, factor, counted
-            plain = partial(stacked, iter(signals))
-            if signals.kind == "mc" or not mixing:
-                return self.send(groups, output, signals, plain, scale, cache, mixing)
-            together = [group for group in groups if group.block.name not in mixing]
-            apart = [group for group in groups if group.block.name in mixing]
-            reached = self.send(together, output, signals, plain, scale, cache, set())
-            return reached | self.send(
-                apart, output, signals, partial(stacked, self.apart(signals)), scale, cache, mixing
-            )
+            together = partial(stacked, iter(signals))
+            return self.send(groups, output, signals, together, self.apart(signals), cache, mixing, scale)
 
     def _say(self, groups: list[Group], drawn: set[str]) -> None:
         """Note of the blocks of a pass whether random signs were drawn in it, or in another one of the step."""
