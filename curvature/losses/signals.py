@@ -123,8 +123,9 @@ class Signals:
         """Number of backward passes."""
         if self.given is not None:
             return len(self.given)
-        if self.kind == "mc":
-            return self.samples
+        return self.samples if self.kind == "mc" else self._number()
+
+    def _number(self) -> int:
         if self.kind == "empirical":
             return 1 if self.together else self.positions
         return self.positions * self.terms.columns
@@ -133,23 +134,17 @@ class Signals:
         """All signals, examples together."""
         if self.given is not None:
             yield from self.given
-        elif self.kind == "mc":
-            yield from self._draws()
-        elif self.kind == "empirical":
+        else:
+            yield from self._draws() if self.kind == "mc" else self._made()
+
+    def _made(self) -> Iterator[Tensor]:
+        """Those that are no draws."""
+        if self.kind == "empirical":
             gradient = self.terms.gradient()
-            if self.together or self.positions == 1:
-                yield gradient
-            else:
-                for position in range(self.positions):
-                    yield self._only(gradient, position)
+            yield from [gradient] if self.together else self._by_position(gradient)
         else:
             for c in range(self.terms.columns):
-                column = self.terms.sqrt_column(c)
-                if self.positions == 1:
-                    yield column
-                else:
-                    for position in range(self.positions):
-                        yield self._only(column, position)
+                yield from self._by_position(self.terms.sqrt_column(c))
 
     def stacks(self, size: int) -> Iterator[Tensor]:
         """All signals, up to ``size`` of them at once: ``(k, *output)``; of the shortest root where there are columns.
@@ -205,12 +200,16 @@ class Signals:
         for _ in range(self.samples):
             yield self.terms.sample(self.generator) / self.samples**0.5
 
-    def _only(self, signal: Tensor, position: int) -> Tensor:
-        """The part of a signal that starts at one position of every example."""
+    def _by_position(self, signal: Tensor) -> Iterator[Tensor]:
+        """The parts of a signal that start at each position of every example."""
+        if self.positions == 1:
+            yield signal
+            return
         rows = self.terms.rows(signal).reshape(self.examples, self.positions, -1)
-        only = torch.zeros_like(rows)
-        only[:, position] = rows[:, position]
-        return self.terms.unrows(only.reshape(self.terms.shape))
+        for position in range(self.positions):
+            only = torch.zeros_like(rows)
+            only[:, position] = rows[:, position]
+            yield self.terms.unrows(only.reshape(self.terms.shape))
 
 
 def stacked(signals: Iterator[Tensor], size: int) -> Iterator[Tensor]:
@@ -247,23 +246,16 @@ class JointSignals(Signals):
         found = [part.tell_one_term_each() for part in self.parts]
         return lambda: all(tell() for tell in found)
 
-    def __len__(self) -> int:
-        if self.given is not None:
-            return len(self.given)
-        return self.samples if self.kind == "mc" else sum(map(len, self.parts))
+    def _number(self) -> int:
+        return sum(map(len, self.parts))
 
     def stacks(self, size: int) -> Iterator[Tensor]:
         return stacked(iter(self), size)
 
-    def __iter__(self) -> Iterator[Tensor]:
-        if self.given is not None:
-            yield from self.given
-        elif self.kind == "mc":
-            yield from self._draws()
-        else:
-            for (key, (scale, _)), part in zip(self._joined.parts.items(), self.parts, strict=True):
-                for signal in part:
-                    yield self._joined.embed(key, signal * scale.sqrt())
+    def _made(self) -> Iterator[Tensor]:
+        for (key, (scale, _)), part in zip(self._joined.parts.items(), self.parts, strict=True):
+            for signal in part:
+                yield self._joined.embed(key, signal * scale.sqrt())
 
     def weighted(self, signal: Tensor, weights: Tensor) -> Tensor:
         pairs = zip(self.parts, self._joined.pieces(signal), strict=True)
