@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -16,7 +15,7 @@ from tqdm import tqdm
 
 from curvature.model.backward_hooks import no_backward_hooks
 from curvature.model.trees import tensors_in
-from curvature.model.wrappers import plain_checkpoints, unwrapped
+from curvature.model.wrappers import Depth, plain_checkpoints, unwrapped
 
 Batch = tuple[Any, Any]
 Data = Batch | Mapping[str, Any] | Iterable[Any]
@@ -112,9 +111,7 @@ def split_batch(batch: Any) -> Batch:
         return Collated({key: value for key, value in batch.items() if key != "labels"}, labels), labels
     if isinstance(batch, (tuple, list)) and len(batch) == 2:
         return batch[0], batch[1]
-    what = (
-        f"{type(batch).__name__} of length {len(batch)}" if isinstance(batch, (tuple, list)) else type(batch).__name__
-    )
+    what = type(batch).__name__ + (f" of length {len(batch)}" if isinstance(batch, (tuple, list)) else "")
     raise TypeError(f"a batch must be a pair (x, y), got a {what}. For several inputs make x a tuple or a mapping.")
 
 
@@ -289,25 +286,14 @@ def refuse_complex(output: Any) -> None:
             )
 
 
-class _Depth(threading.local):
-    """How deep this thread is in passes of our own."""
-
-    value = 0
-
-
-_depth = _Depth()
+_own_passes = Depth()
 
 
 def inspecting() -> bool:
     """Whether a pass is no training step: the library's own, or under a transform of ``torch.func``."""
-    return _depth.value > 0 or torch._C._functorch.maybe_current_level() is not None
+    return _own_passes.value > 0 or torch._C._functorch.maybe_current_level() is not None
 
 
-@contextlib.contextmanager
-def inspection() -> Iterator[None]:
+def inspection() -> contextlib.AbstractContextManager[None]:
     """Passes inside, in this thread, are the library's own."""
-    _depth.value += 1
-    try:
-        yield
-    finally:
-        _depth.value -= 1
+    return _own_passes.deeper()

@@ -101,10 +101,19 @@ def as_written(model: nn.Module) -> Iterator[None]:
             own[name] = value
 
 
-class _Calls(threading.local):
-    """How deep this thread is in calls of a module, which may call itself."""
+class Depth(threading.local):
+    """How deep each thread is in something that may hold itself: a call of a module, or passes of our own."""
 
-    depth = 0
+    value = 0
+
+    @contextlib.contextmanager
+    def deeper(self) -> Iterator[None]:
+        """One level more inside."""
+        self.value += 1
+        try:
+            yield
+        finally:
+            self.value -= 1
 
 
 class CallGuard:
@@ -120,7 +129,7 @@ class CallGuard:
 
     def __init__(self, module: nn.Module, after: Callable[[Any], None]) -> None:
         self._module, self._after = weakref.ref(module), after
-        self._here = _Calls()
+        self._here = Depth()
         self._inner: CallGuard | None = module.__dict__.get("_compiled_call_impl") if not is_compiled(module) else None
         if not is_compiled(module):
             module._compiled_call_impl = self
@@ -128,13 +137,13 @@ class CallGuard:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self._module()
         assert module is not None
-        self._here.depth += 1
+        self._here.value += 1
         result = None
         try:
             result = (self._inner or module._call_impl)(*args, **kwargs)
         finally:
-            self._here.depth -= 1
-            if not self._here.depth:
+            self._here.value -= 1
+            if not self._here.value:
                 self._after(result)
         return result
 
@@ -148,13 +157,7 @@ class CallGuard:
                 module._compiled_call_impl = self._inner
 
 
-class _PlainHere(threading.local):
-    """How deep this thread is in :func:`plain_checkpoints`."""
-
-    depth = 0
-
-
-_plain_here = _PlainHere()
+_plain_here = Depth()  # in plain_checkpoints
 _not_reentrant = checkpoint._checkpoint_without_reentrant_generator
 _plain_lock = threading.Lock()
 _plain_users: list[int] = []  # threads in plain_checkpoints, while torch's function is replaced
@@ -172,11 +175,10 @@ def plain_checkpoints() -> Iterator[None]:
             setattr(checkpoint.CheckpointFunction, "apply", staticmethod(_plain_call))  # noqa: B010
             setattr(checkpoint, "_checkpoint_without_reentrant_generator", _not_selective)  # noqa: B010
         _plain_users.append(threading.get_ident())
-    _plain_here.depth += 1
     try:
-        yield
+        with _plain_here.deeper():
+            yield
     finally:
-        _plain_here.depth -= 1
         with _plain_lock:
             _plain_users.pop()
             if not _plain_users:
@@ -185,14 +187,14 @@ def plain_checkpoints() -> Iterator[None]:
 
 
 def _plain_call(function: Any, preserve: bool, *args: Any) -> Any:
-    if _plain_here.depth:
+    if _plain_here.value:
         return function(*args)
     return super(checkpoint.CheckpointFunction, checkpoint.CheckpointFunction).apply(function, preserve, *args)
 
 
 def _not_selective(function: Any, preserve: bool = True, context_fn: Any = None, *args: Any, **kwargs: Any) -> Any:
     """What runs before and after the call of a checkpoint that is not reentrant."""
-    contexts = context_fn() if _plain_here.depth else None
+    contexts = context_fn() if _plain_here.value else None
     if contexts is not None and isinstance(contexts[0], checkpoint._CachingTorchDispatchMode):
         context_fn = checkpoint.noop_context_fn
     elif contexts is not None:
