@@ -252,11 +252,8 @@ class ArrivingStatistics:
 
     def drop(self) -> None:
         self._stop_waiting()
-        if self._mark is not None:
-            step, estimates = self._mark
-            self.back_to(step)
-            self.collector.back_to(estimates)
-            self._mark = None
+        self._undo(self._mark)
+        self._mark = None
 
     def gone(self, left: Collection[str]) -> None:
         lost = {name for name in self.reached if self.names_of([name]).isdisjoint(left)}
@@ -264,11 +261,14 @@ class ArrivingStatistics:
         self.step.lose(lost)
 
     def take_back(self) -> None:
-        if self._before is not None:
-            step, estimates = self._before
+        self._undo(self._before)
+        self._before = None
+
+    def _undo(self, since: tuple[Any, Any] | None) -> None:
+        if since is not None:
+            step, estimates = since
             self.back_to(step)
             self.collector.back_to(estimates)
-            self._before = None
 
     def clear(self) -> None:
         self._stop_waiting()

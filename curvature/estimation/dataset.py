@@ -183,8 +183,7 @@ def estimate(
         estimator.begin_passes()
         return estimator
 
-    divisors = isinstance(loss, WeightedSum) and not is_one_batch(data)
-    divisors = divisors or (isinstance(loss, WeightedSum) and shares.several)
+    divisors = isinstance(loss, WeightedSum) and (shares.several or not is_one_batch(data))
     start = batches(data, curvature.passes + divisors, empty=shares.several)
     if divisors:
         loss = over_all_data(loss, model, start, parameters.device, output, class_dim, shares)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -30,9 +31,7 @@ def flat_operator(
         operator = estimator.operator()
         blocks.append(operator if isinstance(scale, float) and scale == 1.0 else operator * scale)
         places.append(BlockPlace.of(estimator.block, parameters.starts, sizes))
-    dtype = blocks[0].dtype if blocks else torch.float32
-    for operator in blocks:
-        dtype = torch.promote_types(dtype, operator.dtype)
+    dtype = reduce(torch.promote_types, (operator.dtype for operator in blocks)) if blocks else torch.float32
     blocks = [operator.to(dtype) for operator in blocks]
     for block in _uncovered(estimators, parameters):
         zeros = torch.zeros(block.shape, dtype=dtype, device=parameters.device)

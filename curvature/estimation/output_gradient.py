@@ -9,13 +9,7 @@ from torch import Tensor, nn
 
 from curvature.estimation.passes import Pass
 from curvature.estimation.step import Step, Weight
-from curvature.estimation.weights_of_unseen_losses import (
-    Untold,
-    enter,
-    not_told,
-    weight_by_graph,
-    weight_of_form,
-)
+from curvature.estimation.weights_of_unseen_losses import Untold, enter, not_told, weight_by_graph, weight_of_form
 from curvature.losses import Loss, Terms, loss_for
 from curvature.losses.from_gradient import from_output_gradient
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Set
+from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -44,12 +45,8 @@ class Step:
 
     def copy(self) -> Step:
         """An independent one."""
-        counted = {origin: dict(uses) for origin, uses in self.counted.items()}
-        signs, seen, sums, values = list(self.signs), list(self.seen), dict(self.sums), list(self.values)
-        reached, unscaled = set(self.reached), set(self.unscaled)
-        return replace(
-            self, reached=reached, unscaled=unscaled, sums=sums, signs=signs, seen=seen, counted=counted, values=values
-        )
+        copies = {name: copy(value) for name, value in vars(self).items()}
+        return Step(**copies | {"counted": {origin: dict(uses) for origin, uses in self.counted.items()}})
 
     def note(self, reached: set[str]) -> None:
         """A call of the loss was collected."""

@@ -22,16 +22,7 @@ from curvature.estimation.ways_to_losses import OTHERS, Way, at_temperatures, so
 from curvature.estimation.weights_by_value import Rest
 from curvature.model.backward_under_way import begins_with_one, called_on, numbers_called_on
 from curvature.model.data import inspection
-from curvature.model.graph_nodes import (
-    PICKS,
-    PRODUCTS,
-    below,
-    between,
-    inputs_of,
-    name_of,
-    node_of,
-    only_moves,
-)
+from curvature.model.graph_nodes import PICKS, PRODUCTS, below, between, inputs_of, name_of, node_of, only_moves
 
 #: How those of layers begin.
 _LAYERS = (*PRODUCTS, "Embedding")

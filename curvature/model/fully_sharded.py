@@ -20,23 +20,13 @@ _PACKAGE = "torch.distributed.fsdp"
 _NODE = "RegisterPostBackwardFunctionBackward"
 #: What is read and set here of torch's own objects, which are not documented: of a group, and of a parameter in it.
 _OF_GROUP = (
-    "fsdp_params",
-    "is_unsharded",
-    "post_backward",
-    "post_forward_mesh_info",
-    "reshard",
-    "unshard",
-    "wait_for_unshard",
-    "_partial_reduce_output",
+    *("fsdp_params", "is_unsharded", "post_backward", "post_forward_mesh_info", "reshard", "unshard"),
+    *("wait_for_unshard", "_partial_reduce_output"),
 )
 #: What a pass leaves there, of which passes of our own leave nothing.
 _OF_PASSES = (
-    "iter_forward_root",
-    "post_backward",
-    "post_forward_mesh_info",
-    "post_forward_order",
-    "_post_forward_indices",
-    "_training_state",
+    *("iter_forward_root", "post_backward", "post_forward_mesh_info", "post_forward_order"),
+    *("_post_forward_indices", "_training_state"),
 )
 _OF_PARAMETER = ("sharded_param", "unsharded_accumulated_grad")
 #: What tells a gradient from an earlier one: which tensors hold it, and their versions.
@@ -59,8 +49,7 @@ class FullyShard:
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = [module for module in model.modules() if is_fully_sharded(module)]
-        states = dict.fromkeys(module._get_fsdp_state() for module in self.modules)  # type: ignore[operator]
-        self.groups: list[Any] = [group for state in states for group in _groups(state)]
+        self.groups: list[Any] = [group for state in self._states() for group in _groups(state)]
         _require_known(self.groups)
         self._entries: dict[int, tuple[Any, Any]] = {}  # by ``id`` of the parameter
         self._waiting: list[tuple[Any, Any]] = []  # groups whose setting was changed for a pass, and the setting
@@ -192,10 +181,13 @@ class FullyShard:
 
     def _changing(self) -> list[Any]:
         """Torch's own objects in which a pass writes."""
-        states = dict.fromkeys(module._get_fsdp_state() for module in self.modules)  # type: ignore[operator]
+        states = self._states()
         shared = (getattr(one, name, None) for one in (*states, *self.groups) for name in ("_state_ctx", "comm_ctx"))
         contexts = {id(context): context for context in shared if context is not None}
         return [*states, *self.groups, *contexts.values()]
+
+    def _states(self) -> list[Any]:
+        return list(dict.fromkeys(module._get_fsdp_state() for module in self.modules))  # type: ignore[operator]
 
     @staticmethod
     def _settings(part: Any) -> dict[str, Any]:

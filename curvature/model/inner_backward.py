@@ -109,22 +109,18 @@ def _with(known: tuple[Tensor, ...], tensors: Iterable[Any]) -> tuple[Tensor, ..
 
 def leads_to_custom(outputs: Iterable[Any]) -> bool:
     """Whether there are custom functions on the way to some tensors, which remember it, or to edges of a graph."""
+    open_ones: list[Any] = []
     with torch._C.DisableTorchFunction():  # attributes of tensors are no calls of the user's
-        return _lead_to_custom(list(outputs))
-
-
-def _lead_to_custom(outputs: list[Any]) -> bool:
-    open_ones = []
-    for output in outputs:
-        known: tuple[int, bool] | None = getattr(output, "_custom_on_the_way", None)
-        if known is None or known[0] != output._version:
-            open_ones.append(output)
-        elif known[1]:
-            return True
-    found = any(map(_is_custom, below(open_ones)))  # their graphs have most nodes in common
-    for output in open_ones:
-        if isinstance(output, Tensor) and (not found or len(open_ones) == 1):
-            setattr(output, "_custom_on_the_way", (output._version, found))  # noqa: B010
+        for output in outputs:
+            known: tuple[int, bool] | None = getattr(output, "_custom_on_the_way", None)
+            if known is None or known[0] != output._version:
+                open_ones.append(output)
+            elif known[1]:
+                return True
+        found = any(map(_is_custom, below(open_ones)))  # their graphs have most nodes in common
+        for output in open_ones:
+            if isinstance(output, Tensor) and (not found or len(open_ones) == 1):
+                setattr(output, "_custom_on_the_way", (output._version, found))  # noqa: B010
     return found
 
 

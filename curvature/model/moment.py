@@ -35,7 +35,6 @@ class Moment:
         self.parameters = {id(p) for p in model.parameters()}
         self.buffers = {id(b): b for *_, buffers in self.modules for b in buffers.values() if b is not None}
         self.versions = {key: writes(b) for key, b in self.buffers.items()}
-        # Batch norm writes them in train mode without telling their version, and reads them in eval mode.
         running = {id(buffers.get(name)): m.training for m, _, buffers in self.modules for name in _RUNNING}
         then = {} if last is None else last.values
         known = {

@@ -55,9 +55,7 @@ def drawn_order(data: Any) -> str | None:
     """
     if is_one_batch(data) or isinstance(data, (list, tuple, Iterator)):
         return None  # an iterator has one pass, whose order is the caller's
-    if not isinstance(data, DataLoader):
-        return _compared(data, _checksums)
-    if isinstance(data.dataset, IterableDataset):
+    if not isinstance(data, DataLoader) or isinstance(data.dataset, IterableDataset):
         return _compared(data, _checksums)
     samplers = _chain(data.batch_sampler if data.batch_sampler is not None else data.sampler)
     for sampler in samplers:

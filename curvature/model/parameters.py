@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, ItemsView, Iterable, Mapping, ValuesView
+from functools import reduce
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -44,9 +46,7 @@ class Parameters(Mapping[str, nn.Parameter]):
         self._items = trainable if params is None else _select(trainable, params)
         for name, p in self._items.items():
             _check(name, p)
-        starts = [0]
-        for p in self._items.values():
-            starts.append(starts[-1] + p.numel())
+        starts = [*accumulate((p.numel() for p in self._items.values()), initial=0)]
         self.starts: dict[str, int] = dict(zip(self._items, starts, strict=False))
         self.size: int = starts[-1]
 
@@ -75,10 +75,7 @@ class Parameters(Mapping[str, nn.Parameter]):
     @property
     def dtype(self) -> torch.dtype:
         """The widest dtype among the parameters."""
-        dtype = next(iter(self._items.values())).dtype
-        for p in self._items.values():
-            dtype = torch.promote_types(dtype, p.dtype)
-        return dtype
+        return reduce(torch.promote_types, (p.dtype for p in self._items.values()))
 
     @property
     def device(self) -> torch.device:
