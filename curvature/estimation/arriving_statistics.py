@@ -23,7 +23,7 @@ from curvature.estimation.unseen_losses import NotYetTold
 from curvature.estimation.weights_of_unseen_losses import not_told
 from curvature.layers.recorder import Recorder
 from curvature.losses import BatchDim, Loss, NoCurvatureError, Terms
-from curvature.losses.from_gradient import from_output_gradient
+from curvature.losses.from_gradient import gradient_terms
 from curvature.losses.picked import ApartTerms, GatheredTerms, PickedTerms
 from curvature.losses.signals import JointSignals, Signals
 from curvature.model.backward_hooks import ours
@@ -181,7 +181,7 @@ class ArrivingStatistics:
                 f"'sum', not a result of shape {tuple(call.arriving.shape)}."
             )
         reduction = getattr(call.module, "reduction", "mean")
-        terms, _ = from_output_gradient(None, call.output, gradient, call.arriving, reduction, self.class_dim)
+        terms = gradient_terms(call.output, gradient, call.arriving, reduction)
         self.take(passes, terms, self.step.share(terms, call.arriving, call.place), [call])
 
     def arrived_at_output(self, origin: Pass, gradient: Tensor) -> None:
@@ -348,13 +348,6 @@ class ArrivingStatistics:
         """Whether the user's own backward pass brings empirical statistics, so that none of ours is needed.
 
         It does not where it brings something besides the loss: that of another loss, of a penalty on activations.
-
-        Args:
-            passes: Those that led to the loss.
-            recorder: Their uses of parameters.
-            end: The node of what the loss saw.
-            signals: What would be sent.
-            share: How the loss enters.
         """
         if signals.kind != "empirical" or share.factor is None or isinstance(signals, JointSignals):
             return False

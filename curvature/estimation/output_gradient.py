@@ -11,7 +11,7 @@ from curvature.estimation.passes import Pass
 from curvature.estimation.step import Step, Weight
 from curvature.estimation.weights_of_unseen_losses import Untold, enter, not_told, weight_by_graph, weight_of_form
 from curvature.losses import Loss, Terms, loss_for
-from curvature.losses.from_gradient import from_output_gradient
+from curvature.losses.from_gradient import from_output_gradient, gradient_terms
 
 
 @dataclass(frozen=True)
@@ -62,17 +62,13 @@ class OutputGradient:
                 "capture='gradient' for a mean loss that is neither accumulated nor scaled."
             )
         try:
-            terms, weights = from_output_gradient(
-                loss,
-                z,
-                gradient,
-                None,
-                "mean",
-                self.class_dim if form is None else None,
-                empirical=self.empirical,
-                arrived_at=origin.seen,
-                size=origin.size,
-            )
+            terms: Terms
+            if loss is None:
+                terms, weights = gradient_terms(z, gradient), None
+            else:
+                class_dim = self.class_dim if form is None else None
+                known = self.empirical, origin.seen, origin.size
+                terms, weights = from_output_gradient(loss, z, gradient, class_dim, *known)
         except (TypeError, ValueError):
             if origin.penalty:
                 origin.left_out = not origin.silent and bool(gradient.any())

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from curvature.losses import AmbiguousClassAxisError, Layout, Loss, Terms
+from curvature.losses.elementwise import entry_layout
 from solvers.precision import working_dtype
 
 
@@ -38,11 +39,9 @@ class GradientTerms(Terms):
 
 
 def from_output_gradient(
-    loss: Loss | None,
+    loss: Loss,
     output: Tensor,
     gradient: Tensor,
-    scale: Tensor | None,
-    reduction: str,
     class_dim: int | None,
     empirical: bool = False,
     arrived_at: Tensor | None = None,
@@ -55,11 +54,9 @@ def from_output_gradient(
     need them, and only if they explain the gradient up to one factor (the scale of the loss, which nobody knows here).
 
     Args:
-        loss: Interpretation of the loss, or ``None`` where only its gradient is known.
+        loss: Interpretation of the loss.
         output: The model's output z.
         gradient: ``dL/dz``.
-        scale: Derivative of what is differentiated by the loss (GradScaler, accumulation), if known.
-        reduction: Of the loss.
         class_dim: Class axis, where the user said.
         empirical: The gradients of the terms are needed, not only their curvature.
         arrived_at: The output at which the gradient arrived, if ``output`` is a repetition of it with other dropout.
@@ -72,8 +69,6 @@ def from_output_gradient(
         AmbiguousClassAxisError: If not exactly one axis of a cross-entropy's gradient sums to zero.
         TypeError: If the targets are needed but cannot be read off.
     """
-    if loss is None:
-        return _gradient_terms(output, gradient, scale, reduction), None
     options = loss.loss_fn
     if isinstance(options, nn.CrossEntropyLoss):
         class_dim = _class_axis(gradient, class_dim, size)
@@ -101,8 +96,18 @@ def from_output_gradient(
     return loss.terms(output, target, class_dim=class_dim, mask=mask), weights
 
 
-def _gradient_terms(output: Tensor, gradient: Tensor, scale: Tensor | None, reduction: str) -> GradientTerms:
-    layout = Layout(output.shape, () if output.dim() < 2 else (output.dim() - 1,))
+def gradient_terms(
+    output: Tensor, gradient: Tensor, scale: Tensor | None = None, reduction: str = "mean"
+) -> GradientTerms:
+    """The terms of a loss of which only ``dL/dz`` is known.
+
+    Args:
+        output: The model's output z.
+        gradient: ``dL/dz``.
+        scale: Derivative of what is differentiated by the loss (GradScaler, accumulation), if known.
+        reduction: Of the loss.
+    """
+    layout = entry_layout(output, None)
     mask = (layout.rows(gradient) != 0).any(-1)
     total = mask.sum().to(working_dtype(gradient))
     unscaled = gradient.detach() if scale is None else gradient.detach() / scale
@@ -155,7 +160,7 @@ def _needs_targets(loss_fn: nn.Module) -> TypeError:
     )
 
 
-def _proportional(expected: Tensor, gradient: Tensor, size: Tensor | None = None) -> bool:
+def _proportional(expected: Tensor, gradient: Tensor, size: Tensor | None) -> bool:
     """Whether two gradients point the same way."""
     slack = torch.finfo(gradient.dtype).eps ** 0.5
     expected, gradient = expected.double().flatten(), gradient.double().flatten()
@@ -166,7 +171,7 @@ def _proportional(expected: Tensor, gradient: Tensor, size: Tensor | None = None
     return bool(expected.any()) and bool(expected @ gradient >= (1 - slack) * expected.norm() * gradient.norm())
 
 
-def _class_axis(gradient: Tensor, class_dim: int | None, size: Tensor | None = None) -> int:
+def _class_axis(gradient: Tensor, class_dim: int | None, size: Tensor | None) -> int:
     """The axis along which a softmax's gradient sums to zero."""
     rank = gradient.dim()
     candidates = {class_dim % rank} if class_dim is not None else {1, rank - 1} if rank > 1 else {0}
