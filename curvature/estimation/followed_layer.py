@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from curvature.model.backward_hooks import ours
 from curvature.model.data import inspecting
-from curvature.model.hooks import At, EagerHook
+from curvature.model.hooks import At, EagerHook, remove
 
 
 class FollowedLayer(ABC):
@@ -48,9 +48,7 @@ class FollowedLayer(ABC):
 
     def close(self) -> None:
         """Remove the hooks."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        remove(self._handles)
 
     def _after_forward(self, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         if not args or not output.requires_grad or inspecting() or not self.ran(args[0], output):

@@ -20,7 +20,7 @@ from curvature.estimation.taped_losses import own_loss, same_numbers
 from curvature.estimation.taped_model import TapedModel
 from curvature.layers.recorder import Recorder
 from curvature.model.data import examples_of, inspecting
-from curvature.model.hooks import Hook, calling_frame
+from curvature.model.hooks import Hook, calling_frame, remove
 from curvature.model.moment import Moment
 from curvature.model.settings import autocast_dtype
 from curvature.model.streams import random_state
@@ -97,9 +97,7 @@ class Recording(TapedModel, ABC):
 
     def close(self) -> None:
         """Remove every hook and forget everything."""
-        for handle in self.handles:
-            handle.remove()
-        self.handles = []
+        remove(self.handles)
         self.clear()
 
     def clear(self) -> None:

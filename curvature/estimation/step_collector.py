@@ -23,7 +23,7 @@ from curvature.layers.samples import Outer, PerSample, Samples
 from curvature.layers.site import ElementwiseSite
 from curvature.losses.signals import Signals, stacked
 from curvature.model.backward_hooks import ours
-from curvature.model.hooks import At
+from curvature.model.hooks import At, remove
 from curvature.model.parameters import Parameters
 from curvature.structures.estimator import CurvatureEstimator, Form
 from curvature.structures.whole import Share, WholeEstimator
@@ -57,8 +57,7 @@ class Backward:
 
     def close(self) -> None:
         """Stop listening."""
-        for handle in self._handles:
-            handle.remove()
+        remove(self._handles)
 
 
 class StepCollector(Collector):

@@ -27,7 +27,7 @@ from curvature.model.backward_hooks import ours
 from curvature.model.backward_under_way import captured, threads_in_backward
 from curvature.model.data import Output, inspecting
 from curvature.model.fully_sharded import shard_of
-from curvature.model.hooks import At, Hook, OwnHook
+from curvature.model.hooks import At, Hook, OwnHook, remove
 from curvature.model.trees import tensors_in
 
 Mode = Literal["auto", "loss", "gradient", "shadow"]
@@ -41,10 +41,7 @@ class Tape(Recording):
     where the gradient still stands when the optimizer steps. Everything before that is taken back whole.
 
     Args:
-        model: The module the user calls; wrappers of ``torch.compile`` and DDP are looked through.
-        loss_fn: The loss module the user calls, or one that describes what is computed elsewhere.
-        parameters: The tracked parameters at this moment, by name.
-        output: Picks the output tensor where the model returns something else.
+        model: As ``loss_fn``, ``parameters`` and ``output``, see :class:`~curvature.estimation.taped_model.TapedModel`.
         mode: How the loss is found: ``"auto"``, or only by its call (``"loss"``), by the gradient at the model's output
             (``"gradient"``), or from passes that are repeated after the step's backward passes (``"shadow"``).
         eval_mode: Record passes in eval mode too.
@@ -121,10 +118,8 @@ class Tape(Recording):
 
     def clear(self) -> None:
         super().clear()
-        self._catch_no_more()
-        for handle in self._watching:
-            handle.remove()
-        self._watching = []
+        remove(self._catching)
+        remove(self._watching)
         self.outside, self._task, self._marks, self.nonzero = [], None, {}, None
         self._samples, self.earlier, self._weights = {}, {}, []
         self._asked, self._dropped, self.behind = None, Dropped(), None
@@ -195,7 +190,7 @@ class Tape(Recording):
             return
         self._enter()
         gradient = gradient.detach()
-        call.arriving = gradient if call.arriving is None else call.arriving + gradient
+        call.arriving = _sum(call.arriving, gradient)
         if self.reader is not None and self.records:
             self.reader.arrived(call, gradient)
 
@@ -205,7 +200,7 @@ class Tape(Recording):
             return
         self._enter()
         assert origin.own is not None
-        origin.own.arriving = gradient.detach() + (0 if origin.own.arriving is None else origin.own.arriving)
+        origin.own.arriving = _sum(origin.own.arriving, gradient.detach())
         origin.again = True
 
     def _gradient_at_output(self, origin: Pass, gradient: Tensor) -> None:
@@ -240,7 +235,7 @@ class Tape(Recording):
         if kept:
             gradient = gradient.detach()
             origin.seen = origin.output.detach()
-            origin.arriving = gradient if origin.arriving is None else origin.arriving + gradient
+            origin.arriving = _sum(origin.arriving, gradient)
         if seen and origin.recorder is not None:
             return  # the calls of the loss have told already
         if self.reader is not None and self.records:
@@ -321,7 +316,7 @@ class Tape(Recording):
 
     def _take_in(self) -> None:
         task = self._task
-        self._catch_no_more()
+        remove(self._catching)
         after = self._gradients.now()
         brought: list[TapedLoss | Pass] = [call for call in self.calls() if call.arriving is not None]
         brought = brought or [origin for origin in self.passes if origin.task == task]
@@ -381,16 +376,11 @@ class Tape(Recording):
     def _eps(self) -> float:
         return max(torch.finfo(p.dtype).eps for p in self.parameters().values())
 
-    def _catch_no_more(self) -> None:
-        for handle in self._catching:
-            handle.remove()
-        self._catching = []
-
     def _abandon(self) -> None:
         """Forget what the backward pass under way has brought so far."""
         if self._task is None:
             return
-        self._catch_no_more()
+        remove(self._catching)
         self._task = self._asked = None
         for origin in self.passes:
             origin.arriving = None

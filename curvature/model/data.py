@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 from tqdm import tqdm
 
 from curvature.model.backward_hooks import no_backward_hooks
+from curvature.model.hooks import remove
 from curvature.model.trees import tensors_in
 from curvature.model.wrappers import Depth, plain_checkpoints, unwrapped
 
@@ -220,8 +221,7 @@ def _watched(model: nn.Module, x: Collated) -> Iterator[None]:
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        remove(handles)
 
 
 def _keywords(model: nn.Module) -> tuple[set[str], bool]:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from curvature.model.graph_nodes import below
+from curvature.model.hooks import remove
 
 
 @contextlib.contextmanager
@@ -24,8 +25,7 @@ def statistics_given(tensors: Iterable[Tensor]) -> Iterator[None]:
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        remove(handles)
 
 
 def _trains(node: Any) -> bool:

@@ -96,6 +96,12 @@ def calling_frame() -> FrameType:
     return frame
 
 
+def remove(handles: list[Any]) -> None:
+    """Remove hooks, and forget their handles, in place."""
+    while handles:
+        handles.pop().remove()
+
+
 def nothing(*args: Any, **kwargs: Any) -> None:
     """Do nothing: the call of a copied hook."""
 
