@@ -149,6 +149,16 @@ class Pass:
     unseen: set[str] = field(default_factory=set)  # parameters with a gradient in it that no statistics reached
 
     @property
+    def last(self) -> set[Any]:
+        """The nodes where its output ends in the graph: several, where that was changed in place."""
+        return {self.end, self.output.grad_fn} - {None}
+
+    @property
+    def ends(self) -> set[Any]:
+        """The nodes where all that the model returned ends."""
+        return self.last | {edge.node for edge in self.edges}
+
+    @property
     def counted(self) -> list[TapedLoss]:
         """The calls of the loss at which a gradient arrived for good."""
         return [call for call in self.calls if call.weight is not None]

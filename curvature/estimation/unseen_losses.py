@@ -6,7 +6,7 @@ What they are is told by the gradient at the model's output, and their weight by
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Set
+from collections.abc import Callable, Iterable, Set
 from dataclasses import replace
 from functools import partial, reduce
 from typing import Any
@@ -120,9 +120,8 @@ class UnseenLosses:
             The losses, which are not found again; ``None`` where the output was an input of another pass alone, whose
             losses tell.
         """
-        ends = {origin.end, origin.output.grad_fn}  # it may have been changed in place
-        unseen = [call for end in ends for call in self._found.pop(end, [])]
-        ends |= {edge.node for edge in origin.edges}
+        own, ends = origin.last, origin.ends
+        unseen = [call for end in own for call in self._found.pop(end, [])]
         if not known and self._direct is not None and not ends & self._direct:
             return None
         origin.followed, square = self._direct is not None, self._kind == _NODES[nn.MSELoss]
@@ -134,7 +133,6 @@ class UnseenLosses:
         self._told |= {call.node: origin for call in unseen}
         if square and not (unseen or known):
             unseen = _by_hand(ends)
-        own = {origin.end, origin.output.grad_fn}
         beside = known and not (unseen or origin.labelled) and self._direct is not None and bool(own & self._direct)
         if not known or (beside and (not self._square_of(origin) or self._has_targets(origin, own))):
             origin.form = self._form(origin, unseen)
@@ -167,7 +165,7 @@ class UnseenLosses:
             own: Where the output ends.
             found: This, where others of its pass end, and the nodes of losses that were found.
         """
-        until = lambda node: node in found or node._sequence_nr() in self._known  # noqa: E731
+        until = self._until(found)
         others = [node for node in below(called_on(), until) if not until(node)]
         flat = {before for node in others if name_of(node).startswith("Abs") for before in inputs_of(node)}
         for node in others:
@@ -193,7 +191,7 @@ class UnseenLosses:
         if found is None:
             return None
         if not square and any(map(tells_no_value, self._square_of(origin))):
-            written = _by_hand({origin.end, origin.output.grad_fn, *(edge.node for edge in origin.edges)} - {None})
+            written = _by_hand(origin.ends)
             origin.share = written[0].share if written else None
             return None if origin.share is None else nn.MSELoss
         if self._square_of(origin):
@@ -207,8 +205,7 @@ class UnseenLosses:
 
     def _moves(self, origin: Pass) -> bool:
         """Whether an output has a loss of a known form that sees parts of it, and nobody tells which."""
-        ends = {origin.end, origin.output.grad_fn, *(edge.node for edge in origin.edges)} - {None}
-        until = lambda node: node in ends or node._sequence_nr() in self._known  # noqa: E731
+        ends, until = origin.ends, self._until(origin.ends)
         losses = (_NODES[cls] + "Backward0" for cls in (nn.MSELoss, nn.BCEWithLogitsLoss))
         names = tuple(name for name in losses if not name.startswith(self._kind))
         for node in below(called_on(), until):
@@ -220,15 +217,17 @@ class UnseenLosses:
         return False
 
     def _square_of(self, origin: Pass) -> list[Any]:
-        ends = (origin.end, origin.output.grad_fn, *(edge.node for edge in origin.edges))
-        return list(dict.fromkeys(node for end in ends for node in self._squares.get(end, [])))
+        return list(dict.fromkeys(node for end in origin.ends for node in self._squares.get(end, [])))
+
+    def _until(self, ends: Set[Any]) -> Callable[[Any], bool]:
+        """What tells whether a node is one of some ends, or that of a known call."""
+        return lambda node: node in ends or node._sequence_nr() in self._known
 
     def _hides_rows(self, call: UnseenLoss, ends: Set[Any]) -> bool:
         """Whether a loss sees some rows of an output, of which something unknown sees others, so none tells which."""
         if not any(node.name().startswith(PICKS) for node in between([call.node], ends)):
             return False
-        until = lambda node: node is call.node or node in ends or node._sequence_nr() in self._known  # noqa: E731
-        return not ends.isdisjoint(below(called_on(), until))
+        return not ends.isdisjoint(below(called_on(), self._until(ends | {call.node})))
 
     def read_later(self, origin: Pass) -> None:
         """Look at the way to a pass now, whose gradient will be read when it is repeated."""
@@ -261,7 +260,7 @@ class UnseenLosses:
         if not parts or not isinstance(origin.output, Tensor):
             return None, None
         rest = Rest(reduce(torch.add, parts), reduce(torch.add, map(torch.abs, parts)))
-        ends = {origin.end, origin.output.grad_fn, *(edge.node for edge in origin.edges)} - {None}
+        ends = origin.ends
         mine = {node for node, one in self._told.items() if one is origin}
         found = {call.node for calls in self._found.values() for call in calls} | self._told.keys() - mine
         if squared := self._square_of(origin):
@@ -301,7 +300,7 @@ class UnseenLosses:
 def _part_seen(loss: Any, origin: Pass) -> Tensor | None:
     """The entries of an output that cuts leave to a loss; ``None`` for all of them."""
     packed = origin.recorder is not None and any(site.packed for site in origin.recorder.sites)
-    found = reached_entries(loss, 0, packed, {origin.end, origin.output.grad_fn})
+    found = reached_entries(loss, 0, packed, origin.last)
     part = found.get((origin.output.grad_fn, origin.output.output_nr))
     return None if part is None or bool(part.all()) else part.expand(origin.output.shape)
 
