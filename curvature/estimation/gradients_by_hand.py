@@ -40,28 +40,24 @@ class Asked:
 
     def taken(self, now: Samples, eps: float) -> bool:
         """Whether gradients are now what they were and this, or one multiple of the sum that is none of the first."""
-        if not self.found:
-            return False
-        names = now.keys() | self.before.keys() | self.found.keys()
-        found = _joined([now, self.before, self.found], names)
-        if found is None:
+        if (found := self._vectors(now, self.before.keys())) is None:
             return False
         present, before, more = found
         if _spanned(present - before - more, present, [], 8 * eps):
             return bool(present.any() or self.found.keys() <= now.keys())
-        rtol = eps**0.5
-        return not _spanned(present, present, [before], rtol) and _spanned(present, present, [before + more], rtol)
+        return _is_multiple(present, before + more, before, eps)
 
     def replaced(self, now: Samples, eps: float) -> bool:
         """Whether gradients are now this, or a multiple of it, in the place of others that stood before."""
-        if not self.found:
-            return False
-        found = _joined([now, self.before, self.found], now.keys() | self.found.keys())
-        if found is None:
+        if (found := self._vectors(now)) is None:
             return False
         present, before, more = found
-        rtol = eps**0.5
-        return not _spanned(present, present, [before], rtol) and _spanned(present, present, [more], rtol)
+        return _is_multiple(present, more, before, eps)
+
+    def _vectors(self, now: Samples, names: Set[str] = frozenset()) -> list[Tensor] | None:
+        """The gradients now, those that stood, and what was found, where that is of parameters at all."""
+        names = names | now.keys() | self.found.keys()
+        return _joined([now, self.before, self.found], names) if self.found else None
 
 
 def scale_taken_off(now: Samples, was: Samples, weights: Iterable[Tensor], eps: float) -> float:
@@ -95,10 +91,7 @@ def divided_in_parts(now: Samples, was: Samples, eps: float) -> bool:
 def _divided_by(now: Mapping[str, float], was: Mapping[str, float], eps: float) -> tuple[float, bool]:
     """What gradients were divided by since they were written, if it is one number for all that is larger than 1.
 
-    Args:
-        now: Their lengths.
-        was: Those when they were written.
-        eps: Of their dtype.
+    Arguments are their lengths and those when they were written, and the ``eps`` of their dtype.
 
     Returns:
         The number, 1 for none; and whether it is a power of two or small and whole, as a GradScaler or a loop that
@@ -182,6 +175,12 @@ def _joined(gradients: Sequence[Mapping[str, Tensor]], names: Set[str]) -> list[
             for pieces, x in zip(out, known, strict=True):
                 pieces.append(torch.zeros(shape).double() if x is None else x.detach().cpu().double())
     return [torch.cat(pieces) for pieces in out] if out[0] else None
+
+
+def _is_multiple(present: Tensor, of: Tensor, but: Tensor, eps: float) -> bool:
+    """Whether a vector is a multiple of another one, and of a third it is none."""
+    rtol = eps**0.5
+    return not _spanned(present, present, [but], rtol) and _spanned(present, present, [of], rtol)
 
 
 def _spanned(rest: Tensor, whole: Tensor, others: Sequence[Tensor], rtol: float) -> bool:

@@ -93,7 +93,7 @@ class BlockPlan:
     def distrust(self, reasons: Mapping[str, str]) -> None:
         """From now on take the gradients of these parameters by autograd, and why."""
         for name, reason in reasons.items():
-            self._leave(name, reason)
+            self.without_rule.setdefault(name, reason)
             self.changed = True
         self._part()
 
@@ -186,7 +186,7 @@ class BlockPlan:
     def _mark_generic(self, sites: list[Site], unknown: Mapping[str, set[str]]) -> None:
         """Parameters with a use no rule covers, with overlapping segments, or with uses of different kinds."""
         for name, operations in unknown.items():
-            self._leave(name, f"no rule for {', '.join(sorted(operations))}")
+            self.without_rule.setdefault(name, f"no rule for {', '.join(sorted(operations))}")
         segments: dict[str, dict[tuple[int, int], str]] = {}
         for site in sites:
             kind = "outer" if isinstance(site, OuterSite) else type(site).__name__
@@ -195,11 +195,11 @@ class BlockPlan:
                 seen = segments.setdefault(ref.name, {})
                 span = (ref.start, ref.start + ref.numel)
                 if seen.setdefault(span, f"{kind} {role}") != f"{kind} {role}":
-                    self._leave(ref.name, "uses of different kinds")
+                    self.without_rule.setdefault(ref.name, "uses of different kinds")
         for name, seen in segments.items():
             spans = sorted(seen)
             if any(right[0] < left[1] for left, right in pairwise(spans)):
-                self._leave(name, "uses of segments that overlap")
+                self.without_rule.setdefault(name, "uses of segments that overlap")
         # Shapes of one matrix that are neither equal nor transposed (a kernel seen as a matrix, say).
         shapes: dict[tuple[str, int, int], set[tuple[int, ...]]] = {}
         for site in sites:
@@ -211,11 +211,8 @@ class BlockPlan:
         for key, found in shapes.items():
             first = next(iter(found))
             if any(shape not in (first, first[::-1]) for shape in found):
-                self._leave(key[0], "uses as matrices of different shapes")
+                self.without_rule.setdefault(key[0], "uses as matrices of different shapes")
         self._part()
-
-    def _leave(self, name: str, reason: str) -> None:
-        self.without_rule.setdefault(name, reason)
 
     def _is_joint(self, site: Site, sites: list[Site]) -> bool:
         if not self.joint or site.weight is None or site.bias is None:

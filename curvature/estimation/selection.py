@@ -54,13 +54,7 @@ def selection(returned: Sequence[Tensor | None], z: Tensor) -> SeenPart | None:
     for place, output in enumerate(returned):
         if output is z:
             return SeenPart(place, None, 1, tuple(z.shape), z.dtype)
-        if (
-            not moves
-            or output is None
-            or output.numel() < z.numel()
-            or output.grad_fn is None
-            or output.grad_fn not in between
-        ):
+        if not moves or output is None or output.numel() < z.numel() or output.grad_fn not in between:
             continue
         last = z.shape[-1] if z.dim() and output.dim() and z.shape[-1] == output.shape[-1] else 1
         for width in dict.fromkeys((last, 1)):  # rows of classes, mostly

@@ -82,7 +82,8 @@ class SumOfLosses(nn.Module):
         """Key, loss, output, and target with the loss's further arguments."""
         for key, loss in self.losses.items():
             given = _pick(targets, key, "targets")
-            yield key, loss, _pick(outputs, key, "outputs"), _tuple(given)
+            given = tuple(given) if isinstance(given, (tuple, list)) else (given,)
+            yield key, loss, _pick(outputs, key, "outputs"), given
 
 
 class JoinedTerms(Terms):
@@ -256,10 +257,6 @@ class WeightedSum(Loss):
             weight = self.loss_fn.weights[key]
             parts[key] = (weight * ratio, terms if weight else terms.only(torch.zeros_like(terms.mask)))
         return JoinedTerms(parts, self.reduction)
-
-
-def _tuple(given: Any) -> tuple[Any, ...]:
-    return tuple(given) if isinstance(given, (tuple, list)) else (given,)
 
 
 def _pick(tree: Any, key: Any, what: str) -> Any:

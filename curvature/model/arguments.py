@@ -168,11 +168,11 @@ def restriction(name: str, value: Any) -> Any:
     """Names, globs, parameters or modules, or an iterable of them; which of them exist, the model says."""
     single = (str, Tensor, nn.Module)
     entries = value if isinstance(value, (list, tuple, set, frozenset)) else ()
+    wrong = [entry for entry in entries if not isinstance(entry, single)]
     if value is not None and not isinstance(value, (*single, Iterable)):
-        raise TypeError(f"{name} takes names, globs, parameters or modules, not {_short(value)}.")
-    for entry in entries:
-        if not isinstance(entry, single):
-            raise TypeError(f"{name} takes names, globs, parameters or modules, not {_short(entry)}.")
+        wrong = [value]
+    if wrong:
+        raise TypeError(f"{name} takes names, globs, parameters or modules, not {_short(wrong[0])}.")
     return value
 
 

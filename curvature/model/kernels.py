@@ -14,15 +14,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 
-@contextlib.contextmanager
-def differentiable_kernels() -> Iterator[None]:
+def differentiable_kernels() -> contextlib.AbstractContextManager[Any]:
     """Use kernels that have a second derivative, in this thread.
 
     Fused attention, cuDNN's recurrence and bags of embeddings lack one, and that of the fused weight norm is wrong. The
     fast path of encoder layers in eval mode lacks derivatives altogether; under a function mode torch does not take it.
     """
-    with _PlainKernels():
-        yield
+    return _PlainKernels()
 
 
 class _PlainKernels(TorchFunctionMode):

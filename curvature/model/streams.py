@@ -53,7 +53,8 @@ def own_stream(model: nn.Module, device: torch.device, states: list[Tensor] | No
         if borrows:
             stack.enter_context(torch.random.fork_rng(devices=devices))
         else:
-            stack.enter_context(_accelerator_restored(device))
+            if device.type == "cuda":
+                stack.callback(torch.cuda.set_rng_state, torch.cuda.get_rng_state(device), device)
             stack.enter_context(outside_of_inference())  # which shows a mode less than all
             _make_operations()
             before, _own.stream = _own.stream, _Stream()
@@ -183,15 +184,3 @@ def outside_of_inference() -> Iterator[None]:
     grad = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.set_grad_enabled(grad):
         yield
-
-
-@contextlib.contextmanager
-def _accelerator_restored(device: torch.device) -> Iterator[None]:
-    if device.type != "cuda":
-        yield
-        return
-    before = torch.cuda.get_rng_state(device)
-    try:
-        yield
-    finally:
-        torch.cuda.set_rng_state(before, device)
