@@ -58,16 +58,13 @@ def valid_positions(
     out: dict[int, Tensor] = {}
     full = bool(mask.all())
     for site in sites:
-        gradient = gradients.get(id(site))
-        each = by_example.get(id(site))
-        if each is not None and gradient is not None:
-            g = site.row_gradients(site.arrived(each, len(each)))
-            g = None if g is None else g.movedim(-3, 0)
-        else:
-            g = None if gradient is None else site.row_gradients(site.arrived(gradient))
+        gradient, each = gradients.get(id(site)), by_example.get(id(site))
+        if gradient is None:
+            continue
+        g = site.row_gradients(site.arrived(gradient) if each is None else site.arrived(each, len(each)))
         if g is None:
             continue
-        size = g[0].abs().amax(-1)  # (n, s)
+        size = (g if each is None else g.movedim(-3, 0))[0].abs().amax(-1)  # (n, s)
         reached = size > min(16 * torch.finfo(g.dtype).eps, 1e-5) * (size.max() if size.numel() else 0)
         counts = torch.ones_like(reached)
         if not full:
@@ -83,13 +80,16 @@ def meet(group: Group, plain: Arrived, tagged: list[tuple[Tensor, Arrived]], cac
     """Whether what arrived in the rows of an example has not grown by its weight."""
     for weights, arrived in tagged:
         pairs = zip(samples_of(group, plain, {}, cache), samples_of(group, arrived, {}, cache), strict=True)
-        for use, weighted in pairs:
-            rows = _by_example(use)
-            expected = rows * weights.to(rows).unsqueeze(1)
-            off = torch.linalg.vector_norm(_by_example(weighted) - expected, dim=1)
-            if not (off <= torch.finfo(rows.dtype).eps ** 0.5 * torch.linalg.vector_norm(expected, dim=1)).all():
-                return True
+        if not all(have_grown(_by_example(use), weights, _by_example(weighted)) for use, weighted in pairs):
+            return True
     return False
+
+
+def have_grown(rows: Tensor, weights: Tensor, now: Tensor) -> bool:
+    """Whether rows ``(n, *)`` are now what they were times a weight each, up to rounding."""
+    expected = rows * weights.to(rows).unsqueeze(1)
+    off = torch.linalg.vector_norm(now - expected, dim=1)
+    return bool((off <= torch.finfo(rows.dtype).eps ** 0.5 * torch.linalg.vector_norm(expected, dim=1)).all())
 
 
 def samples_of(

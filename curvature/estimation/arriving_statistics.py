@@ -22,7 +22,7 @@ from curvature.estimation.tape import Tape
 from curvature.estimation.unseen_losses import NotYetTold
 from curvature.estimation.weights_of_unseen_losses import not_told
 from curvature.layers.recorder import Recorder
-from curvature.losses import BatchDim, Loss, NoCurvatureError, Terms
+from curvature.losses import BatchDim, NoCurvatureError, Terms
 from curvature.losses.from_gradient import gradient_terms
 from curvature.losses.picked import ApartTerms, GatheredTerms, PickedTerms
 from curvature.losses.signals import JointSignals, Signals
@@ -60,8 +60,9 @@ class ArrivingStatistics:
         self.tape, self.collector, self.curvature = tape, collector, curvature
         self.class_dim, self.batch_dim = class_dim, batch_dim
         self._losses = CalledLosses(tape, loss_fn, curvature.kind, batch_dim)
+        self.loss = self._losses.own
         empirical, told, plain = curvature.kind == "empirical", tape.mode == "auto", tape.mode == "gradient"
-        self._at_output = OutputGradient(self._losses.own, tape.loss_module, told, class_dim, empirical, plain)
+        self._at_output = OutputGradient(self.loss, tape.loss_module, told, class_dim, empirical, plain)
         device = collector.parameters.device
         self.generator = torch.Generator(device="cpu" if device.type == "meta" else device)  # nothing is drawn there
         self.level: Tensor | None = None
@@ -80,10 +81,6 @@ class ArrivingStatistics:
         self._gathered = GatheredCalls()
         self._refusal: Exception | None = None  # of what a gradient brought, if it turns out to count
         tape.reader = self
-
-    @property
-    def loss(self) -> Loss | None:
-        return self._losses.own
 
     @property
     def batches(self) -> int:

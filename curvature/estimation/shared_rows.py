@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from curvature.estimation.arrivals import Arrived
+from curvature.estimation.arrivals import Arrived, have_grown
 from curvature.layers import Site
 from curvature.losses.signals import Signals
 from curvature.model.graph_nodes import below, shape_of
@@ -124,10 +124,8 @@ def _grew(meeting: Meeting, before: Tensor | None, weights: Tensor, after: Tenso
     """Whether what arrived for each example has grown by its weight."""
     if before is None or after is None:
         return before is after
-    expected, rows = (meeting.by_example(g.reshape(_shape(meeting.edge))).flatten(1) for g in (before, after))
-    expected = expected * weights.to(expected).unsqueeze(1)
-    off = torch.linalg.vector_norm(rows - expected, dim=1)
-    return bool((off <= torch.finfo(rows.dtype).eps ** 0.5 * torch.linalg.vector_norm(expected, dim=1)).all())
+    rows, now = (meeting.by_example(g.reshape(_shape(meeting.edge))).flatten(1) for g in (before, after))
+    return have_grown(rows, weights, now)
 
 
 def _down(start: GradientEdge, end: GradientEdge, gradients: Tensor) -> Tensor:

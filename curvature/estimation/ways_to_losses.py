@@ -113,13 +113,13 @@ def way(roots: Sequence[Any], ends: Set[Any], known: Callable[[Any], bool], loss
     divided = scalars == 1 and probable and any(quotients)
     affine &= len(leads) > len(leads & ends) > 0
     kinds = {kind for kind in _KINDS for node in cores if name_of(node).startswith(kind)}
-    if len(kinds) > 1 or any(node.name().startswith(OTHERS) for node in leads - ends):
+    if len(kinds) > 1 or any(node.name().startswith(OTHERS) for node in own):
         affine, weighted = False, True
     if divergence:  # of one distribution, which a sum of several losses of an output is not
-        logs = [node for node in leads - ends if name_of(node).startswith(_CORES[:1])]
+        logs = [node for node in own if name_of(node).startswith(_CORES[:1])]
         affine &= len(logs) == 1 == len(after[logs[0]])
-    exponential = any(node.name().startswith("Exp") for node in leads - ends)
-    picks = any(node.name().startswith(_PICKS) for node in leads - ends)
+    exponential = any(node.name().startswith("Exp") for node in own)
+    picks = any(node.name().startswith(_PICKS) for node in own)
     weighted |= scalars > 0 and not divided
     return Way(affine, weighted, divergence, exponential, frozenset(others), frozenset(cores), linear, picks)
 

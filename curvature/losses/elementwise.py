@@ -169,7 +169,7 @@ class ElementwiseTerms(Terms):
     @torch.no_grad()
     def gradient(self) -> Tensor:
         """Slope of every entry."""
-        return self._masked(self._loss.slope(self._z, *self._given)).to(self.output.dtype)
+        return self.masked(self._loss.slope(self._z, *self._given)).to(self.output.dtype)
 
     @torch.no_grad()
     def hessian_product(self, v: Tensor) -> Tensor:
@@ -195,7 +195,7 @@ class ElementwiseTerms(Terms):
     def sample(self, generator: torch.Generator) -> Tensor:
         """A draw per entry."""
         self._refuse_indefinite()
-        return self._masked(self._loss.draw(self._z, *self._given, generator=generator)).to(self.output.dtype)
+        return self.masked(self._loss.draw(self._z, *self._given, generator=generator)).to(self.output.dtype)
 
     @property
     def _z(self) -> Tensor:
@@ -204,7 +204,7 @@ class ElementwiseTerms(Terms):
     @cached_property
     def _curvature(self) -> Tensor:
         with torch.no_grad():
-            return self._masked(self._loss.curvature(self._z, *self._given))
+            return self.masked(self._loss.curvature(self._z, *self._given))
 
     def _refuse_indefinite(self) -> None:
         if not self._loss.convex and not (self._curvature >= 0).all():
@@ -214,10 +214,6 @@ class ElementwiseTerms(Terms):
                 "semi-definite and has no root and no samples. Its products (hessian_product) are exact; "
                 f"{EMPIRICAL} works."
             )
-
-    def _masked(self, x: Tensor) -> Tensor:
-        entries = self.unrows(self.mask.unsqueeze(-1).expand(self.shape))
-        return torch.where(entries, x, 0.0)
 
 
 class ElementwiseInformation(ElementwiseTerms):
@@ -232,12 +228,12 @@ class ElementwiseInformation(ElementwiseTerms):
     def sample(self, generator: torch.Generator) -> Tensor:
         """A score per entry."""
         drawn = self._loss.score(self._z, *self._given[1:], generator=generator)
-        return self._masked(drawn).to(self.output.dtype)
+        return self.masked(drawn).to(self.output.dtype)
 
     @cached_property
     def _curvature(self) -> Tensor:
         with torch.no_grad():
-            return self._masked(self._loss.information(self._z, *self._given[1:]))
+            return self.masked(self._loss.information(self._z, *self._given[1:]))
 
 
 def entry_layout(output: Tensor, class_dim: int | None) -> Layout:

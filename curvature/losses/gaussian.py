@@ -93,8 +93,7 @@ class MeanVarianceTerms(Terms):
         return mean - self._y, var.clamp(min=self._loss.loss_fn.eps)
 
     def _joined(self, mean: Tensor, var: Tensor) -> Tensor:
-        entries = self.unrows(self.mask.unsqueeze(-1).expand(self.shape))
-        return torch.where(entries, torch.stack([mean, var], -1), 0.0)
+        return self.masked(torch.stack([mean, var], -1))
 
 
 class MeanVarianceInformation(MeanVarianceTerms):

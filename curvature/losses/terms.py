@@ -307,6 +307,10 @@ class Terms(ABC):
         """Whether the Hessian of some term is known not to be positive semi-definite. May wait for the device."""
         return False
 
+    def masked(self, x: Tensor) -> Tensor:
+        """An output-shaped tensor, zero outside the mask."""
+        return torch.where(self.unrows(self.mask.unsqueeze(-1).expand(self.shape)), x, 0.0)
+
     def as_output(self, rows: Tensor) -> Tensor:
         """Rows of a result, output-shaped and in the output's dtype."""
         return self.unrows(rows).to(self.output.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Set
 from math import prod
 from typing import Any
@@ -100,10 +101,7 @@ def users_first(starts: Iterable[Start], ends: Ends = ()) -> list[Any]:
     """The nodes of :func:`below`, each after all of them that get something from it."""
     is_end = asking(ends)
     before = {node: [] if is_end(node) else [*dict.fromkeys(inputs_of(node))] for node in below(starts, is_end)}
-    users: dict[Any, int] = {}
-    for inputs in before.values():
-        for one in inputs:
-            users[one] = users.get(one, 0) + 1
+    users = Counter(one for inputs in before.values() for one in inputs)
     out = [node for node in before if node not in users]
     for node in out:  # grows on the way
         for one in before[node]:

@@ -7,12 +7,14 @@ They are a third of a plain gradient's arithmetic.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from curvature.model.trees import tensors_in
 
 _aten = torch.ops.aten
 #: Types of tensors that are memory and nothing else.
@@ -40,9 +42,9 @@ class Unread(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunction():  # what is asked of tensors here is no call of the user's
             if self._waiting and not func.is_view:
-                self._read(_tensors((*args, *(kwargs or {}).values())))
+                self._read(tensors_in((args, kwargs)))
             put_off = None if kwargs else _PUT_OFF.get(func)
-            if put_off is None or not all(map(_is_plain, _tensors(args))):
+            if put_off is None or not all(map(_is_plain, tensors_in(args))):
                 return func(*args, **(kwargs or {}))
             results, waiting = put_off(args)
             self._waiting.update((_memory(w), entry) for entry in waiting for w in entry.results)
@@ -51,7 +53,7 @@ class Unread(TorchDispatchMode):
     def close(self, results: Iterable[Tensor | None]) -> None:
         """Take what is left, but for what these tensors hold, whose numbers nobody will read."""
         with torch._C.DisableTorchFunction():
-            for result in _tensors(results):
+            for result in tensors_in(list(results)):
                 if _is_plain(result):
                     self._waiting.pop(_memory(result), None)
             self._take_all()
@@ -61,7 +63,7 @@ class Unread(TorchDispatchMode):
             entry.take()
         self._waiting.clear()
 
-    def _read(self, tensors: Iterator[Tensor]) -> None:
+    def _read(self, tensors: list[Tensor]) -> None:
         for tensor in tensors:
             if type(tensor) not in _TYPES:  # one of those that wait may be in it
                 self._take_all()
@@ -95,14 +97,6 @@ def _memory(tensor: Tensor) -> int:
 
 def _is_plain(tensor: Tensor) -> bool:
     return type(tensor) in _TYPES and tensor.layout == torch.strided
-
-
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _tensors(value)
 
 
 _Put = tuple[Any, list[_Waiting]]
