@@ -14,7 +14,7 @@ from curvature.estimation.called_losses import CalledLosses, has_no_example, wei
 from curvature.estimation.gathered_calls import GatheredCalls
 from curvature.estimation.joined_passes import number_of_examples
 from curvature.estimation.output_gradient import OutputGradient
-from curvature.estimation.passes import Pass, TapedLoss, merged
+from curvature.estimation.passes import Pass, Reader, TapedLoss, merged
 from curvature.estimation.places import in_their_places
 from curvature.estimation.step import Step, Weight
 from curvature.estimation.step_collector import Backward, StepCollector
@@ -34,7 +34,7 @@ from curvature.structures.estimator import Curvature
 from solvers.outcome.finite import is_finite
 
 
-class ArrivingStatistics:
+class ArrivingStatistics(Reader):
     """Feeds a collector from the events of a tape, in transactions: what it keeps is of backward passes that ended.
 
     Arguments are those of :class:`~curvature.estimation.statistics.Statistics`, which closes the step.

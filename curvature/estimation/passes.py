@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -174,8 +174,8 @@ class Pass:
         return self.recorder is not None and bool(self.recorder.explained.custom)
 
 
-class Reader(Protocol):
-    """Whoever computes something while gradients arrive: for good once their backward pass has ended."""
+class Reader:
+    """Computes something while gradients arrive, for good once their backward pass has ended; nothing, by itself."""
 
     def called(self, call: TapedLoss) -> None:
         """The loss was called."""

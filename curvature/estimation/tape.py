@@ -78,7 +78,7 @@ class Tape(Recording):
         given = model, loss_fn, parameters, output
         super().__init__(*given, shadows=mode == "shadow", eval_mode=eval_mode, before_pass=before_pass)
         self.mode = mode
-        self.reader: Reader | None = None
+        self.reader = Reader()
         self.nonzero: frozenset[str] | None = None
         self.outside: list[TapedLoss] = []
         self.in_parts = self.by_hand = self.elsewhere = self.aside = self.left_out = False
@@ -136,7 +136,7 @@ class Tape(Recording):
     def function_called(self, func: Any, args: Any, kwargs: Any, value: Any) -> None:
         """One of torch's loss functions was called inside the model's forward."""
         found = called(func, args, kwargs)
-        if found is not None and isinstance(value, Tensor):
+        if found is not None:
             self._called(found[0], found[1], {}, value)
 
     def _called(self, module: nn.Module, args: Any, kwargs: Any, value: Any) -> None:
@@ -160,7 +160,7 @@ class Tape(Recording):
         call.alive, self.here.latest = weakref.ref(hook), weakref.ref(value)
         if not passes:
             self.outside.append(call)
-        if self.reader is not None and self.records:
+        if self.records:
             self.reader.called(call)
 
     def feeding(self, passes: list[Pass]) -> list[Pass]:
@@ -191,7 +191,7 @@ class Tape(Recording):
         self._enter()
         gradient = gradient.detach()
         call.arriving = _sum(call.arriving, gradient)
-        if self.reader is not None and self.records:
+        if self.records:
             self.reader.arrived(call, gradient)
 
     def _gradient_at_own_loss(self, origin: Pass, gradient: Tensor) -> None:
@@ -207,7 +207,7 @@ class Tape(Recording):
         if self.inside or not self.active:
             return
         self._enter()
-        if self.reader is not None and self.records:
+        if self.records:
             self.reader.arrives_at_output(origin)
         seen = [call for call in origin.calls if call.arriving is not None]
         kept = self.keeps_inputs or origin.again or origin.opaque
@@ -238,7 +238,7 @@ class Tape(Recording):
             origin.arriving = _sum(origin.arriving, gradient)
         if seen and origin.recorder is not None:
             return  # the calls of the loss have told already
-        if self.reader is not None and self.records:
+        if self.records:
             self.reader.arrived_at_output(origin, gradient.detach())
         self.left_out |= origin.left_out
         if origin.again and not kept:  # what other losses tell comes after it
@@ -246,7 +246,7 @@ class Tape(Recording):
             origin.seen, origin.arriving = origin.output.detach(), gradient.detach()
 
     def _not_told(self) -> None:
-        if self.reader is not None and self.records:
+        if self.records:
             self.reader.not_told()
 
     def _enter(self) -> None:
@@ -272,8 +272,7 @@ class Tape(Recording):
             self._unseen.look(self.passes, self.calls(), self.seen().values())
         ended = "_ended" if self.shards is None else "_nearly_ended"
         torch.autograd.Variable._execution_engine.queue_callback(At(self, ended, task))
-        if self.reader is not None:
-            self.reader.begin()
+        self.reader.begin()
 
     def busy_elsewhere(self) -> bool:
         if self._claim is None or self._claim[0] == torch._C._current_graph_task_id():
@@ -338,10 +337,9 @@ class Tape(Recording):
             for origin in self.passes:
                 if origin.looks is not None:
                     self._unseen.others_told(origin)
-            if self.reader is not None:
-                if self._unseen.left:
-                    self._not_told()
-                self.reader.keep(written, brought)
+            if self._unseen.left:
+                self._not_told()
+            self.reader.keep(written, brought)
         except BaseException:
             self._abandon()
             raise
@@ -388,8 +386,7 @@ class Tape(Recording):
                 origin.beside, origin.seen = False, None
         for call in self.calls():
             call.arriving = None
-        if self.reader is not None:
-            self.reader.drop()
+        self.reader.drop()
 
     def settle(self) -> dict[str, float]:
         """Leave what counts by now: nothing of a backward pass that raised, or whose gradient is gone from ``p.grad``.
@@ -421,23 +418,20 @@ class Tape(Recording):
                 origin.gradient, origin.brought = None, frozenset()
             for call in self.calls():
                 call.weight, call.brought = None, frozenset()
-            if self.reader is not None:
-                self.reader.clear()
+            self.reader.clear()
             return {}
         if gone:
             self._marks = {name: mark for name, mark in self._marks.items() if name not in gone}
             both: list[TapedLoss | Pass] = [*self.passes, *self.calls()]
             for one in both:
                 one.brought -= gone
-            if self.reader is not None:
-                self.reader.gone(self._marks)
+            self.reader.gone(self._marks)
         elif self.earlier and {name: x for name, x in now.items() if x} == self.earlier and now != lengths(was):
             for known, weight, brought in self._weights:
                 known.brought = brought
                 setattr(known, "weight" if isinstance(known, TapedLoss) else "gradient", weight)
             self._samples = samples  # they are what they were then, and divided by nothing
-            if self.reader is not None:
-                self.reader.take_back()
+            self.reader.take_back()
         elif self._dropped and self.parallel is None:
             self.by_hand |= self._dropped.explain(samples, was, self._eps)
         self.earlier = {}
@@ -471,7 +465,7 @@ class Tape(Recording):
         return At(self, "_gradient_at_input", call)
 
     def _gradient_at_input(self, call: TapedLoss, gradient: Tensor) -> None:
-        if self.reader is not None and self.records and not self.inside:
+        if self.records and not self.inside:
             self.reader.arrived_at_input(call, gradient.detach())
 
 
