@@ -300,10 +300,8 @@ def _promised(model: nn.Module, parameters: Parameters, spec: Curvature) -> list
 def _kind(module: nn.Module) -> str | None:
     if isinstance(module, nn.MultiheadAttention):
         return "kronecker"
-    for base in type(module).__mro__:
-        if base in MODULES and type(module).forward is base.forward:
-            return MODULES[base]
-    return None
+    kind = type(module)
+    return next((MODULES[base] for base in kind.__mro__ if base in MODULES and kind.forward is base.forward), None)
 
 
 def _parts(module: nn.Module, own: Mapping[str, torch.Tensor], kind: str | None) -> tuple[BlockPart, ...]:

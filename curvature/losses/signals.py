@@ -287,7 +287,7 @@ class GatheredSignals(JointSignals):
         return lambda: bool((mask.sum(-1) <= 1).all())
 
     def probes(self) -> list[tuple[Tensor, Tensor]]:
-        return [] if bool(self.mask.all()) else [(self.mask, self.probe())]
+        return Signals.probes(self)
 
 
 @dataclass(frozen=True)

@@ -122,9 +122,8 @@ class JoinedTerms(Terms):
 
     def join(self, pieces: Sequence[Tensor]) -> Tensor:
         """Inverse of :meth:`pieces`."""
-        flat = []
-        for piece, (_, terms) in zip(pieces, self.parts.values(), strict=True):
-            flat.append(piece.reshape(*piece.shape[: piece.dim() - terms.output.dim()], -1))
+        pairs = zip(pieces, self.parts.values(), strict=True)
+        flat = [piece.reshape(*piece.shape[: piece.dim() - terms.output.dim()], -1) for piece, (_, terms) in pairs]
         return torch.cat(flat, dim=-1)
 
     def embed(self, key: Any, piece: Tensor) -> Tensor:

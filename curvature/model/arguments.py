@@ -145,7 +145,7 @@ def data(name: str, value: Any) -> Any:
 
 def batch(name: str, value: Any) -> Any:
     """One batch ``(x, y)``; the function itself says what to do with several."""
-    if isinstance(value, (nn.Module, Tensor, str, bytes, Number)) or value is None or (value is not None and not value):
+    if isinstance(value, (nn.Module, Tensor, str, bytes, Number)) or not value:
         raise TypeError(f"{name} is one batch (x, y), not {'empty' if value == [] else f'a {type(value).__name__}'}.")
     return value
 

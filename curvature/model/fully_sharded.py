@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
+from curvature.model.hooks import nothing
+
 _PACKAGE = "torch.distributed.fsdp"
 #: The node by which ``fully_shard`` notices the end of a layer's backward pass; it hands gradients on as they are.
 _NODE = "RegisterPostBackwardFunctionBackward"
@@ -143,7 +145,7 @@ class FullyShard:
                 group.unshard(async_op=False)
                 group.wait_for_unshard()
             for group in changed:
-                group.post_backward = _nothing
+                group.post_backward = nothing
             yield
         finally:
             for group in changed:
@@ -168,7 +170,7 @@ class FullyShard:
                     group.reshard()
                 group.unshard(async_op=False)
                 group.wait_for_unshard()
-                group.post_forward_mesh_info, group.post_backward = None, _nothing
+                group.post_forward_mesh_info, group.post_backward = None, nothing
             yield
         finally:
             for part, settings in kept:
@@ -258,7 +260,3 @@ def _unknown(name: str) -> NotImplementedError:
         f"a model under fully_shard is not served by torch {torch.__version__}, whose objects have no {name}; it is by "
         "torch 2.13. Wrap the model in DistributedDataParallel, or take another version of torch."
     )
-
-
-def _nothing(*args: Any) -> None:
-    """In the place of what follows a layer's backward pass."""

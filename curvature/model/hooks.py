@@ -103,7 +103,7 @@ def remove(handles: list[Any]) -> None:
 
 
 def nothing(*args: Any, **kwargs: Any) -> None:
-    """Do nothing: the call of a copied hook."""
+    """Do nothing: in the place of a hook that was copied, or of what follows a backward pass."""
 
 
 def inert() -> Callable[..., None]:

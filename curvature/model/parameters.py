@@ -91,11 +91,8 @@ class Parameters(Mapping[str, nn.Parameter]):
         Returns:
             Tensor ``(*batch, size)``.
         """
-        parts = []
-        for name, p in self._items.items():
-            t = tensors[name]
-            parts.append(t.reshape((*t.shape[: t.dim() - p.dim()], p.numel())))
-        return torch.cat(parts, dim=-1)
+        pairs = ((tensors[name], p) for name, p in self._items.items())
+        return torch.cat([t.reshape((*t.shape[: t.dim() - p.dim()], p.numel())) for t, p in pairs], dim=-1)
 
     def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
         """Split ``(*batch, size)`` into views ``{name: (*batch, *shape)}``."""

@@ -30,7 +30,7 @@ class _Own(threading.local):
 
 
 _own = _Own()
-_making, _made = threading.Lock(), list[bool]()
+_making = threading.Lock()
 
 
 @contextlib.contextmanager
@@ -56,7 +56,8 @@ def own_stream(model: nn.Module, device: torch.device, states: list[Tensor] | No
             if device.type == "cuda":
                 stack.callback(torch.cuda.set_rng_state, torch.cuda.get_rng_state(device), device)
             stack.enter_context(outside_of_inference())  # which shows a mode less than all
-            _make_operations()
+            with _making:
+                _make_operations()
             before, _own.stream = _own.stream, _Stream()
             stack.callback(setattr, _own, "stream", before)
             stack.enter_context(_own.stream)
@@ -111,20 +112,18 @@ class _Stream(TorchDispatchMode):
         return drawing(*args, **kwargs)
 
 
+@cache
 def _make_operations() -> None:
     """Have torch make the objects of all its operations, before modes of several threads ask for them.
 
     It makes each at its first use, and where two threads do so at once, it may go on with one that nobody keeps, and
     the process dies (torch 2.13). Costs 0.2 s, once.
     """
-    with _making:
-        if not _made:
-            for name in torch._C._dispatch_get_all_op_names():
-                space, _, operation = name.partition("::")
-                packet, _, overload = operation.partition(".")
-                if space == "aten":
-                    getattr(getattr(torch.ops.aten, packet), overload or "default", None)
-            _made.append(True)
+    for name in torch._C._dispatch_get_all_op_names():
+        space, _, operation = name.partition("::")
+        packet, _, overload = operation.partition(".")
+        if space == "aten":
+            getattr(getattr(torch.ops.aten, packet), overload or "default", None)
 
 
 @cache

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from curvature.model.hooks import nothing
 from curvature.model.trees import tensors_in
 
 _aten = torch.ops.aten
@@ -83,12 +84,8 @@ class _Waiting:
 
     def take(self) -> None:
         """Let the results have their numbers; once."""
-        write, self._write = self._write, _nothing
+        write, self._write = self._write, nothing
         write(self.results)
-
-
-def _nothing(_: list[Tensor]) -> None:
-    """They have them."""
 
 
 def _memory(tensor: Tensor) -> int:
