@@ -231,20 +231,18 @@ def picked_rows(
     n, r, c = terms.shape
     number = n * r
     tags = torch.arange(1, number + 1, device=terms.output.device)
+    if not number:
+        return None
     base = 128  # exact in bfloat16
-    found: Tensor | None = None
-    unit = 1
+    found, unit = torch.zeros_like(whole, dtype=torch.float64), 1
     while unit <= number:
         digit = (tags // unit % base).to(terms.output.dtype)
         sent = terms.unrows(digit.reshape(n, r, 1).expand(n, r, c))
         arrived = pull(sent.contiguous())
         if arrived is None or arrived.shape != whole.shape:
             return None
-        whole_digits = arrived.detach().to(torch.float64)
-        found = whole_digits * unit if found is None else found + whole_digits * unit
+        found = found + arrived.detach().to(torch.float64) * unit
         unit *= base
-    if found is None:
-        return None
     axes: list[int | None] = [axis for axis in reversed(range(found.dim())) if found.shape[axis] == c]
     for axis in axes or [None] if c == 1 else axes:
         one = found if axis is None else found.select(axis, 0)
