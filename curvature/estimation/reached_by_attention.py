@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvature.model.graph_nodes import below, edges_of, kept, kind_of, kinds, shape_of
+from curvature.model.graph_nodes import below, edges_of, kept, kind_of, kinds, shape_of, signed
 
 #: Names of nodes.
 SOFTMAX = ("Softmax", "SafeSoftmax")
 #: Of nodes between a softmax and the product with the values: shapes, casts and dropout.
 _BETWEEN = kinds(
-    "View UnsafeView Expand Reshape Unsqueeze Squeeze Permute Transpose ToCopy Alias Clone NativeDropout Mul Div"
+    "View UnsafeView Expand Reshape Unsqueeze Squeeze Select Permute Transpose ToCopy Alias Clone NativeDropout Mul Div"
 )
 #: Of those between weights and what they are divided by, so that they add up to one.
 _SUMS = kinds("Sum LinalgVectorNorm Abs Add Clamp ClampMin Expand Unsqueeze")
@@ -21,22 +21,24 @@ _SUMS = kinds("Sum LinalgVectorNorm Abs Add Clamp ClampMin Expand Unsqueeze")
 _FEW = 8
 
 
-def unhidden_columns(node: Any) -> Tensor | None:
-    """Columns ``(*, 1, s)`` of a softmax over its last axis that are not hidden from all rows by a constant.
+def unhidden_scores(node: Any) -> Tensor | None:
+    """Scores of a softmax that are not hidden by a constant: columns ``(*, 1, s)`` of those ``(*, q, s)``.
 
-    Weights that are zero by their values alone hide nothing.
+    Over another axis than the last, or the last of two, as in pooling by attention, each is hidden for itself. Weights
+    that are zero by their values alone hide nothing.
 
     Args:
         node: Of the softmax.
 
     Returns:
-        True where a column counts; ``None`` if all do, or where nothing is masked.
+        True where a score counts; ``None`` if all do, or where nothing is masked.
     """
     result: Tensor = kept(node, "_saved_result")
-    last = node._saved_dim in (result.dim() - 1, 2**64 - 1, -1)
-    if result.dim() < 3 or not last or not _masked(node.next_functions[0][0]):
+    looks = result.dim() > 2 and signed(node._saved_dim) % result.dim() == result.dim() - 1
+    if not _masked(node.next_functions[0][0], looks):
         return None
-    used = (result != 0).any(-2, keepdim=True)
+    used = result != 0
+    used = used.any(-2, keepdim=True) if looks else used
     return None if bool(used.all()) else used
 
 
@@ -52,11 +54,11 @@ def weighted_rows(weights: Tensor | None, node: Any) -> Tensor | None:
     for _ in range(_FEW):
         kind, arguments = kind_of(node), [child for child, _ in edges_of(node)]
         if kind in SOFTMAX:
-            shown = unhidden_columns(node)
+            shown = unhidden_scores(node)
         else:
-            shown = _left(node) if (scores := renormalised_scores(node)) is None else scores[1]
+            shown = _left(node, weights.dim() > 2) if (scores := renormalised_scores(node)) is None else scores[1]
         if shown is not None:
-            used, shown = ((one != 0).any(-2).unsqueeze(-1) for one in (weights, shown))
+            used = (weights != 0).any(-2).unsqueeze(-1)
             # Of other shares of columns, dropout or the values have hidden some, or they are those of something else.
             return used if int(used.sum()) * shown.numel() == int(shown.sum()) * used.numel() else None
         if kind not in _BETWEEN or len(arguments) != 1:
@@ -66,7 +68,7 @@ def weighted_rows(weights: Tensor | None, node: Any) -> Tensor | None:
 
 
 def renormalised_scores(node: Any) -> tuple[tuple[Any, int], Tensor] | None:
-    """Scores ``(*, q, s)`` some of which a constant hides, where a quotient makes their weights add up to one.
+    """Scores some of which a constant hides, where a quotient makes their weights add up to one.
 
     What is masked after a softmax cancels in the quotient, and in no step before it: all that leads from the scores
     there counts as one operation. So does a softmax that is written out as a quotient of exponentials.
@@ -75,8 +77,8 @@ def renormalised_scores(node: Any) -> tuple[tuple[Any, int], Tensor] | None:
         node: Of the quotient.
 
     Returns:
-        The scores, as a node and the number of its result, and the columns ``(*, 1, s)`` that count; ``None`` of
-        other quotients.
+        The scores, as a node and the number of its result, and those that count, as in :func:`unhidden_scores`;
+        ``None`` of other quotients.
     """
     if kind_of(node) != "Div" or len(edges_of(node)) != 2:
         return None
@@ -84,19 +86,24 @@ def renormalised_scores(node: Any) -> tuple[tuple[Any, int], Tensor] | None:
     if any(kind_of(one) not in _SUMS for one in below([total], (whole,).__contains__) if one is not whole):
         return None
     parts, total = kept(node, "_saved_self"), kept(node, "_saved_other")
-    if parts.dim() < 3:
+    axis = next((k for k in range(-1, -parts.dim() - 1, -1) if _is_one(parts.sum(k, keepdim=True), total)), None)
+    if axis is None:
         return None
-    ones = (parts.sum(-1, keepdim=True) / total - 1).abs() < torch.finfo(parts.dtype).eps ** 0.5
-    if not bool((ones | (total.abs() < torch.finfo(parts.dtype).eps)).all()):
-        return None
-    shown = _left(whole)
+    looks = parts.dim() > 2 and axis == -1
+    shown = _left(whole, looks)
     if shown is not None:
         whole, number = edges_of(whole)[0]
-    elif kind_of(whole) == "Exp" and _masked(edges_of(whole)[0][0]):
-        shown = (parts != 0).any(-2, keepdim=True)
-    if shown is None or bool(shown.all()):
+    elif kind_of(whole) == "Exp" and _masked(edges_of(whole)[0][0], looks):
+        shown = (parts != 0).any(-2, keepdim=True) if looks else parts != 0
+    if shown is None or bool(shown.all()) or bool(((parts != 0) & ~shown).any()):
         return None
     return edges_of(whole)[0] if kind_of(whole) in SOFTMAX else (whole, number), shown
+
+
+def _is_one(sums: Tensor, totals: Tensor) -> bool:
+    """Whether sums are what they are divided by, or nothing is left of them."""
+    eps = torch.finfo(sums.dtype).eps
+    return bool((((sums / totals - 1).abs() < eps**0.5) | (totals.abs() < eps)).all())
 
 
 def attended_rows(node: Any) -> Tensor | None:
@@ -110,8 +117,13 @@ def attended_rows(node: Any) -> Tensor | None:
     return None if bool(shown.all()) else shown[:, None, :, None]
 
 
-def _masked(node: Any) -> bool:
-    """Whether a constant was filled in or added before, as masks are; scales and learned biases may follow it."""
+def _masked(node: Any, looks: bool) -> bool:
+    """Whether a constant was filled in or added before, as masks are; scales and learned biases may follow it.
+
+    Args:
+        node: That made the scores.
+        looks: Many look at each, along the axis before the last.
+    """
     nodes = [node]
     for _ in range(_FEW):
         if not nodes:
@@ -120,7 +132,7 @@ def _masked(node: Any) -> bool:
         children = [child for child, _ in node.next_functions]
         kind = kind_of(node)
         if kind in ("MaskedFill", "Where"):
-            return _hides(node, kind)
+            return _hides(node, kind, looks)
         if kind in ("Add", "Baddbmm") and None in children:
             return True
         if kind in _BETWEEN or kind in ("Add", "Sub"):
@@ -128,16 +140,16 @@ def _masked(node: Any) -> bool:
     return False
 
 
-def _hides(node: Any, kind: str) -> bool:
+def _hides(node: Any, kind: str, looks: bool) -> bool:
     """Whether a mask may hide a column from all rows, which a causal one does not: it is smaller than the weights."""
     shown = _unfilled(node, kind)
-    return shown.dim() < 2 or not bool(shown.any(-2).all())
+    return not bool((shown.any(-2) if looks and shown.dim() > 1 else shown).all())
 
 
-def _left(node: Any) -> Tensor | None:
-    """Columns ``(*, 1, s)`` of weights that a constant factor or mask leaves; ``None`` if it is none, or leaves all."""
-    kind, sizes = kind_of(node), shape_of(node)
-    if kind not in ("Mul", "MaskedFill", "Where") or len(edges_of(node)) != 1 or len(sizes) < 3:
+def _left(node: Any, looks: bool) -> Tensor | None:
+    """Of weights, those that a constant factor or mask leaves; ``None`` if it is none, or leaves all."""
+    kind, axes = kind_of(node), len(shape_of(node))
+    if kind not in ("Mul", "MaskedFill", "Where") or len(edges_of(node)) != 1:
         return None
     if kind == "Mul":
         shown = kept(node, "_saved_self" if node.next_functions[0][0] is None else "_saved_other")
@@ -146,8 +158,9 @@ def _left(node: Any) -> Tensor | None:
         shown = shown != 0
     else:
         shown = _unfilled(node, kind)
-    shown = shown[(None,) * (len(sizes) - shown.dim())].any(-2, keepdim=True)
-    return None if bool(shown.all()) or shown.shape[-1] == 1 else shown
+    shown = shown[(None,) * (axes - shown.dim())]
+    shown = shown.any(-2, keepdim=True) if looks and axes > 1 else shown
+    return None if bool(shown.all()) else shown
 
 
 def _unfilled(node: Any, kind: str) -> Tensor:

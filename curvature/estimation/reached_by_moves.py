@@ -263,7 +263,7 @@ def _masked(node: Any, which: int, after: Tensor | None, shape: Sequence[int]) -
 
 
 #: Names of nodes that pick a part along an axis.
-CUTS = kinds("Slice Select Split SplitWithSizes Unbind Narrow")
+CUTS = kinds("Slice Select Split SplitWithSizes UnsafeSplit UnsafeSplitWithSizes Unbind Narrow")
 #: By the name of a node, those of which all that they get is reached if all that they give is.
 MOVES: dict[str, Callable[[Any, int, Tensor, Sequence[int]], Tensor | None]] = {
     **dict.fromkeys(kinds("View UnsafeView ReshapeAlias Reshape Unsqueeze Squeeze"), _laid_out),

@@ -1,4 +1,4 @@
-"""Which entries are reached of the factors of a matrix product, or of what is multiplied by a mask.
+"""Which entries are reached of the factors of a product or a convolution, or of what is multiplied by a mask.
 
 What a constant factor is zero for is left out, and what a constant mask hides from an attention; of other values that
 weights sum up which the model computes a signal alone tells.
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from curvature.estimation.reached_by_attention import attended_rows, weighted_rows
 from curvature.estimation.reached_by_moves import Rule, along, spread
-from curvature.model.graph_nodes import kept, origin_of_moves, shape_of
+from curvature.model.graph_nodes import kept, origin_of_moves, shape_of, signed
 
 
 def one_factor(node: Any, name: str, which: int, after: Tensor | None) -> Tensor | None:
@@ -128,6 +128,21 @@ def _layer(node: Any, which: int, after: Tensor | None, shape: Sequence[int]) ->
     return None if which or after is None else along(after, -1)
 
 
+def _convolved(node: Any, which: int, after: Tensor | None, shape: Sequence[int]) -> Tensor | None:
+    """Places that windows reach, of all channels."""
+    how = [[signed(n) for n in getattr(node, f"_saved_{name}")] for name in ("stride", "padding", "dilation")]
+    if which or (after is None and max(how[0] + how[2]) == 1):
+        return None
+    weight = kept(node, "_saved_weight")
+    one = torch.ones((), dtype=weight.dtype, device=weight.device)
+    after = one.expand([1] * len(shape)) if after is None else after.any(1, keepdim=True).to(weight)
+    sent, images = after.expand(-1, -1, *shape_of(node)[2:]), one.expand(len(after), 1, *shape[2:])
+    window, extra = one.expand(1, 1, *weight.shape[2:]), [signed(n) for n in node._saved_output_padding]
+    turned, wanted = node._saved_transposed, [True, False, False]
+    found = torch.ops.aten.convolution_backward(sent, images, window, None, *how, turned, extra, 1, wanted)[0] > 0.5
+    return None if bool(found.all()) else found
+
+
 #: By the name of a node.
 PRODUCTS: dict[str, Rule] = {
     "Mm": _of_product(("_saved_self", "_saved_mat2"), 0),
@@ -137,6 +152,7 @@ PRODUCTS: dict[str, Rule] = {
     "Mv": _vector,
     **dict.fromkeys(("Dot", "Vdot"), _dot),
     **dict.fromkeys(("Linear", "MkldnnLinear"), _layer),
+    "Convolution": _convolved,
     **{f"ScaledDotProduct{how}": _looks for how in ("AttentionMath", "FlashAttention", "FlashAttentionForCpu")},
     **{f"ScaledDotProduct{how}": _looks for how in ("EfficientAttention", "CudnnAttention", "FusedAttention")},
 }

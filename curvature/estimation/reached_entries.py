@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvature.estimation.reached_by_attention import SOFTMAX, renormalised_scores, unhidden_columns
+from curvature.estimation.reached_by_attention import SOFTMAX, renormalised_scores, unhidden_scores
 from curvature.estimation.reached_by_moves import CUTS, MOVES, PICKS, along, cut, spread
 from curvature.estimation.reached_by_products import PRODUCTS, one_factor
 from curvature.model.graph_nodes import Ends, asking, kind_of, kinds, shape_of, signed, users_first
@@ -31,15 +31,16 @@ _ALONG = kinds("Softmax LogSoftmax SafeSoftmax NativeLayerNorm FusedRmsNorm Fuse
 _RUN = kinds(
     """
     AsStrided Diagonal Embedding IndexAdd IndexCopy IndexFill IndexPut IndexPutImpl MaskedScatter PackPaddedSequence
-    ReflectionPad1D ReplicationPad1D Rot90 Scatter ScatterAdd SelectScatter SliceScatter Take Tril Triu Unfold
-    torch::autograd::CopySlices
+    ReflectionPad1D ReplicationPad1D Rot90 Scatter ScatterAdd ScatterReduce SelectScatter SliceScatter Take Tril Triu
+    Unfold torch::autograd::CopySlices
     """
 )
 #: Of those that are run likewise, of which every entry that they get goes into some that they give.
 _SPREADING = kinds(
     """
-    AdaptiveAvgPool2D AdaptiveAvgPool3D AvgPool2D AvgPool3D PixelShuffle PixelUnshuffle ReflectionPad2D
-    ReplicationPad2D UpsampleLinear1D UpsampleNearest1D UpsampleNearest2D
+    AdaptiveAvgPool2D AdaptiveAvgPool3D AvgPool2D AvgPool3D MaxPool2DWithIndices MaxPool3DWithIndices PixelShuffle
+    PixelUnshuffle ReflectionPad2D ReplicationPad2D UpsampleBicubic2D UpsampleBilinear2D UpsampleLinear1D
+    UpsampleNearest1D UpsampleNearest2D UpsampleNearest3D UpsampleTrilinear3D
     """
 )
 #: Of those that read no tensor that was saved, which a checkpoint may hand out only once.
@@ -98,7 +99,7 @@ def _before(node: Any, given: dict[int, Reach | None], packed: bool) -> Iterator
             else:
                 found = _through(node, which, given, shape, packed)
                 # What fits nowhere is a scale, in the place of what is scaled.
-                yield edge, found if found is not None and _fits(found, shape) else None
+                yield edge, found if found is not None and _fits(found, shape) and not _is_all(found) else None
 
 
 def _through(node: Any, which: int, given: dict[int, Reach | None], shape: Sequence[int], packed: bool) -> Reach | None:
@@ -116,8 +117,10 @@ def _through(node: Any, which: int, given: dict[int, Reach | None], shape: Seque
             return rule(node, which, after, shape)
         if name in _RUN or (name in _SPREADING and after is not None):
             return _run(node, which, after, shape)
-        if after is None and name in SOFTMAX:
-            return unhidden_columns(node)
+        if name in SOFTMAX:
+            shown = None if packed else unhidden_scores(node)
+            after = None if after is None else along(after, *_axes(node, len(shape)))
+            return shown if after is None else after if shown is None else after & shown.to(after.device)
         after = one_factor(node, name, which, after)
         if after is None:
             return None
@@ -154,6 +157,11 @@ def _run(node: Any, which: int, after: Reach | None, shape: Sequence[int]) -> Re
 
 def _fits(found: Reach, shape: Sequence[int]) -> bool:
     return found.dim() == len(shape) and all(a in (1, b) for a, b in zip(found.shape, shape, strict=True))
+
+
+def _is_all(found: Reach) -> bool:
+    """Whether nothing is left out, as far as is seen without waiting for a device."""
+    return found.numel() == 1 and found.device.type == "cpu" and bool(found)
 
 
 def _either(a: Reach | None, b: Reach | None) -> Reach | None:

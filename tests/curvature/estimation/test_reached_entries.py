@@ -48,8 +48,48 @@ def weights(h: Tensor) -> Tensor:
     return h.mean(-1, keepdim=True).masked_fill(~SHORT[..., None], -float("inf")).softmax(1)
 
 
+def to_one(w: Tensor, dim: int = -1) -> Tensor:
+    return w / w.sum(dim, keepdim=True)
+
+
+KERNEL = torch.randn(4, 4, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+SERIES = nn.LSTM(4, 4, batch_first=True).double().requires_grad_(False)
+LOW = torch.zeros(N, R, dtype=torch.float64).masked_fill(~SHORT, -1e30)
+
+#: What becomes of a score of each position ``(N, R)`` in pooling by attention: weights.
+SCORES: dict[str, Pick] = {
+    "filled": lambda e: e.masked_fill(~SHORT, -float("inf")).softmax(-1),
+    "added": lambda e: (e + LOW).softmax(-1),
+    "along positions": lambda e: (e[..., None] + LOW[..., None]).softmax(1)[..., 0],
+    "as one row": lambda e: e[:, None].masked_fill(~SHORT[:, None], -1e30).softmax(-1)[:, 0],
+    "masked and added": lambda e: (e * SHORT + ~SHORT * -1e30).softmax(-1),
+    "masked after": lambda e: to_one(e.softmax(-1) * SHORT),
+    "masked after, along positions": lambda e: to_one(e[..., None].softmax(1) * SHORT[..., None], 1)[..., 0],
+    "filled after": lambda e: to_one(e.softmax(-1).masked_fill(~SHORT, 0.0)),
+    "exponentials": lambda e: to_one((e - e.amax(-1, keepdim=True).detach()).exp() * SHORT),
+}
+#: How their weights add positions up.
+MEANS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "times": lambda w, h: (w[..., None] * h).sum(1),
+    "bmm": lambda w, h: (w[:, None] @ h)[:, 0],
+    "einsum": lambda w, h: torch.einsum("nr,nrd->nd", w, h),
+}
+
 #: What a model does with ``(N, R, d)`` after a layer.
 PICKS: dict[str, Pick] = {
+    **{
+        f"pooled by scores {score}, {mean}": lambda h, e=e, m=m: m(e(h.mean(-1)), h)  # type: ignore[misc]
+        for score, e in SCORES.items()
+        for mean, m in MEANS.items()
+    },
+    "convolved twice": lambda h: F.conv1d(F.conv1d(h.mT, KERNEL, padding=1).tanh(), KERNEL, padding=1)[..., 0],
+    "convolved apart": lambda h: F.conv1d(h.mT, KERNEL, stride=2, dilation=2)[..., 0],
+    "convolved to more": lambda h: F.conv_transpose1d(h.mT, KERNEL, stride=2, output_padding=1)[..., 1:4].mean(-1),
+    "convolved as images": lambda h: F.conv2d(h.mT.unflatten(-1, (2, 3)), KERNEL[..., None], padding=(1, 0))[..., 0, 1],
+    "largest of windows": lambda h: F.max_pool1d(h.mT, 2)[..., 1],
+    "stretched": lambda h: F.interpolate(h.mT.unflatten(-1, (2, 3)), (4, 6), mode="bilinear")[..., 0, 0],
+    "recurrent": lambda h: SERIES(h)[0][:, 2],
+    "scatter_reduce": lambda h: zeros(h).scatter_reduce(0, WHERE[:, None].expand(-1, 4), h[SHORT], "mean"),
     "masks in a loop": lambda h: torch.stack([a[m].mean(0) for a, m in zip(h, M, strict=True)]),
     "lengths in a loop": lambda h: torch.cat([h[i : i + 1, :n].mean(1) for i, n in enumerate(LENGTHS)]),
     "splits in a loop": lambda h: torch.stack([a[:3].sum(0) for a in h.flatten(0, 1).split(R)]),
@@ -108,7 +148,8 @@ def test_positions_count_to_which_a_way_leads_back(how: str, unit: type[nn.Modul
     x, y = data()
     between = model.activation(model.a(x)).detach()
     reaches = torch.autograd.functional.jacobian(PICKS[how], model.b(between).detach())
-    reached = (reaches != 0).any(-1).flatten(0, 1).any(0)  # (N, R)
+    # (N, R); terms of a softmax that cancel leave their rounding
+    reached = (reaches.abs() > 1e-13).any(-1).flatten(0, 1).any(0)
     assert 0 < reached.sum() < N * R
     blocks = curvature.ggn(model, nn.CrossEntropyLoss(), (x, y), structure="kfac", sharing="expand").to_dense()
     for start, rows in ((0, x[reached]), (4 * D + 4, between[reached])):
