@@ -67,7 +67,7 @@ class StepCollector(Collector):
     was added since :meth:`mark` can be taken back.
 
     Args:
-        parameters: As ``make`` and ``joint``, see :class:`Collector`.
+        parameters, make, joint: Those of :class:`~curvature.estimation.collector.Collector`.
         forget: Called with the name of a block whose first statistics were taken back.
     """
 

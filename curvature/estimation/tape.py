@@ -41,7 +41,7 @@ class Tape(Recording):
     where the gradient still stands when the optimizer steps. Everything before that is taken back whole.
 
     Args:
-        model: As ``loss_fn``, ``parameters`` and ``output``, see :class:`~curvature.estimation.taped_model.TapedModel`.
+        model, loss_fn, parameters, output: Those of :class:`~curvature.estimation.taped_model.TapedModel`.
         mode: How the loss is found: ``"auto"``, or only by its call (``"loss"``), by the gradient at the model's output
             (``"gradient"``), or from passes that are repeated after the step's backward passes (``"shadow"``).
         eval_mode: Record passes in eval mode too.
