@@ -98,7 +98,7 @@ def _divided_by(now: Mapping[str, float], was: Mapping[str, float], eps: float) 
         averages divides, and clipping does not.
     """
     ratios = [x / now[name] if now.get(name) else 0.0 for name, x in was.items() if x]
-    if not ratios or not 1.5 < (ratio := ratios[0]) < float("inf"):
+    if not ratios or not 1.5 < (ratio := max(ratios)) < float("inf"):
         return 1.0, False
     if any(abs(one / ratio - 1) > 32 * eps for one in ratios):
         return 1.0, False

@@ -84,10 +84,10 @@ class BlockPlan:
                 form: Form = "outer" if isinstance(site, OuterSite) else "per_sample"
                 group = groups.setdefault(known.name, Group(known, form))
                 group.uses.append(Use(site, piece, flipped))
-        for name in self.without_rule.keys() & self.parameters.keys():
-            p = self.parameters[name]
-            block = Block(name, (BlockPart(name, 0, (p.numel(),), (0,), (p.numel(),)),))
-            groups[name] = Group(block, "per_sample")
+        for name, p in self.parameters.items():
+            if name in self.without_rule:
+                block = Block(name, (BlockPart(name, 0, (p.numel(),), (0,), (p.numel(),)),))
+                groups[name] = Group(block, "per_sample")
         return list(groups.values())
 
     def distrust(self, reasons: Mapping[str, str]) -> None:
