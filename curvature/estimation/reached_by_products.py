@@ -129,18 +129,17 @@ def _layer(node: Any, which: int, after: Tensor | None, shape: Sequence[int]) ->
 
 
 def _convolved(node: Any, which: int, after: Tensor | None, shape: Sequence[int]) -> Tensor | None:
-    """Places that windows reach, of all channels."""
-    how = [[signed(n) for n in getattr(node, f"_saved_{name}")] for name in ("stride", "padding", "dilation")]
-    if which or (after is None and max(how[0] + how[2]) == 1):
+    """Places that windows reach, of all channels; what strides alone leave out of a whole image counts."""
+    if which or after is None:
         return None
     weight = kept(node, "_saved_weight")
     one = torch.ones((), dtype=weight.dtype, device=weight.device)
-    after = one.expand([1] * len(shape)) if after is None else after.any(1, keepdim=True).to(weight)
-    sent, images = after.expand(-1, -1, *shape_of(node)[2:]), one.expand(len(after), 1, *shape[2:])
-    window, extra = one.expand(1, 1, *weight.shape[2:]), [signed(n) for n in node._saved_output_padding]
-    turned, wanted = node._saved_transposed, [True, False, False]
-    found = torch.ops.aten.convolution_backward(sent, images, window, None, *how, turned, extra, 1, wanted)[0] > 0.5
-    return None if bool(found.all()) else found
+    sent = after.any(1, keepdim=True).to(weight).expand(-1, -1, *shape_of(node)[2:])
+    images, window = one.expand(len(after), 1, *shape[2:]), one.expand(1, 1, *weight.shape[2:])
+    how = [[signed(n) for n in getattr(node, f"_saved_{name}")] for name in ("stride", "padding", "dilation")]
+    turned, extra = node._saved_transposed, [signed(n) for n in node._saved_output_padding]
+    wanted = [True, False, False]
+    return torch.ops.aten.convolution_backward(sent, images, window, None, *how, turned, extra, 1, wanted)[0] > 0.5
 
 
 #: By the name of a node.

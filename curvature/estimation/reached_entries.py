@@ -38,9 +38,9 @@ _RUN = kinds(
 #: Of those that are run likewise, of which every entry that they get goes into some that they give.
 _SPREADING = kinds(
     """
-    AdaptiveAvgPool2D AdaptiveAvgPool3D AvgPool2D AvgPool3D MaxPool2DWithIndices MaxPool3DWithIndices PixelShuffle
-    PixelUnshuffle ReflectionPad2D ReplicationPad2D UpsampleBicubic2D UpsampleBilinear2D UpsampleLinear1D
-    UpsampleNearest1D UpsampleNearest2D UpsampleNearest3D UpsampleTrilinear3D
+    AdaptiveAvgPool2D AdaptiveAvgPool3D AvgPool2D AvgPool3D PixelShuffle PixelUnshuffle ReflectionPad2D
+    ReplicationPad2D UpsampleBicubic2D UpsampleBilinear2D UpsampleLinear1D UpsampleNearest1D UpsampleNearest2D
+    UpsampleNearest3D UpsampleTrilinear3D
     """
 )
 #: Of those that read no tensor that was saved, which a checkpoint may hand out only once.

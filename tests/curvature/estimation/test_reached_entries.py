@@ -83,10 +83,9 @@ PICKS: dict[str, Pick] = {
         for mean, m in MEANS.items()
     },
     "convolved twice": lambda h: F.conv1d(F.conv1d(h.mT, KERNEL, padding=1).tanh(), KERNEL, padding=1)[..., 0],
-    "convolved apart": lambda h: F.conv1d(h.mT, KERNEL, stride=2, dilation=2)[..., 0],
+    "convolved apart": lambda h: F.conv1d(h.mT, KERNEL, dilation=2)[..., 0],
     "convolved to more": lambda h: F.conv_transpose1d(h.mT, KERNEL, stride=2, output_padding=1)[..., 1:4].mean(-1),
     "convolved as images": lambda h: F.conv2d(h.mT.unflatten(-1, (2, 3)), KERNEL[..., None], padding=(1, 0))[..., 0, 1],
-    "largest of windows": lambda h: F.max_pool1d(h.mT, 2)[..., 1],
     "stretched": lambda h: F.interpolate(h.mT.unflatten(-1, (2, 3)), (4, 6), mode="bilinear")[..., 0, 0],
     "recurrent": lambda h: SERIES(h)[0][:, 2],
     "scatter_reduce": lambda h: zeros(h).scatter_reduce(0, WHERE[:, None].expand(-1, 4), h[SHORT], "mean"),
