@@ -130,7 +130,7 @@ def _layer(node: Any, which: int, after: Tensor | None, shape: Sequence[int]) ->
 
 def _convolved(node: Any, which: int, after: Tensor | None, shape: Sequence[int]) -> Tensor | None:
     """Places that windows reach, of all channels; what strides alone leave out of a whole image counts."""
-    if which or after is None:
+    if which or after is None or bool(after.all()):
         return None
     weight = kept(node, "_saved_weight")
     one = torch.ones((), dtype=weight.dtype, device=weight.device)

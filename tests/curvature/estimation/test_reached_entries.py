@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import curvature
-from tests.curvature.estimation.test_cut_positions import ONE, ROWS, SAME, TWO, D, N, R, data, mask, models
+from tests.curvature.estimation.test_cut_positions import ONE, ROWS, SAME, TWO, D, Model, N, R, data, mask, models
 
 Pick = Callable[[Tensor], Tensor]
 LENGTHS = torch.tensor([1, 3, 6, 2, 4])
@@ -150,6 +150,21 @@ def test_positions_count_to_which_a_way_leads_back(how: str, unit: type[nn.Modul
     # (N, R); terms of a softmax that cancel leave their rounding
     reached = (reaches.abs() > 1e-13).any(-1).flatten(0, 1).any(0)
     assert 0 < reached.sum() < N * R
+    assert_counted(model, x, y, reached)
+
+
+@pytest.mark.parametrize("mode", ["circular", "constant"])
+def test_what_strides_skip_of_a_whole_image_counts(mode: str) -> None:
+    """As the definition of the factors of a convolution has it, whatever follows."""
+    torch.manual_seed(0)
+    padded = lambda h: F.pad(F.conv1d(h.mT, KERNEL[..., :1], stride=2), (1, 1), mode)  # noqa: E731
+    model = models(lambda h: F.conv1d(padded(h), KERNEL).sum(-1))[0]
+    assert_counted(model, *data(), torch.ones(N, R, dtype=torch.bool))
+
+
+def assert_counted(model: Model, x: Tensor, y: Tensor, reached: Tensor) -> None:
+    """The factors of inputs are those of some positions."""
+    between = model.activation(model.a(x)).detach()
     blocks = curvature.ggn(model, nn.CrossEntropyLoss(), (x, y), structure="kfac", sharing="expand").to_dense()
     for start, rows in ((0, x[reached]), (4 * D + 4, between[reached])):
         d = rows.shape[1]
