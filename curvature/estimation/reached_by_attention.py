@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvature.model.graph_nodes import below, edges_of, kept, kind_of, kinds, shape_of, signed
+from curvature.model.graph_nodes import below, edges_of, factor_of, kept, kind_of, kinds, shape_of, signed
 
 #: Names of nodes.
 SOFTMAX = ("Softmax", "SafeSoftmax")
@@ -17,6 +17,8 @@ _BETWEEN = kinds(
 )
 #: Of those between weights and what they are divided by, so that they add up to one.
 _SUMS = kinds("Sum LinalgVectorNorm Abs Add Clamp ClampMin Expand Unsqueeze")
+#: Of those that may set numbers to zero, or others.
+_MASKS = ("Mul", "MaskedFill", "Where")
 #: At most so many of them.
 _FEW = 8
 
@@ -56,7 +58,8 @@ def weighted_rows(weights: Tensor | None, node: Any) -> Tensor | None:
         if kind in SOFTMAX:
             shown = unhidden_scores(node)
         else:
-            shown = _left(node, weights.dim() > 2) if (scores := renormalised_scores(node)) is None else scores[1]
+            scores = renormalised_scores(node)
+            shown = _left(node, len(shape_of(node)) > 2) if scores is None else scores[1]
         if shown is not None:
             used = (weights != 0).any(-2).unsqueeze(-1)
             # Of other shares of columns, dropout or the values have hidden some, or they are those of something else.
@@ -83,6 +86,8 @@ def renormalised_scores(node: Any) -> tuple[tuple[Any, int], Tensor] | None:
     if kind_of(node) != "Div" or len(edges_of(node)) != 2:
         return None
     (whole, number), (total, _) = node.next_functions
+    if kind_of(whole) not in ("Exp", *_MASKS):
+        return None
     if any(kind_of(one) not in _SUMS for one in below([total], (whole,).__contains__) if one is not whole):
         return None
     parts, total = kept(node, "_saved_self"), kept(node, "_saved_other")
@@ -131,8 +136,8 @@ def _masked(node: Any, looks: bool) -> bool:
         node = nodes.pop(0)
         children = [child for child, _ in node.next_functions]
         kind = kind_of(node)
-        if kind in ("MaskedFill", "Where"):
-            return _hides(node, kind, looks)
+        if kind in _MASKS[1:]:
+            return _left(node, looks) is not None
         if kind in ("Add", "Baddbmm") and None in children:
             return True
         if kind in _BETWEEN or kind in ("Add", "Sub"):
@@ -140,32 +145,15 @@ def _masked(node: Any, looks: bool) -> bool:
     return False
 
 
-def _hides(node: Any, kind: str, looks: bool) -> bool:
-    """Whether a mask may hide a column from all rows, which a causal one does not: it is smaller than the weights."""
-    shown = _unfilled(node, kind)
-    return not bool((shown.any(-2) if looks and shown.dim() > 1 else shown).all())
-
-
 def _left(node: Any, looks: bool) -> Tensor | None:
-    """Of weights, those that a constant factor or mask leaves; ``None`` if it is none, or leaves all."""
-    kind, axes = kind_of(node), len(shape_of(node))
-    if kind not in ("Mul", "MaskedFill", "Where") or len(edges_of(node)) != 1:
+    """Those of scores, or weights, that a constant leaves, as in :func:`unhidden_scores`; ``None`` if it leaves all.
+
+    A causal mask leaves all: it hides no column from all rows.
+    """
+    which = [number for number, (child, _) in enumerate(node.next_functions) if child is not None]
+    shown = factor_of(node, which[0]) if len(which) == 1 else None
+    if shown is None:
         return None
-    if kind == "Mul":
-        shown = kept(node, "_saved_self" if node.next_functions[0][0] is None else "_saved_other")
-        if not isinstance(shown, Tensor):
-            return None
-        shown = shown != 0
-    else:
-        shown = _unfilled(node, kind)
-    shown = shown[(None,) * (axes - shown.dim())]
-    shown = shown.any(-2, keepdim=True) if looks and axes > 1 else shown
+    shown = shown[(None,) * (len(shape_of(node)) - shown.dim())] != 0
+    shown = shown.any(-2, keepdim=True) if looks else shown
     return None if bool(shown.all()) else shown
-
-
-def _unfilled(node: Any, kind: str) -> Tensor:
-    """True where a node fills nothing in."""
-    if kind == "MaskedFill":
-        return ~kept(node, "_saved_mask")
-    shown: Tensor = kept(node, "_saved_condition")
-    return ~shown if node.next_functions[0][0] is None else shown

@@ -14,17 +14,15 @@ from torch import Tensor
 
 from curvature.estimation.reached_by_attention import attended_rows, weighted_rows
 from curvature.estimation.reached_by_moves import Rule, along, spread
-from curvature.model.graph_nodes import kept, origin_of_moves, shape_of, signed
+from curvature.model.graph_nodes import factor_of, kept, origin_of_moves, shape_of, signed
 
 
-def one_factor(node: Any, name: str, which: int, after: Tensor | None) -> Tensor | None:
+def one_factor(node: Any, which: int, after: Tensor | None) -> Tensor | None:
     """What is reached of one that a node masks, or multiplies by a number for each row of its last axis: not by zero.
 
     So does a gate, whatever it was made of. Factors of single entries are units that are on or off, as values decide.
     """
-    if name not in ("Mul", "MaskedFill", "Where"):
-        return after
-    own = _factor(node, name, which)
+    own = factor_of(node, which)
     if own is None or not own.dim():
         return after
     sizes = shape_of(node)
@@ -36,17 +34,6 @@ def one_factor(node: Any, name: str, which: int, after: Tensor | None) -> Tensor
         return after
     own = own if own.dtype == torch.bool else own != 0
     return own if after is None else after & own.to(after.device)
-
-
-def _factor(node: Any, name: str, which: int) -> Tensor | None:
-    """A tensor that is zero where one of those that a node gets is dropped."""
-    if name == "MaskedFill":
-        return None if which else ~kept(node, "_saved_mask")
-    if name == "Where":
-        shown: Tensor = kept(node, "_saved_condition")
-        return ~shown if which else shown
-    found = kept(node, "_saved_self" if which else "_saved_other")
-    return found if isinstance(found, Tensor) else None
 
 
 def _of_product(factors: tuple[str, str], first: int) -> Rule:

@@ -58,8 +58,9 @@ def reached_entries(
     """What of each tensor in a graph reaches a result of its last node, by node and number; ``None``: all, or unknown.
 
     Tensors that are not in the result lead nowhere. Read are what picks or moves entries, constant masks with one
-    number for each row of the last axis, those of attention, and constant matrices. What a value decides (a unit that
-    is off, the weights that attention gives) leaves nothing out, but the place of a maximum does, which is an index.
+    number for each row of the last axis, those of attention, constant matrices, and windows of convolutions. What a
+    value decides (a unit that is off, the weights that attention gives) leaves nothing out, but the place of a maximum
+    does, which is an index.
 
     Args:
         last: The node.
@@ -121,7 +122,7 @@ def _through(node: Any, which: int, given: dict[int, Reach | None], shape: Seque
             shown = None if packed else unhidden_scores(node)
             after = None if after is None else along(after, *_axes(node, len(shape)))
             return shown if after is None else after if shown is None else after & shown.to(after.device)
-        after = one_factor(node, name, which, after)
+        after = one_factor(node, which, after)
         if after is None:
             return None
         if name in MOVES:

@@ -216,8 +216,8 @@ class UnseenLosses:
                     return True
         return False
 
-    def _square_of(self, origin: Pass) -> list[Any]:
-        return list(dict.fromkeys(node for end in origin.ends for node in self._squares.get(end, [])))
+    def _square_of(self, origin: Pass) -> set[Any]:
+        return {node for end in origin.ends for node in self._squares.get(end, [])}
 
     def _until(self, ends: Set[Any]) -> Callable[[Any], bool]:
         """What tells whether a node is one of some ends, or that of a known call."""
@@ -264,9 +264,9 @@ class UnseenLosses:
         mine = {node for node, one in self._told.items() if one is origin}
         found = {call.node for calls in self._found.values() for call in calls} | self._told.keys() - mine
         if squared := self._square_of(origin):
-            ends = {*squared}  # an output less something is no multiple of it
+            ends = squared  # an output less something is no multiple of it
         known = lambda node: node._sequence_nr() in self._known or node in found - ends  # noqa: E731
-        if squared and set(squared) == set(map(node_of, roots)):
+        if squared and squared == set(map(node_of, roots)):
             return Way(True, False), rest
         looked = way(roots, ends, known, bool(squared))
         return replace(looked, affine=looked.affine and len(squared) < 2), rest

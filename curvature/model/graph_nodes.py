@@ -185,6 +185,20 @@ def kept(node: Any, name: str) -> Any:
     return getattr(node, name)
 
 
+def factor_of(node: Any, which: int) -> Tensor | None:
+    """What is zero, or False, where a node that multiplies or masks drops one of its arguments; ``None`` of others."""
+    kind = kind_of(node)
+    if kind == "Mul":
+        found = kept(node, "_saved_self" if which else "_saved_other")
+        return found if isinstance(found, Tensor) else None
+    if kind == "MaskedFill":
+        return None if which else ~kept(node, "_saved_mask")
+    if kind == "Where":
+        shown: Tensor = kept(node, "_saved_condition")
+        return ~shown if which else shown
+    return None
+
+
 def signed(number: int) -> int:
     """What a node has saved without a sign."""
     return number - (1 << 64) if number >> 63 else number
