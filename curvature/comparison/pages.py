@@ -13,11 +13,12 @@ from curvature import plots
 from curvature.comparison.quantities import Difference, Measured, Quantity
 from curvature.plots.spectrum import lowest_shown
 from curvature.plots.style import ERRORS, colour, legend, prepare
+from curvature.reports.pages.chapter import ERROR, STAR, Chapter, Table, notes
 from curvature.reports.pages.figures import Drawing, Plot, as_density, drawn, with_common_limits
 from curvature.reports.pages.formats import DASH, plain, with_error
 from curvature.reports.pages.page import document
 from curvature.reports.pages.text import plain_text
-from curvature.reports.pages.view import ERROR, NAMES, STAR, Chapter, Table, named, notes
+from curvature.reports.pages.view import NAMES, named
 from curvature.reports.results import EigenvaluesResult, Findings
 from solvers import Eigenpairs
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from html import escape
 
+from curvature.reports.pages.chapter import Chapter, Table
 from curvature.reports.pages.figures import Plot, available, figures
 from curvature.reports.pages.style import STYLE
-from curvature.reports.pages.view import Chapter, Table, chapters, facts
+from curvature.reports.pages.view import chapters, facts
 from curvature.reports.results import Findings
 
 _LONG = 12  # rows of a long table that are shown at once

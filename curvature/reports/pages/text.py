@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from textwrap import wrap
 
-from curvature.reports.pages.view import Chapter, Table, chapters, facts
+from curvature.reports.pages.chapter import Chapter, Table
+from curvature.reports.pages.view import chapters, facts
 from curvature.reports.results import Findings
 
 WIDTH = 100
