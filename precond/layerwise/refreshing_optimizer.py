@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from curvature.structures.inverse import InverseEstimator
-from precond.distributed.curvature import Refreshing
+from precond.distributed.kept_blocks import Refreshing
 from precond.layerwise.blocks.by_owner import momenta_at_owners
 from precond.layerwise.dampings import Dampings
 from precond.layerwise.layer_optimizer import LayerOptimizer
